@@ -1,0 +1,1 @@
+"""raytrainer: distributed PyTorch training on Ray, configured by Hydra, kept by MLflow."""

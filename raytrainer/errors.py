@@ -1,0 +1,158 @@
+"""The exceptions of raytrainer: one tree, drawn here, so that a caller can catch a kind and a reader sees them all.
+
+RaytrainerError
+├── Refused                  nothing was started; the command line exits with 2
+│   ├── ConfigError          a key, type, choice or constructor argument of the configuration
+│   ├── PreflightError       the world does not fit: resources, storage, tracking server
+│   └── RunNotFound          an ID that names no run
+├── TrainingError            a run started and failed; the command line exits with 1
+│   ├── WorkerError          a worker raised or died: rank, node, cause and first traceback
+│   ├── NonFiniteLoss        the loss is NaN or infinite
+│   ├── DataError            a file, column or sample that cannot be read
+│   └── ClusterLost          Ray, or its controller, is gone
+├── StorageError             a path or URI that cannot be read or written
+│   ├── StorageFull          no space left at the path
+│   └── StorageLocked        another run owns the directory
+├── CheckpointError          a checkpoint that cannot be written or read
+│   ├── CheckpointNotFound   no committed checkpoint there
+│   └── CheckpointCorrupt    a checksum, version or content that does not verify
+├── TrackingError            the tracking server cannot be used
+│   ├── TrackingUnreachable  no answer
+│   └── TrackingDenied       it refuses the credentials
+└── Stopped                  ended from outside; carries the exit code (130 interrupted, 143 stopped)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+
+class RaytrainerError(Exception):
+    """Base of all. Subclasses keep their fields as attributes and survive pickling between processes."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own __reduce__ calls the class with `args`, which fails for any constructor of another shape.
+        return _rebuild, (type(self), self.args, self.__dict__.copy())
+
+
+def _rebuild(kind: type[RaytrainerError], args: tuple[Any, ...], fields: dict[str, Any]) -> RaytrainerError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(fields)
+    return error
+
+
+class Refused(RaytrainerError):
+    """Nothing was started."""
+
+
+class ConfigError(Refused):
+    """A key, type, choice or argument of the configuration is wrong.
+
+    Args:
+        message: What is wrong, in one sentence.
+        key: The dotted key, as it is written on the command line.
+        value: The value given.
+        choices: The valid ones; the nearest to `value` (or to the last part of `key`) come first in the message.
+    """
+
+    def __init__(self, message: str, *, key: str | None = None, value: Any = None, choices: Iterable[str] = ()) -> None:
+        self.key, self.value, self.choices = key, value, tuple(choices)
+        super().__init__(message)
+
+
+class PreflightError(Refused):
+    """The world does not fit the experiment; `problems` holds one sentence each."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class RunNotFound(Refused):
+    """An ID that names no run."""
+
+
+class TrainingError(RaytrainerError):
+    """A run started and failed."""
+
+
+class WorkerError(TrainingError):
+    """A worker raised or died.
+
+    Args:
+        cause: One line: the exception's type and message, or how the process ended.
+        rank: Its rank, where known.
+        node: The address of its node, where known.
+        traceback: The text of the first traceback, where there is one.
+    """
+
+    def __init__(
+        self, cause: str, *, rank: int | None = None, node: str | None = None, traceback: str | None = None
+    ) -> None:
+        self.cause, self.rank, self.node, self.traceback = cause, rank, node, traceback
+        who = "a worker" if rank is None else f"rank {rank}"
+        super().__init__(f"{who}{f' on node {node}' if node else ''}: {cause}")
+
+
+class NonFiniteLoss(TrainingError):
+    """The loss is NaN or infinite."""
+
+
+class DataError(TrainingError):
+    """A file, column or sample that cannot be read."""
+
+
+class ClusterLost(TrainingError):
+    """Ray, or its controller, is gone."""
+
+
+class StorageError(RaytrainerError):
+    """A path or URI that cannot be read or written."""
+
+
+class StorageFull(StorageError):
+    """No space left at the path."""
+
+
+class StorageLocked(StorageError):
+    """Another run owns the directory; the message names it."""
+
+
+class CheckpointError(RaytrainerError):
+    """A checkpoint that cannot be written or read."""
+
+
+class CheckpointNotFound(CheckpointError):
+    """No committed checkpoint there."""
+
+
+class CheckpointCorrupt(CheckpointError):
+    """A checksum, version or content that does not verify."""
+
+
+class TrackingError(RaytrainerError):
+    """The tracking server cannot be used."""
+
+
+class TrackingUnreachable(TrackingError):
+    """No answer from the tracking server."""
+
+
+class TrackingDenied(TrackingError):
+    """The tracking server refuses the credentials."""
+
+
+class Stopped(RaytrainerError):
+    """Ended from outside, with the exit code that says how (130 interrupted, 143 stopped)."""
+
+    def __init__(self, message: str, *, exit_code: int = 130) -> None:
+        self.exit_code = exit_code
+        super().__init__(message)
+
+
+def nearest(word: str, choices: Iterable[str], limit: int = 3) -> list[str]:
+    """The choices that `word` was probably meant to be, best first; empty where none is near."""
+    return get_close_matches(word, list(choices), n=limit, cutoff=0.5)
