@@ -1,0 +1,54 @@
+# The habits of this repository, one target each. Python is $(PYTHON); everything is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+CHECKED := raytrainer hydra_plugins tests benchmarks
+
+.PHONY: demo test quick check format bench lock clean
+
+# Train a residual network on real images with two workers, on this machine.
+demo: .venv/.installed
+	$(BIN)/python -m raytrainer experiment=resnet
+
+# What CI runs: lint, types, tests.
+test: check
+	$(BIN)/python -m pytest
+
+# The tests that take seconds.
+quick: .venv/.installed-dev
+	$(BIN)/python -m pytest -m "not slow and not gpu" --ignore=tests/integration --ignore=tests/faults
+
+check: .venv/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: .venv/.installed-dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# Every claim about speed, with its peer beside it; the results go to benchmarks/results/.
+bench: .venv/.installed-dev
+	set -e; for file in benchmarks/bench_*.py; do $(BIN)/python "$$file"; done
+
+# Pin what .venv holds now. torch's local version (+cpu, +cu130) is left out: it says where it came from.
+lock: .venv/.installed-dev
+	echo "# The versions that are tested, exactly; \`make lock\` writes this file again from .venv." > constraints.tmp
+	$(BIN)/python -m pip freeze --all --exclude pip --exclude raytrainer | sed 's/+[a-z0-9.]*$$//' >> constraints.tmp
+	mv constraints.tmp constraints.txt
+	touch .venv/.installed .venv/.installed-dev
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# The stamps make a second call quick: pip runs again only when what is to be installed has changed.
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "raytrainer needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e . -c constraints.txt
+	touch $@
+
+.venv/.installed-dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	touch $@ .venv/.installed
