@@ -62,6 +62,17 @@ class ConfigError(Refused):
         self.key, self.value, self.choices = key, value, tuple(choices)
         super().__init__(message)
 
+    def __str__(self) -> str:
+        message = str(self.args[0])
+        if self.key is None:
+            return message
+        given = "" if self.value is None else f"={self.value}"
+        wanted = str(self.value) if self.value is not None else self.key.rpartition(".")[2]
+        close = nearest(wanted, self.choices)
+        ordered = close + [c for c in self.choices if c not in close]
+        shown = ", ".join(ordered[:12]) + (", …" if len(ordered) > 12 else "")
+        return f"{self.key}{given} {message}" + (f"; valid: {shown}" if shown else "")
+
 
 class PreflightError(Refused):
     """The world does not fit the experiment; `problems` holds one sentence each."""

@@ -1,0 +1,184 @@
+"""The shape of an experiment: one dataclass a section, with the defaults, the valid choices and the bounds of each key.
+
+Hydra composes YAML against it; `validate` then checks what types cannot say. Imports neither torch, ray nor mlflow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from raytrainer.errors import ConfigError
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+
+
+def key(default: Any = None, *, choices: tuple[Any, ...] = (), least: float | None = None, most: float | None = None) -> Any:
+    """A dataclass field with what `validate` checks: the valid values, or an inclusive range."""
+    return field(default=default, metadata={"choices": choices, "least": least, "most": most})
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    train: dict[str, Any] | None = None
+    val: dict[str, Any] | None = None
+    global_batch_size: int = key(128, least=1)
+    micro_batch_size: int | None = key(None, least=1)
+    shuffle: bool = True
+    drop_last: bool = True
+    collate_fn: dict[str, Any] | None = None
+    num_workers: int = key(0, least=0)
+    prefetch: int = key(2, least=1)
+    resident: Any = key("auto", choices=("auto", True, False))
+
+
+@dataclass(kw_only=True, slots=True)
+class EarlyStopping:
+    monitor: str | None = None  # null: checkpoint.monitor
+    mode: str | None = key(None, choices=(None, "min", "max"))  # null: checkpoint.mode
+    patience: int = key(3, least=0)  # evaluations without improvement before the run ends
+    min_delta: float = key(0.0, least=0)
+
+
+@dataclass(kw_only=True, slots=True)
+class Profile:
+    start: int = key(10, least=1)  # the first step recorded
+    steps: int = key(5, least=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainerConfig:
+    max_steps: int | None = key(None, least=1)
+    max_epochs: int | None = key(None, least=1)
+    max_time: Any = None  # seconds, or "90m", "1h30m", "01:30:00"
+    precision: str = key("32-true", choices=("32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true"))
+    num_threads: int | None = key(None, least=1)
+    compile: Any = key(False, choices=(False, True, "default", "reduce-overhead", "max-autotune"))
+    strategy: str = key("ddp", choices=("ddp",))
+    find_unused_parameters: bool = False
+    max_grad_norm: float | None = key(None, least=0)
+    ema_decay: float | None = key(None, least=0, most=1)
+    nonfinite: str = key("stop", choices=("stop", "warn"))
+    log_every_n_steps: int = key(10, least=1)
+    eval_every_n_steps: int | None = key(None, least=0)
+    channels_last: bool = False
+    deterministic: bool | None = None  # null: true on CPU, false on GPU
+    profile: Profile | None = None
+    early_stopping: EarlyStopping | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    every_n_steps: int | None = key(None, least=1)  # null: at every evaluation
+    num_to_keep: int | None = key(2, least=1)  # null: all
+    monitor: str = "val/loss"
+    mode: str = key("min", choices=("min", "max"))
+    async_save: bool = True
+
+
+@dataclass(kw_only=True, slots=True)
+class ScalingConfig:
+    num_workers: Any = 1  # 4, or [2, 8] for elastic
+    use_gpu: Any = key("auto", choices=("auto", True, False))
+    resources_per_worker: dict[str, float] | None = None
+    placement_strategy: str = key("PACK", choices=("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"))
+    accelerator_type: str | None = None
+    label_selector: dict[str, str] | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class FailureConfig:
+    max_failures: int = key(3, least=-1)
+    max_preemption_failures: int = key(-1, least=-1)
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    tracking_uri: str | None = None
+    experiment_name: str | None = None
+    required: bool = True
+    register_model: str | None = None
+    log_model: bool = True
+
+
+@dataclass(kw_only=True, slots=True)
+class ClusterConfig:
+    kind: str = key("local", choices=("inline", "local", "existing"))
+    address: str | None = None
+    runtime_env: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True)
+class Experiment:
+    """A whole experiment, resolved and typed. Sections `model`, `loss`, `optimizer`, `lr_scheduler`, `callbacks`,
+    `data.train`, `data.val` and `data.collate_fn` are `_target_` nodes that `raytrainer.config.build` makes objects of.
+    """
+
+    name: str | None = None
+    seed: int = key(0, least=0, most=2**31 - 1)
+    storage_path: str | None = None
+    init_from: str | None = None
+    debug: bool = False
+    model: dict[str, Any] | None = None
+    loss: dict[str, Any] | None = None
+    optimizer: dict[str, Any] | None = None
+    lr_scheduler: dict[str, Any] | None = None
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    failure: FailureConfig = field(default_factory=FailureConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers the run may have: `scaling.num_workers`, or the upper bound of an elastic one."""
+        n = self.scaling.num_workers
+        return int(n[1]) if isinstance(n, list) else int(n)
+
+
+def known_keys(kind: type = Experiment, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the schema, sections and leaves, e.g. `trainer.max_steps`."""
+    for f in dataclasses.fields(kind):
+        yield prefix + f.name
+        section = section_of(f)
+        if section is not None:
+            yield from known_keys(section, f"{prefix}{f.name}.")
+
+
+def section_of(f: dataclasses.Field[Any]) -> type | None:
+    """The dataclass of a field that is a section, else None. Annotations are strings here: `Profile | None`."""
+    name = str(f.type).removesuffix(" | None")
+    found = globals().get(name)
+    return found if isinstance(found, type) and dataclasses.is_dataclass(found) else None
+
+
+def validate(section: Any, prefix: str = "") -> None:
+    """Checks choices and bounds of a section and those below it.
+
+    Raises:
+        ConfigError: Naming the first key that does not hold.
+    """
+    for f in dataclasses.fields(section):
+        value, name = getattr(section, f.name), prefix + f.name
+        if dataclasses.is_dataclass(value):
+            validate(value, f"{name}.")
+            continue
+        choices, least, most = (f.metadata.get(k) for k in ("choices", "least", "most"))
+        # `1 == True` in Python: the type is compared too, or `resident=1` would pass.
+        if choices and not any(value == c and type(value) is type(c) for c in choices):
+            raise ConfigError("is not a valid choice", key=name, value=value, choices=[_written(c) for c in choices])
+        if value is None or isinstance(value, bool):
+            continue
+        if least is not None and not value >= least:  # `not >=`, so that NaN is refused
+            raise ConfigError(f"must be at least {least:g}", key=name, value=value)
+        if most is not None and not value <= most:
+            raise ConfigError(f"must be at most {most:g}", key=name, value=value)
+
+
+def _written(value: Any) -> str:
+    return {True: "true", False: "false", None: "null"}[value] if isinstance(value, bool | None) else str(value)

@@ -1,0 +1,106 @@
+"""The one protocol by which the training loop tells what happened: progress, tracking, checkpoints, user callbacks.
+
+A listener is any object with some of the hooks below; each is called as `hook(trainer, event)` in the loop's thread.
+A hook that none has costs a step nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Hook = Callable[[Any, Any], None]
+
+
+@dataclass(frozen=True, slots=True)
+class FitStart:
+    """Training begins, or goes on at `step`. `total_steps` is None where only time ends it."""
+
+    step: int
+    total_steps: int | None
+    steps_per_epoch: int | None
+    world_size: int
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepEnd:
+    """Optimizer step number `step` (from 1) is done; its kernels may still be running on the device."""
+
+    step: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Logged:
+    """The means over the steps since the last log, reduced over all workers."""
+
+    step: int
+    epoch: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class EvalEnd:
+    """The validation metrics after step `step`."""
+
+    step: int
+    epoch: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSaved:
+    """A checkpoint is handed to the writer; it exists once its manifest is committed."""
+
+    step: int
+    metric: float | None
+    stall_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class FitEnd:
+    """Training is over: `reason` is finished, early_stopping, max_time or stopped."""
+
+    step: int
+    epoch: int
+    reason: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+HOOKS = ("on_fit_start", "on_step_end", "on_log", "on_eval_end", "on_checkpoint", "on_fit_end")
+
+
+class Events:
+    """Calls each hook of each listener, in the order given; the lists are made once."""
+
+    def __init__(self, listeners: Iterable[Any]) -> None:
+        listeners = list(listeners)
+        self._hooks: dict[str, list[Hook]] = {
+            name: [hook for x in listeners if callable(hook := getattr(x, name, None))] for name in HOOKS
+        }
+
+    def fit_start(self, trainer: Any, event: FitStart) -> None:
+        self._call("on_fit_start", trainer, event)
+
+    def step_end(self, trainer: Any, step: int, epoch: int) -> None:
+        # The event is made only for a listener: this is called at every step.
+        if self._hooks["on_step_end"]:
+            self._call("on_step_end", trainer, StepEnd(step, epoch))
+
+    def log(self, trainer: Any, event: Logged) -> None:
+        self._call("on_log", trainer, event)
+
+    def eval_end(self, trainer: Any, event: EvalEnd) -> None:
+        self._call("on_eval_end", trainer, event)
+
+    def checkpoint(self, trainer: Any, event: CheckpointSaved) -> None:
+        self._call("on_checkpoint", trainer, event)
+
+    def fit_end(self, trainer: Any, event: FitEnd) -> None:
+        self._call("on_fit_end", trainer, event)
+
+    def _call(self, name: str, trainer: Any, event: Any) -> None:
+        for hook in self._hooks[name]:
+            hook(trainer, event)
