@@ -1,0 +1,38 @@
+"""pyarrow tables and datasets → batches: order, shard, gather, prefetch, device; the position is one integer.
+
+Public names are loaded when first used: a configuration may name one without paying for the others.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raytrainer.data.augment import RandomCropFlip
+    from raytrainer.data.datasets import Arrays, ColumnDataset, Digits
+    from raytrainer.data.loader import Batch, Loader, MicroBatch
+    from raytrainer.data.parquet import ParquetDataset
+
+__all__ = ["Arrays", "Batch", "ColumnDataset", "Digits", "Loader", "MicroBatch", "ParquetDataset", "RandomCropFlip"]
+
+_MODULES = {
+    "Arrays": "datasets",
+    "Batch": "loader",
+    "ColumnDataset": "datasets",
+    "Digits": "datasets",
+    "Loader": "loader",
+    "MicroBatch": "loader",
+    "ParquetDataset": "parquet",
+    "RandomCropFlip": "augment",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

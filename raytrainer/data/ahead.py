@@ -1,0 +1,108 @@
+"""A thread that works ahead of the loop, and the copies to the device that it makes there."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from raytrainer.data.fetch import map_leaves
+
+T = TypeVar("T")
+
+_END = object()
+
+
+def ahead(source: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
+    """The items of `source`, made in a thread that keeps up to `depth` of them ready.
+
+    What `source` raises is raised here. Closing this generator ends the thread: at once while it waits, and after the
+    item in work where it does not (a thread cannot be broken off; it is not waited for longer than a second).
+    """
+    slots = threading.Semaphore(depth)
+    ready: SimpleQueue[Any] = SimpleQueue()
+    stop = threading.Event()
+
+    def work() -> None:
+        try:
+            while True:
+                slots.acquire()
+                if stop.is_set():
+                    return
+                item = next(source, _END)
+                ready.put((item, None))
+                if item is _END:
+                    return
+        except BaseException as error:  # noqa: BLE001 - raised again in the consumer's thread
+            ready.put((None, error))
+        finally:
+            source.close()
+
+    thread = threading.Thread(target=work, name="raytrainer-data", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is _END:
+                return
+            slots.release()
+            yield item
+    finally:
+        stop.set()
+        slots.release()
+        thread.join(timeout=1.0)
+
+
+class DeviceCopy:
+    """Copies batches to a CUDA device from pinned memory on a stream of its own, beside the training step.
+
+    `start` is called where the batch is made, `finish` where it is used; between them the copy is on its way.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def start(self, data: Any) -> tuple[Any, torch.cuda.Event]:
+        def copy(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            pinned = value if value.is_pinned() else value.pin_memory()
+            return pinned.to(self.device, non_blocking=True)
+
+        with torch.cuda.stream(self.stream):
+            moved = map_leaves(copy, data)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(self.stream)
+        return moved, event
+
+    def finish(self, moved: Any, event: torch.cuda.Event) -> Any:
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(event)
+
+        def used(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                value.record_stream(current)  # its memory is the side stream's: not to be reused before we are done
+            return value
+
+        return map_leaves(used, moved)
+
+
+def gather(columns: Any, rows: Tensor, pinned: bool = False) -> Any:
+    """The `rows` (int64 `[n]`, on the columns' device) of each column, as a dict or tuple like `columns`."""
+
+    def one(column: Tensor) -> Tensor:
+        if not pinned:
+            return column.index_select(0, rows)
+        out = torch.empty((len(rows), *column.shape[1:]), dtype=column.dtype, pin_memory=True)
+        return torch.index_select(column, 0, rows, out=out)
+
+    if isinstance(columns, dict):
+        return {name: one(column) for name, column in columns.items()}
+    return tuple(one(column) for column in columns)

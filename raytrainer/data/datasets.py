@@ -1,0 +1,147 @@
+"""Datasets held as columns, from which a batch is one gather a column, and the digits that every machine has."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from raytrainer.errors import ConfigError, DataError
+
+Transform = Callable[[Any, Tensor, int, int], Any]
+"""`(data, samples int64 [n], epoch, seed) -> data`, on a whole micro-batch, on its device."""
+
+
+class ColumnDataset:
+    """A map-style dataset of dicts whose numeric columns are tensors `[length, ...]`.
+
+    Subclasses set `tensors` (by name, all of one length). With `transform`, each micro-batch is passed through it on
+    the device: `transform(data, samples, epoch, seed)`, see `raytrainer.data.RandomCropFlip`.
+    """
+
+    tensors: dict[str, Tensor]
+
+    def __init__(self, transform: Transform | None = None) -> None:
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return {name: column[index] for name, column in self.tensors.items()}
+
+    def __getitems__(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Any:
+        rows = torch.as_tensor(np.asarray(indices, dtype=np.int64))
+        return {name: column.index_select(0, rows) for name, column in self.tensors.items()}
+
+    @property
+    def transform_batch(self) -> Transform | None:
+        return self.transform
+
+
+class Arrays(ColumnDataset):
+    """Columns given as numpy arrays or tensors, used without a copy.
+
+    Args:
+        columns: By name, `[length, ...]` each.
+        transform: See `ColumnDataset`.
+
+    Raises:
+        ConfigError: No columns, no rows, lengths that differ, or a column that is not numeric.
+    """
+
+    def __init__(self, columns: Mapping[str, npt.ArrayLike | Tensor], transform: Transform | None = None) -> None:
+        super().__init__(transform)
+        if not columns:
+            raise ConfigError("Arrays needs at least one column")
+        self.tensors = {name: _tensor(name, values) for name, values in columns.items()}
+        lengths = {name: column.shape[0] if column.ndim else 0 for name, column in self.tensors.items()}
+        if len(set(lengths.values())) > 1:
+            raise ConfigError(f"the columns differ in length: {lengths}")
+        if not all(lengths.values()):
+            raise ConfigError(f"the columns have no rows: {lengths}")
+
+
+def _tensor(name: str, values: npt.ArrayLike | Tensor) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    array = np.asarray(values)
+    try:
+        # A read-only array is copied, since torch would let it be written to.
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
+    except TypeError as error:
+        raise ConfigError(f"column {name!r} has dtype {array.dtype}, and torch has no such tensors") from error
+
+
+def columns_of(dataset: Any) -> dict[str, Tensor] | tuple[Tensor, ...] | None:
+    """The columns from which whole batches are gathered, or None for a dataset that is read sample by sample."""
+    if isinstance(dataset, ColumnDataset):
+        return dataset.tensors or None
+    if type(dataset) is torch.utils.data.TensorDataset:
+        return dataset.tensors
+    return None
+
+
+@cache
+def _digits() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    # The package's own file, found without importing it: `import sklearn.datasets` takes more than a second.
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError("Digits reads scikit-learn's data file, and scikit-learn is not installed")
+    path = Path(spec.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
+    try:
+        table = np.loadtxt(gzip.decompress(path.read_bytes()).decode().splitlines(), delimiter=",", dtype=np.float32)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {error}") from error
+    return table[:, :-1], table[:, -1].astype(np.int64)
+
+
+class Digits(ColumnDataset):
+    """Handwritten digits: 1,797 grey images of 8x8, from scikit-learn's installed files (UCI, Alpaydin 1998).
+
+    Samples are `{"image": float32 [1, 8, 8], "label": int64 []}`, the pixels with mean 0 and variance 1 over the
+    training split. The split is fixed and stratified: of each class, in file order, every fifth to validation.
+
+    Args:
+        split: `train` (1,437 images) or `val` (360).
+        transform: See `ColumnDataset`.
+
+    Raises:
+        ConfigError: Another split.
+        DataError: scikit-learn, or its file, is not there.
+    """
+
+    def __init__(self, split: str = "train", transform: Transform | None = None) -> None:
+        super().__init__(transform)
+        if split not in ("train", "val"):
+            raise ConfigError(f"split={split!r} is not one of train, val", value=split, choices=("train", "val"))
+        pixels, labels = _digits()
+        train, val = stratified_split(labels, len(labels) // 5 + 1)
+        rows = train if split == "train" else val
+        mean, std = pixels[train].mean(dtype=np.float64), pixels[train].std(dtype=np.float64)
+        image = ((pixels[rows] - mean) / std).astype(np.float32).reshape(-1, 1, 8, 8)
+        self.tensors = {"image": torch.from_numpy(image), "label": torch.from_numpy(labels[rows])}
+
+
+def stratified_split(
+    labels: npt.NDArray[np.int64], held_out: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Rows `(kept, held out)`, both ascending: `held_out` rows, spread evenly over the classes and within each."""
+    by_class = np.argsort(labels, kind="stable")
+    picked = by_class[(np.arange(held_out) * len(labels)) // held_out]
+    return np.setdiff1d(np.arange(len(labels)), picked), np.sort(picked)
+
+
+def name_of(dataset: Any) -> str:
+    """How messages call a dataset: its own name for itself, or its class."""
+    return str(getattr(dataset, "name", None) or type(dataset).__qualname__)

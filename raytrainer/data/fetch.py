@@ -1,0 +1,155 @@
+"""From sample numbers to one batch of tensors, for datasets that are read sample by sample in Python.
+
+Random transforms that draw from the global generators are made a function of (seed, epoch, sample) too.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from raytrainer.data.datasets import name_of
+from raytrainer.data.order import Indices
+from raytrainer.errors import DataError
+from raytrainer.seeds import mix
+
+Collate = Callable[[list[Any]], Any]
+
+
+def map_leaves(function: Callable[[Any], Any], data: Any) -> Any:
+    """`data` with `function` applied to whatever is not a dict, tuple (named or not) or list."""
+    if isinstance(data, dict):
+        return {key: map_leaves(function, value) for key, value in data.items()}
+    if isinstance(data, tuple):
+        parts = [map_leaves(function, value) for value in data]
+        return type(data)(*parts) if hasattr(data, "_fields") else tuple(parts)
+    if isinstance(data, list):
+        return [map_leaves(function, value) for value in data]
+    return function(data)
+
+
+def as_tensor(value: Any) -> Any:
+    """A numeric numpy array as a tensor of the same memory; anything else as it is."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return torch.from_numpy(value if value.flags.writeable else value.copy())
+    return value
+
+
+def collate(samples: list[Any], collate_fn: Collate | None) -> Any:
+    """One batch of `samples`: torch's `default_collate`, with tuples kept as tuples, unless `collate_fn` is given."""
+    if collate_fn is not None:
+        return map_leaves(as_tensor, collate_fn(samples))
+    batch = default_collate(samples)
+    return tuple(batch) if type(samples[0]) is tuple else batch
+
+
+def describe(samples: Indices) -> str:
+    numbers = samples.tolist()
+    shown = ", ".join(map(str, numbers[:4]))
+    return f"samples {shown}{f', … ({len(numbers)} in all)' if len(numbers) > 4 else ''}"
+
+
+def wrapped(dataset: Any, where: str, error: Exception) -> DataError:
+    return DataError(f"{name_of(dataset)}, {where}: {type(error).__name__}: {error}")
+
+
+class Fetcher:
+    """Reads batches of a map-style dataset.
+
+    `isolated` finds out whether the dataset, or `collate_fn`, draws from the global generators of Python, numpy or
+    torch. One that does is read sample by sample from then on, each seeded with its (seed, epoch, sample), so that the
+    draw is the same whoever reads it; and the generators are left as they were, for the model to draw from.
+
+    Raises:
+        DataError: (all methods) the dataset or `collate_fn` raised; names the sample.
+    """
+
+    def __init__(self, dataset: Any, collate_fn: Collate | None, seed: int) -> None:
+        self.dataset, self.collate_fn, self.seed = dataset, collate_fn, seed
+        self.draws = False
+        self._by_batch = callable(getattr(dataset, "__getitems__", None)) and not (
+            # A column dataset's batch is whole: a collate_fn has to be given samples.
+            collate_fn is not None and getattr(dataset, "tensors", None)
+        )
+
+    def __call__(self, samples: Indices, epoch: int) -> Any:
+        """The batch, read as it comes; only right where `draws` is known to be False, or in the generators' owner."""
+        if self.draws and hasattr(self.dataset, "__getitem__"):
+            return self._seeded(samples, epoch)
+        if not self._by_batch:
+            return self._collate(self._each(samples), samples)
+        try:
+            batch = self.dataset.__getitems__(samples.tolist())
+        except Exception as error:
+            raise wrapped(self.dataset, describe(samples), error) from error
+        return self._collate(batch, samples) if isinstance(batch, list) else map_leaves(as_tensor, batch)
+
+    def isolated(self, samples: Indices, epoch: int) -> Any:
+        """The batch, with the global generators as before."""
+        before = _generators()
+        try:
+            batch = self(samples, epoch)
+            if not self.draws and _moved(before):
+                self.draws = True
+                batch = self(samples, epoch)
+        finally:
+            if self.draws:
+                _put_back(before)
+        return batch
+
+    def _each(self, samples: Indices) -> list[Any]:
+        dataset, rows, number = self.dataset, [], -1
+        try:
+            for number in samples.tolist():
+                rows.append(dataset[number])  # not a comprehension: `number` names the sample that failed
+        except Exception as error:
+            raise wrapped(dataset, f"sample {number}", error) from error
+        return rows
+
+    def _seeded(self, samples: Indices, epoch: int) -> Any:
+        rows = []
+        for position in range(len(samples)):
+            _seed(mix("sample", self.seed, epoch, int(samples[position])))
+            rows += self._each(samples[position : position + 1])
+        # collate_fn may draw too (mixing images of a batch): that depends on the batch, so on the ranks' share of it.
+        _seed(mix("collate", self.seed, epoch, int(samples[0])))
+        return self._collate(rows, samples)
+
+    def _collate(self, rows: list[Any], samples: Indices) -> Any:
+        try:
+            return collate(rows, self.collate_fn)
+        except Exception as error:
+            raise wrapped(self.dataset, f"collating {describe(samples)}", error) from error
+
+
+def _seed(number: int) -> None:
+    random.seed(number)
+    np.random.seed(number & 0xFFFFFFFF)
+    # Not torch.manual_seed, which would reach for the devices: data are made on the host.
+    torch.default_generator.manual_seed(number)
+
+
+def _generators() -> tuple[Any, Any, Tensor]:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def _moved(before: tuple[Any, Any, Tensor]) -> bool:
+    python, legacy, host = _generators()
+    return bool(
+        python != before[0]
+        or legacy[2:] != before[1][2:]
+        or not np.array_equal(legacy[1], before[1][1])
+        or not torch.equal(host, before[2])
+    )
+
+
+def _put_back(before: tuple[Any, Any, Tensor]) -> None:
+    random.setstate(before[0])
+    np.random.set_state(before[1])
+    torch.set_rng_state(before[2])

@@ -1,0 +1,359 @@
+"""The batches of a dataset, in order, on the device, from any position: gathered here, in a thread or in processes.
+
+Where they are made is a matter of speed alone: the same batches come, bit for bit, whatever is chosen.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raytrainer.data.ahead import DeviceCopy, ahead, gather
+from raytrainer.data.datasets import columns_of, name_of
+from raytrainer.data.fetch import Collate, Fetcher, collate, describe, map_leaves, wrapped
+from raytrainer.data.order import Indices
+from raytrainer.data.plan import Plan, Step
+from raytrainer.data.pool import WorkerPool
+from raytrainer.data.stream import Stream
+from raytrainer.errors import ConfigError, DataError, RaytrainerError
+
+log = logging.getLogger(__name__)
+
+RESIDENT_BYTES = 256 * 2**20
+"""Up to this size `resident="auto"` keeps a column dataset on the device."""
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """`data` on the device; `size` samples of it count: 0 for the stand-in of a rank that has none of the batch."""
+
+    data: Any
+    size: int
+
+
+@dataclass(slots=True)
+class Batch:
+    """What a rank gets of global batch `index`; `global_size` samples on all ranks together."""
+
+    index: int
+    epoch: int
+    global_size: int
+    micro: list[MicroBatch]
+    ends_epoch: bool
+
+
+_Made = tuple[Step, list[Any]]  # a step, and the data of each of its micro-batches
+
+
+class Loader:
+    """Batches of a map-style dataset, an iterable one, or columns.
+
+    Which samples batch `k` holds is a function of `seed`, `k` and the dataset's length alone; rank `r` of `w` takes
+    samples `b*r//w` to `b*(r+1)//w` of a batch of `b`, cut into the same number of micro-batches on all ranks.
+
+    Args:
+        dataset: With `__len__` and `__getitem__` or `__getitems__`; a column dataset of `raytrainer.data`; or an
+            iterable, better with `state_dict` and `load_state_dict`. docs/data.md says what each is asked.
+        global_batch_size: Samples in a batch, on all ranks together.
+        micro_batch_size: The most samples in a micro-batch of one rank; None for all at once.
+        seed: Decides the order, the augmentation, and what the dataset draws from global generators.
+        rank, world_size: Whose part this is.
+        shuffle: A new order each epoch; otherwise the dataset's. Iterables have their own.
+        drop_last: Leave out an epoch's last batch where it is not full.
+        collate_fn: From a list of samples to a batch; None for torch's `default_collate`.
+        num_workers: Processes for slow Python transforms; 0 for a thread. Columns and iterables need none.
+        prefetch: Batches made ahead (by each process); 0 makes each in the calling thread, when it is asked for.
+        device: Where batches are wanted.
+        resident: Keep a column dataset on the device: `auto` up to 256 MB, True always, False never.
+        pad_empty: Give a rank without samples one of the batch's, with size 0, so that its collectives take part.
+
+    Raises:
+        ConfigError: An argument that cannot be; a dataset that is neither map-style nor iterable.
+        DataError: A dataset without samples. While iterating: what the dataset raised, naming it and the sample.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        collate_fn: Collate | None = None,
+        num_workers: int = 0,
+        prefetch: int = 2,
+        device: str | torch.device = "cpu",
+        resident: bool | str = "auto",
+        pad_empty: bool = True,
+    ) -> None:
+        _at_least("global_batch_size", global_batch_size, 1)
+        if micro_batch_size is not None:
+            _at_least("micro_batch_size", micro_batch_size, 1)
+        _at_least("num_workers", num_workers, 0)
+        _at_least("prefetch", prefetch, 0)
+        if resident not in ("auto", True, False):
+            raise ConfigError(
+                f"data.resident={resident!r} is not one of auto, true, false",
+                key="data.resident",
+                value=resident,
+                choices=("auto", "true", "false"),
+            )
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank {rank} is not one of {world_size}")
+        self.dataset, self.seed, self.collate_fn = dataset, seed, collate_fn
+        self.num_workers, self.prefetch = num_workers, prefetch
+        self.device = torch.device(device)
+        self._transform = getattr(dataset, "transform_batch", None)
+        self._position: dict[str, Any] = {}
+        self._columns = columns_of(dataset) if collate_fn is None else None
+        self._stream: Stream | None = None
+        self._plan: Plan | None = None
+        if _is_map_style(dataset):
+            length = len(dataset)
+            if length == 0:
+                raise DataError(f"{name_of(dataset)} has no samples")
+            self._plan = Plan(
+                length,
+                global_batch_size,
+                micro_batch_size=micro_batch_size,
+                seed=seed,
+                rank=rank,
+                world_size=world_size,
+                shuffle=shuffle,
+                drop_last=drop_last,
+                pad_empty=pad_empty,
+            )
+        else:
+            self._stream = Stream(
+                dataset,
+                global_batch_size,
+                micro_batch_size=micro_batch_size,
+                rank=rank,
+                world_size=world_size,
+                drop_last=drop_last,
+                pad_empty=pad_empty,
+            )
+            if num_workers:
+                log.info("%s is read in a thread: processes cannot share an iterable's position", name_of(dataset))
+        self._fetcher = Fetcher(dataset, collate_fn, seed)
+        self._resident = False
+        if self._columns is not None:
+            size = sum(c.nbytes for c in (self._columns.values() if isinstance(self._columns, dict) else self._columns))
+            self._resident = size <= RESIDENT_BYTES if resident == "auto" else bool(resident)
+            if self._resident:
+                self._columns = map_leaves(lambda column: column.to(self.device), self._columns)
+
+    @property
+    def length(self) -> int | None:
+        """Samples in an epoch; None for an iterable."""
+        return self._plan.length if self._plan else None
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Batches in an epoch; None for an iterable."""
+        return self._plan.steps_per_epoch if self._plan else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of an iterable as of the last batch that was yielded; empty for a map-style dataset."""
+        return self._position
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Makes the next `batches(start)` go on from there, where `start` is the batch after it."""
+        self._position = dict(state)
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Generator[Batch, None, None]:
+        """Batch `start`, `start + 1`, … across epochs, until `stop`; closing it ends its thread and processes.
+
+        A start costs the same wherever it is, except for an iterable without the state of that position, which is
+        read from its beginning.
+        """
+        if self._stream is not None:
+            yield from self._from_stream(start, stop)
+        else:
+            made = self._made(start, stop)
+            try:
+                for step, micro in made:
+                    yield self._finished(step, micro)
+            finally:
+                made.close()
+
+    def _made(self, start: int, stop: int | None) -> Generator[_Made, None, None]:
+        """The data on the device, by the way that suits the dataset."""
+        if self._columns is not None:
+            if self._resident or not self.prefetch:
+                return self._gathered(start, stop)
+            return self._copied(self._gathered(start, stop), self.prefetch)
+        if self.num_workers:
+            # On the CPU the processes are far enough ahead: one more thread would only hand on.
+            return self._copied(self._pooled(start, stop), 1 if self.device.type == "cuda" else 0)
+        return self._read_rows(start, stop)
+
+    def _steps(self, start: int, stop: int | None) -> Generator[Step, None, None]:
+        plan, index = self._plan, start
+        assert plan is not None
+        while stop is None or index < stop:
+            yield plan.step(index)
+            index += 1
+
+    def _gathered(self, start: int, stop: int | None) -> Generator[_Made, None, None]:
+        columns, device = self._columns, self.device
+        on_host = device.type == "cpu" or not self._resident
+        pinned = device.type == "cuda" and not self._resident
+        for step in self._steps(start, stop):
+            micro = []
+            for samples, _ in step.micro:
+                rows = torch.from_numpy(samples)
+                if not on_host:
+                    rows = rows.to(device, non_blocking=True)
+                micro.append(gather(columns, rows, pinned))
+            yield step, micro
+
+    def _read_rows(self, start: int, stop: int | None) -> Generator[_Made, None, None]:
+        steps, fetcher = self._steps(start, stop), self._fetcher
+
+        def isolated(step: Step) -> _Made:
+            return step, [fetcher.isolated(samples, step.epoch) for samples, _ in step.micro]
+
+        def plain() -> Generator[_Made, None, None]:
+            for step in steps:
+                yield step, [fetcher(samples, step.epoch) for samples, _ in step.micro]
+
+        # The first batch is read here, to see whether the dataset draws from the global generators. One that does
+        # cannot be read in a thread, where it would draw between the model's own draws.
+        for step in steps:
+            yield self._on_device(isolated(step))
+            if self.prefetch and not fetcher.draws:
+                break
+        yield from self._copied(plain(), self.prefetch)
+
+    def _pooled(self, start: int, stop: int | None) -> Generator[_Made, None, None]:
+        plan, fetcher = self._plan, self._fetcher
+        assert plan is not None
+
+        def make(index: int) -> list[Any]:
+            step = plan.step(index)
+            return [fetcher.isolated(samples, step.epoch) for samples, _ in step.micro]
+
+        pool = WorkerPool(make, self.num_workers, self.prefetch, name_of(self.dataset))
+        results = pool.run(start, stop)
+        try:
+            for index, micro in results:
+                yield plan.step(index), micro
+        finally:
+            results.close()
+
+    def _copied(self, source: Generator[_Made, None, None], depth: int) -> Generator[_Made, None, None]:
+        """`source` worked ahead in a thread (with `depth`), and its data on their way to the device there."""
+        if self.device.type != "cuda":
+            moved = ahead(source, depth) if depth else source
+            try:
+                for made in moved:
+                    yield self._on_device(made)
+            finally:
+                moved.close()
+            return
+        copier = DeviceCopy(self.device)
+
+        def started() -> Generator[tuple[Step, list[Any]], None, None]:
+            try:
+                for step, micro in source:
+                    yield step, [copier.start(data) for data in micro]
+            finally:
+                source.close()
+
+        moving = ahead(started(), depth) if depth else started()
+        try:
+            for step, micro in moving:
+                yield step, [copier.finish(*data) for data in micro]
+        finally:
+            moving.close()
+
+    def _on_device(self, made: _Made) -> _Made:
+        if self.device.type == "cpu":
+            return made
+        move = lambda value: value.to(self.device) if isinstance(value, Tensor) else value  # noqa: E731
+        return made[0], [map_leaves(move, data) for data in made[1]]
+
+    def _from_stream(self, start: int, stop: int | None) -> Generator[Batch, None, None]:
+        assert self._stream is not None
+        states: dict[int, dict[str, Any]] = {}
+        source = self._stream.run(start, self._position)
+
+        def made() -> Generator[_Made, None, None]:
+            try:
+                for step, micro, state in source:
+                    if stop is not None and step.index >= stop:
+                        return
+                    states[step.index] = state
+                    yield (
+                        step,
+                        [self._collated(rows, samples) for rows, (samples, _) in zip(micro, step.micro, strict=True)],
+                    )
+                    if stop is not None and step.index + 1 >= stop:
+                        return
+            finally:
+                source.close()
+
+        moved = self._copied(made(), self.prefetch)
+        try:
+            for step, micro in moved:
+                batch = self._finished(step, micro)
+                self._position = states.pop(step.index)
+                yield batch
+        finally:
+            moved.close()
+
+    def _collated(self, rows: list[Any], samples: Indices) -> Any:
+        try:
+            return collate(rows, self.collate_fn)
+        except Exception as error:
+            raise wrapped(self.dataset, f"collating {describe(samples)}", error) from error
+
+    def _finished(self, step: Step, micro: list[Any]) -> Batch:
+        if self._transform is not None:
+            micro = [
+                self._transformed(data, samples, step.epoch)
+                for data, (samples, _) in zip(micro, step.micro, strict=True)
+            ]
+        parts = [MicroBatch(data, size) for data, (_, size) in zip(micro, step.micro, strict=True)]
+        return Batch(step.index, step.epoch, step.global_size, parts, step.ends_epoch)
+
+    def _transformed(self, data: Any, samples: Indices, epoch: int) -> Any:
+        assert self._transform is not None
+        rows = torch.from_numpy(samples)
+        if self.device.type != "cpu":
+            rows = rows.to(self.device, non_blocking=True)
+        try:
+            return self._transform(data, rows, epoch, self.seed)
+        except RaytrainerError:
+            raise
+        except Exception as error:
+            raise wrapped(self.dataset, f"transform_batch of {describe(samples)}", error) from error
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(
+            f"data.{name}={value!r}: want an integer of at least {least}", key=f"data.{name}", value=value
+        )
+
+
+def _is_map_style(dataset: Any) -> bool:
+    if isinstance(dataset, torch.utils.data.IterableDataset):  # it has a __getitem__, which only raises
+        return False
+    if hasattr(dataset, "__len__") and (hasattr(dataset, "__getitem__") or hasattr(dataset, "__getitems__")):
+        return True
+    if hasattr(dataset, "__iter__"):
+        return False
+    raise ConfigError(
+        f"{name_of(dataset)} is no dataset: it has neither __len__ with __getitem__ or __getitems__, nor __iter__"
+    )
