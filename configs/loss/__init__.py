@@ -1,0 +1,1 @@
+"""Losses: callables (model, batch) -> {"loss": ..., ...}."""

@@ -1,0 +1,1 @@
+"""Learning-rate curves, or any torch scheduler that is stepped without a metric."""

@@ -1,0 +1,1 @@
+"""Optimizers: the parameters are given to them, in groups."""

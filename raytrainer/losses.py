@@ -1,0 +1,139 @@
+"""The reference losses: callables `(model, batch) -> {"loss": ..., ...}`, which is all that a loss has to be.
+They take their tensors from a dict by key or from a tuple by position, and never bring a value to the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from raytrainer.errors import ConfigError, nearest
+
+Model = Callable[[Tensor], Tensor]
+Field = str | int
+
+
+class CrossEntropy:
+    """Classification: the mean cross entropy over the samples, and the accuracy.
+
+    Args:
+        input: Where the batch has the model's input: a key of a dict; a position, if the batch is a tuple (a key
+            then means the first).
+        target: The same for the target (a key means the second of a tuple): class indices `[N]` (or `[N, ...]` for
+            logits `[N, C, ...]`), or probabilities of the logits' shape.
+        label_smoothing: The part of the target spread over all classes (Szegedy et al. 2015, arXiv:1512.00567).
+
+    Raises:
+        ConfigError: `label_smoothing` is not in [0, 1], or, when called, the batch has no such entry.
+    """
+
+    def __init__(self, input: Field = "image", target: Field = "label", label_smoothing: float = 0.0) -> None:  # noqa: A002
+        if not 0 <= label_smoothing <= 1:
+            raise ConfigError(
+                f"loss.label_smoothing is {label_smoothing}; it must be between 0 and 1",
+                key="loss.label_smoothing",
+                value=label_smoothing,
+            )
+        self.input, self.target, self.label_smoothing = input, target, label_smoothing
+
+    def __call__(self, model: Model, batch: Any) -> dict[str, Tensor]:
+        target = _take(batch, "target", self.target, position=1)
+        logits = _at_least_single(model(_take(batch, "input", self.input, position=0)))
+        loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
+        classes = target.argmax(1) if target.is_floating_point() else target
+        return {"loss": loss, "accuracy": (logits.detach().argmax(1) == classes).to(loss.dtype).mean()}
+
+
+class MeanSquaredError:
+    """Regression: the mean squared difference over all values of all samples.
+
+    Args:
+        input: Where the batch has the model's input, as in `CrossEntropy`.
+        target: The same for the target: `[N, ...]`, the shape of the prediction; a last dimension of 1 may be missing.
+
+    Raises:
+        ConfigError: When called: the batch has no such entry, or the shapes differ (which would broadcast silently).
+    """
+
+    def __init__(self, input: Field = "input", target: Field = "target") -> None:  # noqa: A002
+        self.input, self.target = input, target
+
+    def __call__(self, model: Model, batch: Any) -> dict[str, Tensor]:
+        target = _take(batch, "target", self.target, position=1)
+        prediction = _at_least_single(model(_take(batch, "input", self.input, position=0)))
+        if prediction.shape == (*target.shape, 1):
+            prediction = prediction.squeeze(-1)
+        if prediction.shape != target.shape:
+            raise ConfigError(
+                f"the model gives {list(prediction.shape)}, but loss.target {self.target!r} is {list(target.shape)}",
+                key="loss.target",
+                value=self.target,
+            )
+        return {"loss": F.mse_loss(prediction, target.to(prediction.dtype))}
+
+
+class TokenCrossEntropy:
+    """Language modelling: the mean cross entropy over the tokens that count, with their number as the weight, so that
+    the mean over micro-batches and ranks is one over all tokens however they are spread.
+
+    Args:
+        input: Where the batch has the token ids `[N, T]`, as in `CrossEntropy`.
+        target: The same for the targets `[N, T]`, aligned with the logits `[N, T, V]`: whoever makes the batch has
+            shifted them by one.
+        ignore_index: Targets that do not count (padding, a prompt). With none that counts the loss is 0.
+
+    Raises:
+        ConfigError: When called: the batch has no such entry.
+    """
+
+    def __init__(
+        self,
+        input: Field = "input_ids",  # noqa: A002
+        target: Field = "labels",
+        ignore_index: int = -100,
+    ) -> None:
+        self.input, self.target, self.ignore_index = input, target, ignore_index
+
+    def __call__(self, model: Model, batch: Any) -> dict[str, Tensor]:
+        target = _take(batch, "target", self.target, position=1).flatten()
+        logits = _at_least_single(model(_take(batch, "input", self.input, position=0))).flatten(0, -2)
+        counted = target != self.ignore_index
+        weight = counted.sum().to(logits.dtype)
+        # A mean by hand: torch's own is NaN where nothing counts, and asking whether anything does would wait for
+        # the device.
+        mean_over = weight.clamp(min=1)
+        loss = F.cross_entropy(logits, target, ignore_index=self.ignore_index, reduction="sum") / mean_over
+        right = ((logits.detach().argmax(-1) == target) & counted).sum()
+        return {"loss": loss, "weight": weight, "accuracy": right / mean_over}
+
+
+def _at_least_single(output: Tensor) -> Tensor:
+    # Softmax in half precision loses what the loss is about.
+    return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
+
+
+def _take(batch: Any, role: str, field: Field, *, position: int) -> Tensor:
+    if isinstance(batch, Mapping):
+        if field in batch:
+            value: Tensor = batch[field]
+            return value
+        choices = [str(key) for key in batch]
+        ordered = list(dict.fromkeys([*nearest(str(field), choices), *choices]))
+        raise ConfigError(
+            f"loss.{role} is {field!r}, but a batch has {', '.join(ordered)}",
+            key=f"loss.{role}",
+            value=field,
+            choices=choices,
+        )
+    index = field if isinstance(field, int) else position
+    if not isinstance(batch, Sequence) or not -len(batch) <= index < len(batch):
+        what = f"{len(batch)} entries" if isinstance(batch, Sequence) else f"a {type(batch).__name__}"
+        raise ConfigError(
+            f"loss.{role} wants entry {index} of a batch, which is {what}", key=f"loss.{role}", value=field
+        )
+    entry: Tensor = batch[index]
+    return entry

@@ -1,0 +1,10 @@
+"""The reference models. Each takes and returns plain tensors, and is an example of what `model._target_` can be:
+any importable `nn.Module` is as good.
+"""
+
+from __future__ import annotations
+
+from raytrainer.models.mlp import MLP
+from raytrainer.models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
+
+__all__ = ["MLP", "ResNet", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]

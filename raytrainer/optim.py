@@ -1,0 +1,233 @@
+"""Parameter groups, and learning-rate curves as pure functions of the step and the length of the run.
+A curve gives the factor of the base learning rate, so a resumed run needs nothing but its step to go on.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, cast
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+
+from raytrainer.errors import ConfigError
+
+Factory = Callable[..., Any]
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters in at most two groups: matrices and kernels, which decay, and vectors, which do not.
+
+    Everything of fewer than two dimensions is a bias or a norm's scale; pulling those to zero regularises nothing
+    (He et al. 2018, arXiv:1812.01187, 3.1).
+
+    Raises:
+        ConfigError: Nothing is trainable.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise ConfigError("the model has no trainable parameter", key="model")
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(factory: Factory, model: nn.Module) -> Optimizer:
+    """The optimizer of `model`'s parameters.
+
+    Args:
+        factory: Called with the parameters alone, so everything else is bound: `partial(torch.optim.AdamW, lr=1e-3)`.
+            Its `weight_decay`, bound or by default, is that of the matrices; one that has none gets a plain list.
+        model: As it is trained: wrapped, sharded and on its device.
+
+    Raises:
+        ConfigError: The optimizer refuses a value, or nothing is trainable.
+    """
+    weight_decay = _bound(factory, "weight_decay")
+    groups = parameter_groups(model, 0.0 if weight_decay is None else weight_decay)
+    params: list[Any] = groups if weight_decay is not None else [p for group in groups for p in group["params"]]
+    try:
+        return cast("Optimizer", factory(params))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer: {error}", key="optimizer") from error
+
+
+class Curve(Protocol):
+    """The factor of the base learning rate at `step` (from 0) of a run of `total_steps` (None: not known)."""
+
+    def __call__(self, step: int, total_steps: int | None, /) -> float: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """Warm-up, then 1.
+
+    Args:
+        warmup_steps: Steps in which the factor rises in a line, from `1 / (warmup_steps + 1)`, to 1: a number of
+            steps, or a fraction of the run if below 1.
+
+    Raises:
+        ConfigError: A negative number, or a fraction of steps.
+    """
+
+    warmup_steps: float = 0
+
+    def __post_init__(self) -> None:
+        _check_warmup(self.warmup_steps)
+
+    def __call__(self, step: int, total_steps: int | None, /) -> float:
+        return _warmup(step, _in_steps(self.warmup_steps, total_steps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Decay:
+    """What the falling curves share. Warm-up as in `Constant`; 1 at its end; `min_factor` from `total_steps` on."""
+
+    warmup_steps: float = 0
+    min_factor: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_warmup(self.warmup_steps)
+        _check_fraction("min_factor", self.min_factor)
+
+    def __call__(self, step: int, total_steps: int | None, /) -> float:
+        total = _known(total_steps)
+        warmup = _in_steps(self.warmup_steps, total)
+        if step < warmup:
+            return _warmup(step, warmup)
+        start = self._start(warmup, total)
+        if step >= total:
+            return self.min_factor
+        if step <= start:
+            return 1.0
+        return self.min_factor + (1 - self.min_factor) * self._shape((step - start) / (total - start))
+
+    def _start(self, warmup: int, total: int) -> int:
+        """The step from which it falls."""
+        return warmup
+
+    def _shape(self, progress: float) -> float:
+        """From 1 at progress 0 to 0 at progress 1."""
+        raise NotImplementedError
+
+
+class Linear(_Decay):
+    """Warm-up, then a line down to `min_factor`."""
+
+    def _shape(self, progress: float) -> float:
+        return 1 - progress
+
+
+class Cosine(_Decay):
+    """Warm-up, then half a cosine down to `min_factor` (Loshchilov and Hutter 2016, arXiv:1608.03983, one cycle)."""
+
+    def _shape(self, progress: float) -> float:
+        return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WSD(_Decay):
+    """Warm-up, stable, decay (Hu et al. 2024, arXiv:2404.06395): 1 until the last `decay_fraction` of the run, then a
+    line down to `min_factor`. A run can be made longer from a checkpoint taken before the decay.
+    """
+
+    decay_fraction: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_fraction("decay_fraction", self.decay_fraction)
+
+    def _start(self, warmup: int, total: int) -> int:
+        return max(warmup, total - round(self.decay_fraction * total))
+
+    def _shape(self, progress: float) -> float:
+        return 1 - progress
+
+
+def build_scheduler(factory: Factory, optimizer: Optimizer, total_steps: int | None) -> LRScheduler:
+    """The scheduler of `optimizer`, to be stepped once after every optimizer step.
+
+    Args:
+        factory: Takes an `optimizer`: a torch scheduler with everything else bound. Takes a `step`: itself a curve,
+            `(step, total_steps) -> factor`. Otherwise it is called and gives a curve: `partial(Cosine, ...)`.
+        optimizer: Its present learning rates are the base.
+        total_steps: Optimizer steps in the whole run, also when it resumes; None where the data's length is unknown.
+
+    Raises:
+        ConfigError: The curve needs a length that is not known, or refuses a value; a scheduler that wants a metric.
+    """
+    accepted = _parameters(factory)
+    try:
+        if "optimizer" in accepted:
+            scheduler = factory(optimizer)
+            if isinstance(scheduler, ReduceLROnPlateau):
+                raise ConfigError(
+                    "lr_scheduler: ReduceLROnPlateau wants a metric at each step; use a curve of the step, "
+                    "as constant, linear, cosine or wsd",
+                    key="lr_scheduler",
+                    value="ReduceLROnPlateau",
+                )
+            return cast("LRScheduler", scheduler)
+        curve: Curve = factory if "step" in accepted else factory()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"lr_scheduler: {error}", key="lr_scheduler") from error
+    # A function, not the object: LambdaLR puts an object's fields into its state, and would write them back over the
+    # values that a resume was given.
+    return LambdaLR(optimizer, lambda step: curve(step, total_steps))
+
+
+def _parameters(factory: Factory) -> dict[str, inspect.Parameter]:
+    try:
+        return dict(inspect.signature(factory).parameters)
+    except ValueError:  # a builtin without a signature
+        return {}
+
+
+def _bound(factory: Factory, name: str) -> float | None:
+    """What the factory will use for `name`, bound or its own default; None where it has none."""
+    if isinstance(factory, partial) and name in factory.keywords:
+        return float(factory.keywords[name])
+    parameter = _parameters(factory).get(name)
+    return None if parameter is None or parameter.default is inspect.Parameter.empty else float(parameter.default)
+
+
+def _warmup(step: int, warmup: int) -> float:
+    # Never 0, so that the first step is not wasted, and 1 for the first time after exactly `warmup` steps.
+    return min(1.0, (step + 1) / (warmup + 1))
+
+
+def _in_steps(warmup: float, total_steps: int | None) -> int:
+    return int(warmup) if warmup >= 1 or warmup == 0 else round(warmup * _known(total_steps))
+
+
+def _known(total_steps: int | None) -> int:
+    if total_steps is None:
+        raise ConfigError(
+            "lr_scheduler: the curve needs the length of the run; set trainer.max_steps, or lr_scheduler=constant "
+            "with whole warmup_steps",
+            key="lr_scheduler",
+        )
+    return total_steps
+
+
+def _check_warmup(value: float) -> None:
+    if isinstance(value, bool) or value < 0 or (value > 1 and value != int(value)):
+        raise ConfigError(
+            f"lr_scheduler.warmup_steps is {value}; it is a whole number of steps, or a fraction of the run below 1",
+            key="lr_scheduler.warmup_steps",
+            value=value,
+        )
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ConfigError(
+            f"lr_scheduler.{name} is {value}; it must be between 0 and 1", key=f"lr_scheduler.{name}", value=value
+        )
