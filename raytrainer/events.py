@@ -69,7 +69,15 @@ class FitEnd:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-HOOKS = ("on_fit_start", "on_step_end", "on_log", "on_eval_end", "on_checkpoint", "on_fit_end")
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A file or folder that belongs to the run's records, from `Trainer.log_artifact`."""
+
+    path: str
+    folder: str | None = None
+
+
+HOOKS = ("on_fit_start", "on_step_end", "on_log", "on_eval_end", "on_checkpoint", "on_artifact", "on_fit_end")
 
 
 class Events:
@@ -97,6 +105,9 @@ class Events:
 
     def checkpoint(self, trainer: Any, event: CheckpointSaved) -> None:
         self._call("on_checkpoint", trainer, event)
+
+    def artifact(self, trainer: Any, event: Artifact) -> None:
+        self._call("on_artifact", trainer, event)
 
     def fit_end(self, trainer: Any, event: FitEnd) -> None:
         self._call("on_fit_end", trainer, event)

@@ -1,0 +1,83 @@
+"""Weights and optimizer state under their parameters' names, so that a checkpoint does not depend on their order.
+
+An optimizer numbers its parameters by group; names survive another grouping, DDP's prefix and another framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raytrainer.errors import CheckpointCorrupt, nearest
+
+
+def named_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """`optimizer.state_dict()` with names for numbers: `{"state": {name: …}, "groups": [{"names": […], …}]}`."""
+    names = {id(p): n for n, p in model.named_parameters()}
+    state = optimizer.state_dict()
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    return {
+        "state": {order[number]: dict(values) for number, values in state["state"].items()},
+        "groups": [
+            {**{k: v for k, v in group.items() if k != "params"}, "names": [order[i] for i in group["params"]]}
+            for group in state["param_groups"]
+        ],
+    }
+
+
+def restore_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Loads what `named_optimizer_state` gave.
+
+    Raises:
+        CheckpointCorrupt: Its parameters are not this model's, or their groups differ.
+    """
+    names = {id(p): n for n, p in model.named_parameters()}
+    order = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    groups = list(saved["groups"])
+    if [sorted(g["names"]) for g in groups] != [sorted(g) for g in order]:
+        raise CheckpointCorrupt("the checkpoint's optimizer has other parameters, or groups them otherwise, than this one")
+    number, state, new_groups = 0, {}, []
+    for wanted, group in zip(order, groups, strict=True):
+        numbers = list(range(number, number + len(wanted)))
+        number += len(wanted)
+        state.update({i: saved["state"][n] for i, n in zip(numbers, wanted, strict=True) if n in saved["state"]})
+        # JSON has no tuples (AdamW's betas); torch compares and unpacks either.
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in group.items() if k != "names"}
+        new_groups.append({**values, "params": numbers})
+    optimizer.load_state_dict({"state": state, "param_groups": new_groups})
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Copies weights and buffers into `model`.
+
+    Raises:
+        CheckpointCorrupt: Names or shapes differ; the message gives the first few of each kind.
+    """
+    own = model.state_dict()
+    missing = sorted(own.keys() - weights.keys())
+    surplus = sorted(weights.keys() - own.keys())
+    shapes = [
+        f"{n}: {tuple(weights[n].shape)} there, {tuple(own[n].shape)} here"
+        for n in own.keys() & weights.keys()
+        if own[n].shape != weights[n].shape
+    ]
+    if missing or surplus or shapes:
+        parts = []
+        if missing:
+            close = nearest(missing[0], surplus, 1)
+            parts.append(f"it lacks {_few(missing)}" + (f" ({missing[0]} may be its {close[0]})" if close else ""))
+        if surplus:
+            parts.append(f"it has {_few(surplus)} too much")
+        if shapes:
+            parts.append(f"shapes differ: {_few(shapes)}")
+        raise CheckpointCorrupt(f"{source} holds another model: {'; '.join(parts)}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,460 @@
+"""The training loop: batch → forward → loss → backward → clip → step, with evaluation, checkpoints and exact resume.
+
+Knows neither Ray nor MLflow: it takes a `World` and listeners, and tells them what happens (events.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raytrainer import parallel, seeds
+from raytrainer.checkpoint import Checkpointer, CheckpointInfo
+from raytrainer.config import Experiment, build, factory
+from raytrainer.data import Batch, Loader
+from raytrainer.errors import ConfigError, NonFiniteLoss
+from raytrainer.events import Artifact, CheckpointSaved, EvalEnd, Events, FitEnd, FitStart, Logged
+from raytrainer.metrics import Monitor, Throughput, WeightedMeans
+from raytrainer.optim import build_optimizer, build_scheduler
+from raytrainer.parallel import Precision, World
+from raytrainer.state import load_weights, named_optimizer_state, restore_optimizer_state
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How training ended.
+
+    Attributes:
+        step: Optimizer steps done since the beginning of the run.
+        epoch: The epoch that the next step would belong to.
+        reason: `finished`, `early_stopping`, `max_time` or `stopped`.
+        metrics: The last train and validation metrics.
+        best: The best value of `checkpoint.monitor`, and its step.
+    """
+
+    step: int
+    epoch: int
+    reason: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    best: tuple[float, int] | None = None
+
+
+class Trainer:
+    """Trains one experiment in one process of `world`.
+
+    Args:
+        experiment: What to train; alone in a notebook: `Trainer(compose(["experiment=mlp"]).experiment).fit()`.
+        world: The place of this process among all.
+        checkpointer: Where checkpoints go and come from; None: none are written.
+        listeners: Objects with hooks of events.py, called before the experiment's own callbacks.
+        should_stop: Asked at every log; once it is true on any rank, all end after the same step, with a checkpoint.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        *,
+        world: World | None = None,
+        checkpointer: Checkpointer | None = None,
+        listeners: Iterable[Any] = (),
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.experiment, self.world, self.checkpointer = experiment, world or World(), checkpointer
+        self._should_stop = should_stop
+        e, options, device = experiment, experiment.trainer, self.world.device
+
+        deterministic = device.type == "cpu" if options.deterministic is None else options.deterministic
+        parallel.set_determinism(deterministic, device, options.num_threads)
+        # Every rank draws the same initial weights; from the first step on each has random states of its own.
+        seeds.seed_everything("model", e.seed)
+        self.precision = Precision(options.precision, device)
+        self.raw_model: nn.Module = build(_node(e.model)).to(device=device, dtype=self.precision.dtype)
+        if options.channels_last:
+            self.raw_model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.loss: Callable[[nn.Module, Any], Mapping[str, Tensor]] = build(_node(e.loss))
+        self.callbacks: dict[str, Any] = {k: build(v) for k, v in e.callbacks.items() if v}
+        self.events = Events([*listeners, *self.callbacks.values()])
+
+        self.train_loader = self._loader(build(_node(e.data.train)), shuffle=e.data.shuffle, drop_last=e.data.drop_last)
+        self.val_loader = self._loader(build(e.data.val)) if e.data.val else None
+        self.total_steps = self._total_steps()
+
+        # EMA: a second copy of the weights, moved a little towards the trained ones at every step.
+        self.ema_model = copy.deepcopy(self.raw_model).requires_grad_(False) if options.ema_decay else None
+        if options.compile:
+            mode = "default" if options.compile is True else options.compile
+            self.raw_model.compile(mode=mode)
+        self.optimizer = build_optimizer(factory(_node(e.optimizer)), self.raw_model)
+        self.scheduler = build_scheduler(factory(e.lr_scheduler), self.optimizer, self.total_steps) if e.lr_scheduler else None
+        self.model = parallel.replicate(
+            self.raw_model, self.world, find_unused_parameters=options.find_unused_parameters
+        )
+        self._parameters = [p for p in self.raw_model.parameters() if p.requires_grad]
+
+        self.step = 0  # optimizer steps done = batches consumed = the position in the data
+        self.metrics: dict[str, float] = {}
+        self.best = Monitor(e.checkpoint.monitor, e.checkpoint.mode)
+        early = options.early_stopping
+        self._patience = early.patience if early else math.inf
+        self._progress = Monitor(
+            (early and early.monitor) or e.checkpoint.monitor,
+            (early and early.mode) or e.checkpoint.mode,
+            early.min_delta if early else 0.0,
+        )
+        self._evaluated_at = self._saved_at = self._logged_at = 0
+        self._lr: Any = 0.0
+        self._extra: dict[str, float] = {}
+        self.window = WeightedMeans(device, self.world.all_reduce)
+        self.throughput = Throughput()
+
+    # --- the loop -------------------------------------------------------------------------------------------------
+
+    def fit(self) -> FitResult:
+        """Trains to the end, from the checkpoint that `restore` loaded or from the beginning.
+
+        Raises:
+            NonFiniteLoss: The loss of a logged window is not finite (`trainer.nonfinite=stop`).
+            DataError: A sample cannot be read.
+            CheckpointError, StorageError: A checkpoint could not be written; the ones before it stay valid.
+        """
+        options = self.experiment.trainer
+        if self.step == 0:
+            seeds.seed_everything("train", self.experiment.seed, self.world.rank)
+        size = sum(p.numel() for p in self.raw_model.parameters())
+        self.events.fit_start(
+            self, FitStart(self.step, self.total_steps, self.train_loader.steps_per_epoch, self.world.size, size)
+        )
+        started, reason = time.monotonic(), "finished"
+        batches = self.train_loader.batches(self.step, self.total_steps)
+        try:
+            with _profiler(self) as profile:
+                for batch in self._warmed_up(batches):
+                    self.train_step(batch)
+                    profile()
+                    self.events.step_end(self, self.step, batch.epoch)
+                    last = self.step == self.total_steps
+                    if last or self.step % options.log_every_n_steps == 0:
+                        over = options.max_time is not None and time.monotonic() - started >= options.max_time
+                        reason = self._log(batch.epoch, over) or reason
+                    if self._evaluation_due(batch.ends_epoch, last):
+                        self._evaluate_and_note(batch.epoch)
+                        if self._progress.without_gain > self._patience:
+                            reason = "early_stopping"
+                    if self._checkpoint_due(batch.ends_epoch, last):
+                        self.save()
+                    if reason != "finished":
+                        break
+        finally:
+            batches.close()
+        # An end that came from outside leaves time for a checkpoint, not for an evaluation.
+        if reason != "stopped" and options.eval_every_n_steps != 0 and self.step > self._evaluated_at and self.val_loader:
+            self._evaluate_and_note(self._epoch())
+        self.save()
+        if self.checkpointer is not None:
+            self.checkpointer.wait()
+        best = (self.best.value, self.best.step) if self.best.value is not None and self.best.step is not None else None
+        result = FitResult(self.step, self._epoch(), reason, dict(self.metrics), best)
+        self.events.fit_end(self, FitEnd(self.step, result.epoch, reason, result.metrics))
+        return result
+
+    def train_step(self, batch: Batch) -> None:
+        """One optimizer step over this rank's part of the global batch `batch`.
+
+        The gradient is that of the mean over the *global* weight: micro-batches and ranks of uneven sizes add up to
+        what one process gives on the whole batch. Nothing here waits for the device.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        last, counted = len(batch.micro) - 1, []
+        for i, micro in enumerate(batch.micro):
+            with parallel.synchronise(self.model, last=i == last):
+                with self.precision.autocast():
+                    values = dict(self.loss(self.model, self._prepare(micro.data)))
+                weight = values.pop("weight", None)
+                if weight is None:
+                    weight = micro.size
+                else:
+                    weight = weight.detach() * (1 if micro.size else 0)
+                    counted.append(weight)
+                # DDP takes the mean over ranks: times their number it is a sum.
+                loss = values["loss"] * (weight * (self.world.size / batch.global_size))
+                (self.precision.scaler.scale(loss) if self.precision.scaler else loss).backward()
+            self.window.add(values, weight)
+        if self.precision.scaler is not None:
+            self.precision.scaler.unscale_(self.optimizer)
+        if counted:
+            # The weight is known only after the forward passes: the sum above was over global_size, make it over it.
+            total = self.world.all_reduce(torch.stack(counted).sum().double())
+            gradients = [p.grad for p in self._parameters if p.grad is not None]
+            torch._foreach_mul_(gradients, torch.where(total > 0, batch.global_size / total, 0.0).to(gradients[0].dtype))
+        if (limit := self.experiment.trainer.max_grad_norm) is not None:
+            nn.utils.clip_grad_norm_(self._parameters, limit, foreach=True)
+        if self.precision.scaler is not None:
+            self.precision.scaler.step(self.optimizer)
+            self.precision.scaler.update()
+        else:
+            self.optimizer.step()
+        self._lr = self.optimizer.param_groups[0]["lr"]
+        if self.scheduler is not None:
+            self.scheduler.step()
+        if self.ema_model is not None:
+            decay = self.experiment.trainer.ema_decay or 0.0
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.ema_model.parameters()), list(self.raw_model.parameters()), 1 - decay)
+        self.step += 1
+        self.throughput.add(batch.global_size)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """The loss and its other entries over the whole validation set, each sample counted once, on all ranks.
+
+        The weights are the EMA's where there is one, batch statistics the mean over ranks. Random states are put back.
+        """
+        if self.val_loader is None:
+            raise ConfigError("is not set: there is nothing to evaluate on", key="data.val")
+        model = self.ema_model or self.raw_model
+        if self.ema_model is not None:
+            parallel.load_buffers(self.ema_model, dict(self.raw_model.named_buffers()))
+        means, kept = WeightedMeans(self.world.device, self.world.all_reduce), seeds.random_state()
+        was_training = model.training
+        model.eval()
+        try:
+            with parallel.averaged_buffers(model, self.world):
+                for batch in self.val_loader.batches(0, self.val_loader.steps_per_epoch):
+                    for micro in batch.micro:
+                        with self.precision.autocast():
+                            values = dict(self.loss(model, self._prepare(micro.data)))
+                        weight = values.pop("weight", None)
+                        means.add(values, micro.size if weight is None else weight * (1 if micro.size else 0))
+        finally:
+            model.train(was_training)
+            seeds.set_random_state(kept)
+        return {f"val/{name}": value for name, value in means.reduce()[0].items()}
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """For callbacks: figures that go out with the next log, under their own names. Call it on every rank."""
+        self._extra.update({k: float(v) for k, v in metrics.items()})
+
+    def log_artifact(self, path: str, folder: str | None = None) -> None:
+        """For callbacks: a file or folder for the run's records (kept from rank 0)."""
+        self.events.artifact(self, Artifact(path, folder))
+
+    # --- state ----------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Hands the whole state to the checkpointer; returns once it is copied, before it is written.
+
+        Raises:
+            NonFiniteLoss: A loss since the last log is not finite: such a state must not become the newest checkpoint.
+        """
+        if self.checkpointer is None or self.step == self._saved_at:
+            return
+        self._saved_at = self.step
+        if self.experiment.trainer.nonfinite == "stop" and not self.window.finite():
+            raise self._nonfinite(float("nan"))
+        evaluated = self._evaluated_at == self.step
+        metric = self.metrics.get(self.experiment.checkpoint.monitor) if evaluated else None
+        self.throughput.pause()
+        stall = self.checkpointer.save(self.step, self._shared_state(), self._local_state(), metric=metric)
+        self.throughput.go_on()
+        self.events.checkpoint(self, CheckpointSaved(self.step, metric, stall))
+
+    def restore(self, info: CheckpointInfo) -> None:
+        """Puts everything back as it was at `info`: the next step is the one that followed it.
+
+        Raises:
+            CheckpointCorrupt: It does not verify, or belongs to another model.
+        """
+        assert self.checkpointer is not None
+        shared, local = self.checkpointer.load(info)
+        load_weights(self.raw_model, shared["model"], str(info.path))
+        restore_optimizer_state(self.optimizer, self.raw_model, shared["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(shared["scheduler"])
+        if self.precision.scaler is not None and shared.get("scaler"):
+            self.precision.scaler.load_state_dict(shared["scaler"])
+        if self.ema_model is not None:
+            load_weights(self.ema_model, shared["ema"], str(info.path))
+        for name, callback in self.callbacks.items():
+            if name in shared["callbacks"]:
+                callback.load_state_dict(shared["callbacks"][name])
+        self.step, self.metrics = int(shared["step"]), dict(shared["metrics"])
+        self._saved_at, self._evaluated_at, self._logged_at = self.step, int(shared["evaluated_at"]), int(shared["logged_at"])
+        self.best.load_state_dict(shared["best"])
+        self._progress.load_state_dict(shared["progress"])
+        if local is not None:
+            parallel.load_buffers(self.raw_model, local["buffers"])
+            self.window.load_state_dict(local["window"])
+            self.train_loader.load_state_dict(local["data"])
+            seeds.set_random_state(local["random"])
+        else:  # another number of workers: the same order of samples, but draws of its own
+            seeds.seed_everything("train", self.experiment.seed, self.world.rank, self.step)
+
+    def _shared_state(self) -> dict[str, Any]:
+        model = dict(self.raw_model.state_dict())
+        buffers = parallel.mean_buffers(self.raw_model, self.world) if self.world.distributed else {}
+        model.update({k: v for k, v in buffers.items() if k in model})
+        state: dict[str, Any] = {
+            "step": self.step,
+            "model": model,
+            "optimizer": named_optimizer_state(self.optimizer, self.raw_model),
+            "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
+            "scaler": self.precision.scaler.state_dict() if self.precision.scaler is not None else None,
+            "metrics": self.metrics,
+            "evaluated_at": self._evaluated_at,
+            "logged_at": self._logged_at,
+            "best": self.best.state_dict(),
+            "progress": self._progress.state_dict(),
+            "callbacks": {k: c.state_dict() for k, c in self.callbacks.items() if hasattr(c, "state_dict")},
+        }
+        if self.ema_model is not None:
+            state["ema"] = {**self.ema_model.state_dict(), **{k: model[k] for k in dict(self.ema_model.named_buffers()) if k in model}}
+        return state
+
+    def _local_state(self) -> dict[str, Any]:
+        return {
+            "random": seeds.random_state(),
+            "buffers": dict(self.raw_model.named_buffers()),
+            "window": self.window.state_dict(),
+            "data": self.train_loader.state_dict(),
+        }
+
+    # --- parts of the loop ----------------------------------------------------------------------------------------
+
+    def _log(self, epoch: int, over: bool) -> str | None:
+        """Reduces the window over all ranks and tells it; the reason to end, where any rank has one."""
+        means, (stop, timed_out) = self.window.reduce(float(self._should_stop()), float(over))
+        metrics = {f"train/{k}": v for k, v in means.items()}
+        metrics["train/lr"] = float(self._lr)
+        metrics["train/samples_per_second"] = self.throughput.rate()
+        metrics["epoch"] = float(epoch)
+        metrics.update(self._extra)
+        self._extra.clear()
+        self.metrics.update(metrics)
+        self.events.log(self, Logged(self.step, epoch, metrics))
+        if not math.isfinite(means["loss"]) and self.experiment.trainer.nonfinite == "stop":
+            raise self._nonfinite(means["loss"])
+        self._logged_at = self.step
+        return "stopped" if stop else "max_time" if timed_out else None
+
+    def _nonfinite(self, loss: float) -> NonFiniteLoss:
+        return NonFiniteLoss(
+            f"the loss became {loss} after step {self._logged_at}, by step {self.step}; the checkpoints before it are "
+            "valid. A lower optimizer.lr, trainer.max_grad_norm or another trainer.precision may help; "
+            "trainer.nonfinite=warn goes on"
+        )
+
+    def _evaluate_and_note(self, epoch: int) -> None:
+        self.throughput.pause()
+        metrics = self.evaluate()
+        self.throughput.go_on()
+        self.metrics.update(metrics)
+        self._evaluated_at = self.step
+        self.best.update(metrics, self.step)
+        self._progress.update(metrics, self.step)
+        self.events.eval_end(self, EvalEnd(self.step, epoch, metrics))
+
+    def _evaluation_due(self, ends_epoch: bool, last: bool) -> bool:
+        every = self.experiment.trainer.eval_every_n_steps
+        if self.val_loader is None or every == 0:
+            return False
+        return last or (self.step % every == 0 if every else ends_epoch)
+
+    def _checkpoint_due(self, ends_epoch: bool, last: bool) -> bool:
+        every = self.experiment.checkpoint.every_n_steps
+        if last or every:
+            return last or not self.step % every  # type: ignore[operator]
+        never_evaluates = self.val_loader is None or self.experiment.trainer.eval_every_n_steps == 0
+        return ends_epoch if never_evaluates else self._evaluated_at == self.step
+
+    def _prepare(self, data: Any) -> Any:
+        data = self.precision.cast(data)
+        if self.experiment.trainer.channels_last:
+            data = parallel.map_tensors(data, lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
+        return data
+
+    def _warmed_up(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches, after one forward and backward of the first that is then undone.
+
+        DDP orders its gradient buckets anew after its first backward, which changes the order of sums: without this a
+        resumed run is not bit-equal on 3 or more ranks (gloo; conv net with batch norm and dropout).
+        """
+        for number, batch in enumerate(batches):
+            if number == 0 and self.world.distributed:
+                random, buffers = seeds.random_state(), {k: b.clone() for k, b in self.raw_model.named_buffers()}
+                with self.precision.autocast():
+                    self.loss(self.model, self._prepare(batch.micro[-1].data))["loss"].backward()
+                self.optimizer.zero_grad(set_to_none=True)
+                parallel.load_buffers(self.raw_model, buffers)
+                seeds.set_random_state(random)
+            yield batch
+
+    def _loader(self, dataset: Any, *, shuffle: bool = False, drop_last: bool = False) -> Loader:
+        d = self.experiment.data
+        return Loader(
+            dataset,
+            global_batch_size=d.global_batch_size,
+            micro_batch_size=d.micro_batch_size,
+            seed=self.experiment.seed,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            collate_fn=build(d.collate_fn) if d.collate_fn else None,
+            num_workers=d.num_workers,
+            prefetch=d.prefetch,
+            device=self.world.device,
+            resident=d.resident,
+        )
+
+    def _total_steps(self) -> int | None:
+        t, per_epoch = self.experiment.trainer, self.train_loader.steps_per_epoch
+        if t.max_epochs is None:
+            return t.max_steps
+        if per_epoch is None:
+            raise ConfigError("needs a dataset with a length; use trainer.max_steps", key="trainer.max_epochs", value=t.max_epochs)
+        if per_epoch == 0:
+            raise ConfigError(
+                f"is larger than the {self.train_loader.length} training samples, and data.drop_last=true drops the rest",
+                key="data.global_batch_size",
+                value=self.experiment.data.global_batch_size,
+            )
+        return t.max_epochs * per_epoch
+
+    def _epoch(self) -> int:
+        per_epoch = self.train_loader.steps_per_epoch
+        return self.step // per_epoch if per_epoch else 0
+
+
+def _node(node: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    assert node is not None  # the configuration's own check
+    return node
+
+
+@contextlib.contextmanager
+def _profiler(trainer: Trainer) -> Iterator[Callable[[], None]]:
+    """Records `trainer.profile` with torch.profiler on rank 0, as a Chrome trace in the run; yields what a step calls."""
+    options = trainer.experiment.trainer.profile
+    if options is None or trainer.world.rank:
+        yield lambda: None
+        return
+    from torch import profiler
+
+    def keep(record: profiler.profile) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = f"{folder}/trace-step-{options.start}.json"
+            record.export_chrome_trace(path)
+            trainer.log_artifact(path, "profile")
+
+    first = options.start - 1 - trainer.step
+    schedule = profiler.schedule(wait=max(first - 1, 0), warmup=min(first, 1), active=options.steps, repeat=1)
+    with profiler.profile(schedule=schedule, on_trace_ready=keep) as record:
+        yield record.step
