@@ -1,0 +1,9 @@
+"""Nested state to a directory and back: sharded, checksummed, committed by a manifest, written behind the training loop.
+Nothing in a checkpoint is a pickle: tensors are in safetensors files, everything else is JSON."""
+
+from __future__ import annotations
+
+from raytrainer.checkpoint.checkpointer import Checkpointer
+from raytrainer.checkpoint.manifest import CheckpointInfo
+
+__all__ = ["CheckpointInfo", "Checkpointer"]

@@ -1,0 +1,217 @@
+"""The files of one checkpoint: what a rank writes, what the directory holds, and how a state is read from it.
+`shared.json` and `shared-RANK.safetensors` are one state for all ranks, `local-RANK.*` each rank's own."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from raytrainer.checkpoint import manifest as manifests
+from raytrainer.checkpoint import tensors, tree
+from raytrainer.checkpoint.manifest import Manifest
+from raytrainer.errors import CheckpointCorrupt, CheckpointError
+from raytrainer.storage import Storage
+
+_log = logging.getLogger("raytrainer.checkpoint")
+
+_BLOCK = 8 << 20
+
+Contents = dict[str, tuple[bytes | memoryview, ...]]
+"""What to write: a file's name -> its parts, one after the other."""
+
+
+class Snapshot:
+    """A rank's state as it was at a call, in memory of its own: the caller may go on changing it."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._buffers = {"shared": tensors.Buffer(), "local": tensors.Buffer()}
+
+    def take(self, shared: Mapping[str, Any], local: Mapping[str, Any]) -> Contents:
+        """Copy both states. What it returns is valid until the next call."""
+        contents: Contents = {}
+        for kind, state in (("shared", shared), ("local", local)):
+            text, named = tree.flatten(state)
+            replicated = kind == "local" or self._rank == 0
+            if replicated:
+                contents["shared.json" if kind == "shared" else f"local-{self._rank:05d}.json"] = (text,)
+            chunks, parts = [], {}
+            for chunk, part in tensors.owned(named, replicated=replicated):
+                chunks.append(chunk)
+                parts[chunk.name] = part
+            if chunks:
+                layout = tensors.lay_out(chunks)
+                buffer = self._buffers[kind]
+                buffer.fill(layout, parts)
+                contents[f"{kind}-{self._rank:05d}.safetensors"] = (layout.header, buffer.data)
+        return contents
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        for buffer in self._buffers.values():
+            buffer.clear()
+
+
+def write(storage: Storage, directory: str, contents: Contents) -> dict[str, tuple[int, str]]:
+    """Write and sync the files; their sizes and SHA-256, hashed on the way."""
+    written = {}
+    for name, parts in contents.items():
+        digest, size = hashlib.sha256(), 0
+        with storage.open_write(f"{directory}/{name}") as file:
+            for part in parts:
+                for begin in range(0, len(part), _BLOCK):
+                    block = memoryview(part)[begin : begin + _BLOCK]
+                    file.write(block)
+                    digest.update(block)
+                size += len(part)
+        written[name] = (size, digest.hexdigest())
+    return written
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint's directory: its manifest, or the problem with it; neither where a save is unfinished."""
+
+    name: str
+    order: tuple[int, int]
+    manifest: Manifest | None
+    problem: CheckpointCorrupt | None
+
+
+Finds = list[Found]
+
+
+def scan(storage: Storage) -> list[Found]:
+    """Every directory that is one of ours by its name, oldest step first."""
+    found = []
+    for entry in storage.list():
+        order = manifests.directory_order(entry.name)
+        if not entry.is_dir or order is None:
+            continue
+        place = f"{entry.name}/{manifests.NAME}"
+        manifest: Manifest | None = None
+        problem: CheckpointCorrupt | None = None
+        try:
+            data = storage.read_if_exists(place)
+            if data is not None:
+                manifest = manifests.decode(data, storage.where(place))
+                if manifest.step != order[0]:
+                    problem = CheckpointCorrupt(f"{storage.where(place)} is of step {manifest.step}")
+                    manifest = None
+        except CheckpointCorrupt as exc:
+            problem = exc
+        found.append(Found(entry.name, order, manifest, problem))
+    return sorted(found, key=lambda item: item.order)
+
+
+def committed(found: list[Found]) -> list[Found]:
+    """Those with a valid manifest; of several saves of a step the last."""
+    return list({item.order[0]: item for item in found if item.manifest is not None}.values())
+
+
+def best(found: list[Found], mode: str) -> Found | None:
+    """The one with the best finite metric; of equals the first."""
+    measured = [(item.manifest.metric, item) for item in found if item.manifest and item.manifest.metric is not None]
+    finite = [(metric, item) for metric, item in measured if math.isfinite(metric)]
+    if not finite:
+        return None
+    return (max if mode == "max" else min)(finite, key=lambda pair: pair[0])[1]
+
+
+def retain(storage: Storage, newest: str, *, num_to_keep: int | None, mode: str, corrupt: set[str]) -> None:
+    """After the commit of `newest`: delete what is neither it, nor among the `num_to_keep` last steps, nor the best;
+    and whatever older saves left unfinished. What a newer format wrote is left alone."""
+    found = scan(storage)
+    valid = committed([item for item in found if item.name not in corrupt])
+    kept = {item.name for item in (valid if num_to_keep is None else valid[-num_to_keep:])}
+    kept.add(newest)
+    if (winner := best(valid, mode)) is not None:
+        kept.add(winner.name)
+    now = manifests.directory_order(newest)
+    assert now is not None
+    for item in found:
+        if item.name in kept or isinstance(item.problem, manifests.UnknownVersion):
+            continue
+        usable = item.manifest is not None and item.name not in corrupt
+        if usable or item.order < now:
+            delete(storage, item.name)
+
+
+def delete(storage: Storage, directory: str) -> None:
+    """Delete a checkpoint, the manifest first, so that what a kill leaves is no checkpoint."""
+    if manifests.directory_order(directory) is None:
+        raise CheckpointError(f"{directory!r} is not a checkpoint's directory")
+    if not storage.is_local or not (storage.local_path / directory).is_symlink():
+        storage.delete(f"{directory}/{manifests.NAME}")
+    storage.delete(directory)
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    name: str
+    target: torch.Tensor
+    offset: tuple[int, ...]
+
+
+def read(storage: Storage, directory: str, manifest: Manifest, kind: str, template: Any) -> dict[str, Any]:
+    """A state: `kind` is `shared`, or `local-RANK` for a rank's own. Tensors of `template`, nested alike, are filled in
+    place, DTensors with their shards; without one they are allocated on the CPU."""
+    names = sorted(name for name in manifest.files if re.fullmatch(rf"{kind}(-\d{{5}})?\.safetensors", name))
+    begins: dict[str, int] = {}
+    index: dict[str, list[tensors.Chunk]] = {}
+    for name in names:
+        with storage.open_read(f"{directory}/{name}") as file:
+            begins[name], chunks = tensors.read_index(file, manifest.files[name][0], name)
+        for chunk in chunks:
+            index.setdefault(chunk.name, []).append(chunk)
+
+    requests: list[_Request] = []
+
+    def request(name: str, dtype: str, shape: tuple[int, ...], leaf: Any) -> torch.Tensor:
+        tensor = _target(name, dtype, shape, leaf, index.get(name, []))
+        part, offset = tensors.local_part(tensor)
+        if part.numel():
+            requests.append(_Request(name, part, offset))
+        return tensor
+
+    state = tree.restore(storage.read_bytes(f"{directory}/{kind}.json"), request, template)
+
+    wanted: dict[str, list[tensors.Piece]] = {name: [] for name in names}
+    for item in requests:
+        covered = 0
+        for chunk in index[item.name]:
+            if (piece := tensors.overlap(chunk, item.target, item.offset)) is not None:
+                wanted[chunk.file].append(piece)
+                covered += piece.target.numel()
+        if covered != item.target.numel():
+            raise CheckpointCorrupt(f"{storage.where(directory)}: {item.name} is not complete")
+    for name, parts in wanted.items():
+        if parts:
+            with storage.open_read(f"{directory}/{name}") as file:
+                tensors.read_pieces(file, begins[name], parts)
+    return state
+
+
+def _target(name: str, dtype: str, shape: tuple[int, ...], leaf: Any, chunks: list[tensors.Chunk]) -> torch.Tensor:
+    # What the files hold is checked before memory is allocated for what the text claims.
+    if any(tree.dtype_name(chunk.dtype) != dtype or chunk.shape != shape for chunk in chunks):
+        raise CheckpointCorrupt(f"{name}: its files do not hold {dtype} {list(shape)}")
+    if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):
+        raise CheckpointCorrupt(f"{name}: its files do not hold the whole of {list(shape)}")
+    if isinstance(leaf, torch.Tensor):
+        if (tree.dtype_name(leaf.dtype), tuple(leaf.shape)) != (dtype, shape):
+            raise CheckpointError(
+                f"{name} is {dtype} {list(shape)} in the checkpoint and {tree.dtype_name(leaf.dtype)} "
+                f"{list(leaf.shape)} here"
+            )
+        return leaf
+    if dtype not in tensors.DTYPES:
+        raise CheckpointCorrupt(f"{name}: unknown dtype {dtype!r}")
+    return torch.empty(shape, dtype=tensors.DTYPES[dtype])

@@ -1,0 +1,145 @@
+"""The manifest, which makes a directory a checkpoint: written last, it lists every file with size and SHA-256.
+A directory without one is what a killed save left; one that does not verify is said to be corrupt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from raytrainer.checkpoint import tree
+from raytrainer.errors import CheckpointCorrupt, StorageError
+from raytrainer.storage import Storage
+
+FORMAT_VERSION = 1
+NAME = "manifest.json"
+
+_BLOCK = 8 << 20
+_DIRECTORY = re.compile(r"step-(\d{9,18})(?:\.(\d{1,9}))?")
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A committed checkpoint. `metric` is the monitored value (None if there was none, NaN if it was), `world_size` the
+    number of ranks that wrote it, `created` UTC in ISO 8601. Order is by `step`, never by time."""
+
+    step: int
+    path: str
+    metric: float | None
+    world_size: int
+    created: str
+
+    @property
+    def name(self) -> str:
+        """The directory's own name."""
+        return self.path.partition("?")[0].rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a manifest says. `files` maps a name to (bytes, SHA-256 in hex); `digest` is its own checksum."""
+
+    step: int
+    metric: float | None
+    world_size: int
+    created: str
+    files: dict[str, tuple[int, str]]
+    digest: str = ""
+
+
+def directory_name(step: int, again: int = 0) -> str:
+    """`step-000000120`, and `step-000000120.1` for a second save of the same step."""
+    return f"step-{step:09d}" + (f".{again}" if again else "")
+
+
+def directory_order(name: str) -> tuple[int, int] | None:
+    """(step, which save of it) of a directory's name; None if it is not one of ours."""
+    match = _DIRECTORY.fullmatch(name)
+    return (int(match[1]), int(match[2] or 0)) if match else None
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The manifest as it is written, its own checksum included."""
+    body = {
+        "format": "raytrainer-checkpoint",
+        "version": FORMAT_VERSION,
+        "step": manifest.step,
+        "metric": manifest.metric,
+        "world_size": manifest.world_size,
+        "created": manifest.created,
+        "torch": str(torch.__version__),
+        "files": {name: {"size": size, "sha256": digest} for name, (size, digest) in sorted(manifest.files.items())},
+    }
+    plain = json.loads(tree.flatten(body)[0])  # a NaN metric becomes JSON
+    return json.dumps({**plain, "checksum": _checksum(plain)}, indent=1).encode()
+
+
+def decode(data: bytes, where: str) -> Manifest:
+    """Read a manifest. CheckpointCorrupt if its checksum or form is wrong, or its version is not one that is read."""
+    try:
+        plain = json.loads(data)
+        if plain.get("format") != "raytrainer-checkpoint":
+            raise ValueError("not a checkpoint's manifest")
+        version = plain.get("version")
+    except (ValueError, AttributeError, RecursionError) as exc:
+        raise CheckpointCorrupt(f"{where}: {exc}") from exc
+    if version != FORMAT_VERSION:
+        raise UnknownVersion(
+            f"{where} has format version {version}; this raytrainer reads version {FORMAT_VERSION}: "
+            "use the release that wrote it, or a newer one"
+        )
+    try:
+        checksum = plain.pop("checksum", None)
+        if checksum != _checksum(plain):
+            raise ValueError("its checksum does not fit its content")
+        body = tree.restore(json.dumps(plain).encode(), _no_tensors)
+        files = {name: (int(file["size"]), str(file["sha256"])) for name, file in body["files"].items()}
+        for name in files:
+            if _FILE.fullmatch(name) is None:
+                raise ValueError(f"a file called {name!r}")
+        metric = None if body["metric"] is None else float(body["metric"])
+        return Manifest(int(body["step"]), metric, int(body["world_size"]), str(body["created"]), files, checksum)
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise CheckpointCorrupt(f"{where}: {type(exc).__name__}: {exc}") from exc
+
+
+def verify(storage: Storage, directory: str, manifest: Manifest, names: list[str]) -> None:
+    """Compare the files `names` with the manifest. CheckpointCorrupt names the first that is missing, has another size,
+    or another checksum; StorageError where reading itself fails."""
+    listed = {entry.name: entry.size for entry in storage.list(directory)}
+    for name in names:
+        size, expected = manifest.files[name]
+        where = storage.where(f"{directory}/{name}")
+        if name not in listed:
+            raise CheckpointCorrupt(f"{where} is missing")
+        if listed[name] != size:
+            raise CheckpointCorrupt(f"{where} has {listed[name]} bytes instead of {size}")
+        digest = hashlib.sha256()
+        try:
+            with storage.open_read(f"{directory}/{name}") as file:
+                while block := file.read(_BLOCK):
+                    digest.update(block)
+        except StorageError as exc:
+            # A disk that cannot read a file has lost it; a network may get it the next time.
+            if storage.is_local:
+                raise CheckpointCorrupt(str(exc)) from exc
+            raise
+        if digest.hexdigest() != expected:
+            raise CheckpointCorrupt(f"{where} does not have the checksum that it was written with")
+
+
+class UnknownVersion(CheckpointCorrupt):
+    """A version that is not read: never skipped in silence, as that would lose the newest state."""
+
+
+def _no_tensors(name: str, dtype: str, shape: tuple[int, ...], template: Any) -> torch.Tensor:
+    raise ValueError(f"a tensor {name!r} in a manifest")
+
+
+def _checksum(plain: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
