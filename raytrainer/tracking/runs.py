@@ -1,0 +1,250 @@
+"""The driver's side of a run: opened before training starts, closed with the true status whatever happens.
+With a spool, what MLflow cannot be told is written down there, and told later.
+"""
+
+from __future__ import annotations
+
+import getpass
+import logging
+import shlex
+import tempfile
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from raytrainer.errors import TrackingDenied, TrackingError, TrackingUnreachable
+from raytrainer.tracking.sender import LOCAL_ID_TAG, LOCAL_PREFIX, Calls, apply_note, recorded_run_id, replay
+from raytrainer.tracking.server import RunGone, Server, default_artifact_root, redacted
+from raytrainer.tracking.spool import RunNote, Spool
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+CAUSE_TAG = "raytrainer.cause"
+
+logger = logging.getLogger("raytrainer.tracking")
+
+
+def open_run(
+    tracking_uri: str,
+    experiment_name: str,
+    run_name: str,
+    *,
+    params: Mapping[str, str],
+    tags: Mapping[str, str],
+    artifact_root: str | None = None,
+    required: bool = True,
+    run_id: str | None = None,
+    spool_dir: Path | None = None,
+    server: Calls | None = None,
+) -> Run:
+    """Creates the run, or sets an existing one running again; creates the experiment and the database if need be.
+
+    Args:
+        tracking_uri: http(s), or a database URL with an absolute path.
+        experiment_name: Created with `artifact_root` where it does not exist.
+        run_name: What MLflow lists.
+        params: Flat names and values; cut at 6,000 characters. Of a reopened run only those it does not have.
+        tags: Set on every opening.
+        artifact_root: An absolute path or URI; default: beside a SQLite store, the server's own otherwise.
+        required: False: a server that cannot be used is a warning, and the run is described in the spool. Its `run_id`
+            is then a local one (`offline-…`), good for `MlflowTracker` and `replay`, which make the real run as soon as
+            the server answers (tag `raytrainer.offline_id`; `recorded_run_id` has its id).
+        run_id: The run to go on with, real or local.
+        spool_dir: The run's spool, where what cannot be sent later is kept. Needed where `required` is false.
+
+    Raises:
+        TrackingUnreachable, TrackingDenied: Where `required`.
+        TrackingError: The run or its experiment is deleted.
+    """
+    calls = server or Server(tracking_uri)
+    spool = None if spool_dir is None else Spool(spool_dir)
+    if artifact_root is None:
+        artifact_root = default_artifact_root(tracking_uri)
+    if run_id is not None and run_id.startswith(LOCAL_PREFIX) and spool_dir is not None:
+        run_id = recorded_run_id(spool_dir) or run_id
+    tags = {"mlflow.user": _user(), "mlflow.source.name": "raytrainer", "mlflow.source.type": "LOCAL", **tags}
+    note = RunNote(run_id or "", experiment_name, run_name, artifact_root, dict(params), dict(tags), _now())
+    try:
+        experiment_id = _open(calls, note, spool)
+    except (TrackingUnreachable, TrackingDenied) as error:
+        if required or spool is None:
+            raise
+        note.run_id = note.run_id or f"{LOCAL_PREFIX}{uuid.uuid4().hex}"
+        with spool.note_lock():
+            spool.write_note(_merged(spool.note(), note))
+        logger.warning("%s. tracking.required=false: the run is kept in %s until it can", error, spool.root)
+        experiment_id = ""
+    return Run(note.run_id, experiment_id, tracking_uri, experiment_name, run_name, calls, spool)
+
+
+class Run:
+    """A run that is open.
+
+    Attributes:
+        run_id: MLflow's, or a local one: `offline`.
+        experiment_id: Empty while offline.
+        tracking_uri: As given.
+
+    With a spool no method fails for want of the server; without, they raise `TrackingError`.
+    """
+
+    def __init__(
+        self,
+        run_id: str,
+        experiment_id: str,
+        tracking_uri: str,
+        experiment_name: str,
+        run_name: str,
+        server: Calls,
+        spool: Spool | None,
+    ) -> None:
+        self.run_id, self.experiment_id, self.tracking_uri = run_id, experiment_id, tracking_uri
+        self._names = (experiment_name, run_name)
+        self._server, self._spool = server, spool
+
+    @property
+    def offline(self) -> bool:
+        """Whether the run was opened without a server."""
+        return self.run_id.startswith(LOCAL_PREFIX)
+
+    @property
+    def url(self) -> str:
+        """The run's page, or the tracking URI of a store without a server; no credentials in it."""
+        base = redacted(self.tracking_uri).rstrip("/")
+        if not base.startswith(("http://", "https://")) or self.offline:
+            return base
+        return f"{base}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+
+    @property
+    def ui_command(self) -> str | None:
+        """The command that shows a store without a server; None where there is one."""
+        if self.tracking_uri.startswith(("http://", "https://")):
+            return None
+        return f"mlflow ui --backend-store-uri {shlex.quote(redacted(self.tracking_uri))}"
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        self._tell(RunNote(self.run_id, *self._names, tags=dict(tags)))
+
+    def log_params(self, params: Mapping[str, str]) -> None:
+        """Those that the run does not have yet; a parameter is written once."""
+        self._tell(RunNote(self.run_id, *self._names, params=dict(params)))
+
+    def log_text(self, text: str, path: str) -> None:
+        """A text as the artifact `path`."""
+        folder, _, name = path.rpartition("/")
+        with tempfile.TemporaryDirectory() as directory:
+            file = Path(directory, name)
+            file.write_text(text, encoding="utf-8")
+            self.log_artifact(file, folder or None)
+
+    def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
+        """A file, or a directory under its own name, into `folder` of the run's artifacts."""
+        source = Path(path)
+        if not self.offline:
+            try:
+                self._server.log_artifact(self.run_id, source, folder)
+                return
+            except (TrackingUnreachable, TrackingDenied) as error:
+                if self._spool is None:
+                    raise
+                logger.warning("%s. %s is kept in %s until it can", error, source.name, self._spool.root)
+        if self._spool is not None:
+            self._spool.add_artifact(source, folder)
+
+    def finish(self, status: Status, cause: str | None = None, *, timeout_s: float = 30.0) -> bool:
+        """Tells the terminal status with the time of now, then sends what is left in the spool.
+
+        Args:
+            status: How it ended.
+            cause: In a line, as the tag `raytrainer.cause`; None removes nothing.
+            timeout_s: No new try after this; one takes up to 10 s.
+
+        Returns:
+            Whether MLflow has everything; otherwise the spool does, and `replay` sends it.
+        """
+        tags = {} if cause is None else {CAUSE_TAG: cause}
+        note = RunNote(self.run_id, *self._names, tags=tags, status=status, end_time=_now())
+        if self._spool is None:
+            apply_note(self._server, self.run_id, note)
+            return True
+        try:
+            # Written down first: the status is not lost if this process is killed now.
+            self._keep(self._spool, note)
+            replay(self._spool.root, self.run_id, self.tracking_uri, timeout_s=timeout_s, server=self._server)
+            return True
+        except TrackingError as error:
+            logger.warning("%s. What is left of the run, which ended as %s, is in %s", error, status, self._spool.root)
+            return False
+
+    def _tell(self, note: RunNote) -> None:
+        if self._spool is None:
+            apply_note(self._server, self.run_id, note)
+            return
+        # What is kept goes first: a later value must not be overtaken by an earlier one.
+        if not self.offline and not self._spool.note_path.exists():
+            try:
+                apply_note(self._server, self.run_id, note)
+                return
+            except (TrackingUnreachable, TrackingDenied) as error:
+                logger.warning("%s. The run's description is kept in %s until it can", error, self._spool.root)
+        self._keep(self._spool, note)
+
+    @staticmethod
+    def _keep(spool: Spool, note: RunNote) -> None:
+        with spool.note_lock():
+            spool.write_note(_merged(spool.note(), note))
+
+
+def _open(server: Calls, note: RunNote, spool: Spool | None) -> str:
+    """The experiment's id; `note.run_id` is the run's when this returns, and MLflow says what the note says."""
+    old = None if spool is None else spool.note()
+    if old is not None:
+        # The status that an earlier attempt could not tell is no longer true; the rest is.
+        told = _merged(replace(old, status=None, end_time=None), note)
+        note.params, note.tags, note.start_time = told.params, told.tags, told.start_time
+    existing = note.run_id
+    if existing.startswith(LOCAL_PREFIX):
+        experiment_id = server.experiment(note.experiment_name, note.artifact_root)
+        note.tags[LOCAL_ID_TAG] = existing
+        existing = server.find_run(experiment_id, LOCAL_ID_TAG, existing) or ""
+    if existing:
+        state = server.run(existing)
+        if not state.active:
+            raise RunGone(f"the MLflow run {existing} is deleted: restore it, or start a new one")
+        server.set_running(existing)
+        note.run_id, experiment_id = existing, state.experiment_id
+    else:
+        experiment_id = server.experiment(note.experiment_name, note.artifact_root)
+        note.run_id = server.create_run(experiment_id, note.run_name, note.tags, note.start_time)
+    apply_note(server, note.run_id, note)
+    if spool is not None and old is not None:
+        spool.drop_note(old)
+    return experiment_id
+
+
+def _merged(old: RunNote | None, new: RunNote) -> RunNote:
+    """Both, the later one over the earlier; but parameters, and when the run started, stay as they were."""
+    if old is None:
+        return new
+    return replace(
+        new,
+        artifact_root=new.artifact_root or old.artifact_root,
+        params={**new.params, **old.params},
+        tags={**old.tags, **new.tags},
+        start_time=old.start_time or new.start_time,
+        status=new.status or old.status,
+        end_time=new.end_time or old.end_time,
+    )
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without an entry
+        return "unknown"
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000

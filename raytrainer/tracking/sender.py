@@ -1,0 +1,311 @@
+"""From the spool to MLflow, exactly once: what was acknowledged is never sent again, what might have been is sent equal.
+The one place that decides which rows go: see `Sender.send`.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from raytrainer.errors import TrackingDenied, TrackingError, TrackingUnreachable
+from raytrainer.tracking.server import Rejected, RunGone, RunState, Server
+from raytrainer.tracking.spool import (
+    Artifact,
+    Row,
+    RunNote,
+    Segment,
+    Spool,
+    State,
+    discard_if_finished,
+    read_batch,
+)
+
+SYSTEM_PREFIX = "system/"
+LOCAL_PREFIX = "offline-"
+LOCAL_ID_TAG = "raytrainer.offline_id"
+DROPPED_TAG = "raytrainer.dropped_rows"
+
+_BACKOFF_S = (1.0, 60.0)  # first and last delay, doubling between
+_REPLAY_TRIES = 3
+
+logger = logging.getLogger("raytrainer.tracking")
+
+
+class Calls(Protocol):
+    """The part of `Server` that sending needs."""
+
+    def log_batch(self, run_id: str, rows: Sequence[Row], tags: Mapping[str, str]) -> None: ...
+    def log_params(self, run_id: str, params: Mapping[str, str]) -> None: ...
+    def log_artifact(self, run_id: str, path: Path, folder: str | None) -> None: ...
+    def run(self, run_id: str) -> RunState: ...
+    def experiment(self, name: str, artifact_root: str | None) -> str: ...
+    def create_run(self, experiment_id: str, name: str, tags: Mapping[str, str], start_time: int | None) -> str: ...
+    def find_run(self, experiment_id: str, tag: str, value: str) -> str | None: ...
+    def set_running(self, run_id: str) -> None: ...
+    def set_terminated(self, run_id: str, status: str, end_time: int) -> None: ...
+
+
+class Busy(TrackingError):
+    """Another process sends this spool now."""
+
+
+class Sender:
+    """Sends one run's spool; holds nothing between calls that is not on disk.
+
+    Args:
+        spool: The directory.
+        run_id: The run, or the id that was made for it while no server could be reached.
+        server: Where to.
+    """
+
+    def __init__(self, spool: Spool, run_id: str, server: Calls) -> None:
+        self._spool, self._run_id, self._server = spool, run_id, server
+        self._warned: set[str] = set()
+
+    def send(self, stop: Callable[[], bool] = lambda: False) -> int:
+        """Everything that is there, in order; returns the rows that MLflow took. Ends early when `stop()` is true.
+
+        A row goes unless its step is at or below the floor of its key: the last step that MLflow had before the first
+        row of the same attempt was sent, which is fixed on disk before that. So a restarted worker that trains the same
+        steps again adds nothing twice, and a row that was sent and not acknowledged is sent again as it was.
+
+        Raises:
+            Busy: Another sender has the lock.
+            TrackingUnreachable, TrackingDenied, RunGone: As `Server`; what was acknowledged until then is kept.
+        """
+        with self._spool.lock() as alone:
+            if not alone:
+                raise Busy(f"another process is sending {self._spool.root}")
+            state = self._spool.state()
+            run_id = self._resolve(state)
+            self._apply_note(run_id)
+            sent = 0
+            for segment in self._spool.segments():
+                sent += self._send_segment(segment, run_id, state, stop)
+            for artifact in self._spool.artifacts():
+                if stop():
+                    break
+                self._upload(artifact, run_id)
+            return sent
+
+    def _send_segment(self, segment: Segment, run_id: str, state: State, stop: Callable[[], bool]) -> int:
+        sent = 0
+        name = segment.path.name
+        while not stop():
+            acked = state.acked.get(name, 0)
+            batch = read_batch(segment, acked)
+            if batch.end == acked:
+                if discard_if_finished(segment, acked):
+                    self._spool.write_state(state)
+                break
+            if batch.rows and segment.attempt not in state.floors:
+                state.floors[segment.attempt] = self._server.run(run_id).steps
+                self._spool.write_state(state)
+            if batch.broken:
+                logger.warning("%s: %d lines cannot be read and are left out", segment.path, batch.broken)
+            rows = self._above_floor(batch.rows, state.floors.get(segment.attempt, {}))
+            refused = self._log(run_id, rows, batch.tags)
+            lost = refused + batch.dropped + batch.broken
+            if lost:
+                state.dropped += lost
+                self._server.log_batch(run_id, [], {DROPPED_TAG: str(state.dropped)})
+            state.acked[name] = batch.end
+            self._spool.write_state(state)
+            sent += len(rows) - min(refused, len(rows))
+        return sent
+
+    @staticmethod
+    def _above_floor(rows: list[Row], floor: dict[str, int]) -> list[Row]:
+        # System metrics count from 0 in each attempt and are never measured twice: they go on after the floor.
+        base = 1 + max((step for key, step in floor.items() if key.startswith(SYSTEM_PREFIX)), default=-1)
+        kept = []
+        for row in rows:
+            if row.key.startswith(SYSTEM_PREFIX):
+                kept.append(row._replace(step=row.step + base))
+            elif row.step > floor.get(row.key, row.step - 1):
+                kept.append(row)
+        return kept
+
+    def _log(self, run_id: str, rows: Sequence[Row], tags: Mapping[str, str]) -> int:
+        """Returns how many rows and tags MLflow refuses for what they are; the others go."""
+        if not rows and not tags:
+            return 0
+        try:
+            self._server.log_batch(run_id, rows, tags)
+            return 0
+        except Rejected as error:
+            if not self._server.run(run_id).active:
+                raise RunGone(f"the MLflow run {run_id} is deleted") from None
+            if len(rows) + len(tags) == 1:
+                key = rows[0].key if rows else next(iter(tags))
+                if key not in self._warned:
+                    self._warned.add(key)
+                    logger.warning("MLflow refuses %r, which is left out: %s", key, error)
+                return 1
+        if rows and tags:
+            return self._log(run_id, rows, {}) + self._log(run_id, [], tags)
+        if rows:
+            half = len(rows) // 2
+            return self._log(run_id, rows[:half], {}) + self._log(run_id, rows[half:], {})
+        return sum(self._log(run_id, [], {key: value}) for key, value in tags.items())
+
+    def _upload(self, artifact: Artifact, run_id: str) -> None:
+        try:
+            self._server.log_artifact(run_id, artifact.path, artifact.folder)
+        except Rejected as error:
+            logger.warning("MLflow refuses the artifact %s, which is left out: %s", artifact.path.name, error)
+        shutil.rmtree(artifact.entry)
+
+    def _resolve(self, state: State) -> str:
+        """The real run of an id that was made without a server, created now if it is not yet."""
+        if not self._run_id.startswith(LOCAL_PREFIX):
+            return self._run_id
+        if state.run_id is None:
+            note = self._spool.note()
+            if note is None:
+                raise TrackingUnreachable(f"{self._spool.root} has no description of the run {self._run_id}")
+            experiment = self._server.experiment(note.experiment_name, note.artifact_root)
+            # It may exist: created by a sender that died before it wrote so.
+            state.run_id = self._server.find_run(experiment, LOCAL_ID_TAG, note.run_id) or self._server.create_run(
+                experiment, note.run_name, {**note.tags, LOCAL_ID_TAG: note.run_id}, note.start_time
+            )
+            self._spool.write_state(state)
+        return state.run_id
+
+    def _apply_note(self, run_id: str) -> None:
+        note = self._spool.note()
+        if note is not None:
+            apply_note(self._server, run_id, note)
+            self._spool.drop_note(note)
+
+
+def apply_note(server: Calls, run_id: str, note: RunNote) -> None:
+    """Makes MLflow say what the note says. Parameters are written once: those that it has already stay."""
+    if note.params:
+        known = server.run(run_id).params
+        new = {key: value for key, value in note.params.items() if key not in known}
+        try:
+            server.log_params(run_id, new)
+        except Rejected as error:
+            logger.warning("MLflow refuses the parameters: %s", error)
+    try:
+        server.log_batch(run_id, [], note.tags)
+    except Rejected as error:
+        logger.warning("MLflow refuses the tags: %s", error)
+    if note.status is not None and note.end_time is not None:
+        server.set_terminated(run_id, note.status, note.end_time)
+
+
+class Shipper:
+    """A thread that sends a spool while it grows, here or in another process than the one that writes it.
+
+    It says once when the server cannot be used and once when it can again, waits twice as long after each failure, up
+    to a minute, and gives up after 401, 403 or the run's deletion, until it is closed: then it tries a last time.
+
+    Args:
+        spool_dir: The run's spool.
+        run_id: As `Sender`.
+        tracking_uri: Where to.
+        interval_s: Seconds between looks at the spool.
+        server: For tests; made from `tracking_uri` otherwise.
+    """
+
+    def __init__(
+        self,
+        spool_dir: Path,
+        run_id: str,
+        tracking_uri: str,
+        *,
+        interval_s: float = 5.0,
+        server: Calls | None = None,
+    ) -> None:
+        self._spool, self._interval_s = Spool(spool_dir), interval_s
+        # A request may take a minute, because nobody waits for it: a server that needs 30 s a call is used as it is.
+        self._sender = Sender(self._spool, run_id, server or Server(tracking_uri, timeout_s=60))
+        self._closing, self._abandon = threading.Event(), threading.Event()
+        self._delay_s = 0.0
+        self._down = self._given_up = False
+        self._thread = threading.Thread(target=self._loop, name="tracking-shipper", daemon=True)
+        self._thread.start()
+
+    def close(self, *, drain: bool = True, timeout_s: float = 30.0) -> bool:
+        """Ends the thread. Returns whether everything was sent; what was not stays in the spool for `replay`.
+
+        Args:
+            drain: Try to send what is there first; otherwise only the call under way is waited for.
+            timeout_s: The longest to wait. A thread that hangs in a call is left behind, and dies with the process.
+        """
+        if not drain:
+            self._abandon.set()
+        self._closing.set()
+        self._thread.join(timeout_s)
+        self._abandon.set()
+        return not self._thread.is_alive() and not self._spool.pending()
+
+    def _loop(self) -> None:
+        while not self._closing.wait(self._delay_s or self._interval_s):
+            if not self._given_up:
+                self._send()
+        if not self._abandon.is_set():
+            self._send()
+
+    def _send(self) -> None:
+        try:
+            if self._spool.pending():
+                sent = self._sender.send(self._abandon.is_set)
+                if self._down:
+                    logger.warning("the tracking server is back: %d rows sent", sent)
+            self._down, self._delay_s = False, 0.0
+        except Busy:
+            self._delay_s = 0.0
+        except (TrackingDenied, RunGone) as error:
+            if not self._given_up:
+                logger.warning("%s. No more is sent; metrics are kept in %s", error, self._spool.root)
+            self._given_up = True
+        except Exception as error:  # noqa: BLE001
+            # Whatever happens to tracking, training goes on: the thread lives, says what it was, and tries again.
+            if not self._down:
+                logger.warning("%s. Metrics are kept in %s until it can", error, self._spool.root)
+            self._down = True
+            self._delay_s = min(max(2 * self._delay_s, _BACKOFF_S[0]), _BACKOFF_S[1])
+
+
+def replay(
+    spool_dir: Path, run_id: str, tracking_uri: str, *, timeout_s: float = 30.0, server: Calls | None = None
+) -> int:
+    """Sends what a worker left, and what the driver could not say; returns the rows sent. For the driver, at the end.
+
+    Three tries; no new one, and no new batch, after `timeout_s` seconds.
+
+    Raises:
+        TrackingError: Not everything could be sent. It stays in the spool, and another `replay` goes on from there.
+    """
+    spool = Spool(spool_dir)
+    if not spool.pending():
+        return 0
+    sender = Sender(spool, run_id, server or Server(tracking_uri, timeout_s=60))
+    deadline = time.monotonic() + timeout_s
+    tries = 0
+    while True:
+        try:
+            sent = sender.send(lambda: time.monotonic() > deadline)
+        except (Busy, TrackingUnreachable) as error:
+            # A sender of a worker that was just killed in a call goes with its process; a live one may take longer.
+            tries += not isinstance(error, Busy)
+            if tries >= _REPLAY_TRIES or time.monotonic() + 1.0 >= deadline:
+                raise
+            time.sleep(1.0)
+            continue
+        if time.monotonic() > deadline and spool.pending():
+            raise TrackingUnreachable(f"not everything could be sent in {timeout_s:g} s; the rest is in {spool_dir}")
+        return sent
+
+
+def recorded_run_id(spool_dir: Path) -> str | None:
+    """The real run that `replay` or a shipper made for one that was opened without a server."""
+    return Spool(spool_dir).state().run_id

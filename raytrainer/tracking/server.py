@@ -1,0 +1,365 @@
+"""A tracking server, as the rest of the package sees it: the only module that imports mlflow, and does so when called.
+Every call is short, is never retried by MLflow itself, and fails with one of our errors, with no secret in its message.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from raytrainer.errors import ConfigError, TrackingDenied, TrackingError, TrackingUnreachable
+from raytrainer.tracking.spool import MAX_ROWS, MAX_TAGS, Row
+
+CHECK_SECONDS = 14  # of the 15 promised
+MAX_PARAM = 6000  # characters, as MLflow's validation has them
+MAX_TAG = 8000
+MAX_KEY = 250
+
+_SECRETS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD")
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+
+
+class Rejected(TrackingError):
+    """The server understood the call and refuses its content."""
+
+
+class RunGone(TrackingError):
+    """The run was deleted, or never was."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What MLflow holds of a run. `steps`: the last step of each metric."""
+
+    run_id: str
+    experiment_id: str
+    active: bool
+    params: dict[str, str]
+    tags: dict[str, str]
+    steps: dict[str, int]
+
+
+class Server:
+    """Calls to one tracking URI.
+
+    Args:
+        uri: http(s), or a database URL.
+        timeout_s: Of one request, unless the user set MLFLOW_HTTP_REQUEST_TIMEOUT.
+
+    Every method raises:
+        TrackingUnreachable: No answer, or one of a server in trouble (5xx, 429); worth another try.
+        TrackingDenied: 401 or 403; not worth one.
+        Rejected: The content is refused.
+        RunGone: No such run.
+    """
+
+    def __init__(self, uri: str, *, timeout_s: int = 10) -> None:
+        self.uri, self.timeout_s = uri, timeout_s
+        self._client: Any = None
+
+    def log_batch(self, run_id: str, rows: Sequence[Row], tags: Mapping[str, str]) -> None:
+        """Rows that MLflow has already (same key, step, time and value) are swallowed by it."""
+        from mlflow.entities import Metric, RunTag
+
+        metrics = [Metric(row.key, row.value, row.time, row.step) for row in rows]
+        entries = [RunTag(key, value[:MAX_TAG]) for key, value in tags.items()]
+        with self._call() as client:
+            for part in _parts(entries, MAX_TAGS):
+                client.log_batch(run_id, tags=part, synchronous=True)
+            for part in _parts(metrics, MAX_ROWS):
+                client.log_batch(run_id, metrics=part, synchronous=True)
+
+    def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
+        """Long values are cut at 6,000 characters; a value that differs from the one logged is `Rejected`."""
+        from mlflow.entities import Param
+
+        entries = [Param(key, _cut(value, MAX_PARAM)) for key, value in params.items()]
+        with self._call() as client:
+            for part in _parts(entries, MAX_TAGS):
+                client.log_batch(run_id, params=part, synchronous=True)
+
+    def log_artifact(self, run_id: str, path: Path, folder: str | None) -> None:
+        """Uploads a file, or a directory under its own name."""
+        with self._call() as client:
+            if path.is_dir():
+                client.log_artifacts(run_id, str(path), f"{folder}/{path.name}" if folder else path.name)
+            else:
+                client.log_artifact(run_id, str(path), folder)
+
+    def run(self, run_id: str) -> RunState:
+        with self._call() as client:
+            return _run_state(client.get_run(run_id))
+
+    def experiment(self, name: str, artifact_root: str | None) -> str:
+        """The id of the experiment, created if need be; two that create it at once get the same."""
+        for _ in range(2):
+            with self._call() as client:
+                found = client.get_experiment_by_name(name)
+            if found is not None:
+                if found.lifecycle_stage != "active":
+                    raise Rejected(
+                        f"the experiment {name!r} is deleted in MLflow: choose another tracking.experiment_name,"
+                        f" or `mlflow experiments restore --experiment-id {found.experiment_id}`"
+                    )
+                return str(found.experiment_id)
+            try:
+                with self._call() as client:
+                    return str(client.create_experiment(name, artifact_location=artifact_root))
+            except Rejected:
+                continue  # made by another process in between
+        raise Rejected(f"MLflow refuses to create the experiment {name!r}")
+
+    def create_run(self, experiment_id: str, name: str, tags: Mapping[str, str], start_time: int | None) -> str:
+        with self._call() as client:
+            cut = {key: value[:MAX_TAG] for key, value in tags.items()}
+            return str(client.create_run(experiment_id, start_time, cut, name).info.run_id)
+
+    def find_run(self, experiment_id: str, tag: str, value: str) -> str | None:
+        """A run with this tag; the names and values here are our own, so that quoting is no matter."""
+        with self._call() as client:
+            found = client.search_runs([experiment_id], f"tags.`{tag}` = '{value}'", max_results=1)
+        return str(found[0].info.run_id) if found else None
+
+    def set_running(self, run_id: str) -> None:
+        with self._call() as client:
+            client.update_run(run_id, status="RUNNING")
+
+    def set_terminated(self, run_id: str, status: str, end_time: int) -> None:
+        """`end_time` in milliseconds: given always, because a reopened run keeps its old one."""
+        with self._call() as client:
+            client.set_terminated(run_id, status, end_time)
+
+    def probe(self) -> None:
+        """The cheapest call that needs the server, its database and the credentials."""
+        with self._call() as client:
+            client.search_experiments(max_results=1)
+
+    @contextmanager
+    def _call(self) -> Iterator[Any]:
+        with _request_settings(self.timeout_s):
+            try:
+                if self._client is None:
+                    self._client = _client(self.uri)
+                yield self._client
+            except TrackingError:
+                raise
+            except Exception as error:  # noqa: BLE001
+                # Any library below (requests, SQLAlchemy, an artifact store's) may raise here. The original is not
+                # chained: it quotes URLs and headers.
+                raise _translated(error, self.uri) from None
+
+
+def check_tracking(tracking_uri: str) -> None:
+    """Whether runs can be logged there, within 15 seconds. A SQLite file is not created by asking.
+
+    Raises:
+        TrackingUnreachable: No answer, or no store that MLflow can use.
+        TrackingDenied: 401 or 403, at the first answer.
+    """
+    scheme = urlsplit(tracking_uri).scheme
+    if scheme == "sqlite":
+        _check_sqlite(tracking_uri)
+        return
+    if scheme in ("", "file"):
+        raise TrackingUnreachable(
+            f"tracking.tracking_uri={tracking_uri} is a directory, a store that MLflow has given up:"
+            " use sqlite:////ABSOLUTE/PATH/mlflow.db or a server's http(s) address"
+        )
+    problem: list[Exception] = []
+
+    def probe() -> None:
+        try:
+            Server(tracking_uri, timeout_s=10).probe()
+        except Exception as error:  # noqa: BLE001  # handed to the caller's thread, which raises it
+            problem.append(error)
+
+    # In a thread, because neither a database driver's connect nor a name lookup has a timeout of ours.
+    thread = threading.Thread(target=probe, name="tracking-check", daemon=True)
+    thread.start()
+    thread.join(CHECK_SECONDS)
+    if thread.is_alive():
+        raise TrackingUnreachable(f"the tracking server {redacted(tracking_uri)} gave no answer in {CHECK_SECONDS} s")
+    if problem:
+        raise problem[0]
+
+
+def default_tracking_uri(root: Path) -> str:
+    """The SQLite store in a directory: `sqlite:////ABS/mlflow.db`."""
+    path = root.absolute() / "mlflow.db"
+    # SQLAlchemy 2.1 unquotes the path, MLflow and SQLAlchemy 2.0 do not: a quoted one means two different files.
+    if re.search(r"\?|%[0-9A-Fa-f]{2}", str(path)):
+        raise ConfigError(
+            f"a path with a question mark or a %-escape cannot be in a database URL: {path};"
+            " run in another directory, or give the address of a tracking server",
+            key="tracking.tracking_uri",
+        )
+    return f"sqlite:///{path}"
+
+
+def default_artifact_root(tracking_uri: str) -> str | None:
+    """Beside a SQLite store, `ABS/mlartifacts` as a file URI; None leaves it to the server."""
+    if urlsplit(tracking_uri).scheme != "sqlite":
+        return None
+    return (sqlite_path(tracking_uri).parent / "mlartifacts").as_uri()
+
+
+def sqlite_path(tracking_uri: str) -> Path:
+    """The file of a `sqlite:///` URL, absolute."""
+    return Path(tracking_uri.removeprefix("sqlite:///").split("?")[0]).absolute()
+
+
+def redacted(uri: str) -> str:
+    """The URI without the user and password in it."""
+    parts = urlsplit(uri)
+    if "@" not in parts.netloc:
+        return uri
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def _check_sqlite(tracking_uri: str) -> None:
+    path = sqlite_path(tracking_uri)
+    folder = next(parent for parent in path.parents if parent.exists())
+    if not os.access(path if path.exists() else folder, os.W_OK) or not os.access(folder, os.W_OK):
+        raise TrackingUnreachable(f"the tracking database {path} cannot be written")
+    if path.exists():
+        try:
+            connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=5)
+            try:
+                connection.execute("PRAGMA schema_version").fetchone()
+            finally:
+                connection.close()
+        except sqlite3.Error as error:
+            raise TrackingUnreachable(f"the tracking database {path}: {error}") from error
+
+
+def _client(uri: str) -> Any:
+    from mlflow.tracking import MlflowClient
+
+    # Creating a database tells of each of its ~70 migrations, at INFO on stderr; what fails there, our error says.
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+class _Settings:
+    """The environment that MLflow reads at each call, while any of our calls is under way in this process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._timeouts: list[int] = []
+        self._saved: dict[str, str | None] = {}
+
+    @contextmanager
+    def use(self, timeout_s: int) -> Iterator[None]:
+        with self._lock:
+            self._timeouts.append(timeout_s)
+            self._apply()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._timeouts.remove(timeout_s)
+                self._apply()
+
+    def _apply(self) -> None:
+        if not self._timeouts:
+            for name, value in self._saved.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+            self._saved = {}
+            return
+        values = {
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # 7 by default, about 4 minutes; retrying is the sender's
+            "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(self._timeouts)),
+            "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
+            "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        }
+        if not self._saved:
+            self._saved = {name: os.environ.get(name) for name in values}
+        if self._saved["MLFLOW_HTTP_REQUEST_TIMEOUT"] is not None:
+            del values["MLFLOW_HTTP_REQUEST_TIMEOUT"]  # the user's own
+        os.environ.update(values)
+
+
+_request_settings = _Settings().use
+
+
+def _translated(error: Exception, uri: str) -> TrackingError:
+    from mlflow.exceptions import MlflowException
+
+    name = redacted(uri)
+    status = _status(error)
+    if status in (401, 403):
+        given = [key for key in (*_SECRETS, "MLFLOW_TRACKING_USERNAME") if os.environ.get(key)]
+        return TrackingDenied(
+            f"the tracking server {name} answers {status} to the credentials given"
+            f" ({', '.join(given) if given else 'none: MLFLOW_TRACKING_TOKEN or _USERNAME and _PASSWORD are not set'})"
+        )
+    reason = _without_secrets(_reason(error), uri)
+    if isinstance(error, MlflowException):
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return RunGone(f"{name}: {reason}")
+        if status in (400, 413, 422):
+            return Rejected(f"{name}: {reason}")
+    return TrackingUnreachable(f"the tracking server {name} cannot be used: {reason}")
+
+
+def _status(error: Exception) -> int | None:
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        return int(error.get_http_status_code())
+    # requests' HTTPError, of uploads.
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause in a line: `[Errno 111] Connection refused` rather than four wrappings of it."""
+    seen = {id(error)}
+    inner = error
+    while (deeper := inner.__cause__ or inner.__context__) is not None and id(deeper) not in seen:
+        seen.add(id(deeper))
+        inner = deeper
+    text = next((line.strip() for line in str(inner).splitlines() if line.strip()), "")
+    return _cut(f"{type(inner).__name__}: {text}" if text else type(inner).__name__, 300)
+
+
+def _without_secrets(text: str, uri: str) -> str:
+    secrets = [os.environ.get(key) for key in _SECRETS]
+    password = urlsplit(uri).password
+    for secret in (*secrets, password, unquote(password) if password else None):
+        if secret:
+            text = text.replace(secret, "***")
+    return text
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _parts(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _run_state(run: Any) -> RunState:
+    # `data.metrics` has the values alone; the protocol message has the steps with them.
+    return RunState(
+        run_id=run.info.run_id,
+        experiment_id=run.info.experiment_id,
+        active=run.info.lifecycle_stage == "active",
+        params=dict(run.data.params),
+        tags=dict(run.data.tags),
+        steps={metric.key: int(metric.step) for metric in run.data.to_proto().metrics},
+    )

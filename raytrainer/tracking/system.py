@@ -1,0 +1,84 @@
+"""What the node does while it trains: CPU, memory, disk, network, GPU, under the names that MLflow's own page shows.
+Sampled here, because MLflow's monitors need `import mlflow` (1.3 s) in the worker.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+_PREFIX = "system/"
+
+logger = logging.getLogger("raytrainer.tracking")
+
+
+class SystemSampler:
+    """A sample is a reading of counters: about a millisecond. Without psutil or NVML its part is left out."""
+
+    def __init__(self) -> None:
+        self._psutil = _psutil()
+        self._nvml, self._devices = _nvml()
+        if self._psutil is not None:
+            self._psutil.cpu_percent()  # the first call has nothing to compare with
+            self._network = self._psutil.net_io_counters()
+
+    def sample(self) -> dict[str, float]:
+        """Percentages, megabytes (1e6 bytes; of the network since the start) and watts."""
+        values = {**self._host(), **self._gpus()}
+        return {_PREFIX + key: round(value, 1) for key, value in values.items()}
+
+    def _host(self) -> dict[str, float]:
+        if self._psutil is None:
+            return {}
+        memory = self._psutil.virtual_memory()
+        disk = self._psutil.disk_usage(os.sep)
+        values = {
+            "cpu_utilization_percentage": self._psutil.cpu_percent(),
+            "system_memory_usage_megabytes": memory.used / 1e6,
+            "system_memory_usage_percentage": 100 * memory.used / memory.total,
+            "disk_usage_percentage": disk.percent,
+            "disk_usage_megabytes": disk.used / 1e6,
+            "disk_available_megabytes": disk.free / 1e6,
+        }
+        now = self._psutil.net_io_counters()
+        if now is not None and self._network is not None:
+            values["network_receive_megabytes"] = (now.bytes_recv - self._network.bytes_recv) / 1e6
+            values["network_transmit_megabytes"] = (now.bytes_sent - self._network.bytes_sent) / 1e6
+        return values
+
+    def _gpus(self) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for index, device in enumerate(self._devices):
+            try:
+                memory = self._nvml.nvmlDeviceGetMemoryInfo(device)
+                values[f"gpu_{index}_memory_usage_percentage"] = 100 * memory.used / memory.total
+                values[f"gpu_{index}_memory_usage_megabytes"] = memory.used / 1e6
+                values[f"gpu_{index}_utilization_percentage"] = self._nvml.nvmlDeviceGetUtilizationRates(device).gpu
+                watts = self._nvml.nvmlDeviceGetPowerUsage(device) / 1000
+                values[f"gpu_{index}_power_usage_watts"] = watts
+                limit = self._nvml.nvmlDeviceGetEnforcedPowerLimit(device) / 1000
+                values[f"gpu_{index}_power_usage_percentage"] = 100 * watts / limit
+            except self._nvml.NVMLError as error:
+                logger.debug("GPU %d: %s", index, error)  # some cards do not tell their power
+        return values
+
+
+def _psutil() -> Any:
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return psutil
+
+
+def _nvml() -> tuple[Any, list[Any]]:
+    try:
+        import pynvml
+    except ImportError:
+        return None, []
+    try:
+        pynvml.nvmlInit()
+        return pynvml, [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError:
+        return None, []

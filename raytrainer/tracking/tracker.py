@@ -1,0 +1,233 @@
+"""The tracker that a rank uses: a queue for the training loop, a thread that puts it on disk, and one that sends it.
+The loop pays microseconds, whatever the disk and the server do.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from raytrainer.errors import StorageError, TrackingError
+from raytrainer.tracking.sender import Shipper, replay
+from raytrainer.tracking.spool import SegmentWriter, Spool, line
+from raytrainer.tracking.system import SystemSampler
+
+_TICK_S = 0.5  # a row is on disk after this and a write
+_QUEUE_ENTRIES = 100_000  # calls of log_metrics between two ticks
+_MEMORY_BYTES = 8 * 2**20  # lines that the disk does not take
+_SEGMENT_BYTES = 4 * 2**20
+_KEY_BYTES = 250
+_FIRST_SYSTEM_S = 1.0
+
+logger = logging.getLogger("raytrainer.tracking")
+
+
+class MlflowTracker:
+    """Metrics, tags and artifacts of one run, on disk within a second and in MLflow when it answers.
+
+    No method fails or waits for the server. What does not fit is dropped, newest first, because what is on disk is
+    never given up: counted, said once, and added to the run's tag `raytrainer.dropped_rows`.
+
+    Args:
+        run_id: The MLflow run, or the id that `open_run` made without a server.
+        tracking_uri: Absolute: a worker has another current directory.
+        spool_dir: The run's own directory on a disk that outlives the process.
+        flush_interval_s: Seconds between batches to MLflow.
+        max_spool_bytes: The most that is kept on disk, artifacts included.
+        system_metrics: CPU, memory, disk, network and GPU of this node as `system/…`.
+        system_interval_s: Seconds between two samples of them.
+        ship: Whether this process sends. False never imports mlflow (1.3 s): a `Shipper` or `replay` elsewhere sends.
+
+    Raises:
+        StorageError: The spool cannot be written at all.
+    """
+
+    def __init__(
+        self,
+        run_id: str,
+        tracking_uri: str,
+        spool_dir: Path,
+        *,
+        flush_interval_s: float = 5.0,
+        max_spool_bytes: int = 256 * 2**20,
+        system_metrics: bool = True,
+        system_interval_s: float = 10.0,
+        ship: bool = True,
+    ) -> None:
+        self._run_id, self._tracking_uri, self._max_spool_bytes = run_id, tracking_uri, max_spool_bytes
+        self._spool = Spool(spool_dir)
+        self._queue: deque[tuple[Any, ...]] = deque()
+        self._refused = 0  # rows that found the queue full; only callers count up
+        self._refused_before = 0
+        self._lines: deque[tuple[bytes, int]] = deque()  # what the disk has not taken: lines and their rows
+        self._line_bytes = 0
+        self._dropped = 0
+        self._said: set[str] = set()
+        self._system: SystemSampler | None = None
+        self._system_metrics = system_metrics
+        self._system_interval_s = system_interval_s
+        self._system_due = time.monotonic() + min(_FIRST_SYSTEM_S, system_interval_s)
+        self._system_step = 0
+        self._closed = False
+        self._stop = threading.Event()
+        self._writing = threading.Lock()
+        self._writer = SegmentWriter(self._spool, min(_SEGMENT_BYTES, max(max_spool_bytes // 8, 4096)))
+        self._shipper = Shipper(spool_dir, run_id, tracking_uri, interval_s=flush_interval_s) if ship else None
+        self._thread = threading.Thread(target=self._loop, name="tracking-spool", daemon=True)
+        self._thread.start()
+        # A process that ends without close() still puts its last half second on disk.
+        atexit.register(self._flush)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Values of one step, plain numbers; NaN and infinities too (MLflow keeps ±inf as ±1.8e308)."""
+        if self._closed or len(self._queue) >= _QUEUE_ENTRIES:
+            self._refused += len(metrics)
+            return
+        self._queue.append(("m", time.time_ns() // 1_000_000, step, dict(metrics)))
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        if self._closed or len(self._queue) >= _QUEUE_ENTRIES:
+            self._refused += len(tags)
+            return
+        self._queue.append(("t", dict(tags)))
+
+    def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
+        """Copies a file or directory to the spool, at once, and uploads the copy into `folder` later."""
+        source = Path(path)
+        try:
+            size = sum(file.stat().st_size for file in ([source] if source.is_file() else source.rglob("*")))
+            if self._spool.size() + size > self._max_spool_bytes:
+                logger.warning("the artifact %s is left out: %s is full", source, self._spool.root)
+                return
+            self._spool.add_artifact(source, folder)
+        except (OSError, StorageError) as error:
+            logger.warning("the artifact %s is left out: %s", source, error)
+
+    def close(self, *, ship: bool | None = None, timeout_s: float = 30.0) -> None:
+        """Puts everything on disk, then sends it; what is not sent in time stays for `replay`.
+
+        Args:
+            ship: False: leave the sending to another process. Default: as the tracker was made.
+            timeout_s: The longest to wait for the server.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._stop.set()
+        self._thread.join()
+        self._flush(last=True)
+        atexit.unregister(self._flush)
+        self._writer.close()
+        if self._shipper is not None:
+            drain = ship is not False
+            if not self._shipper.close(drain=drain, timeout_s=timeout_s) and drain:
+                logger.warning("not everything is in MLflow yet: the rest is kept in %s", self._spool.root)
+        elif ship:
+            try:
+                replay(self._spool.root, self._run_id, self._tracking_uri, timeout_s=timeout_s)
+            except TrackingError as error:
+                logger.warning("%s; the rest is kept in %s", error, self._spool.root)
+
+    def _loop(self) -> None:
+        # Polling, not waiting on the queue: a put then never wakes this thread in the middle of a step.
+        while not self._stop.wait(_TICK_S):
+            self._flush()
+
+    def _flush(self, last: bool = False) -> None:
+        with self._writing:
+            for _ in range(len(self._queue)):
+                self._encode(self._queue.popleft())
+            if self._system_metrics:
+                self._sample(last)
+            refused = self._refused
+            if refused > self._refused_before:
+                self._drop(refused - self._refused_before, "the queue in memory is full")
+                self._refused_before = refused
+            if self._lines or self._dropped:
+                self._write(last)
+
+    def _sample(self, last: bool) -> None:
+        if self._system is None:
+            self._system = SystemSampler()  # here, not in the constructor: NVML may take a while
+        elif last or time.monotonic() >= self._system_due:
+            self._encode(("m", time.time_ns() // 1_000_000, self._system_step, self._system.sample()))
+            self._system_step += 1
+            self._system_due = time.monotonic() + self._system_interval_s
+
+    def _encode(self, entry: tuple[Any, ...]) -> None:
+        rows: dict[str, Any]
+        try:
+            if entry[0] == "m":
+                _, milliseconds, step, metrics = entry
+                rows = {self._key(key): float(value) for key, value in metrics.items()}
+                data = line("m", milliseconds, int(step), rows)
+            else:
+                rows = {str(key)[:_KEY_BYTES]: str(value) for key, value in entry[1].items()}
+                data = line("t", rows)
+        except (TypeError, ValueError, OverflowError) as error:
+            self._drop(len(entry[-1]), f"not a number among {sorted(map(str, entry[-1]))} ({error})")
+            return
+        if not rows:
+            return
+        if self._line_bytes + len(data) > _MEMORY_BYTES:
+            self._drop(len(rows), f"{self._spool.root} cannot be written")
+            return
+        self._lines.append((data, len(rows)))
+        self._line_bytes += len(data)
+
+    def _write(self, last: bool) -> None:
+        room = self._max_spool_bytes - self._spool.size()
+        if self._line_bytes > room:
+            self._drop(
+                sum(rows for _, rows in self._lines),
+                f"{self._spool.root} is at its bound, max_spool_bytes={self._max_spool_bytes}",
+            )
+            self._lines.clear()
+            self._line_bytes = 0
+        lines = [data for data, _ in self._lines]
+        # The count of what was dropped goes along, beyond the bound: it is a line.
+        dropped = self._dropped
+        if dropped and (lines or last):
+            lines.append(line("dropped", dropped))
+        if not lines:
+            return
+        try:
+            self._writer.append(b"".join(lines))
+        except StorageError as error:
+            self._say("disk", f"{error}; metrics are kept in memory, up to {_MEMORY_BYTES >> 20} MB")
+            if last and self._lines:
+                logger.error("%s; %d metrics are lost", error, sum(rows for _, rows in self._lines))
+            return
+        self._lines.clear()
+        self._line_bytes = 0
+        if dropped and lines[-1].startswith(b'["dropped"'):
+            self._dropped -= dropped
+
+    def _drop(self, rows: int, why: str) -> None:
+        self._dropped += rows
+        self._say(why.split("=")[0], f"metrics are dropped: {why}")
+
+    def _key(self, key: str) -> str:
+        name = metric_key(key)
+        if name != key:
+            self._say(key, f"MLflow does not take the metric name {key!r}: it is {name!r} there")
+        return name
+
+    def _say(self, what: str, text: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            logger.warning("%s", text)
+
+
+def metric_key(key: str) -> str:
+    """The nearest name that MLflow takes: letters, digits, `_ - . : /` and spaces, a clean relative path, 250 long."""
+    name = re.sub(r"[^\w\-./: ]", "_", str(key))
+    parts = [part for part in name.split("/") if part not in ("", ".", "..")]
+    return "/".join(parts)[:_KEY_BYTES].rstrip("/") or "_"
