@@ -1,0 +1,256 @@
+"""The code's layers, the rooms of third parties and the lazy imports, read from the syntax trees.
+
+The tables below are those of the design; a new module is given a layer here, or this file fails.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+# A module imports only from layers below its own. Those of one layer do not know each other; the files of a package
+# (data/, models/, ...) are one module here.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("errors",),
+    ("config", "storage", "seeds", "events"),
+    ("data", "models", "losses", "optim", "state", "parallel", "checkpoint", "metrics", "tracking", "progress"),
+    ("trainer",),
+    ("worker",),
+    ("run", "supervise"),
+    ("preflight", "sweep", "cluster"),
+    ("history",),
+    ("cli", "__main__", "__init__", "hydra_plugins"),
+)
+# The one pair that shares a layer and a direction: the program is the command line, started.
+ALLOWED_IN_LAYER = {("__main__", "cli")}
+
+# Third parties stay in their rooms, imports inside functions included.
+ROOMS: dict[str, frozenset[str]] = {
+    "ray": frozenset({"worker", "run", "supervise", "sweep", "cluster", "history"}),
+    "mlflow": frozenset({"tracking", "worker"}),
+    "pyarrow": frozenset({"data", "storage", "sweep"}),
+    "hydra": frozenset({"config", "cli", "hydra_plugins"}),
+    "omegaconf": frozenset({"config", "cli", "hydra_plugins"}),
+}
+# In the worker: only what logs the model, which is one function.
+ONE_FUNCTION = {("mlflow", "worker")}
+# Never torch, wherever in the file. (In `seeds` it is imported inside functions.)
+NO_TORCH = frozenset({"errors", "config", "storage", "events", "tracking", "cli", "__main__"})
+
+# Importing the module imports none of these.
+LAZY: dict[str, tuple[str, ...]] = {
+    "raytrainer": ("torch", "ray", "mlflow", "hydra", "pyarrow"),
+    "raytrainer.config": ("torch", "ray", "mlflow", "pyarrow"),
+    "raytrainer.storage": ("torch", "ray", "mlflow", "hydra"),
+    "raytrainer.seeds": ("torch", "ray", "mlflow", "hydra", "pyarrow"),
+    "raytrainer.events": ("torch", "ray", "mlflow", "hydra", "pyarrow"),
+    "raytrainer.tracking": ("torch", "ray", "mlflow", "hydra", "pyarrow"),
+    "raytrainer.trainer": ("ray", "mlflow"),
+    "raytrainer.cli": ("torch", "ray", "mlflow"),
+    "raytrainer.__main__": ("torch", "ray", "mlflow"),
+    "hydra_plugins.raytrainer": ("torch", "ray", "mlflow"),
+}
+
+# Variables of Ray that users set and several places honour; every other one, and whatever of Ray is private, is in
+# one file.
+HONOURED = re.compile(r"RAY_(ADDRESS|API_SERVER_ADDRESS|AUTH_\w+)")
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported name: where it stands, and what it names."""
+
+    file: Path
+    line: int
+    function: str | None
+    name: str
+
+    @property
+    def place(self) -> str:
+        return f"{self.file.relative_to(ROOT)}:{self.line}"
+
+
+def module_of(file: Path) -> str:
+    """The name in the tables: the first part below raytrainer/, or hydra_plugins."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return parts[1] if parts[0] == "raytrainer" else parts[0]
+
+
+def sources() -> list[Path]:
+    ours = [*(ROOT / "raytrainer").rglob("*.py"), *(ROOT / "hydra_plugins").rglob("*.py")]
+    return sorted(file for file in ours if module_of(file) != "configs")
+
+
+@cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(), filename=str(file))
+
+
+def imports_of(file: Path) -> Iterator[Import]:
+    """All of them, also inside functions, under TYPE_CHECKING, and by `import_module` of a literal name."""
+    yield from _imports(tree_of(file), file, None)
+
+
+def _imports(node: ast.AST, file: Path, function: str | None) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        inside = child.name if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) and not function else function
+        match child:
+            case ast.Import(names=names):
+                for alias in names:
+                    yield Import(file, child.lineno, function, alias.name)
+            case ast.ImportFrom(module=str(module), names=names, level=0):
+                for alias in names:
+                    yield Import(file, child.lineno, function, f"{module}.{alias.name}")
+            case ast.ImportFrom(level=level) if level:
+                raise AssertionError(f"{file.relative_to(ROOT)}:{child.lineno}: a relative import")
+            case ast.Call(
+                func=ast.Name(id=called) | ast.Attribute(attr=called), args=[ast.Constant(value=str(name)), *_]
+            ):
+                if called in {"import_module", "__import__", "find_spec"}:
+                    yield Import(file, child.lineno, function, name)
+        yield from _imports(child, file, inside)
+
+
+def all_imports() -> list[Import]:
+    return [found for file in sources() for found in imports_of(file)]
+
+
+def ours(name: str) -> str | None:
+    """The module of ours that an imported name belongs to."""
+    parts = name.split(".")
+    if parts[0] == "hydra_plugins":
+        return "hydra_plugins"
+    if parts[0] != "raytrainer":
+        return None
+    # `from raytrainer import seeds` is the module; `from raytrainer import Trainer` is a public name of __init__.
+    return parts[1] if len(parts) > 1 and (parts[1] in LAYER_OF or parts[1] == "configs") else "__init__"
+
+
+def test_every_module_has_a_layer_and_only_one() -> None:
+    assert len(LAYER_OF) == sum(len(modules) for modules in LAYERS)
+    unknown = {module_of(file) for file in sources()} - set(LAYER_OF)
+    assert not unknown, f"without a layer in the table at the top of this file: {sorted(unknown)}"
+
+
+def test_imports_go_down() -> None:
+    wrong = []
+    for found in all_imports():
+        source, target = module_of(found.file), ours(found.name)
+        if target in {None, source, "configs"} or (source, target) in ALLOWED_IN_LAYER:
+            continue
+        assert target is not None
+        if LAYER_OF[target] >= LAYER_OF[source]:
+            wrong.append(
+                f"{found.place}: {source} (layer {LAYER_OF[source]}) imports {target} (layer {LAYER_OF[target]})"
+            )
+    assert not wrong, "\n".join(wrong)
+
+
+def test_third_parties_stay_in_their_rooms() -> None:
+    wrong = []
+    for found in all_imports():
+        package = found.name.split(".")[0]
+        if package in ROOMS and module_of(found.file) not in ROOMS[package]:
+            wrong.append(f"{found.place}: {package} belongs into {', '.join(sorted(ROOMS[package]))}")
+        if package == "torch" and module_of(found.file) in NO_TORCH:
+            wrong.append(f"{found.place}: no torch in {module_of(found.file)}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_room_of_one_function() -> None:
+    for package, module in ONE_FUNCTION:
+        functions = {
+            found.function
+            for found in all_imports()
+            if module_of(found.file) == module and found.name.split(".")[0] == package
+        }
+        assert len(functions) <= 1, f"{package} is imported in several functions of {module}: {functions}"
+        assert None not in functions, f"{package} is imported by {module} itself, not inside a function"
+
+
+def test_what_is_private_to_ray_is_in_one_file() -> None:
+    places: dict[Path, list[str]] = defaultdict(list)
+    for found in all_imports():
+        if re.match(r"ray(\.\w+)*\._", found.name):
+            places[found.file].append(f"line {found.line}: {found.name}")
+    for file in sources():
+        for node in ast.walk(tree_of(file)):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                name = node.value
+                if re.fullmatch(r"(RAY|TUNE)_\w+", name) and not HONOURED.fullmatch(name):
+                    places[file].append(f"line {node.lineno}: {name}")
+    assert len(places) <= 1, "\n".join(f"{file.relative_to(ROOT)}: {what}" for file, what in places.items())
+
+
+def test_no_module_is_a_drawer() -> None:
+    drawers = {"util", "utils", "helper", "helpers", "common", "misc", "manager", "handler", "base"}
+    assert not {file.stem for file in sources()} & drawers
+
+
+def present(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("module", [module for module in LAZY if present(module)])
+def test_importing_stays_light(module: str) -> None:
+    # A process of its own: in this one, other tests have imported everything.
+    program = (
+        "import importlib, json, pkgutil, sys\n"
+        f"module = importlib.import_module({module!r})\n"
+        # Hydra imports every module of every plugin package before it does anything.
+        "if module.__name__.startswith('hydra_plugins'):\n"
+        "    for found in pkgutil.walk_packages(module.__path__, module.__name__ + '.'):\n"
+        "        importlib.import_module(found.name)\n"
+        "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    imported = set(json.loads(done.stdout.splitlines()[-1]))
+    assert not imported & set(LAZY[module])
+
+
+def test_the_reader_of_imports_sees_what_it_should(tmp_path: Path) -> None:
+    file = tmp_path / "sample.py"
+    file.write_text(
+        "import a.b, c\n"
+        "from d import e\n"
+        "if TYPE_CHECKING:\n"
+        "    import f\n"
+        "class K:\n"
+        "    def method(self):\n"
+        "        from g import h\n"
+        "        def inner():\n"
+        "            importlib.import_module('i.j')\n"
+    )
+    found = [(one.name, one.function) for one in imports_of(file)]
+    assert found == [
+        ("a.b", None),
+        ("c", None),
+        ("d.e", None),
+        ("f", None),
+        ("g.h", "method"),
+        ("i.j", "method"),
+    ]
+    assert [ours(name) for name in ("raytrainer.data.order", "raytrainer.seeds", "raytrainer.Trainer", "torch")] == [
+        "data",
+        "seeds",
+        "__init__",
+        None,
+    ]
