@@ -1,9 +1,8 @@
 # The habits of this repository, one target each. Python is $(PYTHON); everything is installed into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-CHECKED := raytrainer hydra_plugins tests benchmarks
 
-.PHONY: demo test quick check format bench lock clean
+.PHONY: demo test quick check format hooks bench lock clean
 
 # Train a residual network on real images with two workers, on this machine.
 demo: .venv/.installed
@@ -25,6 +24,10 @@ check: .venv/.installed-dev
 format: .venv/.installed-dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# Lint and types before each commit.
+hooks: .venv/.installed-dev
+	$(BIN)/pre-commit install
 
 # Every claim about speed, with its peer beside it; the results go to benchmarks/results/.
 bench: .venv/.installed-dev

@@ -1,0 +1,107 @@
+"""What every test gets: an environment without the developer's own settings, and no way to the outside.
+Fixtures of one subject live beside its tests.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+# Variables that would aim a test at somebody's server or cluster.
+FOREIGN = ("MLFLOW_", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_", "RAY_RUNTIME_ENV", "HYDRA_")
+QUIET = {
+    "DO_NOT_TRACK": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # A proxy never stands between a test and its own server.
+    "NO_PROXY": "127.0.0.1,localhost,::1",
+    "no_proxy": "127.0.0.1,localhost,::1",
+}
+
+# The machine is small and shared: no example has a deadline. CI looks at the same examples every time.
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, database=None)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def _clean(patch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(FOREIGN)]:
+        patch.delenv(name)
+    for name, value in QUIET.items():
+        patch.setenv(name, value)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session_environment() -> Iterator[None]:
+    """For the fixtures of a module or session, which come before those of a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        _clean(patch)
+        patch.setattr(socket.socket, "connect", _refusing(socket.socket.connect))
+        patch.setattr(socket.socket, "connect_ex", _refusing(socket.socket.connect_ex))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Again for each test: what one leaves in the environment is not the next one's."""
+    _clean(monkeypatch)
+
+
+def _refusing(connect: Callable[..., Any]) -> Callable[..., Any]:
+    def guarded(self: socket.socket, address: Any) -> Any:
+        # A datagram socket sends nothing when it connects; Ray finds its own address that way.
+        internet = self.family in (socket.AF_INET, socket.AF_INET6) and self.type & socket.SOCK_STREAM
+        if internet and _is_outside(str(address[0])):
+            raise AssertionError(f"a test reached for {address}: tests use no network")
+        return connect(self, address)
+
+    return guarded
+
+
+def _is_outside(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_global
+    except ValueError:
+        return host not in {"localhost", socket.gethostname()} and not host.endswith(".localhost")
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The test runs in an empty directory of its own, which is the value."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def system_program() -> Callable[[str, str], str]:
+    """`system_program("nginx", "nginx")`: the path of a program from a system package; without it the test is skipped.
+
+    `.ci/run` installs what is named here, and fails on such a skip.
+    """
+
+    def find(program: str, package: str) -> str:
+        found = shutil.which(program)
+        if found is None:
+            pytest.skip(f"system package missing: {package} (has {program})")
+        return found
+
+    return find
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import torch  # only here: most runs collect no such test
+
+    if not torch.cuda.is_available():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
