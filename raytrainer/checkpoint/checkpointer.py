@@ -75,6 +75,8 @@ class Checkpointer:
         What the thread of the save before ran into is raised here, on every rank: StorageFull, StorageError,
         CheckpointError. The checkpoints before that one are untouched.
         """
+        if step < 0:
+            raise ValueError(f"step={step}: steps count from 0")
         began = time.perf_counter()
         self.wait()
         contents: files.Contents = {}
@@ -119,6 +121,7 @@ class Checkpointer:
         self, step: int, metric: float | None, contents: files.Contents, failure: BaseException | None
     ) -> CheckpointInfo:
         directory = self._ranks.first(lambda: self._claim(step))
+        done = False
 
         def write() -> dict[str, tuple[int, str]]:
             if failure is not None:
@@ -126,6 +129,7 @@ class Checkpointer:
             return files.write(self._storage, directory, contents)
 
         def commit() -> Manifest:
+            nonlocal done
             listed = {name: found for part in written for name, found in part.items()}
             created = datetime.now(UTC).isoformat(timespec="seconds")
             monitored = None if metric is None else float(metric)
@@ -133,13 +137,15 @@ class Checkpointer:
             self._storage.sync_dir(directory)
             self._storage.sync_dir("")
             self._storage.write_bytes(f"{directory}/{manifests.NAME}", manifests.encode(manifest))
+            done = True
             return manifest
 
         try:
             written = self._ranks.together(write)
             manifest = self._ranks.first(commit)
         except Exception:
-            if self._ranks.rank == 0:  # no rank writes any more: free the space at once
+            # Free the space at once; but what is committed stays, though another rank was lost before it heard of it.
+            if self._ranks.rank == 0 and not done:
                 self._tidy(lambda: files.delete(self._storage, directory))
             raise
         if self._ranks.rank == 0:

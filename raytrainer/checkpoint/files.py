@@ -163,6 +163,13 @@ class _Request:
 def read(storage: Storage, directory: str, manifest: Manifest, kind: str, template: Any) -> dict[str, Any]:
     """A state: `kind` is `shared`, or `local-RANK` for a rank's own. Tensors of `template`, nested alike, are filled in
     place, DTensors with their shards; without one they are allocated on the CPU."""
+    try:
+        return _read(storage, directory, manifest, kind, template)
+    except CheckpointCorrupt as exc:
+        raise CheckpointCorrupt(f"{storage.where(directory)}: {exc}") from exc
+
+
+def _read(storage: Storage, directory: str, manifest: Manifest, kind: str, template: Any) -> dict[str, Any]:
     names = sorted(name for name in manifest.files if re.fullmatch(rf"{kind}(-\d{{5}})?\.safetensors", name))
     begins: dict[str, int] = {}
     index: dict[str, list[tensors.Chunk]] = {}
@@ -191,7 +198,7 @@ def read(storage: Storage, directory: str, manifest: Manifest, kind: str, templa
                 wanted[chunk.file].append(piece)
                 covered += piece.target.numel()
         if covered != item.target.numel():
-            raise CheckpointCorrupt(f"{storage.where(directory)}: {item.name} is not complete")
+            raise CheckpointCorrupt(f"{item.name} is not complete")
     for name, parts in wanted.items():
         if parts:
             with storage.open_read(f"{directory}/{name}") as file:

@@ -37,7 +37,8 @@ class CheckpointInfo:
     @property
     def name(self) -> str:
         """The directory's own name."""
-        return self.path.partition("?")[0].rpartition("/")[2]
+        place = self.path.partition("?")[0] if "://" in self.path else self.path
+        return place.rpartition("/")[2]
 
 
 @dataclass(frozen=True)

@@ -43,11 +43,13 @@ class Ranks:
             result = action()
         except Exception as exc:  # noqa: BLE001  raised below, when the others know
             failure = exc
-        answers = self.gather((result, type(failure).__name__, str(failure)))
+        kind = next((kind.__name__ for kind in type(failure).__mro__ if kind.__name__ in _KINDS), "CheckpointError")
+        message = None if failure is None else str(failure) or type(failure).__name__
+        answers = self.gather((result, kind, message))
         if failure is not None:
             raise failure
         for rank, (_, kind, message) in enumerate(answers):
-            if kind != "NoneType":
+            if message is not None:
                 raise _KINDS.get(kind, CheckpointError)(f"rank {rank}: {message}")
         return [result for result, _, _ in answers]
 

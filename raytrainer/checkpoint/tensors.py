@@ -38,6 +38,7 @@ DTYPES = {dtype_name(dtype): dtype for dtype in (*_CODES, torch.complex64, torch
 
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
 _BLOCK = 32 << 20  # bytes read at once, where tensors are small
+_ALONE = 4 << 20  # bytes above which a tensor is read by itself, straight into its memory
 _GAP = 256 << 10  # bytes that it is cheaper to read than to seek over
 
 
@@ -131,7 +132,7 @@ class Buffer:
         with torch.no_grad():
             for chunk in layout.chunks:
                 box = self._memory[chunk.begin : chunk.begin + chunk.nbytes].view(chunk.dtype).view(chunk.sizes)
-                box.copy_(parts[chunk.name], non_blocking=True)
+                box.copy_(parts[chunk.name], non_blocking=parts[chunk.name].is_cuda)
         for device in devices:
             torch.cuda.current_stream(device).synchronize()
         self.data = self._memory.numpy().data[: layout.nbytes]
@@ -148,7 +149,9 @@ def read_index(file: BinaryIO, size: int, name: str) -> tuple[int, list[Chunk]]:
         length = int.from_bytes(file.read(8), "little")
         if length > min(_MAX_HEADER, size - 8):
             raise ValueError(f"a header of {length} bytes")
-        entries = json.loads(_read_exactly(file, length))
+        text = bytearray(length)
+        _fill(file, memoryview(text))
+        entries = json.loads(text)
         boxes = json.loads(entries.pop("__metadata__")["boxes"])
         chunks = []
         for key, entry in entries.items():
@@ -201,39 +204,48 @@ def overlap(chunk: Chunk, target: torch.Tensor, offset: Sequence[int]) -> Piece 
 def read_pieces(file: BinaryIO, data_begin: int, wanted: Iterable[Piece]) -> None:
     """Fill the targets of `wanted` from one file, reading neighbours together."""
     block: list[Piece] = []
+    scratch = torch.empty(0, dtype=torch.uint8)
     for piece in [*sorted(wanted, key=lambda piece: piece.begin), None]:
         if block and (
             piece is None
             or piece.begin - (block[-1].begin + block[-1].nbytes) > _GAP
             or piece.begin + piece.nbytes - block[0].begin > _BLOCK
+            or max(piece.nbytes, block[-1].nbytes) > _ALONE
         ):
-            _read_block(file, data_begin, block)
+            scratch = _read_block(file, data_begin, block, scratch)
             block = []
         if piece is not None:
             block.append(piece)
 
 
-def _read_block(file: BinaryIO, data_begin: int, block: list[Piece]) -> None:
+def _read_block(file: BinaryIO, data_begin: int, block: list[Piece], scratch: torch.Tensor) -> torch.Tensor:
+    """Read what lies together and copy it to its targets, through `scratch` where it is large enough; what was used."""
     begin = block[0].begin
-    end = max(piece.begin + piece.nbytes for piece in block)
+    size = max(piece.begin + piece.nbytes for piece in block) - begin
     file.seek(data_begin + begin)
-    data = torch.frombuffer(_read_exactly(file, end - begin), dtype=torch.uint8)
+    target = block[0].target
+    if len(block) == 1 and target.is_cpu and target.is_contiguous() and target.nbytes == size:
+        _fill(file, target.detach().view(-1).view(torch.uint8).numpy().data)
+        return scratch
+    if scratch.numel() < size:
+        scratch = torch.empty(size, dtype=torch.uint8)
+    data = scratch[:size]
+    _fill(file, data.numpy().data)
     with torch.no_grad():
         for piece in block:
             at = piece.begin - begin
             rows = data[at : at + piece.nbytes].view(piece.dtype).view(piece.rows)
             piece.target.copy_(rows[piece.source])
+    return scratch
 
 
-def _read_exactly(file: Any, size: int) -> bytearray:
-    data = bytearray(size)
-    view, done = memoryview(data), 0
-    while done < size:  # an unbuffered read may be short, and is never longer than 2 GiB
-        count = file.readinto(view[done:])
+def _fill(file: Any, memory: memoryview) -> None:
+    done = 0
+    while done < len(memory):  # an unbuffered read may be short, and is never longer than 2 GiB
+        count = file.readinto(memory[done:])
         if not count:
-            raise CheckpointCorrupt(f"a file ends {size - done} bytes early")
+            raise CheckpointCorrupt(f"a file ends {len(memory) - done} bytes early")
         done += count
-    return data
 
 
 def _allocate(nbytes: int, *, pinned: bool) -> torch.Tensor:

@@ -176,8 +176,14 @@ class Storage:
         """Write a whole file: readers see the old or the new content, never a part. Local: temporary file beside,
         fsync, rename, fsync of the directory."""
         if self._local is None:
-            with self.open_write(rel) as file:
+            # An object appears when it is complete; where there are directories, a rename makes it so.
+            moves = self._has_directories()
+            target = f"{rel}.{uuid.uuid4().hex}.tmp" if moves else rel
+            with self.open_write(target) as file:
                 file.write(data)
+            if moves:
+                with self._errors(rel):
+                    self._filesystem().move(self._key(target), self._key(rel))
             return
         path = self._path(rel, file=True)
         with self._errors(rel):
@@ -209,7 +215,7 @@ class Storage:
             else:
                 key = self._key(rel, file=True)
                 filesystem = self._filesystem()
-                if filesystem.type_name in ("local", "hdfs", "mock", "subtree"):  # object stores have no directories
+                if self._has_directories():
                     filesystem.create_dir(str(PurePosixPath(key).parent), recursive=True)
                 with filesystem.open_output_stream(key) as file:
                     yield cast(BinaryIO, file)
@@ -325,6 +331,9 @@ class Storage:
                 raise StorageError(f"{self.display}: {_first_line(exc)}") from exc
             self._base = base.rstrip("/")
         return self._fs
+
+    def _has_directories(self) -> bool:
+        return self._filesystem().type_name in ("local", "hdfs", "subtree", "mock")
 
     def _info(self, rel: str) -> Any:
         return self._filesystem().get_file_info(self._key(rel))
