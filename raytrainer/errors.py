@@ -97,13 +97,23 @@ class WorkerError(TrainingError):
         cause: One line: the exception's type and message, or how the process ended.
         rank: Its rank, where known.
         node: The address of its node, where known.
-        traceback: The text of the first traceback, where there is one.
+        traceback: The text of its traceback, where there is one.
+        when: Seconds since the epoch: of several workers' errors the first is the cause, the others its noise.
+        retry: Whether the same could go better another time.
     """
 
     def __init__(
-        self, cause: str, *, rank: int | None = None, node: str | None = None, traceback: str | None = None
+        self,
+        cause: str,
+        *,
+        rank: int | None = None,
+        node: str | None = None,
+        traceback: str | None = None,
+        when: float = 0.0,
+        retry: bool = True,
     ) -> None:
         self.cause, self.rank, self.node, self.traceback = cause, rank, node, traceback
+        self.when, self.retry = when, retry
         who = "a worker" if rank is None else f"rank {rank}"
         super().__init__(f"{who}{f' on node {node}' if node else ''}: {cause}")
 

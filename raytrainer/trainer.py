@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from raytrainer import parallel, seeds
-from raytrainer.checkpoint import Checkpointer, CheckpointInfo
+from raytrainer.checkpoint import Checkpointer, CheckpointInfo, read_weights
 from raytrainer.config import Experiment, build, factory
 from raytrainer.data import Batch, Loader
 from raytrainer.errors import ConfigError, NonFiniteLoss
@@ -267,8 +267,13 @@ class Trainer:
         self.throughput.go_on()
         self.events.checkpoint(self, CheckpointSaved(self.step, metric, stall))
 
-    def restore(self, info: CheckpointInfo) -> None:
+    def restore(self, info: CheckpointInfo, changed: Iterable[str] = ()) -> None:
         """Puts everything back as it was at `info`: the next step is the one that followed it.
+
+        Args:
+            info: From the checkpointer.
+            changed: Settings of the optimizer (`lr`, `weight_decay`) whose values in the experiment are the ones to go
+                on with, instead of the checkpoint's.
 
         Raises:
             CheckpointCorrupt: It does not verify, or belongs to another model.
@@ -276,9 +281,12 @@ class Trainer:
         assert self.checkpointer is not None
         shared, local = self.checkpointer.load(info)
         load_weights(self.raw_model, shared["model"], str(info.path))
+        wanted = [{name: group[name] for name in changed if name in group} for group in self.optimizer.param_groups]
+        rates = [group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
         restore_optimizer_state(self.optimizer, self.raw_model, shared["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(shared["scheduler"])
+        self._change_settings(wanted, rates)
         if self.precision.scaler is not None and shared.get("scaler"):
             self.precision.scaler.load_state_dict(shared["scaler"])
         if self.ema_model is not None:
@@ -297,6 +305,38 @@ class Trainer:
             seeds.set_random_state(local["random"])
         else:  # another number of workers: the same order of samples, but draws of its own
             seeds.seed_everything("train", self.experiment.seed, self.world.rank, self.step)
+
+    def _change_settings(self, wanted: list[dict[str, Any]], rates: list[Any]) -> None:
+        for number, (group, new) in enumerate(zip(self.optimizer.param_groups, wanted, strict=True)):
+            if "lr" in new:
+                # The checkpoint's rate is the base times the curve: the same point of the curve over the new base.
+                factor = float(group["lr"]) / float(group["initial_lr"]) if group.get("initial_lr") else 1.0
+                new = {**new, "lr": rates[number] * factor}
+                if self.scheduler is not None:
+                    group["initial_lr"] = self.scheduler.base_lrs[number] = rates[number]
+            group.update(new)
+
+    def init_from(self, source: str) -> None:
+        """Takes the weights alone from a run, a checkpoint or a file (`checkpoint.weights.read_weights`)."""
+        load_weights(self.raw_model, read_weights(source, self.experiment.storage_path or "runs"), source)
+        if self.ema_model is not None:
+            load_weights(self.ema_model, self.raw_model.state_dict(), source)
+
+    def best_weights(self) -> tuple[int, dict[str, Tensor]]:
+        """(step, state dict on the CPU) of the best committed checkpoint, else as they are now; the EMA's if any.
+
+        A checkpoint's batch statistics are the mean over ranks, which this process alone does not have.
+        """
+        if self.checkpointer is not None and (found := self.checkpointer.list()):
+            info = self.checkpointer.best() or found[-1]
+            shared, _ = self.checkpointer.load(info)
+            return info.step, shared.get("ema") or shared["model"]
+        model = self.ema_model or self.raw_model
+        return self.step, {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
+
+    def example_batches(self) -> Iterator[Batch]:
+        """Validation batches (else training ones) from the first."""
+        return (self.val_loader or self.train_loader).batches(0, 1)
 
     def _shared_state(self) -> dict[str, Any]:
         model = dict(self.raw_model.state_dict())

@@ -3,7 +3,18 @@
 Stage one (keys, types, groups) imports no torch; stage two (`check_targets`) imports the targets' libraries.
 """
 
-from raytrainer.config.compose import Composition, compose, explain, from_hydra, from_text, register_schema
+from raytrainer.config.compose import (
+    CONFIG_MODULE,
+    CONFIG_NAME,
+    Composition,
+    compose,
+    explain,
+    flattened,
+    from_hydra,
+    from_text,
+    new_name,
+    register_schema,
+)
 from raytrainer.config.nodes import bind, build, check_targets, factory
 from raytrainer.config.schema import (
     CheckpointConfig,
@@ -20,6 +31,8 @@ from raytrainer.config.schema import (
 )
 
 __all__ = [
+    "CONFIG_MODULE",
+    "CONFIG_NAME",
     "CheckpointConfig",
     "ClusterConfig",
     "Composition",
@@ -37,8 +50,10 @@ __all__ = [
     "compose",
     "explain",
     "factory",
+    "flattened",
     "from_hydra",
     "from_text",
+    "new_name",
     "register_schema",
     "validate",
 ]

@@ -127,6 +127,25 @@ def new_name(experiment: str) -> str:
     return f"{stem[:60]}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
+def flattened(text: str) -> dict[str, str]:
+    """A composition's text as flat `a.b.c` → value, for tracking; empty nodes are left out."""
+    found: dict[str, str] = {}
+
+    def walk(node: Any, prefix: str) -> None:
+        if isinstance(node, dict) and node:
+            for name, child in node.items():
+                walk(child, f"{prefix}.{name}" if prefix else str(name))
+        elif not isinstance(node, dict):
+            found[prefix] = _as_text(node)
+
+    walk(OmegaConf.to_container(OmegaConf.create(text), resolve=False), "")
+    return found
+
+
+def _as_text(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _typed(cfg: DictConfig, overrides: tuple[str, ...], choices: tuple[tuple[str, str], ...]) -> Composition:
     experiment = OmegaConf.to_object(cfg)
     assert isinstance(experiment, Experiment)

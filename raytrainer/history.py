@@ -1,0 +1,126 @@
+"""Runs that were: finding one by its name or MLflow id, and going on with it (`resume`) or doing it again (`rerun`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from raytrainer.config import Composition, from_text
+from raytrainer.config.schema import NAME_PATTERN
+from raytrainer.errors import ConfigError, RunNotFound, nearest
+from raytrainer.run import Record
+from raytrainer.storage import Storage
+
+# What these keys say is in the checkpoint's state, or decides what its numbers mean.
+_FIXED = ("name", "seed", "init_from", "debug", "storage_path")
+_FIXED_BELOW = ("model", "loss", "callbacks", "data.train", "data.val", "data.collate_fn")
+_FIXED_KEYS = (
+    "optimizer._target_",
+    "lr_scheduler._target_",
+    "data.global_batch_size",
+    "data.shuffle",
+    "data.drop_last",
+    "trainer.precision",
+    "trainer.ema_decay",
+    "checkpoint.monitor",
+    "checkpoint.mode",
+    "tracking.tracking_uri",
+    "tracking.experiment_name",
+)
+
+
+def find(identifier: str, root: Path | None = None) -> tuple[Record, Storage]:
+    """The run of a name or an MLflow run id: below `./runs`, else wherever the tracking store says it is.
+
+    Raises:
+        RunNotFound: There is none; the nearest names are told.
+    """
+    root = root or Path.cwd() / "runs"
+    if not re.fullmatch(NAME_PATTERN, identifier):
+        raise RunNotFound(f"{identifier!r} is neither a run's name nor an MLflow run id")
+    records = {}
+    if root.is_dir():
+        if (found := _read(str(root / identifier))) is not None:
+            return found
+        for path in sorted(root.iterdir()):
+            if (other := _read(str(path))) is not None:
+                records[other[0].name] = other
+                if other[0].run_id == identifier:
+                    return other
+    if place := _place_in_tracking(identifier):
+        if (found := _read(place)) is not None:
+            return found
+        raise RunNotFound(f"{identifier}: its directory {place} is gone")
+    close = nearest(identifier, records) or list(records)[-3:]
+    raise RunNotFound(
+        f"{identifier}: no run of this name or MLflow id in {root} or the tracking store"
+        + (f"; there are {', '.join(close)}" if close else "")
+    )
+
+
+def _read(place: str) -> tuple[Record, Storage] | None:
+    storage = Storage(place)
+    record = Record.read(storage)
+    return None if record is None else (record, storage)
+
+
+def _place_in_tracking(identifier: str) -> str | None:
+    import os
+
+    from raytrainer import tracking
+
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if uri is None and not (Path.cwd() / "mlflow.db").exists():
+        return None
+    return tracking.find_run_dir(uri or tracking.default_tracking_uri(Path.cwd()), identifier)
+
+
+def to_resume(identifier: str, overrides: Sequence[str]) -> tuple[Composition, Record, list[str]]:
+    """What `launch` needs to go on with a run: its config with value overrides, its record, changed optimizer keys.
+
+    Raises:
+        RunNotFound: There is no such run.
+        ConfigError: An override that is no value, or changes what the checkpoint's state means.
+    """
+    record, storage = find(identifier)
+    names = [o.partition("=")[0].lstrip("+~") for o in overrides]
+    for override, name in zip(overrides, names, strict=True):
+        value = override.partition("=")[2]
+        if "." not in name and name not in _FIXED:
+            raise ConfigError(
+                "is a choice of a group; resume takes values (trainer.max_epochs=20). For another choice: "
+                f"raytrainer rerun {record.name} …, a new run",
+                key=name,
+                value=value,
+            )
+        if name in _FIXED or name in _FIXED_KEYS or any(name == k or name.startswith(k + ".") for k in _FIXED_BELOW):
+            raise ConfigError(
+                "changes what the run's checkpoint means, so it cannot be resumed with it; "
+                f"raytrainer rerun {record.name} {override} starts a new run",
+                key=name,
+                value=value,
+            )
+    composition = _composed(record, storage, overrides)
+    return composition, record, [n.removeprefix("optimizer.") for n in names if n.startswith("optimizer.")]
+
+
+def to_rerun(identifier: str, overrides: Sequence[str]) -> Composition:
+    """The config of a run under a new name, with value overrides: what `launch` needs to do it again.
+
+    Raises:
+        RunNotFound, ConfigError: As `to_resume`.
+    """
+    from raytrainer.config import new_name
+
+    record, storage = find(identifier)
+    if not any(o.partition("=")[0] == "name" for o in overrides):
+        overrides = [*overrides, f"name={new_name(re.sub(r'-\d{8}-\d{6}-[0-9a-f]{4}$', '', record.name))}"]
+    return _composed(record, storage, overrides)
+
+
+def _composed(record: Record, storage: Storage, overrides: Sequence[str]) -> Composition:
+    text = storage.read_if_exists("config.yaml")
+    if text is None:
+        raise RunNotFound(f"{record.name}: its config.yaml in {record.run_dir} is gone")
+    return from_text(text.decode(), overrides)

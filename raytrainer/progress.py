@@ -1,0 +1,146 @@
+"""What a person sees while it trains: rank 0 tells what happened as small messages, the launching process shows them.
+
+A terminal gets one live line; anything else (a file, a Ray job's log) one clean line at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
+
+# Begins a line of a worker's output that is a message for the launching process, not text for a person.
+MARK = "\x1eraytrainer "
+_EVERY_S = 5.0  # without a terminal: at most one progress line in so many seconds
+
+
+class Reporter:
+    """A listener (events.py) on rank 0 that turns events into messages for `emit`."""
+
+    def __init__(self, emit: Callable[[dict[str, Any]], None]) -> None:
+        self._emit = emit
+        self._total: int | None = None
+        self._per_epoch: int | None = None
+        self._since: tuple[float, int] = (0.0, 0)
+
+    def on_fit_start(self, trainer: Any, event: Any) -> None:
+        self._total, self._per_epoch = event.total_steps, event.steps_per_epoch
+        self._since = (time.monotonic(), event.step)
+        self._emit({"kind": "start", "step": event.step, "total": event.total_steps, "parameters": event.parameters})
+
+    def on_log(self, trainer: Any, event: Any) -> None:
+        began, first = self._since
+        left = None
+        if self._total is not None and event.step > first:
+            left = (time.monotonic() - began) / (event.step - first) * (self._total - event.step)
+        epochs = math.ceil(self._total / self._per_epoch) if self._total and self._per_epoch else None
+        self._emit(
+            {
+                "kind": "log",
+                "step": event.step,
+                "total": self._total,
+                "epoch": event.epoch + 1,
+                "epochs": epochs,
+                "left": left,
+                "metrics": dict(event.metrics),
+            }
+        )
+
+    def on_eval_end(self, trainer: Any, event: Any) -> None:
+        self._emit({"kind": "eval", "step": event.step, "epoch": event.epoch + 1, "metrics": dict(event.metrics)})
+
+    def on_checkpoint(self, trainer: Any, event: Any) -> None:
+        self._emit({"kind": "checkpoint", "step": event.step})
+
+
+def to_line(message: Mapping[str, Any]) -> str:
+    """A message as one line of a worker's output."""
+    return MARK + json.dumps(message)
+
+
+def from_line(line: str) -> dict[str, Any] | None:
+    """The message in a line of a worker's output; None where it is text for a person."""
+    if not line.startswith(MARK):
+        return None
+    found = json.loads(line[len(MARK) :])
+    return found if isinstance(found, dict) else None
+
+
+class Display:
+    """Shows messages and texts on a stream; remembers the last step for whoever asks."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._live = self._stream.isatty()
+        self._shown = ""
+        self._last_line = -_EVERY_S
+        self.also: TextIO | None = None  # a log that gets every line for good too
+        self.step = 0
+
+    def show(self, message: Mapping[str, Any]) -> None:
+        """A message from rank 0."""
+        self.step = max(self.step, int(message.get("step", 0)))
+        if message["kind"] == "start" and message["step"]:
+            self.say(f"going on after step {message['step']}")
+        elif message["kind"] == "start":
+            self.say(f"training {message['parameters']:,} parameters")
+        elif message["kind"] == "log":
+            self._progress(progress_line(message), last=message["step"] == message["total"])
+        elif message["kind"] == "eval":
+            self.say(f"epoch {message['epoch']}  step {message['step']}  {figures(message['metrics'])}")
+        elif message["kind"] == "warning":
+            self.say(f"warning: {message['text']}")
+
+    def say(self, text: str) -> None:
+        """A line (or several) for good, above the live one."""
+        self._clear()
+        print(text, file=self._stream, flush=True)
+        if self.also is not None:
+            print(text, file=self.also, flush=True)
+
+    def close(self) -> None:
+        self._clear()
+
+    def _progress(self, line: str, last: bool) -> None:
+        if self._live:
+            self._clear()
+            self._shown = line[: shutil.get_terminal_size().columns - 1]
+            self._stream.write(self._shown)
+            self._stream.flush()
+        elif last or time.monotonic() - self._last_line >= _EVERY_S:
+            self._last_line = time.monotonic()
+            self.say(line)
+
+    def _clear(self) -> None:
+        if self._shown:
+            self._stream.write("\r\x1b[K")
+            self._shown = ""
+
+
+def progress_line(message: Mapping[str, Any]) -> str:
+    """E.g. `epoch 3/12  step 30/132  loss 0.2113  lr 0.094  4,812 samples/s  0:21 left`."""
+    metrics = message["metrics"]
+    parts = [f"epoch {message['epoch']}" + (f"/{message['epochs']}" if message["epochs"] else "")]
+    parts.append(f"step {message['step']}" + (f"/{message['total']}" if message["total"] else ""))
+    parts.append(f"loss {metrics.get('train/loss', math.nan):.4g}")
+    parts.append(f"lr {metrics.get('train/lr', math.nan):.3g}")
+    parts.append(f"{metrics.get('train/samples_per_second', math.nan):,.0f} samples/s")
+    if message["left"] is not None:
+        parts.append(f"{duration(message['left'])} left")
+    return "  ".join(parts)
+
+
+def figures(metrics: Mapping[str, float]) -> str:
+    """`val/loss 0.1261  val/accuracy 0.9833`."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+
+
+def duration(seconds: float) -> str:
+    """`0:21`, `12:05`, `3:04:59`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

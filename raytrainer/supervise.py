@@ -1,0 +1,283 @@
+"""Ray, held by its hooks: starting it quietly, Ray Train's controller in this process, retries, the workers' output.
+
+Every private knob of Ray that raytrainer turns is in this file, read in ray 2.60 (`ray/train/v2/_internal`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+from ray._private.ray_logging import global_worker_stdstream_dispatcher
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.metrics import ControllerMetricsCallback, WorkerMetricsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from raytrainer import worker
+from raytrainer.errors import WorkerError
+from raytrainer.progress import from_line
+
+# Set before Ray starts, where the user has not; inherited by Ray's processes on this machine, and propagated by Ray
+# Train to workers elsewhere.
+ENVIRONMENT = {
+    # The controller looks at its workers so often: an end or a death is seen after 0.1 s instead of 2 s.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    # Workers stay in the launching directory, where relative paths of a config mean the same as inline.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # A second copy of every print and exception in the worker's output.
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Warnings that a user cannot act on: accelerators of processes without a GPU, and the metrics agent, which an
+    # embedded Ray has no dashboard for.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_enable_metrics_collection": "0",
+}
+# Lines of Ray's own in a worker's output that say nothing a user can act on.
+_CHATTER = ("Setting up process group for: env://", "[Gloo] Rank ", "Using blocking ray.get inside async actor")
+
+
+def prepare(embedded: bool) -> None:
+    """Sets `ENVIRONMENT`; to be called before Ray starts."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if embedded:
+        # One node that is this machine: there is nobody to preempt it.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    for name in ("ray", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def start_embedded(num_cpus: float, num_gpus: int | None) -> None:
+    """Starts a Ray of this process's own on this machine; `ray.shutdown` ends all of it.
+
+    Without the dashboard, whose processes cost seconds of a launch; what Ray Train needs it for, cleaning up after a
+    dead controller, is not needed: the controller is in this process, and the cluster ends with it.
+    """
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=True,
+        configure_logging=True,
+    )
+
+
+def attach(address: str, runtime_env: Mapping[str, Any]) -> str:
+    """Connects to a running cluster; returns its address.
+
+    Raises:
+        ConnectionError: There is none.
+    """
+    context = ray.init(
+        address=address, runtime_env=dict(runtime_env) or None, logging_level=logging.ERROR, log_to_driver=True
+    )
+    return str(context.address_info.get("gcs_address") or address)
+
+
+class WorkerOutput:
+    """Takes what the workers print out of Ray's own printing: messages go to `on_message`, text to `on_text`.
+
+    Each gets the rank it came from; None: a process that is no worker of ours, or one that has not said its rank yet.
+    """
+
+    def __init__(
+        self,
+        on_message: Callable[[int | None, dict[str, Any]], None],
+        on_text: Callable[[int | None, str], None],
+    ) -> None:
+        self._on_message, self._on_text = on_message, on_text
+        self._ranks: dict[tuple[Any, Any], int] = {}
+
+    def __enter__(self) -> WorkerOutput:
+        global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+        global_worker_stdstream_dispatcher.add_handler("raytrainer", self._take)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global_worker_stdstream_dispatcher.remove_handler("raytrainer")
+
+    def _take(self, data: Mapping[str, Any]) -> None:
+        source = (data.get("ip"), data.get("pid"))
+        for line in data.get("lines", ()):
+            if (message := from_line(line)) is None:
+                if line.strip() and not any(text in line for text in _CHATTER):
+                    self._on_text(self._ranks.get(source), line)
+                continue
+            if message["kind"] == "hello":
+                self._ranks[source] = message["rank"]
+            self._on_message(self._ranks.get(source), message)
+
+
+class Retries(DefaultFailurePolicy):  # type: ignore[misc]
+    """Ray Train's own budgets, less what no retry can mend.
+
+    A worker that raised something hopeless ends the run at once, and so does the same error twice without a step in
+    between. `on_retry` is told of each restart.
+    """
+
+    def __init__(self, failure_config: FailureConfig, progress: Callable[[], int], on_retry: Callable[[str], None]) -> None:
+        super().__init__(failure_config)
+        self._progress, self._on_retry = progress, on_retry
+        self._last: tuple[str, int] | None = None
+        self.restarts = 0
+
+    def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        first = first_error(training_failed_error)
+        if isinstance(training_failed_error, WorkerGroupError) and isinstance(first, WorkerError):
+            here = (first.cause, self._progress())
+            if not first.retry or (first.traceback and here == self._last):
+                return FailureDecision.RAISE
+            self._last = here
+        decision = super().make_decision(training_failed_error)
+        if decision == FailureDecision.RETRY:
+            self.restarts += 1
+            limit = self.failure_config.max_failures
+            self._on_retry(f"{first}; restarting the workers ({self.restarts} of {'any number' if limit < 0 else limit})")
+        return decision
+
+    def _log_decision(self, *_: Any, **__: Any) -> None:
+        """Ray's own report of the same, with its stack."""
+
+
+def first_error(error: BaseException) -> BaseException:
+    """The error that came first, of those that the workers of a group raised.
+
+    When one rank fails the others fail too, in the collective that waits for it: those come later, and a process that
+    died without a word is named before any of them.
+    """
+    if not isinstance(error, WorkerGroupError):
+        return getattr(error, "controller_failure", None) or error
+    raised: list[WorkerError] = []
+    died: list[WorkerError] = []
+    for rank, failure in error.worker_failures.items():
+        cause = getattr(failure, "_base_exception", failure)
+        if isinstance(cause, WorkerError):
+            raised.append(cause)
+        else:
+            died.append(WorkerError(_death(cause), rank=rank))
+    collateral = ("DistBackendError", "DistNetworkError", "Connection closed by peer", "Connection reset by peer")
+    causes = [e for e in raised if not any(text in e.cause for text in collateral)]
+    if causes:
+        return min(causes, key=lambda e: e.when)
+    return died[0] if died else min(raised, key=lambda e: e.when)
+
+
+def _death(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if "OOM" in text or "OutOfMemory" in type(error).__name__:
+        return f"killed for using too much memory ({text[:300]})"
+    if isinstance(error, ray.exceptions.RayActorError):
+        return "the process died (killed from outside, or out of memory)"
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
+    """Ray's, for a controller that is no actor: the handle of it that workers get is only for
+    `ray.train.get_all_reported_checkpoints`, which we do not call."""
+
+    def _init_train_context_on_workers(self, workers: Any, sync_actor: Any, train_context_args: Any) -> None:
+        ray.get(
+            [
+                w.actor.init_train_context.remote(
+                    train_run_context=self._train_run_context,
+                    distributed_context=w.distributed_context,
+                    synchronization_actor=sync_actor,
+                    storage_context=self._storage_context,
+                    worker_callbacks=self._worker_callbacks_to_propagate,
+                    controller_actor=None,
+                    **{name: values[i] for name, values in train_context_args.items()},
+                )
+                for i, w in enumerate(workers)
+            ]
+        )
+        self._decorate_worker_log_file_paths(workers)
+
+
+class _Controller(TrainController):  # type: ignore[misc]
+    worker_group_cls = _WorkerGroup
+
+
+class SupervisedTrainer(TorchTrainer):  # type: ignore[misc]
+    """`TorchTrainer` with its controller in the launching process and a failure policy of ours.
+
+    The controller as an actor is one process more, which imports ray.train and torch (3 s of CPU) before any worker
+    starts, and whose death orphans the workers. Here the workers belong to the launching process: Ray ends them and
+    their placement group when it ends, however it ends.
+    """
+
+    def __init__(self, *args: Any, policy: Retries, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._policy = policy
+        self._controller: _Controller | None = None
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        arguments["failure_policy"] = self._policy
+        self._controller = _Controller(**arguments)
+        asyncio.run(self._controller.run())
+        return self._controller.get_result()
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # The cleaner watches a controller actor, and datasets and metrics each start an actor for what is not used.
+        unused = (PlacementGroupCleanerCallback, DatasetsCallback, ControllerMetricsCallback, WorkerMetricsCallback)
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, unused)]
+
+    def ask_to_stop(self) -> bool:
+        """Tells every worker to end after the next log, with a checkpoint; False where there are none yet."""
+        group = self._controller.get_worker_group() if self._controller is not None else None
+        if group is None or not group.has_started():
+            return False
+        group.execute_async(worker.request_stop)
+        return True
+
+
+def make_trainer(
+    job: worker.Job,
+    *,
+    num_workers: int | tuple[int, int],
+    use_gpu: bool,
+    resources_per_worker: Mapping[str, float] | None,
+    placement_strategy: str,
+    accelerator_type: str | None,
+    label_selector: Mapping[str, str] | None,
+    max_failures: int,
+    max_preemption_failures: int,
+    ray_storage: str,
+    attempt: str,
+    progress: Callable[[], int],
+    on_retry: Callable[[str], None],
+) -> SupervisedTrainer:
+    """The Ray Train job that runs `worker.on_ray(job)` on every worker.
+
+    `attempt` names it, below `ray_storage`: a name of its own, so that Ray's silent resume of a name never touches us.
+    """
+    failure = FailureConfig(max_failures=max_failures, max_preemption_failures=max_preemption_failures)
+    return SupervisedTrainer(
+        worker.on_ray,
+        train_loop_config=job.to_dict(),
+        torch_config=TorchConfig(),
+        scaling_config=ScalingConfig(
+            num_workers=num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker=dict(resources_per_worker) if resources_per_worker else None,
+            placement_strategy=placement_strategy,
+            accelerator_type=accelerator_type,
+            label_selector=dict(label_selector) if label_selector else None,
+        ),
+        run_config=RunConfig(name=attempt, storage_path=ray_storage, failure_config=failure),
+        policy=Retries(failure, progress, on_retry),
+    )

@@ -1,0 +1,295 @@
+"""What runs in one training process: on a Ray Train worker, or inline in the launching one. The only glue to `Trainer`.
+
+It finds its rank and the last checkpoint, builds the Trainer, and listens for it: progress, tracking, checkpoints.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from raytrainer import config, errors
+from raytrainer.progress import Reporter, to_line
+from raytrainer.storage import Storage
+from raytrainer.tracking import MlflowTracker, NullTracker, Tracker
+
+MODEL_FOLDER = "model"
+_log = logging.getLogger("raytrainer.worker")
+_stop = threading.Event()  # set in each worker's process by `request_stop`
+
+# What is the same however often it is tried: the next attempt would only hold the GPUs once more.
+_HOPELESS = (
+    errors.Refused,
+    errors.DataError,
+    errors.NonFiniteLoss,
+    errors.CheckpointError,
+    errors.StorageFull,
+    errors.StorageLocked,
+    TypeError,
+    ValueError,
+    AttributeError,
+    NameError,
+    LookupError,
+    AssertionError,
+    ImportError,
+    NotImplementedError,
+    SyntaxError,
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a training process needs, all plain values.
+
+    Attributes:
+        text: `Composition.text`: the config, its references to secrets unresolved.
+        run_dir: The run's own storage: a path or URI.
+        run_id: The MLflow run; None: no tracking.
+        tracking_uri: Where it is.
+        spool_dir: Where metrics are kept until MLflow has them: a local path on the worker.
+        ship: Whether the worker sends them itself; False where the driver reads the same disk and does.
+        changed: The optimizer's settings whose values in the config replace those in the checkpoint.
+    """
+
+    text: str
+    run_dir: str
+    run_id: str | None = None
+    tracking_uri: str = ""
+    spool_dir: str = ""
+    ship: bool = True
+    changed: Sequence[str] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def request_stop() -> None:
+    """Run in a worker's process: training ends at the next log, on all ranks after the same step, with a checkpoint."""
+    _stop.set()
+
+
+def on_ray(job: Mapping[str, Any]) -> dict[str, Any]:
+    """The training function of Ray Train: this process's rank and device come from Ray.
+
+    Raises:
+        WorkerError: Anything that training raised, with rank, node, time and traceback, in a form that any process
+            can unpickle.
+    """
+    _stop.clear()
+    rank = -1
+    try:
+        import ray.train
+        import ray.train.torch
+
+        from raytrainer.parallel import World
+
+        context = ray.train.get_context()
+        rank = context.get_world_rank()
+        _say({"kind": "hello", "rank": rank, "pid": os.getpid(), "host": socket.gethostname()})
+        world = World(rank, context.get_world_size(), context.get_local_rank(), ray.train.torch.get_device())
+        return run(Job(**job), world, emit=_say, should_stop=_stop.is_set)
+    except Exception as error:
+        raise described(error, rank) from error
+
+
+def described(error: Exception, rank: int) -> errors.WorkerError:
+    """An exception of a worker as a `WorkerError`."""
+    first = str(error).strip() or "(no message)"
+    return errors.WorkerError(
+        f"{type(error).__name__}: {first}",
+        rank=rank,
+        node=socket.gethostname(),
+        traceback="".join(traceback.format_exception(error)),
+        when=time.time(),
+        retry=not isinstance(error, _HOPELESS) and "out of memory" not in first,
+    )
+
+
+def run(
+    job: Job,
+    world: Any,
+    *,
+    emit: Callable[[dict[str, Any]], None],
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Trains, from the run's last checkpoint where it has one; returns what `FitResult` holds, as plain values.
+
+    Args:
+        job: What to train, and where everything goes.
+        world: `parallel.World` of this process; its process group exists already.
+        emit: Takes rank 0's progress messages.
+        should_stop: Asked at every log.
+    """
+    import torch.distributed as dist
+
+    from raytrainer.checkpoint import Checkpointer
+    from raytrainer.trainer import Trainer
+
+    experiment = config.from_text(job.text).experiment
+    options, c = experiment.trainer, experiment.checkpoint
+    if options.num_threads is None:
+        options.num_threads = _cpus(experiment)
+    # The checkpoint's thread talks to the other ranks while training does: through a group of its own.
+    group = dist.new_group(backend="gloo") if world.distributed else None
+    checkpointer = Checkpointer(
+        Storage(job.run_dir).child("checkpoints"),
+        rank=world.rank,
+        world_size=world.size,
+        num_to_keep=c.num_to_keep,
+        mode=c.mode,
+        async_save=c.async_save,
+        group=group,
+    )
+    tracker: Tracker = NullTracker()
+    if world.rank == 0 and job.run_id is not None:
+        tracker = MlflowTracker(job.run_id, job.tracking_uri, Path(job.spool_dir), ship=job.ship)
+    listeners = [_Tracking(tracker), Reporter(emit)] if world.rank == 0 else []
+    try:
+        trainer = Trainer(
+            experiment, world=world, checkpointer=checkpointer, listeners=listeners, should_stop=should_stop
+        )
+        if info := checkpointer.latest():
+            trainer.restore(info, job.changed)
+        elif experiment.init_from:
+            trainer.init_from(experiment.init_from)
+        result = trainer.fit()
+        if world.rank == 0 and experiment.tracking.log_model and job.run_id is not None and result.reason != "stopped":
+            log_model(trainer, tracker, emit)
+        return {**asdict(result), "metrics": dict(result.metrics), "monitor": c.monitor}
+    finally:
+        checkpointer.close()
+        tracker.close()
+
+
+def inline_world(experiment: config.Experiment) -> Any:
+    """The world of one process without Ray: its GPU where it has one and `scaling.use_gpu` allows."""
+    import torch
+
+    from raytrainer.parallel import World
+
+    wanted = experiment.scaling.use_gpu
+    if wanted is True and not torch.cuda.is_available():
+        raise errors.ConfigError("is set, and this machine has no usable GPU", key="scaling.use_gpu", value=True)
+    return World(device=torch.device("cuda", 0) if wanted and torch.cuda.is_available() else torch.device("cpu"))
+
+
+def _cpus(experiment: config.Experiment) -> int | None:
+    """The CPUs of one worker: threads beyond them only get in each other's way, and change the order of sums."""
+    asked = (experiment.scaling.resources_per_worker or {}).get("CPU")
+    if asked is None and experiment.cluster.kind == "inline":
+        return None
+    return max(1, int(asked or 1))
+
+
+class _Tracking:
+    """Hands what the loop tells to the tracker: metrics by step, artifacts."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
+
+    def on_log(self, trainer: Any, event: Any) -> None:
+        self._tracker.log_metrics(event.metrics, event.step)
+
+    def on_eval_end(self, trainer: Any, event: Any) -> None:
+        self._tracker.log_metrics(event.metrics, event.step)
+
+    def on_checkpoint(self, trainer: Any, event: Any) -> None:
+        self._tracker.log_metrics({"checkpoint/stall_seconds": event.stall_s}, event.step)
+
+    def on_artifact(self, trainer: Any, event: Any) -> None:
+        self._tracker.log_artifact(event.path, event.folder)
+
+
+def _say(message: dict[str, Any]) -> None:
+    # One write, so that two threads' lines do not mix.
+    sys.stdout.write(to_line(message) + "\n")
+    sys.stdout.flush()
+
+
+def log_model(trainer: Any, tracker: Tracker, emit: Callable[[dict[str, Any]], None]) -> None:
+    """Puts the best weights (else the last) into the run as an MLflow model that `mlflow.pytorch.load_model` loads.
+
+    As a graph by torch.export, with a batch dimension of any size, which needs no code of ours to load; where the
+    model cannot be exported, pickled, and it is said. Never fails a run that has trained.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, MODEL_FOLDER)
+            step, how = _save_model(trainer, path)
+            tracker.log_artifact(path)
+        tracker.set_tags({"raytrainer.model_step": str(step), "raytrainer.model_format": how})
+    except Exception as error:  # noqa: BLE001  the weights are in the checkpoint; an export is a convenience
+        emit({"kind": "warning", "text": f"the MLflow model was left out: {type(error).__name__}: {_first(error)}"})
+        tracker.set_tags({"raytrainer.model_format": f"none: {_first(error)}"[:500]})
+
+
+def _save_model(trainer: Any, path: Path) -> tuple[int, str]:
+    import mlflow.pytorch
+    import torch
+    from mlflow.models import infer_signature
+
+    from raytrainer.parallel import map_tensors
+    from raytrainer.state import load_weights
+
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    # Built anew, so that neither torch.compile nor DDP is part of it; in float32, which every consumer can run.
+    model = config.build(trainer.experiment.model).float().eval()
+    step, weights = trainer.best_weights()
+    load_weights(model, weights, "the checkpoint")
+    batch = next(trainer.example_batches())
+    data = map_tensors(batch.micro[0].data, lambda t: t.detach().cpu().float() if t.is_floating_point() else t.cpu())
+    with torch.no_grad():
+        inputs, kwargs = _inputs_of(model, lambda: trainer.loss(model, data))
+        requirements = [f"torch=={torch.__version__.partition('+')[0]}", "numpy"]
+        example = tuple(t.numpy() for t in inputs if isinstance(t, torch.Tensor))
+        exportable = not kwargs and len(example) == len(inputs) == 1
+        if exportable:
+            try:
+                output = model(*inputs)
+                mlflow.pytorch.save_model(
+                    model,
+                    str(path),
+                    signature=infer_signature(example[0], output.numpy()),
+                    input_example=example[0],
+                    pip_requirements=requirements,
+                    serialization_format="pt2",
+                )
+                return step, "pt2"
+            except Exception as error:  # noqa: BLE001  torch.export refuses in many ways; then it is the other format
+                reason = _first(error)
+        else:
+            reason = "its forward takes more than one tensor"
+    _remove(path)
+    mlflow.pytorch.save_model(model, str(path), pip_requirements=requirements, serialization_format="pickle")
+    return step, f"pickle ({reason})"[:500]
+
+
+def _inputs_of(model: Any, call: Callable[[], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What `model` is called with in `call`: only the loss knows which part of a batch is its input."""
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    try:
+        call()
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+def _remove(path: Path) -> None:
+    import shutil
+
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _first(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
