@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from raytrainer.errors import ConfigError, nearest
+from raytrainer.errors import ConfigError
 
 Model = Callable[[Tensor], Tensor]
 Field = str | int
@@ -34,7 +34,7 @@ class CrossEntropy:
     def __init__(self, input: Field = "image", target: Field = "label", label_smoothing: float = 0.0) -> None:  # noqa: A002
         if not 0 <= label_smoothing <= 1:
             raise ConfigError(
-                f"loss.label_smoothing is {label_smoothing}; it must be between 0 and 1",
+                "must be between 0 and 1",
                 key="loss.label_smoothing",
                 value=label_smoothing,
             )
@@ -69,7 +69,7 @@ class MeanSquaredError:
             prediction = prediction.squeeze(-1)
         if prediction.shape != target.shape:
             raise ConfigError(
-                f"the model gives {list(prediction.shape)}, but loss.target {self.target!r} is {list(target.shape)}",
+                f"is {list(target.shape)} in a batch, but the model gives {list(prediction.shape)}",
                 key="loss.target",
                 value=self.target,
             )
@@ -121,19 +121,10 @@ def _take(batch: Any, role: str, field: Field, *, position: int) -> Tensor:
         if field in batch:
             value: Tensor = batch[field]
             return value
-        choices = [str(key) for key in batch]
-        ordered = list(dict.fromkeys([*nearest(str(field), choices), *choices]))
-        raise ConfigError(
-            f"loss.{role} is {field!r}, but a batch has {', '.join(ordered)}",
-            key=f"loss.{role}",
-            value=field,
-            choices=choices,
-        )
+        raise ConfigError("is not in a batch", key=f"loss.{role}", value=field, choices=[str(key) for key in batch])
     index = field if isinstance(field, int) else position
     if not isinstance(batch, Sequence) or not -len(batch) <= index < len(batch):
         what = f"{len(batch)} entries" if isinstance(batch, Sequence) else f"a {type(batch).__name__}"
-        raise ConfigError(
-            f"loss.{role} wants entry {index} of a batch, which is {what}", key=f"loss.{role}", value=field
-        )
+        raise ConfigError(f"wants entry {index} of a batch, which is {what}", key=f"loss.{role}", value=field)
     entry: Tensor = batch[index]
     return entry

@@ -56,7 +56,7 @@ def build_optimizer(factory: Factory, model: nn.Module) -> Optimizer:
     try:
         return cast("Optimizer", factory(params))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer: {error}", key="optimizer") from error
+        raise ConfigError(f"is refused by its constructor: {error}", key="optimizer") from error
 
 
 class Curve(Protocol):
@@ -169,15 +169,15 @@ def build_scheduler(factory: Factory, optimizer: Optimizer, total_steps: int | N
             scheduler = factory(optimizer)
             if isinstance(scheduler, ReduceLROnPlateau):
                 raise ConfigError(
-                    "lr_scheduler: ReduceLROnPlateau wants a metric at each step; use a curve of the step, "
-                    "as constant, linear, cosine or wsd",
+                    "wants a metric at each step; use a curve of the step",
                     key="lr_scheduler",
                     value="ReduceLROnPlateau",
+                    choices=("constant", "linear", "cosine", "wsd"),
                 )
             return cast("LRScheduler", scheduler)
         curve: Curve = factory if "step" in accepted else factory()
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"lr_scheduler: {error}", key="lr_scheduler") from error
+        raise ConfigError(f"is refused by its constructor: {error}", key="lr_scheduler") from error
     # A function, not the object: LambdaLR puts an object's fields into its state, and would write them back over the
     # values that a resume was given.
     return LambdaLR(optimizer, lambda step: curve(step, total_steps))
@@ -210,8 +210,7 @@ def _in_steps(warmup: float, total_steps: int | None) -> int:
 def _known(total_steps: int | None) -> int:
     if total_steps is None:
         raise ConfigError(
-            "lr_scheduler: the curve needs the length of the run; set trainer.max_steps, or lr_scheduler=constant "
-            "with whole warmup_steps",
+            "needs the length of the run; set trainer.max_steps, or lr_scheduler=constant with whole warmup_steps",
             key="lr_scheduler",
         )
     return total_steps
@@ -220,7 +219,7 @@ def _known(total_steps: int | None) -> int:
 def _check_warmup(value: float) -> None:
     if isinstance(value, bool) or value < 0 or (value > 1 and value != int(value)):
         raise ConfigError(
-            f"lr_scheduler.warmup_steps is {value}; it is a whole number of steps, or a fraction of the run below 1",
+            "must be a whole number of steps, or a fraction of the run below 1",
             key="lr_scheduler.warmup_steps",
             value=value,
         )
@@ -228,6 +227,4 @@ def _check_warmup(value: float) -> None:
 
 def _check_fraction(name: str, value: float) -> None:
     if not 0 <= value <= 1:
-        raise ConfigError(
-            f"lr_scheduler.{name} is {value}; it must be between 0 and 1", key=f"lr_scheduler.{name}", value=value
-        )
+        raise ConfigError("must be between 0 and 1", key=f"lr_scheduler.{name}", value=value)

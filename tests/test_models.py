@@ -97,7 +97,7 @@ def test_group_norm_divides_any_width(channels: int) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
-    [("norm", "grup", "group or batch"), ("stem", "imagnet", "imagenet or small"), ("block", "bottle", "bottleneck")],
+    [("norm", "grup", "group, batch"), ("stem", "imagnet", "imagenet, small"), ("block", "bottle", "bottleneck")],
 )
 def test_an_unknown_choice_names_the_nearest_first(key: str, value: str, expected: str) -> None:
     arguments: dict[str, object] = {"block": "basic", "layers": (1,), "num_classes": 10, key: value}
@@ -108,7 +108,7 @@ def test_an_unknown_choice_names_the_nearest_first(key: str, value: str, expecte
 
 @pytest.mark.parametrize("wrong", [{"layers": ()}, {"layers": (1, 0)}, {"num_classes": 0}, {"width": -1}])
 def test_sizes_that_make_no_resnet_are_refused(wrong: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match="positive sizes"):
+    with pytest.raises(ConfigError, match="at least"):
         ResNet(**{"block": "basic", "layers": (1,), "num_classes": 10, **wrong})  # type: ignore[arg-type]
 
 

@@ -32,13 +32,9 @@ class MLP(nn.Module):
             ("depth", depth, 0),
         ):
             if value < least:
-                raise ConfigError(
-                    f"model.{key} is {value}; it must be at least {least}", key=f"model.{key}", value=value
-                )
+                raise ConfigError(f"must be at least {least}", key=f"model.{key}", value=value)
         if not 0 <= dropout < 1:
-            raise ConfigError(
-                f"model.dropout is {dropout}; it must be at least 0 and below 1", key="model.dropout", value=dropout
-            )
+            raise ConfigError("must be at least 0 and below 1", key="model.dropout", value=dropout)
         layers: list[nn.Module] = []
         features = in_features
         for _ in range(depth):

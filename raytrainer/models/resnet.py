@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from raytrainer.errors import ConfigError, nearest
+from raytrainer.errors import ConfigError
 
 Block = Literal["basic", "bottleneck"]
 Stem = Literal["imagenet", "small"]
@@ -49,13 +49,11 @@ class ResNet(nn.Module):
         _choice("block", block, ("basic", "bottleneck"))
         _choice("stem", stem, ("imagenet", "small"))
         _choice("norm", norm, ("batch", "group"))
-        if not layers or min(*layers, num_classes, in_channels, width) < 1:
-            raise ConfigError(
-                f"a ResNet needs positive sizes: layers={list(layers)}, num_classes={num_classes}, "
-                f"in_channels={in_channels}, width={width}",
-                key="model.layers",
-                value=list(layers),
-            )
+        if not layers or min(layers) < 1:
+            raise ConfigError("needs at least one stage, and a block in each", key="model.layers", value=list(layers))
+        for key, size in (("num_classes", num_classes), ("in_channels", in_channels), ("width", width)):
+            if size < 1:
+                raise ConfigError("must be at least 1", key=f"model.{key}", value=size)
         if stem == "imagenet":
             self.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
             self.maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
@@ -166,14 +164,7 @@ def _initialise(module: nn.Module) -> None:
 
 def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        # The nearest first, the others after it.
-        ordered = list(dict.fromkeys([*nearest(str(value), choices), *choices]))
-        raise ConfigError(
-            f"model.{key} is {value!r}; it can be {' or '.join(ordered)}",
-            key=f"model.{key}",
-            value=value,
-            choices=choices,
-        )
+        raise ConfigError("is unknown", key=f"model.{key}", value=value, choices=choices)
 
 
 def resnet18(
