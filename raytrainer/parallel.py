@@ -6,6 +6,7 @@ Knows torch.distributed, not Ray: whoever starts the processes has made the defa
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -37,6 +38,12 @@ class World:
         return tensor
 
 
+# torch 2.13 renamed the argument and warns of the old name at every worker's start.
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel.__init__).parameters
+)
 _DTYPES = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -104,9 +111,9 @@ def replicate(model: nn.Module, world: World, *, find_unused_parameters: bool = 
     return DistributedDataParallel(
         model,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
         find_unused_parameters=find_unused_parameters,
+        **{_SYNC_BUFFERS: False},
     )
 
 

@@ -106,9 +106,13 @@ class WorkerOutput:
     def __enter__(self) -> WorkerOutput:
         global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
         global_worker_stdstream_dispatcher.add_handler("raytrainer", self._take)
+        # The raylet's notices of dead workers are printed past the dispatcher; `first_error` says the same in a line.
+        self._ray_print = ray._private.worker.print_to_stdstream
+        ray._private.worker.print_to_stdstream = lambda data, **_: self._take(data)
         return self
 
     def __exit__(self, *_: object) -> None:
+        ray._private.worker.print_to_stdstream = self._ray_print
         global_worker_stdstream_dispatcher.remove_handler("raytrainer")
 
     def _take(self, data: Mapping[str, Any]) -> None:
@@ -178,11 +182,12 @@ def first_error(error: BaseException) -> BaseException:
 
 
 def _death(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    if "OOM" in text or "OutOfMemory" in type(error).__name__:
-        return f"killed for using too much memory ({text[:300]})"
-    if isinstance(error, ray.exceptions.RayActorError):
-        return "the process died (killed from outside, or out of memory)"
+    chain: list[BaseException | None] = [error, error.__cause__, getattr(error, "failure", None)]
+    text = " ".join(" ".join(str(e) for e in chain if e is not None).split())
+    if any(isinstance(e, ray.exceptions.OutOfMemoryError) for e in chain) or "memory pressure" in text:
+        return f"killed for using too much memory: {text[:300]}"
+    if isinstance(error, ray.exceptions.RayActorError) or "WorkerHealthCheckFailed" in type(error).__name__:
+        return "the process died (killed from outside, crashed, or out of memory)"
     return f"{type(error).__name__}: {text[:300]}"
 
 

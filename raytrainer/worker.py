@@ -91,6 +91,8 @@ def on_ray(job: Mapping[str, Any]) -> dict[str, Any]:
         import ray.train
         import ray.train.torch
 
+        # Ray logs the exception of the training function; the driver shows the first of all ranks instead.
+        logging.getLogger("ray.train").setLevel(logging.CRITICAL)
         from raytrainer.parallel import World
 
         context = ray.train.get_context()

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from raytrainer.tracking.lookup import find_run_dir, register_model
 from raytrainer.tracking.runs import Run, open_run
 from raytrainer.tracking.sender import Shipper, recorded_run_id, replay
 from raytrainer.tracking.server import check_tracking, default_tracking_uri
@@ -21,8 +22,10 @@ __all__ = [
     "Tracker",
     "check_tracking",
     "default_tracking_uri",
+    "find_run_dir",
     "open_run",
     "recorded_run_id",
+    "register_model",
     "replay",
 ]
 

@@ -129,6 +129,30 @@ class Server:
             found = client.search_runs([experiment_id], f"tags.`{tag}` = '{value}'", max_results=1)
         return str(found[0].info.run_id) if found else None
 
+    def run_tag(self, identifier: str, tag: str) -> str | None:
+        """A tag's value of the run with this id, else of the newest run of this name that has it."""
+        with self._call() as client:
+            everywhere = [e.experiment_id for e in client.search_experiments()]
+            quoted = identifier.replace("'", "")
+            for where in (f"attributes.run_id = '{quoted}'", f"attributes.run_name = '{quoted}'"):
+                found = client.search_runs(everywhere, where, max_results=1, order_by=["attributes.start_time DESC"])
+                if found and tag in found[0].data.tags:
+                    return str(found[0].data.tags[tag])
+        return None
+
+    def create_model_version(self, run_id: str, folder: str, name: str) -> str:
+        """A new version of the registered model `name`, created if need be, from a folder of the run's artifacts."""
+        from mlflow.exceptions import MlflowException
+
+        with self._call() as client:
+            try:
+                client.create_registered_model(name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            source = f"{client.get_run(run_id).info.artifact_uri.rstrip('/')}/{folder}"
+            return str(client.create_model_version(name, source, run_id).version)
+
     def set_running(self, run_id: str) -> None:
         with self._call() as client:
             client.update_run(run_id, status="RUNNING")
