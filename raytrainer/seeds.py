@@ -68,7 +68,7 @@ def random_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
     }
     # A process trains on one device, and its number may be another one after a resume: so only the current one.
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 

@@ -67,7 +67,7 @@ class DeviceCopy:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.stream = torch.cuda.Stream(device)
 
     def start(self, data: Any) -> tuple[Any, torch.cuda.Event]:
         def copy(value: Any) -> Any:
@@ -78,7 +78,7 @@ class DeviceCopy:
 
         with torch.cuda.stream(self.stream):
             moved = map_leaves(copy, data)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event = torch.cuda.Event()
             event.record(self.stream)
         return moved, event
 

@@ -7,24 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytrainer.errors import ConfigError, nearest
+from raytrainer.errors import ConfigError, DataError, nearest
 from raytrainer.seeds import mix
 
-_LOW32 = 0xFFFFFFFF
-
-
-def _hash32(x: Tensor) -> Tensor:
-    """lowbias32 (Wellons 2018) on the low 32 bits, held in int64 so that it is the same arithmetic on every device."""
-    x = ((x >> 16) ^ x) * 0x7FEB352D & _LOW32
-    x = ((x >> 15) ^ x) * 0x846CA68B & _LOW32
-    return (x >> 16) ^ x
+_MULTIPLIERS = tuple(c - (c >> 63 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def sample_bits(samples: Tensor, *key: int | str) -> Tensor:
-    """32 random bits a sample, int64 `[n]` in [0, 2**32), from a hash of `key` and the sample's number alone."""
-    number = mix(*key)
-    low = _hash32((samples & _LOW32) ^ (number & _LOW32))
-    return _hash32(low ^ (samples >> 32) ^ (number >> 32))
+    """32 random bits a sample, int64 `[n]` in [0, 2**32), from a hash of `key` and the sample's number alone.
+
+    SplitMix64 (Steele, Lea, Flood 2014) on torch's int64, which wraps alike on every device. Its shifts are
+    arithmetic, where the original's are logical: that costs one bit of 64, and the lowest 32 are what is used.
+    """
+    x = (samples + 1) * _MULTIPLIERS[0]
+    x += mix(*key)
+    x ^= x >> 30
+    x *= _MULTIPLIERS[1]
+    x ^= x >> 27
+    x *= _MULTIPLIERS[2]
+    x ^= x >> 31
+    x &= 0xFFFFFFFF
+    return x
 
 
 class RandomCropFlip:
@@ -36,13 +39,15 @@ class RandomCropFlip:
         key: The entry of the batch that holds the images `[n, channels, height, width]`; a position for tuples.
 
     Raises:
-        ConfigError: A negative padding; at the first batch, a batch without `key` or of another shape.
+        ConfigError: A negative padding.
+        DataError: (when called) a batch without `key`, or images of another shape.
     """
 
     def __init__(self, padding: int, flip: bool, key: str | int = "image") -> None:
         if padding < 0:
             raise ConfigError(f"padding={padding} is negative", key="padding", value=padding)
         self.padding, self.flip, self.key = padding, flip, key
+        self._kept: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, data: Any, samples: Tensor, epoch: int, seed: int) -> Any:
         """The batch with its images replaced: a new dict, tuple or list of the same kind."""
@@ -55,44 +60,39 @@ class RandomCropFlip:
     def apply(self, images: Tensor, samples: Tensor, epoch: int, seed: int) -> Tensor:
         """Images `[n, c, h, w]` moved and mirrored as drawn for `samples` `[n]`; a copy of the same dtype."""
         n, channels, height, width = images.shape
-        span = 2 * self.padding + 1
-        bits = sample_bits(samples, "crop-flip", seed, epoch)
-        # One 32-bit number holds all three draws: flip in the top bit, the two offsets below it.
-        down = (bits & 0x7FFF) % span
-        right = (bits >> 15 & 0x7FFF) % span
-        x = torch.arange(width, device=images.device)
-        columns = x.expand(n, width)
-        if self.flip:
-            columns = torch.where((bits >> 31).bool()[:, None], width - 1 - x, columns)
-        columns = columns + right[:, None]
-        rows = torch.arange(height, device=images.device) + down[:, None]
-        padded = torch.nn.functional.pad(images, (self.padding,) * 4)
-        stride = width + 2 * self.padding
-        pixel = (rows[:, :, None] * stride + columns[:, None, :]).reshape(n, 1, height * width)
-        flat = padded.reshape(n, channels, -1).gather(2, pixel.expand(n, channels, height * width))
-        return flat.reshape(n, channels, height, width)
+        across = 2 * (2 * self.padding + 1)
+        row_starts, columns = self._tables(height, width, images.device)
+        draw = sample_bits(samples, "crop-flip", seed, epoch) % (len(row_starts) * across)
+        down = row_starts.index_select(0, draw // across)
+        right = columns.index_select(0, draw % across)
+        pixel = (down[:, :, None] + right[:, None, :]).view(n, 1, -1).expand(n, channels, -1)
+        padded = torch.constant_pad_nd(images, [self.padding] * 4)
+        return padded.view(n, channels, -1).gather(2, pixel).view(n, channels, height, width)
+
+    def _tables(self, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """For each move down, where a padded image's rows start `[2p+1, h]`; for each move right, first as it is and
+        then mirrored, the columns in it `[2 * (2p+1), w]`. Kept, since a batch is otherwise mostly these.
+        """
+        if (height, width, device) not in self._kept:
+            moves = torch.arange(2 * self.padding + 1, device=device)[:, None]
+            x = torch.arange(width, device=device)
+            row_starts = (moves + torch.arange(height, device=device)) * (width + 2 * self.padding)
+            self._kept[height, width, device] = (
+                row_starts,
+                torch.cat([moves + x, moves + (x.flip(0) if self.flip else x)]),
+            )
+        return self._kept[height, width, device]
 
     def _images(self, data: Any) -> Tensor:
-        if isinstance(data, dict):
-            if self.key not in data:
-                near = nearest(str(self.key), map(str, data)) or list(map(str, data))
-                raise ConfigError(
-                    f"RandomCropFlip(key={self.key!r}): the batch has no such entry; it has {', '.join(near)}",
-                    key="key",
-                    value=self.key,
-                    choices=map(str, data),
-                )
+        try:
             images = data[self.key]
-        elif isinstance(data, tuple | list) and isinstance(self.key, int) and self.key < len(data):
-            images = data[self.key]
-        else:
-            raise ConfigError(
-                f"RandomCropFlip(key={self.key!r}): the batch is a {type(data).__name__}; "
-                "name an entry of a dict or a position of a tuple",
-                key="key",
-                value=self.key,
-            )
+        except (KeyError, IndexError, TypeError) as error:
+            has = list(map(str, data)) if isinstance(data, dict) else [type(data).__name__]
+            raise DataError(
+                f"RandomCropFlip(key={self.key!r}): the batch has no such entry, "
+                f"but {', '.join(nearest(str(self.key), has) or has)}"
+            ) from error
         if not isinstance(images, Tensor) or images.ndim != 4:
-            shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise ConfigError(f"RandomCropFlip wants images [n, channels, height, width], and {self.key!r} is {shape}")
+            shape = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise DataError(f"RandomCropFlip wants images [n, channels, height, width], and {self.key!r} is {shape}")
         return images

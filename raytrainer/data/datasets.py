@@ -28,6 +28,7 @@ class ColumnDataset:
     """
 
     tensors: dict[str, Tensor]
+    columnar = True  # False: there is more in a sample than `tensors` holds, and it is read sample by sample
 
     def __init__(self, transform: Transform | None = None) -> None:
         self.transform = transform
@@ -86,7 +87,7 @@ def _tensor(name: str, values: npt.ArrayLike | Tensor) -> Tensor:
 def columns_of(dataset: Any) -> dict[str, Tensor] | tuple[Tensor, ...] | None:
     """The columns from which whole batches are gathered, or None for a dataset that is read sample by sample."""
     if isinstance(dataset, ColumnDataset):
-        return dataset.tensors or None
+        return dataset.tensors if dataset.columnar else None
     if type(dataset) is torch.utils.data.TensorDataset:
         return dataset.tensors
     return None
@@ -143,5 +144,5 @@ def stratified_split(
 
 
 def name_of(dataset: Any) -> str:
-    """How messages call a dataset: its own name for itself, or its class."""
-    return str(getattr(dataset, "name", None) or type(dataset).__qualname__)
+    """How messages call a dataset."""
+    return type(dataset).__qualname__

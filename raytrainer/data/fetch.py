@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from raytrainer.data.datasets import name_of
+from raytrainer.data.datasets import columns_of, name_of
 from raytrainer.data.order import Indices
 from raytrainer.errors import DataError
 from raytrainer.seeds import mix
@@ -73,22 +73,25 @@ class Fetcher:
     def __init__(self, dataset: Any, collate_fn: Collate | None, seed: int) -> None:
         self.dataset, self.collate_fn, self.seed = dataset, collate_fn, seed
         self.draws = False
-        self._by_batch = callable(getattr(dataset, "__getitems__", None)) and not (
-            # A column dataset's batch is whole: a collate_fn has to be given samples.
-            collate_fn is not None and getattr(dataset, "tensors", None)
-        )
+        # A collate_fn is given samples, and the batches of columns are whole.
+        whole = collate_fn is not None and columns_of(dataset) is not None
+        self._by_batch = callable(getattr(dataset, "__getitems__", None)) and not whole
 
     def __call__(self, samples: Indices, epoch: int) -> Any:
         """The batch, read as it comes; only right where `draws` is known to be False, or in the generators' owner."""
         if self.draws and hasattr(self.dataset, "__getitem__"):
             return self._seeded(samples, epoch)
+        if self.draws:  # it can only be read by the batch: then its draws depend on where the batch begins
+            _seed(mix("batch", self.seed, epoch, int(samples[0])))
         if not self._by_batch:
             return self._collate(self._each(samples), samples)
         try:
             batch = self.dataset.__getitems__(samples.tolist())
         except Exception as error:
             raise wrapped(self.dataset, describe(samples), error) from error
-        return self._collate(batch, samples) if isinstance(batch, list) else map_leaves(as_tensor, batch)
+        if isinstance(batch, list) or self.collate_fn is not None:
+            return self._collate(batch, samples)
+        return map_leaves(as_tensor, batch)
 
     def isolated(self, samples: Indices, epoch: int) -> Any:
         """The batch, with the global generators as before."""

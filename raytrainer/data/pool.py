@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator
@@ -20,7 +19,9 @@ import torch.multiprocessing  # registers how tensors travel between processes
 from raytrainer.errors import DataError
 
 
-def _serve(connection: Connection, make: Callable[[int], Any]) -> None:
+def _serve(connection: Connection, parents: list[Connection], make: Callable[[int], Any]) -> None:
+    for end in parents:  # came along with the fork; open here, they would hide the parent's death
+        end.close()
     # Ctrl-C reaches the whole group, and what to do about it is the parent's decision; its handlers are not ours.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -65,13 +66,16 @@ class WorkerPool:
             Exception: What `make` raised, with the process's traceback as a note.
         """
         # Forked: a start in tenths of milliseconds instead of seconds, and nothing has to be pickled.
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+        context = multiprocessing.get_context("fork")
         workers: list[tuple[Any, Connection]] = []
         try:
             for number in range(self.num_workers):
                 ours, theirs = context.Pipe()
                 process = context.Process(
-                    target=_serve, args=(theirs, self.make), name=f"raytrainer-data-{number}", daemon=True
+                    target=_serve,
+                    args=(theirs, [ours, *(end for _, end in workers)], self.make),
+                    name=f"raytrainer-data-{number}",
+                    daemon=True,
                 )
                 process.start()
                 theirs.close()  # so that the death of the process is the end of the pipe
