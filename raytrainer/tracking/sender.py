@@ -31,7 +31,7 @@ LOCAL_ID_TAG = "raytrainer.offline_id"
 DROPPED_TAG = "raytrainer.dropped_rows"
 
 _BACKOFF_S = (1.0, 60.0)  # first and last delay, doubling between
-_REPLAY_TRIES = 3
+_LAST_TRIES = 3
 
 logger = logging.getLogger("raytrainer.tracking")
 
@@ -109,14 +109,14 @@ class Sender:
             if batch.broken:
                 logger.warning("%s: %d lines cannot be read and are left out", segment.path, batch.broken)
             rows = self._above_floor(batch.rows, state.floors.get(segment.attempt, {}))
-            refused = self._log(run_id, rows, batch.tags)
-            lost = refused + batch.dropped + batch.broken
+            refused = self._log(run_id, rows, {})
+            lost = refused + self._log(run_id, [], batch.tags) + batch.dropped + batch.broken
             if lost:
                 state.dropped += lost
                 self._server.log_batch(run_id, [], {DROPPED_TAG: str(state.dropped)})
             state.acked[name] = batch.end
             self._spool.write_state(state)
-            sent += len(rows) - min(refused, len(rows))
+            sent += len(rows) - refused
         return sent
 
     @staticmethod
@@ -132,7 +132,7 @@ class Sender:
         return kept
 
     def _log(self, run_id: str, rows: Sequence[Row], tags: Mapping[str, str]) -> int:
-        """Returns how many rows and tags MLflow refuses for what they are; the others go."""
+        """Either rows or tags. Returns how many of them MLflow refuses for what they are; the others go."""
         if not rows and not tags:
             return 0
         try:
@@ -147,8 +147,6 @@ class Sender:
                     self._warned.add(key)
                     logger.warning("MLflow refuses %r, which is left out: %s", key, error)
                 return 1
-        if rows and tags:
-            return self._log(run_id, rows, {}) + self._log(run_id, [], tags)
         if rows:
             half = len(rows) // 2
             return self._log(run_id, rows[:half], {}) + self._log(run_id, rows[half:], {})
@@ -251,16 +249,20 @@ class Shipper:
         while not self._closing.wait(self._delay_s or self._interval_s):
             if not self._given_up:
                 self._send()
-        if not self._abandon.is_set():
-            self._send()
+        # The last tries: a single lost answer must not leave rows behind, a dead server must not cost the run's end.
+        for _ in range(_LAST_TRIES):
+            if self._abandon.is_set() or self._send() or self._given_up:
+                break
+            self._abandon.wait(0.5)
 
-    def _send(self) -> None:
+    def _send(self) -> bool:
         try:
             if self._spool.pending():
                 sent = self._sender.send(self._abandon.is_set)
                 if self._down:
                     logger.warning("the tracking server is back: %d rows sent", sent)
             self._down, self._delay_s = False, 0.0
+            return True
         except Busy:
             self._delay_s = 0.0
         except (TrackingDenied, RunGone) as error:
@@ -273,6 +275,7 @@ class Shipper:
                 logger.warning("%s. Metrics are kept in %s until it can", error, self._spool.root)
             self._down = True
             self._delay_s = min(max(2 * self._delay_s, _BACKOFF_S[0]), _BACKOFF_S[1])
+        return False
 
 
 def replay(
@@ -297,7 +300,7 @@ def replay(
         except (Busy, TrackingUnreachable) as error:
             # A sender of a worker that was just killed in a call goes with its process; a live one may take longer.
             tries += not isinstance(error, Busy)
-            if tries >= _REPLAY_TRIES or time.monotonic() + 1.0 >= deadline:
+            if tries >= _LAST_TRIES or time.monotonic() + 1.0 >= deadline:
                 raise
             time.sleep(1.0)
             continue

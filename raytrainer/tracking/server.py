@@ -323,7 +323,7 @@ def _translated(error: Exception, uri: str) -> TrackingError:
     from mlflow.exceptions import MlflowException
 
     name = redacted(uri)
-    status = _status(error)
+    status = _status(error, uri)
     if status in (401, 403):
         given = [key for key in (*_SECRETS, "MLFLOW_TRACKING_USERNAME") if os.environ.get(key)]
         return TrackingDenied(
@@ -339,14 +339,30 @@ def _translated(error: Exception, uri: str) -> TrackingError:
     return TrackingUnreachable(f"the tracking server {name} cannot be used: {reason}")
 
 
-def _status(error: Exception) -> int | None:
-    from mlflow.exceptions import MlflowException
+def _status(error: Exception, uri: str) -> int | None:
+    from mlflow.exceptions import MlflowException, RestException
 
+    if isinstance(error, RestException) and error.get_http_status_code() == 500 and uri.startswith("http"):
+        # MLflow keeps the body's error code alone, and takes one that it does not know (a gateway's) for a 500; a real
+        # 500 is never a RestException. So ask once more, for the status.
+        return _asked_status(uri)
     if isinstance(error, MlflowException):
         return int(error.get_http_status_code())
     # requests' HTTPError, of uploads.
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
+
+
+def _asked_status(uri: str) -> int | None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    endpoint = "/api/2.0/mlflow/experiments/search?max_results=1"
+    try:
+        return int(http_request(get_default_host_creds(uri), endpoint, "GET", raise_on_status=False).status_code)
+    except MlflowException:
+        return None
 
 
 def _reason(error: BaseException) -> str:

@@ -1,0 +1,172 @@
+"""The driver's run: opened, reopened, described without a server, closed truthfully; nothing said twice or lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raytrainer.errors import TrackingDenied, TrackingUnreachable
+from raytrainer.tracking import MlflowTracker, Run, open_run, recorded_run_id, replay
+from raytrainer.tracking.server import RunGone
+from raytrainer.tracking.spool import Spool
+from tests.tracking.fakes import FakeServer
+
+URI = "http://user:secret@tracking.example:5000/"
+
+
+@pytest.fixture
+def server() -> FakeServer:
+    return FakeServer()
+
+
+def start(server: FakeServer, spool: Path | None = None, **options: object) -> Run:
+    arguments = {"params": {"lr": "0.1"}, "tags": {"git": "abc"}, "spool_dir": spool, "server": server, **options}
+    return open_run(URI, "exp", "name", **arguments)  # type: ignore[arg-type]
+
+
+def test_a_run_from_opening_to_the_end(server: FakeServer) -> None:
+    run = start(server)
+    kept = server.runs[run.run_id]
+    assert (kept.params, kept.tags["git"], kept.status) == ({"lr": "0.1"}, "abc", "RUNNING")
+    assert kept.tags["mlflow.source.name"] == "raytrainer"
+    run.set_tags({"a": "1"})
+    run.log_params({"lr": "0.2", "wd": "0"})
+    run.log_text("yaml", "config/all.yaml")
+    assert run.finish("FAILED", "rank 1: out of memory")
+    assert (kept.params, kept.tags["a"]) == ({"lr": "0.1", "wd": "0"}, "1")
+    assert (kept.status, kept.tags["raytrainer.cause"]) == ("FAILED", "rank 1: out of memory")
+    assert kept.artifacts == {"config/all.yaml": "yaml"}
+
+
+def test_addresses_show_no_credentials(server: FakeServer) -> None:
+    run = start(server)
+    assert run.url == f"http://tracking.example:5000/#/experiments/1/runs/{run.run_id}"
+    assert run.ui_command is None
+    local = open_run("sqlite:////a b/mlflow.db", "e", "n", params={}, tags={}, server=server)
+    assert local.url == "sqlite:////a b/mlflow.db"
+    assert local.ui_command == "mlflow ui --backend-store-uri 'sqlite:////a b/mlflow.db'"
+
+
+def test_a_reopened_run_is_running_keeps_its_parameters_and_gets_a_new_end(server: FakeServer) -> None:
+    first = start(server)
+    first.finish("KILLED")
+    ended = server.runs[first.run_id].end_time
+    again = start(server, params={"lr": "0.5", "new": "1"}, tags={"override": "lr=0.5"}, run_id=first.run_id)
+    kept = server.runs[first.run_id]
+    assert again.run_id == first.run_id
+    assert (kept.status, kept.params) == ("RUNNING", {"lr": "0.1", "new": "1"})
+    assert kept.tags["override"] == "lr=0.5"
+    again.finish("FINISHED")
+    assert kept.status == "FINISHED"
+    assert ended is not None
+    assert kept.end_time is not None
+    assert kept.end_time >= ended
+    assert len(server.runs) == 1
+
+
+def test_a_deleted_run_is_not_reopened(server: FakeServer) -> None:
+    run = start(server)
+    server.runs[run.run_id].active = False
+    with pytest.raises(RunGone, match="deleted"):
+        start(server, run_id=run.run_id)
+
+
+@pytest.mark.parametrize("error", [TrackingUnreachable, TrackingDenied])
+def test_a_required_server_is_a_refusal(server: FakeServer, error: type[Exception], tmp_path: Path) -> None:
+    def refuse(name: str) -> None:
+        raise error("no")
+
+    server.before = refuse
+    with pytest.raises(error):
+        start(server, tmp_path)
+    with pytest.raises(error):
+        start(server, required=False)
+    assert start(server, tmp_path, required=False).offline
+
+
+def test_a_run_without_a_server_is_made_later_with_everything(
+    server: FakeServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.down = True
+    run = start(server, tmp_path, required=False)
+    assert "required=false" in caplog.text
+    assert run.offline
+    tracker = MlflowTracker(run.run_id, URI, tmp_path, ship=False, system_metrics=False)
+    tracker.log_metrics({"a": 1.0}, 1)
+    tracker.close()
+    run.set_tags({"git": "def", "a": "1"})
+    run.log_params({"lr": "0.2", "wd": "0"})
+    run.log_text("yaml", "config.yaml")
+    assert not run.finish("FINISHED", timeout_s=0.0)
+    server.down = False
+    assert replay(tmp_path, run.run_id, URI, server=server) == 1
+    (kept,) = server.runs.values()
+    assert (kept.params, kept.tags["git"], kept.tags["a"]) == ({"lr": "0.1", "wd": "0"}, "def", "1")
+    assert (kept.artifacts, kept.status) == ({"config.yaml": "yaml"}, "FINISHED")
+    assert kept.count() == {("a", 1): 1}
+    assert recorded_run_id(tmp_path) in server.runs
+    # A resume by the local id finds the same run.
+    again = start(server, tmp_path, run_id=run.run_id)
+    assert again.run_id == recorded_run_id(tmp_path)
+    assert len(server.runs) == 1
+
+
+def test_a_resume_of_a_run_that_was_never_told_tells_all(server: FakeServer, tmp_path: Path) -> None:
+    server.down = True
+    first = start(server, tmp_path, required=False)
+    assert not first.finish("FAILED", "why", timeout_s=0.0)
+    second = start(server, tmp_path, required=False, run_id=first.run_id, params={"lr": "9"})
+    assert second.run_id == first.run_id
+    server.down = False
+    third = start(server, tmp_path, required=False, run_id=first.run_id)
+    kept = server.runs[third.run_id]
+    assert (kept.params, kept.status, kept.tags["raytrainer.cause"]) == ({"lr": "0.1"}, "RUNNING", "why")
+    assert not Spool(tmp_path).pending()
+    assert len(server.runs) == 1
+
+
+@pytest.mark.parametrize("fails", ["set_running", "run", "log_batch", "log_params", "create_run", "experiment"])
+def test_a_server_that_goes_while_the_run_is_opened(server: FakeServer, tmp_path: Path, fails: str) -> None:
+    def fail(name: str) -> None:
+        if name == fails:
+            raise TrackingUnreachable("gone")
+
+    server.before = fail
+    reopened = server.add("known") if fails == "set_running" else None
+    run = start(server, tmp_path, required=False, run_id="known" if reopened else None)
+    server.before = lambda name: None
+    assert run.finish("FINISHED")
+    (kept,) = server.runs.values()
+    assert (kept.status, kept.params, kept.tags["git"]) == ("FINISHED", {"lr": "0.1"}, "abc")
+
+
+def test_a_server_that_goes_later_costs_nothing_and_order_is_kept(server: FakeServer, tmp_path: Path) -> None:
+    run = start(server, tmp_path)
+    kept = server.runs[run.run_id]
+    run.set_tags({"best": "1"})
+    server.down = True
+    run.set_tags({"best": "2", "other": "x"})
+    run.log_text("text", "log.txt")
+    server.down = False
+    run.set_tags({"best": "3"})
+    assert kept.tags["best"] == "1"
+    replay(tmp_path, run.run_id, URI, server=server)
+    assert (kept.tags["best"], kept.tags["other"], kept.artifacts) == ("3", "x", {"log.txt": "text"})
+    run.set_tags({"best": "4"})
+    assert kept.tags["best"] == "4"
+    server.down = True
+    assert not run.finish("KILLED", timeout_s=0.0)
+    assert kept.status == "RUNNING"
+    server.down = False
+    replay(tmp_path, run.run_id, URI, server=server)
+    assert kept.status == "KILLED"
+
+
+def test_without_a_spool_a_server_that_goes_is_an_error(server: FakeServer) -> None:
+    run = start(server)
+    server.down = True
+    with pytest.raises(TrackingUnreachable):
+        run.set_tags({"a": "1"})
+    with pytest.raises(TrackingUnreachable):
+        run.finish("FINISHED")

@@ -1,0 +1,181 @@
+"""Answers and silences of a server, as our errors: in bounded time, without a retry and without a secret."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import pickle
+import socket
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from raytrainer.errors import ConfigError, TrackingDenied, TrackingError, TrackingUnreachable
+from raytrainer.tracking import check_tracking, default_tracking_uri
+from raytrainer.tracking import server as module
+from raytrainer.tracking.server import Rejected, Server, default_artifact_root, redacted, sqlite_path
+from raytrainer.tracking.spool import Row
+
+SECRET = "hunter2-token"
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """Answers every request with `status` and `body`, which quotes the request's credentials back."""
+
+    status, body = 500, "{}"
+    seen: list[str]
+
+    def do_GET(self) -> None:
+        self.seen.append(self.path)
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        data = self.body.format(auth=self.headers.get("Authorization", "")).encode()
+        self.send_response(self.status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_POST = do_PATCH = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def http_server() -> Iterator[tuple[str, type[Answers]]]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", Answers
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def answers(http_server: tuple[str, type[Answers]]) -> type[Answers]:
+    http_server[1].seen = []
+    return http_server[1]
+
+
+@pytest.fixture
+def uri(http_server: tuple[str, type[Answers]]) -> str:
+    return http_server[0]
+
+
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("body", ["you sent {auth}", '{{"error_code": "X", "message": "{auth}"}}'])
+def test_refused_credentials_are_said_at_once_without_them(
+    uri: str, answers: type[Answers], status: int, body: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", SECRET)
+    answers.status, answers.body = status, body
+    with pytest.raises(TrackingDenied, match=f"answers {status}.*MLFLOW_TRACKING_TOKEN") as caught:
+        check_tracking(uri)
+    assert SECRET not in repr(caught.value)
+    assert caught.value.__cause__ is None
+    assert len(answers.seen) <= 2  # the second to learn the status of an answer that hides it
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+@pytest.mark.parametrize("status", [429, 500, 503, 404])
+def test_a_server_in_trouble_is_unreachable_and_asked_once(uri: str, answers: type[Answers], status: int) -> None:
+    answers.status, answers.body = status, "<html>"
+    with pytest.raises(TrackingUnreachable, match=uri):
+        check_tracking(uri)
+    assert len(answers.seen) == 1
+
+
+def test_refused_content_is_told_apart(uri: str, answers: type[Answers]) -> None:
+    answers.status, answers.body = 400, '{{"error_code": "INVALID_PARAMETER_VALUE", "message": "bad name"}}'
+    with pytest.raises(Rejected, match="bad name"):
+        Server(uri).log_batch("a" * 32, [Row("a", 1.0, 1, 1)], {})
+
+
+def test_passwords_in_addresses_are_never_shown(uri: str, answers: type[Answers]) -> None:
+    answers.status, answers.body = 401, "{auth}"
+    secret = uri.replace("http://", f"http://me:{SECRET}@")
+    with pytest.raises(TrackingDenied) as caught:
+        check_tracking(secret)
+    assert SECRET not in str(caught.value)
+    with pytest.raises(TrackingUnreachable) as unreachable:
+        check_tracking(f"http://me:{SECRET}@127.0.0.1:{free_port()}")
+    assert SECRET not in str(unreachable.value)
+    assert redacted(f"postgresql://me:{SECRET}@db:5432/x") == "postgresql://db:5432/x"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_nobody_there_is_said_within_seconds_with_the_reason() -> None:
+    start = time.monotonic()
+    with pytest.raises(TrackingUnreachable, match="Connection refused"):
+        check_tracking(f"http://127.0.0.1:{free_port()}")
+    assert time.monotonic() - start < 10
+
+
+def test_silence_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHECK_SECONDS", 0.5)
+    silent = pytest.raises(TrackingUnreachable, match=r"no answer in 0\.5 s")
+    with socket.create_server(("127.0.0.1", 0)) as listener, silent:
+        check_tracking(f"http://127.0.0.1:{listener.getsockname()[1]}")
+
+
+def test_mlflows_settings_are_ours_during_a_call_and_the_users_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT", raising=False)
+    before = dict(os.environ)
+    first, second = module._request_settings(10), module._request_settings(60)
+    with first:
+        # MLflow reads them at each call, not when it is imported.
+        assert (MLFLOW_HTTP_REQUEST_MAX_RETRIES.get(), MLFLOW_HTTP_REQUEST_TIMEOUT.get()) == (0, 10)
+        second.__enter__()
+        assert MLFLOW_HTTP_REQUEST_TIMEOUT.get() == 60
+    assert MLFLOW_HTTP_REQUEST_MAX_RETRIES.get() == 0
+    second.__exit__(None, None, None)
+    assert dict(os.environ) == before
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "33")
+    with module._request_settings(10):
+        assert MLFLOW_HTTP_REQUEST_TIMEOUT.get() == 33
+
+
+def test_a_sqlite_store_is_checked_without_making_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = default_tracking_uri(tmp_path)
+    check_tracking(uri)
+    assert list(tmp_path.iterdir()) == []
+    sqlite3.connect(sqlite_path(uri)).close()
+    check_tracking(uri)
+    sqlite_path(uri).write_bytes(b"not a database, but long enough to have a header" * 10)
+    with pytest.raises(TrackingUnreachable, match="not a database"):
+        check_tracking(uri)
+    (tmp_path / "mlflow.db").unlink()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # a test may run as root, who may write anywhere
+    with pytest.raises(TrackingUnreachable, match="cannot be written"):
+        check_tracking(uri)
+
+
+def test_the_default_store_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert default_tracking_uri(Path()) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert default_artifact_root(default_tracking_uri(Path("a é#"))) == (tmp_path / "a é#" / "mlartifacts").as_uri()
+    assert default_artifact_root("http://tracking") is None
+    for name in ("a?b", "a%20b"):
+        with pytest.raises(ConfigError, match="tracking server"):
+            default_tracking_uri(Path(name))
+
+
+@pytest.mark.parametrize("uri", ["./mlruns", "file:///tmp/mlruns", "/tmp/mlruns"])
+def test_a_directory_is_no_store(uri: str) -> None:
+    with pytest.raises(TrackingUnreachable, match="sqlite:////ABSOLUTE"):
+        check_tracking(uri)
+
+
+def test_a_scheme_that_mlflow_does_not_know(tmp_path: Path) -> None:
+    with pytest.raises(TrackingError, match="gopher"):
+        check_tracking("gopher://tracking")

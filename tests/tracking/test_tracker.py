@@ -1,0 +1,280 @@
+"""The tracker's own part: what a call costs, what is on disk when, and what happens at every bound."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from raytrainer.errors import StorageError
+from raytrainer.tracking import MlflowTracker, NullTracker, Tracker, replay
+from raytrainer.tracking.sender import DROPPED_TAG
+from raytrainer.tracking.spool import Batch, Row, Spool, read_batch
+from raytrainer.tracking.system import SystemSampler
+from raytrainer.tracking.tracker import metric_key
+from tests.tracking.fakes import FakeServer
+
+
+def make(folder: Path, **options: object) -> MlflowTracker:
+    return MlflowTracker("r", "http://127.0.0.1:9", folder, ship=False, **{"system_metrics": False, **options})  # type: ignore[arg-type]
+
+
+def content(folder: Path) -> list[Batch]:
+    batches = []
+    for segment in Spool(folder).segments():
+        offset = 0
+        while (batch := read_batch(segment, offset)).end > offset:
+            batches.append(batch)
+            offset = batch.end
+    return batches
+
+
+def rows(folder: Path) -> list[Row]:
+    return [row for batch in content(folder) for row in batch.rows]
+
+
+def until(condition: object, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_both_are_trackers(tmp_path: Path) -> None:
+    tracker = make(tmp_path)
+    assert isinstance(tracker, Tracker)
+    assert isinstance(NullTracker(), Tracker)
+    tracker.close()
+
+
+def test_a_call_costs_microseconds(tmp_path: Path) -> None:
+    tracker = make(tmp_path)
+    metrics = {f"train/metric{i}": float(i) for i in range(8)}
+    costs = []
+    for step in range(3000):
+        start = time.perf_counter_ns()
+        tracker.log_metrics(metrics, step)
+        costs.append(time.perf_counter_ns() - start)
+    tracker.close()
+    # 0.9 µs here; the bound leaves room for a busy machine. The median, because the thread writes in between.
+    assert sorted(costs)[len(costs) // 2] < 50_000
+    assert len(rows(tmp_path)) == 3000 * 8
+
+
+def test_rows_are_on_disk_without_a_close_with_the_time_of_the_call(tmp_path: Path) -> None:
+    tracker = make(tmp_path)
+    before = time.time_ns() // 1_000_000
+    tracker.log_metrics({"a": math.nan, "b": math.inf}, 3)
+    after = time.time_ns() // 1_000_000
+    until(lambda: len(rows(tmp_path)) == 2)
+    nan, infinity = rows(tmp_path)
+    assert math.isnan(nan.value)
+    assert infinity[:2] == ("b", math.inf)
+    assert before <= nan.time == infinity.time <= after
+    tracker.close()
+
+
+def test_later_changes_of_the_callers_objects_change_nothing(tmp_path: Path) -> None:
+    tracker = make(tmp_path / "spool")
+    metrics, file = {"a": 1.0}, tmp_path / "x.txt"
+    file.write_text("first")
+    tracker.log_metrics(metrics, 1)
+    tracker.log_artifact(file, "logs")
+    metrics["a"] = 2.0
+    file.unlink()
+    tracker.set_tags({"t": "1"})
+    tracker.close()
+    server = FakeServer()
+    run = server.add()
+    replay(tmp_path / "spool", "r", "", server=server)
+    assert {row.value for row in run.rows} == {1.0}
+    assert (run.artifacts, run.tags) == ({"logs/x.txt": "first"}, {"t": "1"})
+
+
+def test_what_is_no_number_is_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = make(tmp_path)
+    tracker.log_metrics({"a": "one"}, 1)  # type: ignore[dict-item]
+    tracker.log_metrics({"a": 10**400}, 1)
+    tracker.log_metrics({"a": 1}, 1)
+    tracker.log_metrics({}, 1)
+    tracker.close()
+    assert [row.value for row in rows(tmp_path)] == [1.0]
+    assert sum(batch.dropped for batch in content(tmp_path)) == 2
+    assert "not a number among ['a']" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("train/loss", "train/loss"),
+        ("loss@5 (%)", "loss_5 ___"),
+        ("/a//b/../c/", "a/b/c"),
+        ("..", "_"),
+        ("", "_"),
+        ("é", "é"),
+        ("a" * 300, "a" * 250),
+    ],
+)
+def test_metric_names(key: str, name: str) -> None:
+    assert metric_key(key) == name
+
+
+def test_a_name_that_mlflow_does_not_take_is_changed_and_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = make(tmp_path)
+    for step in range(3):
+        tracker.log_metrics({"top@5": 1.0}, step)
+    tracker.close()
+    assert {row.key for row in rows(tmp_path)} == {"top_5"}
+    assert len(caplog.messages) == 1
+    assert "'top@5'" in caplog.messages[0]
+
+
+def test_a_full_spool_keeps_what_it_has_and_counts_the_rest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = make(tmp_path / "spool", max_spool_bytes=20_000)
+    for step in range(5000):
+        tracker.log_metrics({"a": 1.0, "b": 2.0}, step)
+        if step % 100 == 0:
+            tracker._flush()
+    (tmp_path / "big").write_bytes(b"x" * 20_000)
+    tracker.log_artifact(tmp_path / "big")
+    tracker.close()
+    assert Spool(tmp_path / "spool").size() < 21_000
+    server = FakeServer()
+    run = server.add()
+    kept = replay(tmp_path / "spool", "r", "", server=server)
+    assert 0 < kept == len(run.rows)
+    assert run.tags == {DROPPED_TAG: str(10_000 - kept)}
+    assert sum("max_spool_bytes=20000" in message for message in caplog.messages) == 1
+    assert sum("big" in message for message in caplog.messages) == 1
+    assert {row.step for row in run.rows} == set(range(kept // 2))
+
+
+def test_a_full_queue_is_counted_and_never_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raytrainer.tracking.tracker._QUEUE_ENTRIES", 10)
+    monkeypatch.setattr("raytrainer.tracking.tracker._TICK_S", 3600.0)
+    tracker = make(tmp_path)
+    for step in range(15):
+        tracker.log_metrics({"a": 1.0, "b": 1.0}, step)
+    tracker.set_tags({"t": "1"})
+    tracker.close()
+    tracker.close()
+    tracker.log_metrics({"late": 1.0}, 1)
+    assert len(rows(tmp_path)) == 20
+    assert sum(batch.dropped for batch in content(tmp_path)) == 11
+
+
+def test_a_full_disk_is_named_and_rows_wait_in_memory(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    tracker = make(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        tracker.log_metrics({"a": 1.0}, 1)
+        until(lambda: bool(caplog.messages))
+        tracker.log_metrics({"a": 2.0}, 2)
+        tracker._flush()
+    tracker.close()
+    assert [row.step for row in rows(tmp_path)] == [1, 2]
+    assert len(caplog.messages) == 1
+    assert f"no space at {tmp_path}" in caplog.messages[0]
+
+
+def test_memory_is_bounded_on_a_full_disk(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raytrainer.tracking.tracker._MEMORY_BYTES", 1000)
+    tracker = make(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        for step in range(100):
+            tracker.log_metrics({"a": 1.0}, step)
+        tracker._flush()
+        assert tracker._line_bytes <= 1000
+    tracker.close()
+    kept = rows(tmp_path)
+    assert [row.step for row in kept] == list(range(len(kept)))
+    assert sum(batch.dropped for batch in content(tmp_path)) == 100 - len(kept) > 0
+
+
+def test_a_spool_that_cannot_be_written_at_all_is_an_error_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file"):
+        make(tmp_path / "file" / "spool")
+
+
+def test_system_metrics_have_mlflows_names_and_own_steps(tmp_path: Path) -> None:
+    pytest.importorskip("psutil")
+    tracker = make(tmp_path, system_metrics=True, system_interval_s=0.0)
+    until(lambda: sum(row.key == "system/cpu_utilization_percentage" for row in rows(tmp_path)) >= 1)
+    tracker.close()
+    steps = [row.step for row in rows(tmp_path) if row.key == "system/cpu_utilization_percentage"]
+    assert steps == list(range(len(steps)))
+    assert len(steps) >= 2
+    names = {row.key for row in rows(tmp_path)}
+    assert names >= {"system/system_memory_usage_megabytes", "system/disk_usage_percentage"}
+
+
+def test_a_node_without_psutil_or_nvml_has_no_system_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert SystemSampler().sample() == {}
+
+
+class FakeNvml:
+    class NVMLError(Exception):
+        pass
+
+    def __getattr__(self, name: str) -> object:
+        answers = {
+            "nvmlInit": None,
+            "nvmlDeviceGetCount": 1,
+            "nvmlDeviceGetHandleByIndex": 0,
+            "nvmlDeviceGetMemoryInfo": type("Memory", (), {"used": 25e6, "total": 100e6}),
+            "nvmlDeviceGetUtilizationRates": type("Rates", (), {"gpu": 70}),
+            "nvmlDeviceGetPowerUsage": 150_000,
+            "nvmlDeviceGetEnforcedPowerLimit": 300_000,
+        }
+        return lambda *_: answers[name]
+
+
+def test_gpus_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
+    sample = SystemSampler().sample()
+    assert {key: value for key, value in sample.items() if "gpu" in key} == {
+        "system/gpu_0_memory_usage_percentage": 25.0,
+        "system/gpu_0_memory_usage_megabytes": 25.0,
+        "system/gpu_0_utilization_percentage": 70.0,
+        "system/gpu_0_power_usage_watts": 150.0,
+        "system/gpu_0_power_usage_percentage": 50.0,
+    }
+
+
+def test_a_process_that_forgets_to_close_loses_nothing_and_imports_neither_mlflow_nor_torch(tmp_path: Path) -> None:
+    script = """
+        import sys
+        from pathlib import Path
+        from raytrainer.tracking import MlflowTracker
+        tracker = MlflowTracker("r", "http://127.0.0.1:9", Path(sys.argv[1]))
+        for step in range(10):
+            tracker.log_metrics({"a": float(step)}, step)
+        assert not {"mlflow", "torch", "ray"} & set(sys.modules)
+    """
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)],
+        check=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert [row.step for row in rows(tmp_path) if row.key == "a"] == list(range(10))
