@@ -115,7 +115,8 @@ def to_rerun(identifier: str, overrides: Sequence[str]) -> Composition:
 
     record, storage = find(identifier)
     if not any(o.partition("=")[0] == "name" for o in overrides):
-        overrides = [*overrides, f"name={new_name(re.sub(r'-\d{8}-\d{6}-[0-9a-f]{4}$', '', record.name))}"]
+        stem = re.sub(r"-\d{8}-\d{6}-[0-9a-f]{4}$", "", record.name)
+        overrides = [*overrides, f"name={new_name(stem)}"]
     return _composed(record, storage, overrides)
 
 

@@ -27,8 +27,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data", "models", "losses", "optim", "state", "parallel", "checkpoint", "metrics", "tracking", "progress"),
     ("trainer",),
     ("worker",),
-    ("run", "supervise"),
-    ("preflight", "sweep", "cluster"),
+    ("supervise", "preflight"),
+    ("run",),
+    ("sweep", "cluster"),
     ("history",),
     ("cli", "__main__", "__init__", "hydra_plugins"),
 )
