@@ -4,30 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from raytrainer.data.order import hash64
 from raytrainer.errors import ConfigError, DataError, nearest
 from raytrainer.seeds import mix
 
-_MULTIPLIERS = tuple(c - (c >> 63 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_WHOLE_TABLE = (
+    1 << 20
+)  # up to so many pixels all crops are kept as one table: small images, whose batches are mostly calls
 
 
-def sample_bits(samples: Tensor, *key: int | str) -> Tensor:
-    """32 random bits a sample, int64 `[n]` in [0, 2**32), from a hash of `key` and the sample's number alone.
+def sample_bits(samples: Tensor, *key: int | str) -> npt.NDArray[np.uint64]:
+    """64 random bits a sample, uint64 `[n]`, from a hash of `key` and the sample's number alone.
 
-    SplitMix64 (Steele, Lea, Flood 2014) on torch's int64, which wraps alike on every device. Its shifts are
-    arithmetic, where the original's are logical: that costs one bit of 64, and the lowest 32 are what is used.
+    On the host, where the samples' numbers are: a handful of numpy calls on so few numbers costs a tenth of the kernels
+    that a GPU would be asked for, and the draws are the same on every device.
     """
-    x = (samples + 1) * _MULTIPLIERS[0]
-    x += mix(*key)
-    x ^= x >> 30
-    x *= _MULTIPLIERS[1]
-    x ^= x >> 27
-    x *= _MULTIPLIERS[2]
-    x ^= x >> 31
-    x &= 0xFFFFFFFF
-    return x
+    return hash64(samples.numpy().view(np.uint64), mix(*key))
+
+
+def _on(device: torch.device, numbers: npt.NDArray[np.int64]) -> Tensor:
+    host = torch.from_numpy(numbers)
+    return host if device.type == "cpu" else host.to(device, non_blocking=True)
 
 
 class RandomCropFlip:
@@ -47,7 +49,7 @@ class RandomCropFlip:
         if padding < 0:
             raise ConfigError(f"padding={padding} is negative", key="padding", value=padding)
         self.padding, self.flip, self.key = padding, flip, key
-        self._kept: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._kept: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def __call__(self, data: Any, samples: Tensor, epoch: int, seed: int) -> Any:
         """The batch with its images replaced: a new dict, tuple or list of the same kind."""
@@ -60,28 +62,33 @@ class RandomCropFlip:
     def apply(self, images: Tensor, samples: Tensor, epoch: int, seed: int) -> Tensor:
         """Images `[n, c, h, w]` moved and mirrored as drawn for `samples` `[n]`; a copy of the same dtype."""
         n, channels, height, width = images.shape
-        across = 2 * (2 * self.padding + 1)
-        row_starts, columns = self._tables(height, width, images.device)
-        draw = sample_bits(samples, "crop-flip", seed, epoch) % (len(row_starts) * across)
-        down = row_starts.index_select(0, draw // across)
-        right = columns.index_select(0, draw % across)
-        pixel = (down[:, :, None] + right[:, None, :]).view(n, 1, -1).expand(n, channels, -1)
+        draw = (sample_bits(samples, "crop-flip", seed, epoch) >> np.uint64(33)).view(np.int64)
+        pixel = self._pixels(draw, height, width, images.device).unsqueeze(1).expand(n, channels, -1)
         padded = torch.constant_pad_nd(images, [self.padding] * 4)
         return padded.view(n, channels, -1).gather(2, pixel).view(n, channels, height, width)
 
-    def _tables(self, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """For each move down, where a padded image's rows start `[2p+1, h]`; for each move right, first as it is and
-        then mirrored, the columns in it `[2 * (2p+1), w]`. Kept, since a batch is otherwise mostly these.
-        """
-        if (height, width, device) not in self._kept:
-            moves = torch.arange(2 * self.padding + 1, device=device)[:, None]
-            x = torch.arange(width, device=device)
-            row_starts = (moves + torch.arange(height, device=device)) * (width + 2 * self.padding)
-            self._kept[height, width, device] = (
-                row_starts,
-                torch.cat([moves + x, moves + (x.flip(0) if self.flip else x)]),
-            )
-        return self._kept[height, width, device]
+    def _pixels(self, draw: npt.NDArray[np.int64], height: int, width: int, device: torch.device) -> Tensor:
+        """Which pixel of the padded image each one of the new image is, int64 `[n, h * w]`."""
+        span = 2 * self.padding + 1
+        tables = self._kept.get((height, width, device))
+        if tables is None:
+            moves = torch.arange(span)[:, None]
+            x = torch.arange(width)
+            rows = (moves + torch.arange(height)) * (width + 2 * self.padding)
+            columns = torch.cat([moves + x, moves + (x.flip(0) if self.flip else x)])
+            tables = rows.to(device), columns.to(device), None
+            if span * 2 * span * height * width <= _WHOLE_TABLE:
+                whole = (rows[:, None, :, None] + columns[:, None, :]).reshape(span * 2 * span, height * width)
+                tables = rows.to(device), columns.to(device), whole.to(device)
+            self._kept[height, width, device] = tables
+        rows, columns, choices = tables
+        if choices is not None:
+            return choices.index_select(0, _on(device, draw % (span * 2 * span)))
+        down, right = np.divmod(draw % (span * 2 * span), 2 * span)
+        picked = rows.index_select(0, _on(device, down)).unsqueeze(2) + columns.index_select(
+            0, _on(device, right)
+        ).unsqueeze(1)
+        return picked.view(len(draw), -1)
 
     def _images(self, data: Any) -> Tensor:
         try:

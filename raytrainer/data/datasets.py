@@ -17,7 +17,7 @@ from torch import Tensor
 from raytrainer.errors import ConfigError, DataError
 
 Transform = Callable[[Any, Tensor, int, int], Any]
-"""`(data, samples int64 [n], epoch, seed) -> data`, on a whole micro-batch, on its device."""
+"""`(data, samples, epoch, seed) -> data`: a whole micro-batch on its device; its samples, int64 `[n]`, on the host."""
 
 
 class ColumnDataset:

@@ -329,11 +329,8 @@ class Loader:
 
     def _transformed(self, data: Any, samples: Indices, epoch: int) -> Any:
         assert self._transform is not None
-        rows = torch.from_numpy(samples)
-        if self.device.type != "cpu":
-            rows = rows.to(self.device, non_blocking=True)
         try:
-            return self._transform(data, rows, epoch, self.seed)
+            return self._transform(data, torch.from_numpy(samples), epoch, self.seed)
         except RaytrainerError:
             raise
         except Exception as error:

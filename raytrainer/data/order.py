@@ -20,9 +20,10 @@ _GOLDEN, _MIX1, _MIX2 = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1C
 _U30, _U27, _U31 = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
-def _hash(x: npt.NDArray[np.uint64], key: np.uint64) -> npt.NDArray[np.uint64]:
-    """SplitMix64's finaliser (Steele, Lea, Flood 2014) of x + key, on a copy."""
-    x = x + key
+def hash64(x: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64]:
+    """A number for each of `x`, uint64 of its shape: SplitMix64 (Steele, Lea, Flood 2014), the one after x from `key`."""
+    x = x * _GOLDEN
+    x += np.uint64(key)
     x ^= x >> _U30
     x *= _MIX1
     x ^= x >> _U27
@@ -41,12 +42,12 @@ class EpochOrder:
 
     def __init__(self, seed: int, epoch: int, length: int, shuffle: bool) -> None:
         self.length, self.shuffle = length, shuffle
-        self._key = np.uint64(mix("order", seed, epoch))
+        self._keys = [mix("order", seed, epoch, number) for number in range(_ROUNDS)]
         self._whole: Indices | None = None
         self._blocks: dict[int, Indices] = {}
         if shuffle and length <= _WHOLE:
             positions = np.arange(length, dtype=np.uint64)
-            self._whole = np.argsort(_hash(positions * _GOLDEN, self._key), kind="stable").astype(np.int64, copy=False)
+            self._whole = np.argsort(hash64(positions, self._keys[0]), kind="stable").astype(np.int64, copy=False)
 
     def __len__(self) -> int:
         return self.length
@@ -83,13 +84,11 @@ class EpochOrder:
         low_mask = (np.uint64(1) << low_bits) - np.uint64(1)
         high_mask = (np.uint64(1) << np.uint64(bits - bits // 2)) - np.uint64(1)
         high, low = x >> low_bits, x & low_mask
-        key = int(self._key)
-        for round_ in range(_ROUNDS):
-            key = (key + int(_GOLDEN)) & 0xFFFFFFFFFFFFFFFF
-            if round_ % 2:
-                low ^= _hash(high, np.uint64(key)) & low_mask
+        for number, key in enumerate(self._keys):
+            if number % 2:
+                low ^= hash64(high, key) & low_mask
             else:
-                high ^= _hash(low, np.uint64(key)) & high_mask
+                high ^= hash64(low, key) & high_mask
         high <<= low_bits
         high |= low
         return high

@@ -8,7 +8,7 @@ import random
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
@@ -91,7 +91,7 @@ DATASETS: dict[str, Callable[[], Any]] = {
     "tuples": lambda: [(torch.tensor([i]), i) for i in range(53)],
     "named tuples": lambda: [Named(torch.tensor(i), torch.tensor(-i)) for i in range(53)],
     "tensor dataset": lambda: torch.utils.data.TensorDataset(torch.arange(53), torch.arange(106).view(53, 2)),
-    "subset of columns": lambda: torch.utils.data.Subset(columns(), list(range(0, 53, 2))),
+    "subset of columns": lambda: torch.utils.data.Subset(cast(Any, columns()), list(range(0, 53, 2))),
 }
 
 
@@ -152,7 +152,7 @@ def test_draws_depend_on_seed_epoch_and_sample_alone() -> None:
 @pytest.mark.parametrize("way", [{}, {"prefetch": 0}, {"num_workers": 1}])
 def test_the_models_generators_are_left_alone(way: dict[str, Any]) -> None:
     def model_draws(draw: bool) -> list[float]:
-        random.seed(1), np.random.seed(1), torch.manual_seed(1)  # type: ignore[func-returns-value]
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
         drawn = []
         for _ in Loader(Rows(20, draw=draw), global_batch_size=4, **way).batches(0, 8):
             drawn += [random.random(), np.random.rand(), torch.rand(1).item()]
@@ -207,7 +207,7 @@ class Bad(Rows):
 @pytest.mark.parametrize("way", [{}, {"prefetch": 0}, {"num_workers": 2}])
 def test_an_error_names_dataset_and_sample(way: dict[str, Any]) -> None:
     batches = Loader(Bad(), global_batch_size=10, **way).batches()
-    seen = []
+    seen: list[int] = []
     with pytest.raises(DataError, match="Bad, sample 37: ValueError: broken pixel") as caught:
         seen.extend(batch.index for batch in batches)
     assert seen == [0, 1, 2]  # what came before it came
