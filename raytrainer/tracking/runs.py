@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from raytrainer.errors import TrackingDenied, TrackingError, TrackingUnreachable
+from raytrainer.errors import StorageError, TrackingDenied, TrackingError, TrackingUnreachable
 from raytrainer.tracking.sender import LOCAL_ID_TAG, LOCAL_PREFIX, Calls, apply_note, recorded_run_id, replay
 from raytrainer.tracking.server import RunGone, Server, default_artifact_root, redacted
 from raytrainer.tracking.spool import RunNote, Spool
@@ -142,7 +142,7 @@ class Run:
     def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
         """A file, or a directory under its own name, into `folder` of the run's artifacts."""
         source = Path(path)
-        if not self.offline:
+        if self._direct():
             try:
                 self._server.log_artifact(self.run_id, source, folder)
                 return
@@ -151,7 +151,10 @@ class Run:
                     raise
                 logger.warning("%s. %s is kept in %s until it can", error, source.name, self._spool.root)
         if self._spool is not None:
-            self._spool.add_artifact(source, folder)
+            try:
+                self._spool.add_artifact(source, folder)
+            except StorageError as error:
+                logger.warning("the artifact %s is left out: %s", source, error)
 
     def finish(self, status: Status, cause: str | None = None, *, timeout_s: float = 30.0) -> bool:
         """Tells the terminal status with the time of now, then sends what is left in the spool.
@@ -159,42 +162,63 @@ class Run:
         Args:
             status: How it ended.
             cause: In a line, as the tag `raytrainer.cause`; None removes nothing.
-            timeout_s: No new try after this; one takes up to 10 s.
+            timeout_s: Of each call, and no new try after it: a server that hangs costs up to twice this.
 
         Returns:
             Whether MLflow has everything; otherwise the spool does, and `replay` sends it.
         """
+        deadline = time.monotonic() + timeout_s
+        server = self._server.with_timeout(max(1, int(timeout_s)))
         tags = {} if cause is None else {CAUSE_TAG: cause}
         note = RunNote(self.run_id, *self._names, tags=tags, status=status, end_time=_now())
         if self._spool is None:
-            apply_note(self._server, self.run_id, note)
+            apply_note(server, self.run_id, note)
             return True
+        # Written down first: the status is not lost if this process is killed now. And told first, past the lock of a
+        # sender that hangs in a call.
+        note = self._keep(self._spool, note)
         try:
-            # Written down first: the status is not lost if this process is killed now.
-            self._keep(self._spool, note)
-            replay(self._spool.root, self.run_id, self.tracking_uri, timeout_s=timeout_s, server=self._server)
+            if not self.offline:
+                try:
+                    apply_note(server, self.run_id, note)
+                    self._spool.drop_note(note)
+                except TrackingUnreachable:
+                    if time.monotonic() >= deadline:
+                        raise
+            left = max(0.0, deadline - time.monotonic())
+            replay(self._spool.root, self.run_id, self.tracking_uri, timeout_s=left, server=server)
             return True
-        except TrackingError as error:
+        except (TrackingError, StorageError) as error:
             logger.warning("%s. What is left of the run, which ended as %s, is in %s", error, status, self._spool.root)
             return False
 
+    def _direct(self) -> bool:
+        """What is kept goes first, so that no later value is overtaken, and nobody waits for a hanging server twice."""
+        if self.offline:
+            return False
+        return self._spool is None or not (self._spool.note_path.exists() or any(self._spool.artifacts()))
+
     def _tell(self, note: RunNote) -> None:
-        if self._spool is None:
-            apply_note(self._server, self.run_id, note)
-            return
-        # What is kept goes first: a later value must not be overtaken by an earlier one.
-        if not self.offline and not self._spool.note_path.exists():
+        if self._direct():
             try:
                 apply_note(self._server, self.run_id, note)
                 return
             except (TrackingUnreachable, TrackingDenied) as error:
+                if self._spool is None:
+                    raise
                 logger.warning("%s. The run's description is kept in %s until it can", error, self._spool.root)
-        self._keep(self._spool, note)
+        if self._spool is not None:
+            self._keep(self._spool, note)
 
     @staticmethod
-    def _keep(spool: Spool, note: RunNote) -> None:
-        with spool.note_lock():
-            spool.write_note(_merged(spool.note(), note))
+    def _keep(spool: Spool, note: RunNote) -> RunNote:
+        try:
+            with spool.note_lock():
+                note = _merged(spool.note(), note)
+                spool.write_note(note)
+        except StorageError as error:
+            logger.warning("%s. The run's description cannot be kept there", error)
+        return note
 
 
 def _open(server: Calls, note: RunNote, spool: Spool | None) -> str:

@@ -66,6 +66,9 @@ class Server:
         self.uri, self.timeout_s = uri, timeout_s
         self._client: Any = None
 
+    def with_timeout(self, timeout_s: int) -> Server:
+        return Server(self.uri, timeout_s=timeout_s)
+
     def log_batch(self, run_id: str, rows: Sequence[Row], tags: Mapping[str, str]) -> None:
         """Rows that MLflow has already (same key, step, time and value) are swallowed by it."""
         from mlflow.entities import Metric, RunTag

@@ -47,6 +47,9 @@ class FakeServer:
         self.runs[run_id] = FakeRun("name", "0", 0)
         return self.runs[run_id]
 
+    def with_timeout(self, timeout_s: int) -> FakeServer:
+        return self
+
     def log_batch(self, run_id: str, rows: Sequence[Row], tags: Mapping[str, str]) -> None:
         run = self._begin("log_batch", run_id)
         if not run.active:

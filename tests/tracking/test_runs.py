@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from raytrainer.errors import TrackingDenied, TrackingUnreachable
+from raytrainer.errors import StorageFull, TrackingDenied, TrackingUnreachable
 from raytrainer.tracking import MlflowTracker, Run, open_run, recorded_run_id, replay
 from raytrainer.tracking.server import RunGone
-from raytrainer.tracking.spool import Spool
+from raytrainer.tracking.spool import Spool, line
 from tests.tracking.fakes import FakeServer
 
 URI = "http://user:secret@tracking.example:5000/"
@@ -170,3 +170,40 @@ def test_without_a_spool_a_server_that_goes_is_an_error(server: FakeServer) -> N
         run.set_tags({"a": "1"})
     with pytest.raises(TrackingUnreachable):
         run.finish("FINISHED")
+
+
+def test_the_status_is_told_past_a_sender_that_hangs_and_a_disk_that_is_full(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(server, tmp_path)
+    with Spool(tmp_path).lock():
+        assert run.finish("FAILED", timeout_s=0.0)
+    kept = server.runs[run.run_id]
+    assert kept.status == "FAILED"
+
+    def full(*_: object) -> None:
+        raise StorageFull(f"no space at {tmp_path}")
+
+    for name in ("write_note", "add_artifact", "write_state", "lock"):
+        monkeypatch.setattr(Spool, name, full)
+    (tmp_path / "metrics-000001-00000000.jsonl").write_bytes(line("segment", 1) + line("m", 1, 1, {"a": 1.0}))
+    assert not run.finish("KILLED")
+    assert kept.status == "KILLED"
+    server.down = True
+    run.set_tags({"a": "1"})
+    run.log_text("text", "x.txt")
+    assert not run.finish("FINISHED", timeout_s=0.0)
+
+
+def test_a_hanging_server_is_waited_for_once(server: FakeServer, tmp_path: Path) -> None:
+    run = start(server, tmp_path)
+    server.calls.clear()
+    server.down = True
+    run.log_text("text", "a.txt")
+    run.log_text("text", "b.txt")
+    run.set_tags({"a": "1"})
+    assert len(server.calls) == 1
+    server.down = False
+    assert run.finish("FINISHED")
+    kept = server.runs[run.run_id]
+    assert (set(kept.artifacts), kept.tags["a"]) == ({"a.txt", "b.txt"}, "1")

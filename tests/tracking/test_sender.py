@@ -82,6 +82,27 @@ def test_system_metrics_go_on_counting(tmp_path: Path) -> None:
     assert run.count() == {("system/cpu", step): 1 for step in range(5)}
 
 
+def test_the_floor_is_fixed_before_the_first_row_goes(tmp_path: Path) -> None:
+    spool, server = Spool(tmp_path), FakeServer()
+    run = server.add()
+    writer = SegmentWriter(spool, 1 << 20)
+    for time, step in enumerate([5, 6, 2]):
+        writer.append(line("m", time, step, {"a": 1.0}) + line("m", time, time, {"system/cpu": 1.0}))
+
+    def die(name: str) -> None:
+        if name == "log_batch":
+            raise Killed
+
+    server.after = die
+    with pytest.raises(Killed):
+        Sender(spool, "r", server).send()
+    server.after = lambda name: None
+    writer.append(line("m", 9, 3, {"a": 1.0}))
+    Sender(spool, "r", server).send()
+    expected = {("a", step): 1 for step in (5, 6, 2, 3)} | {("system/cpu", step): 1 for step in range(3)}
+    assert run.count() == expected
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     attempts=st.lists(st.tuples(st.integers(0, 12), st.integers(1, 8)), min_size=1, max_size=4),

@@ -103,9 +103,11 @@ def test_what_is_no_number_is_left_out_and_said(tmp_path: Path, caplog: pytest.L
     tracker.log_metrics({"a": "one"}, 1)  # type: ignore[dict-item]
     tracker.log_metrics({"a": 10**400}, 1)
     tracker.log_metrics({"a": 1}, 1)
+    tracker._flush()
+    tracker.log_metrics({"a": 2}, 2)
     tracker.log_metrics({}, 1)
     tracker.close()
-    assert [row.value for row in rows(tmp_path)] == [1.0]
+    assert [row.value for row in rows(tmp_path)] == [1.0, 2.0]
     assert sum(batch.dropped for batch in content(tmp_path)) == 2
     assert "not a number among ['a']" in caplog.messages[0]
 
