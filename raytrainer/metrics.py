@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raytrainer.errors import ConfigError
+
 
 class WeightedMeans:
     """Sums of weighted values in float64 on the device.
@@ -23,8 +25,18 @@ class WeightedMeans:
         self._sums: Tensor | None = None  # [len(names) + 1]: value sums, then the weight
 
     def add(self, values: Mapping[str, Tensor], weight: Tensor | float) -> None:
-        """Adds 0-d tensors, each a mean over `weight` samples or tokens."""
-        if self._sums is None or len(self._names) != len(values):
+        """Adds 0-d tensors, each a mean over `weight` samples or tokens.
+
+        Raises:
+            ConfigError: Other names than those since the last `reduce`.
+        """
+        if self._sums is not None and self._names != list(values):
+            raise ConfigError(
+                f"gave {', '.join(values)} for a batch and {', '.join(self._names)} for one before: it must always give "
+                "the same entries in the same order",
+                key="loss",
+            )
+        if self._sums is None:
             self._names = list(values)
             self._sums = torch.zeros(len(values) + 1, dtype=torch.float64, device=self._device)
         with torch.no_grad():
@@ -45,9 +57,11 @@ class WeightedMeans:
         self._sums = None
         return means, everything[len(head) :]
 
-    def finite(self) -> bool:
-        """Whether this rank's sums are; waits for the device."""
-        return self._sums is None or bool(torch.isfinite(self._sums).all())
+    def nonfinite(self) -> Tensor:
+        """Whether one of this rank's sums is NaN or infinite: a 0-d bool tensor on the device."""
+        if self._sums is None:
+            return torch.zeros((), dtype=torch.bool, device=self._device)
+        return ~torch.isfinite(self._sums).all()
 
     def state_dict(self) -> dict[str, Any]:
         return {"names": list(self._names), "sums": None if self._sums is None else self._sums.clone()}

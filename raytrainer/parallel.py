@@ -65,8 +65,6 @@ class Precision:
 
     def cast(self, data: Any) -> Any:
         """Floating-point tensors of a batch in the model's type; everything else as it is."""
-        if self.dtype is torch.float32:
-            return data
         return map_tensors(data, lambda t: t.to(self.dtype) if t.is_floating_point() else t)
 
 
@@ -97,7 +95,7 @@ def set_determinism(deterministic: bool, device: torch.device, num_threads: int 
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     # Deterministic mode also fills fresh memory, which only hides bugs and costs a pass over every new tensor.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def replicate(model: nn.Module, world: World, *, find_unused_parameters: bool = False) -> nn.Module:
@@ -108,12 +106,13 @@ def replicate(model: nn.Module, world: World, *, find_unused_parameters: bool = 
     """
     if not world.distributed:
         return model
+    options: dict[str, Any] = {_SYNC_BUFFERS: False}
     return DistributedDataParallel(
         model,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         find_unused_parameters=find_unused_parameters,
-        **{_SYNC_BUFFERS: False},
+        **options,
     )
 
 

@@ -33,6 +33,8 @@ class Reporter:
         self._emit({"kind": "start", "step": event.step, "total": event.total_steps, "parameters": event.parameters})
 
     def on_log(self, trainer: Any, event: Any) -> None:
+        if "train/loss" not in event.metrics:
+            return  # a callback's figures alone
         began, first = self._since
         left = None
         if self._total is not None and event.step > first:

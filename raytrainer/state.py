@@ -38,7 +38,9 @@ def restore_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, 
     order = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
     groups = list(saved["groups"])
     if [sorted(g["names"]) for g in groups] != [sorted(g) for g in order]:
-        raise CheckpointCorrupt("the checkpoint's optimizer has other parameters, or groups them otherwise, than this one")
+        raise CheckpointCorrupt(
+            "the checkpoint's optimizer has other parameters, or groups them otherwise, than this one"
+        )
     number, state, new_groups = 0, {}, []
     for wanted, group in zip(order, groups, strict=True):
         numbers = list(range(number, number + len(wanted)))
@@ -61,7 +63,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
     surplus = sorted(weights.keys() - own.keys())
     shapes = [
         f"{n}: {tuple(weights[n].shape)} there, {tuple(own[n].shape)} here"
-        for n in own.keys() & weights.keys()
+        for n in sorted(own.keys() & weights.keys())
         if own[n].shape != weights[n].shape
     ]
     if missing or surplus or shapes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import math
 import tempfile
 import time
@@ -27,6 +28,8 @@ from raytrainer.metrics import Monitor, Throughput, WeightedMeans
 from raytrainer.optim import build_optimizer, build_scheduler
 from raytrainer.parallel import Precision, World
 from raytrainer.state import load_weights, named_optimizer_state, restore_optimizer_state
+
+_log = logging.getLogger("raytrainer.trainer")
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Trainer:
         self.precision = Precision(options.precision, device)
         self.raw_model: nn.Module = build(_node(e.model)).to(device=device, dtype=self.precision.dtype)
         if options.channels_last:
-            self.raw_model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.raw_model.to(memory_format=torch.channels_last)
         self.loss: Callable[[nn.Module, Any], Mapping[str, Tensor]] = build(_node(e.loss))
         self.callbacks: dict[str, Any] = {k: build(v) for k, v in e.callbacks.items() if v}
         self.events = Events([*listeners, *self.callbacks.values()])
@@ -94,7 +97,9 @@ class Trainer:
             mode = "default" if options.compile is True else options.compile
             self.raw_model.compile(mode=mode)
         self.optimizer = build_optimizer(factory(_node(e.optimizer)), self.raw_model)
-        self.scheduler = build_scheduler(factory(e.lr_scheduler), self.optimizer, self.total_steps) if e.lr_scheduler else None
+        self.scheduler = (
+            build_scheduler(factory(e.lr_scheduler), self.optimizer, self.total_steps) if e.lr_scheduler else None
+        )
         self.model = parallel.replicate(
             self.raw_model, self.world, find_unused_parameters=options.find_unused_parameters
         )
@@ -104,7 +109,7 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.best = Monitor(e.checkpoint.monitor, e.checkpoint.mode)
         early = options.early_stopping
-        self._patience = early.patience if early else math.inf
+        self._patience = max(early.patience, 1) if early else math.inf
         self._progress = Monitor(
             (early and early.monitor) or e.checkpoint.monitor,
             (early and early.mode) or e.checkpoint.mode,
@@ -133,8 +138,9 @@ class Trainer:
         self.events.fit_start(
             self, FitStart(self.step, self.total_steps, self.train_loader.steps_per_epoch, self.world.size, size)
         )
-        started, reason = time.monotonic(), "finished"
-        batches = self.train_loader.batches(self.step, self.total_steps)
+        started, reason = time.monotonic(), self._out_of_patience() or "finished"
+        batches = self.train_loader.batches(self.step, self.step if reason != "finished" else self.total_steps)
+        self.throughput.rate()  # its clock starts here
         try:
             with _profiler(self) as profile:
                 for batch in self._warmed_up(batches):
@@ -145,20 +151,20 @@ class Trainer:
                     if last or self.step % options.log_every_n_steps == 0:
                         over = options.max_time is not None and time.monotonic() - started >= options.max_time
                         reason = self._log(batch.epoch, over) or reason
-                    if self._evaluation_due(batch.ends_epoch, last):
+                    # An end that came from outside leaves time for a checkpoint, not for one evaluation more.
+                    if self._evaluation_due(batch.ends_epoch, last or reason == "max_time"):
                         self._evaluate_and_note(batch.epoch)
-                        if self._progress.without_gain > self._patience:
-                            reason = "early_stopping"
-                    if self._checkpoint_due(batch.ends_epoch, last):
+                        reason = self._out_of_patience() or reason
+                    if self._checkpoint_due(batch.ends_epoch, last or reason != "finished"):
                         self.save()
                     if reason != "finished":
                         break
         finally:
             batches.close()
-        # An end that came from outside leaves time for a checkpoint, not for an evaluation.
-        if reason != "stopped" and options.eval_every_n_steps != 0 and self.step > self._evaluated_at and self.val_loader:
-            self._evaluate_and_note(self._epoch())
-        self.save()
+        if self.step == self.total_steps:
+            reason = "finished"
+        if self._extra:  # from callbacks, after the last log
+            self._tell(self._epoch(), {})
         if self.checkpointer is not None:
             self.checkpointer.wait()
         best = (self.best.value, self.best.step) if self.best.value is not None and self.best.step is not None else None
@@ -178,11 +184,10 @@ class Trainer:
             with parallel.synchronise(self.model, last=i == last):
                 with self.precision.autocast():
                     values = dict(self.loss(self.model, self._prepare(micro.data)))
-                weight = values.pop("weight", None)
-                if weight is None:
-                    weight = micro.size
-                else:
-                    weight = weight.detach() * (1 if micro.size else 0)
+                weight: Tensor | float = micro.size
+                if "weight" in values:
+                    # Whole numbers too: in float32 their quotients below would cost a float64 run its digits.
+                    weight = values.pop("weight").detach().double() * (1 if micro.size else 0)
                     counted.append(weight)
                 # DDP takes the mean over ranks: times their number it is a sum.
                 loss = values["loss"] * (weight * (self.world.size / batch.global_size))
@@ -192,9 +197,11 @@ class Trainer:
             self.precision.scaler.unscale_(self.optimizer)
         if counted:
             # The weight is known only after the forward passes: the sum above was over global_size, make it over it.
-            total = self.world.all_reduce(torch.stack(counted).sum().double())
+            total = self.world.all_reduce(torch.stack(counted).sum())
             gradients = [p.grad for p in self._parameters if p.grad is not None]
-            torch._foreach_mul_(gradients, torch.where(total > 0, batch.global_size / total, 0.0).to(gradients[0].dtype))
+            torch._foreach_mul_(
+                gradients, torch.where(total > 0, batch.global_size / total, 0.0).to(gradients[0].dtype)
+            )
         if (limit := self.experiment.trainer.max_grad_norm) is not None:
             nn.utils.clip_grad_norm_(self._parameters, limit, foreach=True)
         if self.precision.scaler is not None:
@@ -220,20 +227,23 @@ class Trainer:
         """
         if self.val_loader is None:
             raise ConfigError("is not set: there is nothing to evaluate on", key="data.val")
-        model = self.ema_model or self.raw_model
+        model = self.raw_model if self.ema_model is None else self.ema_model
         if self.ema_model is not None:
             parallel.load_buffers(self.ema_model, dict(self.raw_model.named_buffers()))
         means, kept = WeightedMeans(self.world.device, self.world.all_reduce), seeds.random_state()
         was_training = model.training
         model.eval()
         try:
-            with parallel.averaged_buffers(model, self.world):
-                for batch in self.val_loader.batches(0, self.val_loader.steps_per_epoch):
+            batches = self.val_loader.batches(0, self.val_loader.steps_per_epoch)
+            with parallel.averaged_buffers(model, self.world), contextlib.closing(batches):
+                for batch in batches:
                     for micro in batch.micro:
                         with self.precision.autocast():
                             values = dict(self.loss(model, self._prepare(micro.data)))
                         weight = values.pop("weight", None)
                         means.add(values, micro.size if weight is None else weight * (1 if micro.size else 0))
+                    if batch.ends_epoch:  # an iterable would go on for ever
+                        break
         finally:
             model.train(was_training)
             seeds.set_random_state(kept)
@@ -253,13 +263,18 @@ class Trainer:
         """Hands the whole state to the checkpointer; returns once it is copied, before it is written.
 
         Raises:
-            NonFiniteLoss: A loss since the last log is not finite: such a state must not become the newest checkpoint.
+            NonFiniteLoss: A loss since the last log, or a weight, is not finite on some rank, and
+                `trainer.nonfinite=stop`: such a state must not become the newest checkpoint.
         """
         if self.checkpointer is None or self.step == self._saved_at:
             return
+        bad_loss, bad_weights = self._nonfinite_state()
+        if (bad_loss or bad_weights) and self.experiment.trainer.nonfinite == "stop":
+            raise self._nonfinite("loss became nan or infinite" if bad_loss else "weights became nan or infinite")
+        if bad_weights:
+            _log.warning("no checkpoint after step %d: the weights are not finite", self.step)
+            return
         self._saved_at = self.step
-        if self.experiment.trainer.nonfinite == "stop" and not self.window.finite():
-            raise self._nonfinite(float("nan"))
         evaluated = self._evaluated_at == self.step
         metric = self.metrics.get(self.experiment.checkpoint.monitor) if evaluated else None
         self.throughput.pause()
@@ -295,7 +310,12 @@ class Trainer:
             if name in shared["callbacks"]:
                 callback.load_state_dict(shared["callbacks"][name])
         self.step, self.metrics = int(shared["step"]), dict(shared["metrics"])
-        self._saved_at, self._evaluated_at, self._logged_at = self.step, int(shared["evaluated_at"]), int(shared["logged_at"])
+        self._saved_at, self._evaluated_at, self._logged_at = (
+            self.step,
+            int(shared["evaluated_at"]),
+            int(shared["logged_at"]),
+        )
+        self._extra = dict(shared["extra"])
         self.best.load_state_dict(shared["best"])
         self._progress.load_state_dict(shared["progress"])
         if local is not None:
@@ -312,8 +332,10 @@ class Trainer:
                 # The checkpoint's rate is the base times the curve: the same point of the curve over the new base.
                 factor = float(group["lr"]) / float(group["initial_lr"]) if group.get("initial_lr") else 1.0
                 new = {**new, "lr": rates[number] * factor}
-                if self.scheduler is not None:
-                    group["initial_lr"] = self.scheduler.base_lrs[number] = rates[number]
+                # A scheduler made of others keeps the base in them.
+                for scheduler in (self.scheduler, *getattr(self.scheduler, "_schedulers", ())):
+                    if hasattr(scheduler, "base_lrs"):
+                        group["initial_lr"] = scheduler.base_lrs[number] = rates[number]
             group.update(new)
 
     def init_from(self, source: str) -> None:
@@ -331,7 +353,7 @@ class Trainer:
             info = self.checkpointer.best() or found[-1]
             shared, _ = self.checkpointer.load(info)
             return info.step, shared.get("ema") or shared["model"]
-        model = self.ema_model or self.raw_model
+        model = self.raw_model if self.ema_model is None else self.ema_model
         return self.step, {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
 
     def example_batches(self) -> Iterator[Batch]:
@@ -351,12 +373,16 @@ class Trainer:
             "metrics": self.metrics,
             "evaluated_at": self._evaluated_at,
             "logged_at": self._logged_at,
+            "extra": dict(self._extra),
             "best": self.best.state_dict(),
             "progress": self._progress.state_dict(),
             "callbacks": {k: c.state_dict() for k, c in self.callbacks.items() if hasattr(c, "state_dict")},
         }
         if self.ema_model is not None:
-            state["ema"] = {**self.ema_model.state_dict(), **{k: model[k] for k in dict(self.ema_model.named_buffers()) if k in model}}
+            state["ema"] = {
+                **self.ema_model.state_dict(),
+                **{k: model[k] for k in dict(self.ema_model.named_buffers()) if k in model},
+            }
         return state
 
     def _local_state(self) -> dict[str, Any]:
@@ -376,21 +402,39 @@ class Trainer:
         metrics["train/lr"] = float(self._lr)
         metrics["train/samples_per_second"] = self.throughput.rate()
         metrics["epoch"] = float(epoch)
+        self._tell(epoch, metrics)
+        if not math.isfinite(means["loss"]):
+            if self.experiment.trainer.nonfinite == "stop":
+                raise self._nonfinite(f"loss became {means['loss']}")
+            if self.world.rank == 0:
+                _log.warning("the loss is %s at step %d; trainer.nonfinite=warn goes on", means["loss"], self.step)
+        self._logged_at = self.step
+        return "stopped" if stop else "max_time" if timed_out else None
+
+    def _tell(self, epoch: int, metrics: dict[str, float]) -> None:
+        """The metrics, and what callbacks gave to `log`, to all listeners."""
         metrics.update(self._extra)
         self._extra.clear()
         self.metrics.update(metrics)
         self.events.log(self, Logged(self.step, epoch, metrics))
-        if not math.isfinite(means["loss"]) and self.experiment.trainer.nonfinite == "stop":
-            raise self._nonfinite(means["loss"])
-        self._logged_at = self.step
-        return "stopped" if stop else "max_time" if timed_out else None
 
-    def _nonfinite(self, loss: float) -> NonFiniteLoss:
+    def _nonfinite(self, what: str) -> NonFiniteLoss:
         return NonFiniteLoss(
-            f"the loss became {loss} after step {self._logged_at}, by step {self.step}; the checkpoints before it are "
+            f"the {what} after step {self._logged_at}, by step {self.step}; the checkpoints before it are "
             "valid. A lower optimizer.lr, trainer.max_grad_norm or another trainer.precision may help; "
             "trainer.nonfinite=warn goes on"
         )
+
+    def _nonfinite_state(self) -> tuple[bool, bool]:
+        """Whether a loss since the last log, or a weight, is NaN or infinite, on any rank."""
+        # The weights too: a gradient may overflow under a finite loss, and shows in the loss only a step later.
+        largest = torch.stack(torch._foreach_norm([p.detach() for p in self._parameters], math.inf))
+        flags = torch.stack([self.window.nonfinite(), ~largest.isfinite().all()]).double()
+        loss, weights = self.world.all_reduce(flags).tolist()
+        return loss > 0, weights > 0
+
+    def _out_of_patience(self) -> str | None:
+        return "early_stopping" if self._progress.without_gain >= self._patience else None
 
     def _evaluate_and_note(self, epoch: int) -> None:
         self.throughput.pause()
@@ -410,15 +454,19 @@ class Trainer:
 
     def _checkpoint_due(self, ends_epoch: bool, last: bool) -> bool:
         every = self.experiment.checkpoint.every_n_steps
-        if last or every:
-            return last or not self.step % every  # type: ignore[operator]
+        if last or (every and self.step % every == 0):
+            return True
+        if every:
+            return self.best.step == self.step  # the best one is always kept
         never_evaluates = self.val_loader is None or self.experiment.trainer.eval_every_n_steps == 0
         return ends_epoch if never_evaluates else self._evaluated_at == self.step
 
     def _prepare(self, data: Any) -> Any:
         data = self.precision.cast(data)
         if self.experiment.trainer.channels_last:
-            data = parallel.map_tensors(data, lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
+            data = parallel.map_tensors(
+                data, lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+            )
         return data
 
     def _warmed_up(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -460,12 +508,8 @@ class Trainer:
         if t.max_epochs is None:
             return t.max_steps
         if per_epoch is None:
-            raise ConfigError("needs a dataset with a length; use trainer.max_steps", key="trainer.max_epochs", value=t.max_epochs)
-        if per_epoch == 0:
             raise ConfigError(
-                f"is larger than the {self.train_loader.length} training samples, and data.drop_last=true drops the rest",
-                key="data.global_batch_size",
-                value=self.experiment.data.global_batch_size,
+                "needs a dataset with a length; use trainer.max_steps", key="trainer.max_epochs", value=t.max_epochs
             )
         return t.max_epochs * per_epoch
 
@@ -483,7 +527,8 @@ def _node(node: Mapping[str, Any] | None) -> Mapping[str, Any]:
 def _profiler(trainer: Trainer) -> Iterator[Callable[[], None]]:
     """Records `trainer.profile` with torch.profiler on rank 0, as a Chrome trace in the run; yields what a step calls."""
     options = trainer.experiment.trainer.profile
-    if options is None or trainer.world.rank:
+    # A run that resumes after its first step was recorded, or should have been, does without.
+    if options is None or trainer.world.rank or trainer.step >= options.start:
         yield lambda: None
         return
     from torch import profiler

@@ -35,13 +35,16 @@ def read_weights(source: str, storage_path: str) -> dict[str, torch.Tensor]:
     if Storage(place).exists("manifest.json"):
         checkpoints, wanted = Checkpointer(Storage(parent)), name
     else:
-        # mode is only for retention; which one is best was noted with the metric when it was saved
         checkpoints, wanted = Checkpointer(Storage(place).child("checkpoints")), None
     found = checkpoints.list()
     info = next((i for i in found if i.name == wanted), None) if wanted else (found[-1] if found else None)
     if info is None:
         raise CheckpointNotFound(f"init_from={source}: neither a file of weights, nor a run or checkpoint there")
     shared, _ = checkpoints.load(info)
+    # What is best depends on checkpoint.mode, which only the trainer knew: the last checkpoint notes the best step.
+    best = None if wanted else shared.get("best", {}).get("step")
+    if (better := next((i for i in found if i.step == best), info)) is not info:
+        shared, _ = checkpoints.load(better)
     return dict(shared.get("ema") or shared["model"])
 
 
