@@ -56,8 +56,9 @@ def prepare(embedded: bool) -> None:
     if embedded:
         # One node that is this machine: there is nobody to preempt it.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    for name in ("ray", "ray.train", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    # The controller logs each error with its stack, then raises it: `run` tells it once.
+    logging.getLogger("ray.train").setLevel(logging.CRITICAL)
 
 
 def start_embedded(num_cpus: float, num_gpus: int | None) -> None:
