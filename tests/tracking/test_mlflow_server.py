@@ -300,6 +300,7 @@ def test_a_writer_killed_while_it_sends_and_started_again_at_an_earlier_step(
     assert run.finish("FINISHED")
 
 
+@pytest.mark.slow
 def test_a_server_that_takes_30_seconds_a_call(server: MlflowServer, slow: Slow) -> None:
     run, tracker, folder, proxy = slow
     until(lambda: server.counts(run.run_id) == expected("a", 1))
