@@ -1,6 +1,6 @@
 """What a step costs beyond PyTorch: `Trainer.fit` against a bare loop over the same batches, model and optimizer.
 
-In turn (A B A B …) in one process, the same losses proven bit for bit, on a model of about 5 ms a step; beside it the
+In turn (A B A B …) in one process, the same final weights proven bit for bit, on a model of about 5 ms a step; beside it the
 host's microseconds a step (a model that computes next to nothing) and the synchronisations with the device.
 
     python benchmarks/bench_step.py --rounds 15
@@ -9,7 +9,7 @@ host's microseconds a step (a model that computes next to nothing) and the synch
 from __future__ import annotations
 
 import argparse
-import statistics
+import math
 import time
 from typing import Any
 
@@ -63,13 +63,14 @@ class Losses:
         self.seconds = time.perf_counter() - self.began
 
 
-def by_trainer(e: Any) -> tuple[float, list[float]]:
+def by_trainer(e: Any) -> tuple[float, list[float], list[torch.Tensor]]:
     losses = Losses()
-    Trainer(e, listeners=[losses]).fit()
-    return losses.seconds, losses.values
+    trainer = Trainer(e, listeners=[losses])
+    trainer.fit()
+    return losses.seconds, losses.values, list(trainer.raw_model.parameters())
 
 
-def by_hand(e: Any) -> tuple[float, list[float]]:
+def by_hand(e: Any) -> tuple[float, list[float], list[torch.Tensor]]:
     """The loop that one writes without a framework: the batches lie ready in memory, the mean loss every 50 steps."""
     torch.set_num_threads(1)
     seeds.seed_everything("model", e.seed)
@@ -91,7 +92,7 @@ def by_hand(e: Any) -> tuple[float, list[float]]:
         if step % LOG_EVERY == 0:
             losses.append(total.item() / LOG_EVERY)
             total.zero_()
-    return time.perf_counter() - began, losses
+    return time.perf_counter() - began, losses, list(model.parameters())
 
 
 class Synchronisations(TorchDispatchMode):
@@ -120,14 +121,16 @@ def synchronisations(e: Any) -> int:
 def compare(e: Any, rounds: int) -> dict[str, Any]:
     trainer, hand = [], []
     for number in range(rounds + 1):
-        a, a_losses = by_trainer(e)
-        b, b_losses = by_hand(e)
-        assert a_losses == b_losses, (a_losses, b_losses)
+        a, a_losses, a_weights = by_trainer(e)
+        b, b_losses, b_weights = by_hand(e)
+        # The work is the same to the last bit; the mean of 50 losses is added up in another order.
+        assert all(torch.equal(x, y) for x, y in zip(a_weights, b_weights, strict=True))
+        assert all(math.isclose(x, y, rel_tol=1e-12) for x, y in zip(a_losses, b_losses, strict=True))
         if number:
             trainer.append(a / e.trainer.max_steps)
             hand.append(b / e.trainer.max_steps)
     return {
-        "same_losses": True,
+        "same_weights_bit_for_bit": True,
         "trainer_ms_a_step": report.spread([1e3 * x for x in trainer]),
         "bare_ms_a_step": report.spread([1e3 * x for x in hand]),
         "ratio": report.spread([a / b for a, b in zip(trainer, hand, strict=True)]),
@@ -150,7 +153,7 @@ def main() -> None:
             "step_of_nothing": tiny,
             "synchronisations_in_20_steps_that_do_not_log": waits,
             "goal": {"ratio": 1.02, "synchronisations": 0},
-            "holds": statistics.median([step["ratio"]["median"]]) <= 1.02 and waits == 0,
+            "holds": step["ratio"]["median"] <= 1.02 and waits == 0,
         },
     )
 

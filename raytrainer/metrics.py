@@ -13,16 +13,25 @@ from torch import Tensor
 from raytrainer.errors import ConfigError
 
 
-class WeightedMeans:
-    """Sums of weighted values in float64 on the device.
+_FOLD = 4096  # rows kept one by one before they are summed: bounds memory, and never waits for the device
 
-    Every rank must add the same names in the same order, which a rank without samples does with weight 0.
+
+class WeightedMeans:
+    """Weighted means, kept as one row an `add` on the device and summed in float64 when they are asked for.
+
+    Every rank must add the same names in the same order, which a rank without samples does with weight 0. The rows
+    are what a checkpoint keeps, so that the sums of a resumed run are added up in the same order.
     """
 
     def __init__(self, device: torch.device, all_reduce: Callable[[Tensor], Tensor]) -> None:
         self._device, self._all_reduce = device, all_reduce
         self._names: list[str] = []
-        self._sums: Tensor | None = None  # [len(names) + 1]: value sums, then the weight
+        self._clear()
+
+    def _clear(self) -> None:
+        self._rows: list[Tensor] = []  # each [len(names)]
+        self._weights: list[Tensor | float] = []
+        self._sums: Tensor | None = None  # [len(names) + 1], float64: of the rows before, then their weight
 
     def add(self, values: Mapping[str, Tensor], weight: Tensor | float) -> None:
         """Adds 0-d tensors, each a mean over `weight` samples or tokens.
@@ -30,44 +39,66 @@ class WeightedMeans:
         Raises:
             ConfigError: Other names than those since the last `reduce`.
         """
-        if self._sums is not None and self._names != list(values):
+        if not self._rows and self._sums is None:
+            self._names = list(values)
+        elif self._names != list(values):
             raise ConfigError(
                 f"gave {', '.join(values)} for a batch and {', '.join(self._names)} for one before: it must always give "
                 "the same entries in the same order",
                 key="loss",
             )
-        if self._sums is None:
-            self._names = list(values)
-            self._sums = torch.zeros(len(values) + 1, dtype=torch.float64, device=self._device)
-        with torch.no_grad():
-            row = torch.stack([*(v.detach() for v in values.values()), torch.ones((), device=self._device)])
-            # An empty slice (weight 0) adds nothing, also where its dummy's loss is not finite.
-            if isinstance(weight, Tensor):
-                row = torch.where(weight > 0, row.double() * weight, torch.zeros_like(row, dtype=torch.float64))
-                self._sums += row
-            elif weight:
-                self._sums.add_(row, alpha=weight)
+        # A copy, in one operation: the next step may write over a compiled model's outputs.
+        self._rows.append(torch.stack([v.detach() for v in values.values()]))
+        self._weights.append(weight)
+        if len(self._rows) == _FOLD:
+            self._sums = self._folded()
+            self._rows, self._weights = [], []
 
     def reduce(self, *flags: float) -> tuple[dict[str, float], list[float]]:
         """The means over all ranks since the last call, and `flags` summed over ranks; waits for the device once."""
-        head = self._sums if self._sums is not None else torch.zeros(1, dtype=torch.float64, device=self._device)
+        head = self._folded()
         tail = torch.tensor(flags, dtype=torch.float64).to(self._device)
         *sums, weight = (everything := self._all_reduce(torch.cat([head, tail])).tolist())[: len(head)]
         means = {n: s / weight if weight else float("nan") for n, s in zip(self._names, sums, strict=True)}
-        self._sums = None
+        self._clear()
         return means, everything[len(head) :]
 
     def nonfinite(self) -> Tensor:
         """Whether one of this rank's sums is NaN or infinite: a 0-d bool tensor on the device."""
-        if self._sums is None:
-            return torch.zeros((), dtype=torch.bool, device=self._device)
-        return ~torch.isfinite(self._sums).all()
+        return ~torch.isfinite(self._folded()).all()
+
+    def _folded(self) -> Tensor:
+        """All sums and the weight: float64 [len(names) + 1]."""
+        if not self._rows:
+            empty = torch.zeros(len(self._names) + 1, dtype=torch.float64, device=self._device)
+            return empty if self._sums is None else self._sums
+        weights = self._weight_column()
+        # A row of weight 0 (an empty slice's stand-in) adds nothing, also where its loss is not finite.
+        rows = torch.where(weights > 0, torch.stack(self._rows).double(), 0.0)
+        sums = torch.cat([(rows * weights).sum(0), weights.sum(0)])
+        return sums if self._sums is None else self._sums + sums
+
+    def _weight_column(self) -> Tensor:
+        """Float64 [rows, 1]."""
+        if any(isinstance(w, Tensor) for w in self._weights):
+            column = [torch.as_tensor(w, dtype=torch.float64, device=self._device) for w in self._weights]
+            return torch.stack(column).unsqueeze(1)
+        return torch.tensor(self._weights, dtype=torch.float64).to(self._device).unsqueeze(1)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"names": list(self._names), "sums": None if self._sums is None else self._sums.clone()}
+        return {
+            "names": list(self._names),
+            "rows": torch.stack(self._rows) if self._rows else None,
+            "weights": self._weight_column() if self._rows else None,
+            "sums": self._sums,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._clear()
         self._names = list(state["names"])
+        if state["rows"] is not None:
+            self._rows = list(state["rows"].to(self._device))
+            self._weights = list(state["weights"].to(self._device).squeeze(1))
         self._sums = None if state["sums"] is None else state["sums"].to(self._device)
 
 
