@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
 
+import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from raytrainer.errors import ConfigError
@@ -54,9 +55,30 @@ def build_optimizer(factory: Factory, model: nn.Module) -> Optimizer:
     groups = parameter_groups(model, 0.0 if weight_decay is None else weight_decay)
     params: list[Any] = groups if weight_decay is not None else [p for group in groups for p in group["params"]]
     try:
-        return cast("Optimizer", factory(params))
+        optimizer = cast("Optimizer", factory(params))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"is refused by its constructor: {error}", key="optimizer") from error
+    mend_fused_sgd(optimizer)
+    return optimizer
+
+
+def mend_fused_sgd(optimizer: Optimizer) -> None:
+    """Goes around two faults of torch's fused SGD (2.13); for a new optimizer, and for one whose settings were loaded.
+
+    On the CPU it leaves parameters in half precision where they are (pytorch#191763): those groups are not fused.
+    Where a gradient scaler skips the very first step, which is usual, it leaves the momentum unwritten memory: zeros
+    instead, from which the first real step gives the same (without dampening, that is).
+    """
+    if not isinstance(optimizer, SGD):
+        return
+    for group in optimizer.param_groups:
+        if not group["fused"]:
+            continue
+        if any(p.device.type == "cpu" and p.dtype in (torch.bfloat16, torch.float16) for p in group["params"]):
+            group["fused"] = False
+        elif group["momentum"]:
+            for p in group["params"]:
+                optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p, requires_grad=False))
 
 
 class Curve(Protocol):

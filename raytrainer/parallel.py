@@ -63,6 +63,18 @@ class Precision:
             return contextlib.nullcontext()
         return torch.autocast(self._device, dtype=self._autocast)
 
+    def convert(self, model: nn.Module) -> nn.Module:
+        """The model with its floating-point parameters and buffers in that type, in place.
+
+        Not `model.to(dtype)`, which makes complex buffers (rotary embeddings) real.
+        """
+        for t in (*model.parameters(), *model.buffers()):
+            if t.is_floating_point():
+                t.data = t.data.to(self.dtype)
+            elif t.is_complex() and self.dtype is torch.float64:
+                t.data = t.data.to(torch.complex128)
+        return model
+
     def cast(self, data: Any) -> Any:
         """Floating-point tensors of a batch in the model's type; everything else as it is."""
         return map_tensors(data, lambda t: t.to(self.dtype) if t.is_floating_point() else t)

@@ -25,7 +25,7 @@ from raytrainer.data import Batch, Loader
 from raytrainer.errors import ConfigError, NonFiniteLoss
 from raytrainer.events import Artifact, CheckpointSaved, EvalEnd, Events, FitEnd, FitStart, Logged
 from raytrainer.metrics import Monitor, Throughput, WeightedMeans
-from raytrainer.optim import build_optimizer, build_scheduler
+from raytrainer.optim import build_optimizer, build_scheduler, mend_fused_sgd
 from raytrainer.parallel import Precision, World
 from raytrainer.state import load_weights, named_optimizer_state, restore_optimizer_state
 
@@ -80,9 +80,9 @@ class Trainer:
         # Every rank draws the same initial weights; from the first step on each has random states of its own.
         seeds.seed_everything("model", e.seed)
         self.precision = Precision(options.precision, device)
-        self.raw_model: nn.Module = build(_node(e.model)).to(device=device, dtype=self.precision.dtype)
+        self.raw_model: nn.Module = self.precision.convert(build(_node(e.model))).to(device)
         if options.channels_last:
-            self.raw_model.to(memory_format=torch.channels_last)
+            self.raw_model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loss: Callable[[nn.Module, Any], Mapping[str, Tensor]] = build(_node(e.loss))
         self.callbacks: dict[str, Any] = {k: build(v) for k, v in e.callbacks.items() if v}
         self.events = Events([*listeners, *self.callbacks.values()])
@@ -190,7 +190,8 @@ class Trainer:
                     weight = values.pop("weight").detach().double() * (1 if micro.size else 0)
                     counted.append(weight)
                 # DDP takes the mean over ranks: times their number it is a sum.
-                loss = values["loss"] * (weight * (self.world.size / batch.global_size))
+                share = weight * (self.world.size / batch.global_size)
+                loss = values["loss"] if isinstance(share, float) and share == 1.0 else values["loss"] * share
                 (self.precision.scaler.scale(loss) if self.precision.scaler else loss).backward()
             self.window.add(values, weight)
         if self.precision.scaler is not None:
@@ -299,6 +300,7 @@ class Trainer:
         wanted = [{name: group[name] for name in changed if name in group} for group in self.optimizer.param_groups]
         rates = [group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
         restore_optimizer_state(self.optimizer, self.raw_model, shared["optimizer"])
+        mend_fused_sgd(self.optimizer)
         if self.scheduler is not None:
             self.scheduler.load_state_dict(shared["scheduler"])
         self._change_settings(wanted, rates)
@@ -376,6 +378,7 @@ class Trainer:
             "extra": dict(self._extra),
             "best": self.best.state_dict(),
             "progress": self._progress.state_dict(),
+            # Rank 0's: what a callback keeps has to be the same on every rank.
             "callbacks": {k: c.state_dict() for k, c in self.callbacks.items() if hasattr(c, "state_dict")},
         }
         if self.ema_model is not None:
