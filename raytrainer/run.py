@@ -12,10 +12,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from raytrainer import preflight, provenance, tracking, worker
 from raytrainer.config import Composition, Experiment, flattened
@@ -27,7 +28,9 @@ from raytrainer.storage import Storage
 if TYPE_CHECKING:
     from raytrainer.supervise import SupervisedTrainer
 
+T = TypeVar("T")
 _GRACE_S = 6.0  # from a first Ctrl-C or SIGTERM until the workers are ended without a checkpoint
+_CLOSE_S, _CLOSE_STOPPED_S = 30.0, 3.0  # how long the tracking server is waited for at the end
 _RECORD = "run.json"
 _CONFIG = "config.yaml"
 
@@ -211,14 +214,14 @@ class _Driver:
 
     def run(self) -> Outcome:
         """Trains, and closes everything whatever happens."""
-        run: tracking.Run | None = None
         shipper: tracking.Shipper | None = None
         result: Mapping[str, Any] | None = None
         error: BaseException | None = None
+        # MLflow's import and first database take seconds of their own, in which Ray's processes start.
+        opening = _in_background(self._open_run, "mlflow-open")
         try:
             with self._ray() as start_training:
-                # MLflow's import and first database take seconds, in which Ray's processes start.
-                run = self._open_run()
+                run = opening.result()
                 self.record = replace(self.record, run_id=run.run_id)
                 self.record.write(self.storage)
                 if self.ship_here:
@@ -232,11 +235,12 @@ class _Driver:
         outcome = self._outcome(result, error)
         self.display.close()
         try:
-            outcome = self._close(run, shipper, outcome)
+            outcome = self._close(opening, shipper, outcome)
         except Stopped:
             self.display.say("forced: the run's records are kept in its directory, and sent by the next command on it")
-        replace(self.record, status=outcome.status).write(self.storage)
-        return replace(outcome, record=replace(self.record, status=outcome.status))
+        self.record = replace(self.record, status=outcome.status)
+        self.record.write(self.storage)
+        return replace(outcome, record=self.record)
 
     # --- the run in MLflow ----------------------------------------------------------------------------------------
 
@@ -269,21 +273,26 @@ class _Driver:
             run.log_text(origin.patch, f"git{suffix}.patch")
         return run
 
-    def _close(self, run: tracking.Run | None, shipper: tracking.Shipper | None, outcome: Outcome) -> Outcome:
-        if run is None:
+    def _close(self, opening: Future[tracking.Run], shipper: tracking.Shipper | None, outcome: Outcome) -> Outcome:
+        # Somebody waits for the end of a stopped run; what is not told in that time stays in the spool.
+        patience = _CLOSE_STOPPED_S if outcome.status == "KILLED" else _CLOSE_S
+        try:
+            run = opening.result(timeout=patience)
+        except (RaytrainerError, TimeoutError):  # it is what the outcome tells already
             return outcome
+        self.record = replace(self.record, run_id=run.run_id)
         tags = {"raytrainer.exit_code": str(outcome.exit_code)}
         if outcome.result is not None:
             tags["raytrainer.reason"] = str(outcome.result["reason"])
         tags.update(self._checkpoint_tags())
         if shipper is not None:
-            shipper.close(timeout_s=30)
+            shipper.close(timeout_s=patience)
         run.set_tags(tags)
         if self.e.tracking.register_model and outcome.status == "FINISHED" and self.e.tracking.log_model:
             self._register(run, self.e.tracking.register_model)
         self.logs.flush()
         run.log_artifact(self.logs.folder)
-        if not run.finish(outcome.status, outcome.cause, timeout_s=30):  # type: ignore[arg-type]
+        if not run.finish(outcome.status, outcome.cause, timeout_s=patience):  # type: ignore[arg-type]
             self.display.say(f"MLflow does not have all of it yet; the rest is in {self.spool_dir}")
         return replace(outcome, mlflow=run.url, mlflow_command=run.ui_command)
 
@@ -485,6 +494,20 @@ class _Logs:
         if name not in self._files:
             self._files[name] = (self.folder / f"{name}.log").open("a", encoding="utf-8", errors="replace", buffering=1)
         return self._files[name]
+
+
+def _in_background(work: Callable[[], T], name: str) -> Future[T]:
+    """The result to come of `work`, done in a thread that does not keep the process alive."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001  raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
 
 
 def _debug(composition: Composition, display: Display, began: float) -> Outcome:
