@@ -1,0 +1,359 @@
+"""The promises of DESIGN.md section 5: the same run on 1, 2 and 4 workers, and bit for bit the same after a resume.
+The ranks are processes with gloo, in tests/ranks.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from raytrainer.config import Experiment, build
+from raytrainer.parallel import World
+from raytrainer.trainer import Trainer
+from tests import ranks, training
+from tests.training import EarlyStopping, checkpointer, differences, experiment, fitted, images, node, weights
+
+
+@pytest.fixture(autouse=True)
+def _process_settings() -> Iterator[None]:
+    """A Trainer in this process sets the process's threads and determinism."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+# -- the same curve on any number of workers -------------------------------------------------------------------------
+
+
+def curve(world: World, e: Experiment) -> list[dict[int, float]]:
+    _, recorder = fitted(e, world)
+    return [recorder.series(name) for name in ("train/loss", "train/accuracy", "val/loss", "val/accuracy")]
+
+
+def assert_equal_curves(e: Experiment, steps: int, tolerance: float) -> None:
+    alone = curve(World(), e)
+    assert sorted(alone[0]) == list(range(1, steps + 1))
+    assert len(alone[2]) > 0
+    assert alone[0][steps] < 0.9 * alone[0][1]  # it learns: two curves of a model that stands still would be equal too
+    for size in (2, 4):
+        for curves in ranks.run(size, curve, e):  # on each rank
+            for got, expected in zip(curves, alone, strict=True):
+                assert got == pytest.approx(expected, rel=tolerance)
+
+
+AUGMENTED = node(images, rows=90, transform=node("raytrainer.data.RandomCropFlip", padding=1, flip=True))
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+def test_mlp_in_fp32(micro_batch_size: int | None) -> None:
+    # 30 samples on 4 workers are 7, 8, 7 and 8; the epoch's fourth batch would not be full, and is dropped.
+    e = experiment(
+        data={"train": AUGMENTED, "global_batch_size": 30, "micro_batch_size": micro_batch_size},
+        trainer={"max_steps": 10, "eval_every_n_steps": 5},
+    )
+    assert_equal_curves(e, 10, 1e-5)
+
+
+def test_resnet_with_group_norm_in_fp32() -> None:
+    e = experiment(
+        model=node("raytrainer.models.ResNet", block="basic", layers=[1, 1], num_classes=4, in_channels=1, width=8)
+        | {"stem": "small", "norm": "group"},
+        optimizer=node("torch.optim.SGD", lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True),
+        lr_scheduler=node("raytrainer.optim.Cosine", warmup_steps=3),
+        data={"train": AUGMENTED, "global_batch_size": 30},
+        trainer={"max_steps": 10, "eval_every_n_steps": 5},
+    )
+    assert_equal_curves(e, 10, 1e-5)
+
+
+def test_mlp_in_float64_over_100_steps() -> None:
+    e = experiment(
+        optimizer=node("torch.optim.AdamW", lr=0.01, fused=True),
+        lr_scheduler=node("raytrainer.optim.Cosine", warmup_steps=0.1),
+        # An epoch of 7 batches and one of 6 samples: slices of 1 and 2.
+        data={"train": AUGMENTED, "drop_last": False},
+        trainer={"max_steps": 100, "precision": "64-true", "max_grad_norm": 0.5, "ema_decay": 0.9},
+    )
+    assert_equal_curves(e, 100, 1e-9)
+
+
+# -- the gradient is that of the global mean -------------------------------------------------------------------------
+
+
+def gradients(world: World, cases: list[Experiment], batches: int) -> list[list[dict[str, Tensor]]]:
+    """Of each case, the gradients of its first steps; the learning rate is 0."""
+    found = []
+    for e in cases:
+        trainer, steps = Trainer(e, world=world), []
+        for batch in trainer.train_loader.batches(0, batches):
+            trainer.train_step(batch)
+            steps.append(
+                {name: p.grad.clone() for name, p in trainer.raw_model.named_parameters() if p.grad is not None}
+            )
+        found.append(steps)
+    return found
+
+
+TOKENS: dict[str, Any] = {
+    "model": node("torch.nn.Embedding", num_embeddings=7, embedding_dim=7),
+    "loss": node("raytrainer.losses.TokenCrossEntropy"),
+    "optimizer": node("torch.optim.SGD", lr=0.0),
+}
+
+
+def direct(e: Experiment, batch: list[int]) -> dict[str, Tensor]:
+    """The gradient of the mean over all tokens of these rows that count, by autograd alone."""
+    trainer = Trainer(e)
+    model, dataset = trainer.raw_model, build(e.data.train or {})
+    ids, labels = dataset.tensors["input_ids"][batch], dataset.tensors["labels"][batch]
+    logits = model(ids)[labels != -100]
+    torch.nn.functional.cross_entropy(logits, labels[labels != -100]).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_token_weighted_gradient_is_that_of_one_process(size: int) -> None:
+    # Rows 0 and 1 have no token that counts: with one sample each, a rank or a micro-batch has nothing to say.
+    cases = [
+        experiment(
+            **TOKENS,
+            data={
+                "train": node(training.tokens, rows=8, empty=(0, 1)),
+                "val": None,
+                "shuffle": False,
+                "drop_last": False,
+                "global_batch_size": global_batch_size,
+                "micro_batch_size": micro_batch_size,
+            },
+            trainer={"precision": "64-true", "max_steps": 2},
+        )
+        # 5 on 4 ranks: 1, 1, 1, 2; then 3 of 8: a rank has none.
+        for global_batch_size, micro_batch_size in [(5, None), (5, 1), (5, 2), (6, None), (6, 1)]
+    ]
+    found = gradients(World(), cases, 2) if size == 1 else ranks.run(size, gradients, cases, 2)[-1]
+    for e, steps in zip(cases, found, strict=True):
+        b = e.data.global_batch_size
+        for got, rows in zip(steps, [list(range(b)), list(range(b, 8))], strict=True):
+            expected = direct(e, rows)
+            assert got.keys() == expected.keys()
+            for name, value in expected.items():
+                assert value.abs().max() > 1e-3
+                torch.testing.assert_close(got[name], value, rtol=1e-12, atol=1e-14)
+
+
+def test_a_weight_of_whole_numbers_loses_no_digits() -> None:
+    def case(micro_batch_size: int | None) -> Experiment:
+        return experiment(
+            loss=node(training.counted_loss, _partial_=True),
+            optimizer=node("torch.optim.SGD", lr=0.0),
+            data={"global_batch_size": 7, "micro_batch_size": micro_batch_size, "val": None},
+            trainer={"precision": "64-true"},
+        )
+
+    [whole], [parts] = gradients(World(), [case(None)], 1)[0], gradients(World(), [case(2)], 1)[0]
+    for got in [parts, *(answer[0][0] for answer in ranks.run(3, gradients, [case(2)], 1))]:
+        for name, value in whole.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-12, atol=1e-15)
+
+
+def test_micro_batches_and_an_empty_rank_give_the_gradient_of_whole_batches() -> None:
+    def case(micro_batch_size: int | None) -> Experiment:
+        # Batches of 4 samples, the last of 2: on 4 ranks two of them have none.
+        return experiment(
+            optimizer=node("torch.optim.SGD", lr=0.0),
+            data={
+                "train": node(images, rows=6),
+                "val": None,
+                "global_batch_size": 4,
+                "micro_batch_size": micro_batch_size,
+                "drop_last": False,
+            },
+            trainer={"precision": "64-true"},
+        )
+
+    cases = [case(None), case(1), case(3)]
+    whole = gradients(World(), cases[:1], 2)[0]
+    for found in [gradients(World(), cases, 2), *ranks.run(4, gradients, cases, 2)]:
+        for steps in found:
+            for got, expected in zip(steps, whole, strict=True):
+                for name, value in expected.items():
+                    torch.testing.assert_close(got[name], value, rtol=1e-12, atol=1e-15)
+
+
+# -- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def evaluated(world: World, e: Experiment) -> dict[str, float]:
+    return Trainer(e, world=world).evaluate()
+
+
+def test_evaluation_counts_each_sample_once() -> None:
+    # 17 in batches of 12 and of 5; on 4 ranks 5 are 1, 1, 1 and 2.
+    e = experiment(trainer={"precision": "64-true"}, data={"micro_batch_size": 2})
+    model, dataset = Trainer(e).raw_model, build(e.data.val or {})
+    with torch.no_grad():
+        logits = model(dataset.tensors["image"].double())
+    label = dataset.tensors["label"]
+    expected = {
+        "val/loss": float(torch.nn.functional.cross_entropy(logits, label)),
+        "val/accuracy": float((logits.argmax(1) == label).double().mean()),
+    }
+    for got in [evaluated(World(), e), *ranks.run(2, evaluated, e), *ranks.run(4, evaluated, e)]:
+        assert got == pytest.approx(expected, rel=1e-14)
+
+
+def test_evaluation_weighs_tokens() -> None:
+    e = experiment(**TOKENS, trainer={"precision": "64-true"})
+    e.data.val = node(training.tokens, rows=13, empty=(12,))  # alone in the last batch: its rank counts nothing
+    model, dataset = Trainer(e).raw_model, build(e.data.val)
+    labels = dataset.tensors["labels"]
+    kept = labels != -100
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(dataset.tensors["input_ids"])[kept], labels[kept])
+    for got in [evaluated(World(), e), *ranks.run(3, evaluated, e)]:
+        assert got["val/loss"] == pytest.approx(float(loss), rel=1e-14)
+
+
+# -- resume ----------------------------------------------------------------------------------------------------------
+
+
+def hard(**trainer: Any) -> Experiment:
+    """All that advances, at once. 4 batches in an epoch, the last of 14 samples, on 4 ranks 3 or 4."""
+    return experiment(
+        model=node(training.Net),
+        optimizer=node("torch.optim.AdamW", lr=0.01, fused=True),
+        lr_scheduler=node("raytrainer.optim.Cosine", warmup_steps=3),
+        callbacks={"counter": node(training.Counter, every=3)},
+        data={
+            "train": node(images, rows=62, transform=node("raytrainer.data.RandomCropFlip", padding=1, flip=True)),
+            "global_batch_size": 16,
+            "micro_batch_size": 4,
+            "drop_last": False,
+        },
+        trainer={
+            "max_steps": 14,
+            "log_every_n_steps": 5,
+            "max_grad_norm": 1.0,
+            "ema_decay": 0.9,
+            "early_stopping": EarlyStopping(monitor="val/accuracy", mode="max", patience=50),
+            **trainer,
+        },
+        checkpoint={"every_n_steps": 1},
+    )
+
+
+def killed_and_resumed(world: World, e: Experiment, folder: Path, kills: list[int]) -> list[str]:
+    """What differs between a run, and the same begun anew from its checkpoint after each of the steps `kills`."""
+    whole, told = fitted(e, world, checkpointer=checkpointer(world, folder / "whole"))
+    end = (whole._shared_state(), whole._local_state(), told.series("train/loss"), told.series("val/loss"))
+    assert len(end[3]) > 1
+    found = []
+    for kill in kills:
+        torch.manual_seed(kill)  # nothing of this process's past may matter
+        again = Trainer(e, world=world, checkpointer=whole.checkpointer, listeners=[told := training.Recorder()])
+        assert whole.checkpointer is not None
+        again.restore(next(info for info in whole.checkpointer.list() if info.step == kill))
+        again.checkpointer = checkpointer(world, folder / f"resumed-{kill}")
+        assert again.fit().step == whole.step
+        for name, value in zip(("shared", "local"), (again._shared_state(), again._local_state()), strict=True):
+            found += differences(end[("shared", "local").index(name)], value, f"killed at {kill}: {name}")
+        for name, losses in (("train/loss", end[2]), ("val/loss", end[3])):
+            expected = {step: loss for step, loss in losses.items() if step > kill}
+            assert expected
+            found += differences(expected, told.series(name), f"killed at {kill}: {name}")
+    return found
+
+
+# Within a window of 5 and an epoch of 4; at the end of an epoch, of a window, and after the first step.
+KILLS = [1, 4, 5, 7, 11]
+
+
+def test_resume_is_exact_in_one_process(tmp_path: Path) -> None:
+    assert killed_and_resumed(World(), hard(), tmp_path, KILLS) == []
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_resume_is_exact_on_ranks(tmp_path: Path, size: int) -> None:
+    for found in ranks.run(size, killed_and_resumed, hard(), tmp_path, KILLS[::2] if size < 4 else [7]):
+        assert found == []
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "64-true"])
+def test_resume_is_exact_in_other_precisions(tmp_path: Path, precision: str) -> None:
+    assert killed_and_resumed(World(), hard(precision=precision), tmp_path, [7]) == []
+
+
+def test_resume_of_an_iterable_is_exact(tmp_path: Path) -> None:
+    e = hard()
+    e.data.train, e.data.val = node(training.Counting, rows=50), node(training.Counting, rows=20)
+    assert killed_and_resumed(World(), e, tmp_path / "1", [2, 7]) == []
+    for found in ranks.run(2, killed_and_resumed, e, tmp_path / "2", [7]):
+        assert found == []
+
+
+def test_what_is_observed_changes_nothing() -> None:
+    # Evaluation draws nothing of training's random numbers, and logging and saving neither.
+    e = hard(eval_every_n_steps=0)
+    e.callbacks = {}
+    expected = weights(fitted(e)[0])
+    for log, evaluate in ((1, 1), (3, 4), (100, None)):
+        e.trainer.log_every_n_steps, e.trainer.eval_every_n_steps = log, evaluate
+        assert differences(weights(fitted(e)[0]), expected) == []
+    e.seed += 1
+    assert differences(weights(fitted(e)[0]), expected) != []
+
+
+# -- another number of workers ---------------------------------------------------------------------------------------
+
+
+def plain(world: World, folder: Path) -> Experiment:
+    return experiment(
+        optimizer=node("torch.optim.AdamW", lr=0.01, fused=True),
+        lr_scheduler=node("raytrainer.optim.Cosine", warmup_steps=3),
+        trainer={"max_steps": 12, "precision": "64-true", "ema_decay": 0.9},
+        checkpoint={"every_n_steps": 5},
+    )
+
+
+def first_part(world: World, folder: Path) -> dict[int, float]:
+    return fitted(plain(world, folder), world, checkpointer=checkpointer(world, folder))[1].series("train/loss")
+
+
+def second_part(world: World, folder: Path) -> dict[int, float]:
+    recorder = training.Recorder()
+    saved = checkpointer(world, folder)
+    trainer = Trainer(plain(world, folder), world=world, checkpointer=saved, listeners=[recorder])
+    trainer.restore(next(info for info in saved.list() if info.step == 5))
+    trainer.checkpointer = None
+    trainer.fit()
+    return recorder.series("train/loss")
+
+
+def test_a_checkpoint_of_2_workers_goes_on_with_1_and_4(tmp_path: Path) -> None:
+    expected = {step: loss for step, loss in ranks.run(2, first_part, tmp_path)[0].items() if step > 5}
+    assert len(expected) == 7
+    for got in [second_part(World(), tmp_path), *ranks.run(4, second_part, tmp_path)]:
+        assert got == pytest.approx(expected, rel=1e-12)
+
+
+def buffers_of_2(world: World, folder: Path) -> dict[str, Tensor]:
+    trainer, _ = fitted(hard(), world, checkpointer=checkpointer(world, folder))
+    return {name: b.clone() for name, b in trainer.raw_model.named_buffers()}
+
+
+def test_batch_statistics_become_the_mean_over_ranks(tmp_path: Path) -> None:
+    first, second = ranks.run(2, buffers_of_2, tmp_path)
+    assert not torch.equal(first["norm.running_mean"], second["norm.running_mean"])
+    saved = checkpointer(World(), tmp_path)
+    alone = Trainer(hard(), checkpointer=saved)
+    alone.restore(saved.list()[-1])
+    got = dict(alone.raw_model.named_buffers())
+    for name in ("norm.running_mean", "norm.running_var"):
+        torch.testing.assert_close(got[name], (first[name] + second[name]) / 2)
+    assert got["mask"].tolist() == [True, False]
+    assert alone.evaluate()["val/loss"] == pytest.approx(alone.metrics["val/loss"], rel=1e-5)
