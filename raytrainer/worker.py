@@ -143,6 +143,9 @@ def run(
         options.num_threads = _cpus(experiment)
     # The checkpoint's thread talks to the other ranks while training does: through a group of its own.
     group = dist.new_group(backend="gloo") if world.distributed else None
+    tracker: Tracker = NullTracker()
+    if world.rank == 0 and job.run_id is not None:
+        tracker = MlflowTracker(job.run_id, job.tracking_uri, Path(job.spool_dir), ship=job.ship)
     checkpointer = Checkpointer(
         Storage(job.run_dir).child("checkpoints"),
         rank=world.rank,
@@ -151,10 +154,9 @@ def run(
         mode=c.mode,
         async_save=c.async_save,
         group=group,
+        # What was logged before a checkpoint is not logged again after it: it is on disk first.
+        before_commit=tracker.flush if isinstance(tracker, MlflowTracker) else None,
     )
-    tracker: Tracker = NullTracker()
-    if world.rank == 0 and job.run_id is not None:
-        tracker = MlflowTracker(job.run_id, job.tracking_uri, Path(job.spool_dir), ship=job.ship)
     listeners = [_Tracking(tracker), Reporter(emit)] if world.rank == 0 else []
     try:
         trainer = Trainer(

@@ -31,6 +31,8 @@ class Checkpointer:
         mode: `max` or `min`: which metric is the best.
         async_save: Write in a thread; False: `save` returns when it is committed.
         group: A gloo process group of all ranks that nothing else uses: the thread's own.
+        before_commit: Called on rank 0 in the writing thread just before a checkpoint comes to be: for what must be as
+            durable as the checkpoint, since a run that goes on from it does not do it again. It must not raise.
         on_commit: Called on every rank with each checkpoint when it is committed, in the writing thread.
     """
 
@@ -44,6 +46,7 @@ class Checkpointer:
         mode: str = "max",
         async_save: bool = True,
         group: Any = None,
+        before_commit: Callable[[], None] | None = None,
         on_commit: Callable[[CheckpointInfo], None] | None = None,
     ) -> None:
         if mode not in ("max", "min"):
@@ -53,6 +56,7 @@ class Checkpointer:
         self._storage, self._ranks = storage, Ranks(rank, world_size, group)
         self._num_to_keep, self._mode, self._async, self._on_commit = num_to_keep, mode, async_save, on_commit
         self._snapshot = files.Snapshot(rank)
+        self._before_commit = before_commit
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._verified: set[tuple[str, str]] = set()
@@ -136,6 +140,8 @@ class Checkpointer:
             manifest = Manifest(step, monitored, self._ranks.world_size, created, listed)
             self._storage.sync_dir(directory)
             self._storage.sync_dir("")
+            if self._before_commit is not None:
+                self._before_commit()
             self._storage.write_bytes(f"{directory}/{manifests.NAME}", manifests.encode(manifest))
             done = True
             return manifest

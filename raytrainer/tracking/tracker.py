@@ -110,6 +110,14 @@ class MlflowTracker:
         except (OSError, StorageError) as error:
             logger.warning("the artifact %s is left out: %s", source, error)
 
+    def flush(self) -> None:
+        """Puts on disk what was logged until now, and waits for it; from any thread, never an error of the disk.
+
+        For checkpoints: a run that is killed and goes on from one does not log again what came before it.
+        """
+        if not self._closed:
+            self._flush()
+
     def close(self, *, ship: bool | None = None, timeout_s: float = 30.0) -> None:
         """Puts everything on disk, then sends it; what is not sent in time stays for `replay`.
 
