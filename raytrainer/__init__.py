@@ -1,1 +1,55 @@
-"""raytrainer: distributed PyTorch training on Ray, configured by Hydra, kept by MLflow."""
+"""raytrainer: distributed PyTorch training on Ray, configured by Hydra, kept by MLflow.
+
+The public names, imported when they are first used: `import raytrainer` itself costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raytrainer import errors
+    from raytrainer.config import Composition, Experiment, compose
+    from raytrainer.run import Outcome, check, launch
+    from raytrainer.trainer import FitResult, Trainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Composition",
+    "Experiment",
+    "FitResult",
+    "Outcome",
+    "Trainer",
+    "__version__",
+    "check",
+    "compose",
+    "errors",
+    "launch",
+]
+
+_HOMES = {
+    "Composition": "raytrainer.config",
+    "Experiment": "raytrainer.config",
+    "compose": "raytrainer.config",
+    "Outcome": "raytrainer.run",
+    "check": "raytrainer.run",
+    "launch": "raytrainer.run",
+    "FitResult": "raytrainer.trainer",
+    "Trainer": "raytrainer.trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return import_module("raytrainer.errors")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'raytrainer' has no attribute {name!r}")
+    found = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

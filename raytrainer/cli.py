@@ -5,10 +5,13 @@ Exit codes: 0 finished, 1 failed, 2 refused before it started, 130 interrupted, 
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 from omegaconf import DictConfig
 
@@ -16,22 +19,33 @@ from raytrainer import config
 from raytrainer.errors import ConfigError, RaytrainerError, Refused, Stopped, nearest
 
 VERBS = {
-    "check": "check EXPERIMENT…        everything that can be known before a start; starts nothing",
-    "resume": "resume ID [key=value…]   go on from the run's last checkpoint",
-    "rerun": "rerun ID [key=value…]    a new run of the same thing",
+    "check": "check EXPERIMENT… (everything that can be known before a start; starts nothing)",
+    "resume": "resume ID [key=value…] (go on from the run's last checkpoint)",
+    "rerun": "rerun ID [key=value…] (a new run of the same thing)",
 }
+_FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     # A console script does not have the current directory on its path, `python -m` does: a user's package is there.
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+    return _guarded(lambda: _command(arguments))
+
+
+def _command(arguments: list[str]) -> int:
+    if arguments and arguments[0].isalpha():
+        return _verb(arguments[0], arguments[1:])
+    return _hydra(arguments, _train)
+
+
+def _guarded(call: Callable[[], int]) -> int:
+    """The exit code of a call, with what it raised told in a line."""
     try:
-        if arguments and arguments[0].isalpha():
-            return _verb(arguments[0], arguments[1:])
-        return _hydra(arguments, _train)
+        return call()
     except Refused as error:
         _complain("refused", error)
         return 2
@@ -43,20 +57,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `raytrainer --cfg job | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  or Python complains at its exit
+        return 141
 
 
 def _verb(verb: str, rest: list[str]) -> int:
     if verb not in VERBS:
-        raise ConfigError(f"{verb!r} is not a command; valid: {', '.join(nearest(verb, VERBS) or VERBS)}")
+        close = nearest(verb, VERBS)
+        hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(VERBS)}"
+        raise ConfigError(f"{verb!r} is not a command{hint} (keys are given as key=value)")
     if verb == "check":
         return _hydra(rest, _check)
     if not rest or rest[0].startswith("-") or "=" in rest[0]:
         raise ConfigError(f"which run? {VERBS[verb]}")
+    for argument in rest[1:]:
+        if argument.startswith("-"):
+            raise ConfigError(f"{argument} has no meaning here; {VERBS[verb]}")
     from raytrainer import history, provenance, run
 
     if verb == "resume":
         composition, record, changed = history.to_resume(rest[0], rest[1:])
-        return _told(run.launch(composition, argv=["resume", *rest], record=record, changed=changed), provenance.program())
+        return _told(
+            run.launch(composition, argv=["resume", *rest], record=record, changed=changed), provenance.program()
+        )
     composition = history.to_rerun(rest[0], rest[1:])
     return _told(run.launch(composition, argv=["rerun", *rest]), provenance.program())
 
@@ -70,7 +94,8 @@ def _train(composition: config.Composition, arguments: list[str]) -> int:
 def _check(composition: config.Composition, arguments: list[str]) -> int:
     from raytrainer import run
 
-    print(f"ok: {composition.experiment.name} would run on {run.check(composition)}")
+    where = run.check(composition)
+    print(f"ok: {composition.experiment.name} would train: {where}")
     return 0
 
 
@@ -83,43 +108,125 @@ def _told(outcome: Any, program: str) -> int:
     return int(outcome.exit_code)
 
 
+class _Ended(BaseException):
+    """Leaves Hydra, which would print or swallow an Exception: a bug's exception, or the code of a stopped job."""
+
+    def __init__(self, cause: Exception | int) -> None:
+        self.cause = cause
+
+
 def _hydra(arguments: list[str], task: Callable[[config.Composition, list[str]], int]) -> int:
     """Hydra's own command line, with its errors in our words and our exit codes."""
-    from hydra._internal.utils import _run_hydra, get_args_parser
+    from hydra import version
+    from hydra._internal.utils import _run_hydra
 
-    parser = get_args_parser()
+    parser = _parser()
     parsed = parser.parse_args(arguments)
-    exit_codes: list[int] = []
+    overrides, asked = list(parsed.overrides), os.environ.get(_FULL_ERROR)
+    codes: list[int] = []
+
+    def known() -> list[str]:
+        return config.composed_keys(overrides, parsed.config_dir)
+
+    def one(cfg: DictConfig) -> int:
+        try:
+            composition = config.from_hydra(cfg)
+        except Exception as error:
+            raise config.explain(error, overrides, known) from error
+        return task(composition, arguments)
 
     def job(cfg: DictConfig) -> None:
-        exit_codes.append(task(config.from_hydra(cfg, parsed.overrides), arguments))
+        try:
+            with _variable(_FULL_ERROR, asked):
+                codes.append(_guarded(lambda: one(cfg)))
+        except Exception as error:
+            raise _Ended(error) from error
+        if codes[-1] >= 128:  # stopped: the rest of a sweep too
+            raise _Ended(codes[-1])
 
-    config.register_schema()
-    overrides = list(parsed.overrides)
-    before = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of being printed and ending the process with 1
+    if parsed.shell_completion:
+        _complete_after_verb()
+    if parsed.config_dir is not None and not Path(parsed.config_dir).is_dir():
+        raise ConfigError("is not a directory", key="--config-dir", value=parsed.config_dir)
     try:
-        _run_hydra(
-            args=parsed,
-            args_parser=parser,
-            task_function=job,
-            config_path=f"pkg://{config.CONFIG_MODULE}",
-            config_name=config.CONFIG_NAME,
-        )
-    except (RaytrainerError, KeyboardInterrupt, SystemExit):
-        raise
+        if parsed.multirun:
+            config.check_sweep(overrides, parsed.config_dir)
+        elif parsed.cfg in ("job", "all"):
+            config.check_keys(overrides, parsed.config_dir)
+        version.setbase("1.3")
+        config.register_schema()
+        # With the variable set errors come here; without, Hydra prints them and ends the process with 1.
+        with _variable(_FULL_ERROR, "1"), config.quiet():
+            _run_hydra(
+                args=parsed,
+                args_parser=parser,
+                task_function=job,
+                config_path=f"pkg://{config.CONFIG_MODULE}",
+                config_name=config.CONFIG_NAME,
+            )
+    except _Ended as ended:
+        if isinstance(ended.cause, Exception):
+            raise ended.cause from None
+    except SystemExit as end:  # Hydra's way of saying that an option's argument is wrong
+        return 2 if end.code else 0
     except Exception as error:
-        raise config.explain(error, overrides) from error
+        if asked == "1":
+            raise
+        raise config.explain(error, overrides, known) from error
+    return max(codes, default=0)
+
+
+def _complete_after_verb() -> None:
+    """The line to complete, as Hydra knows it: the program's name, then overrides."""
+    words = os.environ.get("COMP_LINE", "").replace("python -m raytrainer", "raytrainer").split(" ")
+    if len(words) > 2 and words[1] in VERBS:
+        del words[1]
+    if "COMP_LINE" in os.environ:
+        os.environ["COMP_LINE"] = " ".join(words)
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Hydra's parser, with our name, version and form of errors."""
+    from importlib.metadata import version
+
+    from hydra._internal.utils import get_args_parser
+
+    from raytrainer.provenance import program
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"{message}; {program()} --help shows what there is")
+
+    parser: argparse.ArgumentParser = get_args_parser()
+    parser.prog = program()
+    parser.error = refuse  # type: ignore[method-assign]
+    for action in parser._actions:
+        if "--version" in action.option_strings:
+            action.version = f"raytrainer {sys.modules['raytrainer'].__version__} (Hydra {version('hydra-core')})"  # type: ignore[attr-defined]
+            action.help = "Show the version and exit"
+    return parser
+
+
+@contextlib.contextmanager
+def _variable(name: str, value: str | None) -> Iterator[None]:
+    """An environment variable for a while; None: unset."""
+    before = os.environ.get(name)
+    try:
+        _set(name, value)
+        yield
     finally:
-        if before is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = before
-    return max(exit_codes, default=0)
+        _set(name, before)
+
+
+def _set(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
 
 
 def _complain(what: str, error: BaseException) -> None:
-    print(f"raytrainer: {what}: {error}", file=sys.stderr)
+    first, *more = str(error).splitlines() or [""]
+    print("\n  ".join([f"raytrainer: {what}: {first}", *more]), file=sys.stderr)
 
 
 def entry() -> None:

@@ -66,12 +66,24 @@ class ConfigError(Refused):
         message = str(self.args[0])
         if self.key is None:
             return message
-        given = "" if self.value is None else f"={self.value}"
+        given = "" if self.value is None else f"={_written(self.value)}"
         wanted = str(self.value) if self.value is not None else self.key.rpartition(".")[2]
         close = nearest(wanted, self.choices)
-        ordered = close + [c for c in self.choices if c not in close]
+        ordered = list(dict.fromkeys([*close, *self.choices]))
         shown = ", ".join(ordered[:12]) + (", …" if len(ordered) > 12 else "")
         return f"{self.key}{given} {message}" + (f"; valid: {shown}" if shown else "")
+
+
+def _written(value: Any) -> str:
+    """As it is written on the command line: `true`, `[1,2]`, `{a:1}`; long ones cut."""
+    if isinstance(value, bool | None):
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, list | tuple):
+        return f"[{','.join(_written(v) for v in value)}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{k}:{_written(v)}' for k, v in value.items())}}}"
+    text = str(value)
+    return text if len(text) <= 200 else text[:200] + "…"
 
 
 class PreflightError(Refused):

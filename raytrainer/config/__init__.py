@@ -7,15 +7,19 @@ from raytrainer.config.compose import (
     CONFIG_MODULE,
     CONFIG_NAME,
     Composition,
+    check_keys,
+    check_sweep,
     compose,
-    explain,
+    composed_keys,
     flattened,
     from_hydra,
     from_text,
     new_name,
+    quiet,
     register_schema,
 )
-from raytrainer.config.nodes import bind, build, check_targets, factory
+from raytrainer.config.explain import explain
+from raytrainer.config.nodes import bind, build, check_targets, factory, locate
 from raytrainer.config.schema import (
     CheckpointConfig,
     ClusterConfig,
@@ -46,14 +50,19 @@ __all__ = [
     "TrainerConfig",
     "bind",
     "build",
+    "check_keys",
+    "check_sweep",
     "check_targets",
     "compose",
+    "composed_keys",
     "explain",
     "factory",
     "flattened",
     "from_hydra",
     "from_text",
+    "locate",
     "new_name",
+    "quiet",
     "register_schema",
     "validate",
 ]

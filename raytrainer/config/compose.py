@@ -5,10 +5,13 @@ Imports neither torch, ray nor mlflow: a config error of stage one answers in ab
 
 from __future__ import annotations
 
+import contextlib
+import importlib.resources
 import re
 import secrets
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +19,12 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from raytrainer.config.foreign import FOREIGN_KEYS
-from raytrainer.config.schema import NAME_PATTERN, Experiment, known_keys, validate
-from raytrainer.errors import ConfigError, nearest
+from raytrainer.config.checks import check_together
+from raytrainer.config.explain import explain, key_of, unresolved
+from raytrainer.config.nodes import check_targets
+from raytrainer.config.schema import Experiment, known_keys, validate
+from raytrainer.config.typed import defaults, is_below_node, typed, unknown_key
+from raytrainer.errors import ConfigError
 
 CONFIG_MODULE = "raytrainer.configs"
 CONFIG_NAME = "train"
@@ -45,45 +51,103 @@ class Composition:
 def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Composition:
     """Composes `configs/train.yaml` with `overrides`, as the command line does; for notebooks and tests.
 
+    Args:
+        overrides: As on the command line, e.g. `["experiment=mlp", "trainer.max_epochs=3"]`.
+        config_dir: A directory of own configs and groups, as `--config-dir`.
+
     Raises:
         ConfigError: Any key, type or choice is wrong.
     """
     from hydra import compose as hydra_compose
-    from hydra import initialize_config_module
 
-    extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     try:
-        register_schema()
-        with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-            cfg = hydra_compose(CONFIG_NAME, [*overrides, *extra], return_hydra_config=True)
+        with _searching(config_dir), quiet():
+            cfg = hydra_compose(CONFIG_NAME, list(overrides), return_hydra_config=True)
             return from_hydra(cfg, overrides)
     except Exception as error:
+        raise explain(error, overrides, lambda: composed_keys(overrides, config_dir)) from error
+
+
+def check_keys(overrides: Sequence[str], config_dir: str | Path | None = None) -> None:
+    """Only the keys and types of what `overrides` compose, for showing it: it may be no whole experiment yet.
+
+    Raises:
+        ConfigError: A key, type or choice is wrong.
+    """
+    from hydra import compose as hydra_compose
+
+    try:
+        with _searching(config_dir), quiet():
+            cfg = hydra_compose(CONFIG_NAME, list(overrides))
+        with contextlib.suppress(OmegaConfBaseException):  # a value that is missing or that nothing resolves yet
+            values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+            validate(typed(values))  # type: ignore[arg-type]
+    except Exception as error:
+        raise explain(error, overrides, lambda: composed_keys(overrides, config_dir)) from error
+
+
+def check_sweep(overrides: Sequence[str], config_dir: str | Path | None = None) -> None:
+    """Composes every value of every sweep (`optimizer.lr=0.1,0.2`) once, so that no job starts before a wrong one is told.
+
+    Raises:
+        ConfigError: A key, type, choice or argument is wrong, or a name is shared.
+    """
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    try:
+        with _searching(config_dir):
+            loader = GlobalHydra.instance().config_loader()
+            parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
+            # Only whole lists of values can be tried; an interval is up to the sweeper that understands it.
+            sweeps = {
+                str(o.input_line): [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()]
+                for o in parsed
+                if o.is_sweep_override() and o.is_discrete_sweep()
+            }
+    except Exception as error:
         raise explain(error, overrides) from error
+    if any(o.is_sweep_override() for o in parsed):
+        for o in parsed:
+            if o.key_or_group == "name" and not o.is_sweep_override():
+                raise ConfigError("would be the name of every job; leave it out", key="name", value=o.value())
+    fixed = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
+    first = {line: values[0] for line, values in sweeps.items()}
+    seen: set[tuple[str, ...]] = set()
+    for line, values in sweeps.items() or [("", [""])]:
+        for value in values:
+            one = tuple(v for v in {**first, line: value}.values() if v)
+            if one not in seen:
+                seen.add(one)
+                check_targets(compose([*fixed, *one], config_dir).experiment)
 
 
-def from_hydra(cfg: DictConfig, overrides: Sequence[str] = ()) -> Composition:
-    """A composed Hydra config, with its `hydra` node (or with HydraConfig set), → a `Composition`."""
+def from_hydra(cfg: DictConfig, overrides: Sequence[str] | None = None) -> Composition:
+    """A composed Hydra config, with its `hydra` node (or with HydraConfig set), → a `Composition`.
+
+    Args:
+        cfg: Composed by Hydra.
+        overrides: The command line's; None: those that Hydra says.
+    """
     from hydra.core.hydra_config import HydraConfig
 
-    choices: dict[str, Any] = {}
     if "hydra" in cfg:
         HydraConfig.instance().set_config(cfg)
         cfg = cfg.copy()
         OmegaConf.set_struct(cfg, False)
-        choices = dict(cfg.hydra.runtime.choices)
         cfg.pop("hydra")
-    elif HydraConfig.initialized():
-        choices = dict(HydraConfig.get().runtime.choices)
-    choices = {k: str(v) for k, v in choices.items() if not k.startswith("hydra/") and v is not None}
+    choices = _choices(HydraConfig.get().runtime)
+    if overrides is None:  # unresolved: `optimizer.lr=${x}` is an override, not an interpolation of Hydra's list
+        task: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+        overrides = [str(o) for o in task]
     cfg = cfg.copy()
     OmegaConf.set_struct(cfg, False)
-    if cfg.get("name") is None:
-        cfg.name = new_name(choices.get("experiment", "run"))
+    cfg.name = new_name(choices.get("experiment", "run")) if cfg.get("name") is None else cfg.name
     _fix_times(cfg)
     if cfg.get("storage_path") is None:
         cfg.storage_path = "runs"
     _make_absolute(cfg)
-    return _typed(cfg, tuple(overrides), tuple(sorted(choices.items())))
+    return _composition(cfg, tuple(overrides), tuple(sorted(choices.items())))
 
 
 def from_text(text: str, overrides: Sequence[str] = ()) -> Composition:
@@ -94,31 +158,32 @@ def from_text(text: str, overrides: Sequence[str] = ()) -> Composition:
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    cfg = OmegaConf.merge(OmegaConf.structured(Experiment), OmegaConf.create(text))
-    assert isinstance(cfg, DictConfig)
     try:
+        cfg = OmegaConf.merge(OmegaConf.create(defaults()), OmegaConf.create(text))
+        assert isinstance(cfg, DictConfig)
         for override in OverridesParser.create().parse_overrides(list(overrides)):
             name = override.key_or_group
             if override.is_delete():
-                raise ConfigError("cannot delete here; give a value", key=name)
-            if not override.is_add() and not _has(cfg, name):
-                raise _unknown(name, override.value(), list(known_keys()) + _node_keys(cfg))
-            OmegaConf.update(cfg, name, override.value(), force_add=override.is_add())
-        return _typed(cfg, tuple(overrides), ())
+                raise ConfigError("cannot be deleted here; give it a value", key=name)
+            if override.is_sweep_override():
+                raise ConfigError("is a sweep; here it must be one value", key=name, value=str(override.value()))
+            known = [*known_keys(), *_node_keys(cfg)]
+            if name not in known and not (override.is_add() and is_below_node(name)):
+                raise unknown_key(name, override.value(), known)
+            OmegaConf.update(cfg, name, override.value(), force_add=True)
+        return _composition(cfg, tuple(overrides), ())
     except Exception as error:
         raise explain(error, overrides) from error
 
 
-def _has(cfg: DictConfig, name: str) -> bool:
-    marker = object()
-    return OmegaConf.select(cfg, name, default=marker, throw_on_resolution_failure=False) is not marker
-
-
 def register_schema() -> None:
-    """Makes the schema known to Hydra under the name that `configs/train.yaml` begins with."""
+    """Makes the schema known to Hydra under the name that `configs/train.yaml` begins with.
+
+    As plain values: Hydra then adds and overrides keys as it does everywhere, and `typed` alone judges them.
+    """
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name="experiment_schema", node=Experiment, provider="raytrainer")
+    ConfigStore.instance().store(name="experiment_schema", node=defaults(), provider="raytrainer")
 
 
 def new_name(experiment: str) -> str:
@@ -142,87 +207,143 @@ def flattened(text: str) -> dict[str, str]:
     return found
 
 
-def _as_text(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+def composed_keys(overrides: Sequence[str], config_dir: str | Path | None = None) -> list[str]:
+    """The schema's keys, and those that the group choices alone give to `_target_` nodes: what an error proposes."""
+    from hydra import compose as hydra_compose
+
+    groups = [o for o in overrides if "." not in key_of(o) and not o.startswith(("+", "~"))]
+    groups += [o for o in overrides if key_of(o) == "hydra.searchpath"]
+    try:
+        with _searching(config_dir), quiet():
+            # One wrong choice or key among them must not hide the others' keys.
+            valid = [o for o in groups if not o.startswith("hydra") and _composes(hydra_compose, [o])]
+            searchpath = [o for o in groups if o.startswith("hydra.searchpath")]
+            return [*known_keys(), *_node_keys(hydra_compose(CONFIG_NAME, [*searchpath, *valid]))]
+    except Exception:  # noqa: BLE001  only for a better message: the first error is what is told
+        return list(known_keys())
 
 
-def _typed(cfg: DictConfig, overrides: tuple[str, ...], choices: tuple[tuple[str, str], ...]) -> Composition:
-    experiment = OmegaConf.to_object(cfg)
-    assert isinstance(experiment, Experiment)
+def _composes(hydra_compose: Any, overrides: list[str]) -> bool:
+    try:
+        hydra_compose(CONFIG_NAME, overrides)
+    except Exception:  # noqa: BLE001  any reason will do
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Leaves out Hydra's warning of a missing search path, which is an error here (`_check_sources`)."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="provider=.*is not available")
+        yield
+
+
+@contextlib.contextmanager
+def _searching(config_dir: str | Path | None) -> Iterator[None]:
+    """Hydra as the command line sets it up, and afterwards whatever it was before."""
+    from hydra import version
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_automatic_config_search_path
+    from hydra.core.config_search_path import SearchPathQuery
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.initialize import get_gh_backup, restore_gh_from_backup
+
+    path = create_automatic_config_search_path(None, None, f"pkg://{CONFIG_MODULE}")
+    if config_dir is not None:
+        folder = Path(config_dir).absolute()
+        if not folder.is_dir():
+            raise ConfigError("is not a directory", key="--config-dir", value=config_dir)
+        path.prepend(provider="command-line", path=f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
+    before = get_gh_backup()
+    GlobalHydra.instance().clear()
+    version.setbase("1.3")
+    register_schema()
+    try:
+        Hydra.create_main_hydra2(task_name="raytrainer", config_search_path=path)
+        yield
+    finally:
+        restore_gh_from_backup(before)
+
+
+def _composition(cfg: DictConfig, overrides: tuple[str, ...], choices: tuple[tuple[str, str], ...]) -> Composition:
+    try:
+        values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise unresolved(_failing(cfg) or error.full_key, error) from error
+    assert isinstance(values, dict)
+    experiment = typed({str(k): v for k, v in values.items()}, [group for group, _ in choices])
     validate(experiment)
-    _check(experiment)
+    check_together(experiment)
     return Composition(experiment, OmegaConf.to_yaml(cfg), overrides, choices)
 
 
-def _check(e: Experiment) -> None:
-    """What concerns more than one key."""
-    if not re.fullmatch(NAME_PATTERN, e.name or ""):
-        raise ConfigError(
-            "must be letters, digits, '.', '_' and '-', begin with a letter or digit, at most 100", key="name", value=e.name
-        )
-    n = e.scaling.num_workers
-    elastic = isinstance(n, list) and len(n) == 2 and all(type(x) is int for x in n) and 1 <= n[0] <= n[1]
-    if not (type(n) is int and n >= 1) and not elastic:
-        raise ConfigError("must be a number from 1, or [least, most] for an elastic run", key="scaling.num_workers", value=n)
-    for section in ("model", "loss", "optimizer"):
-        if not getattr(e, section):
-            raise ConfigError("is not set; choose a group or give a _target_ node", key=section)
-    if not e.data.train:
-        raise ConfigError("is not set: a _target_ node that gives the training dataset", key="data.train")
-    e.trainer.max_time = seconds(e.trainer.max_time)
-    t = e.trainer
-    if t.max_steps is None and t.max_epochs is None and t.max_time is None:
-        raise ConfigError("or trainer.max_epochs or trainer.max_time must be set, or the run never ends", key="trainer.max_steps")
-    if t.max_steps is not None and t.max_epochs is not None:
-        raise ConfigError(
-            f"and trainer.max_epochs={t.max_epochs} are both set; give one (the other =null)",
-            key="trainer.max_steps",
-            value=t.max_steps,
-        )
-    if e.data.global_batch_size < e.max_workers:
-        raise ConfigError(
-            f"is smaller than scaling.num_workers={e.max_workers}: a worker would have no sample",
-            key="data.global_batch_size",
-            value=e.data.global_batch_size,
-        )
-    if e.cluster.kind == "inline" and n != 1:
-        raise ConfigError("must be 1 with cluster=inline (this process); use cluster=local", key="scaling.num_workers", value=n)
-    if e.cluster.kind != "existing" and e.cluster.address is not None:
-        raise ConfigError(
-            f"has no meaning with cluster={e.cluster.kind}; use cluster=existing", key="cluster.address", value=e.cluster.address
-        )
-    if t.precision == "16-mixed" and not (e.optimizer or {}).get("fused"):
-        raise ConfigError(
-            "needs a fused optimizer, or the gradient scaler waits for the device at every step: set optimizer.fused=true",
-            key="trainer.precision",
-            value=t.precision,
-        )
-    for name in e.callbacks:
-        if e.callbacks[name] is not None and not isinstance(e.callbacks[name], dict):
-            raise ConfigError("must be a _target_ node", key=f"callbacks.{name}", value=e.callbacks[name])
+def _failing(cfg: DictConfig) -> str | None:
+    """The first key that does not resolve, which OmegaConf's error does not say."""
 
-
-def seconds(value: Any) -> float | None:
-    """A duration → seconds: a number, `90s`, `1h30m`, `2d`, or `HH:MM:SS`.
-
-    Raises:
-        ConfigError: It is none of these, or not positive.
-    """
-    if value is None:
+    def walk(node: DictConfig | ListConfig) -> str | None:
+        names: Any = list(node) if isinstance(node, DictConfig) else range(len(node))
+        for name in names:
+            raw = node._get_node(name)
+            if isinstance(raw, DictConfig | ListConfig) and not (
+                raw._is_none() or raw._is_interpolation() or raw._is_missing()
+            ):
+                if found := walk(raw):
+                    return found
+                continue
+            try:
+                node[name]
+            except OmegaConfBaseException:
+                return str(node._get_full_key(name))
         return None
-    total: float | None = None
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        total = float(value)
-    elif isinstance(value, str):
-        if match := re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value.strip()):
-            d, h, m, s = (int(x or 0) for x in match.groups())
-            total = float(86400 * d + 3600 * h + 60 * m + s)
-        elif match := re.fullmatch(r"(\d+):(\d\d):(\d\d)", value.strip()):
-            h, m, s = (int(x) for x in match.groups())
-            total = float(3600 * h + 60 * m + s)
-    if total is None or not total > 0:
-        raise ConfigError("must be a duration: seconds, 90m, 1h30m, 2d or HH:MM:SS", key="trainer.max_time", value=value)
-    return total
+
+    return walk(cfg)
+
+
+def _choices(runtime: Any) -> dict[str, str]:
+    """Group → choice, of the config that Hydra just composed; refuses what would silently be another file's."""
+    choices = {k: str(v) for k, v in runtime.choices.items() if not k.startswith("hydra/") and v is not None}
+    ours = importlib.resources.files(CONFIG_MODULE)
+    for source in runtime.config_sources:
+        if (
+            source.provider in ("hydra", "main", "schema")
+            or source.schema not in ("file", "pkg")
+            or source.path == CONFIG_MODULE
+        ):
+            continue
+        try:
+            folder = Path(source.path) if source.schema == "file" else importlib.resources.files(source.path)
+        except ModuleNotFoundError:
+            folder = None
+        if folder is None or not folder.is_dir():
+            raise ConfigError("is not there", key="hydra.searchpath", value=f"{source.schema}://{source.path}")
+        for group, choice in choices.items():
+            name = f"{group.partition('@')[0]}/{choice}.yaml"
+            if folder.joinpath(name).is_file() and ours.joinpath(name).is_file():
+                raise ConfigError(
+                    f"is in {source.path} and also a choice of raytrainer's own, which would win: give yours another name",
+                    key=group,
+                    value=choice,
+                )
+    return choices
+
+
+def _node_keys(cfg: DictConfig) -> list[str]:
+    found: list[str] = []
+
+    def walk(node: Any, prefix: str) -> None:
+        if isinstance(node, dict):
+            for name, child in node.items():
+                if is_below_node(path := f"{prefix}{name}"):
+                    found.append(path)
+                walk(child, f"{path}.")
+
+    walk(OmegaConf.to_container(cfg, resolve=False), "")
+    return found
+
+
+def _as_text(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _fix_times(cfg: DictConfig) -> None:
@@ -232,7 +353,9 @@ def _fix_times(cfg: DictConfig) -> None:
         names: Any = list(node) if isinstance(node, DictConfig) else range(len(node))
         for name in names:
             raw = node._get_node(name)
-            if isinstance(raw, DictConfig | ListConfig) and not raw._is_none() and not raw._is_interpolation():
+            if isinstance(raw, DictConfig | ListConfig) and not (
+                raw._is_none() or raw._is_interpolation() or raw._is_missing()
+            ):
                 walk(raw)
             elif OmegaConf.is_interpolation(node, name) and re.search(r"\$\{(now|hydra):", str(raw._value())):  # type: ignore[union-attr]
                 node[name] = node[name]
@@ -247,87 +370,5 @@ def _make_absolute(cfg: DictConfig) -> None:
         if isinstance(value, str) and "://" not in value:
             path = Path(value).expanduser()
             # init_from may also be a run's name: only an existing file is a path.
-            if name == "storage_path" or path.exists():
+            if str(path.absolute()) != value and (name == "storage_path" or path.exists()):
                 cfg[name] = str(path.absolute())
-
-
-def explain(error: Exception, overrides: Sequence[str] = ()) -> Exception:
-    """Hydra's or OmegaConf's error → a `ConfigError` that names key, value and the nearest valid choices.
-
-    An error of another kind is returned as it is.
-    """
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    for one in chain:
-        if isinstance(one, ConfigError):
-            return one
-    text = "\n".join(str(x) for x in chain)
-    if not any(isinstance(x, OmegaConfBaseException) or type(x).__module__.startswith("hydra") for x in chain):
-        return error
-    values = {o.partition("=")[0].lstrip("+~"): o.partition("=")[2] for o in overrides}
-    if m := re.search(r"Could not find '([^']+)/([^'/]+)'(?:.*?Available options in '[^']*':\n((?:\t.*\n?)*))?", text, re.S):
-        group, choice, listed = m.groups()
-        return ConfigError("is no such choice", key=group, value=choice, choices=(listed or "").split())
-    if m := re.search(r"In '[^']+': Could not find '([^']+)'", text):
-        return ConfigError("names a config that does not exist", key=m[1])
-    if m := re.search(r"(?:Could not (?:override|append to config|delete from config)[^']*'([^'=]+)|Key '[^']+' (?:not in|is not in struct).*?full_key: (\S+))", text, re.S):
-        name = m[1] or m[2]
-        return _unknown(name, values.get(name), list(known_keys()) + _composed_node_keys(overrides))
-    if m := re.search(r"full_key: (\S+)", text):
-        first = str(chain[-1] if not str(chain[0]).strip() else chain[0]).strip().splitlines()[0]
-        return ConfigError(_as_reason(first, chain), key=m[1], value=values.get(m[1]))
-    return ConfigError(str(error).strip() or type(error).__name__)
-
-
-def _as_reason(first: str, chain: Sequence[BaseException]) -> str:
-    if m := re.search(r"Value '(.*)' of type '(\w+)' could not be converted to (\w+)", "\n".join(map(str, chain))):
-        kind = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}.get(m[3], m[3])
-        return f"must be {kind}, not {m[1]!r}"
-    return first
-
-
-def _unknown(name: str, value: Any, known: Sequence[str]) -> ConfigError:
-    last = name.rpartition(".")[2]
-    if ours := FOREIGN_KEYS.get(last):
-        return ConfigError(f"is another framework's name; here it is {ours}", key=name, value=value)
-    close = nearest(name, known) or [k for k in known if k.rpartition(".")[2] in nearest(last, {k.rpartition(".")[2] for k in known})]
-    section = name.rpartition(".")[0]
-    hint = ""
-    if section.split(".")[0] in ("model", "loss", "optimizer", "lr_scheduler", "callbacks") or section in ("data.train", "data.val"):
-        hint = f" (a further constructor argument is added as +{name}=…)"
-    return ConfigError(f"is not a key{hint}", key=name, value=value, choices=close or [k for k in known if k.rpartition(".")[0] == section])
-
-
-def _composed_node_keys(overrides: Sequence[str]) -> list[str]:
-    """The keys below `_target_` nodes that the group choices alone give; the failing value overrides are left out."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_module
-    from hydra.core.global_hydra import GlobalHydra
-
-    groups = [o for o in overrides if "." not in o.partition("=")[0] and not o.startswith(("+", "~"))]
-    loader = GlobalHydra.instance()
-    try:
-        if loader.is_initialized():
-            cfg = hydra_compose(CONFIG_NAME, groups)
-        else:
-            with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-                cfg = hydra_compose(CONFIG_NAME, groups)
-    except Exception:  # only for a better message: the first error is what is told
-        return []
-    return _node_keys(cfg)
-
-
-def _node_keys(cfg: DictConfig) -> list[str]:
-    found: list[str] = []
-
-    def walk(node: Any, prefix: str) -> None:
-        if isinstance(node, dict):
-            for name, child in node.items():
-                found.append(f"{prefix}{name}")
-                walk(child, f"{prefix}{name}.")
-
-    walk(OmegaConf.to_container(cfg, resolve=False), "")
-    return found

@@ -5,7 +5,10 @@ Stage two of the configuration: importing the target may import its library (tor
 
 from __future__ import annotations
 
+import collections.abc
+import importlib
 import inspect
+import pkgutil
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +40,9 @@ def build(node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     except InstantiationException as error:
         cause = error.__cause__ or error
         reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-        raise ConfigError(f"could not be built: {type(cause).__name__}: {reason}", key=str(node.get("_target_"))) from cause
+        raise ConfigError(
+            f"could not be built: {type(cause).__name__}: {reason}", key=str(node.get("_target_"))
+        ) from cause
 
 
 def factory(node: Mapping[str, Any]) -> Any:
@@ -77,42 +82,57 @@ def bind(key: str, node: Any, supplied: Sequence[str] = ()) -> None:
     if isinstance(node, list):
         for i, item in enumerate(node):
             bind(f"{key}[{i}]", item)
-        return
     if not isinstance(node, dict):
-        return
-    if "_target_" not in node:
-        if supplied or "." not in key or key.startswith(("data.", "callbacks.")) and key.count(".") == 1:
-            raise ConfigError("has no _target_", key=key)
-        for name, child in node.items():
-            bind(f"{key}.{name}", child)
         return
     for name, child in node.items():
         if name not in _SPECIAL:
             bind(f"{key}.{name}", child)
+    for i, item in enumerate(node.get("_args_") or ()):
+        bind(f"{key}._args_[{i}]", item)
+    if "_target_" not in node:
+        return  # a plain dictionary, given as it is; the schema refuses a section without a target
     target = locate(key, node["_target_"])
-    arguments = {k: v for k, v in node.items() if k not in _SPECIAL}
+    if not isinstance(node.get("_partial_", False), bool):
+        raise ConfigError("must be true or false", key=f"{key}._partial_", value=node["_partial_"])
     try:
         signature = inspect.signature(target)
     except (TypeError, ValueError):  # built-ins without a signature
         return
+    _bind_names(key, node, target, signature, supplied)
+    hints = _hints(target)
+    for name, value in node.items():
+        if name in hints and name not in _SPECIAL:
+            _check_type(f"{key}.{name}", value, hints[name])
+
+
+def _bind_names(
+    key: str, node: Mapping[str, Any], target: Any, signature: inspect.Signature, supplied: Sequence[str]
+) -> None:
     parameters = signature.parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     names = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    for name, value in arguments.items():
-        if name not in names and not open_ended:
-            valid = [n for n in names if n not in supplied]
+    valid = [n for n in names if n not in supplied]
+    for name, value in node.items():
+        if name in _SPECIAL:
+            continue
+        if name in supplied:
+            raise ConfigError("is given by raytrainer; leave it out", key=f"{key}.{name}")
+        # `_anything_` is a misspelt word of Hydra's, which a target with **kwargs would take.
+        if name not in names and (not open_ended or (name.startswith("_") and name.endswith("_"))):
+            shown = None if isinstance(value, dict | list) else value
             close = nearest(name, valid)
-            rest = [n for n in valid if n not in close]
-            raise ConfigError(f"is not an argument of {node['_target_']}", key=f"{key}.{name}", value=value, choices=close + rest)
-    given = set(arguments) | set(supplied) | set(names[: len(node.get("_args_", []))])
+            choices = close + [n for n in valid if n not in close]
+            raise ConfigError(
+                f"is not an argument of {node['_target_']}", key=f"{key}.{name}", value=shown, choices=choices
+            )
+    given = {*node, *supplied, *names[: len(node.get("_args_") or ())]}
     missing = [n for n in names if n not in given and parameters[n].default is inspect.Parameter.empty]
     # A partial may leave its own arguments open (a loss function's model and batch).
     if missing and not node.get("_partial_"):
-        raise ConfigError(f"is a required argument of {node['_target_']}", key=f"{key}.{missing[0]}")
-    hints = _hints(target)
-    for name, value in arguments.items():
-        if name in hints:
-            _check_type(f"{key}.{name}", value, hints[name])
+        hint = ""
+        if not inspect.isclass(target) and key in ("loss", "data.collate_fn"):
+            hint = f", or with {key}._partial_=true the function itself is used"
+        raise ConfigError(f"is a required argument of {node['_target_']}{hint}", key=f"{key}.{missing[0]}")
 
 
 def locate(key: str, path: Any) -> Any:
@@ -121,18 +141,15 @@ def locate(key: str, path: Any) -> Any:
     Raises:
         ConfigError: It cannot be imported, naming the nearest names of its module, or is not callable.
     """
-    import importlib
-
-    if not isinstance(path, str) or not path:
-        raise ConfigError("must be a dotted path", key=f"{key}._target_", value=path)
+    if not isinstance(path, str) or not all(part.isidentifier() for part in path.split(".")):
+        raise ConfigError("must be a dotted path, as in torch.optim.SGD", key=f"{key}._target_", value=path)
     parts = path.split(".")
     found: Any = None
-    imported = 0
     for i in range(1, len(parts) + 1):
         name = ".".join(parts[:i])
-        if imported == i - 1 and (i == 1 or not hasattr(found, parts[i - 1])):
+        if i == 1 or (inspect.ismodule(found) and not hasattr(found, parts[i - 1])):
             try:
-                found, imported = importlib.import_module(name), i
+                found = importlib.import_module(name)
                 continue
             except ModuleNotFoundError as error:
                 if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
@@ -142,52 +159,118 @@ def locate(key: str, path: Any) -> Any:
                     f"cannot be imported: {type(error).__name__}: {error}", key=f"{key}._target_", value=path
                 ) from error
         if found is None or not hasattr(found, parts[i - 1]):
-            where = ".".join(parts[: i - 1])
-            public = [n for n in dir(found) if not n.startswith("_")] if found is not None else []
-            close = [f"{where}.{n}" for n in nearest(parts[i - 1], public)]
-            reason = f"{where} has no {parts[i - 1]!r}" if where else f"there is no module {parts[0]!r}"
-            raise ConfigError(f"cannot be imported: {reason}", key=f"{key}._target_", value=path, choices=close)
+            raise _not_there(key, path, found, parts[: i - 1], parts[i - 1])
         found = getattr(found, parts[i - 1])
     if not callable(found):
-        raise ConfigError("is not callable", key=f"{key}._target_", value=path)
+        raise ConfigError("cannot be called", key=f"{key}._target_", value=path)
     return found
+
+
+def _not_there(key: str, path: str, found: Any, where: Sequence[str], missing: str) -> ConfigError:
+    if found is None:
+        reason = f"there is no module {missing} (the current directory is on the path)"
+        return ConfigError(f"cannot be imported: {reason}", key=f"{key}._target_", value=path)
+    names = {n for n in dir(found) if not n.startswith("_")}
+    if hasattr(found, "__path__"):
+        names |= {module.name for module in pkgutil.iter_modules(found.__path__)}
+    place = ".".join(where)
+    close = [f"{place}.{n}" for n in nearest(missing, sorted(names))]
+    return ConfigError(
+        f"cannot be imported: {place} has no {missing}", key=f"{key}._target_", value=path, choices=close
+    )
 
 
 def _hints(target: Any) -> dict[str, Any]:
     try:
         return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except Exception:  # annotations of other people's code that do not evaluate: nothing to check against
+    except Exception:  # noqa: BLE001  annotations of other people's code that do not evaluate: nothing to check against
         return {}
 
 
 def _check_type(key: str, value: Any, hint: Any) -> None:
-    """Refuses what an annotation of plain types or a Literal surely excludes; anything else passes."""
-    allowed: list[Any] = []
-    for option in _options(hint):
-        if typing.get_origin(option) is typing.Literal:
-            allowed.extend(typing.get_args(option))
-        elif option in (int, float, str, bool, type(None)):
-            allowed.append(option)
-        else:
-            return
-    if isinstance(value, dict | list):
-        if allowed:
-            raise ConfigError(f"must be {_words(allowed)}", key=key, value=value)
+    """Refuses what an annotation surely excludes.
+
+    Raises:
+        ConfigError: Naming the types or the literals that are valid.
+    """
+    if _may_be(value, hint):
         return
-    for option in allowed:
-        if not isinstance(option, type):
-            if option == value and type(option) is type(value):
-                return
-        elif type(value) is option or option is float and type(value) is int:
-            return
-    literals = [str(o) for o in allowed if not isinstance(o, type)]
-    raise ConfigError("is not a valid choice" if literals else f"must be {_words(allowed)}", key=key, value=value, choices=literals)
+    options = _options(hint)
+    literals = [str(a) for o in options if typing.get_origin(o) is typing.Literal for a in typing.get_args(o)]
+    if literals:
+        raise ConfigError("is no such choice", key=key, value=value, choices=literals)
+    raise ConfigError(f"must be {_words(options)}", key=key, value=value)
+
+
+def _may_be(value: Any, hint: Any) -> bool:
+    """Whether a value of a config may be meant by an annotation; yes wherever that is not surely wrong."""
+    if isinstance(value, dict) and "_target_" in value:
+        return True  # whatever it makes
+    options = _options(hint)
+    if len(options) > 1:
+        return any(_may_be(value, o) for o in options)
+    return _may_be_one(value, options[0])
+
+
+def _may_be_one(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _may_be(value, arguments[0])
+    if hint is None or hint is type(None):
+        return value is None
+    if origin is typing.Literal:
+        return any(a == value and type(a) is type(value) for a in arguments)
+    if hint in (int, float, str, bool):
+        return type(value) is hint or (hint is float and type(value) is int)
+    kind = origin or hint
+    if kind in (list, tuple, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection):
+        if isinstance(value, str):
+            return kind not in (list, tuple)
+        return isinstance(value, list) and _items_may_be(value, kind, arguments)
+    if kind in (dict, collections.abc.Mapping, collections.abc.MutableMapping):
+        return isinstance(value, dict)
+    # Only a node makes one of these.
+    return not (kind is collections.abc.Callable or _is_tensor(kind))
+
+
+def _items_may_be(value: list[Any], kind: Any, arguments: tuple[Any, ...]) -> bool:
+    if kind is tuple and arguments and arguments[-1] is not Ellipsis:
+        return len(value) == len(arguments) and all(map(_may_be, value, arguments))
+    return not arguments or all(_may_be(v, arguments[0]) for v in value)
+
+
+def _is_tensor(kind: Any) -> bool:
+    # By name: this module imports no torch.
+    return isinstance(kind, type) and (kind.__module__, kind.__name__) == ("torch", "Tensor")
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
-def _words(kinds: Sequence[Any]) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    return " or ".join(names.get(k, repr(k)) if isinstance(k, type) else repr(k) for k in kinds)
+def _words(options: Sequence[Any]) -> str:
+    # A config cannot say a tensor: it is told only where nothing else is allowed.
+    sayable = [o for o in options if not _is_tensor(o)] or list(options)
+    return " or ".join(dict.fromkeys(_word(o) for o in sayable))
+
+
+def _word(kind: Any) -> str:
+    words: dict[Any, str] = {
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+    }
+    origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if kind in words:
+        return words[kind]
+    if origin in (dict, collections.abc.Mapping, collections.abc.MutableMapping):
+        return "a mapping"
+    if origin is collections.abc.Callable:
+        return "a _target_"
+    if origin in (list, tuple, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection):
+        count = len(arguments) if origin is tuple and arguments and arguments[-1] is not Ellipsis else 0
+        inner = _words(_options(arguments[0])) if arguments else ""
+        return f"a list of {count} ({inner})" if count else f"a list (of {inner})" if inner else "a list"
+    return getattr(kind, "__name__", str(kind))

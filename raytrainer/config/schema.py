@@ -15,7 +15,9 @@ from raytrainer.errors import ConfigError
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
-def key(default: Any = None, *, choices: tuple[Any, ...] = (), least: float | None = None, most: float | None = None) -> Any:
+def key(
+    default: Any = None, *, choices: tuple[Any, ...] = (), least: float | None = None, most: float | None = None
+) -> Any:
     """A dataclass field with what `validate` checks: the valid values, or an inclusive range."""
     return field(default=default, metadata={"choices": choices, "least": least, "most": most})
 
@@ -31,7 +33,7 @@ class DataConfig:
     collate_fn: dict[str, Any] | None = None
     num_workers: int = key(0, least=0)
     prefetch: int = key(2, least=1)
-    resident: Any = key("auto", choices=("auto", True, False))
+    resident: Any = key("auto", choices=("auto", True, False))  # noqa: RUF009
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,7 +57,7 @@ class TrainerConfig:
     max_time: Any = None  # seconds, or "90m", "1h30m", "01:30:00"
     precision: str = key("32-true", choices=("32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true"))
     num_threads: int | None = key(None, least=1)
-    compile: Any = key(False, choices=(False, True, "default", "reduce-overhead", "max-autotune"))
+    compile: Any = key(False, choices=(False, True, "default", "reduce-overhead", "max-autotune"))  # noqa: RUF009
     strategy: str = key("ddp", choices=("ddp",))
     find_unused_parameters: bool = False
     max_grad_norm: float | None = key(None, least=0)
@@ -81,7 +83,7 @@ class CheckpointConfig:
 @dataclass(kw_only=True, slots=True)
 class ScalingConfig:
     num_workers: Any = 1  # 4, or [2, 8] for elastic
-    use_gpu: Any = key("auto", choices=("auto", True, False))
+    use_gpu: Any = key("auto", choices=("auto", True, False))  # noqa: RUF009
     resources_per_worker: dict[str, float] | None = None
     placement_strategy: str = key("PACK", choices=("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"))
     accelerator_type: str | None = None

@@ -1,0 +1,127 @@
+"""What the schema's types and ranges cannot say: values that fit together, names, durations, nodes with a target.
+
+Pure functions over an `Experiment`; nothing here looks at the machine.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from raytrainer.config.nodes import targets
+from raytrainer.config.schema import NAME_PATTERN, Experiment
+from raytrainer.errors import ConfigError
+
+
+def check_together(e: Experiment) -> None:
+    """What concerns more than one key, and the values that need more than a range.
+
+    Raises:
+        ConfigError: Naming the first key that does not hold.
+    """
+    if not re.fullmatch(NAME_PATTERN, e.name or ""):
+        raise ConfigError(
+            "must be letters, digits, '.', '_' and '-', begin with a letter or digit, and have at most 100",
+            key="name",
+            value=e.name,
+        )
+    _check_nodes(e)
+    _check_workers(e)
+    t = e.trainer
+    t.max_time = seconds(t.max_time)
+    if t.max_steps is None and t.max_epochs is None and t.max_time is None:
+        raise ConfigError(
+            "or trainer.max_epochs or trainer.max_time must be set, or the run never ends (an experiment sets one: "
+            "experiment=mlp)",
+            key="trainer.max_steps",
+        )
+    if t.max_steps is not None and t.max_epochs is not None:
+        raise ConfigError(
+            f"and trainer.max_epochs={t.max_epochs} are both set; give one, and null for the other",
+            key="trainer.max_steps",
+            value=t.max_steps,
+        )
+    if t.precision == "16-mixed" and not (e.optimizer or {}).get("fused"):
+        raise ConfigError(
+            "needs a fused optimizer, or the gradient scaler waits for the device at every step: set optimizer.fused=true",
+            key="trainer.precision",
+            value=t.precision,
+        )
+    if t.early_stopping is not None and not e.data.val:
+        raise ConfigError("needs data.val, whose metrics it watches", key="trainer.early_stopping")
+    _check_address(e.cluster.kind, e.cluster.address)
+
+
+def _check_address(kind: str, address: str | None) -> None:
+    if address is None:
+        return
+    if kind == "existing" and address != "auto" and not re.fullmatch(r"(\[[\da-fA-F:.]+\]|[\w.-]+):\d{1,5}", address):
+        raise ConfigError("must be auto or host:port, as in 10.0.0.1:6379", key="cluster.address", value=address)
+    if kind != "existing":
+        reason = f"has no meaning with cluster={kind}; use cluster=existing"
+        raise ConfigError(reason, key="cluster.address", value=address)
+
+
+def _check_nodes(e: Experiment) -> None:
+    for section in ("model", "loss", "optimizer"):
+        if not getattr(e, section):
+            raise ConfigError("is not set; choose one of the group, or give a _target_", key=section)
+    if not e.data.train:
+        raise ConfigError("is not set: a _target_ that gives the training dataset", key="data.train")
+    for name, value in e.callbacks.items():
+        if value is not None and not isinstance(value, dict):
+            raise ConfigError("must be a _target_ node", key=f"callbacks.{name}", value=value)
+        if value == {}:
+            raise ConfigError("has no _target_; null leaves a callback out", key=f"callbacks.{name}")
+    for name, node in targets(e):
+        if not node.get("_target_"):
+            raise ConfigError("has no _target_, the class or function to call", key=name)
+
+
+def _check_workers(e: Experiment) -> None:
+    n = e.scaling.num_workers
+    if isinstance(n, str) and n.isascii() and n.isdigit():  # from an environment variable
+        n = e.scaling.num_workers = int(n)
+    elastic = isinstance(n, list) and len(n) == 2 and all(type(x) is int for x in n) and 1 <= n[0] <= n[1]
+    if not (type(n) is int and n >= 1) and not elastic:
+        raise ConfigError(
+            "must be a number from 1, or [least, most] for an elastic run", key="scaling.num_workers", value=n
+        )
+    for name, amount in (e.scaling.resources_per_worker or {}).items():
+        if not amount >= 0:
+            raise ConfigError("must be at least 0", key=f"scaling.resources_per_worker.{name}", value=amount)
+    if e.cluster.kind == "inline" and n != 1:
+        raise ConfigError(
+            "must be 1 with cluster=inline (this process); use cluster=local", key="scaling.num_workers", value=n
+        )
+    if e.data.global_batch_size < e.max_workers:
+        raise ConfigError(
+            f"is smaller than scaling.num_workers={e.max_workers}: a worker would have no sample",
+            key="data.global_batch_size",
+            value=e.data.global_batch_size,
+        )
+
+
+def seconds(value: Any) -> float | None:
+    """A duration → seconds: a number, `90s`, `1h30m`, `2d`, or `HH:MM:SS`.
+
+    Raises:
+        ConfigError: It is none of these, or not positive.
+    """
+    if value is None:
+        return None
+    total: float | None = None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        total = float(value)
+    elif isinstance(value, str):
+        if match := re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value.strip()):
+            d, h, m, s = (int(x or 0) for x in match.groups())
+            total = float(86400 * d + 3600 * h + 60 * m + s)
+        elif match := re.fullmatch(r"(\d+):(\d\d):(\d\d)", value.strip()):
+            h, m, s = (int(x) for x in match.groups())
+            total = float(3600 * h + 60 * m + s)
+    if total is None or not total > 0:
+        raise ConfigError(
+            "must be a duration: seconds, 90m, 1h30m, 2d or HH:MM:SS", key="trainer.max_time", value=value
+        )
+    return total

@@ -1,0 +1,215 @@
+"""What Hydra and OmegaConf raise while they compose → a `ConfigError` in our words: key, value, nearest valid choices.
+
+Read in hydra-core 1.3 (`_internal/defaults_list.py`, `config_loader_impl.py`), whose errors are texts with few fields.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import yaml
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException, SearchPathException
+from omegaconf.errors import (
+    InterpolationKeyError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+
+from raytrainer.config.typed import unknown_key
+from raytrainer.errors import ConfigError, RaytrainerError
+
+
+def explain(
+    error: Exception, overrides: Sequence[str] = (), known: Callable[[], Sequence[str]] = lambda: ()
+) -> Exception:
+    """The error to tell for one that composing raised; one of ours is returned as it is.
+
+    Args:
+        error: Anything that Hydra raised.
+        overrides: The command line's.
+        known: Gives the keys that the same command line has without its value overrides; asked only where a key is
+            wrong.
+    """
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    values = {key_of(o): value_of(o) for o in overrides}
+    for one in chain:
+        if isinstance(one, RaytrainerError):
+            return one
+        if isinstance(one, OverrideParseException):
+            return _unparsed(one.override)
+        if isinstance(one, MissingConfigException):
+            return _missing_config(one)
+        if isinstance(one, yaml.MarkedYAMLError):
+            mark = one.problem_mark or one.context_mark
+            place = f"{mark.name}, line {mark.line + 1}" if mark else "a config file"
+            return ConfigError(f"{place}: not valid YAML: {one.problem or one.context}")
+        if isinstance(one, MissingMandatoryValue | InterpolationKeyError | InterpolationResolutionError):
+            return unresolved(one.full_key, one, values.get(one.full_key or ""))
+    for one in chain:
+        if isinstance(one, ConfigCompositionException) and (
+            found := _of_composition(str(one), overrides, values, known)
+        ):
+            return found
+    for one in chain:
+        if m := re.search(r"does not support sweep type : (\w+)_SWEEP", str(one)):
+            sweep = next((o for o in overrides if f"{m[1].lower()}(" in o), "")
+            reason = (
+                f"is a sweep over an {m[1].lower()}, of which Hydra's own sweeper takes no values; list them: 0.1,0.2"
+            )
+            return ConfigError(reason, key=key_of(sweep) or "-m", value=value_of(sweep))
+    if isinstance(error, AssertionError | ValueError):
+        for override in overrides:
+            if found := _of_value(override, str(error), known):
+                return found
+    return ConfigError(_first_line(chain))
+
+
+def key_of(override: str) -> str:
+    """`+a.b=3` → `a.b`"""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def value_of(override: str) -> str | None:
+    """`+a.b=3` → `3`; None where there is no `=`."""
+    return override.partition("=")[2] if "=" in override else None
+
+
+def _unparsed(override: str) -> ConfigError:
+    name, equals, value = override.partition("=")
+    if not equals:
+        hint = "; a command comes first" if override.isalpha() else ""
+        return ConfigError(f"{override!r} is not key=value{hint}")
+    if not re.fullmatch(r"[+~]{0,2}[\w.@/:$-]+", name):
+        return ConfigError(f"{override!r} is not key=value: {name!r} cannot be a key")
+    return ConfigError(
+        "cannot be read: put text in quotes within the shell's, as in 'key=\"a text\"'", key=name, value=value
+    )
+
+
+def _missing_config(error: MissingConfigException) -> ConfigError:
+    path = error.missing_cfg_file
+    if path is None:
+        return ConfigError(_first_line([error]))
+    where = re.match(r"In '([^']+)': ", str(error))
+    # The root's own defaults are taken by the command line's choices: naming it would mislead.
+    place = f" (chosen in {where[1]})" if where and "/" in where[1] else ""
+    group, slash, choice = path.rpartition("/")
+    if slash and error.options is not None:
+        return ConfigError(f"is no such choice{place}", key=group, value=choice, choices=sorted(error.options))
+    if "primary config" in str(error):
+        return ConfigError("is not a config on the search path", key="--config-name", value=path)
+    return ConfigError(f"is not a config on the search path{place}", key=path)
+
+
+def unresolved(name: str | None, error: OmegaConfBaseException, value: str | None = None) -> ConfigError:
+    """The error for a value that is missing or whose interpolation cannot be resolved."""
+    key = name or str(error.key)
+    if isinstance(error, MissingMandatoryValue):
+        return ConfigError("is ??? and must be given", key=key)
+    reason = str(error.msg or error).splitlines()[0]
+    if m := re.search(r"Environment variable '([^']+)' not found", reason):
+        reason = f"the environment variable {m[1]} is not set; ${{oc.env:{m[1]},null}} gives a default"
+    elif m := re.search(r"Interpolation key '([^']+)' not found", reason):
+        reason = f"there is no key {m[1]}"
+    elif m := re.search(r"Unsupported interpolation type (\S+)", reason):
+        reason = f"there is no resolver {m[1]}"
+    return ConfigError(f"cannot be resolved: {reason}", key=key, value=value)
+
+
+def _of_composition(
+    text: str, overrides: Sequence[str], values: dict[str, str | None], known: Callable[[], Sequence[str]]
+) -> ConfigError | None:
+    first = text.strip().splitlines()[0] if text.strip() else ""
+    where = re.match(r"In '([^']+)': ", first)
+    place = f" (in {where[1]})" if where else ""
+    if m := re.search(r"Could not (?:override|delete from config\.|delete) '([^'=]+)(?:=[^']*)?'(.*)", first):
+        name = m[1]
+        if where or ("does not exist" not in m[2] and _is_group(name, text, values)):
+            if "append to your default list" in text and f"+{name}" in text:
+                return ConfigError(
+                    f"chooses from a group that no config has a choice of; add it: +{name}={values.get(name)}",
+                    key=name,
+                    value=values.get(name),
+                )
+            return ConfigError(
+                f"cannot be chosen: no config has a choice of {name}{place}", key=name, value=values.get(name)
+            )
+        return _wrong_key(
+            name, values.get(name), known(), deleted=f"~{name}" in {o.partition("=")[0] for o in overrides}
+        )
+    if m := re.search(r"The value of '([^']+)' is (.*) and not (.*)\.$", first):
+        return ConfigError(f"cannot be deleted: its value is {m[2]}", key=m[1], value=m[3])
+    if m := re.search(r"An item is already at '([^']+)'", first):
+        return ConfigError("is a key already: write it without the +", key=m[1], value=values.get(m[1]))
+    if m := re.search(r"looks like a config group override, but config group '([^']+)' does not", first):
+        return ConfigError(f"is not a group{place}", key=m[1], choices=[k for k in known() if "." not in k])
+    if m := re.search(r"Multiple values for ([^.]+)\.", first):
+        return ConfigError(
+            f"is chosen twice; an experiment's file writes 'override /{m[1]}: …' in its defaults", key=m[1]
+        )
+    if m := re.search(r"Ambiguous value for argument '([^'=]+)=(.*)'", first):
+        return ConfigError(
+            f"is several values: as a list {m[1]}=[{m[2]}], as a sweep over them with -m first", key=m[1], value=m[2]
+        )
+    if m := re.search(r"Sweep parameters '([^'=]+)=(.*)' requires", first):
+        return ConfigError("is a sweep, which needs -m first", key=m[1], value=m[2])
+    if m := re.search(r"You must specify '([^']+)'", first):
+        return ConfigError("must be chosen", key=m[1], choices=[x.strip() for x in text.splitlines()[2:]])
+    if m := re.search(r"Error merging override [+~]*([^=]+)=?(.*)", first):
+        return ConfigError("cannot be set", key=m[1], value=m[2] or None)
+    return None
+
+
+def _is_group(name: str, text: str, values: dict[str, str | None]) -> bool:
+    # "To append to your config use +x" is about a key, "…to your default list…" about a group.
+    return "defaults list" in text or "default list" in text or "override one of" in text
+
+
+def _wrong_key(name: str, value: str | None, known: Sequence[str], deleted: bool = False) -> ConfigError:
+    section = name.rpartition(".")[0]
+    if deleted and name in known:
+        return ConfigError("is null already", key=name)
+    if name.startswith("hydra."):
+        return ConfigError("is not a key; --cfg hydra shows Hydra's own", key=name, value=value)
+    if section == "callbacks":
+        return ConfigError(f"is not there; a callback is added as +{name}={{_target_: …}}", key=name, value=value)
+    if name in known or section in _NULL_MAPPINGS:
+        return ConfigError(
+            f"is below {section}, which is null here; with a + in front it is set", key=name, value=value
+        )
+    return unknown_key(name, value, known)
+
+
+# Sections of the schema that are null by default and whose keys are anybody's.
+_NULL_MAPPINGS = ("scaling.resources_per_worker", "scaling.label_selector", "cluster.runtime_env")
+
+
+def _of_value(override: str, reason: str, known: Callable[[], Sequence[str]]) -> ConfigError | None:
+    """Two of Hydra's errors name no key: another kind of value for a group, and a key below null."""
+    name, value = key_of(override), value_of(override)
+    if not name:
+        return _unparsed(override)
+    if "Config group override" in reason and value is not None and "." not in name:
+        if value in ("null", ""):
+            return ConfigError(f"is a group; to choose nothing write ~{name}", key=name, value=value)
+        if value in ("true", "false") or re.fullmatch(r"[-+.\d]+", value):
+            return ConfigError("is a group: it takes the name of a choice, which --help lists", key=name, value=value)
+    if "Unexpected type for root" in reason and "." in name and not override.startswith("+"):
+        return _wrong_key(name, value, known())
+    return None
+
+
+def _first_line(chain: Sequence[BaseException]) -> str:
+    for one in chain:
+        if lines := [x.strip() for x in str(one).splitlines() if x.strip() and "hydra.cc" not in x]:
+            own = isinstance(
+                one, ConfigCompositionException | SearchPathException | OmegaConfBaseException | ValueError
+            )
+            return lines[0] if own else f"{type(one).__name__}: {lines[0]}"
+    return type(chain[0]).__name__
