@@ -6,12 +6,14 @@ Each check gives the problems it sees, as sentences with the key, the value and 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from raytrainer.config import Experiment
-from raytrainer.errors import PreflightError, StorageError, TrackingError
+from raytrainer.config import Experiment, check_targets, factory, locate
+from raytrainer.errors import CheckpointError, ConfigError, PreflightError, StorageError, TrackingError
+from raytrainer.events import HOOKS
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,12 @@ class Resources:
     def of_ray(cls, found: Mapping[str, float]) -> Resources:
         """From `ray.cluster_resources()`."""
         known = ("CPU", "GPU", "memory")
-        return cls(found.get("CPU", 0), found.get("GPU", 0), found.get("memory"), {k: v for k, v in found.items() if k not in known})
+        return cls(
+            found.get("CPU", 0),
+            found.get("GPU", 0),
+            found.get("memory"),
+            {k: v for k, v in found.items() if k not in known},
+        )
 
     def get(self, name: str) -> float | None:
         return {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory}.get(name, (self.other or {}).get(name, 0.0))
@@ -44,13 +51,21 @@ def this_machine() -> Resources:
             cpus = min(cpus, max(1.0, float(int(quota) // int(period))))
     except (OSError, ValueError):  # no cgroup v2 here
         pass
-    return Resources(cpus, float(_gpus()), float(psutil.virtual_memory().total))
+    return Resources(cpus, float(_gpus()), float(psutil.virtual_memory().total), _gpu_kinds())
 
 
 def _gpus() -> int:
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _gpu_kinds() -> dict[str, float]:
+    """Ray's resource of each word in the GPUs' names: `accelerator_type:H100` of "NVIDIA H100 80GB HBM3"."""
+    import torch
+
+    names = [torch.cuda.get_device_name(i) for i in range(_gpus())]
+    return {f"accelerator_type:{word}": 1.0 for name in names for word in name.replace("-", " ").split()}
 
 
 def uses_gpu(e: Experiment, available: Resources) -> bool:
@@ -88,19 +103,67 @@ def check_resources(e: Experiment, available: Resources, where: str) -> list[str
             f"scaling.num_workers={count} × {_amount(name, each)} = {_amount(name, each * count)}, "
             f"and {where} has {_amount(name, has)}; {fix}"
         )
+    kind = e.scaling.accelerator_type
+    if kind is not None and not available.get(f"accelerator_type:{kind}"):
+        prefix = "accelerator_type:"
+        there = sorted(name.removeprefix(prefix) for name in available.other or {} if name.startswith(prefix))
+        problems.append(f"scaling.accelerator_type={kind}, and {where} has {', '.join(there) or 'no accelerator'}")
     return problems
 
 
 def _no_fit(name: str, each: float, has: float) -> str:
     if name == "GPU":
         return "scaling.use_gpu=false trains on CPUs"
-    return f"scaling.resources_per_worker.{name} must be at most {has:g}"
+    return f"scaling.resources_per_worker.{name} must be at most {has:.0f}"
 
 
 def _amount(name: str, amount: float) -> str:
     if name == "memory":
         return f"{amount / 2**30:.1f} GiB of memory"
     return f"{amount:g} {name}" + ("s" if name in ("CPU", "GPU") and amount != 1 else "")
+
+
+def check_objects(e: Experiment) -> None:
+    """Every `_target_` against its signature; the optimizer and its curve are made for one small weight.
+
+    Those two cost nothing to make and judge their own values (`lr=-1`), which no signature says. A model or a dataset
+    may be large: theirs are told when a worker makes them.
+
+    Raises:
+        ConfigError: The first that would be refused.
+    """
+    check_targets(e)
+    if e.optimizer and str(e.optimizer["_target_"]).startswith(("torch.optim.", "raytrainer.optim.")):
+        import torch
+
+        from raytrainer.optim import build_optimizer, build_scheduler
+
+        # A matrix, since Muon takes nothing else.
+        optimizer = build_optimizer(factory(e.optimizer), torch.nn.Linear(2, 2, bias=False))
+        if e.lr_scheduler and str(e.lr_scheduler["_target_"]).startswith(("torch.optim.", "raytrainer.optim.")):
+            build_scheduler(factory(e.lr_scheduler), optimizer, e.trainer.max_steps or 1_000_000)
+    for name, node in e.callbacks.items():
+        target = locate(f"callbacks.{name}", node["_target_"]) if node else None
+        # A misspelt hook would never be called. What a function returns is not known here.
+        if isinstance(target, type) and not any(hasattr(target, hook) for hook in HOOKS):
+            raise ConfigError("has none of the hooks", key=f"callbacks.{name}", value=target.__name__, choices=HOOKS)
+
+
+def check_init_from(e: Experiment, run_dir: str) -> None:
+    """Whether there are weights where `init_from` says.
+
+    Raises:
+        ConfigError: There is nothing of the kind.
+    """
+    if e.init_from is None:
+        return
+    from raytrainer.checkpoint import find_weights
+
+    try:
+        find_weights(e.init_from, run_dir.rpartition("/")[0])
+    except (CheckpointError, StorageError) as error:
+        reason = re.sub(r"^init_from=.*?: ", "", str(error))
+        raise ConfigError(f"cannot be used: {reason}", key="init_from", value=e.init_from) from error
 
 
 def check_storage(check_writable: Callable[[], None], path: str) -> list[str]:
@@ -126,10 +189,8 @@ def check_tracking(probe: Callable[[str], None], uri: str, required: bool) -> li
 def check_environment(e: Experiment, environ: Mapping[str, str]) -> list[str]:
     """Variables that would send the run elsewhere than the config says."""
     if e.cluster.kind == "local" and (address := environ.get("RAY_ADDRESS")):
-        return [
-            f"RAY_ADDRESS={address} is set and cluster=local starts a Ray of its own on this machine; "
-            "use cluster=existing for that cluster, or unset RAY_ADDRESS"
-        ]
+        own = f"RAY_ADDRESS={address} is set and cluster=local starts a Ray of its own on this machine; "
+        return [own + "use cluster=existing for that cluster, or unset RAY_ADDRESS"]
     return []
 
 

@@ -18,9 +18,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
+import psutil
+
 from raytrainer import preflight, provenance, tracking, worker
 from raytrainer.config import Composition, Experiment, flattened
-from raytrainer.errors import ClusterLost, ConfigError, RaytrainerError, Stopped, WorkerError
+from raytrainer.errors import ClusterLost, ConfigError, RaytrainerError, Stopped, StorageError, WorkerError
 from raytrainer.interrupts import Interrupts
 from raytrainer.progress import Display, duration
 from raytrainer.storage import Storage
@@ -82,6 +84,7 @@ class Outcome:
         mlflow: The address to open; None without tracking.
         mlflow_command: The command that opens it where there is no server.
         seconds: From launch to end.
+        length: The key that says how long the run is, for going on with it.
     """
 
     status: str
@@ -94,6 +97,7 @@ class Outcome:
     mlflow: str | None = None
     mlflow_command: str | None = None
     seconds: float = 0.0
+    length: str = "trainer.max_epochs"
 
 
 def check(composition: Composition) -> str:
@@ -102,13 +106,15 @@ def check(composition: Composition) -> str:
     Raises:
         Refused: What does not hold.
     """
-    from raytrainer.config import check_targets
-
     e = composition.experiment
-    check_targets(e)
+    preflight.check_objects(e)
+    try:
+        storage = Storage(_storage_path(e)).child(e.name or "")
+        preflight.check_init_from(e, storage.uri)
+    except StorageError as error:
+        raise ConfigError(f"cannot be used: {error}", key="storage_path", value=e.storage_path) from error
     if e.debug:
         return "inline, one batch"
-    storage = Storage(_storage_path(e)).child(e.name or "")
     if e.cluster.kind == "existing":
         available, where = _existing_resources(e)
     else:
@@ -117,7 +123,7 @@ def check(composition: Composition) -> str:
         [
             *preflight.check_environment(e, os.environ),
             *preflight.check_resources(e, available, where),
-            *preflight.check_storage(storage.check_writable, storage.uri),
+            *preflight.check_storage(storage.check_writable, _storage_path(e)),
             *preflight.check_tracking(tracking.check_tracking, tracking_uri(e), e.tracking.required),
         ]
     )
@@ -171,9 +177,13 @@ def launch(
             storage.write_bytes(_CONFIG, composition.text.encode())
             record.write(storage)
             with _Logs(storage, display) as logs:
+                logs.mark("checked")
                 display.say(f"{record.name}: {where}")
                 outcome = _Driver(composition, record, storage, display, logs, interrupts, argv, changed, where).run()
-    return replace(outcome, seconds=time.monotonic() - began)
+    length = next(
+        (k for k in ("max_steps", "max_epochs", "max_time") if getattr(e.trainer, k) is not None), "max_epochs"
+    )
+    return replace(outcome, seconds=time.monotonic() - began, length=f"trainer.{length}")
 
 
 def tracking_uri(e: Experiment) -> str:
@@ -208,7 +218,9 @@ class _Driver:
         # The driver sends the metrics where it reads the disk that the worker writes them to: the worker then never
         # imports mlflow, which would cost it 1.3 s.
         self.ship_here = local
-        spool = storage.local_path / "spool" if local else Path(tempfile.gettempdir(), "raytrainer", record.name, "spool")
+        spool = (
+            storage.local_path / "spool" if local else Path(tempfile.gettempdir(), "raytrainer", record.name, "spool")
+        )
         self.spool_dir = spool
         self.ray_trainer: SupervisedTrainer | None = None
 
@@ -221,12 +233,15 @@ class _Driver:
         opening = _in_background(self._open_run, "mlflow-open")
         try:
             with self._ray() as start_training:
+                self.logs.mark("ray_up")
                 run = opening.result()
+                self.logs.mark("mlflow_up")
                 self.record = replace(self.record, run_id=run.run_id)
                 self.record.write(self.storage)
                 if self.ship_here:
                     shipper = tracking.Shipper(self.spool_dir, run.run_id, run.tracking_uri)
                 result = start_training(self._job(run))
+                self.logs.mark("trained")
         except Stopped as stopped:
             error = stopped
         except Exception as failed:  # noqa: BLE001  whatever it is, the run is closed truthfully, then it is told
@@ -290,6 +305,7 @@ class _Driver:
         run.set_tags(tags)
         if self.e.tracking.register_model and outcome.status == "FINISHED" and self.e.tracking.log_model:
             self._register(run, self.e.tracking.register_model)
+        self.logs.mark("ray_down")
         self.logs.flush()
         run.log_artifact(self.logs.folder)
         if not run.finish(outcome.status, outcome.cause, timeout_s=patience):  # type: ignore[arg-type]
@@ -344,7 +360,7 @@ class _Driver:
         machine = preflight.this_machine()
         try:
             if e.cluster.kind == "local":
-                supervise.start_embedded(int(machine.cpus), int(machine.gpus))
+                supervise.start_embedded(int(machine.cpus), int(machine.gpus), machine.memory)
                 available = machine
             elif not ray.is_initialized():
                 supervise.attach(e.cluster.address or "auto", e.cluster.runtime_env)
@@ -456,6 +472,7 @@ class _Logs:
             self.folder = Path(self._temporary.name, "logs")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._files: dict[str, TextIO] = {}
+        self._marks: dict[str, float] = {}
         self.display.also = self._file("driver")
         return self
 
@@ -470,6 +487,9 @@ class _Logs:
 
     def message(self, rank: int | None, message: Mapping[str, Any]) -> None:
         """A worker's message: shown, and where it says who the worker is, written to its log."""
+        self.mark(
+            {"hello": "worker_up", "start": "training_starts", "log": "first_log"}.get(message["kind"], "first_other")
+        )
         if message["kind"] == "hello":
             self._write(f"rank-{rank}", f"rank {rank} on {message['host']}, process {message['pid']}")
         else:
@@ -484,11 +504,16 @@ class _Logs:
         self.display.say(f"[rank {rank}] {line}")
 
     def flush(self) -> None:
+        (self.folder / "launch.json").write_text(json.dumps(self._marks, indent=1) + "\n")
         for file in self._files.values():
             file.flush()
 
     def _write(self, name: str, line: str) -> None:
         self._file(name).write(line + "\n")
+
+    def mark(self, name: str) -> None:
+        """Notes when the launch got so far, in seconds since its process began: `launch.json` beside the logs."""
+        self._marks.setdefault(name, round(time.time() - psutil.Process().create_time(), 3))
 
     def _file(self, name: str) -> TextIO:
         if name not in self._files:
@@ -512,12 +537,11 @@ def _in_background(work: Callable[[], T], name: str) -> Future[T]:
 
 def _debug(composition: Composition, display: Display, began: float) -> Outcome:
     """One process, no Ray, no tracking, no checkpoint, and errors as they are: for a debugger."""
-    from raytrainer.config import check_targets
     from raytrainer.progress import Reporter
     from raytrainer.trainer import Trainer
 
     e = composition.experiment
-    check_targets(e)
+    check(composition)
     result = Trainer(e, world=worker.inline_world(e), listeners=[Reporter(display.show)]).fit()
     display.close()
     values = {**asdict(result), "metrics": dict(result.metrics), "monitor": e.checkpoint.monitor}
@@ -529,7 +553,9 @@ def summary(outcome: Outcome, program: str) -> str:
     """The last words of a launch: what came out, where everything is, and what to type next."""
     record, result = outcome.record, outcome.result
     words = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}[outcome.status]
-    how = f" ({result['reason'].replace('_', ' ')})" if result and result["reason"] not in ("finished", "stopped") else ""
+    how = (
+        f" ({result['reason'].replace('_', ' ')})" if result and result["reason"] not in ("finished", "stopped") else ""
+    )
     steps = f", {result['step']} steps" if result else ""
     rows = [("outcome", f"{words}{how}{steps} in {duration(outcome.seconds)}")]
     if outcome.cause and outcome.status == "FAILED":
@@ -544,7 +570,7 @@ def summary(outcome: Outcome, program: str) -> str:
         rows.append(("output", record.run_dir))
         if outcome.mlflow_command:
             rows.append(("next", outcome.mlflow_command))
-        more = " trainer.max_epochs=…" if outcome.status == "FINISHED" else ""
+        more = f" {outcome.length}=…" if outcome.status == "FINISHED" else ""
         rows.append(("" if outcome.mlflow_command else "next", f"{program} resume {record.name}{more}"))
     return "\n".join(f"{name:<8} {text}" for name, text in rows)
 
@@ -578,6 +604,8 @@ def _existing_resources(e: Experiment) -> tuple[preflight.Resources, str]:
     supervise.prepare(embedded=False)
     address = e.cluster.address or "auto"
     try:
+        if address != "auto":
+            supervise.find_cluster(address)
         found = supervise.attach(address, e.cluster.runtime_env)
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]

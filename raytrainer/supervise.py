@@ -6,13 +6,17 @@ Every private knob of Ray that raytrainer turns is in this file, read in ray 2.6
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import socket
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
@@ -46,6 +50,7 @@ ENVIRONMENT = {
     "RAY_enable_metrics_collection": "0",
 }
 # Lines of Ray's own in a worker's output that say nothing a user can act on.
+_ANSWER_S = 4.0  # a cluster that does not answer in so long is not there
 _CHATTER = ("Setting up process group for: env://", "[Gloo] Rank ", "Using blocking ray.get inside async actor")
 
 
@@ -61,21 +66,49 @@ def prepare(embedded: bool) -> None:
     logging.getLogger("ray.train").setLevel(logging.CRITICAL)
 
 
-def start_embedded(num_cpus: float, num_gpus: int | None) -> None:
+def start_embedded(num_cpus: float, num_gpus: int | None, memory: float | None = None) -> None:
     """Starts a Ray of this process's own on this machine; `ray.shutdown` ends all of it.
 
     Without the dashboard, whose processes cost seconds of a launch; what Ray Train needs it for, cleaning up after a
     dead controller, is not needed: the controller is in this process, and the cluster ends with it.
+
+    Args:
+        num_cpus, num_gpus: What its one node has.
+        memory: Bytes that workers may ask for: Ray's own default is what is free now, which preflight cannot know.
     """
     ray.init(
         address="local",
         num_cpus=num_cpus,
         num_gpus=num_gpus,
+        _memory=None if memory is None else int(memory),
         include_dashboard=False,
         logging_level=logging.ERROR,
         log_to_driver=True,
         configure_logging=True,
     )
+
+
+def find_cluster(address: str) -> None:
+    """Whether a cluster answers at `host:port`: `ray.init` asks an address where there is none for seven minutes.
+
+    Raises:
+        ConnectionError: Nothing listens there, or it is no Ray.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except OSError as error:
+        raise ConnectionError(f"nothing answers there ({error.strerror or error})") from error
+    answered = threading.Event()
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):  # whatever it says, it is no answer
+            GcsClient(address=address)
+            answered.set()
+
+    threading.Thread(target=ask, name="ray-probe", daemon=True).start()
+    if not answered.wait(_ANSWER_S):
+        raise ConnectionError(f"what listens there does not answer as Ray does within {_ANSWER_S:g} s")
 
 
 def attach(address: str, runtime_env: Mapping[str, Any]) -> str:
@@ -135,7 +168,9 @@ class Retries(DefaultFailurePolicy):  # type: ignore[misc]
     between. `on_retry` is told of each restart.
     """
 
-    def __init__(self, failure_config: FailureConfig, progress: Callable[[], int], on_retry: Callable[[str], None]) -> None:
+    def __init__(
+        self, failure_config: FailureConfig, progress: Callable[[], int], on_retry: Callable[[str], None]
+    ) -> None:
         super().__init__(failure_config)
         self._progress, self._on_retry = progress, on_retry
         self._last: tuple[str, int] | None = None
@@ -152,7 +187,9 @@ class Retries(DefaultFailurePolicy):  # type: ignore[misc]
         if decision == FailureDecision.RETRY:
             self.restarts += 1
             limit = self.failure_config.max_failures
-            self._on_retry(f"{first}; restarting the workers ({self.restarts} of {'any number' if limit < 0 else limit})")
+            self._on_retry(
+                f"{first}; restarting the workers ({self.restarts} of {'any number' if limit < 0 else limit})"
+            )
         return decision
 
     def _log_decision(self, *_: Any, **__: Any) -> None:

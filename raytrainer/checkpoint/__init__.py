@@ -5,6 +5,6 @@ from __future__ import annotations
 
 from raytrainer.checkpoint.checkpointer import Checkpointer
 from raytrainer.checkpoint.manifest import CheckpointInfo
-from raytrainer.checkpoint.weights import read_weights
+from raytrainer.checkpoint.weights import find_weights, read_weights
 
-__all__ = ["CheckpointInfo", "Checkpointer", "read_weights"]
+__all__ = ["CheckpointInfo", "Checkpointer", "find_weights", "read_weights"]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from raytrainer.checkpoint.checkpointer import Checkpointer
+from raytrainer.checkpoint.manifest import CheckpointInfo
 from raytrainer.errors import CheckpointCorrupt, CheckpointNotFound
 from raytrainer.storage import Storage
 
@@ -25,9 +26,29 @@ def read_weights(source: str, storage_path: str) -> dict[str, torch.Tensor]:
         CheckpointNotFound: There is nothing of the kind.
         CheckpointCorrupt: It cannot be read as weights.
     """
+    found = find_weights(source, storage_path)
+    if isinstance(found, Path):
+        return _from_file(found)
+    checkpoints, info, wanted = found
+    shared, _ = checkpoints.load(info)
+    # What is best depends on checkpoint.mode, which only the trainer knew: the last checkpoint notes the best step.
+    best = None if wanted else shared.get("best", {}).get("step")
+    if (better := next((i for i in checkpoints.list() if i.step == best), info)) is not info:
+        shared, _ = checkpoints.load(better)
+    return dict(shared.get("ema") or shared["model"])
+
+
+def find_weights(source: str, storage_path: str) -> Path | tuple[Checkpointer, CheckpointInfo, str | None]:
+    """Where `read_weights` reads from, without reading: a file, or a run's checkpoints with the one to begin at.
+
+    The last part is the name of the one checkpoint that `source` is, None where it is a run.
+
+    Raises:
+        CheckpointNotFound: There is nothing of the kind.
+    """
     path = Path(source)
     if "://" not in source and path.is_file():
-        return _from_file(path)
+        return path
     if "://" not in source and not path.is_absolute():
         source = f"{storage_path.rstrip('/')}/{source}"
     place = source.rstrip("/")
@@ -40,12 +61,7 @@ def read_weights(source: str, storage_path: str) -> dict[str, torch.Tensor]:
     info = next((i for i in found if i.name == wanted), None) if wanted else (found[-1] if found else None)
     if info is None:
         raise CheckpointNotFound(f"init_from={source}: neither a file of weights, nor a run or checkpoint there")
-    shared, _ = checkpoints.load(info)
-    # What is best depends on checkpoint.mode, which only the trainer knew: the last checkpoint notes the best step.
-    best = None if wanted else shared.get("best", {}).get("step")
-    if (better := next((i for i in found if i.step == best), info)) is not info:
-        shared, _ = checkpoints.load(better)
-    return dict(shared.get("ema") or shared["model"])
+    return checkpoints, info, wanted
 
 
 def _from_file(path: Path) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -122,7 +122,7 @@ class Digits(ColumnDataset):
         DataError: scikit-learn, or its file, is not there.
     """
 
-    def __init__(self, split: str = "train", transform: Transform | None = None) -> None:
+    def __init__(self, split: Literal["train", "val"] = "train", transform: Transform | None = None) -> None:
         super().__init__(transform)
         if split not in ("train", "val"):
             raise ConfigError(f"split={split!r} is not one of train, val", value=split, choices=("train", "val"))

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sqlite3
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -255,7 +256,13 @@ def redacted(uri: str) -> str:
 def _check_sqlite(tracking_uri: str) -> None:
     path = sqlite_path(tracking_uri)
     folder = next(parent for parent in path.parents if parent.exists())
-    if not os.access(path if path.exists() else folder, os.W_OK) or not os.access(folder, os.W_OK):
+    try:
+        # SQLite writes a journal beside the file. Permissions do not tell all: root may write to /proc, which takes nothing.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise TrackingUnreachable(f"the tracking database {path} cannot be written: {error.strerror}") from error
+    if path.exists() and not os.access(path, os.W_OK):
         raise TrackingUnreachable(f"the tracking database {path} cannot be written")
     if path.exists():
         try:
