@@ -71,6 +71,7 @@ def ours(folder: Path, log_model: bool) -> dict[str, Any]:
         folder,
         first,
     )
+    found["marks"] = json.loads((folder / "runs/bench/logs/launch.json").read_text())
     found["steps"] = int(json.loads(next((folder / "runs/bench/checkpoints").glob("step-*44/manifest.json")).read_text())["step"])
     return found
 
@@ -108,6 +109,10 @@ def main() -> None:
             **{
                 name: {what: report.spread([r[what] for r in runs]) for what in ("first_step", "exit", "lines")}
                 for name, runs in found.items()
+            },
+            # Seconds since the process began, of the whole launch: where it goes.
+            "breakdown": {
+                mark: report.spread([r["marks"][mark] for r in found["raytrainer"]]) for mark in found["raytrainer"][0]["marks"]
             },
             "ratio": {what: report.spread(values) for what, values in ratios.items()},
             "goal": {"exit": 0.85},

@@ -405,6 +405,7 @@ class _Driver:
             label_selector=scaling.label_selector,
             max_failures=e.failure.max_failures,
             max_preemption_failures=e.failure.max_preemption_failures,
+            embedded=e.cluster.kind == "local",
             ray_storage=self.storage.uri,
             attempt=f"attempt-{self.record.attempts}",
             progress=lambda: self.display.step,

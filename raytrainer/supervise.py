@@ -24,6 +24,7 @@ from ray.train.v2._internal.callbacks.metrics import ControllerMetricsCallback, 
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.exceptions import WorkerGroupError
 
@@ -251,6 +252,16 @@ class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
         self._decorate_worker_log_file_paths(workers)
 
 
+class _StaticScaling(FixedScalingPolicy):  # type: ignore[misc]
+    """A fixed number of workers on a cluster of one node: nobody to ask for more, and no actor started to ask."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        pass
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
+
+
 class _Controller(TrainController):  # type: ignore[misc]
     worker_group_cls = _WorkerGroup
 
@@ -263,13 +274,15 @@ class SupervisedTrainer(TorchTrainer):  # type: ignore[misc]
     their placement group when it ends, however it ends.
     """
 
-    def __init__(self, *args: Any, policy: Retries, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, policy: Retries, embedded: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._policy = policy
+        self._policy, self._embedded = policy, embedded
         self._controller: _Controller | None = None
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         arguments["failure_policy"] = self._policy
+        if self._embedded and isinstance(self.scaling_config.num_workers, int):
+            arguments["scaling_policy"] = _StaticScaling(self.scaling_config)
         self._controller = _Controller(**arguments)
         asyncio.run(self._controller.run())
         return self._controller.get_result()
@@ -299,6 +312,7 @@ def make_trainer(
     label_selector: Mapping[str, str] | None,
     max_failures: int,
     max_preemption_failures: int,
+    embedded: bool,
     ray_storage: str,
     attempt: str,
     progress: Callable[[], int],
@@ -323,4 +337,5 @@ def make_trainer(
         ),
         run_config=RunConfig(name=attempt, storage_path=ray_storage, failure_config=failure),
         policy=Retries(failure, progress, on_retry),
+        embedded=embedded,
     )

@@ -132,11 +132,14 @@ def run(
         emit: Takes rank 0's progress messages.
         should_stop: Asked at every log.
     """
+    import torch
     import torch.distributed as dist
 
     from raytrainer.checkpoint import Checkpointer
     from raytrainer.trainer import Trainer
 
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)  # what a model allocates without naming a device goes there too
     experiment = config.from_text(job.text).experiment
     options, c = experiment.trainer, experiment.checkpoint
     if options.num_threads is None:
