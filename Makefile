@@ -31,7 +31,7 @@ hooks: .venv/.installed-dev
 
 # Every claim about speed, with its peer beside it; the results go to benchmarks/results/.
 bench: .venv/.installed-dev
-	set -e; for file in benchmarks/bench_*.py; do $(BIN)/python "$$file"; done
+	set -e; for file in benchmarks/bench_*.py; do $(BIN)/python -m "benchmarks.$$(basename "$$file" .py)"; done
 
 # Pin what .venv holds now. torch's local version (+cpu, +cu130) is left out: it says where it came from.
 lock: .venv/.installed-dev

@@ -3,7 +3,7 @@
 Both train the same model for the same steps on the same data with 2 workers, cold, and end with the validation
 accuracy; raytrainer also keeps config, metrics, checkpoints and logs in MLflow. In turn: A B A B …
 
-    python benchmarks/bench_launch.py --runs 5
+    python -m benchmarks.bench_launch --runs 5
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import report
+from benchmarks import report
 
 STEPS = 44
 HERE = Path(__file__).resolve().parent
@@ -72,7 +72,9 @@ def ours(folder: Path, log_model: bool) -> dict[str, Any]:
         first,
     )
     found["marks"] = json.loads((folder / "runs/bench/logs/launch.json").read_text())
-    found["steps"] = int(json.loads(next((folder / "runs/bench/checkpoints").glob("step-*44/manifest.json")).read_text())["step"])
+    found["steps"] = int(
+        json.loads(next((folder / "runs/bench/checkpoints").glob("step-*44/manifest.json")).read_text())["step"]
+    )
     return found
 
 
@@ -95,7 +97,10 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 one = run(Path(folder))
             assert one["steps"] == STEPS, one
-            print(f"{name}: first step {one['first_step']:.2f} s, exit {one['exit']:.2f} s, {one['lines']} lines", flush=True)
+            print(
+                f"{name}: first step {one['first_step']:.2f} s, exit {one['exit']:.2f} s, {one['lines']} lines",
+                flush=True,
+            )
             if number:  # the first pair warms the page cache
                 found[name].append(one)
     ratios = {
@@ -112,7 +117,8 @@ def main() -> None:
             },
             # Seconds since the process began, of the whole launch: where it goes.
             "breakdown": {
-                mark: report.spread([r["marks"][mark] for r in found["raytrainer"]]) for mark in found["raytrainer"][0]["marks"]
+                mark: report.spread([r["marks"][mark] for r in found["raytrainer"]])
+                for mark in found["raytrainer"][0]["marks"]
             },
             "ratio": {what: report.spread(values) for what, values in ratios.items()},
             "goal": {"exit": 0.85},

@@ -3,7 +3,7 @@
 In turn (A B A B …) in one process, the same final weights proven bit for bit, on a model of about 5 ms a step; beside it the
 host's microseconds a step (a model that computes next to nothing) and the synchronisations with the device.
 
-    python benchmarks/bench_step.py --rounds 15
+    python -m benchmarks.bench_step --rounds 15
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import math
 import time
 from typing import Any
 
-import report
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import report
 from raytrainer import seeds
 from raytrainer.config import build, compose, factory
 from raytrainer.data import Loader
@@ -77,7 +77,9 @@ def by_hand(e: Any) -> tuple[float, list[float], list[torch.Tensor]]:
     model, loss_function = build(e.model), build(e.loss)
     optimizer = build_optimizer(factory(e.optimizer), model)
     scheduler = build_scheduler(factory(e.lr_scheduler), optimizer, e.trainer.max_steps)
-    loader = Loader(build(e.data.train), global_batch_size=e.data.global_batch_size, seed=e.seed, shuffle=True, drop_last=True)
+    loader = Loader(
+        build(e.data.train), global_batch_size=e.data.global_batch_size, seed=e.seed, shuffle=True, drop_last=True
+    )
     batches = [batch.micro[0].data for batch in loader.batches(0, e.trainer.max_steps)]
     seeds.seed_everything("train", e.seed, 0)
     losses, total = [], torch.zeros((), dtype=torch.float64)
@@ -99,7 +101,7 @@ class Synchronisations(TorchDispatchMode):
     """Counts operations that wait for the device, by step."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -115,7 +117,7 @@ def synchronisations(e: Any) -> int:
     with Synchronisations() as counted:
         for batch in batches[1:]:
             trainer.train_step(batch)
-    return counted.count
+    return int(counted.count)
 
 
 def compare(e: Any, rounds: int) -> dict[str, Any]:
@@ -142,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
-    step = compare(experiment(width=1024, depth=2, steps=200), options.rounds)
+    step = compare(experiment(width=704, depth=2, steps=200), options.rounds)
     tiny = compare(experiment(width=1, depth=1, steps=1000), options.rounds)
     waits = synchronisations(experiment(width=64, depth=1, steps=100))
     report.write(

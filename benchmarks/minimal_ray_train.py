@@ -1,6 +1,6 @@
 """The peer of bench_launch: a short Ray Train script, as Ray's documentation shows one, made as quiet as it gets.
 
-    python benchmarks/minimal_ray_train.py STEPS FILE   (writes the time of its first step to FILE)
+python benchmarks/minimal_ray_train.py STEPS FILE   (writes the time of its first step to FILE)
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import logging
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -40,7 +41,7 @@ def loop(config: dict[str, Any]) -> dict[str, Any]:
             optimizer.step()
             step += 1
             if step == 1 and ray.train.get_context().get_world_rank() == 0:
-                with open(config["first"], "w") as file:
+                with Path(config["first"]).open("w") as file:
                     file.write(str(time.time()))
             if step == config["steps"]:
                 break

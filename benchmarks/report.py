@@ -47,7 +47,7 @@ def commit() -> str:
 def write(name: str, figures: dict[str, Any]) -> None:
     """Prints the figures and keeps them in `results/NAME.json` with command, machine, versions, date and commit."""
     RESULTS.mkdir(exist_ok=True)
-    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     origin = {
         "command": command,
         "date": time.strftime("%Y-%m-%d"),

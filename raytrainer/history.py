@@ -8,7 +8,7 @@ from pathlib import Path
 
 from raytrainer.config import Composition, from_text
 from raytrainer.config.schema import NAME_PATTERN
-from raytrainer.errors import ConfigError, RunNotFound, nearest
+from raytrainer.errors import ConfigError, RunNotFound, StorageError, nearest
 from raytrainer.run import Record
 from raytrainer.storage import Storage
 
@@ -43,8 +43,12 @@ def find(identifier: str, root: Path | None = None) -> tuple[Record, Storage]:
     if root.is_dir():
         if (found := _read(str(root / identifier))) is not None:
             return found
-        for path in sorted(root.iterdir()):
-            if (other := _read(str(path))) is not None:
+        for path in sorted(p for p in root.iterdir() if p.is_dir()):
+            try:
+                other = _read(str(path))
+            except StorageError:  # another run's damage is not this one's
+                continue
+            if other is not None:
                 records[other[0].name] = other
                 if other[0].run_id == identifier:
                     return other

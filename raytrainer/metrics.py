@@ -12,7 +12,6 @@ from torch import Tensor
 
 from raytrainer.errors import ConfigError
 
-
 _FOLD = 4096  # rows kept one by one before they are summed: bounds memory, and never waits for the device
 
 

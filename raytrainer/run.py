@@ -65,8 +65,20 @@ class Record:
 
     @classmethod
     def read(cls, storage: Storage) -> Record | None:
+        """The record in a run's directory; None where there is none.
+
+        Raises:
+            StorageError: It is there and is no record.
+        """
         data = storage.read_if_exists(_RECORD)
-        return None if data is None else cls(**json.loads(data))
+        if data is None:
+            return None
+        try:
+            found = json.loads(data)
+            # Those of a later version may hold more.
+            return cls(**{k: v for k, v in found.items() if k in cls.__dataclass_fields__})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise StorageError(f"{storage.uri}/{_RECORD} is no record of a run: {error}") from error
 
 
 @dataclass(frozen=True)

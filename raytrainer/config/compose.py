@@ -142,11 +142,14 @@ def from_hydra(cfg: DictConfig, overrides: Sequence[str] | None = None) -> Compo
         overrides = [str(o) for o in task]
     cfg = cfg.copy()
     OmegaConf.set_struct(cfg, False)
-    cfg.name = new_name(choices.get("experiment", "run")) if cfg.get("name") is None else cfg.name
-    _fix_times(cfg)
-    if cfg.get("storage_path") is None:
-        cfg.storage_path = "runs"
-    _make_absolute(cfg)
+    try:
+        cfg.name = new_name(choices.get("experiment", "run")) if cfg.get("name") is None else cfg.name
+        _fix_times(cfg)
+        if cfg.get("storage_path") is None:
+            cfg.storage_path = "runs"
+        _make_absolute(cfg)
+    except OmegaConfBaseException as error:
+        raise unresolved(_failing(cfg), error) from error
     return _composition(cfg, tuple(overrides), tuple(sorted(choices.items())))
 
 

@@ -44,13 +44,13 @@ def explain(
         if isinstance(one, OverrideParseException):
             return _unparsed(one.override)
         if isinstance(one, MissingConfigException):
-            return _missing_config(one)
+            return _missing_config(one, values)
         if isinstance(one, yaml.MarkedYAMLError):
             mark = one.problem_mark or one.context_mark
             place = f"{mark.name}, line {mark.line + 1}" if mark else "a config file"
             return ConfigError(f"{place}: not valid YAML: {one.problem or one.context}")
         if isinstance(one, MissingMandatoryValue | InterpolationKeyError | InterpolationResolutionError):
-            return unresolved(one.full_key, one, values.get(one.full_key or ""))
+            return unresolved(one.full_key, one)
     for one in chain:
         if isinstance(one, ConfigCompositionException) and (
             found := _of_composition(str(one), overrides, values, known)
@@ -92,14 +92,15 @@ def _unparsed(override: str) -> ConfigError:
     )
 
 
-def _missing_config(error: MissingConfigException) -> ConfigError:
+def _missing_config(error: MissingConfigException, values: dict[str, str | None]) -> ConfigError:
     path = error.missing_cfg_file
     if path is None:
         return ConfigError(_first_line([error]))
     where = re.match(r"In '([^']+)': ", str(error))
-    # The root's own defaults are taken by the command line's choices: naming it would mislead.
-    place = f" (chosen in {where[1]})" if where and "/" in where[1] else ""
     group, slash, choice = path.rpartition("/")
+    # Hydra names the root for whatever an experiment's file overrides there, which would mislead.
+    place = f" (chosen in {where[1]})" if where and "/" in where[1] else ""
+    place = place or ("" if group in values or not slash else " (chosen in a config file)")
     if slash and error.options is not None:
         return ConfigError(f"is no such choice{place}", key=group, value=choice, choices=sorted(error.options))
     if "primary config" in str(error):
@@ -107,7 +108,7 @@ def _missing_config(error: MissingConfigException) -> ConfigError:
     return ConfigError(f"is not a config on the search path{place}", key=path)
 
 
-def unresolved(name: str | None, error: OmegaConfBaseException, value: str | None = None) -> ConfigError:
+def unresolved(name: str | None, error: OmegaConfBaseException) -> ConfigError:
     """The error for a value that is missing or whose interpolation cannot be resolved."""
     key = name or str(error.key)
     if isinstance(error, MissingMandatoryValue):
@@ -119,14 +120,14 @@ def unresolved(name: str | None, error: OmegaConfBaseException, value: str | Non
         reason = f"there is no key {m[1]}"
     elif m := re.search(r"Unsupported interpolation type (\S+)", reason):
         reason = f"there is no resolver {m[1]}"
-    return ConfigError(f"cannot be resolved: {reason}", key=key, value=value)
+    return ConfigError(f"cannot be resolved: {reason}", key=key)
 
 
 def _of_composition(
     text: str, overrides: Sequence[str], values: dict[str, str | None], known: Callable[[], Sequence[str]]
 ) -> ConfigError | None:
     first = text.strip().splitlines()[0] if text.strip() else ""
-    where = re.match(r"In '([^']+)': ", first)
+    where = re.match(r"In '?([^':]+)'?: ", first)
     place = f" (in {where[1]})" if where else ""
     if m := re.search(r"Could not (?:override|delete from config\.|delete) '([^'=]+)(?:=[^']*)?'(.*)", first):
         name = m[1]
@@ -149,6 +150,10 @@ def _of_composition(
         return ConfigError("is a key already: write it without the +", key=m[1], value=values.get(m[1]))
     if m := re.search(r"looks like a config group override, but config group '([^']+)' does not", first):
         return ConfigError(f"is not a group{place}", key=m[1], choices=[k for k in known() if "." not in k])
+    if m := re.search(r"Override '([^':]+?) ?: ?[^']*' is defined before", first):
+        return ConfigError(
+            f"'override /{m[1]}: …' comes last in the defaults of a config{place}, after all without override"
+        )
     if m := re.search(r"Multiple values for ([^.]+)\.", first):
         return ConfigError(
             f"is chosen twice; an experiment's file writes 'override /{m[1]}: …' in its defaults", key=m[1]
