@@ -1,0 +1,310 @@
+"""Composing: Hydra's command line and anybody's YAML → one typed experiment, and errors in words of ours."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+
+from raytrainer.config import Composition, compose, flattened, from_text
+from raytrainer.config.foreign import FOREIGN_KEYS
+from raytrainer.config.schema import known_keys
+from raytrainer.config.typed import unknown_key
+from raytrainer.errors import ConfigError
+
+pytestmark = pytest.mark.usefixtures("in_tmp")
+
+
+def refusal(*overrides: str, config_dir: Path | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides, config_dir)
+    return str(caught.value)
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_an_experiment_is_typed_named_and_absolute(in_tmp: Path) -> None:
+    found = compose(["experiment=resnet", "optimizer.lr=0.05", "trainer.max_epochs=3"])
+    e = found.experiment
+    assert re.fullmatch(r"resnet-\d{8}-\d{6}-[0-9a-f]{4}", e.name or "")
+    assert e.storage_path == str(in_tmp / "runs")
+    assert e.trainer.max_epochs == 3
+    assert e.optimizer is not None
+    assert e.optimizer["lr"] == 0.05
+    assert dict(found.choices)["model"] == "resnet_digits"
+    assert found.overrides == ("experiment=resnet", "optimizer.lr=0.05", "trainer.max_epochs=3")
+
+
+def test_hydra_is_left_as_it_was() -> None:
+    compose(["experiment=mlp"])
+    refusal("experiment=nope")
+    assert not GlobalHydra.instance().is_initialized()
+
+
+def test_the_text_gives_the_same_experiment_again() -> None:
+    found = compose(["experiment=mlp", "name=one-${now:%Y}", "+callbacks.a={_target_: builtins.dict, x: '${seed}'}"])
+    again = from_text(found.text)
+    assert again.experiment == found.experiment
+    assert again.text == found.text
+    assert "now:" not in found.text
+
+
+def test_references_to_secrets_stay_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_SECRET", "hunter2")
+    found = compose(
+        ["experiment=mlp", "+data.train.key=${oc.env:A_SECRET}", "tracking.tracking_uri=${oc.env:A_SECRET}"]
+    )
+    assert found.experiment.data.train is not None
+    assert found.experiment.data.train["key"] == "hunter2"
+    assert "hunter2" not in found.text
+    assert "${oc.env:A_SECRET}" in found.text
+    assert "hunter2" not in str(flattened(found.text))
+    assert "hunter2" not in str(found.overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        # keys
+        ("trainer.max_epoch=3", "trainer.max_epoch=3 is not a key; valid: trainer.max_epochs"),
+        ("+trainer.max_epoch=3", "trainer.max_epoch=3 is not a key; valid: trainer.max_epochs"),
+        ("++trainer.max_epoch=3", "trainer.max_epoch=3 is not a key; valid: trainer.max_epochs"),
+        ("~trainer.max_epoch", "trainer.max_epoch is not a key; valid: trainer.max_epochs"),
+        ("~trainer.max_steps", "trainer.max_steps is null already"),
+        ("+trainr.max_epochs=3", "trainr.max_epochs=3 is not a key; valid: trainer.max_epochs"),
+        ("optimizer.lrr=3", "optimizer.lrr=3 is not a key (with a + in front it is given to the _target_ as a further"),
+        ("model=resnet_digits model.norms=group", "model.norms=group is not a key (with a +"),
+        ("model=resnet_digits model.norms=group", r"valid: model.norm"),
+        ("+optimizer.lr=3", "optimizer.lr=3 is a key already: write it without the +"),
+        ("callbacks.mine=3", "callbacks.mine=3 is not there; a callback is added as +callbacks.mine={_target_: …}"),
+        (
+            "trainer.early_stopping.patience=3",
+            "trainer.early_stopping.patience=3 is below trainer.early_stopping, which is",
+        ),
+        (
+            "scaling.resources_per_worker.CPU=2",
+            "scaling.resources_per_worker.CPU=2 is below scaling.resources_per_worker",
+        ),
+        ("hydra.foo=1", "hydra.foo=1 is not a key; --cfg hydra shows Hydra's own"),
+        # groups
+        ("optimizer=sdg", "optimizer=sdg is no such choice; valid: sgd, adamw"),
+        ("experiment=resnt", "experiment=resnt is no such choice; valid: resnet, mlp, smoke"),
+        ("experiment=", "experiment= is no such choice; valid: mlp, resnet, smoke"),
+        ("optimizers=sgd", "optimizers=sgd is not a key; valid: optimizer"),
+        ("+optimizers=sgd", "optimizers=sgd is not a key; valid: optimizer"),
+        ("model=null", "model=null is a group; to choose nothing write ~model"),
+        ("debug=true", "debug=true is a group: it takes the name of a choice"),
+        ("~model", "model is not set; choose one of the group"),
+        ("optimizer@foo=sgd", "optimizer@foo=sgd chooses from a group that no config has a choice of"),
+        ("+optimizer@foo=sgd", "foo is not a key; valid: name, seed"),
+        # what cannot be read or resolved
+        ("foo", "'foo' is not key=value; a command comes first"),
+        ("=3", "'=3' is not key=value"),
+        ("optimizer.lr=[1", "optimizer.lr=[1 cannot be read: put text in quotes"),
+        ("optimizer.lr=1,2", "optimizer.lr=1,2 is several values: as a list optimizer.lr=[1,2], as a sweep"),
+        ("optimizer.lr=range(1,3)", "optimizer.lr=range(1,3) is a sweep, which needs -m first"),
+        ("optimizer.lr=${x.y}", "optimizer.lr cannot be resolved: there is no key x.y"),
+        (
+            "name=${oc.env:NOT_SET_ANYWHERE}",
+            "name cannot be resolved: the environment variable NOT_SET_ANYWHERE is not",
+        ),
+        ("data.train.split=${foo:3}", "data.train.split cannot be resolved: there is no resolver foo"),
+        ("optimizer.lr=???", "optimizer.lr is ??? and must be given"),
+        ("hydra.searchpath=[file:///not/there]", "hydra.searchpath=file:///not/there is not there"),
+        ("hydra.searchpath=[pkg://not.there]", "hydra.searchpath=pkg://not.there is not there"),
+        ("hydra.searchpath=3", "hydra.searchpath must be a list of strings"),
+        # values that do not fit together
+        ("trainer.max_epochs=null", "trainer.max_steps or trainer.max_epochs or trainer.max_time must be set"),
+        ("trainer.max_steps=3", "trainer.max_steps=3 and trainer.max_epochs=10 are both set"),
+        ("name=../../x", "name=../../x must be letters, digits"),
+        ("name=/abs", "name=/abs must be"),
+        ("name=..", "name=.. must be"),
+        (f"name={'x' * 101}", "name=xxx"),
+        ("scaling.num_workers=[2,1]", "scaling.num_workers=[2,1] must be a number from 1, or [least, most]"),
+        ("scaling.num_workers=true", "scaling.num_workers=true must be"),
+        ("cluster=inline scaling.num_workers=2", "scaling.num_workers=2 must be 1 with cluster=inline"),
+        (
+            "data.global_batch_size=1 scaling.num_workers=2",
+            "data.global_batch_size=1 is smaller than scaling.num_workers=2",
+        ),
+        ("cluster.address=x:1", "cluster.address=x:1 has no meaning with cluster=local; use cluster=existing"),
+        ("cluster=existing cluster.address=ray://x:1", "cluster.address=ray://x:1 must be auto or host:port"),
+        ("trainer.precision=16-mixed optimizer.fused=false", "trainer.precision=16-mixed needs a fused optimizer"),
+        ("+trainer.early_stopping.patience=3 data.val=null", "trainer.early_stopping needs data.val"),
+        ("data.train=null", "data.train is not set"),
+        ("~model._target_", "model has no _target_"),
+        ("+callbacks.a={}", "callbacks.a has no _target_"),
+    ],
+)
+def test_what_is_wrong_is_told_in_our_words(overrides: str, reason: str) -> None:
+    said = refusal("experiment=mlp", *overrides.split(" "))
+    assert reason in said
+    assert len(said.splitlines()) == 1
+    assert not re.search(r"struct|DictConfig|hydra\.cc|full_key|object_type|defaults list|OmegaConf", said)
+
+
+def test_several_wrong_things_do_not_hide_the_choices_of_another() -> None:
+    assert "valid: model.norm" in refusal("model=resnet_digits", "model.norms=group", "optimizerr=x")
+
+
+@pytest.mark.parametrize("key", sorted(FOREIGN_KEYS))
+def test_keys_of_other_frameworks_are_answered_with_ours(key: str) -> None:
+    for name in (key, f"trainer.{key}") if "." not in key else (key,):
+        said = str(unknown_key(name, 1, list(known_keys())))
+        assert said == f"{name}=1 is another framework's name; here it is {FOREIGN_KEYS[key]}"
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["gradient_clip_val", "+gradient_clip_val", "+trainer.gradient_clip_val", "training.steps", "+training.steps"],
+)
+def test_however_they_are_given(override: str) -> None:
+    assert "is another framework's name; here it is trainer.max_" in refusal("experiment=mlp", f"{override}=1")
+
+
+def test_the_answers_name_keys_that_exist() -> None:
+    from raytrainer.config import composed_keys
+
+    ours = {*composed_keys(["lr_scheduler=wsd"]), *composed_keys(["model=resnet_digits"]), *known_keys()}
+    for key, answer in FOREIGN_KEYS.items():
+        named = re.findall(
+            r"\b(?:trainer|data|checkpoint|optimizer|lr_scheduler|loss|scaling|tracking|model)\.\w+(?:\.\w+)?", answer
+        )
+        assert set(named) <= ours, (key, set(named) - ours)
+        assert named or re.match(r"(storage_path|name|seed|init_from|\w+=\w+|python -m|the dataset's)", answer), key
+
+
+def test_a_key_of_ours_that_the_choice_lacks_is_not_called_foreign() -> None:
+    said = refusal("experiment=mlp", "~optimizer.lr", "optimizer.lr=1")
+    assert "framework" not in said
+
+
+# --- a project of one's own ----------------------------------------------------------------------------------------
+
+
+def test_own_groups_and_experiments(in_tmp: Path) -> None:
+    conf = in_tmp / "conf"
+    write(conf / "model" / "tiny.yaml", "_target_: raytrainer.models.MLP\nin_features: 64\nnum_classes: 10\nwidth: 4\n")
+    write(conf / "augment" / "strong.yaml", "# @package data.train\nsplit: val\n")
+    write(
+        conf / "experiment" / "mine.yaml",
+        "# @package _global_\ndefaults:\n  - /augment: strong\n  - override /model: tiny\ntrainer:\n  max_steps: 2\n",
+    )
+    for e in (
+        compose(["experiment=mine"], "conf").experiment,
+        compose(["experiment=mine", f"hydra.searchpath=[file://{conf}]"]).experiment,
+    ):
+        assert e.model is not None
+        assert e.model["width"] == 4
+        assert e.data.train is not None
+        assert e.data.train["split"] == "val"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("trainer:\n  max_stepz: 3\n", "trainer.max_stepz=3 is not a key; valid: trainer.max_steps"),
+        ("trainer:\n  max_steps: abc\n", "trainer.max_steps=abc must be a whole number"),
+        ("trainer:\n  gradient_clip_val: 1\n", "trainer.gradient_clip_val=1 is another framework's name; here it is"),
+        ("model: 3\n", "model=3 must be a _target_ node"),
+        ("trainer: {max_steps: 3\n", "mine.yaml, line 5: not valid YAML"),
+        ("seed: 1\nseed: 2\n", "mine.yaml, line 5: not valid YAML: found duplicate key seed"),
+        ("- a\n", "experiment is not a section"),
+    ],
+)
+def test_their_keys_are_judged_as_ours(in_tmp: Path, text: str, reason: str) -> None:
+    head = "# @package _global_\ndefaults:\n  - override /model: mlp\n"
+    write(in_tmp / "conf" / "experiment" / "mine.yaml", head + text if not text.startswith("-") else text)
+    said = refusal("experiment=mine", config_dir=in_tmp / "conf")
+    assert reason in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("defaults", "reason"),
+    [
+        ("override /model: resnt", "model=resnt is no such choice (chosen in a config file); valid: resnet"),
+        ("override /modl: mlp", "cannot be chosen: no config has a choice of modl (in experiment/mine)"),
+        ("/model: resnet18", "model is chosen twice; an experiment's file writes 'override /model: …'"),
+        (
+            "override /model: mlp\n  - /data: digits",
+            "'override /model: …' comes last in the defaults of a config (in exper",
+        ),
+        ("/nope: x", "nope=x is no such choice"),
+        ("/nope", "nope is not a config on the search path (chosen in experiment/mine)"),
+    ],
+)
+def test_their_choices_are_judged_as_ours(in_tmp: Path, defaults: str, reason: str) -> None:
+    write(in_tmp / "conf" / "experiment" / "mine.yaml", f"# @package _global_\ndefaults:\n  - {defaults}\n")
+    assert reason in refusal("experiment=mine", config_dir=in_tmp / "conf")
+
+
+def test_a_forgotten_package_line_is_explained(in_tmp: Path) -> None:
+    write(in_tmp / "conf" / "experiment" / "mine.yaml", "trainer:\n  max_steps: 2\n")
+    assert "must say in its first line" in refusal("experiment=mine", config_dir=in_tmp / "conf")
+
+
+def test_a_choice_that_ours_would_shadow_is_refused_not_ignored(in_tmp: Path) -> None:
+    write(in_tmp / "conf" / "model" / "resnet18.yaml", "_target_: mine.Net\n")
+    said = refusal("experiment=mlp", "model=resnet18", config_dir=in_tmp / "conf")
+    assert said.startswith("model=resnet18 is in ")
+    assert "give yours another name" in said
+    compose(["experiment=mlp"], in_tmp / "conf")  # not chosen: nobody's harm
+
+
+def test_no_directory(in_tmp: Path) -> None:
+    assert refusal("experiment=mlp", config_dir=in_tmp / "nope").endswith("nope is not a directory")
+
+
+# --- a saved config with values on top -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved() -> Composition:
+    return compose(["experiment=mlp", "name=one"])
+
+
+def test_values_on_a_saved_config(saved: Composition) -> None:
+    e = from_text(saved.text, ["trainer.max_epochs=7", "+optimizer.amsgrad=true", "trainer.profile.start=3"]).experiment
+    assert e.trainer.max_epochs == 7
+    assert e.optimizer is not None
+    assert e.optimizer["amsgrad"] is True
+    assert e.trainer.profile is not None
+    assert (e.trainer.profile.start, e.trainer.profile.steps) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("trainer.max_epoch=7", "trainer.max_epoch=7 is not a key; valid: trainer.max_epochs"),
+        ("+trainer.max_epoch=7", "trainer.max_epoch=7 is not a key"),
+        ("optimizer.lrr=7", "optimizer.lrr=7 is not a key (with a +"),
+        ("trainer.max_epochs=abc", "trainer.max_epochs=abc must be a whole number"),
+        ("trainer.max_epochs=1,2", "is a sweep; here it must be one value"),
+        ("~trainer.max_epochs", "trainer.max_epochs cannot be deleted here"),
+        ("abc", "'abc' is not key=value"),
+        ("model=resnet18", "model=resnet18 must be a _target_ node"),
+    ],
+)
+def test_wrong_values_on_a_saved_config(saved: Composition, override: str, reason: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_text(saved.text, [override])
+    assert reason in str(caught.value)
+
+
+def test_a_config_saved_before_a_key_existed_gets_its_default(saved: Composition) -> None:
+    values = yaml.safe_load(saved.text)
+    del values["trainer"]["nonfinite"], values["failure"]
+    assert from_text(yaml.safe_dump(values)).experiment == saved.experiment
+
+
+def test_flattened() -> None:
+    text = "a: {b: {c: 1, d: [1, 2]}, e: {}}\nf: true\ng: null\n"
+    assert flattened(text) == {"a.b.c": "1", "a.b.d": "[1, 2]", "f": "true", "g": "null"}

@@ -1,0 +1,80 @@
+"""Every YAML in configs/ composes, binds and passes what of `check` needs no machine: each experiment, each choice."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raytrainer import preflight
+from raytrainer.config import Composition, compose
+from raytrainer.config.foreign import FOREIGN_KEYS
+from raytrainer.config.typed import defaults
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+FILES = sorted(CONFIGS.glob("*/*.yaml"))
+# What a choice needs beside it to be a whole experiment.
+BESIDE = {
+    ("experiment", "*"): [],
+    ("debug", "*"): ["experiment=mlp"],
+    ("cluster", "inline"): ["experiment=mlp", "scaling.num_workers=1"],
+}
+
+pytestmark = pytest.mark.usefixtures("in_tmp")
+
+
+def composed(file: Path) -> Composition:
+    group, choice = file.parent.name, file.stem
+    beside = BESIDE.get((group, choice), BESIDE.get((group, "*"), ["experiment=mlp"]))
+    return compose([*beside, f"{group}={choice}"])
+
+
+def test_there_are_some() -> None:
+    assert {"cluster", "data", "debug", "experiment", "loss", "lr_scheduler", "model", "optimizer"} <= {
+        file.parent.name for file in FILES
+    }
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}={file.stem}")
+def test_composes_and_passes_check(file: Path) -> None:
+    found = composed(file)
+    assert dict(found.choices)[file.parent.name] == file.stem
+    e = found.experiment
+    preflight.check_objects(e)
+    plenty = preflight.Resources(64.0, 8.0, 2.0**40, {"accelerator_type:H100": 8.0})
+    assert preflight.check_resources(e, plenty, "here") == []
+    assert preflight.check_environment(e, {}) == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}={file.stem}")
+def test_says_what_it_is(file: Path) -> None:
+    lines = [line for line in file.read_text().splitlines() if not line.startswith("# @package")]
+    assert re.match(r"# \w.{10,}", lines[0]), "the first line says what the file is for"
+    # A file that sets keys elsewhere than below its group's name says where.
+    elsewhere = file.parent.name in ("experiment", "debug")
+    assert file.read_text().startswith("# @package _global_\n") == elsewhere
+
+
+def test_every_group_is_a_package_for_wheels() -> None:
+    assert all((file.parent / "__init__.py").is_file() for file in FILES)
+
+
+def test_the_root_has_no_key_twice_and_repeats_no_default() -> None:
+    root = yaml.safe_load((CONFIGS / "train.yaml").read_text())
+    ours = {k: v for k, v in root.items() if k not in ("defaults", "hydra")}
+    assert set(ours) <= set(defaults())
+    assert ours["tracking"].items() & defaults()["tracking"].items() == set()
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-mixed", "64-true"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_every_optimizer_goes_with_every_precision(optimizer: str, precision: str) -> None:
+    compose(["experiment=mlp", f"optimizer={optimizer}", f"trainer.precision={precision}"])
+
+
+def test_no_config_uses_a_name_that_is_answered_as_foreign() -> None:
+    for file in FILES:
+        for key in re.findall(r"^\s*(\w+):", file.read_text(), re.MULTILINE):
+            assert key not in FOREIGN_KEYS or key in ("lr", "warmup_steps"), (file, key)

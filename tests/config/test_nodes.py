@@ -1,0 +1,209 @@
+"""`_target_` nodes: bound against their targets' signatures at any depth before anything is called, then built."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import pytest
+import torch
+
+from raytrainer.config import bind, build, compose, factory, locate
+from raytrainer.config.nodes import check_targets
+from raytrainer.errors import ConfigError
+
+HERE = __name__
+
+
+class Leaf:
+    def __init__(
+        self,
+        size: int,
+        rate: float = 0.1,
+        kind: Literal["a", "b"] = "a",
+        sizes: Sequence[int] = (),
+        pair: tuple[float, float] = (0.0, 0.0),
+        names: list[str] | None = None,
+        table: Mapping[str, int] | None = None,
+        hook: Callable[[], None] | None = None,
+        weight: torch.Tensor | float = 1.0,
+        path: pathlib.Path | None = None,
+        noted: Annotated[int, "a note"] = 0,
+        anything: Any = None,
+    ) -> None:
+        self.arguments = {k: v for k, v in locals().items() if k != "self"}
+
+
+class Open:
+    def __init__(self, size: int = 1, **kwargs: Any) -> None:
+        self.kwargs = kwargs
+
+
+class Failing:
+    def __init__(self) -> None:
+        raise ValueError("no such colour\nand more")
+
+
+def function(model: Any, batch: Any) -> dict[str, Any]:
+    return {"model": model, "batch": batch}
+
+
+NOT_CALLABLE = 3
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pytest's import mode leaves this module out of `sys.modules` under a name that a `_target_` could give."""
+    import sys
+
+    monkeypatch.setitem(sys.modules, "nodes_under_test", sys.modules[HERE])
+
+
+def leaf(**arguments: Any) -> dict[str, Any]:
+    return {"_target_": "nodes_under_test.Leaf", **arguments}
+
+
+def refusal(node: Any, key: str = "model", supplied: Sequence[str] = ()) -> str:
+    with pytest.raises(ConfigError) as caught:
+        bind(key, node, supplied)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"rate": 1, "kind": "b", "sizes": [1, 2], "pair": [0.5, 1], "names": ["x"], "table": {"a": 1}},
+        {"names": None, "table": None, "hook": None, "weight": 2.0, "path": "/tmp/x", "noted": 3},
+        {"hook": {"_target_": "nodes_under_test.Leaf", "size": 1}, "weight": {"_target_": "torch.ones", "_args_": [3]}},
+        {"anything": [{"a": {"b": None}}], "sizes": []},
+        {"rate": {"_target_": "builtins.float", "_args_": [3]}},
+    ],
+)
+def test_what_a_signature_allows_passes(arguments: dict[str, Any]) -> None:
+    bind("model", leaf(size=1, **arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"sice": 1}, "model.sice=1 is not an argument of nodes_under_test.Leaf; valid: size, sizes"),
+        ({"size": "abc"}, "model.size=abc must be a whole number"),
+        ({"size": 1.5}, "model.size=1.5 must be a whole number"),
+        ({"size": True}, "model.size=true must be a whole number"),
+        ({"size": None}, "model.size must be a whole number"),
+        ({"size": 1, "rate": "fast"}, "model.rate=fast must be a number"),
+        ({"size": 1, "kind": "c"}, "model.kind=c is no such choice; valid: a, b"),
+        ({"size": 1, "sizes": 3}, "model.sizes=3 must be a list (of a whole number)"),
+        ({"size": 1, "sizes": [1, "x"]}, "model.sizes=[1,x] must be a list"),
+        ({"size": 1, "pair": [1.0]}, "model.pair=[1.0] must be a list of 2 (a number)"),
+        ({"size": 1, "names": [1]}, "model.names=[1] must be a list (of text) or null"),
+        ({"size": 1, "table": [1]}, "model.table=[1] must be a mapping or null"),
+        ({"size": 1, "hook": "print"}, "model.hook=print must be a _target_ or null"),
+        ({"size": 1, "hook": {"padding": 2}}, "model.hook={padding:2} must be a _target_ or null"),
+        ({"size": 1, "weight": "x"}, "model.weight=x must be a number"),
+        ({"size": 1, "noted": "x"}, "model.noted=x must be a whole number"),
+        ({}, "model.size is a required argument of nodes_under_test.Leaf"),
+        ({"size": 1, "_partial_": 3}, "model._partial_=3 must be true or false"),
+        ({"size": 1, "_partal_": True}, "model._partal_=true is not an argument"),
+    ],
+)
+def test_what_it_excludes_is_refused(arguments: dict[str, Any], reason: str) -> None:
+    assert refusal(leaf(**arguments)).startswith(reason)
+
+
+def test_at_any_depth() -> None:
+    deep = leaf(size=1, anything={"list": [{"x": leaf(size=2, anything=[leaf(sise=3)])}]})
+    assert refusal(deep).startswith("model.anything.list[0].x.anything[0].sise=3 is not an argument")
+    assert refusal({"_target_": "builtins.dict", "_args_": [leaf(sise=3)]}).startswith("model._args_[0].sise=3")
+
+
+def test_arguments_by_position_and_by_us_are_not_missing() -> None:
+    bind("model", {"_target_": "nodes_under_test.Leaf", "_args_": [1]})
+    bind("optimizer", {"_target_": "torch.optim.SGD", "lr": 0.1}, ["params"])
+    said = refusal({"_target_": "torch.optim.SGD", "lr": 0.1, "params": []}, "optimizer", ["params"])
+    assert said == "optimizer.params is given by raytrainer; leave it out"
+
+
+def test_open_ended_targets_take_anything_but_misspelt_words_of_hydra() -> None:
+    bind("model", {"_target_": "nodes_under_test.Open", "whatever": 1})
+    assert "is not an argument" in refusal({"_target_": "nodes_under_test.Open", "_recursiv_": False})
+
+
+def test_a_function_as_a_loss() -> None:
+    node = {"_target_": "nodes_under_test.function"}
+    assert "or with loss._partial_=true the function itself is used" in refusal(node, "loss")
+    bind("loss", {**node, "_partial_": True})
+    assert build({**node, "_partial_": True})("m", "b") == {"model": "m", "batch": "b"}
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("torch.optim.AdamWW", "cannot be imported: torch.optim has no AdamWW; valid: torch.optim.AdamW"),
+        ("torch.optm.AdamW", "cannot be imported: torch has no optm; valid: torch.optim"),
+        ("raytrainer.modls.MLP", "cannot be imported: raytrainer has no modls; valid: raytrainer.models"),
+        ("nosuchmodule.X", "cannot be imported: there is no module nosuchmodule"),
+        ("nodes_under_test.NOT_CALLABLE", "cannot be called"),
+        ("torch optim", "must be a dotted path"),
+        ("", "must be a dotted path"),
+        (3, "must be a dotted path"),
+        ("..torch", "must be a dotted path"),
+    ],
+)
+def test_targets_that_are_not_there(path: Any, reason: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        locate("optimizer", path)
+    assert str(caught.value).startswith(f"optimizer._target_={path} {reason}")
+
+
+def test_a_module_not_yet_imported_is_found_below_one_that_is(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "late_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "inner.py").write_text("def made(): return 7\n")
+    (package / "broken.py").write_text("import a_dependency_that_is_missing\n")
+    (package / "worse.py").write_text("raise RuntimeError('at import')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import late_package  # type: ignore[import-not-found]  # noqa: F401
+
+    assert locate("model", "late_package.inner.made")() == 7
+    with pytest.raises(ConfigError, match="No module named 'a_dependency_that_is_missing'"):
+        locate("model", "late_package.broken.made")
+    with pytest.raises(ConfigError, match="RuntimeError: at import"):
+        locate("model", "late_package.worse.made")
+
+
+def test_building() -> None:
+    made = build(leaf(size=1, sizes=[1, 2], anything={"x": leaf(size=2)}))
+    assert isinstance(made, Leaf)
+    assert made.arguments["sizes"] == [1, 2]
+    assert type(made.arguments["sizes"]) is list  # plain values, none of Hydra's
+    assert isinstance(made.arguments["anything"]["x"], Leaf)
+    assert build({"_target_": "collections.Counter"}) == collections.Counter()
+    assert isinstance(factory(leaf(size=1)), functools.partial)
+
+
+def test_a_constructor_that_refuses_is_told_with_its_reason() -> None:
+    with pytest.raises(ConfigError, match="ValueError: no such colour") as caught:
+        build({"_target_": "nodes_under_test.Failing"})
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert "and more" not in str(caught.value)
+
+
+def test_all_of_an_experiment_is_bound() -> None:
+    for key, value in {
+        "callbacks": {"a": {"_target_": "nodes_under_test.Leaf", "sise": 1}},
+        "loss": {"_target_": "raytrainer.losses.CrossEntropy", "inputs": "x"},
+        "lr_scheduler": {"_target_": "raytrainer.optim.Cosine", "warm": 1},
+    }.items():
+        e = compose(["experiment=mlp"]).experiment
+        setattr(e, key, value)
+        with pytest.raises(ConfigError, match=f"^{key}.* is not an argument of"):
+            check_targets(e)
+    e = compose(["experiment=mlp"]).experiment
+    e.data.collate_fn = {"_target_": "nodes_under_test.function", "_partial_": True, "modl": 1}
+    with pytest.raises(ConfigError, match=r"^data\.collate_fn\.modl=1 is not an argument of"):
+        check_targets(e)

@@ -1,0 +1,144 @@
+"""The schema: every key typed, bounded, and refused by name where it is wrong, however deep it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raytrainer.config import Experiment, schema, validate
+from raytrainer.config.checks import seconds
+from raytrainer.config.typed import defaults, typed
+from raytrainer.errors import ConfigError
+
+
+def nested(name: str, value: Any) -> dict[str, Any]:
+    """`a.b`, 3 → `{"a": {"b": 3}}`"""
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    found: dict[str, Any] = value
+    return found
+
+
+def refusal(name: str, value: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        validate(typed(nested(name, value)))
+    return str(caught.value)
+
+
+def leaves() -> list[str]:
+    sections = {k.rpartition(".")[0] for k in schema.known_keys()}
+    return [k for k in schema.known_keys() if k not in sections]
+
+
+def test_defaults_are_valid_and_give_the_same_experiment() -> None:
+    assert typed(defaults()) == Experiment()
+    validate(Experiment())
+
+
+def test_known_keys_are_every_key_once() -> None:
+    keys = list(schema.known_keys())
+    assert len(keys) == len(set(keys))
+    assert {"seed", "trainer.max_steps", "trainer.profile", "trainer.profile.start", "cluster.address"} <= set(keys)
+
+
+@pytest.mark.parametrize(
+    ("name", "given_", "stored"),
+    [
+        ("trainer.max_steps", "12", 12),  # text, as from ${oc.env:…}
+        ("trainer.max_steps", 1e3, 1000),
+        ("trainer.max_grad_norm", 1, 1.0),
+        ("trainer.max_grad_norm", "0.5", 0.5),
+        ("trainer.channels_last", "yes", True),
+        ("tracking.required", "off", False),
+        ("name", 123, "123"),
+        ("trainer.max_steps", None, None),
+        ("scaling.resources_per_worker", {"CPU": "2"}, {"CPU": 2.0}),
+    ],
+)
+def test_values_become_their_type(name: str, given_: Any, stored: Any) -> None:
+    found: Any = typed(nested(name, given_))
+    for part in name.split("."):
+        found = getattr(found, part)
+    assert found == stored
+    assert type(found) is type(stored)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("trainer.max_steps", "abc", "trainer.max_steps=abc must be a whole number"),
+        ("trainer.max_steps", 1.5, "trainer.max_steps=1.5 must be a whole number"),
+        ("trainer.max_steps", True, "trainer.max_steps=true must be a whole number"),
+        ("trainer.max_steps", math.inf, "trainer.max_steps=inf must be a whole number"),
+        ("trainer.max_steps", 0, "trainer.max_steps=0 must be at least 1"),
+        ("trainer.max_grad_norm", math.nan, "trainer.max_grad_norm=nan must be at least 0"),
+        ("trainer.ema_decay", 1.1, "trainer.ema_decay=1.1 must be at most 1"),
+        ("trainer.channels_last", 3, "trainer.channels_last=3 must be true or false"),
+        ("seed", None, "seed must be a whole number, not null"),
+        ("seed", -1, "seed=-1 must be at least 0"),
+        ("storage_path", ["a"], "storage_path=[a] must be text"),
+        ("scaling.label_selector", "a", "scaling.label_selector=a must be a mapping"),
+        ("scaling.resources_per_worker", {"CPU": "x"}, "scaling.resources_per_worker.CPU=x must be a number"),
+        ("model", "resnet", "model=resnet must be a _target_ node"),
+        ("trainer", 3, "trainer=3 must be a section of keys"),
+        ("trainer", None, "trainer must be a section of keys, not null"),
+        ("trainer.profile", 3, "trainer.profile=3 must be a section of keys; valid: start, steps"),
+        ("trainer.profile.strt", 3, "trainer.profile.strt=3 is not a key; valid: trainer.profile.start"),
+        ("trainer.max_epoch", 3, "trainer.max_epoch=3 is not a key; valid: trainer.max_epochs"),
+        ("trainr.max_epochs", 3, "trainr.max_epochs=3 is not a key; valid: trainer.max_epochs"),
+        ("monitor", "val/loss", "monitor=val/loss is not a key; valid: trainer.early_stopping.monitor, checkpoint.mon"),
+        ("checkpoint.mode", "maximum", "checkpoint.mode=maximum is not a valid choice; valid: max, min"),
+        ("trainer.precision", "bf16", "trainer.precision=bf16 is not a valid choice; valid: bf16-true, bf16-mixed"),
+        ("data.resident", 1, "data.resident=1 is not a valid choice; valid: auto, true, false"),
+    ],
+)
+def test_what_is_wrong_is_refused_by_key_and_value(name: str, value: Any, reason: str) -> None:
+    assert refusal(name, value).startswith(reason)
+
+
+@pytest.mark.parametrize("name", leaves())
+def test_no_key_takes_a_list_of_mappings(name: str) -> None:
+    """Every typed leaf refuses what it surely is not; `Any` ones are judged by their choices or by `check_together`."""
+    if name in {"trainer.max_time", "scaling.num_workers"}:
+        return
+    assert refusal(name, [{"a": 1}]).startswith(name)
+
+
+@given(st.sampled_from(leaves()), st.text(max_size=8) | st.integers() | st.floats() | st.booleans() | st.none())
+def test_nothing_but_a_config_error_comes_of_a_value(name: str, value: Any) -> None:
+    try:
+        validate(typed(nested(name, value)))
+    except ConfigError as error:
+        assert error.key == name  # noqa: PT017  the point is that no other exception comes
+
+
+def test_a_file_without_its_package_line_is_explained() -> None:
+    with pytest.raises(ConfigError, match=r"^experiment is not a section: .*first line.*# @package _global_"):
+        typed({"experiment": {"trainer": {"max_steps": 1}}}, ["experiment"])
+    with pytest.raises(ConfigError, match="the chosen file of group augment must say in its first line"):
+        typed({"augment": {"padding": 2}}, ["augment"])
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(None, None), (90, 90.0), ("90s", 90.0), ("1h30m", 5400.0), ("2d", 172800.0), ("01:30:05", 5405.0), (0.5, 0.5)],
+)
+def test_durations(value: Any, expected: float | None) -> None:
+    assert seconds(value) == expected
+
+
+@pytest.mark.parametrize("value", ["", "5x", "1:2", -1, 0, True, "0s", [3], math.nan])
+def test_no_durations(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.max_time.* must be a duration"):
+        seconds(value)
+
+
+def test_every_section_is_strict() -> None:
+    for f in dataclasses.fields(Experiment):
+        if schema.section_of(f) is not None:
+            assert f"{f.name}.nonsense_key=1 is not a key" in refusal(f"{f.name}.nonsense_key", 1)

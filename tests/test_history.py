@@ -1,0 +1,187 @@
+"""Runs that were: found by name or MLflow id, gone on with, or done again; and what is refused of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from raytrainer import history
+from raytrainer.config import compose
+from raytrainer.errors import ConfigError, RunNotFound, StorageError
+from raytrainer.run import Record
+from raytrainer.storage import Storage
+
+RUN_ID = "0123456789abcdef0123456789abcdef"
+
+
+@pytest.fixture
+def past(in_tmp: Path) -> Record:
+    """A run that was, as its directory says: `mlp-20260101-120000-abcd`, below ./runs."""
+    return recorded("mlp-20260101-120000-abcd", RUN_ID)
+
+
+def recorded(name: str, run_id: str | None = None) -> Record:
+    composition = compose(["experiment=mlp", f"name={name}"])
+    assert composition.experiment.storage_path is not None
+    storage = Storage(composition.experiment.storage_path).child(name)
+    record = Record(name, storage.uri, run_id, "sqlite:////x.db", "mlp", status="FINISHED", attempts=1)
+    storage.write_bytes("config.yaml", composition.text.encode())
+    record.write(storage)
+    return record
+
+
+def test_found_by_name_and_by_mlflow_id(past: Record) -> None:
+    for identifier in (past.name, RUN_ID):
+        record, storage = history.find(identifier)
+        assert record == past
+        assert storage.uri == past.run_dir
+
+
+def test_found_elsewhere_through_the_tracking_store(
+    past: Record, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://somewhere")
+    asked = []
+
+    def find_run_dir(uri: str, identifier: str) -> str:
+        asked.append((uri, identifier))
+        return past.run_dir
+
+    monkeypatch.setattr("raytrainer.tracking.find_run_dir", find_run_dir)
+    assert history.find(past.name)[0] == past
+    assert asked == [("http://somewhere", past.name)]
+
+
+def test_a_place_that_is_gone(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://somewhere")
+    monkeypatch.setattr("raytrainer.tracking.find_run_dir", lambda *_: str(in_tmp / "gone"))
+    with pytest.raises(RunNotFound, match=r"its directory .*gone is gone"):
+        history.find("one")
+
+
+def test_not_found_tells_the_nearest(past: Record) -> None:
+    with pytest.raises(RunNotFound, match=f"no run of this name or MLflow id in .*; there are {past.name}"):
+        history.find("mlp-20260101-120000-abce")
+    with pytest.raises(RunNotFound, match="; there are "):
+        history.find("zzzzzz")
+
+
+def test_nothing_there(in_tmp: Path) -> None:
+    with pytest.raises(RunNotFound, match=r"^one: no run of this name or MLflow id in \S+ or the tracking store$"):
+        history.find("one")
+
+
+@pytest.mark.parametrize("identifier", ["../x", "/etc", "a b", "", ".", "..", "x/y", "x\n", "$(reboot)"])
+def test_hostile_names_lead_nowhere(past: Record, identifier: str) -> None:
+    with pytest.raises(RunNotFound, match="is neither a run's name nor an MLflow run id"):
+        history.find(identifier)
+
+
+def test_others_in_the_directory_do_no_harm(past: Record) -> None:
+    runs = Path("runs")
+    (runs / "a-file").write_text("")
+    (runs / "empty").mkdir()
+    for name, text in {"broken": "{", "list": "[1]", "less": "{}"}.items():
+        (runs / name).mkdir()
+        (runs / name / "run.json").write_text(text)
+    assert history.find(RUN_ID)[0] == past
+    with pytest.raises(StorageError, match=r"broken/run\.json is no record of a run"):
+        history.find("broken")
+
+
+def test_a_record_of_a_later_version_is_read(past: Record) -> None:
+    path = Path(past.run_dir, "run.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "of_the_future": 1}))
+    assert history.find(past.name)[0] == past
+
+
+# --- resume --------------------------------------------------------------------------------------------------------
+
+
+def test_resume_applies_values(past: Record) -> None:
+    overrides = ["trainer.max_epochs=20", "optimizer.lr=0.01", "scaling.num_workers=2"]
+    composition, record, changed = history.to_resume(past.name, overrides)
+    assert record == past
+    assert changed == ["lr"]
+    e = composition.experiment
+    assert (e.name, e.trainer.max_epochs, e.scaling.num_workers) == (past.name, 20, 2)
+    assert e.optimizer is not None
+    assert e.optimizer["lr"] == 0.01
+
+
+@pytest.mark.parametrize(
+    "override", ["model=resnet18", "optimizer=sgd", "experiment=resnet", "+cluster=inline", "~lr_scheduler"]
+)
+def test_resume_refuses_choices_of_groups(past: Record, override: str) -> None:
+    with pytest.raises(ConfigError, match=f"raytrainer rerun {past.name} …, a new run"):
+        history.to_resume(past.name, [override])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "name=other",
+        "seed=3",
+        "init_from=x",
+        "storage_path=/x",
+        "model.width=3",
+        "+model.new=3",
+        "loss.label_smoothing=0.1",
+        "optimizer._target_=torch.optim.SGD",
+        "lr_scheduler._target_=x.Y",
+        "data.train.split=val",
+        "data.global_batch_size=64",
+        "data.shuffle=false",
+        "data.drop_last=false",
+        "trainer.precision=64-true",
+        "trainer.ema_decay=0.9",
+        "checkpoint.monitor=val/loss",
+        "checkpoint.mode=min",
+        "+callbacks.a={_target_: a.b}",
+        "tracking.tracking_uri=http://x",
+    ],
+)
+def test_resume_refuses_what_changes_the_checkpoints_meaning(past: Record, override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        history.to_resume(past.name, [override])
+    key = override.partition("=")[0].lstrip("+")
+    assert str(caught.value).startswith(f"{key}=")
+    assert f"raytrainer rerun {past.name} {override} starts a new run" in str(caught.value)
+
+
+def test_resume_refuses_wrong_values_as_a_first_launch_does(past: Record) -> None:
+    with pytest.raises(ConfigError, match=r"^trainer\.max_epoch=3 is not a key; valid: trainer\.max_epochs"):
+        history.to_resume(past.name, ["trainer.max_epoch=3"])
+
+
+def test_a_config_that_is_gone(past: Record) -> None:
+    Path(past.run_dir, "config.yaml").unlink()
+    with pytest.raises(RunNotFound, match=r"its config\.yaml in .* is gone"):
+        history.to_resume(past.name, [])
+
+
+# --- rerun ---------------------------------------------------------------------------------------------------------
+
+
+def test_rerun_is_a_new_run_of_the_same_thing(past: Record) -> None:
+    before = history.to_resume(past.name, [])[0].experiment
+    e = history.to_rerun(past.name, ["model.width=32", "seed=3"]).experiment
+    assert e.name is not None
+    assert e.name.startswith("mlp-")
+    assert e.name != past.name
+    assert e.name.count("-") == past.name.count("-")  # not mlp-DATE-HEX-DATE-HEX
+    assert e.model is not None
+    assert (e.model["width"], e.seed, e.data) == (32, 3, before.data)
+
+
+def test_rerun_under_a_name(past: Record) -> None:
+    assert history.to_rerun(past.name, ["name=again"]).experiment.name == "again"
+
+
+def test_rerun_refuses_wrong_keys(past: Record) -> None:
+    with pytest.raises(ConfigError, match=r"^model\.widht=3 is not a key .*valid: model\.width"):
+        history.to_rerun(past.name, ["model.widht=3"])

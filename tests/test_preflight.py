@@ -1,0 +1,199 @@
+"""Pure checks over an experiment and what probes found: each problem a sentence with key, value and the way out."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytrainer import preflight
+from raytrainer.config import Experiment, compose
+from raytrainer.errors import ConfigError, PreflightError, StorageError, StorageFull, TrackingDenied
+from raytrainer.preflight import Resources
+from raytrainer.storage import Storage
+from raytrainer.tracking import check_tracking
+
+pytestmark = pytest.mark.usefixtures("in_tmp")
+
+
+def experiment(*overrides: str) -> Experiment:
+    return compose(["experiment=mlp", *overrides]).experiment
+
+
+@pytest.mark.parametrize(
+    ("overrides", "resources", "problems"),
+    [
+        (["scaling.num_workers=2"], Resources(2), []),
+        (
+            ["scaling.num_workers=4"],
+            Resources(2),
+            ["scaling.num_workers=4 × 1 CPU = 4 CPUs, and here has 2 CPUs; scaling"],
+        ),
+        (["scaling.num_workers=4"], Resources(2), ["scaling.num_workers=2 fits"]),
+        (["scaling.num_workers=[2,8]"], Resources(2), []),  # elastic: the least is what must fit
+        (["scaling.num_workers=[3,8]"], Resources(2), ["scaling.num_workers=3 × 1 CPU"]),
+        (["scaling.use_gpu=true"], Resources(2), ["scaling.num_workers=1 × 1 GPU = 1 GPU, and here has 0 GPUs"]),
+        (["scaling.use_gpu=true"], Resources(2), ["scaling.use_gpu=false trains on CPUs"]),
+        (["scaling.use_gpu=true", "scaling.num_workers=3"], Resources(8, 2), ["scaling.num_workers=2 fits"]),
+        (["scaling.num_workers=2"], Resources(8, 1), []),  # auto: not enough GPUs for all, so CPUs
+        (["+scaling.resources_per_worker={CPU: 4}"], Resources(2), ["resources_per_worker.CPU must be at most 2"]),
+        (["+scaling.resources_per_worker={CPU: 0.5}", "scaling.num_workers=4"], Resources(2), []),
+        (
+            ["+scaling.resources_per_worker.memory=2e10"],
+            Resources(2, memory=1e10),
+            ["= 18.6 GiB of memory, and here has 9.3 GiB of memory; scaling.resources_per_worker.memory must be"],
+        ),
+        (["+scaling.resources_per_worker.FPGA=1"], Resources(2), ["1 FPGA, and here has 0 FPGA"]),
+        (["+scaling.resources_per_worker.FPGA=1"], Resources(2, other={"FPGA": 1.0}), []),
+        (
+            ["scaling.accelerator_type=H100"],
+            Resources(2),
+            ["scaling.accelerator_type=H100, and here has no accelerator"],
+        ),
+        (
+            ["scaling.accelerator_type=H100"],
+            Resources(2, other={"accelerator_type:A100": 1.0, "node:1": 1.0}),
+            ["scaling.accelerator_type=H100, and here has A100"],
+        ),
+        (["scaling.accelerator_type=A100"], Resources(2, other={"accelerator_type:A100": 1.0}), []),
+    ],
+)
+def test_more_than_there_is(overrides: list[str], resources: Resources, problems: list[str]) -> None:
+    found = preflight.check_resources(experiment(*overrides), resources, "here")
+    assert len(found) == len(problems)
+    assert all(wanted in one for wanted, one in zip(problems, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("use_gpu", "gpus", "uses"), [("auto", 0, False), ("auto", 1, True), ("true", 0, True), ("false", 8, False)]
+)
+def test_whether_gpus_are_used(use_gpu: str, gpus: int, uses: bool) -> None:
+    assert preflight.uses_gpu(experiment(f"scaling.use_gpu={use_gpu}"), Resources(2, gpus)) is uses
+
+
+def test_resources_of_a_cluster() -> None:
+    found = Resources.of_ray({"CPU": 4.0, "memory": 8.0, "node:10.0.0.1": 1.0, "TPU": 2.0})
+    assert (found.cpus, found.gpus, found.memory, found.get("TPU"), found.get("nothing")) == (4.0, 0, 8.0, 2.0, 0.0)
+
+
+def test_this_machine() -> None:
+    found = preflight.this_machine()
+    assert 1 <= found.cpus <= (os.cpu_count() or 1)
+    assert found.memory is not None
+    assert found.memory > 2**28
+
+
+@pytest.mark.parametrize("path", ["/proc/runs", "a-file/runs", "a-file"])
+def test_storage_that_cannot_be_written(in_tmp: Path, path: str) -> None:
+    """As root too: no permission refuses these, the file system does."""
+    (in_tmp / "a-file").write_text("")
+    storage = Storage(str(in_tmp / path))
+    (problem,) = preflight.check_storage(storage.child("run").check_writable, path)
+    assert problem.startswith(f"storage_path={path} cannot be used: ")
+    assert preflight.check_storage(Storage(str(in_tmp / "new" / "deep")).check_writable, "new") == []
+    assert not (in_tmp / "new").exists()  # looking creates nothing
+
+
+def test_other_errors_of_storage() -> None:
+    def full() -> None:
+        raise StorageFull("no space at /x")
+
+    assert preflight.check_storage(full, "/x") == ["storage_path=/x cannot be used: no space at /x"]
+
+
+def closed_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def test_a_tracking_server_that_is_not_there() -> None:
+    uri = f"http://127.0.0.1:{closed_port()}"
+    (problem,) = preflight.check_tracking(check_tracking, uri, required=True)
+    assert uri in problem
+    assert "tracking.required=false trains all the same" in problem
+    assert preflight.check_tracking(check_tracking, uri, required=False) == []
+
+
+def test_a_tracking_server_that_refuses() -> None:
+    def refuse(uri: str) -> None:
+        raise TrackingDenied(f"{uri} refuses the credentials")
+
+    (problem,) = preflight.check_tracking(refuse, "http://x", required=True)
+    assert problem.startswith("http://x refuses the credentials")
+
+
+def test_ray_address_and_a_ray_of_ones_own() -> None:
+    environ = {"RAY_ADDRESS": "10.0.0.1:6379"}
+    (problem,) = preflight.check_environment(experiment(), environ)
+    assert problem.startswith("RAY_ADDRESS=10.0.0.1:6379 is set and cluster=local")
+    assert "use cluster=existing" in problem
+    assert preflight.check_environment(experiment("cluster=existing"), environ) == []
+    assert preflight.check_environment(experiment("cluster=inline"), environ) == []
+    assert preflight.check_environment(experiment(), {}) == []
+
+
+def test_all_problems_are_told_at_once() -> None:
+    preflight.refuse([])
+    with pytest.raises(PreflightError) as caught:
+        preflight.refuse(["one", "two"])
+    assert caught.value.problems == ("one", "two")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["optimizer.lr=abc"], "optimizer.lr=abc must be a number"),
+        (["optimizer.lr=-1"], "optimizer is refused by its constructor: Invalid learning rate: -1"),
+        (["optimizer=sgd", "optimizer.momentum=0"], "Nesterov momentum requires a momentum"),
+        (["lr_scheduler.warmup_steps=-3"], "lr_scheduler.warmup_steps=-3 must be"),
+        (["model.width=1.5"], "model.width=1.5 must be a whole number"),
+        (["data.train.split=trn"], "data.train.split=trn is no such choice; valid: train, val"),
+        (["+callbacks.mine={_target_: collections.OrderedDict}"], "callbacks.mine=OrderedDict has none of the hooks"),
+    ],
+)
+def test_objects_that_would_refuse(overrides: list[str], reason: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        preflight.check_objects(experiment(*overrides))
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["~optimizer", "+optimizer={_target_: torch.optim.Muon, lr: 0.1}"],
+        ["lr_scheduler=wsd", "trainer.max_time=1h", "trainer.max_epochs=null", "trainer.max_steps=100"],
+        [
+            "++lr_scheduler={_target_: torch.optim.lr_scheduler.StepLR, step_size: 3}",
+            "~lr_scheduler.warmup_steps",
+            "~lr_scheduler.min_factor",
+        ],
+        ["~lr_scheduler"],
+        ["+callbacks.none=null"],
+    ],
+)
+def test_objects_that_would_not(overrides: list[str]) -> None:
+    preflight.check_objects(experiment(*overrides))
+
+
+def test_weights_to_begin_with(in_tmp: Path) -> None:
+    (in_tmp / "weights.safetensors").write_bytes(b"x")
+    preflight.check_init_from(experiment("init_from=weights.safetensors"), str(in_tmp / "runs" / "one"))
+    preflight.check_init_from(experiment(), str(in_tmp / "runs" / "one"))
+    for source in ("nope", "/not/there", "runs"):
+        with pytest.raises(ConfigError, match=f"^init_from={source} cannot be used: neither a file of weights"):
+            preflight.check_init_from(experiment(f"init_from={source}"), str(in_tmp / "runs" / "one"))
+
+
+def test_an_error_of_ours_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug in a probe is not told as the user's mistake."""
+
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        preflight.check_storage(broken, "/x")
+    assert issubclass(StorageFull, StorageError)

@@ -1,0 +1,140 @@
+"""What a person sees while it trains: messages from rank 0, one live line on a terminal, clean lines elsewhere."""
+
+from __future__ import annotations
+
+import io
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from raytrainer import progress
+from raytrainer.events import CheckpointSaved, EvalEnd, FitStart, Logged
+from raytrainer.progress import Display, Reporter, duration, figures, from_line, progress_line, to_line
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+METRICS = {"train/loss": 0.21134, "train/lr": 0.0941, "train/samples_per_second": 4812.4}
+LOG: dict[str, Any] = {
+    "kind": "log",
+    "step": 30,
+    "total": 132,
+    "epoch": 3,
+    "epochs": 12,
+    "left": 21.2,
+    "metrics": METRICS,
+}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Time by hand."""
+    now = SimpleNamespace(seconds=100.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now.seconds))
+    return now
+
+
+def test_a_message_survives_a_workers_output() -> None:
+    assert from_line(to_line(LOG)) == LOG
+    assert math.isnan(from_line(to_line({"kind": "log", "left": math.nan}))["left"])  # type: ignore[index]
+    assert "\n" not in to_line({"text": "two\nlines"})
+
+
+@pytest.mark.parametrize("line", ["", "plain text", "raytrainer says hello", "{}", " " + to_line(LOG)])
+def test_text_of_a_person_is_not_a_message(line: str) -> None:
+    assert from_line(line) is None
+
+
+def test_progress_line() -> None:
+    assert progress_line(LOG) == "epoch 3/12  step 30/132  loss 0.2113  lr 0.0941  4,812 samples/s  0:21 left"
+
+
+def test_progress_line_of_a_run_without_a_known_end() -> None:
+    bare = progress_line({**LOG, "total": None, "epochs": None, "left": None, "metrics": {}})
+    assert bare == "epoch 3  step 30  loss nan  lr nan  nan samples/s"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0, "0:00"), (20.6, "0:21"), (59.7, "1:00"), (725, "12:05"), (11099, "3:04:59")]
+)
+def test_duration(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
+
+
+def test_figures() -> None:
+    assert figures({"val/loss": 0.12614, "val/accuracy": 0.98333}) == "val/loss 0.1261  val/accuracy 0.9833"
+
+
+def test_the_reporter_tells_what_the_loop_tells(clock: SimpleNamespace) -> None:
+    told: list[dict[str, Any]] = []
+    reporter = Reporter(told.append)
+    reporter.on_fit_start(None, FitStart(step=10, total_steps=110, steps_per_epoch=11, world_size=2, parameters=99))
+    clock.seconds += 4.0
+    reporter.on_log(None, Logged(step=30, epoch=2, metrics=METRICS))
+    reporter.on_eval_end(None, EvalEnd(step=33, epoch=2, metrics={"val/loss": 1.0}))
+    reporter.on_checkpoint(None, CheckpointSaved(step=33, metric=1.0, stall_s=0.1))
+    assert [m["kind"] for m in told] == ["start", "log", "eval", "checkpoint"]
+    # From step 10, where it went on: 20 steps in 4 s, 80 to go.
+    assert told[1]["left"] == pytest.approx(16.0)
+    assert (told[1]["epoch"], told[1]["epochs"], told[1]["total"]) == (3, 10, 110)
+    assert all(from_line(to_line(m)) == m for m in told)
+
+
+def test_without_a_known_end_no_time_left(clock: SimpleNamespace) -> None:
+    told: list[dict[str, Any]] = []
+    reporter = Reporter(told.append)
+    reporter.on_fit_start(None, FitStart(step=0, total_steps=None, steps_per_epoch=None, world_size=1, parameters=9))
+    reporter.on_log(None, Logged(step=5, epoch=0, metrics=METRICS))
+    assert told[1]["left"] is None
+    assert told[1]["epochs"] is None
+
+
+def test_no_terminal_gets_clean_lines_one_in_five_seconds(clock: SimpleNamespace) -> None:
+    stream = io.StringIO()
+    display = Display(stream)
+    for step in range(1, 11):
+        clock.seconds += 1.0
+        display.show({**LOG, "step": step, "total": 100})
+    display.show({**LOG, "step": 100, "total": 100})  # the last is always said
+    display.show({"kind": "eval", "step": 100, "epoch": 9, "metrics": {"val/loss": 0.5}})
+    lines = stream.getvalue().splitlines()
+    assert [line.split("  ")[1] for line in lines] == ["step 1/100", "step 6/100", "step 100/100", "step 100"]
+    assert not any(c in stream.getvalue() for c in "\r\x1b")
+
+
+def test_a_terminal_gets_one_live_line(clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    stream = Terminal()
+    display = Display(stream)
+    display.show(LOG)
+    assert stream.getvalue() == progress_line(LOG)[:29]  # never wraps
+    display.show({**LOG, "step": 31})
+    assert "\n" not in stream.getvalue()
+    display.say("kept")
+    display.close()
+    assert stream.getvalue().endswith("\r\x1b[Kkept\n")
+
+
+def test_every_line_for_good_also_goes_to_the_log(clock: SimpleNamespace) -> None:
+    stream, log = Terminal(), io.StringIO()
+    display = Display(stream)
+    display.also = log
+    display.show({"kind": "start", "step": 0, "parameters": 308074})
+    display.show(LOG)
+    display.show({"kind": "warning", "text": "odd"})
+    assert log.getvalue() == "training 308,074 parameters\nwarning: odd\n"
+
+
+def test_going_on_is_said_and_the_last_step_is_remembered(clock: SimpleNamespace) -> None:
+    stream = io.StringIO()
+    display = Display(stream)
+    display.show({"kind": "start", "step": 40, "parameters": 1})
+    display.show({"kind": "checkpoint", "step": 55})
+    display.show({"kind": "hello", "rank": 0})
+    assert stream.getvalue() == "going on after step 40\n"
+    assert display.step == 55

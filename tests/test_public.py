@@ -1,0 +1,141 @@
+"""The public names, frozen: a change here is a change for users, and belongs into CHANGELOG.md."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import raytrainer
+from raytrainer.events import HOOKS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# By `__all__`.
+PUBLIC = {
+    "raytrainer": """
+        Composition Experiment FitResult Outcome Trainer __version__ check compose errors launch
+    """,
+    "raytrainer.checkpoint": """
+        CheckpointInfo Checkpointer find_weights read_weights
+    """,
+    "raytrainer.config": """
+        CONFIG_MODULE CONFIG_NAME CheckpointConfig ClusterConfig Composition DataConfig EarlyStopping
+        Experiment FailureConfig Profile ScalingConfig TrackingConfig TrainerConfig bind build check_keys
+        check_sweep check_targets compose composed_keys explain factory flattened from_hydra from_text locate
+        new_name quiet register_schema validate
+    """,
+    "raytrainer.data": """
+        Arrays Batch ColumnDataset Digits Loader MicroBatch ParquetDataset RandomCropFlip
+    """,
+    "raytrainer.models": """
+        MLP ResNet resnet101 resnet152 resnet18 resnet34 resnet50
+    """,
+    "raytrainer.storage": """
+        Entry Lock Storage
+    """,
+    "raytrainer.tracking": """
+        MlflowTracker NullTracker Run Shipper Tracker check_tracking default_tracking_uri find_run_dir
+        open_run recorded_run_id register_model replay
+    """,
+}
+# Modules that users name in a `_target_`, and the exceptions: what they define.
+DEFINED = {
+    "raytrainer.errors": """
+        CheckpointCorrupt CheckpointError CheckpointNotFound ClusterLost ConfigError DataError NonFiniteLoss
+        PreflightError RaytrainerError Refused RunNotFound Stopped StorageError StorageFull StorageLocked
+        TrackingDenied TrackingError TrackingUnreachable TrainingError WorkerError nearest
+    """,
+    "raytrainer.losses": "CrossEntropy MeanSquaredError TokenCrossEntropy",
+    "raytrainer.optim": """
+        Constant Cosine Curve Linear WSD build_optimizer build_scheduler mend_fused_sgd parameter_groups
+    """,
+}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names(module: str) -> None:
+    found = importlib.import_module(module)
+    assert sorted(found.__all__) == sorted(PUBLIC[module].split())
+    for name in found.__all__:
+        assert getattr(found, name) is not None
+
+
+@pytest.mark.parametrize("module", DEFINED)
+def test_defined_names(module: str) -> None:
+    found = importlib.import_module(module)
+    defined = [n for n, x in vars(found).items() if not n.startswith("_") and getattr(x, "__module__", "") == module]
+    assert sorted(
+        n for n in defined if inspect.isclass(vars(found)[n]) or inspect.isfunction(vars(found)[n])
+    ) == sorted(DEFINED[module].split())
+
+
+@pytest.mark.parametrize("module", [*PUBLIC, *DEFINED])
+def test_each_is_documented(module: str) -> None:
+    found = importlib.import_module(module)
+    assert found.__doc__
+    for name in (PUBLIC.get(module) or DEFINED[module]).split():
+        thing = getattr(found, name)
+        if inspect.isfunction(thing):
+            assert thing.__doc__, f"{module}.{name}"
+
+
+def test_hooks_of_a_callback() -> None:
+    assert HOOKS == (
+        "on_fit_start",
+        "on_step_end",
+        "on_log",
+        "on_eval_end",
+        "on_checkpoint",
+        "on_artifact",
+        "on_fit_end",
+    )
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert raytrainer.__version__ == project["version"]
+
+
+def test_other_names_are_attribute_errors() -> None:
+    with pytest.raises(AttributeError, match="module 'raytrainer' has no attribute 'Trainr'"):
+        _ = raytrainer.Trainr
+    assert "Trainer" in dir(raytrainer)
+
+
+def test_each_name_is_imported_when_it_is_used() -> None:
+    """In a process of its own: here, other tests have imported everything."""
+    program = """
+import json, sys
+heavy = lambda: sorted({"torch", "ray", "mlflow", "hydra", "omegaconf", "pyarrow"} & set(sys.modules))
+import raytrainer
+steps = [heavy()]
+raytrainer.errors.ConfigError
+steps.append(heavy())
+raytrainer.compose, raytrainer.Experiment
+steps.append(heavy())
+raytrainer.Trainer
+steps.append(heavy())
+print(json.dumps(steps))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    first, errors, config, trainer = json.loads(done.stdout)
+    assert first == errors == []
+    assert config == ["hydra", "omegaconf"]
+    assert "torch" in trainer
+    assert not {"ray", "mlflow"} & set(trainer)
+
+
+def test_the_types_are_those_of_the_modules() -> None:
+    from raytrainer.config import compose
+    from raytrainer.trainer import Trainer
+
+    same: Any = (raytrainer.compose is compose, raytrainer.Trainer is Trainer)
+    assert same == (True, True)
