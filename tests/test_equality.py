@@ -250,8 +250,9 @@ def hard(**trainer: Any) -> Experiment:
 def killed_and_resumed(world: World, e: Experiment, folder: Path, kills: list[int]) -> list[str]:
     """What differs between a run, and the same begun anew from its checkpoint after each of the steps `kills`."""
     whole, told = fitted(e, world, checkpointer=checkpointer(world, folder / "whole"))
-    end = (whole._shared_state(), whole._local_state(), told.series("train/loss"), told.series("val/loss"))
-    assert len(end[3]) > 1
+    end = {"shared": whole._shared_state(), "local": whole._local_state()}
+    series = {name: told.series(name) for name in ("train/loss", "val/loss", "mine/steps")}
+    assert min(map(len, series.values())) > 1
     found = []
     for kill in kills:
         torch.manual_seed(kill)  # nothing of this process's past may matter
@@ -260,10 +261,11 @@ def killed_and_resumed(world: World, e: Experiment, folder: Path, kills: list[in
         again.restore(next(info for info in whole.checkpointer.list() if info.step == kill))
         again.checkpointer = checkpointer(world, folder / f"resumed-{kill}")
         assert again.fit().step == whole.step
-        for name, value in zip(("shared", "local"), (again._shared_state(), again._local_state()), strict=True):
-            found += differences(end[("shared", "local").index(name)], value, f"killed at {kill}: {name}")
-        for name, losses in (("train/loss", end[2]), ("val/loss", end[3])):
-            expected = {step: loss for step, loss in losses.items() if step > kill}
+        found += differences(
+            end, {"shared": again._shared_state(), "local": again._local_state()}, f"killed at {kill}: "
+        )
+        for name, values in series.items():
+            expected = {step: value for step, value in values.items() if step > kill}
             assert expected
             found += differences(expected, told.series(name), f"killed at {kill}: {name}")
     return found
@@ -296,10 +298,22 @@ def test_resume_of_an_iterable_is_exact(tmp_path: Path) -> None:
         assert found == []
 
 
+def test_a_stream_goes_on_where_it_was_without_reading_it_again(tmp_path: Path) -> None:
+    e = experiment(data={"train": node(training.Counting, rows=1000), "val": None}, trainer={"max_steps": 20})
+    saved = checkpointer(World(), tmp_path)
+    whole, _ = fitted(e, checkpointer=saved)
+    e.trainer.max_steps = 22
+    again = Trainer(e, checkpointer=saved)
+    again.restore(saved.list()[-1])
+    again.fit()
+    assert whole.train_loader.dataset.read >= 240
+    assert again.train_loader.dataset.read < 100
+
+
 def test_what_is_observed_changes_nothing() -> None:
     # Evaluation draws nothing of training's random numbers, and logging and saving neither.
     e = hard(eval_every_n_steps=0)
-    e.callbacks = {}
+    e.callbacks, e.loss = {}, node(training.drawing_loss, _partial_=True)
     expected = weights(fitted(e)[0])
     for log, evaluate in ((1, 1), (3, 4), (100, None)):
         e.trainer.log_every_n_steps, e.trainer.eval_every_n_steps = log, evaluate

@@ -276,6 +276,21 @@ def test_a_scaler_that_skips_the_first_step_leaves_the_momentum_alone(monkeypatc
     assert 0 < moved < 20
 
 
+def test_a_checkpoint_of_a_gpu_trains_in_half_precision_on_the_cpu(tmp_path: Path) -> None:
+    e, saved = experiment(trainer={"precision": "bf16-true"}), checkpointer(World(), tmp_path)
+    trainer = Trainer(e, checkpointer=saved)
+    for batch in trainer.train_loader.batches(0, 1):
+        trainer.train_step(batch)
+    for group in trainer.optimizer.param_groups:
+        assert group["fused"] is False
+        group["fused"] = True  # as it is there
+    trainer.save()
+    saved.wait()
+    again = Trainer(e, checkpointer=saved)
+    again.restore(saved.list()[-1])
+    assert [group["fused"] for group in again.optimizer.param_groups] == [False, False]
+
+
 def steep_loss(model: nn.Module, batch: Any) -> dict[str, Tensor]:
     return {"loss": model(batch["image"]).sum() * 10}
 
@@ -295,9 +310,11 @@ def test_float64_columns_train_a_float32_model() -> None:
     assert fitted(e)[1].series("train/loss") == expected
 
 
-def test_gradients_are_clipped() -> None:
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_gradients_are_clipped(precision: str) -> None:
     def step(limit: float | None) -> Tensor:
-        trainer = Trainer(experiment(optimizer=node("torch.optim.SGD", lr=1.0), trainer={"max_grad_norm": limit}))
+        options = {"max_grad_norm": limit, "precision": precision}
+        trainer = Trainer(experiment(optimizer=node("torch.optim.SGD", lr=1.0, fused=True), trainer=options))
         before = nn.utils.parameters_to_vector(trainer.raw_model.parameters()).detach().clone()
         trainer.train_step(next(trainer.train_loader.batches(0, 1)))
         return nn.utils.parameters_to_vector(trainer.raw_model.parameters()).detach() - before
