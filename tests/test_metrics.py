@@ -88,6 +88,24 @@ def test_the_window_survives_in_its_state(added: int) -> None:
     assert again.reduce() == means.reduce()
 
 
+def test_a_long_window_is_folded_and_stays_a_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raytrainer.metrics._FOLD", 3)
+    means, again = alone(), alone()
+    for value in range(5):
+        means.add({"loss": torch.tensor(float(value))}, torch.tensor(value + 1))
+    again.load_state_dict(means.state_dict())
+    for each in (means, again):
+        assert not each.nonfinite()
+        each.add({"loss": torch.tensor(10.0)}, 5)
+        with pytest.raises(ConfigError):
+            each.add({"other": torch.tensor(10.0)}, 5)
+    expected = {"loss": pytest.approx((sum(value * (value + 1) for value in range(5)) + 50) / 20)}
+    assert [each.reduce()[0] for each in (means, again)] == [expected, expected]
+    for value in (math.inf, 1.0, 1.0, 1.0):  # the first is folded away
+        means.add({"loss": torch.tensor(value)}, 1)
+    assert means.nonfinite()
+
+
 def on_rank(world: World) -> tuple[dict[str, float], list[float]]:
     means = WeightedMeans(CPU, world.all_reduce)
     means.add({"loss": torch.tensor(float(world.rank))}, world.rank)  # 0 of weight 0, 1 of 1, 2 of 2
