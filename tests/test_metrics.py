@@ -101,8 +101,8 @@ def test_a_long_window_is_folded_and_stays_a_mean(monkeypatch: pytest.MonkeyPatc
             each.add({"other": torch.tensor(10.0)}, 5)
     expected = {"loss": pytest.approx((sum(value * (value + 1) for value in range(5)) + 50) / 20)}
     assert [each.reduce()[0] for each in (means, again)] == [expected, expected]
-    for value in (math.inf, 1.0, 1.0, 1.0):  # the first is folded away
-        means.add({"loss": torch.tensor(value)}, 1)
+    for later in (math.inf, 1.0, 1.0, 1.0):  # the first is folded away
+        means.add({"loss": torch.tensor(later)}, 1)
     assert means.nonfinite()
 
 
