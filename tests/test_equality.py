@@ -13,7 +13,7 @@ from torch import Tensor
 
 from raytrainer.config import Experiment, build
 from raytrainer.parallel import World
-from raytrainer.trainer import Trainer
+from raytrainer.trainer import Trainer, snapshot
 from tests import ranks, training
 from tests.training import EarlyStopping, checkpointer, differences, experiment, fitted, images, node, weights
 
@@ -250,7 +250,7 @@ def hard(**trainer: Any) -> Experiment:
 def killed_and_resumed(world: World, e: Experiment, folder: Path, kills: list[int]) -> list[str]:
     """What differs between a run, and the same begun anew from its checkpoint after each of the steps `kills`."""
     whole, told = fitted(e, world, checkpointer=checkpointer(world, folder / "whole"))
-    end = {"shared": whole._shared_state(), "local": whole._local_state()}
+    end = {"shared": snapshot.shared(whole), "local": snapshot.local(whole)}
     series = {name: told.series(name) for name in ("train/loss", "val/loss", "mine/steps")}
     assert min(map(len, series.values())) > 1
     found = []
@@ -262,7 +262,7 @@ def killed_and_resumed(world: World, e: Experiment, folder: Path, kills: list[in
         again.checkpointer = checkpointer(world, folder / f"resumed-{kill}")
         assert again.fit().step == whole.step
         found += differences(
-            end, {"shared": again._shared_state(), "local": again._local_state()}, f"killed at {kill}: "
+            end, {"shared": snapshot.shared(again), "local": snapshot.local(again)}, f"killed at {kill}: "
         )
         for name, values in series.items():
             expected = {step: value for step, value in values.items() if step > kill}

@@ -422,7 +422,7 @@ def test_early_stopping_needs_a_gain_of_min_delta() -> None:
 
 def test_max_time_ends_with_an_evaluation_and_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()  # read once at the start and once at each log: a second between them
-    monkeypatch.setattr("raytrainer.trainer.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("raytrainer.trainer.loop.time.monotonic", lambda: float(next(clock)))
     e = experiment(trainer={"max_steps": None, "max_time": 3.0, "log_every_n_steps": 2})
     trainer, recorder = fitted(e, checkpointer=checkpointer(World(), tmp_path))
     assert (trainer.step, recorder.told[-1][1].reason) == (6, "max_time")

@@ -9,7 +9,6 @@ import contextlib
 import copy
 import logging
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,9 +24,11 @@ from raytrainer.data import Batch, Loader
 from raytrainer.errors import ConfigError, NonFiniteLoss
 from raytrainer.events import Artifact, CheckpointSaved, EvalEnd, Events, FitEnd, FitStart, Logged
 from raytrainer.metrics import Monitor, Throughput, WeightedMeans
-from raytrainer.optim import build_optimizer, build_scheduler, mend_fused_sgd
+from raytrainer.optim import build_optimizer, build_scheduler
 from raytrainer.parallel import Precision, World
-from raytrainer.state import load_weights, named_optimizer_state, restore_optimizer_state
+from raytrainer.state import load_weights
+from raytrainer.trainer import snapshot
+from raytrainer.trainer.profile import recorded
 
 _log = logging.getLogger("raytrainer.trainer")
 
@@ -142,7 +143,7 @@ class Trainer:
         batches = self.train_loader.batches(self.step, self.step if reason != "finished" else self.total_steps)
         self.throughput.rate()  # its clock starts here
         try:
-            with _profiler(self) as profile:
+            with recorded(self) as profile:
                 for batch in self._warmed_up(batches):
                     self.train_step(batch)
                     profile()
@@ -279,7 +280,7 @@ class Trainer:
         evaluated = self._evaluated_at == self.step
         metric = self.metrics.get(self.experiment.checkpoint.monitor) if evaluated else None
         self.throughput.pause()
-        stall = self.checkpointer.save(self.step, self._shared_state(), self._local_state(), metric=metric)
+        stall = self.checkpointer.save(self.step, snapshot.shared(self), snapshot.local(self), metric=metric)
         self.throughput.go_on()
         self.events.checkpoint(self, CheckpointSaved(self.step, metric, stall))
 
@@ -295,50 +296,7 @@ class Trainer:
             CheckpointCorrupt: It does not verify, or belongs to another model.
         """
         assert self.checkpointer is not None
-        shared, local = self.checkpointer.load(info)
-        load_weights(self.raw_model, shared["model"], str(info.path))
-        wanted = [{name: group[name] for name in changed if name in group} for group in self.optimizer.param_groups]
-        rates = [group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
-        restore_optimizer_state(self.optimizer, self.raw_model, shared["optimizer"])
-        mend_fused_sgd(self.optimizer)
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(shared["scheduler"])
-        self._change_settings(wanted, rates)
-        if self.precision.scaler is not None and shared.get("scaler"):
-            self.precision.scaler.load_state_dict(shared["scaler"])
-        if self.ema_model is not None:
-            load_weights(self.ema_model, shared["ema"], str(info.path))
-        for name, callback in self.callbacks.items():
-            if name in shared["callbacks"]:
-                callback.load_state_dict(shared["callbacks"][name])
-        self.step, self.metrics = int(shared["step"]), dict(shared["metrics"])
-        self._saved_at, self._evaluated_at, self._logged_at = (
-            self.step,
-            int(shared["evaluated_at"]),
-            int(shared["logged_at"]),
-        )
-        self._extra = dict(shared["extra"])
-        self.best.load_state_dict(shared["best"])
-        self._progress.load_state_dict(shared["progress"])
-        if local is not None:
-            parallel.load_buffers(self.raw_model, local["buffers"])
-            self.window.load_state_dict(local["window"])
-            self.train_loader.load_state_dict(local["data"])
-            seeds.set_random_state(local["random"])
-        else:  # another number of workers: the same order of samples, but draws of its own
-            seeds.seed_everything("train", self.experiment.seed, self.world.rank, self.step)
-
-    def _change_settings(self, wanted: list[dict[str, Any]], rates: list[Any]) -> None:
-        for number, (group, new) in enumerate(zip(self.optimizer.param_groups, wanted, strict=True)):
-            if "lr" in new:
-                # The checkpoint's rate is the base times the curve: the same point of the curve over the new base.
-                factor = float(group["lr"]) / float(group["initial_lr"]) if group.get("initial_lr") else 1.0
-                new = {**new, "lr": rates[number] * factor}
-                # A scheduler made of others keeps the base in them.
-                for scheduler in (self.scheduler, *getattr(self.scheduler, "_schedulers", ())):
-                    if hasattr(scheduler, "base_lrs"):
-                        group["initial_lr"] = scheduler.base_lrs[number] = rates[number]
-            group.update(new)
+        snapshot.restore(self, *self.checkpointer.load(info), source=str(info.path), changed=changed)
 
     def init_from(self, source: str) -> None:
         """Takes the weights alone from a run, a checkpoint or a file (`checkpoint.weights.read_weights`)."""
@@ -361,40 +319,6 @@ class Trainer:
     def example_batches(self) -> Iterator[Batch]:
         """Validation batches (else training ones) from the first."""
         return (self.val_loader or self.train_loader).batches(0, 1)
-
-    def _shared_state(self) -> dict[str, Any]:
-        model = dict(self.raw_model.state_dict())
-        buffers = parallel.mean_buffers(self.raw_model, self.world) if self.world.distributed else {}
-        model.update({k: v for k, v in buffers.items() if k in model})
-        state: dict[str, Any] = {
-            "step": self.step,
-            "model": model,
-            "optimizer": named_optimizer_state(self.optimizer, self.raw_model),
-            "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
-            "scaler": self.precision.scaler.state_dict() if self.precision.scaler is not None else None,
-            "metrics": self.metrics,
-            "evaluated_at": self._evaluated_at,
-            "logged_at": self._logged_at,
-            "extra": dict(self._extra),
-            "best": self.best.state_dict(),
-            "progress": self._progress.state_dict(),
-            # Rank 0's: what a callback keeps has to be the same on every rank.
-            "callbacks": {k: c.state_dict() for k, c in self.callbacks.items() if hasattr(c, "state_dict")},
-        }
-        if self.ema_model is not None:
-            state["ema"] = {
-                **self.ema_model.state_dict(),
-                **{k: model[k] for k in dict(self.ema_model.named_buffers()) if k in model},
-            }
-        return state
-
-    def _local_state(self) -> dict[str, Any]:
-        return {
-            "random": seeds.random_state(),
-            "buffers": dict(self.raw_model.named_buffers()),
-            "window": self.window.state_dict(),
-            "data": self.train_loader.state_dict(),
-        }
 
     # --- parts of the loop ----------------------------------------------------------------------------------------
 
@@ -524,25 +448,3 @@ class Trainer:
 def _node(node: Mapping[str, Any] | None) -> Mapping[str, Any]:
     assert node is not None  # the configuration's own check
     return node
-
-
-@contextlib.contextmanager
-def _profiler(trainer: Trainer) -> Iterator[Callable[[], None]]:
-    """Records `trainer.profile` with torch.profiler on rank 0, as a Chrome trace in the run; yields what a step calls."""
-    options = trainer.experiment.trainer.profile
-    # A run that resumes after its first step was recorded, or should have been, does without.
-    if options is None or trainer.world.rank or trainer.step >= options.start:
-        yield lambda: None
-        return
-    from torch import profiler
-
-    def keep(record: profiler.profile) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = f"{folder}/trace-step-{options.start}.json"
-            record.export_chrome_trace(path)
-            trainer.log_artifact(path, "profile")
-
-    first = options.start - 1 - trainer.step
-    schedule = profiler.schedule(wait=max(first - 1, 0), warmup=min(first, 1), active=options.steps, repeat=1)
-    with profiler.profile(schedule=schedule, on_trace_ready=keep) as record:
-        yield record.step

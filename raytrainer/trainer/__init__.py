@@ -1,0 +1,8 @@
+"""The training loop: `Trainer` trains an experiment in one process of many; `FitResult` says how it ended.
+Knows neither Ray nor MLflow."""
+
+from __future__ import annotations
+
+from raytrainer.trainer.loop import FitResult, Trainer
+
+__all__ = ["FitResult", "Trainer"]

@@ -1,0 +1,33 @@
+"""`trainer.profile`: a few steps under torch.profiler, as a Chrome trace among the run's artifacts."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from raytrainer.trainer.loop import Trainer
+
+
+@contextlib.contextmanager
+def recorded(trainer: Trainer) -> Iterator[Callable[[], None]]:
+    """Records `trainer.profile` with torch.profiler on rank 0, as a Chrome trace in the run; yields what a step calls."""
+    options = trainer.experiment.trainer.profile
+    # A run that resumes after its first step was recorded, or should have been, does without.
+    if options is None or trainer.world.rank or trainer.step >= options.start:
+        yield lambda: None
+        return
+    from torch import profiler
+
+    def keep(record: profiler.profile) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = f"{folder}/trace-step-{options.start}.json"
+            record.export_chrome_trace(path)
+            trainer.log_artifact(path, "profile")
+
+    first = options.start - 1 - trainer.step
+    schedule = profiler.schedule(wait=max(first - 1, 0), warmup=min(first, 1), active=options.steps, repeat=1)
+    with profiler.profile(schedule=schedule, on_trace_ready=keep) as record:
+        yield record.step

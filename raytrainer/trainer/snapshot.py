@@ -1,0 +1,101 @@
+"""Everything of a `Trainer` that advances, taken for a checkpoint and put back: what exact resume stands on.
+
+`shared` is the same on every rank and written once; `local` differs by rank and is written by each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from raytrainer import parallel, seeds
+from raytrainer.optim import mend_fused_sgd
+from raytrainer.state import load_weights, named_optimizer_state, restore_optimizer_state
+
+if TYPE_CHECKING:
+    from raytrainer.trainer.loop import Trainer
+
+
+def shared(t: Trainer) -> dict[str, Any]:
+    """Model, optimizer, scheduler, scaler, EMA, position, metrics, best value, callbacks. Every rank calls it."""
+    model = dict(t.raw_model.state_dict())
+    buffers = parallel.mean_buffers(t.raw_model, t.world) if t.world.distributed else {}
+    model.update({k: v for k, v in buffers.items() if k in model})
+    state: dict[str, Any] = {
+        "step": t.step,
+        "model": model,
+        "optimizer": named_optimizer_state(t.optimizer, t.raw_model),
+        "scheduler": t.scheduler.state_dict() if t.scheduler is not None else None,
+        "scaler": t.precision.scaler.state_dict() if t.precision.scaler is not None else None,
+        "metrics": t.metrics,
+        "evaluated_at": t._evaluated_at,
+        "logged_at": t._logged_at,
+        "extra": dict(t._extra),
+        "best": t.best.state_dict(),
+        "progress": t._progress.state_dict(),
+        # Rank 0's: what a callback keeps has to be the same on every rank.
+        "callbacks": {k: c.state_dict() for k, c in t.callbacks.items() if hasattr(c, "state_dict")},
+    }
+    if t.ema_model is not None:
+        state["ema"] = {
+            **t.ema_model.state_dict(),
+            **{k: model[k] for k in dict(t.ema_model.named_buffers()) if k in model},
+        }
+    return state
+
+
+def local(t: Trainer) -> dict[str, Any]:
+    """Random states, this rank's own batch statistics, the open log window, the place in an iterable."""
+    return {
+        "random": seeds.random_state(),
+        "buffers": dict(t.raw_model.named_buffers()),
+        "window": t.window.state_dict(),
+        "data": t.train_loader.state_dict(),
+    }
+
+
+def restore(
+    t: Trainer, state: Mapping[str, Any], own: Mapping[str, Any] | None, *, source: str, changed: Iterable[str]
+) -> None:
+    """Puts back what `shared` and `local` gave; `own` is None where another number of ranks wrote the checkpoint."""
+    load_weights(t.raw_model, state["model"], source)
+    wanted = [{name: group[name] for name in changed if name in group} for group in t.optimizer.param_groups]
+    rates = [group.get("initial_lr", group["lr"]) for group in t.optimizer.param_groups]
+    restore_optimizer_state(t.optimizer, t.raw_model, state["optimizer"])
+    mend_fused_sgd(t.optimizer)
+    if t.scheduler is not None:
+        t.scheduler.load_state_dict(state["scheduler"])
+    _change_settings(t, wanted, rates)
+    if t.precision.scaler is not None and state.get("scaler"):
+        t.precision.scaler.load_state_dict(state["scaler"])
+    if t.ema_model is not None:
+        load_weights(t.ema_model, state["ema"], source)
+    for name, callback in t.callbacks.items():
+        if name in state["callbacks"]:
+            callback.load_state_dict(state["callbacks"][name])
+    t.step = t._saved_at = int(state["step"])
+    t.metrics, t._extra = dict(state["metrics"]), dict(state["extra"])
+    t._evaluated_at, t._logged_at = int(state["evaluated_at"]), int(state["logged_at"])
+    t.best.load_state_dict(state["best"])
+    t._progress.load_state_dict(state["progress"])
+    if own is not None:
+        parallel.load_buffers(t.raw_model, own["buffers"])
+        t.window.load_state_dict(own["window"])
+        t.train_loader.load_state_dict(own["data"])
+        seeds.set_random_state(own["random"])
+    else:  # the same order of samples, but draws of its own
+        seeds.seed_everything("train", t.experiment.seed, t.world.rank, t.step)
+
+
+def _change_settings(t: Trainer, wanted: list[dict[str, Any]], rates: list[Any]) -> None:
+    """The settings that a resume was given, over the checkpoint's."""
+    for number, (group, new) in enumerate(zip(t.optimizer.param_groups, wanted, strict=True)):
+        if "lr" in new:
+            # The checkpoint's rate is the base times the curve: the same point of the curve over the new base.
+            factor = float(group["lr"]) / float(group["initial_lr"]) if group.get("initial_lr") else 1.0
+            new = {**new, "lr": rates[number] * factor}
+            # A scheduler made of others keeps the base in them.
+            for scheduler in (t.scheduler, *getattr(t.scheduler, "_schedulers", ())):
+                if hasattr(scheduler, "base_lrs"):
+                    group["initial_lr"] = scheduler.base_lrs[number] = rates[number]
+        group.update(new)
