@@ -1,0 +1,319 @@
+"""Whole launches as processes: started, watched step by step, killed, and looked at afterwards.
+For the tests of integration and faults; what a launch trains with is in tests/outside/.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import random
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+from raytrainer.checkpoint import Checkpointer, CheckpointInfo
+from raytrainer.storage import Storage
+
+OUTSIDE = Path(__file__).parent / "outside"
+START_S = 120.0  # the longest a launch may take to its first step, on a loaded machine
+# Of a killed driver everything ends at once, but for two agents of Ray's, which first try to report the death of their
+# node for 60 s (ray/_private/process_watcher.py).
+ENDS_S, LEFT_S = 20.0, 90.0
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+# Keys that measure time: no two runs have them equal.
+_MEASURED = ("system/", "checkpoint/stall_seconds", "train/samples_per_second")
+
+
+class Step(NamedTuple):
+    """A step as `probes.Steps` noted it: in which process, and when (monotonic seconds)."""
+
+    pid: int
+    step: int
+    time: float
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a launch ended, with what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+    def __str__(self) -> str:
+        return f"exit code {self.code}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
+
+    def exits(self, code: int) -> Ended:
+        """Asserts the exit code; a failure shows all of the output."""
+        assert self.code == code, f"not {code}: {self}"
+        return self
+
+
+class Launch:
+    """`python -m raytrainer ARGUMENTS` in `folder`, in a session of its own, as a terminal's foreground job is."""
+
+    _numbers = itertools.count()
+
+    def __init__(self, folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+        self.folder, self._mark = folder, uuid.uuid4().hex
+        self._out, self._err = (folder / f"launch-{next(self._numbers)}.{kind}" for kind in ("out", "err"))
+        self.steps = folder / "steps"
+        self.began = time.monotonic()
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "raytrainer", *arguments],
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+                env={**os.environ, "PYTHONPATH": str(OUTSIDE), "LAUNCH_MARK": self._mark, **(environment or {})},
+            )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def output(self) -> Ended:
+        """What it has written so far."""
+        out, err = (path.read_text(encoding="utf-8", errors="replace") for path in (self._out, self._err))
+        code = self.process.poll()
+        return Ended(-999 if code is None else code, out, err)
+
+    def wait(self, timeout_s: float = 180.0) -> Ended:
+        """Its end; no later than `timeout_s` from now."""
+        try:
+            self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the launch did not end in {timeout_s:g} s\n{self.output()}") from None
+        return self.output()
+
+    def until(self, what: str, found: Callable[[], Any], timeout_s: float = START_S) -> Any:
+        """Waits until `found()` is true, and returns it; fails where the launch ends before."""
+        deadline = time.monotonic() + timeout_s
+        while not (value := found()):
+            assert self.process.poll() is None, f"it ended before: {what}\n{self.output()}"
+            assert time.monotonic() < deadline, f"not in {timeout_s:g} s: {what}\n{self.output()}"
+            time.sleep(0.002)
+        return value
+
+    def said(self, text: str, timeout_s: float = START_S) -> None:
+        """Waits until it has printed `text`."""
+        self.until(f"it prints {text!r}", lambda: text in self._err.read_text(errors="replace"), timeout_s)
+
+    def reaches(self, step: int, rank: int = 0, *, but: frozenset[int] = frozenset()) -> Step:
+        """Waits until `rank` has done `step` in a process that is none of `but`; the last step it has done then."""
+
+        def found() -> Step | None:
+            steps = steps_of(self.steps, rank)
+            return steps[-1] if steps and steps[-1].step >= step and steps[-1].pid not in but else None
+
+        return self.until(f"rank {rank} does step {step}", found)  # type: ignore[no-any-return]
+
+    def signal(self, number: signal.Signals, *, group: bool = False) -> None:
+        """Sends a signal to the launching process alone, or as a terminal does to its whole process group."""
+        if group:
+            os.killpg(self.pid, number)
+        else:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL of the launching process alone."""
+        self.process.kill()
+        self.process.wait()
+
+    def left(self) -> list[psutil.Process]:
+        """What it started and is still there: processes of its session, or with its mark in their environment."""
+        return [process for process in psutil.process_iter() if self._is_mine(process)]
+
+    def nothing_left(self, within_s: float = 10.0, *, but: tuple[str, ...] = ()) -> float:
+        """Waits until `left` is empty, but for processes of these names; returns the seconds that took."""
+        began = time.monotonic()
+        while left := [process for process in self.left() if name_of(process) not in but]:
+            took = time.monotonic() - began
+            names = [f"{process.pid} {name_of(process)[:120]}" for process in left]
+            assert took < within_s, f"still there after {took:.1f} s: {names}\n{self.output()}"
+            time.sleep(0.1)
+        return time.monotonic() - began
+
+    def _is_mine(self, process: psutil.Process) -> bool:
+        try:
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return False
+            # Ray's workers write their titles over their environment: those are told by the session.
+            return os.getsid(process.pid) == self.pid or process.environ().get("LAUNCH_MARK") == self._mark
+        except (psutil.Error, ProcessLookupError, PermissionError):
+            return False
+
+    def end(self) -> None:
+        """Kills whatever is left of it: the end of a test, however that went."""
+        for process in self.left():
+            with suppress(psutil.Error):
+                process.kill()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+
+
+def name_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline()).strip()
+    except psutil.Error:
+        return "gone"
+
+
+@contextmanager
+def launch(folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[Launch]:
+    """A launch that does not outlive the test."""
+    started = Launch(folder, *arguments, environment=environment)
+    try:
+        yield started
+    finally:
+        started.end()
+
+
+def launched(folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> Ended:
+    """A launch to its end, which leaves nothing behind."""
+    with launch(folder, *arguments, environment=environment) as started:
+        ended = started.wait()
+        started.nothing_left()
+        return ended
+
+
+def observed(pause_s: float = 0.0) -> list[str]:
+    """Arguments by which every rank notes each step below ./steps (tests/outside/probes.py), and then pauses."""
+    return ["+callbacks.steps._target_=probes.Steps", f"+callbacks.steps.pause_s={pause_s}"]
+
+
+def steps_of(folder: Path, rank: int = 0) -> list[Step]:
+    """The steps that a rank has noted, in their order."""
+    try:
+        lines = (folder / f"rank-{rank}").read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    fields = (line.split() for line in lines if line.endswith("\n"))
+    return [Step(int(pid), int(step), float(when)) for pid, step, when in fields]
+
+
+def restarts(steps: list[Step]) -> list[tuple[int, int]]:
+    """(last step before, first step after) of each change of process."""
+    return [(a.step, b.step) for a, b in itertools.pairwise(steps) if a.pid != b.pid]
+
+
+class Runs:
+    """MLflow's store of a launch directory, read as it is."""
+
+    def __init__(self, folder: Path, database: Path | None = None) -> None:
+        self.folder, self.path = folder, database or folder / "mlflow.db"
+
+    def id_of(self, name: str) -> str:
+        """The run of that name; there is exactly one."""
+        ((run_id,),) = self._query("SELECT run_uuid FROM runs WHERE name = ?", name)
+        return str(run_id)
+
+    def status(self, name: str) -> str:
+        ((status,),) = self._query("SELECT status FROM runs WHERE name = ?", name)
+        return str(status)
+
+    def tags(self, name: str) -> dict[str, str]:
+        return dict(self._query("SELECT key, value FROM tags WHERE run_uuid = ?", self.id_of(name)))
+
+    def params(self, name: str) -> dict[str, str]:
+        return dict(self._query("SELECT key, value FROM params WHERE run_uuid = ?", self.id_of(name)))
+
+    def rows(self, name: str) -> dict[str, list[tuple[int, float]]]:
+        """Key → (step, value), in the order of steps; rows that differ in time alone count as two."""
+        found = defaultdict(list)
+        for key, step, value, is_nan in self._query(
+            "SELECT key, step, value, is_nan FROM metrics WHERE run_uuid = ? ORDER BY step", self.id_of(name)
+        ):
+            found[str(key)].append((int(step), math.nan if is_nan else float(value)))
+        return dict(found)
+
+    def results(self, name: str) -> dict[str, list[tuple[int, float]]]:
+        """The rows of keys that do not measure time: those of two equal runs are equal to the last bit."""
+        return {key: rows for key, rows in self.rows(name).items() if not key.startswith(_MEASURED)}
+
+    def _query(self, text: str, *values: str) -> list[Any]:
+        with closing(sqlite3.connect(f"file:{quoted(self.path)}?mode=ro", uri=True, timeout=30)) as database:
+            return database.execute(text, values).fetchall()
+
+
+def quoted(path: Path) -> str:
+    from urllib.parse import quote
+
+    return quote(str(path))
+
+
+def record(folder: Path, name: str) -> dict[str, Any]:
+    """What the run's directory says of it."""
+    found: dict[str, Any] = json.loads((folder / "runs" / name / "run.json").read_text())
+    return found
+
+
+def checkpoints(folder: Path, name: str) -> list[CheckpointInfo]:
+    """The committed checkpoints of a run."""
+    return Checkpointer(Storage(folder / "runs" / name / "checkpoints")).list()
+
+
+def final_state(folder: Path, name: str) -> dict[str, Any]:
+    """Everything in the last checkpoint that is the same on every rank, flat: weights, optimizer, position, metrics."""
+    checkpointer = Checkpointer(Storage(folder / "runs" / name / "checkpoints"))
+    info = checkpointer.latest()
+    assert info is not None
+    shared, _ = checkpointer.load(info)
+    return {k: v for k, v in _flat(shared, "") if "samples_per_second" not in k and not k.startswith("/callbacks")}
+
+
+def assert_equal_states(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Bit for bit."""
+    import torch
+
+    assert one.keys() == other.keys()
+    assert sum(isinstance(value, torch.Tensor) for value in one.values()) > 5
+    different = [
+        key
+        for key, value in one.items()
+        if not (torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key])
+    ]
+    assert not different
+
+
+def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, below in value.items():
+            yield from _flat(below, f"{path}/{key}")
+    elif isinstance(value, list | tuple):
+        for number, below in enumerate(value):
+            yield from _flat(below, f"{path}/{number}")
+    else:
+        yield path, value
+
+
+def summary(out: str) -> dict[str, str]:
+    """The summary's lines by their first word; the second of two that belong together is `next2`."""
+    found: dict[str, str] = {}
+    for line in out.splitlines():
+        if match := re.match(r"(\w*) +(\S.*)", line):
+            found[match[1] or "next2"] = match[2]
+    return found
+
+
+def seeded(name: str) -> random.Random:
+    """Random numbers for kill points, another each time; the seed is printed, and given by LAUNCH_SEED."""
+    seed = os.environ.get("LAUNCH_SEED") or str(random.SystemRandom().randrange(10**6))
+    print(f"LAUNCH_SEED={seed} repeats the kill points of {name}")
+    return random.Random(f"{seed} {name}")
