@@ -1,0 +1,8 @@
+"""The driver of one run: preflight, the MLflow run, Ray Train (or this process), and the one true terminal status."""
+
+from __future__ import annotations
+
+from raytrainer.run.launching import check, launch, tracking_uri
+from raytrainer.run.record import Outcome, Record, summary
+
+__all__ = ["Outcome", "Record", "check", "launch", "summary", "tracking_uri"]

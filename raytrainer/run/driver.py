@@ -1,0 +1,303 @@
+"""One attempt at a run, from its lock to its end: MLflow, Ray or this process, and the one true terminal status."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from raytrainer import preflight, provenance, tracking, worker
+from raytrainer.config import Composition, flattened
+from raytrainer.errors import ClusterLost, RaytrainerError, Stopped, WorkerError
+from raytrainer.interrupts import Interrupts
+from raytrainer.progress import Display
+from raytrainer.run.logs import Logs
+from raytrainer.run.record import Outcome, Record
+from raytrainer.storage import Storage
+
+if TYPE_CHECKING:
+    from raytrainer.supervise import SupervisedTrainer
+
+T = TypeVar("T")
+_GRACE_S = 6.0  # from a first Ctrl-C or SIGTERM until the workers are ended without a checkpoint
+_CLOSE_S, _CLOSE_STOPPED_S = 30.0, 3.0  # how long the tracking server is waited for at the end
+
+
+class Driver:
+    """One attempt at a run, between its lock and its end."""
+
+    def __init__(
+        self,
+        composition: Composition,
+        record: Record,
+        storage: Storage,
+        display: Display,
+        logs: Logs,
+        interrupts: Interrupts,
+        argv: Sequence[str],
+        changed: Sequence[str],
+        where: str,
+    ) -> None:
+        self.composition, self.e, self.record, self.storage = composition, composition.experiment, record, storage
+        self.display, self.logs, self.interrupts = display, logs, interrupts
+        self.argv, self.changed, self.where = list(argv), list(changed), where
+        local = storage.is_local
+        # The driver sends the metrics where it reads the disk that the worker writes them to: the worker then never
+        # imports mlflow, which would cost it 1.3 s.
+        self.ship_here = local
+        spool = (
+            storage.local_path / "spool" if local else Path(tempfile.gettempdir(), "raytrainer", record.name, "spool")
+        )
+        self.spool_dir = spool
+        self.ray_trainer: SupervisedTrainer | None = None
+
+    def run(self) -> Outcome:
+        """Trains, and closes everything whatever happens."""
+        shipper: tracking.Shipper | None = None
+        result: Mapping[str, Any] | None = None
+        error: BaseException | None = None
+        # MLflow's import and first database take seconds of their own, in which Ray's processes start.
+        opening = _in_background(self._open_run, "mlflow-open")
+        try:
+            with self._ray() as start_training:
+                self.logs.mark("ray_up")
+                run = opening.result()
+                self.logs.mark("mlflow_up")
+                self.record = replace(self.record, run_id=run.run_id)
+                self.record.write(self.storage)
+                if self.ship_here:
+                    shipper = tracking.Shipper(self.spool_dir, run.run_id, run.tracking_uri)
+                result = start_training(self._job(run))
+                self.logs.mark("trained")
+        except Stopped as stopped:
+            error = stopped
+        except Exception as failed:  # noqa: BLE001  whatever it is, the run is closed truthfully, then it is told
+            error = failed
+        self.interrupts.deferred = True
+        outcome = self._outcome(result, error)
+        self.display.close()
+        try:
+            outcome = self._close(opening, shipper, outcome)
+        except Stopped:
+            self.display.say("forced: the run's records are kept in its directory, and sent by the next command on it")
+        self.record = replace(self.record, status=outcome.status)
+        self.record.write(self.storage)
+        return replace(outcome, record=self.record)
+
+    # --- the run in MLflow ----------------------------------------------------------------------------------------
+
+    def _open_run(self) -> tracking.Run:
+        origin = provenance.collect(self.argv, Path.cwd())
+        e, record = self.e, self.record
+        tags = {
+            **origin.tags(),
+            "raytrainer.name": record.name,
+            "raytrainer.run_dir": record.run_dir,
+            "raytrainer.where": self.where,
+            **{f"raytrainer.choice.{group}": choice for group, choice in self.composition.choices},
+        }
+        if record.attempts > 1:
+            # Parameters are written once; what a resume changes is told beside them.
+            tags[f"raytrainer.resume.{record.attempts - 1}"] = " ".join(self.composition.overrides) or "(no overrides)"
+        run = tracking.open_run(
+            record.tracking_uri,
+            record.experiment_name,
+            record.name,
+            params=flattened(self.composition.text),
+            tags=tags,
+            required=e.tracking.required,
+            run_id=record.run_id,
+            spool_dir=self.spool_dir,
+        )
+        suffix = "" if record.attempts == 1 else f"-{record.attempts}"
+        run.log_text(self.composition.text, f"config{suffix}.yaml")
+        if origin.patch:
+            run.log_text(origin.patch, f"git{suffix}.patch")
+        return run
+
+    def _close(self, opening: Future[tracking.Run], shipper: tracking.Shipper | None, outcome: Outcome) -> Outcome:
+        # Somebody waits for the end of a stopped run; what is not told in that time stays in the spool.
+        patience = _CLOSE_STOPPED_S if outcome.status == "KILLED" else _CLOSE_S
+        try:
+            run = opening.result(timeout=patience)
+        except (RaytrainerError, TimeoutError):  # it is what the outcome tells already
+            return outcome
+        self.record = replace(self.record, run_id=run.run_id)
+        tags = {"raytrainer.exit_code": str(outcome.exit_code)}
+        if outcome.result is not None:
+            tags["raytrainer.reason"] = str(outcome.result["reason"])
+        tags.update(self._checkpoint_tags())
+        if shipper is not None:
+            shipper.close(timeout_s=patience)
+        run.set_tags(tags)
+        if self.e.tracking.register_model and outcome.status == "FINISHED" and self.e.tracking.log_model:
+            self._register(run, self.e.tracking.register_model)
+        self.logs.mark("ray_down")
+        self.logs.flush()
+        run.log_artifact(self.logs.folder)
+        if not run.finish(outcome.status, outcome.cause, timeout_s=patience):  # type: ignore[arg-type]
+            self.display.say(f"MLflow does not have all of it yet; the rest is in {self.spool_dir}")
+        return replace(outcome, mlflow=run.url, mlflow_command=run.ui_command)
+
+    def _register(self, run: tracking.Run, name: str) -> None:
+        try:
+            version = tracking.register_model(run.tracking_uri, run.run_id, worker.MODEL_FOLDER, name)
+            self.display.say(f"registered as {name}, version {version}")
+        except RaytrainerError as error:
+            self.display.say(f"warning: the model was not registered as {name}: {error}")
+
+    def _checkpoint_tags(self) -> dict[str, str]:
+        from raytrainer.checkpoint import Checkpointer
+
+        checkpoints = Checkpointer(self.storage.child("checkpoints"), mode=self.e.checkpoint.mode)
+        try:
+            last, best = checkpoints.list(), checkpoints.best()
+        except RaytrainerError as error:
+            return {"raytrainer.checkpoint.last": f"unreadable: {error}"[:500]}
+        tags = {"raytrainer.checkpoint.last": last[-1].path} if last else {}
+        if best is not None:
+            tags["raytrainer.checkpoint.best"] = best.path
+        return tags
+
+    # --- training -------------------------------------------------------------------------------------------------
+
+    def _job(self, run: tracking.Run) -> worker.Job:
+        return worker.Job(
+            text=self.composition.text,
+            run_dir=self.storage.uri,
+            run_id=run.run_id,
+            tracking_uri=run.tracking_uri,
+            spool_dir=str(self.spool_dir),
+            ship=not self.ship_here,
+            changed=self.changed,
+        )
+
+    @contextlib.contextmanager
+    def _ray(self) -> Iterator[Callable[[worker.Job], Mapping[str, Any]]]:
+        """Ray, started or attached to, and ended again with everything that runs on it; yields what trains on it."""
+        e = self.e
+        if e.cluster.kind == "inline":
+            yield self._inline
+            return
+        import ray
+
+        from raytrainer import supervise
+
+        supervise.prepare(embedded=e.cluster.kind == "local")
+        machine = preflight.this_machine()
+        try:
+            if e.cluster.kind == "local":
+                supervise.start_embedded(int(machine.cpus), int(machine.gpus), machine.memory)
+                available = machine
+            elif not ray.is_initialized():
+                supervise.attach(e.cluster.address or "auto", e.cluster.runtime_env)
+                available = preflight.Resources.of_ray(ray.cluster_resources())
+            else:
+                available = preflight.Resources.of_ray(ray.cluster_resources())
+            self.interrupts.install()  # Ray sets a SIGTERM handler of its own
+            with supervise.WorkerOutput(self.logs.message, self.logs.text):
+                yield lambda job: self._on_ray(job, preflight.uses_gpu(e, available))
+        finally:
+            self.interrupts.deferred = True
+            ray.shutdown()
+            self.interrupts.deferred = False
+
+    def _inline(self, job: worker.Job) -> Mapping[str, Any]:
+        self.interrupts.deferred = True  # the first signal lets the step end; a second one raises
+        self.logs.message(0, {"kind": "hello", "rank": 0, "pid": os.getpid(), "host": os.uname().nodename})
+        try:
+            return worker.run(
+                job,
+                worker.inline_world(self.e),
+                emit=lambda message: self.logs.message(0, message),
+                should_stop=lambda: self.interrupts.requested,
+            )
+        except Stopped:
+            raise
+        except Exception as error:
+            raise worker.described(error, 0) from error
+
+    def _on_ray(self, job: worker.Job, gpu: bool) -> Mapping[str, Any]:
+        from raytrainer import supervise
+
+        e, scaling = self.e, self.e.scaling
+        n = scaling.num_workers
+        trainer = self.ray_trainer = supervise.make_trainer(
+            job,
+            num_workers=(n[0], n[1]) if isinstance(n, list) else n,
+            use_gpu=gpu,
+            resources_per_worker=scaling.resources_per_worker,
+            placement_strategy=scaling.placement_strategy,
+            accelerator_type=scaling.accelerator_type,
+            label_selector=scaling.label_selector,
+            max_failures=e.failure.max_failures,
+            max_preemption_failures=e.failure.max_preemption_failures,
+            embedded=e.cluster.kind == "local",
+            ray_storage=self.storage.uri,
+            attempt=f"attempt-{self.record.attempts}",
+            progress=lambda: self.display.step,
+            on_retry=self.display.say,
+        )
+        box: dict[str, Any] = {}
+        done = threading.Event()
+
+        def fit() -> None:
+            try:
+                box["result"] = trainer.fit().return_value
+            except BaseException as error:  # noqa: BLE001  raised in the main thread below
+                box["error"] = supervise.first_error(error)
+            finally:
+                done.set()
+
+        # Not in the main thread: that one waits for signals, and Ray Train's own SIGINT handler stays out.
+        threading.Thread(target=fit, name="ray-train", daemon=True).start()
+        try:
+            while not done.wait(1.0):
+                pass
+        except Stopped as stopped:
+            self._stop_workers(done, stopped)
+        if "error" in box:
+            raise box["error"]
+        return box["result"]  # type: ignore[no-any-return]
+
+    def _stop_workers(self, done: threading.Event, stopped: Stopped) -> None:
+        """A first signal: the workers end after a checkpoint, or after a while without one."""
+        self.display.say(f"{stopped}: saving a checkpoint, then stopping (again: at once)")
+        if not (self.ray_trainer is not None and self.ray_trainer.ask_to_stop() and done.wait(_GRACE_S)):
+            raise stopped
+
+    def _outcome(self, result: Mapping[str, Any] | None, error: BaseException | None) -> Outcome:
+        base = Outcome("FINISHED", 0, self.record, self.where, result)
+        if error is None and not (result is not None and result["reason"] == "stopped"):
+            if result is None:
+                return replace(base, status="FAILED", exit_code=1, cause="training ended without a result")
+            return base
+        if self.interrupts.requested:
+            code = self.interrupts.exit_code or 130
+            return replace(base, status="KILLED", exit_code=code, cause=self.interrupts.reason)
+        if isinstance(error, WorkerError):
+            return replace(base, status="FAILED", exit_code=1, cause=str(error), traceback=error.traceback)
+        if error is not None and type(error).__module__.startswith("ray"):
+            error = ClusterLost(f"Ray: {type(error).__name__}: {' '.join(str(error).split())[:500]}")
+        cause = f"{type(error).__name__}: {error}" if error is not None else "stopped"
+        return replace(base, status="FAILED", exit_code=1, cause=cause)
+
+
+def _in_background(work: Callable[[], T], name: str) -> Future[T]:
+    """The result to come of `work`, done in a thread that does not keep the process alive."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001  raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future

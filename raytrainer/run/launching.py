@@ -1,0 +1,168 @@
+"""From a composition to a run: what is checked, in which order, and who holds the run's directory meanwhile."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from raytrainer import preflight, tracking, worker
+from raytrainer.config import Composition, Experiment
+from raytrainer.errors import ConfigError, StorageError
+from raytrainer.interrupts import Interrupts
+from raytrainer.progress import Display
+from raytrainer.run.driver import Driver
+from raytrainer.run.logs import Logs
+from raytrainer.run.record import CONFIG, Outcome, Record
+from raytrainer.storage import Storage
+
+
+def check(composition: Composition) -> str:
+    """All that can be known before a start; starts nothing. Returns where it would run, in words.
+
+    Raises:
+        Refused: What does not hold.
+    """
+    e = composition.experiment
+    preflight.check_objects(e)
+    try:
+        storage = Storage(_storage_path(e)).child(e.name or "")
+        preflight.check_init_from(e, storage.uri)
+    except StorageError as error:
+        raise ConfigError(f"cannot be used: {error}", key="storage_path", value=e.storage_path) from error
+    if e.debug:
+        return "inline, one batch"
+    if e.cluster.kind == "existing":
+        available, where = _existing_resources(e)
+    else:
+        available, where = preflight.this_machine(), "this machine"
+    preflight.refuse(
+        [
+            *preflight.check_environment(e, os.environ),
+            *preflight.check_resources(e, available, where),
+            *preflight.check_storage(storage.check_writable, _storage_path(e)),
+            *preflight.check_tracking(tracking.check_tracking, tracking_uri(e), e.tracking.required),
+        ]
+    )
+    return _where(e, preflight.uses_gpu(e, available))
+
+
+def launch(
+    composition: Composition,
+    *,
+    argv: Sequence[str] = (),
+    record: Record | None = None,
+    changed: Sequence[str] = (),
+    display: Display | None = None,
+) -> Outcome:
+    """Trains an experiment where its `cluster` says, to the end.
+
+    Args:
+        composition: What to train.
+        argv: The command line, for the run's records.
+        record: The run to go on with, from its last checkpoint; None: a new one.
+        changed: The `optimizer.…` keys whose new values replace those in the checkpoint.
+        display: Where progress is shown.
+
+    Raises:
+        Refused: Nothing was started.
+        Stopped: A signal came before anything was started.
+    """
+    e, began = composition.experiment, time.monotonic()
+    display = display or Display()
+    if e.debug:
+        return _debug(composition, display, began)
+    with Interrupts() as interrupts:
+        where = check(composition)
+        storage = Storage(_storage_path(e)).child(e.name or "")
+        if record is None and storage.exists(CONFIG):
+            raise ConfigError(
+                f"is the name of a run that exists in {e.storage_path}; resume {e.name} goes on with it, "
+                "another name starts a new one",
+                key="name",
+                value=e.name,
+            )
+        with storage.lock("lock", {"run": e.name or ""}):
+            old = record or Record(e.name or "", storage.uri, created=datetime.now(UTC).isoformat(timespec="seconds"))
+            record = replace(
+                old,
+                tracking_uri=old.tracking_uri or tracking_uri(e),
+                experiment_name=old.experiment_name or _experiment_name(composition),
+                status="RUNNING",
+                attempts=old.attempts + 1,
+            )
+            storage.write_bytes(CONFIG, composition.text.encode())
+            record.write(storage)
+            with Logs(storage, display) as logs:
+                logs.mark("checked")
+                display.say(f"{record.name}: {where}")
+                outcome = Driver(composition, record, storage, display, logs, interrupts, argv, changed, where).run()
+    length = next(
+        (k for k in ("max_steps", "max_epochs", "max_time") if getattr(e.trainer, k) is not None), "max_epochs"
+    )
+    return replace(outcome, seconds=time.monotonic() - began, length=f"trainer.{length}")
+
+
+def tracking_uri(e: Experiment) -> str:
+    """`tracking.tracking_uri` made absolute; without one the SQLite store in the current directory."""
+    uri = e.tracking.tracking_uri
+    if uri is None:
+        return tracking.default_tracking_uri(Path.cwd())
+    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        return f"sqlite:///{Path.cwd() / uri.removeprefix('sqlite:///')}"
+    return uri
+
+
+def _debug(composition: Composition, display: Display, began: float) -> Outcome:
+    """One process, no Ray, no tracking, no checkpoint, and errors as they are: for a debugger."""
+    from raytrainer.progress import Reporter
+    from raytrainer.trainer import Trainer
+
+    e = composition.experiment
+    check(composition)
+    result = Trainer(e, world=worker.inline_world(e), listeners=[Reporter(display.show)]).fit()
+    display.close()
+    values = {**asdict(result), "metrics": dict(result.metrics), "monitor": e.checkpoint.monitor}
+    where = "inline, one batch: no tracking, no checkpoint"
+    return Outcome("FINISHED", 0, Record(e.name or "", ""), where, values, seconds=time.monotonic() - began)
+
+
+def _where(e: Experiment, gpu: bool) -> str:
+    n = e.scaling.num_workers
+    workers = f"{n[0]} to {n[1]} workers" if isinstance(n, list) else f"{n} worker{'' if n == 1 else 's'}"
+    device = "GPU" if gpu else "CPU"
+    if e.cluster.kind == "inline":
+        return f"inline, in this process, on {device}"
+    place = "local Ray" if e.cluster.kind == "local" else f"Ray at {e.cluster.address or 'auto'}"
+    return f"{place}, {workers} on {device}"
+
+
+def _storage_path(e: Experiment) -> str:
+    assert e.storage_path is not None  # the configuration makes it absolute
+    return e.storage_path
+
+
+def _experiment_name(composition: Composition) -> str:
+    chosen = dict(composition.choices).get("experiment")
+    return composition.experiment.tracking.experiment_name or chosen or "raytrainer"
+
+
+def _existing_resources(e: Experiment) -> tuple[preflight.Resources, str]:
+    """What a running cluster has, asked without joining it for longer than the question."""
+    import ray
+
+    from raytrainer import supervise
+
+    supervise.prepare(embedded=False)
+    address = e.cluster.address or "auto"
+    try:
+        if address != "auto":
+            supervise.find_cluster(address)
+        found = supervise.attach(address, e.cluster.runtime_env)
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"is no running Ray cluster: {first}", key="cluster.address", value=address) from error
+    return preflight.Resources.of_ray(ray.cluster_resources()), f"the cluster at {found}"

@@ -1,0 +1,116 @@
+"""What is kept of a run on disk (`Record`), how a launch ended (`Outcome`), and the words for it (`summary`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from raytrainer.errors import StorageError
+from raytrainer.progress import duration
+from raytrainer.storage import Storage
+
+RECORD = "run.json"
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run's directory says of it, so that a later command finds and goes on with it.
+
+    Attributes:
+        name: The run's name.
+        run_dir: Its storage, a path or URI.
+        run_id: In MLflow; None without tracking.
+        tracking_uri: Where that is.
+        experiment_name: Its MLflow experiment.
+        status: RUNNING, or how it ended.
+        attempts: How often it was launched, the first included.
+    """
+
+    name: str
+    run_dir: str
+    run_id: str | None = None
+    tracking_uri: str = ""
+    experiment_name: str = ""
+    status: str = "RUNNING"
+    attempts: int = 0
+    created: str = ""
+
+    def write(self, storage: Storage) -> None:
+        storage.write_bytes(RECORD, json.dumps(asdict(self), indent=1).encode())
+
+    @classmethod
+    def read(cls, storage: Storage) -> Record | None:
+        """The record in a run's directory; None where there is none.
+
+        Raises:
+            StorageError: It is there and is no record.
+        """
+        data = storage.read_if_exists(RECORD)
+        if data is None:
+            return None
+        try:
+            found = json.loads(data)
+            # Those of a later version may hold more.
+            return cls(**{k: v for k, v in found.items() if k in cls.__dataclass_fields__})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise StorageError(f"{storage.uri}/{RECORD} is no record of a run: {error}") from error
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a launch ended, as its summary tells it.
+
+    Attributes:
+        status: FINISHED, FAILED or KILLED.
+        exit_code: 0, 1, 130 or 143.
+        record: The run.
+        where: E.g. `local Ray, 2 workers on CPU`.
+        result: What `FitResult` holds; None if training did not end by itself.
+        cause: Why it failed, in a line.
+        traceback: Of the worker that failed first.
+        mlflow: The address to open; None without tracking.
+        mlflow_command: The command that opens it where there is no server.
+        seconds: From launch to end.
+        length: The key that says how long the run is, for going on with it.
+    """
+
+    status: str
+    exit_code: int
+    record: Record
+    where: str
+    result: Mapping[str, Any] | None = None
+    cause: str | None = None
+    traceback: str | None = None
+    mlflow: str | None = None
+    mlflow_command: str | None = None
+    seconds: float = 0.0
+    length: str = "trainer.max_epochs"
+
+
+def summary(outcome: Outcome, program: str) -> str:
+    """The last words of a launch: what came out, where everything is, and what to type next."""
+    record, result = outcome.record, outcome.result
+    words = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}[outcome.status]
+    how = (
+        f" ({result['reason'].replace('_', ' ')})" if result and result["reason"] not in ("finished", "stopped") else ""
+    )
+    steps = f", {result['step']} steps" if result else ""
+    rows = [("outcome", f"{words}{how}{steps} in {duration(outcome.seconds)}")]
+    if outcome.cause and outcome.status == "FAILED":
+        rows.append(("cause", outcome.cause))
+    rows.append(("where", outcome.where))
+    if result and result["best"]:
+        value, step = result["best"]
+        rows.append(("best", f"{result['monitor']} {value:.4g} at step {step}"))
+    if outcome.mlflow:
+        rows.append(("mlflow", f"{outcome.mlflow}  run {record.run_id}"))
+    if record.run_dir:
+        rows.append(("output", record.run_dir))
+        if outcome.mlflow_command:
+            rows.append(("next", outcome.mlflow_command))
+        more = f" {outcome.length}=…" if outcome.status == "FINISHED" else ""
+        rows.append(("" if outcome.mlflow_command else "next", f"{program} resume {record.name}{more}"))
+    return "\n".join(f"{name:<8} {text}" for name, text in rows)
