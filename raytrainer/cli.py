@@ -57,6 +57,8 @@ def _guarded(call: Callable[[], int]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except SystemExit as end:  # argparse has shown something, or Hydra found an option's argument to be wrong
+        return 2 if end.code else 0
     except BrokenPipeError:  # `raytrainer --cfg job | head`
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  or Python complains at its exit
         return 141
@@ -167,8 +169,6 @@ def _hydra(arguments: list[str], task: Callable[[config.Composition, list[str]],
     except _Ended as ended:
         if isinstance(ended.cause, Exception):
             raise ended.cause from None
-    except SystemExit as end:  # Hydra's way of saying that an option's argument is wrong
-        return 2 if end.code else 0
     except Exception as error:
         if asked == "1":
             raise

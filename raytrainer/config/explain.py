@@ -63,6 +63,11 @@ def explain(
                 f"is a sweep over an {m[1].lower()}, of which Hydra's own sweeper takes no values; list them: 0.1,0.2"
             )
             return ConfigError(reason, key=key_of(sweep) or "-m", value=value_of(sweep))
+        if m := re.search(r"Unsupported item value in defaults : (\w+)", str(one)):
+            kind = {"bool": "true or false (as on, off, yes and no are, too)"}.get(m[1], m[1])
+            return ConfigError(
+                f"a choice in the defaults of a config is {kind}, where a name must be: put it in quotes"
+            )
     if isinstance(error, AssertionError | ValueError):
         for override in overrides:
             if found := _of_value(override, str(error), known):

@@ -237,6 +237,10 @@ def test_their_keys_are_judged_as_ours(in_tmp: Path, text: str, reason: str) -> 
             "override /model: mlp\n  - /data: digits",
             "'override /model: …' comes last in the defaults of a config (in exper",
         ),
+        (
+            "override /model: on",
+            "a choice in the defaults of a config is true or false (as on, off, yes and no are, too)",
+        ),
         ("/nope: x", "nope=x is no such choice"),
         ("/nope", "nope is not a config on the search path (chosen in experiment/mine)"),
     ],

@@ -1,0 +1,401 @@
+"""The command line: verbs, Hydra's own options, exit codes, and that nothing wrong starts anything.
+
+Whole launches are few here: a sweep inline with its resume, and one batch of debug.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+import raytrainer
+from raytrainer import cli, run
+from raytrainer.errors import ConfigError, Stopped, StorageError, WorkerError
+
+pytestmark = pytest.mark.usefixtures("in_tmp")
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Said]
+
+
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a command line in this process."""
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    monkeypatch.setattr(sys, "argv", ["/somewhere/raytrainer/__main__.py"])
+
+    def call(*arguments: str) -> Said:
+        code = cli.main(arguments)
+        assert "HYDRA_FULL_ERROR" not in os.environ
+        return Said(code, *capsys.readouterr())
+
+    return call
+
+
+def process(*arguments: str, timeout_s: float = 120, module: bool = True) -> Said:
+    program = [sys.executable, "-m", "raytrainer"] if module else [str(Path(sys.executable).with_name("raytrainer"))]
+    done = subprocess.run([*program, *arguments], capture_output=True, text=True, timeout=timeout_s, check=False)
+    return Said(done.returncode, done.stdout, done.stderr)
+
+
+def refused(said: Said) -> str:
+    """The one line of a refusal."""
+    assert said.code == 2
+    assert said.out == ""
+    lines = said.err.splitlines()
+    assert len(lines) == 1, said.err
+    assert lines[0].startswith("raytrainer: refused: ")
+    return lines[0].removeprefix("raytrainer: refused: ")
+
+
+# --- what a refusal is ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("chek experiment=mlp", "'chek' is not a command; did you mean check?"),
+        ("resum x", "'resum' is not a command; did you mean resume?"),
+        ("frobnicate", "'frobnicate' is not a command; there are check, resume, rerun"),
+        ("resume", "which run? resume ID"),
+        ("resume trainer.max_epochs=3", "which run? resume ID"),
+        ("resume x --cfg job", "--cfg has no meaning here; resume ID"),
+        ("rerun", "which run? rerun ID"),
+        ("resume x", "x: no run of this name or MLflow id in "),
+        ("rerun ../x", "'../x' is neither a run's name nor an MLflow run id"),
+        ("experiment=mlp check", "'check' is not key=value; a command comes first"),
+        ("experiment=mlp trainer.max_epoch=3", "trainer.max_epoch=3 is not a key; valid: trainer.max_epochs"),
+        ("experiment=resnt", "experiment=resnt is no such choice; valid: resnet"),
+        ("check experiment=mlp optimizer.lr=fast", "optimizer.lr=fast must be a number"),
+        (
+            "check experiment=mlp +model.widht=3",
+            "model.widht=3 is not an argument of raytrainer.models.MLP; valid: width",
+        ),
+        ("check experiment=mlp optimizer.lr=${x.y}", "optimizer.lr cannot be resolved: there is no key x.y"),
+        (
+            "check experiment=mlp optimizer.lr=${oc.env:NOT_SET_AT_ALL}",
+            "optimizer.lr cannot be resolved: the environment",
+        ),
+        (
+            "check experiment=mlp scaling.num_workers=128",
+            "scaling.num_workers=128 × 1 CPU = 128 CPUs, and this machine",
+        ),
+        ("check experiment=mlp storage_path=/proc/runs", "storage_path=/proc/runs cannot be used: "),
+        (
+            "check experiment=mlp storage_path=ftp://x",
+            "storage_path=ftp://x cannot be used: ftp:// is not a known scheme",
+        ),
+        ("check experiment=mlp init_from=nope", "init_from=nope cannot be used: neither a file of weights, nor a run"),
+        (
+            "check experiment=mlp tracking.tracking_uri=sqlite:////proc/x.db",
+            "the tracking database /proc/x.db cannot be",
+        ),
+        ("--cfg", "argument --cfg/-c: expected one argument; python -m raytrainer --help shows"),
+        ("--cfg foo", "argument --cfg/-c: invalid choice: 'foo'"),
+        ("--nope", "unrecognized arguments: --nope"),
+        ("--resolve", "The --resolve flag can only be used"),
+        ("--config-dir=/not/there experiment=mlp", "--config-dir=/not/there is not a directory"),
+        ("--config-name=nope", "--config-name=nope is not a config on the search path"),
+        ("--cfg job trainer.max_epochs=abc", "trainer.max_epochs=abc must be a whole number"),
+        ("--cfg job +trainer.max_epoch=3", "trainer.max_epoch=3 is not a key"),
+        ("-m experiment=mlp,nope", "experiment=nope is no such choice"),
+        ("-m experiment=mlp optimizer.lr=0.1,fast", "optimizer.lr=fast must be a number"),
+        ("-m experiment=mlp seed=1,2 name=same", "name=same would be the name of every job; leave it out"),
+        ("-m experiment=mlp optimizer.lr=interval(0,1)", "optimizer.lr=interval(0,1) is a sweep over an interval"),
+        ("--multirun experiment=mlp trainer.max_epoch=1,2", "trainer.max_epoch=1 is not a key"),
+        ("hydra/launcher=nope experiment=mlp", "hydra/launcher=nope is no such choice"),
+    ],
+)
+def test_one_line_and_exit_code_2(here: Run, in_tmp: Path, arguments: str, reason: str) -> None:
+    assert refused(here(*arguments.split(" "))).startswith(reason)
+    assert list(in_tmp.iterdir()) == []  # nothing was started
+
+
+def test_several_problems_of_preflight_are_one_refusal(here: Run, in_tmp: Path) -> None:
+    said = here("check", "experiment=mlp", "scaling.num_workers=128", "storage_path=/proc/runs")
+    assert said.code == 2
+    assert [line[:30] for line in said.err.splitlines()] == [
+        "raytrainer: refused: scaling.n",
+        "  storage_path=/proc/runs cann",
+    ]
+
+
+def test_ray_address_with_a_ray_of_ones_own(here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.9.9.9:6379")
+    reason = refused(here("check", "experiment=mlp"))
+    assert reason.startswith("RAY_ADDRESS=10.9.9.9:6379 is set and cluster=local")
+    assert "use cluster=existing" in reason
+    assert here("check", "experiment=mlp", "cluster=inline").code == 0
+
+
+@pytest.mark.slow
+def test_an_mlflow_that_does_not_answer_is_refused_in_time(here: Run, in_tmp: Path) -> None:
+    """One port is closed; behind the other nobody answers. Each within the 15 seconds promised."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        for port in (9, silent.getsockname()[1]):
+            began = time.monotonic()
+            reason = refused(here("check", "experiment=mlp", f"tracking.tracking_uri=http://127.0.0.1:{port}"))
+            assert time.monotonic() - began < 15
+            assert f"http://127.0.0.1:{port}" in reason
+            assert "tracking.required=false" in reason
+    uri = "tracking.tracking_uri=http://127.0.0.1:9"
+    assert here("check", "experiment=mlp", uri, "tracking.required=false").code == 0
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_not_there_is_refused_in_time() -> None:
+    """`ray.init` alone takes seven minutes to say so."""
+    said = process("check", "experiment=mlp", "cluster=existing", "cluster.address=127.0.0.1:9", timeout_s=30)
+    assert refused(said).startswith("cluster.address=127.0.0.1:9 is no running Ray cluster: nothing answers there")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"cluster.address=127.0.0.1:{silent.getsockname()[1]}"
+        said = process("check", "experiment=mlp", "cluster=existing", address, timeout_s=45)
+    assert said.code == 2
+    assert "is no running Ray cluster: what listens there does not answer as Ray does" in said.err
+
+
+def test_stage_one_imports_no_torch_ray_or_mlflow() -> None:
+    program = """
+import json, sys
+from raytrainer import cli
+code = cli.main(sys.argv[1:])
+heavy = sorted({"torch", "ray", "mlflow", "pandas", "numpy"} & set(sys.modules))
+print("MODULES", json.dumps([code, heavy]))
+"""
+    for arguments in (
+        ["experiment=resnet", "+trainer.max_epoch=3"],
+        ["experiment=resnet", "optimizer.lrr=3"],
+        ["experiment=resnet", "trainer.max_epochs=abc"],
+        ["experiment=nope"],
+        ["--cfg", "job", "experiment=resnet"],
+        ["--help"],
+        ["chek"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=30, check=True
+        )
+        code, heavy = json.loads(done.stdout.rpartition("MODULES ")[2])
+        assert (code, heavy) == (0 if arguments[0].startswith("--") else 2, []), arguments
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "what"),
+    [
+        (ConfigError("x"), 2, "refused"),
+        (StorageError("x"), 1, "failed"),
+        (WorkerError("x"), 1, "failed"),
+        (Stopped("x", exit_code=143), 143, "stopped"),
+        (KeyboardInterrupt(), 130, None),
+    ],
+)
+def test_exit_codes(
+    here: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, what: str | None
+) -> None:
+    def launch(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(run, "launch", launch)
+    said = here("experiment=mlp")
+    assert said.code == code
+    assert (f"raytrainer: {what}: " in said.err) == (what is not None)
+
+
+def test_a_bug_is_not_told_as_the_users_mistake(here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "launch", lambda *_, **__: 1 / 0)
+    for arguments in (["experiment=mlp"], ["-m", "experiment=mlp", "seed=1,2"]):
+        with pytest.raises(ZeroDivisionError):
+            here(*arguments)
+
+
+def test_a_stopped_job_ends_its_sweep(here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+
+    def launch(composition: object, **_: object) -> None:
+        launched.append(composition)
+        raise Stopped("interrupted", exit_code=130)
+
+    monkeypatch.setattr(run, "launch", launch)
+    assert here("-m", "experiment=mlp", "seed=1,2,3").code == 130
+    assert len(launched) == 1
+
+
+def test_a_failed_job_does_not_end_its_sweep(here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = []
+
+    def launch(composition: object, **_: object) -> None:
+        seeds.append(composition.experiment.seed)  # type: ignore[attr-defined]
+        raise WorkerError("ValueError: x", rank=0)
+
+    monkeypatch.setattr(run, "launch", launch)
+    said = here("-m", "experiment=mlp", "seed=1,2,3")
+    assert said.code == 1
+    assert seeds == [1, 2, 3]
+    assert said.err.count("raytrainer: failed: rank 0: ValueError: x") == 3
+
+
+# --- what shows and starts nothing ---------------------------------------------------------------------------------
+
+
+def test_check_starts_nothing(here: Run, in_tmp: Path) -> None:
+    said = here("check", "experiment=mlp")
+    assert said.code == 0
+    assert re.fullmatch(r"ok: mlp-\d+-\d+-\w{4} would train: local Ray, 1 worker on [CG]PU\n", said.out)
+    assert list(in_tmp.iterdir()) == []
+    assert "mlp" in here("check", "experiment=mlp", "cluster=inline").out
+    assert "would train: inline, one batch" in here("check", "experiment=mlp", "debug=default").out
+
+
+def test_cfg_job(here: Run) -> None:
+    said = here("--cfg", "job", "experiment=resnet", "optimizer.lr=0.3", "+optimizer.maximize=true")
+    found = yaml.safe_load(said.out)
+    assert said.code == 0
+    assert found["model"]["_target_"] == "raytrainer.models.ResNet"
+    assert found["optimizer"]["lr"] == 0.3
+    assert found["optimizer"]["maximize"] is True
+    assert found["tracking"]["tracking_uri"] == "${oc.env:MLFLOW_TRACKING_URI,null}"
+    assert "hydra" not in found
+    assert yaml.safe_load(here("--cfg", "job", "-p", "optimizer", "optimizer=sgd").out)["nesterov"] is True
+    assert here("--cfg", "job", "-p", "optimizr").code == 2
+
+
+def test_cfg_job_of_what_is_no_whole_experiment_yet(here: Run) -> None:
+    assert here("--cfg", "job").code == 0
+    assert here("--cfg", "job", "optimizer.lr=???").code == 0
+    assert here("--cfg", "job", "optimizer.lr=${oc.env:NOT_SET_AT_ALL}").code == 0
+
+
+def test_help(here: Run) -> None:
+    said = here("--help")
+    assert said.code == 0
+    for word in (
+        *cli.VERBS,
+        "experiment: mlp, resnet, smoke",
+        "optimizer: adamw, sgd",
+        "--config-dir",
+        "debug=default",
+    ):
+        assert word in said.out
+    for command in re.findall(
+        r"^python -m raytrainer (-m .*?|--config-dir.*?|\w+ .*?)(?:  |$)", said.out, re.MULTILINE
+    ):
+        assert command.split()[0].lstrip("-").partition("=")[0] in {*cli.VERBS, "experiment", "m", "config-dir"}
+    assert max(len(line) for line in said.out.splitlines()) <= 110
+
+
+def test_version(here: Run) -> None:
+    said = here("--version")
+    assert said.code == 0
+    assert said.out.startswith(f"raytrainer {raytrainer.__version__} (Hydra 1.3.")
+
+
+def test_info_and_hydra_help(here: Run, in_tmp: Path) -> None:
+    (in_tmp / "conf").mkdir()
+    said = process("--info", "searchpath", "--config-dir=conf", timeout_s=30)
+    assert said.code == 0
+    assert "pkg://raytrainer.configs" in said.out + said.err
+    assert f"file://{in_tmp}/conf" in said.out + said.err
+    assert "experiment: resnet" in process("--info", "defaults-tree", "experiment=resnet", timeout_s=30).out
+    assert here("--hydra-help").code == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "suggested"),
+    [
+        ("raytrainer experiment=", ["experiment=mlp", "experiment=resnet", "experiment=smoke"]),
+        ("raytrainer optimizer=s", ["optimizer=sgd"]),
+        ("raytrainer check experiment=r", ["experiment=resnet"]),
+        (
+            "raytrainer trainer.max_",
+            ["trainer.max_epochs=", "trainer.max_grad_norm=", "trainer.max_steps=", "trainer.max_time="],
+        ),
+        ("raytrainer experiment=resnet optimizer.nest", ["optimizer.nesterov="]),
+        ("python -m raytrainer experiment=s", ["experiment=smoke"]),
+    ],
+)
+def test_completion(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str, suggested: list[str]
+) -> None:
+    monkeypatch.setenv("COMP_LINE", line)
+    monkeypatch.setenv("COMP_POINT", str(len(line)))
+    monkeypatch.setattr(sys, "argv", ["/somewhere/raytrainer"])
+    assert cli.main(["-sc", "query=bash"]) == 0
+    assert capsys.readouterr().out.split() == suggested
+
+
+def test_completion_is_installed_for_the_console_script(in_tmp: Path) -> None:
+    said = process("-sc", "install=bash", module=False)
+    assert said.code == 0
+    assert said.out.rstrip().endswith("complete -o nospace -o default -F hydra_bash_completion raytrainer")
+
+
+# --- whole launches ------------------------------------------------------------------------------------------------
+
+
+def rows(database: Path, query: str) -> list[tuple[object, ...]]:
+    with sqlite3.connect(database) as connection:
+        return connection.execute(query).fetchall()
+
+
+@pytest.mark.slow
+def test_a_sweep_inline_and_a_resume(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_SECRET", "hunter2")
+    quick = ["experiment=smoke", "cluster=inline", "trainer.max_steps=4"]
+    said = process("-m", *quick, "optimizer.lr=0.1,0.01", "tracking.experiment_name=${oc.env:A_SECRET}")
+    assert said.code == 0, said.err
+    assert said.out.count("outcome  finished, 4 steps") == 2
+    assert "Traceback" not in said.err
+    runs = sorted((in_tmp / "runs").glob("smoke-*"))
+    configs = [(path / "config.yaml").read_text() for path in runs]
+    assert sorted(yaml.safe_load(text)["optimizer"]["lr"] for text in configs) == [0.01, 0.1]
+    for text in configs:
+        assert "hunter2" not in text
+        assert "${oc.env:A_SECRET}" in text
+    assert sorted(path.name for path in in_tmp.iterdir()) == ["mlartifacts", "mlflow.db", "runs"]
+    assert rows(in_tmp / "mlflow.db", "SELECT status FROM runs") == [("FINISHED",), ("FINISHED",)]
+
+    # The summary's own next command, as it is printed, goes on with the last of the two.
+    command = re.findall(r"python -m raytrainer (resume \S+ \S+)=…", said.out)[-1]
+    assert command.endswith("trainer.max_steps")
+    said = process(*command.split()[:2], f"{command.split()[2]}=6")
+    assert said.code == 0, said.err
+    assert "going on after step 4" in said.err
+    assert "outcome  finished, 6 steps" in said.out
+    assert rows(in_tmp / "mlflow.db", "SELECT count(*), min(status) FROM runs") == [(2, "FINISHED")]
+
+
+def test_debug_is_one_batch_in_this_process_and_leaves_nothing(in_tmp: Path) -> None:
+    said = process("experiment=resnet", "debug=default")
+    assert said.code == 0, said.err
+    assert "outcome  finished, 1 steps" in said.out
+    assert "no tracking, no checkpoint" in said.out
+    assert list(in_tmp.iterdir()) == []
+
+
+def test_a_name_is_used_once(in_tmp: Path, here: Run) -> None:
+    (in_tmp / "runs" / "one").mkdir(parents=True)
+    (in_tmp / "runs" / "one" / "config.yaml").write_text("")
+    reason = refused(here("experiment=smoke", "cluster=inline", "name=one"))
+    assert reason.startswith("name=one is the name of a run that exists in ")
+    assert "resume one goes on with it" in reason
