@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from raytrainer.config import Composition, from_text
@@ -105,6 +106,22 @@ def to_resume(identifier: str, overrides: Sequence[str]) -> tuple[Composition, R
                 key=name,
                 value=value,
             )
+        if name.startswith("lr_scheduler.") and not _is_curve(record, storage):
+            raise ConfigError(
+                "is in the checkpoint with the scheduler's state, and would be ignored; only curves of raytrainer.optim "
+                f"take new values. raytrainer rerun {record.name} {override} starts a new run",
+                key=name,
+                value=value,
+            )
+    if storage.uri != record.run_dir:
+        raise RunNotFound(
+            f"{record.name} is in {storage.uri}, but it ran in {record.run_dir}, where its config, metrics and checkpoints "
+            f"are written to; move it back, or start a new run from its weights: init_from={storage.uri}"
+        )
+    if record.status == "FINISHED" and not storage.exists("checkpoints"):
+        raise RunNotFound(
+            f"{record.name} finished, and its checkpoints are gone; raytrainer rerun {record.name} does it again"
+        )
     composition = _composed(record, storage, overrides)
     return composition, record, [n.removeprefix("optimizer.") for n in names if n.startswith("optimizer.")]
 
@@ -124,8 +141,13 @@ def to_rerun(identifier: str, overrides: Sequence[str]) -> Composition:
     return _composed(record, storage, overrides)
 
 
+def _is_curve(record: Record, storage: Storage) -> bool:
+    node = _composed(record, storage, ()).experiment.lr_scheduler or {}
+    return str(node.get("_target_", "")).startswith("raytrainer.optim.")
+
+
 def _composed(record: Record, storage: Storage, overrides: Sequence[str]) -> Composition:
     text = storage.read_if_exists("config.yaml")
     if text is None:
         raise RunNotFound(f"{record.name}: its config.yaml in {record.run_dir} is gone")
-    return from_text(text.decode(), overrides)
+    return replace(from_text(text.decode(), overrides), choices=tuple(sorted(record.choices.items())))

@@ -47,14 +47,18 @@ class Interrupts:
             for number, before in self._before.items():
                 signal.signal(number, before)  # type: ignore[arg-type]
 
+    def note(self, which: signal.Signals) -> Stopped:
+        """A signal that another handler took: counted as ours; the exception that tells it."""
+        self.count += 1
+        if self.exit_code is None:
+            self.exit_code, self.reason = _EXIT_CODES[which], _NAMES[which]
+        return Stopped(self.reason, exit_code=self.exit_code)
+
     @property
     def requested(self) -> bool:
         return self.count > 0
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        which = signal.Signals(number)
-        self.count += 1
-        if self.exit_code is None:
-            self.exit_code, self.reason = _EXIT_CODES[which], _NAMES[which]
+        stopped = self.note(signal.Signals(number))
         if not self.deferred or self.count > 1:
-            raise Stopped(self.reason, exit_code=self.exit_code)
+            raise stopped

@@ -22,7 +22,7 @@ class Provenance:
         command: The command line, quoted for a shell.
         versions: Package → version, and `python`.
         commit, branch: Of the git repository that holds the launching directory; None outside one.
-        patch: `git diff HEAD` of it: what the commit lacks; empty when clean.
+        patch: What the commit lacks, for `git apply`, with the names of untracked files on top; empty when clean.
     """
 
     command: str
@@ -50,17 +50,22 @@ def collect(argv: list[str], folder: Path) -> Provenance:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
             continue
-    commit = _git(folder, "rev-parse", "HEAD")
+    commit = (_git(folder, "rev-parse", "HEAD") or "").strip() or None
     patch = ""
     if commit is not None:
-        patch = _git(folder, "diff", "HEAD") or ""
+        # As `git apply` takes it, whatever the user's settings of diff are; untracked files are only named.
+        patch = (
+            _git(folder, "-c", "core.quotepath=off", "diff", "--binary", "--no-ext-diff", "--no-color", "HEAD") or ""
+        )
         if len(patch) > _PATCH_LIMIT:
             patch = patch[:_PATCH_LIMIT] + f"\n# cut at {_PATCH_LIMIT} bytes\n"
+        untracked = (_git(folder, "ls-files", "--others", "--exclude-standard") or "").splitlines()
+        patch = "".join(f"# not tracked, and not in this patch: {name}\n" for name in untracked[:200]) + patch
     return Provenance(
         shlex.join(["python", "-m", "raytrainer", *argv]),
         versions,
         commit,
-        _git(folder, "rev-parse", "--abbrev-ref", "HEAD") if commit else None,
+        (_git(folder, "rev-parse", "--abbrev-ref", "HEAD") or "").strip() or None if commit else None,
         patch,
     )
 
@@ -77,7 +82,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):  # no git, or a repository on a disk that does not answer
         return None
-    return done.stdout.strip("\n") if done.returncode == 0 else None
+    return done.stdout if done.returncode == 0 else None
 
 
 def program() -> str:

@@ -162,6 +162,18 @@ class WorkerOutput:
             self._on_message(self._ranks.get(source), message)
 
 
+# What a rank says that lost another one in a collective.
+_COLLATERAL = (
+    "DistBackendError",
+    "DistNetworkError",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "the other ranks cannot be reached",
+    "Timed out waiting",
+)
+
+
 class Retries(DefaultFailurePolicy):  # type: ignore[misc]
     """Ray Train's own budgets, less what no retry can mend.
 
@@ -213,11 +225,15 @@ def first_error(error: BaseException) -> BaseException:
             raised.append(cause)
         else:
             died.append(WorkerError(_death(cause), rank=rank))
-    collateral = ("DistBackendError", "DistNetworkError", "Connection closed by peer", "Connection reset by peer")
-    causes = [e for e in raised if not any(text in e.cause for text in collateral)]
+    causes = [e for e in raised if not any(text in e.cause for text in _COLLATERAL)]
     if causes:
         return min(causes, key=lambda e: e.when)
-    return died[0] if died else min(raised, key=lambda e: e.when)
+    if died:
+        return died[0]
+    # Nobody died and everybody only lost the others: a network, which may be there again.
+    first = min(raised, key=lambda e: e.when)
+    first.retry = True
+    return first
 
 
 def _death(error: BaseException) -> str:

@@ -5,6 +5,8 @@ It finds its rank and the last checkpoint, builds the Trainer, and listens for i
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import socket
@@ -21,7 +23,7 @@ from typing import Any
 from raytrainer import config, errors
 from raytrainer.progress import Reporter, to_line
 from raytrainer.storage import Storage
-from raytrainer.tracking import MlflowTracker, NullTracker, Tracker
+from raytrainer.tracking import MlflowTracker, NullTracker, Tracker, redacted
 
 MODEL_FOLDER = "model"
 _log = logging.getLogger("raytrainer.worker")
@@ -59,6 +61,7 @@ class Job:
         spool_dir: Where metrics are kept until MLflow has them: a local path on the worker.
         ship: Whether the worker sends them itself; False where the driver reads the same disk and does.
         changed: The optimizer's settings whose values in the config replace those in the checkpoint.
+        mark: What the run's record says of this attempt, wherever `run_dir` is one and the same place.
     """
 
     text: str
@@ -68,6 +71,7 @@ class Job:
     spool_dir: str = ""
     ship: bool = True
     changed: Sequence[str] = ()
+    mark: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -141,6 +145,7 @@ def run(
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)  # what a model allocates without naming a device goes there too
     experiment = config.from_text(job.text).experiment
+    _check_shared(job)
     options, c = experiment.trainer, experiment.checkpoint
     if options.num_threads is None:
         options.num_threads = _cpus(experiment)
@@ -148,7 +153,10 @@ def run(
     group = dist.new_group(backend="gloo") if world.distributed else None
     tracker: Tracker = NullTracker()
     if world.rank == 0 and job.run_id is not None:
-        tracker = MlflowTracker(job.run_id, job.tracking_uri, Path(job.spool_dir), ship=job.ship)
+        # With its credentials, where the config refers to some: they are resolved here, and never travel.
+        uri = experiment.tracking.tracking_uri or ""
+        uri = uri if redacted(uri) == job.tracking_uri else job.tracking_uri
+        tracker = MlflowTracker(job.run_id, uri, Path(job.spool_dir), ship=job.ship)
     checkpointer = Checkpointer(
         Storage(job.run_dir).child("checkpoints"),
         rank=world.rank,
@@ -172,10 +180,29 @@ def run(
         result = trainer.fit()
         if world.rank == 0 and experiment.tracking.log_model and job.run_id is not None and result.reason != "stopped":
             log_model(trainer, tracker, emit)
+    except BaseException:
+        # What happened first is what is told; the save in flight may only fail because of it.
+        with contextlib.suppress(Exception):
+            checkpointer.close()
+        raise
+    else:
+        checkpointer.close()
         return {**asdict(result), "metrics": dict(result.metrics), "monitor": c.monitor}
     finally:
-        checkpointer.close()
         tracker.close()
+
+
+def _check_shared(job: Job) -> None:
+    """Whether `run_dir` here is the driver's: on several nodes a local path is a place of each node's own."""
+    found = Storage(job.run_dir).read_if_exists("run.json") if job.mark else None
+    record = json.loads(found) if found else {}
+    if job.mark and " ".join(str(record.get(k)) for k in ("name", "created", "attempts")) != job.mark:
+        raise errors.ConfigError(
+            f"is not the same place on {socket.gethostname()} as where the run was launched; use a disk that all nodes "
+            "share, or a URI (s3://…)",
+            key="storage_path",
+            value=job.run_dir.rpartition("/")[0],
+        )
 
 
 def inline_world(experiment: config.Experiment) -> Any:

@@ -314,6 +314,7 @@ def test_what_is_observed_changes_nothing() -> None:
     # Evaluation draws nothing of training's random numbers, and logging and saving neither.
     e = hard(eval_every_n_steps=0)
     e.callbacks, e.loss = {}, node(training.drawing_loss, _partial_=True)
+    e.checkpoint.monitor, e.trainer.early_stopping = "val/loss", None
     expected = weights(fitted(e)[0])
     for log, evaluate in ((1, 1), (3, 4), (100, None)):
         e.trainer.log_every_n_steps, e.trainer.eval_every_n_steps = log, evaluate

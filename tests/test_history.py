@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,36 @@ def recorded(name: str, run_id: str | None = None) -> Record:
     storage = Storage(composition.experiment.storage_path).child(name)
     record = Record(name, storage.uri, run_id, "sqlite:////x.db", "mlp", status="FINISHED", attempts=1)
     storage.write_bytes("config.yaml", composition.text.encode())
+    storage.write_bytes("checkpoints/step-000000001/manifest.json", b"{}")
     record.write(storage)
     return record
+
+
+def test_a_finished_run_whose_checkpoints_are_gone(past: Record) -> None:
+    Storage(past.run_dir).delete("checkpoints")
+    with pytest.raises(RunNotFound, match="its checkpoints are gone; raytrainer rerun"):
+        history.to_resume(past.name, [])
+
+
+def test_a_run_that_was_moved_is_not_resumed_in_its_old_place(
+    past: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = tmp_path / "copied" / "runs" / past.name
+    shutil.copytree(past.run_dir, there)
+    monkeypatch.chdir(tmp_path / "copied")
+    with pytest.raises(RunNotFound, match="but it ran in"):
+        history.to_resume(past.name, [])
+
+
+def test_a_torch_schedulers_values_cannot_be_changed(in_tmp: Path) -> None:
+    record = recorded("steps")
+    storage = Storage(record.run_dir)
+    text = compose(["experiment=mlp", "name=steps"]).text.replace(
+        "raytrainer.optim.Cosine", "torch.optim.lr_scheduler.StepLR"
+    )
+    storage.write_bytes("config.yaml", text.encode())
+    with pytest.raises(ConfigError, match="only curves of raytrainer"):
+        history.to_resume("steps", ["lr_scheduler.step_size=3"])
 
 
 def test_found_by_name_and_by_mlflow_id(past: Record) -> None:

@@ -28,6 +28,8 @@ def check_together(e: Experiment) -> None:
     _check_nodes(e)
     _check_workers(e)
     t = e.trainer
+    if e.debug:
+        t.max_steps, t.max_epochs, t.max_time = 1, None, None  # whatever length the experiment or the command line has
     t.max_time = seconds(t.max_time)
     if t.max_steps is None and t.max_epochs is None and t.max_time is None:
         raise ConfigError(
@@ -49,6 +51,20 @@ def check_together(e: Experiment) -> None:
         )
     if t.early_stopping is not None and not e.data.val:
         raise ConfigError("needs data.val, whose metrics it watches", key="trainer.early_stopping")
+    if t.max_grad_norm == 0:
+        raise ConfigError(
+            "must be more than 0, or every gradient is 0; null does not clip", key="trainer.max_grad_norm", value=0
+        )
+    if not e.checkpoint.monitor.startswith("val/"):
+        raise ConfigError(
+            "must be a metric of the evaluation, as val/loss", key="checkpoint.monitor", value=e.checkpoint.monitor
+        )
+    if e.tracking.register_model and not e.tracking.log_model:
+        raise ConfigError(
+            "needs tracking.log_model=true: there is no model to register",
+            key="tracking.register_model",
+            value=e.tracking.register_model,
+        )
     _check_address(e.cluster.kind, e.cluster.address)
 
 

@@ -360,8 +360,12 @@ def _fix_times(cfg: DictConfig) -> None:
                 raw._is_none() or raw._is_interpolation() or raw._is_missing()
             ):
                 walk(raw)
-            elif OmegaConf.is_interpolation(node, name) and re.search(r"\$\{(now|hydra):", str(raw._value())):  # type: ignore[union-attr]
-                node[name] = node[name]
+            elif OmegaConf.is_interpolation(node, name):
+                # Only those parts: `${oc.env:TOKEN}-${now:%Y}` must not put the token into what is logged.
+                written = str(raw._value())  # type: ignore[union-attr]
+                fixed = re.sub(r"\$\{(?:now|hydra):[^{}]*\}", lambda m: str(OmegaConf.create({"x": m[0]}).x), written)
+                if fixed != written:
+                    node[name] = fixed
 
     walk(cfg)
 

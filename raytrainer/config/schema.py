@@ -32,7 +32,7 @@ class DataConfig:
     drop_last: bool = True
     collate_fn: dict[str, Any] | None = None
     num_workers: int = key(0, least=0)
-    prefetch: int = key(2, least=1)
+    prefetch: int = key(2, least=0)
     resident: Any = key("auto", choices=("auto", True, False))  # noqa: RUF009
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raytrainer.run.launching import check, launch, tracking_uri
-from raytrainer.run.record import Outcome, Record, summary
+from raytrainer.run.launching import check, launch
+from raytrainer.run.record import Outcome, Record, summary, tracking_uri
 
 __all__ = ["Outcome", "Record", "check", "launch", "summary", "tracking_uri"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -18,14 +20,15 @@ from raytrainer.errors import ClusterLost, RaytrainerError, Stopped, WorkerError
 from raytrainer.interrupts import Interrupts
 from raytrainer.progress import Display
 from raytrainer.run.logs import Logs
-from raytrainer.run.record import Outcome, Record
-from raytrainer.storage import Storage
+from raytrainer.run.record import Outcome, Record, tracking_uri
+from raytrainer.storage import Lock, Storage
 
 if TYPE_CHECKING:
     from raytrainer.supervise import SupervisedTrainer
 
 T = TypeVar("T")
 _GRACE_S = 6.0  # from a first Ctrl-C or SIGTERM until the workers are ended without a checkpoint
+_OPEN_S = 30.0  # importing mlflow and making a database, on a busy machine
 _CLOSE_S, _CLOSE_STOPPED_S = 30.0, 3.0  # how long the tracking server is waited for at the end
 
 
@@ -39,20 +42,23 @@ class Driver:
         storage: Storage,
         display: Display,
         logs: Logs,
+        lock: Lock,
         interrupts: Interrupts,
         argv: Sequence[str],
-        changed: Sequence[str],
         where: str,
     ) -> None:
         self.composition, self.e, self.record, self.storage = composition, composition.experiment, record, storage
-        self.display, self.logs, self.interrupts = display, logs, interrupts
-        self.argv, self.changed, self.where = list(argv), list(changed), where
+        self.display, self.logs, self.lock, self.interrupts = display, logs, lock, interrupts
+        self.argv, self.where = list(argv), where
         local = storage.is_local
         # The driver sends the metrics where it reads the disk that the worker writes them to: the worker then never
         # imports mlflow, which would cost it 1.3 s.
         self.ship_here = local
         spool = (
-            storage.local_path / "spool" if local else Path(tempfile.gettempdir(), "raytrainer", record.name, "spool")
+            storage.local_path / "spool"
+            if local
+            # A person's own: another user of this machine may have a run of the same name.
+            else Path(tempfile.gettempdir(), f"raytrainer-{os.getuid()}", record.name, "spool")
         )
         self.spool_dir = spool
         self.ray_trainer: SupervisedTrainer | None = None
@@ -77,15 +83,22 @@ class Driver:
                 self.logs.mark("trained")
         except Stopped as stopped:
             error = stopped
+        except SystemExit:  # Ray's own handler of SIGTERM, which is there while it starts
+            error = self.interrupts.note(signal.SIGTERM)
         except Exception as failed:  # noqa: BLE001  whatever it is, the run is closed truthfully, then it is told
             error = failed
         self.interrupts.deferred = True
         outcome = self._outcome(result, error)
         self.display.close()
+        if error is not None and not isinstance(error, Stopped | WorkerError):
+            self.logs.text_of("driver", "".join(traceback.format_exception(error)))
         try:
             outcome = self._close(opening, shipper, outcome)
         except Stopped:
-            self.display.say("forced: the run's records are kept in its directory, and sent by the next command on it")
+            self.display.say(f"forced: what MLflow was not told is in {self.spool_dir}; resume sends it")
+        except (RaytrainerError, OSError) as failed:
+            # The run ended as it did; only the telling went wrong, and the record below still has the status.
+            self.display.say(f"warning: MLflow was not told everything: {type(failed).__name__}: {failed}")
         self.record = replace(self.record, status=outcome.status)
         self.record.write(self.storage)
         return replace(outcome, record=self.record)
@@ -106,7 +119,7 @@ class Driver:
             # Parameters are written once; what a resume changes is told beside them.
             tags[f"raytrainer.resume.{record.attempts - 1}"] = " ".join(self.composition.overrides) or "(no overrides)"
         run = tracking.open_run(
-            record.tracking_uri,
+            tracking_uri(e, record.tracking_uri),
             record.experiment_name,
             record.name,
             params=flattened(self.composition.text),
@@ -125,7 +138,8 @@ class Driver:
         # Somebody waits for the end of a stopped run; what is not told in that time stays in the spool.
         patience = _CLOSE_STOPPED_S if outcome.status == "KILLED" else _CLOSE_S
         try:
-            run = opening.result(timeout=patience)
+            # Opening has a bound of its own; a run that it makes after we have left would stay RUNNING for ever.
+            run = opening.result(timeout=_OPEN_S)
         except (RaytrainerError, TimeoutError):  # it is what the outcome tells already
             return outcome
         self.record = replace(self.record, run_id=run.run_id)
@@ -172,10 +186,11 @@ class Driver:
             text=self.composition.text,
             run_dir=self.storage.uri,
             run_id=run.run_id,
-            tracking_uri=run.tracking_uri,
+            tracking_uri=tracking.redacted(run.tracking_uri),
             spool_dir=str(self.spool_dir),
             ship=not self.ship_here,
-            changed=self.changed,
+            changed=self.record.changed,
+            mark=self.record.mark,
         )
 
     @contextlib.contextmanager
@@ -259,7 +274,7 @@ class Driver:
         threading.Thread(target=fit, name="ray-train", daemon=True).start()
         try:
             while not done.wait(1.0):
-                pass
+                self.lock.check()  # one that was out of touch for long may have lost the directory to another
         except Stopped as stopped:
             self._stop_workers(done, stopped)
         if "error" in box:
@@ -283,7 +298,7 @@ class Driver:
             return replace(base, status="KILLED", exit_code=code, cause=self.interrupts.reason)
         if isinstance(error, WorkerError):
             return replace(base, status="FAILED", exit_code=1, cause=str(error), traceback=error.traceback)
-        if error is not None and type(error).__module__.startswith("ray"):
+        if error is not None and type(error).__module__.partition(".")[0] == "ray":
             error = ClusterLost(f"Ray: {type(error).__name__}: {' '.join(str(error).split())[:500]}")
         cause = f"{type(error).__name__}: {error}" if error is not None else "stopped"
         return replace(base, status="FAILED", exit_code=1, cause=cause)

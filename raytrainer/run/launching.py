@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from pathlib import Path
 
 from raytrainer import preflight, tracking, worker
 from raytrainer.config import Composition, Experiment
@@ -16,11 +15,11 @@ from raytrainer.interrupts import Interrupts
 from raytrainer.progress import Display
 from raytrainer.run.driver import Driver
 from raytrainer.run.logs import Logs
-from raytrainer.run.record import CONFIG, Outcome, Record
+from raytrainer.run.record import CONFIG, Outcome, Record, tracking_uri
 from raytrainer.storage import Storage
 
 
-def check(composition: Composition) -> str:
+def check(composition: Composition, record: Record | None = None) -> str:
     """All that can be known before a start; starts nothing. Returns where it would run, in words.
 
     Raises:
@@ -35,6 +34,8 @@ def check(composition: Composition) -> str:
         raise ConfigError(f"cannot be used: {error}", key="storage_path", value=e.storage_path) from error
     if e.debug:
         return "inline, one batch"
+    if record is None:
+        _refuse_existing(e, storage)
     if e.cluster.kind == "existing":
         available, where = _existing_resources(e)
     else:
@@ -44,7 +45,9 @@ def check(composition: Composition) -> str:
             *preflight.check_environment(e, os.environ),
             *preflight.check_resources(e, available, where),
             *preflight.check_storage(storage.check_writable, _storage_path(e)),
-            *preflight.check_tracking(tracking.check_tracking, tracking_uri(e), e.tracking.required),
+            *preflight.check_tracking(
+                tracking.check_tracking, tracking_uri(e, record.tracking_uri if record else ""), e.tracking.required
+            ),
         ]
     )
     return _where(e, preflight.uses_gpu(e, available))
@@ -76,20 +79,18 @@ def launch(
     if e.debug:
         return _debug(composition, display, began)
     with Interrupts() as interrupts:
-        where = check(composition)
+        where = check(composition, record)
         storage = Storage(_storage_path(e)).child(e.name or "")
-        if record is None and storage.exists(CONFIG):
-            raise ConfigError(
-                f"is the name of a run that exists in {e.storage_path}; resume {e.name} goes on with it, "
-                "another name starts a new one",
-                key="name",
-                value=e.name,
-            )
-        with storage.lock("lock", {"run": e.name or ""}):
+        with storage.lock("lock", {"run": e.name or ""}) as lock:
+            if record is None:
+                _refuse_existing(e, storage)  # again, now that nobody else can make it
             old = record or Record(e.name or "", storage.uri, created=datetime.now(UTC).isoformat(timespec="seconds"))
             record = replace(
                 old,
-                tracking_uri=old.tracking_uri or tracking_uri(e),
+                # Without user and password, which stay where the config refers to.
+                tracking_uri=old.tracking_uri or tracking.redacted(tracking_uri(e)),
+                choices=old.choices or dict(composition.choices),
+                changed=[*old.changed, *(name for name in changed if name not in old.changed)],
                 experiment_name=old.experiment_name or _experiment_name(composition),
                 status="RUNNING",
                 attempts=old.attempts + 1,
@@ -99,21 +100,11 @@ def launch(
             with Logs(storage, display) as logs:
                 logs.mark("checked")
                 display.say(f"{record.name}: {where}")
-                outcome = Driver(composition, record, storage, display, logs, interrupts, argv, changed, where).run()
+                outcome = Driver(composition, record, storage, display, logs, lock, interrupts, argv, where).run()
     length = next(
         (k for k in ("max_steps", "max_epochs", "max_time") if getattr(e.trainer, k) is not None), "max_epochs"
     )
     return replace(outcome, seconds=time.monotonic() - began, length=f"trainer.{length}")
-
-
-def tracking_uri(e: Experiment) -> str:
-    """`tracking.tracking_uri` made absolute; without one the SQLite store in the current directory."""
-    uri = e.tracking.tracking_uri
-    if uri is None:
-        return tracking.default_tracking_uri(Path.cwd())
-    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
-        return f"sqlite:///{Path.cwd() / uri.removeprefix('sqlite:///')}"
-    return uri
 
 
 def _debug(composition: Composition, display: Display, began: float) -> Outcome:
@@ -128,6 +119,17 @@ def _debug(composition: Composition, display: Display, began: float) -> Outcome:
     values = {**asdict(result), "metrics": dict(result.metrics), "monitor": e.checkpoint.monitor}
     where = "inline, one batch: no tracking, no checkpoint"
     return Outcome("FINISHED", 0, Record(e.name or "", ""), where, values, seconds=time.monotonic() - began)
+
+
+def _refuse_existing(e: Experiment, storage: Storage) -> None:
+    """A new run never goes on with an old one by accident."""
+    if storage.exists(CONFIG) or storage.exists("checkpoints"):
+        raise ConfigError(
+            f"is the name of a run that exists in {e.storage_path}; resume {e.name} goes on with it, "
+            "another name starts a new one",
+            key="name",
+            value=e.name,
+        )
 
 
 def _where(e: Experiment, gpu: bool) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Mapping
@@ -16,6 +17,17 @@ import psutil
 from raytrainer.errors import RaytrainerError
 from raytrainer.progress import Display
 from raytrainer.storage import Storage
+
+
+class _Warnings(logging.Handler):
+    """Warnings of raytrainer's modules, shown as lines."""
+
+    def __init__(self, display: Display) -> None:
+        super().__init__(logging.WARNING)
+        self._display = display
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._display.say(f"warning: {record.getMessage()}")
 
 
 @dataclass
@@ -37,9 +49,18 @@ class Logs:
         self._files: dict[str, TextIO] = {}
         self._marks: dict[str, float] = {}
         self.display.also = self._file("driver")
+        # This process's own warnings (a lost server, a corrupt checkpoint) are for the person who watches.
+        self._warnings = _Warnings(self.display)
+        logger = logging.getLogger("raytrainer")
+        logger.addHandler(self._warnings)
+        logger.setLevel(logging.WARNING)
+        self._propagated, logger.propagate = logger.propagate, False
         return self
 
     def __exit__(self, *_: object) -> None:
+        logger = logging.getLogger("raytrainer")
+        logger.removeHandler(self._warnings)
+        logger.propagate = self._propagated
         self.display.also = None
         for file in self._files.values():
             file.close()
@@ -65,6 +86,10 @@ class Logs:
             return
         self._write(f"rank-{rank}", line)
         self.display.say(f"[rank {rank}] {line}")
+
+    def text_of(self, name: str, text: str) -> None:
+        """A text for the log file `name` alone."""
+        self._write(name, text)
 
     def flush(self) -> None:
         (self.folder / "launch.json").write_text(json.dumps(self._marks, indent=1) + "\n")

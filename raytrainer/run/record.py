@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from raytrainer import tracking
+from raytrainer.config import Experiment
 from raytrainer.errors import StorageError
 from raytrainer.progress import duration
 from raytrainer.storage import Storage
@@ -27,6 +30,9 @@ class Record:
         experiment_name: Its MLflow experiment.
         status: RUNNING, or how it ended.
         attempts: How often it was launched, the first included.
+        created: When, in UTC.
+        choices: Group → the choice taken.
+        changed: Settings of the optimizer that a resume has given, over those in the checkpoints.
     """
 
     name: str
@@ -37,6 +43,13 @@ class Record:
     status: str = "RUNNING"
     attempts: int = 0
     created: str = ""
+    choices: dict[str, str] = field(default_factory=dict)
+    changed: list[str] = field(default_factory=list)
+
+    @property
+    def mark(self) -> str:
+        """What this attempt's record says, and no other's: a worker looks for it in what should be the same place."""
+        return f"{self.name} {self.created} {self.attempts}"
 
     def write(self, storage: Storage) -> None:
         storage.write_bytes(RECORD, json.dumps(asdict(self), indent=1).encode())
@@ -88,6 +101,24 @@ class Outcome:
     mlflow_command: str | None = None
     seconds: float = 0.0
     length: str = "trainer.max_epochs"
+
+
+def tracking_uri(e: Experiment, recorded: str = "") -> str:
+    """`tracking.tracking_uri` made absolute; without one the SQLite store in the current directory.
+
+    Args:
+        e: The experiment, its references resolved here and now.
+        recorded: Of a run that goes on: where it is kept, without credentials. What the config refers to now is used
+            if it is the same place.
+    """
+    uri = e.tracking.tracking_uri
+    if recorded and (uri is None or tracking.redacted(uri) != recorded):
+        return recorded
+    if uri is None:
+        return tracking.default_tracking_uri(Path.cwd())
+    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        return f"sqlite:///{Path.cwd() / uri.removeprefix('sqlite:///')}"
+    return uri
 
 
 def summary(outcome: Outcome, program: str) -> str:

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 from raytrainer.tracking.lookup import find_run_dir, register_model
 from raytrainer.tracking.runs import Run, open_run
 from raytrainer.tracking.sender import Shipper, recorded_run_id, replay
-from raytrainer.tracking.server import check_tracking, default_tracking_uri
+from raytrainer.tracking.server import check_tracking, default_tracking_uri, redacted
 from raytrainer.tracking.tracker import MlflowTracker
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "find_run_dir",
     "open_run",
     "recorded_run_id",
+    "redacted",
     "register_model",
     "replay",
 ]

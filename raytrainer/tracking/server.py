@@ -149,6 +149,8 @@ class Server:
         from mlflow.exceptions import MlflowException
 
         with self._call() as client:
+            if f"{folder}/MLmodel" not in {entry.path for entry in client.list_artifacts(run_id, folder)}:
+                raise Rejected(f"the run {run_id} has no model in {folder}")
             try:
                 client.create_registered_model(name)
             except MlflowException as error:

@@ -117,6 +117,8 @@ class Trainer:
             early.min_delta if early else 0.0,
         )
         self._evaluated_at = self._saved_at = self._logged_at = 0
+        self._elapsed = 0.0  # seconds of training before this process's
+        self._began = time.monotonic()
         self._lr: Any = 0.0
         self._extra: dict[str, float] = {}
         self.window = WeightedMeans(device, self.world.all_reduce)
@@ -139,7 +141,8 @@ class Trainer:
         self.events.fit_start(
             self, FitStart(self.step, self.total_steps, self.train_loader.steps_per_epoch, self.world.size, size)
         )
-        started, reason = time.monotonic(), self._out_of_patience() or "finished"
+        reason = self._out_of_patience() or "finished"
+        self._began = time.monotonic() - self._elapsed
         batches = self.train_loader.batches(self.step, self.step if reason != "finished" else self.total_steps)
         self.throughput.rate()  # its clock starts here
         try:
@@ -150,7 +153,7 @@ class Trainer:
                     self.events.step_end(self, self.step, batch.epoch)
                     last = self.step == self.total_steps
                     if last or self.step % options.log_every_n_steps == 0:
-                        over = options.max_time is not None and time.monotonic() - started >= options.max_time
+                        over = options.max_time is not None and time.monotonic() - self._began >= options.max_time
                         reason = self._log(batch.epoch, over) or reason
                     # An end that came from outside leaves time for a checkpoint, not for one evaluation more.
                     if self._evaluation_due(batch.ends_epoch, last or reason == "max_time"):
@@ -233,7 +236,8 @@ class Trainer:
         if self.ema_model is not None:
             parallel.load_buffers(self.ema_model, dict(self.raw_model.named_buffers()))
         means, kept = WeightedMeans(self.world.device, self.world.all_reduce), seeds.random_state()
-        was_training = model.training
+        # Each module's own: a part that a model keeps in eval() for good (a frozen backbone) must stay there.
+        modes = {module: module.training for module in model.modules()}
         model.eval()
         try:
             batches = self.val_loader.batches(0, self.val_loader.steps_per_epoch)
@@ -247,7 +251,8 @@ class Trainer:
                     if batch.ends_epoch:  # an iterable would go on for ever
                         break
         finally:
-            model.train(was_training)
+            for module, training in modes.items():
+                module.training = training
             seeds.set_random_state(kept)
         return {f"val/{name}": value for name, value in means.reduce()[0].items()}
 
@@ -369,9 +374,18 @@ class Trainer:
         self.throughput.go_on()
         self.metrics.update(metrics)
         self._evaluated_at = self.step
+        self._check_monitors(metrics)
         self.best.update(metrics, self.step)
         self._progress.update(metrics, self.step)
         self.events.eval_end(self, EvalEnd(self.step, epoch, metrics))
+
+    def _check_monitors(self, metrics: Mapping[str, float]) -> None:
+        """A name that no evaluation gives would leave the run without a best checkpoint, in silence."""
+        for key, monitor in (("checkpoint.monitor", self.best), ("trainer.early_stopping.monitor", self._progress)):
+            if monitor.metric not in metrics:
+                raise ConfigError(
+                    "is no metric of the evaluation", key=key, value=monitor.metric, choices=list(metrics)
+                )
 
     def _evaluation_due(self, ends_epoch: bool, last: bool) -> bool:
         every = self.experiment.trainer.eval_every_n_steps

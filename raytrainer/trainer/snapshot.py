@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ def shared(t: Trainer) -> dict[str, Any]:
         "evaluated_at": t._evaluated_at,
         "logged_at": t._logged_at,
         "extra": dict(t._extra),
+        # Only where it counts: it is the one value that differs between two runs of the same thing.
+        "elapsed": time.monotonic() - t._began if t.experiment.trainer.max_time is not None else 0.0,
         "best": t.best.state_dict(),
         "progress": t._progress.state_dict(),
         # Rank 0's: what a callback keeps has to be the same on every rank.
@@ -75,6 +78,7 @@ def restore(
             callback.load_state_dict(state["callbacks"][name])
     t.step = t._saved_at = int(state["step"])
     t.metrics, t._extra = dict(state["metrics"]), dict(state["extra"])
+    t._elapsed = float(state.get("elapsed", 0.0))
     t._evaluated_at, t._logged_at = int(state["evaluated_at"]), int(state["logged_at"])
     t.best.load_state_dict(state["best"])
     t._progress.load_state_dict(state["progress"])
