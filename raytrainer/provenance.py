@@ -55,7 +55,10 @@ def collect(argv: list[str], folder: Path) -> Provenance:
     if commit is not None:
         # As `git apply` takes it, whatever the user's settings of diff are; untracked files are only named.
         patch = (
-            _git(folder, "-c", "core.quotepath=off", "diff", "--binary", "--no-ext-diff", "--no-color", "HEAD") or ""
+            _git(
+                folder, "diff", "--binary", "--no-ext-diff", "--no-color", "--src-prefix=a/", "--dst-prefix=b/", "HEAD"
+            )
+            or ""
         )
         if len(patch) > _PATCH_LIMIT:
             patch = patch[:_PATCH_LIMIT] + f"\n# cut at {_PATCH_LIMIT} bytes\n"
@@ -73,7 +76,7 @@ def collect(argv: list[str], folder: Path) -> Provenance:
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
+            ["git", "-C", str(folder), "-c", "core.quotepath=off", *arguments],
             capture_output=True,
             text=True,
             errors="replace",

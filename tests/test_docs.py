@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from raytrainer.config import check_targets, compose
 from raytrainer.config.schema import Experiment, known_keys, section_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +33,28 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         if not target.startswith(("http:", "https:")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_readmes_own_experiment_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert text is not None
+    (tmp_path / "conf/experiment").mkdir(parents=True)
+    (tmp_path / "conf/experiment/mine.yaml").write_text(text[1])
+    (tmp_path / "mypackage.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Linear):\n"
+        "    def __init__(self, width: int): super().__init__(width, 1)\n"
+        "def loss(model, batch): return {'loss': model(batch).mean()}\n"
+        "class Data:\n"
+        "    def __init__(self, split: str): pass\n"
+        "class Callback:\n"
+        "    def on_step_end(self, trainer, event): pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    e = compose(["experiment=mine"], config_dir=tmp_path / "conf").experiment
+    check_targets(e)
+    assert e.model == {"_target_": "mypackage.Net", "width": 64}
 
 
 def test_the_readme_is_short() -> None:
