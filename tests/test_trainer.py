@@ -731,3 +731,33 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         CheckpointCorrupt, match=r"holds another model: shapes differ: head.weight: \(4, 8\) there, \(4, 9\)"
     ):
         Trainer(e, checkpointer=saved).restore(saved.list()[-1])
+
+
+def test_evaluation_leaves_each_part_in_its_own_mode() -> None:
+    trainer = Trainer(experiment())
+    trainer.raw_model.add_module("frozen", nn.BatchNorm1d(4).eval())
+    trainer.evaluate()
+    frozen = trainer.raw_model.get_submodule("frozen")
+    assert not frozen.training
+    assert trainer.raw_model.training
+
+
+def test_a_monitor_that_no_evaluation_gives_is_refused() -> None:
+    e = experiment()
+    e.checkpoint.monitor = "val/acuracy"
+    with pytest.raises(
+        ConfigError, match=r"checkpoint.monitor=val/acuracy is no metric of the evaluation; valid: val/"
+    ):
+        Trainer(e).fit()
+
+
+def test_max_time_counts_over_all_launches(tmp_path: Path) -> None:
+    e = experiment(trainer={"max_time": 3600.0, "max_steps": 4})
+    first = Trainer(e, checkpointer=checkpointer(World(), tmp_path))
+    first._elapsed = 3000.0
+    first.fit()
+    again = Trainer(e, checkpointer=checkpointer(World(), tmp_path))
+    info = again.checkpointer.latest() if again.checkpointer else None
+    assert info is not None
+    again.restore(info)
+    assert 3000.0 <= again._elapsed < 3600.0
