@@ -12,8 +12,15 @@ _EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 _NAMES = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped by SIGTERM"}
 
 
+class Interrupted(KeyboardInterrupt):
+    """Raised where a signal finds the main thread, which may be in anybody's code: `except Exception` there must not
+    take it for a failure of its own. Outside of `Interrupts` it is `Stopped`."""
+
+
 class Interrupts:
-    """A context in which both signals raise `Stopped` in the main thread, or are only noted while `deferred`.
+    """A context in which both signals raise `Interrupted` in the main thread, or are only noted while `deferred`.
+
+    What leaves the context is `Stopped`.
 
     Attributes:
         count: How many came.
@@ -46,19 +53,26 @@ class Interrupts:
         if threading.current_thread() is threading.main_thread():
             for number, before in self._before.items():
                 signal.signal(number, before)  # type: ignore[arg-type]
+        if isinstance(error, Interrupted):
+            raise self.stopped() from None
 
-    def note(self, which: signal.Signals) -> Stopped:
-        """A signal that another handler took: counted as ours; the exception that tells it."""
-        self.count += 1
-        if self.exit_code is None:
-            self.exit_code, self.reason = _EXIT_CODES[which], _NAMES[which]
-        return Stopped(self.reason, exit_code=self.exit_code)
+    def check(self) -> None:
+        """Raises `Interrupted` for a signal that was noted while `deferred`."""
+        if self.requested:
+            raise Interrupted(self.reason)
+
+    def stopped(self) -> Stopped:
+        """The error that tells the first signal."""
+        return Stopped(self.reason, exit_code=self.exit_code or 130)
 
     @property
     def requested(self) -> bool:
         return self.count > 0
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        stopped = self.note(signal.Signals(number))
+        which = signal.Signals(number)
+        self.count += 1
+        if self.exit_code is None:
+            self.exit_code, self.reason = _EXIT_CODES[which], _NAMES[which]
         if not self.deferred or self.count > 1:
-            raise stopped
+            raise Interrupted(self.reason)

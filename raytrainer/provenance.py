@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -90,4 +91,14 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 def program() -> str:
     """How this program was called, for the commands that are printed to be copied."""
-    return "raytrainer" if Path(sys.argv[0]).name == "raytrainer" else "python -m raytrainer"
+    return "raytrainer" if Path(sys.argv[0]).name == "raytrainer" else f"{interpreter()} -m raytrainer"
+
+
+def interpreter() -> str:
+    """This Python as one would type it here: `python` where that is it, else its path, relative where it is below."""
+    path = Path(sys.executable)
+    found = shutil.which("python")
+    if found is not None and Path(found) == path:
+        return "python"
+    here = Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))

@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ray
@@ -77,16 +77,28 @@ def start_embedded(num_cpus: float, num_gpus: int | None, memory: float | None =
         num_cpus, num_gpus: What its one node has.
         memory: Bytes that workers may ask for: Ray's own default is what is free now, which preflight cannot know.
     """
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        num_gpus=num_gpus,
-        _memory=None if memory is None else int(memory),
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=True,
-        configure_logging=True,
-    )
+    with _our_signals():
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            _memory=None if memory is None else int(memory),
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=True,
+            configure_logging=True,
+        )
+
+
+@contextlib.contextmanager
+def _our_signals() -> Iterator[None]:
+    """Keeps `ray.init` from setting a SIGTERM handler of its own, which ends the process in the middle of things."""
+    set_handler = ray._private.utils.set_sigterm_handler
+    ray._private.utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        ray._private.utils.set_sigterm_handler = set_handler
 
 
 def find_cluster(address: str) -> None:
@@ -118,9 +130,10 @@ def attach(address: str, runtime_env: Mapping[str, Any]) -> str:
     Raises:
         ConnectionError: There is none.
     """
-    context = ray.init(
-        address=address, runtime_env=dict(runtime_env) or None, logging_level=logging.ERROR, log_to_driver=True
-    )
+    with _our_signals():
+        context = ray.init(
+            address=address, runtime_env=dict(runtime_env) or None, logging_level=logging.ERROR, log_to_driver=True
+        )
     return str(context.address_info.get("gcs_address") or address)
 
 

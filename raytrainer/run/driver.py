@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import tempfile
 import threading
 import traceback
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from raytrainer import preflight, provenance, tracking, worker
 from raytrainer.config import Composition, flattened
 from raytrainer.errors import ClusterLost, RaytrainerError, Stopped, WorkerError
-from raytrainer.interrupts import Interrupts
+from raytrainer.interrupts import Interrupted, Interrupts
 from raytrainer.progress import Display
 from raytrainer.run.logs import Logs
 from raytrainer.run.record import Outcome, Record, tracking_uri
@@ -81,10 +80,8 @@ class Driver:
                     shipper = tracking.Shipper(self.spool_dir, run.run_id, run.tracking_uri)
                 result = start_training(self._job(run))
                 self.logs.mark("trained")
-        except Stopped as stopped:
-            error = stopped
-        except SystemExit:  # Ray's own handler of SIGTERM, which is there while it starts
-            error = self.interrupts.note(signal.SIGTERM)
+        except Interrupted:
+            error = self.interrupts.stopped()
         except Exception as failed:  # noqa: BLE001  whatever it is, the run is closed truthfully, then it is told
             error = failed
         self.interrupts.deferred = True
@@ -93,8 +90,16 @@ class Driver:
         if error is not None and not isinstance(error, Stopped | WorkerError):
             self.logs.text_of("driver", "".join(traceback.format_exception(error)))
         try:
-            outcome = self._close(opening, shipper, outcome)
-        except Stopped:
+            try:
+                self.interrupts.deferred = outcome.status == "KILLED"
+                outcome = self._close(opening, shipper, outcome)
+            except Interrupted:
+                # The first signal, after training had ended: the end does not wait for a slow server any more.
+                self.interrupts.deferred = True
+                outcome = self._close(opening, shipper, self._killed(outcome))
+            finally:
+                self.interrupts.deferred = True
+        except Interrupted:
             self.display.say(f"forced: what MLflow was not told is in {self.spool_dir}; resume sends it")
         except (RaytrainerError, OSError) as failed:
             # The run ended as it did; only the telling went wrong, and the record below still has the status.
@@ -157,7 +162,9 @@ class Driver:
         run.log_artifact(self.logs.folder)
         if not run.finish(outcome.status, outcome.cause, timeout_s=patience):  # type: ignore[arg-type]
             self.display.say(f"MLflow does not have all of it yet; the rest is in {self.spool_dir}")
-        return replace(outcome, mlflow=run.url, mlflow_command=run.ui_command)
+        # By this very Python: the environment's programs may not be on the path of whoever copies it.
+        command = run.ui_command and f"{provenance.interpreter()} -m {run.ui_command}"
+        return replace(outcome, mlflow=run.url, mlflow_command=command)
 
     def _register(self, run: tracking.Run, name: str) -> None:
         try:
@@ -208,20 +215,21 @@ class Driver:
         machine = preflight.this_machine()
         try:
             if e.cluster.kind == "local":
+                self.interrupts.deferred = True  # half a Ray would leave processes behind
                 supervise.start_embedded(int(machine.cpus), int(machine.gpus), machine.memory)
+                self.interrupts.deferred = False
+                self.interrupts.check()
                 available = machine
             elif not ray.is_initialized():
                 supervise.attach(e.cluster.address or "auto", e.cluster.runtime_env)
                 available = preflight.Resources.of_ray(ray.cluster_resources())
             else:
                 available = preflight.Resources.of_ray(ray.cluster_resources())
-            self.interrupts.install()  # Ray sets a SIGTERM handler of its own
             with supervise.WorkerOutput(self.logs.message, self.logs.text):
                 yield lambda job: self._on_ray(job, preflight.uses_gpu(e, available))
         finally:
             self.interrupts.deferred = True
             ray.shutdown()
-            self.interrupts.deferred = False
 
     def _inline(self, job: worker.Job) -> Mapping[str, Any]:
         self.interrupts.deferred = True  # the first signal lets the step end; a second one raises
@@ -233,8 +241,6 @@ class Driver:
                 emit=lambda message: self.logs.message(0, message),
                 should_stop=lambda: self.interrupts.requested,
             )
-        except Stopped:
-            raise
         except Exception as error:
             raise worker.described(error, 0) from error
 
@@ -275,33 +281,37 @@ class Driver:
         try:
             while not done.wait(1.0):
                 self.lock.check()  # one that was out of touch for long may have lost the directory to another
-        except Stopped as stopped:
-            self._stop_workers(done, stopped)
+        except Interrupted:
+            self._stop_workers(done)
         if "error" in box:
             raise box["error"]
         return box["result"]  # type: ignore[no-any-return]
 
-    def _stop_workers(self, done: threading.Event, stopped: Stopped) -> None:
+    def _stop_workers(self, done: threading.Event) -> None:
         """A first signal: the workers end after a checkpoint, or after a while without one."""
-        self.display.say(f"{stopped}: saving a checkpoint, then stopping (again: at once)")
+        self.display.say(f"{self.interrupts.reason}: saving a checkpoint, then stopping (again: at once)")
         if not (self.ray_trainer is not None and self.ray_trainer.ask_to_stop() and done.wait(_GRACE_S)):
-            raise stopped
+            raise self.interrupts.stopped()
 
     def _outcome(self, result: Mapping[str, Any] | None, error: BaseException | None) -> Outcome:
         base = Outcome("FINISHED", 0, self.record, self.where, result)
+        if self.interrupts.requested:
+            return self._killed(base)
         if error is None and not (result is not None and result["reason"] == "stopped"):
             if result is None:
                 return replace(base, status="FAILED", exit_code=1, cause="training ended without a result")
             return base
-        if self.interrupts.requested:
-            code = self.interrupts.exit_code or 130
-            return replace(base, status="KILLED", exit_code=code, cause=self.interrupts.reason)
         if isinstance(error, WorkerError):
             return replace(base, status="FAILED", exit_code=1, cause=str(error), traceback=error.traceback)
         if error is not None and type(error).__module__.partition(".")[0] == "ray":
             error = ClusterLost(f"Ray: {type(error).__name__}: {' '.join(str(error).split())[:500]}")
         cause = f"{type(error).__name__}: {error}" if error is not None else "stopped"
         return replace(base, status="FAILED", exit_code=1, cause=cause)
+
+    def _killed(self, outcome: Outcome) -> Outcome:
+        """A run that was told to end, also after its training had: `result` says how far it came."""
+        code = self.interrupts.exit_code or 130
+        return replace(outcome, status="KILLED", exit_code=code, cause=self.interrupts.reason)
 
 
 def _in_background(work: Callable[[], T], name: str) -> Future[T]:

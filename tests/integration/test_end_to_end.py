@@ -256,11 +256,11 @@ def printed_ui(demo: Demo) -> Iterator[tuple[str, Path]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     program, *arguments = shlex.split(summary(demo.ended.out)["next"])
-    assert program == "mlflow"
+    assert arguments[:3] == ["-m", "mlflow", "ui"]
     log = demo.folder / "ui.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", *arguments, "--port", str(port), "--workers", "1"],
+            [sys.executable if program == "python" else program, *arguments, "--port", str(port), "--workers", "1"],
             cwd=demo.folder.parent,
             stdout=out,
             stderr=subprocess.STDOUT,
