@@ -11,8 +11,9 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
@@ -50,8 +51,8 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_enable_metrics_collection": "0",
 }
-# Lines of Ray's own in a worker's output that say nothing a user can act on.
 _ANSWER_S = 4.0  # a cluster that does not answer in so long is not there
+# Lines of Ray's own in a worker's output that say nothing a user can act on.
 _CHATTER = ("Setting up process group for: env://", "[Gloo] Rank ", "Using blocking ray.get inside async actor")
 
 
@@ -62,6 +63,8 @@ def prepare(embedded: bool) -> None:
     if embedded:
         # One node that is this machine: there is nobody to preempt it.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # Ray starts a cluster for whoever calls it without one: the controller's thread would, after a forced end.
+    ray._private.auto_init_hook.enable_auto_connect = False
     logging.getLogger("ray").setLevel(logging.ERROR)
     # The controller logs each error with its stack, then raises it: `run` tells it once.
     logging.getLogger("ray.train").setLevel(logging.CRITICAL)
@@ -201,8 +204,11 @@ class Retries(DefaultFailurePolicy):  # type: ignore[misc]
         self._progress, self._on_retry = progress, on_retry
         self._last: tuple[str, int] | None = None
         self.restarts = 0
+        self.abandoned = False  # the end is wanted: no retry
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        if self.abandoned:
+            return FailureDecision.RAISE
         first = first_error(training_failed_error)
         if isinstance(training_failed_error, WorkerGroupError) and isinstance(first, WorkerError):
             here = (first.cause, self._progress())
@@ -262,6 +268,13 @@ def _death(error: BaseException) -> str:
 class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
     """Ray's, for a controller that is no actor: the handle of it that workers get is only for
     `ray.train.get_all_reported_checkpoints`, which we do not call."""
+
+    reserved: ClassVar[list[Any]] = []  # what this process's controller has reserved, from before its workers start
+
+    def _create_placement_group(self, *arguments: Any, **named: Any) -> Any:
+        handle = super()._create_placement_group(*arguments, **named)
+        self.reserved.append(handle)
+        return handle
 
     def _init_train_context_on_workers(self, workers: Any, sync_actor: Any, train_context_args: Any) -> None:
         ray.get(
@@ -328,6 +341,18 @@ class SupervisedTrainer(TorchTrainer):  # type: ignore[misc]
             return False
         group.execute_async(worker.request_stop)
         return True
+
+    def abandon(self, done: threading.Event, within_s: float) -> None:
+        """Kills the workers, started or starting, and waits until `fit` has raised, which sets `done`.
+
+        Ray must not be shut down before: its core ends the whole process when a thread calls it after that.
+        """
+        self._policy.abandoned = True
+        deadline = time.monotonic() + within_s
+        while not done.wait(0.1) and time.monotonic() < deadline:
+            for handle in _WorkerGroup.reserved:
+                with contextlib.suppress(Exception):  # gone already
+                    handle.shutdown()
 
 
 def make_trainer(

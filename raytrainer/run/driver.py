@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from raytrainer.supervise import SupervisedTrainer
 
 T = TypeVar("T")
-_GRACE_S = 6.0  # from a first Ctrl-C or SIGTERM until the workers are ended without a checkpoint
+_GRACE_S, _ABANDON_S = 5.0, 3.0  # from a first Ctrl-C or SIGTERM until the workers are ended without a checkpoint
 _OPEN_S = 30.0  # importing mlflow and making a database, on a busy machine
 _CLOSE_S, _CLOSE_STOPPED_S = 30.0, 3.0  # how long the tracking server is waited for at the end
 
@@ -218,13 +218,14 @@ class Driver:
                 self.interrupts.deferred = True  # half a Ray would leave processes behind
                 supervise.start_embedded(int(machine.cpus), int(machine.gpus), machine.memory)
                 self.interrupts.deferred = False
-                self.interrupts.check()
                 available = machine
             elif not ray.is_initialized():
                 supervise.attach(e.cluster.address or "auto", e.cluster.runtime_env)
                 available = preflight.Resources.of_ray(ray.cluster_resources())
             else:
                 available = preflight.Resources.of_ray(ray.cluster_resources())
+            self.interrupts.install()  # Ray's core sets a handler of SIGTERM below Python's, which prints its stack
+            self.interrupts.check()
             with supervise.WorkerOutput(self.logs.message, self.logs.text):
                 yield lambda job: self._on_ray(job, preflight.uses_gpu(e, available))
         finally:
@@ -290,8 +291,12 @@ class Driver:
     def _stop_workers(self, done: threading.Event) -> None:
         """A first signal: the workers end after a checkpoint, or after a while without one."""
         self.display.say(f"{self.interrupts.reason}: saving a checkpoint, then stopping (again: at once)")
-        if not (self.ray_trainer is not None and self.ray_trainer.ask_to_stop() and done.wait(_GRACE_S)):
-            raise self.interrupts.stopped()
+        assert self.ray_trainer is not None
+        try:
+            if not (self.ray_trainer.ask_to_stop() and done.wait(_GRACE_S)):
+                raise self.interrupts.stopped()
+        finally:
+            self.ray_trainer.abandon(done, _ABANDON_S)
 
     def _outcome(self, result: Mapping[str, Any] | None, error: BaseException | None) -> Outcome:
         base = Outcome("FINISHED", 0, self.record, self.where, result)

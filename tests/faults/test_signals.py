@@ -1,0 +1,131 @@
+"""Faults 26 and 27: Ctrl-C and SIGTERM at every stage of a launch: 130 or 143, KILLED, a checkpoint where training had
+begun, nothing left, all within seconds.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from signal import SIGINT, SIGTERM
+
+import pytest
+
+from tests.launches import Ended, Launch, Runs, checkpoints, launch, observed, record, seeded, steps_of, summary
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+END_S = 10.0
+CODES = {SIGINT: 130, SIGTERM: 143}
+LONG = [
+    "experiment=mlp",
+    "name=run",
+    "trainer.max_epochs=1000",
+    "trainer.log_every_n_steps=5",
+    "tracking.log_model=false",
+]
+TWO = "scaling.num_workers=2"
+
+
+def stopped(run: Launch, number: signal.Signals, *, group: bool = False) -> Ended:
+    """Sends the signal; the launch ends with its code in time, with nothing left."""
+    began = time.monotonic()
+    run.signal(number, group=group)
+    ended = run.wait(3 * END_S)
+    run.nothing_left(END_S)
+    took = time.monotonic() - began
+    assert took < END_S, f"{took:.1f} s\n{ended}"
+    # A signal in the first moments, while Python itself starts, ends the process; a shell calls that the same.
+    code = 128 - ended.code if ended.code < 0 else ended.code
+    assert code == CODES[number], str(ended)
+    assert "Traceback" not in ended.err or ended.code < 0, str(ended)
+    return ended
+
+
+def assert_killed(folder: Path, name: str = "run") -> None:
+    assert Runs(folder).status(name) == "KILLED"
+    assert record(folder, name)["status"] == "KILLED"
+    assert Runs(folder).tags(name)["raytrainer.exit_code"] in {"130", "143"}
+
+
+@pytest.mark.parametrize("number", [SIGINT, SIGTERM])
+def test_while_composing(number: signal.Signals, tmp_path: Path) -> None:
+    """Nothing was started; nothing is left."""
+    draw = seeded(f"composing, {number.name}")
+    for _ in range(3):
+        with launch(tmp_path, *LONG) as run:
+            time.sleep(draw.uniform(0.05, 0.6))
+            stopped(run, number, group=number == SIGINT)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("number", "group"), [(SIGINT, True), (SIGINT, False), (SIGTERM, False)])
+def test_while_ray_starts(number: signal.Signals, group: bool, tmp_path: Path) -> None:
+    draw = seeded(f"starting, {number.name}, {group}")
+    with launch(tmp_path, *LONG, TWO, *observed()) as run:
+        run.said("local Ray")
+        time.sleep(draw.uniform(0, 8))
+        stopped(run, number, group=group)
+    assert record(tmp_path, "run")["status"] == "KILLED"
+    if (tmp_path / "mlflow.db").exists():
+        assert_killed(tmp_path)
+
+
+@pytest.mark.parametrize(("number", "group"), [(SIGINT, True), (SIGTERM, False)])
+def test_in_a_step(number: signal.Signals, group: bool, tmp_path: Path) -> None:
+    """Both ranks end after the same step, which is in a checkpoint; `resume` is what is said next."""
+    with launch(tmp_path, *LONG, TWO, "checkpoint.every_n_steps=100000", *observed(0.02)) as run:
+        run.reaches(23)
+        ended = stopped(run, number, group=group)
+    last = [steps_of(run.steps, rank)[-1].step for rank in range(2)]
+    assert last[0] == last[1]
+    assert checkpoints(tmp_path, "run")[-1].step == last[0]
+    assert_killed(tmp_path)
+    assert Runs(tmp_path).rows("run")["train/loss"][-1][0] == last[0]
+    said = summary(ended.out)
+    assert said["outcome"].startswith(f"stopped, {last[0]} steps")
+    assert "resume run" in ended.out
+
+
+@pytest.mark.parametrize("number", [SIGINT, SIGTERM])
+def test_inline(number: signal.Signals, tmp_path: Path) -> None:
+    with launch(tmp_path, *LONG, "cluster=inline", *observed(0.02)) as run:
+        run.reaches(12)
+        stopped(run, number)
+    assert checkpoints(tmp_path, "run")[-1].step == steps_of(run.steps)[-1].step
+    assert_killed(tmp_path)
+
+
+def test_second_forces(tmp_path: Path) -> None:
+    """A rank that does not come to a log cannot save; a second Ctrl-C does not wait for it."""
+    stuck = ["+callbacks.stuck._target_=probes.Misbehaves", "+callbacks.stuck.step=13", "+callbacks.stuck.sleeps=true"]
+    with launch(tmp_path, *LONG, TWO, *observed(), "+callbacks.stuck.rank=1", *stuck) as run:
+        run.reaches(13, rank=1)
+        run.signal(SIGINT)
+        run.said("saving a checkpoint", 5)
+        ended = stopped(run, SIGINT)
+    assert "Traceback" not in ended.err
+    assert checkpoints(tmp_path, "run")[-1].step == 11
+    assert record(tmp_path, "run")["status"] == "KILLED"
+
+
+def test_stuck_rank_does_not_hold_the_end_up(tmp_path: Path) -> None:
+    """One Ctrl-C, and no rank that listens: it ends all the same."""
+    stuck = ["+callbacks.stuck._target_=probes.Misbehaves", "+callbacks.stuck.step=13", "+callbacks.stuck.sleeps=true"]
+    with launch(tmp_path, *LONG, TWO, *observed(), "+callbacks.stuck.rank=1", *stuck) as run:
+        run.reaches(13, rank=1)
+        stopped(run, SIGINT, group=True)
+    assert_killed(tmp_path)
+
+
+@pytest.mark.parametrize(("number", "cluster"), [(SIGINT, "local"), (SIGTERM, "inline")])
+def test_at_teardown(number: signal.Signals, cluster: str, tmp_path: Path) -> None:
+    """Training has ended, its records are being closed: they are closed in order, as what the user made of it."""
+    draw = seeded(f"teardown, {cluster}")
+    short = ["experiment=mlp", "name=run", "trainer.max_epochs=2", f"cluster={cluster}", *observed()]
+    with launch(tmp_path, *short) as run:
+        run.reaches(22)
+        time.sleep(draw.uniform(0, 0.3))
+        stopped(run, number, group=number == SIGINT)
+    assert checkpoints(tmp_path, "run")[-1].step == 22
+    assert_killed(tmp_path)
