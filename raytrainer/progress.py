@@ -80,7 +80,7 @@ class Display:
         self._live = self._stream.isatty()
         self._shown = ""
         self._last_line = -_EVERY_S
-        self.also: TextIO | None = None  # a log that gets every line for good too
+        self.also: Callable[[str], None] | None = None  # a log that gets every line for good too
         self.step = 0
 
     def show(self, message: Mapping[str, Any]) -> None:
@@ -102,7 +102,7 @@ class Display:
         self._clear()
         print(text, file=self._stream, flush=True)
         if self.also is not None:
-            print(text, file=self.also, flush=True)
+            self.also(text + "\n")
 
     def close(self) -> None:
         self._clear()

@@ -123,7 +123,7 @@ def test_a_terminal_gets_one_live_line(clock: SimpleNamespace, monkeypatch: pyte
 def test_every_line_for_good_also_goes_to_the_log(clock: SimpleNamespace) -> None:
     stream, log = Terminal(), io.StringIO()
     display = Display(stream)
-    display.also = log
+    display.also = log.write
     display.show({"kind": "start", "step": 0, "parameters": 308074})
     display.show(LOG)
     display.show({"kind": "warning", "text": "odd"})

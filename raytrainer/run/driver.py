@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from raytrainer import preflight, provenance, tracking, worker
 from raytrainer.config import Composition, flattened
-from raytrainer.errors import ClusterLost, RaytrainerError, Stopped, WorkerError
+from raytrainer.errors import ClusterLost, RaytrainerError, Stopped, StorageError, WorkerError
 from raytrainer.interrupts import Interrupted, Interrupts
 from raytrainer.progress import Display
 from raytrainer.run.logs import Logs
@@ -105,7 +105,10 @@ class Driver:
             # The run ended as it did; only the telling went wrong, and the record below still has the status.
             self.display.say(f"warning: MLflow was not told everything: {type(failed).__name__}: {failed}")
         self.record = replace(self.record, status=outcome.status)
-        self.record.write(self.storage)
+        try:
+            self.record.write(self.storage)
+        except StorageError as failed:
+            self.display.say(f"warning: the run's own record does not have its end: {failed}")
         return replace(outcome, record=self.record)
 
     # --- the run in MLflow ----------------------------------------------------------------------------------------
@@ -158,7 +161,7 @@ class Driver:
         if self.e.tracking.register_model and outcome.status == "FINISHED" and self.e.tracking.log_model:
             self._register(run, self.e.tracking.register_model)
         self.logs.mark("ray_down")
-        self.logs.flush()
+        self.logs.write_marks()
         run.log_artifact(self.logs.folder)
         if not run.finish(outcome.status, outcome.cause, timeout_s=patience):  # type: ignore[arg-type]
             self.display.say(f"MLflow does not have all of it yet; the rest is in {self.spool_dir}")

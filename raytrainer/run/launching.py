@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
 from raytrainer import preflight, tracking, worker
 from raytrainer.config import Composition, Experiment
-from raytrainer.errors import ConfigError, StorageError
+from raytrainer.errors import ConfigError, PreflightError, StorageError, StorageLocked
 from raytrainer.interrupts import Interrupts
 from raytrainer.progress import Display
 from raytrainer.run.driver import Driver
@@ -81,7 +82,11 @@ def launch(
     with Interrupts() as interrupts:
         where = check(composition, record)
         storage = Storage(_storage_path(e)).child(e.name or "")
-        with storage.lock("lock", {"run": e.name or ""}) as lock:
+        with ExitStack() as held:
+            try:
+                lock = held.enter_context(storage.lock("lock", {"run": e.name or ""}))
+            except StorageLocked as error:
+                raise PreflightError([str(error)]) from error
             if record is None:
                 _refuse_existing(e, storage)  # again, now that nobody else can make it
             old = record or Record(e.name or "", storage.uri, created=datetime.now(UTC).isoformat(timespec="seconds"))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import psutil
 
@@ -30,6 +31,27 @@ class _Warnings(logging.Handler):
         self._display.say(f"warning: {record.getMessage()}")
 
 
+class _File:
+    """A log that is cut where the disk takes no more, which is said once: no run ends for its log."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self._path, self._say, self._cut = path, say, False
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, text: str) -> None:
+        try:
+            self._file.write(text.encode(errors="replace"))
+        except OSError as error:
+            if not self._cut:
+                self._cut = True
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                where = f"no space at {self._path}" if full else f"{self._path}: {error.strerror}"
+                self._say(f"warning: {where}: this log is not complete")
+
+    def close(self) -> None:
+        self._file.close()
+
+
 @dataclass
 class Logs:
     """The logs of driver and ranks, as files in the run's directory (or a temporary one) and on the display."""
@@ -46,9 +68,9 @@ class Logs:
             self._temporary = tempfile.TemporaryDirectory()
             self.folder = Path(self._temporary.name, "logs")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._files: dict[str, TextIO] = {}
+        self._files: dict[str, _File] = {}
         self._marks: dict[str, float] = {}
-        self.display.also = self._file("driver")
+        self.display.also = self._file("driver").write
         # This process's own warnings (a lost server, a corrupt checkpoint) are for the person who watches.
         self._warnings = _Warnings(self.display)
         logger = logging.getLogger("raytrainer")
@@ -91,10 +113,10 @@ class Logs:
         """A text for the log file `name` alone."""
         self._write(name, text)
 
-    def flush(self) -> None:
-        (self.folder / "launch.json").write_text(json.dumps(self._marks, indent=1) + "\n")
-        for file in self._files.values():
-            file.flush()
+    def write_marks(self) -> None:
+        """Puts `launch.json` beside the logs, where the disk takes it."""
+        with contextlib.suppress(OSError):
+            (self.folder / "launch.json").write_text(json.dumps(self._marks, indent=1) + "\n")
 
     def _write(self, name: str, line: str) -> None:
         self._file(name).write(line + "\n")
@@ -103,7 +125,7 @@ class Logs:
         """Notes when the launch got so far, in seconds since its process began: `launch.json` beside the logs."""
         self._marks.setdefault(name, round(time.time() - psutil.Process().create_time(), 3))
 
-    def _file(self, name: str) -> TextIO:
+    def _file(self, name: str) -> _File:
         if name not in self._files:
-            self._files[name] = (self.folder / f"{name}.log").open("a", encoding="utf-8", errors="replace", buffering=1)
+            self._files[name] = _File(self.folder / f"{name}.log", self.display.say)
         return self._files[name]
