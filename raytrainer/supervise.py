@@ -243,7 +243,7 @@ def first_error(error: BaseException) -> BaseException:
         if isinstance(cause, WorkerError):
             raised.append(cause)
         else:
-            died.append(WorkerError(_death(cause), rank=rank))
+            died.append(WorkerError(_death(cause), rank=rank, node=_WorkerGroup.nodes.get(rank)))
     causes = [e for e in raised if not any(text in e.cause for text in _COLLATERAL)]
     if causes:
         return min(causes, key=lambda e: e.when)
@@ -270,6 +270,7 @@ class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
     `ray.train.get_all_reported_checkpoints`, which we do not call."""
 
     reserved: ClassVar[list[Any]] = []  # what this process's controller has reserved, from before its workers start
+    nodes: ClassVar[dict[int, str]] = {}  # where the last group's ranks are: of a dead one nobody else knows
 
     def _create_placement_group(self, *arguments: Any, **named: Any) -> Any:
         handle = super()._create_placement_group(*arguments, **named)
@@ -277,6 +278,7 @@ class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
         return handle
 
     def _init_train_context_on_workers(self, workers: Any, sync_actor: Any, train_context_args: Any) -> None:
+        self.nodes.update({w.distributed_context.world_rank: w.metadata.hostname for w in workers})
         ray.get(
             [
                 w.actor.init_train_context.remote(
