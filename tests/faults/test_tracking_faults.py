@@ -1,0 +1,137 @@
+"""Faults 17, 18 and 19: a tracking server that is down, dies, is in trouble, or refuses, seen from whole launches.
+How the spool behaves in each of them, 30 s a call included, is in tests/tracking/.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from tests.launches import Runs, launch, launched, observed, record, steps_of
+from tests.tracking.test_mlflow_server import MlflowServer, Proxy
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+INLINE = ["experiment=mlp", "name=run", "cluster=inline", "tracking.log_model=false", "trainer.log_every_n_steps=1"]
+NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens
+
+
+def test_down_at_start(tmp_path: Path) -> None:
+    """Fault 17: refused within 15 s."""
+    began = time.monotonic()
+    ended = launched(tmp_path, *INLINE, f"tracking.tracking_uri={NOBODY}").exits(2)
+    assert time.monotonic() - began < 15
+    assert NOBODY in ended.err
+    assert "tracking.required=false" in ended.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_down_and_not_required(tmp_path: Path) -> None:
+    """Fault 17: it warns and keeps everything; the server that comes later gets it by the next command on the run."""
+    server = MlflowServer(tmp_path)
+    arguments = [*INLINE, f"tracking.tracking_uri=http://127.0.0.1:{server.port}", "tracking.required=false"]
+    ended = launched(tmp_path, *arguments, "trainer.max_epochs=2").exits(0)
+    assert "warning" in ended.err
+    assert record(tmp_path, "run")["status"] == "FINISHED"
+    server.start()
+    try:
+        launched(tmp_path, "resume", "run", "trainer.max_epochs=3").exits(0)
+    finally:
+        server.stop()
+    runs = Runs(tmp_path, tmp_path / "db")
+    assert [step for step, _ in runs.rows("run")["train/loss"]] == list(range(1, 34))
+    assert runs.params("run")["trainer.max_epochs"] == "2"
+    assert runs.status("run") == "FINISHED"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[MlflowServer]:
+    server = MlflowServer(tmp_path)
+    server.start()
+    yield server
+    server.stop()
+
+
+def test_dies_in_the_middle(server: MlflowServer, tmp_path: Path) -> None:
+    """Fault 18: it answers 500, is killed, and comes back. No step waits for it, and every row is there once."""
+    proxy = Proxy(server.port)
+    options = [f"tracking.tracking_uri={proxy.uri}", "trainer.max_epochs=26", "trainer.eval_every_n_steps=0"]
+    with launch(tmp_path, *INLINE, *options, "checkpoint.every_n_steps=1000", *observed(0.05)) as run:
+        run.reaches(20)
+        proxy.status = 500
+        run.reaches(90)
+        server.stop()
+        proxy.status = None
+        run.reaches(180)
+        server.start()
+        run.wait().exits(0)
+    proxy.close()
+    gaps = [b.time - a.time for a, b in itertools.pairwise(steps_of(run.steps))]
+    # A call that waited for a server in trouble would take its timeout; nothing here comes near.
+    assert max(gaps) < 2.0
+    assert statistics.median(gaps[90:]) < 2 * statistics.median(gaps[:19]) + 0.02
+    runs = Runs(tmp_path, tmp_path / "db")
+    assert [step for step, _ in runs.rows("run")["train/loss"]] == list(range(1, 287))
+    assert runs.status("run") == "FINISHED"
+
+
+def test_dead_until_the_end(server: MlflowServer, tmp_path: Path) -> None:
+    """Fault 18: a server that never comes back costs the end of a run a bounded time; it ends as it did, and says so."""
+    options = [f"tracking.tracking_uri=http://127.0.0.1:{server.port}", "trainer.max_epochs=2"]
+    with launch(tmp_path, *INLINE, *options, *observed(0.05)) as run:
+        run.reaches(10)
+        server.stop()
+        run.reaches(22)
+        began = time.monotonic()
+        ended = run.wait().exits(0)
+        assert time.monotonic() - began < 75
+        run.nothing_left()
+    assert record(tmp_path, "run")["status"] == "FINISHED"
+    assert "runs/run/spool" in ended.err
+
+
+class _Refusing(ThreadingHTTPServer):
+    """Answers every request with one status, and counts them."""
+
+    def __init__(self, status: int) -> None:
+        self.requests: list[str] = []
+
+        class Answer(BaseHTTPRequestHandler):
+            server: _Refusing
+
+            def answer(self) -> None:
+                self.server.requests.append(self.path)
+                self.send_error(status)
+
+            do_GET = do_POST = answer  # noqa: N815  the names of the base class
+
+            def log_message(self, *_: object) -> None:
+                """Not on the test's output."""
+
+        super().__init__(("127.0.0.1", 0), Answer)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_refused_credentials(status: int, tmp_path: Path) -> None:
+    """Fault 19: at once, without another try, and without the secret."""
+    server = _Refusing(status)
+    uri = f"http://127.0.0.1:{server.server_address[1]}"
+    secret = {"MLFLOW_TRACKING_USERNAME": "user", "MLFLOW_TRACKING_PASSWORD": "s3cr3t-word"}
+    began = time.monotonic()
+    with launch(tmp_path, *INLINE, environment={"MLFLOW_TRACKING_URI": uri, **secret}) as run:
+        ended = run.wait().exits(2)
+    assert time.monotonic() - began < 10
+    server.shutdown()
+    assert len(server.requests) == 1
+    assert uri in ended.err
+    assert str(status) in ended.err
+    assert "s3cr3t-word" not in ended.err + ended.out
+    assert not (tmp_path / "runs").exists()
