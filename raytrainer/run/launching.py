@@ -81,6 +81,7 @@ def launch(
         return _debug(composition, display, began)
     with Interrupts() as interrupts:
         where = check(composition, record)
+        interrupts.check()  # a library that was being imported may have swallowed the exception
         storage = Storage(_storage_path(e)).child(e.name or "")
         with ExitStack() as held:
             try:
