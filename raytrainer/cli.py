@@ -227,8 +227,3 @@ def _set(name: str, value: str | None) -> None:
 def _complain(what: str, error: BaseException) -> None:
     first, *more = str(error).splitlines() or [""]
     print("\n  ".join([f"raytrainer: {what}: {first}", *more]), file=sys.stderr)
-
-
-def entry() -> None:
-    """The console script."""
-    sys.exit(main())

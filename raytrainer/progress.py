@@ -80,7 +80,7 @@ class Display:
         self._live = self._stream.isatty()
         self._shown = ""
         self._last_line = -_EVERY_S
-        self.also: Callable[[str], None] | None = None  # a log that gets every line for good too
+        self.also: Callable[[str], object] | None = None  # a log that gets every line for good too
         self.step = 0
 
     def show(self, message: Mapping[str, Any]) -> None:

@@ -79,9 +79,10 @@ def launch(
     display = display or Display()
     if e.debug:
         return _debug(composition, display, began)
+    # Outside of Interrupts: nothing is started, so the caller's own handling is right, and an exception of ours would
+    # come up in the middle of a library's import.
+    where = check(composition, record)
     with Interrupts() as interrupts:
-        where = check(composition, record)
-        interrupts.check()  # a library that was being imported may have swallowed the exception
         storage = Storage(_storage_path(e)).child(e.name or "")
         with ExitStack() as held:
             try:
