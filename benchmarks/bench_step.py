@@ -144,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
-    step = compare(experiment(width=704, depth=2, steps=200), options.rounds)
+    step = compare(experiment(width=784, depth=2, steps=200), options.rounds)
     tiny = compare(experiment(width=1, depth=1, steps=1000), options.rounds)
     waits = synchronisations(experiment(width=64, depth=1, steps=100))
     report.write(
