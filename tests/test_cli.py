@@ -108,7 +108,7 @@ def refused(said: Said) -> str:
             "check experiment=mlp tracking.tracking_uri=sqlite:////proc/x.db",
             "the tracking database /proc/x.db cannot be",
         ),
-        ("--cfg", "argument --cfg/-c: expected one argument; python -m raytrainer --help shows"),
+        ("--cfg", "argument --cfg/-c: expected one argument; "),
         ("--cfg foo", "argument --cfg/-c: invalid choice: 'foo'"),
         ("--nope", "unrecognized arguments: --nope"),
         ("--resolve", "The --resolve flag can only be used"),
