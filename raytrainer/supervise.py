@@ -93,6 +93,21 @@ def start_embedded(num_cpus: float, num_gpus: int | None, memory: float | None =
         )
 
 
+def dead_part() -> str | None:
+    """The name of a process of an embedded Ray without which it is lost, where one has died."""
+    node = ray._private.worker._global_node
+    dead = {name for name, _ in node.dead_processes()} if node is not None else set()
+    return next((name for name in ("gcs_server", "raylet") if name in dead), None)
+
+
+def stop() -> None:
+    """Leaves the cluster, or ends the embedded one."""
+    if dead_part() is None:
+        ray.shutdown()
+    else:  # an orderly end would wait a minute for the answer of a dead process
+        ray._private.worker._global_node.kill_all_processes(check_alive=False, allow_graceful=False)
+
+
 @contextlib.contextmanager
 def _our_signals() -> Iterator[None]:
     """Keeps `ray.init` from setting a SIGTERM handler of its own, which ends the process in the middle of things."""
@@ -297,7 +312,10 @@ class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
 
 
 class _StaticScaling(FixedScalingPolicy):  # type: ignore[misc]
-    """A fixed number of workers on a cluster of one node: nobody to ask for more, and no actor started to ask."""
+    """A fixed number of workers: their placement group asks for what they need, also where a cluster grows.
+
+    Ray's own policy asks once more, through a detached actor that it starts for that and that stays on the cluster.
+    """
 
     def after_controller_start(self, train_run_context: Any) -> None:
         pass
@@ -318,14 +336,14 @@ class SupervisedTrainer(TorchTrainer):  # type: ignore[misc]
     their placement group when it ends, however it ends.
     """
 
-    def __init__(self, *args: Any, policy: Retries, embedded: bool, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, policy: Retries, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._policy, self._embedded = policy, embedded
+        self._policy = policy
         self._controller: _Controller | None = None
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         arguments["failure_policy"] = self._policy
-        if self._embedded and isinstance(self.scaling_config.num_workers, int):
+        if isinstance(self.scaling_config.num_workers, int):
             arguments["scaling_policy"] = _StaticScaling(self.scaling_config)
         self._controller = _Controller(**arguments)
         asyncio.run(self._controller.run())
@@ -368,7 +386,6 @@ def make_trainer(
     label_selector: Mapping[str, str] | None,
     max_failures: int,
     max_preemption_failures: int,
-    embedded: bool,
     ray_storage: str,
     attempt: str,
     progress: Callable[[], int],
@@ -393,5 +410,4 @@ def make_trainer(
         ),
         run_config=RunConfig(name=attempt, storage_path=ray_storage, failure_config=failure),
         policy=Retries(failure, progress, on_retry),
-        embedded=embedded,
     )

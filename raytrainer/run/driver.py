@@ -233,7 +233,7 @@ class Driver:
                 yield lambda job: self._on_ray(job, preflight.uses_gpu(e, available))
         finally:
             self.interrupts.deferred = True
-            ray.shutdown()
+            supervise.stop()
 
     def _inline(self, job: worker.Job) -> Mapping[str, Any]:
         self.interrupts.deferred = True  # the first signal lets the step end; a second one raises
@@ -263,7 +263,6 @@ class Driver:
             label_selector=scaling.label_selector,
             max_failures=e.failure.max_failures,
             max_preemption_failures=e.failure.max_preemption_failures,
-            embedded=e.cluster.kind == "local",
             ray_storage=self.storage.uri,
             attempt=f"attempt-{self.record.attempts}",
             progress=lambda: self.display.step,
@@ -285,8 +284,13 @@ class Driver:
         try:
             while not done.wait(1.0):
                 self.lock.check()  # one that was out of touch for long may have lost the directory to another
+                if part := supervise.dead_part():
+                    raise ClusterLost(f"Ray's {part} died")
         except Interrupted:
             self._stop_workers(done)
+        finally:
+            if not supervise.dead_part():
+                trainer.abandon(done, _ABANDON_S)
         if "error" in box:
             raise box["error"]
         return box["result"]  # type: ignore[no-any-return]
@@ -295,11 +299,8 @@ class Driver:
         """A first signal: the workers end after a checkpoint, or after a while without one."""
         self.display.say(f"{self.interrupts.reason}: saving a checkpoint, then stopping (again: at once)")
         assert self.ray_trainer is not None
-        try:
-            if not (self.ray_trainer.ask_to_stop() and done.wait(_GRACE_S)):
-                raise self.interrupts.stopped()
-        finally:
-            self.ray_trainer.abandon(done, _ABANDON_S)
+        if not (self.ray_trainer.ask_to_stop() and done.wait(_GRACE_S)):
+            raise self.interrupts.stopped()
 
     def _outcome(self, result: Mapping[str, Any] | None, error: BaseException | None) -> Outcome:
         base = Outcome("FINISHED", 0, self.record, self.where, result)
