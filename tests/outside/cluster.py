@@ -1,0 +1,38 @@
+"""A Ray cluster of one node for tests, as `ray start` makes it, which answers what runs on it:
+`python cluster.py CPUS` prints its address, then a JSON line for each line on stdin, and ends with stdin.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import ray
+from ray.cluster_utils import Cluster
+
+
+def running() -> dict[str, list[str]]:
+    """The actors that are not dead and the placement groups that are not removed, of all jobs."""
+    actors = ray._private.state.actors().values()
+    groups = ray.util.placement_group_table().values()
+    return {
+        "actors": [f"{a['ActorClassName']} {a['State']}" for a in actors if a["State"] != "DEAD"],
+        "placement_groups": [f"{g['name']} {g['state']}" for g in groups if g["state"] != "REMOVED"],
+    }
+
+
+def main(cpus: int) -> None:
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": cpus, "include_dashboard": False, "object_store_memory": 100 * 2**20},
+    )
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+    print(cluster.address, flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(running()), flush=True)
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
