@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
+import psutil
 import ray
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
@@ -32,6 +33,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from raytrainer import worker
 from raytrainer.errors import WorkerError
 from raytrainer.progress import from_line
+from raytrainer.reaper import Reaper
 
 # Set before Ray starts, where the user has not; inherited by Ray's processes on this machine, and propagated by Ray
 # Train to workers elsewhere.
@@ -51,6 +53,7 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_enable_metrics_collection": "0",
 }
+_reaper: Reaper | None = None
 _ANSWER_S = 4.0  # a cluster that does not answer in so long is not there
 # Lines of Ray's own in a worker's output that say nothing a user can act on.
 _CHATTER = ("Setting up process group for: env://", "[Gloo] Rank ", "Using blocking ray.get inside async actor")
@@ -91,6 +94,7 @@ def start_embedded(num_cpus: float, num_gpus: int | None, memory: float | None =
             log_to_driver=True,
             configure_logging=True,
         )
+    _agents_end_with_us()
 
 
 def dead_part() -> str | None:
@@ -100,12 +104,24 @@ def dead_part() -> str | None:
     return next((name for name in ("gcs_server", "raylet") if name in dead), None)
 
 
+def _agents_end_with_us() -> None:
+    """Of a killed driver Ray's processes end at once, but its node's agents first try to report that for 60 s."""
+    global _reaper
+    (raylet,) = ray._private.worker._global_node.all_processes["raylet"]
+    children = psutil.Process(raylet.process.pid).children()
+    _reaper = Reaper(child.pid for child in children if "Agent" in " ".join(child.cmdline()))
+
+
 def stop() -> None:
     """Leaves the cluster, or ends the embedded one."""
-    if dead_part() is None:
-        ray.shutdown()
-    else:  # an orderly end would wait a minute for the answer of a dead process
+    global _reaper
+    if dead_part():  # an orderly end would wait a minute for the answer of a dead process
         ray._private.worker._global_node.kill_all_processes(check_alive=False, allow_graceful=False)
+        return
+    ray.shutdown()
+    if _reaper is not None:
+        _reaper.dismiss()
+        _reaper = None
 
 
 @contextlib.contextmanager

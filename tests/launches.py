@@ -30,10 +30,7 @@ from raytrainer.storage import Storage
 
 OUTSIDE = Path(__file__).parent / "outside"
 START_S = 120.0  # the longest a launch may take to its first step, on a loaded machine
-# Of a killed driver everything ends at once, but for two agents of Ray's, which first try to report the death of their
-# node for 60 s (ray/_private/process_watcher.py).
-ENDS_S, LEFT_S = 20.0, 90.0
-AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+ENDS_S = 20.0  # the longest that anything may outlive a killed driver
 # Keys that measure time: no two runs have them equal.
 _MEASURED = ("system/", "checkpoint/stall_seconds", "train/samples_per_second")
 
@@ -140,10 +137,10 @@ class Launch:
         """What it started and is still there: processes of its session, or with its mark in their environment."""
         return [process for process in psutil.process_iter() if self._is_mine(process)]
 
-    def nothing_left(self, within_s: float = 10.0, *, but: tuple[str, ...] = ()) -> float:
-        """Waits until `left` is empty, but for processes of these names; returns the seconds that took."""
+    def nothing_left(self, within_s: float = 10.0) -> float:
+        """Waits until `left` is empty; returns the seconds that took."""
         began = time.monotonic()
-        while left := [process for process in self.left() if name_of(process) not in but]:
+        while left := self.left():
             took = time.monotonic() - began
             names = [f"{process.pid} {name_of(process)[:120]}" for process in left]
             assert took < within_s, f"still there after {took:.1f} s: {names}\n{self.output()}"
