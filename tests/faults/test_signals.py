@@ -59,7 +59,7 @@ def test_while_composing(number: signal.Signals, tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(("number", "group"), [(SIGINT, True), (SIGINT, False), (SIGTERM, False)])
+@pytest.mark.parametrize(("number", "group"), [(SIGINT, True), (SIGTERM, False)])
 def test_while_ray_starts(number: signal.Signals, group: bool, tmp_path: Path) -> None:
     draw = seeded(f"starting, {number.name}, {group}")
     with launch(tmp_path, *LONG, TWO, *observed()) as run:
