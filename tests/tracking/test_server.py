@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import http.server
 import os
 import pickle
 import socket
 import sqlite3
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -145,7 +147,7 @@ def test_mlflows_settings_are_ours_during_a_call_and_the_users_after(monkeypatch
         assert MLFLOW_HTTP_REQUEST_TIMEOUT.get() == 33
 
 
-def test_a_sqlite_store_is_checked_without_making_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sqlite_store_is_checked_without_making_it(tmp_path: Path) -> None:
     uri = default_tracking_uri(tmp_path)
     check_tracking(uri)
     assert list(tmp_path.iterdir()) == []
@@ -154,9 +156,23 @@ def test_a_sqlite_store_is_checked_without_making_it(tmp_path: Path, monkeypatch
     sqlite_path(uri).write_bytes(b"not a database, but long enough to have a header" * 10)
     with pytest.raises(TrackingUnreachable, match="not a database"):
         check_tracking(uri)
-    (tmp_path / "mlflow.db").unlink()
-    monkeypatch.setattr(os, "access", lambda *_: False)  # a test may run as root, who may write anywhere
-    with pytest.raises(TrackingUnreachable, match="cannot be written"):
+    sqlite_path(uri).unlink()
+
+
+def test_a_sqlite_store_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = default_tracking_uri(tmp_path)
+    sqlite3.connect(sqlite_path(uri)).close()
+    sqlite_path(uri).touch()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "access", lambda *_: False)  # a test may run as root, who may write anywhere
+        with pytest.raises(TrackingUnreachable, match=r"mlflow.db cannot be written$"):
+            check_tracking(uri)
+
+    def full(**_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(TrackingUnreachable, match="cannot be written: No space left on device"):
         check_tracking(uri)
 
 
