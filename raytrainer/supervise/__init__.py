@@ -1,0 +1,27 @@
+"""Ray, held by its hooks: the room of every private part of Ray that raytrainer touches and of every variable it sets.
+
+cluster   starting one, joining one, leaving it
+output    what its workers print
+train     Ray Train: the workers of one run
+tune      Ray Tune: the trials of a sweep
+"""
+
+from __future__ import annotations
+
+from raytrainer.supervise.cluster import attach, dead_part, find_cluster, prepare, start_embedded, stop
+from raytrainer.supervise.output import WorkerOutput
+from raytrainer.supervise.train import Retries, SupervisedTrainer, first_error, make_trainer
+
+__all__ = [
+    "Retries",
+    "SupervisedTrainer",
+    "WorkerOutput",
+    "attach",
+    "dead_part",
+    "find_cluster",
+    "first_error",
+    "make_trainer",
+    "prepare",
+    "start_embedded",
+    "stop",
+]

@@ -1,0 +1,52 @@
+"""What Ray's workers print, taken out of Ray's own printing and sorted by who printed it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+from ray._private.ray_logging import global_worker_stdstream_dispatcher
+
+from raytrainer.progress import from_line
+
+# Lines of Ray's own in a worker's output that say nothing a user can act on.
+_CHATTER = ("Setting up process group for: env://", "[Gloo] Rank ", "Using blocking ray.get inside async actor")
+
+
+class WorkerOutput:
+    """Takes what the workers print out of Ray's own printing: messages go to `on_message`, text to `on_text`.
+
+    Each gets the rank it came from; None: a process that is no worker of ours, or one that has not said its rank yet.
+    """
+
+    def __init__(
+        self,
+        on_message: Callable[[int | None, dict[str, Any]], None],
+        on_text: Callable[[int | None, str], None],
+    ) -> None:
+        self._on_message, self._on_text = on_message, on_text
+        self._ranks: dict[tuple[Any, Any], int] = {}
+
+    def __enter__(self) -> WorkerOutput:
+        global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+        global_worker_stdstream_dispatcher.add_handler("raytrainer", self._take)
+        # The raylet's notices of dead workers are printed past the dispatcher; `first_error` says the same in a line.
+        self._ray_print = ray._private.worker.print_to_stdstream
+        ray._private.worker.print_to_stdstream = lambda data, **_: self._take(data)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        ray._private.worker.print_to_stdstream = self._ray_print
+        global_worker_stdstream_dispatcher.remove_handler("raytrainer")
+
+    def _take(self, data: Mapping[str, Any]) -> None:
+        source = (data.get("ip"), data.get("pid"))
+        for line in data.get("lines", ()):
+            if (message := from_line(line)) is None:
+                if line.strip() and not any(text in line for text in _CHATTER):
+                    self._on_text(self._ranks.get(source), line)
+                continue
+            if message["kind"] == "hello":
+                self._ranks[source] = message["rank"]
+            self._on_message(self._ranks.get(source), message)
