@@ -66,6 +66,7 @@ def check_together(e: Experiment) -> None:
             value=e.tracking.register_model,
         )
     _check_address(e.cluster.kind, e.cluster.address)
+    _check_sweep(e)
 
 
 def _check_address(kind: str, address: str | None) -> None:
@@ -118,8 +119,17 @@ def _check_workers(e: Experiment) -> None:
         )
 
 
-def seconds(value: Any) -> float | None:
-    """A duration → seconds: a number, `90s`, `1h30m`, `2d`, or `HH:MM:SS`.
+def _check_sweep(e: Experiment) -> None:
+    s = e.sweep
+    s.time_budget_s = seconds(s.time_budget_s, "sweep.time_budget_s")
+    if not isinstance(s.allow_failed, bool) and not (isinstance(s.allow_failed, int) and s.allow_failed >= 0):
+        raise ConfigError(
+            "must be true, false, or how many trials may fail", key="sweep.allow_failed", value=s.allow_failed
+        )
+
+
+def seconds(value: Any, name: str = "trainer.max_time") -> float | None:
+    """A duration → seconds: a number, `90s`, `1h30m`, `2d`, or `HH:MM:SS`. `name` is its key, for the error.
 
     Raises:
         ConfigError: It is none of these, or not positive.
@@ -137,7 +147,5 @@ def seconds(value: Any) -> float | None:
             h, m, s = (int(x) for x in match.groups())
             total = float(3600 * h + 60 * m + s)
     if total is None or not total > 0:
-        raise ConfigError(
-            "must be a duration: seconds, 90m, 1h30m, 2d or HH:MM:SS", key="trainer.max_time", value=value
-        )
+        raise ConfigError("must be a duration: seconds, 90m, 1h30m, 2d or HH:MM:SS", key=name, value=value)
     return total

@@ -18,7 +18,12 @@ from raytrainer.config.schema import Experiment
 from raytrainer.errors import ConfigError, nearest
 
 # Node → the arguments that raytrainer itself supplies when it calls the target.
-SUPPLIED: Mapping[str, tuple[str, ...]] = {"optimizer": ("params",), "lr_scheduler": ("optimizer",)}
+SUPPLIED: Mapping[str, tuple[str, ...]] = {
+    "optimizer": ("params",),
+    "lr_scheduler": ("optimizer",),
+    "sweep.scheduler": ("metric", "mode", "time_attr", "hyperparam_mutations", "custom_explore_fn"),
+    "sweep.search_alg": ("metric", "mode", "space"),
+}
 _SPECIAL = {"_target_", "_partial_", "_args_", "_convert_", "_recursive_"}
 
 
@@ -61,6 +66,9 @@ def targets(experiment: Experiment) -> Iterator[tuple[str, dict[str, Any]]]:
     for name, node in experiment.callbacks.items():
         if node:
             yield f"callbacks.{name}", node
+    for name in ("scheduler", "search_alg"):
+        if node := getattr(experiment.sweep, name):
+            yield f"sweep.{name}", node
 
 
 def check_targets(experiment: Experiment) -> None:

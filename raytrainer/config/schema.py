@@ -78,6 +78,7 @@ class CheckpointConfig:
     monitor: str = "val/loss"
     mode: str = key("min", choices=("min", "max"))
     async_save: bool = True
+    min_interval_s: float | None = key(None, least=0)  # null: 0, and 10 in a trial of a sweep; the last is always saved
 
 
 @dataclass(kw_only=True, slots=True)
@@ -113,6 +114,22 @@ class ClusterConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class SweepConfig:
+    metric: str | None = None  # null: checkpoint.monitor
+    mode: str | None = key(None, choices=(None, "min", "max"))  # null: checkpoint.mode
+    num_samples: int | None = key(None, least=1)  # null: every combination of a grid
+    scheduler: dict[str, Any] | None = None
+    search_alg: dict[str, Any] | None = None
+    max_concurrent_trials: int | None = key(None, least=1)  # null: as many as the cluster can place
+    time_budget_s: Any = None  # seconds, or a duration as trainer.max_time
+    space: dict[str, Any] = field(default_factory=dict)  # key → values, in the grammar of the command line
+    seed: int | None = key(None, least=0, most=2**31 - 1)  # of what is drawn; null: the experiment's
+    max_trial_failures: int = key(0, least=0)  # how often a trial that failed is tried again
+    allow_failed: Any = True  # true: any number; false: none; or how many, for exit code 0
+    num_to_keep: int | None = key(5, least=1)  # trials whose checkpoints stay, the best; null: all
+
+
+@dataclass(kw_only=True, slots=True)
 class Experiment:
     """A whole experiment, resolved and typed. Sections `model`, `loss`, `optimizer`, `lr_scheduler`, `callbacks`,
     `data.train`, `data.val` and `data.collate_fn` are `_target_` nodes that `raytrainer.config.build` makes objects of.
@@ -135,6 +152,7 @@ class Experiment:
     failure: FailureConfig = field(default_factory=FailureConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
     @property
     def max_workers(self) -> int:

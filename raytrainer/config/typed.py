@@ -17,7 +17,10 @@ from raytrainer.config.schema import Experiment, known_keys, section_of
 from raytrainer.errors import ConfigError, nearest
 
 # Sections whose keys are the arguments of somebody's target.
-NODES = ("model", "loss", "optimizer", "lr_scheduler", "callbacks", "data.train", "data.val", "data.collate_fn")
+NODES = (
+    *("model", "loss", "optimizer", "lr_scheduler", "callbacks", "data.train", "data.val", "data.collate_fn"),
+    *("sweep.scheduler", "sweep.search_alg", "sweep.space"),
+)
 _TRUE, _FALSE = {"true", "yes", "on"}, {"false", "no", "off"}
 
 
