@@ -1,16 +1,18 @@
 """What a person sees while it trains: rank 0 tells what happened as small messages, the launching process shows them.
 
-A terminal gets one live line; anything else (a file, a Ray job's log) one clean line at a time.
+A terminal gets a live line, or a live block of lines; anything else (a file, a Ray job's log) clean lines alone.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 # Begins a line of a worker's output that is a message for the launching process, not text for a person.
@@ -73,12 +75,18 @@ def from_line(line: str) -> dict[str, Any] | None:
 
 
 class Display:
-    """Shows messages and texts on a stream; remembers the last step for whoever asks."""
+    """Shows messages and texts on a stream, from any thread; remembers the last step for whoever asks.
+
+    Attributes:
+        live: Whether the stream is a terminal, which gets a live part below what is said for good.
+    """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
-        self._live = self._stream.isatty()
+        self.live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._shown = ""
+        self._block: list[str] = []
+        self._lock = threading.RLock()
         self._last_line = -_EVERY_S
         self.also: Callable[[str], object] | None = None  # a log that gets every line for good too
         self.step = 0
@@ -98,29 +106,76 @@ class Display:
             self.say(f"warning: {message['text']}")
 
     def say(self, text: str) -> None:
-        """A line (or several) for good, above the live one."""
-        self._clear()
-        print(text, file=self._stream, flush=True)
-        if self.also is not None:
+        """A line (or several) for good, above the live part."""
+        with self._lock:
+            block = self._block
+            self._clear()
+            print(text, file=self._stream, flush=True)
+            if block:
+                self.draw(block)
+            if self.also is not None:
+                self.also(text + "\n")
+
+    def note(self, text: str) -> None:
+        """A line for good where there is no live part; a terminal, which shows the same in its block, is spared it."""
+        if not self.live:
+            self.say(text)
+        elif self.also is not None:
             self.also(text + "\n")
 
+    def draw(self, lines: Sequence[str]) -> None:
+        """Puts a block of lines in place of the live part, as much of it as fits; nothing where there is none."""
+        if not self.live:
+            return
+        with self._lock:
+            columns, rows = self.size()
+            kept = [line[: columns - 1] for line in lines[: rows - 1]]
+            # Each line is written over the old one, so that nothing flickers, and the cursor waits below the last: what
+            # is typed (^C) or printed after us stays out of the block. It is never hidden, so never left hidden.
+            text = self._start() + "".join(f"{line}\x1b[K\n" for line in kept) + "\x1b[J"
+            self._stream.write(text)
+            self._stream.flush()
+            self._shown, self._block = "", kept
+
+    def size(self) -> tuple[int, int]:
+        """Columns and rows of the terminal, now."""
+        try:
+            found = os.get_terminal_size(self._stream.fileno())
+        except (OSError, ValueError):  # no terminal, or a stream without a file
+            found = os.terminal_size((0, 0))
+        if not (found.columns and found.lines):
+            found = shutil.get_terminal_size()
+        return found.columns, found.lines
+
     def close(self) -> None:
-        self._clear()
+        """Takes the live part away."""
+        with self._lock:
+            self._clear()
+            self._stream.flush()
 
     def _progress(self, line: str, last: bool) -> None:
-        if self._live:
-            self._clear()
-            self._shown = line[: shutil.get_terminal_size().columns - 1]
-            self._stream.write(self._shown)
-            self._stream.flush()
+        if self.live:
+            with self._lock:
+                self._clear()
+                self._shown = line[: self.size()[0] - 1]
+                self._stream.write(self._shown)
+                self._stream.flush()
         elif last or time.monotonic() - self._last_line >= _EVERY_S:
             self._last_line = time.monotonic()
             self.say(line)
 
+    def _start(self) -> str:
+        """What brings the cursor to where the live part begins."""
+        if not self._block:
+            return "\r" if self._shown else ""
+        # A window that has become narrower shows a line in several rows.
+        columns = self.size()[0]
+        return f"\r\x1b[{sum(max(1, -(-len(line) // columns)) for line in self._block)}A"
+
     def _clear(self) -> None:
-        if self._shown:
-            self._stream.write("\r\x1b[K")
-            self._shown = ""
+        if self._shown or self._block:
+            self._stream.write(self._start() + ("\x1b[J" if self._block else "\x1b[K"))
+            self._shown, self._block = "", []
 
 
 def progress_line(message: Mapping[str, Any]) -> str:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import math
+import os
+import struct
+import termios
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,12 +17,7 @@ import pytest
 from raytrainer import progress
 from raytrainer.events import CheckpointSaved, EvalEnd, FitStart, Logged
 from raytrainer.progress import Display, Reporter, duration, figures, from_line, progress_line, to_line
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
+from tests.terminal import Terminal, attach
 
 METRICS = {"train/loss": 0.21134, "train/lr": 0.0941, "train/samples_per_second": 4812.4}
 LOG: dict[str, Any] = {
@@ -108,8 +108,8 @@ def test_no_terminal_gets_clean_lines_one_in_five_seconds(clock: SimpleNamespace
 
 
 def test_a_terminal_gets_one_live_line(clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "30")
-    stream = Terminal()
+    stream = Terminal(columns=30)
+    attach(monkeypatch, stream)
     display = Display(stream)
     display.show(LOG)
     assert stream.getvalue() == progress_line(LOG)[:29]  # never wraps
@@ -120,8 +120,9 @@ def test_a_terminal_gets_one_live_line(clock: SimpleNamespace, monkeypatch: pyte
     assert stream.getvalue().endswith("\r\x1b[Kkept\n")
 
 
-def test_every_line_for_good_also_goes_to_the_log(clock: SimpleNamespace) -> None:
+def test_every_line_for_good_also_goes_to_the_log(clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     stream, log = Terminal(), io.StringIO()
+    attach(monkeypatch, stream)
     display = Display(stream)
     display.also = log.write
     display.show({"kind": "start", "step": 0, "parameters": 308074})
@@ -138,3 +139,106 @@ def test_going_on_is_said_and_the_last_step_is_remembered(clock: SimpleNamespace
     display.show({"kind": "hello", "rank": 0})
     assert stream.getvalue() == "going on after step 40\n"
     assert display.step == 55
+
+
+def test_a_block_is_drawn_in_place_below_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, log = Terminal(20, 6), io.StringIO()
+    attach(monkeypatch, stream)
+    display = Display(stream)
+    display.also = log.write
+    display.say("before")
+    display.draw(["head", "one", "two"])
+    display.draw(["head 2", "one"])
+    assert stream.screen() == ["before", "head 2", "one"]
+    display.say("for good")
+    assert stream.screen() == ["before", "for good", "head 2", "one"]
+    display.note("for the log")
+    display.close()
+    assert stream.screen() == ["before", "for good"]
+    assert log.getvalue() == "before\nfor good\nfor the log\n"
+    assert "\x1b[?" not in stream.getvalue()  # the cursor is never hidden
+
+
+def test_a_block_takes_the_place_of_the_line(clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    attach(monkeypatch, stream)
+    display = Display(stream)
+    display.show(LOG)
+    display.draw(["a block"])
+    assert stream.screen() == ["a block"]
+    display.show(LOG)
+    assert stream.screen() == [progress_line(LOG)]
+
+
+def test_a_block_fits_the_window_whatever_its_size_becomes(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal(40, 10)
+    attach(monkeypatch, stream)
+    display = Display(stream)
+    display.say("kept")
+    block = [f"{n} " + "x" * 100 for n in range(30)]
+    display.draw(block)
+    assert [len(row) for row in stream.screen()] == [39] * 9
+    assert stream.scrolled == ["kept"]
+    display.draw(block[:4])
+    for columns, rows in [(15, 20), (80, 24), (33, 12), (100, 30)]:
+        stream.resize(columns, rows)  # the terminal has flowed the old block anew
+        display.draw(block[:3])
+        assert stream.screen() == [line[: columns - 1] for line in block[:3]]
+    assert stream.scrolled == ["kept"]
+
+
+def test_what_is_typed_below_a_block_goes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal(20, 6)
+    attach(monkeypatch, stream)
+    display = Display(stream)
+    display.draw(["x" * 19, "y" * 19])
+    stream.write("^C")  # the terminal's own echo
+    display.say("stopping")
+    display.close()
+    assert stream.screen() == ["stopping"]
+
+
+@pytest.mark.parametrize("dumb", [True, False])
+def test_without_a_capable_terminal_there_is_no_block(dumb: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal() if dumb else io.StringIO()
+    monkeypatch.setenv("TERM", "dumb")
+    display = Display(stream)
+    display.draw(["head", "one"])
+    display.note("a line instead")
+    display.close()
+    assert stream.getvalue() == "a line instead\n"
+
+
+def test_threads_do_not_write_into_each_others_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal(60, 30)
+    attach(monkeypatch, stream)
+    display = Display(stream)
+
+    def speak(name: int) -> None:
+        for i in range(5):
+            display.say(f"{name} says {i}")
+
+    speakers = [threading.Thread(target=speak, args=(name,)) for name in range(4)]
+    for speaker in speakers:
+        speaker.start()
+    for i in range(50):
+        display.draw([f"drawn {i}", "=" * 50])
+    for speaker in speakers:
+        speaker.join()
+    assert stream.screen()[-2:] == ["drawn 49", "=" * 50]
+    assert sorted(stream.screen()[:-2]) == sorted(f"{n} says {i}" for n in range(4) for i in range(5))
+
+
+def test_the_size_is_that_of_the_stream_whatever_else_is_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.openpty()
+    try:
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 17, 91, 0, 0))
+        with open(theirs, "w", closefd=False) as stream:
+            assert Display(stream).size() == (91, 17)
+            fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 0, 0, 0, 0))  # some say so where none is known
+            monkeypatch.setenv("COLUMNS", "77")
+            monkeypatch.setenv("LINES", "19")
+            assert Display(stream).size() == (77, 19)
+    finally:
+        os.close(ours)
+        os.close(theirs)
