@@ -55,6 +55,7 @@ class Job:
 
     Attributes:
         text: `Composition.text`: the config, its references to secrets unresolved.
+        overrides: Values on top of it (`optimizer.lr=0.1`): those of a trial.
         run_dir: The run's own storage: a path or URI.
         run_id: The MLflow run; None: no tracking.
         tracking_uri: Where it is.
@@ -62,6 +63,7 @@ class Job:
         ship: Whether the worker sends them itself; False where the driver reads the same disk and does.
         changed: The optimizer's settings whose values in the config replace those in the checkpoint.
         mark: What the run's record says of this attempt, wherever `run_dir` is one and the same place.
+        reports: On Ray Train: whether each evaluation is reported to the controller, in whose process a trial waits.
     """
 
     text: str
@@ -72,6 +74,8 @@ class Job:
     ship: bool = True
     changed: Sequence[str] = ()
     mark: str = ""
+    overrides: Sequence[str] = ()
+    reports: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,9 +107,31 @@ def on_ray(job: Mapping[str, Any]) -> dict[str, Any]:
         rank = context.get_world_rank()
         _say({"kind": "hello", "rank": rank, "pid": os.getpid(), "host": socket.gethostname()})
         world = World(rank, context.get_world_size(), context.get_local_rank(), ray.train.torch.get_device())
-        return run(Job(**job), world, emit=_say, should_stop=_stop.is_set)
+        found = Job(**job)
+        return run(found, world, emit=_say, should_stop=_stop.is_set, report=_report if found.reports else _no_report)
     except Exception as error:
         raise described(error, rank) from error
+
+
+def _report(trainer: Any, ends: bool) -> None:
+    """An evaluation of a trial, from all ranks to Ray Train's controller, which hears them at its next look."""
+    import ray.train
+
+    ray.train.report({"step": trainer.step, "metrics": dict(trainer.metrics), "ends": ends})
+
+
+def _after(first: Callable[[], None], report: Callable[[Any, bool], None]) -> Callable[[Any, bool], None]:
+    """`report`, with what was logged until then on disk: what it waits for may end this process."""
+
+    def both(trainer: Any, ends: bool) -> None:
+        first()
+        report(trainer, ends)
+
+    return both
+
+
+def _no_report(trainer: Any, ends: bool) -> None:
+    pass
 
 
 def described(error: Exception, rank: int) -> errors.WorkerError:
@@ -127,6 +153,8 @@ def run(
     *,
     emit: Callable[[dict[str, Any]], None],
     should_stop: Callable[[], bool] = lambda: False,
+    report: Callable[[Any, bool], None] = _no_report,
+    later: Callable[[Callable[[], None]], None] = lambda work: work(),
 ) -> dict[str, Any]:
     """Trains, from the run's last checkpoint where it has one; returns what `FitResult` holds, as plain values.
 
@@ -135,6 +163,9 @@ def run(
         world: `parallel.World` of this process; its process group exists already.
         emit: Takes rank 0's progress messages.
         should_stop: Asked at every log.
+        report: As `Trainer`'s.
+        later: Given what is left to do when training is over and nobody should wait for it: a save in flight that is
+            no more wanted, the last metrics on their way to the server.
     """
     import torch
     import torch.distributed as dist
@@ -144,7 +175,7 @@ def run(
 
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)  # what a model allocates without naming a device goes there too
-    experiment = config.from_text(job.text).experiment
+    experiment = config.from_text(job.text, job.overrides).experiment
     _check_shared(job)
     options, c = experiment.trainer, experiment.checkpoint
     if options.num_threads is None:
@@ -171,7 +202,12 @@ def run(
     listeners = [_Tracking(tracker), Reporter(emit)] if world.rank == 0 else []
     try:
         trainer = Trainer(
-            experiment, world=world, checkpointer=checkpointer, listeners=listeners, should_stop=should_stop
+            experiment,
+            world=world,
+            checkpointer=checkpointer,
+            listeners=listeners,
+            should_stop=should_stop,
+            report=_after(tracker.flush, report) if isinstance(tracker, MlflowTracker) else report,
         )
         if info := checkpointer.latest():
             trainer.restore(info, job.changed)
@@ -180,16 +216,20 @@ def run(
         result = trainer.fit()
         if world.rank == 0 and experiment.tracking.log_model and job.run_id is not None and result.reason != "stopped":
             log_model(trainer, tracker, emit)
+        checkpointer.close()
     except BaseException:
         # What happened first is what is told; the save in flight may only fail because of it.
-        with contextlib.suppress(Exception):
-            checkpointer.close()
+        later(lambda: _without_a_word(checkpointer.close))
         raise
-    else:
-        checkpointer.close()
-        return {**asdict(result), "metrics": dict(result.metrics), "monitor": c.monitor}
     finally:
-        tracker.close()
+        # On this disk it is done at once; a server may take its time.
+        later(tracker.close) if job.ship else tracker.close()
+    return {**asdict(result), "metrics": dict(result.metrics), "monitor": c.monitor}
+
+
+def _without_a_word(work: Callable[[], None]) -> None:
+    with contextlib.suppress(Exception):
+        work()
 
 
 def _check_shared(job: Job) -> None:

@@ -33,6 +33,10 @@ ENVIRONMENT = {
     # embedded Ray has no dashboard for.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_enable_metrics_collection": "0",
+    # Tune prints the stack of every failed trial, and adds loggers that write each result three times; the ledger and
+    # the table have them.
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
 }
 _reaper: Reaper | None = None
 _ANSWER_S = 4.0  # a cluster that does not answer in so long is not there

@@ -18,10 +18,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.metrics import ControllerMetricsCallback, WorkerMetricsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import ReportCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from raytrainer import worker
@@ -122,6 +124,10 @@ class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
     nodes: ClassVar[dict[int, str]] = {}  # where the last group's ranks are: of a dead one nobody else knows
 
     def _create_placement_group(self, *arguments: Any, **named: Any) -> Any:
+        # In a trial of a sweep Tune has reserved the workers' bundles with the trial: asking for them a second time
+        # would have two trials wait for each other.
+        if (own := ray.util.get_current_placement_group()) is not None:
+            return _Borrowed(own)
         handle = super()._create_placement_group(*arguments, **named)
         self.reserved.append(handle)
         return handle
@@ -143,6 +149,23 @@ class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
             ]
         )
         self._decorate_worker_log_file_paths(workers)
+
+
+class _Borrowed(DefaultPlacementGroupHandle):  # type: ignore[misc]
+    """A trial's placement group, which stays when its workers have ended: the next trial has the same."""
+
+    def shutdown(self) -> None:
+        pass
+
+
+class _Reports(ReportCallback):  # type: ignore[misc]
+    """Hands each report of rank 0 to `take`, in the controller's thread."""
+
+    def __init__(self, take: Callable[[dict[str, Any]], None]) -> None:
+        self._take = take
+
+    def after_report(self, training_report: Any, metrics: list[dict[str, Any]]) -> None:
+        self._take(metrics[0])
 
 
 class _StaticScaling(FixedScalingPolicy):  # type: ignore[misc]
@@ -170,9 +193,11 @@ class SupervisedTrainer(TorchTrainer):  # type: ignore[misc]
     their placement group when it ends, however it ends.
     """
 
-    def __init__(self, *args: Any, policy: Retries, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, policy: Retries, on_report: Callable[[dict[str, Any]], None] | None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._policy = policy
+        self._policy, self._on_report = policy, on_report
         self._controller: _Controller | None = None
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
@@ -186,7 +211,8 @@ class SupervisedTrainer(TorchTrainer):  # type: ignore[misc]
     def _create_default_callbacks(self) -> list[Any]:
         # The cleaner watches a controller actor, and datasets and metrics each start an actor for what is not used.
         unused = (PlacementGroupCleanerCallback, DatasetsCallback, ControllerMetricsCallback, WorkerMetricsCallback)
-        return [c for c in super()._create_default_callbacks() if not isinstance(c, unused)]
+        reports = [] if self._on_report is None else [_Reports(self._on_report)]
+        return [*(c for c in super()._create_default_callbacks() if not isinstance(c, unused)), *reports]
 
     def ask_to_stop(self) -> bool:
         """Tells every worker to end after the next log, with a checkpoint; False where there are none yet."""
@@ -207,6 +233,10 @@ class SupervisedTrainer(TorchTrainer):  # type: ignore[misc]
             for handle in _WorkerGroup.reserved:
                 with contextlib.suppress(Exception):  # gone already
                     handle.shutdown()
+            group = self._controller.get_worker_group() if self._controller is not None else None
+            for one in group.get_workers() if group is not None and group.has_started() else ():
+                with contextlib.suppress(Exception):
+                    ray.kill(one.actor)
 
 
 def make_trainer(
@@ -224,10 +254,12 @@ def make_trainer(
     attempt: str,
     progress: Callable[[], int],
     on_retry: Callable[[str], None],
+    on_report: Callable[[dict[str, Any]], None] | None = None,
 ) -> SupervisedTrainer:
     """The Ray Train job that runs `worker.on_ray(job)` on every worker.
 
     `attempt` names it, below `ray_storage`: a name of its own, so that Ray's silent resume of a name never touches us.
+    `on_report` is told of each evaluation where `job.reports`.
     """
     failure = FailureConfig(max_failures=max_failures, max_preemption_failures=max_preemption_failures)
     return SupervisedTrainer(
@@ -244,4 +276,5 @@ def make_trainer(
         ),
         run_config=RunConfig(name=attempt, storage_path=ray_storage, failure_config=failure),
         policy=Retries(failure, progress, on_retry),
+        on_report=on_report,
     )

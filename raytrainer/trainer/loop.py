@@ -61,6 +61,8 @@ class Trainer:
         checkpointer: Where checkpoints go and come from; None: none are written.
         listeners: Objects with hooks of events.py, called before the experiment's own callbacks.
         should_stop: Asked at every log; once it is true on any rank, all end after the same step, with a checkpoint.
+        report: Called with this trainer and whether training ends, after each evaluation and at the end: the last thing
+            of a step, its checkpoint handed over. What it raises ends training there.
     """
 
     def __init__(
@@ -71,9 +73,10 @@ class Trainer:
         checkpointer: Checkpointer | None = None,
         listeners: Iterable[Any] = (),
         should_stop: Callable[[], bool] = lambda: False,
+        report: Callable[[Trainer, bool], None] = lambda trainer, ends: None,
     ) -> None:
         self.experiment, self.world, self.checkpointer = experiment, world or World(), checkpointer
-        self._should_stop = should_stop
+        self._should_stop, self._report = should_stop, report
         e, options, device = experiment, experiment.trainer, self.world.device
 
         deterministic = device.type == "cpu" if options.deterministic is None else options.deterministic
@@ -107,6 +110,7 @@ class Trainer:
         self._parameters = [p for p in self.raw_model.parameters() if p.requires_grad]
 
         self.step = 0  # optimizer steps done = batches consumed = the position in the data
+        self.evaluations = 0  # done since the beginning of the run
         self.metrics: dict[str, float] = {}
         self.best = Monitor(e.checkpoint.monitor, e.checkpoint.mode)
         early = options.early_stopping
@@ -117,6 +121,7 @@ class Trainer:
             early.min_delta if early else 0.0,
         )
         self._evaluated_at = self._saved_at = self._logged_at = 0
+        self._saved_when = -math.inf
         self._elapsed = 0.0  # seconds of training before this process's
         self._began = time.monotonic()
         self._lr: Any = 0.0
@@ -159,9 +164,12 @@ class Trainer:
                     if self._evaluation_due(batch.ends_epoch, last or reason == "max_time"):
                         self._evaluate_and_note(batch.epoch)
                         reason = self._out_of_patience() or reason
-                    if self._checkpoint_due(batch.ends_epoch, last or reason != "finished"):
+                    ends = last or reason != "finished"
+                    if self._checkpoint_due(batch.ends_epoch, ends):
                         self.save()
-                    if reason != "finished":
+                    if ends or self._evaluated_at == self.step:
+                        self._report(self, ends)
+                    if ends:
                         break
         finally:
             batches.close()
@@ -281,7 +289,7 @@ class Trainer:
         if bad_weights:
             _log.warning("no checkpoint after step %d: the weights are not finite", self.step)
             return
-        self._saved_at = self.step
+        self._saved_at, self._saved_when = self.step, time.monotonic()
         evaluated = self._evaluated_at == self.step
         metric = self.metrics.get(self.experiment.checkpoint.monitor) if evaluated else None
         self.throughput.pause()
@@ -374,6 +382,7 @@ class Trainer:
         self.throughput.go_on()
         self.metrics.update(metrics)
         self._evaluated_at = self.step
+        self.evaluations += 1
         self._check_monitors(metrics)
         self.best.update(metrics, self.step)
         self._progress.update(metrics, self.step)
@@ -394,13 +403,23 @@ class Trainer:
         return last or (self.step % every == 0 if every else ends_epoch)
 
     def _checkpoint_due(self, ends_epoch: bool, last: bool) -> bool:
-        every = self.experiment.checkpoint.every_n_steps
-        if last or (every and self.step % every == 0):
+        if last:
             return True
-        if every:
-            return self.best.step == self.step  # the best one is always kept
+        every = self.experiment.checkpoint.every_n_steps
         never_evaluates = self.val_loader is None or self.experiment.trainer.eval_every_n_steps == 0
-        return ends_epoch if never_evaluates else self._evaluated_at == self.step
+        if every:
+            due = self.step % every == 0 or self.best.step == self.step  # the best one is kept too
+        else:
+            due = ends_epoch if never_evaluates else self._evaluated_at == self.step
+        return due and not self._saved_lately()
+
+    def _saved_lately(self) -> bool:
+        """Whether the last checkpoint is younger than `checkpoint.min_interval_s`: rank 0's clock decides for all."""
+        interval = self.experiment.checkpoint.min_interval_s
+        if not interval:
+            return False
+        late = self.world.rank == 0 and time.monotonic() - self._saved_when >= interval
+        return not bool(self.world.all_reduce(torch.tensor(float(late), device=self.world.device)))
 
     def _prepare(self, data: Any) -> Any:
         data = self.precision.cast(data)

@@ -30,6 +30,7 @@ def shared(t: Trainer) -> dict[str, Any]:
         "scaler": t.precision.scaler.state_dict() if t.precision.scaler is not None else None,
         "metrics": t.metrics,
         "evaluated_at": t._evaluated_at,
+        "evaluations": t.evaluations,
         "logged_at": t._logged_at,
         "extra": dict(t._extra),
         # Only where it counts: it is the one value that differs between two runs of the same thing.
@@ -79,6 +80,7 @@ def restore(
     t.step = t._saved_at = int(state["step"])
     t.metrics, t._extra = dict(state["metrics"]), dict(state["extra"])
     t._elapsed = float(state.get("elapsed", 0.0))
+    t.evaluations = int(state.get("evaluations", 0))
     t._evaluated_at, t._logged_at = int(state["evaluated_at"]), int(state["logged_at"])
     t.best.load_state_dict(state["best"])
     t._progress.load_state_dict(state["progress"])

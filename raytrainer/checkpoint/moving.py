@@ -1,0 +1,47 @@
+"""A checkpoint carried from one run's storage to another's, as population based training does with its best trials."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from raytrainer.checkpoint import manifest as manifests
+from raytrainer.checkpoint.checkpointer import Checkpointer
+from raytrainer.checkpoint.manifest import CheckpointInfo
+from raytrainer.errors import CheckpointNotFound
+from raytrainer.storage import Storage
+
+
+def copy_out(storage: Storage, directory: Path) -> CheckpointInfo:
+    """Copies the newest committed checkpoint below `storage` into the local `directory`, under its own name.
+
+    Raises:
+        CheckpointNotFound: There is none.
+    """
+    found = Checkpointer(storage).list()
+    if not found:
+        raise CheckpointNotFound(f"no checkpoint in {storage.display}")
+    storage.download_tree(found[-1].name, directory / found[-1].name)
+    return found[-1]
+
+
+def take_in(directory: Path, storage: Storage) -> None:
+    """Makes the checkpoint in the local `directory` the only one below `storage`.
+
+    Killed on the way it leaves that checkpoint uncommitted, never a mixture: the manifest comes last.
+
+    Raises:
+        CheckpointNotFound: `directory` has none.
+    """
+    source = Storage(str(directory))
+    found = Checkpointer(source).list()
+    if not found:
+        raise CheckpointNotFound(f"no checkpoint in {directory}")
+    for entry in storage.list():
+        storage.delete(entry.name)
+    name = found[-1].name
+    for file in source.list(name):
+        if file.name != manifests.NAME:
+            with source.open_read(f"{name}/{file.name}") as read, storage.open_write(f"{name}/{file.name}") as write:
+                while block := read.read(8 << 20):
+                    write.write(block)
+    storage.write_bytes(f"{name}/{manifests.NAME}", source.read_bytes(f"{name}/{manifests.NAME}"))

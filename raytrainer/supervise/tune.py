@@ -1,0 +1,145 @@
+"""Ray Tune, held by its hooks: the loop that gives trials to processes and keeps a process for the next trial.
+
+Read in ray 2.60 (`ray/tune/execution/tune_controller.py`). The loop is driven step by step by our own driver, so that a
+signal, a lost cluster and a lost lock are seen between two steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ray
+from ray.tune import Callback, CheckpointConfig, PlacementGroupFactory
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Experiment
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+from ray.tune.search.search_generator import SearchGenerator
+
+__all__ = ["TrialController", "capacity", "make_controller", "trial_resources"]
+
+METRIC = "objective"  # what schedulers and searchers are told, whatever the sweep's metric is called
+
+
+class TrialController(TuneController):  # type: ignore[misc]
+    """Tune's own, less its snapshots, with an exact bound on the trials that run at a time.
+
+    Tune bounds them through the searcher, which a scheduler that pauses trials (PBT, HyperBand) cannot live with: it
+    needs all of them drawn before it compares any.
+    """
+
+    def __init__(self, *, limit: int, all_drawn_early: bool, **arguments: Any) -> None:
+        super().__init__(reuse_actors=True, **arguments)
+        self._limit, self._all_drawn_early = limit, all_drawn_early
+
+    def checkpoint(self, force: bool = False, wait: bool = False) -> None:
+        """Nothing: Tune would pickle its trials and the searcher, again and again. Ours is the ledger."""
+
+    def _maybe_update_trial_queue(self) -> None:
+        # A searcher is asked when a place is free, not before: it then knows of every trial that has ended.
+        self._max_pending_trials = 1_000_000 if self._all_drawn_early else self._limit - len(self._trial_to_actor)
+        super()._maybe_update_trial_queue()
+
+    def _maybe_add_actors(self) -> None:
+        free = self._limit - len(self._trial_to_actor)
+        if free > 0:
+            # Tune compares this with the actors that are starting.
+            self._max_pending_trials = self._actor_manager.num_pending_actors + free
+            super()._maybe_add_actors()
+
+    def abandon(self) -> None:
+        """Kills every trial's process without a word to it."""
+        for handle, _ in list(self._actor_manager._live_actors_to_ray_actors_resources.values()):
+            with contextlib.suppress(Exception):  # gone already
+                ray.kill(handle)
+        self._actor_manager.cleanup()
+
+
+def make_controller(
+    trainable: type,
+    *,
+    searcher: Searcher,
+    scheduler: TrialScheduler,
+    callbacks: Iterable[Callback],
+    name: str,
+    storage_path: str,
+    resources: PlacementGroupFactory,
+    space: Mapping[str, Any],
+    mode: str,
+    limit: int,
+    all_drawn_early: bool,
+    max_failures: int,
+) -> TrialController:
+    """A controller with everything that `ray.tune.run` would give it, before its first step.
+
+    Args:
+        trainable: A `ray.tune.Trainable`, whose results have `objective`, `training_iteration` and `done`.
+        searcher: Ends the sweep by `FINISHED`.
+        storage_path: Where Tune may keep checkpoints of trials that it pauses or clones, below `name`.
+        resources: What each trial holds.
+        space: For searchers that want it: key → Tune domain.
+        limit: The most trials at a time.
+        all_drawn_early: Whether the scheduler needs every trial drawn before it compares them.
+        max_failures: How often a process that died is replaced.
+    """
+    experiment = Experiment(
+        name=name,
+        run=trainable,
+        num_samples=1_000_000_000,  # the searcher says when it is enough
+        storage_path=storage_path,
+        checkpoint_config=CheckpointConfig(num_to_keep=2),
+        resources_per_trial=resources,
+        max_failures=max_failures,
+        trial_name_creator=lambda trial: trial.trial_id,
+        trial_dirname_creator=lambda trial: trial.trial_id,
+    )
+    search = SearchGenerator(searcher)
+    search.set_search_properties(METRIC, mode, dict(space), **experiment.public_spec)
+    scheduler.set_search_properties(METRIC, mode, **experiment.public_spec)
+    controller = TrialController(
+        limit=limit,
+        all_drawn_early=all_drawn_early,
+        search_alg=search,
+        scheduler=scheduler,
+        callbacks=list(callbacks),
+        metric=METRIC,
+        trial_checkpoint_config=experiment.checkpoint_config,
+        storage=experiment.storage,
+    )
+    search.add_configurations([experiment])
+    controller.setup_experiments([experiment], total_num_samples=1)
+    return controller
+
+
+def trial_resources(each: Mapping[str, float], workers: int, strategy: str) -> PlacementGroupFactory:
+    """What a trial reserves: one bundle for its own process, or one a worker (its own process then holds nothing)."""
+    if workers == 1:
+        return PlacementGroupFactory([dict(each)])
+    return PlacementGroupFactory([{}, *[dict(each)] * workers], strategy=strategy)
+
+
+def capacity(bundle: Mapping[str, float], workers: int, nodes: Iterable[Mapping[str, float]], strategy: str) -> int:
+    """How many trials of `workers` bundles the nodes can hold at a time.
+
+    Args:
+        bundle: The resources of one worker.
+        nodes: The resources of each living node.
+        strategy: Ray's placement strategy of the bundles of one trial.
+    """
+    wanted = {name: amount for name, amount in bundle.items() if amount}
+    room = [
+        min((int(node.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items()), default=0) for node in nodes
+    ]
+    if strategy == "STRICT_PACK":
+        return sum(most // workers for most in room)
+    if strategy == "STRICT_SPREAD":  # a trial takes one place on each of `workers` nodes
+        trials = 0
+        while (
+            sum(1 for most in room if most > trials) >= 1
+            and sum(min(most, trials + 1) for most in room) >= (trials + 1) * workers
+        ):
+            trials += 1
+        return trials
+    return sum(room) // workers
