@@ -1,15 +1,44 @@
 """The sweep's own record: which trials were drawn, what each reported and how it ended; append-only JSON lines.
-What a sweep resumes from and what its tables are made of. Neither Ray nor torch is imported."""
+What a sweep resumes from and what its tables are made of. Neither Ray nor torch is imported.
+
+    {"kind": "begin", "version": 1, "time": …, "info": {…}}                        an attempt at the sweep
+    {"kind": "start", "id": "0001", "time": …, "parameters": {…}, "overrides": […]}
+    {"kind": "report", "id": "0001", "evaluation": 1, "step": 100, "value": 0.5, "time": …, "metrics": {…}}
+    {"kind": "inherit", "id": "0001", "from": "0002", "evaluation": 1, "time": …, "parameters": {…}, "overrides": […]}
+    {"kind": "run", "id": "0001", "run_id": "…"}
+    {"kind": "end", "id": "0001", "time": …, "status": "finished", "cause": null}
+    {"kind": "reopen", "id": "0001", "time": …}
+
+NaN and infinities are `"nan"`, `"inf"` and `"-inf"` among numbers, and `{"float": "nan"}` among parameters.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
 import math
-from collections.abc import Mapping
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from raytrainer.errors import StorageError, StorageFull
+from raytrainer.storage import Storage
+from raytrainer.tracking.spool import storage_errors
+
+FILE = "ledger.jsonl"
+FORMAT = 1
+WORST = 1e30
+_STATUSES = ("running", "finished", "pruned", "failed", "stopped")
+_SYNC_S = 1.0  # between two fsyncs of a local file
+_UPLOAD_S = 5.0  # between two uploads to an object store
+
 Mode = Literal["min", "max"]
 Status = Literal["running", "finished", "pruned", "failed", "stopped"]
+
+_log = logging.getLogger("raytrainer.sweep")
 
 
 @dataclass(frozen=True)
@@ -37,7 +66,7 @@ class Trial:
 
     Attributes:
         id: `0001`, `0002`, …: its directory's name, in the order in which they were drawn.
-        parameters: Key → value, as drawn.
+        parameters: Key → value, as drawn, or as an exploit left them.
         overrides: The same as Hydra's overrides.
         started: Seconds since the epoch; `ended` likewise.
         run_id: Its run in MLflow, or the id made for it while there is no server.
@@ -63,3 +92,357 @@ class Trial:
         if not finite:
             return None
         return min(finite, key=lambda report: report.value if mode == "min" else -report.value)
+
+
+def told(value: float, mode: Mode) -> float:
+    """What a scheduler is told of a value: itself, or ±`WORST` where it is NaN or infinite."""
+    if math.isfinite(value):
+        return value
+    return WORST if mode == "min" else -WORST
+
+
+class Ledger:
+    """The record of one sweep over all its attempts, written by the process that owns the sweep's directory, from any
+    of its threads. Made by `Ledger.open`.
+
+    Locally a line is with the operating system when a method returns, so that a killed process loses nothing; it is on
+    the disk within about a second, which is what a power cut can lose. At a URI, where nothing can be appended to, the
+    whole file is uploaded at most every 5 s, which is what a killed process can lose. `begin` and `close` wait until
+    everything is there.
+
+    Attributes:
+        trials: All of them by id, in the order in which they were drawn, as the file has them.
+        attempts: What each `begin` was given, and its `time`.
+    """
+
+    def __init__(self, storage: Storage, data: bytes | None, clock: Callable[[], float]) -> None:
+        self.trials: dict[str, Trial] = {}
+        self.attempts: list[dict[str, Any]] = []
+        self._storage, self._clock, self._where = storage, clock, storage.where(FILE)
+        self._sink: _Sink | None = None
+        self._lock = threading.Lock()
+        self._kept: dict[str, int] = {}  # reports of each trial from before its last exploit
+        data = data or b""
+        self._size, self._whole = len(data), data[: data.rfind(b"\n") + 1]
+        for number, raw in enumerate(self._whole.split(b"\n")[:-1], start=1):
+            self._read(raw, number)
+
+    @classmethod
+    def open(cls, storage: Storage, *, clock: Callable[[], float] = time.time) -> Ledger:
+        """What is recorded below `storage`. Nothing is written before `begin`: a running sweep's can be read, too.
+
+        A last line without its end, which a killed writer leaves, is dropped.
+
+        Raises:
+            StorageError: A line that is none of ours, with its number; or a format later than this version's.
+        """
+        return cls(storage, storage.read_if_exists(FILE), clock)
+
+    def begin(self, info: Mapping[str, Any]) -> None:
+        """An attempt at the sweep: its argv, versions and the like, as plain JSON. Comes before all that follow.
+
+        Raises:
+            StorageFull: No space; here and from every method that writes, whose line is then not recorded.
+            StorageError: The file cannot be written, or another process has written it since it was read.
+        """
+        with self._lock:
+            if self._sink is None:
+                kind = _LocalFile if self._storage.is_local else _RemoteFile
+                self._sink = kind(self._storage, self._size, self._whole)
+                self._whole = b""
+            now = self._clock()
+            self._sink.append(_line({"kind": "begin", "version": FORMAT, "time": now, "info": dict(info)}))
+            self._sink.save()
+            self.attempts.append({"time": now, **info})
+
+    def start(self, trial: Trial) -> None:
+        """A trial was drawn. The object itself becomes `trials[id]`."""
+        line = {"kind": "start", "id": trial.id, "time": trial.started, **_drawn(trial.parameters, trial.overrides)}
+        with self._lock:
+            self._append(line if trial.run_id is None else {**line, "run_id": trial.run_id})
+            self._start(trial)
+
+    def report(self, id: str, report: Report) -> None:  # noqa: A002  the trial's, as everywhere
+        """An evaluation. One with a number that the trial has had (it went on from an earlier checkpoint, or began
+        anew) takes the place of that and of those after it, but of none from before an exploit."""
+        numbers = {"evaluation": report.evaluation, "step": report.step, "value": report.value, "time": report.time}
+        with self._lock:
+            self._append({"kind": "report", "id": id, **numbers, "metrics": dict(report.metrics)})
+            self._report(id, report)
+
+    def inherit(
+        self,
+        id: str,  # noqa: A002
+        source: str,
+        evaluation: int,
+        parameters: Mapping[str, Any],
+        overrides: list[str],
+    ) -> None:
+        """A trial took over another's weights, those of its `evaluation`, and goes on with these parameters."""
+        line = {"kind": "inherit", "id": id, "from": source, "evaluation": evaluation, "time": self._clock()}
+        with self._lock:
+            self._append({**line, **_drawn(parameters, overrides)})
+            self._inherit(id, source, evaluation, dict(parameters), list(overrides))
+
+    def end(self, id: str, status: Status, cause: str | None = None) -> None:  # noqa: A002
+        """A trial ended: how, and in one line why."""
+        with self._lock:
+            now = self._clock()
+            self._append({"kind": "end", "id": id, "time": now, "status": status, "cause": cause})
+            self._set(id, status, cause, now)
+
+    def note_run(self, id: str, run_id: str) -> None:  # noqa: A002
+        """The trial's run in MLflow."""
+        with self._lock:
+            self._append({"kind": "run", "id": id, "run_id": run_id})
+            self.trials[id].run_id = run_id
+
+    def reopen(self, id: str) -> None:  # noqa: A002
+        """A trial that had not come to its end goes on, or one that failed is tried again."""
+        with self._lock:
+            self._append({"kind": "reopen", "id": id, "time": self._clock()})
+            self._set(id, "running", None, None)
+
+    def close(self) -> None:
+        """Waits until everything is on the disk, or uploaded. Again: nothing."""
+        with self._lock:
+            if self._sink is not None:
+                sink, self._sink = self._sink, None
+                sink.close()
+
+    # What the lines mean, to the writer and to the reader alike
+
+    def _start(self, trial: Trial) -> None:
+        self.trials[trial.id] = trial
+
+    def _report(self, id: str, report: Report) -> None:  # noqa: A002
+        reports = self.trials[id].reports
+        while len(reports) > self._kept.get(id, 0) and reports[-1].evaluation >= report.evaluation:
+            reports.pop()
+        reports.append(report)
+
+    def _inherit(self, id: str, source: str, evaluation: int, parameters: dict[str, Any], overrides: list[str]) -> None:  # noqa: A002
+        trial = self.trials[id]
+        trial.parameters, trial.overrides = parameters, overrides
+        trial.inherited.append({"evaluation": evaluation, "from": source, "parameters": dict(parameters)})
+        self._kept[id] = len(trial.reports)
+
+    def _set(self, id: str, status: Status, cause: str | None, ended: float | None) -> None:  # noqa: A002
+        trial = self.trials[id]
+        trial.status, trial.cause, trial.ended = status, cause, ended
+
+    # Lines
+
+    def _append(self, line: dict[str, Any]) -> None:
+        assert self._sink is not None, "begin comes first, and nothing after close"
+        assert (line["id"] in self.trials) == (line["kind"] != "start"), line["id"]
+        self._sink.append(_line(line))
+
+    def _read(self, raw: bytes, number: int) -> None:
+        try:
+            line = json.loads(raw)
+            kind = line["kind"]
+            if number == 1 and kind != "begin":
+                raise ValueError("the first line must be an attempt's")
+            if kind == "begin":
+                version, attempt = int(line["version"]), {"time": line["time"], **line["info"]}
+            else:
+                self._apply(kind, line)
+                return
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise StorageError(f"{self._where}, line {number}: not a line of a sweep's ledger ({error!r})") from error
+        if version > FORMAT:
+            raise StorageError(f"{self._where} has format {version}, this version reads {FORMAT}")
+        self.attempts.append(attempt)
+
+    def _apply(self, kind: str, line: dict[str, Any]) -> None:
+        if kind == "start":
+            if line["id"] in self.trials:
+                raise ValueError(f"trial {line['id']} starts twice")
+            parameters = {str(key): _restored(value) for key, value in line["parameters"].items()}
+            trial = Trial(str(line["id"]), parameters, list(line["overrides"]), line["time"], line.get("run_id"))
+            self._start(trial)
+        elif kind == "report":
+            metrics = {str(key): _number(value) for key, value in line["metrics"].items()}
+            value = _number(line["value"])
+            self._report(line["id"], Report(int(line["evaluation"]), int(line["step"]), value, metrics, line["time"]))
+        elif kind == "inherit":
+            parameters = {str(key): _restored(value) for key, value in line["parameters"].items()}
+            self._inherit(line["id"], line["from"], int(line["evaluation"]), parameters, list(line["overrides"]))
+        elif kind == "end":
+            if line["status"] not in _STATUSES:
+                raise ValueError(f"status {line['status']}")
+            self._set(line["id"], line["status"], line["cause"], line["time"])
+        elif kind == "run":
+            self.trials[line["id"]].run_id = line["run_id"]
+        elif kind == "reopen":
+            self._set(line["id"], "running", None, None)
+        # Anything else is a later version's, which has raised the format if it cannot be left out.
+
+
+def _drawn(parameters: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
+    kept = {
+        key: {"float": repr(value)} if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in parameters.items()
+    }
+    return {"parameters": kept, "overrides": overrides}
+
+
+def _restored(value: Any) -> Any:
+    return float(value["float"]) if isinstance(value, dict) else value
+
+
+def _number(value: Any) -> Any:
+    """A number as it was written; those that JSON lacks are texts."""
+    if isinstance(value, str):
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{value!r} is no number")
+    return value
+
+
+def _line(fields: dict[str, Any]) -> bytes:
+    try:
+        text = _ENCODER.encode(fields)
+    except ValueError:  # a NaN or an infinity: rare, and looking for them in every line would double its cost
+        text = _ENCODER.encode(_strict(fields))
+    return text.encode() + b"\n"
+
+
+def _scalar(value: Any) -> Any:
+    """NumPy's scalars as Python's numbers, and anything else (a path among the facts of an attempt) as its text."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False, default=_scalar)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _strict(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(one) for one in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class _Sink:
+    """Where the lines go, and the thread that saves them for good now and then."""
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s = every_s
+        self._dirty, self._closing = threading.Event(), threading.Event()
+        self._failure: StorageError | None = None
+        self._thread = threading.Thread(target=self._saving, name="raytrainer-ledger", daemon=True)
+        self._thread.start()
+
+    def append(self, data: bytes) -> None:
+        if self._failure is not None:
+            raise self._failure
+        self._put(data)
+        self._dirty.set()
+
+    def save(self) -> None:
+        raise NotImplementedError
+
+    def _put(self, data: bytes) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self._closing.set()
+        self._dirty.set()
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+        self.save()
+
+    def _saving(self) -> None:
+        warned = False
+        while not self._closing.is_set():
+            self._dirty.wait()
+            if self._closing.wait(self._every_s):
+                return
+            self._dirty.clear()
+            try:
+                self.save()
+                warned = False
+            except StorageError as error:
+                if self._final(error):
+                    self._failure = error
+                    return
+                if not warned:
+                    _log.warning("the sweep's ledger is kept in memory until it can be saved: %s", error)
+                warned = True
+                self._dirty.set()
+
+    def _final(self, error: StorageError) -> bool:
+        raise NotImplementedError
+
+
+class _LocalFile(_Sink):
+    """One descriptor that appends, one write a line. What a write that failed has left of a line is taken back."""
+
+    def __init__(self, storage: Storage, size: int, whole: bytes) -> None:
+        self._path = storage.local_path / FILE
+        self._end, self._torn = len(whole), False
+        with storage_errors(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self._path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+            try:
+                if os.fstat(self._descriptor).st_size != size:
+                    raise StorageError(f"{self._path}: another process has written it since it was read")
+                os.ftruncate(self._descriptor, self._end)
+                storage.sync_dir("")
+            except BaseException:
+                os.close(self._descriptor)
+                raise
+        super().__init__(_SYNC_S)
+
+    def _put(self, data: bytes) -> None:
+        with storage_errors(self._path):
+            if self._torn:
+                os.ftruncate(self._descriptor, self._end)
+            self._torn = True
+            try:
+                written = os.write(self._descriptor, data)
+                while written < len(data):
+                    written += os.write(self._descriptor, data[written:])
+            except OSError:
+                os.ftruncate(self._descriptor, self._end)
+                self._torn = False
+                raise
+        self._end, self._torn = self._end + len(data), False
+
+    def save(self) -> None:
+        with storage_errors(self._path):
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        try:
+            super().close()
+        finally:
+            os.close(self._descriptor)
+
+    def _final(self, error: StorageError) -> bool:
+        return True  # what the kernel could not write it has dropped: another fsync would lie
+
+
+class _RemoteFile(_Sink):
+    """The whole file in memory, uploaded when there is something new."""
+
+    def __init__(self, storage: Storage, size: int, whole: bytes) -> None:
+        del size
+        self._storage, self._data = storage, bytearray(whole)
+        self._uploading = threading.Lock()
+        super().__init__(_UPLOAD_S)
+
+    def _put(self, data: bytes) -> None:
+        self._data += data
+
+    def save(self) -> None:
+        with self._uploading:
+            self._storage.write_bytes(FILE, bytes(self._data))
+
+    def _final(self, error: StorageError) -> bool:
+        return isinstance(error, StorageFull)  # anything else may pass; nothing is lost while this process lives

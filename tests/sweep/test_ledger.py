@@ -1,0 +1,449 @@
+"""The ledger: every value comes back as it was, a kill loses nothing, and what cannot be read or written is said."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import fs
+
+from raytrainer.errors import StorageError, StorageFull
+from raytrainer.storage import Storage
+from raytrainer.sweep import ledger as module
+from raytrainer.sweep.ledger import WORST, Ledger, Report, Trial, told
+
+NUMBERS = st.one_of(st.floats(allow_nan=True, allow_infinity=True), st.integers(-(2**80), 2**80))
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal, of one type, bit for bit: NaN is NaN, and -0.0 is not 0.0."""
+    return type(a) is type(b) and repr(a) == repr(b)
+
+
+def report(evaluation: int, value: float = 0.5, **metrics: float) -> Report:
+    return Report(evaluation, evaluation * 10, value, metrics, 100.0 + evaluation)
+
+
+def trial(id: str = "0001", **parameters: Any) -> Trial:  # noqa: A002
+    return Trial(id, parameters, [f"{key}={value}" for key, value in parameters.items()], 12.5)
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage(tmp_path / "sweep é#")
+
+
+@pytest.fixture
+def path(storage: Storage) -> Path:
+    return storage.local_path / "ledger.jsonl"
+
+
+def begun(storage: Storage) -> Ledger:
+    ledger = Ledger.open(storage)
+    ledger.begin({"argv": ["-m", "x=1,2"]})
+    return ledger
+
+
+def report_until_refused(ledger: Ledger) -> None:
+    """What the saving thread saw is said by a call soon after."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        ledger.report("0001", report(1))
+
+
+def test_everything_comes_back_as_it_was(storage: Storage) -> None:
+    ledger = Ledger.open(storage, clock=lambda: 7.0)
+    ledger.begin({"argv": ["-m", "x=é", os.fsdecode(b"\xff")], "path": Path("/a"), "loss": math.inf})
+    ledger.start(
+        Trial("0001", {"lr": 0.1, "n": 3, "b": True, "none": None, "s": "nan", "x": math.nan}, ["lr=0.1"], 1.5)
+    )
+    ledger.start(trial("0002", lr=-0.0))
+    ledger.report("0001", Report(1, 10, math.nan, {"val/loss": math.nan, "a": -math.inf, "count": 3}, 2.5))
+    ledger.report("0002", Report(1, 10, 0.1 + 0.2, {"val/loss": 0.1 + 0.2}, 2.5))
+    ledger.note_run("0001", "offline-1")
+    ledger.note_run("0001", "abc")
+    ledger.inherit("0001", "0002", 1, {"lr": 0.12}, ["lr=0.12"])
+    ledger.end("0001", "failed", "NonFiniteLoss: the loss is nan")
+    ledger.end("0002", "finished")
+    ledger.reopen("0001")
+    ledger.close()
+    ledger.close()
+
+    again = Ledger.open(storage)
+    assert list(again.trials) == ["0001", "0002"]
+    assert again.attempts == [{"time": 7.0, "argv": ["-m", "x=é", os.fsdecode(b"\xff")], "path": "/a", "loss": "inf"}]
+    first, second = again.trials.values()
+    assert (first.run_id, first.status, first.cause, first.ended, first.started) == ("abc", "running", None, None, 1.5)
+    assert (first.parameters, first.overrides) == ({"lr": 0.12}, ["lr=0.12"])
+    assert first.inherited == [{"evaluation": 1, "from": "0002", "parameters": {"lr": 0.12}}]
+    assert math.isnan(first.reports[0].value)
+    assert first.reports[0].metrics["a"] == -math.inf
+    assert same(first.reports[0].metrics["count"], 3)
+    assert same(second.parameters["lr"], -0.0)
+    assert second.reports == [Report(1, 10, 0.1 + 0.2, {"val/loss": 0.1 + 0.2}, 2.5)]
+    assert (second.status, second.ended) == ("finished", 7.0)
+    # What the writer has in memory is what the reader finds (compared as text, since NaN is not NaN).
+    assert repr(again.trials) == repr(ledger.trials)
+
+
+@given(
+    values=st.dictionaries(st.text(), st.one_of(NUMBERS, st.text(), st.booleans(), st.none()), max_size=4),
+    metrics=st.dictionaries(st.text(), NUMBERS, max_size=4),
+    value=NUMBERS,
+)
+def test_any_parameter_and_metric_survives(
+    tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any], metrics: dict[str, Any], value: float
+) -> None:
+    storage = Storage(tmp_path_factory.mktemp("ledger"))
+    ledger = begun(storage)
+    ledger.start(Trial("0001", values, [], 0.0))
+    ledger.report("0001", Report(1, 1, value, metrics, 0.0))
+    ledger.close()
+    found = Ledger.open(storage).trials["0001"]
+    assert found.parameters.keys() == values.keys()
+    assert all(same(found.parameters[key], values[key]) for key in values)
+    assert all(same(found.reports[0].metrics[key], metrics[key]) for key in metrics)
+    assert same(found.reports[0].value, value)
+
+
+def test_numpys_scalars_become_numbers(storage: Storage) -> None:
+    float32: Any = np.float32
+    ledger = begun(storage)
+    ledger.start(trial(n=np.int64(3), lr=np.float64(0.1)))
+    ledger.report("0001", Report(1, 1, float32(0.5), {"a": float32(math.nan)}, 0.0))
+    ledger.close()
+    found = Ledger.open(storage).trials["0001"]
+    assert found.parameters == {"n": 3, "lr": 0.1}
+    assert (found.reports[0].value, str(found.reports[0].metrics["a"])) == (0.5, "nan")
+
+
+def test_a_second_attempt_goes_on_in_the_same_file(storage: Storage) -> None:
+    ledger = begun(storage)
+    ledger.start(trial(lr=0.1))
+    ledger.report("0001", report(1))
+    ledger.close()
+    ledger = begun(storage)
+    ledger.reopen("0001")
+    ledger.report("0001", report(2))
+    ledger.start(trial("0002", lr=0.2))
+    ledger.close()
+    again = Ledger.open(storage)
+    assert len(again.attempts) == 2
+    assert [r.evaluation for r in again.trials["0001"].reports] == [1, 2]
+    assert list(again.trials) == ["0001", "0002"]
+
+
+def test_an_evaluation_done_again_takes_the_place_of_the_first(storage: Storage) -> None:
+    ledger = begun(storage)
+    ledger.start(trial(lr=0.1))
+    for evaluation in (1, 2, 3, 4):
+        ledger.report("0001", report(evaluation, 1.0))
+    ledger.reopen("0001")  # from the checkpoint of evaluation 2
+    ledger.report("0001", report(3, 2.0))
+    expected = [(1, 1.0), (2, 1.0), (3, 2.0)]
+    assert [(r.evaluation, r.value) for r in ledger.trials["0001"].reports] == expected
+    # An exploit takes weights of a trial that is behind: what this one reported before stays.
+    ledger.inherit("0001", "0002", 1, {"lr": 0.2}, ["lr=0.2"])
+    ledger.report("0001", report(2, 3.0))
+    ledger.report("0001", report(2, 4.0))
+    expected += [(2, 4.0)]
+    assert [(r.evaluation, r.value) for r in ledger.trials["0001"].reports] == expected
+    ledger.close()
+    assert [(r.evaluation, r.value) for r in Ledger.open(storage).trials["0001"].reports] == expected
+
+
+def test_a_torn_last_line_is_dropped_and_written_over(storage: Storage, path: Path) -> None:
+    ledger = begun(storage)
+    ledger.start(trial(lr=0.1))
+    ledger.close()
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"kind":"report","id":"0001","evaluation":1')
+    reader, writer = Ledger.open(storage), Ledger.open(storage)
+    assert path.read_bytes() != whole, "opening writes nothing"
+    assert reader.trials["0001"].reports == []
+    writer.begin({})
+    writer.report("0001", report(1))
+    writer.close()
+    assert path.read_bytes().startswith(whole + b'{"kind":"begin"')
+    assert [r.evaluation for r in Ledger.open(storage).trials["0001"].reports] == [1]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "nonsense",
+        "[]",
+        "{}",
+        "",
+        '{"kind":"report","id":"0009","evaluation":1,"step":1,"value":1,"time":1,"metrics":{}}',
+        '{"kind":"report","id":"0001","evaluation":1,"step":1,"value":"x","time":1,"metrics":{}}',
+        '{"kind":"report","id":"0001","evaluation":1,"step":1,"value":1,"time":1,"metrics":{"a":null}}',
+        '{"kind":"start","id":"0001","time":1,"parameters":{},"overrides":[]}',
+        '{"kind":"end","id":"0001","time":1,"status":"excellent","cause":null}',
+        '{"kind":"begin","version":1,"time":1,"info":[]}',
+    ],
+)
+def test_a_broken_line_is_named(storage: Storage, path: Path, broken: str) -> None:
+    ledger = begun(storage)
+    ledger.start(trial(lr=0.1))
+    ledger.close()
+    path.write_bytes(path.read_bytes() + broken.encode() + b'\n{"kind":"reopen","id":"0001","time":1}\n')
+    with pytest.raises(StorageError, match=rf"{path}, line 3: not a line"):
+        Ledger.open(storage)
+
+
+def test_another_file_is_no_ledger(storage: Storage, path: Path) -> None:
+    path.parent.mkdir()
+    path.write_text('{"kind":"else"}\n')
+    with pytest.raises(StorageError, match="line 1"):
+        Ledger.open(storage)
+
+
+def test_later_versions(storage: Storage, path: Path) -> None:
+    ledger = begun(storage)
+    ledger.start(trial(lr=0.1))
+    ledger.close()
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"kind":"mood","id":"0001"}\n{"kind":"reopen","id":"0001","time":1,"new":2}\n')
+    assert list(Ledger.open(storage).trials) == ["0001"]
+    path.write_bytes(whole + b'{"kind":"begin","version":2,"time":1,"info":{}}\n')
+    with pytest.raises(StorageError, match=r"has format 2, this version reads 1"):
+        Ledger.open(storage)
+
+
+def test_no_space_is_said_and_leaves_whole_lines(storage: Storage, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = begun(storage)
+    ledger.start(trial(lr=0.1))
+    write = os.write
+
+    def full(descriptor: int, data: bytes) -> int:
+        if len(data) <= 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data[:-8])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(StorageFull, match=rf"no space at {path}"):
+            ledger.report("0001", report(1))
+        assert ledger.trials["0001"].reports == []
+        # A line that cannot even be taken back is, before the next.
+        patch.setattr(os, "ftruncate", lambda *_: full(0, b""))
+        with pytest.raises(StorageFull):
+            ledger.report("0001", report(1))
+    ledger.report("0001", report(2))
+    ledger.close()
+    assert [r.evaluation for r in Ledger.open(storage).trials["0001"].reports] == [2]
+
+
+def test_a_disk_that_loses_what_it_took_is_said_by_the_next_call(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = threading.Event()
+
+    def lost(descriptor: int) -> None:
+        failed.set()
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(module, "_SYNC_S", 0.0)
+    ledger = begun(storage)
+    monkeypatch.setattr(os, "fsync", lost)
+    ledger.start(trial(lr=0.1))
+    assert failed.wait(30)
+    with pytest.raises(StorageError, match="Input/output"):
+        report_until_refused(ledger)
+    with pytest.raises(StorageError, match="Input/output"):
+        ledger.close()
+
+
+def test_two_writers_are_refused(storage: Storage) -> None:
+    begun(storage).close()
+    first, second = Ledger.open(storage), Ledger.open(storage)
+    first.begin({})
+    with pytest.raises(StorageError, match="another process has written it"):
+        second.begin({})
+    first.close()
+
+
+def test_threads_write_whole_lines(storage: Storage) -> None:
+    ledger = begun(storage)
+    for n in range(4):
+        ledger.start(trial(f"{n}"))
+
+    def work(id: str) -> None:  # noqa: A002
+        for evaluation in range(1, 101):
+            ledger.report(id, report(evaluation))
+            ledger.note_run(id, f"run-{evaluation}")
+
+    threads = [threading.Thread(target=work, args=(f"{n}",)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ledger.close()
+    found = Ledger.open(storage).trials
+    assert [len(t.reports) for t in found.values()] == [100] * 4
+    assert {t.run_id for t in found.values()} == {"run-100"}
+
+
+def test_a_killed_writer_loses_nothing_that_it_was_told_is_written(storage: Storage) -> None:
+    program = """
+        import sys
+        from raytrainer.storage import Storage
+        from raytrainer.sweep.ledger import Ledger, Report, Trial
+        ledger = Ledger.open(Storage(sys.argv[1]))
+        ledger.begin({})
+        ledger.start(Trial("0001", {}, [], 0.0))
+        for n in range(1, 10**6):
+            ledger.report("0001", Report(n, n, 0.5, {"a": 1.0}, 0.0))
+            print(n, flush=True)
+    """
+    writer = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program), str(storage.local_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert writer.stdout is not None
+    for line in writer.stdout:
+        if int(line) == 200:
+            writer.send_signal(signal.SIGKILL)
+            break
+    rest = writer.stdout.read()
+    writer.stdout.close()
+    writer.wait()
+    told_last = max([200, *(int(line) for line in rest.splitlines() if line)])
+    found = Ledger.open(storage).trials["0001"].reports
+    assert [r.evaluation for r in found] == list(range(1, len(found) + 1))
+    assert len(found) >= told_last
+
+
+class Flaky(Storage):
+    """An object store that can be made to refuse, and counts its uploads."""
+
+    error: OSError | None = None
+
+    def write_bytes(self, rel: str, data: bytes) -> None:
+        if self.error is not None:
+            with self._errors(rel):
+                raise self.error
+        super().write_bytes(rel, data)
+        uploads.append(data)
+        uploaded.set()
+
+
+uploads: list[bytes] = []
+uploaded = threading.Event()
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> Flaky:
+    uploads.clear()
+    uploaded.clear()
+    return Flaky("bucket/sweep", filesystem=fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()))
+
+
+def test_an_object_store_gets_the_whole_file_now_and_then(remote: Flaky, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = begun(remote)
+    assert len(uploads) == 1
+    for evaluation in range(1, 201):
+        if evaluation == 1:
+            ledger.start(trial(lr=0.1))
+        ledger.report("0001", report(evaluation))
+    assert len(uploads) == 1, "not an upload a line"
+    ledger.close()
+    assert len(uploads) == 2
+    assert len(Ledger.open(remote).trials["0001"].reports) == 200
+    monkeypatch.setattr(module, "_UPLOAD_S", 0.01)
+    ledger = begun(remote)
+    uploaded.clear()
+    ledger.end("0001", "finished")
+    assert uploaded.wait(30), "without a close"
+    assert Ledger.open(remote).trials["0001"].status == "finished"
+    ledger.close()
+
+
+def test_an_object_store_that_fails_for_a_while_loses_nothing(
+    remote: Flaky, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_UPLOAD_S", 0.01)
+    ledger = begun(remote)
+    remote.error = OSError("503 slow down")
+    ledger.start(trial(lr=0.1))
+    deadline = time.monotonic() + 30
+    while not caplog.messages and time.monotonic() < deadline:
+        ledger.report("0001", report(1))
+    uploaded.clear()
+    remote.error = None
+    assert uploaded.wait(30)
+    ledger.close()
+    assert len([m for m in caplog.messages if "kept in memory" in m]) == 1
+    assert len(Ledger.open(remote).trials["0001"].reports) == 1
+    ledger = begun(remote)
+    remote.error = OSError("503 slow down")
+    ledger.end("0001", "finished")
+    with pytest.raises(StorageError, match="503"):
+        ledger.close()
+    remote.error = None
+    ledger = begun(remote)
+    remote.error = OSError(errno.ENOSPC, "full")
+    with pytest.raises(StorageFull):
+        report_until_refused(ledger)
+
+
+def test_a_line_is_cheap_and_synced_apart(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noting(descriptor: int) -> None:
+        synced.append(threading.current_thread().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    ledger = begun(storage)
+    ledger.start(trial(lr=0.1))
+    before = len(synced)
+    for evaluation in range(1, 101):
+        ledger.report("0001", report(evaluation))
+    ledger.end("0001", "finished")
+    assert threading.current_thread().name not in synced[before:], "nobody waits for the disk"
+    ledger.close()
+    assert synced[-1] == threading.current_thread().name
+
+
+def test_the_best_report(storage: Storage) -> None:
+    one = trial()
+    assert one.best("min") is None
+    one.reports = [report(1, math.nan), report(2, 3.0), report(3, 1.0), report(4, 1.0), report(5, -math.inf)]
+    assert (one.best("min"), one.best("max")) == (one.reports[2], one.reports[1])
+    one.reports = [report(1, math.nan), report(2, math.inf)]
+    assert one.best("max") is None
+
+
+def test_what_is_told_of_a_value_is_finite_and_the_worst() -> None:
+    assert (told(0.5, "min"), told(-0.5, "max")) == (0.5, -0.5)
+    for value in (math.nan, math.inf, -math.inf):
+        assert (told(value, "min"), told(value, "max")) == (WORST, -WORST)
+
+
+def test_lines_are_plain_json(storage: Storage, path: Path) -> None:
+    ledger = begun(storage)
+    ledger.start(trial(x=math.inf))
+    ledger.report("0001", report(1, math.nan))
+    ledger.close()
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    kinds = [json.loads(line, parse_constant=refuse)["kind"] for line in path.read_text().splitlines()]
+    assert kinds == ["begin", "start", "report"]
