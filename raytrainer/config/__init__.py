@@ -33,6 +33,7 @@ from raytrainer.config.schema import (
     TrainerConfig,
     validate,
 )
+from raytrainer.config.space import Parameter, parse_space
 
 __all__ = [
     "CONFIG_MODULE",
@@ -44,6 +45,7 @@ __all__ = [
     "EarlyStopping",
     "Experiment",
     "FailureConfig",
+    "Parameter",
     "Profile",
     "ScalingConfig",
     "TrackingConfig",
@@ -62,6 +64,7 @@ __all__ = [
     "from_text",
     "locate",
     "new_name",
+    "parse_space",
     "quiet",
     "register_schema",
     "validate",
