@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raytrainer.errors import StorageError, StorageFull
+from raytrainer.errors import NonFiniteLoss, StorageError, StorageFull
 from raytrainer.storage import Storage
 from raytrainer.tracking.spool import storage_errors
 
@@ -86,6 +86,15 @@ class Trial:
     ended: float | None = None
     inherited: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def diverged(self) -> bool:
+        """Whether it failed since its loss or its value was no longer a finite number, which its parameters did."""
+        if self.status != "failed":
+            return False
+        if self.reports and not math.isfinite(self.reports[-1].value):
+            return True
+        return self.cause is not None and NonFiniteLoss.__name__ in self.cause.partition(":")[0]
+
     def best(self, mode: Mode) -> Report | None:
         """The report with the best value, the earliest of equals; None where no value is finite."""
         finite = [report for report in self.reports if math.isfinite(report.value)]
@@ -94,10 +103,8 @@ class Trial:
         return min(finite, key=lambda report: report.value if mode == "min" else -report.value)
 
 
-def told(value: float, mode: Mode) -> float:
-    """What a scheduler is told of a value: itself, or ±`WORST` where it is NaN or infinite."""
-    if math.isfinite(value):
-        return value
+def worst(mode: Mode) -> float:
+    """What a scheduler is told where a value is NaN or infinite: worse than any other, and a number."""
     return WORST if mode == "min" else -WORST
 
 

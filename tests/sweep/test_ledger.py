@@ -24,7 +24,7 @@ from pyarrow import fs
 from raytrainer.errors import StorageError, StorageFull
 from raytrainer.storage import Storage
 from raytrainer.sweep import ledger as module
-from raytrainer.sweep.ledger import WORST, Ledger, Report, Trial, told
+from raytrainer.sweep.ledger import Ledger, Report, Trial
 
 NUMBERS = st.one_of(st.floats(allow_nan=True, allow_infinity=True), st.integers(-(2**80), 2**80))
 
@@ -430,10 +430,18 @@ def test_the_best_report(storage: Storage) -> None:
     assert one.best("max") is None
 
 
-def test_what_is_told_of_a_value_is_finite_and_the_worst() -> None:
-    assert (told(0.5, "min"), told(-0.5, "max")) == (0.5, -0.5)
-    for value in (math.nan, math.inf, -math.inf):
-        assert (told(value, "min"), told(value, "max")) == (WORST, -WORST)
+def test_a_trial_that_diverged() -> None:
+    one = trial()
+    one.status, one.cause = "failed", "NonFiniteLoss: the loss is nan at step 3"
+    assert one.diverged
+    one.cause = "raytrainer.errors.NonFiniteLoss: the loss is nan at step 3"
+    assert one.diverged
+    one.cause = "OSError: a message about a NonFiniteLoss"
+    assert not one.diverged
+    one.reports = [report(1, math.nan)]
+    assert one.diverged
+    one.status = "pruned"
+    assert not one.diverged
 
 
 def test_lines_are_plain_json(storage: Storage, path: Path) -> None:

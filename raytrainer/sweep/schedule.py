@@ -1,0 +1,273 @@
+"""Which trials go on: Tune's schedulers, whose time is the number of evaluations. Built from the config, told again of
+what a ledger holds where their kind allows it. Read in ray 2.60 (`ray/tune/schedulers`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    HyperBandForBOHB,
+    HyperBandScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    PopulationBasedTrainingReplay,
+    TrialScheduler,
+)
+from ray.tune.schedulers.pb2 import PB2
+
+from raytrainer.config import Parameter, bind, build, locate
+from raytrainer.config.nodes import SUPPLIED
+from raytrainer.errors import ConfigError
+from raytrainer.supervise import METRIC
+from raytrainer.sweep.ledger import Mode, Trial, worst
+from raytrainer.sweep.search import TRIAL, RandomSearch
+from raytrainer.sweep.space import domain, nearest, points
+
+TIME = "training_iteration"  # in Tune's results: the number of the evaluation
+_LISTED = 1000  # a range of so many values is perturbed to a neighbour; a longer one by a factor, as an interval
+# What Tune's own defaults mean in seconds, for a time in evaluations.
+_DEFAULTS: Mapping[type, Mapping[str, Any]] = {
+    # Without an endless slice it pauses trials while it knows too little, and each pause writes a checkpoint.
+    MedianStoppingRule: {"grace_period": 1, "min_time_slice": math.inf},
+    # Its log of exploits is in the ledger.
+    PopulationBasedTraining: {"perturbation_interval": 1, "log_config": False},
+}
+
+
+def make_scheduler(
+    node: Mapping[str, Any] | None,
+    parameters: Sequence[Parameter],
+    *,
+    mode: Mode,
+    evaluations: int | None,
+    may_change: Callable[[str], bool] = lambda key: True,
+    search: Mapping[str, Any] | None = None,
+    key: str = "sweep.scheduler",
+) -> TrialScheduler:
+    """The scheduler of a node; without one, every trial goes to its end. Starts nothing: it may be made to be checked.
+
+    Args:
+        parameters: What is swept.
+        mode: Of the objective.
+        evaluations: How often a trial reports, which `max_t: null` stands for; None: not known.
+        may_change: Whether a key may change in the middle of a trial, its checkpoint still meaning the same.
+        search: The searcher's node, which has to go with the scheduler.
+
+    Raises:
+        ConfigError: It cannot be built, or does not go with the parameters or the searcher.
+    """
+    drawn_by = locate("sweep.search_alg", search["_target_"]) if search else RandomSearch
+    target = locate(key, node.get("_target_")) if node else FIFOScheduler
+    if f"{getattr(drawn_by, '__module__', '')}".startswith("ray.tune.search.bohb") and not _is(
+        target, HyperBandForBOHB
+    ):
+        raise ConfigError(
+            "is needed by TuneBOHB, which learns from the brackets of ray.tune.schedulers.HyperBandForBOHB only",
+            key=key,
+            value=None if node is None else node["_target_"],
+        )
+    if not node:
+        return FIFOScheduler()
+    if inspect.isclass(target) and not issubclass(target, TrialScheduler):
+        raise ConfigError("is no ray.tune.schedulers.TrialScheduler", key=f"{key}._target_", value=node["_target_"])
+    names = inspect.signature(target).parameters
+    given = {name: value for name, value in node.items() if not (name == "max_t" and value is None)}
+    bind(key, given, SUPPLIED["sweep.scheduler"])
+    for kind, values in _DEFAULTS.items():
+        if _is(target, kind):
+            given = {**{name: value for name, value in values.items() if name in names}, **given}
+    if "max_t" in names and "max_t" not in given:
+        if evaluations is None:
+            raise ConfigError(
+                "must be given: how often a trial is evaluated does not follow from its config", key=f"{key}.max_t"
+            )
+        given["max_t"] = evaluations
+    if "max_t" in given and given.get("grace_period", 0) > given["max_t"]:
+        raise ConfigError(
+            f"is more than the {given['max_t']} evaluations of a trial",
+            key=f"{key}.grace_period",
+            value=given["grace_period"],
+        )
+    supplied: dict[str, Any] = {
+        name: value for name, value in (("metric", METRIC), ("mode", mode), ("time_attr", TIME)) if name in names
+    }
+    if not _is(target, PopulationBasedTraining):
+        return build(given, **supplied)
+    _check_population(parameters, may_change, drawn_by, key)
+    if _is(target, PB2):
+        if given.get("hyperparam_bounds") is None:
+            supplied["hyperparam_bounds"] = {p.key: _bounds(p, key) for p in parameters}
+    else:
+        supplied["hyperparam_mutations"] = {p.key: _mutation(p) for p in parameters}
+    found = build(given, custom_explore_fn=_Kept(tuple(parameters)), **supplied)
+    _adapt(found)
+    return found
+
+
+def _is(target: Any, kind: type) -> bool:
+    return inspect.isclass(target) and issubclass(target, kind)
+
+
+# --- population based training --------------------------------------------------------------------------------------
+
+
+def _check_population(
+    parameters: Sequence[Parameter], may_change: Callable[[str], bool], drawn_by: Any, key: str
+) -> None:
+    for p in parameters:
+        if p.group or not may_change(p.key):
+            what = "chooses another config" if p.group else "changes what a checkpoint means"
+            raise ConfigError(
+                f"{what}, and cannot change in the middle of a trial as population based training has it; leave it out, "
+                "or choose sweep=asha",
+                key=p.key,
+            )
+    if not _is(drawn_by, RandomSearch):
+        raise ConfigError(
+            "changes parameters by itself, and begins with random draws: leave sweep.search_alg null",
+            key=key,
+            value="population based training",
+        )
+
+
+def _mutation(p: Parameter) -> Any:
+    """As `hyperparam_mutations` takes it: a list is perturbed to a neighbour, a domain by a factor."""
+    if p.kind == "choice":
+        return list(p.values)
+    if p.kind == "range" and not p.log:
+        found = points(p)
+        if len(found) <= _LISTED:
+            return list(found)
+        return domain(Parameter(p.key, "interval", low=p.low, high=p.high, integer=p.integer))
+    return domain(p)
+
+
+def _bounds(p: Parameter, key: str) -> list[float]:
+    if p.kind == "choice":
+        raise ConfigError("is a list, and PB2 takes intervals only", key=p.key)
+    assert p.low is not None
+    assert p.high is not None
+    return [p.low, p.high]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Puts what was perturbed back into its parameter's bounds, and whole numbers on whole numbers."""
+
+    parameters: tuple[Parameter, ...]
+
+    def __call__(self, config: dict[str, Any]) -> dict[str, Any]:
+        return {**config, **{p.key: nearest(p, config[p.key]) for p in self.parameters}}
+
+
+def _adapt(scheduler: Any) -> None:
+    """Two things that Tune takes for granted of population based training, and that are otherwise here."""
+    new_config, on_trial_add = scheduler._get_new_config, scheduler.on_trial_add
+
+    def kept_id(trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], Any]:
+        # A clone gets the other's config, in which our id of the trial stands.
+        found, operations = new_config(trial, trial_to_clone)
+        return {**found, TRIAL: trial.config[TRIAL]}, operations
+
+    def added(tune_controller: Any, trial: Any) -> None:
+        # Any searcher is refused: it looks only at whether there is one. Ours draws at random.
+        on_trial_add(SimpleNamespace(search_alg=None), trial)
+
+    scheduler._get_new_config, scheduler.on_trial_add = kept_id, added
+
+
+# --- a sweep that goes on -------------------------------------------------------------------------------------------
+
+
+def pauses(scheduler: TrialScheduler) -> bool:
+    """Whether it pauses trials to wait for others, and so needs all of them drawn early."""
+    if isinstance(scheduler, MedianStoppingRule):
+        return not scheduler._hard_stop or scheduler._min_time_slice != math.inf
+    return isinstance(scheduler, PopulationBasedTraining | PopulationBasedTrainingReplay | HyperBandScheduler)
+
+
+@dataclass(frozen=True, eq=False)
+class _Earlier:
+    """What a scheduler sees of a trial of the ledger."""
+
+    trial_id: str
+
+
+def replay(scheduler: TrialScheduler, trials: Sequence[Trial]) -> str | None:
+    """Tells a new scheduler of what the trials of a ledger reported. Those that go on are recognised by the id in their
+    config when Tune adds them.
+
+    Returns:
+        What it cannot take back, as a sentence; None where it decides from here on as if it had seen all of it.
+    """
+    seen = [trial for trial in trials if trial.reports or trial.status == "failed"]
+    if type(scheduler) is FIFOScheduler or not seen:
+        return None
+    name = type(scheduler).__name__
+    if isinstance(scheduler, AsyncHyperBandScheduler):
+        _replay(scheduler, seen, scheduler.on_trial_result, _renamed_rungs)
+        if len(scheduler._brackets) == 1:
+            return None
+        return f"{name} does not know in which of its brackets a trial was: they were drawn anew"
+    if isinstance(scheduler, MedianStoppingRule):
+        # It keeps a result, and then looks at it: without looking, none of its decisions is taken again.
+        _replay(scheduler, seen, scheduler.on_trial_complete, _renamed_results)
+        return None
+    anew = "it begins anew"
+    if isinstance(scheduler, HyperBandScheduler):
+        anew = "its brackets begin anew"
+    if isinstance(scheduler, PopulationBasedTraining):
+        anew = "the trials that go on are compared with each other only"
+    return f"{name} cannot be told of what the earlier trials reported: {anew}"
+
+
+def _replay(
+    scheduler: Any, trials: Sequence[Trial], report: Callable[..., Any], rename: Callable[[Any, _Earlier, Any], None]
+) -> None:
+    going_on: dict[str, _Earlier] = {}
+    for trial in trials:
+        earlier = _Earlier(f"earlier-{trial.id}")
+        scheduler.on_trial_add(None, earlier)
+        results = [_result(r.evaluation, r.value, scheduler._mode) for r in trial.reports]
+        # The last result of a trial that came to its end, or raised, is shown with its end alone.
+        last = results.pop() if trial.status == "finished" else results[-1] if results else None
+        if trial.status == "failed":
+            last = _result(trial.reports[-1].evaluation if trial.reports else 1, math.nan, scheduler._mode)
+        for result in results:
+            report(None, earlier, result)
+        if trial.status in ("running", "stopped"):
+            going_on[trial.id] = earlier
+        else:
+            scheduler.on_trial_complete(None, earlier, last)
+    on_trial_add = scheduler.on_trial_add
+
+    def added(tune_controller: Any, trial: Any) -> None:
+        on_trial_add(tune_controller, trial)
+        if (earlier := going_on.pop(trial.config.get(TRIAL), None)) is not None:
+            rename(scheduler, earlier, trial)
+
+    scheduler.on_trial_add = added
+
+
+def _result(evaluation: int, value: float, mode: Mode) -> dict[str, Any]:
+    return {TIME: evaluation, METRIC: value if math.isfinite(value) else worst(mode)}
+
+
+def _renamed_rungs(scheduler: Any, earlier: _Earlier, trial: Any) -> None:
+    scheduler._trial_info[trial.trial_id] = scheduler._trial_info.pop(earlier.trial_id)
+    for bracket in scheduler._brackets:
+        for _, recorded in bracket._rungs:
+            if earlier.trial_id in recorded:
+                recorded[trial.trial_id] = recorded.pop(earlier.trial_id)
+
+
+def _renamed_results(scheduler: Any, earlier: _Earlier, trial: Any) -> None:
+    scheduler._results[trial] = scheduler._results.pop(earlier)

@@ -1,0 +1,466 @@
+"""Which trials a sweep has: `Draws` hands Tune the unfinished ones of the ledger, then new ones of any searcher of Tune,
+which is told of all that ended. Read in ray 2.60 (`ray/tune/search`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from ray.tune.search import SearchAlgorithm, Searcher
+from ray.tune.search.sample import Categorical, Domain, Integer
+
+from raytrainer.config import Parameter, bind, build, locate
+from raytrainer.config.nodes import SUPPLIED
+from raytrainer.errors import ConfigError
+from raytrainer.sweep.ledger import WORST, Ledger, Mode, Status, Trial, worst
+from raytrainer.sweep.space import alias, decoded, encoded, tune_space
+
+__all__ = [
+    "Draws",
+    "GridSearch",
+    "RandomSearch",
+    "Translated",
+    "check_search",
+    "grid_size",
+    "make_search",
+    "tell",
+    "total_of",
+    "tune_space",
+    "worst",
+]
+
+# The modules of Tune's searchers and what they import, by the name that pip knows.
+LIBRARIES: Mapping[str, Mapping[str, str]] = {
+    "ray.tune.search.ax": {"ax": "ax-platform"},
+    "ray.tune.search.bayesopt": {"bayes_opt": "bayesian-optimization"},
+    "ray.tune.search.bohb": {"hpbandster": "hpbandster", "ConfigSpace": "ConfigSpace"},
+    "ray.tune.search.hebo": {"hebo": "HEBO"},
+    "ray.tune.search.hyperopt": {"hyperopt": "hyperopt"},
+    "ray.tune.search.nevergrad": {"nevergrad": "nevergrad"},
+    "ray.tune.search.optuna": {"optuna": "optuna"},
+    "ray.tune.search.zoopt": {"zoopt": "zoopt"},
+    "optuna": {"optuna": "optuna"},
+}
+_SEEDS = ("seed", "random_state_seed", "random_state")  # what searchers call it
+TRIAL = "trial"  # the key of a trial's id in Tune's config of it
+
+
+# --- our own searchers ----------------------------------------------------------------------------------------------
+
+
+class _OwnSearch(Searcher):  # type: ignore[misc]
+    """What the two have in common: draw number n, from 0, is a pure function of n, so that a sweep that goes on draws
+    what it would have drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn = 0  # the number of the next draw; a sweep that goes on sets it
+        self.space: dict[str, Domain] = {}
+
+    def set_search_properties(
+        self, metric: str | None, mode: str | None, config: Mapping[str, Domain], **spec: Any
+    ) -> bool:
+        self._metric, self._mode, self.space = metric, mode, dict(config)
+        return True
+
+    def suggest(self, trial_id: str) -> Any:
+        found = self.draw(self.drawn)
+        self.drawn += 1
+        return self.FINISHED if found is None else found
+
+    def draw(self, number: int) -> dict[str, Any] | None:
+        """The values of a draw; None where there are no more."""
+        raise NotImplementedError
+
+    def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
+        """Nothing: what was drawn does not depend on it."""
+
+
+class RandomSearch(_OwnSearch):
+    """Independent draws from the space.
+
+    Args:
+        seed: Null: the sweep's.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        super().__init__()
+        self.seed = seed or 0
+
+    def draw(self, number: int) -> dict[str, Any]:
+        # RandomState, since NumPy promises that its stream never changes.
+        state = np.random.RandomState(np.random.MT19937(np.random.SeedSequence((self.seed, number))))
+        return {key: domain.sample(random_state=state) for key, domain in self.space.items()}
+
+
+class GridSearch(_OwnSearch):
+    """Every combination once, in the order of Hydra's own sweeps: the last parameter changes first."""
+
+    def draw(self, number: int) -> dict[str, Any] | None:
+        axes = [_values(domain) for domain in self.space.values()]
+        places = []
+        for axis in reversed(axes):
+            number, place = divmod(number, len(axis))
+            places.append(place)
+        if number:
+            return None
+        return dict(zip(self.space, (a[p] for a, p in zip(axes, reversed(places), strict=True)), strict=True))
+
+
+def grid_size(parameters: Iterable[Parameter]) -> int:
+    """The number of combinations of a grid.
+
+    Raises:
+        ConfigError: One of the parameters is an interval, which has no grid.
+    """
+    return math.prod(len(p.grid()) for p in parameters)
+
+
+def _values(domain: Domain) -> Sequence[Any]:
+    if isinstance(domain, Categorical):
+        return list(domain.categories)
+    assert isinstance(domain, Integer)
+    return range(domain.lower, domain.upper)
+
+
+# --- others' --------------------------------------------------------------------------------------------------------
+
+
+class Translated(Searcher):  # type: ignore[misc]
+    """Any searcher, in our keys and values: it is told of them as of `tune_space`, and what it draws is put into the
+    space. Made by `make_search`."""
+
+    def __init__(self, inner: Searcher, parameters: Sequence[Parameter]) -> None:
+        super().__init__()
+        self.inner, self.parameters, self._has_space = inner, list(parameters), False
+
+    def set_search_properties(
+        self, metric: str | None, mode: str | None, config: Mapping[str, Domain], **spec: Any
+    ) -> bool:
+        """Gives the inner one its space, the first time; `config` is not looked at.
+
+        Raises:
+            ConfigError: It has no such parameters.
+        """
+        if not self._has_space:
+            self._metric, self._mode, self._has_space = metric, mode, True
+            try:
+                self.inner.set_search_properties(metric, mode, tune_space(self.parameters))
+            except (ValueError, TypeError, NotImplementedError) as error:
+                raise ConfigError(f"cannot search this space: {error}", key="sweep.search_alg") from error
+        return True
+
+    def suggest(self, trial_id: str) -> Any:
+        """The values by key; `FINISHED`, or None for not now.
+
+        Raises:
+            ConfigError: It drew no value of a parameter, or one that is nothing like its values.
+        """
+        drawn = self.inner.suggest(trial_id)
+        if drawn is None or drawn == self.FINISHED:
+            return drawn
+        missing = [p.key for p in self.parameters if alias(p.key) not in drawn]
+        if missing:
+            raise ConfigError(f"{type(self.inner).__name__} drew no value of it", key=missing[0])
+        return {p.key: decoded(p, drawn[alias(p.key)]) for p in self.parameters}
+
+    def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
+        self.inner.on_trial_result(trial_id, result)
+
+    def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
+        self.inner.on_trial_complete(trial_id, result=result, error=error)
+
+    def on_pause(self, trial_id: str) -> None:
+        if hasattr(self.inner, "on_pause"):
+            self.inner.on_pause(trial_id)
+
+    def on_unpause(self, trial_id: str) -> None:
+        if hasattr(self.inner, "on_unpause"):
+            self.inner.on_unpause(trial_id)
+
+    @property
+    def takes_points(self) -> bool:
+        """Whether it can be told of a trial that it has not drawn."""
+        return type(self.inner).add_evaluated_point is not Searcher.add_evaluated_point
+
+    def add_evaluated_point(
+        self, parameters: Mapping[str, Any], value: float | None, error: bool = False, **more: Any
+    ) -> None:
+        """A trial that it has not drawn; `value` is None for one that failed (`error`).
+
+        Raises:
+            KeyError, ValueError, ConfigError: It is not in the space.
+        """
+        point = {alias(p.key): encoded(p, parameters[p.key]) for p in self.parameters}
+        self.inner.add_evaluated_point(point, value, error=error, **more)
+
+
+def check_search(
+    node: Mapping[str, Any] | None, parameters: Sequence[Parameter] = (), *, key: str = "sweep.search_alg"
+) -> None:
+    """What can be known of a searcher before Ray starts.
+
+    Raises:
+        ConfigError: A library is missing (with the command that installs it), the target is no searcher or refuses its
+            arguments, or a grid is asked of an interval.
+    """
+    if not node:
+        return
+    for path in _paths(node):
+        for module, libraries in LIBRARIES.items():
+            if not f"{path}.".startswith(f"{module}."):
+                continue
+            if missing := [name for name in libraries if importlib.util.find_spec(name) is None]:
+                raise ConfigError(
+                    f"needs {' and '.join(missing)}, not installed here: "
+                    f"pip install {' '.join(libraries[name] for name in missing)}",
+                    key=f"{key}._target_",
+                    value=path,
+                )
+    target = locate(key, node.get("_target_"))
+    if inspect.isclass(target) and not issubclass(target, Searcher):
+        hint = "; leave sweep.search_alg null for random draws" if issubclass(target, SearchAlgorithm) else ""
+        raise ConfigError(f"is no ray.tune.search.Searcher{hint}", key=f"{key}._target_", value=node["_target_"])
+    bind(key, dict(node), SUPPLIED["sweep.search_alg"])
+    if inspect.isclass(target) and issubclass(target, GridSearch):
+        grid_size(parameters)
+
+
+def make_search(
+    node: Mapping[str, Any] | None,
+    parameters: Sequence[Parameter],
+    *,
+    seed: int,
+    drawn: int = 0,
+    key: str = "sweep.search_alg",
+) -> Translated:
+    """The searcher of a node; without one, random draws.
+
+    Args:
+        parameters: The space.
+        seed: Given to it, and to a sampler of its own, where the node leaves the seed open.
+        drawn: How many trials the sweep has had. Others' searchers begin their random numbers anew when a sweep goes
+            on: with the same seed they would draw the same trials again.
+
+    Raises:
+        ConfigError: What `check_search` finds, or it cannot be built.
+    """
+    check_search(node, parameters, key=key)
+    if not node:
+        return Translated(RandomSearch(seed), parameters)
+    target = locate(key, node["_target_"])
+    if drawn and not (inspect.isclass(target) and issubclass(target, _OwnSearch)):
+        seed = int(np.random.SeedSequence((seed, drawn)).generate_state(1)[0] >> 1)
+    # Optuna announces each study on the terminal.
+    logging.getLogger("optuna").setLevel(logging.WARNING)
+    return Translated(build(_seeded(node, seed, key)), parameters)
+
+
+def total_of(search: Translated, parameters: Iterable[Parameter], num_samples: int | None) -> int | None:
+    """How many trials there will be: a grid's combinations, at most `num_samples`; None: until the time is over."""
+    if not isinstance(search.inner, GridSearch):
+        return num_samples
+    size = grid_size(parameters)
+    return size if num_samples is None else min(size, num_samples)
+
+
+def tell(search: Translated, trials: Sequence[Trial], mode: Mode) -> str | None:
+    """Tells a searcher of the trials that ended before it was made: of each its best value, of one that diverged the
+    worst of all.
+
+    Returns:
+        What it cannot take back, as a sentence; None where nothing is lost.
+    """
+    ended = [trial for trial in trials if trial.status not in _WAITING]
+    if isinstance(search.inner, _OwnSearch) or not ended:
+        return None
+    name = type(search.inner).__name__
+    if not search.takes_points:
+        return f"{name} cannot be told of the {len(ended)} trials that have ended: it learns anew"
+    from raytrainer.supervise import METRIC  # here: the processes of trials import this module, and need no more of it
+
+    search.set_search_properties(METRIC, mode, {})
+    least = _worst_of((report.value for trial in trials for report in trial.reports), mode)
+    refused = 0
+    for trial in ended:
+        value, error = _lesson(trial, least, mode, trial.status, trial.diverged)
+        if value is None and not error:
+            continue  # it ended before its first evaluation
+        try:
+            search.add_evaluated_point(trial.parameters, value, error)
+        except (KeyError, ValueError, ConfigError):
+            refused += 1
+    return f"{name} was not told of {refused} trials, which are not in the space as it is now" if refused else None
+
+
+# --- the trials -----------------------------------------------------------------------------------------------------
+
+
+class Draws(Searcher):  # type: ignore[misc]
+    """Gives Tune the trials of a sweep: those of the ledger that have not come to their end, then new ones until there
+    are `total`, and keeps the ledger's record of what was drawn.
+
+    A trial's config is `{"trial": id, **parameters}`. The searcher is told of each trial's best value when it ends, of
+    one that diverged the worst of all, so that it learns to stay away; of one that failed otherwise, that it failed.
+
+    Args:
+        search: Draws new ones.
+        parameters: The space.
+        mode: Of the objective.
+        total: Of trials, those of the ledger among them; None: as many as the searcher draws.
+        ledger: Begun.
+        overrides_of: Parameters → the overrides that set them.
+        on_draw: Called with each trial that is handed out, when the ledger has it.
+    """
+
+    def __init__(
+        self,
+        search: Translated,
+        parameters: Sequence[Parameter],
+        *,
+        mode: Mode,
+        total: int | None,
+        ledger: Ledger,
+        overrides_of: Callable[[Mapping[str, Any]], list[str]],
+        on_draw: Callable[[Trial], None] = lambda trial: None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        super().__init__()
+        if any(p.key == TRIAL for p in parameters):
+            raise ConfigError("cannot be swept: it is the name of a trial's number", key=TRIAL)
+        self.total = total
+        self._search, self._parameters, self._mode = search, list(parameters), mode
+        self._ledger, self._overrides_of, self._on_draw, self._clock = ledger, overrides_of, on_draw, clock
+        self._waiting = deque(trial for trial in ledger.trials.values() if trial.status in _WAITING)
+        self._ids: dict[str, str] = {}  # Tune's of a trial → ours
+        self._drawn_here: set[str] = set()  # Tune's ids that the searcher knows
+        if isinstance(search.inner, _OwnSearch):
+            search.inner.drawn = len(ledger.trials)
+        values = [report.value for trial in ledger.trials.values() for report in trial.reports]
+        self._least = _worst_of(values, mode)
+
+    def set_search_properties(
+        self, metric: str | None, mode: str | None, config: Mapping[str, Domain], **spec: Any
+    ) -> bool:
+        self._metric = metric
+        return self._search.set_search_properties(metric, mode, config)
+
+    def trial_of(self, trial_id: str) -> str | None:
+        """Our id of a trial of Tune."""
+        return self._ids.get(trial_id)
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next trial's config; `FINISHED`, or None where the searcher wants to see others end first.
+
+        Raises:
+            StorageError: The ledger cannot be written.
+        """
+        if self._waiting:
+            trial = self._waiting.popleft()
+            self._ledger.reopen(trial.id)
+        else:
+            if self.total is not None and len(self._ledger.trials) >= self.total:
+                return self.FINISHED
+            values = self._search.suggest(trial_id)
+            if values is None or values == self.FINISHED:
+                return values
+            self._drawn_here.add(trial_id)
+            number = max((int(id_) for id_ in self._ledger.trials), default=0) + 1
+            trial = Trial(f"{number:04d}", values, self._overrides_of(values), self._clock())
+            self._ledger.start(trial)
+        self._ids[trial_id] = trial.id
+        self._on_draw(trial)
+        return {TRIAL: trial.id, **trial.parameters}
+
+    def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
+        told = self._told(result)
+        if trial_id in self._drawn_here:
+            self._search.on_trial_result(trial_id, told)
+
+    def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
+        if trial_id not in self._ids:
+            return
+        trial = self._ledger.trials[self._ids[trial_id]]
+        # Tune tells a searcher before it tells the callback that writes how the trial ended.
+        end = json.loads(result["end"]) if result and "end" in result else {}
+        if result:
+            self._told(result)
+        status: Status = "failed" if error else end.get("status", trial.status)
+        value, failed = _lesson(trial, self._least, self._mode, status, end.get("diverged", trial.diverged))
+        if trial_id in self._drawn_here:
+            told = None if value is None else {"training_iteration": 1, **(result or {}), self.metric: value}
+            self._search.on_trial_complete(trial_id, result=told, error=failed)
+        elif self._search.takes_points and (failed or value is not None):
+            self._search.add_evaluated_point(trial.parameters, value, failed)
+
+    def on_pause(self, trial_id: str) -> None:
+        if trial_id in self._drawn_here:
+            self._search.on_pause(trial_id)
+
+    def on_unpause(self, trial_id: str) -> None:
+        if trial_id in self._drawn_here:
+            self._search.on_unpause(trial_id)
+
+    def _told(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """A result with a value that a searcher can take."""
+        value = float(result.get(self.metric, math.nan))
+        if math.isfinite(value) and abs(value) < WORST:
+            self._least = _worst_of((self._least, value), self._mode)
+        return {**result, self.metric: value if math.isfinite(value) and abs(value) < WORST else self._least}
+
+
+_WAITING: tuple[Status, ...] = ("running", "stopped")
+
+
+def _lesson(trial: Trial, least: float, mode: Mode, status: Status, diverged: bool) -> tuple[float | None, bool]:
+    """What a searcher learns of an ended trial: its value, None without one; and whether it failed for a reason that
+    its parameters may have nothing to do with."""
+    if status == "failed":
+        return (least, False) if diverged else (None, True)
+    best = trial.best(mode)
+    if best is not None:
+        return best.value, False
+    return (least, False) if trial.reports else (None, False)
+
+
+def _worst_of(values: Iterable[float], mode: Mode) -> float:
+    """The worst finite value, or 1e30 for want of any: beside that, a model of values would see no other."""
+    finite = [value for value in values if math.isfinite(value) and abs(value) < WORST]
+    if not finite:
+        return worst(mode)
+    return max(finite) if mode == "min" else min(finite)
+
+
+def _seeded(node: Mapping[str, Any], seed: int, key: str) -> dict[str, Any]:
+    found = {
+        name: _seeded(child, seed, f"{key}.{name}") if isinstance(child, Mapping) and "_target_" in child else child
+        for name, child in node.items()
+    }
+    try:
+        names = inspect.signature(locate(key, node["_target_"])).parameters
+    except (TypeError, ValueError):  # a built-in without a signature
+        return found
+    # Beside a sampler, which has been given its own, a seed is refused.
+    left = [name for name in _SEEDS if name in names and found.get(name) is None and not found.get("sampler")]
+    return {**found, **dict.fromkeys(left, seed)}
+
+
+def _paths(node: Any) -> Iterator[str]:
+    """Every `_target_` in a node, its own first."""
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield str(node["_target_"])
+        for child in node.values():
+            yield from _paths(child)
+    elif isinstance(node, list):
+        for child in node:
+            yield from _paths(child)
