@@ -8,14 +8,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from raytrainer import config
+from raytrainer import config, provenance
 from raytrainer.errors import ConfigError, RaytrainerError, Refused, Stopped, nearest
 
 VERBS = {
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(arguments: list[str]) -> int:
     if arguments and arguments[0].isalpha():
         return _verb(arguments[0], arguments[1:])
-    return _hydra(arguments, _train)
+    return _hydra(arguments, _train, _sweep)
 
 
 def _guarded(call: Callable[[], int]) -> int:
@@ -70,27 +71,34 @@ def _verb(verb: str, rest: list[str]) -> int:
         hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(VERBS)}"
         raise ConfigError(f"{verb!r} is not a command{hint} (keys are given as key=value)")
     if verb == "check":
-        return _hydra(rest, _check)
+        return _hydra(rest, _check, _check_sweep)
     if not rest or rest[0].startswith("-") or "=" in rest[0]:
         raise ConfigError(f"which run? {VERBS[verb]}")
     for argument in rest[1:]:
         if argument.startswith("-"):
             raise ConfigError(f"{argument} has no meaning here; {VERBS[verb]}")
-    from raytrainer import history, provenance, run
+    from raytrainer import history
 
-    if verb == "resume":
-        composition, record, changed = history.to_resume(rest[0], rest[1:])
-        return _told(
-            run.launch(composition, argv=["resume", *rest], record=record, changed=changed), provenance.program()
-        )
-    composition = history.to_rerun(rest[0], rest[1:])
-    return _told(run.launch(composition, argv=["rerun", *rest]), provenance.program())
+    record, _ = history.find(rest[0])
+    if verb == "rerun":
+        if record.kind == "sweep" and not history.is_trial(rest[0], record):
+            return _run_sweep(history.to_rerun_sweep(rest[0], rest[1:]), ["rerun", *rest])
+        return _train(history.to_rerun(rest[0], rest[1:]), ["rerun", *rest])
+    if record.kind == "sweep":
+        plan, record = history.to_resume_sweep(rest[0], rest[1:])
+        return _run_sweep(plan, ["resume", *rest], record)
+    from raytrainer import run
+
+    composition, record, changed = history.to_resume(rest[0], rest[1:])
+    outcome = run.launch(composition, argv=["resume", *rest], record=record, changed=changed)
+    return _told(outcome, run.summary(outcome, provenance.program()))
 
 
 def _train(composition: config.Composition, arguments: list[str]) -> int:
-    from raytrainer import provenance, run
+    from raytrainer import run
 
-    return _told(run.launch(composition, argv=arguments), provenance.program())
+    outcome = run.launch(composition, argv=arguments)
+    return _told(outcome, run.summary(outcome, provenance.program()))
 
 
 def _check(composition: config.Composition, arguments: list[str]) -> int:
@@ -101,12 +109,28 @@ def _check(composition: config.Composition, arguments: list[str]) -> int:
     return 0
 
 
-def _told(outcome: Any, program: str) -> int:
-    from raytrainer import run
+def _sweep(plan: Any, arguments: list[str]) -> int:
+    return _run_sweep(plan, arguments)
 
+
+def _check_sweep(plan: Any, arguments: list[str]) -> int:
+    from raytrainer import sweep
+
+    print(f"ok: {plan.experiment.name} would run {sweep.check(plan)}")
+    return 0
+
+
+def _run_sweep(plan: Any, arguments: list[str], record: Any = None) -> int:
+    from raytrainer import sweep
+
+    outcome = sweep.launch(plan, argv=arguments, record=record)
+    return _told(outcome, sweep.summary(outcome, provenance.program()))
+
+
+def _told(outcome: Any, summary: str) -> int:
     if outcome.traceback:
         print(outcome.traceback, file=sys.stderr)
-    print(run.summary(outcome, program), flush=True)
+    print(summary, flush=True)
     return int(outcome.exit_code)
 
 
@@ -117,8 +141,18 @@ class _Ended(BaseException):
         self.cause = cause
 
 
-def _hydra(arguments: list[str], task: Callable[[config.Composition, list[str]], int]) -> int:
-    """Hydra's own command line, with its errors in our words and our exit codes."""
+def _hydra(
+    arguments: list[str],
+    task: Callable[[config.Composition, list[str]], int],
+    sweep_task: Callable[[Any, list[str]], int],
+) -> int:
+    """Hydra's own command line, with its errors in our words and our exit codes.
+
+    Args:
+        arguments: Those after the program's name, or after the verb.
+        task: What is done with a composed config.
+        sweep_task: What is done with the plan of a sweep.
+    """
     from hydra import version
     from hydra._internal.utils import _run_hydra
 
@@ -146,12 +180,38 @@ def _hydra(arguments: list[str], task: Callable[[config.Composition, list[str]],
         if codes[-1] >= 128:  # stopped: the rest of a sweep too
             raise _Ended(codes[-1])
 
+    def sweep(task_overrides: list[str], cfg: DictConfig) -> None:
+        """What `hydra/sweeper=ray_tune` calls instead of `job`: all trials are one task."""
+
+        def planned() -> int:
+            from raytrainer.sweep import make_plan
+
+            choice = cfg.hydra.runtime.choices.get("sweep")
+            if choice is None:
+                raise ConfigError("is needed with hydra/sweeper=ray_tune: random, grid, asha, optuna, pbt", key="sweep")
+            plan = make_plan(
+                task_overrides,
+                choice=choice,
+                space=OmegaConf.to_container(cfg.sweep.space, resolve=True),  # type: ignore[arg-type]
+                groups=config.group_names(parsed.config_dir),
+                config_dir=parsed.config_dir,
+            )
+            return sweep_task(plan, arguments)
+
+        with _variable(_FULL_ERROR, asked):
+            codes.append(_guarded(planned))
+
+    job.sweep = sweep  # type: ignore[attr-defined]
+    chosen = any(config.key_of(o) == "sweep" for o in overrides)
+    if chosen and not parsed.multirun and not (parsed.cfg or parsed.info or parsed.shell_completion):
+        meant = shlex.join(["-m", *arguments])
+        raise ConfigError(f"is of many trials, which -m runs: {provenance.program()} {meant}", key="sweep")
     if parsed.shell_completion:
         _complete_after_verb()
     if parsed.config_dir is not None and not Path(parsed.config_dir).is_dir():
         raise ConfigError("is not a directory", key="--config-dir", value=parsed.config_dir)
     try:
-        if parsed.multirun:
+        if parsed.multirun and not chosen:
             config.check_sweep(overrides, parsed.config_dir)
         elif parsed.cfg in ("job", "all"):
             config.check_keys(overrides, parsed.config_dir)
@@ -191,13 +251,11 @@ def _parser() -> argparse.ArgumentParser:
 
     from hydra._internal.utils import get_args_parser
 
-    from raytrainer.provenance import program
-
     def refuse(message: str) -> NoReturn:
-        raise ConfigError(f"{message}; {program()} --help shows what there is")
+        raise ConfigError(f"{message}; {provenance.program()} --help shows what there is")
 
     parser: argparse.ArgumentParser = get_args_parser()
-    parser.prog = program()
+    parser.prog = provenance.program()
     parser.error = refuse  # type: ignore[method-assign]
     for action in parser._actions:
         if "--version" in action.option_strings:

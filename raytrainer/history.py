@@ -1,4 +1,4 @@
-"""Runs that were: finding one by its name or MLflow id, and going on with it (`resume`) or doing it again (`rerun`)."""
+"""Runs and sweeps that were: finding one by its name or MLflow id, going on with it (`resume`), doing it again (`rerun`)."""
 
 from __future__ import annotations
 
@@ -7,28 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from raytrainer.config import Composition, from_text
+from raytrainer.config import Composition, from_text, new_name
 from raytrainer.config.schema import NAME_PATTERN
 from raytrainer.errors import ConfigError, RunNotFound, StorageError, nearest
-from raytrainer.run import Record
+from raytrainer.run import FIXED, Record, changes_meaning
 from raytrainer.storage import Storage
-
-# What these keys say is in the checkpoint's state, or decides what its numbers mean.
-_FIXED = ("name", "seed", "init_from", "debug", "storage_path")
-_FIXED_BELOW = ("model", "loss", "callbacks", "data.train", "data.val", "data.collate_fn")
-_FIXED_KEYS = (
-    "optimizer._target_",
-    "lr_scheduler._target_",
-    "data.global_batch_size",
-    "data.shuffle",
-    "data.drop_last",
-    "trainer.precision",
-    "trainer.ema_decay",
-    "checkpoint.monitor",
-    "checkpoint.mode",
-    "tracking.tracking_uri",
-    "tracking.experiment_name",
-)
+from raytrainer.sweep.ledger import Ledger
+from raytrainer.sweep.plan import Plan
 
 
 def find(identifier: str, root: Path | None = None) -> tuple[Record, Storage]:
@@ -42,8 +27,10 @@ def find(identifier: str, root: Path | None = None) -> tuple[Record, Storage]:
         raise RunNotFound(f"{identifier!r} is neither a run's name nor an MLflow run id")
     records = {}
     if root.is_dir():
-        if (found := _read(str(root / identifier))) is not None:
-            return found
+        for name in (identifier, identifier.rpartition(".")[0]):
+            found = _read(str(root / name)) if name else None
+            if found is not None and (name == identifier or is_trial(identifier, found[0])):
+                return found
         for path in sorted(p for p in root.iterdir() if p.is_dir()):
             try:
                 other = _read(str(path))
@@ -62,6 +49,12 @@ def find(identifier: str, root: Path | None = None) -> tuple[Record, Storage]:
         f"{identifier}: no run of this name or MLflow id in {root} or the tracking store"
         + (f"; there are {', '.join(close)}" if close else "")
     )
+
+
+def is_trial(identifier: str, record: Record) -> bool:
+    """Whether an ID is that of a trial of this sweep: `NAME.0007`."""
+    sweep, _, number = identifier.rpartition(".")
+    return record.kind == "sweep" and sweep == record.name and re.fullmatch(r"\d{4,}", number) is not None
 
 
 def _read(place: str) -> tuple[Record, Storage] | None:
@@ -92,14 +85,14 @@ def to_resume(identifier: str, overrides: Sequence[str]) -> tuple[Composition, R
     names = [o.partition("=")[0].lstrip("+~") for o in overrides]
     for override, name in zip(overrides, names, strict=True):
         value = override.partition("=")[2]
-        if "." not in name and name not in _FIXED:
+        if "." not in name and name not in FIXED:
             raise ConfigError(
                 "is a choice of a group; resume takes values (trainer.max_epochs=20). For another choice: "
                 f"raytrainer rerun {record.name} …, a new run",
                 key=name,
                 value=value,
             )
-        if name in _FIXED or name in _FIXED_KEYS or any(name == k or name.startswith(k + ".") for k in _FIXED_BELOW):
+        if changes_meaning(name):
             raise ConfigError(
                 "changes what the run's checkpoint means, so it cannot be resumed with it; "
                 f"raytrainer rerun {record.name} {override} starts a new run",
@@ -113,11 +106,7 @@ def to_resume(identifier: str, overrides: Sequence[str]) -> tuple[Composition, R
                 key=name,
                 value=value,
             )
-    if storage.uri != record.run_dir:
-        raise RunNotFound(
-            f"{record.name} is in {storage.uri}, but it ran in {record.run_dir}, where its config, metrics and checkpoints "
-            f"are written to; move it back, or start a new run from its weights: init_from={storage.uri}"
-        )
+    _refuse_moved(record, storage)
     if record.status == "FINISHED" and not storage.exists("checkpoints"):
         raise RunNotFound(
             f"{record.name} finished, and its checkpoints are gone; raytrainer rerun {record.name} does it again"
@@ -132,13 +121,87 @@ def to_rerun(identifier: str, overrides: Sequence[str]) -> Composition:
     Raises:
         RunNotFound, ConfigError: As `to_resume`.
     """
-    from raytrainer.config import new_name
-
     record, storage = find(identifier)
     if not any(o.partition("=")[0] == "name" for o in overrides):
-        stem = re.sub(r"-\d{8}-\d{6}-[0-9a-f]{4}$", "", record.name)
-        overrides = [*overrides, f"name={new_name(stem)}"]
+        overrides = [*overrides, f"name={new_name(_stem(record))}"]
+    if is_trial(identifier, record):
+        plan, trials = Plan.read(storage), Ledger.open(storage).trials
+        number = identifier.rpartition(".")[2]
+        if number not in trials:
+            raise RunNotFound(
+                f"{record.name} has no trial {number}; it has {', '.join(nearest(number, trials, 5)) or 'none'}"
+            )
+        composition = plan.composition_of(trials[number].parameters)
+        return replace(
+            from_text(composition.text, [*plan.overrides_of(trials[number].parameters), *overrides]),
+            choices=composition.choices,
+        )
     return _composed(record, storage, overrides)
+
+
+# What a sweep that goes on may be given: anything else would make its later trials other ones than the earlier.
+_OF_A_SWEEP = (
+    "num_samples",
+    "max_concurrent_trials",
+    "time_budget_s",
+    "max_trial_failures",
+    "allow_failed",
+    "num_to_keep",
+)
+
+
+def to_resume_sweep(identifier: str, overrides: Sequence[str]) -> tuple[Plan, Record]:
+    """What `sweep.launch` needs to go on with a sweep.
+
+    Raises:
+        RunNotFound: There is no such sweep.
+        ConfigError: An override that would change what its trials are.
+    """
+    record, storage = find(identifier)
+    if is_trial(identifier, record):
+        raise ConfigError(
+            f"{identifier} is a trial of {record.name}, which goes on with it: resume {record.name}; rerun {identifier} "
+            "trains its configuration anew"
+        )
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if name.removeprefix("sweep.") not in _OF_A_SWEEP or not name.startswith("sweep."):
+            raise ConfigError(
+                "would make the sweep's later trials others than its earlier; rerun starts a new sweep with it",
+                key=name,
+                value=value,
+                choices=[f"sweep.{key}" for key in _OF_A_SWEEP],
+            )
+    _refuse_moved(record, storage)
+    return Plan.read(storage).with_overrides(overrides), record
+
+
+def to_rerun_sweep(identifier: str, overrides: Sequence[str]) -> Plan:
+    """A sweep under a new name, with value overrides.
+
+    Raises:
+        RunNotFound, ConfigError: As `to_resume_sweep`.
+    """
+    record, storage = find(identifier)
+    if not any(o.partition("=")[0] == "name" for o in overrides):
+        overrides = [*overrides, f"name={new_name(_stem(record))}"]
+    plan = Plan.read(storage)
+    for override in overrides:
+        if any(p.key == override.partition("=")[0] for p in plan.parameters):
+            raise ConfigError("is what the sweep is over; start another with -m", key=override.partition("=")[0])
+    return plan.with_overrides(overrides)
+
+
+def _stem(record: Record) -> str:
+    return re.sub(r"-\d{8}-\d{6}-[0-9a-f]{4}$", "", record.name)
+
+
+def _refuse_moved(record: Record, storage: Storage) -> None:
+    if storage.uri != record.run_dir:
+        raise RunNotFound(
+            f"{record.name} is in {storage.uri}, but it ran in {record.run_dir}, where its config, metrics and checkpoints "
+            f"are written to; move it back, or start a new run from its weights: init_from={storage.uri}"
+        )
 
 
 def _is_curve(record: Record, storage: Storage) -> bool:

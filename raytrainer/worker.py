@@ -175,7 +175,7 @@ def run(
 
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)  # what a model allocates without naming a device goes there too
-    experiment = config.from_text(job.text, job.overrides).experiment
+    experiment = config.experiment_of(job.text, job.overrides)
     _check_shared(job)
     options, c = experiment.trainer, experiment.checkpoint
     if options.num_threads is None:
@@ -245,16 +245,15 @@ def _check_shared(job: Job) -> None:
         )
 
 
-def inline_world(experiment: config.Experiment) -> Any:
-    """The world of one process without Ray: its GPU where it has one and `scaling.use_gpu` allows."""
+def inline_world(use_gpu: Any) -> Any:
+    """The world of one process without Ray Train: its GPU where it has one and `scaling.use_gpu` allows."""
     import torch
 
     from raytrainer.parallel import World
 
-    wanted = experiment.scaling.use_gpu
-    if wanted is True and not torch.cuda.is_available():
+    if use_gpu is True and not torch.cuda.is_available():
         raise errors.ConfigError("is set, and this machine has no usable GPU", key="scaling.use_gpu", value=True)
-    return World(device=torch.device("cuda", 0) if wanted and torch.cuda.is_available() else torch.device("cpu"))
+    return World(device=torch.device("cuda", 0) if use_gpu and torch.cuda.is_available() else torch.device("cpu"))
 
 
 def _cpus(experiment: config.Experiment) -> int | None:

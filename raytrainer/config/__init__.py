@@ -11,14 +11,16 @@ from raytrainer.config.compose import (
     check_sweep,
     compose,
     composed_keys,
+    experiment_of,
     flattened,
     from_hydra,
     from_text,
+    group_names,
     new_name,
     quiet,
     register_schema,
 )
-from raytrainer.config.explain import explain
+from raytrainer.config.explain import explain, key_of
 from raytrainer.config.nodes import bind, build, check_targets, factory, locate
 from raytrainer.config.schema import (
     CheckpointConfig,
@@ -57,11 +59,14 @@ __all__ = [
     "check_targets",
     "compose",
     "composed_keys",
+    "experiment_of",
     "explain",
     "factory",
     "flattened",
     "from_hydra",
     "from_text",
+    "group_names",
+    "key_of",
     "locate",
     "new_name",
     "parse_space",

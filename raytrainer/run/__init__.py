@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
-from raytrainer.run.launching import check, launch
-from raytrainer.run.record import Outcome, Record, summary, tracking_uri
+from raytrainer.run.driver import in_background
+from raytrainer.run.launching import check, experiment_name, launch, refuse_existing
+from raytrainer.run.logs import Logs
+from raytrainer.run.record import CONFIG, FIXED, Outcome, Record, changes_meaning, summary, tracking_uri
+from raytrainer.run.session import ray_session
 
-__all__ = ["Outcome", "Record", "check", "launch", "summary", "tracking_uri"]
+__all__ = [
+    "CONFIG",
+    "FIXED",
+    "Logs",
+    "Outcome",
+    "Record",
+    "changes_meaning",
+    "check",
+    "experiment_name",
+    "in_background",
+    "launch",
+    "ray_session",
+    "refuse_existing",
+    "summary",
+    "tracking_uri",
+]

@@ -20,6 +20,7 @@ from raytrainer.interrupts import Interrupted, Interrupts
 from raytrainer.progress import Display
 from raytrainer.run.logs import Logs
 from raytrainer.run.record import Outcome, Record, tracking_uri
+from raytrainer.run.session import ray_session
 from raytrainer.storage import Lock, Storage
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Driver:
         result: Mapping[str, Any] | None = None
         error: BaseException | None = None
         # MLflow's import and first database take seconds of their own, in which Ray's processes start.
-        opening = _in_background(self._open_run, "mlflow-open")
+        opening = in_background(self._open_run, "mlflow-open")
         try:
             with self._ray() as start_training:
                 self.logs.mark("ray_up")
@@ -210,30 +211,13 @@ class Driver:
         if e.cluster.kind == "inline":
             yield self._inline
             return
-        import ray
-
         from raytrainer import supervise
 
-        supervise.prepare(embedded=e.cluster.kind == "local")
-        machine = preflight.this_machine()
-        try:
-            if e.cluster.kind == "local":
-                self.interrupts.deferred = True  # half a Ray would leave processes behind
-                supervise.start_embedded(int(machine.cpus), int(machine.gpus), machine.memory)
-                self.interrupts.deferred = False
-                available = machine
-            elif not ray.is_initialized():
-                supervise.attach(e.cluster.address or "auto", e.cluster.runtime_env)
-                available = preflight.Resources.of_ray(ray.cluster_resources())
-            else:
-                available = preflight.Resources.of_ray(ray.cluster_resources())
-            self.interrupts.install()  # Ray's core sets a handler of SIGTERM below Python's, which prints its stack
-            self.interrupts.check()
-            with supervise.WorkerOutput(self.logs.message, self.logs.text):
-                yield lambda job: self._on_ray(job, preflight.uses_gpu(e, available))
-        finally:
-            self.interrupts.deferred = True
-            supervise.stop()
+        with (
+            ray_session(e, self.interrupts) as available,
+            supervise.WorkerOutput(self.logs.message, self.logs.text),
+        ):
+            yield lambda job: self._on_ray(job, preflight.uses_gpu(e, available))
 
     def _inline(self, job: worker.Job) -> Mapping[str, Any]:
         self.interrupts.deferred = True  # the first signal lets the step end; a second one raises
@@ -241,7 +225,7 @@ class Driver:
         try:
             return worker.run(
                 job,
-                worker.inline_world(self.e),
+                worker.inline_world(self.e.scaling.use_gpu),
                 emit=lambda message: self.logs.message(0, message),
                 should_stop=lambda: self.interrupts.requested,
             )
@@ -323,7 +307,7 @@ class Driver:
         return replace(outcome, status="KILLED", exit_code=code, cause=self.interrupts.reason)
 
 
-def _in_background(work: Callable[[], T], name: str) -> Future[T]:
+def in_background(work: Callable[[], T], name: str) -> Future[T]:
     """The result to come of `work`, done in a thread that does not keep the process alive."""
     future: Future[T] = Future()
 

@@ -29,14 +29,14 @@ def check(composition: Composition, record: Record | None = None) -> str:
     e = composition.experiment
     preflight.check_objects(e)
     try:
-        storage = Storage(_storage_path(e)).child(e.name or "")
+        storage = Storage(storage_path(e)).child(e.name or "")
         preflight.check_init_from(e, storage.uri)
     except StorageError as error:
         raise ConfigError(f"cannot be used: {error}", key="storage_path", value=e.storage_path) from error
     if e.debug:
         return "inline, one batch"
     if record is None:
-        _refuse_existing(e, storage)
+        refuse_existing(e, storage)
     if e.cluster.kind == "existing":
         available, where = _existing_resources(e)
     else:
@@ -45,7 +45,7 @@ def check(composition: Composition, record: Record | None = None) -> str:
         [
             *preflight.check_environment(e, os.environ),
             *preflight.check_resources(e, available, where),
-            *preflight.check_storage(storage.check_writable, _storage_path(e)),
+            *preflight.check_storage(storage.check_writable, storage_path(e)),
             *preflight.check_tracking(
                 tracking.check_tracking, tracking_uri(e, record.tracking_uri if record else ""), e.tracking.required
             ),
@@ -83,14 +83,14 @@ def launch(
     # come up in the middle of a library's import.
     where = check(composition, record)
     with Interrupts() as interrupts:
-        storage = Storage(_storage_path(e)).child(e.name or "")
+        storage = Storage(storage_path(e)).child(e.name or "")
         with ExitStack() as held:
             try:
                 lock = held.enter_context(storage.lock("lock", {"run": e.name or ""}))
             except StorageLocked as error:
                 raise PreflightError([str(error)]) from error
             if record is None:
-                _refuse_existing(e, storage)  # again, now that nobody else can make it
+                refuse_existing(e, storage)  # again, now that nobody else can make it
             old = record or Record(e.name or "", storage.uri, created=datetime.now(UTC).isoformat(timespec="seconds"))
             record = replace(
                 old,
@@ -98,7 +98,7 @@ def launch(
                 tracking_uri=old.tracking_uri or tracking.redacted(tracking_uri(e)),
                 choices=old.choices or dict(composition.choices),
                 changed=[*old.changed, *(name for name in changed if name not in old.changed)],
-                experiment_name=old.experiment_name or _experiment_name(composition),
+                experiment_name=old.experiment_name or experiment_name(composition),
                 status="RUNNING",
                 attempts=old.attempts + 1,
             )
@@ -121,14 +121,14 @@ def _debug(composition: Composition, display: Display, began: float) -> Outcome:
 
     e = composition.experiment
     check(composition)
-    result = Trainer(e, world=worker.inline_world(e), listeners=[Reporter(display.show)]).fit()
+    result = Trainer(e, world=worker.inline_world(e.scaling.use_gpu), listeners=[Reporter(display.show)]).fit()
     display.close()
     values = {**asdict(result), "metrics": dict(result.metrics), "monitor": e.checkpoint.monitor}
     where = "inline, one batch: no tracking, no checkpoint"
     return Outcome("FINISHED", 0, Record(e.name or "", ""), where, values, seconds=time.monotonic() - began)
 
 
-def _refuse_existing(e: Experiment, storage: Storage) -> None:
+def refuse_existing(e: Experiment, storage: Storage) -> None:
     """A new run never goes on with an old one by accident."""
     if storage.exists(CONFIG) or storage.exists("checkpoints"):
         raise ConfigError(
@@ -149,12 +149,12 @@ def _where(e: Experiment, gpu: bool) -> str:
     return f"{place}, {workers} on {device}"
 
 
-def _storage_path(e: Experiment) -> str:
+def storage_path(e: Experiment) -> str:
     assert e.storage_path is not None  # the configuration makes it absolute
     return e.storage_path
 
 
-def _experiment_name(composition: Composition) -> str:
+def experiment_name(composition: Composition) -> str:
     chosen = dict(composition.choices).get("experiment")
     return composition.experiment.tracking.experiment_name or chosen or "raytrainer"
 

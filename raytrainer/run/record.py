@@ -16,6 +16,22 @@ from raytrainer.storage import Storage
 
 RECORD = "run.json"
 CONFIG = "config.yaml"
+# What these keys say is in the checkpoint's state, or decides what its numbers mean.
+FIXED = ("name", "seed", "init_from", "debug", "storage_path")
+_FIXED_BELOW = ("model", "loss", "callbacks", "data.train", "data.val", "data.collate_fn")
+_FIXED_KEYS = (
+    "optimizer._target_",
+    "lr_scheduler._target_",
+    "data.global_batch_size",
+    "data.shuffle",
+    "data.drop_last",
+    "trainer.precision",
+    "trainer.ema_decay",
+    "checkpoint.monitor",
+    "checkpoint.mode",
+    "tracking.tracking_uri",
+    "tracking.experiment_name",
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +49,7 @@ class Record:
         created: When, in UTC.
         choices: Group → the choice taken.
         changed: Settings of the optimizer that a resume has given, over those in the checkpoints.
+        kind: `run`, or `sweep`.
     """
 
     name: str
@@ -45,6 +62,7 @@ class Record:
     created: str = ""
     choices: dict[str, str] = field(default_factory=dict)
     changed: list[str] = field(default_factory=list)
+    kind: str = "run"
 
     @property
     def mark(self) -> str:
@@ -101,6 +119,11 @@ class Outcome:
     mlflow_command: str | None = None
     seconds: float = 0.0
     length: str = "trainer.max_epochs"
+
+
+def changes_meaning(name: str) -> bool:
+    """Whether another value of a key changes what the state in a checkpoint means: it cannot be resumed with it."""
+    return name in FIXED or name in _FIXED_KEYS or any(name == k or name.startswith(k + ".") for k in _FIXED_BELOW)
 
 
 def tracking_uri(e: Experiment, recorded: str = "") -> str:

@@ -11,17 +11,23 @@ from __future__ import annotations
 from raytrainer.supervise.cluster import attach, dead_part, find_cluster, prepare, start_embedded, stop
 from raytrainer.supervise.output import WorkerOutput
 from raytrainer.supervise.train import Retries, SupervisedTrainer, first_error, make_trainer
+from raytrainer.supervise.tune import METRIC, TrialController, capacity, make_controller, trial_resources
 
 __all__ = [
+    "METRIC",
     "Retries",
     "SupervisedTrainer",
+    "TrialController",
     "WorkerOutput",
     "attach",
+    "capacity",
     "dead_part",
     "find_cluster",
     "first_error",
+    "make_controller",
     "make_trainer",
     "prepare",
     "start_embedded",
     "stop",
+    "trial_resources",
 ]

@@ -94,7 +94,7 @@ def first_error(error: BaseException) -> BaseException:
         if isinstance(cause, WorkerError):
             raised.append(cause)
         else:
-            died.append(WorkerError(_death(cause), rank=rank, node=_WorkerGroup.nodes.get(rank)))
+            died.append(WorkerError(death(cause), rank=rank, node=_WorkerGroup.nodes.get(rank)))
     causes = [e for e in raised if not any(text in e.cause for text in _COLLATERAL)]
     if causes:
         return min(causes, key=lambda e: e.when)
@@ -106,7 +106,12 @@ def first_error(error: BaseException) -> BaseException:
     return first
 
 
-def _death(error: BaseException) -> str:
+def death(error: BaseException) -> str:
+    """How a process of Ray ended, in a line."""
+    if isinstance(error, ray.exceptions.RayTaskError):
+        error = error.as_instanceof_cause()
+    if isinstance(error, WorkerError):
+        return error.cause
     chain: list[BaseException | None] = [error, error.__cause__, getattr(error, "failure", None)]
     text = " ".join(" ".join(str(e) for e in chain if e is not None).split())
     if any(isinstance(e, ray.exceptions.OutOfMemoryError) for e in chain) or "memory pressure" in text:

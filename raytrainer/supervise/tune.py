@@ -7,7 +7,7 @@ signal, a lost cluster and a lost lock are seen between two steps.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ray
@@ -18,7 +18,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.search_generator import SearchGenerator
 
-__all__ = ["TrialController", "capacity", "make_controller", "trial_resources"]
+from raytrainer.supervise.train import death
 
 METRIC = "objective"  # what schedulers and searchers are told, whatever the sweep's metric is called
 
@@ -30,9 +30,11 @@ class TrialController(TuneController):  # type: ignore[misc]
     needs all of them drawn before it compares any.
     """
 
-    def __init__(self, *, limit: int, all_drawn_early: bool, **arguments: Any) -> None:
+    def __init__(
+        self, *, limit: int, all_drawn_early: bool, on_death: Callable[[str, str], None], **arguments: Any
+    ) -> None:
         super().__init__(reuse_actors=True, **arguments)
-        self._limit, self._all_drawn_early = limit, all_drawn_early
+        self._limit, self._all_drawn_early, self._on_death = limit, all_drawn_early, on_death
 
     def checkpoint(self, force: bool = False, wait: bool = False) -> None:
         """Nothing: Tune would pickle its trials and the searcher, again and again. Ours is the ledger."""
@@ -48,6 +50,11 @@ class TrialController(TuneController):  # type: ignore[misc]
             # Tune compares this with the actors that are starting.
             self._max_pending_trials = self._actor_manager.num_pending_actors + free
             super()._maybe_add_actors()
+
+    def _process_trial_failure(self, trial: Any, exception: BaseException) -> None:
+        # Tune writes the exception as a pickle beside the trial; the ledger has it as a line.
+        self._on_death(trial.trial_id, death(exception))
+        super()._process_trial_failure(trial, exception)
 
     def abandon(self) -> None:
         """Kills every trial's process without a word to it."""
@@ -66,11 +73,11 @@ def make_controller(
     name: str,
     storage_path: str,
     resources: PlacementGroupFactory,
-    space: Mapping[str, Any],
     mode: str,
     limit: int,
     all_drawn_early: bool,
     max_failures: int,
+    on_death: Callable[[str, str], None],
 ) -> TrialController:
     """A controller with everything that `ray.tune.run` would give it, before its first step.
 
@@ -79,10 +86,10 @@ def make_controller(
         searcher: Ends the sweep by `FINISHED`.
         storage_path: Where Tune may keep checkpoints of trials that it pauses or clones, below `name`.
         resources: What each trial holds.
-        space: For searchers that want it: key → Tune domain.
         limit: The most trials at a time.
         all_drawn_early: Whether the scheduler needs every trial drawn before it compares them.
         max_failures: How often a process that died is replaced.
+        on_death: Told, before anybody else, Tune's id of a trial that failed and why.
     """
     experiment = Experiment(
         name=name,
@@ -96,11 +103,12 @@ def make_controller(
         trial_dirname_creator=lambda trial: trial.trial_id,
     )
     search = SearchGenerator(searcher)
-    search.set_search_properties(METRIC, mode, dict(space), **experiment.public_spec)
+    search.set_search_properties(METRIC, mode, {}, **experiment.public_spec)
     scheduler.set_search_properties(METRIC, mode, **experiment.public_spec)
     controller = TrialController(
         limit=limit,
         all_drawn_early=all_drawn_early,
+        on_death=on_death,
         search_alg=search,
         scheduler=scheduler,
         callbacks=list(callbacks),

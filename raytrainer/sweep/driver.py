@@ -1,0 +1,402 @@
+"""One attempt at a sweep, from its lock to its end: Ray, the trials, the runs in MLflow, and the one true terminal status."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import traceback
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+from raytrainer import preflight, provenance, tracking
+from raytrainer.config import Parameter, flattened
+from raytrainer.errors import ClusterLost, RaytrainerError, Stopped, StorageError, WorkerError
+from raytrainer.interrupts import Interrupted, Interrupts
+from raytrainer.progress import Display
+from raytrainer.run import Logs, Record, changes_meaning, in_background, ray_session, tracking_uri
+from raytrainer.storage import Lock, Storage
+from raytrainer.sweep import results
+from raytrainer.sweep.ledger import Ledger, Mode, Trial
+from raytrainer.sweep.outcome import Status, SweepOutcome
+from raytrainer.sweep.plan import Plan, trial_spool
+from raytrainer.sweep.table import Board, ranked
+
+_OPEN_S = 30.0  # importing mlflow and making a database, on a busy machine
+_CLOSE_S, _CLOSE_STOPPED_S = 60.0, 3.0  # how long the tracking server is waited for at the end
+_INTERVAL_S = 10  # seconds between checkpoints of a trial, where the config does not say
+_log = logging.getLogger("raytrainer.sweep")
+
+# What MLflow calls the end of a trial; the tag raytrainer.trial_status has our own word.
+_IN_MLFLOW: Mapping[str, Status] = {
+    "finished": "FINISHED",
+    "pruned": "KILLED",
+    "stopped": "KILLED",
+    "failed": "FAILED",
+}
+
+
+class SweepDriver:
+    """One attempt at a sweep."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        record: Record,
+        storage: Storage,
+        display: Display,
+        logs: Logs,
+        lock: Lock,
+        interrupts: Interrupts,
+        ledger: Ledger,
+        argv: Sequence[str],
+        where: str,
+    ) -> None:
+        self.plan, self.e, self.record, self.storage = plan, plan.experiment, record, storage
+        self.display, self.logs, self.lock, self.interrupts = display, logs, lock, interrupts
+        self.ledger, self.argv, self.where = ledger, list(argv), where
+        self.spool_dir = trial_spool(storage)
+        self.mode = cast(Mode, plan.mode)
+        self._uri = tracking_uri(self.e, record.tracking_uri)
+        self._parent: str | None = None
+        self._of_spool: dict[Path, str] = {}  # whose a spool is, until its run is made
+        self._fleet: tracking.Fleet | None = None
+        self._board: Board | None = None
+        ended = [t for t in ledger.trials.values() if t.status not in ("running", "stopped")]
+        self._kept = ranked(ended, self.mode)[: self.e.sweep.num_to_keep]
+        # Deleting what is no more wanted takes its time on a slow disk.
+        self._tidy = ThreadPoolExecutor(1, thread_name_prefix="sweep-retention")
+
+    def run(self) -> SweepOutcome:
+        """Runs trials, and closes everything whatever happens."""
+        error: BaseException | None = None
+        reason: str | None = None
+        opening = in_background(self._open_run, "mlflow-open")
+        self._fleet = tracking.Fleet(
+            self._uri, self.record.experiment_name, parent=lambda: self._parent, on_created=self._run_made
+        )
+        for trial in self.ledger.trials.values():  # what an earlier attempt had no time to send
+            if trial.status not in ("running", "stopped") and trial.run_id is not None:
+                self._fleet.adopt(trial_spool(self._trial_dir(trial)), trial.run_id)
+        try:
+            with ray_session(self.e, self.interrupts) as available:
+                self.logs.mark("ray_up")
+                if self.e.tracking.required:
+                    opening.result()  # a server that refuses the sweep is told before a trial is started
+                    self.interrupts.check()
+                reason = self._search(available)
+        except Interrupted:
+            error = self.interrupts.stopped()
+        except Exception as failed:  # noqa: BLE001  whatever it is, the sweep is closed truthfully, then it is told
+            error = failed
+        self.interrupts.deferred = True
+        if self._board is not None:
+            self._board.close()
+        if error is not None and not isinstance(error, Stopped):
+            self.logs.text_of("driver", "".join(traceback.format_exception(error)))
+        try:
+            self._stop_the_rest(error)
+            outcome = self._outcome(reason, error)
+            outcome = self._close(opening, outcome)
+        except Interrupted:  # a second signal
+            outcome = self._outcome(reason, error)
+            self.display.say(f"forced: what MLflow was not told is in {self.storage.uri}; resume sends it")
+        except (RaytrainerError, OSError) as failed:
+            outcome = self._outcome(reason, error)
+            self.display.say(f"warning: not everything was written: {type(failed).__name__}: {failed}")
+        self._tidy.shutdown(wait=outcome.status != "KILLED", cancel_futures=True)
+        self.record = replace(self.record, status=outcome.status)
+        try:
+            self.ledger.close()
+            self.record.write(self.storage)
+        except StorageError as failed:
+            self.display.say(f"warning: the sweep's own record does not have its end: {failed}")
+        return replace(outcome, record=self.record)
+
+    # --- trials ---------------------------------------------------------------------------------------------------
+
+    def _search(self, available: preflight.Resources) -> str:
+        import ray
+
+        from raytrainer import supervise
+        from raytrainer.sweep.engine import Listener, Search
+        from raytrainer.sweep.trial import Shared, TrialProcess
+
+        e, gpu = self.e, preflight.uses_gpu(self.e, available)
+        each, workers = preflight.per_worker(e, gpu), preflight.least_workers(e)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        # A cluster that grows holds less now than it will.
+        most = max(1, supervise.capacity(each, workers, nodes, e.scaling.placement_strategy))
+        limit = e.sweep.max_concurrent_trials or most
+        search = Search(
+            e.sweep,
+            parameters=self.plan.parameters,
+            mode=self.mode,
+            seed=e.seed,
+            evaluations=self.plan.evaluations,
+            ledger=self.ledger,
+            overrides_of=self.plan.overrides_of,
+            may_change=may_change,
+            listener=Listener(self._started, self._reported, self._ended, self.display.say),
+        )
+        for note in search.notes:
+            self.display.say(note)
+        shared = Shared(
+            texts={key: c.text for key, c in self.plan.compositions.items()},
+            parameters=self.plan.parameters,
+            fixed=self._fixed(gpu),
+            run_dir=self.storage.uri,
+            metric=self.plan.metric,
+            mode=self.mode,
+            tracking_uri=tracking.redacted(self._uri),
+            ship=not self.storage.is_local,
+            workers=workers,
+            resources=each,
+            strategy=e.scaling.placement_strategy,
+            gpu=gpu,
+            retries=e.sweep.max_trial_failures > 0,
+        )
+        self._board = Board(
+            self.display,
+            self.record.name,
+            metric=self.plan.metric,
+            mode=self.mode,
+            keys=[p.key for p in self.plan.parameters],
+            total=search.total,
+            at_once=limit,
+            trials=[t for t in self.ledger.trials.values() if t.status not in ("running", "stopped")],
+            time_budget_s=e.sweep.time_budget_s,
+        )
+        self.interrupts.deferred = True  # a signal is heeded between two decisions, where Ray's calls are whole
+        with supervise.WorkerOutput(lambda rank, message: None, self._said):
+            reason = search.run(
+                ray.tune.with_parameters(TrialProcess, shared=shared),
+                name="tune",
+                storage_path=self.storage.uri,
+                resources=supervise.trial_resources(each, workers, e.scaling.placement_strategy),
+                limit=limit,
+                between=self._between,
+            )
+        with contextlib.suppress(StorageError):  # pickles that nobody reads
+            self.storage.delete("tune")
+        return reason
+
+    def _between(self) -> None:
+        from raytrainer import supervise
+
+        self.interrupts.check()
+        self.lock.check()
+        if part := supervise.dead_part():
+            raise ClusterLost(f"Ray's {part} died")
+        assert self._board is not None
+        self._board.tick()
+
+    def _fixed(self, gpu: bool) -> list[str]:
+        """What every trial has on top of its config."""
+        found = [f"scaling.use_gpu={str(gpu).lower()}", "tracking.log_model=false"]
+        if self.e.checkpoint.min_interval_s is None:
+            found.append(f"checkpoint.min_interval_s={_INTERVAL_S}")
+        return found
+
+    def _said(self, rank: int | None, line: str) -> None:
+        self.logs.text_of("trials", line)
+
+    def _started(self, trial: Trial) -> None:
+        assert self._fleet is not None
+        spool = trial_spool(self._trial_dir(trial))
+        self._of_spool[spool] = trial.id
+        run_id = self._fleet.open(
+            spool,
+            f"{self.record.name}.{trial.id}",
+            params={key: str(value) for key, value in trial.parameters.items()},
+            tags={
+                "raytrainer.name": f"{self.record.name}.{trial.id}",
+                "raytrainer.kind": "trial",
+                "raytrainer.sweep": self.record.name,
+                "raytrainer.run_dir": self._trial_dir(trial).uri,
+                "raytrainer.overrides": " ".join(trial.overrides),
+            },
+            run_id=trial.run_id,
+        )
+        self.ledger.note_run(trial.id, run_id)
+        if self._board is not None:
+            self._board.start(trial)
+
+    def _reported(self, trial: Trial) -> None:
+        pass
+
+    def _ended(self, trial: Trial) -> None:
+        self._finish_run(trial)
+        if self._board is not None:
+            self._board.end(trial)
+        self._retain(trial)
+
+    def _finish_run(self, trial: Trial) -> None:
+        assert self._fleet is not None
+        best = trial.best(self.mode)
+        tags = {"raytrainer.trial_status": trial.status}
+        if best is not None:
+            tags |= {"raytrainer.best_value": repr(best.value), "raytrainer.best_step": str(best.step)}
+        self._fleet.finish(trial_spool(self._trial_dir(trial)), _IN_MLFLOW[trial.status], trial.cause, tags=tags)
+
+    def _retain(self, ended: Trial) -> None:
+        """Deletes the checkpoints of a trial that ended and is not, or no more, among the best `sweep.num_to_keep`."""
+        keep = self.e.sweep.num_to_keep
+        if keep is None:
+            return
+        self._kept.append(ended)
+        while len(self._kept) > keep:
+            valued = ranked(self._kept, self.mode)
+            worst = next((t for t in self._kept if t not in valued), None) or valued[-1]
+            self._kept.remove(worst)
+            self._tidy.submit(_delete_checkpoints, self._trial_dir(worst))
+
+    def _trial_dir(self, trial: Trial) -> Storage:
+        return self.storage.child(f"trials/{trial.id}")
+
+    def _run_made(self, spool_dir: Path, run_id: str) -> None:
+        """MLflow has made a trial's run; told by the fleet's thread."""
+        with contextlib.suppress(
+            StorageError, AssertionError, KeyError
+        ):  # the ledger is full, or closed: the tag has it too
+            self.ledger.note_run(self._of_spool.pop(spool_dir), run_id)
+
+    # --- MLflow ---------------------------------------------------------------------------------------------------
+
+    def _open_run(self) -> tracking.Run:
+        origin = provenance.collect(self.argv, Path.cwd())
+        record, plan = self.record, self.plan
+        swept = {p.key.lstrip("+") for p in plan.parameters}
+        tags = {
+            **origin.tags(),
+            "raytrainer.name": record.name,
+            "raytrainer.kind": "sweep",
+            "raytrainer.run_dir": record.run_dir,
+            "raytrainer.where": self.where,
+            "raytrainer.sweep.metric": plan.metric,
+            "raytrainer.sweep.mode": plan.mode,
+            **{f"raytrainer.choice.{group}": choice for group, choice in plan.first.choices if group not in swept},
+        }
+        if record.attempts > 1:
+            tags[f"raytrainer.resume.{record.attempts - 1}"] = " ".join(self.argv)
+        params = {key: value for key, value in flattened(plan.first.text).items() if key not in swept}
+        run = tracking.open_run(
+            self._uri,
+            record.experiment_name,
+            record.name,
+            params={**params, **{f"space/{p.key}": _described(p) for p in plan.parameters}},
+            tags=tags,
+            required=self.e.tracking.required,
+            run_id=record.run_id,
+            spool_dir=self.spool_dir,
+        )
+        self.record = replace(self.record, run_id=run.run_id)
+        self.record.write(self.storage)
+        if not run.offline:
+            self._parent = run.run_id  # the trials' runs can be made now
+        suffix = "" if record.attempts == 1 else f"-{record.attempts}"
+        run.log_text(plan.first.text, f"config{suffix}.yaml")
+        if origin.patch:
+            run.log_text(origin.patch, f"git{suffix}.patch")
+        return run
+
+    def _stop_the_rest(self, error: BaseException | None) -> None:
+        """Trials that Tune did not end are stopped, and can go on: their runs in MLflow say so."""
+        for trial in self.ledger.trials.values():
+            if trial.status == "running":
+                self.ledger.end(trial.id, "stopped", str(error) if error is not None else "the sweep's time is over")
+                if self._fleet is not None and trial.run_id is not None:
+                    self._finish_run(trial)
+
+    def _close(self, opening: Future[tracking.Run], outcome: SweepOutcome) -> SweepOutcome:
+        # Somebody waits for the end of a stopped sweep; what is not told in that time stays in the spools.
+        patience = _CLOSE_STOPPED_S if outcome.status == "KILLED" else _CLOSE_S
+        assert self._fleet is not None
+        if outcome.trials:
+            results.write(
+                self.storage,
+                trials=outcome.trials,
+                plan=self.plan,
+                metric=self.plan.metric,
+                mode=self.mode,
+                pictures=outcome.status != "KILLED",
+            )
+        try:
+            run = opening.result(timeout=_OPEN_S)
+        except (RaytrainerError, TimeoutError):  # it is what the outcome tells already
+            self._fleet.close(0.0)
+            return outcome
+        tags = {"raytrainer.exit_code": str(outcome.exit_code), **_counted(outcome.trials)}
+        if best := ranked(outcome.trials, self.mode)[:1]:
+            report = best[0].best(self.mode)
+            assert report is not None
+            tags |= {
+                "raytrainer.best_trial": best[0].id,
+                "raytrainer.best_value": repr(report.value),
+                "raytrainer.best_overrides": " ".join(best[0].overrides),
+            }
+        run.set_tags(tags)
+        self.logs.mark("ray_down")
+        self.logs.write_marks()
+        run.log_artifact(self.logs.folder)
+        if outcome.trials:
+            with results.as_folder(self.storage) as folder:
+                run.log_artifact(folder)
+        done = self._fleet.close(patience)
+        if not (run.finish(outcome.status, outcome.cause, timeout_s=patience) and done):
+            self.display.say(f"MLflow does not have all of it yet; the rest is in {self.storage.uri}; resume sends it")
+        command = run.ui_command and f"{provenance.interpreter()} -m {run.ui_command}"
+        return replace(outcome, mlflow=run.url, mlflow_command=command)
+
+    # --- the end --------------------------------------------------------------------------------------------------
+
+    def _outcome(self, reason: str | None, error: BaseException | None) -> SweepOutcome:
+        trials = list(self.ledger.trials.values())
+        base = SweepOutcome("FINISHED", 0, self.record, self.where, self.plan, trials)
+        if self.interrupts.requested:
+            code = self.interrupts.exit_code or 130
+            return replace(base, status="KILLED", exit_code=code, cause=self.interrupts.reason)
+        if error is not None:
+            if type(error).__module__.partition(".")[0] == "ray":
+                error = ClusterLost(f"Ray: {type(error).__name__}: {' '.join(str(error).split())[:500]}")
+            trace = error.traceback if isinstance(error, WorkerError) else None
+            cause = str(error) if isinstance(error, RaytrainerError) else f"{type(error).__name__}: {error}"
+            return replace(base, status="FAILED", exit_code=1, cause=cause, traceback=trace)
+        note = None if reason == "finished" else f"{reason} reached"
+        failed = [t for t in trials if t.status == "failed"]
+        allowed = self.e.sweep.allow_failed
+        most = len(failed) if allowed is True else int(allowed)
+        if not any(t.status == "finished" for t in trials):
+            first = f", the first by {failed[0].cause}" if failed else ""
+            why = f"no trial finished: {len(failed)} failed{first}"
+            return replace(base, status="FAILED", exit_code=1, cause=why, note=note)
+        if len(failed) > most:
+            why = f"{len(failed)} of {len(trials)} trials failed, and sweep.allow_failed={str(allowed).lower()}"
+            return replace(base, status="FAILED", exit_code=1, cause=why, note=note)
+        return replace(base, note=note)
+
+
+def may_change(key: str) -> bool:
+    """Whether a parameter may change in the middle of a trial, as population based training does."""
+    return not changes_meaning(key.lstrip("+"))
+
+
+def _described(p: Parameter) -> str:
+    if p.kind == "choice":
+        return ", ".join(p.texts)
+    return f"{p.kind} {p.low!r} to {p.high!r}{', log' if p.log else ''}{', integers' if p.integer else ''}"
+
+
+def _counted(trials: Sequence[Trial]) -> dict[str, str]:
+    counts = Counter(t.status for t in trials)
+    return {f"raytrainer.trials.{status}": str(count) for status, count in counts.items()}
+
+
+def _delete_checkpoints(place: Storage) -> None:
+    try:
+        place.delete("checkpoints")
+    except StorageError as error:
+        _log.warning("the checkpoints of a trial could not be deleted: %s", error)

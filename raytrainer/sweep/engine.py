@@ -1,0 +1,208 @@
+"""The trials of a sweep from the first draw to the last end: Tune decides, the ledger keeps, whoever listens is told.
+Knows neither experiments nor MLflow: any Hydra application's trials are run by it too."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray import tune
+
+from raytrainer import supervise
+from raytrainer.config import Parameter
+from raytrainer.config.schema import SweepConfig
+from raytrainer.sweep import schedule, search
+from raytrainer.sweep.ledger import Ledger, Mode, Report, Status, Trial
+
+_log = logging.getLogger("raytrainer.sweep")
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Who is told of trials; called in the driver's thread, between two decisions of Tune.
+
+    Attributes:
+        start: A trial was drawn, or goes on; its run in MLflow is opened here.
+        report: It reported.
+        end: It has ended for good.
+        say: A line for a person.
+    """
+
+    start: Callable[[Trial], None]
+    report: Callable[[Trial], None]
+    end: Callable[[Trial], None]
+    say: Callable[[str], None]
+
+
+class Search:
+    """One attempt at a sweep.
+
+    Args:
+        config: The section `sweep`.
+        parameters: What is drawn.
+        mode: Of the objective.
+        seed: Of the draws, where `config.seed` is null.
+        evaluations: How often a trial reports, where it is known.
+        ledger: What earlier attempts did, and where this one is written.
+        overrides_of: Parameters → the overrides that set them.
+        may_change: Whether a key may change in the middle of a trial.
+        listener: Who is told.
+
+    Raises:
+        ConfigError: A searcher or scheduler that cannot be made, or does not go with the parameters.
+    """
+
+    def __init__(
+        self,
+        config: SweepConfig,
+        *,
+        parameters: Sequence[Parameter],
+        mode: Mode,
+        seed: int,
+        evaluations: int | None,
+        ledger: Ledger,
+        overrides_of: Callable[[Mapping[str, Any]], list[str]],
+        may_change: Callable[[str], bool],
+        listener: Listener,
+    ) -> None:
+        self._config, self._parameters, self._mode = config, list(parameters), mode
+        self._ledger, self._overrides_of, self._listener = ledger, overrides_of, listener
+        trials = list(ledger.trials.values())
+        drawn = len(trials)
+        seed = seed if config.seed is None else config.seed
+        inner = search.make_search(config.search_alg, parameters, seed=seed, drawn=drawn)
+        self.total = search.total_of(inner, parameters, config.num_samples)
+        self.scheduler = schedule.make_scheduler(
+            config.scheduler, parameters, mode=mode, evaluations=evaluations, may_change=may_change
+        )
+        notes = (search.tell(inner, trials, mode), schedule.replay(self.scheduler, trials)) if trials else ()
+        self.notes = [note for note in notes if note is not None]
+        self._draws = search.Draws(
+            inner,
+            parameters,
+            mode=mode,
+            total=self.total,
+            ledger=ledger,
+            overrides_of=overrides_of,
+            on_draw=self._started,
+        )
+        self._deaths: dict[str, str] = {}
+
+    def run(
+        self,
+        trainable: type,
+        *,
+        name: str,
+        storage_path: str,
+        resources: Any,
+        limit: int,
+        between: Callable[[], None],
+    ) -> str:
+        """Runs trials until there are enough; returns `finished` or `time budget`.
+
+        Args:
+            trainable: As `supervise.make_controller`.
+            name, storage_path: Where Tune keeps what a scheduler has it keep.
+            resources: Of a trial.
+            limit: The most trials at a time.
+            between: Called between two decisions, several times a second; what it raises ends the sweep, every process
+                of a trial killed.
+        """
+        pauses = schedule.pauses(self.scheduler)
+        controller = supervise.make_controller(
+            trainable,
+            searcher=self._draws,
+            scheduler=self.scheduler,
+            callbacks=[_Events(self)],
+            name=name,
+            storage_path=storage_path,
+            resources=resources,
+            mode=self._mode,
+            limit=limit,
+            all_drawn_early=pauses,
+            max_failures=self._config.max_trial_failures,
+            on_death=self._died,
+        )
+        budget, began = self._config.time_budget_s, time.monotonic()
+        try:
+            while not controller.is_finished():
+                between()
+                if budget is not None and time.monotonic() - began >= budget:
+                    return "time budget"
+                controller.step()
+            return "finished"
+        finally:
+            controller.abandon()
+
+    # --- what Tune tells ------------------------------------------------------------------------------------------
+
+    def trial_of(self, tune_id: str) -> Trial | None:
+        found = self._draws.trial_of(tune_id)
+        return None if found is None else self._ledger.trials[found]
+
+    def _started(self, trial: Trial) -> None:
+        self._listener.start(trial)
+
+    def reported(self, trial: Trial, result: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
+        """A result: what it says goes into the ledger, what it inherited first."""
+        if "report" not in result:
+            return
+        found = json.loads(result["report"])
+        if inherited := found.get("inherited"):
+            own = {p.key: parameters[p.key] for p in self._parameters if p.key in parameters}
+            self._ledger.inherit(trial.id, inherited["from"], inherited["evaluation"], own, self._overrides_of(own))
+        report = Report(
+            evaluation=found["evaluation"],
+            step=found["step"],
+            value=found["value"],
+            metrics=found["metrics"],
+            time=time.time(),
+        )
+        self._ledger.report(trial.id, report)
+        self._listener.report(trial)
+
+    def ended(self, trial: Trial, result: Mapping[str, Any]) -> None:
+        """Tune has no more use for a trial: it came to its end, or was stopped before."""
+        end = json.loads(result["end"]) if "end" in result else {"status": "pruned"}
+        self._end(trial, end["status"], end.get("cause"))
+
+    def failed(self, trial: Trial, tune_id: str) -> None:
+        """Its process died or raised, and is not started again."""
+        self._end(trial, "failed", self._deaths.get(tune_id, "its process died"))
+
+    def recovered(self, trial: Trial, tune_id: str) -> None:
+        self._listener.say(f"trial {trial.id}: {self._deaths.get(tune_id)}; it is tried again")
+
+    def _end(self, trial: Trial, status: Status, cause: str | None) -> None:
+        self._ledger.end(trial.id, status, cause)
+        self._listener.end(trial)
+
+    def _died(self, tune_id: str, cause: str) -> None:
+        self._deaths[tune_id] = cause
+
+
+class _Events(tune.Callback):  # type: ignore[misc]
+    """Tune's events, by our trials."""
+
+    def __init__(self, search: Search) -> None:
+        self._search = search
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        if (own := self._search.trial_of(trial.trial_id)) is not None:
+            self._search.reported(own, result, trial.config)
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        if (own := self._search.trial_of(trial.trial_id)) is not None:
+            self._search.ended(own, trial.last_result or {})
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        if (own := self._search.trial_of(trial.trial_id)) is not None:
+            self._search.failed(own, trial.trial_id)
+
+    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        if (own := self._search.trial_of(trial.trial_id)) is not None:
+            self._search.recovered(own, trial.trial_id)

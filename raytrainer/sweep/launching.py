@@ -1,0 +1,91 @@
+"""From a plan to a sweep: what is checked, and who holds the sweep's directory meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import cast
+
+from raytrainer import run, tracking
+from raytrainer.errors import PreflightError, StorageLocked
+from raytrainer.interrupts import Interrupts
+from raytrainer.progress import Display
+from raytrainer.run import CONFIG, Logs, Record, experiment_name, refuse_existing, tracking_uri
+from raytrainer.storage import Storage
+from raytrainer.sweep.driver import SweepDriver, may_change
+from raytrainer.sweep.ledger import Ledger, Mode
+from raytrainer.sweep.outcome import SweepOutcome
+from raytrainer.sweep.plan import Plan
+from raytrainer.sweep.schedule import make_scheduler
+from raytrainer.sweep.search import check_search
+
+
+def check(plan: Plan, record: Record | None = None) -> str:
+    """All that can be known before a start; starts nothing. Returns what would run, in words.
+
+    Raises:
+        Refused: What does not hold.
+    """
+    where = run.check(plan.first, record)
+    s = plan.experiment.sweep
+    check_search(s.search_alg, plan.parameters)
+    make_scheduler(
+        s.scheduler, plan.parameters, mode=cast(Mode, plan.mode), evaluations=plan.evaluations, may_change=may_change
+    )
+    return f"sweep={plan.choice} over {', '.join(p.key for p in plan.parameters)}, each trial on {where}"
+
+
+def launch(
+    plan: Plan,
+    *,
+    argv: Sequence[str] = (),
+    record: Record | None = None,
+    display: Display | None = None,
+) -> SweepOutcome:
+    """Runs a sweep to its end, or goes on with one.
+
+    Args:
+        plan: What to sweep; of a sweep that goes on the one that it was begun with.
+        argv: The command line, for the records.
+        record: The sweep to go on with; None: a new one.
+        display: Where progress is shown.
+
+    Raises:
+        Refused: Nothing was started.
+        Stopped: A signal came before anything was started.
+    """
+    began, e = time.monotonic(), plan.experiment
+    display = display or Display()
+    where = check(plan, record)
+    with Interrupts() as interrupts:
+        storage = Storage(e.storage_path or "").child(e.name or "")
+        with ExitStack() as held:
+            try:
+                lock = held.enter_context(storage.lock("lock", {"run": e.name or ""}))
+            except StorageLocked as error:
+                raise PreflightError([str(error)]) from error
+            if record is None:
+                refuse_existing(e, storage)  # again, now that nobody else can make it
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            old = record or Record(e.name or "", storage.uri, created=now, kind="sweep")
+            record = replace(
+                old,
+                tracking_uri=old.tracking_uri or tracking.redacted(tracking_uri(e)),
+                choices=old.choices or dict(plan.first.choices),
+                experiment_name=old.experiment_name or experiment_name(plan.first),
+                status="RUNNING",
+                attempts=old.attempts + 1,
+            )
+            storage.write_bytes(CONFIG, plan.first.text.encode())
+            plan.write(storage)
+            record.write(storage)
+            ledger = Ledger.open(storage)
+            ledger.begin({"attempt": record.attempts, "argv": list(argv), "created": now})
+            with Logs(storage, display) as logs:
+                logs.mark("checked")
+                display.say(f"{record.name}: {where}")
+                outcome = SweepDriver(plan, record, storage, display, logs, lock, interrupts, ledger, argv, where).run()
+    return replace(outcome, seconds=time.monotonic() - began)

@@ -1,0 +1,83 @@
+"""How an attempt at a sweep ended, and the words for it."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, cast
+
+from raytrainer.progress import duration
+from raytrainer.run import Record
+from raytrainer.sweep.ledger import Mode, Trial
+from raytrainer.sweep.plan import Plan
+from raytrainer.sweep.table import command_line, final_table, ranked
+
+_MOST_FAILED = 5  # trials whose causes are told at the end
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+@dataclass(frozen=True)
+class SweepOutcome:
+    """How an attempt at a sweep ended.
+
+    Attributes:
+        status, exit_code, record, where, cause, mlflow, mlflow_command, seconds: As `run.Outcome`'s.
+        plan: What was swept.
+        trials: All, of earlier attempts too.
+        note: What ended it before all trials were drawn.
+    """
+
+    status: Status
+    exit_code: int
+    record: Record
+    where: str
+    plan: Plan
+    trials: Sequence[Trial] = ()
+    cause: str | None = None
+    note: str | None = None
+    mlflow: str | None = None
+    mlflow_command: str | None = None
+    seconds: float = 0.0
+    traceback: str | None = field(default=None, repr=False)
+
+
+def summary(outcome: SweepOutcome, program: str) -> str:
+    """The last words of a sweep: what came out, where everything is, and what to type next."""
+    record, plan, mode = outcome.record, outcome.plan, cast(Mode, outcome.plan.mode)
+    words = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}[outcome.status]
+    counts = Counter(t.status for t in outcome.trials)
+    told = ", ".join(f"{counts[s]} {s}" for s in ("finished", "pruned", "failed", "stopped") if counts[s])
+    rows = [
+        ("outcome", f"{words}: {len(outcome.trials)} trials ({told or 'none ended'}) in {duration(outcome.seconds)}")
+    ]
+    if outcome.note:
+        rows.append(("", f"{outcome.note}; resume goes on"))
+    if outcome.cause and outcome.status == "FAILED":
+        rows.append(("cause", outcome.cause))
+    failed = [t for t in outcome.trials if t.status == "failed"]
+    rows += [("failed", f"{trial.id}: {trial.cause}") for trial in failed[:_MOST_FAILED]]
+    if counts["failed"] > _MOST_FAILED:
+        rows.append(("", f"and {counts['failed'] - _MOST_FAILED} more"))
+    rows.append(("where", outcome.where))
+    if outcome.mlflow:
+        rows.append(("mlflow", f"{outcome.mlflow}  run {record.run_id}"))
+    rows.append(("output", record.run_dir))
+    best = ranked(outcome.trials, mode)[:1]
+    if best:
+        report = best[0].best(mode)
+        assert report is not None
+        rows.append(("best", f"{plan.metric} {report.value:.4g} at step {report.step} of trial {best[0].id}"))
+        rows.append(("", command_line(program, plan.fixed, best[0])))
+    following = [outcome.mlflow_command] if outcome.mlflow_command else []
+    if best and "://" not in record.run_dir:
+        following.append(f"{program} --config-dir={shlex.quote(record.run_dir + '/best')} experiment=best")
+    more = f" sweep.num_samples={2 * len(outcome.trials)}" if outcome.status == "FINISHED" and not outcome.note else ""
+    following.append(f"{program} resume {record.name}{more}")
+    rows += [("next" if not i else "", text) for i, text in enumerate(following)]
+    lines = [f"{name:<8} {text}" for name, text in rows]
+    if best and len(outcome.trials) > 1:
+        table = final_table(outcome.trials, metric=plan.metric, mode=mode, keys=[p.key for p in plan.parameters])
+        lines = [table, "", *lines]
+    return "\n".join(lines)

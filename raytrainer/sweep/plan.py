@@ -1,0 +1,237 @@
+"""What a sweep is, before anything runs: its parameters, and one composed config for each combination of group choices.
+All that can be known beforehand is refused here."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from raytrainer import preflight
+from raytrainer.config import (
+    Composition,
+    Experiment,
+    Parameter,
+    compose,
+    experiment_of,
+    from_text,
+    new_name,
+    parse_space,
+)
+from raytrainer.errors import ConfigError, StorageError
+from raytrainer.storage import Storage
+
+PLAN = "sweep.json"
+VERSION = 1
+_MOST_COMBINATIONS = 1000  # of group choices; each is composed, and kept
+_MOST_PROBES = 400  # of values on those combinations
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep.
+
+    Attributes:
+        choice: The choice of the group `sweep`, e.g. `asha`.
+        fixed: The command line's overrides that all trials have.
+        parameters: What differs between them.
+        compositions: The config of each combination of group choices, by `choices_of`; all have the sweep's name.
+    """
+
+    choice: str
+    fixed: tuple[str, ...]
+    parameters: tuple[Parameter, ...]
+    compositions: Mapping[str, Composition]
+
+    @property
+    def first(self) -> Composition:
+        return next(iter(self.compositions.values()))
+
+    @property
+    def experiment(self) -> Experiment:
+        """Of the first combination: all have the same sections `sweep`, `cluster`, `tracking` and `scaling`."""
+        return self.first.experiment
+
+    @property
+    def metric(self) -> str:
+        return self.experiment.sweep.metric or self.experiment.checkpoint.monitor
+
+    @property
+    def mode(self) -> str:
+        return self.experiment.sweep.mode or self.experiment.checkpoint.mode
+
+    @property
+    def total(self) -> int | None:
+        """How many trials there will be; None: every combination of a grid."""
+        return self.experiment.sweep.num_samples
+
+    @property
+    def evaluations(self) -> int | None:
+        """How often a trial evaluates, where the config alone says so; of several combinations the most."""
+        counts = [_evaluations(c.experiment) for c in self.compositions.values()]
+        for p in self.parameters:
+            if p.key in ("trainer.max_epochs", "trainer.max_steps", "trainer.eval_every_n_steps"):
+                texts = [c.text for c in self.compositions.values()]
+                counts += [_evaluations(experiment_of(t, [p.override(v)])) for t in texts for v in p.probes()]
+        return max((c for c in counts if c is not None), default=None) if None not in counts else None
+
+    def text_of(self, values: Mapping[str, Any]) -> str:
+        """The base text of a trial with these parameters."""
+        return self.compositions[choices_of(self.parameters, values)].text
+
+    def composition_of(self, values: Mapping[str, Any]) -> Composition:
+        """The whole config of a trial with these parameters."""
+        base = self.compositions[choices_of(self.parameters, values)]
+        set_ = [p.override(values[p.key]) for p in self.parameters if not p.group and p.key in values]
+        return replace(from_text(base.text, set_), choices=base.choices)
+
+    def overrides_of(self, values: Mapping[str, Any]) -> list[str]:
+        """A trial's parameters as overrides of the command line."""
+        return [p.override(values[p.key]) for p in self.parameters if p.key in values]
+
+    def with_overrides(self, overrides: Sequence[str]) -> Plan:
+        """The same with other values of the sections that all trials share."""
+        changed = {
+            key: replace(from_text(c.text, overrides), choices=c.choices) for key, c in self.compositions.items()
+        }
+        return replace(self, compositions=changed)
+
+    def write(self, storage: Storage) -> None:
+        """Keeps it in the sweep's directory."""
+        found = {
+            "version": VERSION,
+            "choice": self.choice,
+            "fixed": list(self.fixed),
+            "parameters": [p.to_dict() for p in self.parameters],
+            "compositions": [
+                {"of": key, "text": c.text, "choices": dict(c.choices)} for key, c in self.compositions.items()
+            ],
+        }
+        storage.write_bytes(PLAN, json.dumps(found, indent=1).encode())
+
+    @classmethod
+    def read(cls, storage: Storage) -> Plan:
+        """The plan in a sweep's directory.
+
+        Raises:
+            StorageError: It is not there, or a later version wrote it.
+        """
+        try:
+            found = json.loads(storage.read_bytes(PLAN))
+            if found["version"] > VERSION:
+                raise StorageError(f"{storage.where(PLAN)} was written by a later version of raytrainer")
+            compositions = {
+                c["of"]: replace(from_text(c["text"]), choices=tuple(sorted(c["choices"].items())))
+                for c in found["compositions"]
+            }
+            parameters = tuple(Parameter.from_dict(p) for p in found["parameters"])
+            return cls(found["choice"], tuple(found["fixed"]), parameters, compositions)
+        except (ValueError, TypeError, KeyError) as error:
+            raise StorageError(f"{storage.where(PLAN)} is no plan of a sweep: {error}") from error
+
+
+def make_plan(
+    overrides: Sequence[str],
+    *,
+    choice: str,
+    space: Mapping[str, Any],
+    groups: Callable[[str], bool] | Collection[str],
+    config_dir: str | Path | None = None,
+) -> Plan:
+    """A sweep from a command line, every combination of group choices composed and every value tried on it.
+
+    Args:
+        overrides: The command line's, those with several values among them.
+        choice: Of the group `sweep`.
+        space: `sweep.space` of the config.
+        groups: Which names are groups.
+        config_dir: As `--config-dir`.
+
+    Raises:
+        ConfigError: The first thing that is wrong.
+    """
+    parameters, fixed = parse_space(overrides, space, groups=groups, config_dir=config_dir)
+    if not parameters:
+        raise ConfigError(
+            "needs something to sweep over: optimizer.lr=0.1,0.01, 'optimizer.lr=tag(log,interval(1e-4,1e-1))', "
+            "model=mlp,resnet_digits, or sweep.space in an experiment",
+            key="sweep",
+            value=choice,
+        )
+    grouped = [p for p in parameters if p.group]
+    combinations = list(itertools.islice(itertools.product(*(p.values for p in grouped)), _MOST_COMBINATIONS + 1))
+    if len(combinations) > _MOST_COMBINATIONS:
+        raise ConfigError(f"are more than {_MOST_COMBINATIONS} combinations", key=", ".join(p.key for p in grouped))
+    compositions: dict[str, Composition] = {}
+    named = list(fixed)
+    for combination in combinations:
+        chosen = [p.override(v) for p, v in zip(grouped, combination, strict=True)]
+        composition = compose([*named, *chosen], config_dir)
+        if not compositions and not any(o.startswith("name=") for o in fixed):
+            stem = dict(composition.choices).get("experiment", "run") if len(combinations) == 1 else "sweep"
+            named.append(f"name={new_name(f'{stem}-{choice}')}")
+            composition = compose([*named, *chosen], config_dir)
+        compositions[" ".join(sorted(chosen))] = composition
+    plan = Plan(choice, tuple(fixed), tuple(parameters), compositions)
+    check_plan(plan)
+    return plan
+
+
+def choices_of(parameters: Sequence[Parameter], values: Mapping[str, Any]) -> str:
+    """The group choices among a trial's values, as one text: what its composition is found by."""
+    return " ".join(sorted(p.override(values[p.key]) for p in parameters if p.group and p.key in values))
+
+
+def trial_spool(place: Storage) -> Path:
+    """Where the metrics of a sweep or trial wait for MLflow: with it, or on this machine where that is elsewhere."""
+    if place.is_local:
+        return place.local_path / "spool"
+    name = hashlib.sha256(place.uri.encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir(), f"raytrainer-{os.getuid()}", "spools", name)
+
+
+def check_plan(plan: Plan) -> None:
+    """What makes a sweep impossible, and what makes one of its trials so.
+
+    Raises:
+        ConfigError: Naming the key.
+    """
+    e = plan.experiment
+    if e.debug:
+        raise ConfigError("is one batch of one run; leave out -m and what is swept", key="debug", value=True)
+    if e.cluster.kind == "inline":
+        raise ConfigError("has no processes for trials; use cluster=local", key="cluster", value="inline")
+    if isinstance(e.scaling.num_workers, list):
+        raise ConfigError(
+            "is elastic; every trial of a sweep has the same number of workers",
+            key="scaling.num_workers",
+            value=e.scaling.num_workers,
+        )
+    if e.tracking.register_model:
+        raise ConfigError(
+            "registers the model of one run; train the sweep's best experiment with it",
+            key="tracking.register_model",
+            value=e.tracking.register_model,
+        )
+    tried = 0
+    for composition in plan.compositions.values():
+        preflight.check_objects(composition.experiment)
+        for p in plan.parameters:
+            for value in () if p.group else p.probes():
+                if (tried := tried + 1) <= _MOST_PROBES:
+                    preflight.check_objects(experiment_of(composition.text, [p.override(value)]))
+
+
+def _evaluations(e: Experiment) -> int | None:
+    t = e.trainer
+    if not e.data.val or t.eval_every_n_steps == 0:
+        return 1
+    if t.eval_every_n_steps is None:
+        return t.max_epochs
+    return -(-t.max_steps // t.eval_every_n_steps) if t.max_steps is not None else None

@@ -1,0 +1,298 @@
+"""What runs in a trial's process: one trial after the other, each as if the process were new.
+
+Tune asks for one result at a time; training goes on in a thread of its own, which waits at each evaluation until Tune
+has decided. So a stopped trial ends at once, between two steps, and the process is free for the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import math
+import os
+import queue
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from raytrainer import worker
+from raytrainer.config import Parameter
+from raytrainer.errors import ConfigError, NonFiniteLoss, WorkerError
+from raytrainer.storage import Storage
+from raytrainer.sweep.ledger import worst
+from raytrainer.sweep.plan import choices_of, trial_spool
+
+_SOURCE = "trial.json"  # beside a checkpoint that Tune carries: whose it is
+_ENDS_S = 30.0  # the workers of a stopped trial are killed in so long
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all trials of a sweep have in common; sent to each process once.
+
+    Attributes:
+        texts: `Composition.text` of each combination of group choices, by `choices_of`.
+        parameters: What is swept.
+        fixed: Values that every trial has on top of its text.
+        run_dir: The sweep's own storage.
+        metric, mode: The objective.
+        tracking_uri: Without credentials.
+        ship: Whether a trial's process sends its metrics itself.
+        workers: Training processes of a trial.
+        resources: Of each of them.
+        strategy: Where they are placed.
+        gpu: Whether they train on GPUs.
+        retries: Whether a failed trial may be tried again.
+    """
+
+    texts: Mapping[str, str]
+    parameters: Sequence[Parameter]
+    fixed: Sequence[str]
+    run_dir: str
+    metric: str
+    mode: str
+    tracking_uri: str
+    ship: bool
+    workers: int
+    resources: Mapping[str, float]
+    strategy: str
+    gpu: bool
+    retries: bool
+
+    def job(self, config: Mapping[str, Any]) -> worker.Job:
+        """What the trial of Tune's `config` trains."""
+        run_dir = Storage(self.run_dir).child(f"trials/{config['trial']}")
+        return worker.Job(
+            text=self.texts[choices_of(self.parameters, config)],
+            overrides=[*self.fixed, *(p.override(config[p.key]) for p in self.parameters if not p.group)],
+            run_dir=run_dir.uri,
+            run_id=config["run"] or None,
+            tracking_uri=self.tracking_uri,
+            spool_dir=str(trial_spool(run_dir)),
+            ship=self.ship,
+            # A checkpoint that population based training copied in goes on with this trial's own values.
+            changed=[p.key.removeprefix("optimizer.") for p in self.parameters if p.key.startswith("optimizer.")],
+            reports=self.workers > 1,
+        )
+
+
+class _Ended(BaseException):
+    """Raised in the training thread where it waits: Tune has stopped the trial."""
+
+
+class TrialProcess(tune.Trainable):  # type: ignore[misc]
+    """A process of Tune. `ray.tune.with_parameters(TrialProcess, shared=…)` makes the class that Tune starts.
+
+    A result has `objective` (what schedulers compare: never NaN), `training_iteration` (evaluations since the trial's
+    first step, also over restarts) and `report` or `end`, JSON for the driver.
+    """
+
+    def setup(self, config: dict[str, Any], shared: Shared) -> None:
+        import torch  # noqa: F401  imported before the freeze below
+
+        # What is imported by now stays: the collector need not look through it after each trial.
+        gc.collect()
+        gc.freeze()
+        self._shared = shared
+        self._take(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._end()
+        self._take(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="trial", daemon=True)
+            self._thread.start()
+        elif self._blocked:
+            self._blocked = False
+            self._go.release()
+        message = self._messages.get()
+        if isinstance(message, BaseException):
+            raise message  # Tune starts the trial again, in another process
+        return message
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Tune pauses the trial, or clones it: its state of the last report goes into `checkpoint_dir`."""
+        from raytrainer.checkpoint import copy_out
+
+        if self._trainer is not None:  # its thread waits in `_report`
+            self._trainer.save()
+            self._trainer.checkpointer.wait()
+        copy_out(self._checkpoints, Path(checkpoint_dir))
+        Path(checkpoint_dir, _SOURCE).write_text(json.dumps({"trial": self._trial, "evaluation": self._evaluation}))
+
+    def load_checkpoint(self, checkpoint: str) -> None:  # type: ignore[override]
+        """A trial goes on, or a clone begins: with the state in the directory `checkpoint`."""
+        from raytrainer.checkpoint import take_in
+
+        source = json.loads(Path(checkpoint, _SOURCE).read_text())
+        take_in(Path(checkpoint), self._checkpoints)
+        if source["trial"] != self._trial:
+            self._inherited = {"from": source["trial"], "evaluation": source["evaluation"]}
+
+    def cleanup(self) -> None:
+        self._end()
+
+    # --- one trial ------------------------------------------------------------------------------------------------
+
+    def _take(self, config: Mapping[str, Any]) -> None:
+        self._job = self._shared.job(config)
+        self._trial = str(config["trial"])
+        self._checkpoints = Storage(self._job.run_dir).child("checkpoints")
+        self._thread: threading.Thread | None = None
+        self._messages: queue.Queue[Any] = queue.Queue()
+        self._go = threading.Semaphore(0)
+        self._blocked = self._ending = False
+        self._trainer: Any = None
+        self._last: dict[str, Any] = {}
+        self._evaluation = 0
+        self._inherited: dict[str, Any] | None = None
+        self._group: tuple[Any, threading.Event] | None = None  # the workers of a trial that has several
+
+    def _run(self) -> None:
+        """The training thread: its last message says how the trial ended."""
+        try:
+            with _as_found():
+                nested = self._shared.workers > 1
+                result = self._train_on_workers() if nested else self._train_here()
+            self._messages.put(self._ended({"status": "finished", "reason": result["reason"]}, result))
+        except _Ended:
+            pass
+        except Exception as error:  # noqa: BLE001  whatever a trial raises is data: its process goes on
+            if self._ending:
+                return
+            failed = error if isinstance(error, WorkerError) else worker.described(error, 0)
+            diverged = NonFiniteLoss.__name__ in failed.cause.partition(":")[0]
+            if self._shared.retries and failed.retry:
+                self._messages.put(failed)
+            else:
+                end = {"status": "failed", "cause": failed.cause, "traceback": failed.traceback, "diverged": diverged}
+                self._messages.put(self._ended(end, None))
+            traceback.clear_frames(error.__traceback__)  # they hold the model
+        finally:
+            self._trainer = None
+
+    def _train_here(self) -> dict[str, Any]:
+        world = worker.inline_world(self._shared.gpu)
+        return worker.run(
+            self._job, world, emit=lambda message: None, report=self._report, later=lambda work: _in_background(work)
+        )
+
+    def _train_on_workers(self) -> dict[str, Any]:
+        from raytrainer import supervise
+
+        supervise.prepare(embedded=False)
+        shared, done = self._shared, threading.Event()
+        trainer = supervise.make_trainer(
+            self._job,
+            num_workers=shared.workers,
+            use_gpu=shared.gpu,
+            resources_per_worker=shared.resources,
+            placement_strategy=shared.strategy,
+            accelerator_type=None,  # of the trial's own bundles, which these workers are placed in
+            label_selector=None,
+            max_failures=0,
+            max_preemption_failures=-1,
+            ray_storage=self._job.run_dir,
+            attempt=f"attempt-{os.getpid()}",
+            progress=lambda: self._evaluation,
+            on_retry=lambda text: None,
+            on_report=lambda found: self._take_report(found["step"], found["metrics"], None, found["ends"]),
+        )
+        self._group = (trainer, done)
+        try:
+            result: dict[str, Any] = trainer.fit().return_value
+            return result
+        except Exception as error:
+            first = supervise.first_error(error)
+            raise first if isinstance(first, Exception) else error from error
+        finally:
+            done.set()
+
+    def _report(self, trainer: Any, ends: bool) -> None:
+        """In the training thread, after an evaluation: waits until Tune has decided."""
+        self._trainer = trainer
+        self._take_report(trainer.step, trainer.metrics, trainer.evaluations, ends)
+        if not ends:
+            self._go.acquire()
+            if self._ending:
+                raise _Ended
+
+    def _take_report(self, step: int, metrics: Mapping[str, float], evaluations: int | None, ends: bool) -> None:
+        self._evaluation = self._evaluation + 1 if evaluations is None else max(evaluations, 1)
+        self._last = self._result(step, metrics)
+        if not ends:  # the last one goes out with the end
+            self._blocked = evaluations is not None
+            self._messages.put(self._last)
+
+    def _result(self, step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+        shared = self._shared
+        if shared.metric not in metrics:
+            raise ConfigError("is no metric that is logged", key="sweep.metric", value=shared.metric, choices=metrics)
+        value = float(metrics[shared.metric])
+        report = {"evaluation": self._evaluation, "step": step, "value": value, "metrics": dict(metrics)}
+        if self._inherited is not None:
+            report["inherited"], self._inherited = self._inherited, None
+        return {
+            "objective": value if math.isfinite(value) else worst(shared.mode),
+            "training_iteration": self._evaluation,
+            "report": json.dumps(report),  # a text: Tune would keep statistics of every number
+            "done": False,
+        }
+
+    def _ended(self, end: Mapping[str, Any], result: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The trial's last result: its last report, or for one that raised the worst there is."""
+        if result is not None and not self._last:  # it had been trained to the end before
+            self._take_report(result["step"], result["metrics"], 1, ends=True)
+        last = dict(self._last)
+        if result is None:
+            last.pop("report", None)
+            last |= {"objective": worst(self._shared.mode), "training_iteration": max(self._evaluation, 1)}
+        return last | {"end": json.dumps(end), "done": True}
+
+    def _end(self) -> None:
+        """The training thread is over when this returns, whatever it was in."""
+        thread = self._thread
+        if thread is None:
+            return
+        self._ending = True
+        self._go.release()
+        if self._group is not None and thread.is_alive():
+            trainer, done = self._group
+            trainer.abandon(done, _ENDS_S)
+        thread.join()
+        self._trainer = self._thread = self._group = None
+        gc.collect()
+
+
+def _in_background(work: Callable[[], None]) -> None:
+    threading.Thread(target=work, name="trial-end", daemon=True).start()
+
+
+@contextlib.contextmanager
+def _as_found() -> Iterator[None]:
+    """Puts back what a trial's code may have set for the whole process, so that the next one finds none of it."""
+    import torch
+
+    environment, folder = dict(os.environ), Path.cwd()
+    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cudnn
+    flags = (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_float32_matmul_precision(precision)
+        cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = flags
+        if dict(os.environ) != environment:
+            os.environ.clear()
+            os.environ.update(environment)
+        os.chdir(folder)
