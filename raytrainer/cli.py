@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -116,7 +116,8 @@ def _sweep(plan: Any, arguments: list[str]) -> int:
 def _check_sweep(plan: Any, arguments: list[str]) -> int:
     from raytrainer import sweep
 
-    print(f"ok: {plan.experiment.name} would run {sweep.check(plan)}")
+    where = sweep.check(plan)
+    print(f"ok: {plan.experiment.name} would run {sweep.in_words(plan)}, each on {where}")
     return 0
 
 
@@ -192,7 +193,7 @@ def _hydra(
             plan = make_plan(
                 task_overrides,
                 choice=choice,
-                space=OmegaConf.to_container(cfg.sweep.space, resolve=True),  # type: ignore[arg-type]
+                space=cast(dict[str, Any], OmegaConf.to_container(cfg.sweep.space, resolve=True)),
                 groups=config.group_names(parsed.config_dir),
                 config_dir=parsed.config_dir,
             )

@@ -63,6 +63,7 @@ class Job:
         ship: Whether the worker sends them itself; False where the driver reads the same disk and does.
         changed: The optimizer's settings whose values in the config replace those in the checkpoint.
         mark: What the run's record says of this attempt, wherever `run_dir` is one and the same place.
+        label: Who this is in the logs, where it is not the only one: a trial of a sweep.
         reports: On Ray Train: whether each evaluation is reported to the controller, in whose process a trial waits.
     """
 
@@ -75,6 +76,7 @@ class Job:
     changed: Sequence[str] = ()
     mark: str = ""
     overrides: Sequence[str] = ()
+    label: str = ""
     reports: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,12 +107,17 @@ def on_ray(job: Mapping[str, Any]) -> dict[str, Any]:
 
         context = ray.train.get_context()
         rank = context.get_world_rank()
-        _say({"kind": "hello", "rank": rank, "pid": os.getpid(), "host": socket.gethostname()})
+        hello(rank, job.get("label", ""))
         world = World(rank, context.get_world_size(), context.get_local_rank(), ray.train.torch.get_device())
         found = Job(**job)
         return run(found, world, emit=_say, should_stop=_stop.is_set, report=_report if found.reports else _no_report)
     except Exception as error:
         raise described(error, rank) from error
+
+
+def hello(rank: int, label: str = "") -> None:
+    """Tells the launching process who prints the lines that follow."""
+    _say({"kind": "hello", "rank": rank, "label": label, "pid": os.getpid(), "host": socket.gethostname()})
 
 
 def _report(trainer: Any, ends: bool) -> None:

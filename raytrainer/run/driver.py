@@ -221,7 +221,7 @@ class Driver:
 
     def _inline(self, job: worker.Job) -> Mapping[str, Any]:
         self.interrupts.deferred = True  # the first signal lets the step end; a second one raises
-        self.logs.message(0, {"kind": "hello", "rank": 0, "pid": os.getpid(), "host": os.uname().nodename})
+        self.logs.message(0, {"kind": "hello", "rank": 0, "label": "", "pid": os.getpid(), "host": os.uname().nodename})
         try:
             return worker.run(
                 job,

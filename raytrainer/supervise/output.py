@@ -18,6 +18,7 @@ class WorkerOutput:
     """Takes what the workers print out of Ray's own printing: messages go to `on_message`, text to `on_text`.
 
     Each gets the rank it came from; None: a process that is no worker of ours, or one that has not said its rank yet.
+    Text of a worker with a label (a trial of a sweep) begins with it.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class WorkerOutput:
     ) -> None:
         self._on_message, self._on_text = on_message, on_text
         self._ranks: dict[tuple[Any, Any], int] = {}
+        self._labels: dict[tuple[Any, Any], str] = {}
 
     def __enter__(self) -> WorkerOutput:
         global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
@@ -45,8 +47,9 @@ class WorkerOutput:
         for line in data.get("lines", ()):
             if (message := from_line(line)) is None:
                 if line.strip() and not any(text in line for text in _CHATTER):
-                    self._on_text(self._ranks.get(source), line)
+                    label = self._labels.get(source)
+                    self._on_text(self._ranks.get(source), f"[{label}] {line}" if label else line)
                 continue
             if message["kind"] == "hello":
-                self._ranks[source] = message["rank"]
+                self._ranks[source], self._labels[source] = message["rank"], message["label"]
             self._on_message(self._ranks.get(source), message)

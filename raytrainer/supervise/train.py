@@ -116,6 +116,8 @@ def death(error: BaseException) -> str:
     text = " ".join(" ".join(str(e) for e in chain if e is not None).split())
     if any(isinstance(e, ray.exceptions.OutOfMemoryError) for e in chain) or "memory pressure" in text:
         return f"killed for using too much memory: {text[:300]}"
+    if isinstance(error, ray.exceptions.RayActorError) and "creation task" in text:  # its last line is the exception's
+        return f"its process could not start: {str(error).strip().splitlines()[-1][:300]}"
     if isinstance(error, ray.exceptions.RayActorError) or "WorkerHealthCheckFailed" in type(error).__name__:
         return "the process died (killed from outside, crashed, or out of memory)"
     return f"{type(error).__name__}: {text[:300]}"

@@ -1,5 +1,14 @@
 """Sweeps: many trials of one experiment, drawn by a searcher, pruned by a scheduler of Ray Tune and kept in a ledger.
-Names are imported when they are first used: the ledger alone needs neither Ray nor torch."""
+
+    plan        what a sweep is, composed and checked      ledger     what its trials did, append-only
+    space       its parameters, as Tune takes them         search     what draws their values
+    engine      Tune's loop, and who is told               schedule   what stops, pauses and clones trials
+    driver      one attempt: Ray, MLflow, the status       trial      what runs in a trial's process
+    table       what a person sees meanwhile               launching  the lock, the record, the directory
+    outcome     and at the end                             results    what is left: tables, pictures, the best config
+
+Names are imported when they are first used: the plan and the ledger need neither Ray nor torch.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +16,47 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from raytrainer.sweep.launching import check, in_words, launch
     from raytrainer.sweep.ledger import Ledger, Report, Trial
+    from raytrainer.sweep.outcome import SweepOutcome, summary
+    from raytrainer.sweep.plan import Plan, make_plan
     from raytrainer.sweep.search import GridSearch, RandomSearch
 
-__all__ = ["GridSearch", "Ledger", "RandomSearch", "Report", "Trial"]
+__all__ = [
+    "GridSearch",
+    "Ledger",
+    "Plan",
+    "RandomSearch",
+    "Report",
+    "SweepOutcome",
+    "Trial",
+    "check",
+    "in_words",
+    "launch",
+    "make_plan",
+    "summary",
+]
 
 _HOMES = {
-    "GridSearch": "raytrainer.sweep.search",
-    "Ledger": "raytrainer.sweep.ledger",
-    "RandomSearch": "raytrainer.sweep.search",
-    "Report": "raytrainer.sweep.ledger",
-    "Trial": "raytrainer.sweep.ledger",
+    "GridSearch": "search",
+    "Ledger": "ledger",
+    "Plan": "plan",
+    "RandomSearch": "search",
+    "Report": "ledger",
+    "SweepOutcome": "outcome",
+    "Trial": "ledger",
+    "check": "launching",
+    "in_words": "launching",
+    "launch": "launching",
+    "make_plan": "plan",
+    "summary": "outcome",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'raytrainer.sweep' has no attribute {name!r}")
-    found = getattr(import_module(_HOMES[name]), name)
+    found = getattr(import_module(f"raytrainer.sweep.{_HOMES[name]}"), name)
     globals()[name] = found
     return found
 

@@ -131,6 +131,7 @@ class SweepDriver:
         # A cluster that grows holds less now than it will.
         most = max(1, supervise.capacity(each, workers, nodes, e.scaling.placement_strategy))
         limit = e.sweep.max_concurrent_trials or most
+        self.where = f"{self.where}, {limit} trial{'' if limit == 1 else 's'} at a time"
         search = Search(
             e.sweep,
             parameters=self.plan.parameters,
@@ -202,7 +203,7 @@ class SweepDriver:
         return found
 
     def _said(self, rank: int | None, line: str) -> None:
-        self.logs.text_of("trials", line)
+        self.logs.text_of("ray" if rank is None else "trials", line)
 
     def _started(self, trial: Trial) -> None:
         assert self._fleet is not None
@@ -329,7 +330,7 @@ class SweepDriver:
         except (RaytrainerError, TimeoutError):  # it is what the outcome tells already
             self._fleet.close(0.0)
             return outcome
-        tags = {"raytrainer.exit_code": str(outcome.exit_code), **_counted(outcome.trials)}
+        tags: dict[str, str] = {"raytrainer.exit_code": str(outcome.exit_code), **_counted(outcome.trials)}
         if best := ranked(outcome.trials, self.mode)[:1]:
             report = best[0].best(self.mode)
             assert report is not None
@@ -391,7 +392,7 @@ def _described(p: Parameter) -> str:
 
 
 def _counted(trials: Sequence[Trial]) -> dict[str, str]:
-    counts = Counter(t.status for t in trials)
+    counts = Counter[str](t.status for t in trials)
     return {f"raytrainer.trials.{status}": str(count) for status, count in counts.items()}
 
 

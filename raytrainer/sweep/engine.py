@@ -167,7 +167,7 @@ class Search:
 
     def ended(self, trial: Trial, result: Mapping[str, Any]) -> None:
         """Tune has no more use for a trial: it came to its end, or was stopped before."""
-        end = json.loads(result["end"]) if "end" in result else {"status": "pruned"}
+        end: dict[str, Any] = json.loads(result["end"]) if "end" in result else {"status": "pruned"}
         self._end(trial, end["status"], end.get("cause"))
 
     def failed(self, trial: Trial, tune_id: str) -> None:

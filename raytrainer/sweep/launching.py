@@ -24,7 +24,7 @@ from raytrainer.sweep.search import check_search
 
 
 def check(plan: Plan, record: Record | None = None) -> str:
-    """All that can be known before a start; starts nothing. Returns what would run, in words.
+    """All that can be known before a start; starts nothing. Returns where a trial would run, in words.
 
     Raises:
         Refused: What does not hold.
@@ -35,7 +35,13 @@ def check(plan: Plan, record: Record | None = None) -> str:
     make_scheduler(
         s.scheduler, plan.parameters, mode=cast(Mode, plan.mode), evaluations=plan.evaluations, may_change=may_change
     )
-    return f"sweep={plan.choice} over {', '.join(p.key for p in plan.parameters)}, each trial on {where}"
+    return where
+
+
+def in_words(plan: Plan) -> str:
+    """E.g. `64 trials of sweep=asha over optimizer.lr, model.width`."""
+    count = "" if plan.total is None else f"{plan.total} trials of "
+    return f"{count}sweep={plan.choice} over {', '.join(p.key for p in plan.parameters)}"
 
 
 def launch(
@@ -86,6 +92,6 @@ def launch(
             ledger.begin({"attempt": record.attempts, "argv": list(argv), "created": now})
             with Logs(storage, display) as logs:
                 logs.mark("checked")
-                display.say(f"{record.name}: {where}")
+                display.say(f"{record.name}: {in_words(plan)}, {where}")
                 outcome = SweepDriver(plan, record, storage, display, logs, lock, interrupts, ledger, argv, where).run()
     return replace(outcome, seconds=time.monotonic() - began)

@@ -219,6 +219,9 @@ def check_plan(plan: Plan) -> None:
             key="tracking.register_model",
             value=e.tracking.register_model,
         )
+    search = str((e.sweep.search_alg or {}).get("_target_", ""))
+    if e.sweep.num_samples is None and e.sweep.time_budget_s is None and not search.endswith("GridSearch"):
+        raise ConfigError("or sweep.time_budget_s must be set, or the sweep never ends", key="sweep.num_samples")
     tried = 0
     for composition in plan.compositions.values():
         preflight.check_objects(composition.experiment)

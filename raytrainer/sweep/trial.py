@@ -25,7 +25,7 @@ from raytrainer import worker
 from raytrainer.config import Parameter
 from raytrainer.errors import ConfigError, NonFiniteLoss, WorkerError
 from raytrainer.storage import Storage
-from raytrainer.sweep.ledger import worst
+from raytrainer.sweep.ledger import Mode, worst
 from raytrainer.sweep.plan import choices_of, trial_spool
 
 _SOURCE = "trial.json"  # beside a checkpoint that Tune carries: whose it is
@@ -56,7 +56,7 @@ class Shared:
     fixed: Sequence[str]
     run_dir: str
     metric: str
-    mode: str
+    mode: Mode
     tracking_uri: str
     ship: bool
     workers: int
@@ -78,6 +78,7 @@ class Shared:
             ship=self.ship,
             # A checkpoint that population based training copied in goes on with this trial's own values.
             changed=[p.key.removeprefix("optimizer.") for p in self.parameters if p.key.startswith("optimizer.")],
+            label=str(config["trial"]),
             reports=self.workers > 1,
         )
 
@@ -92,6 +93,14 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
     A result has `objective` (what schedulers compare: never NaN), `training_iteration` (evaluations since the trial's
     first step, also over restarts) and `report` or `end`, JSON for the driver.
     """
+
+    _thread: threading.Thread | None
+    _messages: queue.Queue[dict[str, Any] | WorkerError]
+    _trainer: Any  # the Trainer, where it is in this process and waits
+    _blocked: bool  # whether the training thread waits to go on
+    _last: dict[str, Any]
+    _inherited: dict[str, Any] | None  # whose checkpoint the trial was given
+    _group: tuple[Any, threading.Event] | None  # the workers of a trial that has several, and whether they are gone
 
     def setup(self, config: dict[str, Any], shared: Shared) -> None:
         import torch  # noqa: F401  imported before the freeze below
@@ -115,7 +124,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
             self._blocked = False
             self._go.release()
         message = self._messages.get()
-        if isinstance(message, BaseException):
+        if isinstance(message, WorkerError):
             raise message  # Tune starts the trial again, in another process
         return message
 
@@ -129,7 +138,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
         copy_out(self._checkpoints, Path(checkpoint_dir))
         Path(checkpoint_dir, _SOURCE).write_text(json.dumps({"trial": self._trial, "evaluation": self._evaluation}))
 
-    def load_checkpoint(self, checkpoint: str) -> None:  # type: ignore[override]
+    def load_checkpoint(self, checkpoint: str) -> None:
         """A trial goes on, or a clone begins: with the state in the directory `checkpoint`."""
         from raytrainer.checkpoint import take_in
 
@@ -144,18 +153,15 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
     # --- one trial ------------------------------------------------------------------------------------------------
 
     def _take(self, config: Mapping[str, Any]) -> None:
-        self._job = self._shared.job(config)
-        self._trial = str(config["trial"])
+        self._job, self._trial = self._shared.job(config), str(config["trial"])
+        worker.hello(0, self._trial)
         self._checkpoints = Storage(self._job.run_dir).child("checkpoints")
-        self._thread: threading.Thread | None = None
-        self._messages: queue.Queue[Any] = queue.Queue()
+        self._thread = self._trainer = self._inherited = self._group = None
+        self._messages = queue.Queue()
         self._go = threading.Semaphore(0)
         self._blocked = self._ending = False
-        self._trainer: Any = None
-        self._last: dict[str, Any] = {}
+        self._last = {}
         self._evaluation = 0
-        self._inherited: dict[str, Any] | None = None
-        self._group: tuple[Any, threading.Event] | None = None  # the workers of a trial that has several
 
     def _run(self) -> None:
         """The training thread: its last message says how the trial ended."""

@@ -121,9 +121,8 @@ class Trainer:
             early.min_delta if early else 0.0,
         )
         self._evaluated_at = self._saved_at = self._logged_at = 0
-        self._saved_when = -math.inf
+        self._saved_when = self._began = time.monotonic()
         self._elapsed = 0.0  # seconds of training before this process's
-        self._began = time.monotonic()
         self._lr: Any = 0.0
         self._extra: dict[str, float] = {}
         self.window = WeightedMeans(device, self.world.all_reduce)
