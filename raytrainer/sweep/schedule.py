@@ -23,12 +23,12 @@ from ray.tune.schedulers import (
 )
 from ray.tune.schedulers.pb2 import PB2
 
-from raytrainer.config import Parameter, bind, build, locate
+from raytrainer.config import Parameter, bind, factory, locate
 from raytrainer.config.nodes import SUPPLIED
 from raytrainer.errors import ConfigError
 from raytrainer.supervise import METRIC
 from raytrainer.sweep.ledger import Mode, Trial, worst
-from raytrainer.sweep.search import TRIAL, RandomSearch
+from raytrainer.sweep.search import RUN, TRIAL, RandomSearch
 from raytrainer.sweep.space import domain, nearest, points
 
 TIME = "training_iteration"  # in Tune's results: the number of the evaluation
@@ -100,16 +100,27 @@ def make_scheduler(
         name: value for name, value in (("metric", METRIC), ("mode", mode), ("time_attr", TIME)) if name in names
     }
     if not _is(target, PopulationBasedTraining):
-        return build(given, **supplied)
+        return _built(given, supplied, key)
     _check_population(parameters, may_change, drawn_by, key)
     if _is(target, PB2):
         if given.get("hyperparam_bounds") is None:
             supplied["hyperparam_bounds"] = {p.key: _bounds(p, key) for p in parameters}
     else:
         supplied["hyperparam_mutations"] = {p.key: _mutation(p) for p in parameters}
-    found = build(given, custom_explore_fn=_Kept(tuple(parameters)), **supplied)
+    supplied["custom_explore_fn"] = _Kept(tuple(parameters))
+    found = _built(given, supplied, key)
     _adapt(found)
     return found
+
+
+def _built(node: Mapping[str, Any], supplied: Mapping[str, Any], key: str) -> TrialScheduler:
+    # Called here: what Hydra is given it copies, and takes a dataclass for a config.
+    make = factory(node)
+    try:
+        return make(**supplied)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConfigError(f"could not be built: {reason}", key=key, value=node["_target_"]) from error
 
 
 def _is(target: Any, kind: type) -> bool:
@@ -173,9 +184,9 @@ def _adapt(scheduler: Any) -> None:
     new_config, on_trial_add = scheduler._get_new_config, scheduler.on_trial_add
 
     def kept_id(trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], Any]:
-        # A clone gets the other's config, in which our id of the trial stands.
+        # A clone gets the other's config, in which it is said whose it is.
         found, operations = new_config(trial, trial_to_clone)
-        return {**found, TRIAL: trial.config[TRIAL]}, operations
+        return {**found, **{name: trial.config[name] for name in (TRIAL, RUN) if name in trial.config}}, operations
 
     def added(tune_controller: Any, trial: Any) -> None:
         # Any searcher is refused: it looks only at whether there is one. Ours draws at random.

@@ -52,6 +52,7 @@ LIBRARIES: Mapping[str, Mapping[str, str]] = {
 }
 _SEEDS = ("seed", "random_state_seed", "random_state")  # what searchers call it
 TRIAL = "trial"  # the key of a trial's id in Tune's config of it
+RUN = "run"  # and that of its run in MLflow
 
 
 # --- our own searchers ----------------------------------------------------------------------------------------------
@@ -335,7 +336,7 @@ class Draws(Searcher):  # type: ignore[misc]
         clock: Callable[[], float] = time.time,
     ) -> None:
         super().__init__()
-        if any(p.key == TRIAL for p in parameters):
+        if any(p.key in (TRIAL, RUN) for p in parameters):
             raise ConfigError("cannot be swept: it is the name of a trial's number", key=TRIAL)
         self.total = total
         self._search, self._parameters, self._mode = search, list(parameters), mode
@@ -379,7 +380,7 @@ class Draws(Searcher):  # type: ignore[misc]
             self._ledger.start(trial)
         self._ids[trial_id] = trial.id
         self._on_draw(trial)
-        return {TRIAL: trial.id, **trial.parameters}
+        return {TRIAL: trial.id, RUN: trial.run_id or "", **trial.parameters}
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         told = self._told(result)
