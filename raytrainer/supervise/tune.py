@@ -96,7 +96,7 @@ def make_controller(
         run=trainable,
         num_samples=1_000_000_000,  # the searcher says when it is enough
         storage_path=storage_path,
-        checkpoint_config=CheckpointConfig(num_to_keep=2),
+        checkpoint_config=CheckpointConfig(num_to_keep=4),  # PBT may clone one that is not the newest
         resources_per_trial=resources,
         max_failures=max_failures,
         trial_name_creator=lambda trial: trial.trial_id,

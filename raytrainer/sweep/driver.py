@@ -238,7 +238,7 @@ class SweepDriver:
     def _finish_run(self, trial: Trial) -> None:
         assert self._fleet is not None
         best = trial.best(self.mode)
-        tags = {"raytrainer.trial_status": trial.status}
+        tags: dict[str, str] = {"raytrainer.trial_status": trial.status}
         if best is not None:
             tags |= {"raytrainer.best_value": repr(best.value), "raytrainer.best_step": str(best.step)}
         self._fleet.finish(trial_spool(self._trial_dir(trial)), _IN_MLFLOW[trial.status], trial.cause, tags=tags)
@@ -317,14 +317,7 @@ class SweepDriver:
         patience = _CLOSE_STOPPED_S if outcome.status == "KILLED" else _CLOSE_S
         assert self._fleet is not None
         if outcome.trials:
-            results.write(
-                self.storage,
-                trials=outcome.trials,
-                plan=self.plan,
-                metric=self.plan.metric,
-                mode=self.mode,
-                pictures=outcome.status != "KILLED",
-            )
+            self._write_results(outcome)
         try:
             run = opening.result(timeout=_OPEN_S)
         except (RaytrainerError, TimeoutError):  # it is what the outcome tells already
@@ -351,6 +344,20 @@ class SweepDriver:
             self.display.say(f"MLflow does not have all of it yet; the rest is in {self.storage.uri}; resume sends it")
         command = run.ui_command and f"{provenance.interpreter()} -m {run.ui_command}"
         return replace(outcome, mlflow=run.url, mlflow_command=command)
+
+    def _write_results(self, outcome: SweepOutcome) -> None:
+        try:
+            results.write(
+                self.storage,
+                trials=outcome.trials,
+                plan=self.plan,
+                metric=self.plan.metric,
+                mode=self.mode,
+                pictures=outcome.status != "KILLED",
+            )
+        except Exception as error:  # noqa: BLE001  drawing may fail in many ways; the ledger has what was drawn
+            self.logs.text_of("driver", "".join(traceback.format_exception(error)))
+            self.display.say(f"warning: not all results were written: {type(error).__name__}: {error}")
 
     # --- the end --------------------------------------------------------------------------------------------------
 

@@ -96,6 +96,8 @@ def restore(
 def _change_settings(t: Trainer, wanted: list[dict[str, Any]], rates: list[Any]) -> None:
     """The settings that a resume was given, over the checkpoint's."""
     for number, (group, new) in enumerate(zip(t.optimizer.param_groups, wanted, strict=True)):
+        if "lr" in new and group.get("initial_lr", group["lr"]) == rates[number]:
+            new = {name: value for name, value in new.items() if name != "lr"}  # the same base: not a bit is to change
         if "lr" in new:
             # The checkpoint's rate is the base times the curve: the same point of the curve over the new base.
             factor = float(group["lr"]) / float(group["initial_lr"]) if group.get("initial_lr") else 1.0
