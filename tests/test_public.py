@@ -42,8 +42,8 @@ PUBLIC = {
         Entry Lock Storage
     """,
     "raytrainer.tracking": """
-        MlflowTracker NullTracker Run Shipper Tracker check_tracking default_tracking_uri find_run_dir
-        open_run recorded_run_id redacted register_model replay
+        Fleet MlflowTracker NullTracker Run Shipper Tracker check_tracking default_tracking_uri
+        find_run_dir open_run recorded_run_id redacted register_model replay
     """,
 }
 # Modules that users name in a `_target_`, and the exceptions: what they define.

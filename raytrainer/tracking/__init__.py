@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from raytrainer.tracking.fleet import Fleet
 from raytrainer.tracking.lookup import find_run_dir, register_model
 from raytrainer.tracking.runs import Run, open_run
 from raytrainer.tracking.sender import Shipper, recorded_run_id, replay
@@ -15,6 +16,7 @@ from raytrainer.tracking.server import check_tracking, default_tracking_uri, red
 from raytrainer.tracking.tracker import MlflowTracker
 
 __all__ = [
+    "Fleet",
     "MlflowTracker",
     "NullTracker",
     "Run",

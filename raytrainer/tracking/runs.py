@@ -64,7 +64,7 @@ def open_run(
         artifact_root = default_artifact_root(tracking_uri)
     if run_id is not None and run_id.startswith(LOCAL_PREFIX) and spool_dir is not None:
         run_id = recorded_run_id(spool_dir) or run_id
-    tags = {"mlflow.user": _user(), "mlflow.source.name": "raytrainer", "mlflow.source.type": "LOCAL", **tags}
+    tags = {**source_tags(), **tags}
     note = RunNote(run_id or "", experiment_name, run_name, artifact_root, dict(params), dict(tags), _now())
     try:
         experiment_id = _open(calls, note, spool)
@@ -73,7 +73,7 @@ def open_run(
             raise
         note.run_id = note.run_id or f"{LOCAL_PREFIX}{uuid.uuid4().hex}"
         with spool.note_lock():
-            spool.write_note(_merged(spool.note(), note))
+            spool.write_note(merged(spool.note(), note))
         logger.warning("%s. tracking.required=false: the run is kept in %s until it can", error, spool.root)
         experiment_id = ""
     return Run(note.run_id, experiment_id, tracking_uri, experiment_name, run_name, calls, spool)
@@ -214,7 +214,7 @@ class Run:
     def _keep(spool: Spool, note: RunNote) -> RunNote:
         try:
             with spool.note_lock():
-                note = _merged(spool.note(), note)
+                note = merged(spool.note(), note)
                 spool.write_note(note)
         except StorageError as error:
             logger.warning("%s. The run's description cannot be kept there", error)
@@ -226,7 +226,7 @@ def _open(server: Calls, note: RunNote, spool: Spool | None) -> str:
     old = None if spool is None else spool.note()
     if old is not None:
         # The status that an earlier attempt could not tell is no longer true; the rest is.
-        told = _merged(replace(old, status=None, end_time=None), note)
+        told = merged(replace(old, status=None, end_time=None), note)
         note.params, note.tags, note.start_time = told.params, told.tags, told.start_time
     existing = note.run_id
     if existing.startswith(LOCAL_PREFIX):
@@ -248,7 +248,7 @@ def _open(server: Calls, note: RunNote, spool: Spool | None) -> str:
     return experiment_id
 
 
-def _merged(old: RunNote | None, new: RunNote) -> RunNote:
+def merged(old: RunNote | None, new: RunNote) -> RunNote:
     """Both, the later one over the earlier; but parameters, and when the run started, stay as they were."""
     if old is None:
         return new
@@ -263,11 +263,13 @@ def _merged(old: RunNote | None, new: RunNote) -> RunNote:
     )
 
 
-def _user() -> str:
+def source_tags() -> dict[str, str]:
+    """Who and what made a run, where MLflow's pages look for it."""
     try:
-        return getpass.getuser()
+        user = getpass.getuser()
     except (KeyError, OSError):  # a container's user without an entry
-        return "unknown"
+        user = "unknown"
+    return {"mlflow.user": user, "mlflow.source.name": "raytrainer", "mlflow.source.type": "LOCAL"}
 
 
 def _now() -> int:

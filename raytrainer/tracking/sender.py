@@ -8,7 +8,9 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +18,7 @@ from raytrainer.errors import TrackingDenied, TrackingError, TrackingUnreachable
 from raytrainer.tracking.server import Rejected, RunGone, RunState, Server
 from raytrainer.tracking.spool import (
     Artifact,
+    Batch,
     Row,
     RunNote,
     Segment,
@@ -40,8 +43,9 @@ class Calls(Protocol):
     """The part of `Server` that sending needs."""
 
     def with_timeout(self, timeout_s: int) -> Calls: ...
-    def log_batch(self, run_id: str, rows: Sequence[Row], tags: Mapping[str, str]) -> None: ...
-    def log_params(self, run_id: str, params: Mapping[str, str]) -> None: ...
+    def log_batch(
+        self, run_id: str, rows: Sequence[Row], tags: Mapping[str, str], params: Mapping[str, str] | None = None
+    ) -> None: ...
     def log_artifact(self, run_id: str, path: Path, folder: str | None) -> None: ...
     def run(self, run_id: str) -> RunState: ...
     def experiment(self, name: str, artifact_root: str | None) -> str: ...
@@ -55,18 +59,41 @@ class Busy(TrackingError):
     """Another process sends this spool now."""
 
 
+class Undescribed(TrackingUnreachable):
+    """A run that was opened without a server cannot be made: its note is missing, or not there yet."""
+
+
 class Sender:
-    """Sends one run's spool; holds nothing between calls that is not on disk.
+    """Sends one run's spool; what it holds between calls and is not on disk spares requests, no more.
 
     Args:
         spool: The directory.
         run_id: The run, or the id that was made for it while no server could be reached.
         server: Where to.
+        tags: Of the run, if it is this sender that creates it, beside the note's.
+        fresh: The local id was made by this process and given to no other sender: no run of it can exist yet.
+
+    Attributes:
+        real_id: MLflow's id of the run, once it is known.
     """
 
-    def __init__(self, spool: Spool, run_id: str, server: Calls) -> None:
+    def __init__(
+        self,
+        spool: Spool,
+        run_id: str,
+        server: Calls,
+        *,
+        tags: Mapping[str, str] | None = None,
+        fresh: bool = False,
+    ) -> None:
         self._spool, self._run_id, self._server = spool, run_id, server
+        self._tags = dict(tags or {})
+        self._fresh = fresh
+        self._no_rows = self._no_params = False  # this sender made the run, and sent it none yet
+        self._described: RunNote | None = None  # the note whose parameters and tags are told
+        self._ended: RunNote | None = None  # the note whose end is told
         self._warned: set[str] = set()
+        self.real_id = None if run_id.startswith(LOCAL_PREFIX) else run_id
 
     def send(self, stop: Callable[[], bool] = lambda: False) -> int:
         """Everything that is there, in order; returns the rows that MLflow took. Ends early when `stop()` is true.
@@ -79,46 +106,115 @@ class Sender:
             Busy: Another sender has the lock.
             TrackingUnreachable, TrackingDenied, RunGone: As `Server`; what was acknowledged until then is kept.
         """
+        with self._alone() as state:
+            run_id = self._resolve(state)
+            note = self._spool.note()
+            if note is not None:
+                apply_note(self._server, run_id, note)
+                self._spool.drop_note(note)
+            return self._send_all(run_id, state, stop)
+
+    def send_and_end(self, stop: Callable[[], bool] = lambda: False, *, wait_for_writer: bool = False) -> bool:
+        """As `send`, in as few requests as there can be; returns whether the run has ended, and its spool is deleted.
+
+        What the note says of parameters and tags goes along with the first rows; how the run ended goes last, and then
+        nothing is left that could be sent twice.
+
+        Args:
+            stop: As `send`.
+            wait_for_writer: Leave the end untold while a process has a segment open, which may get more rows.
+
+        Raises:
+            TrackingError: As `send`.
+        """
+        with self._alone() as state:
+            run_id = self._resolve(state)
+            note = self._spool.note()
+            if note is None:
+                self._send_all(run_id, state, stop)
+                return False
+            if note.status == "RUNNING":
+                self._server.set_running(run_id)
+            self._send_all(run_id, state, stop, *self._untold(run_id, note))
+            self._described = note
+            if note.end_time is None:
+                self._spool.drop_note(note)
+                return False
+            rest = bool(self._spool.segments() or any(self._spool.artifacts()))
+            if stop() or (rest and wait_for_writer):
+                return False
+            if note != self._ended:
+                self._server.set_terminated(run_id, note.status or "FINISHED", note.end_time)
+                self._ended = note
+            return not rest and self._spool.remove(note)
+
+    @contextmanager
+    def _alone(self) -> Iterator[State]:
         with self._spool.lock() as alone:
             if not alone:
                 raise Busy(f"another process is sending {self._spool.root}")
-            state = self._spool.state()
-            run_id = self._resolve(state)
-            self._apply_note(run_id)
-            sent = 0
-            for segment in self._spool.segments():
-                sent += self._send_segment(segment, run_id, state, stop)
-            for artifact in self._spool.artifacts():
-                if stop():
-                    break
-                self._upload(artifact, run_id)
-            return sent
+            yield self._spool.state()
 
-    def _send_segment(self, segment: Segment, run_id: str, state: State, stop: Callable[[], bool]) -> int:
-        sent = 0
-        name = segment.path.name
-        while not stop():
-            acked = state.acked.get(name, 0)
-            batch = read_batch(segment, acked)
-            if batch.end == acked:
-                if discard_if_finished(segment, acked):
-                    self._spool.write_state(state)
+    def _untold(self, run_id: str, note: RunNote) -> tuple[dict[str, str], dict[str, str]]:
+        """Tags and parameters of the note that MLflow may not have."""
+        if note == self._described:
+            return {}, {}
+        old = self._described
+        tags = {key: value for key, value in note.tags.items() if old is None or old.tags.get(key) != value}
+        if not note.params or self._no_params:
+            return tags, note.params
+        known = self._server.run(run_id).params
+        return tags, {key: value for key, value in note.params.items() if key not in known}
+
+    def _send_all(
+        self,
+        run_id: str,
+        state: State,
+        stop: Callable[[], bool],
+        tags: Mapping[str, str] | None = None,
+        params: Mapping[str, str] | None = None,
+    ) -> int:
+        """Rows, then artifacts; the tags and parameters go with the first batch. Returns the rows that MLflow took."""
+        sent, along = 0, (tags or {}, params or {})
+        for segment in self._spool.segments():
+            while not stop():
+                batch = read_batch(segment, state.acked.get(segment.path.name, 0))
+                if batch.end == state.acked.get(segment.path.name, 0):
+                    discard_if_finished(segment, batch.end)
+                    break
+                sent += self._send_batch(segment, batch, run_id, state, *along)
+                along = ({}, {})
+        if any(along):
+            self._log(run_id, [], *along)
+        for artifact in self._spool.artifacts():
+            if stop():
                 break
-            if batch.rows and segment.attempt not in state.floors:
-                state.floors[segment.attempt] = self._server.run(run_id).steps
-                self._spool.write_state(state)
-            if batch.broken:
-                logger.warning("%s: %d lines cannot be read and are left out", segment.path, batch.broken)
-            rows = self._above_floor(batch.rows, state.floors.get(segment.attempt, {}))
-            refused = self._log(run_id, rows, {})
-            lost = refused + self._log(run_id, [], batch.tags) + batch.dropped + batch.broken
-            if lost:
-                state.dropped += lost
-                self._server.log_batch(run_id, [], {DROPPED_TAG: str(state.dropped)})
-            state.acked[name] = batch.end
-            self._spool.write_state(state)
-            sent += len(rows) - refused
+            self._upload(artifact, run_id)
         return sent
+
+    def _send_batch(
+        self,
+        segment: Segment,
+        batch: Batch,
+        run_id: str,
+        state: State,
+        tags: Mapping[str, str],
+        params: Mapping[str, str],
+    ) -> int:
+        if batch.rows and segment.attempt not in state.floors:
+            state.floors[segment.attempt] = {} if self._no_rows else self._server.run(run_id).steps
+            self._spool.write_state(state)
+        if batch.broken:
+            logger.warning("%s: %d lines cannot be read and are left out", segment.path, batch.broken)
+        rows = self._above_floor(batch.rows, state.floors.get(segment.attempt, {}))
+        refused, refused_texts = self._log(run_id, rows, {**tags, **batch.tags}, params)
+        lost = refused + refused_texts + batch.dropped + batch.broken
+        if lost:
+            state.dropped += lost
+            self._server.log_batch(run_id, [], {DROPPED_TAG: str(state.dropped)})
+        state.acked[segment.path.name] = batch.end
+        self._spool.write_state(state)
+        return len(rows) - refused
 
     @staticmethod
     def _above_floor(rows: list[Row], floor: dict[str, int]) -> list[Row]:
@@ -132,26 +228,27 @@ class Sender:
                 kept.append(row)
         return kept
 
-    def _log(self, run_id: str, rows: Sequence[Row], tags: Mapping[str, str]) -> int:
-        """Either rows or tags. Returns how many of them MLflow refuses for what they are; the others go."""
-        if not rows and not tags:
-            return 0
+    def _log(
+        self, run_id: str, rows: Sequence[Row], tags: Mapping[str, str], params: Mapping[str, str]
+    ) -> tuple[int, int]:
+        """Returns how many rows, and how many tags and parameters, MLflow refuses for what they are; the others go."""
+        if not (rows or tags or params):
+            return 0, 0
+        self._no_rows, self._no_params = self._no_rows and not rows, self._no_params and not params
         try:
-            self._server.log_batch(run_id, rows, tags)
-            return 0
+            self._server.log_batch(run_id, rows, tags, params)
+            return 0, 0
         except Rejected as error:
             if not self._server.run(run_id).active:
                 raise RunGone(f"the MLflow run {run_id} is deleted") from None
-            if len(rows) + len(tags) == 1:
-                key = rows[0].key if rows else next(iter(tags))
+            if len(rows) + len(tags) + len(params) == 1:
+                key = rows[0].key if rows else next(iter({**tags, **params}))
                 if key not in self._warned:
                     self._warned.add(key)
                     logger.warning("MLflow refuses %r, which is left out: %s", key, error)
-                return 1
-        if rows:
-            half = len(rows) // 2
-            return self._log(run_id, rows[:half], {}) + self._log(run_id, rows[half:], {})
-        return sum(self._log(run_id, [], {key: value}) for key, value in tags.items())
+                return len(rows), len(tags) + len(params)
+        refused = [self._log(run_id, *part) for part in _parts(rows, tags, params)]
+        return sum(rows for rows, _ in refused), sum(texts for _, texts in refused)
 
     def _upload(self, artifact: Artifact, run_id: str) -> None:
         try:
@@ -167,20 +264,20 @@ class Sender:
         if state.run_id is None:
             note = self._spool.note()
             if note is None:
-                raise TrackingUnreachable(f"{self._spool.root} has no description of the run {self._run_id}")
+                raise Undescribed(f"{self._spool.root} has no description of the run {self._run_id}")
             experiment = self._server.experiment(note.experiment_name, note.artifact_root)
-            # It may exist: created by a sender that died before it wrote so.
-            state.run_id = self._server.find_run(experiment, LOCAL_ID_TAG, note.run_id) or self._server.create_run(
-                experiment, note.run_name, {**note.tags, LOCAL_ID_TAG: note.run_id}, note.start_time
-            )
+            # It may exist: created by a sender that died before it wrote so, or did not get the answer.
+            if not self._fresh:
+                state.run_id = self._server.find_run(experiment, LOCAL_ID_TAG, note.run_id)
+            self._fresh = False
+            if state.run_id is None:
+                tags = {**note.tags, **self._tags, LOCAL_ID_TAG: note.run_id}
+                state.run_id = self._server.create_run(experiment, note.run_name, tags, note.start_time)
+                self._no_rows = self._no_params = True
+                self._described = replace(note, params={})
             self._spool.write_state(state)
+        self.real_id = state.run_id
         return state.run_id
-
-    def _apply_note(self, run_id: str) -> None:
-        note = self._spool.note()
-        if note is not None:
-            apply_note(self._server, run_id, note)
-            self._spool.drop_note(note)
 
 
 def apply_note(server: Calls, run_id: str, note: RunNote) -> None:
@@ -189,7 +286,7 @@ def apply_note(server: Calls, run_id: str, note: RunNote) -> None:
         known = server.run(run_id).params
         new = {key: value for key, value in note.params.items() if key not in known}
         try:
-            server.log_params(run_id, new)
+            server.log_batch(run_id, [], {}, new)
         except Rejected as error:
             logger.warning("MLflow refuses the parameters: %s", error)
     try:
@@ -198,6 +295,20 @@ def apply_note(server: Calls, run_id: str, note: RunNote) -> None:
         logger.warning("MLflow refuses the tags: %s", error)
     if note.status is not None and note.end_time is not None:
         server.set_terminated(run_id, note.status, note.end_time)
+    elif note.status == "RUNNING":
+        server.set_running(run_id)
+
+
+def _parts(
+    rows: Sequence[Row], tags: Mapping[str, str], params: Mapping[str, str]
+) -> Iterator[tuple[Sequence[Row], Mapping[str, str], Mapping[str, str]]]:
+    """Each kind for itself; a single kind in halves."""
+    if sum(map(bool, (rows, tags, params))) > 1:
+        yield from ((rows, {}, {}), ([], tags, {}), ([], {}, params))
+        return
+    half = (len(rows) + len(tags) + len(params)) // 2
+    for part in (slice(half), slice(half, None)):
+        yield rows[part], dict(list(tags.items())[part]), dict(list(params.items())[part])
 
 
 class Shipper:

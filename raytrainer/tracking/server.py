@@ -10,7 +10,7 @@ import re
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from raytrainer.errors import ConfigError, TrackingDenied, TrackingError, TrackingUnreachable
-from raytrainer.tracking.spool import MAX_ROWS, MAX_TAGS, Row
+from raytrainer.tracking.spool import Row
 
 CHECK_SECONDS = 14  # of the 15 promised
 MAX_PARAM = 6000  # characters, as MLflow's validation has them
@@ -66,30 +66,29 @@ class Server:
     def __init__(self, uri: str, *, timeout_s: int = 10) -> None:
         self.uri, self.timeout_s = uri, timeout_s
         self._client: Any = None
+        self._experiments: dict[str, str] = {}
 
     def with_timeout(self, timeout_s: int) -> Server:
         return Server(self.uri, timeout_s=timeout_s)
 
-    def log_batch(self, run_id: str, rows: Sequence[Row], tags: Mapping[str, str]) -> None:
-        """Rows that MLflow has already (same key, step, time and value) are swallowed by it."""
-        from mlflow.entities import Metric, RunTag
+    def log_batch(
+        self, run_id: str, rows: Sequence[Row], tags: Mapping[str, str], params: Mapping[str, str] | None = None
+    ) -> None:
+        """Rows that MLflow has already (same key, step, time and value) are swallowed by it.
 
-        metrics = [Metric(row.key, row.value, row.time, row.step) for row in rows]
-        entries = [RunTag(key, value[:MAX_TAG]) for key, value in tags.items()]
+        Long parameters are cut at 6,000 characters; one that differs from what was logged is `Rejected`. One request,
+        or as many as MLflow's limits want.
+        """
+        from mlflow.entities import Metric, Param, RunTag
+
         with self._call() as client:
-            for part in _parts(entries, MAX_TAGS):
-                client.log_batch(run_id, tags=part, synchronous=True)
-            for part in _parts(metrics, MAX_ROWS):
-                client.log_batch(run_id, metrics=part, synchronous=True)
-
-    def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
-        """Long values are cut at 6,000 characters; a value that differs from the one logged is `Rejected`."""
-        from mlflow.entities import Param
-
-        entries = [Param(key, _cut(value, MAX_PARAM)) for key, value in params.items()]
-        with self._call() as client:
-            for part in _parts(entries, MAX_TAGS):
-                client.log_batch(run_id, params=part, synchronous=True)
+            client.log_batch(
+                run_id,
+                metrics=[Metric(row.key, row.value, row.time, row.step) for row in rows],
+                params=[Param(key, _cut(value, MAX_PARAM)) for key, value in (params or {}).items()],
+                tags=[RunTag(key, value[:MAX_TAG]) for key, value in tags.items()],
+                synchronous=True,
+            )
 
     def log_artifact(self, run_id: str, path: Path, folder: str | None) -> None:
         """Uploads a file, or a directory under its own name."""
@@ -104,7 +103,9 @@ class Server:
             return _run_state(client.get_run(run_id))
 
     def experiment(self, name: str, artifact_root: str | None) -> str:
-        """The id of the experiment, created if need be; two that create it at once get the same."""
+        """The id of the experiment, created if need be; two that create it at once get the same. Asked for once."""
+        if name in self._experiments:
+            return self._experiments[name]
         for _ in range(2):
             with self._call() as client:
                 found = client.get_experiment_by_name(name)
@@ -114,18 +115,23 @@ class Server:
                         f"the experiment {name!r} is deleted in MLflow: choose another tracking.experiment_name,"
                         f" or `mlflow experiments restore --experiment-id {found.experiment_id}`"
                     )
-                return str(found.experiment_id)
+                return self._experiments.setdefault(name, str(found.experiment_id))
             try:
                 with self._call() as client:
-                    return str(client.create_experiment(name, artifact_location=artifact_root))
+                    created = str(client.create_experiment(name, artifact_location=artifact_root))
+                return self._experiments.setdefault(name, created)
             except Rejected:
                 continue  # made by another process in between
         raise Rejected(f"MLflow refuses to create the experiment {name!r}")
 
     def create_run(self, experiment_id: str, name: str, tags: Mapping[str, str], start_time: int | None) -> str:
-        with self._call() as client:
-            cut = {key: value[:MAX_TAG] for key, value in tags.items()}
-            return str(client.create_run(experiment_id, start_time, cut, name).info.run_id)
+        cut = {key: value[:MAX_TAG] for key, value in tags.items()}
+        try:
+            with self._call() as client:
+                return str(client.create_run(experiment_id, start_time, cut, name).info.run_id)
+        except TrackingError:
+            self._experiments.clear()  # it may have been deleted: ask again before the next
+            raise
 
     def find_run(self, experiment_id: str, tag: str, value: str) -> str | None:
         """A run with this tag; the names and values here are our own, so that quoting is no matter."""
@@ -399,10 +405,6 @@ def _without_secrets(text: str, uri: str) -> str:
 
 def _cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def _parts(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def _run_state(run: Any) -> RunState:

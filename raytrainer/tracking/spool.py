@@ -20,7 +20,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,7 +93,8 @@ class State:
 class RunNote:
     """What MLflow should say of the run, applied when it can be reached. Applying it twice changes nothing.
 
-    `run_id` may be an id made without a server; times are milliseconds since the epoch.
+    `run_id` may be an id made without a server; times are milliseconds since the epoch. `status` is RUNNING for a run that
+    goes on after it ended, and one with an `end_time` otherwise.
     """
 
     run_id: str
@@ -178,6 +179,20 @@ class Spool:
         with self.note_lock():
             if self.note() == applied:
                 self.note_path.unlink(missing_ok=True)
+
+    def remove(self, told: RunNote) -> bool:
+        """Deletes everything, unless the note says more than `told` by now or there is something to send."""
+        with self.note_lock():
+            if self.note() != told or self.segments() or any(self.artifacts()):
+                return False
+            shutil.rmtree(self.root / "artifacts", ignore_errors=True)
+            for name in ("state.json", "send.lock", "run.lock"):
+                (self.root / name).unlink(missing_ok=True)
+            # Last: as long as it is there, another sender goes on from here.
+            self.note_path.unlink()
+            with suppress(OSError):  # left to whoever put something else into it
+                self.root.rmdir()
+        return True
 
     @contextmanager
     def note_lock(self) -> Iterator[None]:

@@ -50,24 +50,22 @@ class FakeServer:
     def with_timeout(self, timeout_s: int) -> FakeServer:
         return self
 
-    def log_batch(self, run_id: str, rows: Sequence[Row], tags: Mapping[str, str]) -> None:
+    def log_batch(
+        self, run_id: str, rows: Sequence[Row], tags: Mapping[str, str], params: Mapping[str, str] | None = None
+    ) -> None:
         run = self._begin("log_batch", run_id)
         if not run.active:
             raise Rejected("the run must be active")
-        if self.refuses & ({row.key for row in rows} | set(tags)):
+        if self.refuses & ({row.key for row in rows} | set(tags) | set(params or {})):
             raise Rejected("invalid name")
         assert len(rows) <= 1000
+        for key, value in (params or {}).items():
+            if run.params.get(key, value) != value:
+                raise Rejected(f"{key} changed")
+        run.params |= params or {}
         run.rows |= set(rows)
         run.tags |= tags
         self.after("log_batch")
-
-    def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
-        run = self._begin("log_params", run_id)
-        for key, value in params.items():
-            if run.params.get(key, value) != value:
-                raise Rejected(f"{key} changed")
-        run.params |= params
-        self.after("log_params")
 
     def log_artifact(self, run_id: str, path: Path, folder: str | None) -> None:
         run = self._begin("log_artifact", run_id)

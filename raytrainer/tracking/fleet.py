@@ -1,0 +1,332 @@
+"""The MLflow runs of many trials, kept by one thread of the driver that nobody waits for.
+Trials write to their spools; here their runs are made, filled and ended, each in as few requests as MLflow allows.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from raytrainer.errors import StorageError, TrackingDenied, TrackingError, TrackingUnreachable
+from raytrainer.tracking.runs import CAUSE_TAG, Status, merged, source_tags
+from raytrainer.tracking.sender import LOCAL_PREFIX, Busy, Calls, Sender, Undescribed
+from raytrainer.tracking.server import RunGone, Server, default_artifact_root
+from raytrainer.tracking.spool import RunNote, Spool
+
+PARENT_TAG = "mlflow.parentRunId"
+
+_BACKOFF_S = (1.0, 60.0)  # first and last delay, doubling between
+_WRITER_S = 5.0  # how long the end of a run is held back for a process that has its spool open
+_LAST_TRIES = 3
+_LAST_PAUSE_S = 0.2  # between rounds at the end
+
+logger = logging.getLogger("raytrainer.tracking")
+
+
+@dataclass(eq=False)
+class _Child:
+    """A trial's run that MLflow does not have whole; what it is to become is in its spool's note."""
+
+    spool: Spool
+    run_id: str
+    name: str
+    fresh: bool = False
+    ended: float | None = None  # on the monotonic clock
+    unsaved: RunNote | None = None  # a note that the disk did not take
+    sender: Sender | None = None
+    announced: bool = False
+    delay_s: float = 0.0  # after failures of its own
+    due: float = 0.0
+
+
+class Fleet:
+    """Child runs of a parent run, made and kept by a daemon thread.
+
+    `open` and `finish` write a small file and return: within milliseconds, whatever the server does, and without an
+    error. What they say, and what trials log with `MlflowTracker(…, ship=False)`, is in MLflow exactly once when the
+    server takes it, rows before the status, and in the spool until then. A trial's spool is deleted when its run has
+    ended and MLflow has all of it, so a spool that is there has something to tell: a later fleet `adopt`s it.
+
+    An outage is said once, and tried again after a second, then twice as long, up to a minute; after 401 or 403 nothing
+    more is tried until `close`. A run that was deleted by hand is said once and tried again likewise, while the others
+    go on. Memory is that of the runs which are not ended and sent; one file is open at a time.
+
+    Args:
+        tracking_uri: http(s), or a database URL with an absolute path.
+        experiment_name: Of the children; created if need be.
+        parent: The parent's id in MLflow, or None while there is none yet: children are made only then. Asked by the
+            thread until it is known.
+        artifact_root: As `open_run`.
+        interval_s: Seconds between looks at the spools.
+        on_created: Called by the thread with a spool's directory and the run's id in MLflow, once it is known; for a
+            child that is opened again, again.
+        server: For tests; made from `tracking_uri` otherwise.
+
+    Attributes:
+        cpu_s: Processor seconds that the thread has used.
+    """
+
+    def __init__(
+        self,
+        tracking_uri: str,
+        experiment_name: str,
+        *,
+        parent: Callable[[], str | None],
+        artifact_root: str | None = None,
+        interval_s: float = 2.0,
+        on_created: Callable[[Path, str], None] | None = None,
+        server: Calls | None = None,
+    ) -> None:
+        self.cpu_s = 0.0
+        self._experiment_name, self._interval_s = experiment_name, interval_s
+        self._artifact_root = artifact_root or default_artifact_root(tracking_uri)
+        self._ask_parent, self._parent_id = parent, ""
+        self._on_created = on_created
+        # A request may take a minute, because nobody waits for it.
+        self._server = server or Server(tracking_uri, timeout_s=60)
+        self._tags = source_tags()
+        self._lock = threading.Lock()
+        self._children: dict[Path, _Child] = {}
+        self._said: set[str] = set()
+        self._delay_s = 0.0
+        self._denied = False
+        self._closing, self._abandon = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="tracking-fleet", daemon=True)
+        self._thread.start()
+
+    def open(
+        self,
+        spool_dir: Path,
+        run_name: str,
+        *,
+        params: Mapping[str, str],
+        tags: Mapping[str, str],
+        run_id: str | None = None,
+    ) -> str:
+        """A trial begins, or goes on; call it before the trial's process writes. Returns the id for `MlflowTracker`.
+
+        Args:
+            spool_dir: The trial's own; it is created.
+            run_name: What MLflow lists.
+            params: Flat names and values. Of a run that goes on only those it does not have.
+            tags: Set at every opening.
+            run_id: The run to go on with, real or local, which is then what is returned; it is RUNNING again.
+
+        Returns:
+            A local id (`offline-…`) of a new run: `on_created` tells the real one.
+        """
+        child = _Child(Spool(spool_dir), run_id or f"{LOCAL_PREFIX}{uuid.uuid4().hex}", run_name, fresh=run_id is None)
+        parent = {PARENT_TAG: self._parent_id} if self._parent_id else {}
+        note = RunNote(
+            child.run_id,
+            self._experiment_name,
+            run_name,
+            self._artifact_root,
+            dict(params),
+            {**self._tags, **parent, **tags},
+            _now(),
+            status=None if child.fresh else "RUNNING",
+        )
+        self._write(child, lambda old: merged(old and replace(old, status=None, end_time=None), note))
+        with self._lock:
+            self._children[child.spool.root] = child
+        return child.run_id
+
+    def adopt(self, spool_dir: Path, run_id: str) -> None:
+        """Goes on with what an earlier process left in a spool: sends it, and ends the run if it was to be ended.
+
+        `finish` may follow, where the earlier process had no time for it. Without a directory there is nothing to do.
+        """
+        spool = Spool(spool_dir)
+        if not spool.root.is_dir():
+            return
+        try:
+            note = spool.note()
+            if note is None and run_id.startswith(LOCAL_PREFIX) and spool.state().run_id is None:
+                logger.warning("%s has no description of the run %s, which cannot be made", spool.root, run_id)
+                return
+        except StorageError as error:
+            logger.warning("%s. It is left as it is", error)
+            return
+        child = _Child(spool, run_id, note.run_name if note else "")
+        if note is not None and note.end_time is not None:
+            child.ended = -_WRITER_S  # long ago: its writer is dead
+        with self._lock:
+            self._children[spool.root] = child
+
+    def finish(
+        self,
+        spool_dir: Path,
+        status: Status,
+        cause: str | None = None,
+        *,
+        tags: Mapping[str, str] | None = None,
+        ended: float | None = None,
+    ) -> None:
+        """A trial has ended; rows that its process still writes come before the status. Unknown ones are left alone.
+
+        Args:
+            spool_dir: As opened or adopted.
+            status: How it ended.
+            cause: In a line, as the tag `raytrainer.cause`; None removes nothing.
+            tags: Further ones.
+            ended: When, in seconds since the epoch; default: now.
+        """
+        with self._lock:
+            child = self._children.get(Path(spool_dir))
+        if child is None:
+            return
+        told = {**(tags or {}), **({} if cause is None else {CAUSE_TAG: cause})}
+        end_time = _now() if ended is None else round(1000 * ended)
+        note = RunNote(child.run_id, self._experiment_name, child.name, tags=told, status=status, end_time=end_time)
+        child.ended = time.monotonic()
+        self._write(child, lambda old: merged(old, note))
+
+    def close(self, timeout_s: float = 30.0) -> bool:
+        """Sends what is there, then ends the thread. Returns whether MLflow has all; the rest stays in the spools.
+
+        Args:
+            timeout_s: The longest to wait. A thread that hangs in a call is left behind, and dies with the process.
+        """
+        self._closing.set()
+        self._thread.join(timeout_s)
+        self._abandon.set()
+        return not self._thread.is_alive() and not self._left()
+
+    def _write(self, child: _Child, change: Callable[[RunNote | None], RunNote]) -> None:
+        with self._lock:
+            note: RunNote | None = None
+            try:
+                with child.spool.note_lock():
+                    note = change(child.unsaved or child.spool.note())
+                    child.spool.write_note(note)
+                    child.unsaved = None
+            except StorageError as error:
+                child.unsaved = note or change(child.unsaved)
+                self._say("note", f"{error}. What is to be told of a trial is kept in memory until it can be written")
+
+    def _say(self, what: str, text: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            logger.warning("%s", text)
+
+    def _loop(self) -> None:
+        while not self._closing.wait(self._delay_s or self._interval_s):
+            if not self._denied:
+                self._try()
+        # The last tries: a lost answer must not leave rows behind, a dead server must not cost the sweep's end.
+        failures = 0
+        while not self._abandon.is_set() and failures < _LAST_TRIES:
+            well = self._try()
+            if self._denied or (well and not self._left()):
+                break
+            failures += not well or not self._parent_id
+            self._abandon.wait(_LAST_PAUSE_S)
+
+    def _try(self) -> bool:
+        try:
+            well = self._send_all()
+            if self._delay_s:
+                logger.warning("the tracking server is back")
+            self._delay_s, self._denied = 0.0, False
+        except TrackingDenied as error:
+            well, self._denied = False, True
+            self._say("denied", f"{error}. No more is sent; trials are kept in their spools")
+        except TrackingError as error:
+            well = False
+            if not self._delay_s:
+                logger.warning("%s. Trials are kept in their spools until it can", error)
+            self._delay_s = _longer(self._delay_s)
+        self.cpu_s = time.thread_time()
+        return well
+
+    def _send_all(self) -> bool:
+        """One round over the children; whether all went well. What concerns the server and not one child is raised."""
+        well = True
+        with self._lock:
+            children = list(self._children.values())
+        for child in children:
+            if self._abandon.is_set():
+                return False
+            if time.monotonic() < child.due and not self._closing.is_set():
+                continue
+            try:
+                if self._send(child):
+                    with self._lock:
+                        # It may have been opened again in between.
+                        if self._children.get(child.spool.root) is child:
+                            del self._children[child.spool.root]
+                child.delay_s = 0.0
+            except Busy:
+                well = False
+            except Exception as error:
+                if isinstance(error, TrackingDenied | TrackingUnreachable) and not isinstance(error, Undescribed):
+                    raise
+                # Whatever is wrong with one child, the others and the thread live.
+                well = False
+                what = child.run_id if isinstance(error, RunGone) else type(error).__name__
+                self._say(what, f"{error}. The trial is kept in {child.spool.root}")
+                child.delay_s = _longer(child.delay_s)
+                child.due = time.monotonic() + child.delay_s
+        return well
+
+    def _send(self, child: _Child) -> bool:
+        """Whether the child's run has ended and is whole."""
+        if (unsaved := child.unsaved) is not None:
+            self._write(child, lambda old: old or unsaved)
+            if child.unsaved is not None:
+                raise StorageError(f"{child.spool.root} cannot be written")
+        if child.ended is None and not child.spool.pending():
+            return False
+        sender = child.sender
+        if sender is None:
+            parent = self._parent()
+            if parent is None and child.run_id.startswith(LOCAL_PREFIX):
+                return False
+            tags = {} if parent is None else {PARENT_TAG: parent}
+            sender = child.sender = Sender(child.spool, child.run_id, self._server, tags=tags, fresh=child.fresh)
+        wait = child.ended is not None and time.monotonic() < child.ended + _WRITER_S and not self._closing.is_set()
+        try:
+            return sender.send_and_end(self._abandon.is_set, wait_for_writer=wait)
+        finally:
+            if sender.real_id is not None and not child.announced:
+                child.announced = True
+                self._announce(child.spool.root, sender.real_id)
+
+    def _announce(self, spool_dir: Path, run_id: str) -> None:
+        if self._on_created is None:
+            return
+        try:
+            self._on_created(spool_dir, run_id)
+        except Exception as error:  # noqa: BLE001  # the caller's own, which must not stop the sending
+            logger.warning("the id of the run %s cannot be noted: %s", run_id, error)
+
+    def _parent(self) -> str | None:
+        if not self._parent_id:
+            self._parent_id = self._ask_parent() or ""
+        return self._parent_id or None
+
+    def _left(self) -> bool:
+        with self._lock:
+            children = list(self._children.values())
+        return any(child.ended is not None or child.unsaved or _pending(child.spool) for child in children)
+
+
+def _longer(delay_s: float) -> float:
+    return min(max(2 * delay_s, _BACKOFF_S[0]), _BACKOFF_S[1])
+
+
+def _pending(spool: Spool) -> bool:
+    try:
+        return spool.pending()
+    except StorageError:
+        return True
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000
