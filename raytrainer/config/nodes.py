@@ -68,7 +68,8 @@ def targets(experiment: Experiment) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"callbacks.{name}", node
     for name in ("scheduler", "search_alg"):
         if node := getattr(experiment.sweep, name):
-            yield f"sweep.{name}", node
+            # null leaves an argument to us: how long a trial is, what the seed is.
+            yield f"sweep.{name}", {k: v for k, v in node.items() if v is not None}
 
 
 def check_targets(experiment: Experiment) -> None:
