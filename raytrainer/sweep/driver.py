@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from raytrainer.sweep.table import Board, ranked
 
 _OPEN_S = 30.0  # importing mlflow and making a database, on a busy machine
 _CLOSE_S, _CLOSE_STOPPED_S = 60.0, 3.0  # how long the tracking server is waited for at the end
+_RUN_S = 15.0  # how long a trial waits for its run, where its process needs one
 _INTERVAL_S = 10  # seconds between checkpoints of a trial, where the config does not say
 _log = logging.getLogger("raytrainer.sweep")
 
@@ -76,7 +78,11 @@ class SweepDriver:
         reason: str | None = None
         opening = in_background(self._open_run, "mlflow-open")
         self._fleet = tracking.Fleet(
-            self._uri, self.record.experiment_name, parent=lambda: self._parent, on_created=self._run_made
+            self._uri,
+            self.record.experiment_name,
+            parent=lambda: self._parent,
+            on_created=self._run_made,
+            interval_s=2.0 if self.storage.is_local else 0.3,  # somebody waits for a run to be made
         )
         for trial in self.ledger.trials.values():  # what an earlier attempt had no time to send
             if trial.status not in ("running", "stopped") and trial.run_id is not None:
@@ -223,6 +229,8 @@ class SweepDriver:
             run_id=trial.run_id,
         )
         self.ledger.note_run(trial.id, run_id)
+        if not self.storage.is_local:
+            self._wait_for_run(trial)
         if self._board is not None:
             self._board.start(trial)
 
@@ -257,6 +265,17 @@ class SweepDriver:
 
     def _trial_dir(self, trial: Trial) -> Storage:
         return self.storage.child(f"trials/{trial.id}")
+
+    def _wait_for_run(self, trial: Trial) -> None:
+        """Its process sends the metrics itself where they are on a disk of its own: to a run that there must be."""
+        deadline = time.monotonic() + _RUN_S
+        while (trial.run_id or "").startswith(tracking.LOCAL_PREFIX) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if (trial.run_id or "").startswith(tracking.LOCAL_PREFIX):
+            self.display.say(
+                f"warning: trial {trial.id} has no run in MLflow in {_RUN_S:g} s; its metrics are not sent"
+            )
+            trial.run_id = None
 
     def _run_made(self, spool_dir: Path, run_id: str) -> None:
         """MLflow has made a trial's run; told by the fleet's thread."""

@@ -73,8 +73,10 @@ def summary(outcome: SweepOutcome, program: str) -> str:
     following = [outcome.mlflow_command] if outcome.mlflow_command else []
     if best and "://" not in record.run_dir:
         following.append(f"{program} --config-dir={shlex.quote(record.run_dir + '/best')} experiment=best")
-    more = f" sweep.num_samples={2 * len(outcome.trials)}" if outcome.status == "FINISHED" and not outcome.note else ""
-    following.append(f"{program} resume {record.name}{more}")
+    whole = outcome.status == "FINISHED" and outcome.note is None
+    more = f" sweep.num_samples={2 * len(outcome.trials)}" if whole and plan.total is not None else ""
+    if more or not whole:
+        following.append(f"{program} resume {record.name}{more}")
     rows += [("next" if not i else "", text) for i, text in enumerate(following)]
     lines = [f"{name:<8} {text}" for name, text in rows]
     if best and len(outcome.trials) > 1:
