@@ -25,6 +25,7 @@ from raytrainer.sweep.ledger import Ledger, Mode, Trial
 from raytrainer.sweep.outcome import Status, SweepOutcome
 from raytrainer.sweep.plan import Plan, trial_spool
 from raytrainer.sweep.table import Board, ranked
+from raytrainer.tracking.sender import LOCAL_PREFIX
 
 _OPEN_S = 30.0  # importing mlflow and making a database, on a busy machine
 _CLOSE_S, _CLOSE_STOPPED_S = 60.0, 3.0  # how long the tracking server is waited for at the end
@@ -269,9 +270,9 @@ class SweepDriver:
     def _wait_for_run(self, trial: Trial) -> None:
         """Its process sends the metrics itself where they are on a disk of its own: to a run that there must be."""
         deadline = time.monotonic() + _RUN_S
-        while (trial.run_id or "").startswith(tracking.LOCAL_PREFIX) and time.monotonic() < deadline:
+        while (trial.run_id or "").startswith(LOCAL_PREFIX) and time.monotonic() < deadline:
             time.sleep(0.05)
-        if (trial.run_id or "").startswith(tracking.LOCAL_PREFIX):
+        if (trial.run_id or "").startswith(LOCAL_PREFIX):
             self.display.say(
                 f"warning: trial {trial.id} has no run in MLflow in {_RUN_S:g} s; its metrics are not sent"
             )
