@@ -7,7 +7,6 @@ is put back into it.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
@@ -47,12 +46,24 @@ def domain(parameter: Parameter) -> Domain:
 
 @cache
 def points(parameter: Parameter) -> Sequence[float]:
-    """The values of a range, upwards."""
-    if parameter.integer:
-        assert parameter.low is not None
-        assert parameter.high is not None
-        return range(int(parameter.low), int(parameter.high) + 1, abs(int(parameter.step or 1)))
-    return sorted(parameter.grid())
+    """The values of a range, as they were written: upwards or downwards."""
+    low, high, step = parameter.low, parameter.high, parameter.step
+    if not parameter.integer:
+        return parameter.grid()
+    assert isinstance(low, int)
+    assert isinstance(high, int)
+    assert isinstance(step, int)
+    # Not the grid itself, which is bounded: a range to search may be long.
+    return range(low, high + 1, step) if step > 0 else range(high, low - 1, step)
+
+
+def _place(parameter: Parameter, value: float) -> int:
+    """Where in `points` the nearest to a value stands."""
+    found = points(parameter)
+    first, last = found[0], len(found) - 1
+    step = (found[-1] - first) // last if parameter.integer and last else (found[-1] - first) / max(last, 1)
+    guess = min(max(int((value - first) // step) if step else 0, 0), last)
+    return min(range(max(guess - 1, 0), min(guess + 2, last + 1)), key=lambda place: abs(found[place] - value))
 
 
 def nearest(parameter: Parameter, value: Any) -> Any:
@@ -74,9 +85,7 @@ def nearest(parameter: Parameter, value: Any) -> Any:
     assert parameter.high is not None
     inside = min(max(value, parameter.low), parameter.high)
     if parameter.kind == "range":
-        found = points(parameter)
-        place = bisect_left(found, inside)
-        return min(found[max(place - 1, 0) : place + 1], key=lambda one: abs(one - inside))
+        return points(parameter)[_place(parameter, inside)]
     return round(inside) if parameter.integer else float(inside)
 
 
@@ -114,5 +123,5 @@ def encoded(parameter: Parameter, value: Any) -> Any:
     if parameter.kind == "choice":
         return parameter.override(value).partition("=")[2]
     if parameter.kind == "range" and not parameter.log:
-        return bisect_left(points(parameter), value)
+        return _place(parameter, value)
     return value
