@@ -1,0 +1,150 @@
+"""What a sweep leaves beside its ledger: the table of its trials for other programs, its best as an experiment that can be
+run, and two pictures; in the sweep's directory, and as artifacts."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raytrainer.config.standalone import as_experiment
+from raytrainer.storage import Storage
+from raytrainer.sweep import pictures as draw
+from raytrainer.sweep.ledger import Mode, Trial
+from raytrainer.sweep.table import ranked, short_names, written
+
+if TYPE_CHECKING:
+    from raytrainer.sweep.plan import Plan
+
+PARQUET, CSV = "trials.parquet", "trials.csv"
+BEST = "best/experiment/best.yaml"  # for --config-dir=…/best experiment=best
+PROGRESS, PARAMETERS = "progress.png", "parameters.png"
+_FOLDER = "sweep"  # of the artifacts
+_INT64 = 2**63
+
+
+def write(
+    storage: Storage, *, trials: Sequence[Trial], plan: Plan, metric: str, mode: Mode, pictures: bool = True
+) -> None:
+    """Writes all of it into a sweep's directory, each file at once as a whole.
+
+    Args:
+        storage: The sweep's.
+        trials: All, in the order in which they were drawn.
+        plan: What was swept.
+        metric, mode: What the trials' values are, and which is the better.
+        pictures: False leaves them out, which are a second's work, and takes away those of an earlier attempt.
+
+    Raises:
+        StorageError: A file cannot be written.
+    """
+    keys = [p.key for p in plan.parameters]
+    table = trials_table(trials, keys, mode)
+    storage.write_bytes(PARQUET, _as_parquet(table))
+    storage.write_bytes(CSV, _as_csv(table))
+    for trial in ranked(trials, mode)[:1]:
+        text = plan.composition_of(trial.parameters).text
+        storage.write_bytes(BEST, as_experiment(text, _about(trial, plan.experiment.name, metric, mode)).encode())
+    if pictures:
+        storage.write_bytes(PROGRESS, draw.progress_png(trials, metric=metric, mode=mode))
+        storage.write_bytes(PARAMETERS, draw.parameters_png(trials, plan.parameters, metric=metric, mode=mode))
+    else:
+        storage.delete(PROGRESS)
+        storage.delete(PARAMETERS)
+
+
+@contextlib.contextmanager
+def as_folder(storage: Storage) -> Iterator[Path]:
+    """A local folder with copies of what `write` has written, for as long as the context is entered."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, _FOLDER)
+        for name in (PARQUET, CSV, BEST, PROGRESS, PARAMETERS):
+            data = storage.read_if_exists(name)
+            if data is not None:
+                path = folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+        yield folder
+
+
+def trials_table(trials: Sequence[Trial], keys: Sequence[str], mode: Mode) -> Any:
+    """The trials as a `pyarrow.Table`, one a row.
+
+    Columns: `id`, `status`; `value`, `evaluation`, `step` of its best report; `last_value`, `evaluations`, `steps` of its
+    last; `started`, `seconds`, `cause`, `run_id`; `parameter/KEY` with numbers as numbers and whatever is mixed as text;
+    `metric/NAME` of its last report. What a trial does not have is null.
+    """
+    import pyarrow as pa
+
+    last = [trial.reports[-1] if trial.reports else None for trial in trials]
+    best = [trial.best(mode) for trial in trials]
+    columns: dict[str, Any] = {
+        "id": pa.array([t.id for t in trials], pa.string()),
+        "status": pa.array([t.status for t in trials], pa.string()),
+        "value": pa.array([r and r.value for r in best], pa.float64()),
+        "evaluation": pa.array([r and r.evaluation for r in best], pa.int64()),
+        "step": pa.array([r and r.step for r in best], pa.int64()),
+        "last_value": pa.array([r and r.value for r in last], pa.float64()),
+        "evaluations": pa.array([r and r.evaluation for r in last], pa.int64()),
+        "steps": pa.array([r and r.step for r in last], pa.int64()),
+        "started": pa.array([round(t.started * 1000) for t in trials], pa.timestamp("ms", "UTC")),
+        "seconds": pa.array([None if t.ended is None else t.ended - t.started for t in trials], pa.float64()),
+        "cause": pa.array([t.cause for t in trials], pa.string()),
+        "run_id": pa.array([t.run_id for t in trials], pa.string()),
+    }
+    for key in dict.fromkeys([*keys, *(key for t in trials for key in t.parameters)]):
+        columns[f"parameter/{key.lstrip('+')}"] = _typed([t.parameters.get(key) for t in trials])
+    for name in dict.fromkeys(name for r in last if r for name in r.metrics):
+        columns[f"metric/{name}"] = pa.array([r.metrics.get(name) if r else None for r in last], pa.float64())
+    return pa.table(columns)
+
+
+def _typed(values: Sequence[Any]) -> Any:
+    """A column of the narrowest type that takes all values: bool, int64, float64, else text as on the command line."""
+    import pyarrow as pa
+
+    kinds = {type(value) for value in values if value is not None}
+    if kinds == {bool}:
+        return pa.array(values, pa.bool_())
+    if kinds == {int} and all(value is None or -_INT64 <= value < _INT64 for value in values):
+        return pa.array(values, pa.int64())
+    if kinds in ({float}, {int, float}):
+        return pa.array([None if value is None else float(value) for value in values], pa.float64())
+    return pa.array([None if value is None else _as_text(value) for value in values], pa.string())
+
+
+def _as_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _as_parquet(table: Any) -> bytes:
+    import pyarrow.parquet
+
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(table, out)
+    return out.getvalue()
+
+
+def _as_csv(table: Any) -> bytes:
+    import pyarrow.csv
+
+    out = io.BytesIO()
+    pyarrow.csv.write_csv(table, out)
+    return out.getvalue()
+
+
+def _about(trial: Trial, sweep: str | None, metric: str, mode: Mode) -> list[str]:
+    best = trial.best(mode)
+    assert best is not None
+    names = short_names(trial.parameters)
+    told = [
+        f"The best trial of the sweep {sweep}: {trial.id}, {metric} {best.value:.4g} at step {best.step}, with "
+        + ", ".join(f"{names[key]} {written(value)}" for key, value in trial.parameters.items()),
+        "python -m raytrainer --config-dir=… experiment=best runs it, given the directory that holds experiment/.",
+    ]
+    if trial.inherited:
+        told.append("Population based training changed its parameters while it trained; these are the last.")
+    return told
