@@ -207,7 +207,8 @@ def command_line(program: str, fixed: Sequence[str], trial: Trial) -> str:
 
 
 def ranked(trials: Iterable[Trial], mode: Mode) -> list[Trial]:
-    """The trials that have a value, the best first; of equals the one drawn first."""
+    """The trials that have a value, the best first, of equals the one drawn first; those that failed come last, since
+    their configuration would fail again."""
     found = [(best, trial) for trial in trials if (best := _best(trial, mode))]
     return [trial for _, trial in sorted(found, key=lambda pair: pair[0])]
 
@@ -262,6 +263,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 class _Best:
     """A trial's best value; the least is the best one."""
 
+    failed: bool
     rank: float
     trial: str
     value: float
@@ -280,7 +282,7 @@ def _best(trial: Trial, mode: Mode) -> _Best | None:
     found = trial.best(mode)
     if found is None:
         return None
-    return _Best(-found.value if mode == "max" else found.value, trial.id, found.value)
+    return _Best(trial.status == "failed", -found.value if mode == "max" else found.value, trial.id, found.value)
 
 
 def _row(trial: Trial, mode: Mode, names: Mapping[str, str], now: float) -> _Row:

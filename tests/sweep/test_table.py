@@ -246,7 +246,7 @@ def test_a_sweep_that_goes_on_begins_with_what_it_has(terminal: Terminal) -> Non
     known = [trial(n, [0.1 * n], "finished", seconds=20) for n in range(1, 4)]
     watched = Watched(terminal, total=8, at_once=1, trials=[*known, trial(4, [0.9], "failed"), trial(5, [0.2])])
     watched.tick(1)
-    assert terminal.screen()[0].startswith("sweep asha: 4 of 8 done, 1 running, 1 failed  best val/accuracy 0.9 (0004)")
+    assert terminal.screen()[0].startswith("sweep asha: 4 of 8 done, 1 running, 1 failed  best val/accuracy 0.3 (0003)")
     assert watched.board.seconds_left() == pytest.approx(3 * 20 + 19)
     assert watched.log.getvalue() == ""  # they were told when they ended
 
@@ -349,11 +349,13 @@ def test_the_final_table_is_of_the_ten_best() -> None:
     table = final_table(trials, metric="val/accuracy", mode="max", keys=KEYS).splitlines()
     assert table[:4] == [
         "trial  status    val/accuracy  eval  step  time        lr  width",
-        "0016   failed           0.995     2    22  0:10   0.00625   1024",
         "0014   finished          0.14     2    22  0:10  0.007143    896",
         "0017   running           0.14     1    11  0:00  0.005882   1088",
+        "0013   finished          0.13     2    22  0:10  0.007692    832",
     ]
     assert len(table) == 11
+    # Whose configuration fails is the last to be run again, whatever it reached.
+    assert ranked(trials, "max")[-1].id == "0016"
     assert [t.id for t in ranked(trials, "min")][:3] == ["0001", "0002", "0003"]
     assert final_table(trials[14:15], metric="val/loss", mode="min", keys=KEYS) == "no trial has a val/loss"
 
