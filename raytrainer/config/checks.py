@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from raytrainer.config.nodes import targets
-from raytrainer.config.schema import NAME_PATTERN, Experiment
+from raytrainer.config.schema import NAME_PATTERN, ClusterConfig, Experiment
 from raytrainer.errors import ConfigError
 
 
@@ -65,18 +65,56 @@ def check_together(e: Experiment) -> None:
             key="tracking.register_model",
             value=e.tracking.register_model,
         )
-    _check_address(e.cluster.kind, e.cluster.address)
+    _check_cluster(e.cluster)
     _check_sweep(e)
 
 
+# What the address of each kind of cluster looks like, and an example.
+_ADDRESSES = {
+    "existing": (
+        r"auto|(ray://)?(\[[\da-fA-F:.]+\]|[\w.-]+):\d{1,5}",
+        "auto, host:port (10.0.0.1:6379) or ray://host:10001",
+    ),
+    "job": (r"https?://[^\s/?#@]+(/[^\s?#]*)?", "http(s)://host[:port], of the cluster's dashboard"),
+}
+_VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
+_KUBERNETES = r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?"
+
+
+def _check_cluster(c: ClusterConfig) -> None:
+    _check_address(c.kind, c.address)
+    for name, pattern, what in (
+        ("forward_env", _VARIABLE, "a list of names of variables, without their values"),
+        ("shared_paths", r"/.*", "a list of absolute paths"),
+        ("secrets", _KUBERNETES, "a list of names of Kubernetes secrets"),
+    ):
+        value = getattr(c, name)
+        if not isinstance(value, list) or not all(isinstance(v, str) and re.fullmatch(pattern, v) for v in value):
+            raise ConfigError(f"must be {what}", key=f"cluster.{name}")
+    for name in ("namespace", "queue", "service_account"):
+        value = getattr(c, name)
+        if value is not None and not re.fullmatch(_KUBERNETES, value):
+            raise ConfigError("is no name of Kubernetes: a-z, 0-9, '-', '.'", key=f"cluster.{name}", value=value)
+    if c.min_pods is not None and c.max_pods is not None and c.min_pods > c.max_pods:
+        raise ConfigError(f"is more than cluster.max_pods={c.max_pods}", key="cluster.min_pods", value=c.min_pods)
+
+
 def _check_address(kind: str, address: str | None) -> None:
+    if kind == "job" and address is None:
+        raise ConfigError("is not set: http(s)://host[:port], of the cluster's dashboard", key="cluster.address")
     if address is None:
         return
-    if kind == "existing" and address != "auto" and not re.fullmatch(r"(\[[\da-fA-F:.]+\]|[\w.-]+):\d{1,5}", address):
-        raise ConfigError("must be auto or host:port, as in 10.0.0.1:6379", key="cluster.address", value=address)
-    if kind != "existing":
-        reason = f"has no meaning with cluster={kind}; use cluster=existing"
-        raise ConfigError(reason, key="cluster.address", value=address)
+    pattern, examples = _ADDRESSES.get(kind, ("", ""))
+    if pattern and re.fullmatch(pattern, address):
+        return
+    # The scheme says which kind was meant.
+    meant = next(
+        (other for other, (form, _) in _ADDRESSES.items() if other != kind and re.fullmatch(form, address)), None
+    )
+    hint = f"; that is an address for cluster={meant}" if meant else ""
+    if not pattern:
+        raise ConfigError(f"has no meaning with cluster={kind}{hint}", key="cluster.address", value=address)
+    raise ConfigError(f"must be {examples} with cluster={kind}{hint}", key="cluster.address", value=address)
 
 
 def _check_nodes(e: Experiment) -> None:

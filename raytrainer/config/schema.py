@@ -108,9 +108,29 @@ class TrackingConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ClusterConfig:
-    kind: str = key("local", choices=("inline", "local", "existing"))
+    kind: str = key("local", choices=("inline", "local", "existing", "job", "kuberay"))
     address: str | None = None
     runtime_env: dict[str, Any] = field(default_factory=dict)
+    # Of a cluster that is not this machine's.
+    forward_env: Any = field(default_factory=list)  # names only; their values are on the cluster's side
+    env_file: str | None = None  # NAME=value lines on the cluster's machines, for those of forward_env not set there
+    shared_paths: Any = field(default_factory=list)  # directories that this machine and the cluster's have in common
+    package_limit_mb: float = key(100.0, least=0)
+    wait: bool = True
+    retries: int = key(0, least=0)
+    ca_file: str | None = None
+    token_file: str | None = None
+    driver_resources: dict[str, float] | None = None
+    # kuberay
+    context: str | None = None  # of kubectl; null: its current one
+    namespace: str = "default"
+    image: str | None = None
+    queue: str | None = None  # of Kueue
+    service_account: str | None = None
+    secrets: Any = field(default_factory=list)  # names of Kubernetes secrets, whose keys become variables
+    pod_resources: dict[str, str] | None = None  # of a worker's pod; null: what one worker asks for
+    min_pods: int | None = key(None, least=0)
+    max_pods: int | None = key(None, least=1)
 
 
 @dataclass(kw_only=True, slots=True)
