@@ -56,6 +56,12 @@ class Interrupts:
         if isinstance(error, Interrupted):
             raise self.stopped() from None
 
+    def ask(self, reason: str, exit_code: int = 143) -> None:
+        """As a first signal that is noted: somebody asked by another way."""
+        self.count += 1
+        if self.exit_code is None:
+            self.exit_code, self.reason = exit_code, reason
+
     def check(self) -> None:
         """Raises `Interrupted` for a signal that was noted while `deferred`."""
         if self.requested:

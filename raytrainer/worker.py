@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from raytrainer import config, errors
+from raytrainer import config, environment, errors
 from raytrainer.progress import Reporter, to_line
 from raytrainer.storage import Storage
 from raytrainer.tracking import MlflowTracker, NullTracker, Tracker, redacted
@@ -64,6 +64,7 @@ class Job:
         changed: The optimizer's settings whose values in the config replace those in the checkpoint.
         mark: What the run's record says of this attempt, wherever `run_dir` is one and the same place.
         label: Who this is in the logs, where it is not the only one: a trial of a sweep.
+        forward_env, env_file: As `environment.provide`: what the config's references may need here.
         reports: On Ray Train: whether each evaluation is reported to the controller, in whose process a trial waits.
     """
 
@@ -77,6 +78,8 @@ class Job:
     mark: str = ""
     overrides: Sequence[str] = ()
     label: str = ""
+    forward_env: Sequence[str] = ()
+    env_file: str | None = None
     reports: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -182,6 +185,7 @@ def run(
 
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)  # what a model allocates without naming a device goes there too
+    environment.provide(job.forward_env, job.env_file)
     experiment = config.experiment_of(job.text, job.overrides)
     _check_shared(job)
     options, c = experiment.trainer, experiment.checkpoint

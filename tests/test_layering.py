@@ -23,7 +23,7 @@ import pytest
 # (data/, models/, ...) are one module here.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("config", "storage", "seeds", "events", "provenance", "interrupts", "reaper"),
+    ("config", "storage", "seeds", "events", "provenance", "interrupts", "reaper", "environment"),
     ("data", "models", "losses", "optim", "state", "parallel", "checkpoint", "metrics", "tracking", "progress"),
     ("trainer",),
     ("worker",),

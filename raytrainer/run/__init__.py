@@ -5,19 +5,33 @@ from __future__ import annotations
 from raytrainer.run.driver import in_background
 from raytrainer.run.launching import check, experiment_name, launch, refuse_existing
 from raytrainer.run.logs import Logs
-from raytrainer.run.record import CONFIG, FIXED, Outcome, Record, changes_meaning, summary, tracking_uri
+from raytrainer.run.record import (
+    CONFIG,
+    FIXED,
+    STOP,
+    Outcome,
+    Record,
+    StopAsked,
+    changes_meaning,
+    job_tags,
+    summary,
+    tracking_uri,
+)
 from raytrainer.run.session import ray_session
 
 __all__ = [
     "CONFIG",
     "FIXED",
+    "STOP",
     "Logs",
     "Outcome",
     "Record",
+    "StopAsked",
     "changes_meaning",
     "check",
     "experiment_name",
     "in_background",
+    "job_tags",
     "launch",
     "ray_session",
     "refuse_existing",

@@ -19,7 +19,7 @@ from raytrainer.errors import ClusterLost, RaytrainerError, Stopped, StorageErro
 from raytrainer.interrupts import Interrupted, Interrupts
 from raytrainer.progress import Display
 from raytrainer.run.logs import Logs
-from raytrainer.run.record import Outcome, Record, tracking_uri
+from raytrainer.run.record import Outcome, Record, StopAsked, job_tags, tracking_uri
 from raytrainer.run.session import ray_session
 from raytrainer.storage import Lock, Storage
 
@@ -62,6 +62,7 @@ class Driver:
         )
         self.spool_dir = spool
         self.ray_trainer: SupervisedTrainer | None = None
+        self.stop_asked = StopAsked(storage)
 
     def run(self) -> Outcome:
         """Trains, and closes everything whatever happens."""
@@ -123,6 +124,7 @@ class Driver:
             "raytrainer.run_dir": record.run_dir,
             "raytrainer.where": self.where,
             **{f"raytrainer.choice.{group}": choice for group, choice in self.composition.choices},
+            **job_tags(record),
         }
         if record.attempts > 1:
             # Parameters are written once; what a resume changes is told beside them.
@@ -202,6 +204,8 @@ class Driver:
             ship=not self.ship_here,
             changed=self.record.changed,
             mark=self.record.mark,
+            forward_env=self.e.cluster.forward_env,
+            env_file=self.e.cluster.env_file,
         )
 
     @contextlib.contextmanager
@@ -227,10 +231,15 @@ class Driver:
                 job,
                 worker.inline_world(self.e.scaling.use_gpu),
                 emit=lambda message: self.logs.message(0, message),
-                should_stop=lambda: self.interrupts.requested,
+                should_stop=self._inline_should_stop,
             )
         except Exception as error:
             raise worker.described(error, 0) from error
+
+    def _inline_should_stop(self) -> bool:
+        if self.stop_asked():
+            self.interrupts.ask("stopped by request")
+        return self.interrupts.requested
 
     def _on_ray(self, job: worker.Job, gpu: bool) -> Mapping[str, Any]:
         from raytrainer import supervise
@@ -267,6 +276,10 @@ class Driver:
         threading.Thread(target=fit, name="ray-train", daemon=True).start()
         try:
             while not done.wait(1.0):
+                if self.stop_asked():
+                    self.interrupts.ask("stopped by request")
+                    self._stop_workers(done)
+                    break
                 self.lock.check()  # one that was out of touch for long may have lost the directory to another
                 if part := supervise.dead_part():
                     raise ClusterLost(f"Ray's {part} died")

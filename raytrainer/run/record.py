@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -50,6 +51,8 @@ class Record:
         choices: Group → the choice taken.
         changed: Settings of the optimizer that a resume has given, over those in the checkpoints.
         kind: `run`, or `sweep`.
+        job: On a shared cluster: its address, the submission_id there, and the content of the request, by which a
+            second submission of the same is known.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Record:
     choices: dict[str, str] = field(default_factory=dict)
     changed: list[str] = field(default_factory=list)
     kind: str = "run"
+    job: dict[str, str] = field(default_factory=dict)
 
     @property
     def mark(self) -> str:
@@ -119,6 +123,35 @@ class Outcome:
     mlflow_command: str | None = None
     seconds: float = 0.0
     length: str = "trainer.max_epochs"
+
+
+STOP = "stop"  # an object in a run's directory: whoever wants it to end puts it there, `stop ID` for one
+
+
+class StopAsked:
+    """Whether somebody has asked a run to end by the object `stop` in its directory. Looks every two seconds.
+
+    One from before this attempt does not count: it is deleted when the attempt begins.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage, self._due = storage, 0.0
+        storage.delete(STOP)
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if now < self._due:
+            return False
+        self._due = now + 2.0
+        try:
+            return self._storage.exists(STOP)
+        except StorageError:  # a server that does not answer now will another time
+            return False
+
+
+def job_tags(record: Record) -> dict[str, str]:
+    """Where on a shared cluster a run is, for its MLflow run."""
+    return {f"raytrainer.{name}": value for name, value in record.job.items()}
 
 
 def changes_meaning(name: str) -> bool:

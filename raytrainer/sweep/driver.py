@@ -18,7 +18,16 @@ from raytrainer.config import Parameter, flattened
 from raytrainer.errors import ClusterLost, RaytrainerError, Stopped, StorageError, WorkerError
 from raytrainer.interrupts import Interrupted, Interrupts
 from raytrainer.progress import Display
-from raytrainer.run import Logs, Record, changes_meaning, in_background, ray_session, tracking_uri
+from raytrainer.run import (
+    Logs,
+    Record,
+    StopAsked,
+    changes_meaning,
+    in_background,
+    job_tags,
+    ray_session,
+    tracking_uri,
+)
 from raytrainer.storage import Lock, Storage
 from raytrainer.sweep import results
 from raytrainer.sweep.ledger import Ledger, Mode, Trial
@@ -64,6 +73,7 @@ class SweepDriver:
         self.spool_dir = trial_spool(storage)
         self.mode = cast(Mode, plan.mode)
         self._uri = tracking_uri(self.e, record.tracking_uri)
+        self._stop_asked = StopAsked(storage)
         self._parent: str | None = None
         self._of_spool: dict[Path, str] = {}  # whose a spool is, until its run is made
         self._fleet: tracking.Fleet | None = None
@@ -166,6 +176,8 @@ class SweepDriver:
             strategy=e.scaling.placement_strategy,
             gpu=gpu,
             retries=e.sweep.max_trial_failures > 0,
+            forward_env=e.cluster.forward_env,
+            env_file=e.cluster.env_file,
         )
         self._board = Board(
             self.display,
@@ -195,6 +207,8 @@ class SweepDriver:
     def _between(self) -> None:
         from raytrainer import supervise
 
+        if self._stop_asked():
+            self.interrupts.ask("stopped by request")
         self.interrupts.check()
         self.lock.check()
         if part := supervise.dead_part():
@@ -299,6 +313,7 @@ class SweepDriver:
             "raytrainer.where": self.where,
             "raytrainer.sweep.metric": plan.metric,
             "raytrainer.sweep.mode": plan.mode,
+            **job_tags(record),
             **{f"raytrainer.choice.{group}": choice for group, choice in plan.first.choices if group not in swept},
         }
         if record.attempts > 1:

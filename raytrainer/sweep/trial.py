@@ -49,6 +49,7 @@ class Shared:
         strategy: Where they are placed.
         gpu: Whether they train on GPUs.
         retries: Whether a failed trial may be tried again.
+        forward_env, env_file: As `environment.provide`.
     """
 
     texts: Mapping[str, str]
@@ -64,6 +65,8 @@ class Shared:
     strategy: str
     gpu: bool
     retries: bool
+    forward_env: Sequence[str] = ()
+    env_file: str | None = None
 
     def job(self, config: Mapping[str, Any]) -> worker.Job:
         """What the trial of Tune's `config` trains."""
@@ -79,6 +82,8 @@ class Shared:
             # A checkpoint that population based training copied in goes on with this trial's own values.
             changed=[p.key.removeprefix("optimizer.") for p in self.parameters if p.key.startswith("optimizer.")],
             label=str(config["trial"]),
+            forward_env=self.forward_env,
+            env_file=self.env_file,
             reports=self.workers > 1,
         )
 

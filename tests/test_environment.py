@@ -1,0 +1,52 @@
+"""Forwarded variables: by name, from the cluster's environment or a private file; never a value in an error."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from raytrainer.environment import provide
+from raytrainer.errors import ConfigError
+
+
+@pytest.fixture
+def env_file(tmp_path: Path) -> Path:
+    path = tmp_path / "env"
+    path.write_text("# comment=1\nexport PLANTED='s3cr3t value'\nOTHER=a=b\n\nnonsense\n")
+    path.chmod(0o600)
+    return path
+
+
+def test_what_is_set_stays_and_the_rest_comes_from_the_file(env_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTHER", "mine")
+    monkeypatch.delenv("PLANTED", raising=False)
+    provide(["OTHER", "PLANTED"], str(env_file))
+    assert (os.environ["OTHER"], os.environ["PLANTED"]) == ("mine", "s3cr3t value")
+    monkeypatch.delenv("PLANTED")
+
+
+def test_only_named_ones_are_taken(env_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OTHER", raising=False)
+    monkeypatch.setenv("PLANTED", "x")
+    provide(["PLANTED"], str(env_file))
+    assert "OTHER" not in os.environ
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_missing_one_is_named_and_no_value_is_told(given: bool, env_file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.forward_env=WANDB_API_KEY is set neither") as caught:
+        provide(["WANDB_API_KEY"], str(env_file) if given else None)
+    assert "s3cr3t" not in str(caught.value)
+
+
+def test_a_file_that_others_can_read_is_refused(env_file: Path) -> None:
+    env_file.chmod(0o644)
+    with pytest.raises(ConfigError, match=f"chmod 600 {env_file}"):
+        provide(["WANDB_API_KEY"], str(env_file))
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.env_file=.*cannot be read: No such file"):
+        provide(["WANDB_API_KEY"], str(tmp_path / "none"))
