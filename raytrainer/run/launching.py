@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -61,6 +61,7 @@ def launch(
     record: Record | None = None,
     changed: Sequence[str] = (),
     display: Display | None = None,
+    job: Mapping[str, str] | None = None,
 ) -> Outcome:
     """Trains an experiment where its `cluster` says, to the end.
 
@@ -70,6 +71,7 @@ def launch(
         record: The run to go on with, from its last checkpoint; None: a new one.
         changed: The `optimizer.…` keys whose new values replace those in the checkpoint.
         display: Where progress is shown.
+        job: Where on a shared cluster this is, as `Record.job`.
 
     Raises:
         Refused: Nothing was started.
@@ -101,6 +103,7 @@ def launch(
                 experiment_name=old.experiment_name or experiment_name(composition),
                 status="RUNNING",
                 attempts=old.attempts + 1,
+                job=dict(job or {}),
             )
             storage.write_bytes(CONFIG, composition.text.encode())
             record.write(storage)

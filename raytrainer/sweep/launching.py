@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -50,6 +50,7 @@ def launch(
     argv: Sequence[str] = (),
     record: Record | None = None,
     display: Display | None = None,
+    job: Mapping[str, str] | None = None,
 ) -> SweepOutcome:
     """Runs a sweep to its end, or goes on with one.
 
@@ -58,6 +59,7 @@ def launch(
         argv: The command line, for the records.
         record: The sweep to go on with; None: a new one.
         display: Where progress is shown.
+        job: As `run.launch`.
 
     Raises:
         Refused: Nothing was started.
@@ -84,6 +86,7 @@ def launch(
                 experiment_name=old.experiment_name or experiment_name(plan.first),
                 status="RUNNING",
                 attempts=old.attempts + 1,
+                job=dict(job or {}),
             )
             storage.write_bytes(CONFIG, plan.first.text.encode())
             plan.write(storage)

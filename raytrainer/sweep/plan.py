@@ -102,9 +102,9 @@ class Plan:
         }
         return replace(self, compositions=changed)
 
-    def write(self, storage: Storage) -> None:
-        """Keeps it in the sweep's directory."""
-        found = {
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for `from_dict`."""
+        return {
             "version": VERSION,
             "choice": self.choice,
             "fixed": list(self.fixed),
@@ -113,7 +113,19 @@ class Plan:
                 {"of": key, "text": c.text, "choices": dict(c.choices)} for key, c in self.compositions.items()
             ],
         }
-        storage.write_bytes(PLAN, json.dumps(found, indent=1).encode())
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Plan:
+        compositions = {
+            c["of"]: replace(from_text(c["text"]), choices=tuple(sorted(c["choices"].items())))
+            for c in found["compositions"]
+        }
+        parameters = tuple(Parameter.from_dict(p) for p in found["parameters"])
+        return cls(found["choice"], tuple(found["fixed"]), parameters, compositions)
+
+    def write(self, storage: Storage) -> None:
+        """Keeps it in the sweep's directory."""
+        storage.write_bytes(PLAN, json.dumps(self.to_dict(), indent=1).encode())
 
     @classmethod
     def read(cls, storage: Storage) -> Plan:
@@ -126,12 +138,7 @@ class Plan:
             found = json.loads(storage.read_bytes(PLAN))
             if found["version"] > VERSION:
                 raise StorageError(f"{storage.where(PLAN)} was written by a later version of raytrainer")
-            compositions = {
-                c["of"]: replace(from_text(c["text"]), choices=tuple(sorted(c["choices"].items())))
-                for c in found["compositions"]
-            }
-            parameters = tuple(Parameter.from_dict(p) for p in found["parameters"])
-            return cls(found["choice"], tuple(found["fixed"]), parameters, compositions)
+            return cls.from_dict(found)
         except (ValueError, TypeError, KeyError) as error:
             raise StorageError(f"{storage.where(PLAN)} is no plan of a sweep: {error}") from error
 
