@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("raytrainer.storage")
 
 _POLL_S = 0.05
+_CLAIM = re.compile(r"[0-9a-f]{32}\.json")
 
 
 class Lock:
@@ -76,7 +77,7 @@ class Lock:
                 for rival in rivals:
                     # Of two that ask at once the lower name waits for the other to decide; the higher gives up.
                     if rival.held or rival.name < self._name or time.monotonic() > deadline:
-                        raise StorageLocked(f"{self._directory.display} is in use by {_named(rival.owner)}")
+                        raise StorageLocked(f"{self._directory.display} is in use by {named(rival.owner)}")
                 if not rivals:
                     break
                 time.sleep(_POLL_S)
@@ -102,38 +103,26 @@ class Lock:
     def check(self) -> None:
         """StorageLocked if another took this claim for stale and removed it (after a long loss of contact)."""
         if self._lost:
-            raise StorageLocked(
-                f"{self._directory.display} was taken over while {_named(self._owner)} was out of touch"
-            )
+            raise StorageLocked(f"{self._directory.display} was taken over while {named(self._owner)} was out of touch")
 
     def _remove(self, name: str) -> None:
         self._directory.delete(f"{name}.held")
         self._directory.delete(f"{name}.json")
 
-    def _rivals(self) -> list[_Claim]:
+    def _rivals(self) -> list[Claim]:
         """The live claims of others; stale ones are removed on the way."""
-        entries = {entry.name: entry for entry in self._directory.list()}
-        mine = entries.get(f"{self._name}.json")
+        found = {claim.name: claim for claim in claims(self._directory)}
+        mine = found.pop(self._name, None)
         rivals = []
-        for name in (entry.removesuffix(".json") for entry in entries if re.fullmatch(r"[0-9a-f]{32}\.json", entry)):
-            data = self._directory.read_if_exists(f"{name}.json") if name != self._name else None
-            if data is None:  # our own, or given up since the listing
-                continue
-            claim = _parse(name, data, held=f"{name}.held" in entries)
+        for claim in found.values():
             # Both times are the storage's own, of our claim and of that one: no clock of ours takes part.
-            age = mine.mtime - entries[f"{name}.json"].mtime if mine is not None else 0.0
-            if self._is_stale(claim, age):
-                _log.warning("taking over the stale lock of %s", _named(claim.owner))
-                self._remove(name)
+            age = mine.beat - claim.beat if mine is not None else 0.0
+            if not claim.lives if claim.is_here else age > self._limit_s:
+                _log.warning("taking over the stale lock of %s", named(claim.owner))
+                self._remove(claim.name)
             else:
                 rivals.append(claim)
         return rivals
-
-    def _is_stale(self, claim: _Claim, age_s: float) -> bool:
-        if self._machine is not None and claim.machine == self._machine:
-            pid = claim.owner.get("pid", "")
-            return not (pid.isdecimal() and process_start(int(pid)) == claim.started is not None)
-        return age_s > self._limit_s
 
     def _beat(self) -> None:
         while not self._stop.wait(self._limit_s / 6):
@@ -163,12 +152,46 @@ class Lock:
 
 
 @dataclass(frozen=True, slots=True)
-class _Claim:
+class Claim:
+    """What a contender for a lock, or its owner, has written.
+
+    Attributes:
+        name: Of its file, used once.
+        held: Whether it has the lock, rather than asks for it.
+        owner: As given to `Lock`, with `host`, `pid` and `since`.
+        machine, started: Of its process: see `machine` and `process_start`.
+        beat: When it last showed life, in seconds since the epoch by the storage's clock; 0.0 where unknown.
+    """
+
     name: str
     held: bool
     owner: dict[str, str]
     machine: str | None
     started: str | None
+    beat: float = 0.0
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its process is, or was, one of this machine's: then it is known whether it lives."""
+        return self.machine is not None and self.machine == machine()
+
+    @property
+    def lives(self) -> bool:
+        """Whether its process, one of this machine's, is there: a later one with its number is another."""
+        pid = self.owner.get("pid", "")
+        return pid.isdecimal() and process_start(int(pid)) == self.started is not None
+
+
+def claims(directory: Storage) -> list[Claim]:
+    """All that is written in a lock's directory, stale ones too; nothing is changed."""
+    entries = {entry.name: entry for entry in directory.list()}
+    found = []
+    for name in (entry.removesuffix(".json") for entry in entries if _CLAIM.fullmatch(entry)):
+        data = directory.read_if_exists(f"{name}.json")
+        if data is not None:  # else given up since the listing
+            held = f"{name}.held" in entries
+            found.append(_parse(name, data, held=held, beat=entries[f"{name}.json"].mtime))
+    return found
 
 
 @cache
@@ -194,16 +217,17 @@ def process_start(pid: int) -> str | None:
     return None if fields[0] in ("Z", "X") else fields[19]
 
 
-def _parse(name: str, data: bytes, *, held: bool) -> _Claim:
+def _parse(name: str, data: bytes, *, held: bool, beat: float) -> Claim:
     """A claim; one that cannot be read is a live stranger's, judged by its age alone."""
     try:
         claim = json.loads(data)
         owner = {str(key): str(value) for key, value in claim["owner"].items()}
-        return _Claim(name, held, owner, claim["machine"], claim["started"])
+        return Claim(name, held, owner, claim["machine"], claim["started"], beat)
     except (ValueError, KeyError, TypeError, AttributeError):
-        return _Claim(name, held, {"run": "an unreadable claim"}, None, None)
+        return Claim(name, held, {"run": "an unreadable claim"}, None, None, beat)
 
 
-def _named(owner: Mapping[str, str]) -> str:
+def named(owner: Mapping[str, str]) -> str:
+    """An owner in words, e.g. `NAME (host HOST, pid 12, since …)`."""
     rest = ", ".join(f"{key} {value}" for key, value in owner.items() if key != "run")
     return f"{owner.get('run', 'another process')} ({rest})" if rest else owner.get("run", "another process")
