@@ -276,16 +276,31 @@ def _cpus(experiment: config.Experiment) -> int | None:
 
 
 class _Tracking:
-    """Hands what the loop tells to the tracker: metrics by step, artifacts."""
+    """Hands what the loop tells to the tracker: metrics by step, artifacts, and as tags what a list of runs shows."""
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker = tracker
+
+    def on_fit_start(self, trainer: Any, event: Any) -> None:
+        tags = {"raytrainer.workers": str(event.world_size)}
+        if event.total_steps is not None:
+            tags["raytrainer.total_steps"] = str(event.total_steps)
+        self._tracker.set_tags(tags)
 
     def on_log(self, trainer: Any, event: Any) -> None:
         self._tracker.log_metrics(event.metrics, event.step)
 
     def on_eval_end(self, trainer: Any, event: Any) -> None:
         self._tracker.log_metrics(event.metrics, event.step)
+        best = trainer.best
+        if best.step == event.step:
+            self._tracker.set_tags(
+                {
+                    "raytrainer.monitor": best.metric,
+                    "raytrainer.monitor.best": repr(float(best.value)),
+                    "raytrainer.monitor.best_step": str(best.step),
+                }
+            )
 
     def on_checkpoint(self, trainer: Any, event: Any) -> None:
         self._tracker.log_metrics({"checkpoint/stall_seconds": event.stall_s}, event.step)

@@ -49,6 +49,28 @@ class RunState:
     steps: dict[str, int]
 
 
+@dataclass(frozen=True)
+class StoredRun:
+    """A run as a search tells of it.
+
+    Attributes:
+        status: MLflow's: RUNNING, FINISHED, FAILED, KILLED, SCHEDULED.
+        started, ended, logged: Seconds since the epoch; `logged` is the time of its last metric.
+        metrics: Key → the last value, and its step.
+    """
+
+    run_id: str
+    name: str
+    experiment_id: str
+    status: str
+    started: float
+    ended: float | None
+    params: dict[str, str]
+    tags: dict[str, str]
+    metrics: dict[str, tuple[float, int]]
+    logged: float | None
+
+
 class Server:
     """Calls to one tracking URI.
 
@@ -139,16 +161,31 @@ class Server:
             found = client.search_runs([experiment_id], f"tags.`{tag}` = '{value}'", max_results=1)
         return str(found[0].info.run_id) if found else None
 
-    def run_tag(self, identifier: str, tag: str) -> str | None:
-        """A tag's value of the run with this id, else of the newest run of this name that has it."""
+    def search(self, where: str, limit: int) -> list[StoredRun]:
+        """Runs of all experiments that are not deleted, the newest first.
+
+        Args:
+            where: In MLflow's language of filters.
+            limit: The most that are returned.
+        """
         with self._call() as client:
-            everywhere = [e.experiment_id for e in client.search_experiments()]
-            quoted = identifier.replace("'", "")
-            for where in (f"attributes.run_id = '{quoted}'", f"attributes.run_name = '{quoted}'"):
-                found = client.search_runs(everywhere, where, max_results=1, order_by=["attributes.start_time DESC"])
-                if found and tag in found[0].data.tags:
-                    return str(found[0].data.tags[tag])
-        return None
+            everywhere, token = [], None
+            while token != "":
+                page = client.search_experiments(page_token=token)
+                everywhere += [e.experiment_id for e in page]
+                token = page.token or ""
+            found = client.search_runs(everywhere, where, max_results=limit, order_by=["attributes.start_time DESC"])
+            return [_stored_run(run) for run in found]
+
+    def artifacts(self, run_id: str, folder: str) -> list[str]:
+        """The paths of the files directly in a folder of the run's artifacts."""
+        with self._call() as client:
+            return [str(entry.path) for entry in client.list_artifacts(run_id, folder or None) if not entry.is_dir]
+
+    def read_artifact(self, run_id: str, path: str) -> bytes:
+        """A whole file of the run's artifacts."""
+        with self._call() as client, tempfile.TemporaryDirectory() as folder:
+            return Path(client.download_artifacts(run_id, path, folder)).read_bytes()
 
     def create_model_version(self, run_id: str, folder: str, name: str) -> str:
         """A new version of the registered model `name`, created if need be, from a folder of the run's artifacts."""
@@ -343,18 +380,23 @@ def _translated(error: Exception, uri: str) -> TrackingError:
     name = redacted(uri)
     status = _status(error, uri)
     if status in (401, 403):
-        given = [key for key in (*_SECRETS, "MLFLOW_TRACKING_USERNAME") if os.environ.get(key)]
-        return TrackingDenied(
-            f"the tracking server {name} answers {status} to the credentials given"
-            f" ({', '.join(given) if given else 'none: MLFLOW_TRACKING_TOKEN or _USERNAME and _PASSWORD are not set'})"
-        )
-    reason = _without_secrets(_reason(error), uri)
+        return denied(uri, status)
+    reason = without_secrets(_reason(error), uri)
     if isinstance(error, MlflowException):
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return RunGone(f"{name}: {reason}")
         if status in (400, 413, 422):
             return Rejected(f"{name}: {reason}")
     return TrackingUnreachable(f"the tracking server {name} cannot be used: {reason}")
+
+
+def denied(uri: str, status: int) -> TrackingDenied:
+    """The error for an answer of 401 or 403: which variables were set, never what they hold."""
+    given = [key for key in (*_SECRETS, "MLFLOW_TRACKING_USERNAME") if os.environ.get(key)]
+    return TrackingDenied(
+        f"the tracking server {redacted(uri)} answers {status} to the credentials given"
+        f" ({', '.join(given) if given else 'none: MLFLOW_TRACKING_TOKEN or _USERNAME and _PASSWORD are not set'})"
+    )
 
 
 def _status(error: Exception, uri: str) -> int | None:
@@ -394,7 +436,8 @@ def _reason(error: BaseException) -> str:
     return _cut(f"{type(inner).__name__}: {text}" if text else type(inner).__name__, 300)
 
 
-def _without_secrets(text: str, uri: str) -> str:
+def without_secrets(text: str, uri: str) -> str:
+    """A text that may quote the address or a header."""
     secrets = [os.environ.get(key) for key in _SECRETS]
     password = urlsplit(uri).password
     for secret in (*secrets, password, unquote(password) if password else None):
@@ -416,4 +459,20 @@ def _run_state(run: Any) -> RunState:
         params=dict(run.data.params),
         tags=dict(run.data.tags),
         steps={metric.key: int(metric.step) for metric in run.data.to_proto().metrics},
+    )
+
+
+def _stored_run(run: Any) -> StoredRun:
+    metrics = run.data.to_proto().metrics
+    return StoredRun(
+        run_id=run.info.run_id,
+        name=run.info.run_name or "",
+        experiment_id=run.info.experiment_id,
+        status=run.info.status,
+        started=(run.info.start_time or 0) / 1e3,
+        ended=run.info.end_time / 1e3 if run.info.end_time else None,
+        params=dict(run.data.params),
+        tags=dict(run.data.tags),
+        metrics={metric.key: (float(metric.value), int(metric.step)) for metric in metrics},
+        logged=max((metric.timestamp for metric in metrics), default=0) / 1e3 or None,
     )
