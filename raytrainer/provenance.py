@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+FILE = "provenance.json"  # in a run's directory
 _PACKAGES = ("raytrainer", "torch", "ray", "mlflow", "hydra-core", "omegaconf", "pyarrow", "numpy")
 _PATCH_LIMIT = 5 * 2**20
+_CUT = f"# cut at {_PATCH_LIMIT} bytes\n"
+_UNTRACKED, _SECRET = "# not tracked, and not in this patch: ", "# left out, since it may hold secrets: "
+# Files that are there to hold secrets, by their names, whatever case they are written in.
+_SECRET_NAMES = re.compile(
+    r"\.env(\..+)?|.+\.env|.+\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk)|id_(rsa|dsa|ecdsa|ed25519)"
+    r"|\.?(netrc|pypirc|npmrc|pgpass|htpasswd|git-credentials)|kubeconfig|auth_token"
+    r"|(client_|aws|azure|gcp|google|application)?_?(credentials?|secrets?)(\.(json|ya?ml|toml|ini|cfg|txt|csv))?"
+    r"|service[_-]account.*\.json",
+    re.IGNORECASE,
+)
+
+
+def may_hold_secrets(path: str) -> bool:
+    """Whether a file is, by its name, one for secrets: `.env`, keys, credentials. `.env.example` is none."""
+    name = path.rpartition("/")[2]
+    return _SECRET_NAMES.fullmatch(name) is not None and not name.lower().endswith((".example", ".sample", ".template"))
 
 
 @dataclass(frozen=True)
@@ -24,6 +43,7 @@ class Provenance:
         versions: Package → version, and `python`.
         commit, branch: Of the git repository that holds the launching directory; None outside one.
         patch: What the commit lacks, for `git apply`, with the names of untracked files on top; empty when clean.
+        prefix: The launching directory below the repository's root, with a `/` behind; empty at the root.
     """
 
     command: str
@@ -31,6 +51,23 @@ class Provenance:
     commit: str | None = None
     branch: str | None = None
     patch: str = ""
+    prefix: str = ""
+
+    @property
+    def diff(self) -> str:
+        """The patch without what it says of other files."""
+        return "\n".join(line for line in self.patch.split("\n") if not line.startswith((_UNTRACKED, _SECRET)))
+
+    @property
+    def untracked(self) -> list[str]:
+        """Files that were there and are not in the patch, from the repository's root."""
+        lines = self.patch.split("\n")
+        return [line.removeprefix(_UNTRACKED) for line in lines if line.startswith(_UNTRACKED)]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether commit and patch make all of the tracked files again."""
+        return not self.patch.endswith(_CUT) and _SECRET not in self.patch
 
     def tags(self) -> dict[str, str]:
         tags = {"raytrainer.command": self.command, "raytrainer.host": platform.node()}
@@ -42,6 +79,26 @@ class Provenance:
             tags["mlflow.source.git.branch"] = self.branch
         return tags
 
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=1).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Provenance:
+        """What `to_json` wrote, in this version or a later one; ValueError for anything else."""
+        found = json.loads(data)
+        if not isinstance(found, dict) or "command" not in found:
+            raise ValueError("no provenance")
+        return cls(**{name: found[name] for name in cls.__dataclass_fields__ if name in found})
+
+
+_submitted: Provenance | None = None
+
+
+def adopt(origin: Provenance) -> None:
+    """Makes `collect` tell, in this process, of the launch that submitted it; the versions stay this machine's."""
+    global _submitted
+    _submitted = origin
+
 
 def collect(argv: list[str], folder: Path) -> Provenance:
     """The provenance of a launch with `argv` from `folder`."""
@@ -51,27 +108,29 @@ def collect(argv: list[str], folder: Path) -> Provenance:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
             continue
+    if _submitted is not None:
+        return replace(_submitted, versions=versions)
+    command = shlex.join(["python", "-m", "raytrainer", *argv])
     commit = (_git(folder, "rev-parse", "HEAD") or "").strip() or None
-    patch = ""
-    if commit is not None:
-        # As `git apply` takes it, whatever the user's settings of diff are; untracked files are only named.
-        patch = (
-            _git(
-                folder, "diff", "--binary", "--no-ext-diff", "--no-color", "--src-prefix=a/", "--dst-prefix=b/", "HEAD"
-            )
-            or ""
-        )
-        if len(patch) > _PATCH_LIMIT:
-            patch = patch[:_PATCH_LIMIT] + f"\n# cut at {_PATCH_LIMIT} bytes\n"
-        untracked = (_git(folder, "ls-files", "--others", "--exclude-standard") or "").splitlines()
-        patch = "".join(f"# not tracked, and not in this patch: {name}\n" for name in untracked[:200]) + patch
-    return Provenance(
-        shlex.join(["python", "-m", "raytrainer", *argv]),
-        versions,
-        commit,
-        (_git(folder, "rev-parse", "--abbrev-ref", "HEAD") or "").strip() or None if commit else None,
-        patch,
-    )
+    if commit is None:
+        return Provenance(command, versions)
+    branch = (_git(folder, "rev-parse", "--abbrev-ref", "HEAD") or "").strip() or None
+    prefix = (_git(folder, "rev-parse", "--show-prefix") or "").strip("\n")
+    return Provenance(command, versions, commit, branch, _patch(folder), prefix)
+
+
+def _patch(folder: Path) -> str:
+    changed = (_git(folder, "diff", "--name-only", "-z", "HEAD", "--", ":/") or "").split("\0")
+    secret = [name for name in changed if may_hold_secrets(name)]
+    # As `git apply` takes it, whatever the user's settings of diff are; untracked files are only named.
+    options = ("--binary", "--no-ext-diff", "--no-textconv", "--no-color", "--src-prefix=a/", "--dst-prefix=b/")
+    without = [f":(top,exclude,literal){name}" for name in secret]
+    patch = _git(folder, "diff", *options, "HEAD", "--", ":/", *without) or ""
+    if len(patch) > _PATCH_LIMIT:
+        patch = patch[:_PATCH_LIMIT] + "\n" + _CUT
+    untracked = (_git(folder, "ls-files", "--others", "--exclude-standard", "--full-name", ":/") or "").splitlines()
+    notes = [*(f"{_UNTRACKED}{name}\n" for name in untracked[:200]), *(f"{_SECRET}{name}\n" for name in secret)]
+    return "".join(notes) + patch
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
@@ -79,14 +138,13 @@ def _git(folder: Path, *arguments: str) -> str | None:
         done = subprocess.run(
             ["git", "-C", str(folder), "-c", "core.quotepath=off", *arguments],
             capture_output=True,
-            text=True,
-            errors="replace",
             timeout=20,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired):  # no git, or a repository on a disk that does not answer
         return None
-    return done.stdout if done.returncode == 0 else None
+    # Byte for byte, whatever encoding and line ends the files have: a patch of anything else would not apply.
+    return done.stdout.decode("utf-8", "surrogateescape") if done.returncode == 0 else None
 
 
 def program() -> str:

@@ -132,11 +132,11 @@ class Run:
         self._tell(RunNote(self.run_id, *self._names, params=dict(params)))
 
     def log_text(self, text: str, path: str) -> None:
-        """A text as the artifact `path`."""
+        """A text as the artifact `path`; what could not be decoded when it was read is the same bytes again."""
         folder, _, name = path.rpartition("/")
         with tempfile.TemporaryDirectory() as directory:
             file = Path(directory, name)
-            file.write_text(text, encoding="utf-8")
+            file.write_bytes(text.encode("utf-8", "surrogateescape"))
             self.log_artifact(file, folder or None)
 
     def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
