@@ -117,6 +117,7 @@ class Driver:
 
     def _open_run(self) -> tracking.Run:
         origin = provenance.collect(self.argv, Path.cwd())
+        self.storage.write_bytes(provenance.FILE, origin.to_json())
         e, record = self.e, self.record
         tags = {
             **origin.tags(),

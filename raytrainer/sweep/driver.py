@@ -303,6 +303,7 @@ class SweepDriver:
 
     def _open_run(self) -> tracking.Run:
         origin = provenance.collect(self.argv, Path.cwd())
+        self.storage.write_bytes(provenance.FILE, origin.to_json())
         record, plan = self.record, self.plan
         swept = {p.key.lstrip("+") for p in plan.parameters}
         tags = {
