@@ -88,7 +88,7 @@ def launch(
         storage = Storage(storage_path(e)).child(e.name or "")
         with ExitStack() as held:
             try:
-                lock = held.enter_context(storage.lock("lock", {"run": e.name or ""}))
+                lock = held.enter_context(storage.lock("lock", lock_owner(e.name or "", job)))
             except StorageLocked as error:
                 raise PreflightError([str(error)]) from error
             if record is None:
@@ -140,6 +140,12 @@ def refuse_existing(e: Experiment, storage: Storage) -> None:
             key="name",
             value=e.name,
         )
+
+
+def lock_owner(name: str, job: Mapping[str, str] | None) -> dict[str, str]:
+    """What the claim on a run's directory says of its owner: whoever finds it knows which job must be asked for."""
+    submission = (job or {}).get("submission_id")
+    return {"run": name} if submission is None else {"run": name, "job": submission}
 
 
 def _where(e: Experiment, gpu: bool) -> str:

@@ -13,7 +13,7 @@ from raytrainer import run, tracking
 from raytrainer.errors import PreflightError, StorageLocked
 from raytrainer.interrupts import Interrupts
 from raytrainer.progress import Display
-from raytrainer.run import CONFIG, Logs, Record, experiment_name, refuse_existing, tracking_uri
+from raytrainer.run import CONFIG, Logs, Record, experiment_name, lock_owner, refuse_existing, tracking_uri
 from raytrainer.storage import Storage
 from raytrainer.sweep.driver import SweepDriver, may_change
 from raytrainer.sweep.ledger import Ledger, Mode
@@ -72,7 +72,7 @@ def launch(
         storage = Storage(e.storage_path or "").child(e.name or "")
         with ExitStack() as held:
             try:
-                lock = held.enter_context(storage.lock("lock", {"run": e.name or ""}))
+                lock = held.enter_context(storage.lock("lock", lock_owner(e.name or "", job)))
             except StorageLocked as error:
                 raise PreflightError([str(error)]) from error
             if record is None:
