@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raytrainer.run.driver import in_background
-from raytrainer.run.launching import check, experiment_name, launch, refuse_existing
+from raytrainer.run.launching import check, experiment_name, launch, lock_owner, refuse_existing
 from raytrainer.run.logs import Logs
 from raytrainer.run.record import (
     CONFIG,
@@ -33,6 +33,7 @@ __all__ = [
     "in_background",
     "job_tags",
     "launch",
+    "lock_owner",
     "ray_session",
     "refuse_existing",
     "summary",
