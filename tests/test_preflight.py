@@ -79,6 +79,71 @@ def test_resources_of_a_cluster() -> None:
     assert (found.cpus, found.gpus, found.memory, found.get("TPU"), found.get("nothing")) == (4.0, 0, 8.0, 2.0, 0.0)
 
 
+def cluster(nodes: list[dict[str, float]], more: list[dict[str, float]] | None = None, most: int = 0) -> Resources:
+    return Resources.of_nodes(nodes, more or [], most)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "resources", "problems"),
+    [
+        # What two nodes have together is no room for one worker.
+        (["+scaling.resources_per_worker.CPU=3"], cluster([{"CPU": 2}, {"CPU": 2}]), ["a worker asks for 3 CPUs, and"]),
+        (
+            ["+scaling.resources_per_worker.CPU=2", "scaling.num_workers=3"],
+            cluster([{"CPU": 3}, {"CPU": 3}]),
+            ["3 × (2 CPUs), and here has room for 2: what two nodes have together is none; scaling.num_workers=2 fits"],
+        ),
+        (["+scaling.resources_per_worker={CPU: 0.1}", "scaling.num_workers=3"], cluster([{"CPU": 0.3}]), []),
+        (
+            ["scaling.num_workers=2", "scaling.placement_strategy=STRICT_SPREAD"],
+            cluster([{"CPU": 8}]),
+            ["STRICT_SPREAD"],
+        ),
+        (
+            ["scaling.num_workers=3", "scaling.placement_strategy=STRICT_PACK"],
+            cluster([{"CPU": 2}, {"CPU": 2}]),
+            ["scaling.placement_strategy=STRICT_PACK, and here has room for 2"],
+        ),
+        # Every GPU of a kind is on one node, the CPUs are on another.
+        (
+            ["+scaling.resources_per_worker={CPU: 4, GPU: 1}", "scaling.accelerator_type=A100"],
+            cluster([{"CPU": 1, "GPU": 1, "accelerator_type:A100": 1}, {"CPU": 8, "GPU": 1, "accelerator_type:T4": 1}]),
+            ["a worker asks for 4 CPUs, 1 GPU of A100, and no node of here has that"],
+        ),
+        # A cluster that grows: by so many nodes of those at a time.
+        (["scaling.num_workers=5"], cluster([{"CPU": 1}], [{"CPU": 2}, {"CPU": 2}, {"CPU": 1}], 2), []),
+        (
+            ["scaling.num_workers=6"],
+            cluster([{"CPU": 1}], [{"CPU": 2}, {"CPU": 2}, {"CPU": 1}], 2),
+            ["6 CPUs, and here has at most 5 CPUs, nodes that it can add included; scaling.num_workers=5 fits"],
+        ),
+        (["scaling.use_gpu=true"], cluster([{"CPU": 1}], [{"CPU": 8, "GPU": 1}], 1), []),
+        (
+            ["+scaling.resources_per_worker.CPU=4"],
+            cluster([{"CPU": 2}], [{"CPU": 3}], 1),
+            ["a worker asks for 4 CPUs, and no node of here, nodes that it can add included, has that"],
+        ),
+        # The memory of a node type is rarely told.
+        (
+            ["+scaling.resources_per_worker={CPU: 2, memory: 9e9}"],
+            cluster([{"CPU": 1, "memory": 1e9}], [{"CPU": 2}], 1),
+            [],
+        ),
+        (["scaling.num_workers=64"], Resources(1, endless=True), []),
+    ],
+)
+def test_more_than_the_nodes_of_a_cluster_have(overrides: list[str], resources: Resources, problems: list[str]) -> None:
+    found = preflight.check_resources(experiment(*overrides), resources, "here")
+    assert len(found) == len(problems), found
+    assert all(wanted in one for wanted, one in zip(problems, found, strict=True)), found
+
+
+def test_gpus_that_can_be_added_are_used() -> None:
+    grows = cluster([{"CPU": 8}], [{"CPU": 8, "GPU": 2}], 1)
+    assert preflight.uses_gpu(experiment("scaling.num_workers=2"), grows)
+    assert not preflight.uses_gpu(experiment("scaling.num_workers=3"), grows)
+
+
 def test_this_machine() -> None:
     found = preflight.this_machine()
     assert 1 <= found.cpus <= (os.cpu_count() or 1)

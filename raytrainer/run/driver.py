@@ -6,6 +6,7 @@ import contextlib
 import os
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -21,6 +22,7 @@ from raytrainer.progress import Display
 from raytrainer.run.logs import Logs
 from raytrainer.run.record import Outcome, Record, StopAsked, job_tags, tracking_uri
 from raytrainer.run.session import ray_session
+from raytrainer.run.waiting import Waiting
 from raytrainer.storage import Lock, Storage
 
 if TYPE_CHECKING:
@@ -222,7 +224,7 @@ class Driver:
             ray_session(e, self.interrupts) as available,
             supervise.WorkerOutput(self.logs.message, self.logs.text),
         ):
-            yield lambda job: self._on_ray(job, preflight.uses_gpu(e, available))
+            yield lambda job: self._on_ray(job, available)
 
     def _inline(self, job: worker.Job) -> Mapping[str, Any]:
         self.interrupts.deferred = True  # the first signal lets the step end; a second one raises
@@ -242,10 +244,10 @@ class Driver:
             self.interrupts.ask("stopped by request")
         return self.interrupts.requested
 
-    def _on_ray(self, job: worker.Job, gpu: bool) -> Mapping[str, Any]:
+    def _on_ray(self, job: worker.Job, available: preflight.Resources) -> Mapping[str, Any]:
         from raytrainer import supervise
 
-        e, scaling = self.e, self.e.scaling
+        e, scaling, gpu = self.e, self.e.scaling, preflight.uses_gpu(self.e, available)
         n = scaling.num_workers
         trainer = self.ray_trainer = supervise.make_trainer(
             job,
@@ -273,6 +275,9 @@ class Driver:
             finally:
                 done.set()
 
+        least = preflight.least_workers(e)
+        wanted = {name: share * least for name, share in preflight.per_worker(e, gpu).items()}
+        waiting = Waiting(self.display, supervise, wanted, available)
         # Not in the main thread: that one waits for signals, and Ray Train's own SIGINT handler stays out.
         threading.Thread(target=fit, name="ray-train", daemon=True).start()
         try:
@@ -284,6 +289,7 @@ class Driver:
                 self.lock.check()  # one that was out of touch for long may have lost the directory to another
                 if part := supervise.dead_part():
                     raise ClusterLost(f"Ray's {part} died")
+                waiting.look(trainer.waits, time.monotonic())
         except Interrupted:
             self._stop_workers(done)
         finally:

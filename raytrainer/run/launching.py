@@ -17,6 +17,7 @@ from raytrainer.progress import Display
 from raytrainer.run.driver import Driver
 from raytrainer.run.logs import Logs
 from raytrainer.run.record import CONFIG, Outcome, Record, tracking_uri
+from raytrainer.run.session import cluster_resources
 from raytrainer.storage import Storage
 
 
@@ -169,9 +170,7 @@ def experiment_name(composition: Composition) -> str:
 
 
 def _existing_resources(e: Experiment) -> tuple[preflight.Resources, str]:
-    """What a running cluster has, asked without joining it for longer than the question."""
-    import ray
-
+    """What a running cluster has, and may have when it grows; it is joined from now on."""
     from raytrainer import supervise
 
     supervise.prepare(embedded=False)
@@ -179,8 +178,8 @@ def _existing_resources(e: Experiment) -> tuple[preflight.Resources, str]:
     try:
         if address != "auto":
             supervise.find_cluster(address)
-        found = supervise.attach(address, e.cluster.runtime_env)
+        found = supervise.attach(address, e.cluster.runtime_env, e.name or "")
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"is no running Ray cluster: {first}", key="cluster.address", value=address) from error
-    return preflight.Resources.of_ray(ray.cluster_resources()), f"the cluster at {found}"
+    return cluster_resources(e), f"the cluster at {found}"

@@ -8,24 +8,45 @@ tune      Ray Tune: the trials of a sweep
 
 from __future__ import annotations
 
-from raytrainer.supervise.cluster import attach, dead_part, find_cluster, prepare, start_embedded, stop
+from raytrainer.supervise.cluster import (
+    Growth,
+    addable,
+    attach,
+    dead_part,
+    find_cluster,
+    free,
+    growth,
+    holders,
+    nodes,
+    nodes_to_come,
+    prepare,
+    start_embedded,
+    stop,
+)
 from raytrainer.supervise.output import WorkerOutput
 from raytrainer.supervise.train import Retries, SupervisedTrainer, first_error, make_trainer
 from raytrainer.supervise.tune import METRIC, TrialController, capacity, make_controller, trial_resources
 
 __all__ = [
     "METRIC",
+    "Growth",
     "Retries",
     "SupervisedTrainer",
     "TrialController",
     "WorkerOutput",
+    "addable",
     "attach",
     "capacity",
     "dead_part",
     "find_cluster",
     "first_error",
+    "free",
+    "growth",
+    "holders",
     "make_controller",
     "make_trainer",
+    "nodes",
+    "nodes_to_come",
     "prepare",
     "start_embedded",
     "stop",

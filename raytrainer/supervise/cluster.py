@@ -7,12 +7,17 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import ray
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.autoscaler.v2.sdk import get_cluster_status
+from ray.core.generated.gcs_pb2 import ActorTableData, JobTableData, PlacementGroupTableData
+from ray.job_config import JobConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytrainer.reaper import Reaper
 
@@ -21,6 +26,9 @@ from raytrainer.reaper import Reaper
 ENVIRONMENT = {
     # The controller looks at its workers so often: an end or a death is seen after 0.1 s instead of 2 s.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    # Workers are waited for as long as it takes, which preflight knows to be finite: after a minute Ray would give up
+    # its place in the queue and ask again, and a cloud's machine takes longer than that to come.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "604800",
     # Workers stay in the launching directory, where relative paths of a config mean the same as inline.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     # A second copy of every print and exception in the worker's output.
@@ -29,6 +37,8 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # What the autoscaler says to every driver of a cluster, of other people's requests too; `run.waiting` says it.
+    "RAY_SCHEDULER_EVENTS": "0",
     # Warnings that a user cannot act on: accelerators of processes without a GPU, and the metrics agent, which an
     # embedded Ray has no dashboard for.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -141,14 +151,213 @@ def find_cluster(address: str) -> None:
         raise ConnectionError(f"what listens there does not answer as Ray does within {_ANSWER_S:g} s")
 
 
-def attach(address: str, runtime_env: Mapping[str, Any]) -> str:
+def attach(address: str, runtime_env: Mapping[str, Any], name: str) -> str:
     """Connects to a running cluster; returns its address.
+
+    Args:
+        address, runtime_env: As `ray.init`'s.
+        name: Of the run: whoever waits for what it holds is told.
 
     Raises:
         ConnectionError: There is none.
     """
     with _our_signals():
         context = ray.init(
-            address=address, runtime_env=dict(runtime_env) or None, logging_level=logging.ERROR, log_to_driver=True
+            address=address,
+            runtime_env=dict(runtime_env) or None,
+            job_config=JobConfig(metadata={_NAME: name}),
+            logging_level=logging.ERROR,
+            log_to_driver=True,
         )
     return str(context.address_info.get("gcs_address") or address)
+
+
+# --- what a cluster has, may have, and who holds it -------------------------------------------------------------------
+
+_NAME = "raytrainer.name"  # in the metadata of a run's job
+_HEAD = "node:__internal_head__"
+_PROBE_S = 5.0
+_growths: dict[str, Growth | None] = {}  # by job: it is asked for before a launch and in it
+
+
+@dataclass(frozen=True)
+class Growth:
+    """The nodes that a cluster's autoscaler can add to those that are there.
+
+    Attributes:
+        nodes: What each has.
+        most: How many of them at a time.
+        known: False where the autoscaler does not say: KubeRay's runs beside Ray, in a container of its own.
+    """
+
+    nodes: tuple[Mapping[str, float], ...] = ()
+    most: int = 0
+    known: bool = True
+
+
+def nodes() -> list[dict[str, float]]:
+    """What each living node of the cluster has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def growth() -> Growth | None:
+    """What its autoscaler can add to the cluster; None where it has none, or cannot be asked within five seconds."""
+    job = ray.get_runtime_context().get_job_id()
+    if job not in _growths:
+        _growths[job] = _growth()
+    return _growths[job]
+
+
+def _growth() -> Growth | None:
+    head = next((node for node in ray.nodes() if node["Alive"] and _HEAD in node["Resources"]), None)
+    if head is None:
+        return None
+    # Ray's own question, `get_max_resources_from_cluster_config`, has an answer on Anyscale alone. The autoscaler's
+    # configuration is a file on the head node, named on the command line of the process that reads it.
+    asked = ray.remote(num_cpus=0)(_reader()).options(
+        scheduling_strategy=NodeAffinitySchedulingStrategy(head["NodeID"], soft=False), max_retries=0
+    )
+    reply = asked.remote(ray.get_runtime_context().gcs_address)
+    try:
+        monitor, config = ray.get(reply, timeout=_PROBE_S)
+    except Exception:  # noqa: BLE001  a head that is too busy, or whose files cannot be read: nothing is known
+        ray.cancel(reply, force=True)
+        return None
+    if not monitor:
+        return Growth(known=False) if _is_autoscaled() else None
+    return addable(config, nodes()) if config else None
+
+
+def _reader() -> Any:
+    """The task for the head node. A function of its own inside one, so that it travels whole: raytrainer need not be
+    installed there."""
+
+    def read(gcs_address: str) -> tuple[bool, Any]:
+        import psutil
+        import yaml
+
+        for process in psutil.process_iter():
+            try:
+                command = process.cmdline()
+            except psutil.Error:
+                continue
+            if not any(part.endswith("/monitor.py") for part in command[:4]):
+                continue
+            options = dict(part.removeprefix("--").partition("=")[::2] for part in command if part.startswith("--"))
+            if options.get("gcs-address", "").rpartition(":")[2] != gcs_address.rpartition(":")[2]:
+                continue  # another cluster's, on the same machine
+            if "autoscaling-config" not in options:
+                return True, None
+            with open(options["autoscaling-config"]) as file:  # noqa: PTH123
+                config = yaml.safe_load(file)
+            # The rest of it may hold secrets.
+            return True, {
+                "max_workers": config.get("max_workers"),
+                "available_node_types": {
+                    name: {"resources": dict(t.get("resources") or {}), "max_workers": t.get("max_workers")}
+                    for name, t in (config.get("available_node_types") or {}).items()
+                },
+            }
+        return False, None
+
+    return read
+
+
+def _is_autoscaled() -> bool:
+    """Whether an autoscaler has reported to the cluster."""
+    try:
+        status = get_cluster_status(ray.get_runtime_context().gcs_address, timeout=2)
+    except Exception:  # noqa: BLE001  it is Ray's to say, and it did not
+        return False
+    return int(status.stats.autoscaler_version or 0) > 0
+
+
+def addable(config: Mapping[str, Any], there: Sequence[Mapping[str, float]]) -> Growth | None:
+    """What an autoscaler's configuration allows beyond the nodes that are there.
+
+    Args:
+        config: As a `ray up` file, its node types' resources filled in.
+        there: What each living node has, the head included.
+    """
+    most = int(config["max_workers"] if config.get("max_workers") is not None else 2)  # Ray's default
+    left = {}
+    for name, kind in config["available_node_types"].items():
+        limit = kind.get("max_workers")
+        if kind["resources"]:
+            left[name] = most if limit is None else min(int(limit), most)
+    for node in there:
+        if _HEAD in node:
+            continue
+        # A node does not say of which type it is: one with the same CPUs and GPUs is.
+        for name in left:
+            wanted = config["available_node_types"][name]["resources"]
+            if left[name] and all(node.get(k, 0) == wanted.get(k, 0) for k in ("CPU", "GPU")):
+                left[name] -= 1
+                most -= 1
+                break
+    types = config["available_node_types"]
+    found = tuple(types[name]["resources"] for name, count in left.items() for _ in range(min(count, most)))
+    return Growth(found, max(most, 0)) if found else None
+
+
+def free() -> dict[str, float]:
+    """What nobody holds, of the resources of the cluster's nodes."""
+    return dict(ray.available_resources())
+
+
+def holders() -> dict[str, dict[str, float]]:
+    """Who holds how much of CPUs, GPUs and the like, this driver left out; by the run's name, the submission id, or
+    where the driver is.
+
+    Placement groups and actors outside of them are counted; tasks are not known to the cluster's table.
+    """
+    state = ray._private.state.state._connect_and_get_accessor()
+    held: dict[bytes, dict[str, float]] = {}
+
+    def count(job: bytes, resources: Mapping[str, float]) -> None:
+        own = held.setdefault(job, {})
+        for name, amount in resources.items():
+            if amount and not name.startswith("node:"):
+                own[name] = own.get(name, 0.0) + amount
+
+    for data in state.get_placement_group_table():
+        group = PlacementGroupTableData.FromString(data)
+        if group.state == PlacementGroupTableData.CREATED:
+            for bundle in group.bundles:
+                count(group.creator_job_id, bundle.unit_resources)
+    for data in state.get_actor_table(None, None):
+        actor = ActorTableData.FromString(data)
+        if actor.state == ActorTableData.ALIVE and not any("_group_" in name for name in actor.required_resources):
+            count(actor.job_id, actor.required_resources)
+    mine = ray.get_runtime_context().get_job_id()
+    found: dict[str, dict[str, float]] = {}
+    for data in state.get_job_table():
+        job = JobTableData.FromString(data)
+        if held.get(job.job_id) and job.job_id.hex() != mine:
+            of = dict(job.config.metadata)
+            # Not its command line: others' may hold secrets, and this goes into our log.
+            driver = f"a driver on {job.driver_ip_address} (process {job.driver_pid})"
+            found[of.get(_NAME) or of.get("job_submission_id") or driver] = held[job.job_id]
+    return found
+
+
+def nodes_to_come() -> tuple[dict[str, int], list[str]]:
+    """What the autoscaler is about: node type → how many are on their way, and what it could not start and why.
+
+    Empty where the cluster has none, or an old one that does not say.
+    """
+    try:
+        status = get_cluster_status(ray.get_runtime_context().gcs_address, timeout=2)
+    except Exception:  # noqa: BLE001  only a display asks
+        return {}, []
+    coming: dict[str, int] = {}
+    for launch in status.pending_launches:
+        coming[launch.ray_node_type_name] = coming.get(launch.ray_node_type_name, 0) + launch.count
+    for node in status.pending_nodes:
+        coming[node.ray_node_type_name] = coming.get(node.ray_node_type_name, 0) + 1
+    failed = [
+        f"{launch.ray_node_type_name}: {' '.join(launch.details.split())[:200]}"
+        for launch in status.failed_launches
+        if launch.details
+    ]
+    return coming, failed

@@ -221,6 +221,15 @@ class SupervisedTrainer(TorchTrainer):  # type: ignore[misc]
         reports = [] if self._on_report is None else [_Reports(self._on_report)]
         return [*(c for c in super()._create_default_callbacks() if not isinstance(c, unused)), *reports]
 
+    def waits(self) -> bool:
+        """Whether the cluster has not yet given the workers their places."""
+        group = self._controller.get_worker_group() if self._controller is not None else None
+        if self._controller is None or (group is not None and group.has_started()):
+            return False
+        # Without one an elastic run waits until the least of its workers fit.
+        last = _WorkerGroup.reserved[-1:]
+        return not any(ray.util.placement_group_table(h.placement_group)["state"] == "CREATED" for h in last)
+
     def ask_to_stop(self) -> bool:
         """Tells every worker to end after the next log, with a checkpoint; False where there are none yet."""
         group = self._controller.get_worker_group() if self._controller is not None else None

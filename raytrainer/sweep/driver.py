@@ -99,7 +99,7 @@ class SweepDriver:
             if trial.status not in ("running", "stopped") and trial.run_id is not None:
                 self._fleet.adopt(trial_spool(self._trial_dir(trial)), trial.run_id)
         try:
-            with ray_session(self.e, self.interrupts) as available:
+            with ray_session(self.e, self.interrupts, all_of_it=True) as available:
                 self.logs.mark("ray_up")
                 if self.e.tracking.required:
                     opening.result()  # a server that refuses the sweep is told before a trial is started
@@ -144,8 +144,8 @@ class SweepDriver:
 
         e, gpu = self.e, preflight.uses_gpu(self.e, available)
         each, workers = preflight.per_worker(e, gpu), preflight.least_workers(e)
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         # A cluster that grows holds less now than it will.
+        nodes = [*supervise.nodes(), *available.more[: available.most_more]]
         most = max(1, supervise.capacity(each, workers, nodes, e.scaling.placement_strategy))
         limit = e.sweep.max_concurrent_trials or most
         self.where = f"{self.where}, {limit} trial{'' if limit == 1 else 's'} at a time"

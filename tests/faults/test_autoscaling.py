@@ -1,0 +1,145 @@
+"""A cluster that grows: a run waits for nodes that can come, says so, and they go after it; what can never come is
+refused. With Ray's own autoscaler and fake machines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.launches import OUTSIDE, Runs, launch, launched
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+RUN = ["experiment=mlp", "name=run", "tracking.log_model=false", "trainer.max_epochs=1"]
+WITHOUT_TOKEN = {"RAY_AUTH_MODE": "disabled"}  # whoever runs the tests may have one of a cluster of theirs
+
+
+class Growing:
+    """tests/outside/autoscaling.py, in a session of its own: 1 CPU, and at most 1 + 1 + 2 more."""
+
+    def __init__(self, folder: Path) -> None:
+        self.gate, self.log = folder / "gate", folder / "cluster.log"
+        self.process = subprocess.Popen(
+            [sys.executable, str(OUTSIDE / "autoscaling.py"), str(self.gate)],
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("wb"),
+            text=True,
+            start_new_session=True,
+            env={**os.environ, **WITHOUT_TOKEN, "PYTHONPATH": str(OUTSIDE)},
+        )
+        self.address = self._answer()
+        assert ":" in self.address, self.log.read_text()
+
+    def ask(self, command: str = "") -> dict[str, list[Any]]:
+        """The CPUs of its nodes, and the states of its placement groups."""
+        assert self.process.stdin is not None
+        print(command, file=self.process.stdin, flush=True)
+        found: dict[str, list[Any]] = json.loads(self._answer())
+        return found
+
+    def until(self, found: dict[str, list[Any]], within_s: float) -> None:
+        deadline = time.monotonic() + within_s
+        while (last := self.ask()) != found:
+            assert time.monotonic() < deadline, last
+            time.sleep(0.2)
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        for process in psutil.process_iter():
+            try:
+                if os.getsid(process.pid) == self.process.pid:
+                    process.kill()
+            except (psutil.Error, ProcessLookupError):
+                continue
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Growing]:
+    cluster = Growing(tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.end()
+
+
+@pytest.fixture
+def on(cluster: Growing) -> Iterator[list[str]]:
+    """The arguments that run there; it is as small as at first, and has no machine to add."""
+    cluster.until({"nodes": [1], "placement_groups": []}, 60)
+    cluster.gate.unlink(missing_ok=True)
+    yield ["cluster=existing", f"cluster.address={cluster.address}"]
+    cluster.gate.touch()
+
+
+def test_a_run_waits_for_nodes_that_go_after_it(cluster: Growing, on: list[str], tmp_path: Path) -> None:
+    with launch(tmp_path, *RUN, *on, "scaling.num_workers=3", environment=WITHOUT_TOKEN) as run:
+        run.said("waiting for 3 CPUs (0:03): 1 CPU free")
+        run.said("the cluster adds nodes")
+        assert cluster.ask()["nodes"] == [1]
+        cluster.gate.touch()
+        ended = run.wait(120).exits(0)
+        run.nothing_left()
+    assert "3 workers on CPU" in ended.out
+    assert Runs(tmp_path).status("run") == "FINISHED"
+    cluster.until({"nodes": [1], "placement_groups": []}, 60)
+
+
+def test_what_it_can_never_serve_is_refused(cluster: Growing, on: list[str], tmp_path: Path) -> None:
+    began = time.monotonic()
+    ended = launched(tmp_path, *RUN, *on, "scaling.num_workers=6", environment=WITHOUT_TOKEN).exits(2)
+    assert time.monotonic() - began < 10
+    assert "scaling.num_workers=6 × 1 CPU = 6 CPUs" in ended.err
+    assert f"the cluster at {cluster.address} has at most 5 CPUs, nodes that it can add included" in ended.err
+    assert "scaling.num_workers=5 fits" in ended.err
+    # Enough in all, and on no node.
+    ended = launched(
+        tmp_path, "check", *RUN, *on, "+scaling.resources_per_worker.CPU=3", environment=WITHOUT_TOKEN
+    ).exits(2)
+    assert "a worker asks for 3 CPUs, and no node of" in ended.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_check_accepts_what_can_come(on: list[str], tmp_path: Path) -> None:
+    ended = launched(tmp_path, "check", *RUN, *on, "scaling.num_workers=5", environment=WITHOUT_TOKEN).exits(0)
+    assert "5 workers on CPU" in ended.out
+
+
+def test_interrupted_while_it_waits(cluster: Growing, on: list[str], tmp_path: Path) -> None:
+    """Fault 26: nothing is left of its request either."""
+    with launch(tmp_path, *RUN, *on, "scaling.num_workers=2", environment=WITHOUT_TOKEN) as run:
+        run.said("waiting for 2 CPUs")
+        run.signal(signal.SIGINT)
+        run.wait(10).exits(130)
+        run.nothing_left()
+    assert Runs(tmp_path).status("run") == "KILLED"
+    cluster.until({"nodes": [1], "placement_groups": []}, 5)
+
+
+def test_who_holds_what_is_waited_for(cluster: Growing, on: list[str], tmp_path: Path) -> None:
+    cluster.gate.touch()
+    assert cluster.ask("hold") == {"nodes": [1, 1, 1, 2], "placement_groups": ["CREATED"]}
+    with launch(tmp_path, *RUN, *on, "scaling.num_workers=2", environment=WITHOUT_TOKEN) as run:
+        run.said("waiting for 2 CPUs (0:03): 0 CPUs free; somebody-elses holds 5 CPUs")
+        cluster.ask("release")
+        run.wait(120).exits(0)

@@ -1,0 +1,166 @@
+"""A Ray cluster of one CPU that grows, with Ray's own autoscaler and its fake machines (processes on this one):
+`python autoscaling.py GATE` prints its address, then a JSON line with what it has for each line on stdin.
+
+Each node is added only when the file GATE is there. A line `hold` takes everything that the cluster can have, in the
+name of another run; `release` lets it go. It ends with stdin.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FakeMultiNodeProvider
+from ray.cluster_utils import AutoscalingCluster
+from ray.job_config import JobConfig
+
+NODE_TYPES = {
+    "small": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 2},
+    "big": {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 1},
+}
+# What Ray's own defaults have for a provider that it knows.
+LISTS = (
+    *("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"),
+    *("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter"),
+)
+
+
+class GatedProvider(FakeMultiNodeProvider):  # type: ignore[misc]
+    """A cloud that has no machine before it is let."""
+
+    def create_node_with_resources_and_labels(self, *arguments: Any) -> None:
+        while not Path(os.environ["GATE"]).exists():
+            time.sleep(0.05)
+        super().create_node_with_resources_and_labels(*arguments)
+
+
+class Cluster(AutoscalingCluster):  # type: ignore[misc]
+    """Ray's, less its `ray stop --force`, which ends every Ray on the machine, whoever it belongs to; and its defaults
+    are in a file that is not in Ray's wheel."""
+
+    def __init__(self, gate: Path) -> None:
+        super().__init__({"CPU": 1}, dict(NODE_TYPES), autoscaler_v2=True, max_workers=3, idle_timeout_minutes=0.05)
+        self.gate = gate
+        self.address = f"{ray.util.get_node_ip_address()}:{free_port()}"
+
+    def _generate_config(
+        self, head_resources: dict[str, Any], worker_node_types: dict[str, Any], autoscaler_v2: bool, **more: Any
+    ) -> dict[str, Any]:
+        return {
+            "cluster_name": "tests",
+            "provider": {
+                "type": "external",
+                "module": "autoscaling.GatedProvider",
+                "launch_multiple": True,
+                "head_node_id": FAKE_HEAD_NODE_ID,
+                "use_node_id_as_ip": True,
+                "disable_node_updaters": True,
+                "disable_launch_config_check": True,
+            },
+            "available_node_types": {
+                **worker_node_types,
+                "ray.head.default": {"resources": head_resources, "node_config": {}, "max_workers": 0},
+            },
+            "head_node_type": "ray.head.default",
+            **{key: {} for key in ("auth", "docker", "file_mounts")},
+            **{key: [] for key in LISTS},
+            "file_mounts_sync_continuously": False,
+            "upscaling_speed": 1.0,
+            **more,
+        }
+
+    def start(self, _system_config: Any = None, override_env: Any = None) -> None:
+        config = self._config
+        config["provider"]["gcs_address"] = self.address
+        # A short path, for its sockets. Of its own, or the next `ray.init("auto")` of anybody here would find us.
+        self.folder = Path(tempfile.mkdtemp(prefix="ray-"))
+        file = self.folder / "autoscaling.yaml"
+        file.write_text(json.dumps(config))
+        options = {
+            "temp-dir": self.folder,
+            "port": self.address.rpartition(":")[2],
+            "ray-client-server-port": free_port(),
+            "dashboard-agent-listen-port": 0,
+            "autoscaling-config": file,
+            "num-cpus": 1,
+            "object-store-memory": 100 * 2**20,
+            "include-dashboard": "false",
+        }
+        environment = {
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            "RAY_FAKE_CLUSTER": "1",
+            "RAY_enable_autoscaler_v2": "1",
+            "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+            "GATE": str(self.gate),
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+            + [f"--{name}={value}" for name, value in options.items()],
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr,
+        )
+
+    def shutdown(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(20)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return int(s.getsockname()[1])
+
+
+def connect(address: str, within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    while True:
+        host, port = address.split(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=1).close()
+            break
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+    ray.init(
+        address=address,
+        job_config=JobConfig(metadata={"raytrainer.name": "somebody-elses"}),
+        logging_level="ERROR",
+        log_to_driver=False,
+    )
+
+
+def main(gate: Path) -> None:
+    cluster = Cluster(gate)
+    cluster.start()
+    connect(cluster.address, 60)
+    print(cluster.address, flush=True)
+    held = None
+    for line in sys.stdin:
+        if line.strip() == "hold":
+            held = ray.util.placement_group([{"CPU": 1}] * 3 + [{"CPU": 2}])
+            held.wait(60)
+        if line.strip() == "release":
+            ray.util.remove_placement_group(held)
+        groups = [g["state"] for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
+        nodes = sorted(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+        print(json.dumps({"nodes": nodes, "placement_groups": groups}), flush=True)
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
