@@ -21,6 +21,7 @@ from raytrainer.run import Record
 from raytrainer.storage import Storage
 
 REQUEST = "raytrainer_request"
+MOUNTED = "RAYTRAINER_REQUEST"  # a variable: where the files of a request are that came as a Kubernetes ConfigMap
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,9 @@ def _earlier(composition: Composition, job: Mapping[str, str]) -> Record | None:
 
 
 def _folder() -> Path:
-    """Where Ray has put the request's files."""
+    """Where Ray, or Kubernetes, has put the request's files."""
+    if mounted := os.environ.get(MOUNTED):
+        return Path(mounted)
     found = importlib.util.find_spec(REQUEST)
     if found is None or not found.submodule_search_locations:
         raise ConfigError(
