@@ -150,8 +150,9 @@ class StopAsked:
 
 
 def job_tags(record: Record) -> dict[str, str]:
-    """Where on a shared cluster a run is, for its MLflow run."""
-    return {f"raytrainer.{name}": value for name, value in record.job.items()}
+    """Where on a shared cluster a run is, for its MLflow run; one that goes on elsewhere is no job's any more."""
+    job = record.job or ({"submission_id": "", "cluster_address": ""} if record.attempts > 1 else {})
+    return {f"raytrainer.{name}": value for name, value in job.items()}
 
 
 def changes_meaning(name: str) -> bool:
