@@ -19,11 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from raytrainer import config, provenance
 from raytrainer.errors import ConfigError, RaytrainerError, Refused, Stopped, nearest
 
-VERBS = {
-    "check": "check EXPERIMENT… (everything that can be known before a start; starts nothing)",
-    "resume": "resume ID [key=value…] (go on from the run's last checkpoint)",
-    "rerun": "rerun ID [key=value…] (a new run of the same thing)",
-}
+VERBS = ("check", "list", "status", "logs", "stop", "resume", "rerun")
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
@@ -72,33 +68,49 @@ def _verb(verb: str, rest: list[str]) -> int:
         raise ConfigError(f"{verb!r} is not a command{hint} (keys are given as key=value)")
     if verb == "check":
         return _hydra(rest, _check, _check_sweep)
-    if not rest or rest[0].startswith("-") or "=" in rest[0]:
-        raise ConfigError(f"which run? {VERBS[verb]}")
-    for argument in rest[1:]:
-        if argument.startswith("-"):
-            raise ConfigError(f"{argument} has no meaning here; {VERBS[verb]}")
     from raytrainer import history
 
-    record, _ = history.find(rest[0])
+    if verb not in ("resume", "rerun"):
+        return history.command(verb, rest)
+    parser = history.parser(verb)
+    given = parser.parse(rest)
+    if "=" in given.id:
+        raise ConfigError(f"which run? {parser.takes()}")
     if verb == "rerun":
-        if record.kind == "sweep" and not history.is_trial(rest[0], record):
-            return _run_sweep(history.to_rerun_sweep(rest[0], rest[1:]), ["rerun", *rest])
-        return _train(history.to_rerun(rest[0], rest[1:]), ["rerun", *rest])
+        return _rerun(given, rest)
+    return _resume(given, rest)
+
+
+def _rerun(given: argparse.Namespace, rest: list[str]) -> int:
+    from raytrainer import history
+
+    options = ["--json"] if given.json else []
+    code = history.rerun_there(given.id, [*given.overrides, *options], here=given.here, say=_say)
+    if code is not None:
+        return code
+    record, _ = history.find(given.id)
+    if record.kind == "sweep" and not history.is_trial(given.id, record):
+        return _run_sweep(history.to_rerun_sweep(given.id, given.overrides), ["rerun", *rest], as_json=given.json)
+    return _train(history.to_rerun(given.id, given.overrides), ["rerun", *rest], as_json=given.json)
+
+
+def _resume(given: argparse.Namespace, rest: list[str]) -> int:
+    from raytrainer import history, run
+
+    record, _ = history.find(given.id)
     if record.kind == "sweep":
-        plan, record = history.to_resume_sweep(rest[0], rest[1:])
-        return _run_sweep(plan, ["resume", *rest], record)
-    from raytrainer import run
-
-    composition, record, changed = history.to_resume(rest[0], rest[1:])
+        plan, record = history.to_resume_sweep(given.id, given.overrides)
+        return _run_sweep(plan, ["resume", *rest], record, as_json=given.json)
+    composition, record, changed = history.to_resume(given.id, given.overrides)
     outcome = run.launch(composition, argv=["resume", *rest], record=record, changed=changed)
-    return _told(outcome, run.summary(outcome, provenance.program()))
+    return _told(outcome, run.summary(outcome, provenance.program()), as_json=given.json)
 
 
-def _train(composition: config.Composition, arguments: list[str]) -> int:
+def _train(composition: config.Composition, arguments: list[str], *, as_json: bool = False) -> int:
     from raytrainer import run
 
     outcome = run.launch(composition, argv=arguments)
-    return _told(outcome, run.summary(outcome, provenance.program()))
+    return _told(outcome, run.summary(outcome, provenance.program()), as_json=as_json)
 
 
 def _check(composition: config.Composition, arguments: list[str]) -> int:
@@ -121,18 +133,26 @@ def _check_sweep(plan: Any, arguments: list[str]) -> int:
     return 0
 
 
-def _run_sweep(plan: Any, arguments: list[str], record: Any = None) -> int:
+def _run_sweep(plan: Any, arguments: list[str], record: Any = None, *, as_json: bool = False) -> int:
     from raytrainer import sweep
 
     outcome = sweep.launch(plan, argv=arguments, record=record)
-    return _told(outcome, sweep.summary(outcome, provenance.program()))
+    return _told(outcome, sweep.summary(outcome, provenance.program()), as_json=as_json)
 
 
-def _told(outcome: Any, summary: str) -> int:
+def _told(outcome: Any, summary: str, *, as_json: bool = False) -> int:
     if outcome.traceback:
         print(outcome.traceback, file=sys.stderr)
+    if as_json:
+        from raytrainer import history
+
+        summary = history.outcome_json(outcome)
     print(summary, flush=True)
     return int(outcome.exit_code)
+
+
+def _say(text: str) -> None:
+    print(f"raytrainer: {text}", file=sys.stderr, flush=True)
 
 
 class _Ended(BaseException):
@@ -207,8 +227,8 @@ def _hydra(
     if chosen and not parsed.multirun and not (parsed.cfg or parsed.info or parsed.shell_completion):
         meant = shlex.join(["-m", *arguments])
         raise ConfigError(f"is of many trials, which -m runs: {provenance.program()} {meant}", key="sweep")
-    if parsed.shell_completion:
-        _complete_after_verb()
+    if parsed.shell_completion and _complete_verb(parsed.overrides):
+        return 0
     if parsed.config_dir is not None and not Path(parsed.config_dir).is_dir():
         raise ConfigError("is not a directory", key="--config-dir", value=parsed.config_dir)
     try:
@@ -237,13 +257,28 @@ def _hydra(
     return max(codes, default=0)
 
 
-def _complete_after_verb() -> None:
-    """The line to complete, as Hydra knows it: the program's name, then overrides."""
-    words = os.environ.get("COMP_LINE", "").replace("python -m raytrainer", "raytrainer").split(" ")
-    if len(words) > 2 and words[1] in VERBS:
-        del words[1]
-    if "COMP_LINE" in os.environ:
-        os.environ["COMP_LINE"] = " ".join(words)
+def _complete_verb(asked: Sequence[str]) -> bool:
+    """Completes a verb, its options and names of runs; True: that is all. What is left, Hydra completes: the line as it
+    knows it is the program's name, then overrides."""
+    if "COMP_LINE" not in os.environ or not any(word.startswith("query=") for word in asked):
+        return False
+    words = os.environ["COMP_LINE"].replace("python -m raytrainer", "raytrainer").split(" ")
+    if len(words) == 2:
+        for verb in VERBS:
+            if verb.startswith(words[1]):
+                print(verb)
+    elif len(words) > 2 and words[1] in VERBS:
+        from raytrainer import history
+
+        found = history.completions(words[1:])
+        if found is not None:
+            print("\n".join(found))
+            return True
+        # An ID is no override: Hydra would find nothing that goes with it.
+        without = [word for word in words[2:-1] if "=" in word]
+        words = [words[0], *without, words[-1]]
+    os.environ["COMP_LINE"] = " ".join(words)
+    return False
 
 
 def _parser() -> argparse.ArgumentParser:

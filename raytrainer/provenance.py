@@ -65,9 +65,9 @@ class Provenance:
         return [line.removeprefix(_UNTRACKED) for line in lines if line.startswith(_UNTRACKED)]
 
     @property
-    def is_whole(self) -> bool:
-        """Whether commit and patch make all of the tracked files again."""
-        return not self.patch.endswith(_CUT) and _SECRET not in self.patch
+    def is_cut(self) -> bool:
+        """Whether the patch was too large, and is not all of it."""
+        return self.patch.endswith(_CUT)
 
     def tags(self) -> dict[str, str]:
         tags = {"raytrainer.command": self.command, "raytrainer.host": platform.node()}

@@ -74,12 +74,20 @@ def refused(said: Said) -> str:
     [
         ("chek experiment=mlp", "'chek' is not a command; did you mean check?"),
         ("resum x", "'resum' is not a command; did you mean resume?"),
-        ("frobnicate", "'frobnicate' is not a command; there are check, resume, rerun"),
-        ("resume", "which run? resume ID"),
-        ("resume trainer.max_epochs=3", "which run? resume ID"),
-        ("resume x --cfg job", "--cfg has no meaning here; resume ID"),
-        ("rerun", "which run? rerun ID"),
-        ("resume x", "x: no run of this name or MLflow id in "),
+        ("frobnicate", "'frobnicate' is not a command; there are check, list, status, logs, stop, resume, rerun"),
+        ("resume", "which run? resume takes ID, key=value, --json"),
+        ("resume trainer.max_epochs=3", "which run? resume takes ID"),
+        ("resume x --cfg job", "--cfg has no meaning here; resume takes ID, key=value, --json"),
+        ("rerun", "which run? rerun takes ID, key=value, --json, --here"),
+        ("status", "which run? status takes ID, --json"),
+        ("stop x y", "y has no meaning here; stop takes ID, --json, --force, --timeout"),
+        ("list --stats FAILED", "--stats has no meaning here (did you mean --status?); list takes --json, -a, --all"),
+        ("list --status RUNING", "--status=RUNING is no status; valid: RUNNING"),
+        ("list --limit few", "argument -n/--limit: 'few' is no whole number; list takes"),
+        ("logs x --rank=-1", "argument -r/--rank: '-1' is no whole number; logs takes"),
+        ("stop x --timeout soon", "argument --timeout: 'soon' is no number of seconds; stop takes"),
+        ("status ../x", "'../x' is neither a run's name nor an MLflow run id"),
+        ("resume x", "x: no run of this name, MLflow id or submission id in "),
         ("rerun ../x", "'../x' is neither a run's name nor an MLflow run id"),
         ("experiment=mlp check", "'check' is not key=value; a command comes first"),
         ("experiment=mlp trainer.max_epoch=3", "trainer.max_epoch=3 is not a key; valid: trainer.max_epochs"),
@@ -192,12 +200,16 @@ print("MODULES", json.dumps([code, heavy]))
         ["--cfg", "job", "experiment=resnet"],
         ["--help"],
         ["chek"],
+        ["list"],
+        ["list", "--help"],
+        ["status", "x"],
     ):
         done = subprocess.run(
             [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=30, check=True
         )
         code, heavy = json.loads(done.stdout.rpartition("MODULES ")[2])
-        assert (code, heavy) == (0 if arguments[0].startswith("--") else 2, []), arguments
+        shows = arguments[0].startswith("--") or arguments[0] == "list"
+        assert (code, heavy) == (0 if shows else 2, []), arguments
 
 
 @pytest.mark.parametrize(
@@ -332,6 +344,12 @@ def test_info_and_hydra_help(here: Run, in_tmp: Path) -> None:
         ),
         ("raytrainer experiment=resnet optimizer.nest", ["optimizer.nesterov="]),
         ("python -m raytrainer experiment=s", ["experiment=smoke"]),
+        ("raytrainer st", ["status", "stop", "storage_path="]),
+        ("raytrainer resume tw", ["two", "two-more"]),
+        ("raytrainer logs -f o", ["one"]),
+        ("raytrainer stop --f", ["--force"]),
+        ("raytrainer status one ", []),
+        ("raytrainer rerun two optimizer=s", ["optimizer=sgd"]),
     ],
 )
 def test_completion(
@@ -340,6 +358,8 @@ def test_completion(
     monkeypatch.setenv("COMP_LINE", line)
     monkeypatch.setenv("COMP_POINT", str(len(line)))
     monkeypatch.setattr(sys, "argv", ["/somewhere/raytrainer"])
+    for name in ("one", "two", "two-more", ".rerun"):
+        Path("runs", name).mkdir(parents=True)
     assert cli.main(["-sc", "query=bash"]) == 0
     assert capsys.readouterr().out.split() == suggested
 

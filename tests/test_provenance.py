@@ -87,7 +87,6 @@ def test_files_for_secrets_are_left_out_of_the_patch(repository: Path) -> None:
     assert "hunter2 of .env.example" in found.patch
     for name in (".env", "deploy/tls.pem", "Conf/Credentials.JSON"):
         assert f"# left out, since it may hold secrets: {name}\n" in found.patch
-    assert not found.is_whole
     assert found.diff.startswith("diff --git a/.env.example")
 
 
@@ -121,7 +120,15 @@ def test_what_was_not_tracked_is_named_from_the_root(repository: Path) -> None:
     found = provenance.collect([], repository / "below")
     assert found.untracked == ["b.txt"]
     assert found.diff == ""
-    assert found.is_whole
+    assert not found.is_cut
+
+
+def test_a_patch_that_is_too_large_is_cut_and_says_so(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "_PATCH_LIMIT", 100)
+    (repository / "a.txt").write_text("x" * 1000)
+    found = provenance.collect([], repository)
+    assert found.is_cut
+    assert len(found.patch) < 200
 
 
 def test_a_job_tells_of_the_launch_that_submitted_it(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,6 +78,15 @@ def run_dir_of(run: StoredRun) -> str:
     return path.rpartition("/trials/")[0] + mark + query
 
 
+def reach(tracking_uri: str) -> None:
+    """Gets ready for telling the store something: what follows takes no import and no first connection.
+
+    Raises:
+        TrackingUnreachable, TrackingDenied: It cannot be told anything.
+    """
+    Server(tracking_uri).probe()
+
+
 def close_run(
     tracking_uri: str, run_id: str, status: Status, cause: str, ended: float, tags: Mapping[str, str] | None = None
 ) -> bool:

@@ -1,77 +1,18 @@
-"""Runs and sweeps that were: finding one by its name or MLflow id, going on with it (`resume`), doing it again (`rerun`)."""
+"""What going on with a run or sweep (`resume`) and doing it again (`rerun`) launch, and what of it is refused."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from raytrainer.config import Composition, from_text, new_name
-from raytrainer.config.schema import NAME_PATTERN
-from raytrainer.errors import ConfigError, RunNotFound, StorageError, nearest
+from raytrainer.errors import ConfigError, RunNotFound, nearest
+from raytrainer.history.finding import find, is_trial
 from raytrainer.run import FIXED, Record, changes_meaning
 from raytrainer.storage import Storage
 from raytrainer.sweep.ledger import Ledger
 from raytrainer.sweep.plan import Plan
-
-
-def find(identifier: str, root: Path | None = None) -> tuple[Record, Storage]:
-    """The run of a name or an MLflow run id: below `./runs`, else wherever the tracking store says it is.
-
-    Raises:
-        RunNotFound: There is none; the nearest names are told.
-    """
-    root = root or Path.cwd() / "runs"
-    if not re.fullmatch(NAME_PATTERN, identifier):
-        raise RunNotFound(f"{identifier!r} is neither a run's name nor an MLflow run id")
-    records = {}
-    if root.is_dir():
-        for name in (identifier, identifier.rpartition(".")[0]):
-            found = _read(str(root / name)) if name else None
-            if found is not None and (name == identifier or is_trial(identifier, found[0])):
-                return found
-        for path in sorted(p for p in root.iterdir() if p.is_dir()):
-            try:
-                other = _read(str(path))
-            except StorageError:  # another run's damage is not this one's
-                continue
-            if other is not None:
-                records[other[0].name] = other
-                if other[0].run_id == identifier:
-                    return other
-    if place := _place_in_tracking(identifier):
-        if (found := _read(place)) is not None:
-            return found
-        raise RunNotFound(f"{identifier}: its directory {place} is gone")
-    close = nearest(identifier, records) or list(records)[-3:]
-    raise RunNotFound(
-        f"{identifier}: no run of this name or MLflow id in {root} or the tracking store"
-        + (f"; there are {', '.join(close)}" if close else "")
-    )
-
-
-def is_trial(identifier: str, record: Record) -> bool:
-    """Whether an ID is that of a trial of this sweep: `NAME.0007`."""
-    sweep, _, number = identifier.rpartition(".")
-    return record.kind == "sweep" and sweep == record.name and re.fullmatch(r"\d{4,}", number) is not None
-
-
-def _read(place: str) -> tuple[Record, Storage] | None:
-    storage = Storage(place)
-    record = Record.read(storage)
-    return None if record is None else (record, storage)
-
-
-def _place_in_tracking(identifier: str) -> str | None:
-    import os
-
-    from raytrainer import tracking
-
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    if uri is None and not (Path.cwd() / "mlflow.db").exists():
-        return None
-    return tracking.find_run_dir(uri or tracking.default_tracking_uri(Path.cwd()), identifier)
 
 
 def to_resume(identifier: str, overrides: Sequence[str]) -> tuple[Composition, Record, list[str]]:

@@ -1,8 +1,7 @@
-"""Runs that were: found by name or MLflow id, gone on with, or done again; and what is refused of it."""
+"""Runs that were, gone on with, or done again; and what is refused of it."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 
 from raytrainer import history
 from raytrainer.config import compose
-from raytrainer.errors import ConfigError, RunNotFound, StorageError
+from raytrainer.errors import ConfigError, RunNotFound
 from raytrainer.run import Record
 from raytrainer.storage import Storage
 
@@ -59,73 +58,6 @@ def test_a_torch_schedulers_values_cannot_be_changed(in_tmp: Path) -> None:
     storage.write_bytes("config.yaml", text.encode())
     with pytest.raises(ConfigError, match="only curves of raytrainer"):
         history.to_resume("steps", ["lr_scheduler.step_size=3"])
-
-
-def test_found_by_name_and_by_mlflow_id(past: Record) -> None:
-    for identifier in (past.name, RUN_ID):
-        record, storage = history.find(identifier)
-        assert record == past
-        assert storage.uri == past.run_dir
-
-
-def test_found_elsewhere_through_the_tracking_store(
-    past: Record, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "other").mkdir()
-    monkeypatch.chdir(tmp_path / "other")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://somewhere")
-    asked = []
-
-    def find_run_dir(uri: str, identifier: str) -> str:
-        asked.append((uri, identifier))
-        return past.run_dir
-
-    monkeypatch.setattr("raytrainer.tracking.find_run_dir", find_run_dir)
-    assert history.find(past.name)[0] == past
-    assert asked == [("http://somewhere", past.name)]
-
-
-def test_a_place_that_is_gone(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://somewhere")
-    monkeypatch.setattr("raytrainer.tracking.find_run_dir", lambda *_: str(in_tmp / "gone"))
-    with pytest.raises(RunNotFound, match=r"its directory .*gone is gone"):
-        history.find("one")
-
-
-def test_not_found_tells_the_nearest(past: Record) -> None:
-    with pytest.raises(RunNotFound, match=f"no run of this name or MLflow id in .*; there are {past.name}"):
-        history.find("mlp-20260101-120000-abce")
-    with pytest.raises(RunNotFound, match="; there are "):
-        history.find("zzzzzz")
-
-
-def test_nothing_there(in_tmp: Path) -> None:
-    with pytest.raises(RunNotFound, match=r"^one: no run of this name or MLflow id in \S+ or the tracking store$"):
-        history.find("one")
-
-
-@pytest.mark.parametrize("identifier", ["../x", "/etc", "a b", "", ".", "..", "x/y", "x\n", "$(reboot)"])
-def test_hostile_names_lead_nowhere(past: Record, identifier: str) -> None:
-    with pytest.raises(RunNotFound, match="is neither a run's name nor an MLflow run id"):
-        history.find(identifier)
-
-
-def test_others_in_the_directory_do_no_harm(past: Record) -> None:
-    runs = Path("runs")
-    (runs / "a-file").write_text("")
-    (runs / "empty").mkdir()
-    for name, text in {"broken": "{", "list": "[1]", "less": "{}"}.items():
-        (runs / name).mkdir()
-        (runs / name / "run.json").write_text(text)
-    assert history.find(RUN_ID)[0] == past
-    with pytest.raises(StorageError, match=r"broken/run\.json is no record of a run"):
-        history.find("broken")
-
-
-def test_a_record_of_a_later_version_is_read(past: Record) -> None:
-    path = Path(past.run_dir, "run.json")
-    path.write_text(json.dumps({**json.loads(path.read_text()), "of_the_future": 1}))
-    assert history.find(past.name)[0] == past
 
 
 # --- resume --------------------------------------------------------------------------------------------------------

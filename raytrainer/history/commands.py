@@ -1,0 +1,201 @@
+"""The verbs list, status, logs and stop: their arguments, what they print, their exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, NoReturn
+
+from raytrainer import provenance
+from raytrainer.errors import ConfigError, nearest
+from raytrainer.history.listing import STATUSES
+
+_ABOUT = {
+    "list": "Runs and sweeps, the newest first. Those that say RUNNING and are surely dead are closed on the way.",
+    "status": "All that is known of a run: where, how far, its best value, what it waits for, what to do next.",
+    "logs": "What a run printed. Ctrl-C while following stops nothing.",
+    "stop": "Ask a run to end after a last checkpoint, and wait until all that it held is free.",
+    "resume": "Go on with a run or sweep from where it came to, in the same MLflow run.",
+    "rerun": "A new run of the same thing: commit and patch, config and seed; values on top.",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A verb's arguments, with mistakes in our words: each names what the verb takes."""
+
+    def __init__(self, verb: str, about: str) -> None:
+        super().__init__(f"{provenance.program()} {verb}", description=about, allow_abbrev=False)
+        self.verb = verb
+        self.add_argument("--json", action="store_true", help="print JSON, for programs")
+
+    def error(self, message: str) -> NoReturn:
+        if "required" in message:
+            message = "which run?"
+        raise ConfigError(f"{message} {self.takes()}" if message[-1] == "?" else f"{message}; {self.takes()}")
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Options and positional arguments in any order.
+
+        Raises:
+            ConfigError: An option that the verb does not have; the nearest of it is told.
+        """
+        known, unknown = self.parse_known_intermixed_args(list(arguments))
+        if unknown:
+            wrong = unknown[0].partition("=")[0]
+            close = nearest(wrong, self.flags(), 1) if wrong.startswith("-") else []
+            meant = f" (did you mean {close[0]}?)" if close else ""
+            raise ConfigError(f"{unknown[0]} has no meaning here{meant}; {self.takes()}")
+        return known
+
+    def takes(self) -> str:
+        """What there is to give."""
+        values = [str(action.metavar) for action in self._actions if not action.option_strings]
+        return f"{self.verb} takes {', '.join([*values, *self.flags()])}"
+
+    def flags(self) -> list[str]:
+        return [flag for action in self._actions for flag in action.option_strings if flag not in ("-h", "--help")]
+
+
+def command(verb: str, arguments: Sequence[str]) -> int:
+    """Runs a verb; returns its exit code.
+
+    Raises:
+        Refused: A wrong argument, or a run that there is not.
+    """
+    return _VERBS[verb](parser(verb).parse(arguments))
+
+
+def parser(verb: str) -> Parser:
+    """The arguments of a verb."""
+    found = Parser(verb, _ABOUT[verb])
+    add = found.add_argument
+    if verb == "list":
+        add("-a", "--all", action="store_true", help="everybody's, not only mine")
+        add("-s", "--status", metavar="STATUS", help=f"only those: {', '.join(STATUSES)}")
+        add("-n", "--limit", metavar="N", type=_count, default=30, help="at most so many (30)")
+        return found
+    if verb == "logs":
+        add("-f", "--follow", action="store_true", help="and what it prints from now on, until it ends")
+        add("-r", "--rank", metavar="N", type=_count, help="of one rank alone")
+    elif verb == "stop":
+        add("--force", action="store_true", help="end it without one, if it has not ended after 10 s")
+        add("--timeout", metavar="S", type=_seconds, default=120.0, help="wait at most so many seconds (120)")
+    elif verb == "rerun":
+        add("--here", action="store_true", help="with the code that is here, whatever it ran with")
+    add("id", metavar="ID", help="a run's name, its MLflow run id, or its Ray submission id")
+    if verb in ("resume", "rerun"):
+        add("overrides", metavar="key=value", nargs="*", help="values that are to be others")
+    return found
+
+
+def outcome_json(outcome: Any) -> str:
+    """How a launch ended, as `--json` prints it.
+
+    Args:
+        outcome: `run.Outcome` or `sweep.SweepOutcome`.
+    """
+    found = {key: getattr(outcome, key) for key in ("status", "exit_code", "where", "cause", "mlflow", "seconds")}
+    found |= {"name": outcome.record.name, "run_id": outcome.record.run_id, "run_dir": outcome.record.run_dir}
+    if hasattr(outcome, "trials"):
+        found["trials"] = [{**asdict(trial), "reports": len(trial.reports)} for trial in outcome.trials]
+    else:
+        found["result"] = outcome.result
+    return json.dumps(found, indent=1, default=str)
+
+
+def _list(given: argparse.Namespace) -> int:
+    from raytrainer.history import listing
+
+    status = given.status.upper() if given.status else None
+    if status is not None and status not in STATUSES:
+        raise ConfigError("is no status", key="--status", value=given.status, choices=STATUSES)
+    found = listing.list_runs(everyone=given.all, status=status, limit=given.limit, say=_say)
+    if given.json:
+        print(json.dumps([facts.to_json() for facts in found], indent=1))
+    else:
+        print(listing.table(found, users=given.all))
+    return 0
+
+
+def _status(given: argparse.Namespace) -> int:
+    from raytrainer.history import status
+
+    found = status.status_of(given.id, say=_say)
+    print(json.dumps(found.to_json(), indent=1) if given.json else status.text(found))
+    return 0
+
+
+def _logs(given: argparse.Namespace) -> int:
+    from raytrainer.history import logs
+
+    try:
+        for line in logs.lines(given.id, rank=given.rank, follow=given.follow, say=_say):
+            print(json.dumps({"line": line}) if given.json else line, flush=given.follow)
+    except KeyboardInterrupt:
+        _say(f"not following any more; it goes on. {provenance.program()} stop {given.id} stops it")
+        return 130
+    return 0
+
+
+def _stop(given: argparse.Namespace) -> int:
+    from raytrainer.history import stopping
+
+    try:
+        halt = stopping.Stopper(given.id, force=given.force, timeout_s=given.timeout, say=_say).stop()
+    except KeyboardInterrupt:
+        _say(f"not waiting any more; what {given.id} was asked stands")
+        return 130
+    print(json.dumps(halt.to_json(), indent=1) if given.json else stopping.text(halt, provenance.program()))
+    return 0 if halt.done else 1
+
+
+_VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "list": _list,
+    "status": _status,
+    "logs": _logs,
+    "stop": _stop,
+}
+
+
+def _say(text: str) -> None:
+    print(f"raytrainer: {text}", file=sys.stderr, flush=True)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds") from None
+
+
+def completions(words: Sequence[str]) -> list[str] | None:
+    """What can stand for the last of the words after a verb: its options, or the names of the runs here; None: what
+    Hydra says.
+
+    Args:
+        words: From the verb on.
+    """
+    verb, last = words[0], words[-1]
+    if verb not in _ABOUT:
+        return None
+    if last.startswith("-"):
+        return [flag for flag in parser(verb).flags() if flag.startswith(last)]
+    if verb == "list":
+        return []
+    if any(not word.startswith("-") for word in words[1:-1]):  # it has its ID
+        return None if verb in ("resume", "rerun") else []
+    try:
+        names = [entry.name for entry in os.scandir("runs") if entry.is_dir() and not entry.name.startswith(".")]
+    except OSError:
+        return []
+    return sorted(name for name in names if name.startswith(last))

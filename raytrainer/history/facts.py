@@ -1,0 +1,230 @@
+"""What is told of one run, in a list and alone: from MLflow where it is asked, else from the run's directory."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, cast
+
+from raytrainer.errors import RunNotFound, StorageError
+from raytrainer.history.finding import Known
+from raytrainer.history.signs import Verdict
+from raytrainer.storage import Storage
+from raytrainer.sweep.ledger import Ledger, Mode
+from raytrainer.sweep.plan import Plan
+from raytrainer.tracking.runs import CAUSE_TAG
+from raytrainer.tracking.server import StoredRun
+
+_MANIFEST = re.compile(r"step-(\d+)(\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A run or sweep, as far as it is known.
+
+    Attributes:
+        status: MLflow's, or PENDING of a job that waits, or UNKNOWN of one whose cluster does not answer.
+        where: In words, e.g. `local Ray, 2 workers on CPU`, or the address of its cluster.
+        started, ended: Seconds since the epoch.
+        step, total_steps: Optimizer steps done, and to do.
+        monitor, best, best_step: The metric that is watched, its best value, and where that was.
+        trials: Of a sweep: status → how many.
+        cause: Why it ended as it did; of one that runs, what is uncertain about it.
+        life: Of one that says RUNNING: `alive`, `dead` or `unsure`.
+    """
+
+    name: str
+    kind: str
+    status: str
+    run_id: str | None = None
+    user: str | None = None
+    host: str | None = None
+    where: str | None = None
+    started: float | None = None
+    ended: float | None = None
+    step: int | None = None
+    total_steps: int | None = None
+    monitor: str | None = None
+    best: float | None = None
+    best_step: int | None = None
+    workers: str | None = None
+    trials: Mapping[str, int] = field(default_factory=dict)
+    cause: str | None = None
+    life: str | None = None
+    run_dir: str = ""
+    submission_id: str | None = None
+    cluster_address: str | None = None
+    attempts: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON: times in ISO 8601, UTC; a number that JSON lacks is null."""
+        found: dict[str, Any] = {**self.__dict__, "trials": dict(self.trials)}
+        for key in ("started", "ended"):
+            found[key] = None if found[key] is None else _iso(found[key])
+        if self.best is not None and not math.isfinite(self.best):
+            found["best"] = None
+        return found
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A committed checkpoint, by its manifest alone: nothing of it is read, and nothing verified."""
+
+    name: str
+    step: int
+    metric: float | None
+    created: str
+
+
+def facts_of(known: Known, verdict: Verdict | None = None) -> Facts:
+    """What is known of a run, put together; nothing is asked that was not asked before, its directory apart."""
+    if known.trial is not None and known.storage is not None:
+        return _of_trial(known, known.storage, known.trial)
+    record, stored = known.record, known.stored
+    tags = stored.tags if stored is not None else {}
+    cause = tags.get(CAUSE_TAG)
+    if verdict is not None and verdict.life == "unsure":
+        cause = f"uncertain whether it lives: {verdict.why}"
+    return Facts(
+        name=f"{record.name}.{known.trial}" if known.trial else record.name,
+        kind="trial" if known.trial else record.kind,
+        status=stored.status if stored is not None else record.status,
+        run_id=stored.run_id if stored is not None else record.run_id,
+        user=tags.get("mlflow.user"),
+        host=tags.get("raytrainer.host"),
+        where=_where(tags, known.cluster_address),
+        started=stored.started if stored is not None else _seconds(record.created),
+        ended=stored.ended if stored is not None and stored.status != "RUNNING" else None,
+        workers=tags.get("raytrainer.workers") or (stored.params.get("scaling.num_workers") if stored else None),
+        cause=cause,
+        life=verdict.life if verdict is not None else None,
+        run_dir=record.run_dir,
+        submission_id=known.submission_id,
+        cluster_address=known.cluster_address,
+        attempts=record.attempts or None,
+        **(_of_sweep(known, tags) if record.kind == "sweep" and not known.trial else _of_run(known, stored)),
+    )
+
+
+def checkpoints(storage: Storage) -> list[Saved]:
+    """The committed checkpoints in a run's directory, the oldest first.
+
+    Raises:
+        StorageError: It cannot be read.
+    """
+    found = []
+    place = storage.child("checkpoints")
+    for entry in place.list():
+        match = _MANIFEST.fullmatch(entry.name)
+        data = place.read_if_exists(f"{entry.name}/manifest.json") if match else None
+        if match is None or data is None:
+            continue
+        with suppress(ValueError, AttributeError):  # damaged: resume says so
+            manifest = json.loads(data)
+            metric = manifest.get("metric")
+            value = float(metric) if isinstance(metric, int | float) else None
+            found.append(Saved(entry.name, int(match[1]), value, str(manifest.get("created", ""))))
+    return sorted(found, key=lambda saved: saved.step)
+
+
+def _of_run(known: Known, stored: StoredRun | None) -> dict[str, Any]:
+    if stored is None:
+        steps: list[int] = []
+        if known.storage is not None:
+            with suppress(StorageError):
+                names = [entry.name for entry in known.storage.list("checkpoints")]
+                steps = [int(match[1]) for name in names if (match := _MANIFEST.fullmatch(name))]
+        return {"step": max(steps, default=None)}
+    tags = stored.tags
+    best, monitor = tags.get("raytrainer.monitor.best"), tags.get("raytrainer.monitor")
+    # Metrics of the machine count their samples, not steps.
+    steps = [step for key, (_, step) in stored.metrics.items() if key.startswith(("train/", "val/"))]
+    return {
+        "step": max(steps, default=None),
+        "total_steps": _number(tags.get("raytrainer.total_steps") or stored.params.get("trainer.max_steps")),
+        "monitor": monitor or stored.params.get("checkpoint.monitor"),
+        "best": float(best) if best else None,
+        "best_step": _number(tags.get("raytrainer.monitor.best_step")),
+    }
+
+
+def _of_trial(known: Known, storage: Storage, number: str) -> Facts:
+    """As its sweep's ledger has it, which is told before MLflow is."""
+    trials, name = Ledger.open(storage).trials, f"{known.record.name}.{number}"
+    if number not in trials:
+        raise RunNotFound(f"{known.record.name} has no trial {number}")
+    trial, tags = trials[number], known.stored.tags if known.stored is not None else {}
+    plan = Plan.read(storage)
+    best = trial.best(cast(Mode, plan.mode))
+    return Facts(
+        name,
+        "trial",
+        _IN_MLFLOW[trial.status],
+        run_id=trial.run_id,
+        user=tags.get("mlflow.user"),
+        where=f"trial of {known.record.name}",
+        started=trial.started,
+        ended=trial.ended,
+        step=trial.reports[-1].step if trial.reports else None,
+        monitor=plan.metric,
+        best=best.value if best is not None else None,
+        best_step=best.step if best is not None else None,
+        cause=trial.cause,
+        run_dir=storage.child(f"trials/{number}").uri,
+    )
+
+
+_IN_MLFLOW = {
+    "running": "RUNNING",
+    "finished": "FINISHED",
+    "failed": "FAILED",
+    "pruned": "KILLED",
+    "stopped": "KILLED",
+}
+
+
+def _of_sweep(known: Known, tags: Mapping[str, str]) -> dict[str, Any]:
+    metric, mode = tags.get("raytrainer.sweep.metric"), tags.get("raytrainer.sweep.mode", "min")
+    value = tags.get("raytrainer.best_value")
+    trials = {k.rpartition(".")[2]: int(v) for k, v in tags.items() if k.startswith("raytrainer.trials.")}
+    best = float(value) if value else None
+    running = known.stored is None or known.stored.status == "RUNNING"
+    if running and known.storage is not None and known.storage.is_local:
+        # MLflow is told of the whole at the sweep's end; its ledger knows at once.
+        with suppress(StorageError):
+            found = Ledger.open(known.storage).trials.values()
+            trials = dict(Counter(trial.status for trial in found))
+            reports = [report for t in found if (report := t.best(cast(Mode, mode))) is not None]
+            values = [report.value for report in reports]
+            best = (min(values) if mode == "min" else max(values)) if values else None
+    return {"trials": trials, "monitor": metric, "best": best}
+
+
+def _where(tags: Mapping[str, str], address: str | None) -> str | None:
+    where = tags.get("raytrainer.where")
+    if address is None:
+        return where
+    # On the cluster the driver finds Ray at `auto`, which says nothing here.
+    rest = where.partition(", ")[2] if where else ""
+    return f"{address}, {rest}" if rest else address
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text and text.isdecimal() else None
+
+
+def _seconds(created: str) -> float | None:
+    try:
+        return datetime.fromisoformat(created).timestamp()
+    except ValueError:
+        return None
+
+
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

@@ -1,0 +1,185 @@
+"""`status ID`: all that is known of one run, from MLflow, its directory and, of a job, its cluster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from raytrainer import provenance, tracking
+from raytrainer.errors import RaytrainerError, StorageError, TrackingError
+from raytrainer.history.facts import Facts, Saved, checkpoints, facts_of
+from raytrainer.history.finding import Known, look_up, with_tracking
+from raytrainer.history.jobs import Clusters, Job
+from raytrainer.history.listing import ago, facts_of_job, progress
+from raytrainer.history.reconcile import close_dead, verdict_of
+from raytrainer.history.signs import Verdict
+from raytrainer.progress import duration
+
+
+@dataclass(frozen=True)
+class Status:
+    """One run.
+
+    Attributes:
+        facts: As in a list.
+        checkpoints: Committed ones, the oldest first; of a sweep none.
+        mlflow: The address of its page, or of its store.
+        job: Ray's words for its job: the state, and the message.
+        waits: Of a job that waits: what it lacks, and who holds what.
+        verdict: Of one that says RUNNING: whether it does.
+        next: Commands that make sense now.
+    """
+
+    facts: Facts
+    checkpoints: Sequence[Saved]
+    mlflow: str | None
+    job: tuple[str, str] | None
+    waits: str | None
+    verdict: Verdict | None
+    next: Sequence[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **self.facts.to_json(),
+            "checkpoints": [saved.__dict__ for saved in self.checkpoints],
+            "mlflow": self.mlflow,
+            "job": None if self.job is None else {"status": self.job[0], "message": self.job[1]},
+            "waits": self.waits,
+            "next": list(self.next),
+        }
+
+
+def status_of(
+    identifier: str, *, say: Callable[[str], None] = lambda text: None, clusters: Clusters | None = None
+) -> Status:
+    """What is known of a run; one that only seems to run is closed on the way.
+
+    Raises:
+        RunNotFound: There is none.
+    """
+    clusters, known = clusters or Clusters(), look_up(identifier)
+    try:
+        known = with_tracking(known)
+    except TrackingError as error:
+        say(f"{error}; what follows is from {known.record.run_dir} alone")
+    verdict, job = None, None
+    if known.submission_id is not None:
+        job, _ = clusters.jobs_of(known)
+        for address, why in clusters.silent.items():
+            say(f"the cluster {address} could not be asked: {why}")
+    if known.storage is None and known.stored is None:
+        facts = facts_of_job(known, job)
+    else:
+        running = (known.stored.status if known.stored is not None else known.record.status) == "RUNNING"
+        if running and known.trial is None:
+            verdict = verdict_of(known, clusters)
+            if close_dead([(known, verdict)], clusters, say):
+                known = with_tracking(replace(known, stored=None, record=replace(known.record, status=verdict.status)))
+        facts = facts_of(known, verdict)
+        if verdict is not None and verdict.life == "dead":
+            facts = replace(facts, status=verdict.status, cause=facts.cause or verdict.cause)
+    saved: list[Saved] = []
+    if known.storage is not None and known.trial is None and facts.kind == "run":
+        with suppress(StorageError):
+            saved = checkpoints(known.storage)
+    if facts.best is None and facts.kind == "run":
+        facts = _best_of(saved, known, facts)
+    return Status(
+        facts,
+        saved,
+        _page(known),
+        None if job is None else (job.status, job.message),
+        _waits(known, job, clusters),
+        verdict,
+        _next(facts, saved, provenance.program()),
+    )
+
+
+def text(status: Status, now: float | None = None) -> str:
+    """As lines for a person."""
+    now = time.time() if now is None else now
+    f = status.facts
+    took = "" if f.started is None else f", {duration((f.ended or now) - f.started)}"
+    rows = [("name", f.name + ("" if f.kind == "run" else f"  ({f.kind})"))]
+    how = {"alive": "", "unsure": ", but that is uncertain"}.get(f.life or "", "")
+    rows.append(("status", f.status + how + (f", attempt {f.attempts}" if f.attempts and f.attempts > 1 else "")))
+    if f.cause:
+        rows.append(("cause", f.cause))
+    if status.verdict is not None and status.verdict.life == "alive":
+        rows.append(("", status.verdict.why))
+    if f.where:
+        rows.append(("where", f.where + (f", launched on {f.host}" if f.host else "")))
+    if f.started is not None:
+        rows.append(
+            ("started", f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(f.started))}, {ago(f.started, now)}")
+        )
+        rows.append(("took" if f.ended else "so far", took.removeprefix(", ")))
+    if told := progress(f):
+        rows.append(("trials" if f.kind == "sweep" else "step", told))
+    if f.best is not None:
+        rows.append(("best", f"{f.monitor} {f.best:.4g}" + (f" at step {f.best_step}" if f.best_step else "")))
+    if f.workers:
+        rows.append(("workers", f.workers))
+    if f.submission_id:
+        state = "" if status.job is None else f", {status.job[0]}" + (f": {status.job[1]}" if status.job[1] else "")
+        rows.append(("job", f"{f.submission_id} at {f.cluster_address}{state}"))
+    if status.waits:
+        rows += [("waits" if not i else "", line) for i, line in enumerate(status.waits.splitlines())]
+    if status.checkpoints:
+        last = status.checkpoints[-1]
+        count = len(status.checkpoints)
+        rows.append(("saved", f"step {last.step}, {last.created}" + (f", and {count - 1} more" if count > 1 else "")))
+    if status.mlflow:
+        rows.append(("mlflow", f"{status.mlflow}  run {f.run_id}"))
+    if f.run_dir:
+        rows.append(("output", f.run_dir))
+    rows += [("next" if not i else "", line) for i, line in enumerate(status.next)]
+    return "\n".join(f"{name:<8} {line}".rstrip() for name, line in rows)
+
+
+def _best_of(saved: Sequence[Saved], known: Known, facts: Facts) -> Facts:
+    """By its checkpoints, of a run that has not told MLflow."""
+    values = [(s.metric, s.step) for s in saved if s.metric is not None and s.metric == s.metric]
+    config = known.storage.read_if_exists("config.yaml") if known.storage is not None else None
+    if not values or config is None:
+        return facts
+    from raytrainer.config import flattened
+
+    flat = flattened(config.decode())
+    best, step = (max if flat.get("checkpoint.mode") == "max" else min)(values)
+    return replace(facts, monitor=flat.get("checkpoint.monitor"), best=best, best_step=step)
+
+
+def _page(known: Known) -> str | None:
+    """As the summary of a launch shows it."""
+    uri = known.record.tracking_uri
+    if not uri.startswith(("http://", "https://")) or known.stored is None:
+        return uri or None
+    stored = known.stored
+    return f"{tracking.redacted(uri).rstrip('/')}/#/experiments/{stored.experiment_id}/runs/{stored.run_id}"
+
+
+def _waits(known: Known, job: Job | None, clusters: Clusters) -> str | None:
+    """What a job that waits is waiting for."""
+    if job is None or job.status != "PENDING":
+        return None
+    try:
+        cluster = clusters.of(known)
+        return None if cluster is None else cluster.explain_waiting(job.submission_id)
+    except (RaytrainerError, OSError) as error:
+        return str(error)
+
+
+def _next(facts: Facts, saved: Sequence[Saved], program: str) -> list[str]:
+    name = facts.name
+    if facts.status in ("RUNNING", "PENDING", "UNKNOWN"):
+        return [f"{program} logs -f {name}", *([f"{program} stop {name}"] if facts.kind != "trial" else [])]
+    if facts.kind == "trial":
+        return [f"{program} rerun {name}"]
+    found = [f"{program} logs {name}"]
+    if facts.status != "FINISHED" and (saved or facts.kind == "sweep"):
+        found.append(f"{program} resume {name}")
+    return [*found, f"{program} rerun {name}"]

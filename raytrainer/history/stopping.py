@@ -1,0 +1,299 @@
+"""`stop ID`: asks a run to end after a last checkpoint, wherever it runs, and waits until all that it held is free."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+
+from raytrainer.errors import ConfigError, RaytrainerError, StorageError, TrackingError
+from raytrainer.history.finding import look_up, with_tracking
+from raytrainer.history.jobs import Clusters, Job
+from raytrainer.history.reconcile import close, verdict_of
+from raytrainer.history.signs import Signs, Verdict
+from raytrainer.progress import duration
+from raytrainer.run import STOP, Record
+from raytrainer.storage.lock import Claim, process_start
+
+TIMEOUT_S = 120.0
+# A driver looks for the object every 2 s, gives its workers 8 s for a checkpoint and MLflow 6 s for the end.
+_GRACE_S = 30.0
+_SECOND_S, _KILL_S = 10.0, 16.0  # with force: from the first signal until the second, and until all are killed
+
+
+@dataclass(frozen=True)
+class Halt:
+    """How a stop went.
+
+    Attributes:
+        status: Of the run, now.
+        done: Whether it has ended and nothing of it is left.
+        told: What ended, or what is left, in words.
+        seconds: How long that took.
+    """
+
+    name: str
+    status: str
+    done: bool
+    told: str
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+class Stopper:
+    """One stop.
+
+    Args:
+        identifier: Which run.
+        force: End it without a checkpoint where it does not end by itself in time.
+        timeout_s: The longest to wait.
+        say: Told what is done.
+        clusters, sleep: For tests.
+
+    Raises:
+        RunNotFound: There is no such run.
+        ConfigError: It is a trial.
+    """
+
+    def __init__(
+        self,
+        identifier: str,
+        *,
+        force: bool = False,
+        timeout_s: float = TIMEOUT_S,
+        say: Callable[[str], None] = lambda text: None,
+        clusters: Clusters | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.known, self.force, self.say, self.sleep = look_up(identifier), force, say, sleep
+        self.clusters = clusters or Clusters()
+        self.name = self.known.record.name
+        if self.known.trial is not None:
+            raise ConfigError(f"{identifier} is a trial; it ends with its sweep: stop {self.name}")
+        self.began = time.monotonic()
+        self.deadline = self.began + timeout_s
+
+    def stop(self) -> Halt:
+        """Stops it, waits, and says what became of it.
+
+        Raises:
+            RaytrainerError: It cannot be reached from here.
+        """
+        with suppress(TrackingError):
+            self.known = with_tracking(self.known)
+        job, others = self.clusters.jobs_of(self.known)
+        going = next((j for j in (job, *others) if j is not None and j.status in ("PENDING", "RUNNING")), None)
+        if going is not None:
+            return self._stop_job(going)
+        signs = Signs.read(self.known.storage)
+        if signs.here is not None and (told := self._stop_process(signs.here)) is not None:
+            return told
+        if signs.here is not None or signs.elsewhere:
+            return self._stop_elsewhere(signs)
+        verdict = verdict_of(self.known, self.clusters)
+        if verdict.life == "dead":
+            return self._halt(True, self._closed(verdict) or f"it had ended: {self._status()}")
+        if self._status() != "RUNNING" and self.known.storage is None:
+            return self._halt(True, f"it had ended: {self._status()}")
+        if self.force:
+            cause = "declared dead by stop --force"
+            return self._halt(True, self._closed(Verdict("dead", verdict.why, "KILLED", cause)) or verdict.why)
+        raise RaytrainerError(
+            f"{self.name} cannot be reached ({verdict.why}), so it is not known whether it runs"
+            f"{self._where()}; where you know that it does not: stop --force {self.name} closes it"
+        )
+
+    # --- a process of this machine --------------------------------------------------------------------------------
+
+    def _stop_process(self, claim: Claim) -> Halt | None:
+        """None: its process is not ours to signal."""
+        pid = int(claim.owner["pid"])
+        try:
+            # A descriptor stays with the process that had the number when it was opened: only then is it compared.
+            with _descriptor(pid) as process:
+                if process_start(pid) != claim.started:
+                    raise ProcessLookupError
+                family = _family(pid)
+                signal.pidfd_send_signal(process, signal.SIGTERM)
+                self.say(f"{self.name}: asked process {pid} to end after a last checkpoint")
+                return self._wait_for(pid, process, family)
+        except ProcessLookupError:
+            return self._after_death("it had ended")
+        except PermissionError:
+            self.say(
+                f"{self.name}: process {pid} is {claim.owner.get('user', 'another user')}'s; it is asked by a file"
+            )
+            return None
+
+    def _wait_for(self, pid: int, process: int, family: dict[tuple[int, float], psutil.Process]) -> Halt:
+        began, signals = time.monotonic(), 1
+        while left := [p for p in family.values() if _lives(p)]:
+            waited = time.monotonic() - began
+            if any(p.pid == pid for p in left):
+                family.update(_family(pid))
+            if self.force and signals == 1 and waited > _SECOND_S:
+                signals = 2
+                self.say(f"{self.name}: still there; ending it without a checkpoint")
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(process, signal.SIGTERM)
+            if self.force and waited > _KILL_S:
+                for one in left:
+                    with suppress(psutil.Error):
+                        one.kill()
+            if time.monotonic() > self.deadline:
+                names = ", ".join(str(p.pid) for p in left[:5])
+                return self._halt(False, f"{len(left)} of its processes are still there: {names}")
+            self.sleep(0.1)
+        count = len(family)
+        return self._after_death(f"its {count} processes are gone" if count > 1 else "its process is gone")
+
+    def _after_death(self, told: str) -> Halt:
+        """Of a driver that was killed nobody has told the end."""
+        with suppress(TrackingError):
+            self.known = with_tracking(replace(self.known, stored=None))
+        verdict = verdict_of(self.known, self.clusters)
+        if verdict.life == "dead":
+            by_force = verdict.status == "FAILED" and self.force
+            self._closed(replace(verdict, status="KILLED", cause="killed by stop --force") if by_force else verdict)
+        return self._halt(True, told)
+
+    # --- a driver on another machine ------------------------------------------------------------------------------
+
+    def _stop_elsewhere(self, signs: Signs) -> Halt:
+        owner = next((c.owner for c in (signs.here, *signs.elsewhere) if c is not None), {})
+        where = f"process {owner.get('pid', '?')} on {owner.get('host', 'another machine')}"
+        self._ask_by_file()
+        self.say(f"{self.name}: asked {where} to end after a last checkpoint, by the file {STOP} in its directory")
+        while (verdict := verdict_of(self.known, self.clusters)).life == "alive":
+            if time.monotonic() > self.deadline:
+                force = f"; on {owner.get('host', 'that machine')}: kill -9 {owner.get('pid', '?')}"
+                return self._halt(False, f"{where} still has its directory{force}")
+            self.sleep(1.0)
+        return self._halt(True, self._closed(verdict) or f"{where} has given up its directory")
+
+    def _ask_by_file(self) -> None:
+        assert self.known.storage is not None
+        by = {"by": getpass.getuser(), "host": socket.gethostname(), "pid": os.getpid()}
+        self.known.storage.write_bytes(STOP, json.dumps(by).encode())
+
+    # --- a job ----------------------------------------------------------------------------------------------------
+
+    def _stop_job(self, job: Job) -> Halt:
+        cluster = self.clusters.of(self.known)
+        assert cluster is not None
+        asked = job.status == "RUNNING" and not self.force and self._asked_by_file()
+        if asked:
+            self.say(f"{self.name}: asked its job to end after a last checkpoint")
+            job = self._wait_for_job(job, min(self.deadline, time.monotonic() + _GRACE_S))
+        if job.status in ("PENDING", "RUNNING"):
+            self.say(f"{self.name}: stopping the job {job.submission_id}" + (", which did not end" if asked else ""))
+            cluster.stop(job.submission_id)
+            job = self._wait_for_job(job, self.deadline)
+        if job.status in ("PENDING", "RUNNING"):
+            return self._halt(False, f"its job {job.submission_id} is still {job.status}")
+        while held := cluster.held_by(job.submission_id):
+            if time.monotonic() > self.deadline:
+                return self._halt(False, f"its job is {job.status}, and still holds {_amounts(held)}")
+            self.sleep(0.5)
+        self.clusters.forget(self.known)
+        verdict = verdict_of(self.known, self.clusters)
+        if verdict.life == "dead":
+            self._closed(verdict)
+        return self._halt(True, f"its job {job.submission_id} is {job.status}, and what it held is free")
+
+    def _asked_by_file(self) -> bool:
+        if self.known.storage is None:
+            self.say(f"{self.name}: its directory cannot be written from here, so it is ended without a checkpoint")
+            return False
+        try:
+            self._ask_by_file()
+        except StorageError as error:
+            self.say(f"{self.name}: {error}; it is ended without a checkpoint")
+            return False
+        return True
+
+    def _wait_for_job(self, job: Job, until: float) -> Job:
+        cluster = self.clusters.of(self.known)
+        assert cluster is not None
+        while job.status in ("PENDING", "RUNNING") and time.monotonic() < until:
+            self.sleep(0.5)
+            job = cluster.info(job.submission_id) or job
+        return job
+
+    # --- the end --------------------------------------------------------------------------------------------------
+
+    def _closed(self, verdict: Verdict) -> str | None:
+        """Tells MLflow of an end that nobody has told; returns what was said, None where it was known."""
+        stored = self.known.stored
+        if self._status() != "RUNNING" and (stored is None or stored.status != "RUNNING"):
+            return None
+        try:
+            if close(self.known, verdict, self.clusters):
+                self.known = replace(self.known, record=replace(self.known.record, status=verdict.status))
+                return f"it was not running any more ({verdict.why}), and is closed as {verdict.status}"
+        except RaytrainerError as error:
+            self.say(f"warning: MLflow was not told: {error}")
+        return None
+
+    def _status(self) -> str:
+        if self.known.storage is not None:
+            with suppress(StorageError):
+                return (Record.read(self.known.storage) or self.known.record).status
+        return self.known.stored.status if self.known.stored is not None else self.known.record.status
+
+    def _halt(self, done: bool, told: str) -> Halt:
+        return Halt(self.name, self._status(), done, told, time.monotonic() - self.began)
+
+    def _where(self) -> str:
+        host = self.known.stored.tags.get("raytrainer.host") if self.known.stored is not None else None
+        return "" if host is None else f"; it was launched on {host}"
+
+
+def text(halt: Halt, program: str) -> str:
+    """As lines for a person."""
+    if not halt.done:
+        return f"{halt.name} is not stopped after {duration(halt.seconds)}: {halt.told}\nnext     {program} stop --force {halt.name}"
+    return f"{halt.name} is stopped ({halt.status}) after {duration(halt.seconds)}: {halt.told}"
+
+
+@contextmanager
+def _descriptor(pid: int) -> Iterator[int]:
+    """A process by a descriptor, which no later process with its number can take over."""
+    file = os.pidfd_open(pid)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _family(pid: int) -> dict[tuple[int, float], psutil.Process]:
+    """A process and all below it, Ray's own and its workers, by number and start."""
+    found: dict[tuple[int, float], psutil.Process] = {}
+    with suppress(psutil.Error):
+        driver = psutil.Process(pid)
+        for process in (driver, *driver.children(recursive=True)):
+            with suppress(psutil.Error):
+                found[process.pid, process.create_time()] = process
+    return found
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+def _amounts(held: Mapping[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in held.items())

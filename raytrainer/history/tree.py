@@ -1,0 +1,259 @@
+"""`rerun` with the code that a run had: its commit and patch in a working tree of their own, for as long as it takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path, PurePosixPath
+
+from raytrainer import provenance, tracking
+from raytrainer.errors import ConfigError, RaytrainerError, TrackingError
+from raytrainer.history.finding import Known, look_up, tracking_uri_here, tracking_uri_of, with_tracking
+from raytrainer.provenance import Provenance
+from raytrainer.storage.lock import machine, process_start
+from raytrainer.tracking.server import Server
+
+PLACE = ".rerun"  # below ./runs
+_MARK = "RAYTRAINER_RERUN_TREE"  # set for what runs in such a tree: it makes no other
+_TOLD = ("raytrainer", "torch", "ray", "python")
+_MOST_LINKS = 1000
+# What lies beside the code and is not its: what runs left, what tools keep, other environments.
+_NOT_LINKED = {
+    ".git",
+    ".venv",
+    "venv",
+    "__pycache__",
+    "runs",
+    "mlruns",
+    "mlartifacts",
+    "node_modules",
+    ".ipynb_checkpoints",
+}
+
+
+def rerun_there(
+    identifier: str, arguments: Sequence[str], *, here: bool = False, say: Callable[[str], None] = lambda text: None
+) -> int | None:
+    """Runs `rerun ID …` with the code that the run had, and returns its exit code; None: the code that is here will do.
+
+    Args:
+        identifier: Which run.
+        arguments: Further ones of the same command: overrides and options.
+        here: Take the code that is here, whatever the run had.
+        say: Told what differs from the original.
+
+    Raises:
+        RunNotFound: There is no such run.
+        ConfigError: Its code cannot be had any more.
+    """
+    if os.environ.get(_MARK):
+        return None
+    known, now = look_up(identifier), provenance.collect([], Path.cwd())
+    then = recorded(known)
+    overrides = [a for a in arguments if "=" in a or a.startswith("~")]
+    for line in differences(then, now, overrides):
+        say(f"rerun of {identifier}: {line}")
+    if then is None or then.commit is None or now.commit is None or here or _same(then, now):
+        return None
+    with _tree(known, then, say) as folder:
+        return _run(folder, [identifier, *arguments])
+
+
+def recorded(known: Known) -> Provenance | None:
+    """Where a run comes from, by its directory, else by MLflow; None where neither says so."""
+    if known.storage is not None:
+        data = known.storage.read_if_exists(provenance.FILE)
+        with suppress(ValueError):
+            return None if data is None else Provenance.from_json(data)
+    try:
+        known = with_tracking(known)
+        uri, stored = tracking_uri_of(known.record), known.stored
+        if uri is None or stored is None or "mlflow.source.git.commit" not in stored.tags:
+            return None
+        tags, patch = stored.tags, ""
+        if tags.get("mlflow.source.git.dirty") == "true":
+            suffix = f"-{known.record.attempts}" if known.record.attempts > 1 else ""
+            data = Server(uri, timeout_s=30).read_artifact(stored.run_id, f"git{suffix}.patch")
+            patch = data.decode("utf-8", "surrogateescape")
+    except TrackingError:
+        return None
+    prefix = "raytrainer.version."
+    versions = {key.removeprefix(prefix): value for key, value in tags.items() if key.startswith(prefix)}
+    command = tags.get("raytrainer.command", "")
+    return Provenance(command, versions, tags["mlflow.source.git.commit"], tags.get("mlflow.source.git.branch"), patch)
+
+
+def differences(then: Provenance | None, now: Provenance, overrides: Sequence[str]) -> list[str]:
+    """What is another than in the original, a line each."""
+    if then is None:
+        return ["what code it ran with is not recorded; this is the code that is here"]
+    found = []
+    if then.commit is None:
+        found.append("it did not run from a git checkout; this is the code that is here")
+    elif now.commit is None:
+        found.append(f"this is no git checkout, it ran with commit {then.commit[:12]}; this is the code that is here")
+    elif _same(then, now):
+        found.append(f"same code, commit {now.commit[:12]}" + (" with the same patch" if now.diff else ""))
+    else:
+        patch = {(True, True): "another patch than here", (True, False): "with a patch"}.get(
+            (bool(then.diff), bool(now.diff) and then.commit == now.commit), "without a patch"
+        )
+        found.append(f"its code is commit {then.commit[:12]}, {patch}; here is commit {now.commit[:12]}")
+    found += [
+        f"{name} {then.versions.get(name, 'unknown')} → {now.versions.get(name, 'none')}"
+        for name in _TOLD
+        if then.versions.get(name) != now.versions.get(name)
+    ]
+    if overrides:
+        found.append(f"other values: {' '.join(overrides)}")
+    return found
+
+
+def _same(then: Provenance, now: Provenance) -> bool:
+    return then.commit == now.commit and then.diff == now.diff and not then.is_cut
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """Where it is run, and what its environment has beside ours."""
+
+    path: Path
+    environment: dict[str, str]
+
+
+@contextmanager
+def _tree(known: Known, then: Provenance, say: Callable[[str], None]) -> Iterator[_Folder]:
+    """The commit and the patch in a working tree below ./runs, removed again whatever happens."""
+    here, name = Path.cwd(), known.record.name
+    top = Path(_git(here, "rev-parse", "--show-toplevel").strip("\n"))
+    assert then.commit is not None
+    way_out = f"rerun --here {name} takes the code that is here"
+    if then.is_cut:
+        raise ConfigError(f"the patch of {name} was too large to be recorded whole; {way_out}")
+    try:
+        _git(top, "cat-file", "-e", f"{then.commit}^{{commit}}")
+    except RaytrainerError:
+        raise ConfigError(f"the commit {then.commit} of {name} is not in {top}: git fetch it, or {way_out}") from None
+    trees = here / "runs" / PLACE
+    _sweep(top, trees)
+    place = trees / f"{name}-{uuid.uuid4().hex[:8]}"
+    place.mkdir(parents=True)
+    owner = {"pid": os.getpid(), "started": process_start(os.getpid()), "machine": machine()}
+    (place / "owner.json").write_text(json.dumps(owner))
+    tree = place / "tree"
+    try:
+        _git(top, "worktree", "add", "--quiet", "--detach", str(tree), then.commit)
+        if then.diff:
+            try:
+                _git(tree, "apply", "--index", "--whitespace=nowarn", "-", stdin=then.diff)
+            except RaytrainerError as error:
+                raise ConfigError(f"the patch of {name} does not apply to its commit ({error}); {way_out}") from None
+        launched_in = tree / then.prefix
+        launched_in.mkdir(parents=True, exist_ok=True)
+        _link_the_rest(top, tree, then, say)
+        if known.storage is not None and known.storage.is_local:
+            (launched_in / "runs").mkdir(exist_ok=True)
+            (launched_in / "runs" / name).symlink_to(known.storage.local_path)
+        say(f"rerun of {name}: running in {launched_in}, which is removed afterwards")
+        paths = [str(launched_in), *filter(None, [os.environ.get("PYTHONPATH")])]
+        uri = tracking_uri_here() or tracking.default_tracking_uri(here)
+        yield _Folder(
+            launched_in,
+            {"PYTHONPATH": os.pathsep.join(paths), "MLFLOW_TRACKING_URI": uri, _MARK: str(tree)},
+        )
+    finally:
+        _remove(top, place)
+
+
+def _link_the_rest(top: Path, tree: Path, then: Provenance, say: Callable[[str], None]) -> None:
+    """Files that git does not have, as they are now: data beside the code, and code that was never added."""
+    code = [name for name in then.untracked if (top / name).is_file() and not (tree / name).exists()]
+    for name in code:
+        _link(top / name, tree / name)
+    if code:
+        more = f" and {len(code) - 5} more" if len(code) > 5 else ""
+        say(f"not tracked by git, so as they are now: {', '.join(code[:5])}{more}")
+    listed = _git(top, "ls-files", "--others", "--directory", "--no-empty-directory", "-z").split("\0")
+    for name in filter(None, listed):
+        parts = PurePosixPath(name).parts
+        if set(parts) & _NOT_LINKED or parts[-1].startswith("mlflow.db") or parts[-1].endswith((".pyc", ".egg-info")):
+            continue
+        source, target = top / name, tree / name
+        if name.endswith("/"):
+            # A directory of its own with links in it: what ignores `data/` does not ignore a link of that name.
+            entries = list(islice(source.iterdir(), _MOST_LINKS + 1))
+            for entry in entries if len(entries) <= _MOST_LINKS else ():
+                if entry.name not in _NOT_LINKED:
+                    _link(entry, target / entry.name)
+            if len(entries) > _MOST_LINKS:
+                _link(source, target)
+        elif name not in then.untracked:
+            _link(source, target)
+
+
+def _link(source: Path, target: Path) -> None:
+    if not target.exists() and not target.is_symlink():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(source)
+
+
+def _run(folder: _Folder, arguments: Sequence[str]) -> int:
+    """`python -m raytrainer rerun …` there, as if it were this process: signals, streams and exit code are its."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "raytrainer", "rerun", *arguments],
+        cwd=folder.path,
+        env={**os.environ, **folder.environment},
+    )
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        # A terminal's Ctrl-C reaches it too; what is sent to this process alone is passed on.
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    try:
+        code = child.wait()
+        return code if code >= 0 else 128 - code
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _sweep(top: Path, trees: Path) -> None:
+    """Removes the trees of processes of this machine that were killed."""
+    for place in trees.iterdir() if trees.is_dir() else ():
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            owner = json.loads((place / "owner.json").read_text())
+            if owner["machine"] == machine() and process_start(int(owner["pid"])) != owner["started"]:
+                _remove(top, place)
+
+
+def _remove(top: Path, place: Path) -> None:
+    with suppress(RaytrainerError):
+        _git(top, "worktree", "remove", "--force", str(place / "tree"))
+    shutil.rmtree(place, ignore_errors=True)
+    with suppress(OSError):
+        place.parent.rmdir()  # the last one
+    with suppress(RaytrainerError):
+        _git(top, "worktree", "prune")
+
+
+def _git(folder: Path, *arguments: str, stdin: str = "") -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), "-c", "core.quotepath=off", "-c", f"core.hooksPath={os.devnull}", *arguments],
+        input=stdin.encode("utf-8", "surrogateescape"),
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        said = done.stderr.decode(errors="replace").strip()
+        raise RaytrainerError(said.splitlines()[-1] if said else f"git {arguments[0]} fails")
+    return done.stdout.decode("utf-8", "surrogateescape")
