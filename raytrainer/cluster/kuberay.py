@@ -24,7 +24,7 @@ from raytrainer.errors import ConfigError
 NAME, CONTENT, SUBMISSION = "raytrainer.dev/name", "raytrainer.dev/content", "raytrainer.dev/submission-id"
 JOB = "raytrainer.dev/job"  # on the pods: the RayJob that they are of
 MANAGED = {"app.kubernetes.io/managed-by": "raytrainer"}
-_QUEUE = "kueue.x-k8s.io/queue-name"
+QUEUE = "kueue.x-k8s.io/queue-name"
 _LONGEST_NAME = 47  # of a RayJob: KubeRay makes names of services of it
 _LONGEST_LABEL = 63
 _FILES_BYTES = 2**20  # what a ConfigMap holds
@@ -104,6 +104,7 @@ def documents(
         )
     labels = {**MANAGED, NAME: _label(e.name or ""), JOB: name}
     notes = {NAME: e.name or "", CONTENT: content, SUBMISSION: submission_id}
+    pods = {"labels": labels, "annotations": {SUBMISSION: submission_id}}
     # Another content is another ConfigMap: what a job that runs has read stays as it was.
     config_map = _config_map(f"{name}-{_short(content)}", c.namespace, labels, notes, files)
     job = {
@@ -112,7 +113,7 @@ def documents(
         "metadata": {
             "name": name,
             "namespace": c.namespace,
-            "labels": {**labels, **({_QUEUE: c.queue} if c.queue else {})},
+            "labels": {**labels, **({QUEUE: c.queue} if c.queue else {})},
             "annotations": notes,
         },
         "spec": {
@@ -121,13 +122,13 @@ def documents(
             "metadata": dict(job_metadata),
             **({"runtimeEnvYAML": to_text(dict(runtime_env))} if runtime_env else {}),
             "submissionMode": "K8sJobMode",
-            "submitterPodTemplate": {"metadata": {"labels": labels}, "spec": _submitter(e)},
+            "submitterPodTemplate": {"metadata": pods, "spec": _submitter(e)},
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": _TTL_S,
             "backoffLimit": c.retries,
             # Kueue lets it go; nothing else should.
             **({"suspend": True} if c.queue else {}),
-            "rayClusterSpec": _cluster(e, config_map["metadata"]["name"], labels, workers or _workers(e)),
+            "rayClusterSpec": _cluster(e, config_map["metadata"]["name"], pods, workers or _workers(e)),
         },
     }
     return config_map, job
@@ -176,7 +177,7 @@ def _workers(e: Experiment) -> tuple[int, int]:
     return preflight.least_workers(e), e.max_workers
 
 
-def _cluster(e: Experiment, config_map: str, labels: Mapping[str, str], workers: tuple[int, int]) -> Document:
+def _cluster(e: Experiment, config_map: str, pods: Document, workers: tuple[int, int]) -> Document:
     pod, fit = _pod(e)
     least, most = _bounds(e, workers, fit)
     grows = least < most
@@ -199,7 +200,7 @@ def _cluster(e: Experiment, config_map: str, labels: Mapping[str, str], workers:
             # No work but the driver's: what trains goes to the workers' pods.
             "rayStartParams": {"num-cpus": "0"},
             "template": {
-                "metadata": {"labels": dict(labels)},
+                "metadata": dict(pods),
                 "spec": _pod_spec(
                     e,
                     _container(
@@ -225,7 +226,7 @@ def _cluster(e: Experiment, config_map: str, labels: Mapping[str, str], workers:
                 # Whole CPUs, rounded down: KubeRay rounds up.
                 "rayStartParams": {"num-cpus": str(max(1, math.floor(quantity(pod["cpu"]))))},
                 "template": {
-                    "metadata": {"labels": dict(labels)},
+                    "metadata": dict(pods),
                     "spec": _pod_spec(e, _container(e, "ray-worker", pod)),
                 },
             }
