@@ -35,6 +35,12 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_tests_that_are_named_are_there(page: Path) -> None:
+    named = set(re.findall(r"\btests/[\w/]+\.py\b", page.read_text()))
+    assert not [name for name in named if not (ROOT / name).is_file()]
+
+
 def test_the_readmes_own_experiment_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert text is not None
