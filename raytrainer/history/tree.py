@@ -73,8 +73,9 @@ def recorded(known: Known) -> Provenance | None:
     """Where a run comes from, by its directory, else by MLflow; None where neither says so."""
     if known.storage is not None:
         data = known.storage.read_if_exists(provenance.FILE)
-        with suppress(ValueError):
-            return None if data is None else Provenance.from_json(data)
+        if data is not None:
+            with suppress(ValueError):
+                return Provenance.from_json(data)
     try:
         known = with_tracking(known)
         uri, stored = tracking_uri_of(known.record), known.stored

@@ -119,7 +119,7 @@ class Lock:
             age = mine.beat - claim.beat if mine is not None else 0.0
             if not claim.lives if claim.is_here else age > self._limit_s:
                 _log.warning("taking over the stale lock of %s", named(claim.owner))
-                self._remove(claim.name)
+                withdraw(self._directory, claim)
             else:
                 rivals.append(claim)
         return rivals
@@ -192,6 +192,12 @@ def claims(directory: Storage) -> list[Claim]:
             held = f"{name}.held" in entries
             found.append(_parse(name, data, held=held, beat=entries[f"{name}.json"].mtime))
     return found
+
+
+def withdraw(directory: Storage, claim: Claim) -> None:
+    """Removes a claim whose process is known to be dead by another way, before it is old."""
+    for kind in ("held", "json"):
+        directory.delete(f"{claim.name}.{kind}")
 
 
 @cache

@@ -25,9 +25,19 @@ from typing import NamedTuple
 import pytest
 
 from raytrainer.errors import TrackingDenied, TrackingUnreachable
-from raytrainer.tracking import MlflowTracker, Run, Shipper, check_tracking, default_tracking_uri, open_run, replay
+from raytrainer.tracking import (
+    MlflowTracker,
+    Run,
+    Shipper,
+    check_tracking,
+    default_tracking_uri,
+    lookup,
+    open_run,
+    replay,
+)
+from raytrainer.tracking.rest import Rest
 from raytrainer.tracking.server import Server
-from raytrainer.tracking.spool import Spool
+from raytrainer.tracking.spool import Row, Spool
 
 ROOT = Path(__file__).parents[2]
 SLOW_S = 30.0
@@ -178,6 +188,23 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 def expected(keys: str, last: int) -> dict[tuple[str, int], int]:
     return {(key, step): 1 for key in keys for step in range(last)}
+
+
+def test_plain_http_finds_what_mlflows_client_finds(server: MlflowServer, tmp_path: Path) -> None:
+    uri = f"http://127.0.0.1:{server.port}"
+    for name, where in (("one", "here"), ("two", None)):
+        tags = {"raytrainer.name": name, "raytrainer.run_dir": "/x", **({"raytrainer.where": where} if where else {})}
+        run = open_run(uri, "searched", name, params={"a": "1"}, tags=tags, artifact_root=str(tmp_path))
+        Server(uri).log_batch(run.run_id, [Row("val/loss", float("nan"), 5, 7), Row("train/loss", 0.5, 6, 9)], {})
+        run.finish("FAILED", "why")
+    everything = "attributes.run_name LIKE '%'"
+    plain, client = Rest(uri).search(everything, 1000), Server(uri).search(everything, 1000)
+    assert len(plain) >= 2
+    assert repr(plain) == repr(client)  # a NaN is not equal to itself
+    (found,) = lookup.search_runs(uri, limit=5)
+    assert (found.name, found.status, found.tags["raytrainer.cause"]) == ("one", "FAILED", "why")
+    assert found.metrics["train/loss"] == (0.5, 9)
+    assert lookup.find_run_dir(uri, "two") == "/x"
 
 
 def test_an_answer_that_is_lost_is_sent_again_and_swallowed(

@@ -1,0 +1,238 @@
+"""`list`: mine and everybody's, by status, sweeps folded, orphans closed on the way; without MLflow from ./runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from raytrainer.history.facts import Facts
+from raytrainer.history.finding import SUBMITTED
+from raytrainer.history.jobs import Clusters
+from raytrainer.history.listing import list_runs, table
+from raytrainer.run import Record
+from raytrainer.storage import Storage
+from raytrainer.sweep.ledger import Ledger, Report, Trial
+from tests.history.past import ADDRESS, FakeCluster, Store, claim, of_here, record
+from tests.history.test_reconcile import killed
+
+TAGS = {
+    "raytrainer.workers": "2",
+    "raytrainer.total_steps": "132",
+    "raytrainer.monitor": "val/accuracy",
+    "raytrainer.monitor.best": "0.97",
+    "raytrainer.monitor.best_step": "22",
+}
+METRICS = {"train/loss": [(10, 0.5), (30, 0.2)], "val/accuracy": [(22, 0.97)], "system/cpu": [(999, 1.0)]}
+
+
+def names(found: list[Facts]) -> list[str]:
+    return [facts.name for facts in found]
+
+
+def test_what_is_told_of_a_run(store: Store) -> None:
+    made, storage = store.add("one", status="RUNNING", tags=TAGS, metrics=METRICS)
+    claim(storage, **of_here(os.getpid()))
+    (facts,) = list_runs()
+    assert facts.to_json() | {"started": 0, "user": ""} == {
+        "name": "one",
+        "kind": "run",
+        "status": "RUNNING",
+        "run_id": made.run_id,
+        "user": "",
+        "host": "somewhere",
+        "where": "local Ray, 2 workers on CPU",
+        "started": 0,
+        "ended": None,
+        "step": 30,
+        "total_steps": 132,
+        "monitor": "val/accuracy",
+        "best": 0.97,
+        "best_step": 22,
+        "workers": "2",
+        "trials": {},
+        "cause": None,
+        "life": "alive",
+        "run_dir": storage.uri,
+        "submission_id": None,
+        "cluster_address": None,
+        "attempts": 1,
+    }
+
+
+def test_mine_and_everybodys(store: Store) -> None:
+    store.add("mine", started=1000.0)
+    store.add("theirs", user="o'somebody", started=2000.0)
+    assert names(list_runs()) == ["mine"]
+    assert names(list_runs(everyone=True)) == ["theirs", "mine"]
+
+
+def test_by_status_and_at_most_so_many(store: Store) -> None:
+    for number, status in enumerate(["FINISHED", "FAILED", "KILLED", "FAILED", "RUNNING"]):
+        _, storage = store.add(f"r{number}", status=status, started=1000.0 + number)
+    claim(storage, **of_here(os.getpid()))
+    assert names(list_runs(status="FAILED")) == ["r3", "r1"]
+    assert names(list_runs(status="RUNNING")) == ["r4"]
+    assert names(list_runs(limit=2)) == ["r4", "r3"]
+    assert names(list_runs(status="PENDING")) == []
+
+
+def test_an_orphan_is_closed_and_listed_as_what_it_is(store: Store) -> None:
+    made, storage = store.add("one", status="RUNNING")
+    claim(storage, **killed())
+    said: list[str] = []
+    (facts,) = list_runs(status="FAILED", say=said.append)
+    assert (facts.status, facts.life) == ("FAILED", None)
+    assert facts.cause is not None
+    assert facts.cause.startswith("its driver died: ")
+    assert store.status(made.run_id)[0] == "FAILED"
+    assert len(said) == 1
+    assert list_runs(status="RUNNING", say=said.append) == []
+    assert len(said) == 1
+
+
+def test_an_orphan_of_somebody_elses_is_their_own_matter(store: Store) -> None:
+    made, storage = store.add("one", status="RUNNING", user="somebody")
+    claim(storage, **killed())
+    assert list_runs() == []
+    assert store.status(made.run_id)[0] == "RUNNING"
+
+
+def test_one_that_cannot_be_looked_at_says_so(store: Store) -> None:
+    made, _ = store.add("one", status="RUNNING", on_disk=False)
+    (facts,) = list_runs()
+    assert (facts.status, facts.life) == ("RUNNING", "unsure")
+    assert facts.cause == "uncertain whether it lives: its directory cannot be read from here"
+    assert "RUNNING?" in table([facts])
+    assert store.status(made.run_id)[0] == "RUNNING"
+
+
+def test_a_sweeps_trials_are_below_it(store: Store) -> None:
+    """Of one that runs its ledger knows how far it is, of one that has ended MLflow."""
+    _, storage = store.add(
+        "sweep", kind="sweep", status="RUNNING", tags={"raytrainer.sweep.metric": "val/loss"}, started=2000.0
+    )
+    claim(storage, **of_here(os.getpid()))
+    ledger = Ledger.open(storage)
+    ledger.begin({})
+    for number, value in (("0001", 0.5), ("0002", 0.25), ("0003", None)):
+        store.add_trial("sweep", number)
+        ledger.start(Trial(number, {}, [], 1.0))
+        if value is not None:
+            ledger.report(number, Report(1, 10, value, {"val/loss": value}, 1.0))
+            ledger.end(number, "finished")
+    ledger.close()
+    ended = {
+        "raytrainer.trials.finished": "7",
+        "raytrainer.trials.failed": "1",
+        "raytrainer.best_value": "0.125",
+        "raytrainer.sweep.metric": "val/loss",
+    }
+    store.add("ended", kind="sweep", tags=ended, started=1000.0)
+    running, over = list_runs()
+    assert (running.name, running.trials, running.best) == ("sweep", {"finished": 2, "running": 1}, 0.25)
+    assert (over.name, over.trials, over.best) == ("ended", {"finished": 7, "failed": 1}, 0.125)
+    assert "3 trials: 2 finished, 1 running" in table([running])
+
+
+def test_a_job(store: Store) -> None:
+    _, storage = store.add(
+        "one",
+        status="RUNNING",
+        job={"submission_id": "one", "cluster_address": ADDRESS},
+        tags={"raytrainer.where": "Ray at auto, 4 workers on GPU"},
+    )
+    claim(storage, owner={"job": "one"})
+    cluster = FakeCluster()
+    cluster.add("one", "RUNNING")
+    (facts,) = list_runs(clusters=cluster.clusters())
+    assert (facts.where, facts.life) == (f"{ADDRESS}, 4 workers on GPU", "alive")
+
+
+def sent(name: str) -> Record:
+    found = Record(name, f"/nowhere/{name}", job={"submission_id": name, "cluster_address": ADDRESS})
+    found.write(Storage(Path.cwd() / "runs" / SUBMITTED / name))
+    return found
+
+
+def test_what_was_submitted_and_has_not_begun(store: Store) -> None:
+    for name in ("waits", "failed", "begun", "forgotten"):
+        sent(name)
+    store.add("begun", started=1.0)
+    cluster = FakeCluster()
+    cluster.add("waits", "PENDING", started=3.0)
+    cluster.add("failed", "FAILED", message="no such\nmodule", started=2.0, ended=4.0)
+    cluster.add("begun", "SUCCEEDED", started=1.0)
+    found = list_runs(clusters=cluster.clusters())
+    assert [(f.name, f.status, f.cause) for f in found] == [
+        ("waits", "PENDING", None),
+        ("failed", "FAILED", "no such module"),
+        ("begun", "FINISHED", None),
+    ]
+    assert names(list_runs(status="PENDING", clusters=cluster.clusters())) == ["waits"]
+    assert sorted(p.name for p in Path("runs", SUBMITTED).iterdir()) == ["failed", "forgotten", "waits"]
+
+
+def test_a_cluster_that_does_not_answer_is_said_once(in_tmp: Path) -> None:
+    for name in ("one", "two"):
+        sent(name)
+    said: list[str] = []
+    cluster = FakeCluster(down=OSError("connection refused"))
+    found = list_runs(clusters=cluster.clusters(), say=said.append)
+    assert [(f.status, f.cause) for f in found] == [("UNKNOWN", "its cluster does not say")] * 2
+    assert said == [f"the cluster {ADDRESS} could not be asked: connection refused"]
+    assert cluster.asked == ["list"]
+
+
+def test_without_mlflow_the_directories_tell(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, status in (("dead", "RUNNING"), ("done", "FINISHED"), ("lives", "RUNNING")):
+        _, storage = record(name, status=status, run_id="0" * 32, tracking_uri="http://127.0.0.1:9")
+        storage.write_bytes("checkpoints/step-000000020/manifest.json", b"{}")
+        storage.write_bytes("checkpoints/step-000000010/manifest.json", b"{}")
+        if status == "RUNNING":
+            claim(storage, **(killed() if name == "dead" else of_here(os.getpid())))
+    said: list[str] = []
+    found = {facts.name: (facts.status, facts.life, facts.step) for facts in list_runs()}
+    expected = {"dead": ("FAILED", "dead", 20), "done": ("FINISHED", None, 20), "lives": ("RUNNING", "alive", 20)}
+    assert found == expected
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert {f.name: (f.status, f.life, f.step) for f in list_runs(say=said.append)} == expected
+    assert len(said) == 1
+    assert re.search(r"http://127.0.0.1:9 cannot be used: .*; what follows is from .*runs alone", said[0])
+
+
+def test_a_run_that_mlflow_does_not_have_yet_is_listed_beside_the_others(store: Store) -> None:
+    store.add("there")
+    record("not-yet", status="FINISHED", run_id="offline-1", tracking_uri=store.uri)
+    record("other-store", status="FINISHED", run_id="1" * 32, tracking_uri="http://elsewhere")
+    assert sorted(names(list_runs())) == ["not-yet", "other-store", "there"]
+
+
+def test_a_table_is_as_wide_as_its_terminal(store: Store) -> None:
+    found = [
+        Facts("a", "run", "FAILED", started=0.0, step=3, total_steps=9, cause="x" * 300, where="local Ray, 2 workers"),
+        Facts("longer", "run", "FINISHED", started=3000.0, cause="not an error", user="me", monitor="m", best=0.5),
+    ]
+    lines = table(found, now=3600.0, width=100).splitlines()
+    assert lines[0].split("  ")[0] == "NAME"
+    assert [re.sub(r" +", " ", line) for line in lines[1:]] == [
+        "a FAILED local Ray 1:00:00 ago 3/9 " + lines[1].split()[-1],
+        "longer FINISHED 10:00 ago m 0.5",
+    ]
+    assert max(map(len, lines)) == 100
+    assert "USER" in table(found, users=True)
+    assert len(table(found).splitlines()[1]) > 300  # a file has all of it
+    assert table([]) == "no runs"
+    assert json.dumps(Facts("a", "run", "FAILED", best=float("nan")).to_json())
+
+
+def test_no_cluster_is_asked_for_runs_that_have_none(store: Store) -> None:
+    store.add("one", status="RUNNING")
+
+    def connect(*_: object) -> FakeCluster:
+        raise AssertionError
+
+    assert names(list_runs(clusters=Clusters(connect))) == ["one"]

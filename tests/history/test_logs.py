@@ -1,0 +1,151 @@
+"""`logs ID`: from the directory, from the cluster, from MLflow; all of it, as it comes, and no longer than it comes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytrainer.errors import ConfigError, RunNotFound
+from raytrainer.history import logs
+from raytrainer.run import Record
+from raytrainer.storage import Storage
+from raytrainer.tracking.server import Server
+from tests.history.past import ADDRESS, FakeCluster, Store, claim, of_here, record
+
+JOB = {"submission_id": "one", "cluster_address": ADDRESS}
+
+
+@pytest.fixture
+def ended(in_tmp: Path) -> Storage:
+    _, storage = record("one", status="FINISHED")
+    storage.write_bytes("logs/driver.log", "a\nb é\n[rank 1] c\nno end".encode())
+    storage.write_bytes("logs/rank-0.log", b"zero\n")
+    storage.write_bytes("logs/rank-1.log", b"c\n")
+    storage.write_bytes("logs/launch.json", b"{}")
+    return storage
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_one_that_has_ended(ended: Storage, follow: bool) -> None:
+    assert list(logs.lines("one", follow=follow)) == ["a", "b é", "[rank 1] c", "no end"]
+    assert list(logs.lines("one", rank=1, follow=follow)) == ["c"]
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_a_rank_that_there_is_not(ended: Storage, follow: bool) -> None:
+    with pytest.raises(ConfigError, match=r"^--rank=2 has no log; valid: 0, 1$"):
+        list(logs.lines("one", rank=2, follow=follow))
+
+
+def test_a_log_that_is_damaged_is_shown_all_the_same(ended: Storage) -> None:
+    ended.write_bytes("logs/driver.log", b"a\xff\nb\n\n")
+    assert list(logs.lines("one")) == ["a�", "b", ""]
+
+
+def following(later: list[Any], rank: int | None = None) -> Iterator[str]:
+    """Follows; at each look that finds nothing new the next of `later` happens."""
+
+    def sleep(_: float) -> None:
+        later.pop(0)()
+
+    return logs.lines("one", rank=rank, follow=True, sleep=sleep)
+
+
+def test_what_comes_while_it_is_followed(ended: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line in two pieces, in the middle of a letter; the last one comes with the end."""
+    monkeypatch.setattr(logs, "_ALIVE_S", 0.0)
+    made = Record.read(ended)
+    assert made is not None
+    replace(made, status="RUNNING").write(ended)
+    path = ended.local_path / "logs" / "driver.log"
+    path.write_bytes(b"")
+
+    def append(data: bytes) -> None:
+        with path.open("ab") as file:
+            file.write(data)
+
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as driver:
+        claim(ended, **of_here(driver.pid))
+
+        def end() -> None:
+            append(b"last\n")
+            driver.kill()
+            driver.wait()
+
+        later = [lambda: append(b"one\nt\xc3"), lambda: append(b"\xa9o\n"), lambda: None, end]
+        assert list(following(later)) == ["one", "téo", "last"]
+    assert later == []
+
+
+def test_a_rank_whose_log_comes_later(ended: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_ALIVE_S", 0.0)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as driver:
+        claim(ended, **of_here(driver.pid))
+
+        def begin() -> None:
+            ended.write_bytes("logs/rank-2.log", b"hello\n")
+
+        def end() -> None:
+            driver.kill()
+            driver.wait()
+
+        assert list(following([begin, end], rank=2)) == ["hello"]
+
+
+def test_a_trial_has_its_sweeps(in_tmp: Path) -> None:
+    _, storage = record("sweep", kind="sweep", status="FINISHED")
+    storage.write_bytes("logs/trials.log", b"a trial\n")
+    assert list(logs.lines("sweep.0003")) == ["a trial"]
+
+
+# --- jobs ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_that_runs_is_asked_of_its_cluster(store: Store) -> None:
+    store.add("one", status="RUNNING", job=JOB)
+    cluster = FakeCluster()
+    cluster.add("one")
+    assert list(logs.lines("one", clusters=cluster.clusters())) == ["one", "[rank 1] two", "three"]
+    assert list(logs.lines("one", follow=True, clusters=cluster.clusters())) == ["one", "[rank 1] two", "three"]
+    assert list(logs.lines("one", rank=1, clusters=cluster.clusters())) == ["two"]
+    assert cluster.asked.count("tail") == 1
+
+
+def test_a_job_that_ended_without_keeping_its_log(store: Store) -> None:
+    store.add("one", status="FAILED", job=JOB)
+    cluster = FakeCluster()
+    cluster.add("one", "FAILED")
+    assert list(logs.lines("one", clusters=cluster.clusters())) == ["one", "[rank 1] two", "three"]
+
+
+def test_after_the_head_node_is_gone(store: Store, tmp_path: Path) -> None:
+    made, storage = store.add("one", status="FAILED", job=JOB)
+    away = FakeCluster(down=OSError("no route to host"))
+    with pytest.raises(RunNotFound, match="one has no logs here"):
+        list(logs.lines("one", clusters=away.clusters()))
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    (folder / "job.log").write_text("of the job\n")
+    assert made.run_id is not None
+    Server(store.uri).log_artifact(made.run_id, folder, None)
+    assert list(logs.lines("one", clusters=away.clusters())) == ["of the job"]
+    (folder / "driver.log").write_text("of the driver\n")
+    (folder / "rank-0.log").write_text("of rank 0\n")
+    Server(store.uri).log_artifact(made.run_id, folder, None)
+    storage.delete("run.json")  # nor is the directory there any more
+    assert list(logs.lines("one", clusters=away.clusters())) == ["of the driver"]
+    assert list(logs.lines("one", rank=0, clusters=away.clusters())) == ["of rank 0"]
+    with pytest.raises(ConfigError, match=r"--rank=3 has no log; valid: 0"):
+        list(logs.lines("one", rank=3, clusters=away.clusters()))
+
+
+def test_one_that_runs_on_another_machine_with_its_logs_there(store: Store) -> None:
+    store.add("one", status="RUNNING", on_disk=False)
+    with pytest.raises(RunNotFound, match="one has no logs here: while it runs they are on somewhere"):
+        list(logs.lines("one"))

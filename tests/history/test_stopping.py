@@ -1,0 +1,288 @@
+"""`stop ID`: real processes asked and killed, files for other machines, jobs; and what is said of what is left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from raytrainer.errors import ConfigError, RaytrainerError
+from raytrainer.history import stopping
+from raytrainer.history.stopping import Halt, Stopper, text
+from raytrainer.run import Record
+from raytrainer.storage import Storage
+from tests.history.past import ADDRESS, FakeCluster, Store, claim, of_here
+from tests.history.test_reconcile import killed
+
+JOB = {"submission_id": "one", "cluster_address": ADDRESS}
+
+# A driver with a worker of its own; with `deaf` it does not end by a signal, and writes how many it got.
+DRIVER = """
+import pathlib, signal, subprocess, sys, time
+deaf, worker_stays, place = sys.argv[1] == "deaf", sys.argv[2] == "stays", pathlib.Path(sys.argv[3])
+got = []
+signal.signal(signal.SIGTERM, lambda *_: got.append(1))
+ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); " if worker_stays else "print(flush=True); "
+worker = subprocess.Popen([sys.executable, "-c", ignore + "import time; time.sleep(600)"], stdout=subprocess.PIPE)
+worker.stdout.readline()
+print(worker.pid, flush=True)
+while deaf or not got:
+    time.sleep(0.01)
+    (place / "got").write_text(str(len(got)))
+if not worker_stays:
+    worker.terminate()
+    worker.wait()
+record = place / "run.json"
+record.write_text(record.read_text().replace('"RUNNING"', '"KILLED"'))
+"""
+
+
+@contextmanager
+def driver(storage: Storage, *, deaf: bool = False, worker_stays: bool = False) -> Iterator[tuple[Any, int]]:
+    """The driver of a run, and its worker's number."""
+    arguments = ["deaf" if deaf else "hears", "stays" if worker_stays else "goes", str(storage.local_path)]
+    program = textwrap.dedent(DRIVER)
+    with subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        claim(storage, **of_here(process.pid))
+        try:
+            yield process, worker
+        finally:
+            for pid in (process.pid, worker):
+                try:
+                    os.kill(pid, 9)
+                except ProcessLookupError:
+                    continue
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+# --- a process of this machine ------------------------------------------------------------------------------------------
+
+
+def test_asked_and_waited_for_with_all_it_started(store: Store) -> None:
+    made, storage = store.add("one", status="RUNNING")
+    said: list[str] = []
+    with driver(storage) as (process, worker):
+        halt = Stopper("one", say=said.append).stop()
+        assert gone(process.pid)
+        assert gone(worker)
+    assert (halt.done, halt.status, halt.told) == (True, "KILLED", "its 2 processes are gone")
+    assert said == [f"one: asked process {process.pid} to end after a last checkpoint"]
+    assert text(halt, "raytrainer") == "one is stopped (KILLED) after 0:00: its 2 processes are gone"
+    assert store.status(made.run_id)[0] in ("KILLED", "RUNNING")
+
+
+def test_what_outlives_its_driver_is_waited_for_and_said(store: Store) -> None:
+    _, storage = store.add("one", status="RUNNING")
+    with driver(storage, worker_stays=True) as (_, worker):
+        halt = Stopper("one", timeout_s=1.0).stop()
+        assert (halt.done, halt.told) == (False, f"1 of its processes are still there: {worker}")
+        assert text(halt, "raytrainer").splitlines()[1] == "next     raytrainer stop --force one"
+
+
+def test_one_that_does_not_hear_is_killed_with_force_only(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, storage = store.add("one", status="RUNNING")
+    monkeypatch.setattr(stopping, "_SECOND_S", 0.3)
+    monkeypatch.setattr(stopping, "_KILL_S", 0.6)
+    with driver(storage, deaf=True, worker_stays=True) as (process, worker):
+        assert not Stopper("one", timeout_s=1.0).stop().done
+        assert process.poll() is None
+        said: list[str] = []
+        halt = Stopper("one", force=True, say=said.append).stop()
+        assert gone(process.pid)
+        assert gone(worker)
+    assert (halt.done, halt.status) == (True, "KILLED")
+    assert (storage.local_path / "got").read_text() == "3"  # one of the first stop, two of the second
+    assert "one: still there; ending it without a checkpoint" in said
+    assert store.status(made.run_id) == ("KILLED", "killed by stop --force")
+
+
+def test_a_later_process_with_its_number_is_left_alone(store: Store) -> None:
+    made, storage = store.add("one", status="RUNNING")
+    with driver(storage, deaf=True) as (process, _):
+        claim(storage, **{**of_here(process.pid), "started": "1"})
+        halt = Stopper("one").stop()
+        time.sleep(0.1)  # it would have heard by now
+        assert (storage.local_path / "got").read_text() == "0"
+        assert process.poll() is None
+    assert halt.done
+    assert store.status(made.run_id)[0] == "FAILED"
+
+
+# --- another machine ----------------------------------------------------------------------------------------------------
+
+
+def at_look(storage: Storage, number: int, what: Callable[[], object]) -> Callable[[float], None]:
+    """A sleep in which the world goes on: at its `number`th time `what` happens."""
+    left = [number]
+
+    def sleep(_: float) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            what()
+
+    return sleep
+
+
+def test_another_machines_driver_is_asked_by_a_file(store: Store) -> None:
+    made, storage = store.add("one", status="RUNNING")
+    name = claim(storage)
+
+    def end() -> None:
+        assert storage.exists("stop")
+        replace(made, status="KILLED").write(storage)
+        storage.delete(f"lock/{name}.json")
+
+    said: list[str] = []
+    halt = Stopper("one", say=said.append, sleep=at_look(storage, 3, end)).stop()
+    assert (halt.done, halt.status) == (True, "KILLED")
+    assert said == [
+        "one: asked process 4242 on elsewhere to end after a last checkpoint, by the file stop in its directory"
+    ]
+
+
+def test_another_machines_driver_that_does_not_hear(store: Store) -> None:
+    _, storage = store.add("one", status="RUNNING")
+    claim(storage)
+    halt = Stopper("one", timeout_s=0.05, sleep=lambda _: time.sleep(0.02)).stop()
+    assert (halt.done, halt.told) == (
+        False,
+        "process 4242 on elsewhere still has its directory; on elsewhere: kill -9 4242",
+    )
+
+
+# --- a job --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def job(store: Store) -> tuple[Record, Storage]:
+    made, storage = store.add("one", status="RUNNING", job=JOB)
+    claim(storage, owner={"job": "one"})
+    return made, storage
+
+
+def test_a_job_ends_by_itself_after_a_checkpoint(store: Store, job: tuple[Record, Storage]) -> None:
+    made, storage = job
+    cluster = FakeCluster(holds=[{"GPU": 2.0}, {"GPU": 1.0}])
+    running = cluster.add("one")
+
+    def end() -> None:
+        if storage.exists("stop"):
+            running.status = "FAILED"  # its exit code is 143
+            replace(made, status="KILLED").write(storage)
+            store.client.set_terminated(made.run_id, "KILLED")
+
+    halt = Stopper("one", clusters=cluster.clusters(), sleep=at_look(storage, 2, end)).stop()
+    assert (halt.done, halt.status) == (True, "KILLED")
+    assert halt.told == "its job one is FAILED, and what it held is free"
+    assert "stop" not in cluster.asked
+    assert cluster.asked.count("held_by") == 3
+
+
+def test_a_job_that_does_not_hear_is_stopped_by_ray(
+    store: Store, job: tuple[Record, Storage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, _ = job
+    monkeypatch.setattr(stopping, "_GRACE_S", 0.02)
+    cluster = FakeCluster()
+    cluster.add("one")
+    said: list[str] = []
+    halt = Stopper("one", clusters=cluster.clusters(), say=said.append, sleep=lambda _: time.sleep(0.01)).stop()
+    assert (halt.done, halt.status) == (True, "KILLED")
+    assert said == [
+        "one: asked its job to end after a last checkpoint",
+        "one: stopping the job one, which did not end",
+    ]
+    assert store.status(made.run_id) == ("KILLED", "its job one was stopped")
+
+
+@pytest.mark.parametrize("how", ["waits", "force", "unreachable"])
+def test_a_job_that_cannot_save_is_stopped_at_once(store: Store, job: tuple[Record, Storage], how: str) -> None:
+    cluster = FakeCluster()
+    cluster.add("one", "PENDING" if how == "waits" else "RUNNING")
+    if how == "unreachable":
+        job[1].delete("run.json")
+    said: list[str] = []
+    halt = Stopper("one", force=how == "force", clusters=cluster.clusters(), say=said.append).stop()
+    assert halt.done
+    assert said[-1] == "one: stopping the job one"
+    assert not job[1].exists("stop")
+    assert ("cannot be written from here" in said[0]) == (how == "unreachable")
+
+
+def test_gpus_that_are_held_after_the_end_are_said(store: Store, job: tuple[Record, Storage]) -> None:
+    cluster = FakeCluster(holds=[{"GPU": 2.0, "CPU": 1.0}] * 1000)
+    cluster.add("one")
+    halt = Stopper(
+        "one", force=True, timeout_s=0.05, clusters=cluster.clusters(), sleep=lambda _: time.sleep(0.02)
+    ).stop()
+    assert (halt.done, halt.told) == (False, "its job is STOPPED, and still holds 2 GPU, 1 CPU")
+
+
+def test_the_resubmission_is_what_is_stopped(store: Store, job: tuple[Record, Storage]) -> None:
+    cluster = FakeCluster()
+    cluster.add("one", "FAILED")
+    cluster.add("one--2", "PENDING", metadata={"raytrainer.name": "one"})
+    halt = Stopper("one", clusters=cluster.clusters()).stop()
+    assert (halt.done, cluster.jobs["one--2"].status) == (True, "STOPPED")
+
+
+# --- one that has ended, or cannot be reached ---------------------------------------------------------------------------
+
+
+def test_one_that_had_ended(store: Store) -> None:
+    store.add("one", status="FINISHED")
+    halt = Stopper("one").stop()
+    assert (halt.done, halt.status, halt.told) == (True, "FINISHED", "it had ended: FINISHED")
+
+
+def test_one_that_had_died(store: Store) -> None:
+    made, storage = store.add("one", status="RUNNING")
+    claim(storage, **killed())
+    halt = Stopper("one").stop()
+    assert halt.done
+    assert halt.told.startswith("it was not running any more (process ")
+    assert halt.told.endswith(" is gone), and is closed as FAILED")
+    assert store.status(made.run_id)[0] == "FAILED"
+
+
+def test_one_that_cannot_be_reached_is_closed_with_force_only(store: Store) -> None:
+    made, _ = store.add("one", status="RUNNING", on_disk=False)
+    with pytest.raises(RaytrainerError, match=r"cannot be reached .* launched on somewhere; .*stop --force one"):
+        Stopper("one").stop()
+    assert store.status(made.run_id)[0] == "RUNNING"
+    assert Stopper("one", force=True).stop().done
+    assert store.status(made.run_id) == ("KILLED", "declared dead by stop --force")
+
+
+def test_a_trial_ends_with_its_sweep(store: Store) -> None:
+    store.add("sweep", kind="sweep", status="RUNNING")
+    with pytest.raises(ConfigError, match=r"sweep.0001 is a trial; it ends with its sweep: stop sweep"):
+        Stopper("sweep.0001")
+
+
+def test_what_is_printed_for_programs() -> None:
+    halt = Halt("one", "KILLED", True, "gone", 1.5)
+    assert halt.to_json() == {"name": "one", "status": "KILLED", "done": True, "told": "gone", "seconds": 1.5}
+
+
+def test_nothing_is_left_of_the_asking(store: Store, tmp_path: Path) -> None:
+    """A driver that was asked, and ends, takes the file away when it begins again (`StopAsked`); a stop leaves no lock."""
+    _, storage = store.add("one", status="FINISHED")
+    Stopper("one").stop()
+    assert storage.list("lock") == []
+    assert not storage.exists("stop")
