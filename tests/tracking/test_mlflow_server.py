@@ -190,7 +190,7 @@ def expected(keys: str, last: int) -> dict[tuple[str, int], int]:
     return {(key, step): 1 for key in keys for step in range(last)}
 
 
-def test_plain_http_finds_what_mlflows_client_finds(server: MlflowServer, tmp_path: Path) -> None:
+def test_plain_http_finds_what_mlflows_client_finds(server: MlflowServer, slow: object, tmp_path: Path) -> None:
     uri = f"http://127.0.0.1:{server.port}"
     for name, where in (("one", "here"), ("two", None)):
         tags = {"raytrainer.name": name, "raytrainer.run_dir": "/x", **({"raytrainer.where": where} if where else {})}
