@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +13,12 @@ import pytest
 from raytrainer import worker
 from raytrainer.config import compose
 from raytrainer.errors import ConfigError, DataError, WorkerError
+from raytrainer.events import EvalEnd, FitStart
+from raytrainer.metrics import Monitor
 from raytrainer.parallel import World
 from raytrainer.run import Record
 from raytrainer.storage import Storage
+from raytrainer.tracking import NullTracker
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
@@ -51,3 +56,22 @@ def test_an_error_of_a_worker_travels() -> None:
     assert "test_worker.py" in (found.traceback or "")
     assert worker.described(RuntimeError("the network is down"), 0).retry
     assert not worker.described(RuntimeError("CUDA out of memory. Tried…"), 0).retry
+
+
+def test_what_a_list_of_runs_shows_is_told_while_it_trains() -> None:
+    """The steps to do, the workers, and the best value as soon as it is."""
+    tags: dict[str, str] = {}
+
+    class Kept(NullTracker):
+        def set_tags(self, given: Mapping[str, str]) -> None:
+            tags.update(given)
+
+    listener, best = worker._Tracking(Kept()), Monitor("val/loss", "min")
+    trainer = SimpleNamespace(best=best)
+    listener.on_fit_start(trainer, FitStart(0, 132, 11, 2, 1000))
+    assert tags == {"raytrainer.workers": "2", "raytrainer.total_steps": "132"}
+    for step, value in ((10, 0.5), (20, 0.25), (30, 0.75)):
+        best.update({"val/loss": value}, step)
+        listener.on_eval_end(trainer, EvalEnd(step, 1, {"val/loss": value}))
+    told = {key.removeprefix("raytrainer.monitor"): value for key, value in tags.items() if "monitor" in key}
+    assert told == {"": "val/loss", ".best": "0.25", ".best_step": "20"}

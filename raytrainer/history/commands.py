@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import math
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from raytrainer import provenance
@@ -66,7 +67,17 @@ def command(verb: str, arguments: Sequence[str]) -> int:
     Raises:
         Refused: A wrong argument, or a run that there is not.
     """
-    return _VERBS[verb](parser(verb).parse(arguments))
+    given = parser(verb).parse(arguments)
+    if verb not in ("list", "status"):
+        return _VERBS[verb](given)
+    # Looking for garbage in what mlflow's import makes, meanwhile and once more at the process's end, is half of the
+    # time that these two would take.
+    gc.disable()
+    try:
+        return _VERBS[verb](given)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def parser(verb: str) -> Parser:
@@ -93,7 +104,7 @@ def parser(verb: str) -> Parser:
 
 
 def outcome_json(outcome: Any) -> str:
-    """How a launch ended, as `--json` prints it.
+    """How a launch ended, as `--json` prints it; numbers that JSON lacks are null.
 
     Args:
         outcome: `run.Outcome` or `sweep.SweepOutcome`.
@@ -101,10 +112,19 @@ def outcome_json(outcome: Any) -> str:
     found = {key: getattr(outcome, key) for key in ("status", "exit_code", "where", "cause", "mlflow", "seconds")}
     found |= {"name": outcome.record.name, "run_id": outcome.record.run_id, "run_dir": outcome.record.run_dir}
     if hasattr(outcome, "trials"):
-        found["trials"] = [{**asdict(trial), "reports": len(trial.reports)} for trial in outcome.trials]
+        keys = ("id", "status", "parameters", "overrides", "run_id", "cause")
+        found["trials"] = [{**{k: getattr(t, k) for k in keys}, "reports": len(t.reports)} for t in outcome.trials]
     else:
         found["result"] = outcome.result
-    return json.dumps(found, indent=1, default=str)
+    return json.dumps(_strict(found), indent=1, default=str)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _strict(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _list(given: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from raytrainer.history.finding import Known, tracking_uri_of
 from raytrainer.history.jobs import Clusters
 from raytrainer.history.signs import LOCK, Signs, Verdict, judge
 from raytrainer.run import Record, in_background
-from raytrainer.storage.lock import claims, withdraw
+from raytrainer.storage.lock import withdraw
 from raytrainer.tracking import lookup
 from raytrainer.tracking.runs import Status
 from raytrainer.tracking.server import Server
@@ -83,11 +83,13 @@ def close(known: Known, verdict: Verdict, clusters: Clusters) -> bool:
         return _tell(known, record, verdict, clusters)
     if uri := tracking_uri_of(record):
         lookup.reach(uri)  # a second or more, in which nobody should be kept from going on with the run
-    if verdict.by_job:
-        # A driver that was killed left a claim which is not old yet; the cluster knows better.
-        for claim in claims(storage.child(LOCK)):
-            if claim.owner.get("job") == known.submission_id and not (claim.is_here and claim.lives):
-                withdraw(storage.child(LOCK), claim)
+    signs, of_job = Signs.read(storage), verdict.by_job and known.submission_id is not None
+    for claim in signs.claims:
+        # One of a job's driver that was killed is not old yet, and its cluster knows better.
+        if claim in signs.dead or (
+            of_job and claim in signs.elsewhere and claim.owner.get("job") == known.submission_id
+        ):
+            withdraw(storage.child(LOCK), claim)
     try:
         with storage.lock(LOCK, {"run": f"{record.name}, being closed"}):
             fresh = Record.read(storage) or record

@@ -76,6 +76,11 @@ class Signs:
         return [c for c in self.claims if not c.is_here and not self._is_old(c.beat)]
 
     @property
+    def dead(self) -> list[Claim]:
+        """Claims of drivers that died."""
+        return [c for c in self.claims if (not c.lives if c.is_here else self._is_old(c.beat))]
+
+    @property
     def last(self) -> Claim | None:
         """The claim with the last sign of life."""
         return max(self.claims, key=lambda c: c.beat, default=None)

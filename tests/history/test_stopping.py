@@ -83,7 +83,7 @@ def test_asked_and_waited_for_with_all_it_started(store: Store) -> None:
     assert (halt.done, halt.status, halt.told) == (True, "KILLED", "its 2 processes are gone")
     assert said == [f"one: asked process {process.pid} to end after a last checkpoint"]
     assert text(halt, "raytrainer") == "one is stopped (KILLED) after 0:00: its 2 processes are gone"
-    assert store.status(made.run_id)[0] in ("KILLED", "RUNNING")
+    assert store.status(made.run_id)[0] == "KILLED"  # which its record said, and nobody had told MLflow
 
 
 def test_what_outlives_its_driver_is_waited_for_and_said(store: Store) -> None:

@@ -1,0 +1,67 @@
+"""The verbs on runs of real launches: looked at, followed, stopped with all their processes, killed and closed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launches import Runs, launch, observed, record
+
+pytestmark = pytest.mark.slow
+
+
+def verb(folder: Path, *arguments: str, timeout_s: float = 90) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "raytrainer", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+def told(folder: Path, *arguments: str) -> Any:
+    done = verb(folder, *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_run_with_ray_is_followed_and_stopped(in_tmp: Path) -> None:
+    arguments = ["experiment=smoke", "name=one", "trainer.max_steps=100000", "trainer.max_epochs=null"]
+    with launch(in_tmp, *arguments, "trainer.log_every_n_steps=5", *observed(0.02)) as started:
+        started.reaches(10)
+        (listed,) = told(in_tmp, "list")
+        assert (listed["name"], listed["status"], listed["life"]) == ("one", "RUNNING", "alive")
+        follow = [sys.executable, "-m", "raytrainer", "logs", "-f", "one"]
+        with subprocess.Popen(follow, cwd=in_tmp, stdout=subprocess.PIPE, text=True) as following:
+            assert following.stdout is not None
+            assert following.stdout.readline().startswith("one: local Ray, 1 worker on ")
+            stopped = verb(in_tmp, "stop", "one")
+            assert stopped.returncode == 0, stopped
+            left = started.left()
+            assert not left, left
+            rest = following.stdout.read()
+            assert following.wait(30) == 0
+        started.wait().exits(143)
+    assert "stopped by SIGTERM: saving a checkpoint" in rest
+    assert stopped.stdout.startswith("one is stopped (KILLED) after ")
+    assert stopped.stdout.rstrip().endswith(" processes are gone")
+    assert Runs(in_tmp).status("one") == record(in_tmp, "one")["status"] == "KILLED"
+    found = told(in_tmp, "status", "one")
+    assert found["total_steps"] == 100000
+    assert found["step"] >= 10
+    assert found["checkpoints"]
+    assert found["workers"] == "1"
+
+
+def test_a_run_whose_driver_is_killed_is_closed_by_the_next_look(in_tmp: Path) -> None:
+    arguments = ["experiment=smoke", "name=one", "cluster=inline", "trainer.max_steps=100000"]
+    with launch(in_tmp, *arguments, "trainer.max_epochs=null", *observed(0.02)) as started:
+        started.reaches(10)
+        started.kill()
+    assert Runs(in_tmp).status("one") == "RUNNING"
+    done = verb(in_tmp, "list")
+    assert done.stderr.startswith(f"raytrainer: one was RUNNING and is not: process {started.pid} on ")
+    assert [line.split()[:2] for line in done.stdout.splitlines()[1:]] == [["one", "FAILED"]]
+    assert Runs(in_tmp).status("one") == record(in_tmp, "one")["status"] == "FAILED"
+    assert Runs(in_tmp).tags("one")["raytrainer.cause"].startswith("its driver died: process ")
