@@ -58,6 +58,8 @@ LAZY: dict[str, tuple[str, ...]] = {
     "raytrainer.events": ("torch", "ray", "mlflow", "hydra", "pyarrow"),
     "raytrainer.tracking": ("torch", "ray", "mlflow", "hydra", "pyarrow"),
     "raytrainer.trainer": ("ray", "mlflow"),
+    "raytrainer.history.listing": ("torch", "ray", "mlflow", "pyarrow"),
+    "raytrainer.history.status": ("torch", "ray", "mlflow", "pyarrow"),
     "raytrainer.cli": ("torch", "ray", "mlflow"),
     "raytrainer.__main__": ("torch", "ray", "mlflow"),
     "hydra_plugins.raytrainer": ("torch", "ray", "mlflow"),
