@@ -201,6 +201,116 @@ def test_ray_address_and_a_ray_of_ones_own() -> None:
     assert preflight.check_environment(experiment(), {}) == []
 
 
+JOB = ["cluster=job", "cluster.address=https://ray.example.com"]
+REACHED = "https://mlflow.example.com"
+
+
+def elsewhere(host: str) -> bool:
+    return host in ("127.0.0.1", "localhost", "10.0.0.9")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_elsewhere"),
+    [
+        ([], False),
+        (["cluster=existing"], False),
+        (["cluster=existing", "cluster.address=10.0.0.9:6379"], False),
+        (["cluster=existing", "cluster.address=10.0.0.8:6379"], True),
+        (["cluster=existing", "cluster.address=ray://head:10001"], True),
+        (["cluster=job", "cluster.address=http://127.0.0.1:8265"], False),
+        (["cluster=job", "cluster.address=https://ray.example.com/path"], True),
+        (["cluster=kuberay", "cluster.image=x"], True),
+    ],
+)
+def test_which_clusters_are_elsewhere(overrides: list[str], is_elsewhere: bool) -> None:
+    e = experiment(*overrides)
+    assert preflight.is_elsewhere(e, elsewhere) is is_elsewhere
+    problems = preflight.check_reach(e, "sqlite:////here/mlflow.db", elsewhere)
+    assert [p.partition("=")[0] for p in problems] == ["storage_path", "tracking.tracking_uri"] * is_elsewhere
+
+
+def test_this_machine_by_its_names() -> None:
+    assert preflight.is_this_machine("127.0.0.1")
+    assert preflight.is_this_machine("localhost")
+    assert preflight.is_this_machine("::1")
+    assert not preflight.is_this_machine("203.0.113.7")
+    assert not preflight.is_this_machine("")
+    assert not preflight.is_this_machine("no such host")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tracking_uri", "problems"),
+    [
+        (["storage_path=s3://bucket/runs"], REACHED, []),
+        (["storage_path=s3://bucket/runs"], "postgresql://me:pw@db.example.com/mlflow", []),
+        (["storage_path=/nfs/runs", "cluster.shared_paths=[/nfs]"], REACHED, []),
+        (["storage_path=/nfs/runs", "cluster.shared_paths=[/nfs]"], "sqlite:////nfs/mlflow.db", []),
+        (["storage_path=file:///nfs/runs", "cluster.shared_paths=[/nfs/]"], "file:///nfs/mlruns", []),
+        (
+            ["storage_path=/nfs2/runs", "cluster.shared_paths=[/nfs]"],
+            REACHED,
+            [
+                "storage_path=/nfs2/runs is this machine's, and cluster=job runs on other machines: storage_path=s3://buck"
+            ],
+        ),
+        (
+            ["storage_path=/nfs/../home/runs", "cluster.shared_paths=[/nfs]"],
+            REACHED,
+            ["storage_path=/home/runs is this"],
+        ),
+        (
+            ["storage_path='s3://a:b@bucket/runs?endpoint_override=127.0.0.1:5000&scheme=http'"],
+            REACHED,
+            ["has an endpoint_override=127.0.0.1:5000 that is this machine"],
+        ),
+        (
+            ["storage_path=s3://bucket/runs"],
+            "sqlite:////home/mlflow.db",
+            [
+                "tracking.tracking_uri=sqlite:////home/mlflow.db is a file of this machine, and cluster=job runs on other "
+            ],
+        ),
+        (["storage_path=s3://bucket/runs"], "/home/mlruns", ["tracking.tracking_uri=/home/mlruns is a file of this"]),
+        (
+            ["storage_path=s3://bucket/runs"],
+            "http://me:pw@localhost:5000",
+            [
+                "tracking.tracking_uri=http://localhost:5000 is on this machine's loopback, and cluster=job runs on other"
+            ],
+        ),
+        (["storage_path=s3://bucket/runs", "init_from=another-run"], REACHED, []),
+        (["storage_path=s3://bucket/runs", "init_from=s3://bucket/weights.safetensors"], REACHED, []),
+        (
+            ["storage_path=s3://bucket/runs", "init_from=weights.safetensors"],
+            REACHED,
+            ["weights.safetensors is this machine's, and cluster=job runs on other machines: copy it to the storage"],
+        ),
+    ],
+)
+def test_what_only_this_machine_has(in_tmp: Path, overrides: list[str], tracking_uri: str, problems: list[str]) -> None:
+    (in_tmp / "weights.safetensors").write_bytes(b"x")
+    found = preflight.check_reach(experiment(*JOB, *overrides), tracking_uri, elsewhere)
+    assert len(found) == len(problems), found
+    assert all(wanted in one for wanted, one in zip(problems, found, strict=True)), found
+    assert not [one for one in found if "pw" in one or "a:b" in one]
+
+
+def test_files_that_the_workers_may_miss(in_tmp: Path) -> None:
+    (in_tmp / "data").mkdir()
+    (in_tmp / "data" / "words.json").write_text("[]")
+    absolute = str(in_tmp / "data" / "words.json")
+    named = [f"+data.train.words={absolute}", "+data.val.words=data/words.json", "+data.train.other=data/not-there"]
+    e = experiment(*JOB, *named)
+    first, second = preflight.local_files(e)
+    assert first.startswith(f"data.train.words={absolute} is on this machine, and does not go along")
+    assert second.startswith("data.val.words=data/words.json is on this machine")
+    assert preflight.local_files(e, ["data/words.json"]) == [first]
+    assert (
+        preflight.local_files(experiment(*JOB, *named, f"cluster.shared_paths=[{in_tmp}]"), ["data/words.json"]) == []
+    )
+    assert preflight.local_files(experiment(*JOB)) == []
+
+
 def test_all_problems_are_told_at_once() -> None:
     preflight.refuse([])
     with pytest.raises(PreflightError) as caught:

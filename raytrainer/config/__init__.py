@@ -3,6 +3,7 @@
 Stage one (keys, types, groups) imports no torch; stage two (`check_targets`) imports the targets' libraries.
 """
 
+from raytrainer.config.checks import holds_password, looks_secret, texts_of
 from raytrainer.config.compose import (
     CONFIG_MODULE,
     CONFIG_NAME,
@@ -19,6 +20,7 @@ from raytrainer.config.compose import (
     new_name,
     quiet,
     register_schema,
+    with_values,
 )
 from raytrainer.config.explain import explain, key_of
 from raytrainer.config.nodes import bind, build, check_targets, factory, locate
@@ -66,11 +68,15 @@ __all__ = [
     "from_hydra",
     "from_text",
     "group_names",
+    "holds_password",
     "key_of",
     "locate",
+    "looks_secret",
     "new_name",
     "parse_space",
     "quiet",
     "register_schema",
+    "texts_of",
     "validate",
+    "with_values",
 ]

@@ -6,6 +6,7 @@ Pure functions over an `Experiment`; nothing here looks at the machine.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from raytrainer.config.nodes import targets
@@ -95,6 +96,7 @@ def _check_cluster(c: ClusterConfig) -> None:
         value = getattr(c, name)
         if value is not None and not re.fullmatch(_KUBERNETES, value):
             raise ConfigError("is no name of Kubernetes: a-z, 0-9, '-', '.'", key=f"cluster.{name}", value=value)
+    _check_runtime_env(c)
     if c.min_pods is not None and c.max_pods is not None and c.min_pods > c.max_pods:
         raise ConfigError(f"is more than cluster.max_pods={c.max_pods}", key="cluster.min_pods", value=c.min_pods)
 
@@ -111,10 +113,74 @@ def _check_address(kind: str, address: str | None) -> None:
     meant = next(
         (other for other, (form, _) in _ADDRESSES.items() if other != kind and re.fullmatch(form, address)), None
     )
-    hint = f"; that is an address for cluster={meant}" if meant else ""
+    hint = f"; use cluster={meant}" if meant else ""
+    if kind == "job" and re.fullmatch(r"[^/@]+:\d+", address):
+        hint = f"; http://{address} or https://{address}, or use cluster=existing"
+    # A password in it is not for a terminal or a log.
+    shown = re.sub(r"//[^/]*@", "//…@", address).partition("?")[0]
     if not pattern:
-        raise ConfigError(f"has no meaning with cluster={kind}{hint}", key="cluster.address", value=address)
-    raise ConfigError(f"must be {examples} with cluster={kind}{hint}", key="cluster.address", value=address)
+        raise ConfigError(f"has no meaning with cluster={kind}{hint}", key="cluster.address", value=shown)
+    raise ConfigError(f"must be {examples} with cluster={kind}{hint}", key="cluster.address", value=shown)
+
+
+_FORWARD = "give its name alone, cluster.forward_env=[{name}], and its value on the cluster's side"
+
+
+def looks_secret(variable: str) -> bool:
+    """Whether a variable holds a secret, by its name: `WANDB_API_KEY` does, `TOKENIZERS_PARALLELISM` does not."""
+    return (
+        re.search(r"(token|secret|passw(or)?d|key|credential|passphrase)s?(_|$)", variable, re.IGNORECASE) is not None
+    )
+
+
+def holds_password(text: str) -> bool:
+    """Whether there is a URL with a password in a text; one that is a reference, `${oc.env:X}`, is none."""
+    while (left := re.sub(r"\$\{[^{}]*\}", "", text)) != text:
+        text = left
+    return re.search(r"://[^/\s:@'\"]*:[^/\s@'\"]+@", text) is not None
+
+
+def check_references(runtime_env: Any, forward_env: Any) -> None:
+    """Ray gets what the references of a runtime environment stand for: that must be no secret either.
+
+    Args:
+        runtime_env, forward_env: Of the section `cluster`; the first unresolved.
+
+    Raises:
+        ConfigError: Naming the variable.
+    """
+    for path, value in texts_of(runtime_env, "cluster.runtime_env"):
+        for name in re.findall(r"\$\{oc\.env:([^,}]+)", value):
+            if looks_secret(name) or name in forward_env:
+                raise ConfigError(
+                    f"would show what {name} holds to everyone on the cluster: {_FORWARD.format(name=name)}", key=path
+                )
+
+
+def _check_runtime_env(c: ClusterConfig) -> None:
+    """Ray shows a runtime environment to everyone, and logs its variables: no secret may be in it."""
+    variables = c.runtime_env.get("env_vars")
+    for name in variables if isinstance(variables, dict) else ():
+        if looks_secret(str(name)) or name in c.forward_env:
+            raise ConfigError(
+                f"would be shown to everyone on the cluster, and logged there: {_FORWARD.format(name=name)}",
+                key=f"cluster.runtime_env.env_vars.{name}",
+            )
+    for path, value in texts_of(c.runtime_env, "cluster.runtime_env"):
+        if holds_password(value):
+            raise ConfigError("holds a URL with a password, which everyone on the cluster would see", key=path)
+
+
+def texts_of(node: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Every text below a node, with its dotted key."""
+    if isinstance(node, dict):
+        for name, below in node.items():
+            yield from texts_of(below, f"{path}.{name}")
+    elif isinstance(node, list):
+        for below in node:
+            yield from texts_of(below, path)
+    elif isinstance(node, str):
+        yield path, node
 
 
 def _check_nodes(e: Experiment) -> None:

@@ -12,7 +12,7 @@ import re
 import secrets
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from raytrainer.config.checks import check_together
+from raytrainer.config.checks import check_references, check_together
 from raytrainer.config.explain import explain, key_of, unresolved
 from raytrainer.config.nodes import check_targets
 from raytrainer.config.schema import Experiment, known_keys, validate
-from raytrainer.config.typed import defaults, is_below_node, typed, unknown_key
+from raytrainer.config.typed import OPEN, defaults, is_below_node, typed, unknown_key
 from raytrainer.errors import ConfigError
 
 CONFIG_MODULE = "raytrainer.configs"
@@ -215,7 +215,8 @@ def _with_values(text: str, overrides: Sequence[str]) -> DictConfig:
         if override.is_sweep_override():
             raise ConfigError("is a sweep; here it must be one value", key=name, value=str(override.value()))
         known = known or [*known_keys(), *_node_keys(cfg)]
-        if name not in known and not ((override.is_add() or override.is_force_add()) and is_below_node(name)):
+        added = (override.is_add() or override.is_force_add()) and is_below_node(name)
+        if name not in known and not added and not name.startswith(tuple(f"{section}." for section in OPEN)):
             raise unknown_key(name, override.value(), known)
         if isinstance(override.value(), dict | list):
             known = None  # it may bring keys of its own
@@ -237,13 +238,27 @@ def register_schema() -> None:
     """
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name="experiment_schema", node=defaults(), provider="raytrainer")
+    node = OmegaConf.create(defaults())
+    for name in OPEN:
+        section = OmegaConf.select(node, name)
+        if section is not None:  # null takes a whole mapping, and Hydra asks for a + in front of one key of it
+            OmegaConf.set_struct(section, False)
+    ConfigStore.instance().store(name="experiment_schema", node=node, provider="raytrainer")
 
 
 def new_name(experiment: str) -> str:
     """A run's default name: experiment, local time, 4 hex digits."""
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", experiment).strip("-._") or "run"
     return f"{stem[:60]}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def with_values(text: str, values: Mapping[str, Any]) -> str:
+    """A `Composition.text` with other values of some keys."""
+    cfg = OmegaConf.create(text)
+    assert isinstance(cfg, DictConfig)
+    for name, value in values.items():
+        OmegaConf.update(cfg, name, value, merge=False, force_add=True)
+    return OmegaConf.to_yaml(cfg)
 
 
 def flattened(text: str) -> dict[str, str]:
@@ -333,6 +348,9 @@ def _experiment(cfg: DictConfig, choices: tuple[tuple[str, str], ...]) -> Experi
     experiment = typed({str(k): v for k, v in values.items()}, [group for group, _ in choices])
     validate(experiment)
     check_together(experiment)
+    if experiment.cluster.runtime_env:
+        raw = OmegaConf.to_container(cfg.cluster.runtime_env, resolve=False)
+        check_references(raw, experiment.cluster.forward_env)
     return experiment
 
 

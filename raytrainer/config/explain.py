@@ -17,7 +17,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from raytrainer.config.typed import unknown_key
+from raytrainer.config.typed import OPEN, unknown_key
 from raytrainer.errors import ConfigError, RaytrainerError
 
 
@@ -189,15 +189,11 @@ def _wrong_key(name: str, value: str | None, known: Sequence[str], deleted: bool
         return ConfigError("is not a key; --cfg hydra shows Hydra's own", key=name, value=value)
     if section == "callbacks":
         return ConfigError(f"is not there; a callback is added as +{name}={{_target_: …}}", key=name, value=value)
-    if name in known or section in _NULL_MAPPINGS:
+    if name in known or section in OPEN:
         return ConfigError(
             f"is below {section}, which is null here; with a + in front it is set", key=name, value=value
         )
     return unknown_key(name, value, known)
-
-
-# Sections of the schema that are null by default and whose keys are anybody's.
-_NULL_MAPPINGS = ("scaling.resources_per_worker", "scaling.label_selector", "cluster.runtime_env")
 
 
 def _of_value(override: str, reason: str, known: Callable[[], Sequence[str]]) -> ConfigError | None:

@@ -21,6 +21,11 @@ NODES = (
     *("model", "loss", "optimizer", "lr_scheduler", "callbacks", "data.train", "data.val", "data.collate_fn"),
     *("sweep.scheduler", "sweep.search_alg", "sweep.space"),
 )
+# Mappings whose keys are anybody's.
+OPEN = (
+    *("scaling.resources_per_worker", "scaling.label_selector", "sweep.space"),
+    *("cluster.runtime_env", "cluster.driver_resources", "cluster.pod_resources"),
+)
 _TRUE, _FALSE = {"true", "yes", "on"}, {"false", "no", "off"}
 
 

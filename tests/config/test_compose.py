@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 
-from raytrainer.config import Composition, compose, flattened, from_text
+from raytrainer.config import Composition, compose, flattened, from_text, holds_password, with_values
 from raytrainer.config.foreign import FOREIGN_KEYS
 from raytrainer.config.schema import known_keys
 from raytrainer.config.typed import unknown_key
@@ -135,7 +136,31 @@ def test_references_to_secrets_stay_references(monkeypatch: pytest.MonkeyPatch) 
             "data.global_batch_size=1 is smaller than scaling.num_workers=2",
         ),
         ("cluster.address=x:1", "cluster.address=x:1 has no meaning with cluster=local; use cluster=existing"),
-        ("cluster=existing cluster.address=ray://x:1", "cluster.address=ray://x:1 must be auto or host:port"),
+        ("cluster=existing cluster.address=x", "cluster.address=x must be auto, host:port (10.0.0.1:6379) or ray://"),
+        ("cluster=existing cluster.address=http://x", "cluster.address=http://x must be auto, host:port"),
+        ("cluster=existing cluster.address=http://x", "with cluster=existing; use cluster=job"),
+        ("cluster.address=https://x", "cluster.address=https://x has no meaning with cluster=local; use cluster=job"),
+        ("cluster=kuberay cluster.address=auto", "cluster.address=auto has no meaning with cluster=kuberay; use clus"),
+        ("cluster=job", "cluster.address is not set: http"),
+        ("cluster=job cluster.address=auto", "with cluster=job; use cluster=existing"),
+        ("cluster=job cluster.address=x:8265", "; http://x:8265 or https://x:8265, or use cluster=existing"),
+        ("cluster=job cluster.address=http://me:pw@x", "cluster.address=http://…@x must be http"),
+        ("cluster=job cluster.address='http://x?token=pw'", "cluster.address=http://x must be http"),
+        # what everybody would see
+        (
+            "cluster.runtime_env={env_vars:{A_TOKEN:b}}",
+            "cluster.runtime_env.env_vars.A_TOKEN would be shown to everyon",
+        ),
+        (
+            "cluster.runtime_env.env_vars.HF_KEY=b",
+            "name alone, cluster.forward_env=[HF_KEY], and its value on the cluster's",
+        ),
+        ("cluster.forward_env=[A] cluster.runtime_env.env_vars.A=b", "cluster.runtime_env.env_vars.A would be shown"),
+        ("cluster.runtime_env={pip:[http://me:pw@x/y.whl]}", "cluster.runtime_env.pip holds a URL with a password"),
+        (
+            "cluster.runtime_env.env_vars.A=${oc.env:HF_TOKEN,null}",
+            "cluster.runtime_env.env_vars.A would show what HF_TOKEN holds to everyone on the cluster: give its name",
+        ),
         ("trainer.precision=16-mixed optimizer.fused=false", "trainer.precision=16-mixed needs a fused optimizer"),
         ("+trainer.early_stopping.patience=3 data.val=null", "trainer.early_stopping needs data.val"),
         ("data.train=null", "data.train is not set"),
@@ -148,6 +173,55 @@ def test_what_is_wrong_is_told_in_our_words(overrides: str, reason: str) -> None
     assert reason in said
     assert len(said.splitlines()) == 1
     assert not re.search(r"struct|DictConfig|hydra\.cc|full_key|object_type|defaults list|OmegaConf", said)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "found"),
+    [
+        (["cluster.runtime_env={env_vars:{A:b}}"], {"env_vars": {"A": "b"}}),
+        (["cluster.runtime_env.env_vars.A=b"], {"env_vars": {"A": "b"}}),
+        (["+cluster.runtime_env.env_vars.A=b"], {"env_vars": {"A": "b"}}),
+        (
+            ["cluster.runtime_env={pip:[x]}", "cluster.runtime_env.env_vars={A:b}"],
+            {"pip": ["x"], "env_vars": {"A": "b"}},
+        ),
+        (
+            ["cluster.runtime_env.env_vars.TOKENIZERS_PARALLELISM='false'"],
+            {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}},
+        ),
+    ],
+)
+def test_a_runtime_environment_is_given_as_any_mapping(overrides: list[str], found: dict[str, Any]) -> None:
+    composed = compose(["experiment=mlp", *overrides])
+    assert composed.experiment.cluster.runtime_env == found
+    # On top of a run's own, as resume and rerun take it.
+    again = from_text(compose(["experiment=mlp"]).text, [o.lstrip("+") for o in overrides])
+    assert again.experiment.cluster.runtime_env == found
+
+
+def test_other_values_of_a_text() -> None:
+    text = compose(["experiment=mlp", "name=one", "tracking.tracking_uri=${oc.env:NOT_SET,null}"]).text
+    again = with_values(text, {"tracking.tracking_uri": "http://x", "cluster.wait": False})
+    e = from_text(again).experiment
+    assert (e.tracking.tracking_uri, e.cluster.wait, e.name) == ("http://x", False, "one")
+    assert "NOT_SET" not in again
+    assert with_values(text, {}) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "holds"),
+    [
+        ("postgresql://me:pw@host/db", True),
+        ("--extra-index-url=https://:pw@host/simple", True),
+        ("https://host:8080/a@b", False),
+        ("https://me@host", False),
+        ("https://${oc.env:A}:${oc.env:B}@host", False),
+        ("https://me:${oc.env:B,${oc.env:C}}@host", False),
+        ("a: http://x\nb: c@d", False),
+    ],
+)
+def test_what_is_a_url_with_a_password(text: str, holds: bool) -> None:
+    assert holds_password(text) is holds
 
 
 def test_several_wrong_things_do_not_hide_the_choices_of_another() -> None:

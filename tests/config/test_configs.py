@@ -15,11 +15,14 @@ from raytrainer.config.typed import defaults
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("*/*.yaml"))
+ELSEWHERE = ["storage_path=s3://bucket/runs", "tracking.tracking_uri=https://mlflow.example.com"]
 # What a choice needs beside it to be a whole experiment.
 BESIDE = {
     ("experiment", "*"): [],
     ("debug", "*"): ["experiment=mlp"],
     ("cluster", "inline"): ["experiment=mlp", "scaling.num_workers=1"],
+    ("cluster", "job"): ["experiment=mlp", "cluster.address=https://ray.example.com", *ELSEWHERE],
+    ("cluster", "kuberay"): ["experiment=mlp", "cluster.image=registry.example.com/trainer:1", *ELSEWHERE],
 }
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
@@ -32,7 +35,7 @@ def composed(file: Path) -> Composition:
 
 
 def test_there_are_some() -> None:
-    assert {"cluster", "data", "debug", "experiment", "loss", "lr_scheduler", "model", "optimizer"} <= {
+    assert {"cluster", "data", "debug", "experiment", "loss", "lr_scheduler", "model", "optimizer", "sweep"} <= {
         file.parent.name for file in FILES
     }
 
@@ -46,6 +49,15 @@ def test_composes_and_passes_check(file: Path) -> None:
     plenty = preflight.Resources(64.0, 8.0, 2.0**40, {"accelerator_type:H100": 8.0})
     assert preflight.check_resources(e, plenty, "here") == []
     assert preflight.check_environment(e, {}) == []
+    assert preflight.check_reach(e, e.tracking.tracking_uri or "sqlite:////mlflow.db", is_here=lambda host: False) == []
+
+
+@pytest.mark.parametrize("choice", ["job", "kuberay"])
+def test_a_cluster_elsewhere_has_nothing_of_this_machine(choice: str) -> None:
+    beside = [o for o in BESIDE["cluster", choice] if o not in ELSEWHERE]
+    e = compose([*beside, f"cluster={choice}"]).experiment
+    problems = preflight.check_reach(e, "sqlite:////mlflow.db", is_here=lambda host: False)
+    assert [problem.partition("=")[0] for problem in problems] == ["storage_path", "tracking.tracking_uri"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}={file.stem}")
@@ -53,7 +65,7 @@ def test_says_what_it_is(file: Path) -> None:
     lines = [line for line in file.read_text().splitlines() if not line.startswith("# @package")]
     assert re.match(r"# \w.{10,}", lines[0]), "the first line says what the file is for"
     # A file that sets keys elsewhere than below its group's name says where.
-    elsewhere = file.parent.name in ("experiment", "debug")
+    elsewhere = file.parent.name in ("experiment", "debug", "sweep")
     assert file.read_text().startswith("# @package _global_\n") == elsewhere
 
 
