@@ -127,7 +127,7 @@ def refused(said: Said) -> str:
         ("-m experiment=mlp,nope", "experiment=nope is no such choice"),
         ("-m experiment=mlp optimizer.lr=0.1,fast", "optimizer.lr=fast must be a number"),
         ("-m experiment=mlp seed=1,2 name=same", "name=same would be the name of every job; leave it out"),
-        ("-m experiment=mlp optimizer.lr=interval(0,1)", "optimizer.lr=interval(0,1) is a sweep over an interval"),
+        ("-m experiment=mlp optimizer.lr=interval(0,1)", "optimizer.lr=interval(0,1) has no list of values"),
         ("--multirun experiment=mlp trainer.max_epoch=1,2", "trainer.max_epoch=1 is not a key"),
         ("hydra/launcher=nope experiment=mlp", "hydra/launcher=nope is no such choice"),
     ],

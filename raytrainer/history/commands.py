@@ -87,7 +87,7 @@ def parser(verb: str) -> Parser:
     if verb == "list":
         add("-a", "--all", action="store_true", help="everybody's, not only mine")
         add("-s", "--status", metavar="STATUS", help=f"only those: {', '.join(STATUSES)}")
-        add("-n", "--limit", metavar="N", type=_count, default=30, help="at most so many (30)")
+        add("-n", "--limit", metavar="N", type=_positive, default=30, help="at most so many (30)")
         return found
     if verb == "logs":
         add("-f", "--follow", action="store_true", help="and what it prints from now on, until it ends")
@@ -188,6 +188,12 @@ def _say(text: str) -> None:
 def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if _count(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
     return int(text)
 
 

@@ -80,7 +80,7 @@ def look_up(identifier: str, root: Path | None = None) -> Known:
         names.append(record.name)
     for record in submitted(root):
         if identifier in (record.name, record.job.get("submission_id")):
-            return _reached(record)
+            return reached(Known(record, None))
         names.append(record.name)
     uri = tracking_uri_here()
     stored = None if uri is None else lookup.find_run(uri, identifier)
@@ -95,7 +95,13 @@ def look_up(identifier: str, root: Path | None = None) -> Known:
 
 def from_tracking(stored: StoredRun, uri: str) -> Known:
     """A run that MLflow tells of, with its directory's record where that can be read."""
-    known = as_stored(stored, uri)
+    return reached(as_stored(stored, uri))
+
+
+def reached(known: Known) -> Known:
+    """The same with its directory and the record there, where that can be read from here."""
+    if known.storage is not None:
+        return known
     try:
         storage = Storage(known.record.run_dir)
         own = Record.read(storage)
@@ -190,13 +196,3 @@ def _by_name(identifier: str, root: Path) -> Known | None:
         if record is not None and is_trial(identifier, record):
             return Known(record, storage, trial=identifier.rpartition(".")[2])
     return None
-
-
-def _reached(record: Record) -> Known:
-    """A submission, with its directory's own record where that is there already and can be read."""
-    try:
-        storage = Storage(record.run_dir)
-        own = Record.read(storage)
-    except StorageError:
-        own = None
-    return Known(record, None) if own is None else Known(own, storage)

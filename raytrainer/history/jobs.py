@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -52,7 +53,7 @@ class Clusters:
 
     def __init__(self, connect: Callable[[str, str | None, str | None], Cluster] | None = None) -> None:
         self._connect = connect or _connect
-        self._lock = threading.Lock()
+        self._asking: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._lists: dict[str, Sequence[Job]] = {}
         self.silent: dict[str, str] = {}
 
@@ -73,7 +74,7 @@ class Clusters:
         address = known.cluster_address
         if known.submission_id is None or address is None:
             return None, []
-        with self._lock:  # several runs of one cluster ask at once
+        with self._asking[address]:  # several runs of one cluster ask at once
             if address not in self._lists and address not in self.silent:
                 try:
                     cluster = self.of(known)
@@ -88,8 +89,7 @@ class Clusters:
 
     def forget(self, known: Known) -> None:
         """Asks a run's cluster again."""
-        with self._lock:
-            self._lists.pop(known.cluster_address or "", None)
+        self._lists.pop(known.cluster_address or "", None)
 
 
 def _access(known: Known) -> tuple[str | None, str | None]:

@@ -15,9 +15,9 @@ from raytrainer import tracking
 from raytrainer.errors import StorageError, TrackingError
 from raytrainer.history import finding
 from raytrainer.history.facts import Facts, facts_of
-from raytrainer.history.finding import Known, from_tracking
+from raytrainer.history.finding import Known
 from raytrainer.history.jobs import Clusters, Job
-from raytrainer.history.reconcile import close_dead, verdicts
+from raytrainer.history.reconcile import close_dead, look_at
 from raytrainer.history.signs import Verdict
 from raytrainer.progress import duration
 from raytrainer.run import Record
@@ -68,8 +68,8 @@ def list_runs(
 def _from_mlflow(
     uri: str, user: str | None, status: str | None, limit: int, clusters: Clusters, say: Callable[[str], None]
 ) -> list[Facts]:
-    running = [from_tracking(r, uri) for r in lookup.search_runs(uri, limit=_MOST_RUNNING, user=user, status="RUNNING")]
-    looked = list(zip(running, verdicts(running, clusters), strict=True))
+    found = lookup.search_runs(uri, limit=_MOST_RUNNING, user=user, status="RUNNING")
+    looked = look_at([finding.as_stored(run, uri) for run in found], clusters)
     if close_dead(looked, clusters, say):
         again = {r.run_id for r in lookup.search_runs(uri, limit=_MOST_RUNNING, user=user, status="RUNNING")}
         looked = [(known, verdict) for known, verdict in looked if known.stored and known.stored.run_id in again]
@@ -91,9 +91,7 @@ def _from_disk(root: Path, asked: str | None, clusters: Clusters) -> list[Facts]
     """Those that MLflow does not have; all where it could not be asked."""
     found = [Known(record, storage) for record, storage in finding.records(root) if not _is_in(asked, record)]
     running = [known for known in found if known.record.status == "RUNNING"]
-    lives: dict[str, Verdict] = {
-        known.record.name: verdict for known, verdict in zip(running, verdicts(running, clusters), strict=True)
-    }
+    lives = {known.record.name: verdict for known, verdict in look_at(running, clusters)}
     return [_judged(facts_of(known, lives.get(known.record.name)), lives.get(known.record.name)) for known in found]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from raytrainer import tracking
 from raytrainer.errors import RaytrainerError, StorageError, StorageLocked, TrackingError
-from raytrainer.history.finding import Known, tracking_uri_of
+from raytrainer.history.finding import Known, reached, tracking_uri_of
 from raytrainer.history.jobs import Clusters
 from raytrainer.history.signs import LOCK, Signs, Verdict, judge
 from raytrainer.run import Record, in_background
@@ -36,18 +36,23 @@ def verdict_of(known: Known, clusters: Clusters) -> Verdict:
     return judge(record, signs, job, others)
 
 
-def verdicts(runs: Sequence[Known], clusters: Clusters) -> list[Verdict]:
-    """`verdict_of` all of them at once, in bounded time."""
-    looking = [in_background(partial(verdict_of, known, clusters), "look") for known in runs]
+def look_at(runs: Sequence[Known], clusters: Clusters) -> list[tuple[Known, Verdict]]:
+    """`verdict_of` each of them, at once and in bounded time; with what could be read of its directory."""
+    looking = [in_background(partial(_look, known, clusters), "look") for known in runs]
     wait(looking, timeout=_LOOK_S)
     found = []
-    for future in looking:
+    for known, future in zip(runs, looking, strict=True):
         if future.done() and future.exception() is None:
             found.append(future.result())
         else:
             why = str(future.exception()) if future.done() else f"no answer in {_LOOK_S:g} s"
-            found.append(Verdict("unsure", f"it could not be looked at: {why}"))
+            found.append((known, Verdict("unsure", f"it could not be looked at: {why}")))
     return found
+
+
+def _look(known: Known, clusters: Clusters) -> tuple[Known, Verdict]:
+    known = reached(known)
+    return known, verdict_of(known, clusters)
 
 
 def close_dead(runs: Iterable[tuple[Known, Verdict]], clusters: Clusters, say: Callable[[str], None]) -> set[str]:

@@ -97,15 +97,19 @@ class Stopper:
         if going is not None:
             return self._stop_job(going)
         signs = Signs.read(self.known.storage)
-        if signs.here is not None and (told := self._stop_process(signs.here)) is not None:
-            return told
+        # Its own: another command may hold the directory for the moment that closing a dead run takes.
+        mine = [c for c in signs.claims if c.is_here and c.lives and c.owner.get("run") == self.name]
+        if mine and (halt := self._stop_process(mine[0])) is not None:
+            return halt
         if signs.here is not None or signs.elsewhere:
             return self._stop_elsewhere(signs)
         verdict = verdict_of(self.known, self.clusters)
         if verdict.life == "dead":
-            return self._halt(True, self._closed(verdict) or f"it had ended: {self._status()}")
+            closed = self._closed(verdict)
+            state = f"its job {job.submission_id} had ended: {job.status}" if job is not None else "it had ended"
+            return self._halt(True, closed or state)
         if self._status() != "RUNNING" and self.known.storage is None:
-            return self._halt(True, f"it had ended: {self._status()}")
+            return self._halt(True, "it had ended")
         if self.force:
             cause = "declared dead by stop --force"
             return self._halt(True, self._closed(Verdict("dead", verdict.why, "KILLED", cause)) or verdict.why)
@@ -236,6 +240,9 @@ class Stopper:
     def _closed(self, verdict: Verdict) -> str | None:
         """Tells MLflow of an end that nobody has told; returns what was said, None where it was known."""
         stored = self.known.stored
+        if stored is None and self.known.storage is None:  # there is no more of it than a job
+            self.known = replace(self.known, record=replace(self.known.record, status=verdict.status))
+            return None
         if self._status() != "RUNNING" and (stored is None or stored.status != "RUNNING"):
             return None
         try:

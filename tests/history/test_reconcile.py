@@ -218,7 +218,7 @@ def test_one_that_takes_too_long_to_look_at_is_left_as_it_is(store: Store, monke
     signs = Signs.read
     monkeypatch.setattr(Signs, "read", read)
     monkeypatch.setattr(reconcile, "_LOOK_S", 0.5)
-    found = reconcile.verdicts([look_up("one"), look_up("two")], Clusters())
+    found = [verdict for _, verdict in reconcile.look_at([look_up("one"), look_up("two")], Clusters())]
     over.set()
     assert [verdict.life for verdict in found] == ["dead", "unsure"]
     assert found[1].why == "it could not be looked at: no answer in 0.5 s"

@@ -18,6 +18,7 @@ import pytest
 
 from raytrainer.errors import ConfigError, RaytrainerError
 from raytrainer.history import stopping
+from raytrainer.history.finding import SUBMITTED
 from raytrainer.history.stopping import Halt, Stopper, text
 from raytrainer.run import Record
 from raytrainer.storage import Storage
@@ -55,7 +56,7 @@ def driver(storage: Storage, *, deaf: bool = False, worker_stays: bool = False) 
     with subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         worker = int(process.stdout.readline())
-        claim(storage, **of_here(process.pid))
+        claim(storage, **of_here(process.pid), owner={"run": "one"})
         try:
             yield process, worker
         finally:
@@ -123,10 +124,20 @@ def test_a_later_process_with_its_number_is_left_alone(store: Store) -> None:
     assert store.status(made.run_id)[0] == "FAILED"
 
 
+def test_a_command_that_closes_the_run_is_no_driver(store: Store) -> None:
+    _, storage = store.add("one", status="RUNNING")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        name = claim(storage, **of_here(other.pid), owner={"run": "one, being closed"})
+        halt = Stopper("one", sleep=at_look(2, lambda: storage.delete(f"lock/{name}.json")), timeout_s=5).stop()
+        assert other.poll() is None
+        other.kill()
+    assert halt.seconds < 5
+
+
 # --- another machine ----------------------------------------------------------------------------------------------------
 
 
-def at_look(storage: Storage, number: int, what: Callable[[], object]) -> Callable[[float], None]:
+def at_look(number: int, what: Callable[[], object]) -> Callable[[float], None]:
     """A sleep in which the world goes on: at its `number`th time `what` happens."""
     left = [number]
 
@@ -148,7 +159,7 @@ def test_another_machines_driver_is_asked_by_a_file(store: Store) -> None:
         storage.delete(f"lock/{name}.json")
 
     said: list[str] = []
-    halt = Stopper("one", say=said.append, sleep=at_look(storage, 3, end)).stop()
+    halt = Stopper("one", say=said.append, sleep=at_look(3, end)).stop()
     assert (halt.done, halt.status) == (True, "KILLED")
     assert said == [
         "one: asked process 4242 on elsewhere to end after a last checkpoint, by the file stop in its directory"
@@ -186,7 +197,7 @@ def test_a_job_ends_by_itself_after_a_checkpoint(store: Store, job: tuple[Record
             replace(made, status="KILLED").write(storage)
             store.client.set_terminated(made.run_id, "KILLED")
 
-    halt = Stopper("one", clusters=cluster.clusters(), sleep=at_look(storage, 2, end)).stop()
+    halt = Stopper("one", clusters=cluster.clusters(), sleep=at_look(2, end)).stop()
     assert (halt.done, halt.status) == (True, "KILLED")
     assert halt.told == "its job one is FAILED, and what it held is free"
     assert "stop" not in cluster.asked
@@ -247,7 +258,21 @@ def test_the_resubmission_is_what_is_stopped(store: Store, job: tuple[Record, St
 def test_one_that_had_ended(store: Store) -> None:
     store.add("one", status="FINISHED")
     halt = Stopper("one").stop()
-    assert (halt.done, halt.status, halt.told) == (True, "FINISHED", "it had ended: FINISHED")
+    assert (halt.done, halt.status, halt.told) == (True, "FINISHED", "it had ended")
+
+
+@pytest.mark.parametrize("state", ["PENDING", "FAILED"])
+def test_a_job_of_which_there_is_no_run_yet(in_tmp: Path, state: str) -> None:
+    sent = Record("one", "/nowhere/one", job=JOB)
+    sent.write(Storage(in_tmp / "runs" / SUBMITTED / "one"))
+    cluster = FakeCluster()
+    cluster.add("one", state)
+    halt = Stopper("one", clusters=cluster.clusters()).stop()
+    if state == "PENDING":
+        assert (halt.done, halt.status) == (True, "KILLED")
+        assert halt.told == "its job one is STOPPED, and what it held is free"
+    else:
+        assert (halt.done, halt.status, halt.told) == (True, "FAILED", "its job one had ended: FAILED")
 
 
 def test_one_that_had_died(store: Store) -> None:
