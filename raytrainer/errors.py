@@ -19,6 +19,9 @@ RaytrainerError
 ├── TrackingError            the tracking server cannot be used
 │   ├── TrackingUnreachable  no answer
 │   └── TrackingDenied       it refuses the credentials
+├── ClusterError             a shared cluster that cannot be used
+│   ├── ClusterUnreachable   no answer
+│   └── ClusterDenied        it refuses the credentials, or what they may do
 └── Stopped                  ended from outside; carries the exit code (130 interrupted, 143 stopped)
 """
 
@@ -176,6 +179,18 @@ class TrackingUnreachable(TrackingError):
 
 class TrackingDenied(TrackingError):
     """The tracking server refuses the credentials."""
+
+
+class ClusterError(RaytrainerError):
+    """A shared cluster cannot be used."""
+
+
+class ClusterUnreachable(ClusterError):
+    """No answer from a shared cluster."""
+
+
+class ClusterDenied(ClusterError):
+    """A shared cluster refuses the credentials, or what they may do."""
 
 
 class Stopped(RaytrainerError):

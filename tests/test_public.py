@@ -49,8 +49,8 @@ PUBLIC = {
 # Modules that users name in a `_target_`, and the exceptions: what they define.
 DEFINED = {
     "raytrainer.errors": """
-        CheckpointCorrupt CheckpointError CheckpointNotFound ClusterLost ConfigError DataError NonFiniteLoss
-        PreflightError RaytrainerError Refused RunNotFound Stopped StorageError StorageFull StorageLocked
+        CheckpointCorrupt CheckpointError CheckpointNotFound ClusterDenied ClusterError ClusterLost ClusterUnreachable
+        ConfigError DataError NonFiniteLoss PreflightError RaytrainerError Refused RunNotFound Stopped StorageError StorageFull StorageLocked
         TrackingDenied TrackingError TrackingUnreachable TrainingError WorkerError nearest
     """,
     "raytrainer.losses": "CrossEntropy MeanSquaredError TokenCrossEntropy",

@@ -106,6 +106,10 @@ def _access(known: Known) -> tuple[str | None, str | None]:
 
 
 def _connect(address: str, ca_file: str | None, token_file: str | None) -> Cluster:
+    if address.startswith("kubernetes://"):
+        from raytrainer.cluster.kubectl import RayJobs
+
+        return RayJobs(address)
     from raytrainer.cluster.api import Jobs
 
     return Jobs(address, ca_file=ca_file, token_file=token_file)  # type: ignore[no-any-return]

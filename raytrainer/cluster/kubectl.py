@@ -1,0 +1,444 @@
+"""Kubernetes through `kubectl`, which has whatever a cluster wants for its login: sent, looked at, read, deleted.
+
+Every call is bounded in time, and what kubectl says is said in our words. Its messages as of kubectl 1.32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+from raytrainer.cluster.kuberay import (
+    CONTENT,
+    JOB,
+    MANAGED,
+    NAME,
+    QUEUE,
+    SUBMISSION,
+    Document,
+    quantity,
+    to_text,
+)
+from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, ConfigError
+
+_ANSWER_S = 30.0
+_OLD = re.compile(r'strict decoding error: unknown field "([^"]+)"')
+
+
+@dataclass(frozen=True)
+class RayJobStatus:
+    """What Kubernetes has of a run.
+
+    Attributes:
+        name: The run's.
+        object: The RayJob's.
+        submission_id: The Ray job's.
+        content: The digest of what was asked for.
+        deployment: KubeRay's word for where it is: Initializing, Running, Complete, Failed, Suspended, Retrying, …
+        job: Ray's: PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED; empty before there is one.
+        message: Why, where it says so.
+        suspended: Whether it waits for Kueue to let it go.
+        started, ended: Seconds since the epoch; None before.
+        dashboard: The address of Ray's dashboard within Kubernetes; empty before.
+        queue: Kueue's, that it is in.
+        metadata: Of the Ray job.
+    """
+
+    name: str
+    object: str
+    submission_id: str = ""
+    content: str = ""
+    deployment: str = ""
+    job: str = ""
+    message: str = ""
+    suspended: bool = False
+    started: float | None = None
+    ended: float | None = None
+    dashboard: str = ""
+    queue: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def status(self) -> str:
+        """In Ray's words: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
+        if self.deployment == "Complete":
+            return self.job or "SUCCEEDED"
+        if self.deployment in ("Failed", "ValidationFailed"):
+            return "FAILED"
+        # A job that KubeRay tries again still has the old one's status.
+        return "RUNNING" if self.deployment == "Running" and self.job in ("", "RUNNING") else "PENDING"
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> RayJobStatus:
+        """From the object as Kubernetes has it."""
+        meta, spec, status = found["metadata"], found.get("spec") or {}, found.get("status") or {}
+        notes = meta.get("annotations") or {}
+        reason, message = status.get("reason") or "", status.get("message") or ""
+        return cls(
+            name=notes.get(NAME) or meta["name"],
+            object=meta["name"],
+            submission_id=status.get("jobId") or notes.get(SUBMISSION) or spec.get("jobId") or "",
+            content=notes.get(CONTENT) or "",
+            deployment=status.get("jobDeploymentStatus") or "",
+            job=status.get("jobStatus") or "",
+            message=": ".join(text for text in (reason, " ".join(message.split())) if text),
+            suspended=bool(spec.get("suspend")),
+            started=_epoch(status.get("startTime")),
+            ended=_epoch(status.get("endTime")),
+            dashboard=status.get("dashboardURL") or "",
+            queue=(meta.get("labels") or {}).get(QUEUE),
+            metadata=spec.get("metadata") or {},
+        )
+
+
+def _selector(labels: Mapping[str, str]) -> str:
+    return ",".join(f"{name}={value}" for name, value in labels.items())
+
+
+def _epoch(text: str | None) -> float | None:
+    return datetime.fromisoformat(text).timestamp() if text else None
+
+
+@dataclass(frozen=True)
+class Kubectl:
+    """One namespace of one Kubernetes cluster.
+
+    Attributes:
+        context: Of kubectl's configuration; None: its current one.
+        namespace: Where the runs are.
+    """
+
+    context: str | None
+    namespace: str
+
+    def apply(self, config_map: Document, job: Document) -> bool:
+        """Sends a run; False where the same one is there already, also if somebody sends it at this moment.
+
+        Raises:
+            ConfigError: Another run of this name is there, or what is sent is not accepted.
+            ClusterError: Kubernetes cannot be asked, or refuses us.
+        """
+        name, content = job["metadata"]["name"], job["metadata"]["annotations"][CONTENT]
+        if self._is_there(name, content):
+            return False
+        # One manager of fields for each content: the server then takes the same again for nothing new, and another
+        # for a conflict, whichever comes first.
+        manager = f"raytrainer-{config_map['metadata']['name'].rpartition('-')[2]}"
+        try:
+            said = self._run(
+                *("apply", "--server-side", f"--field-manager={manager}", "--validate=strict", "-o", "json", "-f", "-"),
+                send=to_text(config_map, job),
+            )
+        except (ClusterError, ConfigError) as error:
+            with contextlib.suppress(ClusterError):
+                there = self.status(name)
+                if there is None or there.content != content:  # ours came first, and its job did not come
+                    self._run("delete", "configmap", config_map["metadata"]["name"], "--ignore-not-found")
+            if isinstance(error, _Conflict) and self._is_there(name, content):
+                return False
+            raise
+        self._own(json.loads(said), config_map, job)
+        return True
+
+    def status(self, name: str) -> RayJobStatus | None:
+        """What there is of a RayJob; None where there is none."""
+        found = self._run("get", "rayjob", name, "--ignore-not-found", "-o", "json")
+        return RayJobStatus.of(json.loads(found)) if found.strip() else None
+
+    def runs(self) -> list[RayJobStatus]:
+        """Every run of raytrainer's in the namespace."""
+        return [RayJobStatus.of(one) for one in self._items("rayjobs", _selector(MANAGED))]
+
+    def waiting(self, name: str) -> list[str]:
+        """Why pods of a run do not run: `POD: ImagePullBackOff: …`; one line for several with the same reason."""
+        reasons: dict[str, str] = {}
+        for pod in self._items("pods", f"{JOB}={name}"):
+            status = pod.get("status") or {}
+            for one in status.get("conditions") or []:
+                if one.get("type") == "PodScheduled" and one.get("status") == "False":
+                    reasons.setdefault(f"{one.get('reason')}: {one.get('message')}", pod["metadata"]["name"])
+            for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
+                state = container.get("state") or {}
+                waits, ended = state.get("waiting") or {}, state.get("terminated") or {}
+                if waits.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
+                    reasons.setdefault(f"{waits['reason']}: {waits.get('message', '')}", pod["metadata"]["name"])
+                if ended.get("reason") not in (None, "Completed"):
+                    code = ended.get("exitCode")
+                    reasons.setdefault(f"{ended['reason']} (exit code {code})", pod["metadata"]["name"])
+        return [f"{pod}: {' '.join(reason.split())[:300].rstrip(': ')}" for reason, pod in reasons.items()]
+
+    def held(self, submission_id: str) -> dict[str, float]:
+        """What the pods of a run have, those that have ended left out: CPU, GPU, memory in bytes."""
+        found: dict[str, float] = {}
+        for pod in self._items("pods", _selector(MANAGED)):
+            mine = (pod["metadata"].get("annotations") or {}).get(SUBMISSION) == submission_id
+            if not mine or (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed"):
+                continue
+            for container in (pod.get("spec") or {}).get("containers") or []:
+                for key, amount in ((container.get("resources") or {}).get("limits") or {}).items():
+                    resource = {"cpu": "CPU", "memory": "memory"}.get(key, "GPU" if key.endswith("gpu") else key)
+                    found[resource] = found.get(resource, 0.0) + quantity(str(amount))
+        return found
+
+    def current_context(self) -> str:
+        """The one that kubectl takes where none is named.
+
+        Raises:
+            ConfigError: It has none.
+        """
+        try:
+            return self._run("config", "current-context").strip()
+        except ClusterError as error:
+            raise ConfigError(
+                "is not set and kubectl has no current one; kubectl config get-contexts lists them",
+                key="cluster.context",
+            ) from error
+
+    def delete(self, name: str, within_s: float = 120.0) -> list[str]:
+        """Deletes a run and waits until its pods, and what they hold, are gone; those that are not after that time."""
+        self._run("delete", "rayjob", name, "--ignore-not-found", "--wait=false")
+        self._run("delete", "configmap", "-l", f"{JOB}={name}", "--ignore-not-found", "--wait=false")
+        deadline = time.monotonic() + within_s
+        while pods := [pod["metadata"]["name"] for pod in self._items("pods", f"{JOB}={name}")]:
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(1.0)
+        return pods
+
+    def logs(self, name: str, follow: bool = False) -> Iterator[str]:
+        """The lines that a run's driver has printed, from the pod that submitted it.
+
+        Args:
+            name: The RayJob's.
+            follow: Whether to go on until the job ends.
+
+        Raises:
+            ClusterError: There are none: it has not begun, or its pods are gone.
+        """
+        command = [*self._command(), "logs", f"job/{name}", "--tail=-1", *(["--follow"] if follow else [])]
+        with self._started(command, stdin=subprocess.DEVNULL) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            # Nobody hears from a server that takes the connection and never answers.
+            timer = threading.Timer(_ANSWER_S, process.kill) if not follow else None
+            if timer is not None:
+                timer.start()
+            try:
+                for line in process.stdout:
+                    yield line.rstrip("\n")
+                said = process.stderr.read()
+                if process.wait() != 0:
+                    raise self._explained(said, process.returncode)
+            finally:
+                if timer is not None:
+                    timer.cancel()
+                process.kill()
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _is_there(self, name: str, content: str) -> bool:
+        there = self.status(name)
+        if there is None:
+            return False
+        if there.content == content:
+            return True
+        raise ConfigError(
+            f"is the name of a run in namespace {self.namespace} that was asked for with other content "
+            f"({there.deployment or 'not begun'}); another name starts a new one, and kubectl shows that one: "
+            f"kubectl get rayjob {name} --namespace={self.namespace} -o yaml",
+            key="name",
+            value=there.name,
+        )
+
+    def _own(self, said: Mapping[str, Any], config_map: Document, job: Document) -> None:
+        """Makes the ConfigMap the RayJob's: Kubernetes then deletes it with it, whoever does that."""
+        uid = next((one["metadata"]["uid"] for one in said.get("items", []) if one.get("kind") == "RayJob"), None)
+        owner = {"apiVersion": job["apiVersion"], "kind": "RayJob", "name": job["metadata"]["name"], "uid": uid}
+        patch = json.dumps({"metadata": {"ownerReferences": [owner]}})
+        # The run is there; that a small object outlives it is not worth a word.
+        with contextlib.suppress(ClusterError, ConfigError):
+            self._run("patch", "configmap", config_map["metadata"]["name"], "--type=merge", f"--patch={patch}")
+
+    def _items(self, kind: str, selector: str) -> list[dict[str, Any]]:
+        found = self._run("get", kind, "-l", selector, "--ignore-not-found", "-o", "json")
+        return list(json.loads(found)["items"]) if found.strip() else []
+
+    def _command(self) -> list[str]:
+        context = [f"--context={self.context}"] if self.context else []
+        return ["kubectl", *context, f"--namespace={self.namespace}"]
+
+    def _run(self, *arguments: str, send: str | None = None) -> str:
+        command = [*self._command(), f"--request-timeout={_ANSWER_S:g}s", *arguments]
+        with self._started(command, stdin=subprocess.PIPE if send is not None else subprocess.DEVNULL) as process:
+            try:
+                # It makes several requests: longer than each, and what it starts for a login may ask a person.
+                out, said = process.communicate(send, timeout=2 * _ANSWER_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise ClusterUnreachable(
+                    f"kubectl {arguments[0]} had no answer within {2 * _ANSWER_S:g} s{self.where}"
+                ) from None
+        if process.returncode != 0:
+            raise self._explained(said, process.returncode)
+        return out
+
+    @contextlib.contextmanager
+    def _started(self, command: list[str], stdin: int) -> Iterator[subprocess.Popen[str]]:
+        try:
+            process = subprocess.Popen(
+                command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"needs kubectl, and it cannot be started ({error.strerror}): https://kubernetes.io/docs/tasks/tools, "
+                "or write the manifest with --dry-run and send it from elsewhere",
+                key="cluster.kind",
+                value="kuberay",
+            ) from None
+        with process:
+            yield process
+
+    @property
+    def where(self) -> str:
+        """For the end of a sentence."""
+        return f" (context {self.context or 'of kubectl, the current one'}, namespace {self.namespace})"
+
+    def _explained(self, said: str, code: int) -> ClusterError | ConfigError:
+        """What kubectl says, in our words."""
+        lines = [line for line in said.splitlines() if line.strip() and not re.match(r"[EWI]\d{4} ", line)]
+        first = " ".join((lines or [f"exit code {code}"])[0].removeprefix("error: ").split())[:500]
+        where = self.where
+        if "context was not found" in said or re.search(r'context "[^"]*" does not exist', said):
+            return ConfigError(
+                "is no context of kubectl's; kubectl config get-contexts lists them",
+                key="cluster.context",
+                value=self.context,
+            )
+        if "Apply failed with" in said and "conflict" in said:
+            return _Conflict(f"somebody else has changed this run{where}: {first}")
+        if match := re.search(r'admission webhook "([^"]+)" denied the request: (.*)', said):
+            return ConfigError(f"Kubernetes does not accept the run: {match[1]} says: {match[2][:500]}")
+        if match := _OLD.search(said):
+            return ConfigError(
+                f"the KubeRay there does not know {match[1]}: raytrainer's RayJobs need 1.5.1 or later (token "
+                "authentication); helm upgrade kuberay-operator kuberay/kuberay-operator, and its CRDs with it"
+            )
+        if (
+            "no matches for kind" in said
+            or "could not find the requested resource" in said
+            or ("doesn't have a resource type" in said)
+        ):
+            return ConfigError(
+                f"needs the KubeRay operator, and Kubernetes does not know RayJob{where}: "
+                "helm install kuberay-operator kuberay/kuberay-operator",
+                key="cluster.kind",
+                value="kuberay",
+            )
+        if match := re.search(r'namespaces "([^"]+)" not found', said):
+            return ConfigError(
+                f"is not there: kubectl create namespace {match[1]}", key="cluster.namespace", value=match[1]
+            )
+        if "Unauthorized" in said or "provide credentials" in said or "must be logged in" in said:
+            return ClusterDenied(
+                f"Kubernetes does not know who we are{where}: log in again, as for any kubectl command"
+            )
+        if "(Forbidden)" in said or "forbidden" in said:
+            return ClusterDenied(
+                f"Kubernetes does not let us{where}: {first}. It takes get, list, create, patch and delete of "
+                f"rayjobs.ray.io and configmaps, and get and list of pods and pods/log; "
+                f"kubectl auth can-i create rayjobs.ray.io --namespace={self.namespace} asks"
+            )
+        if "localhost:8080" in said and self.context is None:
+            return ConfigError(
+                "is not set and kubectl has no current one; kubectl config get-contexts lists them",
+                key="cluster.context",
+            )
+        if any(text in said for text in _AWAY):
+            return ClusterUnreachable(f"Kubernetes does not answer{where}: {first}")
+        return ClusterError(f"kubectl{where}: {first}")
+
+
+class RayJobs:
+    """The runs of a namespace as the verbs see those of a Jobs API: by submission id, in Ray's words.
+
+    Args:
+        address: As `address_of` makes it.
+    """
+
+    def __init__(self, address: str) -> None:
+        parts = urlsplit(address)
+        self.kubectl = Kubectl(unquote(parts.netloc) or None, unquote(parts.path.strip("/")))
+
+    def list(self) -> Sequence[RayJobStatus]:
+        return self.kubectl.runs()
+
+    def info(self, submission_id: str) -> RayJobStatus:
+        """What there is of a run's job; STOPPED where somebody has deleted it."""
+        found = self._find(submission_id)
+        gone = RayJobStatus(submission_id, "", submission_id, deployment="Complete", job="STOPPED")
+        return found or replace(gone, message="its RayJob is not there any more")
+
+    def stop(self, submission_id: str) -> None:
+        """Deletes it: KubeRay ends a job in no other way."""
+        if (found := self._find(submission_id)) is not None:
+            self.kubectl.delete(found.object, within_s=0)
+
+    def held_by(self, submission_id: str) -> Mapping[str, float]:
+        return self.kubectl.held(submission_id)
+
+    def logs(self, submission_id: str) -> str:
+        return "".join(f"{line}\n" for line in self.kubectl.logs(self._known(submission_id).object))
+
+    def tail(self, submission_id: str) -> Iterator[str]:
+        for line in self.kubectl.logs(self._known(submission_id).object, follow=True):
+            yield f"{line}\n"
+
+    def explain_waiting(self, submission_id: str) -> str:
+        found = self._known(submission_id)
+        if found.suspended:
+            return f"it waits for Kueue to admit it (queue {found.queue})"
+        why = self.kubectl.waiting(found.object)
+        return "; ".join(why) or found.message or f"KubeRay: {found.deployment or 'has not begun with it'}"
+
+    def _find(self, submission_id: str) -> RayJobStatus | None:
+        return next((one for one in self.kubectl.runs() if one.submission_id == submission_id), None)
+
+    def _known(self, submission_id: str) -> RayJobStatus:
+        found = self._find(submission_id)
+        if found is None:
+            raise ClusterError(f"there is no RayJob of {submission_id}{self.kubectl.where}: it was deleted")
+        return found
+
+
+SCHEME = "kubernetes"
+
+
+def address_of(context: str, namespace: str) -> str:
+    """What a run's record says of where its job is: `kubernetes://CONTEXT/NAMESPACE`."""
+    return f"{SCHEME}://{quote(context, safe='')}/{quote(namespace, safe='')}"
+
+
+_AWAY = (
+    "Unable to connect to the server",
+    "connection refused",
+    "was refused",
+    "i/o timeout",
+    "no such host",
+    "Client.Timeout",
+    "context deadline exceeded",
+    "TLS handshake timeout",
+    "x509:",
+)
+
+
+class _Conflict(ClusterError):
+    """Another manager has set fields that we set."""
