@@ -21,6 +21,7 @@ from raytrainer.errors import ConfigError, RaytrainerError, Refused, Stopped, ne
 
 VERBS = ("check", "list", "status", "logs", "stop", "resume", "rerun")
 _FULL_ERROR = "HYDRA_FULL_ERROR"
+_DRY_RUN = "--dry-run"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,9 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(arguments: list[str]) -> int:
+    # Not Hydra's, whose parser would refuse it.
+    dry, arguments = _DRY_RUN in arguments, [argument for argument in arguments if argument != _DRY_RUN]
     if arguments and arguments[0].isalpha():
-        return _verb(arguments[0], arguments[1:])
-    return _hydra(arguments, _train, _sweep)
+        return _verb(arguments[0], arguments[1:], dry=dry)
+    return _hydra(arguments, _would_send, _would_send) if dry else _hydra(arguments, _train, _sweep)
 
 
 def _guarded(call: Callable[[], int]) -> int:
@@ -61,7 +64,7 @@ def _guarded(call: Callable[[], int]) -> int:
         return 141
 
 
-def _verb(verb: str, rest: list[str]) -> int:
+def _verb(verb: str, rest: list[str], *, dry: bool) -> int:
     if verb not in VERBS:
         close = nearest(verb, VERBS)
         hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(VERBS)}"
@@ -71,37 +74,47 @@ def _verb(verb: str, rest: list[str]) -> int:
     from raytrainer import history
 
     if verb not in ("resume", "rerun"):
+        if dry:
+            raise ConfigError(f"{_DRY_RUN} is for what launches something: experiment=…, resume and rerun")
         return history.command(verb, rest)
     parser = history.parser(verb)
     given = parser.parse(rest)
     if "=" in given.id:
         raise ConfigError(f"which run? {parser.takes()}")
     if verb == "rerun":
-        return _rerun(given, rest)
-    return _resume(given, rest)
+        return _rerun(given, rest, dry=dry)
+    return _resume(given, rest, dry=dry)
 
 
-def _rerun(given: argparse.Namespace, rest: list[str]) -> int:
+def _rerun(given: argparse.Namespace, rest: list[str], *, dry: bool) -> int:
     from raytrainer import history
 
-    options = ["--json"] if given.json else []
+    options = [*(["--json"] if given.json else []), *([_DRY_RUN] if dry else [])]
     code = history.rerun_there(given.id, [*given.overrides, *options], here=given.here, say=_say)
     if code is not None:
         return code
     record, _ = history.find(given.id)
     if record.kind == "sweep" and not history.is_trial(given.id, record):
-        return _run_sweep(history.to_rerun_sweep(given.id, given.overrides), ["rerun", *rest], as_json=given.json)
-    return _train(history.to_rerun(given.id, given.overrides), ["rerun", *rest], as_json=given.json)
+        plan = history.to_rerun_sweep(given.id, given.overrides)
+        return _would_send(plan, ["rerun", *rest]) if dry else _run_sweep(plan, ["rerun", *rest], as_json=given.json)
+    composition = history.to_rerun(given.id, given.overrides)
+    if dry:
+        return _would_send(composition, ["rerun", *rest])
+    return _train(composition, ["rerun", *rest], as_json=given.json)
 
 
-def _resume(given: argparse.Namespace, rest: list[str]) -> int:
+def _resume(given: argparse.Namespace, rest: list[str], *, dry: bool) -> int:
     from raytrainer import history, run
 
     record, _ = history.find(given.id)
     if record.kind == "sweep":
         plan, record = history.to_resume_sweep(given.id, given.overrides)
+        if dry:
+            return _would_send(plan, ["resume", *rest], record)
         return _run_sweep(plan, ["resume", *rest], record, as_json=given.json)
     composition, record, changed = history.to_resume(given.id, given.overrides)
+    if dry:
+        return _would_send(composition, ["resume", *rest], record, changed)
     outcome = run.launch(composition, argv=["resume", *rest], record=record, changed=changed)
     return _told(outcome, run.summary(outcome, provenance.program()), as_json=given.json)
 
@@ -113,11 +126,39 @@ def _train(composition: config.Composition, arguments: list[str], *, as_json: bo
     return _told(outcome, run.summary(outcome, provenance.program()), as_json=as_json)
 
 
-def _check(composition: config.Composition, arguments: list[str]) -> int:
+def _check(composition: config.Composition, arguments: list[str], record: Any = None) -> int:
     from raytrainer import run
 
-    where = run.check(composition)
+    where = run.check(composition, record)
     print(f"ok: {composition.experiment.name} would train: {where}")
+    return 0
+
+
+def _would_send(asked: Any, arguments: list[str], record: Any = None, changed: Sequence[str] = ()) -> int:
+    """Prints all of what would be sent to a shared cluster, or where else it would run, and starts nothing.
+
+    Args:
+        asked: A composed config, or the plan of a sweep.
+        arguments: The command line.
+        record: Of the run that would go on.
+        changed: As `run.launch`.
+    """
+    if asked.experiment.cluster.kind not in ("job", "kuberay"):
+        if isinstance(asked, config.Composition):
+            return _check(asked, arguments, record)
+        return _check_sweep(asked, arguments, record)
+    from raytrainer.cluster import request
+
+    attempt = 1 if record is None else record.attempts + 1
+    found = request.prepare(asked, arguments, changed=changed, resumes=record is not None, attempt=attempt)
+    print(f"---\n{found.to_text()}", end="", flush=True)
+    if found.package is not None:
+        print(found.table(), file=sys.stderr)
+    refused, told = request.problems(found)
+    for problem in refused:
+        _say(f"would be refused: {problem}")
+    for text in told:
+        _say(f"warning: {text}")
     return 0
 
 
@@ -125,10 +166,10 @@ def _sweep(plan: Any, arguments: list[str]) -> int:
     return _run_sweep(plan, arguments)
 
 
-def _check_sweep(plan: Any, arguments: list[str]) -> int:
+def _check_sweep(plan: Any, arguments: list[str], record: Any = None) -> int:
     from raytrainer import sweep
 
-    where = sweep.check(plan)
+    where = sweep.check(plan, record)
     print(f"ok: {plan.experiment.name} would run {sweep.in_words(plan)}, each on {where}")
     return 0
 

@@ -69,6 +69,10 @@ class Provenance:
         """Whether the patch was too large, and is not all of it."""
         return self.patch.endswith(_CUT)
 
+    def cut(self, most: int) -> Provenance:
+        """The same with at most so many characters of the patch."""
+        return self if len(self.patch) <= most else replace(self, patch=f"{self.patch[:most]}\n{_CUT}")
+
     def tags(self) -> dict[str, str]:
         tags = {"raytrainer.command": self.command, "raytrainer.host": platform.node()}
         tags.update({f"raytrainer.version.{name}": version for name, version in self.versions.items()})

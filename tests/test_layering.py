@@ -29,7 +29,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("worker",),
     ("supervise", "preflight"),
     ("run",),
-    ("sweep", "cluster"),
+    ("sweep",),
+    ("cluster",),
     ("history",),
     ("cli", "__main__", "__init__", "hydra_plugins"),
 )

@@ -1,0 +1,569 @@
+"""All of a submission as one frozen value: built without asking anybody, shown by `--dry-run`, then sent as it is.
+
+`prepare` looks at this machine (its files, git, who we are), `build` at nothing but its arguments.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raytrainer import preflight, provenance
+from raytrainer.cluster import kuberay
+from raytrainer.cluster.entry import REQUEST
+from raytrainer.cluster.kubectl import address_of
+from raytrainer.cluster.package import IGNORE, RECORDS, Module, Package, check_limit, collect, elsewhere
+from raytrainer.config import (
+    ClusterConfig,
+    Composition,
+    Experiment,
+    holds_password,
+    looks_secret,
+    texts_of,
+    with_values,
+)
+from raytrainer.errors import ConfigError, StorageError, nearest
+from raytrainer.provenance import Provenance
+from raytrainer.run import tracking_uri
+from raytrainer.storage import Storage
+from raytrainer.sweep import Plan
+
+ENTRYPOINT = "python -m raytrainer.cluster.entry"
+_LONGEST_ID = 100
+_LEAST_SECRET = 8  # a shorter value of a variable is a word, and may be anywhere
+_SHOWN_BYTES = 2**16  # of a file, by --dry-run
+_PATCH_BYTES = 2**18  # of a patch, where the files go into a ConfigMap of 1 MiB
+# How it is sent and followed, and not what is run.
+_OF_THE_SENDING = ("address", "context", "wait", "retries", "package_limit_mb", "ca_file", "token_file")
+# Variables of the tools themselves, for addresses and names: what they say here is fixed, since they say other things there.
+_FIXED = {"MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"}
+_VARIABLE = re.compile(r"\$\{oc\.env:\s*([A-Za-z_]\w*)\s*(,?)")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is sent to a shared cluster.
+
+    Attributes:
+        kind: `run` or `sweep`.
+        name: The run's.
+        address: The cluster's.
+        submission_id: The job's: the run's name, `NAME--2` for the second attempt.
+        entrypoint: Its command, the same for every run.
+        environment: Names of variables that the run needs; their values are on the cluster's side.
+        runtime_env: Ray's, with digests in place of what `stage` makes.
+        metadata: Of the job: shown to everyone.
+        resources: What the driver reserves.
+        files: Name → content of what the entrypoint reads.
+        content: The digest that decides whether two requests are the same.
+        package: The launching directory; None: the cluster's image, or a URI, has the code.
+        modules: Code that is elsewhere, each imported by its name.
+        asked: What is to be run.
+    """
+
+    kind: str
+    name: str
+    address: str
+    submission_id: str
+    entrypoint: str
+    environment: tuple[str, ...]
+    runtime_env: Mapping[str, Any]
+    metadata: Mapping[str, str]
+    resources: Mapping[str, float]
+    files: Mapping[str, bytes]
+    content: str
+    package: Package | None
+    modules: tuple[Module, ...]
+    asked: Composition | Plan = field(compare=False, repr=False)
+
+    @property
+    def experiment(self) -> Experiment:
+        return self.asked.experiment
+
+    def to_text(self) -> str:
+        """All of it as YAML; on Kubernetes the manifest that would be applied."""
+        if self.experiment.cluster.kind == "kuberay":
+            return kuberay.to_text(*self.manifest())
+        shown: dict[str, Any] = {
+            name: getattr(self, name) for name in ("name", "kind", "address", "submission_id", "entrypoint")
+        }
+        shown |= {"environment": list(self.environment), "resources": dict(self.resources)}
+        shown |= {"metadata": dict(self.metadata), "runtime_env": dict(self.runtime_env)}
+        shown["files"] = {name: _shown(content) for name, content in sorted(self.files.items())}
+        if self.package is not None:
+            shown["package"] = _listed(self.package)
+        shown["modules"] = {one.name: _listed(one.package) for one in self.modules}
+        return kuberay.to_text(shown)
+
+    def table(self) -> str:
+        """What is uploaded, by size; empty where nothing is."""
+        packages = [*([self.package] if self.package else []), *(one.package for one in self.modules)]
+        return "\n".join(one.table() for one in packages)
+
+    def stage(self, folder: Path) -> dict[str, Any]:
+        """Puts what is uploaded into a directory, a package each; returns the runtime environment with their paths.
+
+        The request's own files are a package of theirs: another config does not make the code another one.
+
+        Raises:
+            ConfigError: A file cannot be read any more.
+        """
+        env = dict(self.runtime_env)
+        paths = {_mark(REQUEST, self.content): folder / REQUEST}
+        paths[_mark(REQUEST, self.content)].mkdir(parents=True)
+        for name, content in {"__init__.py": b"", **self.files}.items():
+            (folder / REQUEST / name).write_bytes(content)
+        for one in self.modules:
+            paths[_mark(one.name, one.package.digest)] = folder / "modules" / one.name
+            one.package.stage(folder / "modules" / one.name)
+        if self.package is not None:
+            self.package.stage(folder / "tree")
+            env["working_dir"] = str(folder / "tree")
+        env["py_modules"] = [str(paths.get(one, one)) for one in env["py_modules"]]
+        return env
+
+    def manifest(self) -> tuple[kuberay.Document, kuberay.Document]:
+        """The ConfigMap and the RayJob.
+
+        Raises:
+            ConfigError: Something that a RayJob cannot be.
+        """
+        return kuberay.documents(
+            self.experiment,
+            submission_id=self.submission_id,
+            entrypoint=self.entrypoint,
+            files=self.files,
+            job_metadata=self.metadata,
+            runtime_env=self.runtime_env,
+            content=self.content,
+            workers=_workers(self.asked) if isinstance(self.asked, Plan) else None,
+        )
+
+    def differences(self, metadata: Mapping[str, str]) -> list[str]:
+        """Which parts of a job of the same name, by its metadata, are others: config, package, runtime_env, driver."""
+        then = dict(part.partition("=")[::2] for part in metadata.get("raytrainer.parts", "").split())
+        now = dict(part.partition("=")[::2] for part in self.metadata["raytrainer.parts"].split())
+        return [name for name in now if now[name] != then.get(name)]
+
+
+def prepare(
+    asked: Composition | Plan,
+    argv: Sequence[str],
+    *,
+    folder: Path | None = None,
+    changed: Sequence[str] = (),
+    resumes: bool = False,
+    attempt: int = 1,
+) -> Request:
+    """The request for a run or sweep, launched in `folder` (the current directory).
+
+    Args:
+        asked: What is to be run; its `cluster` says where.
+        argv: The command line, for the records.
+        folder: The launching directory, whose files go along.
+        changed, resumes, attempt: As `build`.
+
+    Raises:
+        ConfigError: What cannot be sent, and how it can.
+    """
+    folder = folder or Path.cwd()
+    runtime_env = checked_runtime_env(asked.experiment.cluster.runtime_env)
+    package, modules = None, list[Module]()
+    if asked.experiment.cluster.kind == "job":
+        package, modules, runtime_env = _packages(asked, runtime_env, folder)
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # a number without a name
+        user = str(os.getuid())
+    return build(
+        asked,
+        argv,
+        package=package,
+        modules=modules,
+        runtime_env=runtime_env,
+        origin=provenance.collect(list(argv), folder),
+        user=user,
+        environ=os.environ,
+        changed=changed,
+        resumes=resumes,
+        attempt=attempt,
+    )
+
+
+def build(
+    asked: Composition | Plan,
+    argv: Sequence[str],
+    *,
+    package: Package | None,
+    modules: Sequence[Module],
+    runtime_env: Mapping[str, Any],
+    origin: Provenance,
+    user: str,
+    environ: Mapping[str, str],
+    changed: Sequence[str] = (),
+    resumes: bool = False,
+    attempt: int = 1,
+) -> Request:
+    """The request, of its arguments alone.
+
+    Args:
+        asked: What is to be run.
+        argv: The command line, for the records.
+        package, modules: What goes along.
+        runtime_env: The user's, as `checked_runtime_env` gives it.
+        origin: Commit, patch and versions.
+        user: Who asks.
+        environ: The variables of this process: none of their values may be sent, unless the name says it is no secret.
+        changed: As `run.launch`.
+        resumes: Whether it goes on with a run that is there.
+        attempt: From 1: how often this run has been submitted, this time included.
+
+    Raises:
+        ConfigError: A secret would be sent, or a variable is referred to that would not be there.
+    """
+    e, kind = asked.experiment, "sweep" if isinstance(asked, Plan) else "run"
+    c, name = e.cluster, e.name or ""
+    pinned = _pinned(asked)
+    first = pinned.first if isinstance(pinned, Plan) else pinned
+    plan = pinned.to_dict() if isinstance(pinned, Plan) else None
+    for composition in pinned.compositions.values() if isinstance(pinned, Plan) else [pinned]:
+        _check_references(composition.text, c.forward_env, environ)
+    if holds_password(json.dumps([first.text, plan, list(argv), c.env_file])):
+        raise ConfigError(
+            "a URL with a password is in the config or the command line, and would be sent and logged: write it as "
+            "${oc.env:NAME}, with cluster.forward_env=[NAME] and its value on the cluster's side"
+        )
+    own = {key: value for key, value in runtime_env.items() if key != "working_dir"}
+    resources = dict(c.driver_resources or {})
+    parts = {
+        "config": _digest(_of_the_run(plan["compositions"] if plan else [{"text": first.text}], plan)),
+        "package": _digest([package.digest if package else "", *([one.name, one.package.digest] for one in modules)]),
+        "runtime_env": _digest(dict(runtime_env)),
+        "driver": _digest([ENTRYPOINT, kind, resources]),
+    }
+    content = _digest(parts)
+    if c.kind == "kuberay":
+        # The image has the code, and a ConfigMap not much room.
+        address = address_of(c.context or "", c.namespace)
+        sent, origin = dict(runtime_env), origin.cut(_PATCH_BYTES)
+    else:
+        address = (c.address or "").rstrip("/")
+        marks = [_mark(REQUEST, content), *(_mark(one.name, one.package.digest) for one in modules)]
+        sent = {**own, "py_modules": [*marks, *own.get("py_modules", [])]}
+        if package is not None or "working_dir" in runtime_env:
+            sent["working_dir"] = runtime_env.get("working_dir") or _mark("tree", package.digest if package else "")
+    identifier = submission_id(name, attempt)
+    told = {
+        "kind": kind,
+        "argv": list(argv),
+        "choices": dict(first.choices),
+        "plan": plan,
+        "changed": list(changed),
+        "job": {
+            "cluster_address": address,
+            "submission_id": identifier,
+            "content": content,
+            **({"resumes": "true"} if resumes else {}),
+        },
+        "forward_env": list(c.forward_env),
+        "env_file": c.env_file,
+    }
+    request = Request(
+        kind=kind,
+        name=name,
+        address=address,
+        submission_id=identifier,
+        entrypoint=ENTRYPOINT,
+        environment=tuple(c.forward_env),
+        runtime_env=sent,
+        metadata={
+            "raytrainer.name": name,
+            "raytrainer.kind": kind,
+            "raytrainer.user": re.sub(r"[^\w.@-]+", "-", user),
+            "raytrainer.version": origin.versions.get("raytrainer", "unknown"),
+            "raytrainer.content": content,
+            "raytrainer.parts": " ".join(f"{part}={digest[:12]}" for part, digest in parts.items()),
+        },
+        resources=resources,
+        files={
+            "config.yaml": first.text.encode(),
+            "request.json": json.dumps(told, indent=1).encode(),
+            provenance.FILE: origin.to_json(),
+        },
+        content=content,
+        package=package,
+        modules=tuple(modules),
+        asked=asked,
+    )
+    _check_secrets(request, environ)
+    return request
+
+
+def submission_id(name: str, attempt: int) -> str:
+    """A job's id: the run's name, and `NAME--2` for its second attempt; at most 100 characters.
+
+    Raises:
+        ConfigError: A name that is another run's second attempt.
+    """
+    if re.search(r"--\d+$", name):
+        raise ConfigError(
+            f"ends as the id of attempt {name.rpartition('--')[2]} at a run {name.rpartition('--')[0]!r} does; give another",
+            key="name",
+            value=name,
+        )
+    if attempt == 1:
+        return name
+    suffix = f"--{attempt}"
+    if len(name) + len(suffix) > _LONGEST_ID:
+        short = hashlib.sha256(name.encode()).hexdigest()[:8]
+        name = f"{name[: _LONGEST_ID - len(suffix) - 9]}-{short}"
+    return name + suffix
+
+
+def checked_runtime_env(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A runtime environment as Ray takes it: files of requirements are read, defaults filled in.
+
+    Raises:
+        ConfigError: Ray refuses it.
+    """
+    if not given:
+        return {}
+    from ray.runtime_env import RuntimeEnv
+
+    known = {key for key in RuntimeEnv.known_fields if not key.startswith("_")} | {"nsight", "rocprof_sys"}
+    for key, value in given.items():
+        if key not in known and (close := nearest(key, known)):  # anything else may be a plugin's
+            raise ConfigError("is no field of Ray's", key=f"cluster.runtime_env.{key}", choices=close)
+        if key == "env_vars" and isinstance(value, dict):
+            for name, text in value.items():
+                if not isinstance(text, str):
+                    raise ConfigError(
+                        "must be text: put it in quotes within the shell's", key=f"cluster.runtime_env.env_vars.{name}"
+                    )
+    try:
+        found = RuntimeEnv(**given).to_dict()
+    except Exception as error:  # jsonschema's own, ValueError, TypeError: whatever it is, Ray does not take it
+        said = str(getattr(error, "message", None) or error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(f"is refused by Ray: {said[0]}", key="cluster.runtime_env") from error
+    return {key: value for key, value in found.items() if not key.startswith("_ray")}
+
+
+def problems(request: Request) -> tuple[list[str], list[str]]:
+    """What the cluster could not reach, for which a submission is refused; and what it may miss, which is only told."""
+    refused, told = list[str](), list[str]()
+    sent = [name for name, _ in request.package.files] if request.package else []
+    asked = request.asked
+    for composition in asked.compositions.values() if isinstance(asked, Plan) else [asked]:
+        e = composition.experiment
+        refused += preflight.check_reach(e, tracking_uri(e))
+        told += preflight.local_files(e, sent) if preflight.is_elsewhere(e) else []
+    return list(dict.fromkeys(refused)), list(dict.fromkeys(told))
+
+
+# --- what goes along --------------------------------------------------------------------------------------------------
+
+
+def _packages(
+    asked: Composition | Plan, runtime_env: Mapping[str, Any], folder: Path
+) -> tuple[Package | None, list[Module], dict[str, Any]]:
+    """The tree, code that is elsewhere, and what is left of the runtime environment."""
+    e, env = asked.experiment, dict(runtime_env)
+    for key in ("container", "image_uri"):
+        if key in env:
+            raise ConfigError(
+                "is an image that Ray starts processes in, with which it takes no package: give pip, uv or conda, or "
+                "have the cluster run that image",
+                key=f"cluster.runtime_env.{key}",
+                value=env[key],
+            )
+    limit, given, excludes = e.cluster.package_limit_mb, env.pop("working_dir", None), env.pop("excludes", None) or []
+    root = folder if given is None or "://" in given else folder / given
+    package = None
+    if given is not None and ("://" in given or root.is_file()):  # a URI, or an archive: Ray takes care of both
+        env["working_dir"] = given if "://" in given else str(root)
+    else:
+        c = e.cluster
+        secret = [folder / Path(path).expanduser() for path in (c.token_file, c.env_file) if path is not None]
+        left_out = [*RECORDS, *_storage_below(e, root), *excludes]
+        package = collect(root, limit_mb=limit, leave_out=left_out, secrets=secret)
+    named = dict(_targets(asked))
+    imported = package.imports if package is not None else frozenset[str]()
+    modules, single = elsewhere({"raytrainer", *(t.partition(".")[0] for t in named.values()), *imported}, root, limit)
+    if single and package is not None:
+        package = package.with_files(single)
+    elif single:
+        raise ConfigError(
+            f"cannot bring {single[0].name} along, a file of its own in {single[0].parent}", key="cluster.runtime_env"
+        )
+    own, kept = {one.name: one for one in modules}, list[str]()
+    for path in env.pop("py_modules", None) or []:
+        if "://" in path or (folder / path).is_file():
+            kept.append(path if "://" in path else str(folder / path))
+        else:
+            own[(folder / path).resolve().name] = Module((folder / path).resolve().name, collect(folder / path))
+    if kept:
+        env["py_modules"] = kept
+    if package is not None:
+        _check_sent(named, package)
+    check_limit(
+        [
+            *(package.files if package is not None else ()),
+            *((f"{one.name}/{name}", size) for one in own.values() for name, size in one.package.files),
+        ],
+        limit,
+    )
+    return package, [own[name] for name in sorted(own)], env
+
+
+def _targets(asked: Composition | Plan) -> Iterator[tuple[str, str]]:
+    """Key and value of every `_target_`."""
+    for composition in asked.compositions.values() if isinstance(asked, Plan) else [asked]:
+        for key, value in texts_of(asdict(composition.experiment), ""):
+            if key.endswith("._target_"):
+                yield key.lstrip("."), value
+
+
+def _check_sent(named: Mapping[str, str], package: Package) -> None:
+    """Code of the tree that a `_target_` names and that stays here: the workers could not import it."""
+    sent = {name for name, _ in package.files}
+    for key, target in named.items():
+        parts = target.split(".")
+        for count in range(1, len(parts) + 1):
+            path = "/".join(parts[:count])
+            for name in (f"{path}.py", f"{path}/__init__.py"):
+                if (package.root / name).is_file() and name not in sent:
+                    raise ConfigError(
+                        f"is in {name}, which git ignores or {IGNORE} leaves out; a line !/{name} in {IGNORE} brings it along",
+                        key=key,
+                        value=target,
+                    )
+
+
+def _storage_below(e: Experiment, root: Path) -> list[str]:
+    """A pattern for the runs themselves, where they are in the tree."""
+    try:
+        path = Storage(e.storage_path or "").local_path
+    except StorageError:
+        return []
+    below = path.is_relative_to(root.resolve()) and path != root.resolve()
+    return ["/" + re.sub(r"([*?\[\]\\])", r"\\\1", path.relative_to(root.resolve()).as_posix()) + "/"] if below else []
+
+
+# --- what may not -----------------------------------------------------------------------------------------------------
+
+
+def _pinned(asked: Composition | Plan) -> Composition | Plan:
+    """The same with texts that mean there what they mean here: addresses and names that variables of this machine give,
+    where those hold no secret."""
+    if isinstance(asked, Plan):
+        found = {key: replace(c, text=_pinned_text(c)) for key, c in asked.compositions.items()}
+        return replace(asked, compositions=found)
+    return replace(asked, text=_pinned_text(asked))
+
+
+def _pinned_text(composition: Composition) -> str:
+    e = composition.experiment
+    raw = yaml.safe_load(composition.text)
+    values: dict[str, Any] = {}
+    uri = tracking_uri(e)
+    for key, value in (("tracking_uri", uri), ("experiment_name", e.tracking.experiment_name)):
+        written = (raw.get("tracking") or {}).get(key)
+        if set(_variables(written)) <= _FIXED and not holds_password(str(value)):
+            values[f"tracking.{key}"] = value
+    for key, value in asdict(e.cluster).items():
+        # Ray has what the runtime environment stands for; no reference in it is to a secret.
+        names = set(_variables((raw.get("cluster") or {}).get(key)))
+        if names and not any(looks_secret(name) for name in names):
+            values[f"cluster.{key}"] = value
+    return with_values(composition.text, values)
+
+
+def _check_references(text: str, forward_env: Sequence[str], environ: Mapping[str, str]) -> None:
+    for key, value in texts_of(yaml.safe_load(text), ""):
+        for name, default in _VARIABLE.findall(value):
+            if name not in forward_env and (name in environ or not default):
+                raise ConfigError(
+                    f"refers to the variable {name} of this machine, which the cluster's do not have: "
+                    f"cluster.forward_env=[{name}], and its value on the cluster's side; or write the value, if it is no "
+                    "secret",
+                    key=key.lstrip("."),
+                )
+
+
+def _check_secrets(request: Request, environ: Mapping[str, str]) -> None:
+    """That no variable's value is in what is sent, whichever way it came there."""
+    places = {name: content.decode(errors="replace") for name, content in request.files.items()}
+    places |= {
+        "the runtime environment": json.dumps(request.runtime_env),
+        "metadata": json.dumps(dict(request.metadata)),
+    }
+    for name, value in environ.items():
+        if len(value) < _LEAST_SECRET or not looks_secret(name):
+            continue
+        written = json.dumps(value)[1:-1]
+        for place, text in places.items():
+            if value in text or written in text:
+                where = {"config.yaml": "the config", "request.json": "the config or the command line"}.get(
+                    place, place
+                )
+                where = "the changes that git has not committed" if place == provenance.FILE else where
+                raise ConfigError(
+                    f"the value of {name} is in {where}, and would be sent: write ${{oc.env:{name}}}, with "
+                    f"cluster.forward_env=[{name}] and the value on the cluster's side"
+                )
+
+
+def _variables(node: Any) -> list[str]:
+    return [name for _, text in texts_of({"": node}, "") for name, _ in _VARIABLE.findall(text)]
+
+
+# --- digests and texts ------------------------------------------------------------------------------------------------
+
+
+def _of_the_run(compositions: Sequence[Mapping[str, Any]], plan: Mapping[str, Any] | None) -> Any:
+    """The configs without how they are sent."""
+    plain = asdict(ClusterConfig())
+    usual = {f"cluster.{key}": plain[key] for key in _OF_THE_SENDING}
+    texts = [{**one, "text": with_values(one["text"], usual)} for one in compositions]
+    # What its overrides have set is in the texts.
+    return {**{key: value for key, value in (plan or {}).items() if key != "fixed"}, "compositions": texts}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _mark(name: str, digest: str) -> str:
+    return f"{name} (sha256 {digest[:12]})"
+
+
+def _workers(plan: Plan) -> tuple[int, int]:
+    """The least and the most training processes at a time."""
+    each = preflight.least_workers(plan.experiment)
+    trials = plan.experiment.sweep.max_concurrent_trials or plan.total or 1
+    return each, each * trials
+
+
+def _listed(package: Package) -> dict[str, Any]:
+    found: dict[str, Any] = {"root": str(package.root), "sha256": package.digest, "bytes": package.size}
+    if package.left_out:
+        found["left_out"] = dict(package.left_out)
+    return {**found, "files": dict(package.files)}
+
+
+def _shown(content: bytes) -> str:
+    text = content.decode(errors="replace")
+    return (
+        text
+        if len(content) <= _SHOWN_BYTES
+        else f"{len(content):,} bytes, sha256 {hashlib.sha256(content).hexdigest()}"
+    )
