@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from raytrainer import preflight
+from raytrainer import preflight, run
 from raytrainer.config import Experiment, compose
 from raytrainer.errors import ConfigError, PreflightError, StorageError, StorageFull, TrackingDenied
 from raytrainer.preflight import Resources
+from raytrainer.run import launching
 from raytrainer.storage import Storage
 from raytrainer.tracking import check_tracking
 
@@ -293,6 +294,15 @@ def test_what_only_this_machine_has(in_tmp: Path, overrides: list[str], tracking
     assert len(found) == len(problems), found
     assert all(wanted in one for wanted, one in zip(problems, found, strict=True)), found
     assert not [one for one in found if "pw" in one or "a:b" in one]
+
+
+def test_a_launch_on_other_machines_is_refused_what_only_this_one_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "_existing_resources", lambda e: (Resources(8), "the cluster"))
+    asked = ["experiment=mlp", "cluster=existing", "cluster.address=203.0.113.7:6379"]
+    with pytest.raises(PreflightError) as caught:
+        run.check(compose(asked))
+    assert [p.partition("=")[0] for p in caught.value.problems] == ["storage_path", "tracking.tracking_uri"]
+    run.check(compose([*asked[:-1], "cluster.address=127.0.0.1:6379"]))
 
 
 def test_files_that_the_workers_may_miss(in_tmp: Path) -> None:

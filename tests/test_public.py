@@ -28,9 +28,10 @@ PUBLIC = {
     """,
     "raytrainer.config": """
         CONFIG_MODULE CONFIG_NAME CheckpointConfig ClusterConfig Composition DataConfig EarlyStopping
-        Experiment FailureConfig Profile ScalingConfig TrackingConfig TrainerConfig bind build check_keys
-        check_sweep check_targets compose composed_keys explain factory flattened from_hydra from_text locate
-        new_name quiet register_schema validate
+        Experiment FailureConfig Parameter Profile ScalingConfig TrackingConfig TrainerConfig bind
+        build check_keys check_sweep check_targets compose composed_keys experiment_of explain factory flattened
+        from_hydra from_text group_names holds_password key_of locate looks_secret new_name parse_space quiet
+        register_schema texts_of validate with_values
     """,
     "raytrainer.data": """
         Arrays Batch ColumnDataset Digits Loader MicroBatch ParquetDataset RandomCropFlip

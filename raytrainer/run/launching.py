@@ -42,14 +42,14 @@ def check(composition: Composition, record: Record | None = None) -> str:
         available, where = _existing_resources(e)
     else:
         available, where = preflight.this_machine(), "this machine"
+    uri = tracking_uri(e, record.tracking_uri if record else "")
     preflight.refuse(
         [
             *preflight.check_environment(e, os.environ),
             *preflight.check_resources(e, available, where),
+            *preflight.check_reach(e, uri),
             *preflight.check_storage(storage.check_writable, storage_path(e)),
-            *preflight.check_tracking(
-                tracking.check_tracking, tracking_uri(e, record.tracking_uri if record else ""), e.tracking.required
-            ),
+            *preflight.check_tracking(tracking.check_tracking, uri, e.tracking.required),
         ]
     )
     return _where(e, preflight.uses_gpu(e, available))

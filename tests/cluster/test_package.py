@@ -18,6 +18,7 @@ from ray._private.runtime_env.packaging import create_package, get_uri_for_direc
 from raytrainer.cluster import package
 from raytrainer.cluster.package import RECORDS, collect, elsewhere
 from raytrainer.errors import ConfigError
+from raytrainer.provenance import may_hold_secrets
 
 CERTIFICATE = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
 KEY = "-----BEGIN PRIVATE KEY-----\nMIIB\n-----END PRIVATE KEY-----\n"
@@ -438,3 +439,19 @@ def test_raytrainer_itself_is_sent_where_it_is_a_checkout(tmp_path: Path) -> Non
         check=True,
     )
     assert done.stdout.split() == [str(staged / "__init__.py"), "0"]
+
+
+# --- documents --------------------------------------------------------------------------------------------------------
+
+
+def test_what_stays_here_is_written_down() -> None:
+    text = (Path(__file__).parents[2] / "docs/clusters.md").read_text()
+    section = re.sub(r"```.*?```", "", text.partition("## What goes along")[2].partition("\n## ")[0], flags=re.DOTALL)
+    told = set(re.findall(r"`([^`]+)`", section))
+    assert {*package.DATA, *package.RECORDS, *package._SECRET_FOLDERS} <= told
+    # What is told to be a secret is one.
+    always = section.partition("**secrets, always**")[2].partition(";\n- ")[0]
+    names = [name.replace("*", "x") for name in re.findall(r"`([^`]+)`", always) if not name.startswith("cluster.")]
+    assert [name for name in names if not (may_hold_secrets(name) or name in package._SECRET_FOLDERS)] == [
+        ".env.example"
+    ]

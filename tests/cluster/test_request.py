@@ -24,6 +24,8 @@ from raytrainer.cluster.request import Request, build, checked_runtime_env, prep
 from raytrainer.config import Composition, compose, from_text, group_names
 from raytrainer.errors import ConfigError
 from raytrainer.provenance import Provenance
+from raytrainer.run import Record
+from raytrainer.storage import Storage
 from raytrainer.sweep import Plan, make_plan
 from tests.cluster.crd import SCHEMA
 from tests.cluster.crd import problems as schema_problems
@@ -625,6 +627,29 @@ def test_dry_run_of_a_sweep(project: Path, here: Callable[..., Said]) -> None:
 def test_dry_run_of_several_runs(project: Path, here: Callable[..., Said]) -> None:
     said = here("-m", "experiment=mlp", *JOB, *ELSEWHERE, "seed=1,2", "--dry-run")
     assert [yaml.safe_load(one["files"]["config.yaml"])["seed"] for one in yaml.safe_load_all(said.out)] == [1, 2]
+
+
+def test_dry_run_of_what_was_run_before(project: Path, here: Callable[..., Said]) -> None:
+    run = compose(["experiment=mlp", "name=one", "cluster=job", "cluster.address=http://127.0.0.1:8265"])
+    storage = Storage(run.experiment.storage_path or "").child("one")
+    storage.write_bytes("config.yaml", run.text.encode())
+    storage.write_bytes("checkpoints/x", b"")
+    Record("one", storage.uri, status="FAILED", attempts=1, choices=dict(run.choices)).write(storage)
+    said = here("resume", "one", "trainer.max_epochs=20", "optimizer.lr=0.5", "--dry-run")
+    assert said.code == 0, said.err
+    shown = yaml.safe_load(said.out)
+    told = json.loads(shown["files"]["request.json"])
+    assert shown["submission_id"] == "one--2"
+    assert (told["job"]["resumes"], told["changed"]) == ("true", ["lr"])
+    assert told["argv"] == ["resume", "one", "trainer.max_epochs=20", "optimizer.lr=0.5"]
+    assert yaml.safe_load(shown["files"]["config.yaml"])["trainer"]["max_epochs"] == 20
+
+    said = here("rerun", "one", "--dry-run", "--here", "name=again")
+    assert said.code == 0, said.err
+    shown = yaml.safe_load(said.out)
+    assert (shown["name"], shown["submission_id"]) == ("again", "again")
+    assert "resumes" not in json.loads(shown["files"]["request.json"])["job"]
+    assert [path.name for path in (project / "projects/vision/runs").iterdir()] == ["one"]
 
 
 @pytest.mark.parametrize(
