@@ -61,6 +61,7 @@ LAZY: dict[str, tuple[str, ...]] = {
     "raytrainer.trainer": ("ray", "mlflow"),
     "raytrainer.history.listing": ("torch", "ray", "mlflow", "pyarrow"),
     "raytrainer.history.status": ("torch", "ray", "mlflow", "pyarrow"),
+    "raytrainer.cluster.request": ("torch", "ray", "mlflow", "pyarrow"),
     "raytrainer.cli": ("torch", "ray", "mlflow"),
     "raytrainer.__main__": ("torch", "ray", "mlflow"),
     "hydra_plugins.raytrainer": ("torch", "ray", "mlflow"),

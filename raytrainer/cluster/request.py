@@ -237,7 +237,7 @@ def build(
     plan = pinned.to_dict() if isinstance(pinned, Plan) else None
     for composition in pinned.compositions.values() if isinstance(pinned, Plan) else [pinned]:
         _check_references(composition.text, c.forward_env, environ)
-    if holds_password(json.dumps([first.text, plan, list(argv), c.env_file])):
+    if any(holds_password(text) for _, text in texts_of([first.text, plan, list(argv)], "")):
         raise ConfigError(
             "a URL with a password is in the config or the command line, and would be sent and logged: write it as "
             "${oc.env:NAME}, with cluster.forward_env=[NAME] and its value on the cluster's side"
@@ -406,10 +406,11 @@ def _packages(
         )
     own, kept = {one.name: one for one in modules}, list[str]()
     for path in env.pop("py_modules", None) or []:
-        if "://" in path or (folder / path).is_file():
-            kept.append(path if "://" in path else str(folder / path))
+        place = (folder / path).resolve()
+        if "://" in path or place.is_file():
+            kept.append(path if "://" in path else str(place))
         else:
-            own[(folder / path).resolve().name] = Module((folder / path).resolve().name, collect(folder / path))
+            own[place.name] = Module(place.name, collect(place, limit_mb=limit))
     if kept:
         env["py_modules"] = kept
     if package is not None:
