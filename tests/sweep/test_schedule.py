@@ -282,9 +282,15 @@ class Life:
             self.scheduler.on_trial_add(Controller(), self.tunes[n])
 
     def restart(self, scheduler: Any) -> str | None:
-        """Another process goes on, with what the ledger has."""
+        """Another process goes on, with what the ledger has of a driver that was killed (or stopped: trial 1)."""
         self.scheduler, self.attempt, self.tunes = scheduler, self.attempt + "+", {}
-        return replay(scheduler, self.trials)
+        running = [trial for trial in self.trials if trial.status == "running"]
+        for trial in running:
+            trial.status = "stopped" if trial.id == "0002" else "running"
+        said = replay(scheduler, self.trials)
+        for trial in running:
+            trial.status = "running"
+        return said
 
 
 def ended(*values: list[float]) -> list[Trial]:
@@ -308,15 +314,16 @@ def test_after_a_restart_decisions_are_those_of_an_uninterrupted_sweep(
     kind: str, arguments: dict[str, Any], data: st.DataObject
 ) -> None:
     mode: Mode = data.draw(st.sampled_from(["min", "max"]))
-    values = data.draw(st.lists(st.lists(numbers, min_size=9, max_size=9), min_size=2, max_size=6))
+    length = data.draw(st.integers(3, 9))
+    values = data.draw(st.lists(st.lists(numbers, min_size=length, max_size=length), min_size=2, max_size=6))
     turns = data.draw(st.lists(st.tuples(st.integers(0, len(values) - 1), st.integers(0, 15)), max_size=60))
     cuts = data.draw(st.sets(st.integers(0, 60), max_size=3))
 
     def lived(interrupted: bool) -> list[tuple[int, int, str]]:
-        life = Life(made(kind, mode=mode, **arguments), values, mode, "a")
-        for place, (n, luck) in enumerate([*turns, *((n, 1) for n in range(len(values)) for _ in range(9))]):
+        life = Life(made(kind, mode=mode, evaluations=length, **arguments), values, mode, "a")
+        for place, (n, luck) in enumerate([*turns, *((n, 1) for n in range(len(values)) for _ in range(length))]):
             if interrupted and place in cuts:
-                assert life.restart(made(kind, mode=mode, **arguments)) is None
+                assert life.restart(made(kind, mode=mode, evaluations=length, **arguments)) is None
             life.fail(n) if luck == 0 else life.step(n)
         return life.decisions
 
@@ -338,6 +345,21 @@ def test_a_restart_without_replay_would_decide_otherwise() -> None:
     assert life.restart(made("asha")) is None
     life.step(2)
     assert life.decisions[-1] == (2, 1, "STOP")
+
+
+def test_a_trial_stays_in_the_bracket_that_its_reports_were_put_into() -> None:
+    for seed in range(20):
+        np.random.seed(seed)  # Tune draws brackets with it
+        life = Life(made("asha", brackets=2, reduction_factor=2), [[float(n)] * 9 for n in range(4)], "min", "a")
+        for n in (0, 1, 2, 3, 0, 1):
+            life.step(n)
+        life.restart(made("asha", brackets=2, reduction_factor=2))
+        for n in range(4):
+            if life.trials[n].status == "running":
+                life._begin(n)
+        for bracket in life.scheduler._brackets:
+            recorded = {trial_id for _, rung in bracket._rungs for trial_id in rung}
+            assert all(life.scheduler._trial_info[i] is bracket for i in recorded if not i.startswith("earlier"))
 
 
 def test_what_a_scheduler_cannot_take_back_is_said() -> None:
