@@ -330,6 +330,20 @@ def test_after_a_restart_decisions_are_those_of_an_uninterrupted_sweep(
     assert lived(interrupted=True) == lived(interrupted=False)
 
 
+def test_the_last_report_of_a_finished_trial_counts_once() -> None:
+    for interrupted in (False, True):
+        life = Life(made("median"), [[6.0, 6.0, 0.0]] * 3 + [[3.5] * 4], "min", "a")
+        for n in (0, 1, 2):
+            for _ in range(3):
+                life.step(n)
+        if interrupted:
+            assert life.restart(made("median")) is None
+        for _ in range(3):
+            life.step(3)
+        # The others' mean is 4; with their last report twice it would be 3.
+        assert life.decisions[-1] == (3, 3, "CONTINUE")
+
+
 def test_a_restart_without_replay_would_decide_otherwise() -> None:
     """The test above could fail: what ASHA has seen of the others is what stops a trial."""
     values = [[1.0] * 9, [2.0] * 9, [3.0] * 9]
