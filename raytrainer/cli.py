@@ -170,6 +170,12 @@ def _hydra(
             composition = config.from_hydra(cfg)
         except Exception as error:
             raise config.explain(error, overrides, known) from error
+        if sweep := dict(composition.choices).get("sweep"):  # of an experiment's own, or several of them
+            raise ConfigError(
+                "is of many trials: one, with -m in front of what is swept over" if parsed.multirun else "needs -m",
+                key="sweep",
+                value=sweep,
+            )
         return task(composition, arguments)
 
     def job(cfg: DictConfig) -> None:
