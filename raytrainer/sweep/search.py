@@ -310,7 +310,7 @@ class Draws(Searcher):  # type: ignore[misc]
     """Gives Tune the trials of a sweep: those of the ledger that have not come to their end, then new ones until there
     are `total`, and keeps the ledger's record of what was drawn.
 
-    A trial's config is `{"trial": id, **parameters}`. The searcher is told of each trial's best value when it ends, of
+    A trial's config is `{"trial": id, "run": its run in MLflow or "", **parameters}`. The searcher is told of each trial's best value when it ends, of
     one that diverged the worst of all, so that it learns to stay away; of one that failed otherwise, that it failed.
 
     Args:
@@ -336,8 +336,9 @@ class Draws(Searcher):  # type: ignore[misc]
         clock: Callable[[], float] = time.time,
     ) -> None:
         super().__init__()
-        if any(p.key in (TRIAL, RUN) for p in parameters):
-            raise ConfigError("cannot be swept: it is the name of a trial's number", key=TRIAL)
+        for p in parameters:
+            if p.key in (TRIAL, RUN):
+                raise ConfigError("cannot be swept: in Tune's config of a trial it says which trial it is", key=p.key)
         self.total = total
         self._search, self._parameters, self._mode = search, list(parameters), mode
         self._ledger, self._overrides_of, self._on_draw, self._clock = ledger, overrides_of, on_draw, clock

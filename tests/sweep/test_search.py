@@ -321,8 +321,9 @@ def test_what_a_searcher_draws_is_put_into_the_space(tmp_path: Path) -> None:
 
 
 def test_a_key_that_tunes_config_needs_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="trial cannot be swept"):
-        Sweep(tmp_path, parameters=[Parameter("trial", "choice", values=(1, 2), texts=("1", "2"))])
+    for key in ("trial", "run"):
+        with pytest.raises(ConfigError, match=f"{key} cannot be swept"):
+            Sweep(tmp_path, parameters=[Parameter(key, "choice", values=(1, 2), texts=("1", "2"))])
 
 
 # --- what a searcher learns -----------------------------------------------------------------------------------------
