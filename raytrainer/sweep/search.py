@@ -310,8 +310,9 @@ class Draws(Searcher):  # type: ignore[misc]
     """Gives Tune the trials of a sweep: those of the ledger that have not come to their end, then new ones until there
     are `total`, and keeps the ledger's record of what was drawn.
 
-    A trial's config is `{"trial": id, "run": its run in MLflow or "", **parameters}`. The searcher is told of each trial's best value when it ends, of
-    one that diverged the worst of all, so that it learns to stay away; of one that failed otherwise, that it failed.
+    A trial's config is `{"trial": id, "run": its run in MLflow or "", **parameters}`. The searcher is told of each
+    trial's best value when it ends; of one that diverged the worst of all, so that it learns to stay away; of one that
+    failed otherwise, that it failed.
 
     Args:
         search: Draws new ones.
