@@ -24,13 +24,13 @@ PUBLIC = {
         Composition Experiment FitResult Outcome Trainer __version__ check compose errors launch
     """,
     "raytrainer.checkpoint": """
-        CheckpointInfo Checkpointer find_weights read_weights
+        CheckpointInfo Checkpointer copy_out find_weights read_weights take_in
     """,
     "raytrainer.config": """
         CONFIG_MODULE CONFIG_NAME CheckpointConfig ClusterConfig Composition DataConfig EarlyStopping
-        Experiment FailureConfig Profile ScalingConfig TrackingConfig TrainerConfig bind build check_keys
-        check_sweep check_targets compose composed_keys explain factory flattened from_hydra from_text locate
-        new_name quiet register_schema validate
+        Experiment FailureConfig Parameter Profile ScalingConfig SweepConfig TrackingConfig TrainerConfig bind
+        build check_keys check_sweep check_targets compose composed_keys experiment_of explain factory flattened
+        from_hydra from_text group_names key_of locate new_name parse_space quiet register_schema validate
     """,
     "raytrainer.data": """
         Arrays Batch ColumnDataset Digits Loader MicroBatch ParquetDataset RandomCropFlip
@@ -40,6 +40,9 @@ PUBLIC = {
     """,
     "raytrainer.storage": """
         Entry Lock Storage
+    """,
+    "raytrainer.sweep": """
+        GridSearch Ledger Plan RandomSearch Report SweepOutcome Trial check in_words launch make_plan summary
     """,
     "raytrainer.tracking": """
         Fleet MlflowTracker NullTracker Run Shipper Tracker check_tracking default_tracking_uri

@@ -13,8 +13,7 @@ from typing import Any
 from ray import tune
 
 from raytrainer import supervise
-from raytrainer.config import Parameter
-from raytrainer.config.schema import SweepConfig
+from raytrainer.config import Parameter, SweepConfig
 from raytrainer.sweep import schedule, search
 from raytrainer.sweep.ledger import Ledger, Mode, Report, Status, Trial
 
@@ -77,7 +76,12 @@ class Search:
         inner = search.make_search(config.search_alg, parameters, seed=seed, drawn=drawn)
         self.total = search.total_of(inner, parameters, config.num_samples)
         self.scheduler = schedule.make_scheduler(
-            config.scheduler, parameters, mode=mode, evaluations=evaluations, may_change=may_change
+            config.scheduler,
+            parameters,
+            mode=mode,
+            evaluations=evaluations,
+            may_change=may_change,
+            search=config.search_alg,
         )
         notes = (search.tell(inner, trials, mode), schedule.replay(self.scheduler, trials)) if trials else ()
         self.notes = [note for note in notes if note is not None]

@@ -32,7 +32,7 @@ def composed(file: Path) -> Composition:
 
 
 def test_there_are_some() -> None:
-    assert {"cluster", "data", "debug", "experiment", "loss", "lr_scheduler", "model", "optimizer"} <= {
+    assert {"cluster", "data", "debug", "experiment", "loss", "lr_scheduler", "model", "optimizer", "sweep"} <= {
         file.parent.name for file in FILES
     }
 
@@ -53,7 +53,7 @@ def test_says_what_it_is(file: Path) -> None:
     lines = [line for line in file.read_text().splitlines() if not line.startswith("# @package")]
     assert re.match(r"# \w.{10,}", lines[0]), "the first line says what the file is for"
     # A file that sets keys elsewhere than below its group's name says where.
-    elsewhere = file.parent.name in ("experiment", "debug")
+    elsewhere = file.parent.name in ("experiment", "debug", "sweep")
     assert file.read_text().startswith("# @package _global_\n") == elsewhere
 
 
