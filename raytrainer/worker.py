@@ -65,6 +65,8 @@ class Job:
         mark: What the run's record says of this attempt, wherever `run_dir` is one and the same place.
         label: Who this is in the logs, where it is not the only one: a trial of a sweep.
         reports: On Ray Train: whether each evaluation is reported to the controller, in whose process a trial waits.
+        settled: Whether an evaluation is reported only when the checkpoints before it are committed: somebody may then
+            take the newest of them elsewhere, or put another in its place.
     """
 
     text: str
@@ -78,6 +80,7 @@ class Job:
     overrides: Sequence[str] = ()
     label: str = ""
     reports: bool = False
+    settled: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -124,17 +127,19 @@ def _report(trainer: Any, ends: bool) -> None:
     """An evaluation of a trial, from all ranks to Ray Train's controller, which hears them at its next look."""
     import ray.train
 
-    ray.train.report({"step": trainer.step, "metrics": dict(trainer.metrics), "ends": ends})
+    found = {"step": trainer.step, "metrics": dict(trainer.metrics), "evaluations": trainer.evaluations, "ends": ends}
+    ray.train.report(found)
 
 
-def _after(first: Callable[[], None], report: Callable[[Any, bool], None]) -> Callable[[Any, bool], None]:
-    """`report`, with what was logged until then on disk: what it waits for may end this process."""
+def _after(*first: Callable[[], None], report: Callable[[Any, bool], None]) -> Callable[[Any, bool], None]:
+    """`report`, after all of `first`: what it waits for may end this process."""
 
-    def both(trainer: Any, ends: bool) -> None:
-        first()
+    def all_of_them(trainer: Any, ends: bool) -> None:
+        for one in first:
+            one()
         report(trainer, ends)
 
-    return both
+    return all_of_them
 
 
 def _no_report(trainer: Any, ends: bool) -> None:
@@ -206,6 +211,9 @@ def run(
         # What was logged before a checkpoint is not logged again after it: it is on disk first.
         before_commit=tracker.flush if isinstance(tracker, MlflowTracker) else None,
     )
+    before = [checkpointer.wait] if job.settled else []
+    if isinstance(tracker, MlflowTracker):  # what was logged until then is on disk
+        before.append(tracker.flush)
     listeners = [_Tracking(tracker), Reporter(emit)] if world.rank == 0 else []
     try:
         trainer = Trainer(
@@ -214,7 +222,7 @@ def run(
             checkpointer=checkpointer,
             listeners=listeners,
             should_stop=should_stop,
-            report=_after(tracker.flush, report) if isinstance(tracker, MlflowTracker) else report,
+            report=_after(*before, report=report),
         )
         if info := checkpointer.latest():
             trainer.restore(info, job.changed)

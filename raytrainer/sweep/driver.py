@@ -15,7 +15,7 @@ from typing import cast
 
 from raytrainer import preflight, provenance, tracking
 from raytrainer.config import Parameter, flattened
-from raytrainer.errors import ClusterLost, RaytrainerError, Stopped, StorageError, WorkerError
+from raytrainer.errors import ClusterLost, ConfigError, RaytrainerError, Stopped, StorageError, WorkerError
 from raytrainer.interrupts import Interrupted, Interrupts
 from raytrainer.progress import Display
 from raytrainer.run import Logs, Record, changes_meaning, in_background, ray_session, tracking_uri
@@ -130,6 +130,7 @@ class SweepDriver:
 
         from raytrainer import supervise
         from raytrainer.sweep.engine import Listener, Search
+        from raytrainer.sweep.schedule import pauses
         from raytrainer.sweep.trial import Shared, TrialProcess
 
         e, gpu = self.e, preflight.uses_gpu(self.e, available)
@@ -152,10 +153,11 @@ class SweepDriver:
         )
         for note in search.notes:
             self.display.say(note)
+        may_pause = pauses(search.scheduler)
         shared = Shared(
             texts={key: c.text for key, c in self.plan.compositions.items()},
             parameters=self.plan.parameters,
-            fixed=self._fixed(gpu),
+            fixed=self._fixed(gpu, may_pause and workers > 1),
             run_dir=self.storage.uri,
             metric=self.plan.metric,
             mode=self.mode,
@@ -166,6 +168,7 @@ class SweepDriver:
             strategy=e.scaling.placement_strategy,
             gpu=gpu,
             retries=e.sweep.max_trial_failures > 0,
+            pauses=may_pause,
         )
         self._board = Board(
             self.display,
@@ -202,11 +205,15 @@ class SweepDriver:
         assert self._board is not None
         self._board.tick()
 
-    def _fixed(self, gpu: bool) -> list[str]:
-        """What every trial has on top of its config."""
+    def _fixed(self, gpu: bool, always_saves: bool) -> list[str]:
+        """What every trial has on top of its config.
+
+        Args:
+            always_saves: Whether there must be a checkpoint of each report: workers that are to be paused are not asked.
+        """
         found = [f"scaling.use_gpu={str(gpu).lower()}", "tracking.log_model=false"]
         if self.e.checkpoint.min_interval_s is None:
-            found.append(f"checkpoint.min_interval_s={_INTERVAL_S}")
+            found.append(f"checkpoint.min_interval_s={0 if always_saves else _INTERVAL_S}")
         return found
 
     def _said(self, rank: int | None, line: str) -> None:
@@ -392,7 +399,8 @@ class SweepDriver:
                 error = ClusterLost(f"Ray: {type(error).__name__}: {' '.join(str(error).split())[:500]}")
             trace = error.traceback if isinstance(error, WorkerError) else None
             cause = str(error) if isinstance(error, RaytrainerError) else f"{type(error).__name__}: {error}"
-            return replace(base, status="FAILED", exit_code=1, cause=cause, traceback=trace)
+            hopeless = isinstance(error, ConfigError)
+            return replace(base, status="FAILED", exit_code=1, cause=cause, traceback=trace, resumable=not hopeless)
         note = None if reason == "finished" else f"{reason} reached"
         failed = [t for t in trials if t.status == "failed"]
         allowed = self.e.sweep.allow_failed

@@ -12,8 +12,10 @@ import json
 import math
 import os
 import queue
+import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +51,7 @@ class Shared:
         strategy: Where they are placed.
         gpu: Whether they train on GPUs.
         retries: Whether a failed trial may be tried again.
+        pauses: Whether a trial may be paused, or get another's checkpoint.
     """
 
     texts: Mapping[str, str]
@@ -64,6 +67,7 @@ class Shared:
     strategy: str
     gpu: bool
     retries: bool
+    pauses: bool
 
     def job(self, config: Mapping[str, Any]) -> worker.Job:
         """What the trial of Tune's `config` trains."""
@@ -80,6 +84,7 @@ class Shared:
             changed=[p.key.removeprefix("optimizer.") for p in self.parameters if p.key.startswith("optimizer.")],
             label=str(config["trial"]),
             reports=self.workers > 1,
+            settled=self.pauses,
         )
 
 
@@ -100,6 +105,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
     _blocked: bool  # whether the training thread waits to go on
     _last: dict[str, Any]
     _inherited: dict[str, Any] | None  # whose checkpoint the trial was given
+    _heard: int  # evaluations before the checkpoint that Tune gave: it has their results
     _group: tuple[Any, threading.Event] | None  # the workers of a trial that has several, and whether they are gone
 
     def setup(self, config: dict[str, Any], shared: Shared) -> None:
@@ -144,6 +150,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
 
         source = json.loads(Path(checkpoint, _SOURCE).read_text())
         take_in(Path(checkpoint), self._checkpoints)
+        self._heard = self._evaluation = int(source["evaluation"])
         if source["trial"] != self._trial:
             self._inherited = {"from": source["trial"], "evaluation": source["evaluation"]}
 
@@ -161,7 +168,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
         self._go = threading.Semaphore(0)
         self._blocked = self._ending = False
         self._last = {}
-        self._evaluation = 0
+        self._evaluation = self._heard = 0
 
     def _run(self) -> None:
         """The training thread: its last message says how the trial ended."""
@@ -181,6 +188,8 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
                 self._messages.put(failed)
             else:
                 end = {"status": "failed", "cause": failed.cause, "traceback": failed.traceback, "diverged": diverged}
+                # Every other trial would fail by it, too.
+                end["hopeless"] = isinstance(error, ConfigError) and error.key == "sweep.metric"
                 self._messages.put(self._ended(end, None))
             traceback.clear_frames(error.__traceback__)  # they hold the model
         finally:
@@ -211,7 +220,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
             attempt=f"attempt-{os.getpid()}",
             progress=lambda: self._evaluation,
             on_retry=lambda text: None,
-            on_report=lambda found: self._take_report(found["step"], found["metrics"], None, found["ends"]),
+            on_report=self._heard_from_workers,
         )
         self._group = (trainer, done)
         try:
@@ -223,26 +232,41 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
         finally:
             done.set()
 
+    def _heard_from_workers(self, found: dict[str, Any]) -> None:
+        """In the thread of Train's controller: the workers go on meanwhile."""
+        self._take_report(**found, waits=False)
+
     def _report(self, trainer: Any, ends: bool) -> None:
         """In the training thread, after an evaluation: waits until Tune has decided."""
         self._trainer = trainer
-        self._take_report(trainer.step, trainer.metrics, trainer.evaluations, ends)
-        if not ends:
+        if self._take_report(trainer.step, trainer.metrics, trainer.evaluations, ends, waits=True):
             self._go.acquire()
             if self._ending:
                 raise _Ended
 
-    def _take_report(self, step: int, metrics: Mapping[str, float], evaluations: int | None, ends: bool) -> None:
-        self._evaluation = self._evaluation + 1 if evaluations is None else max(evaluations, 1)
+    def _take_report(
+        self, step: int, metrics: Mapping[str, float], evaluations: int, ends: bool, *, waits: bool
+    ) -> bool:
+        """Hands an evaluation to Tune; whether Tune decides what becomes of the trial."""
+        if 0 < evaluations <= self._heard:
+            return False
+        self._evaluation = max(evaluations, 1)
         self._last = self._result(step, metrics)
-        if not ends:  # the last one goes out with the end
-            self._blocked = evaluations is not None
-            self._messages.put(self._last)
+        if ends:  # the last one goes out with the end
+            return False
+        self._blocked = waits
+        self._messages.put(self._last)
+        return True
 
     def _result(self, step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
         shared = self._shared
         if shared.metric not in metrics:
-            raise ConfigError("is no metric that is logged", key="sweep.metric", value=shared.metric, choices=metrics)
+            raise ConfigError(
+                f"is not logged by the first evaluation, at step {step} (train/… come every trainer.log_every_n_steps)",
+                key="sweep.metric",
+                value=shared.metric,
+                choices=metrics,
+            )
         value = float(metrics[shared.metric])
         report = {"evaluation": self._evaluation, "step": step, "value": value, "metrics": dict(metrics)}
         if self._inherited is not None:
@@ -256,8 +280,8 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
 
     def _ended(self, end: Mapping[str, Any], result: Mapping[str, Any] | None) -> dict[str, Any]:
         """The trial's last result: its last report, or for one that raised the worst there is."""
-        if result is not None and not self._last:  # it had been trained to the end before
-            self._take_report(result["step"], result["metrics"], 1, ends=True)
+        if result is not None and not self._last:  # a checkpoint of its very end was put in its place
+            self._last = self._result(result["step"], result["metrics"])
         last = dict(self._last)
         if result is None:
             last.pop("report", None)
@@ -288,16 +312,22 @@ def _as_found() -> Iterator[None]:
     """Puts back what a trial's code may have set for the whole process, so that the next one finds none of it."""
     import torch
 
-    environment, folder = dict(os.environ), Path.cwd()
+    environment, folder, path, output = dict(os.environ), Path.cwd(), list(sys.path), (sys.stdout, sys.stderr)
     dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
-    cudnn = torch.backends.cudnn
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
     flags = (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)
+    of_mkldnn, ignored = (mkldnn.enabled, mkldnn.deterministic, mkldnn.allow_tf32), list(warnings.filters)
     try:
         yield
     finally:
+        sys.path[:], (sys.stdout, sys.stderr) = path, output
+        if warnings.filters != ignored:
+            warnings.resetwarnings()
+            warnings.filters[:] = ignored  # type: ignore[index]
         torch.set_default_dtype(dtype)
         torch.set_float32_matmul_precision(precision)
         cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = flags
+        mkldnn.set_flags(*of_mkldnn)
         if dict(os.environ) != environment:
             os.environ.clear()
             os.environ.update(environment)
