@@ -172,6 +172,7 @@ class Search:
             value=found["value"],
             metrics=found["metrics"],
             time=time.time(),
+            interim=bool(found.get("interim")),
         )
         self._ledger.report(trial.id, report)
         self._listener.report(trial)

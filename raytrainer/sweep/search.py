@@ -432,6 +432,8 @@ def _lesson(trial: Trial, least: float, mode: Mode, status: Status, diverged: bo
     best = trial.best(mode)
     if best is not None:
         return best.value, False
+    if status == "pruned" and trial.reports and math.isfinite(trial.reports[-1].value):
+        return trial.reports[-1].value, False  # interim, as all that there is
     return (least, False) if trial.reports else (None, False)
 
 

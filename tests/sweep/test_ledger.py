@@ -12,6 +12,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def test_everything_comes_back_as_it_was(storage: Storage) -> None:
     ledger.start(trial("0002", lr=-0.0))
     ledger.report("0001", Report(1, 10, math.nan, {"val/loss": math.nan, "a": -math.inf, "count": 3}, 2.5))
     ledger.report("0002", Report(1, 10, 0.1 + 0.2, {"val/loss": 0.1 + 0.2}, 2.5))
+    ledger.report("0002", Report(2, 20, 0.0, {}, 2.5, interim=True))
     ledger.note_run("0001", "offline-1")
     ledger.note_run("0001", "abc")
     ledger.inherit("0001", "0002", 1, {"lr": 0.12}, ["lr=0.12"])
@@ -94,7 +96,8 @@ def test_everything_comes_back_as_it_was(storage: Storage) -> None:
     assert first.reports[0].metrics["a"] == -math.inf
     assert same(first.reports[0].metrics["count"], 3)
     assert same(second.parameters["lr"], -0.0)
-    assert second.reports == [Report(1, 10, 0.1 + 0.2, {"val/loss": 0.1 + 0.2}, 2.5)]
+    assert second.reports[0] == Report(1, 10, 0.1 + 0.2, {"val/loss": 0.1 + 0.2}, 2.5)
+    assert second.reports[1:] == [Report(2, 20, 0.0, {}, 2.5, interim=True)]
     assert (second.status, second.ended) == ("finished", 7.0)
     # What the writer has in memory is what the reader finds (compared as text, since NaN is not NaN).
     assert repr(again.trials) == repr(ledger.trials)
@@ -436,6 +439,8 @@ def test_the_best_report(storage: Storage) -> None:
     assert (one.best("min"), one.best("max")) == (one.reports[2], one.reports[1])
     one.reports = [report(1, math.nan), report(2, math.inf)]
     assert one.best("max") is None
+    one.reports = [replace(report(1, 9.0), interim=True), report(2, 3.0)]
+    assert one.best("max") == one.reports[1]
 
 
 def test_a_trial_that_diverged() -> None:

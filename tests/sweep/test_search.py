@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import math
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -418,6 +419,15 @@ def test_history_is_told() -> None:
         (0.005, "64", 4.0),
     ]
     assert search.metric == METRIC
+
+
+def test_of_a_function_stopped_in_the_middle_its_last_value_is_told() -> None:
+    trials = history()[:2]
+    trials[0].reports[:2] = [replace(report, interim=True) for report in trials[0].reports[:2]]
+    trials[1].reports = [Report(e, e, value, {}, 0.0, interim=True) for e, value in ((1, 0.5), (2, 4.0))]
+    inner = Learner()
+    tell(Translated(inner, [LR, WIDTH]), trials, "min")
+    assert [told for _, _, told in inner.told] == [2.0, 4.0]
 
 
 def test_what_is_lost_of_a_history_is_said() -> None:
