@@ -7,7 +7,7 @@ signal, a lost cluster and a lost lock are seen between two steps.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import ray
@@ -23,6 +23,19 @@ from raytrainer.supervise.train import death
 METRIC = "objective"  # what schedulers and searchers are told, whatever the sweep's metric is called
 
 
+class _Drawn(SearchGenerator):  # type: ignore[misc]
+    """Is not finished before the trials that it is `waited_for` by.
+
+    When nothing is left to be drawn Tune ends each process that no trial has asked for; those of paused trials are about
+    to be, and would be started anew, 3 s each, at every pause.
+    """
+
+    waited_for: Collection[Any] = ()
+
+    def is_finished(self) -> bool:
+        return super().is_finished() and all(trial.is_finished() for trial in self.waited_for)
+
+
 class TrialController(TuneController):  # type: ignore[misc]
     """Tune's own, less its snapshots, with an exact bound on the trials that run at a time.
 
@@ -31,10 +44,20 @@ class TrialController(TuneController):  # type: ignore[misc]
     """
 
     def __init__(
-        self, *, limit: int, all_drawn_early: bool, on_death: Callable[[str, str], None], **arguments: Any
+        self,
+        *,
+        resources: PlacementGroupFactory,
+        limit: int,
+        all_drawn_early: bool,
+        on_death: Callable[[str, str], None],
+        search_alg: _Drawn,
+        **arguments: Any,
     ) -> None:
-        super().__init__(reuse_actors=True, **arguments)
+        super().__init__(reuse_actors=True, search_alg=search_alg, **arguments)
         self._limit, self._all_drawn_early, self._on_death = limit, all_drawn_early, on_death
+        if all_drawn_early:  # a paused trial's process is another's next one, or its own
+            self._actor_cache.increase_max(resources, by=limit)
+            search_alg.waited_for = self._live_trials
 
     def checkpoint(self, force: bool = False, wait: bool = False) -> None:
         """Nothing: Tune would pickle its trials and the searcher, again and again. Ours is the ledger."""
@@ -102,10 +125,11 @@ def make_controller(
         trial_name_creator=lambda trial: trial.trial_id,
         trial_dirname_creator=lambda trial: trial.trial_id,
     )
-    search = SearchGenerator(searcher)
+    search = _Drawn(searcher)
     search.set_search_properties(METRIC, mode, {}, **experiment.public_spec)
     scheduler.set_search_properties(METRIC, mode, **experiment.public_spec)
     controller = TrialController(
+        resources=resources,
         limit=limit,
         all_drawn_early=all_drawn_early,
         on_death=on_death,
