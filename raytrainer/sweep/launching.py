@@ -29,7 +29,7 @@ def check(plan: Plan, record: Record | None = None) -> str:
     Raises:
         Refused: What does not hold.
     """
-    where = run.check(plan.first, record)
+    where = run.check(plan.example, record)
     s = plan.experiment.sweep
     check_search(s.search_alg, plan.parameters)
     make_scheduler(

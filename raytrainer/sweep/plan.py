@@ -59,6 +59,11 @@ class Plan:
         return self.first.experiment
 
     @property
+    def example(self) -> Composition:
+        """The whole config of a trial that there may be: of the first combination, with a value of each parameter."""
+        return replace(from_text(self.first.text, list(self._example.values())), choices=self.first.choices)
+
+    @property
     def metric(self) -> str:
         return self.experiment.sweep.metric or self.experiment.checkpoint.monitor
 
@@ -80,6 +85,11 @@ class Plan:
                 texts = [c.text for c in self.compositions.values()]
                 counts += [_evaluations(experiment_of(t, [p.override(v)])) for t in texts for v in p.probes()]
         return max((c for c in counts if c is not None), default=None) if None not in counts else None
+
+    @property
+    def _example(self) -> dict[str, str]:
+        """An override of each parameter that is no group."""
+        return {p.key: p.override(p.probes()[0]) for p in self.parameters if not p.group}
 
     def text_of(self, values: Mapping[str, Any]) -> str:
         """The base text of a trial with these parameters."""
@@ -224,11 +234,13 @@ def check_plan(plan: Plan) -> None:
         raise ConfigError("or sweep.time_budget_s must be set, or the sweep never ends", key="sweep.num_samples")
     tried = 0
     for composition in plan.compositions.values():
-        preflight.check_objects(composition.experiment)
+        # A value that a sweep adds may be one that must not be missing: each is tried with one of every other.
+        preflight.check_objects(experiment_of(composition.text, list(plan._example.values())))
         for p in plan.parameters:
-            for value in () if p.group else p.probes():
+            for value in () if p.group else p.probes()[1:]:
                 if (tried := tried + 1) <= _MOST_PROBES:
-                    preflight.check_objects(experiment_of(composition.text, [p.override(value)]))
+                    overrides = {**plan._example, p.key: p.override(value)}
+                    preflight.check_objects(experiment_of(composition.text, list(overrides.values())))
 
 
 def _evaluations(e: Experiment) -> int | None:
