@@ -255,6 +255,8 @@ class SweepDriver:
         assert self._fleet is not None
         best = trial.best(self.mode)
         tags: dict[str, str] = {"raytrainer.trial_status": trial.status}
+        if trial.inherited:  # not what it began with any more
+            tags["raytrainer.overrides"] = " ".join(trial.overrides)
         if best is not None:
             tags |= {"raytrainer.best_value": repr(best.value), "raytrainer.best_step": str(best.step)}
         self._fleet.finish(trial_spool(self._trial_dir(trial)), _IN_MLFLOW[trial.status], trial.cause, tags=tags)

@@ -17,7 +17,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,10 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
     first step, also over restarts) and `report` or `end`, JSON for the driver.
     """
 
+    _job: worker.Job
+    _trial: str
+    _values: dict[str, Any]  # the trial's parameters
+    _checkpoints: Storage
     _thread: threading.Thread | None
     _messages: queue.Queue[dict[str, Any] | WorkerError]
     _trainer: Any  # the Trainer, where it is in this process and waits
@@ -153,6 +157,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
         self._heard = self._evaluation = int(source["evaluation"])
         if source["trial"] != self._trial:
             self._inherited = {"from": source["trial"], "evaluation": source["evaluation"]}
+            self._job = replace(self._job, inherited={**self._inherited, "parameters": self._values})
 
     def cleanup(self) -> None:
         self._end()
@@ -161,6 +166,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
 
     def _take(self, config: Mapping[str, Any]) -> None:
         self._job, self._trial = self._shared.job(config), str(config["trial"])
+        self._values = {p.key: config[p.key] for p in self._shared.parameters if p.key in config}
         worker.hello(0, self._trial)
         self._checkpoints = Storage(self._job.run_dir).child("checkpoints")
         self._thread = self._trainer = self._inherited = self._group = None
@@ -233,20 +239,19 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
             done.set()
 
     def _heard_from_workers(self, found: dict[str, Any]) -> None:
-        """In the thread of Train's controller: the workers go on meanwhile."""
-        self._take_report(**found, waits=False)
+        """In the training thread, where Train's controller is: the workers wait for its next look."""
+        if found and self._take_report(**found):
+            self._go.acquire()
 
     def _report(self, trainer: Any, ends: bool) -> None:
         """In the training thread, after an evaluation: waits until Tune has decided."""
         self._trainer = trainer
-        if self._take_report(trainer.step, trainer.metrics, trainer.evaluations, ends, waits=True):
+        if self._take_report(trainer.step, trainer.metrics, trainer.evaluations, ends):
             self._go.acquire()
             if self._ending:
                 raise _Ended
 
-    def _take_report(
-        self, step: int, metrics: Mapping[str, float], evaluations: int, ends: bool, *, waits: bool
-    ) -> bool:
+    def _take_report(self, step: int, metrics: Mapping[str, float], evaluations: int, ends: bool) -> bool:
         """Hands an evaluation to Tune; whether Tune decides what becomes of the trial."""
         if 0 < evaluations <= self._heard:
             return False
@@ -254,7 +259,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
         self._last = self._result(step, metrics)
         if ends:  # the last one goes out with the end
             return False
-        self._blocked = waits
+        self._blocked = True
         self._messages.put(self._last)
         return True
 
@@ -294,9 +299,12 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
         if thread is None:
             return
         self._ending = True
-        self._go.release()
-        if self._group is not None and thread.is_alive():
+        if self._group is None:
+            self._go.release()
+        elif thread.is_alive():
             trainer, done = self._group
+            trainer.kill_workers()  # before they may go on
+            self._go.release()
             trainer.abandon(done, _ENDS_S)
         thread.join()
         self._trainer = self._thread = self._group = None
