@@ -27,6 +27,7 @@ import psutil
 
 from raytrainer.checkpoint import Checkpointer, CheckpointInfo
 from raytrainer.storage import Storage
+from raytrainer.sweep import Ledger, Trial
 
 OUTSIDE = Path(__file__).parent / "outside"
 START_S = 120.0  # the longest a launch may take to its first step, on a loaded machine
@@ -195,6 +196,11 @@ def observed(pause_s: float = 0.0) -> list[str]:
     return ["+callbacks.steps._target_=probes.Steps", f"+callbacks.steps.pause_s={pause_s}"]
 
 
+def observed_trials(pause_s: float = 0.0) -> list[str]:
+    """The same for the trials of a sweep, in the one file ./observed: see `seen`."""
+    return ["+callbacks.observed._target_=probes.Observed", f"+callbacks.observed.pause_s={pause_s}"]
+
+
 def steps_of(folder: Path, rank: int = 0) -> list[Step]:
     """The steps that a rank has noted, in their order."""
     try:
@@ -203,6 +209,33 @@ def steps_of(folder: Path, rank: int = 0) -> list[Step]:
         return []
     fields = (line.split() for line in lines if line.endswith("\n"))
     return [Step(int(pid), int(step), float(when)) for pid, step, when in fields]
+
+
+def trials(folder: Path, name: str = "sweep") -> dict[str, Trial]:
+    """What a sweep's ledger says of its trials, by their ids; empty before there is one."""
+    return Ledger.open(Storage(folder / "runs" / name)).trials
+
+
+class Seen(NamedTuple):
+    """A line of `probes.Observed`: what a trial did, in which process, after which step, and when."""
+
+    kind: str
+    trial: str
+    pid: int
+    step: int
+    time: float
+    lr: float = math.nan
+    weights: str = ""
+
+
+def seen(folder: Path, kind: str = "", trial: str = "") -> list[Seen]:
+    """What trials with `+callbacks.observed._target_=probes.Observed` have noted, in the order in which they did."""
+    try:
+        lines = (folder / "observed").read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    found = [Seen(**json.loads(line)) for line in lines if line.endswith("\n")]
+    return [line for line in found if kind in ("", line.kind) and trial in ("", line.trial)]
 
 
 def restarts(steps: list[Step]) -> list[tuple[int, int]]:

@@ -200,6 +200,24 @@ class Once:
         raise OSError(f"{self._what}, this once")
 
 
+class Meets:
+    """A callback: after `step` it waits until as many as `count` trials are there at the same time."""
+
+    def __init__(self, count: int, step: int = 1, within_s: float = 60.0) -> None:
+        self._count, self._step, self._within_s, self._folder = count, step, within_s, Path("meets").absolute()
+
+    def on_step_end(self, trainer: Any, event: Any) -> None:
+        if event.step != self._step:
+            return
+        self._folder.mkdir(exist_ok=True)
+        (self._folder / str(os.getpid())).touch()
+        deadline = time.monotonic() + self._within_s
+        while len(list(self._folder.iterdir())) < self._count:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not {self._count} at a time in {self._within_s:g} s")
+            time.sleep(0.01)
+
+
 class Eats:
     """A callback: after `step` it allocates memory until it is killed, where `what` is `memory`."""
 

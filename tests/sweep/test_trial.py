@@ -34,9 +34,8 @@ pytestmark = pytest.mark.usefixtures("in_tmp", "outside")
 
 EPOCHS = 3
 LR = Parameter("optimizer.lr", "interval", low=1e-4, high=1e-1, log=True)
-VALUES = tuple(
-    "nothing raises diverges dtype device seeds threads arithmetic gradients environment folder warnings path output thread".split()
-)
+_CHANGES = ("nothing", "raises", "diverges", "dtype", "device", "seeds", "threads", "arithmetic", "gradients", "thread")
+VALUES = (*_CHANGES, "environment", "folder", "warnings", "path", "output")
 WHAT = Parameter("callbacks.changes.what", "choice", VALUES, VALUES)
 CHANGES = ["+callbacks.changes._target_=probes.Changes", "+callbacks.changes.what=nothing"]
 SWEEP = ["experiment=mlp", "name=sweep", f"trainer.max_epochs={EPOCHS}", "model.width=16", "model.dropout=0.2"]
