@@ -17,7 +17,7 @@ import sys
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,18 +62,25 @@ class Ended:
 
 
 class Launch:
-    """`python -m raytrainer ARGUMENTS` in `folder`, in a session of its own, as a terminal's foreground job is."""
+    """`python -m raytrainer ARGUMENTS` (or another `program`) in `folder`, in a session of its own, as a terminal's
+    foreground job is."""
 
     _numbers = itertools.count()
 
-    def __init__(self, folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        program: Sequence[str] = ("-m", "raytrainer"),
+    ) -> None:
         self.folder, self._mark = folder, uuid.uuid4().hex
         self._out, self._err = (folder / f"launch-{next(self._numbers)}.{kind}" for kind in ("out", "err"))
         self.steps = folder / "steps"
         self.began = time.monotonic()
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "raytrainer", *arguments],
+                [sys.executable, *program, *arguments],
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -174,18 +181,18 @@ def name_of(process: psutil.Process) -> str:
 
 
 @contextmanager
-def launch(folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[Launch]:
-    """A launch that does not outlive the test."""
-    started = Launch(folder, *arguments, environment=environment)
+def launch(folder: Path, *arguments: str, **more: Any) -> Iterator[Launch]:
+    """A launch that does not outlive the test; `more` as `Launch` takes it."""
+    started = Launch(folder, *arguments, **more)
     try:
         yield started
     finally:
         started.end()
 
 
-def launched(folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> Ended:
+def launched(folder: Path, *arguments: str, **more: Any) -> Ended:
     """A launch to its end, which leaves nothing behind."""
-    with launch(folder, *arguments, environment=environment) as started:
+    with launch(folder, *arguments, **more) as started:
         ended = started.wait()
         started.nothing_left()
         return ended
