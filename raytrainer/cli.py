@@ -40,7 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(arguments: list[str]) -> int:
     if arguments and arguments[0].isalpha():
         return _verb(arguments[0], arguments[1:])
-    return _hydra(arguments, _train, _sweep)
+    outcomes: list[Any] = []
+
+    def train(composition: config.Composition, arguments: list[str]) -> int:
+        outcomes.append(_trained(composition, arguments))
+        return int(outcomes[-1].exit_code)
+
+    code = _hydra(arguments, train, _sweep)
+    if len(outcomes) > 1:  # a grid of whole runs
+        from raytrainer import run
+
+        print(f"\n{run.table(outcomes)}", flush=True)
+    return code
 
 
 def _guarded(call: Callable[[], int]) -> int:
@@ -83,7 +94,7 @@ def _verb(verb: str, rest: list[str]) -> int:
     if verb == "rerun":
         if record.kind == "sweep" and not history.is_trial(rest[0], record):
             return _run_sweep(history.to_rerun_sweep(rest[0], rest[1:]), ["rerun", *rest])
-        return _train(history.to_rerun(rest[0], rest[1:]), ["rerun", *rest])
+        return int(_trained(history.to_rerun(rest[0], rest[1:]), ["rerun", *rest]).exit_code)
     if record.kind == "sweep":
         plan, record = history.to_resume_sweep(rest[0], rest[1:])
         return _run_sweep(plan, ["resume", *rest], record)
@@ -94,11 +105,13 @@ def _verb(verb: str, rest: list[str]) -> int:
     return _told(outcome, run.summary(outcome, provenance.program()))
 
 
-def _train(composition: config.Composition, arguments: list[str]) -> int:
+def _trained(composition: config.Composition, arguments: list[str]) -> Any:
+    """The outcome of a run, after its last words."""
     from raytrainer import run
 
     outcome = run.launch(composition, argv=arguments)
-    return _told(outcome, run.summary(outcome, provenance.program()))
+    _told(outcome, run.summary(outcome, provenance.program()))
+    return outcome
 
 
 def _check(composition: config.Composition, arguments: list[str]) -> int:

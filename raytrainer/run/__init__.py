@@ -5,7 +5,7 @@ from __future__ import annotations
 from raytrainer.run.driver import in_background
 from raytrainer.run.launching import check, experiment_name, launch, refuse_existing
 from raytrainer.run.logs import Logs
-from raytrainer.run.record import CONFIG, FIXED, Outcome, Record, changes_meaning, summary, tracking_uri
+from raytrainer.run.record import CONFIG, FIXED, Outcome, Record, changes_meaning, summary, table, tracking_uri
 from raytrainer.run.session import ray_session
 
 __all__ = [
@@ -22,5 +22,6 @@ __all__ = [
     "ray_session",
     "refuse_existing",
     "summary",
+    "table",
     "tracking_uri",
 ]
