@@ -42,7 +42,7 @@ PUBLIC = {
         Entry Lock Storage
     """,
     "raytrainer.sweep": """
-        GridSearch Ledger Plan RandomSearch Report SweepOutcome Trial check in_words launch make_plan summary
+        GridSearch Ledger Plan RandomSearch Report SweepOutcome Trial check in_words launch make_plan report summary
     """,
     "raytrainer.tracking": """
         Fleet MlflowTracker NullTracker Run Shipper Tracker check_tracking default_tracking_uri
