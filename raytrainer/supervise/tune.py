@@ -79,6 +79,18 @@ class TrialController(TuneController):  # type: ignore[misc]
         self._on_death(trial.trial_id, death(exception))
         super()._process_trial_failure(trial, exception)
 
+    def on_step_end(self) -> None:
+        super().on_step_end()
+        if self._all_drawn_early:
+            return  # such a scheduler compares trials that have ended, too
+        # Tune keeps every trial for its snapshots and its analysis: tens of kilobytes each, for ever.
+        for ended in (self._stopped_trials, self._failed_trials):
+            for trial in [t for t in ended if t not in self._trial_to_actor]:
+                ended.discard(trial)
+                self._trials.remove(trial)
+                self._live_trials.discard(trial)
+                self._trials_to_cache.discard(trial)
+
     def abandon(self) -> None:
         """Kills every trial's process without a word to it."""
         for handle, _ in list(self._actor_manager._live_actors_to_ray_actors_resources.values()):
