@@ -258,7 +258,7 @@ def _tell_inherited(tracker: Tracker, inherited: Mapping[str, Any], step: int) -
         return
     values = inherited["parameters"]
     numbers = {key: float(v) for key, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    tracker.log_metrics({f"parameter/{key}": value for key, value in numbers.items()}, step)
+    tracker.log_metrics({f"parameter/{key.lstrip('+')}": value for key, value in numbers.items()}, step)
     told = " ".join(f"{key}={value}" for key, value in values.items())
     tracker.set_tags({f"raytrainer.inherited.{inherited['evaluation']}": f"from {inherited['from']}: {told}"})
 

@@ -109,7 +109,8 @@ def first_error(error: BaseException) -> BaseException:
 def death(error: BaseException) -> str:
     """How a process of Ray ended, in a line."""
     if isinstance(error, ray.exceptions.RayTaskError):
-        error = error.as_instanceof_cause()
+        raised = error.cause
+        error = raised if isinstance(raised, WorkerError) else error.as_instanceof_cause()
     if isinstance(error, WorkerError):
         return error.cause
     chain: list[BaseException | None] = [error, error.__cause__, getattr(error, "failure", None)]

@@ -23,6 +23,19 @@ from raytrainer.supervise.train import death
 METRIC = "objective"  # what schedulers and searchers are told, whatever the sweep's metric is called
 
 
+def _as_deaths(failed: Callable[..., None]) -> Callable[..., None]:
+    """Tune knows processes that died and tasks that raised; a process that was killed for memory ends its loop."""
+
+    def told(tracked_actor_task: Any, exception: Exception) -> None:
+        if not isinstance(exception, ray.exceptions.RayActorError | ray.exceptions.RayTaskError):
+            gone: Exception = ray.exceptions.RayActorError(error_msg=str(exception))
+            gone.__cause__ = exception
+            exception = gone
+        failed(tracked_actor_task=tracked_actor_task, exception=exception)
+
+    return told
+
+
 class _Drawn(SearchGenerator):  # type: ignore[misc]
     """Is not finished before the trials that it is `waited_for` by.
 
@@ -55,6 +68,7 @@ class TrialController(TuneController):  # type: ignore[misc]
     ) -> None:
         super().__init__(reuse_actors=True, search_alg=search_alg, **arguments)
         self._limit, self._all_drawn_early, self._on_death = limit, all_drawn_early, on_death
+        self._actor_manager._actor_task_failed = _as_deaths(self._actor_manager._actor_task_failed)
         if all_drawn_early:  # a paused trial's process is another's next one, or its own
             self._actor_cache.increase_max(resources, by=limit)
             search_alg.waited_for = self._live_trials

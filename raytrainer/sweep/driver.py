@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import time
 import traceback
 from collections import Counter
@@ -87,7 +88,9 @@ class SweepDriver:
         )
         for trial in self.ledger.trials.values():  # what an earlier attempt had no time to send
             if trial.status not in ("running", "stopped") and trial.run_id is not None:
-                self._fleet.adopt(trial_spool(self._trial_dir(trial)), trial.run_id)
+                spool = trial_spool(self._trial_dir(trial))
+                self._of_spool[spool] = trial.id
+                self._fleet.adopt(spool, trial.run_id)
         try:
             with ray_session(self.e, self.interrupts) as available:
                 self.logs.mark("ray_up")
@@ -226,7 +229,7 @@ class SweepDriver:
         run_id = self._fleet.open(
             spool,
             f"{self.record.name}.{trial.id}",
-            params={key: str(value) for key, value in trial.parameters.items()},
+            params={_name(key): str(value) for key, value in trial.parameters.items()},
             tags={
                 "raytrainer.name": f"{self.record.name}.{trial.id}",
                 "raytrainer.kind": "trial",
@@ -317,7 +320,7 @@ class SweepDriver:
             self._uri,
             record.experiment_name,
             record.name,
-            params={**params, **{f"space/{p.key}": _described(p) for p in plan.parameters}},
+            params={**params, **{f"space/{_name(p.key)}": _described(p) for p in plan.parameters}},
             tags=tags,
             required=self.e.tracking.required,
             run_id=record.run_id,
@@ -400,7 +403,8 @@ class SweepDriver:
             if type(error).__module__.partition(".")[0] == "ray":
                 error = ClusterLost(f"Ray: {type(error).__name__}: {' '.join(str(error).split())[:500]}")
             trace = error.traceback if isinstance(error, WorkerError) else None
-            cause = str(error) if isinstance(error, RaytrainerError) else f"{type(error).__name__}: {error}"
+            found = " ".join(str(error).split())[:500]  # others' may have many lines
+            cause = str(error) if isinstance(error, RaytrainerError) else f"{type(error).__name__}: {found}"
             hopeless = isinstance(error, ConfigError)
             return replace(base, status="FAILED", exit_code=1, cause=cause, traceback=trace, resumable=not hopeless)
         note = None if reason == "finished" else f"{reason} reached"
@@ -420,6 +424,11 @@ class SweepDriver:
 def may_change(key: str) -> bool:
     """Whether a parameter may change in the middle of a trial, as population based training does."""
     return not changes_meaning(key.lstrip("+"))
+
+
+def _name(key: str) -> str:
+    """A parameter's key as MLflow takes it."""
+    return re.sub(r"[^\w\-. :/]", "_", key.lstrip("+"))
 
 
 def _described(p: Parameter) -> str:
