@@ -137,6 +137,12 @@ class Changes:
             for parameter in trainer.raw_model.parameters():
                 parameter.fill_(torch.nan)
 
+    def _memory(self, trainer: Any) -> None:
+        kept = []
+        while True:  # until it is killed
+            kept.append(np.ones(2**22))  # 32 MiB, each page touched
+            time.sleep(0.005)
+
     def _dtype(self, trainer: Any) -> None:
         torch.set_default_dtype(torch.float64)
 
@@ -216,19 +222,6 @@ class Meets:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not {self._count} at a time in {self._within_s:g} s")
             time.sleep(0.01)
-
-
-class Eats:
-    """A callback: after `step` it allocates memory until it is killed, where `what` is `memory`."""
-
-    def __init__(self, what: str, step: int = 5) -> None:
-        self._eats, self._step = what == "memory", step
-
-    def on_step_end(self, trainer: Any, event: Any) -> None:
-        kept = []
-        while self._eats and event.step == self._step:
-            kept.append(np.ones(2**22))  # 32 MiB, each page touched
-            time.sleep(0.005)
 
 
 class SlowToEnd:
