@@ -92,7 +92,7 @@ def _verb(verb: str, rest: list[str]) -> int:
 
     record, _ = history.find(rest[0])
     if verb == "rerun":
-        if record.kind == "sweep" and not history.is_trial(rest[0], record):
+        if record.kind == "sweep" and history.trial_of(rest[0], record) is None:
             return _run_sweep(history.to_rerun_sweep(rest[0], rest[1:]), ["rerun", *rest])
         return int(_trained(history.to_rerun(rest[0], rest[1:]), ["rerun", *rest]).exit_code)
     if record.kind == "sweep":

@@ -29,7 +29,7 @@ def find(identifier: str, root: Path | None = None) -> tuple[Record, Storage]:
     if root.is_dir():
         for name in (identifier, identifier.rpartition(".")[0]):
             found = _read(str(root / name)) if name else None
-            if found is not None and (name == identifier or is_trial(identifier, found[0])):
+            if found is not None and (name == identifier or trial_of(identifier, found[0])):
                 return found
         for path in sorted(p for p in root.iterdir() if p.is_dir()):
             try:
@@ -41,7 +41,9 @@ def find(identifier: str, root: Path | None = None) -> tuple[Record, Storage]:
                 if other[0].run_id == identifier:
                     return other
     if place := _place_in_tracking(identifier):
-        if (found := _read(place)) is not None:
+        # A trial has no record of its own.
+        sweep = re.sub(r"/trials/\d{4,}$", "", place)
+        if (found := _read(sweep)) is not None and (sweep == place or trial_of(identifier, found[0])):
             return found
         raise RunNotFound(f"{identifier}: its directory {place} is gone")
     close = nearest(identifier, records) or list(records)[-3:]
@@ -51,10 +53,19 @@ def find(identifier: str, root: Path | None = None) -> tuple[Record, Storage]:
     )
 
 
-def is_trial(identifier: str, record: Record) -> bool:
-    """Whether an ID is that of a trial of this sweep: `NAME.0007`."""
+def trial_of(identifier: str, record: Record) -> str | None:
+    """The number of the trial of this sweep that an ID names, `NAME.0007` or the trial's run id in MLflow; or None.
+
+    Raises:
+        StorageError: The sweep's ledger cannot be read.
+    """
+    if record.kind != "sweep" or identifier in (record.name, record.run_id):
+        return None
     sweep, _, number = identifier.rpartition(".")
-    return record.kind == "sweep" and sweep == record.name and re.fullmatch(r"\d{4,}", number) is not None
+    if sweep == record.name and re.fullmatch(r"\d{4,}", number):
+        return number
+    trials = Ledger.open(Storage(record.run_dir)).trials.values()
+    return next((trial.id for trial in trials if trial.run_id == identifier), None)
 
 
 def _read(place: str) -> tuple[Record, Storage] | None:
@@ -124,16 +135,15 @@ def to_rerun(identifier: str, overrides: Sequence[str]) -> Composition:
     record, storage = find(identifier)
     if not any(o.partition("=")[0] == "name" for o in overrides):
         overrides = [*overrides, f"name={new_name(_stem(record))}"]
-    if is_trial(identifier, record):
+    if number := trial_of(identifier, record):
         plan, trials = Plan.read(storage), Ledger.open(storage).trials
-        number = identifier.rpartition(".")[2]
         if number not in trials:
             raise RunNotFound(
                 f"{record.name} has no trial {number}; it has {', '.join(nearest(number, trials, 5)) or 'none'}"
             )
         composition = plan.composition_of(trials[number].parameters)
         return replace(
-            from_text(composition.text, [*plan.overrides_of(trials[number].parameters), *overrides]),
+            from_text(composition.text, overrides),
             choices=composition.choices,
         )
     return _composed(record, storage, overrides)
@@ -158,7 +168,7 @@ def to_resume_sweep(identifier: str, overrides: Sequence[str]) -> tuple[Plan, Re
         ConfigError: An override that would change what its trials are.
     """
     record, storage = find(identifier)
-    if is_trial(identifier, record):
+    if trial_of(identifier, record):
         raise ConfigError(
             f"{identifier} is a trial of {record.name}, which goes on with it: resume {record.name}; rerun {identifier} "
             "trains its configuration anew"
