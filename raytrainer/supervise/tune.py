@@ -76,16 +76,24 @@ class TrialController(TuneController):  # type: ignore[misc]
     def checkpoint(self, force: bool = False, wait: bool = False) -> None:
         """Nothing: Tune would pickle its trials and the searcher, again and again. Ours is the ledger."""
 
+    @property
+    def _max_pending_trials(self) -> int:
+        """What Tune compares with the number of processes that are starting, at each one that it adds."""
+        return int(self._actor_manager.num_pending_actors) + self._limit - len(self._trial_to_actor)
+
+    @_max_pending_trials.setter
+    def _max_pending_trials(self, value: int) -> None:
+        """Tune's own bound."""
+
     def _maybe_update_trial_queue(self) -> None:
         # A searcher is asked when a place is free, not before: it then knows of every trial that has ended.
-        self._max_pending_trials = 1_000_000 if self._all_drawn_early else self._limit - len(self._trial_to_actor)
-        super()._maybe_update_trial_queue()
+        free = 1_000_000 if self._all_drawn_early else self._limit - len(self._trial_to_actor)
+        while len(self._pending_trials) < free and not self._search_alg.is_finished():
+            if not self._update_trial_queue():  # nor is it waited for: a signal is heeded between two steps
+                break
 
     def _maybe_add_actors(self) -> None:
-        free = self._limit - len(self._trial_to_actor)
-        if free > 0:
-            # Tune compares this with the actors that are starting.
-            self._max_pending_trials = self._actor_manager.num_pending_actors + free
+        if len(self._trial_to_actor) < self._limit:
             super()._maybe_add_actors()
 
     def _process_trial_failure(self, trial: Any, exception: BaseException) -> None:
