@@ -31,6 +31,7 @@ PLAN = "sweep.json"
 VERSION = 1
 _MOST_COMBINATIONS = 1000  # of group choices; each is composed, and kept
 _MOST_PROBES = 400  # of values on those combinations
+_LENGTHS = ("trainer.max_epochs", "trainer.max_steps", "trainer.eval_every_n_steps")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,9 @@ class Plan:
     @property
     def example(self) -> Composition:
         """The whole config of a trial that there may be: of the first combination, with a value of each parameter."""
-        return replace(from_text(self.first.text, list(self._example.values())), choices=self.first.choices)
+        return replace(
+            from_text(self.first.text, list(_one_of_each(self.parameters).values())), choices=self.first.choices
+        )
 
     @property
     def metric(self) -> str:
@@ -79,17 +82,13 @@ class Plan:
     @property
     def evaluations(self) -> int | None:
         """How often a trial evaluates, where the config alone says so; of several combinations the most."""
-        counts = [_evaluations(c.experiment) for c in self.compositions.values()]
-        for p in self.parameters:
-            if p.key in ("trainer.max_epochs", "trainer.max_steps", "trainer.eval_every_n_steps"):
-                texts = [c.text for c in self.compositions.values()]
-                counts += [_evaluations(experiment_of(t, [p.override(v)])) for t in texts for v in p.probes()]
+        lengths = [[p.override(v) for v in p.probes()] for p in self.parameters if p.key in _LENGTHS]
+        counts = [
+            _evaluations(experiment_of(c.text, chosen) if chosen else c.experiment)
+            for c in self.compositions.values()
+            for chosen in itertools.product(*lengths)
+        ]
         return max((c for c in counts if c is not None), default=None) if None not in counts else None
-
-    @property
-    def _example(self) -> dict[str, str]:
-        """An override of each parameter that is no group."""
-        return {p.key: p.override(p.probes()[0]) for p in self.parameters if not p.group}
 
     def text_of(self, values: Mapping[str, Any]) -> str:
         """The base text of a trial with these parameters."""
@@ -182,15 +181,28 @@ def make_plan(
     named = list(fixed)
     for combination in combinations:
         chosen = [p.override(v) for p, v in zip(grouped, combination, strict=True)]
-        composition = compose([*named, *chosen], config_dir)
+        composition = _composed([*named, *chosen], parameters, config_dir)
         if not compositions and not any(o.startswith("name=") for o in fixed):
             stem = dict(composition.choices).get("experiment", "run") if len(combinations) == 1 else "sweep"
             named.append(f"name={new_name(f'{stem}-{choice}')}")
-            composition = compose([*named, *chosen], config_dir)
+            composition = _composed([*named, *chosen], parameters, config_dir)
         compositions[" ".join(sorted(chosen))] = composition
     plan = Plan(choice, tuple(fixed), tuple(parameters), compositions)
     check_plan(plan)
     return plan
+
+
+def _composed(overrides: Sequence[str], parameters: Sequence[Parameter], config_dir: str | Path | None) -> Composition:
+    """The config that trials put their values on; with one of each parameter where it is none without."""
+    try:
+        return compose(overrides, config_dir)
+    except ConfigError:
+        return compose([*overrides, *_one_of_each(parameters).values()], config_dir)
+
+
+def _one_of_each(parameters: Sequence[Parameter]) -> dict[str, str]:
+    """An override of each parameter that is no group."""
+    return {p.key: p.override(p.probes()[0]) for p in parameters if not p.group}
 
 
 def choices_of(parameters: Sequence[Parameter], values: Mapping[str, Any]) -> str:
@@ -235,11 +247,12 @@ def check_plan(plan: Plan) -> None:
     tried = 0
     for composition in plan.compositions.values():
         # A value that a sweep adds may be one that must not be missing: each is tried with one of every other.
-        preflight.check_objects(experiment_of(composition.text, list(plan._example.values())))
+        each = _one_of_each(plan.parameters)
+        preflight.check_objects(experiment_of(composition.text, list(each.values())))
         for p in plan.parameters:
             for value in () if p.group else p.probes()[1:]:
                 if (tried := tried + 1) <= _MOST_PROBES:
-                    overrides = {**plan._example, p.key: p.override(value)}
+                    overrides = {**each, p.key: p.override(value)}
                     preflight.check_objects(experiment_of(composition.text, list(overrides.values())))
 
 
