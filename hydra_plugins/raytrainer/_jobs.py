@@ -18,7 +18,7 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobStatus, run_job, setup_globals
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
@@ -178,7 +178,7 @@ def _is_sweep(parser: OverridesParser, override: str) -> bool:
     """Also what cannot be read: whoever reads it as a sweep says why."""
     try:
         return bool(parser.parse_override(override).is_sweep_override())
-    except OverrideParseException:
+    except HydraException:
         return True
 
 

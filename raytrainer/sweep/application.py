@@ -31,7 +31,7 @@ from raytrainer.run import ray_session
 from raytrainer.storage import Lock, Storage
 from raytrainer.sweep import results, schedule
 from raytrainer.sweep.engine import Listener, Search
-from raytrainer.sweep.function import FunctionProcess, Shared
+from raytrainer.sweep.function import PRINTED, FunctionProcess, Shared
 from raytrainer.sweep.ledger import Ledger, Mode, Trial
 from raytrainer.sweep.settings import DIRECTIONS, KEY, Settings
 from raytrainer.sweep.table import Board, final_table, ranked
@@ -42,6 +42,7 @@ OUTPUT = "output.log"  # what the trials print
 _DRAWS = 20  # where neither the number nor the time is given
 _ENDLESS = 1_000_000  # calls of `report`: how many a function makes is not known before
 _MOST_PROBES = 100  # jobs composed before Ray starts
+_PRINTED_S = 3.0  # the last of what trials print is waited for at the end
 _MOST_FAILED = 5  # trials whose causes are told at the end
 
 
@@ -157,6 +158,8 @@ class _Sweep:
         self._display = Display()
         self._began = time.monotonic()
         self._board: Board | None = None
+        self._unprinted: set[str] = set()  # trials that have ended, and of which the output is not here yet
+        self._printed: set[str] = set()
         scheduler = _for_functions(settings.scheduler_node)
         budget = seconds(settings.time_budget_s, f"{KEY}.time_budget_s")
         node, count = settings.search_node, settings.num_samples
@@ -287,8 +290,8 @@ class _Sweep:
             time_budget_s=self._config.time_budget_s,
         )
         self._interrupts.deferred = True  # a signal is heeded between two decisions, where Ray's calls are whole
-        with supervise.WorkerOutput(lambda rank, message: None, self._printed):
-            return self._search.run(
+        with supervise.WorkerOutput(self._take_message, self._take_line):
+            reason = self._search.run(
                 tune.with_parameters(FunctionProcess, shared=self._shared),
                 name="tune",
                 storage_path=self._storage.uri,
@@ -296,6 +299,10 @@ class _Sweep:
                 limit=limit,
                 between=self._between,
             )
+            deadline = time.monotonic() + _PRINTED_S
+            while not self._unprinted <= self._printed and time.monotonic() < deadline:
+                time.sleep(0.02)
+            return reason
 
     def _between(self) -> None:
         self._interrupts.check()
@@ -310,10 +317,16 @@ class _Sweep:
             self._board.start(trial)
 
     def _ended(self, trial: Trial) -> None:
+        if trial.status != "pruned":
+            self._unprinted.add(trial.id)
         if self._board is not None:
             self._board.end(trial)
 
-    def _printed(self, rank: int | None, line: str) -> None:
+    def _take_message(self, rank: int | None, message: Mapping[str, Any]) -> None:
+        if message["kind"] == PRINTED:
+            self._printed.add(message["label"])
+
+    def _take_line(self, rank: int | None, line: str) -> None:
         print(line, file=self._output, flush=True)
         if self._verbose:
             self._display.say(line)

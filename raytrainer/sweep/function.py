@@ -24,9 +24,11 @@ from ray import cloudpickle, tune
 from raytrainer import worker
 from raytrainer.config import Parameter
 from raytrainer.errors import WorkerError
+from raytrainer.progress import to_line
 from raytrainer.sweep.ledger import Mode, worst
 from raytrainer.sweep.reporting import as_number, described, listening
 
+PRINTED = "printed"  # the kind of the message that ends what a trial prints
 _ENDS_S = 30.0  # a function that was stopped has so long for its own cleaning up
 
 
@@ -112,7 +114,7 @@ class FunctionProcess(tune.Trainable):  # type: ignore[misc]
         try:
             with _as_found(self._shared.folder), listening(self._report):
                 value = self._call()
-            self._messages.put(self._returned(value))
+            self._put_last(self._returned(value))
         except _Ended:
             pass
         except BaseException as error:  # noqa: BLE001  whatever a trial raises is data: its process goes on
@@ -121,10 +123,8 @@ class FunctionProcess(tune.Trainable):  # type: ignore[misc]
             # `sys.exit()` ends the function, not the process.
             failure = error if isinstance(error, Exception) else RuntimeError(f"{self._shared.name}() raised {error!r}")
             failed = worker.described(failure, 0)
-            if self._shared.retries and failed.retry:
-                self._messages.put(failed)
-            else:
-                self._messages.put(self._last({"status": "failed", "cause": failed.cause}, math.nan))
+            again = self._shared.retries and failed.retry
+            self._put_last(failed if again else self._last({"status": "failed", "cause": failed.cause}, math.nan))
             traceback.clear_frames(error.__traceback__)  # they hold whatever the function had
 
     def _call(self) -> float:
@@ -155,6 +155,11 @@ class FunctionProcess(tune.Trainable):  # type: ignore[misc]
         self._go.acquire()
         if self._ending:
             raise _Ended
+
+    def _put_last(self, message: dict[str, Any] | WorkerError) -> None:
+        # What the function has printed takes a way of its own: the driver sees by this line when it has all of it.
+        print(to_line({"kind": PRINTED, "label": self._trial}), flush=True)
+        self._messages.put(message)
 
     def _returned(self, value: float) -> dict[str, Any]:
         evaluation = self._evaluation + 1

@@ -68,7 +68,7 @@ class Settings:
                 raise ConfigError(
                     f"must be a whole number of at least {least}{or_null}", key=f"{KEY}.{name}", value=value
                 )
-        if self.direction not in DIRECTIONS:
+        if not isinstance(self.direction, str) or self.direction not in DIRECTIONS:
             raise ConfigError(
                 "is no direction, of which there is one since one number is searched for",
                 key=f"{KEY}.direction",

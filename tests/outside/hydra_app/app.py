@@ -58,7 +58,7 @@ def main(cfg: DictConfig) -> Any:
         os.chdir("/")
     while cfg.what == "holds" and cfg.n > 1 and Path("hold").exists():
         time.sleep(0.05)
-    return {"nothing": None, "several": (value, 1.0), "nan": math.nan}.get(cfg.what, value)
+    return {"nothing": None, "several": (value, 1.0), "undefined": math.nan}.get(cfg.what, value)
 
 
 if __name__ == "__main__":
