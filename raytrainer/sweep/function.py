@@ -27,6 +27,7 @@ from raytrainer.errors import WorkerError
 from raytrainer.progress import to_line
 from raytrainer.sweep.ledger import Mode, worst
 from raytrainer.sweep.reporting import as_number, described, listening
+from raytrainer.sweep.search import TRIAL
 
 PRINTED = "printed"  # the kind of the message that ends what a trial prints
 _ENDS_S = 30.0  # a function that was stopped has so long for its own cleaning up
@@ -100,7 +101,7 @@ class FunctionProcess(tune.Trainable):  # type: ignore[misc]
     # --- one trial ------------------------------------------------------------------------------------------------
 
     def _take(self, config: Mapping[str, Any]) -> None:
-        self._trial = str(config["trial"])
+        self._trial = str(config[TRIAL])
         self._overrides = [*self._shared.fixed, *(p.override(config[p.key]) for p in self._shared.parameters)]
         worker.hello(0, self._trial)
         self._thread = None

@@ -29,6 +29,7 @@ from raytrainer.errors import ConfigError, NonFiniteLoss, WorkerError
 from raytrainer.storage import Storage
 from raytrainer.sweep.ledger import Mode, worst
 from raytrainer.sweep.plan import choices_of, trial_spool
+from raytrainer.sweep.search import RUN, TRIAL
 
 _SOURCE = "trial.json"  # beside a checkpoint that Tune carries: whose it is
 _ENDS_S = 30.0  # the workers of a stopped trial are killed in so long
@@ -71,18 +72,18 @@ class Shared:
 
     def job(self, config: Mapping[str, Any]) -> worker.Job:
         """What the trial of Tune's `config` trains."""
-        run_dir = Storage(self.run_dir).child(f"trials/{config['trial']}")
+        run_dir = Storage(self.run_dir).child(f"trials/{config[TRIAL]}")
         return worker.Job(
             text=self.texts[choices_of(self.parameters, config)],
             overrides=[*self.fixed, *(p.override(config[p.key]) for p in self.parameters if not p.group)],
             run_dir=run_dir.uri,
-            run_id=config["run"] or None,
+            run_id=config[RUN] or None,
             tracking_uri=self.tracking_uri,
             spool_dir=str(trial_spool(run_dir)),
             ship=self.ship,
             # A checkpoint that population based training copied in goes on with this trial's own values.
             changed=[p.key.removeprefix("optimizer.") for p in self.parameters if p.key.startswith("optimizer.")],
-            label=str(config["trial"]),
+            label=str(config[TRIAL]),
             reports=self.workers > 1,
             settled=self.pauses,
         )
@@ -165,7 +166,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
     # --- one trial ------------------------------------------------------------------------------------------------
 
     def _take(self, config: Mapping[str, Any]) -> None:
-        self._job, self._trial = self._shared.job(config), str(config["trial"])
+        self._job, self._trial = self._shared.job(config), str(config[TRIAL])
         self._values = {p.key: config[p.key] for p in self._shared.parameters if p.key in config}
         worker.hello(0, self._trial)
         self._checkpoints = Storage(self._job.run_dir).child("checkpoints")

@@ -30,6 +30,7 @@ from raytrainer.sweep.application import Jobs, search
 from raytrainer.sweep.function import FunctionProcess, Shared
 from raytrainer.sweep.ledger import WORST, Ledger, Mode, Report, Trial
 from raytrainer.sweep.reporting import as_number
+from raytrainer.sweep.search import RUN, TRIAL
 from raytrainer.sweep.settings import Settings
 from tests.launches import OUTSIDE, Ended, launch, launched
 
@@ -439,7 +440,7 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FunctionP
 
 
 def config(number: int, x: float = 2.0) -> dict[str, Any]:
-    return {"trial": f"{number:04d}", "run": "", "x": x}
+    return {TRIAL: f"{number:04d}", RUN: "", "x": x}
 
 
 def told(result: Mapping[str, Any]) -> tuple[Any, ...]:

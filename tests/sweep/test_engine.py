@@ -24,6 +24,7 @@ from raytrainer.errors import ConfigError
 from raytrainer.storage import Storage
 from raytrainer.sweep.engine import Listener, Search
 from raytrainer.sweep.ledger import Ledger, Trial
+from raytrainer.sweep.search import TRIAL
 from tests.training import node
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
@@ -43,7 +44,7 @@ class Counts(tune.Trainable):  # type: ignore[misc]
         return True
 
     def step(self) -> dict[str, Any]:
-        does = json.loads(Path(os.environ["COUNTS"]).read_text()).get(self._own["trial"], "")
+        does = json.loads(Path(os.environ["COUNTS"]).read_text()).get(self._own[TRIAL], "")
         if self._done == 1 and does == "dies":
             os._exit(1)
         if self._done == 1 and does == "dies once" and not (mark := Path(os.environ["COUNTS"] + ".once")).exists():

@@ -23,6 +23,7 @@ from raytrainer.supervise import METRIC
 from raytrainer.sweep import RandomSearch
 from raytrainer.sweep.ledger import Mode, Report, Trial, worst
 from raytrainer.sweep.schedule import make_scheduler, pauses, replay
+from raytrainer.sweep.search import RUN, TRIAL
 
 LR = Parameter("optimizer.lr", "interval", low=1e-4, high=1e-1, log=True)
 DECAY = Parameter("decay", "interval", low=0.0, high=0.3)
@@ -64,7 +65,7 @@ class TuneTrial:
 
     def __init__(self, trial_id: str, id: str, parameters: dict[str, Any] | None = None) -> None:  # noqa: A002
         self.trial_id, self.experiment_tag, self.status = trial_id, "", "RUNNING"
-        self.config = {"trial": id, "run": f"run-{id}", **(parameters or {})}
+        self.config = {TRIAL: id, RUN: f"run-{id}", **(parameters or {})}
         self.run_metadata = SimpleNamespace(
             checkpoint_manager=SimpleNamespace(checkpoint_config=SimpleNamespace(num_to_keep=None))
         )
@@ -173,8 +174,8 @@ def test_what_is_perturbed_stays_in_its_bounds_and_keeps_its_name() -> None:
     seen: dict[str, set[Any]] = {p.key: set() for p in NUMBERS}
     for seed in range(200):
         found, source = explored("pbt", NUMBERS, seed)
-        assert (found["trial"], found["run"]) == ("0001", "run-0001")
-        assert source["trial"] == "0002"
+        assert (found[TRIAL], found[RUN]) == ("0001", "run-0001")
+        assert source[TRIAL] == "0002"
         for p in NUMBERS:
             assert p.contains(found[p.key]), p
             assert type(found[p.key]) is type(p.probes()[0])

@@ -25,7 +25,7 @@ from raytrainer.storage import Storage
 from raytrainer.supervise import METRIC
 from raytrainer.sweep import GridSearch, RandomSearch
 from raytrainer.sweep.ledger import WORST, Ledger, Mode, Report, Status, Trial
-from raytrainer.sweep.search import Draws, Translated, check_search, grid_size, make_search, tell, total_of
+from raytrainer.sweep.search import RUN, TRIAL, Draws, Translated, check_search, grid_size, make_search, tell, total_of
 from raytrainer.sweep.space import decoded, domain, encoded, nearest, tune_space
 
 LR = Parameter("optimizer.lr", "interval", low=1e-4, high=1e-1, log=True)
@@ -261,7 +261,7 @@ def test_how_many_trials_there_will_be() -> None:
 def test_so_many_trials_and_no_more(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path, total=3)
     configs = sweep.suggest(10)
-    assert [c["trial"] for c in configs] == ["0001", "0002", "0003"] == sweep.handed_out
+    assert [c[TRIAL] for c in configs] == ["0001", "0002", "0003"] == sweep.handed_out
     assert sweep.draws.trial_of("tune-1") == "0002"
     assert sweep.draws.trial_of("tune-7") is None
     sweep.close()
@@ -321,10 +321,14 @@ def test_what_a_searcher_draws_is_put_into_the_space(tmp_path: Path) -> None:
     assert list(sweep.ledger.trials) == ["0001", "0002"]
 
 
-def test_a_key_that_tunes_config_needs_is_refused(tmp_path: Path) -> None:
-    for key in ("trial", "run"):
-        with pytest.raises(ConfigError, match=f"{key} cannot be swept"):
-            Sweep(tmp_path, parameters=[Parameter(key, "choice", values=(1, 2), texts=("1", "2"))])
+def test_parameters_may_be_called_trial_and_run(tmp_path: Path) -> None:
+    parameters = [Parameter(key, "choice", values=(7,), texts=("7",)) for key in ("trial", "run")]
+    assert Sweep(tmp_path, parameters=parameters).draws.suggest("tune-0") == {
+        TRIAL: "0001",
+        RUN: "",
+        "trial": 7,
+        "run": 7,
+    }
 
 
 # --- what a searcher learns -----------------------------------------------------------------------------------------
@@ -471,7 +475,7 @@ def test_others_search_the_whole_space(tmp_path: Path, node: dict[str, Any]) -> 
     for n in range(25):
         (config,) = sweep.suggest(1)
         assert all(p.contains(config[p.key]) for p in ALL), config
-        id_ = config["trial"]
+        id_ = config[TRIAL]
         if n % 5 == 0:
             sweep.draws.on_pause(sweep.tune_id(id_))
             sweep.draws.on_unpause(sweep.tune_id(id_))
@@ -491,9 +495,9 @@ def test_optuna_is_told_of_the_ledger(tmp_path: Path) -> None:
     first = Sweep(tmp_path, OPTUNA, parameters=ALL, total=12)
     for config in first.suggest(12):
         value = (math.log10(config["optimizer.lr"]) + 2) ** 2
-        first.report(config["trial"], value)
-        failed = config["trial"] == "0003"
-        first.end(config["trial"], "failed" if failed else "finished", cause="OSError: no" if failed else None)
+        first.report(config[TRIAL], value)
+        failed = config[TRIAL] == "0003"
+        first.end(config[TRIAL], "failed" if failed else "finished", cause="OSError: no" if failed else None)
     first.close()
     told, blank = Sweep(tmp_path, OPTUNA, parameters=ALL, total=20), Translated
     assert told.lost is None

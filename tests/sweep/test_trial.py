@@ -27,6 +27,7 @@ from raytrainer.config import Parameter, compose
 from raytrainer.errors import WorkerError
 from raytrainer.storage import Storage
 from raytrainer.sweep.ledger import WORST
+from raytrainer.sweep.search import RUN, TRIAL
 from raytrainer.sweep.trial import Shared, TrialProcess
 from tests.launches import OUTSIDE, assert_equal_states
 
@@ -69,7 +70,7 @@ def shared(*overrides: str, parameters: tuple[Parameter, ...] = (LR,), **differe
 
 
 def config(number: int, **values: Any) -> dict[str, Any]:
-    return {"trial": f"{number:04d}", "run": "", "optimizer.lr": 0.01, **values}
+    return {TRIAL: f"{number:04d}", RUN: "", "optimizer.lr": 0.01, **values}
 
 
 class Process:
