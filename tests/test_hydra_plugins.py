@@ -10,13 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
-from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
 
 from hydra_plugins.raytrainer._jobs import _Reference, split
 from hydra_plugins.raytrainer.ray_tune import DEFAULTS, RayTuneSweeper
-from hydra_plugins.raytrainer.searchpath import CONFIGS, RaytrainerSearchPath
 from raytrainer.errors import ConfigError
 from tests.launches import OUTSIDE
 
@@ -36,10 +34,11 @@ assert "torch" not in sys.modules and "ray" not in sys.modules
 def test_another_application_composes_ours_and_its_own_wins(in_tmp: Path) -> None:
     (in_tmp / "app.py").write_text(APPLICATION)
     (in_tmp / "conf" / "optimizer").mkdir(parents=True)
-    (in_tmp / "conf" / "root.yaml").write_text("defaults: [{model: resnet18}, {optimizer: sgd}, _self_]\n")
+    (in_tmp / "conf" / "root.yaml").write_text(
+        "defaults: [{model: resnet18}, {optimizer: sgd}, _self_]\nhydra: {searchpath: ['pkg://raytrainer.configs']}\n"
+    )
     (in_tmp / "conf" / "optimizer" / "sgd.yaml").write_text("lr: 7\n")
-    command = [sys.executable, "app.py", "model.norm=group", "hydra.run.dir=.", "hydra.output_subdir=null"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = started("model.norm=group")
     assert done.returncode == 0, done.stderr
     config = yaml.safe_load(done.stdout)
     assert config["model"]["_target_"] == "raytrainer.models.resnet18"
@@ -47,11 +46,19 @@ def test_another_application_composes_ours_and_its_own_wins(in_tmp: Path) -> Non
     assert config["optimizer"] == {"lr": 7}
 
 
-def test_our_own_program_has_them_once() -> None:
-    search_path = ConfigSearchPathImpl()
-    search_path.append("main", CONFIGS)
-    RaytrainerSearchPath().manipulate_search_path(search_path)
-    assert [element.path for element in search_path.get_path()] == [CONFIGS]
+def test_an_application_that_does_not_ask_for_our_groups_has_none_of_them(in_tmp: Path) -> None:
+    """Its key `debug` is a key, though we have a group of that name."""
+    (in_tmp / "app.py").write_text(APPLICATION)
+    (in_tmp / "conf").mkdir()
+    (in_tmp / "conf" / "root.yaml").write_text("debug: false\nmodel: small\n")
+    done = started("debug=true", "model=large")
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout) == {"debug": True, "model": "large"}
+
+
+def started(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "app.py", *arguments, "hydra.run.dir=.", "hydra.output_subdir=null"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 # --- hydra/sweeper=ray_tune; whole sweeps are in tests/sweep/test_application.py ---------------------------------------
