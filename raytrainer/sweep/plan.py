@@ -227,6 +227,13 @@ def check_plan(plan: Plan) -> None:
     e = plan.experiment
     if e.debug:
         raise ConfigError("is one batch of one run; leave out -m and what is swept", key="debug", value=True)
+    if e.sweep.metric not in (None, e.checkpoint.monitor) and e.sweep.mode is None:
+        # checkpoint.mode is that of another metric: the search would go the wrong way in silence.
+        raise ConfigError(
+            f"is another metric than checkpoint.monitor={e.checkpoint.monitor}; say which way is better: sweep.mode=min or max",
+            key="sweep.metric",
+            value=e.sweep.metric,
+        )
     if e.cluster.kind == "inline":
         raise ConfigError("has no processes for trials; use cluster=local", key="cluster", value="inline")
     if isinstance(e.scaling.num_workers, list):

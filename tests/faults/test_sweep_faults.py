@@ -131,7 +131,8 @@ def test_a_failed_trial_is_tried_again(tmp_path: Path) -> None:
 
 def test_a_metric_that_is_not_there_ends_the_sweep(tmp_path: Path) -> None:
     """Every trial would fail by it."""
-    ended = launched(tmp_path, *SWEEP, "sweep=random", LR, "sweep.num_samples=50", "sweep.metric=val/acuracy").exits(1)
+    metric = ["sweep.metric=val/acuracy", "sweep.mode=max"]
+    ended = launched(tmp_path, *SWEEP, "sweep=random", LR, "sweep.num_samples=50", *metric).exits(1)
     cause = summary(ended.out)["cause"]
     assert cause.startswith("sweep.metric=val/acuracy is not logged by the first evaluation, at step 11")
     assert "valid: val/accuracy, " in cause

@@ -137,3 +137,8 @@ def test_where_metrics_wait(tmp_path: Path) -> None:
     elsewhere = trial_spool(Storage("s3://bucket/runs/sweep?endpoint_override=127.0.0.1:1&scheme=http"))
     assert elsewhere.is_absolute()
     assert elsewhere != trial_spool(Storage("s3://bucket/runs/other?endpoint_override=127.0.0.1:1&scheme=http"))
+
+
+def test_another_metric_needs_its_own_direction() -> None:
+    with pytest.raises(ConfigError, match=r"sweep\.metric=val/loss is another metric .* sweep\.mode=min or max"):
+        plan(LR, "sweep.metric=val/loss")
