@@ -39,7 +39,20 @@ def _command(arguments: list[str]) -> int:
     dry, arguments = _DRY_RUN in arguments, [argument for argument in arguments if argument != _DRY_RUN]
     if arguments and arguments[0].isalpha():
         return _verb(arguments[0], arguments[1:], dry=dry)
-    return _hydra(arguments, _would_send, _would_send) if dry else _hydra(arguments, _train, _sweep)
+    if dry:
+        return _hydra(arguments, _would_send, _would_send)
+    outcomes: list[Any] = []
+
+    def train(composition: config.Composition, arguments: list[str]) -> int:
+        outcomes.append(_trained(composition, arguments))
+        return int(outcomes[-1].exit_code)
+
+    code = _hydra(arguments, train, _sweep)
+    if len(outcomes) > 1:  # a grid of whole runs
+        from raytrainer import run
+
+        print(f"\n{run.table(outcomes)}", flush=True)
+    return code
 
 
 def _guarded(call: Callable[[], int]) -> int:
@@ -94,13 +107,13 @@ def _rerun(given: argparse.Namespace, rest: list[str], *, dry: bool) -> int:
     if code is not None:
         return code
     record, _ = history.find(given.id)
-    if record.kind == "sweep" and not history.is_trial(given.id, record):
+    if record.kind == "sweep" and history.trial_of(given.id, record) is None:
         plan = history.to_rerun_sweep(given.id, given.overrides)
         return _would_send(plan, ["rerun", *rest]) if dry else _run_sweep(plan, ["rerun", *rest], as_json=given.json)
     composition = history.to_rerun(given.id, given.overrides)
     if dry:
         return _would_send(composition, ["rerun", *rest])
-    return _train(composition, ["rerun", *rest], as_json=given.json)
+    return int(_trained(composition, ["rerun", *rest], as_json=given.json).exit_code)
 
 
 def _resume(given: argparse.Namespace, rest: list[str], *, dry: bool) -> int:
@@ -119,11 +132,13 @@ def _resume(given: argparse.Namespace, rest: list[str], *, dry: bool) -> int:
     return _told(outcome, run.summary(outcome, provenance.program()), as_json=given.json)
 
 
-def _train(composition: config.Composition, arguments: list[str], *, as_json: bool = False) -> int:
+def _trained(composition: config.Composition, arguments: list[str], *, as_json: bool = False) -> Any:
+    """The outcome of a run, after its last words."""
     from raytrainer import run
 
     outcome = run.launch(composition, argv=arguments)
-    return _told(outcome, run.summary(outcome, provenance.program()), as_json=as_json)
+    _told(outcome, run.summary(outcome, provenance.program()), as_json=as_json)
+    return outcome
 
 
 def _check(composition: config.Composition, arguments: list[str], record: Any = None) -> int:
@@ -231,6 +246,12 @@ def _hydra(
             composition = config.from_hydra(cfg)
         except Exception as error:
             raise config.explain(error, overrides, known) from error
+        if sweep := dict(composition.choices).get("sweep"):  # of an experiment's own, or several of them
+            raise ConfigError(
+                "is of many trials: one, with -m in front of what is swept over" if parsed.multirun else "needs -m",
+                key="sweep",
+                value=sweep,
+            )
         return task(composition, arguments)
 
     def job(cfg: DictConfig) -> None:

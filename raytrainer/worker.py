@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,10 @@ class Job:
         label: Who this is in the logs, where it is not the only one: a trial of a sweep.
         forward_env, env_file: As `environment.provide`: what the config's references may need here.
         reports: On Ray Train: whether each evaluation is reported to the controller, in whose process a trial waits.
+        settled: Whether an evaluation is reported only when the checkpoints before it are committed: somebody may then
+            take the newest of them elsewhere, or put another in its place.
+        inherited: Where population based training has put another trial's checkpoint in its place: `from`, `evaluation`
+            and the `parameters` to go on with.
     """
 
     text: str
@@ -81,6 +85,8 @@ class Job:
     forward_env: Sequence[str] = ()
     env_file: str | None = None
     reports: bool = False
+    settled: bool = False
+    inherited: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -124,20 +130,28 @@ def hello(rank: int, label: str = "") -> None:
 
 
 def _report(trainer: Any, ends: bool) -> None:
-    """An evaluation of a trial, from all ranks to Ray Train's controller, which hears them at its next look."""
+    """An evaluation of a trial, from all ranks to Ray Train's controller; returns when the trial is to go on.
+
+    Ray's `report` puts it into a queue of one, which the controller empties when it looks: of two empty ones the first
+    waits until it has seen this, the second until it has done with it and looks again.
+    """
     import ray.train
 
-    ray.train.report({"step": trainer.step, "metrics": dict(trainer.metrics), "ends": ends})
+    found = {"step": trainer.step, "metrics": dict(trainer.metrics), "evaluations": trainer.evaluations, "ends": ends}
+    ray.train.report(found)
+    for _ in range(0 if ends else 2):
+        ray.train.report({})
 
 
-def _after(first: Callable[[], None], report: Callable[[Any, bool], None]) -> Callable[[Any, bool], None]:
-    """`report`, with what was logged until then on disk: what it waits for may end this process."""
+def _after(*first: Callable[[], None], report: Callable[[Any, bool], None]) -> Callable[[Any, bool], None]:
+    """`report`, after all of `first`: what it waits for may end this process."""
 
-    def both(trainer: Any, ends: bool) -> None:
-        first()
+    def all_of_them(trainer: Any, ends: bool) -> None:
+        for one in first:
+            one()
         report(trainer, ends)
 
-    return both
+    return all_of_them
 
 
 def _no_report(trainer: Any, ends: bool) -> None:
@@ -210,6 +224,9 @@ def run(
         # What was logged before a checkpoint is not logged again after it: it is on disk first.
         before_commit=tracker.flush if isinstance(tracker, MlflowTracker) else None,
     )
+    before = [checkpointer.wait] if job.settled else []
+    if isinstance(tracker, MlflowTracker):  # what was logged until then is on disk
+        before.append(tracker.flush)
     listeners = [_Tracking(tracker), Reporter(emit)] if world.rank == 0 else []
     try:
         trainer = Trainer(
@@ -218,10 +235,11 @@ def run(
             checkpointer=checkpointer,
             listeners=listeners,
             should_stop=should_stop,
-            report=_after(tracker.flush, report) if isinstance(tracker, MlflowTracker) else report,
+            report=_after(*before, report=report),
         )
         if info := checkpointer.latest():
             trainer.restore(info, job.changed)
+            _tell_inherited(tracker, job.inherited, trainer.step)
         elif experiment.init_from:
             trainer.init_from(experiment.init_from)
         result = trainer.fit()
@@ -236,6 +254,17 @@ def run(
         # On this disk it is done at once; a server may take its time.
         later(tracker.close) if job.ship else tracker.close()
     return {**asdict(result), "metrics": dict(result.metrics), "monitor": c.monitor}
+
+
+def _tell_inherited(tracker: Tracker, inherited: Mapping[str, Any], step: int) -> None:
+    """The run's parameters say what a trial began with; what it goes on with is told beside them."""
+    if not inherited:
+        return
+    values = inherited["parameters"]
+    numbers = {key: float(v) for key, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    tracker.log_metrics({f"parameter/{key.lstrip('+')}": value for key, value in numbers.items()}, step)
+    told = " ".join(f"{key}={value}" for key, value in values.items())
+    tracker.set_tags({f"raytrainer.inherited.{inherited['evaluation']}": f"from {inherited['from']}: {told}"})
 
 
 def _without_a_word(work: Callable[[], None]) -> None:

@@ -17,7 +17,7 @@ import sys
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ import psutil
 
 from raytrainer.checkpoint import Checkpointer, CheckpointInfo
 from raytrainer.storage import Storage
+from raytrainer.sweep import Ledger, Trial
 
 OUTSIDE = Path(__file__).parent / "outside"
 START_S = 120.0  # the longest a launch may take to its first step, on a loaded machine
@@ -61,18 +62,25 @@ class Ended:
 
 
 class Launch:
-    """`python -m raytrainer ARGUMENTS` in `folder`, in a session of its own, as a terminal's foreground job is."""
+    """`python -m raytrainer ARGUMENTS` (or another `program`) in `folder`, in a session of its own, as a terminal's
+    foreground job is."""
 
     _numbers = itertools.count()
 
-    def __init__(self, folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        program: Sequence[str] = ("-m", "raytrainer"),
+    ) -> None:
         self.folder, self._mark = folder, uuid.uuid4().hex
         self._out, self._err = (folder / f"launch-{next(self._numbers)}.{kind}" for kind in ("out", "err"))
         self.steps = folder / "steps"
         self.began = time.monotonic()
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "raytrainer", *arguments],
+                [sys.executable, *program, *arguments],
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -173,18 +181,18 @@ def name_of(process: psutil.Process) -> str:
 
 
 @contextmanager
-def launch(folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[Launch]:
-    """A launch that does not outlive the test."""
-    started = Launch(folder, *arguments, environment=environment)
+def launch(folder: Path, *arguments: str, **more: Any) -> Iterator[Launch]:
+    """A launch that does not outlive the test; `more` as `Launch` takes it."""
+    started = Launch(folder, *arguments, **more)
     try:
         yield started
     finally:
         started.end()
 
 
-def launched(folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> Ended:
+def launched(folder: Path, *arguments: str, **more: Any) -> Ended:
     """A launch to its end, which leaves nothing behind."""
-    with launch(folder, *arguments, environment=environment) as started:
+    with launch(folder, *arguments, **more) as started:
         ended = started.wait()
         started.nothing_left()
         return ended
@@ -195,6 +203,11 @@ def observed(pause_s: float = 0.0) -> list[str]:
     return ["+callbacks.steps._target_=probes.Steps", f"+callbacks.steps.pause_s={pause_s}"]
 
 
+def observed_trials(pause_s: float = 0.0) -> list[str]:
+    """The same for the trials of a sweep, in the one file ./observed: see `seen`."""
+    return ["+callbacks.observed._target_=probes.Observed", f"+callbacks.observed.pause_s={pause_s}"]
+
+
 def steps_of(folder: Path, rank: int = 0) -> list[Step]:
     """The steps that a rank has noted, in their order."""
     try:
@@ -203,6 +216,33 @@ def steps_of(folder: Path, rank: int = 0) -> list[Step]:
         return []
     fields = (line.split() for line in lines if line.endswith("\n"))
     return [Step(int(pid), int(step), float(when)) for pid, step, when in fields]
+
+
+def trials(folder: Path, name: str = "sweep") -> dict[str, Trial]:
+    """What a sweep's ledger says of its trials, by their ids; empty before there is one."""
+    return Ledger.open(Storage(folder / "runs" / name)).trials
+
+
+class Seen(NamedTuple):
+    """A line of `probes.Observed`: what a trial did, in which process, after which step, and when."""
+
+    kind: str
+    trial: str
+    pid: int
+    step: int
+    time: float
+    lr: float = math.nan
+    weights: str = ""
+
+
+def seen(folder: Path, kind: str = "", trial: str = "") -> list[Seen]:
+    """What trials with `+callbacks.observed._target_=probes.Observed` have noted, in the order in which they did."""
+    try:
+        lines = (folder / "observed").read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    found = [Seen(**json.loads(line)) for line in lines if line.endswith("\n")]
+    return [line for line in found if kind in ("", line.kind) and trial in ("", line.trial)]
 
 
 def restarts(steps: list[Step]) -> list[tuple[int, int]]:

@@ -22,6 +22,7 @@ import yaml
 
 import raytrainer
 from raytrainer import cli, run
+from raytrainer.config import Composition
 from raytrainer.errors import ConfigError, Stopped, StorageError, WorkerError
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
@@ -265,6 +266,87 @@ def test_a_failed_job_does_not_end_its_sweep(here: Run, monkeypatch: pytest.Monk
     assert said.code == 1
     assert seeds == [1, 2, 3]
     assert said.err.count("raytrainer: failed: rank 0: ValueError: x") == 3
+
+
+def test_after_a_grid_of_whole_runs_all_are_told_of(here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worst exit code is the command's."""
+
+    def launch(composition: Composition, **_: object) -> run.Outcome:
+        seed = composition.experiment.seed
+        record = run.Record(f"run-{seed}", f"/runs/run-{seed}")
+        if seed == 2:
+            return run.Outcome("FAILED", 1, record, "here", cause="rank 0: ValueError: x", seconds=7)
+        result = {"reason": "finished", "step": 9, "best": (0.5, 8), "monitor": "val/loss"}
+        return run.Outcome("FINISHED", 0, record, "here", result, seconds=65)
+
+    monkeypatch.setattr(run, "launch", launch)
+    said = here("-m", "experiment=mlp", "seed=1,2")
+    assert said.code == 1
+    assert [line.split() for line in said.out.splitlines()[-3:]] == [
+        ["run", "outcome", "time", "best"],
+        ["run-1", "finished", "1:05", "val/loss", "0.5", "at", "step", "8"],
+        ["run-2", "failed", "0:07", "rank", "0:", "ValueError:", "x"],
+    ]
+    assert "outcome  time" not in here("experiment=mlp").out
+
+
+# --- sweeps ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_without_m_is_refused_with_the_command_that_was_meant(here: Run, in_tmp: Path) -> None:
+    reason = refused(here("experiment=mlp", "optimizer.lr=interval(0.1,1)", "sweep=asha"))
+    assert reason.startswith("sweep is of many trials, which -m runs: ")
+    assert reason.endswith("python -m raytrainer -m experiment=mlp 'optimizer.lr=interval(0.1,1)' sweep=asha")
+    assert list(in_tmp.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("-m experiment=mlp sweep=random", "sweep=random needs something to sweep over: optimizer.lr=0.1,0.01"),
+        ("-m experiment=mlp sweep=nope seed=1,2", "sweep=nope is no such choice; valid: "),
+        ("-m experiment=mlp sweep=grid optimizer.lr=interval(0,1)", "optimizer.lr=interval("),
+        ("check -m experiment=mlp sweep=random optimizer.lr=0.1,fast", "optimizer.lr=fast must be a number"),
+        (
+            "check -m experiment=mlp sweep=random optimizer.lr=0.1,-1",
+            "optimizer is refused by its constructor: Invalid learning rate",
+        ),
+        ("check -m experiment=mlp sweep=random model.widht=3,4", "model.widht=3 is not "),
+        ("check -m experiment=mlp,nope sweep=random", "experiment=nope is no such choice; valid: "),
+        ("check -m experiment=mlp sweep=random seed=1,2 cluster=inline", "cluster=inline has no processes for trials"),
+        ("check -m experiment=mlp sweep=random seed=1,2 debug=default", "debug=true is one batch of one run"),
+        (
+            "check -m experiment=mlp sweep=random seed=1,2 scaling.num_workers=[1,2]",
+            "scaling.num_workers=[1,2] is elastic",
+        ),
+        ("check -m experiment=mlp sweep=random seed=1,2 scaling.num_workers=128", "scaling.num_workers=128 × 1 CPU ="),
+        (
+            "check -m experiment=mlp sweep=random seed=1,2 scaling.resources_per_worker={CPU:999}",
+            "scaling.num_workers=1 × 999 CPUs = 999 CPUs, and this machine",
+        ),
+        (
+            "check -m experiment=mlp sweep=random seed=1,2 tracking.register_model=m",
+            "tracking.register_model=m registers",
+        ),
+        ("check -m experiment=mlp sweep=pbt model.width=16,32", "model.width "),
+        ("check -m experiment=mlp sweep=random seed=1,2 sweep.num_samples=0", "sweep.num_samples=0 must be "),
+        ("check -m experiment=mlp sweep=random seed=1,2 sweep.num_sample=3", "sweep.num_sample=3 is not a key"),
+        (
+            "check -m experiment=mlp sweep=random seed=1,2 sweep.num_samples=null",
+            "sweep.num_samples or sweep.time_budget_s",
+        ),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_in_a_line(here: Run, in_tmp: Path, arguments: str, reason: str) -> None:
+    assert refused(here(*arguments.split(" "))).startswith(reason)
+    assert list(in_tmp.iterdir()) == []
+
+
+def test_a_sweep_is_checked_and_nothing_started(here: Run, in_tmp: Path) -> None:
+    said = here("check", "-m", "experiment=mlp", "optimizer.lr=tag(log,interval(1e-4,1e-1))", "sweep=asha")
+    assert said.code == 0
+    assert "would run 32 trials of sweep=asha over optimizer.lr, each on local Ray, 1 worker" in said.out
+    assert not (in_tmp / "runs").exists()
 
 
 # --- what shows and starts nothing ---------------------------------------------------------------------------------

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
-from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra.errors import CompactHydraException
+from omegaconf import OmegaConf
 
-from hydra_plugins.raytrainer.searchpath import CONFIGS, RaytrainerSearchPath
+from hydra_plugins.raytrainer._jobs import _Reference, split
+from hydra_plugins.raytrainer.ray_tune import DEFAULTS, RayTuneSweeper
+from raytrainer.errors import ConfigError
+from tests.launches import OUTSIDE
 
 APPLICATION = """
 import hydra, sys
@@ -27,10 +34,11 @@ assert "torch" not in sys.modules and "ray" not in sys.modules
 def test_another_application_composes_ours_and_its_own_wins(in_tmp: Path) -> None:
     (in_tmp / "app.py").write_text(APPLICATION)
     (in_tmp / "conf" / "optimizer").mkdir(parents=True)
-    (in_tmp / "conf" / "root.yaml").write_text("defaults: [{model: resnet18}, {optimizer: sgd}, _self_]\n")
+    (in_tmp / "conf" / "root.yaml").write_text(
+        "defaults: [{model: resnet18}, {optimizer: sgd}, _self_]\nhydra: {searchpath: ['pkg://raytrainer.configs']}\n"
+    )
     (in_tmp / "conf" / "optimizer" / "sgd.yaml").write_text("lr: 7\n")
-    command = [sys.executable, "app.py", "model.norm=group", "hydra.run.dir=.", "hydra.output_subdir=null"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = started("model.norm=group")
     assert done.returncode == 0, done.stderr
     config = yaml.safe_load(done.stdout)
     assert config["model"]["_target_"] == "raytrainer.models.resnet18"
@@ -38,8 +46,117 @@ def test_another_application_composes_ours_and_its_own_wins(in_tmp: Path) -> Non
     assert config["optimizer"] == {"lr": 7}
 
 
-def test_our_own_program_has_them_once() -> None:
-    search_path = ConfigSearchPathImpl()
-    search_path.append("main", CONFIGS)
-    RaytrainerSearchPath().manipulate_search_path(search_path)
-    assert [element.path for element in search_path.get_path()] == [CONFIGS]
+def test_an_application_that_does_not_ask_for_our_groups_has_none_of_them(in_tmp: Path) -> None:
+    """Its key `debug` is a key, though we have a group of that name."""
+    (in_tmp / "app.py").write_text(APPLICATION)
+    (in_tmp / "conf").mkdir()
+    (in_tmp / "conf" / "root.yaml").write_text("debug: false\nmodel: small\n")
+    done = started("debug=true", "model=large")
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout) == {"debug": True, "model": "large"}
+
+
+def started(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "app.py", *arguments, "hydra.run.dir=.", "hydra.output_subdir=null"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+# --- hydra/sweeper=ray_tune; whole sweeps are in tests/sweep/test_application.py ---------------------------------------
+
+
+def app(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(OUTSIDE / "hydra_app" / "app.py"), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def test_the_settings_are_in_the_application_s_own_config(tmp_path: Path) -> None:
+    arguments = ["hydra/sweeper=ray_tune", "hydra.sweeper.resources_per_trial.GPU=0.5", "hydra.sweeper.params.x='1,2'"]
+    done = app(tmp_path, *arguments, "--cfg", "hydra", "--package", "hydra.sweeper")
+    assert done.returncode == 0, done.stderr
+    shown = {key: value for key, value in yaml.safe_load(done.stdout).items() if not key.startswith("_")}
+    assert shown == {**DEFAULTS, "resources_per_trial": {"CPU": 1, "GPU": 0.5}, "params": {"x": "1,2"}}
+    # Without -m it changes nothing.
+    assert app(tmp_path, "hydra/sweeper=ray_tune", "hydra.run.dir=.").returncode == 0
+    assert (tmp_path / "calls").exists()
+
+
+def test_a_wrong_setting_is_named_with_those_that_there_are(tmp_path: Path) -> None:
+    done = app(tmp_path, "-m", "hydra/sweeper=ray_tune", "hydra.sweeper.num_sample=3", "x=1,2", "hydra.sweep.dir=swept")
+    assert done.returncode == 1
+    first, *_ = done.stderr.splitlines()
+    assert first.startswith("hydra.sweeper.num_sample is no setting of ray_tune; valid: num_samples, ")
+    assert all(name in first for name in DEFAULTS)
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "swept").exists()
+
+
+def sweeper(
+    task: Any, launcher: str = "hydra._internal.core_plugins.basic_launcher.BasicLauncher", **settings: Any
+) -> Any:
+    found = RayTuneSweeper(**settings)
+    config = OmegaConf.create({"hydra": {"launcher": {"_target_": launcher}}})
+    context: Any = None
+    found.setup(hydra_context=context, task_function=task, config=config)
+    return found
+
+
+def test_another_launcher_is_refused() -> None:
+    with pytest.raises(
+        CompactHydraException, match=r"hydra/launcher=a\.b\.Launcher has no use with hydra/sweeper=ray_tune"
+    ):
+        sweeper(print, launcher="a.b.Launcher").sweep(["x=1,2"])
+
+
+def test_an_experiment_of_ours_has_its_own_settings() -> None:
+    def task(config: Any) -> None:
+        raise AssertionError
+
+    task.sweep = lambda arguments, config: arguments  # type: ignore[attr-defined]
+    assert sweeper(task, **DEFAULTS).sweep(["x=1,2"]) == ["x=1,2"]
+    with pytest.raises(ConfigError, match=r"hydra.sweeper.num_samples=3 .* an experiment's is sweep.num_samples"):
+        sweeper(task, num_samples=3).sweep([])
+    with pytest.raises(ConfigError, match=r"hydra.sweeper.direction=maximize .* an experiment's is sweep.mode"):
+        sweeper(task, direction="maximize").sweep([])
+
+
+def test_params_are_sweeps_or_values_and_the_command_line_wins() -> None:
+    params = {"a": "interval(0,1)", "b": [1, 2], "c": 3, "d": None, "e": True, "f": "text", "g": "1,2", "h": "range(1"}
+    fixed, space = split(params, ["f=other", "+x=1"])
+    assert fixed == ["c=3", "d=null", "e=true"]
+    assert space == {"a": "interval(0,1)", "b": [1, 2], "g": "1,2", "h": "range(1"}, "what cannot be read is told later"
+
+
+def wrapper(inner: Any) -> Any:
+    @functools.wraps(inner)
+    def outer() -> Any:
+        return inner
+
+    return outer
+
+
+def _bare() -> None:
+    """Not wrapped."""
+
+
+@wrapper
+@wrapper
+def _wrapped() -> None:
+    """The task function is below what the module has by its name, as `hydra.main` leaves it."""
+
+
+def test_a_function_of_a_module_is_sent_by_its_name() -> None:
+    module: Any = sys.modules[__name__]
+    below = module._wrapped.__wrapped__
+    for task, depth in ((_bare, 0), (module._wrapped, 0), (below, 1), (below.__wrapped__, 2)):
+        found = _Reference.to(task)
+        assert found is not None
+        assert (found.depth, found.function) == (depth, task)
+    assert _Reference.to(lambda: 0) is None, "it is in no module by its name"
+    assert _Reference.to(functools.partial(_bare)) is None
+
+
+def test_what_hydra_cannot_compose_is_hydras_own_error(tmp_path: Path) -> None:
+    done = app(tmp_path, "-m", "hydra/sweeper=ray_tune", "z=1,2", "hydra.sweep.dir=swept")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Could not override 'z'.")
+    assert not list((tmp_path / "swept").glob("[0-9]*"))

@@ -24,11 +24,11 @@ PUBLIC = {
         Composition Experiment FitResult Outcome Trainer __version__ check compose errors launch
     """,
     "raytrainer.checkpoint": """
-        CheckpointInfo Checkpointer find_weights read_weights
+        CheckpointInfo Checkpointer copy_out find_weights read_weights take_in
     """,
     "raytrainer.config": """
         CONFIG_MODULE CONFIG_NAME CheckpointConfig ClusterConfig Composition DataConfig EarlyStopping
-        Experiment FailureConfig Parameter Profile ScalingConfig TrackingConfig TrainerConfig bind
+        Experiment FailureConfig Parameter Profile ScalingConfig SweepConfig TrackingConfig TrainerConfig bind
         build check_keys check_sweep check_targets compose composed_keys experiment_of explain factory flattened
         from_hydra from_text group_names holds_password key_of locate looks_secret new_name parse_space quiet
         register_schema texts_of validate with_values
@@ -41,6 +41,9 @@ PUBLIC = {
     """,
     "raytrainer.storage": """
         Entry Lock Storage
+    """,
+    "raytrainer.sweep": """
+        GridSearch Ledger Plan RandomSearch Report SweepOutcome Trial check in_words launch make_plan report summary
     """,
     "raytrainer.tracking": """
         Fleet MlflowTracker NullTracker Run Shipper Tracker check_tracking default_tracking_uri

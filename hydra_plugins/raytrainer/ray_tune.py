@@ -2,33 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.errors import CompactHydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from raytrainer.errors import ConfigError, RaytrainerError, Stopped
+from raytrainer.sweep.settings import KEY, Settings
 
 # Plain values: Hydra executes this module outside of sys.modules, where dataclasses cannot look up annotations.
-SETTINGS = {"_target_": "hydra_plugins.raytrainer.ray_tune.RayTuneSweeper"}
+DEFAULTS: Mapping[str, Any] = asdict(Settings())
+_HYDRAS = {"_target_": "hydra_plugins.raytrainer.ray_tune.RayTuneSweeper", "_recursive_": False, "_convert_": "all"}
+_BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+# What a setting is called in an experiment of ours.
+_IN_EXPERIMENTS = {
+    "direction": "sweep.mode",
+    "params": "sweep.space",
+    "resources_per_trial": "scaling.resources_per_worker",
+    "address": "cluster.address",
+    "resume": "python -m raytrainer resume ID",
+}
 
 
 class RayTuneSweeper(Sweeper):
-    """Runs what `-m` gives as the trials of a sweep."""
+    """Runs what `-m` gives as the trials of a sweep.
 
-    def __init__(self) -> None:
-        self._task: TaskFunction | None = None
-        self._config: DictConfig | None = None
+    Args:
+        settings: `hydra.sweeper`, as `raytrainer.sweep.settings.Settings` has them.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self._settings = settings
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self._task, self._config = task_function, config
+        self._context, self._task, self._config = hydra_context, task_function, config
 
     def sweep(self, arguments: list[str]) -> Any:
         # An application that has its own idea of a trial says so by an attribute of its task function.
-        own: Callable[[list[str], Any], Any] = self._task.sweep  # type: ignore[union-attr]
-        return own(arguments, self._config)
+        own = getattr(self._task, "sweep", None)
+        if own is not None:
+            self._refuse_settings()
+            return own(arguments, self._config)
+        try:
+            return self._search(arguments)
+        except Stopped as stopped:
+            print(f"stopped: {stopped}", file=sys.stderr)
+            raise SystemExit(stopped.exit_code) from None
+        except RaytrainerError as error:
+            raise CompactHydraException(str(error)) from error  # which Hydra prints without a trace
+
+    def _refuse_settings(self) -> None:
+        for name, value in self._settings.items():
+            if name not in DEFAULTS or value != DEFAULTS[name]:
+                here = _IN_EXPERIMENTS.get(name, f"sweep.{name}")
+                raise ConfigError(
+                    f"is for other applications; an experiment's is {here}", key=f"{KEY}.{name}", value=value
+                )
+
+    def _search(self, arguments: list[str]) -> Any:
+        from hydra_plugins.raytrainer import _jobs as jobs
+        from raytrainer.sweep import application
+
+        launcher = OmegaConf.select(self._config, "hydra.launcher._target_")
+        if launcher != _BASIC_LAUNCHER:
+            raise ConfigError(
+                "has no use with hydra/sweeper=ray_tune, whose trials are processes of Ray; leave it out",
+                key="hydra/launcher",
+                value=OmegaConf.select(self._config, "hydra.runtime.choices.hydra/launcher") or launcher,
+            )
+        found = jobs.HydraJobs.of(self._task, self._context, self._config)
+        params = self._settings.get("params") or {}
+        fixed, space = jobs.split(params, arguments) if isinstance(params, dict) else ([], {})
+        ended = application.search(
+            found,
+            self._settings,
+            [*fixed, *arguments],
+            space=space,
+            groups=found.is_group,
+            folder=jobs.folder_of(self._config),
+            subfolder=found.subfolder,
+            config=OmegaConf.to_yaml(self._config),
+            verbose=self._config.hydra.verbose is True,
+        )
+        print(ended.text, flush=True)
+        if ended.exit_code > 1:
+            raise SystemExit(ended.exit_code)
+        if ended.cause is not None:
+            raise CompactHydraException(ended.cause)
+        return ended.results
 
 
-ConfigStore.instance().store(group="hydra/sweeper", name="ray_tune", node=SETTINGS, provider="raytrainer")
+ConfigStore.instance().store(
+    group="hydra/sweeper",
+    name="ray_tune",
+    # Not a struct: a setting that does not exist comes to us, and is refused with those that do.
+    node=OmegaConf.create({**_HYDRAS, **DEFAULTS}, flags={"struct": False}),
+    provider="raytrainer",
+)

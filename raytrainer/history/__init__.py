@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from raytrainer.history.again import to_rerun, to_rerun_sweep, to_resume, to_resume_sweep
     from raytrainer.history.commands import command, completions, outcome_json, parser
-    from raytrainer.history.finding import find, is_trial
+    from raytrainer.history.finding import find, trial_of
     from raytrainer.history.tree import rerun_there
 
 __all__ = [
     "command",
     "completions",
     "find",
-    "is_trial",
     "outcome_json",
     "parser",
     "rerun_there",
@@ -33,13 +32,13 @@ __all__ = [
     "to_rerun_sweep",
     "to_resume",
     "to_resume_sweep",
+    "trial_of",
 ]
 
 _HOMES = {
     "command": "commands",
     "completions": "commands",
     "find": "finding",
-    "is_trial": "finding",
     "outcome_json": "commands",
     "parser": "commands",
     "rerun_there": "tree",
@@ -47,6 +46,7 @@ _HOMES = {
     "to_rerun_sweep": "again",
     "to_resume": "again",
     "to_resume_sweep": "again",
+    "trial_of": "finding",
 }
 
 

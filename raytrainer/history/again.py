@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from raytrainer.config import Composition, from_text, new_name
 from raytrainer.errors import ConfigError, RunNotFound, nearest
-from raytrainer.history.finding import find, is_trial
+from raytrainer.history.finding import find, trial_of
 from raytrainer.run import FIXED, Record, changes_meaning
 from raytrainer.storage import Storage
 from raytrainer.sweep.ledger import Ledger
@@ -65,16 +65,15 @@ def to_rerun(identifier: str, overrides: Sequence[str]) -> Composition:
     record, storage = find(identifier)
     if not any(o.partition("=")[0] == "name" for o in overrides):
         overrides = [*overrides, f"name={new_name(_stem(record))}"]
-    if is_trial(identifier, record):
+    if number := trial_of(identifier, record):
         plan, trials = Plan.read(storage), Ledger.open(storage).trials
-        number = identifier.rpartition(".")[2]
         if number not in trials:
             raise RunNotFound(
                 f"{record.name} has no trial {number}; it has {', '.join(nearest(number, trials, 5)) or 'none'}"
             )
         composition = plan.composition_of(trials[number].parameters)
         return replace(
-            from_text(composition.text, [*plan.overrides_of(trials[number].parameters), *overrides]),
+            from_text(composition.text, overrides),
             choices=composition.choices,
         )
     return _composed(record, storage, overrides)
@@ -99,7 +98,7 @@ def to_resume_sweep(identifier: str, overrides: Sequence[str]) -> tuple[Plan, Re
         ConfigError: An override that would change what its trials are.
     """
     record, storage = find(identifier)
-    if is_trial(identifier, record):
+    if trial_of(identifier, record):
         raise ConfigError(
             f"{identifier} is a trial of {record.name}, which goes on with it: resume {record.name}; rerun {identifier} "
             "trains its configuration anew"

@@ -131,10 +131,25 @@ _CHOICE = "raytrainer.choice."
 _JOB = ("submission_id", "cluster_address", "content")
 
 
-def is_trial(identifier: str, record: Record) -> bool:
-    """Whether an ID is that of a trial of this sweep: `NAME.0007`."""
+def trial_of(identifier: str, record: Record) -> str | None:
+    """The number of the trial of this sweep that an ID names, `NAME.0007` or the trial's run id in MLflow; or None.
+
+    Raises:
+        StorageError: The sweep's ledger cannot be read.
+    """
+    if record.kind != "sweep" or identifier in (record.name, record.run_id):
+        return None
+    if number := _numbered(identifier, record):
+        return number
+    from raytrainer.sweep.ledger import Ledger
+
+    trials = Ledger.open(Storage(record.run_dir)).trials.values()
+    return next((trial.id for trial in trials if trial.run_id == identifier), None)
+
+
+def _numbered(identifier: str, record: Record) -> str | None:
     sweep, _, number = identifier.rpartition(".")
-    return record.kind == "sweep" and sweep == record.name and re.fullmatch(r"\d{4,}", number) is not None
+    return number if record.kind == "sweep" and sweep == record.name and re.fullmatch(r"\d{4,}", number) else None
 
 
 def records(root: Path) -> Iterator[tuple[Record, Storage]]:
@@ -193,6 +208,6 @@ def _by_name(identifier: str, root: Path) -> Known | None:
         record = Record.read(storage)
         if record is not None and name == identifier:
             return Known(record, storage)
-        if record is not None and is_trial(identifier, record):
-            return Known(record, storage, trial=identifier.rpartition(".")[2])
+        if record is not None and (number := _numbered(identifier, record)):
+            return Known(record, storage, trial=number)
     return None

@@ -15,6 +15,7 @@ from raytrainer.run.record import (
     changes_meaning,
     job_tags,
     summary,
+    table,
     tracking_uri,
 )
 from raytrainer.run.session import ray_session
@@ -37,5 +38,6 @@ __all__ = [
     "ray_session",
     "refuse_existing",
     "summary",
+    "table",
     "tracking_uri",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -202,3 +202,18 @@ def summary(outcome: Outcome, program: str) -> str:
         more = f" {outcome.length}=…" if outcome.status == "FINISHED" else ""
         rows.append(("" if outcome.mlflow_command else "next", f"{program} resume {record.name}{more}"))
     return "\n".join(f"{name:<8} {text}" for name, text in rows)
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Runs that were started one after the other, one a line: what became of each."""
+    words = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
+    rows = [("run", "outcome", "time", "best")]
+    for outcome in outcomes:
+        best = (outcome.result or {}).get("best")
+        shown = f"{outcome.result['monitor']} {best[0]:.4g} at step {best[1]}" if outcome.result and best else "-"
+        told = outcome.cause if outcome.status == "FAILED" and outcome.cause else shown
+        rows.append((outcome.record.name, words[outcome.status], duration(outcome.seconds), told))
+    wide = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(
+        f"{name:<{wide[0]}}  {status:<{wide[1]}}  {time:>{wide[2]}}  {told}" for name, status, time, told in rows
+    )

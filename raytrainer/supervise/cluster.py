@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import socket
@@ -111,7 +112,13 @@ def stop() -> None:
     if dead_part():  # an orderly end would wait a minute for the answer of a dead process
         ray._private.worker._global_node.kill_all_processes(check_alive=False, allow_graceful=False)
         return
-    ray.shutdown()
+    # A collection in another thread that drops a reference of Ray's while its core ends would end the whole process.
+    gc.collect()
+    gc.disable()
+    try:
+        ray.shutdown()
+    finally:
+        gc.enable()
     if _reaper is not None:
         _reaper.dismiss()
         _reaper = None

@@ -109,7 +109,8 @@ def first_error(error: BaseException) -> BaseException:
 def death(error: BaseException) -> str:
     """How a process of Ray ended, in a line."""
     if isinstance(error, ray.exceptions.RayTaskError):
-        error = error.as_instanceof_cause()
+        raised = error.cause
+        error = raised if isinstance(raised, WorkerError) else error.as_instanceof_cause()
     if isinstance(error, WorkerError):
         return error.cause
     chain: list[BaseException | None] = [error, error.__cause__, getattr(error, "failure", None)]
@@ -243,16 +244,21 @@ class SupervisedTrainer(TorchTrainer):  # type: ignore[misc]
 
         Ray must not be shut down before: its core ends the whole process when a thread calls it after that.
         """
-        self._policy.abandoned = True
         deadline = time.monotonic() + within_s
+        self.kill_workers()
         while not done.wait(0.1) and time.monotonic() < deadline:
-            for handle in _WorkerGroup.reserved:
-                with contextlib.suppress(Exception):  # gone already
-                    handle.shutdown()
-            group = self._controller.get_worker_group() if self._controller is not None else None
-            for one in group.get_workers() if group is not None and group.has_started() else ():
-                with contextlib.suppress(Exception):
-                    ray.kill(one.actor)
+            self.kill_workers()
+
+    def kill_workers(self) -> None:
+        """Kills those that there are, started or starting; none comes after them."""
+        self._policy.abandoned = True
+        for handle in _WorkerGroup.reserved:
+            with contextlib.suppress(Exception):  # gone already
+                handle.shutdown()
+        group = self._controller.get_worker_group() if self._controller is not None else None
+        for one in group.get_workers() if group is not None and group.has_started() else ():
+            with contextlib.suppress(Exception):
+                ray.kill(one.actor)
 
 
 def make_trainer(

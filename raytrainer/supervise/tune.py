@@ -7,7 +7,7 @@ signal, a lost cluster and a lost lock are seen between two steps.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import ray
@@ -23,6 +23,32 @@ from raytrainer.supervise.train import death
 METRIC = "objective"  # what schedulers and searchers are told, whatever the sweep's metric is called
 
 
+def _as_deaths(failed: Callable[..., None]) -> Callable[..., None]:
+    """Tune knows processes that died and tasks that raised; a process that was killed for memory ends its loop."""
+
+    def told(tracked_actor_task: Any, exception: Exception) -> None:
+        if not isinstance(exception, ray.exceptions.RayActorError | ray.exceptions.RayTaskError):
+            gone: Exception = ray.exceptions.RayActorError(error_msg=str(exception))
+            gone.__cause__ = exception
+            exception = gone
+        failed(tracked_actor_task=tracked_actor_task, exception=exception)
+
+    return told
+
+
+class _Drawn(SearchGenerator):  # type: ignore[misc]
+    """Is not finished before the trials that it is `waited_for` by.
+
+    When nothing is left to be drawn Tune ends each process that no trial has asked for; those of paused trials are about
+    to be, and would be started anew, 3 s each, at every pause.
+    """
+
+    waited_for: Collection[Any] = ()
+
+    def is_finished(self) -> bool:
+        return super().is_finished() and all(trial.is_finished() for trial in self.waited_for)
+
+
 class TrialController(TuneController):  # type: ignore[misc]
     """Tune's own, less its snapshots, with an exact bound on the trials that run at a time.
 
@@ -31,30 +57,61 @@ class TrialController(TuneController):  # type: ignore[misc]
     """
 
     def __init__(
-        self, *, limit: int, all_drawn_early: bool, on_death: Callable[[str, str], None], **arguments: Any
+        self,
+        *,
+        resources: PlacementGroupFactory,
+        limit: int,
+        all_drawn_early: bool,
+        on_death: Callable[[str, str], None],
+        search_alg: _Drawn,
+        **arguments: Any,
     ) -> None:
-        super().__init__(reuse_actors=True, **arguments)
+        super().__init__(reuse_actors=True, search_alg=search_alg, **arguments)
         self._limit, self._all_drawn_early, self._on_death = limit, all_drawn_early, on_death
+        self._actor_manager._actor_task_failed = _as_deaths(self._actor_manager._actor_task_failed)
+        if all_drawn_early:  # a paused trial's process is another's next one, or its own
+            self._actor_cache.increase_max(resources, by=limit)
+            search_alg.waited_for = self._live_trials
 
     def checkpoint(self, force: bool = False, wait: bool = False) -> None:
         """Nothing: Tune would pickle its trials and the searcher, again and again. Ours is the ledger."""
 
+    @property
+    def _max_pending_trials(self) -> int:
+        """What Tune compares with the number of processes that are starting, at each one that it adds."""
+        return int(self._actor_manager.num_pending_actors) + self._limit - len(self._trial_to_actor)
+
+    @_max_pending_trials.setter
+    def _max_pending_trials(self, value: int) -> None:
+        """Tune's own bound."""
+
     def _maybe_update_trial_queue(self) -> None:
         # A searcher is asked when a place is free, not before: it then knows of every trial that has ended.
-        self._max_pending_trials = 1_000_000 if self._all_drawn_early else self._limit - len(self._trial_to_actor)
-        super()._maybe_update_trial_queue()
+        free = 1_000_000 if self._all_drawn_early else self._limit - len(self._trial_to_actor)
+        while len(self._pending_trials) < free and not self._search_alg.is_finished():
+            if not self._update_trial_queue():  # nor is it waited for: a signal is heeded between two steps
+                break
 
     def _maybe_add_actors(self) -> None:
-        free = self._limit - len(self._trial_to_actor)
-        if free > 0:
-            # Tune compares this with the actors that are starting.
-            self._max_pending_trials = self._actor_manager.num_pending_actors + free
+        if len(self._trial_to_actor) < self._limit:
             super()._maybe_add_actors()
 
     def _process_trial_failure(self, trial: Any, exception: BaseException) -> None:
         # Tune writes the exception as a pickle beside the trial; the ledger has it as a line.
         self._on_death(trial.trial_id, death(exception))
         super()._process_trial_failure(trial, exception)
+
+    def on_step_end(self) -> None:
+        super().on_step_end()
+        if self._all_drawn_early:
+            return  # such a scheduler compares trials that have ended, too
+        # Tune keeps every trial for its snapshots and its analysis: tens of kilobytes each, for ever.
+        for ended in (self._stopped_trials, self._failed_trials):
+            for trial in [t for t in ended if t not in self._trial_to_actor]:
+                ended.discard(trial)
+                self._trials.remove(trial)
+                self._live_trials.discard(trial)
+                self._trials_to_cache.discard(trial)
 
     def abandon(self) -> None:
         """Kills every trial's process without a word to it."""
@@ -102,10 +159,11 @@ def make_controller(
         trial_name_creator=lambda trial: trial.trial_id,
         trial_dirname_creator=lambda trial: trial.trial_id,
     )
-    search = SearchGenerator(searcher)
+    search = _Drawn(searcher)
     search.set_search_properties(METRIC, mode, {}, **experiment.public_spec)
     scheduler.set_search_properties(METRIC, mode, **experiment.public_spec)
     controller = TrialController(
+        resources=resources,
         limit=limit,
         all_drawn_early=all_drawn_early,
         on_death=on_death,

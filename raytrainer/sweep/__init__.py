@@ -7,6 +7,11 @@
     table       what a person sees meanwhile               launching  the lock, the record, the directory
     outcome     and at the end                             results    what is left: tables, pictures, the best config
 
+Of a sweep over any other Hydra application (`hydra/sweeper=ray_tune`):
+
+    settings    its `hydra.sweeper.*`                   application  one attempt, from beginning to end
+    function    what runs in a trial's process          reporting    `report`, which applications call
+
 Names are imported when they are first used: the plan and the ledger need neither Ray nor torch.
 """
 
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
     from raytrainer.sweep.ledger import Ledger, Report, Trial
     from raytrainer.sweep.outcome import SweepOutcome, summary
     from raytrainer.sweep.plan import Plan, make_plan
+    from raytrainer.sweep.reporting import report
     from raytrainer.sweep.search import GridSearch, RandomSearch
 
 __all__ = [
@@ -34,6 +40,7 @@ __all__ = [
     "in_words",
     "launch",
     "make_plan",
+    "report",
     "summary",
 ]
 
@@ -49,6 +56,7 @@ _HOMES = {
     "in_words": "launching",
     "launch": "launching",
     "make_plan": "plan",
+    "report": "reporting",
     "summary": "outcome",
 }
 

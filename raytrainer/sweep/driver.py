@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import time
 import traceback
 from collections import Counter
@@ -15,7 +16,7 @@ from typing import cast
 
 from raytrainer import preflight, provenance, tracking
 from raytrainer.config import Parameter, flattened
-from raytrainer.errors import ClusterLost, RaytrainerError, Stopped, StorageError, WorkerError
+from raytrainer.errors import ClusterLost, ConfigError, RaytrainerError, Stopped, StorageError, WorkerError
 from raytrainer.interrupts import Interrupted, Interrupts
 from raytrainer.progress import Display
 from raytrainer.run import (
@@ -97,7 +98,9 @@ class SweepDriver:
         )
         for trial in self.ledger.trials.values():  # what an earlier attempt had no time to send
             if trial.status not in ("running", "stopped") and trial.run_id is not None:
-                self._fleet.adopt(trial_spool(self._trial_dir(trial)), trial.run_id)
+                spool = trial_spool(self._trial_dir(trial))
+                self._of_spool[spool] = trial.id
+                self._fleet.adopt(spool, trial.run_id)
         try:
             with ray_session(self.e, self.interrupts, all_of_it=True) as available:
                 self.logs.mark("ray_up")
@@ -140,6 +143,7 @@ class SweepDriver:
 
         from raytrainer import supervise
         from raytrainer.sweep.engine import Listener, Search
+        from raytrainer.sweep.schedule import pauses
         from raytrainer.sweep.trial import Shared, TrialProcess
 
         e, gpu = self.e, preflight.uses_gpu(self.e, available)
@@ -162,10 +166,11 @@ class SweepDriver:
         )
         for note in search.notes:
             self.display.say(note)
+        may_pause = pauses(search.scheduler)
         shared = Shared(
             texts={key: c.text for key, c in self.plan.compositions.items()},
             parameters=self.plan.parameters,
-            fixed=self._fixed(gpu),
+            fixed=self._fixed(gpu, may_pause and workers > 1),
             run_dir=self.storage.uri,
             metric=self.plan.metric,
             mode=self.mode,
@@ -178,6 +183,7 @@ class SweepDriver:
             retries=e.sweep.max_trial_failures > 0,
             forward_env=e.cluster.forward_env,
             env_file=e.cluster.env_file,
+            pauses=may_pause,
         )
         self._board = Board(
             self.display,
@@ -216,11 +222,15 @@ class SweepDriver:
         assert self._board is not None
         self._board.tick()
 
-    def _fixed(self, gpu: bool) -> list[str]:
-        """What every trial has on top of its config."""
+    def _fixed(self, gpu: bool, always_saves: bool) -> list[str]:
+        """What every trial has on top of its config.
+
+        Args:
+            always_saves: Whether there must be a checkpoint of each report: workers that are to be paused are not asked.
+        """
         found = [f"scaling.use_gpu={str(gpu).lower()}", "tracking.log_model=false"]
         if self.e.checkpoint.min_interval_s is None:
-            found.append(f"checkpoint.min_interval_s={_INTERVAL_S}")
+            found.append(f"checkpoint.min_interval_s={0 if always_saves else _INTERVAL_S}")
         return found
 
     def _said(self, rank: int | None, line: str) -> None:
@@ -233,7 +243,7 @@ class SweepDriver:
         run_id = self._fleet.open(
             spool,
             f"{self.record.name}.{trial.id}",
-            params={key: str(value) for key, value in trial.parameters.items()},
+            params={_name(key): str(value) for key, value in trial.parameters.items()},
             tags={
                 "raytrainer.name": f"{self.record.name}.{trial.id}",
                 "raytrainer.kind": "trial",
@@ -262,6 +272,8 @@ class SweepDriver:
         assert self._fleet is not None
         best = trial.best(self.mode)
         tags: dict[str, str] = {"raytrainer.trial_status": trial.status}
+        if trial.inherited:  # not what it began with any more
+            tags["raytrainer.overrides"] = " ".join(trial.overrides)
         if best is not None:
             tags |= {"raytrainer.best_value": repr(best.value), "raytrainer.best_step": str(best.step)}
         self._fleet.finish(trial_spool(self._trial_dir(trial)), _IN_MLFLOW[trial.status], trial.cause, tags=tags)
@@ -324,7 +336,7 @@ class SweepDriver:
             self._uri,
             record.experiment_name,
             record.name,
-            params={**params, **{f"space/{p.key}": _described(p) for p in plan.parameters}},
+            params={**params, **{f"space/{_name(p.key)}": _described(p) for p in plan.parameters}},
             tags=tags,
             required=self.e.tracking.required,
             run_id=record.run_id,
@@ -407,8 +419,10 @@ class SweepDriver:
             if type(error).__module__.partition(".")[0] == "ray":
                 error = ClusterLost(f"Ray: {type(error).__name__}: {' '.join(str(error).split())[:500]}")
             trace = error.traceback if isinstance(error, WorkerError) else None
-            cause = str(error) if isinstance(error, RaytrainerError) else f"{type(error).__name__}: {error}"
-            return replace(base, status="FAILED", exit_code=1, cause=cause, traceback=trace)
+            found = " ".join(str(error).split())[:500]  # others' may have many lines
+            cause = str(error) if isinstance(error, RaytrainerError) else f"{type(error).__name__}: {found}"
+            hopeless = isinstance(error, ConfigError)
+            return replace(base, status="FAILED", exit_code=1, cause=cause, traceback=trace, resumable=not hopeless)
         note = None if reason == "finished" else f"{reason} reached"
         failed = [t for t in trials if t.status == "failed"]
         allowed = self.e.sweep.allow_failed
@@ -426,6 +440,11 @@ class SweepDriver:
 def may_change(key: str) -> bool:
     """Whether a parameter may change in the middle of a trial, as population based training does."""
     return not changes_meaning(key.lstrip("+"))
+
+
+def _name(key: str) -> str:
+    """A parameter's key as MLflow takes it."""
+    return re.sub(r"[^\w\-. :/]", "_", key.lstrip("+"))
 
 
 def _described(p: Parameter) -> str:

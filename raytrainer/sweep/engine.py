@@ -13,8 +13,8 @@ from typing import Any
 from ray import tune
 
 from raytrainer import supervise
-from raytrainer.config import Parameter
-from raytrainer.config.schema import SweepConfig
+from raytrainer.config import Parameter, SweepConfig
+from raytrainer.errors import ConfigError
 from raytrainer.sweep import schedule, search
 from raytrainer.sweep.ledger import Ledger, Mode, Report, Status, Trial
 
@@ -77,7 +77,12 @@ class Search:
         inner = search.make_search(config.search_alg, parameters, seed=seed, drawn=drawn)
         self.total = search.total_of(inner, parameters, config.num_samples)
         self.scheduler = schedule.make_scheduler(
-            config.scheduler, parameters, mode=mode, evaluations=evaluations, may_change=may_change
+            config.scheduler,
+            parameters,
+            mode=mode,
+            evaluations=evaluations,
+            may_change=may_change,
+            search=config.search_alg,
         )
         notes = (search.tell(inner, trials, mode), schedule.replay(self.scheduler, trials)) if trials else ()
         self.notes = [note for note in notes if note is not None]
@@ -91,6 +96,7 @@ class Search:
             on_draw=self._started,
         )
         self._deaths: dict[str, str] = {}
+        self._hopeless: ConfigError | None = None
 
     def run(
         self,
@@ -111,6 +117,9 @@ class Search:
             limit: The most trials at a time.
             between: Called between two decisions, several times a second; what it raises ends the sweep, every process
                 of a trial killed.
+
+        Raises:
+            ConfigError: A trial failed by what every other would fail by, too.
         """
         pauses = schedule.pauses(self.scheduler)
         controller = supervise.make_controller(
@@ -134,6 +143,8 @@ class Search:
                 if budget is not None and time.monotonic() - began >= budget:
                     return "time budget"
                 controller.step()
+                if self._hopeless is not None:
+                    raise self._hopeless
             return "finished"
         finally:
             controller.abandon()
@@ -161,6 +172,7 @@ class Search:
             value=found["value"],
             metrics=found["metrics"],
             time=time.time(),
+            interim=bool(found.get("interim")),
         )
         self._ledger.report(trial.id, report)
         self._listener.report(trial)
@@ -169,6 +181,8 @@ class Search:
         """Tune has no more use for a trial: it came to its end, or was stopped before."""
         end: dict[str, Any] = json.loads(result["end"]) if "end" in result else {"status": "pruned"}
         self._end(trial, end["status"], end.get("cause"))
+        if end.get("hopeless"):
+            self._hopeless = ConfigError(end["cause"].partition(": ")[2])
 
     def failed(self, trial: Trial, tune_id: str) -> None:
         """Its process died or raised, and is not started again."""

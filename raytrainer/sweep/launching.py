@@ -29,11 +29,16 @@ def check(plan: Plan, record: Record | None = None) -> str:
     Raises:
         Refused: What does not hold.
     """
-    where = run.check(plan.first, record)
+    where = run.check(plan.example, record)
     s = plan.experiment.sweep
     check_search(s.search_alg, plan.parameters)
     make_scheduler(
-        s.scheduler, plan.parameters, mode=cast(Mode, plan.mode), evaluations=plan.evaluations, may_change=may_change
+        s.scheduler,
+        plan.parameters,
+        mode=cast(Mode, plan.mode),
+        evaluations=plan.evaluations,
+        may_change=may_change,
+        search=s.search_alg,
     )
     return where
 

@@ -51,6 +51,8 @@ class Report:
         value: The sweep's metric; NaN or infinite where the trial diverged.
         metrics: All metrics of the evaluation, by name.
         time: Seconds since the epoch.
+        interim: Whether the value is for the scheduler alone: what a function of another application reports before it
+            returns its value.
     """
 
     evaluation: int
@@ -58,6 +60,7 @@ class Report:
     value: float
     metrics: Mapping[str, float]
     time: float
+    interim: bool = False
 
 
 @dataclass
@@ -96,8 +99,8 @@ class Trial:
         return self.cause is not None and NonFiniteLoss.__name__ in self.cause.partition(":")[0]
 
     def best(self, mode: Mode) -> Report | None:
-        """The report with the best value, the earliest of equals; None where no value is finite."""
-        finite = [report for report in self.reports if math.isfinite(report.value)]
+        """The report with the best value, the earliest of equals; None where no value is finite, or all are interim."""
+        finite = [report for report in self.reports if math.isfinite(report.value) and not report.interim]
         if not finite:
             return None
         return min(finite, key=lambda report: report.value if mode == "min" else -report.value)
@@ -173,8 +176,9 @@ class Ledger:
         """An evaluation. One with a number that the trial has had (it went on from an earlier checkpoint, or began
         anew) takes the place of that and of those after it, but of none from before an exploit."""
         numbers = {"evaluation": report.evaluation, "step": report.step, "value": report.value, "time": report.time}
+        interim = {"interim": True} if report.interim else {}
         with self._lock:
-            self._append({"kind": "report", "id": id, **numbers, "metrics": dict(report.metrics)})
+            self._append({"kind": "report", "id": id, **numbers, "metrics": dict(report.metrics), **interim})
             self._report(id, report)
 
     def inherit(
@@ -271,8 +275,8 @@ class Ledger:
             self._start(trial)
         elif kind == "report":
             metrics = {str(key): _number(value) for key, value in line["metrics"].items()}
-            value = _number(line["value"])
-            self._report(line["id"], Report(int(line["evaluation"]), int(line["step"]), value, metrics, line["time"]))
+            numbers = int(line["evaluation"]), int(line["step"]), _number(line["value"])
+            self._report(line["id"], Report(*numbers, metrics, line["time"], bool(line.get("interim"))))
         elif kind == "inherit":
             parameters = {str(key): _restored(value) for key, value in line["parameters"].items()}
             self._inherit(line["id"], line["from"], int(line["evaluation"]), parameters, list(line["overrides"]))

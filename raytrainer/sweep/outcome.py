@@ -27,6 +27,7 @@ class SweepOutcome:
         plan: What was swept.
         trials: All, of earlier attempts too.
         note: What ended it before all trials were drawn.
+        resumable: Whether going on would help; else it takes another config.
     """
 
     status: Status
@@ -37,6 +38,7 @@ class SweepOutcome:
     trials: Sequence[Trial] = ()
     cause: str | None = None
     note: str | None = None
+    resumable: bool = True
     mlflow: str | None = None
     mlflow_command: str | None = None
     seconds: float = 0.0
@@ -75,7 +77,9 @@ def summary(outcome: SweepOutcome, program: str) -> str:
         following.append(f"{program} --config-dir={shlex.quote(record.run_dir + '/best')} experiment=best")
     whole = outcome.status == "FINISHED" and outcome.note is None
     more = f" sweep.num_samples={2 * len(outcome.trials)}" if whole and plan.total is not None else ""
-    if more or not whole:
+    if not outcome.resumable:
+        following.append(f"{program} rerun {record.name} key=value…")
+    elif more or not whole:
         following.append(f"{program} resume {record.name}{more}")
     rows += [("next" if not i else "", text) for i, text in enumerate(following)]
     lines = [f"{name:<8} {text}" for name, text in rows]

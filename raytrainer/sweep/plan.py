@@ -31,6 +31,7 @@ PLAN = "sweep.json"
 VERSION = 1
 _MOST_COMBINATIONS = 1000  # of group choices; each is composed, and kept
 _MOST_PROBES = 400  # of values on those combinations
+_LENGTHS = ("trainer.max_epochs", "trainer.max_steps", "trainer.eval_every_n_steps")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,13 @@ class Plan:
         return self.first.experiment
 
     @property
+    def example(self) -> Composition:
+        """The whole config of a trial that there may be: of the first combination, with a value of each parameter."""
+        return replace(
+            from_text(self.first.text, list(_one_of_each(self.parameters).values())), choices=self.first.choices
+        )
+
+    @property
     def metric(self) -> str:
         return self.experiment.sweep.metric or self.experiment.checkpoint.monitor
 
@@ -74,11 +82,12 @@ class Plan:
     @property
     def evaluations(self) -> int | None:
         """How often a trial evaluates, where the config alone says so; of several combinations the most."""
-        counts = [_evaluations(c.experiment) for c in self.compositions.values()]
-        for p in self.parameters:
-            if p.key in ("trainer.max_epochs", "trainer.max_steps", "trainer.eval_every_n_steps"):
-                texts = [c.text for c in self.compositions.values()]
-                counts += [_evaluations(experiment_of(t, [p.override(v)])) for t in texts for v in p.probes()]
+        lengths = [[p.override(v) for v in p.probes()] for p in self.parameters if p.key in _LENGTHS]
+        counts = [
+            _evaluations(experiment_of(c.text, chosen) if chosen else c.experiment)
+            for c in self.compositions.values()
+            for chosen in itertools.product(*lengths)
+        ]
         return max((c for c in counts if c is not None), default=None) if None not in counts else None
 
     def text_of(self, values: Mapping[str, Any]) -> str:
@@ -179,15 +188,28 @@ def make_plan(
     named = list(fixed)
     for combination in combinations:
         chosen = [p.override(v) for p, v in zip(grouped, combination, strict=True)]
-        composition = compose([*named, *chosen], config_dir)
+        composition = _composed([*named, *chosen], parameters, config_dir)
         if not compositions and not any(o.startswith("name=") for o in fixed):
             stem = dict(composition.choices).get("experiment", "run") if len(combinations) == 1 else "sweep"
             named.append(f"name={new_name(f'{stem}-{choice}')}")
-            composition = compose([*named, *chosen], config_dir)
+            composition = _composed([*named, *chosen], parameters, config_dir)
         compositions[" ".join(sorted(chosen))] = composition
     plan = Plan(choice, tuple(fixed), tuple(parameters), compositions)
     check_plan(plan)
     return plan
+
+
+def _composed(overrides: Sequence[str], parameters: Sequence[Parameter], config_dir: str | Path | None) -> Composition:
+    """The config that trials put their values on; with one of each parameter where it is none without."""
+    try:
+        return compose(overrides, config_dir)
+    except ConfigError:
+        return compose([*overrides, *_one_of_each(parameters).values()], config_dir)
+
+
+def _one_of_each(parameters: Sequence[Parameter]) -> dict[str, str]:
+    """An override of each parameter that is no group."""
+    return {p.key: p.override(p.probes()[0]) for p in parameters if not p.group}
 
 
 def choices_of(parameters: Sequence[Parameter], values: Mapping[str, Any]) -> str:
@@ -212,6 +234,13 @@ def check_plan(plan: Plan) -> None:
     e = plan.experiment
     if e.debug:
         raise ConfigError("is one batch of one run; leave out -m and what is swept", key="debug", value=True)
+    if e.sweep.metric not in (None, e.checkpoint.monitor) and e.sweep.mode is None:
+        # checkpoint.mode is that of another metric: the search would go the wrong way in silence.
+        raise ConfigError(
+            f"is another metric than checkpoint.monitor={e.checkpoint.monitor}; say which way is better: sweep.mode=min or max",
+            key="sweep.metric",
+            value=e.sweep.metric,
+        )
     if e.cluster.kind == "inline":
         raise ConfigError("has no processes for trials; use cluster=local", key="cluster", value="inline")
     if isinstance(e.scaling.num_workers, list):
@@ -231,11 +260,14 @@ def check_plan(plan: Plan) -> None:
         raise ConfigError("or sweep.time_budget_s must be set, or the sweep never ends", key="sweep.num_samples")
     tried = 0
     for composition in plan.compositions.values():
-        preflight.check_objects(composition.experiment)
+        # A value that a sweep adds may be one that must not be missing: each is tried with one of every other.
+        each = _one_of_each(plan.parameters)
+        preflight.check_objects(experiment_of(composition.text, list(each.values())))
         for p in plan.parameters:
-            for value in () if p.group else p.probes():
+            for value in () if p.group else p.probes()[1:]:
                 if (tried := tried + 1) <= _MOST_PROBES:
-                    preflight.check_objects(experiment_of(composition.text, [p.override(value)]))
+                    overrides = {**each, p.key: p.override(value)}
+                    preflight.check_objects(experiment_of(composition.text, list(overrides.values())))
 
 
 def _evaluations(e: Experiment) -> int | None:

@@ -41,10 +41,7 @@ def write(
     Raises:
         StorageError: A file cannot be written.
     """
-    keys = [p.key for p in plan.parameters]
-    table = trials_table(trials, keys, mode)
-    storage.write_bytes(PARQUET, _as_parquet(table))
-    storage.write_bytes(CSV, _as_csv(table))
+    write_tables(storage, trials=trials, keys=[p.key for p in plan.parameters], mode=mode)
     for trial in ranked(trials, mode)[:1]:
         text = plan.composition_of(trial.parameters).text
         storage.write_bytes(BEST, as_experiment(text, _about(trial, plan.experiment.name, metric, mode)).encode())
@@ -54,6 +51,13 @@ def write(
     else:
         storage.delete(PROGRESS)
         storage.delete(PARAMETERS)
+
+
+def write_tables(storage: Storage, *, trials: Sequence[Trial], keys: Sequence[str], mode: Mode) -> None:
+    """Writes `trials_table` as Parquet and as CSV."""
+    table = trials_table(trials, keys, mode)
+    storage.write_bytes(PARQUET, _as_parquet(table))
+    storage.write_bytes(CSV, _as_csv(table))
 
 
 @contextlib.contextmanager

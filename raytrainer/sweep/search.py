@@ -51,8 +51,8 @@ LIBRARIES: Mapping[str, Mapping[str, str]] = {
     "optuna": {"optuna": "optuna"},
 }
 _SEEDS = ("seed", "random_state_seed", "random_state")  # what searchers call it
-TRIAL = "trial"  # the key of a trial's id in Tune's config of it
-RUN = "run"  # and that of its run in MLflow
+# Keys in Tune's config of a trial that no parameter has: its id, and its run in MLflow.
+TRIAL, RUN = "|trial", "|run"
 
 
 # --- our own searchers ----------------------------------------------------------------------------------------------
@@ -310,8 +310,9 @@ class Draws(Searcher):  # type: ignore[misc]
     """Gives Tune the trials of a sweep: those of the ledger that have not come to their end, then new ones until there
     are `total`, and keeps the ledger's record of what was drawn.
 
-    A trial's config is `{"trial": id, **parameters}`. The searcher is told of each trial's best value when it ends, of
-    one that diverged the worst of all, so that it learns to stay away; of one that failed otherwise, that it failed.
+    A trial's config is `{TRIAL: id, RUN: its run in MLflow or "", **parameters}`. The searcher is told of each
+    trial's best value when it ends; of one that diverged the worst of all, so that it learns to stay away; of one that
+    failed otherwise, that it failed.
 
     Args:
         search: Draws new ones.
@@ -336,8 +337,6 @@ class Draws(Searcher):  # type: ignore[misc]
         clock: Callable[[], float] = time.time,
     ) -> None:
         super().__init__()
-        if any(p.key in (TRIAL, RUN) for p in parameters):
-            raise ConfigError("cannot be swept: it is the name of a trial's number", key=TRIAL)
         self.total = total
         self._search, self._parameters, self._mode = search, list(parameters), mode
         self._ledger, self._overrides_of, self._on_draw, self._clock = ledger, overrides_of, on_draw, clock
@@ -430,6 +429,8 @@ def _lesson(trial: Trial, least: float, mode: Mode, status: Status, diverged: bo
     best = trial.best(mode)
     if best is not None:
         return best.value, False
+    if status == "pruned" and trial.reports and math.isfinite(trial.reports[-1].value):
+        return trial.reports[-1].value, False  # interim, as all that there is
     return (least, False) if trial.reports else (None, False)
 
 

@@ -12,10 +12,12 @@ import json
 import math
 import os
 import queue
+import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from raytrainer.errors import ConfigError, NonFiniteLoss, WorkerError
 from raytrainer.storage import Storage
 from raytrainer.sweep.ledger import Mode, worst
 from raytrainer.sweep.plan import choices_of, trial_spool
+from raytrainer.sweep.search import RUN, TRIAL
 
 _SOURCE = "trial.json"  # beside a checkpoint that Tune carries: whose it is
 _ENDS_S = 30.0  # the workers of a stopped trial are killed in so long
@@ -49,6 +52,7 @@ class Shared:
         strategy: Where they are placed.
         gpu: Whether they train on GPUs.
         retries: Whether a failed trial may be tried again.
+        pauses: Whether a trial may be paused, or get another's checkpoint.
         forward_env, env_file: As `environment.provide`.
     """
 
@@ -65,26 +69,28 @@ class Shared:
     strategy: str
     gpu: bool
     retries: bool
+    pauses: bool
     forward_env: Sequence[str] = ()
     env_file: str | None = None
 
     def job(self, config: Mapping[str, Any]) -> worker.Job:
         """What the trial of Tune's `config` trains."""
-        run_dir = Storage(self.run_dir).child(f"trials/{config['trial']}")
+        run_dir = Storage(self.run_dir).child(f"trials/{config[TRIAL]}")
         return worker.Job(
             text=self.texts[choices_of(self.parameters, config)],
             overrides=[*self.fixed, *(p.override(config[p.key]) for p in self.parameters if not p.group)],
             run_dir=run_dir.uri,
-            run_id=config["run"] or None,
+            run_id=config[RUN] or None,
             tracking_uri=self.tracking_uri,
             spool_dir=str(trial_spool(run_dir)),
             ship=self.ship,
             # A checkpoint that population based training copied in goes on with this trial's own values.
             changed=[p.key.removeprefix("optimizer.") for p in self.parameters if p.key.startswith("optimizer.")],
-            label=str(config["trial"]),
+            label=str(config[TRIAL]),
             forward_env=self.forward_env,
             env_file=self.env_file,
             reports=self.workers > 1,
+            settled=self.pauses,
         )
 
 
@@ -99,12 +105,17 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
     first step, also over restarts) and `report` or `end`, JSON for the driver.
     """
 
+    _job: worker.Job
+    _trial: str
+    _values: dict[str, Any]  # the trial's parameters
+    _checkpoints: Storage
     _thread: threading.Thread | None
     _messages: queue.Queue[dict[str, Any] | WorkerError]
     _trainer: Any  # the Trainer, where it is in this process and waits
     _blocked: bool  # whether the training thread waits to go on
     _last: dict[str, Any]
     _inherited: dict[str, Any] | None  # whose checkpoint the trial was given
+    _heard: int  # evaluations before the checkpoint that Tune gave: it has their results
     _group: tuple[Any, threading.Event] | None  # the workers of a trial that has several, and whether they are gone
 
     def setup(self, config: dict[str, Any], shared: Shared) -> None:
@@ -149,8 +160,10 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
 
         source = json.loads(Path(checkpoint, _SOURCE).read_text())
         take_in(Path(checkpoint), self._checkpoints)
+        self._heard = self._evaluation = int(source["evaluation"])
         if source["trial"] != self._trial:
             self._inherited = {"from": source["trial"], "evaluation": source["evaluation"]}
+            self._job = replace(self._job, inherited={**self._inherited, "parameters": self._values})
 
     def cleanup(self) -> None:
         self._end()
@@ -158,7 +171,8 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
     # --- one trial ------------------------------------------------------------------------------------------------
 
     def _take(self, config: Mapping[str, Any]) -> None:
-        self._job, self._trial = self._shared.job(config), str(config["trial"])
+        self._job, self._trial = self._shared.job(config), str(config[TRIAL])
+        self._values = {p.key: config[p.key] for p in self._shared.parameters if p.key in config}
         worker.hello(0, self._trial)
         self._checkpoints = Storage(self._job.run_dir).child("checkpoints")
         self._thread = self._trainer = self._inherited = self._group = None
@@ -166,7 +180,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
         self._go = threading.Semaphore(0)
         self._blocked = self._ending = False
         self._last = {}
-        self._evaluation = 0
+        self._evaluation = self._heard = 0
 
     def _run(self) -> None:
         """The training thread: its last message says how the trial ended."""
@@ -186,6 +200,8 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
                 self._messages.put(failed)
             else:
                 end = {"status": "failed", "cause": failed.cause, "traceback": failed.traceback, "diverged": diverged}
+                # Every other trial would fail by it, too.
+                end["hopeless"] = isinstance(error, ConfigError) and error.key == "sweep.metric"
                 self._messages.put(self._ended(end, None))
             traceback.clear_frames(error.__traceback__)  # they hold the model
         finally:
@@ -216,7 +232,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
             attempt=f"attempt-{os.getpid()}",
             progress=lambda: self._evaluation,
             on_retry=lambda text: None,
-            on_report=lambda found: self._take_report(found["step"], found["metrics"], None, found["ends"]),
+            on_report=self._heard_from_workers,
         )
         self._group = (trainer, done)
         try:
@@ -228,26 +244,40 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
         finally:
             done.set()
 
+    def _heard_from_workers(self, found: dict[str, Any]) -> None:
+        """In the training thread, where Train's controller is: the workers wait for its next look."""
+        if found and self._take_report(**found):
+            self._go.acquire()
+
     def _report(self, trainer: Any, ends: bool) -> None:
         """In the training thread, after an evaluation: waits until Tune has decided."""
         self._trainer = trainer
-        self._take_report(trainer.step, trainer.metrics, trainer.evaluations, ends)
-        if not ends:
+        if self._take_report(trainer.step, trainer.metrics, trainer.evaluations, ends):
             self._go.acquire()
             if self._ending:
                 raise _Ended
 
-    def _take_report(self, step: int, metrics: Mapping[str, float], evaluations: int | None, ends: bool) -> None:
-        self._evaluation = self._evaluation + 1 if evaluations is None else max(evaluations, 1)
+    def _take_report(self, step: int, metrics: Mapping[str, float], evaluations: int, ends: bool) -> bool:
+        """Hands an evaluation to Tune; whether Tune decides what becomes of the trial."""
+        if 0 < evaluations <= self._heard:
+            return False
+        self._evaluation = max(evaluations, 1)
         self._last = self._result(step, metrics)
-        if not ends:  # the last one goes out with the end
-            self._blocked = evaluations is not None
-            self._messages.put(self._last)
+        if ends:  # the last one goes out with the end
+            return False
+        self._blocked = True
+        self._messages.put(self._last)
+        return True
 
     def _result(self, step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
         shared = self._shared
         if shared.metric not in metrics:
-            raise ConfigError("is no metric that is logged", key="sweep.metric", value=shared.metric, choices=metrics)
+            raise ConfigError(
+                f"is not logged by the first evaluation, at step {step} (train/… come every trainer.log_every_n_steps)",
+                key="sweep.metric",
+                value=shared.metric,
+                choices=metrics,
+            )
         value = float(metrics[shared.metric])
         report = {"evaluation": self._evaluation, "step": step, "value": value, "metrics": dict(metrics)}
         if self._inherited is not None:
@@ -261,8 +291,8 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
 
     def _ended(self, end: Mapping[str, Any], result: Mapping[str, Any] | None) -> dict[str, Any]:
         """The trial's last result: its last report, or for one that raised the worst there is."""
-        if result is not None and not self._last:  # it had been trained to the end before
-            self._take_report(result["step"], result["metrics"], 1, ends=True)
+        if result is not None and not self._last:  # a checkpoint of its very end was put in its place
+            self._last = self._result(result["step"], result["metrics"])
         last = dict(self._last)
         if result is None:
             last.pop("report", None)
@@ -275,9 +305,12 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
         if thread is None:
             return
         self._ending = True
-        self._go.release()
-        if self._group is not None and thread.is_alive():
+        if self._group is None:
+            self._go.release()
+        elif thread.is_alive():
             trainer, done = self._group
+            trainer.kill_workers()  # before they may go on
+            self._go.release()
             trainer.abandon(done, _ENDS_S)
         thread.join()
         self._trainer = self._thread = self._group = None
@@ -293,16 +326,22 @@ def _as_found() -> Iterator[None]:
     """Puts back what a trial's code may have set for the whole process, so that the next one finds none of it."""
     import torch
 
-    environment, folder = dict(os.environ), Path.cwd()
+    environment, folder, path, output = dict(os.environ), Path.cwd(), list(sys.path), (sys.stdout, sys.stderr)
     dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
-    cudnn = torch.backends.cudnn
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
     flags = (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)
+    of_mkldnn, ignored = (mkldnn.enabled, mkldnn.deterministic, mkldnn.allow_tf32), list(warnings.filters)
     try:
         yield
     finally:
+        sys.path[:], (sys.stdout, sys.stderr) = path, output
+        if warnings.filters != ignored:
+            warnings.resetwarnings()
+            warnings.filters[:] = ignored  # type: ignore[index]
         torch.set_default_dtype(dtype)
         torch.set_float32_matmul_precision(precision)
         cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = flags
+        mkldnn.set_flags(*of_mkldnn)
         if dict(os.environ) != environment:
             os.environ.clear()
             os.environ.update(environment)

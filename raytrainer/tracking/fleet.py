@@ -204,7 +204,8 @@ class Fleet:
             try:
                 with child.spool.note_lock():
                     note = change(child.unsaved or child.spool.note())
-                    child.spool.write_note(note)
+                    # The sweep's ledger has what it says, and a disk may take milliseconds in which no trial starts.
+                    child.spool.write_note(note, durable=False)
                     child.unsaved = None
             except StorageError as error:
                 child.unsaved = note or change(child.unsaved)

@@ -169,10 +169,10 @@ class Spool:
         data = _read_json(self.note_path)
         return None if data is None else RunNote(**data)
 
-    def write_note(self, note: RunNote) -> None:
-        """The caller holds `note_lock` from reading to writing."""
+    def write_note(self, note: RunNote, *, durable: bool = True) -> None:
+        """The caller holds `note_lock` from reading to writing. `durable`: through a power cut, not only a kill."""
         self.create()
-        _replace(self.note_path, asdict(note))
+        _replace(self.note_path, asdict(note), durable)
 
     def drop_note(self, applied: RunNote) -> None:
         """Deletes the note unless it says more by now."""
@@ -404,14 +404,15 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _replace(path: Path, data: Any) -> None:
+def _replace(path: Path, data: Any, durable: bool = True) -> None:
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     with storage_errors(path):
         try:
             with partial.open("w", encoding="utf-8") as file:
                 json.dump(data, file)
-                file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
             partial.replace(path)
         except OSError:
             partial.unlink(missing_ok=True)

@@ -62,7 +62,8 @@ class Trainer:
         listeners: Objects with hooks of events.py, called before the experiment's own callbacks.
         should_stop: Asked at every log; once it is true on any rank, all end after the same step, with a checkpoint.
         report: Called with this trainer and whether training ends, after each evaluation and at the end: the last thing
-            of a step, its checkpoint handed over. What it raises ends training there.
+            of a step, its checkpoint handed over; and again at the beginning of a run that goes on from just there. What
+            it raises ends training there.
     """
 
     def __init__(
@@ -146,6 +147,9 @@ class Trainer:
             self, FitStart(self.step, self.total_steps, self.train_loader.steps_per_epoch, self.world.size, size)
         )
         reason = self._out_of_patience() or "finished"
+        if self.step and self._evaluated_at == self.step:
+            # Whoever took the report may have been killed after the checkpoint, and before it was heard of.
+            self._report(self, self.step == self.total_steps or reason != "finished")
         self._began = time.monotonic() - self._elapsed
         batches = self.train_loader.batches(self.step, self.step if reason != "finished" else self.total_steps)
         self.throughput.rate()  # its clock starts here

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from raytrainer import history
-from raytrainer.config import compose
+from raytrainer.config import compose, group_names
 from raytrainer.errors import ConfigError, RunNotFound
 from raytrainer.run import Record
 from raytrainer.storage import Storage
+from raytrainer.sweep import Ledger, Plan, Trial, make_plan
+from raytrainer.tracking.server import StoredRun
 
 RUN_ID = "0123456789abcdef0123456789abcdef"
 
@@ -146,3 +148,98 @@ def test_rerun_under_a_name(past: Record) -> None:
 def test_rerun_refuses_wrong_keys(past: Record) -> None:
     with pytest.raises(ConfigError, match=r"^model\.widht=3 is not a key .*valid: model\.width"):
         history.to_rerun(past.name, ["model.widht=3"])
+
+
+# --- sweeps --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def swept(in_tmp: Path) -> Record:
+    """A sweep over the learning rate and the model, whose second trial is to be had again."""
+    plan = make_plan(
+        ["experiment=mlp", "sweep=random", "optimizer.lr=tag(log,interval(1e-4,1e-1))", "model=mlp,resnet_digits"],
+        choice="random",
+        space={},
+        groups=group_names(),
+    )
+    storage = Storage(plan.experiment.storage_path or "").child(plan.experiment.name or "")
+    record = Record(plan.experiment.name or "", storage.uri, RUN_ID, "sqlite:////x.db", "mlp", kind="sweep")
+    plan.write(storage)
+    record.write(storage)
+    ledger = Ledger.open(storage)
+    ledger.begin({})
+    for number, (rate, model) in enumerate([(0.1, "mlp"), (0.0123, "resnet_digits")], start=1):
+        values = {"optimizer.lr": rate, "model": model}
+        ledger.start(Trial(f"{number:04d}", values, plan.overrides_of(values), 1.0, run_id=TRIAL_ID * number))
+    ledger.close()
+    return record
+
+
+TRIAL_ID = "1" * 16
+
+
+def test_a_trial_is_found_by_its_name_and_by_its_mlflow_id(swept: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stored(run_id: str, number: str) -> StoredRun:
+        name = f"{swept.name}.{number}"
+        tags = {"raytrainer.run_dir": f"{swept.run_dir}/trials/{number}", "raytrainer.sweep": swept.name}
+        return StoredRun(run_id, name, "0", "FINISHED", 1.0, 2.0, {}, tags, {}, None)
+
+    asked = {TRIAL_ID * 2: stored(TRIAL_ID * 2, "0002")}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://somewhere")
+    monkeypatch.setattr("raytrainer.tracking.lookup.find_run", lambda uri, identifier: asked.get(identifier))
+    for identifier in (f"{swept.name}.0002", TRIAL_ID * 2):
+        assert history.find(identifier)[0] == swept
+        assert history.trial_of(identifier, swept) == "0002"
+    for identifier in (swept.name, RUN_ID):
+        assert history.find(identifier)[0] == swept
+        assert history.trial_of(identifier, swept) is None
+    with pytest.raises(RunNotFound):
+        history.find("2" * 32)
+
+
+def test_a_trial_is_done_again_as_a_run(swept: Record) -> None:
+    composition = history.to_rerun(f"{swept.name}.0002", ["trainer.max_epochs=3"])
+    e = composition.experiment
+    assert e.optimizer is not None
+    assert e.model is not None
+    assert (e.optimizer["lr"], e.trainer.max_epochs) == (0.0123, 3)
+    assert "ResNet" in e.model["_target_"] or "resnet" in e.model["_target_"]
+    assert e.name not in (None, swept.name)
+    with pytest.raises(RunNotFound, match=f"{swept.name} has no trial 0007; it has 000"):
+        history.to_rerun(f"{swept.name}.0007", [])
+
+
+def test_a_trial_is_not_resumed_by_itself(swept: Record) -> None:
+    with pytest.raises(ConfigError, match=f"is a trial of {swept.name}, which goes on with it: resume {swept.name}"):
+        history.to_resume_sweep(f"{swept.name}.0002", [])
+
+
+def test_a_sweep_goes_on_with_more_trials(swept: Record) -> None:
+    plan, record = history.to_resume_sweep(swept.name, ["sweep.num_samples=20", "sweep.max_trial_failures=2"])
+    assert record == swept
+    assert {c.experiment.sweep.num_samples for c in plan.compositions.values()} == {20}
+    assert plan.experiment.sweep.max_trial_failures == 2
+    assert [p.key for p in plan.parameters] == ["optimizer.lr", "model"]
+    assert plan.experiment.name == swept.name
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["sweep.metric=val/loss", "optimizer.lr=0.1", "sweep=asha", "trainer.max_epochs=3", "num_samples=3", "seed=3"],
+)
+def test_a_sweep_does_not_go_on_as_another(swept: Record, override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        history.to_resume_sweep(swept.name, [override])
+    assert str(caught.value).startswith(override)
+    assert "sweep.num_samples" in str(caught.value)
+    assert "sweep.allow_failed" in str(caught.value)
+
+
+def test_a_sweep_is_done_again_under_another_name(swept: Record) -> None:
+    plan = history.to_rerun_sweep(swept.name, ["trainer.max_epochs=3"])
+    assert plan.experiment.name != swept.name
+    assert len({c.experiment.name for c in plan.compositions.values()}) == 1
+    assert {c.experiment.trainer.max_epochs for c in plan.compositions.values()} == {3}
+    assert plan.parameters == Plan.read(Storage(swept.run_dir)).parameters
+    with pytest.raises(ConfigError, match=r"optimizer\.lr is what the sweep is over"):
+        history.to_rerun_sweep(swept.name, ["optimizer.lr=0.1"])

@@ -4,12 +4,21 @@ It notes what each rank does, and does the things that faults are made of.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
+import random
+import signal
 import sys
+import threading
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,3 +72,166 @@ class NanAfter(CrossEntropy):
             if self._left < 0:
                 values["loss"] = values["loss"] * torch.nan
         return values
+
+
+class Observed:
+    """A callback: rank 0 of each trial appends lines of JSON to the file `path`: what it does, in which process, when.
+
+    `start` (from step, weights), `step` (with the learning rate), `evaluation` (weights); weights are a hash of them and
+    of the optimizer's state.
+    """
+
+    def __init__(self, pause_s: float = 0.0, path: str = "observed") -> None:
+        self._pause_s, self._path = pause_s, Path(path).absolute()
+        self._trial, self._file = "", -1
+
+    def on_fit_start(self, trainer: Any, event: Any) -> None:
+        if trainer.world.rank == 0:
+            self._trial = Path(str(trainer.checkpointer._storage.uri)).parent.name
+            self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            self._note("start", trainer.step, weights=_hash(trainer))
+
+    def on_step_end(self, trainer: Any, event: Any) -> None:
+        self._note("step", event.step, lr=float(trainer.optimizer.param_groups[0]["lr"]))
+        time.sleep(self._pause_s)
+
+    def on_eval_end(self, trainer: Any, event: Any) -> None:
+        self._note("evaluation", event.step, weights=_hash(trainer))
+
+    def _note(self, kind: str, step: int, **more: Any) -> None:
+        if self._file >= 0:
+            about = {"kind": kind, "trial": self._trial, "pid": os.getpid(), "step": step, "time": time.monotonic()}
+            os.write(self._file, json.dumps({**about, **more}).encode() + b"\n")
+
+
+def _hash(trainer: Any) -> str:
+    found = hashlib.sha256()
+    for _, tensor in sorted(trainer.raw_model.state_dict().items()):
+        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    for state in trainer.optimizer.state.values():
+        for _, value in sorted(state.items()):
+            found.update(torch.as_tensor(value).detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+class Changes:
+    """A callback: after `step` it changes something that a process has only one of, and never puts it back."""
+
+    def __init__(self, what: str, step: int = 5) -> None:
+        self._change, self._step = getattr(self, f"_{what}"), step
+
+    def on_step_end(self, trainer: Any, event: Any) -> None:
+        if event.step == self._step:
+            self._change(trainer)
+
+    def _nothing(self, trainer: Any) -> None:
+        pass
+
+    _quiet = _nothing  # two values that mean the same, for a sweep over them
+
+    def _raises(self, trainer: Any) -> None:
+        raise ValueError("bad luck")
+
+    def _diverges(self, trainer: Any) -> None:
+        with torch.no_grad():
+            for parameter in trainer.raw_model.parameters():
+                parameter.fill_(torch.nan)
+
+    def _memory(self, trainer: Any) -> None:
+        kept = []
+        while True:  # until it is killed
+            kept.append(np.ones(2**22))  # 32 MiB, each page touched
+            time.sleep(0.005)
+
+    def _dtype(self, trainer: Any) -> None:
+        torch.set_default_dtype(torch.float64)
+
+    def _device(self, trainer: Any) -> None:
+        torch.set_default_device("meta")
+
+    def _seeds(self, trainer: Any) -> None:
+        torch.manual_seed(1)
+        random.seed(1)
+        np.random.seed(1)
+
+    def _threads(self, trainer: Any) -> None:
+        torch.set_num_threads(2)
+
+    def _arithmetic(self, trainer: Any) -> None:
+        torch.use_deterministic_algorithms(False)
+        torch.set_float32_matmul_precision("medium")
+        torch.backends.mkldnn.set_flags(_enabled=False)
+
+    def _gradients(self, trainer: Any) -> None:
+        torch.set_grad_enabled(False)
+
+    def _environment(self, trainer: Any) -> None:
+        os.environ["OMP_NUM_THREADS"] = "7"
+        os.environ["HOME"] = "/nowhere"
+        del os.environ["PATH"]
+
+    def _folder(self, trainer: Any) -> None:
+        os.chdir("/")
+
+    def _warnings(self, trainer: Any) -> None:
+        warnings.simplefilter("error")
+
+    def _path(self, trainer: Any) -> None:
+        sys.path.clear()
+
+    def _output(self, trainer: Any) -> None:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
+
+    def _thread(self, trainer: Any) -> None:
+        def forever() -> None:
+            kept = [parameter.detach().clone() for parameter in trainer.raw_model.parameters()]
+            while kept:
+                time.sleep(0.01)
+
+        threading.Thread(target=forever, daemon=True).start()
+
+
+class Once:
+    """A callback: after `step` it does `what`, the first time in the directory it runs in: `raises` or is `killed`."""
+
+    def __init__(self, what: str, step: int) -> None:
+        self._what, self._step, self._mark = what, step, Path(f"once-{what}").absolute()
+
+    def on_step_end(self, trainer: Any, event: Any) -> None:
+        if event.step != self._step or self._what == "nothing" or self._mark.exists():
+            return
+        self._mark.touch()
+        if self._what == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError(f"{self._what}, this once")
+
+
+class Meets:
+    """A callback: after `step` it waits until as many as `count` trials are there at the same time."""
+
+    def __init__(self, count: int, step: int = 1, within_s: float = 60.0) -> None:
+        self._count, self._step, self._within_s, self._folder = count, step, within_s, Path("meets").absolute()
+
+    def on_step_end(self, trainer: Any, event: Any) -> None:
+        if event.step != self._step:
+            return
+        self._folder.mkdir(exist_ok=True)
+        (self._folder / str(os.getpid())).touch()
+        deadline = time.monotonic() + self._within_s
+        while len(list(self._folder.iterdir())) < self._count:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not {self._count} at a time in {self._within_s:g} s")
+            time.sleep(0.01)
+
+
+class SlowToEnd:
+    """A dataset whose iteration takes `seconds` to be closed, as one with worker processes does."""
+
+    def __init__(self, seconds: float, rows: int = 64) -> None:
+        self._seconds, self._rows = seconds, rows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with contextlib.ExitStack() as ends:
+            ends.callback(time.sleep, self._seconds)
+            for number in range(self._rows):
+                yield {"image": torch.full((64,), number / self._rows), "label": torch.tensor(number % 10)}

@@ -449,7 +449,7 @@ def test_a_full_disk_keeps_what_is_to_be_told_in_memory(
     monkeypatch.setattr("raytrainer.tracking.fleet._BACKOFF_S", (0.005, 0.01))
     tried = threading.Event()
 
-    def full(self: Spool, note: object) -> None:
+    def full(self: Spool, note: object, **_: object) -> None:
         if threading.current_thread().name == "tracking-fleet":
             tried.set()
         raise StorageFull("no space")

@@ -1,0 +1,140 @@
+"""The settings of a sweep over an application of others, `hydra.sweeper.*`: their defaults, and what is wrong with them.
+Light: the plugin, which Hydra imports at each start of each application, has the defaults from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from raytrainer.errors import ConfigError
+
+KEY = "hydra.sweeper"
+DIRECTIONS = {"minimize": "min", "maximize": "max"}
+# Short names; anything else is a node.
+SEARCHES: Mapping[str, Mapping[str, Any] | None] = {
+    "random": None,
+    "grid": {"_target_": "raytrainer.sweep.GridSearch"},
+    "optuna": {"_target_": "ray.tune.search.optuna.OptunaSearch"},
+}
+SCHEDULERS: Mapping[str, Mapping[str, Any]] = {
+    "asha": {"_target_": "ray.tune.schedulers.ASHAScheduler", "grace_period": 1, "reduction_factor": 3},
+    "median": {"_target_": "ray.tune.schedulers.MedianStoppingRule", "grace_period": 3},
+}
+_LEAST = {"num_samples": 1, "max_concurrent_trials": 1, "max_trial_failures": 0, "seed": 0}
+_OPTIONAL = ("num_samples", "max_concurrent_trials")
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """What `hydra.sweeper` holds.
+
+    Attributes:
+        num_samples: Trials. None: all of a grid; of another search 20, or as many as the time budget allows.
+        direction: `minimize` or `maximize`, of what the function returns.
+        search_alg: A short name or a node; None: random draws.
+        scheduler: A short name or a node; None: no trial is stopped in the middle.
+        seed: Of what is drawn.
+        params: Key → a sweep as on the command line, a list, or one value.
+        max_concurrent_trials: None: as many as there is room for.
+        time_budget_s: Seconds, or a text such as `1h30m`.
+        resources_per_trial: Ray's name → amount.
+        max_trial_failures: How often a trial that failed is tried again.
+        resume: Goes on with the sweep in the folder, where there is one.
+        address: Of a Ray cluster; None: a Ray of its own on this machine.
+    """
+
+    num_samples: int | None = None
+    direction: str = "minimize"
+    search_alg: Any = None
+    scheduler: Any = None
+    seed: int = 0
+    params: dict[str, Any] = field(default_factory=dict)
+    max_concurrent_trials: int | None = None
+    time_budget_s: Any = None
+    resources_per_trial: dict[str, float] = field(default_factory=lambda: {"CPU": 1})
+    max_trial_failures: int = 0
+    resume: bool = False
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                or_null = ", or null" if name in _OPTIONAL else ""
+                raise ConfigError(
+                    f"must be a whole number of at least {least}{or_null}", key=f"{KEY}.{name}", value=value
+                )
+        if not isinstance(self.direction, str) or self.direction not in DIRECTIONS:
+            raise ConfigError(
+                "is no direction, of which there is one since one number is searched for",
+                key=f"{KEY}.direction",
+                value=self.direction,
+                choices=DIRECTIONS,
+            )
+        if not isinstance(self.resume, bool):
+            raise ConfigError("must be true or false", key=f"{KEY}.resume", value=self.resume)
+        if self.address is not None and not isinstance(self.address, str):
+            raise ConfigError("must be the address of a Ray cluster, or null", key=f"{KEY}.address", value=self.address)
+        if not isinstance(self.params, dict):
+            raise ConfigError("must be keys with their sweeps", key=f"{KEY}.params", value=self.params)
+        self._check_resources()
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Settings:
+        """The settings that an application or a command line gives.
+
+        Raises:
+            ConfigError: One that does not exist, with those that do; or a value that it cannot have.
+        """
+        known = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise ConfigError("is no setting of ray_tune", key=f"{KEY}.{name}", choices=known)
+        return cls(**given)
+
+    @property
+    def search_node(self) -> dict[str, Any] | None:
+        """The searcher's node.
+
+        Raises:
+            ConfigError: A name that is none.
+        """
+        return _node("search_alg", self.search_alg, SEARCHES)
+
+    @property
+    def scheduler_node(self) -> dict[str, Any] | None:
+        """The scheduler's node; errors as above."""
+        return _node("scheduler", self.scheduler, SCHEDULERS)
+
+    def _check_resources(self) -> None:
+        key, resources = f"{KEY}.resources_per_trial", self.resources_per_trial
+        if not isinstance(resources, dict):
+            raise ConfigError("must be names with amounts, as {CPU: 1}", key=key, value=resources)
+        for name, amount in resources.items():
+            if str(name) in ("cpu", "gpu", "Cpu", "Gpu"):
+                raise ConfigError(f"is written {str(name).upper()}", key=f"{key}.{name}")
+            if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 <= amount < float("inf"):
+                raise ConfigError("must be a number, not below 0", key=f"{key}.{name}", value=amount)
+        if not any(resources.values()):
+            raise ConfigError("must have something: nothing else bounds how many run at a time", key=key)
+
+
+def _node(name: str, value: Any, short: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        if value not in short:
+            raise ConfigError(
+                "is neither a short name nor a node with a _target_", key=f"{KEY}.{name}", value=value, choices=short
+            )
+        found = short[value]
+        return None if found is None else dict(found)
+    if not isinstance(value, Mapping) or not isinstance(value.get("_target_"), str):
+        raise ConfigError(
+            "must be a node with a _target_, null or a short name", key=f"{KEY}.{name}", value=value, choices=short
+        )
+    return dict(value)

@@ -1,0 +1,8 @@
+"""A module of the application, found beside its script."""
+
+SHIFT = 1.0
+
+
+class Cone:
+    def __call__(self, x: float) -> float:
+        return SHIFT + abs(x - 0.25)

@@ -1,0 +1,246 @@
+"""The loop from the first draw to the last end, with Tune and its processes, and trials that only count: one Ray for all.
+What trials of experiments do is in test_trial.py; whole sweeps in tests/integration/ and tests/faults/.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import psutil
+import pytest
+from ray import tune
+
+from raytrainer import supervise
+from raytrainer.config import Parameter
+from raytrainer.config.schema import SweepConfig
+from raytrainer.errors import ConfigError
+from raytrainer.storage import Storage
+from raytrainer.sweep.engine import Listener, Search
+from raytrainer.sweep.ledger import Ledger, Trial
+from raytrainer.sweep.search import TRIAL
+from tests.training import node
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+
+X = Parameter("x", "interval", low=0.0, high=1.0)
+REPORTS = 3
+
+
+class Counts(tune.Trainable):  # type: ignore[misc]
+    """A trial that reports `x` times the number of the evaluation, and does in between what `does` says of its number."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self.reset_config(config)
+
+    def reset_config(self, config: dict[str, Any]) -> bool:
+        self._own, self._done = dict(config), 0
+        return True
+
+    def step(self) -> dict[str, Any]:
+        does = json.loads(Path(os.environ["COUNTS"]).read_text()).get(self._own[TRIAL], "")
+        if self._done == 1 and does == "dies":
+            os._exit(1)
+        if self._done == 1 and does == "dies once" and not (mark := Path(os.environ["COUNTS"] + ".once")).exists():
+            mark.touch()
+            os._exit(1)
+        while does == "hangs":
+            time.sleep(0.05)
+        self._done += 1
+        value = self._own["x"] * self._done
+        report = {"evaluation": self._done, "step": self._done, "value": value, "metrics": {"pid": float(os.getpid())}}
+        result = {"objective": value, "training_iteration": self._done, "report": json.dumps(report), "done": False}
+        if does == "hopeless":
+            end = {"status": "failed", "cause": "ConfigError: sweep.metric=x is not logged", "hopeless": True}
+            return {"objective": value, "training_iteration": self._done, "end": json.dumps(end), "done": True}
+        if self._done == REPORTS:
+            return {**result, "end": json.dumps({"status": "finished"}), "done": True}
+        return result
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        Path(checkpoint_dir, "done").write_text(str(self._done))
+
+    def load_checkpoint(self, checkpoint: str) -> None:
+        self._done = int(Path(checkpoint, "done").read_text())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A Ray with two CPUs, and the file that tells its processes what to do."""
+    told = tmp_path_factory.mktemp("engine") / "does.json"
+    told.write_text("{}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COUNTS", str(told))
+        cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["_"]))
+        supervise.prepare(embedded=True)
+        supervise.start_embedded(2, 0)
+        try:
+            yield told
+        finally:
+            supervise.stop()
+
+
+@dataclass
+class Sweep:
+    """One attempt, and what was told of it."""
+
+    folder: Path
+    config: SweepConfig
+    limit: int = 2
+    said: list[str] = field(default_factory=list)
+    started: list[str] = field(default_factory=list)
+    running: set[str] = field(default_factory=set)
+    most: int = 0
+    between: Callable[[], None] = lambda: None
+
+    def run(self) -> str:
+        self.ledger = Ledger.open(Storage(self.folder))
+        self.ledger.begin({})
+        search = Search(
+            self.config,
+            parameters=[X],
+            mode="max",
+            seed=3,
+            evaluations=REPORTS,
+            ledger=self.ledger,
+            overrides_of=lambda values: [X.override(values["x"])],
+            may_change=lambda key: True,
+            listener=Listener(self._start, lambda trial: None, self._end, self.said.append),
+        )
+        try:
+            return search.run(
+                Counts,
+                name="tune",
+                storage_path=str(self.folder),
+                resources=supervise.trial_resources({"CPU": 1}, 1, "PACK"),
+                limit=self.limit,
+                between=self.between,
+            )
+        finally:
+            self.ledger.close()
+
+    def _start(self, trial: Trial) -> None:
+        self.started.append(trial.id)
+        self.running.add(trial.id)
+        self.most = max(self.most, len(self.running))
+
+    def _end(self, trial: Trial) -> None:
+        self.running.discard(trial.id)
+
+    @property
+    def trials(self) -> dict[str, Trial]:
+        return Ledger.open(Storage(self.folder)).trials
+
+    @property
+    def pids(self) -> set[int]:
+        return {int(report.metrics["pid"]) for trial in self.trials.values() for report in trial.reports}
+
+
+@pytest.fixture
+def sweep(ray: Path, tmp_path: Path) -> Callable[..., Sweep]:
+    """`sweep({trial: what it does}, …of the section sweep)`, in one and the same folder."""
+
+    def make(does: dict[str, str] | None = None, limit: int = 2, **config: Any) -> Sweep:
+        ray.write_text(json.dumps(does or {}))
+        Path(f"{ray}.once").unlink(missing_ok=True)
+        return Sweep(tmp_path, SweepConfig(**{"num_samples": 5, **config}), limit)
+
+    return make
+
+
+def values(trials: dict[str, Trial]) -> dict[str, list[float]]:
+    return {trial.id: [report.value for report in trial.reports] for trial in trials.values()}
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_trials_are_drawn_in_order_and_no_more_at_a_time_than_may_be(sweep: Callable[..., Sweep], limit: int) -> None:
+    one = sweep(limit=limit)
+    assert one.run() == "finished"
+    assert one.started == list(one.trials) == ["0001", "0002", "0003", "0004", "0005"]
+    assert one.most == limit
+    assert len(one.pids) <= limit
+    for trial in one.trials.values():
+        assert trial.status == "finished"
+        assert [report.value for report in trial.reports] == [trial.parameters["x"] * n for n in (1, 2, 3)]
+        assert trial.overrides == [X.override(trial.parameters["x"])]
+
+
+def test_the_time_is_over(sweep: Callable[..., Sweep]) -> None:
+    """What runs then is left as it is: it goes on when the sweep does."""
+    one = sweep({"0003": "hangs"}, num_samples=None, time_budget_s=6.0, limit=1)
+    began = time.monotonic()
+    assert one.run() == "time budget"
+    assert time.monotonic() - began < 12
+    assert [trial.status for trial in one.trials.values()] == ["finished", "finished", "running"]
+
+
+def test_what_is_raised_between_two_decisions_ends_it_with_its_processes(sweep: Callable[..., Sweep]) -> None:
+    one = sweep({"0004": "hangs", "0005": "hangs"})
+
+    def between() -> None:
+        if len(one.started) == 5:
+            raise KeyboardInterrupt
+
+    one.between = between
+    with pytest.raises(KeyboardInterrupt):
+        one.run()
+    assert one.pids
+    deadline = time.monotonic() + 10
+    while any(psutil.pid_exists(pid) for pid in one.pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_sweep_goes_on_as_if_it_had_never_been_away(sweep: Callable[..., Sweep], tmp_path: Path) -> None:
+    undisturbed = sweep()
+    undisturbed.folder = tmp_path / "undisturbed"
+    undisturbed.run()
+    one = sweep(num_samples=3, limit=1)
+    one.run()
+    ledger = Ledger.open(Storage(one.folder))
+    ledger.begin({})
+    ledger.reopen("0002")  # as one that a killed driver leaves
+    ledger.close()
+    again = sweep()
+    assert again.run() == "finished"
+    assert again.started == ["0002", "0004", "0005"]
+    assert values(again.trials) == values(undisturbed.trials)
+
+
+def test_a_process_that_dies_is_a_failed_trial(sweep: Callable[..., Sweep]) -> None:
+    one = sweep({"0002": "dies"})
+    assert one.run() == "finished"
+    assert [trial.status for trial in one.trials.values()] == ["finished", "failed", "finished", "finished", "finished"]
+    assert (one.trials["0002"].cause or "").startswith("the process died")
+    assert len(one.trials["0002"].reports) == 1
+    assert one.said == []
+
+
+def test_a_process_that_dies_is_replaced(sweep: Callable[..., Sweep]) -> None:
+    one = sweep({"0002": "dies once", "0003": "dies"}, max_trial_failures=1)
+    assert one.run() == "finished"
+    assert [trial.status for trial in one.trials.values()] == ["finished", "finished", "failed", "finished", "finished"]
+    assert [report.evaluation for report in one.trials["0002"].reports] == [1, 2, 3]
+    assert [line.partition(":")[0] for line in one.said] == ["trial 0002", "trial 0003"]
+    assert all(line.endswith("it is tried again") for line in one.said)
+
+
+def test_what_all_would_fail_by_ends_it(sweep: Callable[..., Sweep]) -> None:
+    one = sweep({"0002": "hopeless"}, limit=1)
+    with pytest.raises(ConfigError, match=r"^sweep\.metric=x is not logged$"):
+        one.run()
+    assert [trial.status for trial in one.trials.values()] == ["finished", "failed"]
+
+
+def test_more_that_pause_than_may_run(sweep: Callable[..., Sweep]) -> None:
+    """HyperBand pauses trials to compare them: all come to an end, one at a time, in one process."""
+    one = sweep(limit=1, scheduler=node("ray.tune.schedulers.HyperBandScheduler", max_t=REPORTS))
+    assert one.run() == "finished"
+    assert {trial.status for trial in one.trials.values()} == {"finished", "pruned"}
+    assert len(one.pids) == 1

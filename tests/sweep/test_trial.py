@@ -1,0 +1,363 @@
+"""One process, trial after trial: each is what it would be in a process of its own, whatever the one before it did.
+Driven by hand as Tune does, without a Ray; through the real command in tests/integration/test_sweeps.py.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import multiprocessing
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raytrainer.checkpoint import Checkpointer
+from raytrainer.config import Parameter, compose
+from raytrainer.errors import WorkerError
+from raytrainer.storage import Storage
+from raytrainer.sweep.ledger import WORST
+from raytrainer.sweep.search import RUN, TRIAL
+from raytrainer.sweep.trial import Shared, TrialProcess
+from tests.launches import OUTSIDE, assert_equal_states
+
+pytestmark = pytest.mark.usefixtures("in_tmp", "outside")
+
+EPOCHS = 3
+LR = Parameter("optimizer.lr", "interval", low=1e-4, high=1e-1, log=True)
+_CHANGES = ("nothing", "raises", "diverges", "dtype", "device", "seeds", "threads", "arithmetic", "gradients", "thread")
+VALUES = (*_CHANGES, "environment", "folder", "warnings", "path", "output")
+WHAT = Parameter("callbacks.changes.what", "choice", VALUES, VALUES)
+CHANGES = ["+callbacks.changes._target_=probes.Changes", "+callbacks.changes.what=nothing"]
+SWEEP = ["experiment=mlp", "name=sweep", f"trainer.max_epochs={EPOCHS}", "model.width=16", "model.dropout=0.2"]
+SWEEP += ["trainer.log_every_n_steps=1", "checkpoint.min_interval_s=0"]
+
+
+@pytest.fixture
+def outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's package of the tests' launches can be imported."""
+    monkeypatch.syspath_prepend(str(OUTSIDE))
+
+
+def shared(*overrides: str, parameters: tuple[Parameter, ...] = (LR,), **different: Any) -> Shared:
+    found = Shared(
+        texts={"": compose([*SWEEP, *overrides]).text},
+        parameters=parameters,
+        fixed=["scaling.use_gpu=false"],
+        run_dir=str(Path("runs/sweep").absolute()),
+        metric="val/accuracy",
+        mode="max",
+        tracking_uri="",
+        ship=False,
+        workers=1,
+        resources={"CPU": 1},
+        strategy="PACK",
+        gpu=False,
+        retries=False,
+        pauses=False,
+    )
+    return replace(found, **different)
+
+
+def config(number: int, **values: Any) -> dict[str, Any]:
+    return {TRIAL: f"{number:04d}", RUN: "", "optimizer.lr": 0.01, **values}
+
+
+class Process:
+    """A process of Tune, in this one: `steps` is what it says until the trial has ended, or was stopped after `stop`."""
+
+    def __init__(self, of: Shared, first: Mapping[str, Any]) -> None:
+        class Own(TrialProcess):
+            def setup(self, config: dict[str, Any]) -> None:  # type: ignore[override]
+                super().setup(config, of)
+
+            def _setup_logdir(self) -> None:
+                """None: it would be below the home directory."""
+
+        self.tune = Own(dict(first))
+
+    def steps(self, stop: int | None = None) -> list[dict[str, Any]]:
+        said: list[dict[str, Any]] = []
+        while len(said) != stop and not (said and said[-1]["done"]):
+            said.append(self.tune.step())
+        return said
+
+    def then(self, config: Mapping[str, Any], stop: int | None = None) -> list[dict[str, Any]]:
+        self.reset(config)
+        return self.steps(stop)
+
+    def reset(self, config: Mapping[str, Any]) -> None:
+        assert self.tune.reset_config(dict(config))
+
+
+@pytest.fixture
+def process() -> Iterator[Callable[..., Process]]:
+    """`process(shared, config)`, ended with the test."""
+    made: list[Process] = []
+
+    def make(of: Shared, first: Mapping[str, Any]) -> Process:
+        made.append(Process(of, first))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.tune.cleanup()
+    gc.unfreeze()
+
+
+def reports(said: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a trial reported, without what measures time."""
+    found = [json.loads(result["report"]) for result in said if "report" in result]
+    for report in found:
+        del report["metrics"]["train/samples_per_second"]
+    return found
+
+
+def end(said: list[dict[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(said[-1]["end"])
+    return found
+
+
+def steps(trial: str = "0001") -> list[int]:
+    """The steps that a trial has done, as `probes.Observed` noted them."""
+    lines = [json.loads(line) for line in Path("observed").read_text().splitlines()]
+    return [line["step"] for line in lines if line["kind"] == "step" and line["trial"] == trial]
+
+
+def of_trial(trial: str) -> Storage:
+    """Where a trial's checkpoints are."""
+    return Storage(Path("runs/sweep/trials", trial, "checkpoints").absolute())
+
+
+OBSERVED = ["+callbacks.observed._target_=probes.Observed"]
+
+
+def in_new_process(of: Shared, first: dict[str, Any]) -> list[dict[str, Any]]:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_alone, of, first).result()
+
+
+def _alone(of: Shared, first: dict[str, Any]) -> list[dict[str, Any]]:
+    return Process(of, first).steps()
+
+
+# --- nothing is carried over -----------------------------------------------------------------------------------------
+
+
+def test_after_every_kind_of_trial_it_is_as_in_a_new_process(process: Callable[..., Process], tmp_path: Path) -> None:
+    of = shared(*CHANGES, parameters=(LR, WHAT))
+    measured = config(99, **{WHAT.key: "nothing", "optimizer.lr": 0.0123})
+    expected = reports(in_new_process(of, measured))
+    assert [report["evaluation"] for report in expected] == [1, 2, 3]
+    environment, folder, path, output = dict(os.environ), Path.cwd(), list(sys.path), (sys.stdout, sys.stderr)
+    flags = torch.backends.mkldnn.flags, torch.get_float32_matmul_precision(), list(warnings.filters)
+    one = process(of, config(1, **{WHAT.key: "nothing"}))
+    one.steps(stop=2)  # and stopped in the middle
+    for number, what in enumerate(VALUES[1:], start=2):
+        said = one.then(config(number, **{WHAT.key: what}))
+        assert end(said)["status"] == ("failed" if what in {"raises", "diverges", "gradients"} else end(said)["status"])
+        Storage(of.run_dir).delete("trials/0099")
+        found = one.then(measured)
+        assert end(found) == {"status": "finished", "reason": "finished"}, what
+        assert reports(found) == expected, what
+    one.tune.cleanup()
+    assert (dict(os.environ), Path.cwd(), list(sys.path)) == (environment, folder, path)
+    assert (sys.stdout, sys.stderr) == output
+    assert (torch.backends.mkldnn.flags, torch.get_float32_matmul_precision(), list(warnings.filters)) == flags
+    assert torch.backends.mkldnn.enabled
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_what_a_trial_held_is_given_back(process: Callable[..., Process]) -> None:
+    """Neither a stopped nor a failed trial leaves its model in memory, nor a thread."""
+    of = shared(*CHANGES, parameters=(LR, WHAT))
+    one = process(of, config(1, **{WHAT.key: "nothing"}))
+    one.steps(stop=1)
+    before = threading.active_count()
+    for number, (what, stop) in enumerate([("nothing", 1), ("raises", None), ("nothing", None)] * 3, start=2):
+        one.then(config(number, **{WHAT.key: what}), stop)
+    one.reset(config(50, **{WHAT.key: "nothing"}))
+    gc.collect()
+    from raytrainer.trainer import Trainer
+
+    assert not [found for found in gc.get_objects() if isinstance(found, Trainer)]
+    assert threading.active_count() <= before
+
+
+# --- a stopped trial -------------------------------------------------------------------------------------------------
+
+
+def test_a_stopped_trial_ends_between_two_steps(process: Callable[..., Process]) -> None:
+    """It is stopped at its first evaluation, and does not do one step more."""
+    one = process(shared(*OBSERVED), config(1))
+    first = one.steps(stop=1)
+    assert [report["step"] for report in reports(first)] == [11]
+    assert not first[-1]["done"]
+    began = time.monotonic()
+    one.reset(config(2))
+    assert time.monotonic() - began < 1.0
+    assert steps() == list(range(1, 12))
+    assert reports(one.steps())[-1]["evaluation"] == EPOCHS
+    assert steps("0002") == list(range(1, 34))
+    assert steps() == list(range(1, 12))
+
+
+def test_a_stopped_trial_that_takes_its_time_to_end_breaks_nothing(process: Callable[..., Process]) -> None:
+    """Tune's own function trials are given 2 s, and the trial after them fails."""
+    slow = ["data.train._target_=probes.SlowToEnd", "~data.train.split", "+data.train.seconds=2.5"]
+    slow += ["+data.train.rows=800"]
+    slow += ["data.global_batch_size=8", "data.prefetch=0", "trainer.max_epochs=null", "trainer.max_steps=8"]
+    one = process(shared(*slow, "trainer.eval_every_n_steps=4"), config(1))
+    one.steps(stop=1)
+    began = time.monotonic()
+    one.reset(config(2))
+    assert time.monotonic() - began >= 2.4
+    assert end(one.steps())["status"] == "finished"
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_a_metric_that_is_not_there_is_told_with_those_that_are(process: Callable[..., Process]) -> None:
+    said = process(shared(metric="val/acuracy"), config(1)).steps()
+    assert len(said) == 1
+    assert said[0]["objective"] == -WORST
+    found = end(said)
+    assert found["status"] == "failed"
+    assert "sweep.metric=val/acuracy" in found["cause"]
+    assert "val/accuracy" in found["cause"]
+    assert found["hopeless"]
+
+
+def test_a_metric_that_is_logged_too_late_is_told_so(process: Callable[..., Process]) -> None:
+    """train/loss is logged every so many steps: here for the first time after the first evaluation."""
+    cause = end(process(shared("trainer.log_every_n_steps=20", metric="train/loss"), config(1)).steps())["cause"]
+    assert "sweep.metric=train/loss" in cause
+    assert "trainer.log_every_n_steps" in cause
+    assert "step 11" in cause
+
+
+def test_a_value_that_is_nan_is_the_worst_and_is_recorded_as_it_is(process: Callable[..., Process]) -> None:
+    of = shared(*CHANGES, "trainer.nonfinite=warn", metric="val/loss", mode="min", parameters=(LR, WHAT))
+    said = process(of, config(1, **{WHAT.key: "diverges"})).steps()
+    assert [result["objective"] for result in said] == [WORST] * EPOCHS
+    assert all(math.isnan(report["value"]) for report in reports(said))
+    assert end(said) == {"status": "finished", "reason": "finished"}
+
+
+def test_one_that_raises_is_data_and_says_why(process: Callable[..., Process]) -> None:
+    of = shared(*CHANGES, "+callbacks.changes.step=15", parameters=(LR, WHAT))
+    said = process(of, config(1, **{WHAT.key: "raises"})).steps()
+    assert reports(said) == reports(said[:1])  # the report before the exception, once
+    assert [result["training_iteration"] for result in said] == [1, 1]
+    assert said[-1]["objective"] == -WORST
+    assert end(said)["cause"] == "ValueError: bad luck"
+    assert "probes.py" in end(said)["traceback"]
+    assert not end(said)["diverged"]
+
+
+def test_a_loss_that_is_not_finite_is_a_divergence(process: Callable[..., Process]) -> None:
+    said = process(shared(*CHANGES, parameters=(LR, WHAT)), config(1, **{WHAT.key: "diverges"})).steps()
+    assert end(said)["cause"].startswith("NonFiniteLoss: the loss became nan")
+    assert end(said)["diverged"]
+
+
+def test_only_what_another_try_can_mend_is_tried_again(process: Callable[..., Process]) -> None:
+    """What may be retried is raised: Tune starts the trial anew, in another process."""
+    of = shared(*CHANGES, parameters=(LR, WHAT), retries=True)
+    one = process(of, config(1, **{WHAT.key: "raises"}))
+    assert end(one.steps())["status"] == "failed"  # a ValueError is the same each time
+    once = ["+callbacks.once._target_=probes.Once", "+callbacks.once.what=raises", "+callbacks.once.step=15"]
+    of = shared(*once, retries=True)
+    one = process(of, config(2))
+    one.steps(stop=1)
+    with pytest.raises(WorkerError, match="OSError: raises, this once"):
+        one.tune.step()
+    again = process(of, config(2))
+    assert [report["step"] for report in reports(again.steps())][-2:] == [22, 33]
+
+
+# --- going on --------------------------------------------------------------------------------------------------------
+
+
+def undisturbed(process: Callable[..., Process]) -> list[dict[str, Any]]:
+    return reports(process(shared(), config(7)).steps())
+
+
+@pytest.mark.parametrize("lost", [1, 2, 3])
+def test_a_report_that_the_ledger_never_got_is_told_again(process: Callable[..., Process], lost: int) -> None:
+    """A trial is killed after the checkpoint of an evaluation, before anybody heard of it."""
+    expected = undisturbed(process)
+    process(shared(), config(1)).steps(stop=None if lost == EPOCHS else lost)
+    checkpointer = Checkpointer(of_trial("0001"))
+    while checkpointer.latest() is None or checkpointer.latest().step != 11 * lost:  # type: ignore[union-attr]
+        time.sleep(0.01)
+    said = process(shared(), config(1)).steps()
+    assert reports(said) == expected[lost - 1 :]
+    assert [result["training_iteration"] for result in said] == list(range(lost, EPOCHS + 1))
+    assert end(said)["status"] == "finished"
+
+
+def test_a_checkpoint_between_two_evaluations_reports_nothing_twice(process: Callable[..., Process]) -> None:
+    expected = undisturbed(process)
+    of = shared("checkpoint.every_n_steps=5")
+    process(of, config(1)).steps(stop=1)
+    one = process(shared(), config(1))
+    folder = of_trial("0001")
+    while not folder.exists("step-000000011/manifest.json"):  # the best is kept too
+        time.sleep(0.01)
+    folder.delete("step-000000011")
+    assert Checkpointer(folder).latest().step == 10  # type: ignore[union-attr]
+    assert reports(one.steps()) == expected
+
+
+def test_a_clone_goes_on_from_the_state_of_the_other(process: Callable[..., Process], tmp_path: Path) -> None:
+    """Population based training: the very state of the source's last report, with a learning rate of its own."""
+    of = shared(*OBSERVED, pauses=True)
+    source, clone = process(of, config(1)), process(of, config(2))
+    source.steps(stop=2)
+    clone.steps(stop=2)
+    source.tune.save_checkpoint(str(tmp_path))
+    clone.reset(config(2, **{"optimizer.lr": 0.002}))
+    clone.tune.load_checkpoint(str(tmp_path))
+    said = clone.steps()
+    assert [report["evaluation"] for report in reports(said)] == [3]
+    assert reports(said)[0]["inherited"] == {"from": "0001", "evaluation": 2}
+    assert_equal_states(loaded("0001", 22), loaded("0002", 22))
+    lines = [json.loads(line) for line in Path("observed").read_text().splitlines()]
+    assert [line["weights"] for line in lines if line["kind"] == "start" and line["step"] == 22] == [
+        line["weights"] for line in lines if line["trial"] == "0001" and line["kind"] == "evaluation"
+    ][-1:]
+    rates = {(line["trial"], line["step"]): line["lr"] for line in lines if line["kind"] == "step"}
+    process(of, config(3)).steps()
+    lines = [json.loads(line) for line in Path("observed").read_text().splitlines()]
+    whole = {line["step"]: line["lr"] for line in lines if line["kind"] == "step" and line["trial"] == "0003"}
+    for step in range(1, 33):  # the same curve, over the new rate once it is inherited
+        assert rates["0002", step] == pytest.approx(whole[step] * (0.2 if step > 22 else 1.0))
+
+
+def loaded(trial: str, step: int) -> dict[str, Any]:
+    checkpointer = Checkpointer(of_trial(trial))
+    (info,) = [info for info in checkpointer.list() if info.step == step]
+    shared, own = checkpointer.load(info)
+    return dict(
+        _tensors({"shared": shared["model"], "optimizer": shared["optimizer"], "own": own["random"] if own else {}})
+    )
+
+
+def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, below in value.items():
+            yield from _tensors(below, f"{path}/{key}")
+    elif isinstance(value, torch.Tensor):
+        yield path, value
