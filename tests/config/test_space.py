@@ -219,7 +219,9 @@ def test_glob_chooses_among_the_choices_of_raytrainer_and_of_a_config_dir(own_co
 def test_glob_asks_the_hydra_that_runs() -> None:
     # The groups of the application that runs, not raytrainer's: those are on its path only where it says so.
     assert one("model=glob([wid*,mlp])").values == ("wide", "wider")
-    assert refusal("model=glob(nope)").startswith("model=glob(nope) matches no choice of the group; valid: wide, wider")
+    assert refusal("model=glob(nope)").startswith(
+        "model=glob(nope) matches no choice of the group; valid: thin, wide, wider"
+    )
 
 
 def test_the_space_comes_first_and_fixed_overrides_stay_as_written() -> None:
