@@ -10,13 +10,18 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 from hypothesis import settings
 
+if TYPE_CHECKING:
+    from tests.outside.servers import S3, Certificates, Mlflow, Nginx, Postgres
+
+T = TypeVar("T", "S3", "Postgres", "Mlflow", "Nginx")
+
 # Variables that would aim a test at somebody's server or cluster.
-FOREIGN = ("MLFLOW_", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_", "RAY_RUNTIME_ENV", "HYDRA_")
+FOREIGN = ("AWS_", "MLFLOW_", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_", "RAY_RUNTIME_ENV", "HYDRA_")
 QUIET = {
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -80,20 +85,79 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def system_program() -> Callable[[str, str], str]:
     """`system_program("nginx", "nginx")`: the path of a program from a system package; without it the test is skipped.
 
     `.ci/run` installs what is named here, and fails on such a skip.
     """
+    # Where Debian has servers, which are on no user's path.
+    more = ["/usr/sbin", *map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin")))]
 
     def find(program: str, package: str) -> str:
-        found = shutil.which(program)
+        found = shutil.which(program, path=os.pathsep.join([os.environ.get("PATH", ""), *more]))
         if found is None:
             pytest.skip(f"system package missing: {package} (has {program})")
         return found
 
     return find
+
+
+# --- servers that tests of several subjects use, started once each ----------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    from tests.outside.servers import Certificates
+
+    return Certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """An S3 with the bucket `bucket`. Each test keeps to a prefix of its own."""
+    from tests.outside.servers import S3
+
+    yield from _running(S3(tmp_path_factory.mktemp("s3")))
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory, system_program: Callable[[str, str], str]) -> Iterator[Postgres]:
+    from tests.outside.servers import Postgres
+
+    programs = Path(system_program("initdb", "postgresql")).parent
+    yield from _running(Postgres(tmp_path_factory.mktemp("postgres"), programs))
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory, postgres: Postgres, s3: S3) -> Iterator[Mlflow]:
+    """MLflow as a team has it: users with passwords, PostgreSQL, artifacts in S3."""
+    from tests.outside.servers import Mlflow
+
+    folder = tmp_path_factory.mktemp("mlflow")
+    yield from _running(Mlflow(folder, postgres.uri, "s3://bucket/artifacts", s3.environment))
+
+
+@pytest.fixture(scope="session")
+def mlflow_behind_tls(
+    tmp_path_factory: pytest.TempPathFactory,
+    system_program: Callable[[str, str], str],
+    mlflow_server: Mlflow,
+    certificates: Certificates,
+) -> Iterator[Nginx]:
+    """nginx before it, which alone is to be reached."""
+    from tests.outside.servers import Nginx
+
+    folder, program = tmp_path_factory.mktemp("nginx"), system_program("nginx", "nginx")
+    yield from _running(Nginx(folder, program, mlflow_server.port, certificates.issue()))
+
+
+def _running(server: T) -> Iterator[T]:
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
