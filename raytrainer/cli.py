@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import shlex
 import sys
@@ -44,6 +45,8 @@ def _command(arguments: list[str]) -> int:
     outcomes: list[Any] = []
 
     def train(composition: config.Composition, arguments: list[str]) -> int:
+        if _is_sent(composition):
+            return _submit(composition, arguments)
         outcomes.append(_trained(composition, arguments))
         return int(outcomes[-1].exit_code)
 
@@ -113,6 +116,8 @@ def _rerun(given: argparse.Namespace, rest: list[str], *, dry: bool) -> int:
     composition = history.to_rerun(given.id, given.overrides)
     if dry:
         return _would_send(composition, ["rerun", *rest])
+    if _is_sent(composition):
+        return _submit(composition, ["rerun", *rest], as_json=given.json)
     return int(_trained(composition, ["rerun", *rest], as_json=given.json).exit_code)
 
 
@@ -128,6 +133,8 @@ def _resume(given: argparse.Namespace, rest: list[str], *, dry: bool) -> int:
     composition, record, changed = history.to_resume(given.id, given.overrides)
     if dry:
         return _would_send(composition, ["resume", *rest], record, changed)
+    if _is_sent(composition):
+        return _submit(composition, ["resume", *rest], record, changed, as_json=given.json)
     outcome = run.launch(composition, argv=["resume", *rest], record=record, changed=changed)
     return _told(outcome, run.summary(outcome, provenance.program()), as_json=given.json)
 
@@ -141,10 +148,32 @@ def _trained(composition: config.Composition, arguments: list[str], *, as_json: 
     return outcome
 
 
-def _check(composition: config.Composition, arguments: list[str], record: Any = None) -> int:
-    from raytrainer import run
+def _is_sent(asked: Any) -> bool:
+    """Whether a composed config, or the plan of a sweep, runs as a job on a shared cluster."""
+    return asked.experiment.cluster.kind in ("job", "kuberay")
 
-    where = run.check(composition, record)
+
+def _submit(
+    asked: Any, arguments: list[str], record: Any = None, changed: Sequence[str] = (), *, as_json: bool = False
+) -> int:
+    from raytrainer.cluster import submit
+
+    # What the job prints goes where progress goes when standard output is for a program.
+    printed = sys.stderr if as_json else sys.stdout
+    found = submit.launch(asked, arguments, record=record, changed=changed, say=_say, out=printed)
+    print(json.dumps(found.to_json()) if as_json else found.text(provenance.program()), flush=True)
+    return found.exit_code
+
+
+def _check(composition: config.Composition, arguments: list[str], record: Any = None) -> int:
+    if _is_sent(composition):
+        from raytrainer.cluster import submit
+
+        where = submit.check(composition, arguments, record=record, say=_say)
+    else:
+        from raytrainer import run
+
+        where = run.check(composition, record)
     print(f"ok: {composition.experiment.name} would train: {where}")
     return 0
 
@@ -158,7 +187,7 @@ def _would_send(asked: Any, arguments: list[str], record: Any = None, changed: S
         record: Of the run that would go on.
         changed: As `run.launch`.
     """
-    if asked.experiment.cluster.kind not in ("job", "kuberay"):
+    if not _is_sent(asked):
         if isinstance(asked, config.Composition):
             return _check(asked, arguments, record)
         return _check_sweep(asked, arguments, record)
@@ -184,12 +213,19 @@ def _sweep(plan: Any, arguments: list[str]) -> int:
 def _check_sweep(plan: Any, arguments: list[str], record: Any = None) -> int:
     from raytrainer import sweep
 
-    where = sweep.check(plan, record)
+    if _is_sent(plan):
+        from raytrainer.cluster import submit
+
+        where = submit.check(plan, arguments, record=record, say=_say)
+    else:
+        where = sweep.check(plan, record)
     print(f"ok: {plan.experiment.name} would run {sweep.in_words(plan)}, each on {where}")
     return 0
 
 
 def _run_sweep(plan: Any, arguments: list[str], record: Any = None, *, as_json: bool = False) -> int:
+    if _is_sent(plan):
+        return _submit(plan, arguments, record, as_json=as_json)
     from raytrainer import sweep
 
     outcome = sweep.launch(plan, argv=arguments, record=record)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shlex
@@ -44,6 +46,7 @@ class Provenance:
         commit, branch: Of the git repository that holds the launching directory; None outside one.
         patch: What the commit lacks, for `git apply`, with the names of untracked files on top; empty when clean.
         prefix: The launching directory below the repository's root, with a `/` behind; empty at the root.
+        user: Who launched it; empty: unknown.
     """
 
     command: str
@@ -52,6 +55,7 @@ class Provenance:
     branch: str | None = None
     patch: str = ""
     prefix: str = ""
+    user: str = ""
 
     @property
     def diff(self) -> str:
@@ -104,6 +108,16 @@ def adopt(origin: Provenance) -> None:
     _submitted = origin
 
 
+def user() -> str:
+    """Whoever launched what runs in this process: on a shared cluster who submitted it, not whom it runs as."""
+    if _submitted is not None and _submitted.user:
+        return _submitted.user
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's number without a name
+        return str(os.getuid())
+
+
 def collect(argv: list[str], folder: Path) -> Provenance:
     """The provenance of a launch with `argv` from `folder`."""
     versions = {"python": platform.python_version()}
@@ -117,10 +131,10 @@ def collect(argv: list[str], folder: Path) -> Provenance:
     command = shlex.join(["python", "-m", "raytrainer", *argv])
     commit = (_git(folder, "rev-parse", "HEAD") or "").strip() or None
     if commit is None:
-        return Provenance(command, versions)
+        return Provenance(command, versions, user=user())
     branch = (_git(folder, "rev-parse", "--abbrev-ref", "HEAD") or "").strip() or None
     prefix = (_git(folder, "rev-parse", "--show-prefix") or "").strip("\n")
-    return Provenance(command, versions, commit, branch, _patch(folder), prefix)
+    return Provenance(command, versions, commit, branch, _patch(folder), prefix, user())
 
 
 def _patch(folder: Path) -> str:

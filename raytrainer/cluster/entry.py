@@ -8,17 +8,20 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import platform
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from raytrainer import environment
+from raytrainer import environment, provenance
 from raytrainer.config import Composition, Experiment, from_text
 from raytrainer.errors import ConfigError, RaytrainerError, Refused, Stopped
+from raytrainer.provenance import Provenance
 from raytrainer.run import Record
 from raytrainer.storage import Storage
+from raytrainer.storage.lock import claims, withdraw
 
 REQUEST = "raytrainer_request"
 MOUNTED = "RAYTRAINER_REQUEST"  # a variable: where the files of a request are that came as a Kubernetes ConfigMap
@@ -35,8 +38,10 @@ class Asked:
         choices: Its group choices.
         plan: Of a sweep: what `sweep.json` holds.
         changed: Optimizer settings that a resume has given.
-        job: Address, submission_id and content, for the run's record.
+        job: Address, submission_id and content, for the run's record; `resumes` where it goes on with a run that is
+            there; `replaces`, an earlier job of the same that is known to be dead.
         forward_env, env_file: As `environment.provide`.
+        origin: The submitting machine's `Provenance`, as JSON.
     """
 
     kind: str
@@ -48,13 +53,28 @@ class Asked:
     job: dict[str, str]
     forward_env: list[str]
     env_file: str | None
+    origin: bytes | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Asked:
         """What the files of a request say."""
         found: Mapping[str, Any] = json.loads((folder / "request.json").read_text())
         known = {name: found[name] for name in cls.__dataclass_fields__ if name in found}
-        return cls(**{"config": (folder / "config.yaml").read_text(), "plan": None, "changed": [], **known})
+        origin = folder / provenance.FILE
+        return cls(
+            **{
+                "config": (folder / "config.yaml").read_text(),
+                "plan": None,
+                "changed": [],
+                "origin": origin.read_bytes() if origin.exists() else None,
+                **known,
+            }
+        )
+
+    @property
+    def place(self) -> dict[str, str]:
+        """`Record.job`."""
+        return {name: self.job[name] for name in ("submission_id", "cluster_address", "content") if name in self.job}
 
 
 def main() -> int:
@@ -74,22 +94,23 @@ def main() -> int:
 
 def run(asked: Asked) -> int:
     """Runs a request here, in the middle of the cluster."""
+    # The first line of the log, before what takes seconds to import.
+    print(f"raytrainer: job {asked.job.get('submission_id')} on {platform.node()}", flush=True)
     environment.provide(asked.forward_env, asked.env_file)
+    if asked.origin is not None:
+        provenance.adopt(Provenance.from_json(asked.origin))
     return _sweep(asked) if asked.kind == "sweep" else _run(asked)
 
 
 def _run(asked: Asked) -> int:
-    from raytrainer import run
-
     composition = replace(from_text(asked.config), choices=tuple(sorted(asked.choices.items())))
     here(composition.experiment)
-    outcome = run.launch(
-        composition,
-        argv=asked.argv,
-        record=_earlier(composition, asked.job),
-        changed=asked.changed,
-        job=asked.job,
-    )
+    record = _earlier(composition, asked)
+    if record is not None and (code := _ended(record, asked)) is not None:
+        return code
+    from raytrainer import run
+
+    outcome = run.launch(composition, argv=asked.argv, record=record, changed=asked.changed, job=asked.place)
     if outcome.traceback:
         print(outcome.traceback, file=sys.stderr)
     print(run.summary(outcome, "python -m raytrainer"), flush=True)
@@ -102,7 +123,10 @@ def _sweep(asked: Asked) -> int:
     plan = sweep.Plan.from_dict(asked.plan or {})
     for composition in plan.compositions.values():
         here(composition.experiment)
-    outcome = sweep.launch(plan, argv=asked.argv, record=_earlier(plan.first, asked.job), job=asked.job)
+    record = _earlier(plan.first, asked)
+    if record is not None and (code := _ended(record, asked)) is not None:
+        return code
+    outcome = sweep.launch(plan, argv=asked.argv, record=record, job=asked.place)
     if outcome.traceback:
         print(outcome.traceback, file=sys.stderr)
     print(sweep.summary(outcome, "python -m raytrainer"), flush=True)
@@ -115,13 +139,13 @@ def here(e: Experiment) -> None:
     e.cluster.runtime_env = {}  # the job's own, which its workers inherit
 
 
-def _earlier(composition: Composition, job: Mapping[str, str]) -> Record | None:
-    """The record of the same request's earlier attempt, whose driver died: it goes on, in the same MLflow run.
+def _earlier(composition: Composition, asked: Asked) -> Record | None:
+    """The record of the run that this goes on with: of `resume`, or of an earlier attempt at the same request.
 
     Raises:
         ConfigError: The name belongs to something else.
     """
-    e = composition.experiment
+    e, job = composition.experiment, asked.job
     storage = Storage(e.storage_path or "").child(e.name or "")
     record = Record.read(storage)
     if record is None:
@@ -132,7 +156,26 @@ def _earlier(composition: Composition, job: Mapping[str, str]) -> Record | None:
             key="name",
             value=e.name,
         )
+    if dead := job.get("replaces"):
+        # Its cluster says so; by its last sign of life nobody would know for a minute.
+        lock = storage.child("lock")
+        for claim in claims(lock):
+            if claim.owner.get("job") == dead:
+                withdraw(lock, claim)
     return record
+
+
+_CODES = {"FINISHED": 0, "FAILED": 1, "KILLED": 143}
+
+
+def _ended(record: Record, asked: Asked) -> int | None:
+    """The exit code of a run that has ended, where this is the same request once more: a cluster that tries again whatever
+    was no success, or that has forgotten the job. None: there is something to do."""
+    is_the_same = record.job.get("submission_id") == asked.job.get("submission_id") or not asked.job.get("resumes")
+    if record.status not in _CODES or not is_the_same:
+        return None
+    print(f"raytrainer: {record.name} has ended before: {record.status}; nothing is done again", flush=True)
+    return _CODES[record.status]
 
 
 def _folder() -> Path:

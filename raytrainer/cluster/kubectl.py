@@ -65,6 +65,7 @@ class RayJobStatus:
     ended: float | None = None
     dashboard: str = ""
     queue: str | None = None
+    exit_code: int | None = None  # Kubernetes keeps it for no longer than the pod
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property

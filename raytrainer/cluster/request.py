@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
 import os
@@ -131,6 +130,19 @@ class Request:
         env["py_modules"] = [str(paths.get(one, one)) for one in env["py_modules"]]
         return env
 
+    def again(self, attempt: int, *, replaces: str | None = None) -> Request:
+        """The same as another job.
+
+        Args:
+            attempt: Its number, which its id ends with.
+            replaces: The id of an earlier one that is known to be dead: what it still claims is this one's.
+        """
+        identifier = submission_id(self.name, attempt)
+        told = json.loads(self.files["request.json"])
+        told["job"] |= {"submission_id": identifier, **({"replaces": replaces} if replaces else {})}
+        files = {**self.files, "request.json": json.dumps(told, indent=1).encode()}
+        return replace(self, submission_id=identifier, files=files)
+
     def manifest(self) -> tuple[kuberay.Document, kuberay.Document]:
         """The ConfigMap and the RayJob.
 
@@ -180,10 +192,6 @@ def prepare(
     package, modules = None, list[Module]()
     if asked.experiment.cluster.kind == "job":
         package, modules, runtime_env = _packages(asked, runtime_env, folder)
-    try:
-        user = getpass.getuser()
-    except (OSError, KeyError):  # a number without a name
-        user = str(os.getuid())
     return build(
         asked,
         argv,
@@ -191,7 +199,7 @@ def prepare(
         modules=modules,
         runtime_env=runtime_env,
         origin=provenance.collect(list(argv), folder),
-        user=user,
+        user=provenance.user(),
         environ=os.environ,
         changed=changed,
         resumes=resumes,

@@ -11,13 +11,10 @@ from pathlib import Path
 from raytrainer import tracking
 from raytrainer.config.schema import NAME_PATTERN
 from raytrainer.errors import RunNotFound, StorageError, nearest
-from raytrainer.run import Record
+from raytrainer.run import SUBMITTED, Record
 from raytrainer.storage import Storage
 from raytrainer.tracking import lookup
 from raytrainer.tracking.server import StoredRun
-
-# Below ./runs: what was submitted from here and is on a cluster, a record each, so that a job is known before it runs.
-SUBMITTED = ".submitted"
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ class Job(Protocol):
         message: Why, in Ray's words.
         metadata: Ours: `raytrainer.name` and more.
         started, ended: Seconds since the epoch.
+        exit_code: Of its driver, where it is known.
     """
 
     @property
@@ -34,6 +35,8 @@ class Job(Protocol):
     def started(self) -> float | None: ...
     @property
     def ended(self) -> float | None: ...
+    @property
+    def exit_code(self) -> int | None: ...
 
 
 class Cluster(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import shutil
 import sys
 import time
@@ -11,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from raytrainer import tracking
+from raytrainer import provenance, tracking
 from raytrainer.errors import StorageError, TrackingError
 from raytrainer.history import finding
 from raytrainer.history.facts import Facts, facts_of
@@ -20,7 +19,7 @@ from raytrainer.history.jobs import Clusters, Job
 from raytrainer.history.reconcile import close_dead, look_at
 from raytrainer.history.signs import Verdict
 from raytrainer.progress import duration
-from raytrainer.run import Record
+from raytrainer.run import SUBMITTED, Record
 from raytrainer.storage import Storage
 from raytrainer.tracking import lookup
 from raytrainer.tracking.sender import LOCAL_PREFIX
@@ -53,7 +52,7 @@ def list_runs(
     found: list[Facts] = []
     if uri is not None:
         try:
-            found = _from_mlflow(uri, None if everyone else getpass.getuser(), status, limit, clusters, say)
+            found = _from_mlflow(uri, None if everyone else provenance.user(), status, limit, clusters, say)
         except TrackingError as error:
             say(f"{error}; what follows is from {root} alone")
             uri = None
@@ -114,7 +113,7 @@ def _submitted(root: Path, shown: set[str], clusters: Clusters) -> list[Facts]:
     for record in finding.submitted(root):
         if record.name in shown:
             with suppress(StorageError):  # the run itself is known now
-                Storage(root / finding.SUBMITTED).delete(record.name)
+                Storage(root / SUBMITTED).delete(record.name)
         elif (known := Known(record, None)).submission_id is not None:
             job, _ = clusters.jobs_of(known)
             if job is not None or known.cluster_address in clusters.silent:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
 import signal
@@ -15,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from raytrainer import provenance
 from raytrainer.errors import ConfigError, RaytrainerError, StorageError, TrackingError
 from raytrainer.history.finding import look_up, with_tracking
 from raytrainer.history.jobs import Clusters, Job
@@ -188,7 +188,7 @@ class Stopper:
 
     def _ask_by_file(self) -> None:
         assert self.known.storage is not None
-        by = {"by": getpass.getuser(), "host": socket.gethostname(), "pid": os.getpid()}
+        by = {"by": provenance.user(), "host": socket.gethostname(), "pid": os.getpid()}
         self.known.storage.write_bytes(STOP, json.dumps(by).encode())
 
     # --- a job ----------------------------------------------------------------------------------------------------

@@ -128,6 +128,10 @@ class Outcome:
 STOP = "stop"  # an object in a run's directory: whoever wants it to end puts it there, `stop ID` for one
 
 
+# Below ./runs: what was submitted from here and is on a cluster, a record each, so that a job is known before it runs.
+SUBMITTED = ".submitted"
+
+
 class StopAsked:
     """Whether somebody has asked a run to end by the object `stop` in its directory. Looks every two seconds.
 

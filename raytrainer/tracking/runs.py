@@ -4,7 +4,6 @@ With a spool, what MLflow cannot be told is written down there, and told later.
 
 from __future__ import annotations
 
-import getpass
 import logging
 import shlex
 import tempfile
@@ -15,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from raytrainer import provenance
 from raytrainer.errors import StorageError, TrackingDenied, TrackingError, TrackingUnreachable
 from raytrainer.tracking.sender import LOCAL_ID_TAG, LOCAL_PREFIX, Calls, apply_note, recorded_run_id, replay
 from raytrainer.tracking.server import RunGone, Server, default_artifact_root, redacted
@@ -265,11 +265,7 @@ def merged(old: RunNote | None, new: RunNote) -> RunNote:
 
 def source_tags() -> dict[str, str]:
     """Who and what made a run, where MLflow's pages look for it."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user without an entry
-        user = "unknown"
-    return {"mlflow.user": user, "mlflow.source.name": "raytrainer", "mlflow.source.type": "LOCAL"}
+    return {"mlflow.user": provenance.user(), "mlflow.source.name": "raytrainer", "mlflow.source.type": "LOCAL"}
 
 
 def _now() -> int:

@@ -153,6 +153,7 @@ class FakeJob:
     metadata: dict[str, str] = field(default_factory=dict)
     started: float | None = None
     ended: float | None = None
+    exit_code: int | None = None
 
 
 @dataclass

@@ -1,0 +1,323 @@
+"""A submission from its command to its end, with a cluster in memory: one job whoever asks how often, and the truth told."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytrainer.cluster import submit
+from raytrainer.cluster.api import JobExists, JobInfo
+from raytrainer.cluster.request import Request
+from raytrainer.cluster.submit import Submission, launch
+from raytrainer.config import Composition, compose
+from raytrainer.errors import ClusterUnreachable, ConfigError, PreflightError, Stopped
+from raytrainer.history.finding import look_up
+from raytrainer.run import SUBMITTED, Record
+from raytrainer.storage import Storage
+
+ADDRESS = "https://203.0.113.7"
+ASKED = [
+    "experiment=mlp",
+    "name=one",
+    "cluster=job",
+    f"cluster.address={ADDRESS}",
+    "storage_path=s3://bucket/runs",
+    "tracking.tracking_uri=https://mlflow.example.com",
+]
+
+pytestmark = pytest.mark.usefixtures("in_tmp")
+
+
+@dataclass
+class Facts:
+    version: str | None = None
+    never: list[str] = field(default_factory=list)
+
+    def version_problem(self) -> str | None:
+        return self.version
+
+    def problems(self, experiment: Any) -> list[str]:
+        return self.never
+
+
+@dataclass
+class Cluster:
+    """The Jobs API in memory. `ends`: how each submitted job ends, one after the other."""
+
+    ends: list[tuple[str, int | None, str]] = field(default_factory=lambda: [("SUCCEEDED", 0, "")])
+    jobs: dict[str, JobInfo] = field(default_factory=dict)
+    requests: list[Request] = field(default_factory=list)
+    known: Facts = field(default_factory=Facts)
+    while_sending: Callable[[Request], None] = lambda request: None
+    while_following: Callable[[], None] = lambda: None
+    waits: int = 0
+
+    def list(self) -> list[JobInfo]:
+        return [*self.jobs.values()]
+
+    def info(self, submission_id: str) -> JobInfo | None:
+        job = self.jobs.get(submission_id)
+        if job is not None and job.status == "PENDING":
+            if self.waits:
+                self.waits -= 1
+            else:
+                self.put(submission_id, "RUNNING")
+        return job
+
+    def facts(self) -> Facts:
+        return self.known
+
+    def submit(self, request: Request, staged: Path) -> str:
+        self.while_sending(request)
+        if request.submission_id in self.jobs:
+            raise JobExists(request.submission_id)
+        self.requests.append(request)
+        self.put(request.submission_id, "PENDING", metadata=dict(request.metadata))
+        return request.submission_id
+
+    def tail(self, submission_id: str) -> Iterator[str]:
+        yield f"a line of {submission_id}\n"
+        self.while_following()
+        status, code, message = self.ends.pop(0)
+        self.put(submission_id, status, exit_code=code, message=message)
+
+    def explain_waiting(self, submission_id: str) -> str:
+        return "other-run holds 8 GPU"
+
+    def put(self, submission_id: str, status: str, **fields: Any) -> None:
+        old = self.jobs.get(submission_id)
+        fields = {"metadata": old.metadata if old else {}, "message": "", "started": None, "ended": None, **fields}
+        self.jobs[submission_id] = JobInfo(submission_id=submission_id, status=status, **fields)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    found = Cluster()
+    monkeypatch.setattr(submit, "connect", lambda request: found)
+    monkeypatch.setattr(submit, "Jobs", Cluster)
+    return found
+
+
+def asked(*overrides: str) -> Composition:
+    return compose([*ASKED, *overrides])
+
+
+def sent(*overrides: str, record: Record | None = None) -> tuple[Submission, str, list[str]]:
+    """What became of it, what the job printed, and what was said."""
+    out, said = io.StringIO(), list[str]()
+    found = launch(asked(*overrides), [*ASKED, *overrides], record=record, say=said.append, out=out)
+    return found, out.getvalue(), said
+
+
+def test_a_job_is_submitted_and_followed_to_its_end(cluster: Cluster) -> None:
+    found, printed, said = sent()
+    assert found == Submission("one", "one", ADDRESS, "FINISHED", 0, sent=True)
+    assert printed == "a line of one\n"
+    assert f"one: submitted to {ADDRESS} as job one" in said
+    assert found.text("raytrainer").splitlines() == [
+        "outcome  finished",
+        f"where    job one at {ADDRESS}",
+        "next     raytrainer status one",
+        "         raytrainer logs one",
+    ]
+    assert json.loads(json.dumps(found.to_json()))["exit_code"] == 0
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "code"),
+    [
+        (("FAILED", 1, "Job entrypoint command failed"), "FAILED", 1),
+        (("FAILED", 2, "Job entrypoint command failed"), "REFUSED", 2),
+        (("FAILED", 143, "Job entrypoint command failed"), "KILLED", 143),
+        (("STOPPED", None, ""), "KILLED", 143),
+        (("FAILED", None, "the supervisor\n actor died"), "FAILED", 1),
+    ],
+)
+def test_the_exit_code_is_the_one_it_would_have_here(
+    cluster: Cluster, end: tuple[str, int | None, str], status: str, code: int
+) -> None:
+    cluster.ends = [end]
+    found, _, _ = sent()
+    assert (found.status, found.exit_code) == (status, code)
+    assert found.cause
+
+
+def test_what_waits_says_for_what(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "_TELL_S", 0.0)
+    cluster.waits = 2
+    assert sent()[2].count("one waits: other-run holds 8 GPU") == 2
+
+
+def test_detached(cluster: Cluster) -> None:
+    found, printed, _ = sent("cluster.wait=false")
+    assert (found.status, found.exit_code, found.sent, printed) == ("PENDING", 0, True, "")
+    assert "next     x logs -f one" in found.text("x")
+    assert "         x stop one" in found.text("x")
+
+
+def test_detached_it_is_checked_here(cluster: Cluster) -> None:
+    with pytest.raises(ConfigError, match=r"model\.wdth"):
+        sent("cluster.wait=false", "+model.wdth=3")
+    assert cluster.jobs == {}
+
+
+# --- one job ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", ["RUNNING", "PENDING", "SUCCEEDED", "FAILED"])
+def test_the_same_again_is_the_same_job(cluster: Cluster, status: str) -> None:
+    sent("cluster.wait=false")
+    cluster.put("one", status, exit_code={"SUCCEEDED": 0, "FAILED": 1}.get(status))
+    cluster.ends = [("FAILED", 1, "")] if status == "FAILED" else [("SUCCEEDED", 0, "")]
+    found, printed, said = sent()
+    assert (found.sent, len(cluster.requests)) == (False, 1)
+    assert printed == "a line of one\n"
+    assert found.exit_code == (1 if status == "FAILED" else 0)
+    assert f"one was submitted before: job one is {status}" in said
+
+
+def test_how_it_is_sent_is_not_what_is_sent(cluster: Cluster) -> None:
+    sent("cluster.wait=false")
+    assert not sent("cluster.retries=3", "cluster.package_limit_mb=50")[0].sent
+
+
+@pytest.mark.parametrize("status", ["RUNNING", "SUCCEEDED"])
+def test_another_of_this_name_is_refused_with_the_difference(cluster: Cluster, status: str) -> None:
+    sent("cluster.wait=false")
+    cluster.put("one", status)
+    with pytest.raises(ConfigError, match=r"name=one is the name of a job that .* with another config") as caught:
+        sent("trainer.max_epochs=7")
+    assert ("resume one" in str(caught.value)) == (status == "SUCCEEDED")
+    assert len(cluster.requests) == 1
+
+
+def test_two_at_once_are_one_job(cluster: Cluster) -> None:
+    """The other comes between our look and our submission."""
+
+    def other(request: Request) -> None:
+        cluster.put("one", "RUNNING", metadata=dict(request.metadata))
+
+    cluster.while_sending = other
+    found, _, _ = sent()
+    assert (found.sent, found.submission_id, found.exit_code) == (False, "one", 0)
+    assert list(cluster.jobs) == ["one"]
+
+
+def test_an_answer_that_is_lost_is_no_second_job(cluster: Cluster) -> None:
+    def lost(request: Request) -> None:
+        cluster.put("one", "PENDING", metadata=dict(request.metadata))
+        cluster.while_sending = lambda request: None
+        raise ClusterUnreachable("no answer")
+
+    cluster.while_sending = lost
+    with pytest.raises(ClusterUnreachable):
+        sent()
+    found, _, _ = sent()
+    assert (found.sent, list(cluster.jobs)) == (False, ["one"])
+
+
+def test_a_run_that_goes_on_is_the_next_attempt(cluster: Cluster) -> None:
+    sent()
+    cluster.ends = [("SUCCEEDED", 0, "")] * 2
+    record = Record("one", "s3://bucket/runs/one", attempts=1, job={"submission_id": "one"})
+    found, _, _ = sent("trainer.max_epochs=9", record=record)
+    assert found.submission_id == "one--2"
+    job = json.loads(cluster.requests[-1].files["request.json"])["job"]
+    assert (job["submission_id"], job["resumes"]) == ("one--2", "true")
+    cluster.put("one--2", "RUNNING", metadata=cluster.jobs["one--2"].metadata)
+    assert not sent("trainer.max_epochs=9", record=record)[0].sent
+    with pytest.raises(ConfigError, match="of a job that runs"):
+        sent("trainer.max_epochs=10", record=record)
+
+
+# --- what dies --------------------------------------------------------------------------------------------------------
+
+DIED = ("FAILED", 137, "the driver was killed")
+
+
+def test_a_job_whose_driver_died_is_sent_again(cluster: Cluster) -> None:
+    cluster.ends = [DIED, ("FAILED", None, "the supervisor died"), ("SUCCEEDED", 0, "")]
+    found, printed, said = sent("cluster.retries=2")
+    assert (found.submission_id, found.exit_code) == ("one--3", 0)
+    assert printed == "a line of one\na line of one--2\na line of one--3\n"
+    assert "one died: the driver was killed; submitting it again (1 of 2)" in said
+    told = [json.loads(r.files["request.json"])["job"] for r in cluster.requests]
+    assert [(j["submission_id"], j.get("replaces")) for j in told] == [
+        ("one", None),
+        ("one--2", "one"),
+        ("one--3", "one--2"),
+    ]
+    assert len({r.content for r in cluster.requests}) == 1
+
+
+@pytest.mark.parametrize(
+    "end", [("FAILED", 1, ""), ("STOPPED", None, ""), ("FAILED", None, "runtime_env setup failed")]
+)
+def test_what_would_end_so_again_is_not(cluster: Cluster, end: tuple[str, int | None, str]) -> None:
+    cluster.ends = [end]
+    sent("cluster.retries=2")
+    assert len(cluster.requests) == 1
+
+
+def test_no_more_often_than_asked_also_by_another_command(cluster: Cluster) -> None:
+    cluster.ends = [DIED] * 2
+    assert sent("cluster.retries=1")[0].exit_code == 1
+    cluster.ends = [DIED]
+    assert sent("cluster.retries=1")[0].submission_id == "one--2"
+    assert len(cluster.requests) == 2
+
+
+# --- refusals and signals ---------------------------------------------------------------------------------------------
+
+
+def test_a_cluster_that_never_can_is_not_asked(cluster: Cluster) -> None:
+    cluster.known.never = ["scaling.num_workers=1 takes 8 GPUs, and the cluster has 4 in all"]
+    with pytest.raises(PreflightError, match="8 GPUs"):
+        sent()
+    cluster.known.version = "the cluster has ray 1.0"
+    with pytest.raises(PreflightError, match=r"ray 1\.0"):
+        sent()
+    assert (cluster.jobs, Path("runs", SUBMITTED).exists()) == ({}, False)
+
+
+def test_what_it_cannot_reach_is_refused(cluster: Cluster) -> None:
+    with pytest.raises(PreflightError, match="storage_path"):
+        sent(f"storage_path={Path.cwd()}/runs")
+    assert cluster.jobs == {}
+
+
+def test_whoever_interrupts_stops_nothing(cluster: Cluster) -> None:
+    cluster.while_following = lambda: os.kill(os.getpid(), signal.SIGINT)
+    found, _, said = sent()
+    assert (found.status, found.exit_code) == ("RUNNING", 130)
+    assert f"no longer followed: one goes on at {ADDRESS}" in said
+    assert "next     x logs -f one" in found.text("x")
+    assert cluster.jobs["one"].status == "RUNNING"
+    assert threading.current_thread() is threading.main_thread()
+
+
+def test_an_interrupt_before_it_is_sent(cluster: Cluster) -> None:
+    cluster.while_sending = lambda request: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Stopped) as caught:
+        sent()
+    assert (caught.value.exit_code, cluster.jobs) == (143, {})
+
+
+def test_the_verbs_know_it_at_once(cluster: Cluster) -> None:
+    def look(request: Request) -> None:
+        known = look_up("one")
+        assert (known.submission_id, known.cluster_address) == ("one", ADDRESS)
+        assert known.record.run_dir == "s3://bucket/runs/one"
+
+    cluster.while_sending = look
+    sent("cluster.wait=false")
+    assert Record.read(Storage(Path("runs", SUBMITTED, "one"))) is not None
