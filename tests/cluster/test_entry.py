@@ -1,0 +1,150 @@
+"""What a job's driver does with a request: the run that was asked for, once, and as it was asked for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytrainer import provenance, run, sweep
+from raytrainer.cluster import entry
+from raytrainer.cluster.entry import Asked
+from raytrainer.config import compose, group_names
+from raytrainer.errors import ConfigError
+from raytrainer.provenance import Provenance
+from raytrainer.run import Outcome, Record
+from raytrainer.storage import Storage
+from raytrainer.storage.lock import claims
+from raytrainer.sweep import Plan, make_plan
+
+JOB = {"submission_id": "one", "cluster_address": "https://203.0.113.7", "content": "abc"}
+
+
+@pytest.fixture
+def launched(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What `launch` of a run or a sweep was called with."""
+    calls = list[dict[str, Any]]()
+
+    def launch(thing: Any, **given: Any) -> Any:
+        calls.append({"thing": thing, **given})
+        record = Record("one", "/runs/one")
+        if isinstance(thing, Plan):
+            return Outcome("FAILED", 1, record, "", traceback="Traceback of a trial")
+        return Outcome("FINISHED", 0, record, "Ray, 2 workers")
+
+    monkeypatch.setattr(run, "launch", launch)
+    monkeypatch.setattr(sweep, "launch", launch)
+    monkeypatch.setattr(sweep, "summary", lambda outcome, program: "the summary of a sweep")
+    monkeypatch.setattr(provenance, "_submitted", None)
+    return calls
+
+
+def asked(**fields: Any) -> Asked:
+    composition = compose(["experiment=mlp", "name=one", "cluster=job", "cluster.address=https://203.0.113.7"])
+    given = {
+        "kind": "run",
+        "argv": ["experiment=mlp"],
+        "config": composition.text,
+        "choices": {"model": "mlp"},
+        "plan": None,
+        "changed": [],
+        "job": JOB,
+        "forward_env": [],
+        "env_file": None,
+    }
+    return Asked(**{**given, **fields})
+
+
+def directory() -> Storage:
+    return Storage(Path.cwd() / "runs" / "one")
+
+
+def test_it_runs_in_the_middle_of_the_cluster(
+    launched: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    origin = Provenance("python -m raytrainer …", commit="0" * 40, user="ada")
+    assert entry.run(asked(origin=origin.to_json(), changed=["lr"])) == 0
+    (call,) = launched
+    cluster = call["thing"].experiment.cluster
+    assert (cluster.kind, cluster.address, cluster.runtime_env) == ("existing", "auto", {})
+    assert "kind: job" in call["thing"].text
+    assert (call["job"], call["record"], call["changed"], call["argv"]) == (JOB, None, ["lr"], ["experiment=mlp"])
+    assert (provenance.user(), provenance.collect([], Path.cwd()).commit) == ("ada", "0" * 40)
+    printed = capsys.readouterr().out
+    assert printed.startswith("raytrainer: job one on ")
+    assert "outcome  finished" in printed
+
+
+def test_a_sweep(launched: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["experiment=mlp", "name=one", "cluster=job", "cluster.address=https://203.0.113.7"]
+    plan = make_plan([*overrides, "sweep=grid", "optimizer.lr=0.1,0.2"], choice="grid", space={}, groups=group_names())
+    assert entry.run(asked(kind="sweep", plan=plan.to_dict())) == 1
+    (call,) = launched
+    assert {c.experiment.cluster.kind for c in call["thing"].compositions.values()} == {"existing"}
+    assert "Traceback of a trial" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("status", "code"), [("FINISHED", 0), ("FAILED", 1), ("KILLED", 143)])
+def test_what_has_ended_is_not_done_again(
+    launched: list[dict[str, Any]], status: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cluster that forgot the job, or one that tries whatever failed once more."""
+    Record("one", directory().uri, status=status, job=JOB).write(directory())
+    assert entry.run(asked()) == code
+    assert entry.run(asked(job={**JOB, "resumes": "true"})) == code
+    assert launched == []
+    assert f"one has ended before: {status}" in capsys.readouterr().out
+    # Another job that goes on with it does.
+    assert entry.run(asked(job={**JOB, "submission_id": "one--2", "resumes": "true"})) == 0
+    assert launched[0]["record"].status == status
+
+
+def test_what_died_goes_on(launched: list[dict[str, Any]]) -> None:
+    Record("one", directory().uri, run_id="0" * 32, job=JOB).write(directory())
+    entry.run(asked(job={**JOB, "submission_id": "one--2", "replaces": "one"}))
+    assert launched[0]["record"].run_id == "0" * 32
+    assert launched[0]["job"] == {**JOB, "submission_id": "one--2"}
+
+
+def test_the_claim_of_a_dead_job_is_withdrawn(launched: list[dict[str, Any]]) -> None:
+    Record("one", directory().uri, job=JOB).write(directory())
+    with directory().lock("lock", {"run": "one", "job": "one"}):
+        entry.run(asked(job={**JOB, "submission_id": "one--2", "replaces": "another"}))
+        assert len(claims(directory().child("lock"))) == 1
+        entry.run(asked(job={**JOB, "submission_id": "one--2", "replaces": "one"}))
+        assert claims(directory().child("lock")) == []
+
+
+def test_another_runs_name(launched: list[dict[str, Any]]) -> None:
+    Record("one", directory().uri, job={**JOB, "content": "other"}).write(directory())
+    with pytest.raises(ConfigError, match=r"name=one is the name of a run that exists .* resume one"):
+        entry.run(asked())
+    entry.run(asked(job={**JOB, "resumes": "true", "submission_id": "one--2"}))
+    assert len(launched) == 1
+
+
+def test_the_program_reads_its_files(tmp_path: Path) -> None:
+    """As Ray starts it, with something that is refused: no cluster is needed for it."""
+    folder = tmp_path / entry.REQUEST
+    folder.mkdir()
+    (folder / "__init__.py").write_bytes(b"")
+    given = asked(job={**JOB}, forward_env=["NOT_THERE"])
+    (folder / "config.yaml").write_text(given.config)
+    told = {k: v for k, v in vars(replace(given, config="")).items() if k not in ("config", "origin")}
+    (folder / "request.json").write_text(json.dumps(told))
+    done = subprocess.run(
+        [sys.executable, "-m", "raytrainer.cluster.entry"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "raytrainer: refused: " in done.stderr
+    assert "NOT_THERE" in done.stderr
