@@ -12,16 +12,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
 from raytrainer import preflight, tracking
 from raytrainer.cluster import request as requests
-from raytrainer.cluster.api import JobExists, JobInfo, Jobs
+from raytrainer.cluster.api import JobInfo, Jobs
+from raytrainer.cluster.facts import ClusterFacts, impossible
 from raytrainer.cluster.kubectl import RayJobs, RayJobStatus
 from raytrainer.cluster.request import Request
 from raytrainer.config import Composition
-from raytrainer.errors import ClusterError, ConfigError, PreflightError
+from raytrainer.errors import ClusterError, ConfigError, JobExists, PreflightError
 from raytrainer.interrupts import Interrupted, Interrupts
 from raytrainer.run import SUBMITTED, Record, tracking_uri
 from raytrainer.storage import Storage
@@ -327,11 +329,40 @@ def _check_cluster(request: Request, cluster: Jobs, say: Callable[[str], None]) 
     Raises:
         PreflightError: It cannot.
     """
-    facts = cluster.facts()
-    if problem := facts.version_problem():
-        raise PreflightError([problem])
+    facts, where = cluster.facts(), f"the cluster at {request.address}"
+    problems = _versions(facts, where)
+    driver = dict(request.resources)
+    if driver and (why := impossible([driver], facts)):
+        problems.append(f"cluster.driver_resources={driver}: {why}")
     compositions = request.asked.compositions.values() if isinstance(request.asked, Plan) else [request.asked]
-    preflight.refuse([problem for c in compositions for problem in facts.problems(c.experiment)])
+    for composition in compositions:
+        problems += preflight.check_resources(composition.experiment, facts.resources, where)
+    preflight.refuse(list(dict.fromkeys(problems)))
+    if facts.ray_version != (ours := metadata.version("ray")):
+        say(f"warning: {where} has ray {facts.ray_version}, and here it is {ours}")
+
+
+def _versions(facts: ClusterFacts, where: str) -> list[str]:
+    """What the driver, which is there, could not run with."""
+    found = []
+    least = next(
+        (
+            match[1]
+            for line in metadata.requires("raytrainer") or ()
+            if (match := re.match(r"ray\b.*?>=([\d.]+)", line))
+        ),
+        "0",
+    )
+    if _parts(facts.ray_version) < _parts(least):
+        found.append(f"{where} has ray {facts.ray_version}, and raytrainer needs {least} or newer there")
+    python = metadata.metadata("raytrainer")["Requires-Python"].removeprefix(">=")
+    if facts.python_version and _parts(facts.python_version) < _parts(python):
+        found.append(f"{where} has Python {facts.python_version}, and raytrainer needs {python} or newer there")
+    return found
+
+
+def _parts(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def _number(job: Job) -> int:

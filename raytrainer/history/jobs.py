@@ -115,4 +115,4 @@ def _connect(address: str, ca_file: str | None, token_file: str | None) -> Clust
         return RayJobs(address)
     from raytrainer.cluster.api import Jobs
 
-    return Jobs(address, ca_file=ca_file, token_file=token_file)  # type: ignore[no-any-return]
+    return Jobs(address, ca_file=ca_file, token_file=token_file)

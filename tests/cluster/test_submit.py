@@ -8,18 +8,20 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raytrainer.cluster import submit
-from raytrainer.cluster.api import JobExists, JobInfo
+from raytrainer.cluster.api import JobInfo
+from raytrainer.cluster.facts import ClusterFacts
 from raytrainer.cluster.request import Request
 from raytrainer.cluster.submit import Submission, launch
 from raytrainer.config import Composition, compose
-from raytrainer.errors import ClusterUnreachable, ConfigError, PreflightError, Stopped
+from raytrainer.errors import ClusterUnreachable, ConfigError, JobExists, PreflightError, Stopped
 from raytrainer.history.finding import look_up
 from raytrainer.run import SUBMITTED, Record
 from raytrainer.storage import Storage
@@ -38,25 +40,15 @@ pytestmark = pytest.mark.usefixtures("in_tmp")
 
 
 @dataclass
-class Facts:
-    version: str | None = None
-    never: list[str] = field(default_factory=list)
-
-    def version_problem(self) -> str | None:
-        return self.version
-
-    def problems(self, experiment: Any) -> list[str]:
-        return self.never
-
-
-@dataclass
 class Cluster:
     """The Jobs API in memory. `ends`: how each submitted job ends, one after the other."""
 
     ends: list[tuple[str, int | None, str]] = field(default_factory=lambda: [("SUCCEEDED", 0, "")])
     jobs: dict[str, JobInfo] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
-    known: Facts = field(default_factory=Facts)
+    known: ClusterFacts = field(
+        default_factory=lambda: ClusterFacts(ADDRESS, metadata.version("ray"), "3.12.1", ({"CPU": 8.0},))
+    )
     while_sending: Callable[[Request], None] = lambda request: None
     while_following: Callable[[], None] = lambda: None
     waits: int = 0
@@ -71,9 +63,9 @@ class Cluster:
                 self.waits -= 1
             else:
                 self.put(submission_id, "RUNNING")
-        return job
+        return self.jobs.get(submission_id)
 
-    def facts(self) -> Facts:
+    def facts(self) -> ClusterFacts:
         return self.known
 
     def submit(self, request: Request, staged: Path) -> str:
@@ -235,6 +227,7 @@ def test_a_run_that_goes_on_is_the_next_attempt(cluster: Cluster) -> None:
     assert (job["submission_id"], job["resumes"]) == ("one--2", "true")
     cluster.put("one--2", "RUNNING", metadata=cluster.jobs["one--2"].metadata)
     assert not sent("trainer.max_epochs=9", record=record)[0].sent
+    cluster.put("one--2", "RUNNING", metadata=cluster.jobs["one--2"].metadata)
     with pytest.raises(ConfigError, match="of a job that runs"):
         sent("trainer.max_epochs=10", record=record)
 
@@ -279,14 +272,27 @@ def test_no_more_often_than_asked_also_by_another_command(cluster: Cluster) -> N
 # --- refusals and signals ---------------------------------------------------------------------------------------------
 
 
-def test_a_cluster_that_never_can_is_not_asked(cluster: Cluster) -> None:
-    cluster.known.never = ["scaling.num_workers=1 takes 8 GPUs, and the cluster has 4 in all"]
-    with pytest.raises(PreflightError, match="8 GPUs"):
-        sent()
-    cluster.known.version = "the cluster has ray 1.0"
-    with pytest.raises(PreflightError, match=r"ray 1\.0"):
-        sent()
+@pytest.mark.parametrize(
+    ("facts", "overrides", "said"),
+    [
+        ({}, ["scaling.num_workers=9"], r"scaling\.num_workers=9 × 1 CPU = 9 CPUs, and the cluster at .* has 8 CPUs"),
+        ({}, ["cluster.driver_resources={GPU: 1}"], r"cluster\.driver_resources=.*GPU"),
+        ({"ray_version": "2.9.0"}, [], r"has ray 2\.9\.0, and raytrainer needs 2\.\d+ or newer there"),
+        ({"python_version": "3.9.1"}, [], r"has Python 3\.9\.1, and raytrainer needs 3\.11 or newer there"),
+    ],
+)
+def test_a_cluster_that_never_can_is_sent_nothing(
+    cluster: Cluster, facts: dict[str, Any], overrides: list[str], said: str
+) -> None:
+    cluster.known = replace(cluster.known, **facts)
+    with pytest.raises(PreflightError, match=said):
+        sent(*overrides)
     assert (cluster.jobs, Path("runs", SUBMITTED).exists()) == ({}, False)
+
+
+def test_a_cluster_that_can_once_it_has_grown(cluster: Cluster) -> None:
+    cluster.known = replace(cluster.known, addable=({"CPU": 8.0},), most_addable=1)
+    assert sent("scaling.num_workers=9")[0].exit_code == 0
 
 
 def test_what_it_cannot_reach_is_refused(cluster: Cluster) -> None:
@@ -320,4 +326,4 @@ def test_the_verbs_know_it_at_once(cluster: Cluster) -> None:
 
     cluster.while_sending = look
     sent("cluster.wait=false")
-    assert Record.read(Storage(Path("runs", SUBMITTED, "one"))) is not None
+    assert Record.read(Storage(Path.cwd() / "runs" / SUBMITTED / "one")) is not None

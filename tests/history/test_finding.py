@@ -9,8 +9,8 @@ import pytest
 
 from raytrainer import history
 from raytrainer.errors import RunNotFound, StorageError
-from raytrainer.history.finding import SUBMITTED, look_up, with_tracking
-from raytrainer.run import Record
+from raytrainer.history.finding import look_up, with_tracking
+from raytrainer.run import SUBMITTED, Record
 from raytrainer.storage import Storage
 from tests.history.past import ADDRESS, Store, record
 

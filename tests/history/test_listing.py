@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from raytrainer.history.facts import Facts
-from raytrainer.history.finding import SUBMITTED
 from raytrainer.history.jobs import Clusters
 from raytrainer.history.listing import list_runs, table
-from raytrainer.run import Record
+from raytrainer.run import SUBMITTED, Record
 from raytrainer.storage import Storage
 from raytrainer.sweep.ledger import Ledger, Report, Trial
 from tests.history.past import ADDRESS, FakeCluster, Store, claim, of_here, record

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from raytrainer.errors import RunNotFound
-from raytrainer.history.finding import SUBMITTED
 from raytrainer.history.status import status_of, text
-from raytrainer.run import Record
+from raytrainer.run import SUBMITTED, Record
 from raytrainer.storage import Storage
 from raytrainer.sweep import make_plan
 from raytrainer.sweep.ledger import Ledger, Report, Trial

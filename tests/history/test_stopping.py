@@ -18,9 +18,8 @@ import pytest
 
 from raytrainer.errors import ConfigError, RaytrainerError
 from raytrainer.history import stopping
-from raytrainer.history.finding import SUBMITTED
 from raytrainer.history.stopping import Halt, Stopper, text
-from raytrainer.run import Record
+from raytrainer.run import SUBMITTED, Record
 from raytrainer.storage import Storage
 from tests.history.past import ADDRESS, FakeCluster, Store, claim, of_here
 from tests.history.test_reconcile import killed
