@@ -21,7 +21,8 @@ RaytrainerError
 │   └── TrackingDenied       it refuses the credentials
 ├── ClusterError             a shared cluster that cannot be used
 │   ├── ClusterUnreachable   no answer
-│   └── ClusterDenied        it refuses the credentials, or what they may do
+│   ├── ClusterDenied        it refuses the credentials, or what they may do
+│   └── JobExists            it has a job of this id already
 └── Stopped                  ended from outside; carries the exit code (130 interrupted, 143 stopped)
 """
 
@@ -191,6 +192,10 @@ class ClusterUnreachable(ClusterError):
 
 class ClusterDenied(ClusterError):
     """A shared cluster refuses the credentials, or what they may do."""
+
+
+class JobExists(ClusterError):
+    """A shared cluster has a job of this id already."""
 
 
 class Stopped(RaytrainerError):

@@ -54,7 +54,7 @@ PUBLIC = {
 DEFINED = {
     "raytrainer.errors": """
         CheckpointCorrupt CheckpointError CheckpointNotFound ClusterDenied ClusterError ClusterLost ClusterUnreachable
-        ConfigError DataError NonFiniteLoss PreflightError RaytrainerError Refused RunNotFound Stopped StorageError StorageFull StorageLocked
+        ConfigError DataError JobExists NonFiniteLoss PreflightError RaytrainerError Refused RunNotFound Stopped StorageError StorageFull StorageLocked
         TrackingDenied TrackingError TrackingUnreachable TrainingError WorkerError nearest
     """,
     "raytrainer.losses": "CrossEntropy MeanSquaredError TokenCrossEntropy",

@@ -1,0 +1,123 @@
+"""The token of a shared cluster: where it comes from, who else may read it, and what it means when it is refused.
+
+Its value is in a header of each request and nowhere else: in no message, no log, no environment of another process.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from raytrainer.errors import ClusterDenied, ConfigError
+
+_LEAST_TOKEN = 16  # what is shorter, and no file, is a name with a mistake
+_ASK = "`ray get-auth-token` on its head node prints the one it has"
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token, and the name of what it was found in."""
+
+    source: str
+    value: str = field(repr=False)
+
+
+def find_token(token_file: str | None = None, environ: Mapping[str, str] = os.environ) -> Token | None:
+    """The token to send: of `token_file`, else the one that Ray itself would take; None where there is none.
+
+    Ray's client sends none unless its process has RAY_AUTH_MODE=token. Here one that is given is sent, so that the
+    variable need not be set, and be inherited by whatever is started.
+
+    Raises:
+        ConfigError: A file that others may read, that is empty or cannot be read, or what is no token; or
+            RAY_AUTH_MODE=token and there is none.
+    """
+    if token_file is not None:
+        return _of_file(Path(token_file).expanduser(), "cluster.token_file")
+    mode = environ.get("RAY_AUTH_MODE", "").lower()
+    if mode == "disabled":
+        return None
+    if value := environ.get("RAY_AUTH_TOKEN", "").strip():
+        return _checked("RAY_AUTH_TOKEN", value)
+    if path := environ.get("RAY_AUTH_TOKEN_PATH"):
+        return _of_file(Path(path).expanduser(), "RAY_AUTH_TOKEN_PATH")
+    usual = Path("~/.ray/auth_token").expanduser()
+    if usual.exists():
+        return _of_file(usual, None)
+    if mode == "token":
+        raise ConfigError(
+            "RAY_AUTH_MODE=token is set, and there is no token: cluster.token_file=PATH, RAY_AUTH_TOKEN, "
+            f"RAY_AUTH_TOKEN_PATH or {usual}"
+        )
+    return None
+
+
+def denied(
+    address: str, status: int, said: str, scheme: str, token: Token | None, environ: Mapping[str, str] = os.environ
+) -> ClusterDenied:
+    """What a refusal means, and the way out.
+
+    Args:
+        address: Of the cluster.
+        status: 401 or 403.
+        said: The text of the answer.
+        scheme: What it asks for in `WWW-Authenticate`; empty: nothing, as Ray does.
+        token: The one that was sent.
+        environ: The environment, which may be the reason that none was.
+    """
+    if scheme and not scheme.lower().startswith("bearer"):
+        return ClusterDenied(
+            f"{address} asks for {scheme.split()[0]} authentication ({status}), which is not Ray's: a proxy in front of it "
+            "does, and must let a Ray token through"
+        )
+    if token is None:
+        why = "none was found"
+        if environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
+            why = "RAY_AUTH_MODE=disabled is set, so none was sent; unset it"
+        return ClusterDenied(
+            f"{address} wants a token ({status}), and {why}: cluster.token_file=PATH, RAY_AUTH_TOKEN or "
+            f"RAY_AUTH_TOKEN_PATH; {_ASK}"
+        )
+    # Ray's own words; anybody else's 403 is not about the token.
+    if status == 403 and "token" not in said.lower():
+        return ClusterDenied(
+            f"{address} answers 403 Forbidden, and it is not Ray that does: a proxy in front of it does not let us in"
+        )
+    if status == 401:
+        return ClusterDenied(
+            f"{address} answers that no token came (401), though that of {token.source} was sent: a proxy in front of it "
+            "must pass the header Authorization on"
+        )
+    return ClusterDenied(
+        f"{address} refuses the token of {token.source} (403): it is another cluster's, or the cluster's was changed; {_ASK}"
+    )
+
+
+def _of_file(path: Path, key: str | None) -> Token:
+    shown = f"{key}={path}" if key else str(path)
+    if key and len(path.parts) == 1 and len(path.name) >= _LEAST_TOKEN and not path.exists():
+        raise ConfigError(f"{key} is no file that is there: the path of one that holds the token, not the token itself")
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            # Of what was opened: a path may lead elsewhere by now.
+            if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
+                quoted = shlex.quote(str(path))
+                raise ConfigError(f"{shown} is a token that others can read or change: chmod 600 {quoted}")
+            value = file.read(65536).strip()
+    except OSError as error:
+        raise ConfigError(f"{shown} cannot be read: {error.strerror}") from None
+    if not value:
+        raise ConfigError(f"{shown} is empty: a token belongs in it; {_ASK}")
+    return _checked(shown, value)
+
+
+def _checked(source: str, value: str) -> Token:
+    # What a header cannot hold would be quoted in the error of whoever refuses it.
+    if not re.fullmatch(r"[\x21-\x7e]+", value):
+        raise ConfigError(f"{source} holds something else than a token: one word of ASCII; {_ASK}")
+    return Token(source, value)

@@ -1,0 +1,348 @@
+"""HTTP to a cluster's dashboard: each request is bounded in time, and each failure is a sentence with its way out."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import ssl
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import IO, Any, TypeVar
+from urllib.parse import urlsplit
+
+import requests
+from requests.auth import AuthBase
+from requests.utils import get_environ_proxies, select_proxy
+
+from raytrainer.cluster.auth import Token, denied
+from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, ConfigError
+from raytrainer.run import in_background
+
+T = TypeVar("T")
+
+_CONNECT_S, _READ_S = 4.0, 5.0
+# More than the two together: a name that no server knows, and a host with several dead addresses, take no socket's time.
+_MORE_S = 0.5
+_PROBE_S = 1.5
+# How a TLS client names an answer that is no TLS.
+_NO_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG")
+_GONE = (ConnectionResetError, BrokenPipeError, http.client.RemoteDisconnected)
+
+
+class NotThere(ClusterError):
+    """It answers that there is no such thing (404)."""
+
+
+class Connection:
+    """The dashboard at an address.
+
+    Args:
+        address: http(s)://host[:port][/path].
+        ca_file: A file or directory of certificates that are trusted for it; None: the usual ones.
+        token: Sent with each request.
+
+    Raises:
+        ConfigError: `ca_file` is not there, holds no certificate, or has no meaning for this address.
+    """
+
+    def __init__(self, address: str, ca_file: str | None = None, token: Token | None = None) -> None:
+        self.address = address.rstrip("/")
+        self.token, self._ca_file = token, ca_file
+        parts = urlsplit(self.address)
+        self._host, self._is_tls = parts.hostname or "", parts.scheme == "https"
+        self._port = parts.port or (443 if self._is_tls else 80)
+        self._tls = _trusting(ca_file, self.address) if ca_file is not None else None
+        self._verify = str(Path(ca_file).expanduser()) if ca_file is not None else True
+        self._session = requests.Session()
+        # An object, since requests would take a password of ~/.netrc for the host instead.
+        self._session.auth = _Bearer(token)
+
+    def get(self, path: str, read_s: float = _READ_S, **params: Any) -> Any:
+        """The JSON of an answer.
+
+        Args:
+            path: With a / in front.
+            read_s: How long may pass without a byte.
+            params: The query.
+
+        Raises:
+            ClusterError: No answer, a refusal, or one that is no dashboard's.
+        """
+        return self.json_of(self.request("GET", path, read_s=read_s, params=params))
+
+    def state(self, what: str, **filters: str) -> list[dict[str, Any]]:
+        """Entries of Ray's tables (`actors`, `nodes`, …), at most 10,000.
+
+        Args:
+            what: Which table.
+            filters: Field → the value that it has; behind a `!`, that it has not.
+        """
+        keys, values = list(filters), [value.removeprefix("!") for value in filters.values()]
+        signs = ["!=" if value.startswith("!") else "=" for value in filters.values()]
+        found = self.get(
+            f"/api/v0/{what}",
+            read_s=2 * _READ_S,
+            detail=1,
+            limit=10_000,
+            timeout=8,
+            filter_keys=keys,
+            filter_predicates=signs,
+            filter_values=values,
+        )
+        try:
+            return list(found["data"]["result"]["result"])
+        except (KeyError, TypeError):
+            raise self._no_dashboard() from None
+
+    def json_of(self, response: requests.Response) -> Any:
+        """The JSON of an answer, which only a dashboard gives."""
+        try:
+            return response.json()
+        except ValueError:
+            raise self._no_dashboard() from None
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        read_s: float = _READ_S,
+        data: bytes | IO[bytes] | None = None,
+        body: Any = None,
+        params: Mapping[str, Any] | None = None,
+        stream: bool = False,
+        ok: Collection[int] = (),
+    ) -> requests.Response:
+        """An answer with a status of 2xx, or of `ok`.
+
+        Args:
+            method: GET, PUT, POST, …
+            path: With a / in front.
+            read_s: How long may pass without a byte.
+            data: What is sent; of a stream each block is bounded in time, and the whole is not.
+            body: What is sent as JSON.
+            params: The query.
+            stream: Whether the caller reads the answer's body, by and by.
+            ok: Further statuses that the caller knows what to do with.
+
+        Raises:
+            NotThere: 404.
+            ClusterError: No answer, or another refusal.
+        """
+        # What is uploaded takes as long as it takes: of that each block has its time.
+        bound = _CONNECT_S + read_s + _MORE_S if data is None and not stream else None
+
+        def ask() -> requests.Response:
+            return self._session.request(
+                method,
+                self.address + path,
+                params=params,
+                data=data,
+                json=body,
+                timeout=(_CONNECT_S, read_s),
+                # With each request: given to the session, a variable of the environment would go before it.
+                verify=self._verify,
+                # Another address is not the one that was given, and the token is not for it.
+                allow_redirects=False,
+                stream=stream,
+            )
+
+        failure: Exception
+        for attempt in (1, 2):
+            try:
+                answer = within(bound, ask)
+                return answer if answer.status_code in ok else self.checked(answer)
+            except TimeoutError as error:
+                failure = error
+            except (requests.RequestException, OSError, http.client.HTTPException, ValueError) as error:
+                failure = error
+                # A connection that was kept, and that the other side has closed meanwhile.
+                if method == "GET" and attempt == 1 and isinstance(_root(error), _GONE):
+                    continue
+            break
+        # Outside of the clause: what the library raised has the request in it, with its header.
+        raise self._explained(failure, read_s)
+
+    def denied(self, status: int, said: str, scheme: str) -> ClusterDenied:
+        """As `auth.denied`, of this address and token."""
+        return denied(self.address, status, said, scheme, self.token)
+
+    def ssl_context(self) -> ssl.SSLContext | None:
+        """For another library's connection; None where there is no TLS."""
+        return (self._tls or ssl.create_default_context()) if self._is_tls else None
+
+    def headers(self) -> dict[str, str]:
+        """For another library's connection."""
+        return {"Authorization": f"Bearer {self.token.value}"} if self.token is not None else {}
+
+    def proxy(self) -> str | None:
+        """Of the environment, for this address."""
+        found = select_proxy(self.address, get_environ_proxies(self.address))
+        return str(found) if found else None
+
+    # --- what went wrong ------------------------------------------------------------------------------------------
+
+    def checked(self, response: requests.Response) -> requests.Response:
+        """An answer with a status of 2xx.
+
+        Raises:
+            NotThere: 404.
+            ClusterError: Another refusal.
+        """
+        status = response.status_code
+        if 200 <= status < 300:
+            return response
+        said = response.text[:100_000]
+        if 300 <= status < 400:
+            where = last_line(response.headers.get("Location", ""))
+            path = urlsplit(response.request.url or "").path
+            fix = f": cluster.address={where.removesuffix(path)}" if path and where.endswith(path) else f" ({where})"
+            raise ClusterError(f"{self.address} sends us elsewhere{fix}")
+        if status in (401, 403):
+            raise self.denied(status, said, response.headers.get("WWW-Authenticate", ""))
+        if status == 400 and "plain HTTP request was sent to HTTPS port" in said:
+            raise self._speaks("https")
+        if status == 413 or "Request Entity Too Large" in said:
+            raise ClusterError(
+                f"{self.address} does not take so large a package: of a proxy, nginx's client_max_body_size or its like "
+                "says how large; Ray's own limit is 100 MiB; .rayignore leaves files out"
+            )
+        if status in (502, 503, 504):
+            raise ClusterUnreachable(
+                f"{self.address} answers {status}: the proxy there has no answer from Ray's dashboard"
+            )
+        kind = NotThere if status == 404 else ClusterError
+        # Of a proxy it is a page.
+        words = "" if said.lstrip().startswith("<") else last_line(said)
+        raise kind(f"{self.address} answers {status}: {self._without_token(words) or response.reason}")
+
+    def _explained(self, failure: Exception, read_s: float) -> ClusterError:
+        root = _root(failure)
+        name = f"{self._host}:{self._port}"
+        if isinstance(failure, requests.exceptions.ProxyError):
+            proxy = urlsplit(self.proxy() or "").hostname
+            return ClusterUnreachable(
+                f"{self.address} is asked by way of the proxy {proxy} of this environment, which does not take us there: "
+                f"NO_PROXY={self._host} leaves it out"
+            )
+        if isinstance(root, ssl.SSLError):
+            return self._tls_explained(root)
+        if isinstance(root, socket.gaierror):
+            return ClusterUnreachable(f"{self.address}: no host has the name {self._host} ({root.strerror})")
+        if isinstance(root, ConnectionRefusedError):
+            return ClusterUnreachable(
+                f"nothing listens at {name}: is the cluster up, and is that its dashboard's port (8265 by default)?"
+            )
+        if isinstance(failure, requests.ReadTimeout) or (isinstance(root, TimeoutError) and failure is not root):
+            return ClusterUnreachable(f"{self.address} takes the connection, and has not answered within {read_s:g} s")
+        if isinstance(failure, TimeoutError | requests.ConnectTimeout):
+            return ClusterUnreachable(
+                f"{self.address} does not answer within {_CONNECT_S:g} s: is the cluster up, and may this machine reach it "
+                "(VPN, firewall)?"
+            )
+        if not self._is_tls and self._has_tls():
+            return self._speaks("https")
+        if isinstance(root, _GONE | http.client.HTTPException):
+            return ClusterUnreachable(
+                f"what listens at {name} speaks no HTTP: the Jobs API is at the port of the dashboard, 8265 by default; "
+                "Ray's others (6379, 10001) are for cluster=existing"
+            )
+        reason = getattr(root, "strerror", None) or last_line(str(root)) or type(root).__name__
+        return ClusterUnreachable(f"{self.address} cannot be reached: {self._without_token(reason)}")
+
+    def _tls_explained(self, error: ssl.SSLError) -> ClusterError:
+        if not isinstance(error, ssl.SSLCertVerificationError):
+            if error.reason in _NO_TLS:
+                return self._speaks("http")
+            return ClusterUnreachable(f"{self.address}: no TLS connection ({error.reason or error})")
+        code, said = error.verify_code, error.verify_message
+        known = f"cluster.ca_file={self._ca_file}" if self._ca_file is not None else "what this machine trusts"
+        # The codes of OpenSSL's X509_V_ERR_….
+        why = {
+            9: "is not valid yet: is the clock of this machine right?",
+            10: "has expired: it must be renewed there (or the clock of this machine is wrong)",
+            18: f"is signed by itself, and is not in {known}: cluster.ca_file=PATH of that certificate trusts it",
+            62: f"is for other names than {self._host}: cluster.address must have one of those, or the certificate be renewed",
+            64: f"is for other addresses than {self._host}: cluster.address must have a name that is in it",
+        }
+        unknown = f"is signed by an authority that is not in {known}: cluster.ca_file=PATH of its certificate trusts it"
+        why |= dict.fromkeys((2, 19, 20, 21), unknown)
+        return ClusterUnreachable(f"the certificate of {self.address} {why.get(code, f'is not accepted: {said}')}")
+
+    def _speaks(self, scheme: str) -> ClusterError:
+        other = self.address.partition("://")[2]
+        also = "" if scheme == "https" else " (which anybody on the way can read, the token too)"
+        return ClusterUnreachable(f"{self.address} speaks {scheme}: cluster.address={scheme}://{other}{also}")
+
+    def _has_tls(self) -> bool:
+        """Whether TLS is spoken there, whoever's certificate it has."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is sent
+
+        def ask() -> bool:
+            with socket.create_connection((self._host, self._port), timeout=_PROBE_S) as plain:
+                context.wrap_socket(plain, server_hostname=self._host).close()
+            return True
+
+        try:
+            return within(_PROBE_S, ask)
+        except (OSError, TimeoutError):
+            return False
+
+    def _no_dashboard(self) -> ClusterError:
+        return ClusterError(f"what answers at {self.address} is no Ray dashboard: is cluster.address right?")
+
+    def _without_token(self, text: str) -> str:
+        return text.replace(self.token.value, "***") if self.token is not None else text
+
+
+class _Bearer(AuthBase):
+    def __init__(self, token: Token | None) -> None:
+        self._token = token
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self._token is not None:
+            request.headers["Authorization"] = f"Bearer {self._token.value}"
+        return request
+
+
+def within(seconds: float | None, ask: Callable[[], T]) -> T:
+    """The result of `ask`, which may wait for something that no timeout of a socket bounds.
+
+    Raises:
+        TimeoutError: Of concurrent.futures: it is not there yet.
+    """
+    return in_background(ask, "ray-jobs").result(seconds)
+
+
+def last_line(text: str) -> str:
+    """Of a traceback what was raised; of anything else its last words."""
+    lines = [line.strip() for line in text.splitlines() if line.strip(" .^")]
+    found = lines[-1] if lines else ""
+    return "".join(c if c.isprintable() else " " for c in found)[:500]
+
+
+def _trusting(ca_file: str, address: str) -> ssl.SSLContext:
+    path = Path(ca_file).expanduser()
+    if not address.startswith("https://"):
+        raise ConfigError(
+            f"is for https, and cluster.address={address} is not", key="cluster.ca_file", value=str(ca_file)
+        )
+    try:
+        if path.is_dir():
+            return ssl.create_default_context(capath=str(path))
+        return ssl.create_default_context(cafile=str(path))
+    except ssl.SSLError:
+        raise ConfigError("holds no certificate (PEM)", key="cluster.ca_file", value=str(ca_file)) from None
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", key="cluster.ca_file", value=str(ca_file)) from None
+
+
+def _root(error: BaseException) -> BaseException:
+    """What was raised first: requests wraps urllib3, which wraps the socket's, in causes, reasons and arguments."""
+    seen = set[int]()
+    while id(error) not in seen:
+        seen.add(id(error))
+        inner = [error.__cause__, getattr(error, "reason", None), *error.args, error.__context__]
+        error = next((e for e in inner if isinstance(e, BaseException)), error)
+    return error

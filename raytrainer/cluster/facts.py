@@ -1,0 +1,216 @@
+"""What a cluster is, has and may have, and who holds it; what can never run there, and what is waited for. Asks nobody.
+
+`run.waiting` and `supervise` know the same of a cluster that this process has joined.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import metadata
+
+from raytrainer.config import Experiment
+from raytrainer.preflight import Resources, amount, check_resources, least_workers, per_worker, uses_gpu
+
+_HOLDERS = 5  # that are named
+_EPSILON = 1e-9  # 3 × 0.1 is 0.30000000000000004
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A job, or a driver outside of any, and what it holds.
+
+    Attributes:
+        name: The run's, else the submission id, else where the driver is.
+        user: Who submitted it, where that is known.
+        submission_id: None: it is no job.
+        resources: All that it holds.
+        started: Seconds since the epoch.
+    """
+
+    name: str
+    user: str | None
+    submission_id: str | None
+    resources: Mapping[str, float]
+    started: float | None
+
+
+@dataclass(frozen=True)
+class ClusterFacts:
+    """A cluster as it is now.
+
+    Attributes:
+        address: Its own.
+        ray_version: Of its head.
+        python_version: Of its head; None: an old one that does not say.
+        nodes: What each living node has.
+        free: What nobody holds of that, in the same order.
+        addable: What each node has that its autoscaler can add.
+        most_addable: How many of those at a time.
+        endless: It has an autoscaler that does not say how far it goes.
+        holders: Who holds something.
+    """
+
+    address: str
+    ray_version: str
+    python_version: str | None
+    nodes: tuple[Mapping[str, float], ...]
+    free: tuple[Mapping[str, float], ...] = ()
+    addable: tuple[Mapping[str, float], ...] = ()
+    most_addable: int = 0
+    endless: bool = False
+    holders: tuple[Holder, ...] = ()
+
+    @property
+    def total(self) -> dict[str, float]:
+        return total_of(self.nodes)
+
+    @property
+    def available(self) -> dict[str, float]:
+        return total_of(self.free)
+
+    @property
+    def resources(self) -> Resources:
+        """All that there can be."""
+        return Resources.of_nodes(self.nodes, self.addable, self.most_addable, self.endless)
+
+    def version_problem(self) -> str | None:
+        """Why raytrainer cannot run there: another Ray or Python than it is made for."""
+        ours = metadata("raytrainer")
+        ray = next(one for one in ours.get_all("Requires-Dist") or () if re.match(r"ray\b", one))
+        for name, has, needs in (
+            ("Python", self.python_version, ours["Requires-Python"] or ""),
+            ("ray", self.ray_version, ray.partition(";")[0]),
+        ):
+            bounds = dict(re.findall(r"(>=|<)\s*([\d.]+)", needs))
+            if has is None:
+                continue
+            if ">=" in bounds and _numbers(has) < _numbers(bounds[">="]):
+                return f"{self.address} has {name} {has}, and raytrainer needs {bounds['>=']} or newer there"
+            if "<" in bounds and _numbers(has) >= _numbers(bounds["<"]):
+                return f"{self.address} has {name} {has}, and raytrainer needs one before {bounds['<']} there"
+        return None
+
+    def problems(self, e: Experiment) -> list[str]:
+        """What a run asks for and the cluster can never have, with all nodes that it can add; a sentence each."""
+        found = check_resources(e, self.resources, f"the cluster at {self.address}")
+        driver = {name: share for name, share in (e.cluster.driver_resources or {}).items() if share}
+        if found or not driver:
+            return found
+        workers = [per_worker(e, uses_gpu(e, self.resources))] * least_workers(e)
+        key = f"cluster.driver_resources={{{', '.join(f'{name}: {share:g}' for name, share in driver.items())}}}"
+        if reason := impossible([driver], self):
+            return [f"{key}: {reason}"]
+        if reason := impossible([driver, *workers], self):
+            return [f"{key} and the workers: {reason}"]
+        return []
+
+
+def explain_waiting(
+    demands: Sequence[Sequence[Mapping[str, float]]],
+    facts: ClusterFacts,
+    leave_out: str | None = None,
+    now: float | None = None,
+) -> str:
+    """What is waited for: `for 4 GPUs: 2 of 8 GPUs free; resnet-a (anna) holds 6 GPUs for 3 h`.
+
+    Args:
+        demands: What is asked for: bundles that are wanted at once, each on one node.
+        facts: Of the cluster.
+        leave_out: The job that asks, by its submission id.
+        now: Seconds since the epoch.
+    """
+    if reason := next(filter(None, (impossible(bundles, facts) for bundles in demands)), None):
+        return reason
+    bundles = [bundle for several in demands for bundle in several]
+    wanted, total, free = total_of(bundles), facts.total, facts.available
+    lacking = [name for name, share in wanted.items() if share > free.get(name, 0.0) + _EPSILON]
+    names = lacking or [name for name, share in wanted.items() if share]
+    if not lacking and _fits(bundles, facts.free):
+        return f"for {_amounts(wanted, names)}: enough is free, it is about to be placed"
+    parts = [", ".join(_free(name, free.get(name, 0.0), total.get(name, 0.0)) for name in names)]
+    if not lacking:
+        most = {name: max((node.get(name, 0.0) for node in facts.free), default=0.0) for name in names}
+        parts = [f"enough is free, but at most {_amounts(most, names)} on one node"]
+    held = [(sum(h.resources.get(n, 0.0) / (total.get(n) or 1.0) for n in names), h) for h in facts.holders]
+    held = [(part, h) for part, h in held if part and (leave_out is None or h.submission_id != leave_out)]
+    held.sort(key=lambda one: (-one[0], one[1].name))
+    parts += [_holding(holder, names, time.time() if now is None else now) for _, holder in held[:_HOLDERS]]
+    if len(held) > _HOLDERS:
+        parts.append(f"{len(held) - _HOLDERS} others hold the rest")
+    if facts.most_addable or facts.endless:
+        parts.append("the cluster can add nodes")
+    return f"for {_amounts(wanted, names)}: {'; '.join(parts)}"
+
+
+def impossible(bundles: Sequence[Mapping[str, float]], facts: ClusterFacts) -> str | None:
+    """Why the cluster can never have what is asked for, with all nodes that it can add; None where it can."""
+    most = facts.resources
+    if most.endless:
+        return None
+    added = ", nodes that it can add included" if most.more else ""
+    for name, share in total_of(bundles).items():
+        has = most.get(name)
+        if has is not None and share > has + _EPSILON:
+            return f"{amount(name, share)} asked for, and {facts.address} has {amount(name, has)}{added}: it never can"
+    for bundle, count in Counter(tuple(sorted(bundle.items())) for bundle in bundles).items():
+        room = most.places(dict(bundle))
+        if room < count:
+            one = _amounts(dict(bundle), [name for name, share in bundle if share])
+            return f"{count} × ({one}), each on one node, and {facts.address} has room for {room}{added}: it never can"
+    return None
+
+
+def total_of(several: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The sum of some resources, by name."""
+    found: dict[str, float] = {}
+    for one in several:
+        for name, share in one.items():
+            found[name] = found.get(name, 0.0) + share
+    return found
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
+
+
+def _fits(bundles: Sequence[Mapping[str, float]], free: Sequence[Mapping[str, float]]) -> bool:
+    """Whether each bundle has its place on a node, the largest placed first."""
+    left = [dict(node) for node in free]
+    for bundle in sorted(bundles, key=lambda b: (b.get("GPU", 0.0), b.get("CPU", 0.0), sum(b.values())), reverse=True):
+        for node in left:
+            if all(share <= node.get(name, 0.0) + _EPSILON for name, share in bundle.items()):
+                for name, share in bundle.items():
+                    node[name] = node.get(name, 0.0) - share
+                break
+        else:
+            return False
+    return True
+
+
+def _free(name: str, free: float, total: float) -> str:
+    return (
+        f"{free / 2**30:.1f} of {amount(name, total)} free"
+        if name == "memory"
+        else f"{free:g} of {amount(name, total)} free"
+    )
+
+
+def _amounts(resources: Mapping[str, float], names: Iterable[str]) -> str:
+    return ", ".join(amount(name, resources[name]) for name in names)
+
+
+def _holding(holder: Holder, names: Iterable[str], now: float) -> str:
+    held = _amounts(holder.resources, [name for name in names if holder.resources.get(name)])
+    who = f"{holder.name} ({holder.user})" if holder.user else holder.name
+    return f"{who} holds {held}" + ("" if holder.started is None else f" for {_span(now - holder.started)}")
+
+
+def _span(seconds: float) -> str:
+    for unit, size, least in (("days", 86_400, 172_800), ("h", 3600, 3600), ("min", 60, 60)):
+        if seconds >= least:
+            return f"{int(seconds // size)} {unit}"
+    return f"{max(0, int(seconds))} s"

@@ -1,0 +1,97 @@
+"""A job's log while it grows: by the Jobs API's websocket, from where a lost connection has left it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from urllib.parse import quote
+
+import aiohttp
+
+from raytrainer.cluster.connection import Connection
+from raytrainer.errors import ClusterUnreachable
+
+_CONNECT_S = 10.0
+_HEARTBEAT_S = 15.0  # what does not answer so long is lost; a proxy keeps a connection on which something passes
+_AGAIN_S = (0.2, 0.5, 1.0, 2.0, 5.0)  # between two attempts
+_PATIENCE_S = 120.0  # with a cluster that does not answer
+
+
+def follow(
+    connection: Connection,
+    submission_id: str,
+    has_ended: Callable[[], bool],
+    whole: Callable[[], str],
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[str]:
+    """The log in pieces, from its beginning until the job has ended; nothing of it twice.
+
+    Args:
+        connection: To the cluster.
+        submission_id: The job's.
+        has_ended: Whether the job has; asked each time a connection has ended.
+        whole: All of the log. Where no websocket comes through, as with a proxy that does not upgrade, it is all there is.
+        sleep: For tests.
+
+    Raises:
+        ClusterError: The cluster has not answered for two minutes, or refuses us.
+    """
+    told, failures, answered = 0, 0, time.monotonic()
+    while True:
+        try:
+            position = 0  # each connection begins at the beginning
+            for piece in _pieces(connection, submission_id):
+                failures = 0
+                new, position = piece[max(0, told - position) :], position + len(piece)
+                told += len(new)
+                if new:
+                    yield new
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            pass  # what it means is said by the requests that follow
+        try:
+            ended, text = has_ended(), whole()  # in this order: after its end nothing is added
+            answered = time.monotonic()
+        except ClusterUnreachable:
+            if time.monotonic() - answered > _PATIENCE_S:
+                raise
+        else:
+            if len(text) > told:
+                yield text[told:]
+                told = len(text)
+            if ended:
+                return
+        sleep(_AGAIN_S[min(failures, len(_AGAIN_S) - 1)])
+        failures += 1
+
+
+def _pieces(connection: Connection, submission_id: str) -> Iterator[str]:
+    """What one connection gives."""
+    loop = asyncio.new_event_loop()
+    try:
+        session = loop.run_until_complete(_session(connection))
+        try:
+            socket = loop.run_until_complete(_connected(session, connection, submission_id))
+            while (message := loop.run_until_complete(socket.receive())).type is aiohttp.WSMsgType.TEXT:
+                yield message.data
+        finally:
+            loop.run_until_complete(session.close())
+    finally:
+        loop.close()
+
+
+async def _session(connection: Connection) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(headers=connection.headers(), timeout=aiohttp.ClientTimeout(total=None))
+
+
+async def _connected(
+    session: aiohttp.ClientSession, connection: Connection, submission_id: str
+) -> aiohttp.ClientWebSocketResponse:
+    asked = session.ws_connect(
+        f"{connection.address}/api/jobs/{quote(submission_id, safe='')}/logs/tail",
+        ssl=connection.ssl_context() or True,
+        proxy=connection.proxy(),
+        heartbeat=_HEARTBEAT_S,
+        max_msg_size=0,  # a line may be long
+    )
+    return await asyncio.wait_for(asked, _CONNECT_S)

@@ -1,0 +1,85 @@
+"""Sending a job with Ray's own client, which makes, names and uploads its packages; each of its requests goes the way of
+`connection`. Imports ray: only a submission comes here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import requests
+from ray.job_submission import JobSubmissionClient
+
+from raytrainer.cluster.connection import Connection
+from raytrainer.errors import ClusterError, ConfigError, JobExists
+
+_SUBMIT_S = 60.0  # the dashboard waits half a minute for the agent that starts the driver
+_PARTS = {"CPU": "entrypoint_num_cpus", "GPU": "entrypoint_num_gpus", "memory": "entrypoint_memory"}
+
+
+def submit(
+    connection: Connection,
+    *,
+    submission_id: str,
+    entrypoint: str,
+    runtime_env: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    resources: Mapping[str, float],
+) -> str:
+    """Uploads what the cluster has not got of a runtime environment, and starts a job; returns its id.
+
+    Args:
+        connection: To the cluster.
+        submission_id: The job's.
+        entrypoint: Its command.
+        runtime_env: Ray's, with paths of this machine.
+        metadata: Of the job.
+        resources: What its driver reserves.
+
+    Raises:
+        JobExists: A job of this id is there, also if it came at this moment.
+        ConfigError: Ray's client does not take it.
+        ClusterError: The cluster cannot be asked, or refuses it.
+    """
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):  # they tell of each package
+        logging.getLogger(name).setLevel(logging.WARNING)
+    own = {_PARTS[name]: share for name, share in resources.items() if name in _PARTS}
+    if "entrypoint_memory" in own:
+        own["entrypoint_memory"] = int(own["entrypoint_memory"])
+    try:
+        return str(
+            _Client(connection).submit_job(
+                entrypoint=entrypoint,
+                submission_id=submission_id,
+                runtime_env=dict(runtime_env),
+                metadata=dict(metadata),
+                entrypoint_resources={name: n for name, n in resources.items() if name not in _PARTS} or None,
+                **own,
+            )
+        )
+    except (ClusterError, ConfigError):
+        raise
+    except (ValueError, TypeError, RuntimeError, OSError) as error:  # it judges packages and runtime environments
+        raise ConfigError(f"cannot be sent: {error}", key="cluster.runtime_env") from error
+
+
+class _Client(JobSubmissionClient):  # type: ignore[misc]
+    """Ray's client on our connection, which bounds its requests in time and explains what they come to."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        # With a header of its own it looks for no token; what it would send is not sent.
+        super().__init__(connection.address, headers={"Authorization": ""})
+
+    def _do_request(
+        self, method: str, endpoint: str, *, data: bytes | None = None, json_data: Any = None, **_: Any
+    ) -> requests.Response:
+        if method == "POST" and endpoint == "/api/jobs/":
+            # 400 and 500: that a job is there comes as the traceback of whoever found it.
+            answer = self._connection.request(method, endpoint, body=json_data, read_s=_SUBMIT_S, ok=(400, 500))
+            if answer.status_code >= 400 and "already exists" in answer.text:
+                raise JobExists(f"{self._connection.address} has a job {json_data['submission_id']} already")
+            return self._connection.checked(answer)
+        # 404: a package that is not there yet.
+        return self._connection.request(method, endpoint, data=data, body=json_data, ok=(404,))
