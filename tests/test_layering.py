@@ -23,7 +23,7 @@ import pytest
 # (data/, models/, ...) are one module here.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("config", "storage", "seeds", "events", "provenance", "interrupts", "reaper", "environment"),
+    ("config", "storage", "seeds", "events", "provenance", "interrupts", "reaper", "environment", "autoscaling"),
     ("data", "models", "losses", "optim", "state", "parallel", "checkpoint", "metrics", "tracking", "progress"),
     ("trainer",),
     ("worker",),
@@ -61,6 +61,7 @@ LAZY: dict[str, tuple[str, ...]] = {
     "raytrainer.trainer": ("ray", "mlflow"),
     "raytrainer.history.listing": ("torch", "ray", "mlflow", "pyarrow"),
     "raytrainer.history.status": ("torch", "ray", "mlflow", "pyarrow"),
+    "raytrainer.cluster.api": ("torch", "ray", "mlflow", "pyarrow"),
     "raytrainer.cluster.request": ("torch", "ray", "mlflow", "pyarrow"),
     "raytrainer.cli": ("torch", "ray", "mlflow"),
     "raytrainer.__main__": ("torch", "ray", "mlflow"),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from raytrainer import supervise
+from raytrainer.autoscaling import addable
 from raytrainer.preflight import Resources
 from raytrainer.progress import Display
 from raytrainer.run.waiting import Waiting
@@ -119,7 +119,7 @@ HEAD = {"CPU": 2.0, "node:__internal_head__": 1.0}
     ],
 )
 def test_what_an_autoscaler_can_add(there: list[dict[str, float]], most: int, gpus: int, cpu_nodes: int) -> None:
-    found = supervise.addable(TYPES, there)
+    found = addable(TYPES, there)
     assert found is not None
     assert found.most == most
     assert sum(node.get("GPU", 0) for node in found.nodes) == gpus
@@ -127,4 +127,4 @@ def test_what_an_autoscaler_can_add(there: list[dict[str, float]], most: int, gp
 
 
 def test_a_cluster_that_is_full_grows_no_more() -> None:
-    assert supervise.addable(TYPES, [HEAD, *[{"CPU": 4.0}] * 3]) is None
+    assert addable(TYPES, [HEAD, *[{"CPU": 4.0}] * 3]) is None

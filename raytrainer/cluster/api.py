@@ -109,7 +109,7 @@ class Jobs:
 
     def logs(self, submission_id: str) -> str:
         """All that its driver has printed by now."""
-        found = self._connection.get(f"/api/jobs/{_path(submission_id)}/logs", read_s=_LOG_S)
+        found = self._connection.get(f"/api/jobs/{_path(submission_id)}/logs", dict, read_s=_LOG_S)
         return str(found.get("logs") or "")
 
     def tail(self, submission_id: str) -> Iterator[str]:
@@ -162,9 +162,12 @@ class Jobs:
 
     def _facts(self) -> tuple[ClusterFacts, Tables]:
         get, state = self._connection.get, self._connection.state
+        version = get("/api/version", dict).get("ray_version") or ""
+        bare = ClusterFacts(self.address, version, None, ())
+        if bare.version_problem() is not None:  # its tables are others, too
+            return bare, Tables()
         asks: dict[str, Callable[[], Any]] = {
-            "version": lambda: get("/api/version"),
-            "metadata": lambda: get("/api/v0/cluster_metadata"),
+            "metadata": lambda: get("/api/v0/cluster_metadata", dict),
             "nodes": lambda: state("nodes"),
             "actors": lambda: state("actors", state="!DEAD"),
             "groups": lambda: state("placement_groups", state="!REMOVED"),
@@ -172,10 +175,12 @@ class Jobs:
             "jobs": self._rows,
         }
         found = _at_once(asks)
-        version, python = found.pop("version"), found.pop("metadata").get("data") or {}
+        python = (found.pop("metadata").get("data") or {}).get("pythonVersion")
         rows = Tables(**found)
-        log = self._autoscaler_log(rows)
-        return tables.read(self.address, version["ray_version"], python.get("pythonVersion"), rows, log), rows
+        try:
+            return tables.read(self.address, version, python, rows, self._autoscaler_log(rows)), rows
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ClusterError(f"{self.address} has ray {version}, whose tables raytrainer cannot read") from error
 
     def _autoscaler_log(self, rows: Tables) -> str | None:
         """The beginning of what the cluster's autoscaler has logged; None: it cannot be read."""
@@ -238,18 +243,15 @@ class Jobs:
 
     def _row(self, submission_id: str) -> Mapping[str, Any] | None:
         try:
-            found = self._connection.get(f"/api/jobs/{_path(submission_id)}")
+            found = self._connection.get(f"/api/jobs/{_path(submission_id)}", dict)
         except NotThere as error:
             if "does not exist" in str(error):  # Ray's words: what else answers 404 is no dashboard
                 return None
             raise
-        return found if isinstance(found, dict) and found.get("submission_id") == submission_id else None
+        return found if found.get("submission_id") == submission_id else None
 
     def _rows(self) -> builtins.list[dict[str, Any]]:
-        found = self._connection.get("/api/jobs/")
-        if not isinstance(found, builtins.list):
-            raise ClusterError(f"what answers at {self.address} is no Ray dashboard: is cluster.address right?")
-        return found
+        return self._connection.get("/api/jobs/", builtins.list)
 
 
 def check_environment(address: str, environ: Mapping[str, str] = os.environ) -> None:

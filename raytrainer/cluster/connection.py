@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import socket
 import ssl
 from collections.abc import Callable, Collection, Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
+import certifi
 import requests
 from requests.auth import AuthBase
 from requests.utils import get_environ_proxies, select_proxy
@@ -57,18 +59,25 @@ class Connection:
         # An object, since requests would take a password of ~/.netrc for the host instead.
         self._session.auth = _Bearer(token)
 
-    def get(self, path: str, read_s: float = _READ_S, **params: Any) -> Any:
+    def get(self, path: str, kind: type[T], read_s: float = _READ_S, **params: Any) -> T:
         """The JSON of an answer.
 
         Args:
             path: With a / in front.
+            kind: What it is: dict or list.
             read_s: How long may pass without a byte.
             params: The query.
 
         Raises:
             ClusterError: No answer, a refusal, or one that is no dashboard's.
         """
-        return self.json_of(self.request("GET", path, read_s=read_s, params=params))
+        try:
+            found = self.request("GET", path, read_s=read_s, params=params).json()
+        except ValueError:
+            raise self._no_dashboard() from None
+        if not isinstance(found, kind):
+            raise self._no_dashboard()
+        return found
 
     def state(self, what: str, **filters: str) -> list[dict[str, Any]]:
         """Entries of Ray's tables (`actors`, `nodes`, …), at most 10,000.
@@ -81,6 +90,7 @@ class Connection:
         signs = ["!=" if value.startswith("!") else "=" for value in filters.values()]
         found = self.get(
             f"/api/v0/{what}",
+            dict,
             read_s=2 * _READ_S,
             detail=1,
             limit=10_000,
@@ -92,13 +102,6 @@ class Connection:
         try:
             return list(found["data"]["result"]["result"])
         except (KeyError, TypeError):
-            raise self._no_dashboard() from None
-
-    def json_of(self, response: requests.Response) -> Any:
-        """The JSON of an answer, which only a dashboard gives."""
-        try:
-            return response.json()
-        except ValueError:
             raise self._no_dashboard() from None
 
     def request(
@@ -169,7 +172,11 @@ class Connection:
 
     def ssl_context(self) -> ssl.SSLContext | None:
         """For another library's connection; None where there is no TLS."""
-        return (self._tls or ssl.create_default_context()) if self._is_tls else None
+        if not self._is_tls:
+            return None
+        # As requests has it, which asks certifi and not the system.
+        usual = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or certifi.where()
+        return self._tls or _trusting(usual, self.address)
 
     def headers(self) -> dict[str, str]:
         """For another library's connection."""

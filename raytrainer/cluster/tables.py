@@ -12,13 +12,13 @@ from typing import Any
 
 import yaml
 
+from raytrainer.autoscaling import Growth, addable
 from raytrainer.cluster.facts import ClusterFacts, Holder, total_of
 
 Row = Mapping[str, Any]
 
 # Of a job's supervisor: the actor that starts its driver, and holds what the driver reserves.
 SUPERVISOR = "_ray_internal_job_actor_"
-_HEAD = "node:__internal_head__"
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,16 @@ def read(address: str, ray_version: str, python_version: str | None, tables: Tab
         {name: max(0.0, n - held.by_node.get(node["node_id"], {}).get(name, 0.0)) for name, n in has.items()}
         for node, has in zip(alive, nodes, strict=True)
     )
-    config = _autoscaler(log) if log is not None else None
-    addable, most = _addable(config, nodes) if config is not None else ((), 0)
+    growth = _growth(log, nodes) if log is not None else None
     return ClusterFacts(
         address=address,
         ray_version=ray_version,
         python_version=python_version,
         nodes=nodes,
         free=free,
-        addable=addable,
-        most_addable=most,
-        endless=config is None,
+        addable=growth.nodes if growth is not None else (),
+        most_addable=growth.most if growth is not None else 0,
+        endless=growth is None,
         holders=_holders(held.by_job, tables.jobs),
     )
 
@@ -197,9 +196,9 @@ _V1, _V2 = "StandardAutoscaler: {", "Using Autoscaling Config:"
 _STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", re.MULTILINE)
 
 
-def _autoscaler(log: str) -> Mapping[str, Any] | None:
-    """The configuration that an autoscaler began with, by its log: the one place where the dashboard shows it. None:
-    it is not there, or not as Ray 2.60's autoscalers write it. It may hold secrets."""
+def _growth(log: str, there: Sequence[Mapping[str, float]]) -> Growth | None:
+    """What an autoscaler can add, by the configuration that it began with, which the dashboard shows in its log alone.
+    None: it is not there, or not as Ray 2.60's autoscalers write it. The rest of it may hold secrets."""
     first, second = log.rfind(_V1), log.rfind(_V2)
     found: Any
     try:
@@ -211,30 +210,6 @@ def _autoscaler(log: str) -> Mapping[str, Any] | None:
             found = ast.literal_eval(log[first + len(_V1) - 1 :].partition("\n")[0])
         else:
             return None
-        types = found["available_node_types"].values()
-        if any(not isinstance(kind["resources"], dict) for kind in types):
-            return None
-        return {"max_workers": found.get("max_workers"), "types": list(types)}
+        return addable(found, there) or Growth()
     except (yaml.YAMLError, ValueError, SyntaxError, KeyError, TypeError, AttributeError):
         return None
-
-
-def _addable(
-    config: Mapping[str, Any], there: Sequence[Mapping[str, float]]
-) -> tuple[tuple[Mapping[str, float], ...], int]:
-    """What each node has that can be added to those that are there, and how many at a time."""
-    most = int(config["max_workers"] if config["max_workers"] is not None else 2)  # Ray's default
-    kinds = [kind for kind in config["types"] if kind["resources"]]
-    left = [most if kind.get("max_workers") is None else min(int(kind["max_workers"]), most) for kind in kinds]
-    for node in there:
-        if _HEAD in node:
-            continue
-        most -= 1
-        # A node does not say of which type it is: one with the same CPUs and GPUs is.
-        for i, kind in enumerate(kinds):
-            if left[i] and all(node.get(name, 0) == kind["resources"].get(name, 0) for name in ("CPU", "GPU")):
-                left[i] -= 1
-                break
-    most = max(most, 0)
-    found = tuple(kind["resources"] for kind, count in zip(kinds, left, strict=True) for _ in range(min(count, most)))
-    return found, min(most, len(found))

@@ -9,8 +9,6 @@ tune      Ray Tune: the trials of a sweep
 from __future__ import annotations
 
 from raytrainer.supervise.cluster import (
-    Growth,
-    addable,
     attach,
     dead_part,
     find_cluster,
@@ -29,12 +27,10 @@ from raytrainer.supervise.tune import METRIC, TrialController, capacity, make_co
 
 __all__ = [
     "METRIC",
-    "Growth",
     "Retries",
     "SupervisedTrainer",
     "TrialController",
     "WorkerOutput",
-    "addable",
     "attach",
     "capacity",
     "dead_part",

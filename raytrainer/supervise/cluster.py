@@ -8,8 +8,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import psutil
@@ -20,6 +19,7 @@ from ray.core.generated.gcs_pb2 import ActorTableData, JobTableData, PlacementGr
 from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raytrainer.autoscaling import HEAD, Growth, addable
 from raytrainer.reaper import Reaper
 
 # Set before Ray starts, where the user has not; inherited by Ray's processes on this machine, and propagated by Ray
@@ -182,24 +182,8 @@ def attach(address: str, runtime_env: Mapping[str, Any], name: str) -> str:
 # --- what a cluster has, may have, and who holds it -------------------------------------------------------------------
 
 _NAME = "raytrainer.name"  # in the metadata of a run's job
-_HEAD = "node:__internal_head__"
 _PROBE_S = 5.0
 _growths: dict[str, Growth | None] = {}  # by job: it is asked for before a launch and in it
-
-
-@dataclass(frozen=True)
-class Growth:
-    """The nodes that a cluster's autoscaler can add to those that are there.
-
-    Attributes:
-        nodes: What each has.
-        most: How many of them at a time.
-        known: False where the autoscaler does not say: KubeRay's runs beside Ray, in a container of its own.
-    """
-
-    nodes: tuple[Mapping[str, float], ...] = ()
-    most: int = 0
-    known: bool = True
 
 
 def nodes() -> list[dict[str, float]]:
@@ -216,7 +200,7 @@ def growth() -> Growth | None:
 
 
 def _growth() -> Growth | None:
-    head = next((node for node in ray.nodes() if node["Alive"] and _HEAD in node["Resources"]), None)
+    head = next((node for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"]), None)
     if head is None:
         return None
     # Ray's own question, `get_max_resources_from_cluster_config`, has an answer on Anyscale alone. The autoscaler's
@@ -277,34 +261,6 @@ def _is_autoscaled() -> bool:
     except Exception:  # noqa: BLE001  it is Ray's to say, and it did not
         return False
     return int(status.stats.autoscaler_version or 0) > 0
-
-
-def addable(config: Mapping[str, Any], there: Sequence[Mapping[str, float]]) -> Growth | None:
-    """What an autoscaler's configuration allows beyond the nodes that are there.
-
-    Args:
-        config: As a `ray up` file, its node types' resources filled in.
-        there: What each living node has, the head included.
-    """
-    most = int(config["max_workers"] if config.get("max_workers") is not None else 2)  # Ray's default
-    left = {}
-    for name, kind in config["available_node_types"].items():
-        limit = kind.get("max_workers")
-        if kind["resources"]:
-            left[name] = most if limit is None else min(int(limit), most)
-    for node in there:
-        if _HEAD in node:
-            continue
-        # A node does not say of which type it is: one with the same CPUs and GPUs is.
-        for name in left:
-            wanted = config["available_node_types"][name]["resources"]
-            if left[name] and all(node.get(k, 0) == wanted.get(k, 0) for k in ("CPU", "GPU")):
-                left[name] -= 1
-                most -= 1
-                break
-    types = config["available_node_types"]
-    found = tuple(types[name]["resources"] for name, count in left.items() for _ in range(min(count, most)))
-    return Growth(found, max(most, 0)) if found else None
 
 
 def free() -> dict[str, float]:
