@@ -249,7 +249,7 @@ class Connection:
             )
         if not self._is_tls and self._has_tls():
             return self._speaks("https")
-        if isinstance(root, _GONE | http.client.HTTPException):
+        if isinstance(root, (*_GONE, http.client.HTTPException)):
             return ClusterUnreachable(
                 f"what listens at {name} speaks no HTTP: the Jobs API is at the port of the dashboard, 8265 by default; "
                 "Ray's others (6379, 10001) are for cluster=existing"
