@@ -1,15 +1,20 @@
 """Storage and its locks: names that cannot leave the root, atomic writes, errors with the place in them.
-What a URI gets is tested over pyarrow's own file systems, which need no server."""
+What a URI gets is tested over pyarrow's own file systems, which need no server, and with a real S3's interface."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +24,7 @@ import pytest
 from pyarrow import fs
 
 from raytrainer.errors import StorageError, StorageFull, StorageLocked
-from raytrainer.storage import Storage
+from raytrainer.storage import Storage, files
 from raytrainer.storage import lock as locks
 
 
@@ -28,8 +33,18 @@ def through_pyarrow(root: Path) -> Storage:
     return Storage("bucket", filesystem=fs.SubTreeFileSystem(str(root), fs.LocalFileSystem()))
 
 
-@pytest.fixture(params=["local", "pyarrow"])
+def in_s3(request: pytest.FixtureRequest) -> Storage:
+    """A prefix of the test's own; where it is, the variables say that users set."""
+    server, patch = request.getfixturevalue("s3"), request.getfixturevalue("monkeypatch")
+    for name, value in server.environment.items():
+        patch.setenv(name, value)
+    return Storage(f"s3://bucket/{uuid.uuid4().hex}")
+
+
+@pytest.fixture(params=["local", "pyarrow", "s3"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "s3":
+        return in_s3(request)
     return Storage(tmp_path / "bucket") if request.param == "local" else through_pyarrow(tmp_path)
 
 
@@ -173,6 +188,33 @@ def test_a_failed_write_leaves_the_old_content_and_nothing_else(
     assert storage.read_bytes("file") == b"old"
 
 
+@pytest.mark.parametrize("storage", ["local", "s3"], indirect=True)
+def test_what_a_signal_raises_in_a_write_leaves_whole_content(storage: Storage) -> None:
+    class Raised(Exception):
+        pass
+
+    def handler(number: int, frame: object) -> None:
+        raise Raised
+
+    contents = [bytes([65 + i]) * 1000 for i in range(2)]
+    storage.write_bytes("file", contents[0])
+    draw, before, stopped = random.Random(0), signal.signal(signal.SIGALRM, handler), 0
+    try:
+        for attempt in range(60):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.0005, 0.02))
+                storage.write_bytes("file", contents[attempt % 2])
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except Raised:
+                stopped += 1
+            assert storage.read_bytes("file") in contents
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert storage.is_local or stopped > 5
+    assert [entry.name for entry in storage.list()] == ["file"]
+
+
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
     with tiny_disk(tmp_path, kib=64) as place:
         storage = Storage(place)
@@ -202,6 +244,21 @@ def test_check_writable_creates_nothing(tmp_path: Path) -> None:
         Storage(tmp_path / "file").check_writable()
     with pytest.raises(StorageError, match=r"/proc/"):
         Storage("/proc/nowhere").check_writable()
+
+
+@pytest.mark.parametrize("storage", ["s3"], indirect=True)
+def test_a_store_without_the_bucket_or_without_an_answer_is_refused(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StorageError, match=r"^s3://no-bucket/a/.*NO_SUCH_BUCKET"):
+        Storage("s3://no-bucket/a").check_writable()
+    # A server that is silent: pyarrow itself gives one up after 99 s, and new connections to others wait for that.
+    answers = threading.Event()
+    monkeypatch.setattr(files, "_CHECK_S", 0.1)
+    monkeypatch.setattr(Storage, "_probe", lambda self: answers.wait(60))
+    with pytest.raises(StorageError, match=rf"^{re.escape(storage.uri)}: no answer in 0.1 s$"):
+        storage.check_writable()
+    answers.set()
 
 
 # -- locks -------------------------------------------------------------------------------------------------------
@@ -235,8 +292,8 @@ _HOLDER = """
 """
 
 
-def start_holder(root: Path, name: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", textwrap.dedent(_HOLDER), str(root), name]
+def start_holder(root: str, name: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", textwrap.dedent(_HOLDER), root, name]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert read_line(process) == "ready"
     return process
@@ -253,8 +310,9 @@ def tell(process: subprocess.Popen[str]) -> None:
     process.stdin.flush()
 
 
-def test_of_processes_that_ask_at_once_one_wins_and_a_killed_owner_is_taken_over(tmp_path: Path) -> None:
-    holders = [start_holder(tmp_path, f"run-{i}") for i in range(4)]
+@pytest.mark.parametrize("storage", ["local", "s3"], indirect=True)
+def test_of_processes_that_ask_at_once_one_wins_and_a_killed_owner_is_taken_over(storage: Storage) -> None:
+    holders = [start_holder(storage.uri, f"run-{i}") for i in range(4)]
     try:
         for attempt in range(2):
             for holder in holders:
@@ -270,13 +328,13 @@ def test_of_processes_that_ask_at_once_one_wins_and_a_killed_owner_is_taken_over
             for holder in holders:
                 holder.kill()
                 holder.wait()
-            holders = [start_holder(tmp_path, f"run-{i}") for i in range(4)] if attempt == 0 else []
+            holders = [start_holder(storage.uri, f"run-{i}") for i in range(4)] if attempt == 0 else []
     finally:
         for holder in holders:
             holder.kill()
             holder.wait()
-    with Storage(tmp_path).lock("lock", {"run": "last"}):
-        assert len(Storage(tmp_path).list("lock")) == 2  # nothing is left of the dead ones
+    with storage.lock("lock", {"run": "last"}):
+        assert len(storage.list("lock")) == 2  # nothing is left of the dead ones
 
 
 def plant_claim(storage: Storage, name: str, **fields: Any) -> None:
@@ -297,6 +355,22 @@ def test_another_machines_claim_lives_as_long_as_its_heart_beats(tmp_path: Path)
         storage.lock("lock", {"run": "mine"}, limit_s=200).acquire()
     with storage.lock("lock", {"run": "mine"}):
         assert not old.exists()
+
+
+@pytest.mark.parametrize("storage", ["s3"], indirect=True)
+def test_a_stores_own_clock_says_how_old_a_claim_is(storage: Storage) -> None:
+    """It counts whole seconds."""
+    plant_claim(storage, "a" * 32)
+    began = time.monotonic()
+    while True:
+        try:
+            storage.lock("lock", {"run": "mine"}, limit_s=1.0).acquire().release()
+            break
+        except StorageLocked:
+            assert time.monotonic() - began < 10
+            time.sleep(0.05)
+    assert time.monotonic() - began >= 1.0
+    assert storage.list("lock") == []
 
 
 def test_a_process_number_used_again_is_not_its_former_owner(tmp_path: Path) -> None:

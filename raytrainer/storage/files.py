@@ -9,8 +9,9 @@ import re
 import shutil
 import stat
 import tempfile
+import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "file")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_CHECK_S = 30.0
 _SECRET = re.compile(r"key|secret|token|sas|sig|password|credential", re.IGNORECASE)
 
 
@@ -176,14 +178,7 @@ class Storage:
         """Write a whole file: readers see the old or the new content, never a part. Local: temporary file beside,
         fsync, rename, fsync of the directory."""
         if self._local is None:
-            # An object appears when it is complete; where there are directories, a rename makes it so.
-            moves = self._has_directories()
-            target = f"{rel}.{uuid.uuid4().hex}.tmp" if moves else rel
-            with self.open_write(target) as file:
-                file.write(data)
-            if moves:
-                with self._errors(rel):
-                    self._filesystem().move(self._key(target), self._key(rel))
+            _to_its_end(lambda: self._write_object(rel, data))
             return
         path = self._path(rel, file=True)
         with self._errors(rel):
@@ -200,6 +195,16 @@ class Storage:
                 beside.unlink(missing_ok=True)
                 raise
             _sync_directory(path.parent)
+
+    def _write_object(self, rel: str, data: bytes) -> None:
+        # An object appears when it is complete; where there are directories, a rename makes it so.
+        moves = self._has_directories()
+        target = f"{rel}.{uuid.uuid4().hex}.tmp" if moves else rel
+        with self.open_write(target) as file:
+            file.write(data)
+        if moves:
+            with self._errors(rel):
+                self._filesystem().move(self._key(target), self._key(rel))
 
     @contextmanager
     def open_write(self, rel: str) -> Iterator[BinaryIO]:
@@ -279,11 +284,17 @@ class Storage:
 
     def check_writable(self) -> None:
         """Write and delete a small probe; StorageError (or StorageFull) says why not. Creates no directory: where the
-        root does not exist yet, the nearest directory above it is probed."""
+        root does not exist yet, the nearest directory above it is probed. A server that takes a connection and does not
+        answer is given up after 30 s; a client's own patience is minutes."""
         if self._local is None:
-            probe = f".probe-{uuid.uuid4().hex}"
-            self.write_bytes(probe, b"probe")
-            self.delete(probe)
+            problems: list[BaseException] = []
+            asked = _thread(self._probe, problems)
+            asked.start()
+            asked.join(_CHECK_S)
+            if asked.is_alive():
+                raise StorageError(f"{self.display}: no answer in {_CHECK_S:g} s")
+            if problems:
+                raise problems[0]
             return
         place = self._local
         with self._errors(""):
@@ -298,6 +309,11 @@ class Storage:
                     os.fsync(file.fileno())
             except PermissionError as exc:
                 raise StorageError(f"{self.display}: {place} is not writable") from exc
+
+    def _probe(self) -> None:
+        probe = f".probe-{uuid.uuid4().hex}"
+        self.write_bytes(probe, b"probe")
+        self.delete(probe)
 
     def lock(self, rel: str, owner: Mapping[str, str], *, limit_s: float = 60.0) -> Lock:
         """Own this storage (or the part that `rel` names) while the returned lock is entered.
@@ -354,6 +370,37 @@ class Storage:
             if exc.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise StorageFull(f"no space at {where}") from exc
             raise StorageError(f"{where}: {exc.strerror or _first_line(exc)}") from exc
+
+
+def _to_its_end(action: Callable[[], None]) -> None:
+    """Runs it where no signal's handler can raise: a stream that is dropped half written is closed, not aborted, and
+    what it has by then becomes the object."""
+    if threading.current_thread() is not threading.main_thread():
+        action()
+        return
+    problems: list[BaseException] = []
+    thread = _thread(action, problems)
+    try:
+        thread.start()
+        thread.join()
+    except BaseException:
+        if thread.ident is not None:
+            thread.join()
+        raise
+    if problems:
+        raise problems[0]
+
+
+def _thread(action: Callable[[], None], problems: list[BaseException]) -> threading.Thread:
+    """A thread to run it; what it raises is in `problems` in the end."""
+
+    def run() -> None:
+        try:
+            action()
+        except BaseException as error:  # noqa: BLE001  raised again by who waits
+            problems.append(error)
+
+    return threading.Thread(target=run, name="raytrainer-storage", daemon=True)
 
 
 def _parts(rel: str, *, file: bool = False) -> tuple[str, ...]:
