@@ -16,9 +16,10 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from tests.outside.head import Head
     from tests.outside.servers import S3, Certificates, Mlflow, Nginx, Postgres
 
-T = TypeVar("T", "S3", "Postgres", "Mlflow", "Nginx")
+T = TypeVar("T", "Head", "S3", "Postgres", "Mlflow", "Nginx")
 
 # Variables that would aim a test at somebody's server or cluster.
 FOREIGN = ("AWS_", "MLFLOW_", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_", "RAY_RUNTIME_ENV", "HYDRA_")
@@ -150,6 +151,14 @@ def mlflow_behind_tls(
 
     folder, program = tmp_path_factory.mktemp("nginx"), system_program("nginx", "nginx")
     yield from _running(Nginx(folder, program, mlflow_server.port, certificates.issue()))
+
+
+@pytest.fixture(scope="session")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """A shared cluster of two CPUs that wants a token. Each test has job names of its own, and leaves nothing running."""
+    from tests.outside.head import Head
+
+    yield from _running(Head(tmp_path_factory.mktemp("head"), token="a-token-of-the-tests"))
 
 
 def _running(server: T) -> Iterator[T]:

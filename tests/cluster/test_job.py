@@ -1,0 +1,166 @@
+"""Whole jobs on a real cluster that wants a token: submitted, followed, looked at, killed, stopped, gone on with."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.launches import Runs, launch, observed, record
+from tests.outside.head import Head
+
+pytestmark = pytest.mark.slow
+# So long that it ends only if somebody ends it.
+LONG = ["trainer.max_steps=1000000", "trainer.log_every_n_steps=20"]
+
+
+@pytest.fixture(autouse=True)
+def project(head: Head, monkeypatch: pytest.MonkeyPatch, in_tmp: Path) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", head.token)
+    # What the tests themselves write there is no part of what is submitted.
+    (in_tmp / ".rayignore").write_text("/launch-*\n/steps/\n")
+
+
+@pytest.fixture
+def submit(head: Head, in_tmp: Path) -> Callable[..., Any]:
+    def begin(name: str, *overrides: str) -> Any:
+        to = ["cluster=job", f"cluster.address={head.address}"]
+        return launch(in_tmp, "experiment=smoke", f"name={name}", *to, *overrides)
+
+    return begin
+
+
+def verb(folder: Path, *arguments: str) -> Any:
+    """What a verb tells as JSON."""
+    command = [sys.executable, "-m", "raytrainer", *arguments, "--json"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def driver_of(head: Head) -> psutil.Process:
+    """The process of the job that runs."""
+    (found,) = (
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if "raytrainer.cluster.entry" in (process.info["cmdline"] or [])
+        and process.info["cmdline"][0] != "/bin/sh"
+        and process.environ().get("HOME") == str(head.home)
+    )
+    return found
+
+
+def driven(head: Head) -> bool:
+    try:
+        driver_of(head)
+    except ValueError:
+        return False
+    return True
+
+
+def test_a_job_from_its_command_to_its_logs(submit: Callable[..., Any], in_tmp: Path) -> None:
+    with submit("whole", "trainer.max_steps=4") as started:
+        ended = started.wait().exits(0)
+    lines = ended.out.splitlines()
+    assert any(line.startswith("raytrainer: job whole on ") for line in lines)
+    assert "outcome  finished, 4 steps" in ended.out
+    assert lines[-4] == "outcome  finished"
+    assert Runs(in_tmp).status("whole") == record(in_tmp, "whole")["status"] == "FINISHED"
+    told = verb(in_tmp, "status", "whole")
+    assert (told["status"], told["submission_id"], told["job"]["status"]) == ("FINISHED", "whole", "SUCCEEDED")
+    # Once more is no second job, and a second submission uploads nothing.
+    with submit("whole", "trainer.max_steps=4") as again:
+        assert again.wait().exits(0).out.splitlines()[-4] == "outcome  finished, submitted before"
+    with submit("whole", "trainer.max_steps=5") as other:
+        assert "is the name of a job that was submitted" in other.wait().exits(2).err
+
+
+def test_whoever_follows_may_go_and_the_verbs_go_on(submit: Callable[..., Any], in_tmp: Path, head: Head) -> None:
+    with submit("long", *LONG) as started:
+        started.until("it trains", lambda: "epoch 1" in started.output().out)
+        started.process.send_signal(signal.SIGINT)
+        ended = started.wait().exits(130)
+        assert "long goes on at " in ended.err
+        assert driven(head)
+        (listed,) = [run for run in verb(in_tmp, "list") if run["name"] == "long"]
+        assert (listed["status"], listed["life"]) == ("RUNNING", "alive")
+        follow = [sys.executable, "-m", "raytrainer", "logs", "-f", "long"]
+        with subprocess.Popen(follow, cwd=in_tmp, stdout=subprocess.PIPE, text=True) as following:
+            told = verb(in_tmp, "stop", "long")
+            assert (told["status"], told["done"]) == ("KILLED", True)
+            assert following.stdout is not None
+            assert "saving a checkpoint, then stopping" in following.stdout.read()
+        assert not driven(head)
+        saved = verb(in_tmp, "status", "long")["checkpoints"][-1]["step"]
+    # And from there on.
+    with launch(in_tmp, "resume", "long", f"trainer.max_steps={saved + 3}") as resumed:
+        assert f"outcome  finished, {saved + 3} steps" in resumed.wait().exits(0).out
+    assert record(in_tmp, "long")["job"]["submission_id"] == "long--2"
+
+
+def test_a_job_whose_driver_is_killed_goes_on_in_the_same_run(
+    submit: Callable[..., Any], in_tmp: Path, head: Head
+) -> None:
+    with submit(
+        "dies",
+        "trainer.max_steps=60",
+        *observed(0.1),
+        f"+callbacks.steps.folder={in_tmp}/steps",
+        "checkpoint.every_n_steps=5",
+        "cluster.retries=1",
+    ) as started:
+        started.reaches(12)
+        before = record(in_tmp, "dies")["run_id"]
+        driver_of(head).kill()
+        ended = started.wait().exits(0)
+    assert "dies died: " in ended.err
+    assert "submitting it again (1 of 1)" in ended.err
+    assert "outcome  finished, 60 steps" in ended.out
+    found = record(in_tmp, "dies")
+    assert (found["run_id"], found["attempts"], found["job"]["submission_id"]) == (before, 2, "dies--2")
+    assert Runs(in_tmp).status("dies") == "FINISHED"
+
+
+def test_two_at_once_are_one_job(submit: Callable[..., Any], in_tmp: Path) -> None:
+    with submit("twice", "trainer.max_steps=4") as one, submit("twice", "trainer.max_steps=4") as two:
+        ended = [each.wait().exits(0) for each in (one, two)]
+    assert sorted(each.out.splitlines()[-4] for each in ended) == [
+        "outcome  finished",
+        "outcome  finished, submitted before",
+    ]
+    assert record(in_tmp, "twice")["attempts"] == 1
+    assert len([run for run in verb(in_tmp, "list") if run["name"] == "twice"]) == 1
+
+
+def test_a_sweep_as_a_job(in_tmp: Path, head: Head) -> None:
+    to = ["cluster=job", f"cluster.address={head.address}"]
+    swept = ["experiment=smoke", "name=swept", "trainer.max_steps=2", "sweep=grid", "optimizer.lr=0.1,0.01"]
+    with launch(in_tmp, "-m", *swept, *to) as started:
+        ended = started.wait().exits(0)
+    assert "sweep=grid over optimizer.lr" in ended.out
+    assert verb(in_tmp, "status", "swept")["trials"]["finished"] == 2
+
+
+def test_what_the_cluster_never_can_is_refused_at_once(submit: Callable[..., Any], in_tmp: Path) -> None:
+    began = time.monotonic()
+    with submit("much", "scaling.num_workers=64") as started:
+        ended = started.wait().exits(2)
+    assert time.monotonic() - began < 10
+    assert "scaling.num_workers=64 × 1 CPU = 64 CPUs, and the cluster at " in ended.err
+    assert not (in_tmp / "runs").exists()
+
+
+def test_a_wrong_token(submit: Callable[..., Any], head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "another-token-of-somebody")
+    with submit("denied") as started:
+        ended = started.wait().exits(1)
+    assert "refuses the token of RAY_AUTH_TOKEN (403)" in ended.err
+    assert "another-token-of-somebody" not in ended.err
