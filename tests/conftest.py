@@ -8,6 +8,7 @@ import ipaddress
 import os
 import shutil
 import socket
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from raytrainer.storage import Storage
     from tests.outside.head import Head
     from tests.outside.servers import S3, Certificates, Mlflow, Nginx, Postgres
 
@@ -120,6 +122,29 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
     from tests.outside.servers import S3
 
     yield from _running(S3(tmp_path_factory.mktemp("s3")))
+
+
+@pytest.fixture
+def in_s3(s3: S3, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URI of a place of the test's own there; the variables are set that users set."""
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://bucket/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(params=["local", "pyarrow", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """An empty storage of each kind; `indirect` chooses."""
+    from pyarrow import fs
+
+    from raytrainer.storage import Storage
+
+    if request.param == "s3":
+        return Storage(request.getfixturevalue("in_s3"))
+    if request.param == "local":
+        return Storage(tmp_path / "bucket")
+    # The code of a URI, on a local directory.
+    return Storage("bucket", filesystem=fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()))
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyarrow import fs
 
 from raytrainer.checkpoint import Checkpointer, CheckpointInfo, files, manifest, tensors, tree
 from raytrainer.errors import CheckpointCorrupt, CheckpointError, CheckpointNotFound, StorageError, StorageFull
@@ -52,6 +51,10 @@ def latest(made: Checkpointer) -> CheckpointInfo:
     info = made.latest()
     assert info is not None
     return info
+
+
+def names_in(storage: Storage) -> list[str]:
+    return [entry.name for entry in storage.list()]
 
 
 def directories(root: Path) -> list[str]:
@@ -187,15 +190,35 @@ def test_large_tensors_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Mo
     assert torch.equal(template["50"], shared["50"])
 
 
-def test_a_uri_gets_the_same(tmp_path: Path) -> None:
-    storage = Storage("bucket/run", filesystem=fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()))
-    made = checkpointer(storage, num_to_keep=1)
+@pytest.mark.parametrize("storage", ["pyarrow", "s3"], indirect=True)
+def test_a_uri_gets_the_same(storage: Storage) -> None:
+    made = checkpointer(storage.child("run"), num_to_keep=1)
     for step in (1, 2, 3):
         made.save(step, state(step), {"rank": 0}, metric=-step)
     made.wait()
     assert [info.step for info in made.list()] == [1, 3]
-    assert torch.equal(made.load(latest(made))[0]["model"]["weight"], torch.full((8, 3), 3.0))
-    assert directories(tmp_path / "bucket" / "run") == ["step-000000001", "step-000000003"]
+    assert names_in(storage.child("run")) == ["step-000000001", "step-000000003"]
+    shared, local = checkpointer(storage.child("run")).load(latest(made))
+    assert torch.equal(shared["model"]["weight"], torch.full((8, 3), 3.0))
+    assert local == {"rank": 0}
+    assert latest(made).path == f"{storage.child('run').uri}/step-000000003"
+
+
+@pytest.mark.parametrize("storage", ["s3"], indirect=True)
+def test_what_is_torn_in_a_store_is_no_checkpoint(storage: Storage, caplog: pytest.LogCaptureFixture) -> None:
+    saved(storage, steps=3)
+    name = "step-000000003/shared-00000.safetensors"
+    data = storage.read_bytes(name)
+    storage.write_bytes(name, data[:-1] + bytes([data[-1] ^ 1]))
+    # What a killed save leaves: files and no manifest.
+    storage.write_bytes("step-000000002.1/shared.json", b"{")
+    fresh = checkpointer(storage, num_to_keep=1)
+    with caplog.at_level(logging.WARNING, logger="raytrainer"):
+        assert latest(fresh).name == "step-000000002"
+    assert f"{storage.uri}/{name} does not have the checksum" in caplog.text
+    fresh.save(3, state(30), {})
+    fresh.wait()
+    assert names_in(storage) == ["step-000000003.1"]
 
 
 # -- while training goes on --------------------------------------------------------------------------------------
@@ -653,9 +676,11 @@ _SAVES_FOR_EVER = """
 """
 
 
-def test_a_kill_at_a_random_moment_leaves_whole_checkpoints(tmp_path: Path) -> None:
-    for attempt in range(3):
-        command = [sys.executable, "-c", textwrap.dedent(_SAVES_FOR_EVER), str(tmp_path / str(attempt))]
+@pytest.mark.parametrize(("storage", "attempts"), [("local", 3), ("s3", 2)], indirect=["storage"])
+def test_a_kill_at_a_random_moment_leaves_whole_checkpoints(storage: Storage, attempts: int) -> None:
+    for attempt in range(attempts):
+        place = storage.child(str(attempt))
+        command = [sys.executable, "-c", textwrap.dedent(_SAVES_FOR_EVER), place.uri]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for _ in range(random.randint(3, 20)):
@@ -663,7 +688,7 @@ def test_a_kill_at_a_random_moment_leaves_whole_checkpoints(tmp_path: Path) -> N
             threading.Event().wait(random.random() * 0.02)
             process.send_signal(signal.SIGKILL)
             told = max([told, *map(int, process.stdout.read().split())])
-        made = checkpointer(tmp_path / str(attempt))
+        made = checkpointer(place)
         info = latest(made)
         assert info.step >= told - 1  # all but the one in flight
         for item in made.list():

@@ -14,7 +14,6 @@ import sys
 import textwrap
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,21 +30,6 @@ from raytrainer.storage import lock as locks
 def through_pyarrow(root: Path) -> Storage:
     """The code of a URI, on a local directory."""
     return Storage("bucket", filesystem=fs.SubTreeFileSystem(str(root), fs.LocalFileSystem()))
-
-
-def in_s3(request: pytest.FixtureRequest) -> Storage:
-    """A prefix of the test's own; where it is, the variables say that users set."""
-    server, patch = request.getfixturevalue("s3"), request.getfixturevalue("monkeypatch")
-    for name, value in server.environment.items():
-        patch.setenv(name, value)
-    return Storage(f"s3://bucket/{uuid.uuid4().hex}")
-
-
-@pytest.fixture(params=["local", "pyarrow", "s3"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    if request.param == "s3":
-        return in_s3(request)
-    return Storage(tmp_path / "bucket") if request.param == "local" else through_pyarrow(tmp_path)
 
 
 @contextmanager
