@@ -22,6 +22,7 @@ import torch
 
 from raytrainer.data.datasets import ColumnDataset, Transform
 from raytrainer.errors import ConfigError, DataError, nearest
+from raytrainer.storage.files import redacted
 
 _SUFFIXES = (".parquet", ".parq", ".pq")
 # torch has these types in name, but few of its operations take them.
@@ -57,8 +58,8 @@ class ParquetDataset(ColumnDataset):
         reshape: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         super().__init__(transform)
-        self.path = str(path)
-        self._filesystem, self.files = find_files(self.path)
+        self.path = redacted(str(path))  # for messages
+        self._filesystem, self.files = find_files(str(path))
         schemas, counts = self._footers()
         names = list(schemas[0].names if columns is None else columns)
         shapes = {name: tuple(int(n) for n in shape) for name, shape in (reshape or {}).items()}
@@ -248,6 +249,7 @@ def find_files(path: str) -> tuple[pafs.FileSystem, list[str]]:
         DataError: There is none, or the place cannot be read.
     """
     head, wildcard = _split_glob(path)
+    shown = redacted(path)
     try:
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", head):
             filesystem, base = pafs.FileSystem.from_uri(head)
@@ -262,9 +264,9 @@ def find_files(path: str) -> tuple[pafs.FileSystem, list[str]]:
             else []
         )
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: {error}") from error
+        raise DataError(f"{shown}: {error}") from error
     if info.type == pafs.FileType.NotFound and not wildcard:
-        raise DataError(f"{path}: no such file or directory")
+        raise DataError(f"{shown}: no such file or directory")
     files = []
     for entry in found:
         parts = entry.path[len(base.rstrip("/")) + 1 :].split("/")
@@ -277,7 +279,7 @@ def find_files(path: str) -> tuple[pafs.FileSystem, list[str]]:
         if wanted:
             files.append(entry.path)
     if not files:
-        raise DataError(f"{path}: no Parquet file {'matches' if wildcard else 'is in it'}")
+        raise DataError(f"{shown}: no Parquet file {'matches' if wildcard else 'is in it'}")
     return filesystem, sorted(files)
 
 

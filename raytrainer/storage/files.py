@@ -91,7 +91,7 @@ class Storage:
     @property
     def display(self) -> str:
         """The URI without user, password and secret-looking query values: what messages and logs may show."""
-        return _redacted(self.uri)
+        return redacted(self.uri)
 
     def child(self, name: str) -> Storage:
         """The storage below `name` (one or more parts)."""
@@ -440,7 +440,8 @@ def _sync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def _redacted(uri: str) -> str:
+def redacted(uri: str) -> str:
+    """A path or URI without user, password and secret-looking query values."""
     if _SCHEME.match(uri) is None:
         return uri
     url = urlsplit(uri)

@@ -14,6 +14,8 @@ import torch
 from raytrainer.data import Loader, ParquetDataset
 from raytrainer.data.parquet import find_files
 from raytrainer.errors import ConfigError, DataError
+from raytrainer.storage import Storage
+from tests.outside.servers import S3
 
 
 def fixed(values: np.ndarray, size: int) -> pa.Array:
@@ -51,6 +53,31 @@ def test_files_become_columns_in_order(tmp_path: Path) -> None:
     assert dataset[24]["flag"].item() is True
     batch = next(Loader(dataset, global_batch_size=4).batches(6))
     assert batch.micro[0].data["label"].tolist() == [24]
+
+
+@pytest.mark.parametrize("place", ["", "/*.parquet", "/**/part-*.parquet"])
+@pytest.mark.parametrize("by", ["variables", "query"])
+def test_files_in_s3(s3: S3, in_s3: str, place: str, by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Storage(in_s3).upload_tree(write(tmp_path, table(20), table(5, first=20)), "")
+    if by == "query":
+        monkeypatch.delenv("AWS_ENDPOINT_URL")
+        place += f"?{s3.query()}"
+    dataset = ParquetDataset(in_s3 + place, columns=["label"])
+    assert dataset.tensors["label"].tolist() == list(range(25))
+
+
+def test_files_in_s3_that_are_not_there_or_torn_are_named(s3: S3, in_s3: str, tmp_path: Path) -> None:
+    place, data = Storage(in_s3), write(tmp_path, table(20), table(5, first=20))
+    place.upload_tree(data, "")
+    place.write_bytes("part-1.parquet", (data / "part-1.parquet").read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"bucket/[0-9a-f]+/part-1\.parquet: .*magic bytes"):
+        ParquetDataset(in_s3)
+    with pytest.raises(DataError, match=r"^s3://bucket/nothing/\*\.parquet: no Parquet file matches"):
+        ParquetDataset("s3://bucket/nothing/*.parquet")
+    for uri in (f"s3://KEY:planted@bucket/nothing?{s3.query()}", f"s3://KEY:planted@bucket/no/*.parquet?{s3.query()}"):
+        with pytest.raises(DataError, match=r"^s3://bucket/no") as caught:
+            ParquetDataset(uri)
+        assert "planted" not in str(caught.value)
 
 
 def test_loader_gathers_whole_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
