@@ -180,10 +180,12 @@ def mlflow_behind_tls(
 
 @pytest.fixture(scope="session")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    """A shared cluster of two CPUs that wants a token. Each test has job names of its own, and leaves nothing running."""
+    """A shared cluster of two CPUs that wants a token, and has a secret variable. Each test has job names of its own, and
+    leaves nothing running."""
     from tests.outside.head import Head
 
-    yield from _running(Head(tmp_path_factory.mktemp("head"), token="a-token-of-the-tests"))
+    secrets = {"PLANTED_API_KEY": "planted-3f9c1e5d7a"}
+    yield from _running(Head(tmp_path_factory.mktemp("head"), token="a-token-of-the-tests", secrets=secrets))
 
 
 def _running(server: T) -> Iterator[T]:

@@ -50,8 +50,12 @@ def lines(
     if known.storage is not None and known.storage.is_local and known.storage.exists("logs"):
         if not follow:
             _there(name, _logs_of(known.storage))
-        ends = (lambda: verdict_of(known, clusters).life == "dead") if follow else (lambda: True)
-        yield from _text(_growing(known.storage, name, ends, sleep))
+
+        def has_ended() -> bool:
+            clusters.forget(known)  # else it would say for ever what it said first
+            return not follow or verdict_of(known, clusters).life == "dead"
+
+        yield from _text(_growing(known.storage, name, has_ended, sleep))
         _there(name, _logs_of(known.storage))
         return
     job, _ = clusters.jobs_of(known)

@@ -184,6 +184,7 @@ class Stopper:
                 force = f"; on {owner.get('host', 'that machine')}: kill -9 {owner.get('pid', '?')}"
                 return self._halt(False, f"{where} still has its directory{force}")
             self.sleep(1.0)
+            self.clusters.forget(self.known)
         return self._halt(True, self._closed(verdict) or f"{where} has given up its directory")
 
     def _ask_by_file(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from raytrainer.cluster.api import Jobs
 from tests.launches import Runs, launch, observed, record
 from tests.outside.head import Head
 
@@ -138,6 +140,26 @@ def test_two_at_once_are_one_job(submit: Callable[..., Any], in_tmp: Path) -> No
     ]
     assert record(in_tmp, "twice")["attempts"] == 1
     assert len([run for run in verb(in_tmp, "list") if run["name"] == "twice"]) == 1
+
+
+def test_no_secret_is_anywhere(
+    submit: Callable[..., Any], in_tmp: Path, head: Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Used on a worker, referred to in the config, set on both sides, and in nothing that Ray or MLflow hold."""
+    ((name, secret),) = head.secrets.items()
+    monkeypatch.setenv(name, secret)
+    digest = ["+callbacks.digest._target_=probes.Digest", f"+callbacks.digest.path={in_tmp}/digest"]
+    value = "+callbacks.digest.value=${oc.env:" + name + "}"
+    with submit("quiet", "trainer.max_steps=4", *digest, value, f"cluster.forward_env=[{name}]") as started:
+        ended = started.wait().exits(0)
+    assert (in_tmp / "digest").read_text() == hashlib.sha256(secret.encode()).hexdigest()
+    jobs = Jobs(head.address)
+    texts = {"the command": f"{ended}", "the log": jobs.logs("quiet"), "the job": repr(jobs.list())}
+    files = [p for place in (in_tmp, head.session, head.folder) for p in place.rglob("*") if p.is_file()]
+    found = [str(p) for p in files if secret.encode() in p.read_bytes()]
+    assert any("logs/driver" in str(p) or "job-driver" in p.name for p in files)
+    assert any(p.name == "mlflow.db" for p in files)
+    assert found + [place for place, text in texts.items() if secret in text or head.token in text] == []
 
 
 def test_a_sweep_as_a_job(in_tmp: Path, head: Head) -> None:

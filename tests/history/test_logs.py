@@ -57,6 +57,22 @@ def following(later: list[Any], rank: int | None = None) -> Iterator[str]:
     return logs.lines("one", rank=rank, follow=True, sleep=sleep)
 
 
+def test_a_job_that_ends_while_its_local_log_is_followed(ended: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_ALIVE_S", 0.0)
+    made = Record.read(ended)
+    assert made is not None
+    replace(made, status="RUNNING", job=JOB).write(ended)
+    cluster = FakeCluster()
+    cluster.add("one")
+    states = ["RUNNING", "FAILED"]
+
+    def sleep(_: float) -> None:
+        cluster.add("one", states.pop(0))
+
+    assert list(logs.lines("one", follow=True, clusters=cluster.clusters(), sleep=sleep))[-1] == "no end"
+    assert states == []
+
+
 def test_what_comes_while_it_is_followed(ended: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line in two pieces, in the middle of a letter; the last one comes with the end."""
     monkeypatch.setattr(logs, "_ALIVE_S", 0.0)

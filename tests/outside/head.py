@@ -9,8 +9,10 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 
 from tests.outside.servers import Server, free_port
 
@@ -24,10 +26,17 @@ class Head(Server):
         folder: For its home directory, in which its token is, and its output.
         token: The secret.
         cpus: What its node has.
+        secrets: Variables of the cluster's side.
+
+    Attributes:
+        session: Where Ray keeps all that it writes.
     """
 
-    def __init__(self, folder: Path, token: str, cpus: int = 2) -> None:
+    def __init__(
+        self, folder: Path, token: str, cpus: int = 2, secrets: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         super().__init__(folder, "ray")
+        self.secrets = secrets
         self.token, self.address, self._cpus = token, f"http://127.0.0.1:{self.port}", cpus
         self.home = folder / "home"
         self.token_file = self.home / ".ray" / "auth_token"
@@ -35,7 +44,7 @@ class Head(Server):
         self.token_file.write_text(token)
         self.token_file.chmod(0o600)
         # A short path: those of its sockets, below it, may have 107 characters.
-        self._temporary = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
+        self.session = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
 
     def start(self) -> None:
         programs = Path(sys.executable).parent
@@ -44,7 +53,7 @@ class Head(Server):
             [
                 str(programs / "ray"),
                 *("start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"),
-                *("--dashboard-host=127.0.0.1", f"--dashboard-port={self.port}", f"--temp-dir={self._temporary}"),
+                *("--dashboard-host=127.0.0.1", f"--dashboard-port={self.port}", f"--temp-dir={self.session}"),
                 *(f"--num-cpus={self._cpus}", "--num-gpus=0", f"--object-store-memory={100 * 2**20}"),
                 *(f"--{name}port={free_port()}" for name in ports),
             ],
@@ -53,6 +62,7 @@ class Head(Server):
                 "HOME": str(self.home),
                 "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}",
                 "RAY_AUTH_MODE": "token",
+                **self.secrets,
             },
             cwd=self.folder,
         )
@@ -64,7 +74,7 @@ class Head(Server):
             process.send_signal(number)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_END_S)
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        shutil.rmtree(self.session, ignore_errors=True)
 
     def _takes_jobs(self) -> bool:
         request = urllib.request.Request(f"{self.address}/api/jobs/", headers={"Authorization": f"Bearer {self.token}"})
