@@ -289,7 +289,7 @@ def is_elsewhere(e: Experiment, is_here: Callable[[str], bool] | None = None) ->
         return True
     if kind not in ("job", "existing") or address in ("", "auto"):
         return False
-    host = urlsplit(address if "://" in address else f"ray://{address}").hostname
+    host = urlsplit(address if "://" in address else f"//{address}").hostname
     return not (is_here or is_this_machine)(host or "")
 
 

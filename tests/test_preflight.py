@@ -217,7 +217,7 @@ def elsewhere(host: str) -> bool:
         (["cluster=existing"], False),
         (["cluster=existing", "cluster.address=10.0.0.9:6379"], False),
         (["cluster=existing", "cluster.address=10.0.0.8:6379"], True),
-        (["cluster=existing", "cluster.address=ray://head:10001"], True),
+        (["cluster=existing", "cluster.address=head:6379"], True),
         (["cluster=job", "cluster.address=http://127.0.0.1:8265"], False),
         (["cluster=job", "cluster.address=https://ray.example.com/path"], True),
         (["cluster=kuberay", "cluster.image=x"], True),

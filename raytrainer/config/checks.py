@@ -73,8 +73,8 @@ def check_together(e: Experiment) -> None:
 # What the address of each kind of cluster looks like, and an example.
 _ADDRESSES = {
     "existing": (
-        r"auto|(ray://)?(\[[\da-fA-F:.]+\]|[\w.-]+):\d{1,5}",
-        "auto, host:port (10.0.0.1:6379) or ray://host:10001",
+        r"auto|(\[[\da-fA-F:.]+\]|[\w.-]+):\d{1,5}",
+        "auto or host:port (10.0.0.1:6379)",
     ),
     "job": (r"https?://[^\s/?#@]+(/[^\s?#]*)?", "http(s)://host[:port], of the cluster's dashboard"),
 }
@@ -106,6 +106,17 @@ def _check_address(kind: str, address: str | None) -> None:
         raise ConfigError("is not set: http(s)://host[:port], of the cluster's dashboard", key="cluster.address")
     if address is None:
         return
+    if address.startswith("ray://"):
+        # Through the Ray Client the driver has no connection of its own: Ray Train's controller cannot run in it, and a
+        # dropped connection would end the run.
+        host = address.removeprefix("ray://").rpartition(":")[0] or "HOST"
+        raise ConfigError(
+            "is the Ray Client's, through which nothing can be trained that outlives a dropped connection; "
+            f"cluster=job cluster.address=http://{host}:8265 submits to the same cluster, and cluster=existing with "
+            "host:6379 is for a machine of the cluster",
+            key="cluster.address",
+            value=address,
+        )
     pattern, examples = _ADDRESSES.get(kind, ("", ""))
     if pattern and re.fullmatch(pattern, address):
         return
