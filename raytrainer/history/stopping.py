@@ -187,9 +187,9 @@ class Stopper:
             self.clusters.forget(self.known)
         return self._halt(True, self._closed(verdict) or f"{where} has given up its directory")
 
-    def _ask_by_file(self) -> None:
+    def _ask_by_file(self, job: str | None = None) -> None:
         assert self.known.storage is not None
-        by = {"by": provenance.user(), "host": socket.gethostname(), "pid": os.getpid()}
+        by = {"by": provenance.user(), "host": socket.gethostname(), "pid": os.getpid(), "job": job}
         self.known.storage.write_bytes(STOP, json.dumps(by).encode())
 
     # --- a job ----------------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ class Stopper:
     def _stop_job(self, job: Job) -> Halt:
         cluster = self.clusters.of(self.known)
         assert cluster is not None
-        asked = job.status == "RUNNING" and not self.force and self._asked_by_file()
+        asked = job.status == "RUNNING" and not self.force and self._asked_by_file(job.submission_id)
         if asked:
             self.say(f"{self.name}: asked its job to end after a last checkpoint")
             job = self._wait_for_job(job, min(self.deadline, time.monotonic() + _GRACE_S))
@@ -217,12 +217,12 @@ class Stopper:
             self._closed(verdict)
         return self._halt(True, f"its job {job.submission_id} is {job.status}, and what it held is free")
 
-    def _asked_by_file(self) -> bool:
+    def _asked_by_file(self, job: str) -> bool:
         if self.known.storage is None:
             self.say(f"{self.name}: its directory cannot be written from here, so it is ended without a checkpoint")
             return False
         try:
-            self._ask_by_file()
+            self._ask_by_file(job)
         except StorageError as error:
             self.say(f"{self.name}: {error}; it is ended without a checkpoint")
             return False

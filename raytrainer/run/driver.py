@@ -64,7 +64,7 @@ class Driver:
         )
         self.spool_dir = spool
         self.ray_trainer: SupervisedTrainer | None = None
-        self.stop_asked = StopAsked(storage)
+        self.stop_asked = StopAsked(storage, record.job.get("submission_id"))
 
     def run(self) -> Outcome:
         """Trains, and closes everything whatever happens."""

@@ -135,12 +135,14 @@ SUBMITTED = ".submitted"
 class StopAsked:
     """Whether somebody has asked a run to end by the object `stop` in its directory. Looks every two seconds.
 
-    One from before this attempt does not count: it is deleted when the attempt begins.
+    One from before this attempt does not count, unless it asks this attempt's job, which was still starting: it is deleted
+    when the attempt begins.
     """
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, submission_id: str | None = None) -> None:
         self._storage, self._due = storage, 0.0
-        storage.delete(STOP)
+        if submission_id is None or _job_asked(storage) != submission_id:
+            storage.delete(STOP)
 
     def __call__(self) -> bool:
         now = time.monotonic()
@@ -151,6 +153,15 @@ class StopAsked:
             return self._storage.exists(STOP)
         except StorageError:  # a server that does not answer now will another time
             return False
+
+
+def _job_asked(storage: Storage) -> str | None:
+    """The job that the object `stop` means; None where there is none, or it is not for a job."""
+    try:
+        asked = json.loads(storage.read_if_exists(STOP) or b"{}")
+    except ValueError:
+        return None
+    return asked.get("job") if isinstance(asked, dict) else None
 
 
 def job_tags(record: Record) -> dict[str, str]:

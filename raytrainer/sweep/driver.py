@@ -74,7 +74,7 @@ class SweepDriver:
         self.spool_dir = trial_spool(storage)
         self.mode = cast(Mode, plan.mode)
         self._uri = tracking_uri(self.e, record.tracking_uri)
-        self._stop_asked = StopAsked(storage)
+        self._stop_asked = StopAsked(storage, record.job.get("submission_id"))
         self._parent: str | None = None
         self._of_spool: dict[Path, str] = {}  # whose a spool is, until its run is made
         self._fleet: tracking.Fleet | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 from raytrainer.errors import ConfigError, RaytrainerError
 from raytrainer.history import stopping
 from raytrainer.history.stopping import Halt, Stopper, text
-from raytrainer.run import SUBMITTED, Record
+from raytrainer.run import STOP, SUBMITTED, Record, StopAsked
 from raytrainer.storage import Storage
 from tests.history.past import ADDRESS, FakeCluster, Store, claim, of_here
 from tests.history.test_reconcile import killed
@@ -310,3 +311,23 @@ def test_nothing_is_left_of_the_asking(store: Store, tmp_path: Path) -> None:
     Stopper("one").stop()
     assert storage.list("lock") == []
     assert not storage.exists("stop")
+
+
+@pytest.mark.parametrize(
+    ("asks", "attempt", "counts"),
+    [
+        ("one--2", "one--2", True),
+        ("one", "one--2", False),
+        (None, "one--2", False),
+        (None, None, False),
+        ("one", None, False),
+    ],
+)
+def test_what_was_asked_of_a_job_while_it_started_counts(
+    in_tmp: Path, asks: str | None, attempt: str | None, counts: bool
+) -> None:
+    storage = Storage(in_tmp)
+    storage.write_bytes(STOP, json.dumps({"by": "me", "job": asks}).encode())
+    assert StopAsked(storage, attempt)() is counts
+    storage.write_bytes(STOP, b"by hand")
+    assert not StopAsked(storage, attempt)()
