@@ -307,8 +307,12 @@ def checkpoints(folder: Path, name: str) -> list[CheckpointInfo]:
 
 
 def final_state(folder: Path, name: str) -> dict[str, Any]:
-    """Everything in the last checkpoint that is the same on every rank, flat: weights, optimizer, position, metrics."""
-    checkpointer = Checkpointer(Storage(folder / "runs" / name / "checkpoints"))
+    """Everything in a run's last checkpoint that is the same on every rank: see `flat_state`."""
+    return flat_state(Checkpointer(Storage(folder / "runs" / name / "checkpoints")))
+
+
+def flat_state(checkpointer: Checkpointer) -> dict[str, Any]:
+    """The state of the last checkpoint, flat: weights, optimizer, position, metrics."""
     info = checkpointer.latest()
     assert info is not None
     shared, _ = checkpointer.load(info)
