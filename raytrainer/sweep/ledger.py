@@ -117,8 +117,9 @@ class Ledger:
 
     Locally a line is with the operating system when a method returns, so that a killed process loses nothing; it is on
     the disk within about a second, which is what a power cut can lose. At a URI, where nothing can be appended to, the
-    whole file is uploaded at most every 5 s, which is what a killed process can lose. `begin` and `close` wait until
-    everything is there.
+    whole file is uploaded: before a method returns that says which trials there are, whose they are in MLflow and which
+    have ended, so that no id is given twice; for reports at most every 5 s, which is what a killed process can lose.
+    `begin`, `save` and `close` wait until everything is there.
 
     Attributes:
         trials: All of them by id, in the order in which they were drawn, as the file has them.
@@ -162,7 +163,7 @@ class Ledger:
                 self._whole = b""
             now = self._clock()
             self._sink.append(_line({"kind": "begin", "version": FORMAT, "time": now, "info": dict(info)}))
-            self._sink.save()
+            self._sink.sync()
             self.attempts.append({"time": now, **info})
 
     def start(self, trial: Trial) -> None:
@@ -171,6 +172,7 @@ class Ledger:
         with self._lock:
             self._append(line if trial.run_id is None else {**line, "run_id": trial.run_id})
             self._start(trial)
+            self._settle()
 
     def report(self, id: str, report: Report) -> None:  # noqa: A002  the trial's, as everywhere
         """An evaluation. One with a number that the trial has had (it went on from an earlier checkpoint, or began
@@ -194,6 +196,7 @@ class Ledger:
         with self._lock:
             self._append({**line, **_drawn(parameters, overrides)})
             self._inherit(id, source, evaluation, dict(parameters), list(overrides))
+            self._settle()
 
     def end(self, id: str, status: Status, cause: str | None = None) -> None:  # noqa: A002
         """A trial ended: how, and in one line why."""
@@ -201,18 +204,28 @@ class Ledger:
             now = self._clock()
             self._append({"kind": "end", "id": id, "time": now, "status": status, "cause": cause})
             self._set(id, status, cause, now)
+            self._settle()
 
     def note_run(self, id: str, run_id: str) -> None:  # noqa: A002
         """The trial's run in MLflow."""
         with self._lock:
             self._append({"kind": "run", "id": id, "run_id": run_id})
-            self.trials[id].run_id = run_id
+            first, self.trials[id].run_id = self.trials[id].run_id is None, run_id
+            if first:  # what comes later is found by it
+                self._settle()
 
     def reopen(self, id: str) -> None:  # noqa: A002
         """A trial that had not come to its end goes on, or one that failed is tried again."""
         with self._lock:
             self._append({"kind": "reopen", "id": id, "time": self._clock()})
             self._set(id, "running", None, None)
+            self._settle()
+
+    def save(self) -> None:
+        """Waits until everything is on the disk, or uploaded."""
+        with self._lock:
+            if self._sink is not None:
+                self._sink.sync()
 
     def close(self) -> None:
         """Waits until everything is on the disk, or uploaded. Again: nothing."""
@@ -243,6 +256,10 @@ class Ledger:
         trial.status, trial.cause, trial.ended = status, cause, ended
 
     # Lines
+
+    def _settle(self) -> None:
+        assert self._sink is not None
+        self._sink.settle()
 
     def _append(self, line: dict[str, Any]) -> None:
         assert self._sink is not None, "begin comes first, and nothing after close"
@@ -345,6 +362,7 @@ class _Sink:
         self._every_s = every_s
         self._dirty, self._closing = threading.Event(), threading.Event()
         self._failure: StorageError | None = None
+        self._warned = False
         self._thread = threading.Thread(target=self._saving, name="raytrainer-ledger", daemon=True)
         self._thread.start()
 
@@ -354,7 +372,21 @@ class _Sink:
         self._put(data)
         self._dirty.set()
 
-    def save(self) -> None:
+    def sync(self) -> None:
+        """Saves what was appended.
+
+        Raises:
+            StorageError: It cannot be, or could not be before.
+        """
+        if self._failure is not None:
+            raise self._failure
+        self._save()
+
+    def settle(self) -> None:
+        """After a line that a killed process must not lose."""
+        raise NotImplementedError
+
+    def _save(self) -> None:
         raise NotImplementedError
 
     def _put(self, data: bytes) -> None:
@@ -364,28 +396,30 @@ class _Sink:
         self._closing.set()
         self._dirty.set()
         self._thread.join()
-        if self._failure is not None:
-            raise self._failure
-        self.save()
+        self.sync()
 
     def _saving(self) -> None:
-        warned = False
         while not self._closing.is_set():
             self._dirty.wait()
             if self._closing.wait(self._every_s):
                 return
             self._dirty.clear()
-            try:
-                self.save()
-                warned = False
-            except StorageError as error:
-                if self._final(error):
-                    self._failure = error
-                    return
-                if not warned:
-                    _log.warning("the sweep's ledger is kept in memory until it can be saved: %s", error)
-                warned = True
-                self._dirty.set()
+            self._try()
+
+    def _try(self) -> None:
+        """Saves; a failure that may pass is said once, and the thread tries again."""
+        try:
+            self._save()
+            self._warned = False
+        except StorageError as error:
+            if self._final(error):
+                self._failure = error
+                self._closing.set()
+                return
+            if not self._warned:
+                _log.warning("the sweep's ledger is kept in memory until it can be saved: %s", error)
+            self._warned = True
+            self._dirty.set()
 
     def _final(self, error: StorageError) -> bool:
         raise NotImplementedError
@@ -425,7 +459,10 @@ class _LocalFile(_Sink):
                 raise
         self._end, self._torn = self._end + len(data), False
 
-    def save(self) -> None:
+    def settle(self) -> None:
+        """Nothing: it is the kernel's."""
+
+    def _save(self) -> None:
         with storage_errors(self._path):
             os.fsync(self._descriptor)
 
@@ -446,14 +483,27 @@ class _RemoteFile(_Sink):
         del size
         self._storage, self._data = storage, bytearray(whole)
         self._uploading = threading.Lock()
+        self._uploaded, self._away_until = -1, 0.0
         super().__init__(_UPLOAD_S)
 
     def _put(self, data: bytes) -> None:
         self._data += data
 
-    def save(self) -> None:
+    def settle(self) -> None:
+        if self._failure is None and time.monotonic() < self._away_until:
+            return  # nobody waits again and again for a storage that is away
+        self._try()
+        if self._failure is not None:
+            raise self._failure
+        if self._warned:
+            self._away_until = time.monotonic() + _UPLOAD_S
+
+    def _save(self) -> None:
         with self._uploading:
-            self._storage.write_bytes(FILE, bytes(self._data))
+            data = bytes(self._data)
+            if len(data) != self._uploaded:
+                self._storage.write_bytes(FILE, data)
+                self._uploaded = len(data)
 
     def _final(self, error: StorageError) -> bool:
         return isinstance(error, StorageFull)  # anything else may pass; nothing is lost while this process lives

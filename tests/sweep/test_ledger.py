@@ -360,21 +360,44 @@ def remote(tmp_path: Path) -> Flaky:
 
 def test_an_object_store_gets_the_whole_file_now_and_then(remote: Flaky, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = begun(remote)
-    assert len(uploads) == 1
-    for evaluation in range(1, 201):
-        if evaluation == 1:
-            ledger.start(trial(lr=0.1))
-        ledger.report("0001", report(evaluation))
-    assert len(uploads) == 1, "not an upload a line"
-    ledger.close()
+    ledger.start(trial(lr=0.1))
     assert len(uploads) == 2
+    for evaluation in range(1, 201):
+        ledger.report("0001", report(evaluation))
+    assert len(uploads) == 2, "not an upload a line"
+    ledger.close()
+    assert len(uploads) == 3
     assert len(Ledger.open(remote).trials["0001"].reports) == 200
     monkeypatch.setattr(module, "_UPLOAD_S", 0.01)
     ledger = begun(remote)
     uploaded.clear()
-    ledger.end("0001", "finished")
+    ledger.report("0001", report(201))
     assert uploaded.wait(30), "without a close"
-    assert Ledger.open(remote).trials["0001"].status == "finished"
+    assert len(Ledger.open(remote).trials["0001"].reports) == 201
+    ledger.close()
+
+
+def test_an_object_store_has_what_a_resume_must_know_when_it_is_told(remote: Flaky) -> None:
+    """A killed driver loses no id: another trial would get it, and the checkpoints and the run of the first."""
+
+    def there() -> Any:
+        return Ledger.open(remote).trials
+
+    ledger = begun(remote)
+    ledger.start(trial(lr=0.1))
+    assert list(there()) == ["0001"]
+    ledger.note_run("0001", "offline-1")
+    assert there()["0001"].run_id == "offline-1"
+    ledger.report("0001", report(1))
+    ledger.inherit("0001", "0001", 1, {"lr": 0.2}, ["lr=0.2"])
+    assert (there()["0001"].parameters, len(there()["0001"].reports)) == ({"lr": 0.2}, 1)
+    ledger.end("0001", "stopped")
+    assert there()["0001"].status == "stopped"
+    ledger.reopen("0001")
+    assert there()["0001"].status == "running"
+    ledger.report("0001", report(2))
+    ledger.save()
+    assert len(there()["0001"].reports) == 2
     ledger.close()
 
 
@@ -410,6 +433,11 @@ def test_an_object_store_that_fails_for_a_while_loses_nothing(
     remote.error = OSError(errno.ENOSPC, "full")
     with pytest.raises(StorageFull):
         report_until_refused(ledger)
+    remote.error = None
+    ledger = begun(remote)
+    remote.error = OSError(errno.ENOSPC, "full")
+    with pytest.raises(StorageFull):
+        ledger.end("0001", "finished")
 
 
 def test_a_line_is_cheap_and_synced_apart(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
