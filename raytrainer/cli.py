@@ -12,9 +12,9 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from raytrainer import config, provenance
 from raytrainer.errors import ConfigError, RaytrainerError, Refused, Stopped, nearest
@@ -272,11 +272,19 @@ def _hydra(
             choice = cfg.hydra.runtime.choices.get("sweep")
             if choice is None:
                 raise ConfigError("is needed with hydra/sweeper=ray_tune: random, grid, asha, optuna, pbt", key="sweep")
+            if parsed.config_name not in (None, config.CONFIG_NAME):
+                raise ConfigError(
+                    "is the root of a run, not of a sweep; put what differs into experiment/NAME.yaml of a --config-dir",
+                    key="--config-name",
+                    value=parsed.config_name,
+                )
+            # Of Hydra's own overrides this one says what the others mean.
+            searchpath = [o for o in overrides if config.key_of(o) == "hydra.searchpath"]
             plan = make_plan(
-                task_overrides,
+                [*searchpath, *task_overrides],
                 choice=choice,
-                space=cast(dict[str, Any], OmegaConf.to_container(cfg.sweep.space, resolve=True)),
-                groups=config.group_names(parsed.config_dir),
+                space=config.written_space(cfg),
+                groups=config.group_names(parsed.config_dir, cfg.hydra.searchpath),
                 config_dir=parsed.config_dir,
             )
             return sweep_task(plan, arguments)
@@ -285,7 +293,7 @@ def _hydra(
             codes.append(_guarded(planned))
 
     job.sweep = sweep  # type: ignore[attr-defined]
-    chosen = any(config.key_of(o) == "sweep" for o in overrides)
+    chosen = any(config.key_of(o) == "sweep" and not o.startswith("~") for o in overrides)
     if chosen and not parsed.multirun and not (parsed.cfg or parsed.info or parsed.shell_completion):
         meant = shlex.join(["-m", *arguments])
         raise ConfigError(f"is of many trials, which -m runs: {provenance.program()} {meant}", key="sweep")

@@ -38,7 +38,7 @@ from raytrainer.config.schema import (
     TrainerConfig,
     validate,
 )
-from raytrainer.config.space import Parameter, parse_space
+from raytrainer.config.space import Parameter, parse_space, written_space
 
 __all__ = [
     "CONFIG_MODULE",
@@ -81,4 +81,5 @@ __all__ = [
     "texts_of",
     "validate",
     "with_values",
+    "written_space",
 ]

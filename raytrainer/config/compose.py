@@ -62,7 +62,7 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
     from hydra import compose as hydra_compose
 
     try:
-        with _searching(config_dir), quiet():
+        with searching(config_dir), quiet():
             cfg = hydra_compose(CONFIG_NAME, list(overrides), return_hydra_config=True)
             return from_hydra(cfg, overrides)
     except Exception as error:
@@ -78,7 +78,7 @@ def check_keys(overrides: Sequence[str], config_dir: str | Path | None = None) -
     from hydra import compose as hydra_compose
 
     try:
-        with _searching(config_dir), quiet():
+        with searching(config_dir), quiet():
             cfg = hydra_compose(CONFIG_NAME, list(overrides))
         with contextlib.suppress(OmegaConfBaseException):  # a value that is missing or that nothing resolves yet
             values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -97,7 +97,7 @@ def check_sweep(overrides: Sequence[str], config_dir: str | Path | None = None) 
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     try:
-        with _searching(config_dir):
+        with searching(config_dir):
             loader = GlobalHydra.instance().config_loader()
             parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
             # Only whole lists of values can be tried; an interval is up to the sweeper that understands it.
@@ -130,12 +130,17 @@ def check_sweep(overrides: Sequence[str], config_dir: str | Path | None = None) 
                 check_targets(compose([*fixed, *one], config_dir).experiment)
 
 
-def group_names(config_dir: str | Path | None = None) -> set[str]:
-    """The config groups that there are, e.g. `model`, also below others."""
+def group_names(config_dir: str | Path | None = None, searchpath: Sequence[str] = ()) -> set[str]:
+    """The config groups that there are, e.g. `model`, also below others.
+
+    Args:
+        config_dir: As `compose`.
+        searchpath: As `hydra.searchpath`.
+    """
     from hydra.core.global_hydra import GlobalHydra
 
     found: set[str] = set()
-    with _searching(config_dir), quiet():
+    with searching(config_dir, searchpath), quiet():
         loader = GlobalHydra.instance().config_loader()
         below = [""]
         while below:
@@ -283,7 +288,7 @@ def composed_keys(overrides: Sequence[str], config_dir: str | Path | None = None
     groups = [o for o in overrides if "." not in key_of(o) and not o.startswith(("+", "~"))]
     groups += [o for o in overrides if key_of(o) == "hydra.searchpath"]
     try:
-        with _searching(config_dir), quiet():
+        with searching(config_dir), quiet():
             # One wrong choice or key among them must not hide the others' keys.
             valid = [o for o in groups if not o.startswith("hydra") and _composes(hydra_compose, [o])]
             searchpath = [o for o in groups if o.startswith("hydra.searchpath")]
@@ -309,7 +314,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _searching(config_dir: str | Path | None) -> Iterator[None]:
+def searching(config_dir: str | Path | None, searchpath: Sequence[str] = ()) -> Iterator[None]:
     """Hydra as the command line sets it up, and afterwards whatever it was before."""
     from hydra import version
     from hydra._internal.hydra import Hydra
@@ -324,6 +329,8 @@ def _searching(config_dir: str | Path | None) -> Iterator[None]:
         if not folder.is_dir():
             raise ConfigError("is not a directory", key="--config-dir", value=config_dir)
         path.prepend(provider="command-line", path=f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
+    for place in searchpath:
+        path.prepend(provider="hydra.searchpath", path=place, anchor=SearchPathQuery(provider="schema"))
     before = get_gh_backup()
     GlobalHydra.instance().clear()
     version.setbase("1.3")

@@ -15,7 +15,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from raytrainer.config.compose import _searching
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from raytrainer.config.compose import searching
 from raytrainer.config.explain import explain
 from raytrainer.errors import ConfigError
 
@@ -38,6 +41,7 @@ SHARED: Mapping[str, str] = {
 _HYDRAS_OWN = {"hydra": "it is Hydra's own, once for all trials"}
 # A grid of more trials, or a range of more floats, is a mistake.
 MOST_VALUES = 1_000_000
+_MOST_REFERENCES = 16  # one after the other: more are a circle
 _HOW = (
     "a sweep is a list a,b or choice(a,b), range(1,10), interval(0,1), int(interval(1,9)), tag(log,interval(1e-4,0.1))"
 )
@@ -199,7 +203,8 @@ def parse_space(
             Keys may be dotted or nested.
         groups: Which names are groups.
         shared: First part of a key → why it cannot be swept; `hydra` never can.
-        config_dir: As `compose` takes it, for what `glob(*)` finds where Hydra is not running.
+        config_dir: As `compose` takes it, for what `glob(*)` finds where Hydra is not running, or runs without the
+            `hydra.searchpath` that is among the overrides.
 
     Returns:
         The parameters, those of `space` first, each in the order written; the other overrides as they were written.
@@ -211,6 +216,7 @@ def parse_space(
     is_group = groups if callable(groups) else groups.__contains__
     reader = _Reader(parser, is_group, {**shared, **_HYDRAS_OWN}, config_dir)
     given = [reader.parse(o) for o in overrides]
+    reader.searchpath = [str(p) for o in given if o.key_or_group == "hydra.searchpath" for p in _list_of(o.value())]
     before: dict[str, Override] = {}
     for o in given:
         other = before.get(_target(o))
@@ -229,6 +235,77 @@ def parse_space(
             reader.refuse_nested(o, o.value())
             fixed.append(str(o.input_line))
     return parameters, fixed
+
+
+def written_space(config: DictConfig, key: str = "sweep.space") -> dict[str, Any]:
+    """A space as a composed config has it, for `parse_space`.
+
+    A value `${oc.env:TOKEN}` stays as it is written, and each trial resolves it: no secret gets into what is kept of a
+    sweep. `${other.key}` is followed to what stands there, and a number of an interval or a range is resolved.
+
+    Args:
+        config: The whole config, to which the references refer.
+        key: Of the space.
+    """
+    root = OmegaConf.to_container(config, resolve=False)
+    found = _followed(root, key.split("."), f"${{{key}}}")
+    if not isinstance(found, dict):
+        raise ConfigError("must be keys with their sweeps", key=key, value=found)
+    return {name: _written_part(config, root, key, name, content) for name, content in found.items()}
+
+
+def _written_part(config: DictConfig, root: Any, section: str, name: Any, content: Any) -> Any:
+    from hydra.core.override_parser.types import IntervalSweep, RangeSweep
+    from hydra.errors import HydraException
+
+    place = [*section.split("."), str(name)]
+    content = _followed(root, place, content)
+    if isinstance(content, dict):
+        return {key: _written_part(config, root, f"{section}.{name}", key, one) for key, one in content.items()}
+    if isinstance(content, list):
+        return [_followed(root, [*place, "-"], one) for one in content]
+    if not isinstance(content, str) or "${" not in content or _is_readable(content):
+        return content
+    scratch = config.copy()
+    OmegaConf.set_struct(scratch, False)
+    scratch["_"] = content
+    with contextlib.suppress(OmegaConfBaseException, HydraException):
+        # Numbers alone: anything else is refused later, as it is written.
+        if isinstance(_parser().parse_override(f"x={scratch['_']}").value(), IntervalSweep | RangeSweep):
+            return str(scratch["_"])
+    return content
+
+
+def _is_readable(text: str) -> bool:
+    from hydra.errors import HydraException
+
+    try:
+        _parser().parse_override(f"x={text}")
+    except HydraException:
+        return False
+    return True
+
+
+def _followed(root: Any, place: Sequence[str], content: Any) -> Any:
+    """What a reference to another key leads to, unresolved; anything else is returned as it is.
+
+    Args:
+        root: The whole config, as plain values.
+        place: Where the reference stands.
+    """
+    for _ in range(_MOST_REFERENCES):
+        m = re.fullmatch(r"\$\{(\.*)([\w.]+)\}", content) if isinstance(content, str) else None
+        if m is None:
+            return content
+        dots = len(m[1])
+        where = [*(place[: len(place) - dots] if dots else ()), *m[2].split(".")]
+        found = root
+        for part in where:
+            if not isinstance(found, dict) or part not in found:
+                return content
+            found = found[part]
+        place, content = where, found
+    return content
 
 
 def _of_space(reader: _Reader, space: Mapping[str, Any], taken: Collection[str]) -> list[Parameter]:
@@ -271,6 +348,7 @@ class _Reader:
         config_dir: str | Path | None,
     ) -> None:
         self.parser, self.is_group, self.shared, self.config_dir = parser, is_group, shared, config_dir
+        self.searchpath: list[str] = []
 
     def parse(self, line: str) -> Override:
         from hydra.errors import OverrideParseException
@@ -362,8 +440,8 @@ class _Reader:
             raise ConfigError(
                 "must have patterns of names, as glob(*) or glob([a*,b*],exclude=ab)", key=key, value=written
             )
-        running = GlobalHydra.instance().is_initialized()
-        with contextlib.nullcontext() if running else _searching(self.config_dir):
+        running = GlobalHydra.instance().is_initialized() and not self.searchpath
+        with contextlib.nullcontext() if running else searching(self.config_dir, self.searchpath):
             loader = GlobalHydra.instance().config_loader()
             options = loader.get_group_options(override.key_or_group, results_filter=ObjectType.CONFIG)
         if not (names := glob.filter(options)):
@@ -604,6 +682,10 @@ def _steps(start: float, stop: float, step: float) -> float:
 
 def _finite(*bounds: float) -> bool:
     return all(isinstance(x, int) or math.isfinite(x) for x in bounds)
+
+
+def _list_of(value: Any) -> list[Any]:
+    return [_unquoted(v) for v in value] if isinstance(value, list) else []
 
 
 def _listed(content: Sequence[Any]) -> list[Any]:

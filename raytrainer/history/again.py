@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from raytrainer.config import Composition, from_text, new_name
+from raytrainer.config import Composition, from_text, key_of, new_name
 from raytrainer.errors import ConfigError, RunNotFound, nearest
 from raytrainer.history.finding import find, trial_of
 from raytrainer.run import FIXED, Record, changes_meaning
@@ -126,9 +126,10 @@ def to_rerun_sweep(identifier: str, overrides: Sequence[str]) -> Plan:
     if not any(o.partition("=")[0] == "name" for o in overrides):
         overrides = [*overrides, f"name={new_name(_stem(record))}"]
     plan = Plan.read(storage)
-    for override in overrides:
-        if any(p.key == override.partition("=")[0] for p in plan.parameters):
-            raise ConfigError("is what the sweep is over; start another with -m", key=override.partition("=")[0])
+    swept = {key_of(p.key) for p in plan.parameters}
+    for key in map(key_of, overrides):
+        if key in swept:
+            raise ConfigError("is what the sweep is over; start another with -m", key=key)
     return plan.with_overrides(overrides)
 
 

@@ -71,7 +71,7 @@ def summary(outcome: SweepOutcome, program: str) -> str:
         report = best[0].best(mode)
         assert report is not None
         rows.append(("best", f"{plan.metric} {report.value:.4g} at step {report.step} of trial {best[0].id}"))
-        rows.append(("", command_line(program, plan.fixed, best[0])))
+        rows.append(("", command_line(program, plan.options, plan.fixed, best[0].overrides)))
     following = [outcome.mlflow_command] if outcome.mlflow_command else []
     if best and "://" not in record.run_dir:
         following.append(f"{program} --config-dir={shlex.quote(record.run_dir + '/best')} experiment=best")

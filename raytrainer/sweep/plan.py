@@ -21,6 +21,7 @@ from raytrainer.config import (
     compose,
     experiment_of,
     from_text,
+    key_of,
     new_name,
     parse_space,
 )
@@ -43,12 +44,14 @@ class Plan:
         fixed: The command line's overrides that all trials have.
         parameters: What differs between them.
         compositions: The config of each combination of group choices, by `choices_of`; all have the sweep's name.
+        options: The command line's options that say what the overrides mean: `--config-dir`.
     """
 
     choice: str
     fixed: tuple[str, ...]
     parameters: tuple[Parameter, ...]
     compositions: Mapping[str, Composition]
+    options: tuple[str, ...] = ()
 
     @property
     def first(self) -> Composition:
@@ -109,13 +112,14 @@ class Plan:
         changed = {
             key: replace(from_text(c.text, overrides), choices=c.choices) for key, c in self.compositions.items()
         }
-        return replace(self, compositions=changed)
+        return replace(self, compositions=changed, fixed=tuple(_replaced(self.fixed, overrides)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for `from_dict`."""
         return {
             "version": VERSION,
             "choice": self.choice,
+            "options": list(self.options),
             "fixed": list(self.fixed),
             "parameters": [p.to_dict() for p in self.parameters],
             "compositions": [
@@ -130,7 +134,8 @@ class Plan:
             for c in found["compositions"]
         }
         parameters = tuple(Parameter.from_dict(p) for p in found["parameters"])
-        return cls(found["choice"], tuple(found["fixed"]), parameters, compositions)
+        options = tuple(found.get("options", ()))
+        return cls(found["choice"], tuple(found["fixed"]), parameters, compositions, options)
 
     def write(self, storage: Storage) -> None:
         """Keeps it in the sweep's directory."""
@@ -194,9 +199,20 @@ def make_plan(
             named.append(f"name={new_name(f'{stem}-{choice}')}")
             composition = _composed([*named, *chosen], parameters, config_dir)
         compositions[" ".join(sorted(chosen))] = composition
-    plan = Plan(choice, tuple(fixed), tuple(parameters), compositions)
+    options = () if config_dir is None else (f"--config-dir={Path(config_dir).absolute()}",)
+    plan = Plan(choice, tuple(fixed), tuple(parameters), compositions, options)
     check_plan(plan)
     return plan
+
+
+def _replaced(fixed: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """A command line with other values of some keys; what it adds with a `+` it goes on to add."""
+    found = {key_of(o): o for o in fixed}
+    for override in overrides:
+        key = key_of(override)
+        before = found.pop(key, override).partition("=")[0]
+        found[key] = override if before.startswith("~") else f"{before}={override.partition('=')[2]}"
+    return list(found.values())
 
 
 def _composed(overrides: Sequence[str], parameters: Sequence[Parameter], config_dir: str | Path | None) -> Composition:

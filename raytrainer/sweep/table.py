@@ -193,16 +193,19 @@ def final_table(trials: Iterable[Trial], *, metric: str, mode: Mode, keys: Seque
     return "\n".join(_aligned(list(names.values()), rows, None, {}, value=metric))
 
 
-def command_line(program: str, fixed: Sequence[str], trial: Trial) -> str:
+def command_line(program: str, options: Sequence[str], fixed: Sequence[str], overrides: Sequence[str]) -> str:
     """The command that trains a trial's configuration by itself, to be copied into a shell.
 
     Args:
         program: How the program is called, e.g. `python -m raytrainer`.
-        fixed: The options and overrides that the sweep was given beside its parameters; what concerns the sweep
-            itself, and its name, are left out.
-        trial: Whose overrides it gets.
+        options: What the sweep was given beside overrides: `--config-dir=…`.
+        fixed: The overrides of all trials; what concerns the sweep itself, and its name, are left out.
+        overrides: The trial's.
     """
-    words = [word for word in (*fixed, *trial.overrides) if not _OF_SWEEP.match(word)]
+    words = [word for word in (*options, *fixed, *overrides) if not _OF_SWEEP.match(word)]
+    # An experiment of one's own may choose the sweep; it was not said to, or it is one of several.
+    if not any(word.startswith("sweep=") for word in fixed) or any(word.startswith("experiment=") for word in overrides):
+        words.append("~sweep")
     return shlex.join([*shlex.split(program), *words])
 
 

@@ -243,3 +243,7 @@ def test_a_sweep_is_done_again_under_another_name(swept: Record) -> None:
     assert plan.parameters == Plan.read(Storage(swept.run_dir)).parameters
     with pytest.raises(ConfigError, match=r"optimizer\.lr is what the sweep is over"):
         history.to_rerun_sweep(swept.name, ["optimizer.lr=0.1"])
+    with pytest.raises(ConfigError, match=r"model is what the sweep is over"):
+        history.to_rerun_sweep(swept.name, ["+model=mlp"])
+    # The command printed for its best is of the changed sweep.
+    assert plan.fixed == ("experiment=mlp", "sweep=random", "trainer.max_epochs=3", f"name={plan.experiment.name}")

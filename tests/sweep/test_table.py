@@ -364,7 +364,6 @@ def test_the_best_as_a_command_can_be_copied_into_a_shell() -> None:
     one = trial(3)
     one.overrides = ["model=resnet18", "optimizer.lr=0.01", 'data.path="a b\'s"', "+model.layers=[1,2]", "+x.c={a: 1}"]
     fixed = [
-        "--config-dir=my conf",
         "experiment=mlp",
         "sweep=asha",
         "sweep.num_samples=64",
@@ -373,7 +372,7 @@ def test_the_best_as_a_command_can_be_copied_into_a_shell() -> None:
         "name=s",
     ]
     fixed += ["hydra.sweeper.n=3", "hydra/sweeper=optuna", "hydra.searchpath=[pkg://mine]", "trainer.max_epochs=3"]
-    command = command_line("'/a b/python' -m raytrainer", fixed, one)
+    command = command_line("'/a b/python' -m raytrainer", ["--config-dir=my conf"], fixed, one.overrides)
     assert shlex.split(command) == [
         *("/a b/python", "-m", "raytrainer", "--config-dir=my conf", "experiment=mlp"),
         *("hydra.searchpath=[pkg://mine]", "trainer.max_epochs=3", *one.overrides),
