@@ -119,8 +119,11 @@ class Search:
                 of a trial killed.
 
         Raises:
-            ConfigError: A trial failed by what every other would fail by, too.
+            ConfigError: A trial failed by what every other would fail by, too; or the scheduler needs to know how many
+                trials there will be.
+            Exception: What the ledger, a listener, the searcher or the scheduler raised, as it is.
         """
+        schedule.check_bounded(self.scheduler, self._config.search_alg, self._config.num_samples)
         pauses = schedule.pauses(self.scheduler)
         controller = supervise.make_controller(
             trainable,
@@ -135,6 +138,7 @@ class Search:
             all_drawn_early=pauses,
             max_failures=self._config.max_trial_failures,
             on_death=self._died,
+            on_replaced=lambda cause: self._listener.say(f"{cause}; the next trial gets another process"),
         )
         budget, began = self._config.time_budget_s, time.monotonic()
         try:
@@ -179,7 +183,11 @@ class Search:
 
     def ended(self, trial: Trial, result: Mapping[str, Any]) -> None:
         """Tune has no more use for a trial: it came to its end, or was stopped before."""
-        end: dict[str, Any] = json.loads(result["end"]) if "end" in result else {"status": "pruned"}
+        if "end" in result:
+            end: dict[str, Any] = json.loads(result["end"])
+        else:  # Tune stopped it: for being worse, or for being as old as a trial gets
+            old = schedule.is_full_length(self.scheduler, result.get(schedule.TIME, 0))
+            end = {"status": "finished" if old else "pruned"}
         self._end(trial, end["status"], end.get("cause"))
         if end.get("hopeless"):
             self._hopeless = ConfigError(end["cause"].partition(": ")[2])

@@ -19,7 +19,7 @@ from raytrainer.sweep.driver import SweepDriver, may_change
 from raytrainer.sweep.ledger import Ledger, Mode
 from raytrainer.sweep.outcome import SweepOutcome
 from raytrainer.sweep.plan import Plan
-from raytrainer.sweep.schedule import make_scheduler
+from raytrainer.sweep.schedule import check_bounded, make_scheduler
 from raytrainer.sweep.search import check_search
 
 
@@ -32,7 +32,7 @@ def check(plan: Plan, record: Record | None = None) -> str:
     where = run.check(plan.example, record)
     s = plan.experiment.sweep
     check_search(s.search_alg, plan.parameters)
-    make_scheduler(
+    scheduler = make_scheduler(
         s.scheduler,
         plan.parameters,
         mode=cast(Mode, plan.mode),
@@ -40,6 +40,7 @@ def check(plan: Plan, record: Record | None = None) -> str:
         may_change=may_change,
         search=s.search_alg,
     )
+    check_bounded(scheduler, s.search_alg, s.num_samples)
     return where
 
 

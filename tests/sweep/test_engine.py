@@ -20,7 +20,7 @@ from ray import tune
 from raytrainer import supervise
 from raytrainer.config import Parameter
 from raytrainer.config.schema import SweepConfig
-from raytrainer.errors import ConfigError
+from raytrainer.errors import ConfigError, StorageError, WorkerError
 from raytrainer.storage import Storage
 from raytrainer.sweep.engine import Listener, Search
 from raytrainer.sweep.ledger import Ledger, Trial
@@ -36,15 +36,27 @@ REPORTS = 3
 class Counts(tune.Trainable):  # type: ignore[misc]
     """A trial that reports `x` times the number of the evaluation, and does in between what `does` says of its number."""
 
+    _own: dict[str, Any]
+
     def setup(self, config: dict[str, Any]) -> None:
         self.reset_config(config)
 
     def reset_config(self, config: dict[str, Any]) -> bool:
+        if hasattr(self, "_own"):  # what a trial does when it has ended, and its process is wanted
+            does = self._does()
+            if does == "does not end":
+                raise WorkerError(f"trial {self._own[TRIAL]} did not end")
+            if does == "dies late":
+                os._exit(1)
         self._own, self._done = dict(config), 0
         return True
 
+    def _does(self) -> str:
+        found: str = json.loads(Path(os.environ["COUNTS"]).read_text()).get(self._own[TRIAL], "")
+        return found
+
     def step(self) -> dict[str, Any]:
-        does = json.loads(Path(os.environ["COUNTS"]).read_text()).get(self._own[TRIAL], "")
+        does = self._does()
         if self._done == 1 and does == "dies":
             os._exit(1)
         if self._done == 1 and does == "dies once" and not (mark := Path(os.environ["COUNTS"] + ".once")).exists():
@@ -98,6 +110,9 @@ class Sweep:
     running: set[str] = field(default_factory=set)
     most: int = 0
     between: Callable[[], None] = lambda: None
+    on_start: Callable[[], None] = lambda: None
+    on_report: Callable[[], None] = lambda: None
+    on_end: Callable[[], None] = lambda: None
 
     def run(self) -> str:
         self.ledger = Ledger.open(Storage(self.folder))
@@ -111,7 +126,7 @@ class Sweep:
             ledger=self.ledger,
             overrides_of=lambda values: [X.override(values["x"])],
             may_change=lambda key: True,
-            listener=Listener(self._start, lambda trial: None, self._end, self.said.append),
+            listener=Listener(self._start, lambda trial: self.on_report(), self._end, self.said.append),
         )
         try:
             return search.run(
@@ -129,9 +144,11 @@ class Sweep:
         self.started.append(trial.id)
         self.running.add(trial.id)
         self.most = max(self.most, len(self.running))
+        self.on_start()
 
     def _end(self, trial: Trial) -> None:
         self.running.discard(trial.id)
+        self.on_end()
 
     @property
     def trials(self) -> dict[str, Trial]:
@@ -244,3 +261,61 @@ def test_more_that_pause_than_may_run(sweep: Callable[..., Sweep]) -> None:
     assert one.run() == "finished"
     assert {trial.status for trial in one.trials.values()} == {"finished", "pruned"}
     assert len(one.pids) == 1
+
+
+def test_one_that_pauses_needs_to_know_how_many_there_will_be(sweep: Callable[..., Sweep]) -> None:
+    """All of them are drawn before any is compared: without a number that would be for ever."""
+    scheduler = node("ray.tune.schedulers.HyperBandScheduler", max_t=REPORTS)
+    one = sweep(num_samples=None, time_budget_s=60.0, scheduler=scheduler)
+    with pytest.raises(ConfigError, match=r"sweep\.num_samples.*HyperBandScheduler"):
+        one.run()
+    assert one.started == []
+
+
+def test_a_signal_is_heeded_between_the_draws_of_many(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(num_samples=1000, scheduler=node("ray.tune.schedulers.HyperBandScheduler", max_t=REPORTS))
+    one.on_start = lambda: time.sleep(0.01)
+
+    def between() -> None:
+        if one.started:
+            raise KeyboardInterrupt
+
+    one.between = between
+    with pytest.raises(KeyboardInterrupt):
+        one.run()
+    assert 0 < len(one.started) < 100
+
+
+@pytest.mark.parametrize("where", ["on_report", "on_end"])
+def test_what_is_raised_while_a_trial_is_written_down_ends_it_as_what_it_is(
+    sweep: Callable[..., Sweep], where: str
+) -> None:
+    def fails() -> None:
+        raise StorageError("the ledger is on a disk that is gone")
+
+    one = sweep(limit=1)
+    setattr(one, where, fails)
+    with pytest.raises(StorageError, match="a disk that is gone"):
+        one.run()
+    assert one.started == ["0001"]
+
+
+def test_a_trial_that_is_as_old_as_a_trial_gets_is_finished(sweep: Callable[..., Sweep]) -> None:
+    """`max_t` below the length of a trial: who comes so far was never worse than others."""
+    one = sweep(scheduler=node("ray.tune.schedulers.ASHAScheduler", max_t=2, grace_period=2), num_samples=3)
+    assert one.run() == "finished"
+    assert [trial.status for trial in one.trials.values()] == ["finished"] * 3
+    assert all(len(trial.reports) == 2 for trial in one.trials.values())
+
+
+@pytest.mark.parametrize("how", ["does not end", "dies late"])
+def test_a_process_that_is_not_free_is_replaced(sweep: Callable[..., Sweep], how: str) -> None:
+    """The trial that was to be its next runs elsewhere, as if nothing had been."""
+    one = sweep({"0001": how}, limit=1, num_samples=3)
+    assert one.run() == "finished"
+    assert [trial.status for trial in one.trials.values()] == ["finished"] * 3
+    assert [len(trial.reports) for trial in one.trials.values()] == [3, 3, 3]
+    assert len(one.pids) == 2
+    (line,) = one.said
+    assert line.endswith("the next trial gets another process")
+    assert how == "dies late" or line.startswith("trial 0001 did not end")
