@@ -137,27 +137,32 @@ class Fleet:
             self._children[child.spool.root] = child
         return child.run_id
 
-    def adopt(self, spool_dir: Path, run_id: str) -> None:
+    def adopt(self, spool_dir: Path, run_id: str) -> bool:
         """Goes on with what an earlier process left in a spool: sends it, and ends the run if it was to be ended.
 
-        `finish` may follow, where the earlier process had no time for it. Without a directory there is nothing to do.
+        `finish` may follow, where the earlier process had no time for it; `open` takes its place. Without a directory
+        there is nothing to do.
+
+        Returns:
+            Whether there is something to go on with.
         """
         spool = Spool(spool_dir)
         if not spool.root.is_dir():
-            return
+            return False
         try:
             note = spool.note()
             if note is None and run_id.startswith(LOCAL_PREFIX) and spool.state().run_id is None:
                 logger.warning("%s has no description of the run %s, which cannot be made", spool.root, run_id)
-                return
+                return False
         except StorageError as error:
             logger.warning("%s. It is left as it is", error)
-            return
+            return False
         child = _Child(spool, run_id, note.run_name if note else "")
         if note is not None and note.end_time is not None:
             child.ended = -_WRITER_S  # long ago: its writer is dead
         with self._lock:
             self._children[spool.root] = child
+        return True
 
     def finish(
         self,

@@ -124,6 +124,10 @@ class Run:
             return None
         return f"mlflow ui --backend-store-uri {shlex.quote(redacted(self.tracking_uri))}"
 
+    def hurry(self, timeout_s: float) -> None:
+        """From now on a call waits no longer for the server than this."""
+        self._server = self._server.with_timeout(max(1, int(timeout_s)))
+
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self._tell(RunNote(self.run_id, *self._names, tags=dict(tags)))
 
