@@ -120,7 +120,7 @@ def on_ray(job: Mapping[str, Any]) -> dict[str, Any]:
         world = World(rank, context.get_world_size(), context.get_local_rank(), ray.train.torch.get_device())
         found = Job(**job)
         return run(found, world, emit=_say, should_stop=_stop.is_set, report=_report if found.reports else _no_report)
-    except Exception as error:
+    except BaseException as error:  # a script's sys.exit() is no end of the process, and has a traceback
         raise described(error, rank) from error
 
 
@@ -158,7 +158,7 @@ def _no_report(trainer: Any, ends: bool) -> None:
     pass
 
 
-def described(error: Exception, rank: int) -> errors.WorkerError:
+def described(error: BaseException, rank: int) -> errors.WorkerError:
     """An exception of a worker as a `WorkerError`."""
     first = str(error).strip() or "(no message)"
     return errors.WorkerError(
@@ -212,7 +212,9 @@ def run(
         # With its credentials, where the config refers to some: they are resolved here, and never travel.
         uri = experiment.tracking.tracking_uri or ""
         uri = uri if redacted(uri) == job.tracking_uri else job.tracking_uri
-        tracker = MlflowTracker(job.run_id, uri, Path(job.spool_dir), ship=job.ship)
+        # The run of a trial is made by the driver, which may not have come to it.
+        place = experiment.tracking.experiment_name if job.label else None
+        tracker = MlflowTracker(job.run_id, uri, Path(job.spool_dir), ship=job.ship, awaited_in=place)
     checkpointer = Checkpointer(
         Storage(job.run_dir).child("checkpoints"),
         rank=world.rank,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import re
 import time
@@ -31,7 +32,7 @@ from raytrainer.run import (
 )
 from raytrainer.storage import Lock, Storage
 from raytrainer.sweep import results
-from raytrainer.sweep.ledger import Ledger, Mode, Trial
+from raytrainer.sweep.ledger import ERROR, Ledger, Mode, Trial
 from raytrainer.sweep.outcome import Status, SweepOutcome
 from raytrainer.sweep.plan import Plan, trial_spool
 from raytrainer.sweep.table import Board, ranked
@@ -229,6 +230,8 @@ class SweepDriver:
             always_saves: Whether there must be a checkpoint of each report: workers that are to be paused are not asked.
         """
         found = [f"scaling.use_gpu={str(gpu).lower()}", "tracking.log_model=false"]
+        if self._ship:
+            found.append(f"tracking.experiment_name={json.dumps(self.record.experiment_name, ensure_ascii=False)}")
         if self.e.checkpoint.min_interval_s is None:
             found.append(f"checkpoint.min_interval_s={0 if always_saves else _INTERVAL_S}")
         return found
@@ -290,7 +293,12 @@ class SweepDriver:
             tags["raytrainer.overrides"] = " ".join(trial.overrides)
         if best is not None:
             tags |= {"raytrainer.best_value": repr(best.value), "raytrainer.best_step": str(best.step)}
-        self._fleet.finish(trial_spool(self._trial_dir(trial)), _IN_MLFLOW[trial.status], trial.cause, tags=tags)
+        texts = {}
+        if trial.error is not None:
+            with contextlib.suppress(StorageError):  # the cause is told all the same
+                texts[ERROR] = self.storage.read_bytes(trial.error).decode(errors="replace")
+        spool = trial_spool(self._trial_dir(trial))
+        self._fleet.finish(spool, _IN_MLFLOW[trial.status], trial.cause, tags=tags, texts=texts)
 
     def _retain(self, ended: Trial) -> None:
         """Deletes the checkpoints of a trial that ended and is not, or no more, among the best `sweep.num_to_keep`."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from raytrainer.errors import TrackingDenied, TrackingError, TrackingUnreachable
-from raytrainer.tracking.server import Rejected, RunGone, RunState, Server
+from raytrainer.tracking.server import Rejected, RunGone, RunState, Server, default_artifact_root
 from raytrainer.tracking.spool import (
     Artifact,
     Batch,
@@ -63,6 +63,10 @@ class Undescribed(TrackingUnreachable):
     """A run that was opened without a server cannot be made: its note is missing, or not there yet."""
 
 
+class Awaited(Undescribed):
+    """A run that another process is to make is not there yet."""
+
+
 class Sender:
     """Sends one run's spool; what it holds between calls and is not on disk spares requests, no more.
 
@@ -72,6 +76,8 @@ class Sender:
         server: Where to.
         tags: Of the run, if it is this sender that creates it, beside the note's.
         fresh: The local id was made by this process and given to no other sender: no run of it can exist yet.
+        awaited: Another process makes the run of the local id, and tells all but what is logged: the run's experiment
+            and that one's artifact root, to find it by.
 
     Attributes:
         real_id: MLflow's id of the run, once it is known.
@@ -85,10 +91,11 @@ class Sender:
         *,
         tags: Mapping[str, str] | None = None,
         fresh: bool = False,
+        awaited: tuple[str, str | None] | None = None,
     ) -> None:
         self._spool, self._run_id, self._server = spool, run_id, server
         self._tags = dict(tags or {})
-        self._fresh = fresh
+        self._fresh, self._awaited = fresh, awaited
         self._no_rows = self._no_params = False  # this sender made the run, and sent it none yet
         self._described: RunNote | None = None  # the note whose parameters and tags are told
         self._ended: RunNote | None = None  # the note whose end is told
@@ -108,7 +115,7 @@ class Sender:
         """
         with self._alone() as state:
             run_id = self._resolve(state)
-            note = self._spool.note()
+            note = None if self._awaited else self._spool.note()
             if note is not None:
                 apply_note(self._server, run_id, note)
                 self._spool.drop_note(note)
@@ -261,7 +268,13 @@ class Sender:
         """The real run of an id that was made without a server, created now if it is not yet."""
         if not self._run_id.startswith(LOCAL_PREFIX):
             return self._run_id
-        if state.run_id is None:
+        if state.run_id is None and self._awaited:
+            experiment = self._server.experiment(*self._awaited)
+            state.run_id = self._server.find_run(experiment, LOCAL_ID_TAG, self._run_id)
+            if state.run_id is None:
+                raise Awaited(f"the run {self._run_id} is not made yet")
+            self._spool.write_state(state)
+        elif state.run_id is None:
             note = self._spool.note()
             if note is None:
                 raise Undescribed(f"{self._spool.root} has no description of the run {self._run_id}")
@@ -322,6 +335,8 @@ class Shipper:
         run_id: As `Sender`.
         tracking_uri: Where to.
         interval_s: Seconds between looks at the spool.
+        awaited_in: The experiment in which another process makes the run of a local id, and ends it: only what is
+            logged is sent here, and goes on to be sent after `close`, as long as this process lives.
         server: For tests; made from `tracking_uri` otherwise.
     """
 
@@ -332,11 +347,15 @@ class Shipper:
         tracking_uri: str,
         *,
         interval_s: float = 5.0,
+        awaited_in: str | None = None,
         server: Calls | None = None,
     ) -> None:
         self._spool, self._interval_s = Spool(spool_dir), interval_s
+        awaited = None if awaited_in is None else (awaited_in, default_artifact_root(tracking_uri))
+        self._notes = awaited is None
         # A request may take a minute, because nobody waits for it: a server that needs 30 s a call is used as it is.
-        self._sender = Sender(self._spool, run_id, server or Server(tracking_uri, timeout_s=60))
+        server = server or Server(tracking_uri, timeout_s=60)
+        self._sender = Sender(self._spool, run_id, server, awaited=awaited)
         self._closing, self._abandon = threading.Event(), threading.Event()
         self._delay_s = 0.0
         self._down = self._given_up = False
@@ -355,7 +374,11 @@ class Shipper:
         self._closing.set()
         self._thread.join(timeout_s)
         self._abandon.set()
-        return not self._thread.is_alive() and not self._spool.pending()
+        if not self._thread.is_alive() and not self._spool.pending(notes=self._notes):
+            return True
+        if drain and not self._notes and not self._given_up:
+            _leftovers.add(self._spool, self._sender)
+        return False
 
     def _loop(self) -> None:
         while not self._closing.wait(self._delay_s or self._interval_s):
@@ -369,7 +392,7 @@ class Shipper:
 
     def _send(self) -> bool:
         try:
-            if self._spool.pending():
+            if self._spool.pending(notes=self._notes):
                 sent = self._sender.send(self._abandon.is_set)
                 if self._down:
                     logger.warning("the tracking server is back: %d rows sent", sent)
@@ -377,6 +400,8 @@ class Shipper:
             return True
         except Busy:
             self._delay_s = 0.0
+        except Awaited:  # it will be, or is waited for in vain since the server is away, which is said where it is made
+            self._delay_s = _longer(self._delay_s)
         except (TrackingDenied, RunGone) as error:
             if not self._given_up:
                 logger.warning("%s. No more is sent; metrics are kept in %s", error, self._spool.root)
@@ -386,8 +411,57 @@ class Shipper:
             if not self._down:
                 logger.warning("%s. Metrics are kept in %s until it can", error, self._spool.root)
             self._down = True
-            self._delay_s = min(max(2 * self._delay_s, _BACKOFF_S[0]), _BACKOFF_S[1])
+            self._delay_s = _longer(self._delay_s)
         return False
+
+
+class _Leftovers:
+    """What was not sent when its `Shipper` was closed; one thread tries again as long as the process lives, which for a
+    process of trials is longer than a trial."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[Spool, Sender]] = []
+        self._thread: threading.Thread | None = None
+
+    def add(self, spool: Spool, sender: Sender) -> None:
+        with self._lock:
+            self._waiting.append((spool, sender))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._loop, name="tracking-leftovers", daemon=True)
+                self._thread.start()
+
+    def _loop(self) -> None:
+        delay_s = _longer(0.0)
+        while True:
+            time.sleep(delay_s)
+            with self._lock:
+                if not self._waiting:
+                    self._thread = None
+                    return
+                spool, sender = self._waiting[0]
+            over = failed = False
+            try:
+                sender.send()
+                over = not spool.pending(notes=False)
+            except (TrackingDenied, RunGone) as error:
+                logger.warning("%s. No more is sent of %s", error, spool.root)
+                over = True
+            except Exception as error:  # noqa: BLE001  said when it was closed; the next one has its turn
+                logger.debug("%s is kept: %s", spool.root, error)
+                failed = True
+            delay_s = _longer(delay_s) if failed else _BACKOFF_S[0] if not over else 0.0
+            with self._lock:
+                first = self._waiting.pop(0)
+                if not over:
+                    self._waiting.append(first)
+
+
+_leftovers = _Leftovers()
+
+
+def _longer(delay_s: float) -> float:
+    return min(max(2 * delay_s, _BACKOFF_S[0]), _BACKOFF_S[1])
 
 
 def replay(

@@ -137,9 +137,13 @@ class Spool:
             total += sum(_size(Path(folder, name)) for name in names)
         return total
 
-    def pending(self) -> bool:
-        """Whether there is anything to send."""
-        if self.note_path.exists() or any(self.artifacts()):
+    def pending(self, *, notes: bool = True) -> bool:
+        """Whether there is anything to send.
+
+        Args:
+            notes: Whether what the driver has to say counts.
+        """
+        if (notes and self.note_path.exists()) or any(self.artifacts()):
             return True
         segments = self.segments()
         if not segments:
