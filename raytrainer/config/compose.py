@@ -108,6 +108,10 @@ def check_sweep(overrides: Sequence[str], config_dir: str | Path | None = None) 
             }
     except Exception as error:
         raise explain(error, overrides) from error
+    fixed = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
+    first = {line: values[0] for line, values in sweeps.items()}
+    if _chosen("sweep", [*fixed, *first.values()], config_dir):
+        return  # an experiment that is a sweep by itself: its own check comes
     if any(o.is_sweep_override() for o in parsed):
         for o in parsed:
             if o.is_sweep_override() and not o.is_discrete_sweep():
@@ -119,8 +123,6 @@ def check_sweep(overrides: Sequence[str], config_dir: str | Path | None = None) 
         for o in parsed:
             if o.key_or_group == "name" and not o.is_sweep_override():
                 raise ConfigError("would be the name of every job; leave it out", key="name", value=o.value())
-    fixed = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
-    first = {line: values[0] for line, values in sweeps.items()}
     seen: set[tuple[str, ...]] = set()
     for line, values in sweeps.items() or [("", [""])]:
         for value in values:
@@ -128,6 +130,18 @@ def check_sweep(overrides: Sequence[str], config_dir: str | Path | None = None) 
             if one not in seen:
                 seen.add(one)
                 check_targets(compose([*fixed, *one], config_dir).experiment)
+
+
+def _chosen(group: str, overrides: Sequence[str], config_dir: str | Path | None) -> str | None:
+    """The choice of a group; None also where nothing can be composed, which is told elsewhere."""
+    from hydra import compose as hydra_compose
+
+    try:
+        with searching(config_dir), quiet():
+            choices = hydra_compose(CONFIG_NAME, list(overrides), return_hydra_config=True).hydra.runtime.choices
+    except Exception:  # noqa: BLE001  any reason will do
+        return None
+    return str(choices[group]) if choices.get(group) is not None else None
 
 
 def group_names(config_dir: str | Path | None = None, searchpath: Sequence[str] = ()) -> set[str]:
@@ -267,13 +281,15 @@ def with_values(text: str, values: Mapping[str, Any]) -> str:
 
 
 def flattened(text: str) -> dict[str, str]:
-    """A composition's text as flat `a.b.c` → value, for tracking; empty nodes are left out."""
+    """A composition's text as flat `a.b.c` → value, for tracking; empty nodes are left out, and what MLflow allows in no
+    name is: `sweep.space.+model.dropout` is without its `+`."""
     found: dict[str, str] = {}
 
     def walk(node: Any, prefix: str) -> None:
         if isinstance(node, dict) and node:
             for name, child in node.items():
-                walk(child, f"{prefix}.{name}" if prefix else str(name))
+                part = re.sub(r"[^\w./: -]", "_", str(name).lstrip("+"))
+                walk(child, f"{prefix}.{part}" if prefix else part)
         elif not isinstance(node, dict):
             found[prefix] = _as_text(node)
 

@@ -23,9 +23,9 @@ trainer:
 sweep:
   space:
     optimizer.lr: tag(log,interval(1e-4,${oc.env:HIGHEST}))
-    callbacks.changes.what: "nothing,${oc.env:A_SECRET}"
+    +callbacks.changes.what: "nothing,${oc.env:A_SECRET}"
 callbacks:
-  changes: {_target_: probes.Changes, what: quiet}
+  changes: {_target_: probes.Changes}
 """
 
 
@@ -35,6 +35,7 @@ def own(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = in_tmp / "my conf" / "experiment" / "mine.yaml"
     path.parent.mkdir(parents=True)
     path.write_text(MINE)
+    path.with_name("other.yaml").write_text(MINE.partition("sweep:\n")[0])
     monkeypatch.syspath_prepend(str(OUTSIDE))
     monkeypatch.setenv("HIGHEST", "1e-1")
     monkeypatch.setenv("A_SECRET", "hunter2")
@@ -96,8 +97,9 @@ def best_command(plan: Plan, trial: Trial) -> list[str]:
     "arguments",
     [
         ["--config-dir=my conf", "experiment=mine", "seed=7"],
+        ["--config-dir=my conf", "experiment=mine", "seed=7", "optimizer.lr=interval(0.01,0.1)"],
         ["hydra.searchpath=['file://my conf']", "experiment=mine", "seed=7"],
-        ["--config-dir=my conf", "experiment=mine,mlp", "sweep=grid", "seed=7"],
+        ["--config-dir=my conf", "experiment=other,mlp", "sweep=grid", "seed=7"],
         [
             "experiment=mlp",
             "sweep=asha",
