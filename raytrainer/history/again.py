@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 from raytrainer.config import Composition, from_text, key_of, new_name
 from raytrainer.errors import ConfigError, RunNotFound, nearest
 from raytrainer.history.finding import find, trial_of
 from raytrainer.run import FIXED, Record, changes_meaning
 from raytrainer.storage import Storage
-from raytrainer.sweep.ledger import Ledger
+from raytrainer.sweep.ledger import Ledger, Mode
+from raytrainer.sweep.lineage import best_parameters
 from raytrainer.sweep.plan import Plan
 
 
@@ -71,7 +73,7 @@ def to_rerun(identifier: str, overrides: Sequence[str]) -> Composition:
             raise RunNotFound(
                 f"{record.name} has no trial {number}; it has {', '.join(nearest(number, trials, 5)) or 'none'}"
             )
-        composition = plan.composition_of(trials[number].parameters)
+        composition = plan.composition_of(best_parameters(trials[number], cast(Mode, plan.mode)))
         return replace(
             from_text(composition.text, overrides),
             choices=composition.choices,

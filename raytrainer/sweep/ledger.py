@@ -76,6 +76,7 @@ class Trial:
         reports: In order.
         cause: Why it failed, was pruned or stopped; one line.
         inherited: What population based training copied into it: `evaluation`, `from` and `parameters` of each.
+        before: For each of these, how many reports there were, and the parameters until then.
     """
 
     id: str
@@ -88,6 +89,7 @@ class Trial:
     cause: str | None = None
     ended: float | None = None
     inherited: list[dict[str, Any]] = field(default_factory=list)
+    before: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
 
     @property
     def diverged(self) -> bool:
@@ -247,6 +249,7 @@ class Ledger:
 
     def _inherit(self, id: str, source: str, evaluation: int, parameters: dict[str, Any], overrides: list[str]) -> None:  # noqa: A002
         trial = self.trials[id]
+        trial.before.append((len(trial.reports), trial.parameters))
         trial.parameters, trial.overrides = parameters, overrides
         trial.inherited.append({"evaluation": evaluation, "from": source, "parameters": dict(parameters)})
         self._kept[id] = len(trial.reports)

@@ -11,8 +11,9 @@ from typing import Literal, cast
 from raytrainer.progress import duration
 from raytrainer.run import Record
 from raytrainer.sweep.ledger import Mode, Trial
+from raytrainer.sweep.lineage import parameters_at, stretches
 from raytrainer.sweep.plan import Plan
-from raytrainer.sweep.table import command_line, final_table, ranked
+from raytrainer.sweep.table import command_line, final_table, ranked, schedule_text
 
 _MOST_FAILED = 5  # trials whose causes are told at the end
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -71,7 +72,10 @@ def summary(outcome: SweepOutcome, program: str) -> str:
         report = best[0].best(mode)
         assert report is not None
         rows.append(("best", f"{plan.metric} {report.value:.4g} at step {report.step} of trial {best[0].id}"))
-        rows.append(("", command_line(program, plan.options, plan.fixed, best[0].overrides)))
+        overrides = plan.overrides_of(parameters_at(best[0], report))
+        rows.append(("", command_line(program, plan.options, plan.fixed, overrides)))
+        if len(path := stretches(best[0], report, outcome.trials)) > 1:
+            rows.append(("", f"schedule: {schedule_text(path)}; trained under all of it, the command has the last"))
     following = [outcome.mlflow_command] if outcome.mlflow_command else []
     if best and "://" not in record.run_dir:
         following.append(f"{program} --config-dir={shlex.quote(record.run_dir + '/best')} experiment=best")

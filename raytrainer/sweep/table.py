@@ -15,6 +15,7 @@ from typing import Any
 
 from raytrainer.progress import Display, duration
 from raytrainer.sweep.ledger import Mode, Trial
+from raytrainer.sweep.lineage import Stretch, best_parameters, parameters_at
 
 _DRAW_S = 0.25  # between two drawings of the live table
 _SUMMARY_S = 30.0  # without a terminal: between two lines on the sweep as a whole
@@ -204,9 +205,21 @@ def command_line(program: str, options: Sequence[str], fixed: Sequence[str], ove
     """
     words = [word for word in (*options, *fixed, *overrides) if not _OF_SWEEP.match(word)]
     # An experiment of one's own may choose the sweep; it was not said to, or it is one of several.
-    if not any(word.startswith("sweep=") for word in fixed) or any(word.startswith("experiment=") for word in overrides):
+    if not any(word.startswith("sweep=") for word in fixed) or any(
+        word.startswith("experiment=") for word in overrides
+    ):
         words.append("~sweep")
     return shlex.join([*shlex.split(program), *words])
+
+
+def schedule_text(stretches: Sequence[Stretch]) -> str:
+    """What a population's trial was trained with, one after the other, e.g. `lr 0.01 to step 22, 0.012 to step 44`."""
+    keys = [k for k in stretches[-1].parameters if len({repr(s.parameters.get(k)) for s in stretches}) > 1]
+    names = short_names(stretches[-1].parameters)
+    told = [
+        " ".join(f"{names[k]} {written(s.parameters.get(k))}" for k in keys) + f" to step {s.step}" for s in stretches
+    ]
+    return ", ".join(told)
 
 
 def ranked(trials: Iterable[Trial], mode: Mode) -> list[Trial]:
@@ -232,7 +245,7 @@ def trial_line(trial: Trial, metric: str, mode: Mode, names: Mapping[str, str]) 
         told.append(_clean(trial.cause))
     elif last:
         told.append(f"{metric} {(best or last).value:.4g}")
-    settings = "  ".join(f"{names.get(k, k)} {written(v)}" for k, v in trial.parameters.items())
+    settings = "  ".join(f"{names.get(k, k)} {written(v)}" for k, v in best_parameters(trial, mode).items())
     return ": ".join(told) + (f"; {settings}" if settings else "")
 
 
@@ -300,7 +313,8 @@ def _row(trial: Trial, mode: Mode, names: Mapping[str, str], now: float) -> _Row
         "step": str(last.step) if last else "-",
         "time": duration(max(0.0, (trial.ended or now) - trial.started)),
     }
-    settings = [written(trial.parameters[key]) if key in trial.parameters else "-" for key in names]
+    having = parameters_at(trial, shown)
+    settings = [written(having[key]) if key in having else "-" for key in names]
     return _Row(cells, settings, _clean(trial.cause) if trial.status == "failed" and trial.cause else None)
 
 

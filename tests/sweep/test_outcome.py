@@ -154,3 +154,14 @@ def test_what_was_added_stays_added_when_a_rerun_changes_it(in_tmp: Path, monkey
     )
     again = plan.with_overrides(["optimizer.maximize=false", "trainer.max_epochs=2"])
     assert again.fixed == ("experiment=mlp", "sweep=random", "+optimizer.maximize=false", "trainer.max_epochs=2")
+
+
+def test_the_best_of_a_population_is_told_with_its_schedule(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned(monkeypatch, "-m", "experiment=mlp", "sweep=pbt", "optimizer.lr=interval(0.01,0.1)")
+    best = trial_of(plan, lr=0.03)
+    best.reports += [Report(2, 20, 0.9, {}, 3.0), Report(3, 30, 0.6, {}, 4.0)]
+    best.before = [(1, {"optimizer.lr": 0.01}), (2, {"optimizer.lr": 0.02})]
+    best.inherited = [{"evaluation": n, "from": "0001", "parameters": {}} for n in (1, 2)]
+    assert "optimizer.lr=0.02" in best_command(plan, best)
+    said = summary(outcome(plan, best), "raytrainer")
+    assert "schedule: lr 0.01 to step 10, lr 0.02 to step 20; trained under all of it, the command has the last" in said
