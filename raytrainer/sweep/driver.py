@@ -19,7 +19,7 @@ from raytrainer import preflight, provenance, tracking
 from raytrainer.config import Parameter, flattened
 from raytrainer.errors import ClusterLost, ConfigError, RaytrainerError, Stopped, StorageError, WorkerError
 from raytrainer.interrupts import Interrupted, Interrupts
-from raytrainer.progress import Display
+from raytrainer.progress import Display, duration
 from raytrainer.run import (
     Logs,
     Record,
@@ -41,6 +41,8 @@ _OPEN_S = 30.0  # importing mlflow and making a database, on a busy machine
 _CLOSE_S, _CLOSE_STOPPED_S = 60.0, 3.0  # how long the tracking server is waited for at the end
 _SEEN_S = 0.3  # between looks at the spools where another process waits for a run to be made
 _MAKE_S = 2.0  # for what was kept of the sweep's own run, where that could not be made at first
+_DRAW_STOPPED_S = 4.0  # and for the pictures of a stopped sweep
+_OF_TUNE = "tune"  # where Tune keeps what it pauses and copies
 _INTERVAL_S = 10  # seconds between checkpoints of a trial, where the config does not say
 _log = logging.getLogger("raytrainer.sweep")
 
@@ -151,8 +153,10 @@ class SweepDriver:
         each, workers = preflight.per_worker(e, gpu), preflight.least_workers(e)
         # A cluster that grows holds less now than it will.
         nodes = [*supervise.nodes(), *available.more[: available.most_more]]
-        most = max(1, supervise.capacity(each, workers, nodes, e.scaling.placement_strategy))
-        limit = e.sweep.max_concurrent_trials or most
+        fit = max(1, supervise.capacity(each, workers, nodes, e.scaling.placement_strategy))
+        limit, note = at_once(e.sweep.max_concurrent_trials, fit, grows=available.endless)
+        if note is not None:
+            self.display.say(note)
         self.where = f"{self.where}, {limit} trial{'' if limit == 1 else 's'} at a time"
         search = Search(
             e.sweep,
@@ -164,6 +168,7 @@ class SweepDriver:
             overrides_of=self.plan.overrides_of,
             may_change=may_change,
             listener=Listener(self._started, self._reported, self._ended, self.display.say),
+            needs_value=True,
         )
         for note in search.notes:
             self.display.say(note)
@@ -201,14 +206,15 @@ class SweepDriver:
         with supervise.WorkerOutput(lambda rank, message: None, self._said):
             reason = search.run(
                 ray.tune.with_parameters(TrialProcess, shared=shared),
-                name="tune",
+                name=_OF_TUNE,
                 storage_path=self.storage.uri,
                 resources=supervise.trial_resources(each, workers, e.scaling.placement_strategy),
                 limit=limit,
                 between=self._between,
             )
-        with contextlib.suppress(StorageError):  # pickles that nobody reads
-            self.storage.delete("tune")
+        if reason != "finished":
+            budget = duration(self.e.sweep.time_budget_s or 0)
+            self._say_stopping(f"its time of {budget} (sweep.time_budget_s) is over")
         return reason
 
     def _between(self) -> None:
@@ -216,12 +222,19 @@ class SweepDriver:
 
         if self._stop_asked():
             self.interrupts.ask("stopped by request")
+        if self.interrupts.requested:
+            self._say_stopping(self.interrupts.reason)
         self.interrupts.check()
         self.lock.check()
         if part := supervise.dead_part():
             raise ClusterLost(f"Ray's {part} died")
         assert self._board is not None
         self._board.tick()
+
+    def _say_stopping(self, why: str) -> None:
+        running = sum(trial.status == "running" for trial in self.ledger.trials.values())
+        trials = f"{running} trial{'' if running == 1 else 's'}"
+        self.display.say(f"{why}: stopping {trials}, which can go on from their last checkpoints")
 
     def _fixed(self, gpu: bool, always_saves: bool) -> list[str]:
         """What every trial has on top of its config.
@@ -398,8 +411,14 @@ class SweepDriver:
         stopped = outcome.status == "KILLED"
         patience = _CLOSE_STOPPED_S if stopped else _CLOSE_S
         assert self._fleet is not None
+        with contextlib.suppress(StorageError):  # pickles that nobody reads
+            self.storage.delete(_OF_TUNE)
         if outcome.trials:
-            self._write_results(outcome)
+            writing = in_background(lambda: self._write_results(outcome), "sweep-results")
+            try:
+                writing.result(_DRAW_STOPPED_S if stopped else None)
+            except TimeoutError:
+                self.display.say("warning: not all results are written yet, and nobody waits for them")
         run = self._opened(opening, stopped)
         if run is not None:
             if stopped:
@@ -464,7 +483,6 @@ class SweepDriver:
                 plan=self.plan,
                 metric=self.plan.metric,
                 mode=self.mode,
-                pictures=outcome.status != "KILLED",
             )
         except Exception as error:  # noqa: BLE001  drawing may fail in many ways; the ledger has what was drawn
             self.logs.text_of("driver", "".join(traceback.format_exception(error)))
@@ -490,14 +508,38 @@ class SweepDriver:
         failed = [t for t in trials if t.status == "failed"]
         allowed = self.e.sweep.allow_failed
         most = len(failed) if allowed is True else int(allowed)
-        if not any(t.status == "finished" for t in trials):
-            first = f", the first by {failed[0].cause}" if failed else ""
-            why = f"no trial finished: {len(failed)} failed{first}"
-            return replace(base, status="FAILED", exit_code=1, cause=why, note=note)
+        if not any(t.status == "finished" and t.best(self.mode) is not None for t in trials):
+            return replace(base, status="FAILED", exit_code=1, cause=self._why_none(trials, reason), note=note)
         if len(failed) > most:
             why = f"{len(failed)} of {len(trials)} trials failed, and sweep.allow_failed={str(allowed).lower()}"
             return replace(base, status="FAILED", exit_code=1, cause=why, note=note)
         return replace(base, note=note)
+
+    def _why_none(self, trials: Sequence[Trial], reason: str | None) -> str:
+        """Why no trial has finished with a value."""
+        failed = [t for t in trials if t.status == "failed"]
+        if failed:
+            return f"no trial finished: {len(failed)} of {len(trials)} failed, the first by {failed[0].cause}"
+        if any(t.status == "finished" for t in trials):
+            return f"no trial has a value of {self.plan.metric} that is a number"
+        if reason != "finished":
+            budget = duration(self.e.sweep.time_budget_s or 0)
+            return f"its time of {budget} (sweep.time_budget_s) was over before a trial had finished"
+        return "no trial finished: all were pruned" if trials else "no trial was drawn"
+
+
+def at_once(asked: int | None, fit: int, *, grows: bool = False) -> tuple[int, str | None]:
+    """How many trials run at a time, and what is to be said of it.
+
+    Args:
+        asked: `sweep.max_concurrent_trials`.
+        fit: How many the cluster can place: more would wait for each other.
+        grows: The cluster may become larger than is known.
+    """
+    if asked is None or (asked > fit and not grows):
+        note = None if asked is None else f"sweep.max_concurrent_trials={asked}: there is room for {fit} at a time"
+        return fit, note
+    return asked, None
 
 
 def may_change(key: str) -> bool:

@@ -4,6 +4,7 @@ Knows neither experiments nor MLflow: any Hydra application's trials are run by 
 from __future__ import annotations
 
 import json
+import math
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -51,6 +52,7 @@ class Search:
         overrides_of: Parameters → the overrides that set them.
         may_change: Whether a key may change in the middle of a trial.
         listener: Who is told.
+        needs_value: Whether a trial of which every value was NaN or infinite has failed.
 
     Raises:
         ConfigError: A searcher or scheduler that cannot be made, or does not go with the parameters.
@@ -68,9 +70,11 @@ class Search:
         overrides_of: Callable[[Mapping[str, Any]], list[str]],
         may_change: Callable[[str], bool],
         listener: Listener,
+        needs_value: bool = False,
     ) -> None:
         self._config, self._parameters, self._mode = config, list(parameters), mode
         self._ledger, self._overrides_of, self._listener = ledger, overrides_of, listener
+        self._needs_value = needs_value
         trials = list(ledger.trials.values())
         drawn = len(trials)
         seed = seed if config.seed is None else config.seed
@@ -188,6 +192,9 @@ class Search:
         else:  # Tune stopped it: for being worse, or for being as old as a trial gets
             old = schedule.is_full_length(self.scheduler, result.get(schedule.TIME, 0))
             end = {"status": "finished" if old else "pruned"}
+        values = [report.value for report in trial.reports]
+        if self._needs_value and end["status"] != "failed" and values and not any(map(math.isfinite, values)):
+            end = {"status": "failed", "cause": f"diverged: all of its {len(values)} values are nan or infinite"}
         self._end(trial, end["status"], end.get("cause"))
         if end.get("hopeless"):
             self._hopeless = ConfigError(end["cause"].partition(": ")[2])

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import shutil
 import threading
 import time
@@ -236,7 +237,9 @@ def test_mlflow_away_at_the_start_and_back_at_the_end(place: Place, monkeypatch:
 
     def script(sweep: Acting) -> str:
         until(lambda: sweep._offline)
-        sweep.ends(sweep.starts())
+        trial = sweep.starts()
+        sweep.reports(trial, 0.5)
+        sweep.ends(trial)
         place.server.down = False
         return "finished"
 
@@ -274,3 +277,63 @@ def test_a_file_that_cannot_be_told_holds_up_no_end(place: Place, monkeypatch: p
     place.attempt(script)
     assert "no space for the marks" in place.said.getvalue()
     assert (place.status(), place.status("0001")) == ("FAILED", "KILLED")
+
+
+def test_no_more_at_a_time_than_there_is_room_for() -> None:
+    assert driver.at_once(None, 4) == (4, None)
+    assert driver.at_once(3, 4) == (3, None)
+    assert driver.at_once(9, 4) == (4, "sweep.max_concurrent_trials=9: there is room for 4 at a time")
+    assert driver.at_once(9, 4, grows=True) == (9, None)
+
+
+def test_time_that_was_over_before_a_trial_had_finished_is_told_as_that(place: Place) -> None:
+    def script(sweep: Acting) -> str:
+        sweep.reports(sweep.starts(), 0.5)
+        return "time budget"
+
+    outcome = place.attempt(script, "sweep.time_budget_s=90")
+    assert (outcome.status, outcome.exit_code) == ("FAILED", 1)
+    assert outcome.cause == "its time of 1:30 (sweep.time_budget_s) was over before a trial had finished"
+    assert outcome.note == "time budget reached"
+
+
+def test_without_a_value_that_is_a_number_a_sweep_has_failed(place: Place) -> None:
+    def script(sweep: Acting) -> str:
+        trial = sweep.starts()
+        sweep.reports(trial, math.nan, math.inf)
+        sweep.ends(trial)
+        return "finished"
+
+    outcome = place.attempt(script)
+    assert (outcome.status, outcome.exit_code) == ("FAILED", 1)
+    assert outcome.cause == "no trial has a value of val/accuracy that is a number"
+
+
+def test_a_stopped_sweep_leaves_its_results_and_nothing_of_tunes(place: Place) -> None:
+    def script(sweep: Acting) -> str:
+        sweep.reports(sweep.starts(), 0.5)
+        place.storage.write_bytes("tune/checkpoint_000001/trial.json", b"{}")
+        return interrupted(sweep)
+
+    assert place.attempt(script).status == "KILLED"
+    left = {path.name for path in place.storage.local_path.iterdir()}
+    assert left >= {"trials.csv", "trials.parquet", "best", "progress.png", "parameters.png"}
+    assert "tune" not in left
+    (parent,) = [run for run in place.server.runs.values() if run.name == "sweep"]
+    assert {"sweep/trials.csv", "sweep/progress.png"} <= parent.artifacts.keys()
+
+
+def test_pictures_of_a_stopped_sweep_hold_up_nobody(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = threading.Event()
+    monkeypatch.setattr(driver, "_DRAW_STOPPED_S", 0.05)
+    monkeypatch.setattr(pictures, "progress_png", lambda *_, **__: drawn.wait(30) and b"png")
+
+    def script(sweep: Acting) -> str:
+        sweep.reports(sweep.starts(), 0.5)
+        return interrupted(sweep)
+
+    began = time.monotonic()
+    assert place.attempt(script).status == "KILLED"
+    assert time.monotonic() - began < 5
+    assert place.storage.exists("trials.csv")
+    drawn.set()

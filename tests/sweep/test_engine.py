@@ -5,6 +5,7 @@ What trials of experiments do is in test_trial.py; whole sweeps in tests/integra
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -65,9 +66,14 @@ class Counts(tune.Trainable):  # type: ignore[misc]
         while does == "hangs":
             time.sleep(0.05)
         self._done += 1
-        value = self._own["x"] * self._done
+        value = math.nan if does == "diverges" else self._own["x"] * self._done
         report = {"evaluation": self._done, "step": self._done, "value": value, "metrics": {"pid": float(os.getpid())}}
-        result = {"objective": value, "training_iteration": self._done, "report": json.dumps(report), "done": False}
+        result = {
+            "objective": value if math.isfinite(value) else -1e30,
+            "training_iteration": self._done,
+            "report": json.dumps(report),
+            "done": False,
+        }
         if does == "hopeless":
             end = {"status": "failed", "cause": "ConfigError: sweep.metric=x is not logged", "hopeless": True}
             return {"objective": value, "training_iteration": self._done, "end": json.dumps(end), "done": True}
@@ -127,6 +133,7 @@ class Sweep:
             overrides_of=lambda values: [X.override(values["x"])],
             may_change=lambda key: True,
             listener=Listener(self._start, lambda trial: self.on_report(), self._end, self.said.append),
+            needs_value=True,
         )
         try:
             return search.run(
@@ -246,6 +253,14 @@ def test_a_process_that_dies_is_replaced(sweep: Callable[..., Sweep]) -> None:
     assert [report.evaluation for report in one.trials["0002"].reports] == [1, 2, 3]
     assert [line.partition(":")[0] for line in one.said] == ["trial 0002", "trial 0003"]
     assert all(line.endswith("it is tried again") for line in one.said)
+
+
+def test_a_trial_without_a_value_that_is_a_number_has_failed(sweep: Callable[..., Sweep]) -> None:
+    one = sweep({"0002": "diverges"}, num_samples=3, limit=1)
+    assert one.run() == "finished"
+    assert [trial.status for trial in one.trials.values()] == ["finished", "failed", "finished"]
+    assert one.trials["0002"].cause == "diverged: all of its 3 values are nan or infinite"
+    assert one.trials["0002"].diverged
 
 
 def test_what_all_would_fail_by_ends_it(sweep: Callable[..., Sweep]) -> None:
