@@ -63,6 +63,7 @@ class Job:
         ship: Whether the worker sends them itself; False where the driver reads the same disk and does.
         changed: The optimizer's settings whose values in the config replace those in the checkpoint.
         mark: What the run's record says of this attempt, wherever `run_dir` is one and the same place.
+        marked: Where that record is, if not in `run_dir`: of a trial in its sweep's.
         label: Who this is in the logs, where it is not the only one: a trial of a sweep.
         forward_env, env_file: As `environment.provide`: what the config's references may need here.
         reports: On Ray Train: whether each evaluation is reported to the controller, in whose process a trial waits.
@@ -80,6 +81,7 @@ class Job:
     ship: bool = True
     changed: Sequence[str] = ()
     mark: str = ""
+    marked: str = ""
     overrides: Sequence[str] = ()
     label: str = ""
     forward_env: Sequence[str] = ()
@@ -276,14 +278,15 @@ def _without_a_word(work: Callable[[], None]) -> None:
 
 def _check_shared(job: Job) -> None:
     """Whether `run_dir` here is the driver's: on several nodes a local path is a place of each node's own."""
-    found = Storage(job.run_dir).read_if_exists("run.json") if job.mark else None
+    place = job.marked or job.run_dir
+    found = Storage(place).read_if_exists("run.json") if job.mark else None
     record = json.loads(found) if found else {}
     if job.mark and " ".join(str(record.get(k)) for k in ("name", "created", "attempts")) != job.mark:
         raise errors.ConfigError(
             f"is not the same place on {socket.gethostname()} as where the run was launched; use a disk that all nodes "
             "share, or a URI (s3://…)",
             key="storage_path",
-            value=job.run_dir.rpartition("/")[0],
+            value=place.rpartition("/")[0],
         )
 
 

@@ -190,6 +190,7 @@ class SweepDriver:
             forward_env=e.cluster.forward_env,
             env_file=e.cluster.env_file,
             pauses=may_pause,
+            mark=self.record.mark,
         )
         self._board = Board(
             self.display,

@@ -31,6 +31,8 @@ from raytrainer.sweep.ledger import Mode, worst
 from raytrainer.sweep.plan import choices_of, trial_spool
 from raytrainer.sweep.search import RUN, TRIAL
 
+# By these every other trial would fail, too.
+_HOPELESS = ("ConfigError: sweep.metric=", "ConfigError: storage_path=")
 _SOURCE = "trial.json"  # beside a checkpoint that Tune carries: whose it is
 _ENDS_S = 30.0  # the workers of a stopped trial are killed in so long
 
@@ -53,6 +55,7 @@ class Shared:
         gpu: Whether they train on GPUs.
         retries: Whether a failed trial may be tried again.
         pauses: Whether a trial may be paused, or get another's checkpoint.
+        mark: As `worker.Job`'s, of the sweep's own record.
         forward_env, env_file: As `environment.provide`.
     """
 
@@ -72,6 +75,7 @@ class Shared:
     pauses: bool
     forward_env: Sequence[str] = ()
     env_file: str | None = None
+    mark: str = ""
 
     def job(self, config: Mapping[str, Any]) -> worker.Job:
         """What the trial of Tune's `config` trains."""
@@ -86,6 +90,8 @@ class Shared:
             ship=self.ship,
             # A checkpoint that population based training copied in goes on with this trial's own values.
             changed=[p.key.removeprefix("optimizer.") for p in self.parameters if p.key.startswith("optimizer.")],
+            mark=self.mark,
+            marked=self.run_dir,
             label=str(config[TRIAL]),
             forward_env=self.forward_env,
             env_file=self.env_file,
@@ -201,7 +207,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
             else:
                 end = {"status": "failed", "cause": failed.cause, "traceback": failed.traceback, "diverged": diverged}
                 # Every other trial would fail by it, too.
-                end["hopeless"] = isinstance(error, ConfigError) and error.key == "sweep.metric"
+                end["hopeless"] = failed.cause.startswith(_HOPELESS)
                 self._messages.put(self._ended(end, None))
             traceback.clear_frames(error.__traceback__)  # they hold the model
         finally:

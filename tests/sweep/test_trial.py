@@ -25,6 +25,7 @@ import torch
 from raytrainer.checkpoint import Checkpointer
 from raytrainer.config import Parameter, compose
 from raytrainer.errors import WorkerError
+from raytrainer.run import Record
 from raytrainer.storage import Storage
 from raytrainer.sweep.ledger import WORST
 from raytrainer.sweep.search import RUN, TRIAL
@@ -361,3 +362,13 @@ def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _tensors(below, f"{path}/{key}")
     elif isinstance(value, torch.Tensor):
         yield path, value
+
+
+def test_a_disk_that_is_each_nodes_own_is_refused(process: Callable[..., Process]) -> None:
+    """What a trial would leave there nobody would find: it fails by it as every other would."""
+    record = Record("sweep", "", created="2026-01-01T00:00:00+00:00", attempts=1)
+    said = process(shared(mark=record.mark), config(1)).steps()
+    assert (end(said)["status"], end(said)["hopeless"]) == ("failed", True)
+    assert f"ConfigError: storage_path={Path('runs').absolute()} is not the same place on" in end(said)["cause"]
+    record.write(Storage(Path("runs/sweep").absolute()))
+    assert end(process(shared(mark=record.mark), config(2)).steps())["status"] == "finished"
