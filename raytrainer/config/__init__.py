@@ -24,6 +24,7 @@ from raytrainer.config.compose import (
 )
 from raytrainer.config.explain import explain, key_of
 from raytrainer.config.nodes import bind, build, check_targets, factory, locate
+from raytrainer.config.parameter import Parameter
 from raytrainer.config.schema import (
     CheckpointConfig,
     ClusterConfig,
@@ -38,7 +39,7 @@ from raytrainer.config.schema import (
     TrainerConfig,
     validate,
 )
-from raytrainer.config.space import Parameter, parse_space, written_space
+from raytrainer.config.space import parse_space, written_space
 
 __all__ = [
     "CONFIG_MODULE",
