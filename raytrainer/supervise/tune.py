@@ -19,7 +19,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.search_generator import SearchGenerator
 
-from raytrainer.supervise.train import death
+from raytrainer.supervise.train import death, full_words
 
 METRIC = "objective"  # what schedulers and searchers are told, whatever the sweep's metric is called
 _DRAWS_S = 0.2  # of drawing trials between two looks at signals
@@ -65,7 +65,7 @@ class TrialController(TuneController):  # type: ignore[misc]
         resources: PlacementGroupFactory,
         limit: int,
         all_drawn_early: bool,
-        on_death: Callable[[str, str], None],
+        on_death: Callable[[str, str, str], None],
         on_replaced: Callable[[str], None],
         search_alg: _Drawn,
         **arguments: Any,
@@ -128,7 +128,7 @@ class TrialController(TuneController):  # type: ignore[misc]
 
     def _process_trial_failure(self, trial: Any, exception: BaseException) -> None:
         # Tune writes the exception as a pickle beside the trial; the ledger has it as a line.
-        self._on_death(trial.trial_id, death(exception))
+        self._on_death(trial.trial_id, death(exception), full_words(exception))
         super()._process_trial_failure(trial, exception)
         self._has_errored = False  # of one trial: the others go on
 
@@ -165,7 +165,7 @@ def make_controller(
     limit: int,
     all_drawn_early: bool,
     max_failures: int,
-    on_death: Callable[[str, str], None],
+    on_death: Callable[[str, str, str], None],
     on_replaced: Callable[[str], None],
 ) -> TrialController:
     """A controller with everything that `ray.tune.run` would give it, before its first step.
@@ -178,7 +178,7 @@ def make_controller(
         limit: The most trials at a time.
         all_drawn_early: Whether the scheduler needs every trial drawn before it compares them.
         max_failures: How often a process that died is replaced.
-        on_death: Told, before anybody else, Tune's id of a trial that failed and why.
+        on_death: Told, before anybody else, Tune's id of a trial that failed, why in a line, and all that is known.
         on_replaced: Told why a process could not be given to the next trial, which is started in another.
     """
     experiment = Experiment(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,9 @@ from raytrainer.errors import ConfigError
 from raytrainer.sweep import schedule, search
 from raytrainer.sweep.ledger import Ledger, Mode, Report, Status, Trial
 
-_log = logging.getLogger("raytrainer.sweep")
+_LONGEST = 500  # characters of a cause; all of it is in the file beside the trial
+
+_SECONDS = "time_this_iter_s"  # in Tune's results: how long the process was at it
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Search:
             overrides_of=overrides_of,
             on_draw=self._started,
         )
-        self._deaths: dict[str, str] = {}
+        self._deaths: dict[str, tuple[str, str]] = {}
         self._hopeless: ConfigError | None = None
 
     def run(
@@ -181,6 +182,7 @@ class Search:
             metrics=found["metrics"],
             time=time.time(),
             interim=bool(found.get("interim")),
+            seconds=result.get(_SECONDS),
         )
         self._ledger.report(trial.id, report)
         self._listener.report(trial)
@@ -195,23 +197,31 @@ class Search:
         values = [report.value for report in trial.reports]
         if self._needs_value and end["status"] != "failed" and values and not any(map(math.isfinite, values)):
             end = {"status": "failed", "cause": f"diverged: all of its {len(values)} values are nan or infinite"}
-        self._end(trial, end["status"], end.get("cause"))
+        self._end(trial, end["status"], end.get("cause"), end.get("traceback"))
         if end.get("hopeless"):
             self._hopeless = ConfigError(end["cause"].partition(": ")[2])
 
     def failed(self, trial: Trial, tune_id: str) -> None:
         """Its process died or raised, and is not started again."""
-        self._end(trial, "failed", self._deaths.get(tune_id, "its process died"))
+        self._end(trial, "failed", *self._deaths.get(tune_id, ("its process died",)))
 
     def recovered(self, trial: Trial, tune_id: str) -> None:
-        self._listener.say(f"trial {trial.id}: {self._deaths.get(tune_id)}; it is tried again")
+        cause, _ = self._deaths[tune_id]
+        self._listener.say(f"trial {trial.id}: {_line(cause)}; it is tried again")
 
-    def _end(self, trial: Trial, status: Status, cause: str | None) -> None:
-        self._ledger.end(trial.id, status, cause)
+    def _end(self, trial: Trial, status: Status, cause: str | None, trace: str | None = None) -> None:
+        cause = None if cause is None else _line(cause)
+        self._ledger.end(trial.id, status, cause, trace=trace if status == "failed" else None)
         self._listener.end(trial)
 
-    def _died(self, tune_id: str, cause: str) -> None:
-        self._deaths[tune_id] = cause
+    def _died(self, tune_id: str, cause: str, trace: str) -> None:
+        self._deaths[tune_id] = cause, trace
+
+
+def _line(text: str) -> str:
+    """A text of several lines as one, which fits where a line does."""
+    found = " ".join(text.split())
+    return found if len(found) <= _LONGEST else f"{found[:_LONGEST]}…"
 
 
 class _Events(tune.Callback):  # type: ignore[misc]

@@ -3,10 +3,10 @@ What a sweep resumes from and what its tables are made of. Neither Ray nor torch
 
     {"kind": "begin", "version": 1, "time": …, "info": {…}}                        an attempt at the sweep
     {"kind": "start", "id": "0001", "time": …, "parameters": {…}, "overrides": […]}
-    {"kind": "report", "id": "0001", "evaluation": 1, "step": 100, "value": 0.5, "time": …, "metrics": {…}}
+    {"kind": "report", "id": "0001", "evaluation": 1, "step": 100, "value": 0.5, "time": …, "seconds": 1.5, "metrics": {…}}
     {"kind": "inherit", "id": "0001", "from": "0002", "evaluation": 1, "time": …, "parameters": {…}, "overrides": […]}
     {"kind": "run", "id": "0001", "run_id": "…"}
-    {"kind": "end", "id": "0001", "time": …, "status": "finished", "cause": null}
+    {"kind": "end", "id": "0001", "time": …, "status": "finished", "cause": null}      and "error": a file, if it failed
     {"kind": "reopen", "id": "0001", "time": …}
 
 NaN and infinities are `"nan"`, `"inf"` and `"-inf"` among numbers, and `{"float": "nan"}` among parameters.
@@ -29,6 +29,7 @@ from raytrainer.storage import Storage
 from raytrainer.tracking.spool import storage_errors
 
 FILE = "ledger.jsonl"
+ERROR = "error.txt"
 FORMAT = 1
 WORST = 1e30
 _STATUSES = ("running", "finished", "pruned", "failed", "stopped")
@@ -53,6 +54,7 @@ class Report:
         time: Seconds since the epoch.
         interim: Whether the value is for the scheduler alone: what a function of another application reports before it
             returns its value.
+        seconds: Of training since the report before, or since the trial began or went on; None: not known.
     """
 
     evaluation: int
@@ -61,6 +63,7 @@ class Report:
     metrics: Mapping[str, float]
     time: float
     interim: bool = False
+    seconds: float | None = None
 
 
 @dataclass
@@ -75,6 +78,10 @@ class Trial:
         run_id: Its run in MLflow, or the id made for it while there is no server.
         reports: In order.
         cause: Why it failed, was pruned or stopped; one line.
+        error: The file with the traceback of one that failed, below the sweep's directory.
+        seconds: For which it trained, until its last report or its end: not those in which it waited for its place, or its
+            sweep was away. None: not known.
+        since: When what is not in `seconds` yet began.
         inherited: What population based training copied into it: `evaluation`, `from` and `parameters` of each.
         before: For each of these, how many reports there were, and the parameters until then.
     """
@@ -88,7 +95,10 @@ class Trial:
     status: Status = "running"
     cause: str | None = None
     ended: float | None = None
+    error: str | None = None
     inherited: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float | None = None
+    since: float | None = None
     before: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
 
     @property
@@ -99,6 +109,17 @@ class Trial:
         if self.reports and not math.isfinite(self.reports[-1].value):
             return True
         return self.cause is not None and NonFiniteLoss.__name__ in self.cause.partition(":")[0]
+
+    def took(self, now: float | None = None) -> float | None:
+        """Seconds for which it trained; of one that runs or of which no seconds are known, with those of the clock until
+        it ended, or until `now`."""
+        if self.status != "running" and self.seconds is not None:
+            return self.seconds
+        until = now if self.ended is None else self.ended
+        if until is None:
+            return self.seconds
+        since = self.started if self.since is None else self.since
+        return (self.seconds or 0.0) + max(0.0, until - since)
 
     def best(self, mode: Mode) -> Report | None:
         """The report with the best value, the earliest of equals; None where no value is finite, or all are interim."""
@@ -180,9 +201,11 @@ class Ledger:
         """An evaluation. One with a number that the trial has had (it went on from an earlier checkpoint, or began
         anew) takes the place of that and of those after it, but of none from before an exploit."""
         numbers = {"evaluation": report.evaluation, "step": report.step, "value": report.value, "time": report.time}
-        interim = {"interim": True} if report.interim else {}
+        rest: dict[str, Any] = {"interim": True} if report.interim else {}
+        if report.seconds is not None:
+            rest["seconds"] = round(report.seconds, 3)
         with self._lock:
-            self._append({"kind": "report", "id": id, **numbers, "metrics": dict(report.metrics), **interim})
+            self._append({"kind": "report", "id": id, **numbers, "metrics": dict(report.metrics), **rest})
             self._report(id, report)
 
     def inherit(
@@ -200,13 +223,23 @@ class Ledger:
             self._inherit(id, source, evaluation, dict(parameters), list(overrides))
             self._settle()
 
-    def end(self, id: str, status: Status, cause: str | None = None) -> None:  # noqa: A002
-        """A trial ended: how, and in one line why."""
+    def end(self, id: str, status: Status, cause: str | None = None, *, trace: str | None = None) -> None:  # noqa: A002
+        """A trial ended: how, in one line why, and the whole traceback, which becomes a file beside the trial."""
+        error = None if trace is None else self._keep(f"trials/{id}/{ERROR}", trace)
         with self._lock:
             now = self._clock()
-            self._append({"kind": "end", "id": id, "time": now, "status": status, "cause": cause})
-            self._set(id, status, cause, now)
+            line = {"kind": "end", "id": id, "time": now, "status": status, "cause": cause}
+            self._append(line if error is None else {**line, "error": error})
+            self._set(id, status, cause, now, error)
             self._settle()
+
+    def _keep(self, name: str, text: str) -> str | None:
+        try:
+            self._storage.write_bytes(name, text.encode(errors="replace"))
+        except StorageError as failed:
+            _log.warning("a traceback was not kept: %s", failed)
+            return None
+        return name
 
     def note_run(self, id: str, run_id: str) -> None:  # noqa: A002
         """The trial's run in MLflow."""
@@ -219,8 +252,9 @@ class Ledger:
     def reopen(self, id: str) -> None:  # noqa: A002
         """A trial that had not come to its end goes on, or one that failed is tried again."""
         with self._lock:
-            self._append({"kind": "reopen", "id": id, "time": self._clock()})
-            self._set(id, "running", None, None)
+            now = self._clock()
+            self._append({"kind": "reopen", "id": id, "time": now})
+            self._reopen(id, now)
             self._settle()
 
     def save(self) -> None:
@@ -242,7 +276,10 @@ class Ledger:
         self.trials[trial.id] = trial
 
     def _report(self, id: str, report: Report) -> None:  # noqa: A002
-        reports = self.trials[id].reports
+        trial, reports = self.trials[id], self.trials[id].reports
+        if report.seconds is not None:
+            trial.seconds = (trial.seconds or 0.0) + report.seconds
+        trial.since = report.time
         while len(reports) > self._kept.get(id, 0) and reports[-1].evaluation >= report.evaluation:
             reports.pop()
         reports.append(report)
@@ -254,9 +291,20 @@ class Ledger:
         trial.inherited.append({"evaluation": evaluation, "from": source, "parameters": dict(parameters)})
         self._kept[id] = len(trial.reports)
 
-    def _set(self, id: str, status: Status, cause: str | None, ended: float | None) -> None:  # noqa: A002
+    def _set(
+        self,
+        id: str,  # noqa: A002
+        status: Status,
+        cause: str | None,
+        ended: float | None,
+        error: str | None = None,
+    ) -> None:
         trial = self.trials[id]
-        trial.status, trial.cause, trial.ended = status, cause, ended
+        trial.status, trial.cause, trial.ended, trial.error = status, cause, ended, error
+
+    def _reopen(self, id: str, now: float) -> None:  # noqa: A002
+        self._set(id, "running", None, None)
+        self.trials[id].since = now
 
     # Lines
 
@@ -296,18 +344,19 @@ class Ledger:
         elif kind == "report":
             metrics = {str(key): _number(value) for key, value in line["metrics"].items()}
             numbers = int(line["evaluation"]), int(line["step"]), _number(line["value"])
-            self._report(line["id"], Report(*numbers, metrics, line["time"], bool(line.get("interim"))))
+            rest = bool(line.get("interim")), line.get("seconds")
+            self._report(line["id"], Report(*numbers, metrics, line["time"], *rest))
         elif kind == "inherit":
             parameters = {str(key): _restored(value) for key, value in line["parameters"].items()}
             self._inherit(line["id"], line["from"], int(line["evaluation"]), parameters, list(line["overrides"]))
         elif kind == "end":
             if line["status"] not in _STATUSES:
                 raise ValueError(f"status {line['status']}")
-            self._set(line["id"], line["status"], line["cause"], line["time"])
+            self._set(line["id"], line["status"], line["cause"], line["time"], line.get("error"))
         elif kind == "run":
             self.trials[line["id"]].run_id = line["run_id"]
         elif kind == "reopen":
-            self._set(line["id"], "running", None, None)
+            self._reopen(line["id"], line["time"])
         # Anything else is a later version's, which has raised the format if it cannot be left out.
 
 

@@ -6,17 +6,14 @@ has decided. So a stopped trial ends at once, between two steps, and the process
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import math
-import os
 import queue
-import sys
 import threading
 import traceback
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +26,15 @@ from raytrainer.errors import ConfigError, NonFiniteLoss, WorkerError
 from raytrainer.storage import Storage
 from raytrainer.sweep.ledger import Mode, worst
 from raytrainer.sweep.plan import choices_of, trial_spool
+from raytrainer.sweep.reuse import as_found
 from raytrainer.sweep.search import RUN, TRIAL
 
 # By these every other trial would fail, too.
 _HOPELESS = ("ConfigError: sweep.metric=", "ConfigError: storage_path=")
 _SOURCE = "trial.json"  # beside a checkpoint that Tune carries: whose it is
-_ENDS_S = 30.0  # the workers of a stopped trial are killed in so long
+_ENDS_S = 30.0  # a stopped trial has so long for its own cleaning up; its workers are killed in so long
+# Workers are not asked for a checkpoint when a trial is paused or copied: there is one of each evaluation.
+_AT_EACH_EVALUATION = ("checkpoint.every_n_steps=null", "checkpoint.min_interval_s=0")
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,11 @@ class Shared:
     def job(self, config: Mapping[str, Any]) -> worker.Job:
         """What the trial of Tune's `config` trains."""
         run_dir = Storage(self.run_dir).child(f"trials/{config[TRIAL]}")
+        own = [p.override(config[p.key]) for p in self.parameters if not p.group]
+        saves = _AT_EACH_EVALUATION if self.pauses and self.workers > 1 else ()
         return worker.Job(
             text=self.texts[choices_of(self.parameters, config)],
-            overrides=[*self.fixed, *(p.override(config[p.key]) for p in self.parameters if not p.group)],
+            overrides=[*self.fixed, *own, *saves],
             run_dir=run_dir.uri,
             run_id=config[RUN] or None,
             tracking_uri=self.tracking_uri,
@@ -125,7 +127,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
     _group: tuple[Any, threading.Event] | None  # the workers of a trial that has several, and whether they are gone
 
     def setup(self, config: dict[str, Any], shared: Shared) -> None:
-        import torch  # noqa: F401  imported before the freeze below
+        import torch._dynamo  # noqa: F401  imported before the freeze below; each optimizer needs it
 
         # What is imported by now stays: the collector need not look through it after each trial.
         gc.collect()
@@ -191,13 +193,13 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
     def _run(self) -> None:
         """The training thread: its last message says how the trial ended."""
         try:
-            with _as_found():
+            with as_found():
                 nested = self._shared.workers > 1
                 result = self._train_on_workers() if nested else self._train_here()
             self._messages.put(self._ended({"status": "finished", "reason": result["reason"]}, result))
         except _Ended:
             pass
-        except Exception as error:  # noqa: BLE001  whatever a trial raises is data: its process goes on
+        except BaseException as error:  # noqa: BLE001  whatever a trial raises is data (sys.exit, too): its process goes on
             if self._ending:
                 return
             failed = error if isinstance(error, WorkerError) else worker.described(error, 0)
@@ -235,7 +237,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
             max_failures=0,
             max_preemption_failures=-1,
             ray_storage=self._job.run_dir,
-            attempt=f"attempt-{os.getpid()}",
+            attempt=f"attempt-{uuid.uuid4().hex[:12]}",
             progress=lambda: self._evaluation,
             on_retry=lambda text: None,
             on_report=self._heard_from_workers,
@@ -306,7 +308,11 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
         return last | {"end": json.dumps(end), "done": True}
 
     def _end(self) -> None:
-        """The training thread is over when this returns, whatever it was in."""
+        """The training thread is over when this returns, whatever it was in.
+
+        Raises:
+            WorkerError: It is not, though it was told.
+        """
         thread = self._thread
         if thread is None:
             return
@@ -318,37 +324,13 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
             trainer.kill_workers()  # before they may go on
             self._go.release()
             trainer.abandon(done, _ENDS_S)
-        thread.join()
+        thread.join(_ENDS_S)
+        if thread.is_alive():
+            # The process ends with this, and the thread with it.
+            raise WorkerError(f"trial {self._trial} was stopped, and did not end in {_ENDS_S:g} s")
         self._trainer = self._thread = self._group = None
         gc.collect()
 
 
 def _in_background(work: Callable[[], None]) -> None:
     threading.Thread(target=work, name="trial-end", daemon=True).start()
-
-
-@contextlib.contextmanager
-def _as_found() -> Iterator[None]:
-    """Puts back what a trial's code may have set for the whole process, so that the next one finds none of it."""
-    import torch
-
-    environment, folder, path, output = dict(os.environ), Path.cwd(), list(sys.path), (sys.stdout, sys.stderr)
-    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
-    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
-    flags = (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)
-    of_mkldnn, ignored = (mkldnn.enabled, mkldnn.deterministic, mkldnn.allow_tf32), list(warnings.filters)
-    try:
-        yield
-    finally:
-        sys.path[:], (sys.stdout, sys.stderr) = path, output
-        if warnings.filters != ignored:
-            warnings.resetwarnings()
-            warnings.filters[:] = ignored  # type: ignore[index]
-        torch.set_default_dtype(dtype)
-        torch.set_float32_matmul_precision(precision)
-        cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = flags
-        mkldnn.set_flags(*of_mkldnn)
-        if dict(os.environ) != environment:
-            os.environ.clear()
-            os.environ.update(environment)
-        os.chdir(folder)

@@ -5,6 +5,7 @@ Trials write to their spools; here their runs are made, filled and ended, each i
 from __future__ import annotations
 
 import logging
+import tempfile
 import threading
 import time
 import uuid
@@ -172,6 +173,7 @@ class Fleet:
         *,
         tags: Mapping[str, str] | None = None,
         ended: float | None = None,
+        texts: Mapping[str, str] | None = None,
     ) -> None:
         """A trial has ended; rows that its process still writes come before the status. Unknown ones are left alone.
 
@@ -181,11 +183,14 @@ class Fleet:
             cause: In a line, as the tag `raytrainer.cause`; None removes nothing.
             tags: Further ones.
             ended: When, in seconds since the epoch; default: now.
+            texts: Files that become artifacts of it: name → contents.
         """
         with self._lock:
             child = self._children.get(Path(spool_dir))
         if child is None:
             return
+        for name, text in (texts or {}).items():
+            self._attach(child, name, text)
         told = {**(tags or {}), **({} if cause is None else {CAUSE_TAG: cause})}
         end_time = _now() if ended is None else round(1000 * ended)
         note = RunNote(child.run_id, self._experiment_name, child.name, tags=told, status=status, end_time=end_time)
@@ -202,6 +207,15 @@ class Fleet:
         self._thread.join(timeout_s)
         self._abandon.set()
         return not self._thread.is_alive() and not self._left()
+
+    def _attach(self, child: _Child, name: str, text: str) -> None:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, name)
+                path.write_text(text, errors="replace")
+                child.spool.add_artifact(path, None)
+        except (StorageError, OSError) as error:
+            self._say("artifact", f"{error}. {name} of a trial is left out")
 
     def _write(self, child: _Child, change: Callable[[RunNote | None], RunNote]) -> None:
         with self._lock:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -63,6 +64,13 @@ class Counts(tune.Trainable):  # type: ignore[misc]
         if self._done == 1 and does == "dies once" and not (mark := Path(os.environ["COUNTS"] + ".once")).exists():
             mark.touch()
             os._exit(1)
+        if self._done == 1 and does == "raises":
+            raise WorkerError("OSError: no\nspace", traceback="the whole\ntraceback")
+        if self._done == 1 and does == "ends by an error":
+            end = {"status": "failed", "cause": "ValueError: two\n  lines", "traceback": "its\ntraceback"}
+            return {"objective": -1e30, "training_iteration": 1, "end": json.dumps(end), "done": True}
+        if self._done == 1 and does == "exits":
+            sys.exit(4)
         while does == "hangs":
             time.sleep(0.05)
         self._done += 1
@@ -244,6 +252,18 @@ def test_a_process_that_dies_is_a_failed_trial(sweep: Callable[..., Sweep]) -> N
     assert (one.trials["0002"].cause or "").startswith("the process died")
     assert len(one.trials["0002"].reports) == 1
     assert one.said == []
+
+
+def test_why_a_trial_failed_is_a_line_and_all_of_it_a_file(sweep: Callable[..., Sweep]) -> None:
+    one = sweep({"0001": "raises", "0002": "ends by an error", "0003": "exits"}, num_samples=4)
+    one.run()
+    causes = [trial.cause for trial in one.trials.values()]
+    assert causes == ["OSError: no space", "ValueError: two lines", "the process died with exit code 4", None]
+    files = [trial.error for trial in one.trials.values()]
+    assert files == ["trials/0001/error.txt", "trials/0002/error.txt", "trials/0003/error.txt", None]
+    texts = [(one.folder / file).read_text() for file in files if file]
+    assert texts[:2] == ["the whole\ntraceback", "its\ntraceback"]
+    assert "ActorDiedError" in texts[2]
 
 
 def test_a_process_that_dies_is_replaced(sweep: Callable[..., Sweep]) -> None:

@@ -79,8 +79,9 @@ def test_everything_comes_back_as_it_was(storage: Storage) -> None:
     ledger.note_run("0001", "offline-1")
     ledger.note_run("0001", "abc")
     ledger.inherit("0001", "0002", 1, {"lr": 0.12}, ["lr=0.12"])
-    ledger.end("0001", "failed", "NonFiniteLoss: the loss is nan")
-    ledger.end("0002", "finished")
+    ledger.end("0001", "failed", "NonFiniteLoss: the loss is nan", trace="Traceback of the first try")
+    assert ledger.trials["0001"].error == "trials/0001/error.txt"
+    ledger.end("0002", "failed", "ValueError: \ud800", trace="Traceback\nValueError: \ud800")
     ledger.reopen("0001")
     ledger.close()
     ledger.close()
@@ -98,7 +99,8 @@ def test_everything_comes_back_as_it_was(storage: Storage) -> None:
     assert same(second.parameters["lr"], -0.0)
     assert second.reports[0] == Report(1, 10, 0.1 + 0.2, {"val/loss": 0.1 + 0.2}, 2.5)
     assert second.reports[1:] == [Report(2, 20, 0.0, {}, 2.5, interim=True)]
-    assert (second.status, second.ended) == ("finished", 7.0)
+    assert (second.status, second.ended, second.error) == ("failed", 7.0, "trials/0002/error.txt")
+    assert storage.read_bytes("trials/0002/error.txt") == b"Traceback\nValueError: ?"
     # What the writer has in memory is what the reader finds (compared as text, since NaN is not NaN).
     assert repr(again.trials) == repr(ledger.trials)
 

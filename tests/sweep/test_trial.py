@@ -21,12 +21,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # which sets variables of the environment
 
 from raytrainer.checkpoint import Checkpointer
 from raytrainer.config import Parameter, compose
 from raytrainer.errors import WorkerError
 from raytrainer.run import Record
 from raytrainer.storage import Storage
+from raytrainer.sweep import trial
 from raytrainer.sweep.ledger import WORST
 from raytrainer.sweep.search import RUN, TRIAL
 from raytrainer.sweep.trial import Shared, TrialProcess
@@ -37,7 +39,8 @@ pytestmark = pytest.mark.usefixtures("in_tmp", "outside")
 EPOCHS = 3
 LR = Parameter("optimizer.lr", "interval", low=1e-4, high=1e-1, log=True)
 _CHANGES = ("nothing", "raises", "diverges", "dtype", "device", "seeds", "threads", "arithmetic", "gradients", "thread")
-VALUES = (*_CHANGES, "environment", "folder", "warnings", "path", "output")
+_RAISES = ("raises", "diverges", "gradients", "exits", "interrupts")
+VALUES = (*_CHANGES, "environment", "folder", "warnings", "path", "output", "exits", "interrupts", "hooks", "debugging")
 WHAT = Parameter("callbacks.changes.what", "choice", VALUES, VALUES)
 CHANGES = ["+callbacks.changes._target_=probes.Changes", "+callbacks.changes.what=nothing"]
 SWEEP = ["experiment=mlp", "name=sweep", f"trainer.max_epochs={EPOCHS}", "model.width=16", "model.dropout=0.2"]
@@ -140,6 +143,9 @@ def of_trial(trial: str) -> Storage:
     return Storage(Path("runs/sweep/trials", trial, "checkpoints").absolute())
 
 
+SLOW = ["data.train._target_=probes.SlowToEnd", "~data.train.split", "+data.train.seconds=2.5"]
+SLOW += ["+data.train.rows=800", "trainer.eval_every_n_steps=4"]
+SLOW += ["data.global_batch_size=8", "data.prefetch=0", "trainer.max_epochs=null", "trainer.max_steps=8"]
 OBSERVED = ["+callbacks.observed._target_=probes.Observed"]
 
 
@@ -166,7 +172,7 @@ def test_after_every_kind_of_trial_it_is_as_in_a_new_process(process: Callable[.
     one.steps(stop=2)  # and stopped in the middle
     for number, what in enumerate(VALUES[1:], start=2):
         said = one.then(config(number, **{WHAT.key: what}))
-        assert end(said)["status"] == ("failed" if what in {"raises", "diverges", "gradients"} else end(said)["status"])
+        assert end(said)["status"] == ("failed" if what in _RAISES else end(said)["status"])
         Storage(of.run_dir).delete("trials/0099")
         found = one.then(measured)
         assert end(found) == {"status": "finished", "reason": "finished"}, what
@@ -176,7 +182,26 @@ def test_after_every_kind_of_trial_it_is_as_in_a_new_process(process: Callable[.
     assert (sys.stdout, sys.stderr) == output
     assert (torch.backends.mkldnn.flags, torch.get_float32_matmul_precision(), list(warnings.filters)) == flags
     assert torch.backends.mkldnn.enabled
+    assert not torch.is_anomaly_enabled()
+    assert torch._dynamo.config.recompile_limit > 1
+    assert gc.isenabled()
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_what_was_compiled_for_others_is_not_seen(process: Callable[..., Process]) -> None:
+    """After so many trials torch compiles no more: the ninth would be trained otherwise."""
+    of = shared("trainer.compile=true", "trainer.max_epochs=1")
+    expected = reports(in_new_process(of, config(99)))
+    Storage(of.run_dir).delete("trials/0099")
+    one = process(of, config(1))
+    one.steps()
+    for number in range(2, torch._dynamo.config.recompile_limit + 2):
+        one.then(config(number))
+    torch._dynamo.utils.counters.clear()
+    assert reports(one.then(config(99))) == expected
+    assert torch._dynamo.utils.counters["frames"]["ok"]
 
 
 def test_what_a_trial_held_is_given_back(process: Callable[..., Process]) -> None:
@@ -213,12 +238,20 @@ def test_a_stopped_trial_ends_between_two_steps(process: Callable[..., Process])
     assert steps() == list(range(1, 12))
 
 
+def test_a_stopped_trial_that_does_not_end_takes_its_process_with_it(
+    process: Callable[..., Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "_ENDS_S", 0.1)
+    one = process(shared(*SLOW), config(1))
+    one.steps(stop=1)
+    with pytest.raises(WorkerError, match=r"trial 0001 was stopped, and did not end in 0\.1 s"):
+        one.reset(config(2))
+    monkeypatch.setattr(trial, "_ENDS_S", 30.0)
+
+
 def test_a_stopped_trial_that_takes_its_time_to_end_breaks_nothing(process: Callable[..., Process]) -> None:
     """Tune's own function trials are given 2 s, and the trial after them fails."""
-    slow = ["data.train._target_=probes.SlowToEnd", "~data.train.split", "+data.train.seconds=2.5"]
-    slow += ["+data.train.rows=800"]
-    slow += ["data.global_batch_size=8", "data.prefetch=0", "trainer.max_epochs=null", "trainer.max_steps=8"]
-    one = process(shared(*slow, "trainer.eval_every_n_steps=4"), config(1))
+    one = process(shared(*SLOW), config(1))
     one.steps(stop=1)
     began = time.monotonic()
     one.reset(config(2))
@@ -265,6 +298,16 @@ def test_one_that_raises_is_data_and_says_why(process: Callable[..., Process]) -
     assert end(said)["cause"] == "ValueError: bad luck"
     assert "probes.py" in end(said)["traceback"]
     assert not end(said)["diverged"]
+
+
+@pytest.mark.parametrize(("what", "cause"), [("exits", "SystemExit: enough"), ("interrupts", "KeyboardInterrupt")])
+def test_one_that_would_end_the_process_ends_itself(process: Callable[..., Process], what: str, cause: str) -> None:
+    one = process(shared(*CHANGES, parameters=(LR, WHAT)), config(1, **{WHAT.key: what}))
+    found = end(one.steps())
+    assert found["status"] == "failed"
+    assert found["cause"].startswith(cause)
+    assert "probes.py" in found["traceback"]
+    assert end(one.then(config(2, **{WHAT.key: "nothing"})))["status"] == "finished"
 
 
 def test_a_loss_that_is_not_finite_is_a_divergence(process: Callable[..., Process]) -> None:

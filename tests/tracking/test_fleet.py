@@ -100,7 +100,8 @@ def test_a_trial_is_seen_while_it_runs(tmp_path: Path, server: FakeServer) -> No
         until(lambda: len(run.rows) == 2 * (step + 1))  # noqa: B023
     # Its process has not closed its spool: what it still writes comes before the end.
     before = time.time()
-    of.finish(tmp_path / "a", "FAILED", "it diverged", tags={"pruned": "true"})
+    texts = {"error.txt": "Traceback\n  of it"}
+    of.finish(tmp_path / "a", "FAILED", "it diverged", tags={"pruned": "true"}, texts=texts)
     until(lambda: "pruned" in run.tags)
     assert run.status == "RUNNING"
     writer.append(line("m", 3, 3, {"loss": 1.0}))
@@ -109,6 +110,7 @@ def test_a_trial_is_seen_while_it_runs(tmp_path: Path, server: FakeServer) -> No
     writer.close()
     until(lambda: not (tmp_path / "a").exists())
     assert (run.status, run.tags["raytrainer.cause"]) == ("FAILED", "it diverged")
+    assert run.artifacts == texts
     assert run.end_time is not None
     assert 1000 * before - 1 <= run.end_time <= 1000 * time.time()
     # The run that this thread made is not asked for, nor looked up.
