@@ -98,7 +98,7 @@ def trials_table(trials: Sequence[Trial], keys: Sequence[str], mode: Mode) -> An
         "evaluations": pa.array([r and r.evaluation for r in last], pa.int64()),
         "steps": pa.array([r and r.step for r in last], pa.int64()),
         "started": pa.array([round(t.started * 1000) for t in trials], pa.timestamp("ms", "UTC")),
-        "seconds": pa.array([None if t.ended is None else t.ended - t.started for t in trials], pa.float64()),
+        "seconds": pa.array([None if t.ended is None else t.took() for t in trials], pa.float64()),
         "cause": pa.array([t.cause for t in trials], pa.string()),
         "run_id": pa.array([t.run_id for t in trials], pa.string()),
     }

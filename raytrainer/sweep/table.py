@@ -80,17 +80,19 @@ class Board:
             if trial.status == "running":
                 self._running[trial.id] = (trial, now)
             else:
-                self._take(trial, (trial.ended or trial.started) - trial.started)
+                self._take(trial, trial.took() or 0.0)
 
     def start(self, trial: Trial) -> None:
         """A trial runs (or runs again)."""
         self._running[trial.id] = (trial, self._clock())
+        last = f"goes on after evaluation {trial.reports[-1].evaluation}" if trial.reports else "begins"
+        self._display.note(f"trial {trial.id} {last}: {_settings(trial.parameters, self._names)}")
         self.tick()
 
     def end(self, trial: Trial) -> None:
         """A trial has ended for good: its status, cause and end are set."""
         _, began = self._running.pop(trial.id, (trial, trial.started))
-        self._take(trial, self._clock() - began)
+        self._take(trial, self._clock() - began if trial.seconds is None else trial.seconds)
         line = trial_line(trial, self._metric, self._mode, self._names)
         if trial.status == "failed":
             self._display.say(line)  # for good, also above a table
@@ -240,13 +242,17 @@ def trial_line(trial: Trial, metric: str, mode: Mode, names: Mapping[str, str]) 
     where = f" at evaluation {last.evaluation} (step {last.step})" if last else " before an evaluation"
     told = [f"trial {trial.id} {trial.status}{where}"]
     if trial.ended is not None:
-        told[0] += f", {duration(max(0.0, trial.ended - trial.started))}"
+        told[0] += f", {duration(trial.took() or 0.0)}"
     if trial.status == "failed" and trial.cause:
         told.append(_clean(trial.cause))
     elif last:
         told.append(f"{metric} {(best or last).value:.4g}")
-    settings = "  ".join(f"{names.get(k, k)} {written(v)}" for k, v in best_parameters(trial, mode).items())
+    settings = _settings(best_parameters(trial, mode), names)
     return ": ".join(told) + (f"; {settings}" if settings else "")
+
+
+def _settings(values: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    return "  ".join(f"{names.get(k, k)} {written(v)}" for k, v in values.items())
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
@@ -311,7 +317,7 @@ def _row(trial: Trial, mode: Mode, names: Mapping[str, str], now: float) -> _Row
         "value": f"{shown.value:.4g}" if shown else "-",
         "eval": str(last.evaluation) if last else "-",
         "step": str(last.step) if last else "-",
-        "time": duration(max(0.0, (trial.ended or now) - trial.started)),
+        "time": duration(trial.took(now) or 0.0),
     }
     having = parameters_at(trial, shown)
     settings = [written(having[key]) if key in having else "-" for key in names]

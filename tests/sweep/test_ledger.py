@@ -498,3 +498,40 @@ def test_lines_are_plain_json(storage: Storage, path: Path) -> None:
 
     kinds = [json.loads(line, parse_constant=refuse)["kind"] for line in path.read_text().splitlines()]
     assert kinds == ["begin", "start", "report"]
+
+
+def test_how_long_a_trial_trained(storage: Storage) -> None:
+    """Neither the time in which the sweep was away counts, nor that in which a trial waits for its place."""
+    now = 20.0
+    ledger = Ledger.open(storage, clock=lambda: now)
+    ledger.begin({})
+    ledger.start(trial())
+    assert ledger.trials["0001"].took(now=20.0) == 7.5
+    ledger.report("0001", replace(report(1), seconds=2.0))  # at 101.0; it had waited
+    ledger.close()
+    now = 500.0
+    ledger = Ledger.open(storage, clock=lambda: now)
+    one = ledger.trials["0001"]
+    assert one.took() == 2.0
+    ledger.begin({})
+    ledger.reopen("0001")
+    assert one.took(now=503.0) == 5.0
+    ledger.report("0001", replace(report(2), seconds=3.5, time=504.0))
+    assert one.took(now=505.0) == 6.5
+    now = 600.0
+    ledger.end("0001", "stopped")
+    ledger.close()
+    assert one.took() == Ledger.open(storage).trials["0001"].took() == 5.5
+
+
+def test_how_long_a_trial_took_that_has_not_reported(storage: Storage) -> None:
+    now = 20.0
+    ledger = Ledger.open(storage, clock=lambda: now)
+    ledger.begin({})
+    ledger.start(trial())
+    now = 500.0
+    ledger.reopen("0001")
+    now = 503.0
+    ledger.end("0001", "failed", "ValueError: no")
+    ledger.close()
+    assert Ledger.open(storage).trials["0001"].took() == 3.0
