@@ -79,8 +79,9 @@ class Search:
         trials = list(ledger.trials.values())
         drawn = len(trials)
         seed = seed if config.seed is None else config.seed
-        inner = search.make_search(config.search_alg, parameters, seed=seed, drawn=drawn)
-        self.total = search.total_of(inner, parameters, config.num_samples)
+        distinct = not schedule.parts_ways(config.scheduler)
+        inner = search.make_search(config.search_alg, parameters, seed=seed, drawn=drawn, distinct=distinct)
+        self.total = search.total_of(config.search_alg, parameters, config.num_samples, distinct=distinct)
         self.scheduler = schedule.make_scheduler(
             config.scheduler,
             parameters,
@@ -91,6 +92,11 @@ class Search:
         )
         notes = (search.tell(inner, trials, mode), schedule.replay(self.scheduler, trials)) if trials else ()
         self.notes = [note for note in notes if note is not None]
+        if self.total is not None and config.num_samples is not None and self.total < config.num_samples:
+            self.notes.append(
+                f"sweep.num_samples={config.num_samples} is more than there are combinations: each of the {self.total} "
+                "is run once"
+            )
         self._draws = search.Draws(
             inner,
             parameters,

@@ -19,8 +19,8 @@ from raytrainer.sweep.driver import SweepDriver, may_change
 from raytrainer.sweep.ledger import Ledger, Mode
 from raytrainer.sweep.outcome import SweepOutcome
 from raytrainer.sweep.plan import Plan
-from raytrainer.sweep.schedule import check_bounded, make_scheduler
-from raytrainer.sweep.search import check_search
+from raytrainer.sweep.schedule import check_bounded, make_scheduler, parts_ways
+from raytrainer.sweep.search import check_search, total_of
 
 
 def check(plan: Plan, record: Record | None = None) -> str:
@@ -46,7 +46,9 @@ def check(plan: Plan, record: Record | None = None) -> str:
 
 def in_words(plan: Plan) -> str:
     """E.g. `64 trials of sweep=asha over optimizer.lr, model.width`."""
-    count = "" if plan.total is None else f"{plan.total} trials of "
+    s = plan.experiment.sweep
+    total = total_of(s.search_alg, plan.parameters, s.num_samples, distinct=not parts_ways(s.scheduler))
+    count = "" if total is None else f"{total} trials of "
     return f"{count}sweep={plan.choice} over {', '.join(p.key for p in plan.parameters)}"
 
 

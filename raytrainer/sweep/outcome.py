@@ -80,7 +80,9 @@ def summary(outcome: SweepOutcome, program: str) -> str:
     if best and "://" not in record.run_dir:
         following.append(f"{program} --config-dir={shlex.quote(record.run_dir + '/best')} experiment=best")
     whole = outcome.status == "FINISHED" and outcome.note is None
-    more = f" sweep.num_samples={2 * len(outcome.trials)}" if whole and plan.total is not None else ""
+    # Fewer than were asked for are all combinations that there are.
+    all_drawn = plan.total is not None and len(outcome.trials) >= plan.total
+    more = f" sweep.num_samples={2 * len(outcome.trials)}" if whole and all_drawn else ""
     if not outcome.resumable:
         following.append(f"{program} rerun {record.name} key=value…")
     elif more or not whole:

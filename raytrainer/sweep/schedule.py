@@ -205,6 +205,11 @@ def pauses(scheduler: TrialScheduler) -> bool:
     return isinstance(scheduler, PopulationBasedTraining | PopulationBasedTrainingReplay | HyperBandScheduler)
 
 
+def parts_ways(node: Mapping[str, Any] | None) -> bool:
+    """Whether the scheduler of a node changes parameters in the middle of trials: those that begin alike are not."""
+    return node is not None and _is(locate("sweep.scheduler", node["_target_"]), PopulationBasedTraining)
+
+
 def check_bounded(scheduler: TrialScheduler, search: Mapping[str, Any] | None, num_samples: int | None) -> None:
     """Whether there is an end of the trials, where the scheduler needs all of them drawn before it compares any.
 

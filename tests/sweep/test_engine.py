@@ -67,8 +67,8 @@ class Counts(tune.Trainable):  # type: ignore[misc]
         if self._done == 1 and does == "raises":
             raise WorkerError("OSError: no\nspace", traceback="the whole\ntraceback")
         if self._done == 1 and does == "ends by an error":
-            end = {"status": "failed", "cause": "ValueError: two\n  lines", "traceback": "its\ntraceback"}
-            return {"objective": -1e30, "training_iteration": 1, "end": json.dumps(end), "done": True}
+            failed = {"status": "failed", "cause": "ValueError: two\n  lines", "traceback": "its\ntraceback"}
+            return {"objective": -1e30, "training_iteration": 1, "end": json.dumps(failed), "done": True}
         if self._done == 1 and does == "exits":
             sys.exit(4)
         while does == "hangs":
