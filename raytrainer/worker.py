@@ -69,8 +69,8 @@ class Job:
         reports: On Ray Train: whether each evaluation is reported to the controller, in whose process a trial waits.
         settled: Whether an evaluation is reported only when the checkpoints before it are committed: somebody may then
             take the newest of them elsewhere, or put another in its place.
-        inherited: Where population based training has put another trial's checkpoint in its place: `from`, `evaluation`
-            and the `parameters` to go on with.
+        inherited: Where population based training has put another trial's checkpoint in its place, as the last: `from`,
+            `evaluation` and the `parameters` to go on with.
     """
 
     text: str
@@ -243,7 +243,8 @@ def run(
         )
         if info := checkpointer.latest():
             trainer.restore(info, job.changed)
-            _tell_inherited(tracker, job.inherited, trainer.step)
+            if job.inherited and trainer.evaluations == job.inherited["evaluation"]:
+                _tell_inherited(tracker, job.inherited, trainer.step)
         elif experiment.init_from:
             trainer.init_from(experiment.init_from)
         result = trainer.fit()
@@ -262,8 +263,6 @@ def run(
 
 def _tell_inherited(tracker: Tracker, inherited: Mapping[str, Any], step: int) -> None:
     """The run's parameters say what a trial began with; what it goes on with is told beside them."""
-    if not inherited:
-        return
     values = inherited["parameters"]
     numbers = {key: float(v) for key, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     tracker.log_metrics({f"parameter/{key.lstrip('+')}": value for key, value in numbers.items()}, step)

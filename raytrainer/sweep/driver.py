@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import cast
 
 from raytrainer import preflight, provenance, tracking
+from raytrainer.checkpoint import taken_in
 from raytrainer.config import Parameter, flattened
 from raytrainer.errors import ClusterLost, ConfigError, RaytrainerError, Stopped, StorageError, WorkerError
 from raytrainer.interrupts import Interrupted, Interrupts
@@ -110,6 +111,7 @@ class SweepDriver:
             self.interrupts.check()
             with ray_session(self.e, self.interrupts, all_of_it=True) as available:
                 self.logs.mark("ray_up")
+            self._catch_up()
                 if self.e.tracking.required:
                     opening.result()  # a server that refuses the sweep is told before a trial is started
                     self.interrupts.check()
@@ -143,6 +145,15 @@ class SweepDriver:
 
     def _search(self, available: preflight.Resources) -> str:
         import ray
+    def _catch_up(self) -> None:
+        """What trials took over from others, where all was killed before they reported: they go on from it."""
+        for trial in self.ledger.trials.values():
+            if trial.status in ("running", "stopped"):
+                found = taken_in(self._trial_dir(trial).child("checkpoints"))
+                if found is not None and found not in trial.inherited[-1:]:
+                    own = found["parameters"]
+                    self.ledger.inherit(trial.id, found["from"], found["evaluation"], own, self.plan.overrides_of(own))
+
 
         from raytrainer import supervise
         from raytrainer.sweep.engine import Listener, Search
@@ -176,7 +187,7 @@ class SweepDriver:
         shared = Shared(
             texts={key: c.text for key, c in self.plan.compositions.items()},
             parameters=self.plan.parameters,
-            fixed=self._fixed(gpu, may_pause and workers > 1),
+            fixed=self._fixed(gpu),
             run_dir=self.storage.uri,
             metric=self.plan.metric,
             mode=self.mode,
@@ -237,17 +248,13 @@ class SweepDriver:
         trials = f"{running} trial{'' if running == 1 else 's'}"
         self.display.say(f"{why}: stopping {trials}, which can go on from their last checkpoints")
 
-    def _fixed(self, gpu: bool, always_saves: bool) -> list[str]:
-        """What every trial has on top of its config.
-
-        Args:
-            always_saves: Whether there must be a checkpoint of each report: workers that are to be paused are not asked.
-        """
+    def _fixed(self, gpu: bool) -> list[str]:
+        """What every trial has on top of its config."""
         found = [f"scaling.use_gpu={str(gpu).lower()}", "tracking.log_model=false"]
         if self._ship:
             found.append(f"tracking.experiment_name={json.dumps(self.record.experiment_name, ensure_ascii=False)}")
         if self.e.checkpoint.min_interval_s is None:
-            found.append(f"checkpoint.min_interval_s={0 if always_saves else _INTERVAL_S}")
+            found.append(f"checkpoint.min_interval_s={_INTERVAL_S}")
         return found
 
     def _said(self, rank: int | None, line: str) -> None:

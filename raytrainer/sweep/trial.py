@@ -167,11 +167,13 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
         from raytrainer.checkpoint import take_in
 
         source = json.loads(Path(checkpoint, _SOURCE).read_text())
-        take_in(Path(checkpoint), self._checkpoints)
         self._heard = self._evaluation = int(source["evaluation"])
-        if source["trial"] != self._trial:
-            self._inherited = {"from": source["trial"], "evaluation": source["evaluation"]}
-            self._job = replace(self._job, inherited={**self._inherited, "parameters": self._values})
+        inherited = {"from": source["trial"], "evaluation": self._heard, "parameters": self._values}
+        if source["trial"] == self._trial:
+            take_in(Path(checkpoint), self._checkpoints)
+        else:
+            take_in(Path(checkpoint), self._checkpoints, inherited)
+            self._inherited = {"from": source["trial"], "evaluation": self._heard}
 
     def cleanup(self) -> None:
         self._end()
@@ -193,6 +195,10 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
     def _run(self) -> None:
         """The training thread: its last message says how the trial ended."""
         try:
+            if self._shared.pauses:  # also what it took over in a process that was killed
+                from raytrainer.checkpoint import taken_in
+
+                self._job = replace(self._job, inherited=taken_in(self._checkpoints) or {})
             with as_found():
                 nested = self._shared.workers > 1
                 result = self._train_on_workers() if nested else self._train_here()

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from raytrainer import preflight, tracking
+from raytrainer.checkpoint import Checkpointer, take_in
 from raytrainer.config import group_names
 from raytrainer.errors import StorageFull
 from raytrainer.interrupts import Interrupts
@@ -337,3 +338,23 @@ def test_pictures_of_a_stopped_sweep_hold_up_nobody(place: Place, monkeypatch: p
     assert time.monotonic() - began < 5
     assert place.storage.exists("trials.csv")
     drawn.set()
+
+
+def test_what_was_taken_over_before_all_was_killed_is_written_down(place: Place, tmp_path: Path) -> None:
+    """Population based training had put 0001's checkpoint in the place of 0002's, which had not reported yet."""
+    killed(place)
+    checkpointer = Checkpointer(Storage(tmp_path / "carried"))
+    checkpointer.save(10, {}, {})
+    checkpointer.close()
+    note = {"from": "0001", "evaluation": 1, "parameters": {"optimizer.lr": 0.7}}
+    take_in(tmp_path / "carried", place.storage.child("trials/0002/checkpoints"), note)
+
+    def script(sweep: Acting) -> str:
+        first, second = sweep.ledger.trials.values()
+        assert (first.parameters, first.inherited) == ({"optimizer.lr": 0.1}, [])
+        assert (second.parameters, second.overrides) == ({"optimizer.lr": 0.7}, ["optimizer.lr=0.7"])
+        assert second.inherited == [note]
+        return "finished"
+
+    for _ in range(2):  # and once only
+        place.attempt(script)

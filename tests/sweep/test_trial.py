@@ -5,6 +5,7 @@ Driven by hand as Tune does, without a Ray; through the real command in tests/in
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import math
 import multiprocessing
@@ -23,8 +24,8 @@ import pytest
 import torch
 import torch._dynamo  # which sets variables of the environment
 
-from raytrainer.checkpoint import Checkpointer
-from raytrainer.config import Parameter, compose
+from raytrainer.checkpoint import Checkpointer, take_in, taken_in
+from raytrainer.config import Parameter, compose, experiment_of
 from raytrainer.errors import WorkerError
 from raytrainer.run import Record
 from raytrainer.storage import Storage
@@ -374,7 +375,10 @@ def test_a_clone_goes_on_from_the_state_of_the_other(process: Callable[..., Proc
     source.tune.save_checkpoint(str(tmp_path))
     clone.reset(config(2, **{"optimizer.lr": 0.002}))
     clone.tune.load_checkpoint(str(tmp_path))
+    taken = {"from": "0001", "evaluation": 2, "parameters": {"optimizer.lr": 0.002}}
+    assert taken_in(of_trial("0002")) == taken  # before anybody has heard of it
     said = clone.steps()
+    assert taken_in(of_trial("0002")) == taken
     assert [report["evaluation"] for report in reports(said)] == [3]
     assert reports(said)[0]["inherited"] == {"from": "0001", "evaluation": 2}
     assert_equal_states(loaded("0001", 22), loaded("0002", 22))
@@ -388,6 +392,30 @@ def test_a_clone_goes_on_from_the_state_of_the_other(process: Callable[..., Proc
     whole = {line["step"]: line["lr"] for line in lines if line["kind"] == "step" and line["trial"] == "0003"}
     for step in range(1, 33):  # the same curve, over the new rate once it is inherited
         assert rates["0002", step] == pytest.approx(whole[step] * (0.2 if step > 22 else 1.0))
+
+
+def test_a_copy_that_was_not_finished_is_none(process: Callable[..., Process], tmp_path: Path) -> None:
+    source = process(shared(pauses=True), config(1))
+    source.steps(stop=1)
+    source.tune.save_checkpoint(str(tmp_path))
+    take_in(tmp_path, of_trial("0002"), {"from": "0001"})
+    assert taken_in(of_trial("0002")) == {"from": "0001"}
+    of_trial("0002").delete("step-000000011/manifest.json")  # it comes last
+    assert taken_in(of_trial("0002")) is None
+    assert reports(process(shared(pauses=True), config(2)).steps())[0]["step"] == 11
+    assert taken_in(of_trial("0002")) is None
+
+
+def test_workers_that_may_be_paused_have_a_checkpoint_of_each_evaluation() -> None:
+    """Nobody asks them for one when they are: an older one would be taken over in its place."""
+    sparse = ["checkpoint.every_n_steps=1000", "checkpoint.min_interval_s=60"]
+    found = {}
+    for workers, pauses in itertools.product((1, 2), (False, True)):
+        job = shared(*sparse, workers=workers, pauses=pauses).job(config(1))
+        found[workers, pauses] = experiment_of(job.text, job.overrides).checkpoint
+    assert (found[2, True].every_n_steps, found[2, True].min_interval_s) == (None, 0)
+    others = {(c.every_n_steps, c.min_interval_s) for key, c in found.items() if key != (2, True)}
+    assert others == {(1000, 60)}
 
 
 def loaded(trial: str, step: int) -> dict[str, Any]:
