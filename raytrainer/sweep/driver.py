@@ -37,6 +37,7 @@ from raytrainer.sweep.ledger import ERROR, Ledger, Mode, Trial
 from raytrainer.sweep.outcome import Status, SweepOutcome
 from raytrainer.sweep.plan import Plan, trial_spool
 from raytrainer.sweep.table import Board, ranked
+from raytrainer.tracking.tracker import metric_key
 
 _OPEN_S = 30.0  # importing mlflow and making a database, on a busy machine
 _CLOSE_S, _CLOSE_STOPPED_S = 60.0, 3.0  # how long the tracking server is waited for at the end
@@ -79,6 +80,7 @@ class SweepDriver:
         self.mode = cast(Mode, plan.mode)
         self._uri = tracking_uri(self.e, record.tracking_uri)
         self._stop_asked = StopAsked(storage)
+        self._best_metric = metric_key(f"best/{plan.metric}")
         self._parent: str | None = None
         self._offline: str | None = None  # the sweep's run, while no server could be reached
         self._of_spool: dict[Path, str] = {}  # whose a spool is
@@ -109,9 +111,9 @@ class SweepDriver:
             self._adopt()
             self.interrupts.deferred = False
             self.interrupts.check()
+            self._catch_up()
             with ray_session(self.e, self.interrupts, all_of_it=True) as available:
                 self.logs.mark("ray_up")
-            self._catch_up()
                 if self.e.tracking.required:
                     opening.result()  # a server that refuses the sweep is told before a trial is started
                     self.interrupts.check()
@@ -143,8 +145,6 @@ class SweepDriver:
 
     # --- trials ---------------------------------------------------------------------------------------------------
 
-    def _search(self, available: preflight.Resources) -> str:
-        import ray
     def _catch_up(self) -> None:
         """What trials took over from others, where all was killed before they reported: they go on from it."""
         for trial in self.ledger.trials.values():
@@ -154,6 +154,8 @@ class SweepDriver:
                     own = found["parameters"]
                     self.ledger.inherit(trial.id, found["from"], found["evaluation"], own, self.plan.overrides_of(own))
 
+    def _search(self, available: preflight.Resources) -> str:
+        import ray
 
         from raytrainer import supervise
         from raytrainer.sweep.engine import Listener, Search
@@ -312,14 +314,16 @@ class SweepDriver:
         tags: dict[str, str] = {"raytrainer.trial_status": trial.status}
         if trial.inherited:  # not what it began with any more
             tags["raytrainer.overrides"] = " ".join(trial.overrides)
+        metrics = {}
         if best is not None:
             tags |= {"raytrainer.best_value": repr(best.value), "raytrainer.best_step": str(best.step)}
+            metrics[self._best_metric] = (best.value, best.step, best.time)
         texts = {}
         if trial.error is not None:
             with contextlib.suppress(StorageError):  # the cause is told all the same
                 texts[ERROR] = self.storage.read_bytes(trial.error).decode(errors="replace")
         spool = trial_spool(self._trial_dir(trial))
-        self._fleet.finish(spool, _IN_MLFLOW[trial.status], trial.cause, tags=tags, texts=texts)
+        self._fleet.finish(spool, _IN_MLFLOW[trial.status], trial.cause, tags=tags, metrics=metrics, texts=texts)
 
     def _retain(self, ended: Trial) -> None:
         """Deletes the checkpoints of a trial that ended and is not, or no more, among the best `sweep.num_to_keep`."""
@@ -471,8 +475,11 @@ class SweepDriver:
             tags |= {
                 "raytrainer.best_trial": best[0].id,
                 "raytrainer.best_value": repr(report.value),
+                "raytrainer.best_step": str(report.step),
                 "raytrainer.best_overrides": " ".join(best[0].overrides),
             }
+            # Over the number of trials: a later attempt has more of them.
+            run.log_metrics({self._best_metric: report.value}, len(outcome.trials), report.time)
         run.set_tags(tags)
 
     def _tell_files(self, run: tracking.Run, outcome: SweepOutcome) -> None:

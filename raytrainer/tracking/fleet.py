@@ -172,6 +172,7 @@ class Fleet:
         cause: str | None = None,
         *,
         tags: Mapping[str, str] | None = None,
+        metrics: Mapping[str, tuple[float, int, float]] | None = None,
         ended: float | None = None,
         texts: Mapping[str, str] | None = None,
     ) -> None:
@@ -182,6 +183,7 @@ class Fleet:
             status: How it ended.
             cause: In a line, as the tag `raytrainer.cause`; None removes nothing.
             tags: Further ones.
+            metrics: Value, step, and time in seconds since the epoch; the same again changes nothing.
             ended: When, in seconds since the epoch; default: now.
             texts: Files that become artifacts of it: name → contents.
         """
@@ -194,6 +196,7 @@ class Fleet:
         told = {**(tags or {}), **({} if cause is None else {CAUSE_TAG: cause})}
         end_time = _now() if ended is None else round(1000 * ended)
         note = RunNote(child.run_id, self._experiment_name, child.name, tags=told, status=status, end_time=end_time)
+        note.metrics = {key: [value, round(1000 * at), step] for key, (value, step, at) in (metrics or {}).items()}
         child.ended = time.monotonic()
         self._write(child, lambda old: merged(old, note))
 

@@ -131,6 +131,11 @@ class Run:
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self._tell(RunNote(self.run_id, *self._names, tags=dict(tags)))
 
+    def log_metrics(self, metrics: Mapping[str, float], step: int, time: float) -> None:
+        """Values at a step; of the same time (seconds since the epoch) they may be told again."""
+        rows = {key: [value, round(1000 * time), step] for key, value in metrics.items()}
+        self._tell(RunNote(self.run_id, *self._names, metrics=rows))
+
     def log_params(self, params: Mapping[str, str]) -> None:
         """Those that the run does not have yet; a parameter is written once."""
         self._tell(RunNote(self.run_id, *self._names, params=dict(params)))
@@ -261,6 +266,7 @@ def merged(old: RunNote | None, new: RunNote) -> RunNote:
         artifact_root=new.artifact_root or old.artifact_root,
         params={**new.params, **old.params},
         tags={**old.tags, **new.tags},
+        metrics={**old.metrics, **new.metrics},
         start_time=old.start_time or new.start_time,
         status=new.status or old.status,
         end_time=new.end_time or old.end_time,

@@ -17,6 +17,7 @@ from typing import Protocol
 from raytrainer.errors import TrackingDenied, TrackingError, TrackingUnreachable
 from raytrainer.tracking.server import Rejected, RunGone, RunState, Server, default_artifact_root
 from raytrainer.tracking.spool import (
+    MAX_ROWS,
     Artifact,
     Batch,
     Row,
@@ -142,7 +143,7 @@ class Sender:
                 return False
             if note.status == "RUNNING":
                 self._server.set_running(run_id)
-            self._send_all(run_id, state, stop, *self._untold(run_id, note))
+            self._send_all(run_id, state, stop, *self._untold(run_id, note), self._untold_rows(note))
             self._described = note
             if note.end_time is None:
                 self._spool.drop_note(note)
@@ -173,6 +174,10 @@ class Sender:
         known = self._server.run(run_id).params
         return tags, {key: value for key, value in note.params.items() if key not in known}
 
+    def _untold_rows(self, note: RunNote) -> list[Row]:
+        old = [] if self._described is None else self._described.rows
+        return [row for row in note.rows if row not in old]
+
     def _send_all(
         self,
         run_id: str,
@@ -180,9 +185,10 @@ class Sender:
         stop: Callable[[], bool],
         tags: Mapping[str, str] | None = None,
         params: Mapping[str, str] | None = None,
+        rows: Sequence[Row] = (),
     ) -> int:
-        """Rows, then artifacts; the tags and parameters go with the first batch. Returns the rows that MLflow took."""
-        sent, along = 0, (tags or {}, params or {})
+        """Rows, then artifacts; what a note says goes with the first batch. Returns the rows that MLflow took."""
+        sent, along = 0, (tags or {}, params or {}, rows)
         for segment in self._spool.segments():
             while not stop():
                 batch = read_batch(segment, state.acked.get(segment.path.name, 0))
@@ -190,9 +196,9 @@ class Sender:
                     discard_if_finished(segment, batch.end)
                     break
                 sent += self._send_batch(segment, batch, run_id, state, *along)
-                along = ({}, {})
+                along = ({}, {}, ())
         if any(along):
-            self._log(run_id, [], *along)
+            self._log(run_id, along[2], *along[:2])
         for artifact in self._spool.artifacts():
             if stop():
                 break
@@ -207,6 +213,7 @@ class Sender:
         state: State,
         tags: Mapping[str, str],
         params: Mapping[str, str],
+        more: Sequence[Row],
     ) -> int:
         if batch.rows and segment.attempt not in state.floors:
             state.floors[segment.attempt] = {} if self._no_rows else self._server.run(run_id).steps
@@ -214,6 +221,10 @@ class Sender:
         if batch.broken:
             logger.warning("%s: %d lines cannot be read and are left out", segment.path, batch.broken)
         rows = self._above_floor(batch.rows, state.floors.get(segment.attempt, {}))
+        if len(rows) + len(more) > MAX_ROWS:
+            self._log(run_id, more, {}, {})
+        else:
+            rows += more
         refused, refused_texts = self._log(run_id, rows, {**tags, **batch.tags}, params)
         lost = refused + refused_texts + batch.dropped + batch.broken
         if lost:
@@ -287,7 +298,7 @@ class Sender:
                 tags = {**note.tags, **self._tags, LOCAL_ID_TAG: note.run_id}
                 state.run_id = self._server.create_run(experiment, note.run_name, tags, note.start_time)
                 self._no_rows = self._no_params = True
-                self._described = replace(note, params={})
+                self._described = replace(note, params={}, metrics={})
             self._spool.write_state(state)
         self.real_id = state.run_id
         return state.run_id
@@ -303,9 +314,9 @@ def apply_note(server: Calls, run_id: str, note: RunNote) -> None:
         except Rejected as error:
             logger.warning("MLflow refuses the parameters: %s", error)
     try:
-        server.log_batch(run_id, [], note.tags)
+        server.log_batch(run_id, note.rows, note.tags)
     except Rejected as error:
-        logger.warning("MLflow refuses the tags: %s", error)
+        logger.warning("MLflow refuses the tags or metrics: %s", error)
     if note.status is not None and note.end_time is not None:
         server.set_terminated(run_id, note.status, note.end_time)
     elif note.status == "RUNNING":

@@ -94,7 +94,7 @@ class RunNote:
     """What MLflow should say of the run, applied when it can be reached. Applying it twice changes nothing.
 
     `run_id` may be an id made without a server; times are milliseconds since the epoch. `status` is RUNNING for a run that
-    goes on after it ended, and one with an `end_time` otherwise.
+    goes on after it ended, and one with an `end_time` otherwise. `metrics` are values with their time and step.
     """
 
     run_id: str
@@ -106,7 +106,12 @@ class RunNote:
     start_time: int | None = None
     status: str | None = None
     end_time: int | None = None
+    metrics: dict[str, list[Any]] = field(default_factory=dict)
     version: int = FORMAT
+
+    @property
+    def rows(self) -> list[Row]:
+        return [Row(key, *found) for key, found in self.metrics.items()]
 
 
 class Spool:

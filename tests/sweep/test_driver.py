@@ -145,6 +145,12 @@ def test_an_undisturbed_one(place: Place) -> None:
     assert (outcome.status, outcome.exit_code, outcome.cause) == ("FINISHED", 0, None)
     assert {place.status(), place.status("0001"), place.status("0002")} == {"FINISHED"}
     assert ended(place) == {"0001": "finished", "0002": "finished"}
+    rows = {run.name: [row for row in run.rows if row.key == "best/val/accuracy"] for run in place.server.runs.values()}
+    best = {name: [(row.value, row.step) for row in found] for name, found in rows.items()}
+    # Of a trial at its step, of the sweep at the number of its trials.
+    assert best == {"sweep.0001": [(1.0, 10)], "sweep.0002": [(1.0, 10)], "sweep": [(1.0, 2)]}
+    place.attempt(lambda sweep: "finished")
+    assert sum(len(run.rows) for run in place.server.runs.values()) == 3
 
 
 def test_a_ledger_that_cannot_be_written_fails_the_sweep_and_every_run_is_told(
