@@ -40,7 +40,7 @@ def _command(arguments: list[str]) -> int:
     if arguments and arguments[0].isalpha():
         return _verb(arguments[0], arguments[1:], dry=dry)
     if dry:
-        return _hydra(arguments, _would_send, _would_send)
+        return _hydra(arguments, _would_send, _would_send, before=[_DRY_RUN])
     outcomes: list[Any] = []
 
     def train(composition: config.Composition, arguments: list[str]) -> int:
@@ -83,7 +83,7 @@ def _verb(verb: str, rest: list[str], *, dry: bool) -> int:
         hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(VERBS)}"
         raise ConfigError(f"{verb!r} is not a command{hint} (keys are given as key=value)")
     if verb == "check":
-        return _hydra(rest, _check, _check_sweep)
+        return _hydra(rest, _check, _check_sweep, before=["check", *([_DRY_RUN] if dry else [])])
     from raytrainer import history
 
     if verb not in ("resume", "rerun"):
@@ -222,6 +222,7 @@ def _hydra(
     arguments: list[str],
     task: Callable[[config.Composition, list[str]], int],
     sweep_task: Callable[[Any, list[str]], int],
+    before: Sequence[str] = (),
 ) -> int:
     """Hydra's own command line, with its errors in our words and our exit codes.
 
@@ -229,6 +230,7 @@ def _hydra(
         arguments: Those after the program's name, or after the verb.
         task: What is done with a composed config.
         sweep_task: What is done with the plan of a sweep.
+        before: What stood in front of the arguments, for the command that was meant.
     """
     from hydra import version
     from hydra._internal.utils import _run_hydra
@@ -237,6 +239,12 @@ def _hydra(
     parsed = parser.parse_args(arguments)
     overrides, asked = list(parsed.overrides), os.environ.get(_FULL_ERROR)
     codes: list[int] = []
+
+    def without_m(choice: str | None) -> ConfigError:
+        meant = shlex.join([*before, "-m", *arguments])
+        return ConfigError(
+            f"is of many trials, which -m runs: {provenance.program()} {meant}", key="sweep", value=choice
+        )
 
     def known() -> list[str]:
         return config.composed_keys(overrides, parsed.config_dir)
@@ -247,11 +255,10 @@ def _hydra(
         except Exception as error:
             raise config.explain(error, overrides, known) from error
         if sweep := dict(composition.choices).get("sweep"):  # of an experiment's own, or several of them
-            raise ConfigError(
-                "is of many trials: one, with -m in front of what is swept over" if parsed.multirun else "needs -m",
-                key="sweep",
-                value=sweep,
-            )
+            if not parsed.multirun:
+                raise without_m(sweep)
+            raise ConfigError("is chosen by one of several experiments: choose it for all", key="sweep", value=sweep)
+        config.refuse_settings_of_no_sweep(overrides)
         return task(composition, arguments)
 
     def job(cfg: DictConfig) -> None:
@@ -293,16 +300,21 @@ def _hydra(
             codes.append(_guarded(planned))
 
     job.sweep = sweep  # type: ignore[attr-defined]
-    chosen = any(config.key_of(o) == "sweep" and not o.startswith("~") for o in overrides)
-    if chosen and not parsed.multirun and not (parsed.cfg or parsed.info or parsed.shell_completion):
-        meant = shlex.join(["-m", *arguments])
-        raise ConfigError(f"is of many trials, which -m runs: {provenance.program()} {meant}", key="sweep")
+    if parsed.help:  # of no use to it, and `sweep=` is not even an override
+        parsed.overrides = [o for o in overrides if config.key_of(o).startswith("hydra")]
+    shows = parsed.help or parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion
+    choices = [o.partition("=")[2] for o in overrides if config.key_of(o) == "sweep" and not o.startswith("~")]
+    if choices and not shows:
+        if not parsed.multirun:
+            raise without_m(None)
+        if "," in choices[-1] or "(" in choices[-1]:
+            raise ConfigError("is one choice: a sweep has one way of searching", key="sweep", value=choices[-1])
     if parsed.shell_completion and _complete_verb(parsed.overrides):
         return 0
     if parsed.config_dir is not None and not Path(parsed.config_dir).is_dir():
         raise ConfigError("is not a directory", key="--config-dir", value=parsed.config_dir)
     try:
-        if parsed.multirun and not chosen:
+        if parsed.multirun and not choices:
             config.check_sweep(overrides, parsed.config_dir)
         elif parsed.cfg in ("job", "all"):
             config.check_keys(overrides, parsed.config_dir)

@@ -294,16 +294,49 @@ def test_after_a_grid_of_whole_runs_all_are_told_of(here: Run, monkeypatch: pyte
 
 
 def test_a_sweep_without_m_is_refused_with_the_command_that_was_meant(here: Run, in_tmp: Path) -> None:
-    reason = refused(here("experiment=mlp", "optimizer.lr=interval(0.1,1)", "sweep=asha"))
+    asked = ("experiment=mlp", "optimizer.lr=interval(0.1,1)", "sweep=asha")
+    meant = "-m experiment=mlp 'optimizer.lr=interval(0.1,1)' sweep=asha"
+    reason = refused(here(*asked))
     assert reason.startswith("sweep is of many trials, which -m runs: ")
-    assert reason.endswith("python -m raytrainer -m experiment=mlp 'optimizer.lr=interval(0.1,1)' sweep=asha")
-    assert list(in_tmp.iterdir()) == []
+    assert reason.endswith(f"python -m raytrainer {meant}")
+    assert refused(here("check", *asked)).endswith(f"python -m raytrainer check {meant}")
+    assert refused(here(*asked, "--dry-run")).endswith(f"python -m raytrainer --dry-run {meant}")
+    (in_tmp / "conf" / "experiment").mkdir(parents=True)
+    (in_tmp / "conf" / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [override /sweep: random]\n"
+    )
+    own = refused(here("--config-dir=conf", "experiment=mine", "trainer.max_epochs=3"))
+    assert own.endswith("python -m raytrainer -m --config-dir=conf experiment=mine trainer.max_epochs=3")
+    assert not (in_tmp / "runs").exists()
+
+
+def test_help_of_a_sweep_helps(here: Run) -> None:
+    for choice in ("sweep=", "sweep=asha"):
+        said = here("--help", choice)
+        assert said.code == 0
+        assert "sweep: asha, grid, optuna, pbt, random" in said.out
 
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
         ("-m experiment=mlp sweep=random", "sweep=random needs something to sweep over: optimizer.lr=0.1,0.01"),
+        ("-m experiment=mlp sweep=random,asha seed=1,2", "sweep=random,asha is one choice: a sweep has one way"),
+        ("experiment=mlp sweep.num_samples=3", "sweep.num_samples=3 is of a sweep, and there is none: choose sweep="),
+        ("-m experiment=mlp seed=1,2 sweep.num_samples=3", "sweep.num_samples=3 is of a sweep, and there is none"),
+        (
+            "-m experiment=mlp sweep=random optimizer.lr=loguniform(1e-4,1)",
+            "optimizer.lr=loguniform(1e-4,1) cannot be ",
+        ),
+        ("-m experiment=mlp sweep=random optimizer.lr=fast", "optimizer.lr=fast must be a number"),
+        (
+            "-m experiment=mlp sweep=random sweep.space={x:interval(0,1)}",
+            "sweep.space={x:interval(0,1)} cannot be set: a",
+        ),
+        (
+            "-m experiment=mlp sweep=random seed=1,2 optimizer.lr=[1,2]",
+            "optimizer.lr=[1,2] must be a number; optimizer.lr",
+        ),
         ("-m experiment=mlp sweep=nope seed=1,2", "sweep=nope is no such choice; valid: "),
         ("-m experiment=mlp sweep=grid optimizer.lr=interval(0,1)", "optimizer.lr=interval("),
         ("check -m experiment=mlp sweep=random optimizer.lr=0.1,fast", "optimizer.lr=fast must be a number"),

@@ -31,7 +31,7 @@ PUBLIC = {
         Experiment FailureConfig Parameter Profile ScalingConfig SweepConfig TrackingConfig TrainerConfig bind
         build check_keys check_sweep check_targets compose composed_keys experiment_of explain factory flattened
         from_hydra from_text group_names holds_password key_of locate looks_secret new_name parse_space quiet
-        register_schema texts_of validate with_values written_space
+        refuse_settings_of_no_sweep register_schema texts_of validate with_values written_space
     """,
     "raytrainer.data": """
         Arrays Batch ColumnDataset Digits Loader MicroBatch ParquetDataset RandomCropFlip

@@ -19,6 +19,7 @@ from raytrainer.config.compose import (
     group_names,
     new_name,
     quiet,
+    refuse_settings_of_no_sweep,
     register_schema,
     with_values,
 )
@@ -78,6 +79,7 @@ __all__ = [
     "new_name",
     "parse_space",
     "quiet",
+    "refuse_settings_of_no_sweep",
     "register_schema",
     "texts_of",
     "validate",

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from raytrainer.config.checks import check_references, check_together
-from raytrainer.config.explain import explain, key_of, unresolved
+from raytrainer.config.explain import explain, key_of, unresolved, value_of
 from raytrainer.config.nodes import check_targets
 from raytrainer.config.schema import Experiment, known_keys, validate
 from raytrainer.config.typed import OPEN, defaults, is_below_node, typed, unknown_key
@@ -112,6 +112,7 @@ def check_sweep(overrides: Sequence[str], config_dir: str | Path | None = None) 
     first = {line: values[0] for line, values in sweeps.items()}
     if _chosen("sweep", [*fixed, *first.values()], config_dir):
         return  # an experiment that is a sweep by itself: its own check comes
+    refuse_settings_of_no_sweep(overrides)
     if any(o.is_sweep_override() for o in parsed):
         for o in parsed:
             if o.is_sweep_override() and not o.is_discrete_sweep():
@@ -130,6 +131,21 @@ def check_sweep(overrides: Sequence[str], config_dir: str | Path | None = None) 
             if one not in seen:
                 seen.add(one)
                 check_targets(compose([*fixed, *one], config_dir).experiment)
+
+
+def refuse_settings_of_no_sweep(overrides: Sequence[str]) -> None:
+    """For what is composed without a choice of the group `sweep`: its settings would be ignored.
+
+    Raises:
+        ConfigError: One of them is among the overrides.
+    """
+    for override in overrides:
+        if key_of(override).startswith("sweep."):
+            raise ConfigError(
+                "is of a sweep, and there is none: choose sweep=random, grid, asha, optuna or pbt, with -m first",
+                key=key_of(override),
+                value=value_of(override),
+            )
 
 
 def _chosen(group: str, overrides: Sequence[str], config_dir: str | Path | None) -> str | None:

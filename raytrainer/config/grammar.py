@@ -9,17 +9,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from raytrainer.config.explain import explain
+from raytrainer.config.explain import HOW, explain, why_unread
 from raytrainer.config.parameter import MOST_VALUES
 from raytrainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
-
-HOW = (
-    "a sweep is a list a,b or choice(a,b), range(1,10), interval(0,1), int(interval(1,9)), tag(log,interval(1e-4,0.1))"
-)
 
 
 def make_parser() -> OverridesParser:
@@ -82,7 +78,7 @@ def unread(line: str, error: Exception) -> Exception:
         found = explain(error)
         if isinstance(found, ConfigError) and found.key is None:
             return found  # its key cannot be read
-        return ConfigError(f"cannot be read: text is put in quotes, as in 'key=\"a text\"'; {HOW}", key=key, value=text)
+        return ConfigError(f"cannot be read: {why_unread(text)}", key=key, value=text)
     kind, function, reason = m.groups()
     if unknown := re.match(r"Unknown function '(\w+)'\s+Available: (\S+)", reason):
         return ConfigError(

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raytrainer.config.compose import searching
+from raytrainer.config.explain import HOW
 from raytrainer.config.grammar import (
-    HOW,
     as_text,
     finite,
     is_text,
@@ -198,6 +198,15 @@ class Reader:
         """What cannot be swept over, whatever its values."""
         if override.is_delete():
             raise ConfigError("cannot be swept: ~ deletes the key", key=f"~{target(override)}", value=written)
+        name = target(override)
+        if name.startswith("sweep.space") and "sweep" in self.shared:
+            meant = name.removeprefix("sweep.space").removeprefix(".")
+            raise ConfigError(
+                "is where an experiment's file keeps its space; here it is "
+                + (f"{meant}={written}" if meant else "key=a,b for each key"),
+                key=name,
+                value=written,
+            )
         for name in (override.key_or_group, override.package or ""):
             why = self.shared.get(re.split(r"[./]", name)[0])
             if why is not None:

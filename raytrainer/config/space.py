@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from raytrainer.config.grammar import HOW, make_parser, target, text_of, unquoted
+from raytrainer.config.explain import HOW
+from raytrainer.config.grammar import make_parser, target, text_of, unquoted
 from raytrainer.config.parameter import Parameter
 from raytrainer.config.reading import Reader
 from raytrainer.errors import ConfigError
@@ -100,7 +101,7 @@ def written_space(config: DictConfig, key: str = "sweep.space") -> dict[str, Any
     root = OmegaConf.to_container(config, resolve=False)
     found = _followed(root, key.split("."), f"${{{key}}}")
     if not isinstance(found, dict):
-        raise ConfigError("must be keys with their sweeps", key=key, value=found)
+        raise ConfigError("must be keys with their sweeps, as {optimizer.lr: [0.1,0.2]}", key=key, value=found)
     return {name: _written_part(config, root, key, name, content) for name, content in found.items()}
 
 

@@ -60,7 +60,12 @@ def summary(outcome: SweepOutcome, program: str) -> str:
     if outcome.cause and outcome.status == "FAILED":
         rows.append(("cause", outcome.cause))
     failed = [t for t in outcome.trials if t.status == "failed"]
-    rows += [("failed", f"{trial.id}: {trial.cause}") for trial in failed[:_MOST_FAILED]]
+    for trial in failed[:_MOST_FAILED]:
+        # What ended the sweep is told already.
+        whole = outcome.cause is None or not (trial.cause or "").endswith(outcome.cause)
+        rows.append(("failed", f"{trial.id}: {trial.cause}" if whole else f"{trial.id}: that was its cause"))
+        if trial.error is not None:
+            rows.append(("", f"{record.run_dir}/{trial.error}"))
     if counts["failed"] > _MOST_FAILED:
         rows.append(("", f"and {counts['failed'] - _MOST_FAILED} more"))
     rows.append(("where", outcome.where))
@@ -83,6 +88,8 @@ def summary(outcome: SweepOutcome, program: str) -> str:
     # Fewer than were asked for are all combinations that there are.
     all_drawn = plan.total is not None and len(outcome.trials) >= plan.total
     more = f" sweep.num_samples={2 * len(outcome.trials)}" if whole and all_drawn else ""
+    if failed and outcome.resumable:  # alone it fails again, where a person can look
+        following.append(f"{program} rerun {record.name}.{failed[0].id}")
     if not outcome.resumable:
         following.append(f"{program} rerun {record.name} key=value…")
     elif more or not whole:

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -178,7 +179,21 @@ def make_plan(
         ConfigError: The first thing that is wrong.
     """
     parameters, fixed = parse_space(overrides, space, groups=groups, config_dir=config_dir)
+    lists = {key_of(o): o.partition("=")[2] for o in fixed if re.fullmatch(r"(?!hydra)[^=]+=\[.+\]", o)}
+    try:
+        return _planned(parameters, fixed, choice, config_dir)
+    except ConfigError as error:
+        key = error.key if error.key in lists else next(iter(lists), None) if not parameters else None
+        if key is None:
+            raise
+        # One value in Hydra's grammar, and perhaps meant as several.
+        hint = f"; {key}={lists[key]} is one list, and several values are {key}={lists[key][1:-1]}"
+        raise ConfigError(f"{error.args[0]}{hint}", key=error.key, value=error.value, choices=error.choices) from error
+
+
+def _planned(parameters: list[Parameter], fixed: list[str], choice: str, config_dir: str | Path | None) -> Plan:
     if not parameters:
+        preflight.check_objects(compose(fixed, config_dir).experiment)  # what was meant as a sweep may be no value
         raise ConfigError(
             "needs something to sweep over: optimizer.lr=0.1,0.01, 'optimizer.lr=tag(log,interval(1e-4,1e-1))', "
             "model=mlp,resnet_digits, or sweep.space in an experiment",
@@ -195,7 +210,8 @@ def make_plan(
         chosen = [p.override(v) for p, v in zip(grouped, combination, strict=True)]
         composition = _composed([*named, *chosen], parameters, config_dir)
         if not compositions and not any(o.startswith("name=") for o in fixed):
-            stem = dict(composition.choices).get("experiment", "run") if len(combinations) == 1 else "sweep"
+            several = any(key_of(p.key) == "experiment" for p in grouped)
+            stem = "sweep" if several else dict(composition.choices).get("experiment", "run")
             named.append(f"name={new_name(f'{stem}-{choice}')}")
             composition = _composed([*named, *chosen], parameters, config_dir)
         compositions[" ".join(sorted(chosen))] = composition

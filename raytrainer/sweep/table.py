@@ -21,6 +21,7 @@ _DRAW_S = 0.25  # between two drawings of the live table
 _SUMMARY_S = 30.0  # without a terminal: between two lines on the sweep as a whole
 _MOST_ROWS = 24  # of the live table; in a tall window, what was said before stays in sight
 _WIDEST = 16  # characters of a parameter's value
+_LONGEST = 120  # characters of a cause in a line; the last words have all of it
 _KNOWN_FROM = 3  # ended trials, before their durations say how long the others take
 
 
@@ -244,7 +245,8 @@ def trial_line(trial: Trial, metric: str, mode: Mode, names: Mapping[str, str]) 
     if trial.ended is not None:
         told[0] += f", {duration(trial.took() or 0.0)}"
     if trial.status == "failed" and trial.cause:
-        told.append(_clean(trial.cause))
+        cause = _clean(trial.cause)
+        told.append(cause if len(cause) <= _LONGEST else f"{cause[: _LONGEST - 1]}…")
     elif last:
         told.append(f"{metric} {(best or last).value:.4g}")
     settings = _settings(best_parameters(trial, mode), names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,22 @@ def test_the_best_of_a_population_is_told_with_its_schedule(in_tmp: Path, monkey
     assert "optimizer.lr=0.02" in best_command(plan, best)
     said = summary(outcome(plan, best), "raytrainer")
     assert "schedule: lr 0.01 to step 10, lr 0.02 to step 20; trained under all of it, the command has the last" in said
+
+
+def test_failed_trials_are_told_with_their_tracebacks_and_what_to_do(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(monkeypatch, "-m", "experiment=mlp", "sweep=grid", "optimizer.lr=0.01,0.1")
+    failed = trial_of(plan)
+    failed.status, failed.cause, failed.error = "failed", "ValueError: bad luck", "trials/0001/error.txt"
+    said = summary(outcome(plan, failed), "raytrainer")
+    assert "failed   0001: ValueError: bad luck\n         /runs/sweep/trials/0001/error.txt\n" in said
+    assert "raytrainer rerun sweep.0001" in said
+
+
+def test_what_every_trial_would_fail_by_is_told_once(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned(monkeypatch, "-m", "experiment=mlp", "sweep=grid", "optimizer.lr=0.01,0.1")
+    failed = trial_of(plan)
+    failed.status, failed.cause = "failed", "ConfigError: sweep.metric=val/nope is not logged"
+    ended = replace(outcome(plan, failed, exit_code=1), cause="sweep.metric=val/nope is not logged", resumable=False)
+    assert summary(ended, "raytrainer").count("is not logged") == 1
