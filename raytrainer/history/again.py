@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
-from raytrainer.config import Composition, from_text, key_of, new_name
+from raytrainer.config import Composition, SweepConfig, from_text, key_of, new_name
 from raytrainer.errors import ConfigError, RunNotFound, nearest
 from raytrainer.history.finding import find, trial_of
 from raytrainer.run import FIXED, Record, changes_meaning
@@ -107,6 +107,8 @@ def to_resume_sweep(identifier: str, overrides: Sequence[str]) -> tuple[Plan, Re
         )
     for override in overrides:
         name, _, value = override.partition("=")
+        if name.startswith("sweep.") and name.removeprefix("sweep.") not in SweepConfig.__dataclass_fields__:
+            raise ConfigError("is no key", key=name, choices=[f"sweep.{key}" for key in _OF_A_SWEEP])
         if name.removeprefix("sweep.") not in _OF_A_SWEEP or not name.startswith("sweep."):
             raise ConfigError(
                 "would make the sweep's later trials others than its earlier; rerun starts a new sweep with it",

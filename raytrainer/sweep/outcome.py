@@ -92,7 +92,10 @@ def summary(outcome: SweepOutcome, program: str) -> str:
         following.append(f"{program} rerun {record.name}.{failed[0].id}")
     if not outcome.resumable:
         following.append(f"{program} rerun {record.name} key=value…")
-    elif more or not whole:
+    elif whole or outcome.note is not None or not all_drawn or counts["stopped"]:
+        following += [f"{program} resume {record.name}{more}"] if more or not whole else []
+    elif any(not trial.diverged for trial in failed):  # nothing is left to go on with but what failed
+        more = f" sweep.max_trial_failures={plan.experiment.sweep.max_trial_failures + 1}"
         following.append(f"{program} resume {record.name}{more}")
     rows += [("next" if not i else "", text) for i, text in enumerate(following)]
     lines = [f"{name:<8} {text}" for name, text in rows]
