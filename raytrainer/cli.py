@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from omegaconf import DictConfig
 
-from raytrainer import config, provenance
+from raytrainer import completion, config, provenance
 from raytrainer.errors import ConfigError, RaytrainerError, Refused, Stopped, nearest
 
 VERBS = ("check", "list", "status", "logs", "stop", "resume", "rerun")
@@ -309,7 +309,8 @@ def _hydra(
             raise without_m(None)
         if "," in choices[-1] or "(" in choices[-1]:
             raise ConfigError("is one choice: a sweep has one way of searching", key="sweep", value=choices[-1])
-    if parsed.shell_completion and _complete_verb(parsed.overrides):
+    taken = completion.prepare(parsed, VERBS) if parsed.shell_completion else ""
+    if taken is None:
         return 0
     if parsed.config_dir is not None and not Path(parsed.config_dir).is_dir():
         raise ConfigError("is not a directory", key="--config-dir", value=parsed.config_dir)
@@ -321,7 +322,7 @@ def _hydra(
         version.setbase("1.3")
         config.register_schema()
         # With the variable set errors come here; without, Hydra prints them and ends the process with 1.
-        with _variable(_FULL_ERROR, "1"), config.quiet():
+        with _variable(_FULL_ERROR, "1"), config.quiet(), completion.prefixed(taken):
             _run_hydra(
                 args=parsed,
                 args_parser=parser,
@@ -337,30 +338,6 @@ def _hydra(
             raise
         raise config.explain(error, overrides, known) from error
     return max(codes, default=0)
-
-
-def _complete_verb(asked: Sequence[str]) -> bool:
-    """Completes a verb, its options and names of runs; True: that is all. What is left, Hydra completes: the line as it
-    knows it is the program's name, then overrides."""
-    if "COMP_LINE" not in os.environ or not any(word.startswith("query=") for word in asked):
-        return False
-    words = os.environ["COMP_LINE"].replace("python -m raytrainer", "raytrainer").split(" ")
-    if len(words) == 2:
-        for verb in VERBS:
-            if verb.startswith(words[1]):
-                print(verb)
-    elif len(words) > 2 and words[1] in VERBS:
-        from raytrainer import history
-
-        found = history.completions(words[1:])
-        if found is not None:
-            print("\n".join(found))
-            return True
-        # An ID is no override: Hydra would find nothing that goes with it.
-        without = [word for word in words[2:-1] if "=" in word]
-        words = [words[0], *without, words[-1]]
-    os.environ["COMP_LINE"] = " ".join(words)
-    return False
 
 
 def _parser() -> argparse.ArgumentParser:

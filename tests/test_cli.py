@@ -465,6 +465,22 @@ def test_info_and_hydra_help(here: Run, in_tmp: Path) -> None:
         ("raytrainer stop --f", ["--force"]),
         ("raytrainer status one ", []),
         ("raytrainer rerun two optimizer=s", ["optimizer=sgd"]),
+        # sweeps
+        ("raytrainer -m experiment=mlp sweep=", [f"sweep={x}" for x in ("asha", "grid", "optuna", "pbt", "random")]),
+        ("raytrainer check -m sweep=asha sweep.scheduler.g", ["sweep.scheduler.grace_period="]),
+        ("raytrainer -m 'optimizer.lr=interval(0,1)' sweep.num", ["sweep.num_samples=", "sweep.num_to_keep="]),
+        ("raytrainer -m experiment=mlp,r", ["experiment=mlp,resnet"]),
+        (
+            "raytrainer -m model=mlp,resnet_digits,",
+            ["model=mlp,resnet_digits,resnet18", "model=mlp,resnet_digits,resnet50"],
+        ),
+        ("raytrainer -m optimizer=adamw,s", ["optimizer=adamw,sgd"]),
+        ("raytrainer -m optimizer=sgd,adamw optimizer.nest", ["optimizer.nesterov="]),
+        ("raytrainer resume one sweep.num_s", ["sweep.num_samples="]),
+        ("raytrainer rerun one.", ["one.0001", "one.0002"]),
+        ("raytrainer --config-dir=conf experiment=mi", ["experiment=mine"]),
+        ("raytrainer -m -cd conf experiment=mlp,mi", ["experiment=mlp,mine"]),
+        ("raytrainer check --config-dir conf experiment=mi", ["experiment=mine"]),
     ],
 )
 def test_completion(
@@ -475,6 +491,10 @@ def test_completion(
     monkeypatch.setattr(sys, "argv", ["/somewhere/raytrainer"])
     for name in ("one", "two", "two-more", ".rerun"):
         Path("runs", name).mkdir(parents=True)
+    for number in ("0001", "0002"):
+        Path("runs", "one", "trials", number).mkdir(parents=True)
+    Path("conf", "experiment").mkdir(parents=True)
+    Path("conf", "experiment", "mine.yaml").write_text("# @package _global_\n")
     assert cli.main(["-sc", "query=bash"]) == 0
     assert capsys.readouterr().out.split() == suggested
 
