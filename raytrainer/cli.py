@@ -13,11 +13,11 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from raytrainer import config, provenance
+from raytrainer import completion, config, provenance
 from raytrainer.errors import ConfigError, RaytrainerError, Refused, Stopped, nearest
 
 VERBS = ("check", "list", "status", "logs", "stop", "resume", "rerun")
@@ -41,7 +41,7 @@ def _command(arguments: list[str]) -> int:
     if arguments and arguments[0].isalpha():
         return _verb(arguments[0], arguments[1:], dry=dry)
     if dry:
-        return _hydra(arguments, _would_send, _would_send)
+        return _hydra(arguments, _would_send, _would_send, before=[_DRY_RUN])
     outcomes: list[Any] = []
 
     def train(composition: config.Composition, arguments: list[str]) -> int:
@@ -86,7 +86,7 @@ def _verb(verb: str, rest: list[str], *, dry: bool) -> int:
         hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(VERBS)}"
         raise ConfigError(f"{verb!r} is not a command{hint} (keys are given as key=value)")
     if verb == "check":
-        return _hydra(rest, _check, _check_sweep)
+        return _hydra(rest, _check, _check_sweep, before=["check", *([_DRY_RUN] if dry else [])])
     from raytrainer import history
 
     if verb not in ("resume", "rerun"):
@@ -258,6 +258,7 @@ def _hydra(
     arguments: list[str],
     task: Callable[[config.Composition, list[str]], int],
     sweep_task: Callable[[Any, list[str]], int],
+    before: Sequence[str] = (),
 ) -> int:
     """Hydra's own command line, with its errors in our words and our exit codes.
 
@@ -265,6 +266,7 @@ def _hydra(
         arguments: Those after the program's name, or after the verb.
         task: What is done with a composed config.
         sweep_task: What is done with the plan of a sweep.
+        before: What stood in front of the arguments, for the command that was meant.
     """
     from hydra import version
     from hydra._internal.utils import _run_hydra
@@ -273,6 +275,12 @@ def _hydra(
     parsed = parser.parse_args(arguments)
     overrides, asked = list(parsed.overrides), os.environ.get(_FULL_ERROR)
     codes: list[int] = []
+
+    def without_m(choice: str | None) -> ConfigError:
+        meant = shlex.join([*before, "-m", *arguments])
+        return ConfigError(
+            f"is of many trials, which -m runs: {provenance.program()} {meant}", key="sweep", value=choice
+        )
 
     def known() -> list[str]:
         return config.composed_keys(overrides, parsed.config_dir)
@@ -283,11 +291,10 @@ def _hydra(
         except Exception as error:
             raise config.explain(error, overrides, known) from error
         if sweep := dict(composition.choices).get("sweep"):  # of an experiment's own, or several of them
-            raise ConfigError(
-                "is of many trials: one, with -m in front of what is swept over" if parsed.multirun else "needs -m",
-                key="sweep",
-                value=sweep,
-            )
+            if not parsed.multirun:
+                raise without_m(sweep)
+            raise ConfigError("is chosen by one of several experiments: choose it for all", key="sweep", value=sweep)
+        config.refuse_settings_of_no_sweep(overrides)
         return task(composition, arguments)
 
     def job(cfg: DictConfig) -> None:
@@ -308,11 +315,19 @@ def _hydra(
             choice = cfg.hydra.runtime.choices.get("sweep")
             if choice is None:
                 raise ConfigError("is needed with hydra/sweeper=ray_tune: random, grid, asha, optuna, pbt", key="sweep")
+            if parsed.config_name not in (None, config.CONFIG_NAME):
+                raise ConfigError(
+                    "is the root of a run, not of a sweep; put what differs into experiment/NAME.yaml of a --config-dir",
+                    key="--config-name",
+                    value=parsed.config_name,
+                )
+            # Of Hydra's own overrides this one says what the others mean.
+            searchpath = [o for o in overrides if config.key_of(o) == "hydra.searchpath"]
             plan = make_plan(
-                task_overrides,
+                [*searchpath, *task_overrides],
                 choice=choice,
-                space=cast(dict[str, Any], OmegaConf.to_container(cfg.sweep.space, resolve=True)),
-                groups=config.group_names(parsed.config_dir),
+                space=config.written_space(cfg),
+                groups=config.group_names(parsed.config_dir, cfg.hydra.searchpath),
                 config_dir=parsed.config_dir,
             )
             return sweep_task(plan, arguments)
@@ -321,23 +336,29 @@ def _hydra(
             codes.append(_guarded(planned))
 
     job.sweep = sweep  # type: ignore[attr-defined]
-    chosen = any(config.key_of(o) == "sweep" for o in overrides)
-    if chosen and not parsed.multirun and not (parsed.cfg or parsed.info or parsed.shell_completion):
-        meant = shlex.join(["-m", *arguments])
-        raise ConfigError(f"is of many trials, which -m runs: {provenance.program()} {meant}", key="sweep")
-    if parsed.shell_completion and _complete_verb(parsed.overrides):
+    if parsed.help:  # of no use to it, and `sweep=` is not even an override
+        parsed.overrides = [o for o in overrides if config.key_of(o).startswith("hydra")]
+    shows = parsed.help or parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion
+    choices = [o.partition("=")[2] for o in overrides if config.key_of(o) == "sweep" and not o.startswith("~")]
+    if choices and not shows:
+        if not parsed.multirun:
+            raise without_m(None)
+        if "," in choices[-1] or "(" in choices[-1]:
+            raise ConfigError("is one choice: a sweep has one way of searching", key="sweep", value=choices[-1])
+    taken = completion.prepare(parsed, VERBS) if parsed.shell_completion else ""
+    if taken is None:
         return 0
     if parsed.config_dir is not None and not Path(parsed.config_dir).is_dir():
         raise ConfigError("is not a directory", key="--config-dir", value=parsed.config_dir)
     try:
-        if parsed.multirun and not chosen:
+        if parsed.multirun and not choices:
             config.check_sweep(overrides, parsed.config_dir)
         elif parsed.cfg in ("job", "all"):
             config.check_keys(overrides, parsed.config_dir)
         version.setbase("1.3")
         config.register_schema()
         # With the variable set errors come here; without, Hydra prints them and ends the process with 1.
-        with _variable(_FULL_ERROR, "1"), config.quiet():
+        with _variable(_FULL_ERROR, "1"), config.quiet(), completion.prefixed(taken):
             _run_hydra(
                 args=parsed,
                 args_parser=parser,
@@ -353,30 +374,6 @@ def _hydra(
             raise
         raise config.explain(error, overrides, known) from error
     return max(codes, default=0)
-
-
-def _complete_verb(asked: Sequence[str]) -> bool:
-    """Completes a verb, its options and names of runs; True: that is all. What is left, Hydra completes: the line as it
-    knows it is the program's name, then overrides."""
-    if "COMP_LINE" not in os.environ or not any(word.startswith("query=") for word in asked):
-        return False
-    words = os.environ["COMP_LINE"].replace("python -m raytrainer", "raytrainer").split(" ")
-    if len(words) == 2:
-        for verb in VERBS:
-            if verb.startswith(words[1]):
-                print(verb)
-    elif len(words) > 2 and words[1] in VERBS:
-        from raytrainer import history
-
-        found = history.completions(words[1:])
-        if found is not None:
-            print("\n".join(found))
-            return True
-        # An ID is no override: Hydra would find nothing that goes with it.
-        without = [word for word in words[2:-1] if "=" in word]
-        words = [words[0], *without, words[-1]]
-    os.environ["COMP_LINE"] = " ".join(words)
-    return False
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -63,13 +63,14 @@ class Job:
         ship: Whether the worker sends them itself; False where the driver reads the same disk and does.
         changed: The optimizer's settings whose values in the config replace those in the checkpoint.
         mark: What the run's record says of this attempt, wherever `run_dir` is one and the same place.
+        marked: Where that record is, if not in `run_dir`: of a trial in its sweep's.
         label: Who this is in the logs, where it is not the only one: a trial of a sweep.
         forward_env, env_file: As `environment.provide`: what the config's references may need here.
         reports: On Ray Train: whether each evaluation is reported to the controller, in whose process a trial waits.
         settled: Whether an evaluation is reported only when the checkpoints before it are committed: somebody may then
             take the newest of them elsewhere, or put another in its place.
-        inherited: Where population based training has put another trial's checkpoint in its place: `from`, `evaluation`
-            and the `parameters` to go on with.
+        inherited: Where population based training has put another trial's checkpoint in its place, as the last: `from`,
+            `evaluation` and the `parameters` to go on with.
     """
 
     text: str
@@ -80,6 +81,7 @@ class Job:
     ship: bool = True
     changed: Sequence[str] = ()
     mark: str = ""
+    marked: str = ""
     overrides: Sequence[str] = ()
     label: str = ""
     forward_env: Sequence[str] = ()
@@ -120,7 +122,7 @@ def on_ray(job: Mapping[str, Any]) -> dict[str, Any]:
         world = World(rank, context.get_world_size(), context.get_local_rank(), ray.train.torch.get_device())
         found = Job(**job)
         return run(found, world, emit=_say, should_stop=_stop.is_set, report=_report if found.reports else _no_report)
-    except Exception as error:
+    except BaseException as error:  # a script's sys.exit() is no end of the process, and has a traceback
         raise described(error, rank) from error
 
 
@@ -158,7 +160,7 @@ def _no_report(trainer: Any, ends: bool) -> None:
     pass
 
 
-def described(error: Exception, rank: int) -> errors.WorkerError:
+def described(error: BaseException, rank: int) -> errors.WorkerError:
     """An exception of a worker as a `WorkerError`."""
     first = str(error).strip() or "(no message)"
     return errors.WorkerError(
@@ -212,7 +214,9 @@ def run(
         # With its credentials, where the config refers to some: they are resolved here, and never travel.
         uri = experiment.tracking.tracking_uri or ""
         uri = uri if redacted(uri) == job.tracking_uri else job.tracking_uri
-        tracker = MlflowTracker(job.run_id, uri, Path(job.spool_dir), ship=job.ship)
+        # The run of a trial is made by the driver, which may not have come to it.
+        place = experiment.tracking.experiment_name if job.label else None
+        tracker = MlflowTracker(job.run_id, uri, Path(job.spool_dir), ship=job.ship, awaited_in=place)
     checkpointer = Checkpointer(
         Storage(job.run_dir).child("checkpoints"),
         rank=world.rank,
@@ -239,7 +243,8 @@ def run(
         )
         if info := checkpointer.latest():
             trainer.restore(info, job.changed)
-            _tell_inherited(tracker, job.inherited, trainer.step)
+            if job.inherited and trainer.evaluations == job.inherited["evaluation"]:
+                _tell_inherited(tracker, job.inherited, trainer.step)
         elif experiment.init_from:
             trainer.init_from(experiment.init_from)
         result = trainer.fit()
@@ -258,8 +263,6 @@ def run(
 
 def _tell_inherited(tracker: Tracker, inherited: Mapping[str, Any], step: int) -> None:
     """The run's parameters say what a trial began with; what it goes on with is told beside them."""
-    if not inherited:
-        return
     values = inherited["parameters"]
     numbers = {key: float(v) for key, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     tracker.log_metrics({f"parameter/{key.lstrip('+')}": value for key, value in numbers.items()}, step)
@@ -274,14 +277,15 @@ def _without_a_word(work: Callable[[], None]) -> None:
 
 def _check_shared(job: Job) -> None:
     """Whether `run_dir` here is the driver's: on several nodes a local path is a place of each node's own."""
-    found = Storage(job.run_dir).read_if_exists("run.json") if job.mark else None
+    place = job.marked or job.run_dir
+    found = Storage(place).read_if_exists("run.json") if job.mark else None
     record = json.loads(found) if found else {}
     if job.mark and " ".join(str(record.get(k)) for k in ("name", "created", "attempts")) != job.mark:
         raise errors.ConfigError(
             f"is not the same place on {socket.gethostname()} as where the run was launched; use a disk that all nodes "
             "share, or a URI (s3://…)",
             key="storage_path",
-            value=job.run_dir.rpartition("/")[0],
+            value=place.rpartition("/")[0],
         )
 
 

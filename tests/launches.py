@@ -34,6 +34,7 @@ START_S = 120.0  # the longest a launch may take to its first step, on a loaded 
 ENDS_S = 20.0  # the longest that anything may outlive a killed driver
 # Keys that measure time: no two runs have them equal.
 _MEASURED = ("system/", "checkpoint/stall_seconds", "train/samples_per_second")
+_OF_SWEEP = "best/"  # a key that a run alone does not have
 
 
 class Step(NamedTuple):
@@ -282,7 +283,7 @@ class Runs:
 
     def results(self, name: str) -> dict[str, list[tuple[int, float]]]:
         """The rows of keys that do not measure time: those of two equal runs are equal to the last bit."""
-        return {key: rows for key, rows in self.rows(name).items() if not key.startswith(_MEASURED)}
+        return {key: rows for key, rows in self.rows(name).items() if not key.startswith((*_MEASURED, _OF_SWEEP))}
 
     def _query(self, text: str, *values: str) -> list[Any]:
         with closing(sqlite3.connect(f"file:{quoted(self.path)}?mode=ro", uri=True, timeout=30)) as database:

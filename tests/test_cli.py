@@ -294,16 +294,49 @@ def test_after_a_grid_of_whole_runs_all_are_told_of(here: Run, monkeypatch: pyte
 
 
 def test_a_sweep_without_m_is_refused_with_the_command_that_was_meant(here: Run, in_tmp: Path) -> None:
-    reason = refused(here("experiment=mlp", "optimizer.lr=interval(0.1,1)", "sweep=asha"))
+    asked = ("experiment=mlp", "optimizer.lr=interval(0.1,1)", "sweep=asha")
+    meant = "-m experiment=mlp 'optimizer.lr=interval(0.1,1)' sweep=asha"
+    reason = refused(here(*asked))
     assert reason.startswith("sweep is of many trials, which -m runs: ")
-    assert reason.endswith("python -m raytrainer -m experiment=mlp 'optimizer.lr=interval(0.1,1)' sweep=asha")
-    assert list(in_tmp.iterdir()) == []
+    assert reason.endswith(f"python -m raytrainer {meant}")
+    assert refused(here("check", *asked)).endswith(f"python -m raytrainer check {meant}")
+    assert refused(here(*asked, "--dry-run")).endswith(f"python -m raytrainer --dry-run {meant}")
+    (in_tmp / "conf" / "experiment").mkdir(parents=True)
+    (in_tmp / "conf" / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [override /sweep: random]\n"
+    )
+    own = refused(here("--config-dir=conf", "experiment=mine", "trainer.max_epochs=3"))
+    assert own.endswith("python -m raytrainer -m --config-dir=conf experiment=mine trainer.max_epochs=3")
+    assert not (in_tmp / "runs").exists()
+
+
+def test_help_of_a_sweep_helps(here: Run) -> None:
+    for choice in ("sweep=", "sweep=asha"):
+        said = here("--help", choice)
+        assert said.code == 0
+        assert "sweep: asha, grid, optuna, pbt, random" in said.out
 
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
         ("-m experiment=mlp sweep=random", "sweep=random needs something to sweep over: optimizer.lr=0.1,0.01"),
+        ("-m experiment=mlp sweep=random,asha seed=1,2", "sweep=random,asha is one choice: a sweep has one way"),
+        ("experiment=mlp sweep.num_samples=3", "sweep.num_samples=3 is of a sweep, and there is none: choose sweep="),
+        ("-m experiment=mlp seed=1,2 sweep.num_samples=3", "sweep.num_samples=3 is of a sweep, and there is none"),
+        (
+            "-m experiment=mlp sweep=random optimizer.lr=loguniform(1e-4,1)",
+            "optimizer.lr=loguniform(1e-4,1) cannot be ",
+        ),
+        ("-m experiment=mlp sweep=random optimizer.lr=fast", "optimizer.lr=fast must be a number"),
+        (
+            "-m experiment=mlp sweep=random sweep.space={x:interval(0,1)}",
+            "sweep.space={x:interval(0,1)} cannot be set: a",
+        ),
+        (
+            "-m experiment=mlp sweep=random seed=1,2 optimizer.lr=[1,2]",
+            "optimizer.lr=[1,2] must be a number; optimizer.lr",
+        ),
         ("-m experiment=mlp sweep=nope seed=1,2", "sweep=nope is no such choice; valid: "),
         ("-m experiment=mlp sweep=grid optimizer.lr=interval(0,1)", "optimizer.lr=interval("),
         ("check -m experiment=mlp sweep=random optimizer.lr=0.1,fast", "optimizer.lr=fast must be a number"),
@@ -432,6 +465,22 @@ def test_info_and_hydra_help(here: Run, in_tmp: Path) -> None:
         ("raytrainer stop --f", ["--force"]),
         ("raytrainer status one ", []),
         ("raytrainer rerun two optimizer=s", ["optimizer=sgd"]),
+        # sweeps
+        ("raytrainer -m experiment=mlp sweep=", [f"sweep={x}" for x in ("asha", "grid", "optuna", "pbt", "random")]),
+        ("raytrainer check -m sweep=asha sweep.scheduler.g", ["sweep.scheduler.grace_period="]),
+        ("raytrainer -m 'optimizer.lr=interval(0,1)' sweep.num", ["sweep.num_samples=", "sweep.num_to_keep="]),
+        ("raytrainer -m experiment=mlp,r", ["experiment=mlp,resnet"]),
+        (
+            "raytrainer -m model=mlp,resnet_digits,",
+            ["model=mlp,resnet_digits,resnet18", "model=mlp,resnet_digits,resnet50"],
+        ),
+        ("raytrainer -m optimizer=adamw,s", ["optimizer=adamw,sgd"]),
+        ("raytrainer -m optimizer=sgd,adamw optimizer.nest", ["optimizer.nesterov="]),
+        ("raytrainer resume one sweep.num_s", ["sweep.num_samples="]),
+        ("raytrainer rerun one.", ["one.0001", "one.0002"]),
+        ("raytrainer --config-dir=conf experiment=mi", ["experiment=mine"]),
+        ("raytrainer -m -cd conf experiment=mlp,mi", ["experiment=mlp,mine"]),
+        ("raytrainer check --config-dir conf experiment=mi", ["experiment=mine"]),
     ],
 )
 def test_completion(
@@ -442,6 +491,10 @@ def test_completion(
     monkeypatch.setattr(sys, "argv", ["/somewhere/raytrainer"])
     for name in ("one", "two", "two-more", ".rerun"):
         Path("runs", name).mkdir(parents=True)
+    for number in ("0001", "0002"):
+        Path("runs", "one", "trials", number).mkdir(parents=True)
+    Path("conf", "experiment").mkdir(parents=True)
+    Path("conf", "experiment", "mine.yaml").write_text("# @package _global_\n")
     assert cli.main(["-sc", "query=bash"]) == 0
     assert capsys.readouterr().out.split() == suggested
 

@@ -160,3 +160,34 @@ def test_what_hydra_cannot_compose_is_hydras_own_error(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("Could not override 'z'.")
     assert not list((tmp_path / "swept").glob("[0-9]*"))
+
+
+def test_a_secret_of_the_environment_stays_a_reference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Hydra resolves a plugin's settings; the trials' parameters are kept and logged."""
+    monkeypatch.setenv("A_SECRET", "hunter2")
+    params = {
+        "token": ["${oc.env:A_SECRET}", "none"],
+        "key": "${oc.env:A_SECRET}",
+        "x": "interval(0,${top})",
+        "n": "${some}",
+    }
+    found = sweeper(print, params={"token": ["hunter2", "none"], "key": "hunter2", "x": "interval(0,7)", "n": "1,2"})
+    found._config = OmegaConf.merge(
+        found._config,
+        {
+            "top": 7,
+            "some": "1,2",
+            "hydra": {"sweeper": {"params": params}, "sweep": {"dir": str(tmp_path)}, "verbose": False},
+        },
+    )
+    asked: dict[str, Any] = {}
+
+    def search(jobs: Any, settings: Any, arguments: list[str], *, space: dict[str, Any], **_: Any) -> Any:
+        asked.update(arguments=arguments, space=space)
+        raise CompactHydraException("enough")
+
+    monkeypatch.setattr("raytrainer.sweep.application.search", search)
+    with pytest.raises(CompactHydraException, match="enough"):
+        found.sweep(["y=1"])
+    assert asked["arguments"] == ["key=${oc.env:A_SECRET}", "y=1"]
+    assert asked["space"] == {"token": ["${oc.env:A_SECRET}", "none"], "x": "interval(0,7)", "n": "1,2"}

@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sweep",),
     ("cluster",),
     ("history",),
+    ("completion",),
     ("cli", "__main__", "__init__", "hydra_plugins"),
 )
 # The one pair that shares a layer and a direction: the program is the command line, started.
@@ -48,7 +49,7 @@ ROOMS: dict[str, frozenset[str]] = {
 # In the worker: only what logs the model, which is one function.
 ONE_FUNCTION = {("mlflow", "worker")}
 # Never torch, wherever in the file. (In `seeds` it is imported inside functions.)
-NO_TORCH = frozenset({"errors", "config", "storage", "events", "tracking", "cli", "__main__"})
+NO_TORCH = frozenset({"errors", "config", "storage", "events", "tracking", "completion", "cli", "__main__"})
 
 # Importing the module imports none of these.
 LAZY: dict[str, tuple[str, ...]] = {

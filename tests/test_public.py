@@ -24,14 +24,14 @@ PUBLIC = {
         Composition Experiment FitResult Outcome Trainer __version__ check compose errors launch
     """,
     "raytrainer.checkpoint": """
-        CheckpointInfo Checkpointer copy_out find_weights read_weights take_in
+        CheckpointInfo Checkpointer copy_out find_weights read_weights take_in taken_in
     """,
     "raytrainer.config": """
         CONFIG_MODULE CONFIG_NAME CheckpointConfig ClusterConfig Composition DataConfig EarlyStopping
         Experiment FailureConfig Parameter Profile ScalingConfig SweepConfig TrackingConfig TrainerConfig bind
         build check_keys check_sweep check_targets compose composed_keys experiment_of explain factory flattened
         from_hydra from_text group_names holds_password key_of locate looks_secret new_name parse_space quiet
-        register_schema texts_of validate with_values
+        refuse_settings_of_no_sweep register_schema texts_of validate with_values written_space
     """,
     "raytrainer.data": """
         Arrays Batch ColumnDataset Digits Loader MicroBatch ParquetDataset RandomCropFlip

@@ -67,6 +67,7 @@ class RayTuneSweeper(Sweeper):
 
     def _search(self, arguments: list[str]) -> Any:
         from hydra_plugins.raytrainer import _jobs as jobs
+        from raytrainer.config import written_space
         from raytrainer.sweep import application
 
         launcher = OmegaConf.select(self._config, "hydra.launcher._target_")
@@ -77,7 +78,9 @@ class RayTuneSweeper(Sweeper):
                 value=OmegaConf.select(self._config, "hydra.runtime.choices.hydra/launcher") or launcher,
             )
         found = jobs.HydraJobs.of(self._task, self._context, self._config)
-        params = self._settings.get("params") or {}
+        params = self._settings.get("params")
+        if isinstance(params, dict):  # instantiating has resolved it, secrets too
+            params = written_space(self._config, f"{KEY}.params")
         fixed, space = jobs.split(params, arguments) if isinstance(params, dict) else ([], {})
         ended = application.search(
             found,

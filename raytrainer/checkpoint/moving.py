@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from raytrainer.checkpoint import manifest as manifests
 from raytrainer.checkpoint.checkpointer import Checkpointer
 from raytrainer.checkpoint.manifest import CheckpointInfo
 from raytrainer.errors import CheckpointNotFound
 from raytrainer.storage import Storage
+
+_NOTE = "taken_in.json"  # beside the checkpoints: where the first of them came from
 
 
 def copy_out(storage: Storage, directory: Path) -> CheckpointInfo:
@@ -24,10 +29,15 @@ def copy_out(storage: Storage, directory: Path) -> CheckpointInfo:
     return found[-1]
 
 
-def take_in(directory: Path, storage: Storage) -> None:
+def take_in(directory: Path, storage: Storage, note: Mapping[str, Any] | None = None) -> None:
     """Makes the checkpoint in the local `directory` the only one below `storage`.
 
     Killed on the way it leaves that checkpoint uncommitted, never a mixture: the manifest comes last.
+
+    Args:
+        directory: As `copy_out` has left it.
+        storage: Of the run that goes on with it.
+        note: Plain JSON that `taken_in` finds from the moment in which the checkpoint is committed.
 
     Raises:
         CheckpointNotFound: `directory` has none.
@@ -38,6 +48,8 @@ def take_in(directory: Path, storage: Storage) -> None:
         raise CheckpointNotFound(f"no checkpoint in {directory}")
     for entry in storage.list():
         storage.delete(entry.name)
+    if note is not None:
+        storage.write_bytes(_NOTE, json.dumps(dict(note)).encode())
     name = found[-1].name
     for file in source.list(name):
         if file.name != manifests.NAME:
@@ -45,3 +57,18 @@ def take_in(directory: Path, storage: Storage) -> None:
                 while block := read.read(8 << 20):
                     write.write(block)
     storage.write_bytes(f"{name}/{manifests.NAME}", source.read_bytes(f"{name}/{manifests.NAME}"))
+
+
+def taken_in(storage: Storage) -> dict[str, Any] | None:
+    """The note of the last checkpoint that was taken in below `storage`, also when others have followed it.
+
+    That of one which never was committed is deleted.
+    """
+    data = storage.read_if_exists(_NOTE)
+    if data is None:
+        return None
+    if not Checkpointer(storage).list():
+        storage.delete(_NOTE)
+        return None
+    found: dict[str, Any] = json.loads(data)
+    return found

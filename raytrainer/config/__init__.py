@@ -19,11 +19,13 @@ from raytrainer.config.compose import (
     group_names,
     new_name,
     quiet,
+    refuse_settings_of_no_sweep,
     register_schema,
     with_values,
 )
 from raytrainer.config.explain import explain, key_of
 from raytrainer.config.nodes import bind, build, check_targets, factory, locate
+from raytrainer.config.parameter import Parameter
 from raytrainer.config.schema import (
     CheckpointConfig,
     ClusterConfig,
@@ -38,7 +40,7 @@ from raytrainer.config.schema import (
     TrainerConfig,
     validate,
 )
-from raytrainer.config.space import Parameter, parse_space
+from raytrainer.config.space import parse_space, written_space
 
 __all__ = [
     "CONFIG_MODULE",
@@ -77,8 +79,10 @@ __all__ = [
     "new_name",
     "parse_space",
     "quiet",
+    "refuse_settings_of_no_sweep",
     "register_schema",
     "texts_of",
     "validate",
     "with_values",
+    "written_space",
 ]

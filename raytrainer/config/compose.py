@@ -21,7 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from raytrainer.config.checks import check_references, check_together
-from raytrainer.config.explain import explain, key_of, unresolved
+from raytrainer.config.explain import explain, key_of, unresolved, value_of
 from raytrainer.config.nodes import check_targets
 from raytrainer.config.schema import Experiment, known_keys, validate
 from raytrainer.config.typed import OPEN, defaults, is_below_node, typed, unknown_key
@@ -62,7 +62,7 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
     from hydra import compose as hydra_compose
 
     try:
-        with _searching(config_dir), quiet():
+        with searching(config_dir), quiet():
             cfg = hydra_compose(CONFIG_NAME, list(overrides), return_hydra_config=True)
             return from_hydra(cfg, overrides)
     except Exception as error:
@@ -78,7 +78,7 @@ def check_keys(overrides: Sequence[str], config_dir: str | Path | None = None) -
     from hydra import compose as hydra_compose
 
     try:
-        with _searching(config_dir), quiet():
+        with searching(config_dir), quiet():
             cfg = hydra_compose(CONFIG_NAME, list(overrides))
         with contextlib.suppress(OmegaConfBaseException):  # a value that is missing or that nothing resolves yet
             values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -97,7 +97,7 @@ def check_sweep(overrides: Sequence[str], config_dir: str | Path | None = None) 
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     try:
-        with _searching(config_dir):
+        with searching(config_dir):
             loader = GlobalHydra.instance().config_loader()
             parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
             # Only whole lists of values can be tried; an interval is up to the sweeper that understands it.
@@ -108,6 +108,11 @@ def check_sweep(overrides: Sequence[str], config_dir: str | Path | None = None) 
             }
     except Exception as error:
         raise explain(error, overrides) from error
+    fixed = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
+    first = {line: values[0] for line, values in sweeps.items()}
+    if _chosen("sweep", [*fixed, *first.values()], config_dir):
+        return  # an experiment that is a sweep by itself: its own check comes
+    refuse_settings_of_no_sweep(overrides)
     if any(o.is_sweep_override() for o in parsed):
         for o in parsed:
             if o.is_sweep_override() and not o.is_discrete_sweep():
@@ -119,8 +124,6 @@ def check_sweep(overrides: Sequence[str], config_dir: str | Path | None = None) 
         for o in parsed:
             if o.key_or_group == "name" and not o.is_sweep_override():
                 raise ConfigError("would be the name of every job; leave it out", key="name", value=o.value())
-    fixed = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
-    first = {line: values[0] for line, values in sweeps.items()}
     seen: set[tuple[str, ...]] = set()
     for line, values in sweeps.items() or [("", [""])]:
         for value in values:
@@ -130,12 +133,44 @@ def check_sweep(overrides: Sequence[str], config_dir: str | Path | None = None) 
                 check_targets(compose([*fixed, *one], config_dir).experiment)
 
 
-def group_names(config_dir: str | Path | None = None) -> set[str]:
-    """The config groups that there are, e.g. `model`, also below others."""
+def refuse_settings_of_no_sweep(overrides: Sequence[str]) -> None:
+    """For what is composed without a choice of the group `sweep`: its settings would be ignored.
+
+    Raises:
+        ConfigError: One of them is among the overrides.
+    """
+    for override in overrides:
+        if key_of(override).startswith("sweep."):
+            raise ConfigError(
+                "is of a sweep, and there is none: choose sweep=random, grid, asha, optuna or pbt, with -m first",
+                key=key_of(override),
+                value=value_of(override),
+            )
+
+
+def _chosen(group: str, overrides: Sequence[str], config_dir: str | Path | None) -> str | None:
+    """The choice of a group; None also where nothing can be composed, which is told elsewhere."""
+    from hydra import compose as hydra_compose
+
+    try:
+        with searching(config_dir), quiet():
+            choices = hydra_compose(CONFIG_NAME, list(overrides), return_hydra_config=True).hydra.runtime.choices
+    except Exception:  # noqa: BLE001  any reason will do
+        return None
+    return str(choices[group]) if choices.get(group) is not None else None
+
+
+def group_names(config_dir: str | Path | None = None, searchpath: Sequence[str] = ()) -> set[str]:
+    """The config groups that there are, e.g. `model`, also below others.
+
+    Args:
+        config_dir: As `compose`.
+        searchpath: As `hydra.searchpath`.
+    """
     from hydra.core.global_hydra import GlobalHydra
 
     found: set[str] = set()
-    with _searching(config_dir), quiet():
+    with searching(config_dir, searchpath), quiet():
         loader = GlobalHydra.instance().config_loader()
         below = [""]
         while below:
@@ -262,13 +297,15 @@ def with_values(text: str, values: Mapping[str, Any]) -> str:
 
 
 def flattened(text: str) -> dict[str, str]:
-    """A composition's text as flat `a.b.c` → value, for tracking; empty nodes are left out."""
+    """A composition's text as flat `a.b.c` → value, for tracking; empty nodes are left out, and what MLflow allows in no
+    name is: `sweep.space.+model.dropout` is without its `+`."""
     found: dict[str, str] = {}
 
     def walk(node: Any, prefix: str) -> None:
         if isinstance(node, dict) and node:
             for name, child in node.items():
-                walk(child, f"{prefix}.{name}" if prefix else str(name))
+                part = re.sub(r"[^\w./: -]", "_", str(name).lstrip("+"))
+                walk(child, f"{prefix}.{part}" if prefix else part)
         elif not isinstance(node, dict):
             found[prefix] = _as_text(node)
 
@@ -283,7 +320,7 @@ def composed_keys(overrides: Sequence[str], config_dir: str | Path | None = None
     groups = [o for o in overrides if "." not in key_of(o) and not o.startswith(("+", "~"))]
     groups += [o for o in overrides if key_of(o) == "hydra.searchpath"]
     try:
-        with _searching(config_dir), quiet():
+        with searching(config_dir), quiet():
             # One wrong choice or key among them must not hide the others' keys.
             valid = [o for o in groups if not o.startswith("hydra") and _composes(hydra_compose, [o])]
             searchpath = [o for o in groups if o.startswith("hydra.searchpath")]
@@ -309,7 +346,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _searching(config_dir: str | Path | None) -> Iterator[None]:
+def searching(config_dir: str | Path | None, searchpath: Sequence[str] = ()) -> Iterator[None]:
     """Hydra as the command line sets it up, and afterwards whatever it was before."""
     from hydra import version
     from hydra._internal.hydra import Hydra
@@ -324,6 +361,8 @@ def _searching(config_dir: str | Path | None) -> Iterator[None]:
         if not folder.is_dir():
             raise ConfigError("is not a directory", key="--config-dir", value=config_dir)
         path.prepend(provider="command-line", path=f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
+    for place in searchpath:
+        path.prepend(provider="hydra.searchpath", path=place, anchor=SearchPathQuery(provider="schema"))
     before = get_gh_backup()
     GlobalHydra.instance().clear()
     version.setbase("1.3")

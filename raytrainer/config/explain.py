@@ -92,9 +92,35 @@ def _unparsed(override: str) -> ConfigError:
         return ConfigError(f"{override!r} is not key=value{hint}")
     if not re.fullmatch(r"[+~]{0,2}[\w.@/:$-]+", name):
         return ConfigError(f"{override!r} is not key=value: {name!r} cannot be a key")
-    return ConfigError(
-        "cannot be read: put text in quotes within the shell's, as in 'key=\"a text\"'", key=name, value=value
-    )
+    return ConfigError(f"cannot be read: {why_unread(value)}", key=name, value=value)
+
+
+HOW = (
+    "a sweep is a list a,b or choice(a,b), range(1,10), interval(0,1), int(interval(1,9)), tag(log,interval(1e-4,0.1))"
+)
+# Hydra's functions, and those of Ray Tune and Optuna that people write in their place.
+_FUNCTIONS = ("choice", "range", "interval", "tag", "int", "float", "str", "bool", "sort", "shuffle", "glob")
+_OTHERS = {
+    **dict.fromkeys(("log", "loguniform", "log_uniform", "qloguniform", "logspace"), "tag(log,interval(1e-4,0.1))"),
+    **dict.fromkeys(("uniform", "quniform", "suggest_float", "linspace"), "interval(0,1)"),
+    **dict.fromkeys(("randint", "qrandint", "suggest_int"), "int(interval(1,9))"),
+    **dict.fromkeys(("lograndint", "qlograndint"), "tag(log,int(interval(1,9)))"),
+    **dict.fromkeys(("categorical", "grid_search", "choices", "suggest_categorical"), "a,b or choice(a,b)"),
+}
+
+
+def why_unread(text: str) -> str:
+    """What is wrong with the value of an override that Hydra cannot read."""
+    for name in re.findall(r"([A-Za-z_]\w*)\(", text):
+        if name in _OTHERS:
+            return f"there is no {name}(): write {_OTHERS[name]}"
+        if name not in _FUNCTIONS:
+            return f"there is no {name}(); {HOW}"
+    if text.count("(") != text.count(")"):
+        return f"it has {text.count('(')} ( and {text.count(')')} ); {HOW}"
+    if "(" in text or ",," in text:
+        return HOW
+    return "put text in quotes within the shell's, as in 'key=\"a text\"'"
 
 
 def _missing_config(error: MissingConfigException, values: dict[str, str | None]) -> ConfigError:
@@ -172,7 +198,8 @@ def _of_composition(
     if m := re.search(r"You must specify '([^']+)'", first):
         return ConfigError("must be chosen", key=m[1], choices=[x.strip() for x in text.splitlines()[2:]])
     if m := re.search(r"Error merging override [+~]*([^=]+)=?(.*)", first):
-        return ConfigError("cannot be set", key=m[1], value=m[2] or None)
+        sweep = ": a sweep inside of a value is a text, in quotes" if "(" in m[2] else ""
+        return ConfigError(f"cannot be set{sweep}", key=m[1], value=m[2] or None)
     return None
 
 

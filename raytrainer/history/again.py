@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
-from raytrainer.config import Composition, from_text, new_name
+from raytrainer.config import Composition, SweepConfig, from_text, key_of, new_name
 from raytrainer.errors import ConfigError, RunNotFound, nearest
 from raytrainer.history.finding import find, trial_of
 from raytrainer.run import FIXED, Record, changes_meaning
 from raytrainer.storage import Storage
-from raytrainer.sweep.ledger import Ledger
+from raytrainer.sweep.ledger import Ledger, Mode
+from raytrainer.sweep.lineage import best_parameters
 from raytrainer.sweep.plan import Plan
 
 
@@ -71,7 +73,7 @@ def to_rerun(identifier: str, overrides: Sequence[str]) -> Composition:
             raise RunNotFound(
                 f"{record.name} has no trial {number}; it has {', '.join(nearest(number, trials, 5)) or 'none'}"
             )
-        composition = plan.composition_of(trials[number].parameters)
+        composition = plan.composition_of(best_parameters(trials[number], cast(Mode, plan.mode)))
         return replace(
             from_text(composition.text, overrides),
             choices=composition.choices,
@@ -105,6 +107,8 @@ def to_resume_sweep(identifier: str, overrides: Sequence[str]) -> tuple[Plan, Re
         )
     for override in overrides:
         name, _, value = override.partition("=")
+        if name.startswith("sweep.") and name.removeprefix("sweep.") not in SweepConfig.__dataclass_fields__:
+            raise ConfigError("is no key", key=name, choices=[f"sweep.{key}" for key in _OF_A_SWEEP])
         if name.removeprefix("sweep.") not in _OF_A_SWEEP or not name.startswith("sweep."):
             raise ConfigError(
                 "would make the sweep's later trials others than its earlier; rerun starts a new sweep with it",
@@ -126,9 +130,10 @@ def to_rerun_sweep(identifier: str, overrides: Sequence[str]) -> Plan:
     if not any(o.partition("=")[0] == "name" for o in overrides):
         overrides = [*overrides, f"name={new_name(_stem(record))}"]
     plan = Plan.read(storage)
-    for override in overrides:
-        if any(p.key == override.partition("=")[0] for p in plan.parameters):
-            raise ConfigError("is what the sweep is over; start another with -m", key=override.partition("=")[0])
+    swept = {key_of(p.key) for p in plan.parameters}
+    for key in map(key_of, overrides):
+        if key in swept:
+            raise ConfigError("is what the sweep is over; start another with -m", key=key)
     return plan.with_overrides(overrides)
 
 

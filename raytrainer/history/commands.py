@@ -220,8 +220,15 @@ def completions(words: Sequence[str]) -> list[str] | None:
         return []
     if any(not word.startswith("-") for word in words[1:-1]):  # it has its ID
         return None if verb in ("resume", "rerun") else []
+    names = _folders("runs")
+    sweep, dot, _ = last.rpartition(".")
+    if dot and sweep in names:
+        names += [f"{sweep}.{trial}" for trial in _folders(f"runs/{sweep}/trials")]
+    return sorted(name for name in names if name.startswith(last))
+
+
+def _folders(path: str) -> list[str]:
     try:
-        names = [entry.name for entry in os.scandir("runs") if entry.is_dir() and not entry.name.startswith(".")]
+        return [entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith(".")]
     except OSError:
         return []
-    return sorted(name for name in names if name.startswith(last))

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -120,8 +122,17 @@ def death(error: BaseException) -> str:
     if isinstance(error, ray.exceptions.RayActorError) and "creation task" in text:  # its last line is the exception's
         return f"its process could not start: {str(error).strip().splitlines()[-1][:300]}"
     if isinstance(error, ray.exceptions.RayActorError) or "WorkerHealthCheckFailed" in type(error).__name__:
+        # Ray knows the code where the process ended in its own hands; of a signal, or os._exit, it sees nothing.
+        if code := re.search(r"Worker exits with an exit code (-?\d+)", text):
+            return f"the process died with exit code {code[1]}"
         return "the process died (killed from outside, crashed, or out of memory)"
     return f"{type(error).__name__}: {text[:300]}"
+
+
+def full_words(error: BaseException) -> str:
+    """All that is known of how a process of Ray ended: the traceback of one that raised, Ray's own report of another."""
+    raised = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+    return getattr(raised, "traceback", None) or "".join(traceback.format_exception(error))
 
 
 class _WorkerGroup(WorkerGroup):  # type: ignore[misc]

@@ -7,6 +7,7 @@ signal, a lost cluster and a lost lock are seen between two steps.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -18,9 +19,10 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.search_generator import SearchGenerator
 
-from raytrainer.supervise.train import death
+from raytrainer.supervise.train import death, full_words
 
 METRIC = "objective"  # what schedulers and searchers are told, whatever the sweep's metric is called
+_DRAWS_S = 0.2  # of drawing trials between two looks at signals
 
 
 def _as_deaths(failed: Callable[..., None]) -> Callable[..., None]:
@@ -53,7 +55,8 @@ class TrialController(TuneController):  # type: ignore[misc]
     """Tune's own, less its snapshots, with an exact bound on the trials that run at a time.
 
     Tune bounds them through the searcher, which a scheduler that pauses trials (PBT, HyperBand) cannot live with: it
-    needs all of them drawn before it compares any.
+    needs all of them drawn before it compares any. What a callback, searcher or scheduler raises comes out of `step` as
+    it is: Tune would fail a trial by it, or raise a `TuneError` with its text.
     """
 
     def __init__(
@@ -62,12 +65,15 @@ class TrialController(TuneController):  # type: ignore[misc]
         resources: PlacementGroupFactory,
         limit: int,
         all_drawn_early: bool,
-        on_death: Callable[[str, str], None],
+        on_death: Callable[[str, str, str], None],
+        on_replaced: Callable[[str], None],
         search_alg: _Drawn,
         **arguments: Any,
     ) -> None:
         super().__init__(reuse_actors=True, search_alg=search_alg, **arguments)
-        self._limit, self._all_drawn_early, self._on_death = limit, all_drawn_early, on_death
+        self._fail_fast = self.RAISE  # given to Tune above it would be announced in the log
+        self._limit, self._all_drawn_early = limit, all_drawn_early
+        self._on_death, self._on_replaced = on_death, on_replaced
         self._actor_manager._actor_task_failed = _as_deaths(self._actor_manager._actor_task_failed)
         if all_drawn_early:  # a paused trial's process is another's next one, or its own
             self._actor_cache.increase_max(resources, by=limit)
@@ -88,18 +94,43 @@ class TrialController(TuneController):  # type: ignore[misc]
     def _maybe_update_trial_queue(self) -> None:
         # A searcher is asked when a place is free, not before: it then knows of every trial that has ended.
         free = 1_000_000 if self._all_drawn_early else self._limit - len(self._trial_to_actor)
+        until = time.monotonic() + _DRAWS_S
         while len(self._pending_trials) < free and not self._search_alg.is_finished():
-            if not self._update_trial_queue():  # nor is it waited for: a signal is heeded between two steps
+            # Nor is it waited for, or drawn for long: a signal is heeded between two steps.
+            if not self._update_trial_queue() or time.monotonic() >= until:
                 break
 
     def _maybe_add_actors(self) -> None:
         if len(self._trial_to_actor) < self._limit:
             super()._maybe_add_actors()
 
+    def _actor_failed(self, tracked_actor: Any, exception: Exception) -> None:
+        # A process that dies while it is given to the next trial: its task is told to have failed after this.
+        if self._actor_to_trial.get(tracked_actor) not in self._resetting_trials:
+            super()._actor_failed(tracked_actor, exception)
+
+    def _trial_task_failure(self, trial: Any, exception: Exception) -> None:
+        if trial not in self._resetting_trials:
+            self._process_trial_failure(trial, exception)
+            return
+        # Its process could not end the trial before it: this one, which has not begun, gets another.
+        self._on_replaced(death(exception))
+        self._resetting_trials.discard(trial)
+        process = self._trial_to_actor.pop(trial)
+        self._actor_to_trial.pop(process)
+        self._started_actors.discard(process)
+        trial.set_ray_actor(None)
+        process.set_on_stop(None)
+        process.set_on_error(None)
+        self._actor_manager.clear_actor_task_futures(process)
+        self._actor_manager.remove_actor(process, kill=True)  # `stop` would wait for the same once more
+        self._schedule_trial_actor(trial)
+
     def _process_trial_failure(self, trial: Any, exception: BaseException) -> None:
         # Tune writes the exception as a pickle beside the trial; the ledger has it as a line.
-        self._on_death(trial.trial_id, death(exception))
+        self._on_death(trial.trial_id, death(exception), full_words(exception))
         super()._process_trial_failure(trial, exception)
+        self._has_errored = False  # of one trial: the others go on
 
     def on_step_end(self) -> None:
         super().on_step_end()
@@ -134,7 +165,8 @@ def make_controller(
     limit: int,
     all_drawn_early: bool,
     max_failures: int,
-    on_death: Callable[[str, str], None],
+    on_death: Callable[[str, str, str], None],
+    on_replaced: Callable[[str], None],
 ) -> TrialController:
     """A controller with everything that `ray.tune.run` would give it, before its first step.
 
@@ -146,7 +178,8 @@ def make_controller(
         limit: The most trials at a time.
         all_drawn_early: Whether the scheduler needs every trial drawn before it compares them.
         max_failures: How often a process that died is replaced.
-        on_death: Told, before anybody else, Tune's id of a trial that failed and why.
+        on_death: Told, before anybody else, Tune's id of a trial that failed, why in a line, and all that is known.
+        on_replaced: Told why a process could not be given to the next trial, which is started in another.
     """
     experiment = Experiment(
         name=name,
@@ -167,6 +200,7 @@ def make_controller(
         limit=limit,
         all_drawn_early=all_drawn_early,
         on_death=on_death,
+        on_replaced=on_replaced,
         search_alg=search,
         scheduler=scheduler,
         callbacks=list(callbacks),

@@ -6,6 +6,7 @@
     driver      one attempt: Ray, MLflow, the status       trial      what runs in a trial's process
     table       what a person sees meanwhile               launching  the lock, the record, the directory
     outcome     and at the end                             results    what is left: tables, pictures, the best config
+    lineage     whose parameters a population's value is of
 
 Of a sweep over any other Hydra application (`hydra/sweeper=ray_tune`):
 

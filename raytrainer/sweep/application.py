@@ -277,7 +277,7 @@ class _Sweep:
             f"what they print: {self._storage.where(OUTPUT)}"
         )
         for note in self._search.notes:
-            self._display.say(note)
+            self._display.say(_named_here(note))
         self._board = Board(
             self._display,
             self._shared.name,

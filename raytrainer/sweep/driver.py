@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import re
 import time
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import cast
 
 from raytrainer import preflight, provenance, tracking
+from raytrainer.checkpoint import taken_in
 from raytrainer.config import Parameter, flattened
 from raytrainer.errors import ClusterLost, ConfigError, RaytrainerError, Stopped, StorageError, WorkerError
 from raytrainer.interrupts import Interrupted, Interrupts
-from raytrainer.progress import Display
+from raytrainer.progress import Display, duration
 from raytrainer.run import (
     Logs,
     Record,
@@ -31,15 +33,18 @@ from raytrainer.run import (
 )
 from raytrainer.storage import Lock, Storage
 from raytrainer.sweep import results
-from raytrainer.sweep.ledger import Ledger, Mode, Trial
+from raytrainer.sweep.ledger import ERROR, Ledger, Mode, Trial
 from raytrainer.sweep.outcome import Status, SweepOutcome
 from raytrainer.sweep.plan import Plan, trial_spool
 from raytrainer.sweep.table import Board, ranked
-from raytrainer.tracking.sender import LOCAL_PREFIX
+from raytrainer.tracking.tracker import metric_key
 
 _OPEN_S = 30.0  # importing mlflow and making a database, on a busy machine
 _CLOSE_S, _CLOSE_STOPPED_S = 60.0, 3.0  # how long the tracking server is waited for at the end
-_RUN_S = 15.0  # how long a trial waits for its run, where its process needs one
+_SEEN_S = 0.3  # between looks at the spools where another process waits for a run to be made
+_MAKE_S = 2.0  # for what was kept of the sweep's own run, where that could not be made at first
+_DRAW_STOPPED_S = 4.0  # and for the pictures of a stopped sweep
+_OF_TUNE = "tune"  # where Tune keeps what it pauses and copies
 _INTERVAL_S = 10  # seconds between checkpoints of a trial, where the config does not say
 _log = logging.getLogger("raytrainer.sweep")
 
@@ -75,8 +80,13 @@ class SweepDriver:
         self.mode = cast(Mode, plan.mode)
         self._uri = tracking_uri(self.e, record.tracking_uri)
         self._stop_asked = StopAsked(storage, record.job.get("submission_id"))
+        self._best_metric = metric_key(f"best/{plan.metric}")
         self._parent: str | None = None
-        self._of_spool: dict[Path, str] = {}  # whose a spool is, until its run is made
+        self._offline: str | None = None  # the sweep's run, while no server could be reached
+        self._of_spool: dict[Path, str] = {}  # whose a spool is
+        self._known: set[str] = set()  # trials that the fleet has
+        # Where trials spool on this machine, the fleet sends it; on others their processes must.
+        self._ship = not (storage.is_local or self.e.cluster.kind == "local")
         self._fleet: tracking.Fleet | None = None
         self._board: Board | None = None
         ended = [t for t in ledger.trials.values() if t.status not in ("running", "stopped")]
@@ -88,20 +98,20 @@ class SweepDriver:
         """Runs trials, and closes everything whatever happens."""
         error: BaseException | None = None
         reason: str | None = None
+        self.interrupts.deferred = True  # what is begun here is ended below
         opening = in_background(self._open_run, "mlflow-open")
         self._fleet = tracking.Fleet(
             self._uri,
             self.record.experiment_name,
-            parent=lambda: self._parent,
+            parent=self._parent_run,
             on_created=self._run_made,
-            interval_s=2.0 if self.storage.is_local else 0.3,  # somebody waits for a run to be made
+            interval_s=_SEEN_S if self._ship else 2.0,
         )
-        for trial in self.ledger.trials.values():  # what an earlier attempt had no time to send
-            if trial.status not in ("running", "stopped") and trial.run_id is not None:
-                spool = trial_spool(self._trial_dir(trial))
-                self._of_spool[spool] = trial.id
-                self._fleet.adopt(spool, trial.run_id)
         try:
+            self._adopt()
+            self.interrupts.deferred = False
+            self.interrupts.check()
+            self._catch_up()
             with ray_session(self.e, self.interrupts, all_of_it=True) as available:
                 self.logs.mark("ray_up")
                 if self.e.tracking.required:
@@ -118,25 +128,31 @@ class SweepDriver:
         if error is not None and not isinstance(error, Stopped):
             self.logs.text_of("driver", "".join(traceback.format_exception(error)))
         try:
-            self._stop_the_rest(error)
+            error = self._stop_the_rest(error)
             outcome = self._outcome(reason, error)
             outcome = self._close(opening, outcome)
         except Interrupted:  # a second signal
             outcome = self._outcome(reason, error)
             self.display.say(f"forced: what MLflow was not told is in {self.storage.uri}; resume sends it")
-        except (RaytrainerError, OSError) as failed:
-            outcome = self._outcome(reason, error)
-            self.display.say(f"warning: not everything was written: {type(failed).__name__}: {failed}")
         self._tidy.shutdown(wait=outcome.status != "KILLED", cancel_futures=True)
         self.record = replace(self.record, status=outcome.status)
-        try:
-            self.ledger.close()
-            self.record.write(self.storage)
-        except StorageError as failed:
-            self.display.say(f"warning: the sweep's own record does not have its end: {failed}")
+        for write in (self.ledger.close, lambda: self.record.write(self.storage)):
+            try:
+                write()
+            except StorageError as failed:
+                self.display.say(f"warning: the sweep's own record does not have its end: {failed}")
         return replace(outcome, record=self.record)
 
     # --- trials ---------------------------------------------------------------------------------------------------
+
+    def _catch_up(self) -> None:
+        """What trials took over from others, where all was killed before they reported: they go on from it."""
+        for trial in self.ledger.trials.values():
+            if trial.status in ("running", "stopped"):
+                found = taken_in(self._trial_dir(trial).child("checkpoints"))
+                if found is not None and found not in trial.inherited[-1:]:
+                    own = found["parameters"]
+                    self.ledger.inherit(trial.id, found["from"], found["evaluation"], own, self.plan.overrides_of(own))
 
     def _search(self, available: preflight.Resources) -> str:
         import ray
@@ -150,8 +166,10 @@ class SweepDriver:
         each, workers = preflight.per_worker(e, gpu), preflight.least_workers(e)
         # A cluster that grows holds less now than it will.
         nodes = [*supervise.nodes(), *available.more[: available.most_more]]
-        most = max(1, supervise.capacity(each, workers, nodes, e.scaling.placement_strategy))
-        limit = e.sweep.max_concurrent_trials or most
+        fit = max(1, supervise.capacity(each, workers, nodes, e.scaling.placement_strategy))
+        limit, note = at_once(e.sweep.max_concurrent_trials, fit, grows=available.endless)
+        if note is not None:
+            self.display.say(note)
         self.where = f"{self.where}, {limit} trial{'' if limit == 1 else 's'} at a time"
         search = Search(
             e.sweep,
@@ -163,6 +181,7 @@ class SweepDriver:
             overrides_of=self.plan.overrides_of,
             may_change=may_change,
             listener=Listener(self._started, self._reported, self._ended, self.display.say),
+            needs_value=True,
         )
         for note in search.notes:
             self.display.say(note)
@@ -170,12 +189,12 @@ class SweepDriver:
         shared = Shared(
             texts={key: c.text for key, c in self.plan.compositions.items()},
             parameters=self.plan.parameters,
-            fixed=self._fixed(gpu, may_pause and workers > 1),
+            fixed=self._fixed(gpu),
             run_dir=self.storage.uri,
             metric=self.plan.metric,
             mode=self.mode,
             tracking_uri=tracking.redacted(self._uri),
-            ship=not self.storage.is_local,
+            ship=self._ship,
             workers=workers,
             resources=each,
             strategy=e.scaling.placement_strategy,
@@ -184,6 +203,7 @@ class SweepDriver:
             forward_env=e.cluster.forward_env,
             env_file=e.cluster.env_file,
             pauses=may_pause,
+            mark=self.record.mark,
         )
         self._board = Board(
             self.display,
@@ -200,14 +220,15 @@ class SweepDriver:
         with supervise.WorkerOutput(lambda rank, message: None, self._said):
             reason = search.run(
                 ray.tune.with_parameters(TrialProcess, shared=shared),
-                name="tune",
+                name=_OF_TUNE,
                 storage_path=self.storage.uri,
                 resources=supervise.trial_resources(each, workers, e.scaling.placement_strategy),
                 limit=limit,
                 between=self._between,
             )
-        with contextlib.suppress(StorageError):  # pickles that nobody reads
-            self.storage.delete("tune")
+        if reason != "finished":
+            budget = duration(self.e.sweep.time_budget_s or 0)
+            self._say_stopping(f"its time of {budget} (sweep.time_budget_s) is over")
         return reason
 
     def _between(self) -> None:
@@ -215,6 +236,8 @@ class SweepDriver:
 
         if self._stop_asked():
             self.interrupts.ask("stopped by request")
+        if self.interrupts.requested:
+            self._say_stopping(self.interrupts.reason)
         self.interrupts.check()
         self.lock.check()
         if part := supervise.dead_part():
@@ -222,25 +245,45 @@ class SweepDriver:
         assert self._board is not None
         self._board.tick()
 
-    def _fixed(self, gpu: bool, always_saves: bool) -> list[str]:
-        """What every trial has on top of its config.
+    def _say_stopping(self, why: str) -> None:
+        running = sum(trial.status == "running" for trial in self.ledger.trials.values())
+        trials = f"{running} trial{'' if running == 1 else 's'}"
+        self.display.say(f"{why}: stopping {trials}, which can go on from their last checkpoints")
 
-        Args:
-            always_saves: Whether there must be a checkpoint of each report: workers that are to be paused are not asked.
-        """
+    def _fixed(self, gpu: bool) -> list[str]:
+        """What every trial has on top of its config."""
         found = [f"scaling.use_gpu={str(gpu).lower()}", "tracking.log_model=false"]
+        if self._ship:
+            found.append(f"tracking.experiment_name={json.dumps(self.record.experiment_name, ensure_ascii=False)}")
         if self.e.checkpoint.min_interval_s is None:
-            found.append(f"checkpoint.min_interval_s={0 if always_saves else _INTERVAL_S}")
+            found.append(f"checkpoint.min_interval_s={_INTERVAL_S}")
         return found
 
     def _said(self, rank: int | None, line: str) -> None:
         self.logs.text_of("ray" if rank is None else "trials", line)
 
+    def _adopt(self) -> None:
+        """What an earlier attempt had no time to send, of every trial that has a run: also of one that this attempt may
+        never come to."""
+        assert self._fleet is not None
+        for trial in self.ledger.trials.values():
+            if trial.run_id is not None:
+                spool = trial_spool(self._trial_dir(trial))
+                self._of_spool[spool] = trial.id
+                if self._fleet.adopt(spool, trial.run_id):
+                    self._known.add(trial.id)
+
     def _started(self, trial: Trial) -> None:
+        self.ledger.note_run(trial.id, self._open_trial(trial))
+        if self._board is not None:
+            self._board.start(trial)
+
+    def _open_trial(self, trial: Trial) -> str:
         assert self._fleet is not None
         spool = trial_spool(self._trial_dir(trial))
         self._of_spool[spool] = trial.id
-        run_id = self._fleet.open(
+        self._known.add(trial.id)
+        return self._fleet.open(
             spool,
             f"{self.record.name}.{trial.id}",
             params={_name(key): str(value) for key, value in trial.parameters.items()},
@@ -253,11 +296,6 @@ class SweepDriver:
             },
             run_id=trial.run_id,
         )
-        self.ledger.note_run(trial.id, run_id)
-        if not self.storage.is_local:
-            self._wait_for_run(trial)
-        if self._board is not None:
-            self._board.start(trial)
 
     def _reported(self, trial: Trial) -> None:
         pass
@@ -270,13 +308,22 @@ class SweepDriver:
 
     def _finish_run(self, trial: Trial) -> None:
         assert self._fleet is not None
+        if trial.id not in self._known:  # this attempt did not come to it
+            self._open_trial(trial)
         best = trial.best(self.mode)
         tags: dict[str, str] = {"raytrainer.trial_status": trial.status}
         if trial.inherited:  # not what it began with any more
             tags["raytrainer.overrides"] = " ".join(trial.overrides)
+        metrics = {}
         if best is not None:
             tags |= {"raytrainer.best_value": repr(best.value), "raytrainer.best_step": str(best.step)}
-        self._fleet.finish(trial_spool(self._trial_dir(trial)), _IN_MLFLOW[trial.status], trial.cause, tags=tags)
+            metrics[self._best_metric] = (best.value, best.step, best.time)
+        texts = {}
+        if trial.error is not None:
+            with contextlib.suppress(StorageError):  # the cause is told all the same
+                texts[ERROR] = self.storage.read_bytes(trial.error).decode(errors="replace")
+        spool = trial_spool(self._trial_dir(trial))
+        self._fleet.finish(spool, _IN_MLFLOW[trial.status], trial.cause, tags=tags, metrics=metrics, texts=texts)
 
     def _retain(self, ended: Trial) -> None:
         """Deletes the checkpoints of a trial that ended and is not, or no more, among the best `sweep.num_to_keep`."""
@@ -293,23 +340,12 @@ class SweepDriver:
     def _trial_dir(self, trial: Trial) -> Storage:
         return self.storage.child(f"trials/{trial.id}")
 
-    def _wait_for_run(self, trial: Trial) -> None:
-        """Its process sends the metrics itself where they are on a disk of its own: to a run that there must be."""
-        deadline = time.monotonic() + _RUN_S
-        while (trial.run_id or "").startswith(LOCAL_PREFIX) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        if (trial.run_id or "").startswith(LOCAL_PREFIX):
-            self.display.say(
-                f"warning: trial {trial.id} has no run in MLflow in {_RUN_S:g} s; its metrics are not sent"
-            )
-            trial.run_id = None
-
     def _run_made(self, spool_dir: Path, run_id: str) -> None:
         """MLflow has made a trial's run; told by the fleet's thread."""
         with contextlib.suppress(
             StorageError, AssertionError, KeyError
         ):  # the ledger is full, or closed: the tag has it too
-            self.ledger.note_run(self._of_spool.pop(spool_dir), run_id)
+            self.ledger.note_run(self._of_spool[spool_dir], run_id)
 
     # --- MLflow ---------------------------------------------------------------------------------------------------
 
@@ -344,7 +380,9 @@ class SweepDriver:
         )
         self.record = replace(self.record, run_id=run.run_id)
         self.record.write(self.storage)
-        if not run.offline:
+        if run.offline:
+            self._offline = run.run_id
+        else:
             self._parent = run.run_id  # the trials' runs can be made now
         suffix = "" if record.attempts == 1 else f"-{record.attempts}"
         run.log_text(plan.first.text, f"config{suffix}.yaml")
@@ -352,25 +390,84 @@ class SweepDriver:
             run.log_text(origin.patch, f"git{suffix}.patch")
         return run
 
-    def _stop_the_rest(self, error: BaseException | None) -> None:
-        """Trials that Tune did not end are stopped, and can go on: their runs in MLflow say so."""
+    def _parent_run(self) -> str | None:
+        """The sweep's run in MLflow; asked by the fleet's thread, which makes it where there was no server at first."""
+        if self._parent is None and self._offline is not None:
+            try:
+                tracking.replay(self.spool_dir, self._offline, self._uri, timeout_s=_MAKE_S)
+            finally:
+                self._parent = tracking.recorded_run_id(self.spool_dir)
+        return self._parent
+
+    def _stop_the_rest(self, error: BaseException | None) -> BaseException | None:
+        """Trials that Tune did not end are stopped, and can go on: their runs in MLflow say so, also where the ledger
+        cannot. Returns why the sweep failed, which may be the ledger."""
+        cause = str(error) if error is not None else "the sweep's time is over"
         for trial in self.ledger.trials.values():
             if trial.status == "running":
-                self.ledger.end(trial.id, "stopped", str(error) if error is not None else "the sweep's time is over")
-                if self._fleet is not None and trial.run_id is not None:
+                try:
+                    self.ledger.end(trial.id, "stopped", cause)
+                except StorageError as failed:
+                    trial.status, trial.cause, trial.ended = "stopped", cause, time.time()
+                    error = error or failed
+                if trial.run_id is not None:
                     self._finish_run(trial)
+        try:
+            self.ledger.save()
+        except StorageError as failed:
+            error = error or failed
+        return error
 
     def _close(self, opening: Future[tracking.Run], outcome: SweepOutcome) -> SweepOutcome:
         # Somebody waits for the end of a stopped sweep; what is not told in that time stays in the spools.
-        patience = _CLOSE_STOPPED_S if outcome.status == "KILLED" else _CLOSE_S
+        stopped = outcome.status == "KILLED"
+        patience = _CLOSE_STOPPED_S if stopped else _CLOSE_S
         assert self._fleet is not None
+        with contextlib.suppress(StorageError):  # pickles that nobody reads
+            self.storage.delete(_OF_TUNE)
         if outcome.trials:
-            self._write_results(outcome)
-        try:
-            run = opening.result(timeout=_OPEN_S)
-        except (RaytrainerError, TimeoutError):  # it is what the outcome tells already
-            self._fleet.close(0.0)
+            writing = in_background(lambda: self._write_results(outcome), "sweep-results")
+            try:
+                writing.result(_DRAW_STOPPED_S if stopped else None)
+            except TimeoutError:
+                self.display.say("warning: not all results are written yet, and nobody waits for them")
+        run = self._opened(opening, stopped)
+        if run is not None:
+            if stopped:
+                run.hurry(patience)
+            for tell in (self._tell_end, self._tell_files):
+                try:
+                    tell(run, outcome)
+                except (RaytrainerError, OSError) as failed:  # the rest is told all the same
+                    self.display.say(f"warning: MLflow was not told everything: {type(failed).__name__}: {failed}")
+        done = self._fleet.close(patience if run is not None or opening.done() else 0.0)
+        if run is None:
             return outcome
+        try:
+            done = run.finish(outcome.status, outcome.cause, timeout_s=patience) and done
+        except (RaytrainerError, OSError) as failed:
+            self.display.say(f"warning: MLflow was not told the end: {type(failed).__name__}: {failed}")
+        if not done:
+            self.display.say(f"MLflow does not have all of it yet; the rest is in {self.storage.uri}; resume sends it")
+        if run.offline and (made := tracking.recorded_run_id(self.spool_dir)):
+            self.record = replace(self.record, run_id=made)
+        command = run.ui_command and f"{provenance.interpreter()} -m {run.ui_command}"
+        return replace(outcome, mlflow=run.url, mlflow_command=command)
+
+    def _opened(self, opening: Future[tracking.Run], stopped: bool) -> tracking.Run | None:
+        """The sweep's run; None where it could not be opened, or not in time."""
+        # A store on a disk takes its time and never hangs; what it makes after we have left would stay RUNNING.
+        hangs = self._uri.startswith(("http://", "https://"))
+        try:
+            return opening.result(timeout=_CLOSE_STOPPED_S if stopped and hangs else _OPEN_S)
+        except TimeoutError:
+            self.display.say("warning: MLflow does not answer; resume tells it what became of the sweep")
+        except (RaytrainerError, OSError) as failed:
+            if not self.e.tracking.required:  # else it is what the outcome tells already
+                self.display.say(f"warning: the sweep has no run in MLflow: {type(failed).__name__}: {failed}")
+        return None
+
+    def _tell_end(self, run: tracking.Run, outcome: SweepOutcome) -> None:
         tags: dict[str, str] = {"raytrainer.exit_code": str(outcome.exit_code), **_counted(outcome.trials)}
         if best := ranked(outcome.trials, self.mode)[:1]:
             report = best[0].best(self.mode)
@@ -378,20 +475,20 @@ class SweepDriver:
             tags |= {
                 "raytrainer.best_trial": best[0].id,
                 "raytrainer.best_value": repr(report.value),
+                "raytrainer.best_step": str(report.step),
                 "raytrainer.best_overrides": " ".join(best[0].overrides),
             }
+            # Over the number of trials: a later attempt has more of them.
+            run.log_metrics({self._best_metric: report.value}, len(outcome.trials), report.time)
         run.set_tags(tags)
+
+    def _tell_files(self, run: tracking.Run, outcome: SweepOutcome) -> None:
         self.logs.mark("ray_down")
         self.logs.write_marks()
         run.log_artifact(self.logs.folder)
         if outcome.trials:
             with results.as_folder(self.storage) as folder:
                 run.log_artifact(folder)
-        done = self._fleet.close(patience)
-        if not (run.finish(outcome.status, outcome.cause, timeout_s=patience) and done):
-            self.display.say(f"MLflow does not have all of it yet; the rest is in {self.storage.uri}; resume sends it")
-        command = run.ui_command and f"{provenance.interpreter()} -m {run.ui_command}"
-        return replace(outcome, mlflow=run.url, mlflow_command=command)
 
     def _write_results(self, outcome: SweepOutcome) -> None:
         try:
@@ -401,7 +498,6 @@ class SweepDriver:
                 plan=self.plan,
                 metric=self.plan.metric,
                 mode=self.mode,
-                pictures=outcome.status != "KILLED",
             )
         except Exception as error:  # noqa: BLE001  drawing may fail in many ways; the ledger has what was drawn
             self.logs.text_of("driver", "".join(traceback.format_exception(error)))
@@ -427,14 +523,38 @@ class SweepDriver:
         failed = [t for t in trials if t.status == "failed"]
         allowed = self.e.sweep.allow_failed
         most = len(failed) if allowed is True else int(allowed)
-        if not any(t.status == "finished" for t in trials):
-            first = f", the first by {failed[0].cause}" if failed else ""
-            why = f"no trial finished: {len(failed)} failed{first}"
-            return replace(base, status="FAILED", exit_code=1, cause=why, note=note)
+        if not any(t.status == "finished" and t.best(self.mode) is not None for t in trials):
+            return replace(base, status="FAILED", exit_code=1, cause=self._why_none(trials, reason), note=note)
         if len(failed) > most:
             why = f"{len(failed)} of {len(trials)} trials failed, and sweep.allow_failed={str(allowed).lower()}"
             return replace(base, status="FAILED", exit_code=1, cause=why, note=note)
         return replace(base, note=note)
+
+    def _why_none(self, trials: Sequence[Trial], reason: str | None) -> str:
+        """Why no trial has finished with a value."""
+        failed = [t for t in trials if t.status == "failed"]
+        if failed:
+            return f"no trial finished: {len(failed)} of {len(trials)} failed, the first by {failed[0].cause}"
+        if any(t.status == "finished" for t in trials):
+            return f"no trial has a value of {self.plan.metric} that is a number"
+        if reason != "finished":
+            budget = duration(self.e.sweep.time_budget_s or 0)
+            return f"its time of {budget} (sweep.time_budget_s) was over before a trial had finished"
+        return "no trial finished: all were pruned" if trials else "no trial was drawn"
+
+
+def at_once(asked: int | None, fit: int, *, grows: bool = False) -> tuple[int, str | None]:
+    """How many trials run at a time, and what is to be said of it.
+
+    Args:
+        asked: `sweep.max_concurrent_trials`.
+        fit: How many the cluster can place: more would wait for each other.
+        grows: The cluster may become larger than is known.
+    """
+    if asked is None or (asked > fit and not grows):
+        note = None if asked is None else f"sweep.max_concurrent_trials={asked}: there is room for {fit} at a time"
+        return fit, note
+    return asked, None
 
 
 def may_change(key: str) -> bool:

@@ -4,7 +4,7 @@ Knows neither experiments nor MLflow: any Hydra application's trials are run by 
 from __future__ import annotations
 
 import json
-import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,9 @@ from raytrainer.errors import ConfigError
 from raytrainer.sweep import schedule, search
 from raytrainer.sweep.ledger import Ledger, Mode, Report, Status, Trial
 
-_log = logging.getLogger("raytrainer.sweep")
+_LONGEST = 500  # characters of a cause; all of it is in the file beside the trial
+
+_SECONDS = "time_this_iter_s"  # in Tune's results: how long the process was at it
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Search:
         overrides_of: Parameters → the overrides that set them.
         may_change: Whether a key may change in the middle of a trial.
         listener: Who is told.
+        needs_value: Whether a trial of which every value was NaN or infinite has failed.
 
     Raises:
         ConfigError: A searcher or scheduler that cannot be made, or does not go with the parameters.
@@ -68,14 +71,17 @@ class Search:
         overrides_of: Callable[[Mapping[str, Any]], list[str]],
         may_change: Callable[[str], bool],
         listener: Listener,
+        needs_value: bool = False,
     ) -> None:
         self._config, self._parameters, self._mode = config, list(parameters), mode
         self._ledger, self._overrides_of, self._listener = ledger, overrides_of, listener
+        self._needs_value = needs_value
         trials = list(ledger.trials.values())
         drawn = len(trials)
         seed = seed if config.seed is None else config.seed
-        inner = search.make_search(config.search_alg, parameters, seed=seed, drawn=drawn)
-        self.total = search.total_of(inner, parameters, config.num_samples)
+        distinct = not schedule.parts_ways(config.scheduler)
+        inner = search.make_search(config.search_alg, parameters, seed=seed, drawn=drawn, distinct=distinct)
+        self.total = search.total_of(config.search_alg, parameters, config.num_samples, distinct=distinct)
         self.scheduler = schedule.make_scheduler(
             config.scheduler,
             parameters,
@@ -86,6 +92,11 @@ class Search:
         )
         notes = (search.tell(inner, trials, mode), schedule.replay(self.scheduler, trials)) if trials else ()
         self.notes = [note for note in notes if note is not None]
+        if self.total is not None and config.num_samples is not None and self.total < config.num_samples:
+            self.notes.append(
+                f"sweep.num_samples={config.num_samples} is more than there are combinations: each of the {self.total} "
+                "is run once"
+            )
         self._draws = search.Draws(
             inner,
             parameters,
@@ -95,7 +106,7 @@ class Search:
             overrides_of=overrides_of,
             on_draw=self._started,
         )
-        self._deaths: dict[str, str] = {}
+        self._deaths: dict[str, tuple[str, str]] = {}
         self._hopeless: ConfigError | None = None
 
     def run(
@@ -119,8 +130,11 @@ class Search:
                 of a trial killed.
 
         Raises:
-            ConfigError: A trial failed by what every other would fail by, too.
+            ConfigError: A trial failed by what every other would fail by, too; or the scheduler needs to know how many
+                trials there will be.
+            Exception: What the ledger, a listener, the searcher or the scheduler raised, as it is.
         """
+        schedule.check_bounded(self.scheduler, self._config.search_alg, self._config.num_samples)
         pauses = schedule.pauses(self.scheduler)
         controller = supervise.make_controller(
             trainable,
@@ -135,6 +149,7 @@ class Search:
             all_drawn_early=pauses,
             max_failures=self._config.max_trial_failures,
             on_death=self._died,
+            on_replaced=lambda cause: self._listener.say(f"{cause}; the next trial gets another process"),
         )
         budget, began = self._config.time_budget_s, time.monotonic()
         try:
@@ -173,30 +188,46 @@ class Search:
             metrics=found["metrics"],
             time=time.time(),
             interim=bool(found.get("interim")),
+            seconds=result.get(_SECONDS),
         )
         self._ledger.report(trial.id, report)
         self._listener.report(trial)
 
     def ended(self, trial: Trial, result: Mapping[str, Any]) -> None:
         """Tune has no more use for a trial: it came to its end, or was stopped before."""
-        end: dict[str, Any] = json.loads(result["end"]) if "end" in result else {"status": "pruned"}
-        self._end(trial, end["status"], end.get("cause"))
+        if "end" in result:
+            end: dict[str, Any] = json.loads(result["end"])
+        else:  # Tune stopped it: for being worse, or for being as old as a trial gets
+            old = schedule.is_full_length(self.scheduler, result.get(schedule.TIME, 0))
+            end = {"status": "finished" if old else "pruned"}
+        values = [report.value for report in trial.reports]
+        if self._needs_value and end["status"] != "failed" and values and not any(map(math.isfinite, values)):
+            end = {"status": "failed", "cause": f"diverged: all of its {len(values)} values are nan or infinite"}
+        self._end(trial, end["status"], end.get("cause"), end.get("traceback"))
         if end.get("hopeless"):
             self._hopeless = ConfigError(end["cause"].partition(": ")[2])
 
     def failed(self, trial: Trial, tune_id: str) -> None:
         """Its process died or raised, and is not started again."""
-        self._end(trial, "failed", self._deaths.get(tune_id, "its process died"))
+        self._end(trial, "failed", *self._deaths.get(tune_id, ("its process died",)))
 
     def recovered(self, trial: Trial, tune_id: str) -> None:
-        self._listener.say(f"trial {trial.id}: {self._deaths.get(tune_id)}; it is tried again")
+        cause, _ = self._deaths[tune_id]
+        self._listener.say(f"trial {trial.id}: {_line(cause)}; it is tried again")
 
-    def _end(self, trial: Trial, status: Status, cause: str | None) -> None:
-        self._ledger.end(trial.id, status, cause)
+    def _end(self, trial: Trial, status: Status, cause: str | None, trace: str | None = None) -> None:
+        cause = None if cause is None else _line(cause)
+        self._ledger.end(trial.id, status, cause, trace=trace if status == "failed" else None)
         self._listener.end(trial)
 
-    def _died(self, tune_id: str, cause: str) -> None:
-        self._deaths[tune_id] = cause
+    def _died(self, tune_id: str, cause: str, trace: str) -> None:
+        self._deaths[tune_id] = cause, trace
+
+
+def _line(text: str) -> str:
+    """A text of several lines as one, which fits where a line does."""
+    found = " ".join(text.split())
+    return found if len(found) <= _LONGEST else f"{found[:_LONGEST]}…"
 
 
 class _Events(tune.Callback):  # type: ignore[misc]

@@ -124,8 +124,9 @@ class FunctionProcess(tune.Trainable):  # type: ignore[misc]
             # `sys.exit()` ends the function, not the process.
             failure = error if isinstance(error, Exception) else RuntimeError(f"{self._shared.name}() raised {error!r}")
             failed = worker.described(failure, 0)
+            end = {"status": "failed", "cause": failed.cause, "traceback": "".join(traceback.format_exception(error))}
             again = self._shared.retries and failed.retry
-            self._put_last(failed if again else self._last({"status": "failed", "cause": failed.cause}, math.nan))
+            self._put_last(failed if again else self._last(end, math.nan))
             traceback.clear_frames(error.__traceback__)  # they hold whatever the function had
 
     def _call(self) -> float:
@@ -193,8 +194,8 @@ class FunctionProcess(tune.Trainable):  # type: ignore[misc]
         if self._thread.is_alive():
             # The process ends with this, and the thread with it.
             raise WorkerError(
-                f"trial {self._trial}, which was stopped in this process before, did not end in {_ENDS_S:g} s: its "
-                "function must not catch BaseException, and not take long in `finally`"
+                f"trial {self._trial} was stopped, and did not end in {_ENDS_S:g} s: its function must not catch "
+                "BaseException, and not take long in `finally`"
             )
 
 

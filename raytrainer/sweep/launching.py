@@ -10,17 +10,19 @@ from datetime import UTC, datetime
 from typing import cast
 
 from raytrainer import run, tracking
-from raytrainer.errors import PreflightError, StorageLocked
+from raytrainer.errors import ConfigError, PreflightError, StorageLocked
 from raytrainer.interrupts import Interrupts
 from raytrainer.progress import Display
 from raytrainer.run import CONFIG, Logs, Record, experiment_name, lock_owner, refuse_existing, tracking_uri
 from raytrainer.storage import Storage
 from raytrainer.sweep.driver import SweepDriver, may_change
-from raytrainer.sweep.ledger import Ledger, Mode
+from raytrainer.sweep.ledger import Ledger, Mode, Trial
 from raytrainer.sweep.outcome import SweepOutcome
 from raytrainer.sweep.plan import Plan
-from raytrainer.sweep.schedule import make_scheduler
-from raytrainer.sweep.search import check_search
+from raytrainer.sweep.schedule import check_bounded, make_scheduler, parts_ways
+from raytrainer.sweep.search import check_search, total_of
+
+_FAILURES = "max_trial_failures"  # what an attempt permitted, in the ledger
 
 
 def check(plan: Plan, record: Record | None = None) -> str:
@@ -32,7 +34,7 @@ def check(plan: Plan, record: Record | None = None) -> str:
     where = run.check(plan.example, record)
     s = plan.experiment.sweep
     check_search(s.search_alg, plan.parameters)
-    make_scheduler(
+    scheduler = make_scheduler(
         s.scheduler,
         plan.parameters,
         mode=cast(Mode, plan.mode),
@@ -40,13 +42,53 @@ def check(plan: Plan, record: Record | None = None) -> str:
         may_change=may_change,
         search=s.search_alg,
     )
+    check_bounded(scheduler, s.search_alg, s.num_samples)
     return where
 
 
 def in_words(plan: Plan) -> str:
     """E.g. `64 trials of sweep=asha over optimizer.lr, model.width`."""
-    count = "" if plan.total is None else f"{plan.total} trials of "
+    s = plan.experiment.sweep
+    total = total_of(s.search_alg, plan.parameters, s.num_samples, distinct=not parts_ways(s.scheduler))
+    count = "" if total is None else f"{total} trials of "
     return f"{count}sweep={plan.choice} over {', '.join(p.key for p in plan.parameters)}"
+
+
+def to_retry(plan: Plan, ledger: Ledger) -> list[Trial]:
+    """The failed trials that an attempt tries again: where it permits more failures than the one before it. Those whose
+    parameters made them diverge would do it again."""
+    before = ledger.attempts[-1].get(_FAILURES, 0) if ledger.attempts else None
+    if before is None or plan.experiment.sweep.max_trial_failures <= before:
+        return []
+    return [t for t in ledger.trials.values() if t.status == "failed" and not t.diverged]
+
+
+def resume_words(plan: Plan, ledger: Ledger) -> str:
+    """What an attempt does with what is there.
+
+    Raises:
+        ConfigError: There are more trials than it is to have.
+    """
+    trials, total = list(ledger.trials.values()), plan.total
+    if total is not None and total < len(trials):
+        raise ConfigError(
+            f"is less than the {len(trials)} trials that were drawn; more can be added, none taken away",
+            key="sweep.num_samples",
+            value=total,
+        )
+    retried = len(to_retry(plan, ledger))
+    open_ = sum(t.status in ("running", "stopped") for t in trials)
+    failed = sum(t.status == "failed" and not t.diverged for t in trials) - retried
+    parts = [f"{len(trials) - open_ - retried} trials have ended and are kept"]
+    parts += [f"{open_} {'goes' if open_ == 1 else 'go'} on"] if open_ else []
+    parts += [f"{retried} that failed {'is' if retried == 1 else 'are'} tried again"] if retried else []
+    if total is None or total > len(trials):
+        parts.append("the rest is drawn" if total is None else f"{total - len(trials)} more are drawn")
+    told = "going on: " + ", ".join(parts)
+    if failed and not retried:
+        more = plan.experiment.sweep.max_trial_failures + 1
+        told += f"; sweep.max_trial_failures={more} would try the {failed} that failed again"
+    return told
 
 
 def launch(
@@ -83,6 +125,8 @@ def launch(
             if record is None:
                 refuse_existing(e, storage)  # again, now that nobody else can make it
             now = datetime.now(UTC).isoformat(timespec="seconds")
+            ledger = Ledger.open(storage)
+            resumption = None if record is None else resume_words(plan, ledger)
             old = record or Record(e.name or "", storage.uri, created=now, kind="sweep")
             record = replace(
                 old,
@@ -96,10 +140,15 @@ def launch(
             storage.write_bytes(CONFIG, plan.first.text.encode())
             plan.write(storage)
             record.write(storage)
-            ledger = Ledger.open(storage)
-            ledger.begin({"attempt": record.attempts, "argv": list(argv), "created": now})
+            retried = to_retry(plan, ledger)
+            info = {"attempt": record.attempts, "argv": list(argv), "created": now}
+            ledger.begin({**info, _FAILURES: e.sweep.max_trial_failures})
+            for trial in retried:
+                ledger.reopen(trial.id)
             with Logs(storage, display) as logs:
                 logs.mark("checked")
                 display.say(f"{record.name}: {in_words(plan)}, {where}")
+                if resumption is not None:
+                    display.say(resumption)
                 outcome = SweepDriver(plan, record, storage, display, logs, lock, interrupts, ledger, argv, where).run()
     return replace(outcome, seconds=time.monotonic() - began)

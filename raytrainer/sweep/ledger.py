@@ -3,10 +3,10 @@ What a sweep resumes from and what its tables are made of. Neither Ray nor torch
 
     {"kind": "begin", "version": 1, "time": …, "info": {…}}                        an attempt at the sweep
     {"kind": "start", "id": "0001", "time": …, "parameters": {…}, "overrides": […]}
-    {"kind": "report", "id": "0001", "evaluation": 1, "step": 100, "value": 0.5, "time": …, "metrics": {…}}
+    {"kind": "report", "id": "0001", "evaluation": 1, "step": 100, "value": 0.5, "time": …, "seconds": 1.5, "metrics": {…}}
     {"kind": "inherit", "id": "0001", "from": "0002", "evaluation": 1, "time": …, "parameters": {…}, "overrides": […]}
     {"kind": "run", "id": "0001", "run_id": "…"}
-    {"kind": "end", "id": "0001", "time": …, "status": "finished", "cause": null}
+    {"kind": "end", "id": "0001", "time": …, "status": "finished", "cause": null}      and "error": a file, if it failed
     {"kind": "reopen", "id": "0001", "time": …}
 
 NaN and infinities are `"nan"`, `"inf"` and `"-inf"` among numbers, and `{"float": "nan"}` among parameters.
@@ -29,6 +29,7 @@ from raytrainer.storage import Storage
 from raytrainer.tracking.spool import storage_errors
 
 FILE = "ledger.jsonl"
+ERROR = "error.txt"
 FORMAT = 1
 WORST = 1e30
 _STATUSES = ("running", "finished", "pruned", "failed", "stopped")
@@ -53,6 +54,7 @@ class Report:
         time: Seconds since the epoch.
         interim: Whether the value is for the scheduler alone: what a function of another application reports before it
             returns its value.
+        seconds: Of training since the report before, or since the trial began or went on; None: not known.
     """
 
     evaluation: int
@@ -61,6 +63,7 @@ class Report:
     metrics: Mapping[str, float]
     time: float
     interim: bool = False
+    seconds: float | None = None
 
 
 @dataclass
@@ -75,7 +78,12 @@ class Trial:
         run_id: Its run in MLflow, or the id made for it while there is no server.
         reports: In order.
         cause: Why it failed, was pruned or stopped; one line.
+        error: The file with the traceback of one that failed, below the sweep's directory.
+        seconds: For which it trained, until its last report or its end: not those in which it waited for its place, or its
+            sweep was away. None: not known.
+        since: When what is not in `seconds` yet began.
         inherited: What population based training copied into it: `evaluation`, `from` and `parameters` of each.
+        before: For each of these, how many reports there were, and the parameters until then.
     """
 
     id: str
@@ -87,7 +95,11 @@ class Trial:
     status: Status = "running"
     cause: str | None = None
     ended: float | None = None
+    error: str | None = None
     inherited: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float | None = None
+    since: float | None = None
+    before: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
 
     @property
     def diverged(self) -> bool:
@@ -97,6 +109,17 @@ class Trial:
         if self.reports and not math.isfinite(self.reports[-1].value):
             return True
         return self.cause is not None and NonFiniteLoss.__name__ in self.cause.partition(":")[0]
+
+    def took(self, now: float | None = None) -> float | None:
+        """Seconds for which it trained; of one that runs or of which no seconds are known, with those of the clock until
+        it ended, or until `now`."""
+        if self.status != "running" and self.seconds is not None:
+            return self.seconds
+        until = now if self.ended is None else self.ended
+        if until is None:
+            return self.seconds
+        since = self.started if self.since is None else self.since
+        return (self.seconds or 0.0) + max(0.0, until - since)
 
     def best(self, mode: Mode) -> Report | None:
         """The report with the best value, the earliest of equals; None where no value is finite, or all are interim."""
@@ -117,8 +140,9 @@ class Ledger:
 
     Locally a line is with the operating system when a method returns, so that a killed process loses nothing; it is on
     the disk within about a second, which is what a power cut can lose. At a URI, where nothing can be appended to, the
-    whole file is uploaded at most every 5 s, which is what a killed process can lose. `begin` and `close` wait until
-    everything is there.
+    whole file is uploaded: before a method returns that says which trials there are, whose they are in MLflow and which
+    have ended, so that no id is given twice; for reports at most every 5 s, which is what a killed process can lose.
+    `begin`, `save` and `close` wait until everything is there.
 
     Attributes:
         trials: All of them by id, in the order in which they were drawn, as the file has them.
@@ -162,7 +186,7 @@ class Ledger:
                 self._whole = b""
             now = self._clock()
             self._sink.append(_line({"kind": "begin", "version": FORMAT, "time": now, "info": dict(info)}))
-            self._sink.save()
+            self._sink.sync()
             self.attempts.append({"time": now, **info})
 
     def start(self, trial: Trial) -> None:
@@ -171,14 +195,17 @@ class Ledger:
         with self._lock:
             self._append(line if trial.run_id is None else {**line, "run_id": trial.run_id})
             self._start(trial)
+            self._settle()
 
     def report(self, id: str, report: Report) -> None:  # noqa: A002  the trial's, as everywhere
         """An evaluation. One with a number that the trial has had (it went on from an earlier checkpoint, or began
         anew) takes the place of that and of those after it, but of none from before an exploit."""
         numbers = {"evaluation": report.evaluation, "step": report.step, "value": report.value, "time": report.time}
-        interim = {"interim": True} if report.interim else {}
+        rest: dict[str, Any] = {"interim": True} if report.interim else {}
+        if report.seconds is not None:
+            rest["seconds"] = round(report.seconds, 3)
         with self._lock:
-            self._append({"kind": "report", "id": id, **numbers, "metrics": dict(report.metrics), **interim})
+            self._append({"kind": "report", "id": id, **numbers, "metrics": dict(report.metrics), **rest})
             self._report(id, report)
 
     def inherit(
@@ -194,25 +221,47 @@ class Ledger:
         with self._lock:
             self._append({**line, **_drawn(parameters, overrides)})
             self._inherit(id, source, evaluation, dict(parameters), list(overrides))
+            self._settle()
 
-    def end(self, id: str, status: Status, cause: str | None = None) -> None:  # noqa: A002
-        """A trial ended: how, and in one line why."""
+    def end(self, id: str, status: Status, cause: str | None = None, *, trace: str | None = None) -> None:  # noqa: A002
+        """A trial ended: how, in one line why, and the whole traceback, which becomes a file beside the trial."""
+        error = None if trace is None else self._keep(f"trials/{id}/{ERROR}", trace)
         with self._lock:
             now = self._clock()
-            self._append({"kind": "end", "id": id, "time": now, "status": status, "cause": cause})
-            self._set(id, status, cause, now)
+            line = {"kind": "end", "id": id, "time": now, "status": status, "cause": cause}
+            self._append(line if error is None else {**line, "error": error})
+            self._set(id, status, cause, now, error)
+            self._settle()
+
+    def _keep(self, name: str, text: str) -> str | None:
+        try:
+            self._storage.write_bytes(name, text.encode(errors="replace"))
+        except StorageError as failed:
+            _log.warning("a traceback was not kept: %s", failed)
+            return None
+        return name
 
     def note_run(self, id: str, run_id: str) -> None:  # noqa: A002
         """The trial's run in MLflow."""
         with self._lock:
             self._append({"kind": "run", "id": id, "run_id": run_id})
-            self.trials[id].run_id = run_id
+            first, self.trials[id].run_id = self.trials[id].run_id is None, run_id
+            if first:  # what comes later is found by it
+                self._settle()
 
     def reopen(self, id: str) -> None:  # noqa: A002
         """A trial that had not come to its end goes on, or one that failed is tried again."""
         with self._lock:
-            self._append({"kind": "reopen", "id": id, "time": self._clock()})
-            self._set(id, "running", None, None)
+            now = self._clock()
+            self._append({"kind": "reopen", "id": id, "time": now})
+            self._reopen(id, now)
+            self._settle()
+
+    def save(self) -> None:
+        """Waits until everything is on the disk, or uploaded."""
+        with self._lock:
+            if self._sink is not None:
+                self._sink.sync()
 
     def close(self) -> None:
         """Waits until everything is on the disk, or uploaded. Again: nothing."""
@@ -227,22 +276,41 @@ class Ledger:
         self.trials[trial.id] = trial
 
     def _report(self, id: str, report: Report) -> None:  # noqa: A002
-        reports = self.trials[id].reports
+        trial, reports = self.trials[id], self.trials[id].reports
+        if report.seconds is not None:
+            trial.seconds = (trial.seconds or 0.0) + report.seconds
+        trial.since = report.time
         while len(reports) > self._kept.get(id, 0) and reports[-1].evaluation >= report.evaluation:
             reports.pop()
         reports.append(report)
 
     def _inherit(self, id: str, source: str, evaluation: int, parameters: dict[str, Any], overrides: list[str]) -> None:  # noqa: A002
         trial = self.trials[id]
+        trial.before.append((len(trial.reports), trial.parameters))
         trial.parameters, trial.overrides = parameters, overrides
         trial.inherited.append({"evaluation": evaluation, "from": source, "parameters": dict(parameters)})
         self._kept[id] = len(trial.reports)
 
-    def _set(self, id: str, status: Status, cause: str | None, ended: float | None) -> None:  # noqa: A002
+    def _set(
+        self,
+        id: str,  # noqa: A002
+        status: Status,
+        cause: str | None,
+        ended: float | None,
+        error: str | None = None,
+    ) -> None:
         trial = self.trials[id]
-        trial.status, trial.cause, trial.ended = status, cause, ended
+        trial.status, trial.cause, trial.ended, trial.error = status, cause, ended, error
+
+    def _reopen(self, id: str, now: float) -> None:  # noqa: A002
+        self._set(id, "running", None, None)
+        self.trials[id].since = now
 
     # Lines
+
+    def _settle(self) -> None:
+        assert self._sink is not None
+        self._sink.settle()
 
     def _append(self, line: dict[str, Any]) -> None:
         assert self._sink is not None, "begin comes first, and nothing after close"
@@ -276,18 +344,19 @@ class Ledger:
         elif kind == "report":
             metrics = {str(key): _number(value) for key, value in line["metrics"].items()}
             numbers = int(line["evaluation"]), int(line["step"]), _number(line["value"])
-            self._report(line["id"], Report(*numbers, metrics, line["time"], bool(line.get("interim"))))
+            rest = bool(line.get("interim")), line.get("seconds")
+            self._report(line["id"], Report(*numbers, metrics, line["time"], *rest))
         elif kind == "inherit":
             parameters = {str(key): _restored(value) for key, value in line["parameters"].items()}
             self._inherit(line["id"], line["from"], int(line["evaluation"]), parameters, list(line["overrides"]))
         elif kind == "end":
             if line["status"] not in _STATUSES:
                 raise ValueError(f"status {line['status']}")
-            self._set(line["id"], line["status"], line["cause"], line["time"])
+            self._set(line["id"], line["status"], line["cause"], line["time"], line.get("error"))
         elif kind == "run":
             self.trials[line["id"]].run_id = line["run_id"]
         elif kind == "reopen":
-            self._set(line["id"], "running", None, None)
+            self._reopen(line["id"], line["time"])
         # Anything else is a later version's, which has raised the format if it cannot be left out.
 
 
@@ -345,6 +414,7 @@ class _Sink:
         self._every_s = every_s
         self._dirty, self._closing = threading.Event(), threading.Event()
         self._failure: StorageError | None = None
+        self._warned = False
         self._thread = threading.Thread(target=self._saving, name="raytrainer-ledger", daemon=True)
         self._thread.start()
 
@@ -354,7 +424,21 @@ class _Sink:
         self._put(data)
         self._dirty.set()
 
-    def save(self) -> None:
+    def sync(self) -> None:
+        """Saves what was appended.
+
+        Raises:
+            StorageError: It cannot be, or could not be before.
+        """
+        if self._failure is not None:
+            raise self._failure
+        self._save()
+
+    def settle(self) -> None:
+        """After a line that a killed process must not lose."""
+        raise NotImplementedError
+
+    def _save(self) -> None:
         raise NotImplementedError
 
     def _put(self, data: bytes) -> None:
@@ -364,28 +448,30 @@ class _Sink:
         self._closing.set()
         self._dirty.set()
         self._thread.join()
-        if self._failure is not None:
-            raise self._failure
-        self.save()
+        self.sync()
 
     def _saving(self) -> None:
-        warned = False
         while not self._closing.is_set():
             self._dirty.wait()
             if self._closing.wait(self._every_s):
                 return
             self._dirty.clear()
-            try:
-                self.save()
-                warned = False
-            except StorageError as error:
-                if self._final(error):
-                    self._failure = error
-                    return
-                if not warned:
-                    _log.warning("the sweep's ledger is kept in memory until it can be saved: %s", error)
-                warned = True
-                self._dirty.set()
+            self._try()
+
+    def _try(self) -> None:
+        """Saves; a failure that may pass is said once, and the thread tries again."""
+        try:
+            self._save()
+            self._warned = False
+        except StorageError as error:
+            if self._final(error):
+                self._failure = error
+                self._closing.set()
+                return
+            if not self._warned:
+                _log.warning("the sweep's ledger is kept in memory until it can be saved: %s", error)
+            self._warned = True
+            self._dirty.set()
 
     def _final(self, error: StorageError) -> bool:
         raise NotImplementedError
@@ -425,7 +511,10 @@ class _LocalFile(_Sink):
                 raise
         self._end, self._torn = self._end + len(data), False
 
-    def save(self) -> None:
+    def settle(self) -> None:
+        """Nothing: it is the kernel's."""
+
+    def _save(self) -> None:
         with storage_errors(self._path):
             os.fsync(self._descriptor)
 
@@ -446,14 +535,27 @@ class _RemoteFile(_Sink):
         del size
         self._storage, self._data = storage, bytearray(whole)
         self._uploading = threading.Lock()
+        self._uploaded, self._away_until = -1, 0.0
         super().__init__(_UPLOAD_S)
 
     def _put(self, data: bytes) -> None:
         self._data += data
 
-    def save(self) -> None:
+    def settle(self) -> None:
+        if self._failure is None and time.monotonic() < self._away_until:
+            return  # nobody waits again and again for a storage that is away
+        self._try()
+        if self._failure is not None:
+            raise self._failure
+        if self._warned:
+            self._away_until = time.monotonic() + _UPLOAD_S
+
+    def _save(self) -> None:
         with self._uploading:
-            self._storage.write_bytes(FILE, bytes(self._data))
+            data = bytes(self._data)
+            if len(data) != self._uploaded:
+                self._storage.write_bytes(FILE, data)
+                self._uploaded = len(data)
 
     def _final(self, error: StorageError) -> bool:
         return isinstance(error, StorageFull)  # anything else may pass; nothing is lost while this process lives

@@ -11,8 +11,9 @@ from typing import Literal, cast
 from raytrainer.progress import duration
 from raytrainer.run import Record
 from raytrainer.sweep.ledger import Mode, Trial
+from raytrainer.sweep.lineage import parameters_at, stretches
 from raytrainer.sweep.plan import Plan
-from raytrainer.sweep.table import command_line, final_table, ranked
+from raytrainer.sweep.table import command_line, final_table, ranked, schedule_text
 
 _MOST_FAILED = 5  # trials whose causes are told at the end
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -59,7 +60,12 @@ def summary(outcome: SweepOutcome, program: str) -> str:
     if outcome.cause and outcome.status == "FAILED":
         rows.append(("cause", outcome.cause))
     failed = [t for t in outcome.trials if t.status == "failed"]
-    rows += [("failed", f"{trial.id}: {trial.cause}") for trial in failed[:_MOST_FAILED]]
+    for trial in failed[:_MOST_FAILED]:
+        # What ended the sweep is told already.
+        whole = outcome.cause is None or not (trial.cause or "").endswith(outcome.cause)
+        rows.append(("failed", f"{trial.id}: {trial.cause}" if whole else f"{trial.id}: that was its cause"))
+        if trial.error is not None:
+            rows.append(("", f"{record.run_dir}/{trial.error}"))
     if counts["failed"] > _MOST_FAILED:
         rows.append(("", f"and {counts['failed'] - _MOST_FAILED} more"))
     rows.append(("where", outcome.where))
@@ -71,15 +77,25 @@ def summary(outcome: SweepOutcome, program: str) -> str:
         report = best[0].best(mode)
         assert report is not None
         rows.append(("best", f"{plan.metric} {report.value:.4g} at step {report.step} of trial {best[0].id}"))
-        rows.append(("", command_line(program, plan.fixed, best[0])))
+        overrides = plan.overrides_of(parameters_at(best[0], report))
+        rows.append(("", command_line(program, plan.options, plan.fixed, overrides)))
+        if len(path := stretches(best[0], report, outcome.trials)) > 1:
+            rows.append(("", f"schedule: {schedule_text(path)}; trained under all of it, the command has the last"))
     following = [outcome.mlflow_command] if outcome.mlflow_command else []
     if best and "://" not in record.run_dir:
         following.append(f"{program} --config-dir={shlex.quote(record.run_dir + '/best')} experiment=best")
     whole = outcome.status == "FINISHED" and outcome.note is None
-    more = f" sweep.num_samples={2 * len(outcome.trials)}" if whole and plan.total is not None else ""
+    # Fewer than were asked for are all combinations that there are.
+    all_drawn = plan.total is not None and len(outcome.trials) >= plan.total
+    more = f" sweep.num_samples={2 * len(outcome.trials)}" if whole and all_drawn else ""
+    if failed and outcome.resumable:  # alone it fails again, where a person can look
+        following.append(f"{program} rerun {record.name}.{failed[0].id}")
     if not outcome.resumable:
         following.append(f"{program} rerun {record.name} key=value…")
-    elif more or not whole:
+    elif whole or outcome.note is not None or not all_drawn or counts["stopped"]:
+        following += [f"{program} resume {record.name}{more}"] if more or not whole else []
+    elif any(not trial.diverged for trial in failed):  # nothing is left to go on with but what failed
+        more = f" sweep.max_trial_failures={plan.experiment.sweep.max_trial_failures + 1}"
         following.append(f"{program} resume {record.name}{more}")
     rows += [("next" if not i else "", text) for i, text in enumerate(following)]
     lines = [f"{name:<8} {text}" for name, text in rows]

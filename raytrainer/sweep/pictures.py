@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from raytrainer.sweep.ledger import Mode, Trial
+from raytrainer.sweep.lineage import best_parameters
 from raytrainer.sweep.table import ranked, short_names, written
 
 if TYPE_CHECKING:
@@ -83,7 +84,9 @@ def parameters_png(trials: Sequence[Trial], parameters: Sequence[Parameter], *, 
     """Each parameter against the best values of the trials, a panel each. Those that were the same in all trials come
     last, and of more than twelve the rest is left out."""
     valued = ranked(trials, mode)
-    shown = sorted(parameters, key=lambda p: len({str(t.parameters.get(p.key)) for t in valued}) < 2)[:_MOST_PANELS]
+    shown = sorted(parameters, key=lambda p: len({str(best_parameters(t, mode).get(p.key)) for t in valued}) < 2)[
+        :_MOST_PANELS
+    ]
     names = short_names(p.key for p in parameters)
     columns = min(4, max(1, math.ceil(math.sqrt(len(shown)))))
     rows = max(1, math.ceil(len(shown) / columns))
@@ -183,7 +186,7 @@ def _draw_curves(axes: Axes, trials: Sequence[Trial], best: Sequence[Trial], mod
 
 def _draw_parameter(axes: Axes, parameter: Parameter, trials: Sequence[Trial], mode: Mode, scale: _Scale) -> bool:
     """The panel of a parameter; whether its axis is logarithmic. The best of the trials is the first."""
-    having = [(t, t.parameters[parameter.key]) for t in trials if parameter.key in t.parameters]
+    having = [(t, p[parameter.key]) for t in trials if parameter.key in (p := best_parameters(t, mode))]
     numbers = [float(v) for _, v in having if _is_number(v)]
     listed, log = _listed(parameter), False
     if (listed and len({*numbers, *listed}) <= _MOST_STRIPS) or len(numbers) < len(having):

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from raytrainer.config import (
     compose,
     experiment_of,
     from_text,
+    key_of,
     new_name,
     parse_space,
 )
@@ -43,12 +45,14 @@ class Plan:
         fixed: The command line's overrides that all trials have.
         parameters: What differs between them.
         compositions: The config of each combination of group choices, by `choices_of`; all have the sweep's name.
+        options: The command line's options that say what the overrides mean: `--config-dir`.
     """
 
     choice: str
     fixed: tuple[str, ...]
     parameters: tuple[Parameter, ...]
     compositions: Mapping[str, Composition]
+    options: tuple[str, ...] = ()
 
     @property
     def first(self) -> Composition:
@@ -109,13 +113,14 @@ class Plan:
         changed = {
             key: replace(from_text(c.text, overrides), choices=c.choices) for key, c in self.compositions.items()
         }
-        return replace(self, compositions=changed)
+        return replace(self, compositions=changed, fixed=tuple(_replaced(self.fixed, overrides)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for `from_dict`."""
         return {
             "version": VERSION,
             "choice": self.choice,
+            "options": list(self.options),
             "fixed": list(self.fixed),
             "parameters": [p.to_dict() for p in self.parameters],
             "compositions": [
@@ -130,7 +135,8 @@ class Plan:
             for c in found["compositions"]
         }
         parameters = tuple(Parameter.from_dict(p) for p in found["parameters"])
-        return cls(found["choice"], tuple(found["fixed"]), parameters, compositions)
+        options = tuple(found.get("options", ()))
+        return cls(found["choice"], tuple(found["fixed"]), parameters, compositions, options)
 
     def write(self, storage: Storage) -> None:
         """Keeps it in the sweep's directory."""
@@ -173,7 +179,21 @@ def make_plan(
         ConfigError: The first thing that is wrong.
     """
     parameters, fixed = parse_space(overrides, space, groups=groups, config_dir=config_dir)
+    lists = {key_of(o): o.partition("=")[2] for o in fixed if re.fullmatch(r"(?!hydra)[^=]+=\[.+\]", o)}
+    try:
+        return _planned(parameters, fixed, choice, config_dir)
+    except ConfigError as error:
+        key = error.key if error.key in lists else next(iter(lists), None) if not parameters else None
+        if key is None:
+            raise
+        # One value in Hydra's grammar, and perhaps meant as several.
+        hint = f"; {key}={lists[key]} is one list, and several values are {key}={lists[key][1:-1]}"
+        raise ConfigError(f"{error.args[0]}{hint}", key=error.key, value=error.value, choices=error.choices) from error
+
+
+def _planned(parameters: list[Parameter], fixed: list[str], choice: str, config_dir: str | Path | None) -> Plan:
     if not parameters:
+        preflight.check_objects(compose(fixed, config_dir).experiment)  # what was meant as a sweep may be no value
         raise ConfigError(
             "needs something to sweep over: optimizer.lr=0.1,0.01, 'optimizer.lr=tag(log,interval(1e-4,1e-1))', "
             "model=mlp,resnet_digits, or sweep.space in an experiment",
@@ -190,13 +210,25 @@ def make_plan(
         chosen = [p.override(v) for p, v in zip(grouped, combination, strict=True)]
         composition = _composed([*named, *chosen], parameters, config_dir)
         if not compositions and not any(o.startswith("name=") for o in fixed):
-            stem = dict(composition.choices).get("experiment", "run") if len(combinations) == 1 else "sweep"
+            several = any(key_of(p.key) == "experiment" for p in grouped)
+            stem = "sweep" if several else dict(composition.choices).get("experiment", "run")
             named.append(f"name={new_name(f'{stem}-{choice}')}")
             composition = _composed([*named, *chosen], parameters, config_dir)
         compositions[" ".join(sorted(chosen))] = composition
-    plan = Plan(choice, tuple(fixed), tuple(parameters), compositions)
+    options = () if config_dir is None else (f"--config-dir={Path(config_dir).absolute()}",)
+    plan = Plan(choice, tuple(fixed), tuple(parameters), compositions, options)
     check_plan(plan)
     return plan
+
+
+def _replaced(fixed: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """A command line with other values of some keys; what it adds with a `+` it goes on to add."""
+    found = {key_of(o): o for o in fixed}
+    for override in overrides:
+        key = key_of(override)
+        before = found.pop(key, override).partition("=")[0]
+        found[key] = override if before.startswith("~") else f"{before}={override.partition('=')[2]}"
+    return list(found.values())
 
 
 def _composed(overrides: Sequence[str], parameters: Sequence[Parameter], config_dir: str | Path | None) -> Composition:

@@ -14,7 +14,8 @@ from raytrainer.config.standalone import as_experiment
 from raytrainer.storage import Storage
 from raytrainer.sweep import pictures as draw
 from raytrainer.sweep.ledger import Mode, Trial
-from raytrainer.sweep.table import ranked, short_names, written
+from raytrainer.sweep.lineage import best_parameters, parameters_at, stretches
+from raytrainer.sweep.table import ranked, schedule_text, short_names, written
 
 if TYPE_CHECKING:
     from raytrainer.sweep.plan import Plan
@@ -43,8 +44,9 @@ def write(
     """
     write_tables(storage, trials=trials, keys=[p.key for p in plan.parameters], mode=mode)
     for trial in ranked(trials, mode)[:1]:
-        text = plan.composition_of(trial.parameters).text
-        storage.write_bytes(BEST, as_experiment(text, _about(trial, plan.experiment.name, metric, mode)).encode())
+        text = plan.composition_of(best_parameters(trial, mode)).text
+        about = _about(trial, trials, plan.experiment.name, metric, mode)
+        storage.write_bytes(BEST, as_experiment(text, about).encode())
     if pictures:
         storage.write_bytes(PROGRESS, draw.progress_png(trials, metric=metric, mode=mode))
         storage.write_bytes(PARAMETERS, draw.parameters_png(trials, plan.parameters, metric=metric, mode=mode))
@@ -78,8 +80,9 @@ def trials_table(trials: Sequence[Trial], keys: Sequence[str], mode: Mode) -> An
     """The trials as a `pyarrow.Table`, one a row.
 
     Columns: `id`, `status`; `value`, `evaluation`, `step` of its best report; `last_value`, `evaluations`, `steps` of its
-    last; `started`, `seconds`, `cause`, `run_id`; `parameter/KEY` with numbers as numbers and whatever is mixed as text;
-    `metric/NAME` of its last report. What a trial does not have is null.
+    last; `started`, `seconds`, `cause`, `run_id`; `inherited`, where a population is trained: `0002@4 0001@8`, after
+    evaluation 4 it went on from a copy of trial 0002; `parameter/KEY` at its best report, with numbers as numbers and
+    whatever is mixed as text; `metric/NAME` of its last report. What a trial does not have is null.
     """
     import pyarrow as pa
 
@@ -95,12 +98,16 @@ def trials_table(trials: Sequence[Trial], keys: Sequence[str], mode: Mode) -> An
         "evaluations": pa.array([r and r.evaluation for r in last], pa.int64()),
         "steps": pa.array([r and r.step for r in last], pa.int64()),
         "started": pa.array([round(t.started * 1000) for t in trials], pa.timestamp("ms", "UTC")),
-        "seconds": pa.array([None if t.ended is None else t.ended - t.started for t in trials], pa.float64()),
+        "seconds": pa.array([None if t.ended is None else t.took() for t in trials], pa.float64()),
         "cause": pa.array([t.cause for t in trials], pa.string()),
         "run_id": pa.array([t.run_id for t in trials], pa.string()),
     }
-    for key in dict.fromkeys([*keys, *(key for t in trials for key in t.parameters)]):
-        columns[f"parameter/{key.lstrip('+')}"] = _typed([t.parameters.get(key) for t in trials])
+    if any(t.inherited for t in trials):
+        told = [" ".join(f"{one['from']}@{one['evaluation']}" for one in t.inherited) or None for t in trials]
+        columns["inherited"] = pa.array(told, pa.string())
+    parameters = [best_parameters(t, mode) for t in trials]
+    for key in dict.fromkeys([*keys, *(key for own in parameters for key in own)]):
+        columns[f"parameter/{key.lstrip('+')}"] = _typed([own.get(key) for own in parameters])
     for name in dict.fromkeys(name for r in last if r for name in r.metrics):
         columns[f"metric/{name}"] = pa.array([r.metrics.get(name) if r else None for r in last], pa.float64())
     return pa.table(columns)
@@ -140,15 +147,16 @@ def _as_csv(table: Any) -> bytes:
     return out.getvalue()
 
 
-def _about(trial: Trial, sweep: str | None, metric: str, mode: Mode) -> list[str]:
+def _about(trial: Trial, trials: Sequence[Trial], sweep: str | None, metric: str, mode: Mode) -> list[str]:
     best = trial.best(mode)
     assert best is not None
-    names = short_names(trial.parameters)
+    parameters = parameters_at(trial, best)
+    names = short_names(parameters)
     told = [
         f"The best trial of the sweep {sweep}: {trial.id}, {metric} {best.value:.4g} at step {best.step}, with "
-        + ", ".join(f"{names[key]} {written(value)}" for key, value in trial.parameters.items()),
+        + ", ".join(f"{names[key]} {written(value)}" for key, value in parameters.items()),
         "python -m raytrainer --config-dir=… experiment=best runs it, given the directory that holds experiment/.",
     ]
-    if trial.inherited:
-        told.append("Population based training changed its parameters while it trained; these are the last.")
+    if len(path := stretches(trial, best, trials)) > 1:
+        told.append(f"Trained under a schedule, of which these are the last parameters: {schedule_text(path)}.")
     return told

@@ -28,7 +28,7 @@ from raytrainer.config.nodes import SUPPLIED
 from raytrainer.errors import ConfigError
 from raytrainer.supervise import METRIC
 from raytrainer.sweep.ledger import Mode, Trial, worst
-from raytrainer.sweep.search import RUN, TRIAL, RandomSearch
+from raytrainer.sweep.search import RUN, TRIAL, GridSearch, RandomSearch
 from raytrainer.sweep.space import domain, nearest, points
 
 TIME = "training_iteration"  # in Tune's results: the number of the evaluation
@@ -203,6 +203,35 @@ def pauses(scheduler: TrialScheduler) -> bool:
     if isinstance(scheduler, MedianStoppingRule):
         return not scheduler._hard_stop or scheduler._min_time_slice != math.inf
     return isinstance(scheduler, PopulationBasedTraining | PopulationBasedTrainingReplay | HyperBandScheduler)
+
+
+def parts_ways(node: Mapping[str, Any] | None) -> bool:
+    """Whether the scheduler of a node changes parameters in the middle of trials: those that begin alike are not."""
+    return node is not None and _is(locate("sweep.scheduler", node["_target_"]), PopulationBasedTraining)
+
+
+def check_bounded(scheduler: TrialScheduler, search: Mapping[str, Any] | None, num_samples: int | None) -> None:
+    """Whether there is an end of the trials, where the scheduler needs all of them drawn before it compares any.
+
+    Raises:
+        ConfigError: There is none, and a time budget is no help: trials would be drawn until it is over.
+    """
+    grid = search is not None and _is(locate("sweep.search_alg", search["_target_"]), GridSearch)
+    if pauses(scheduler) and num_samples is None and not grid:
+        raise ConfigError(
+            f"must be set: {type(scheduler).__name__} has all trials drawn before it compares them, and "
+            "sweep.time_budget_s says nothing of their number",
+            key="sweep.num_samples",
+        )
+
+
+def is_full_length(scheduler: TrialScheduler, evaluation: int) -> bool:
+    """Whether a trial that it ends at this evaluation has had all the time that it gives to any (`max_t`)."""
+    if isinstance(scheduler, AsyncHyperBandScheduler):
+        return bool(scheduler._stop_last_trials and evaluation >= scheduler._max_t)
+    if isinstance(scheduler, HyperBandScheduler):
+        return bool(scheduler._stop_last_trials and evaluation >= scheduler._max_t_attr)
+    return False
 
 
 @dataclass(frozen=True, eq=False)

@@ -53,6 +53,7 @@ LIBRARIES: Mapping[str, Mapping[str, str]] = {
 _SEEDS = ("seed", "random_state_seed", "random_state")  # what searchers call it
 # Keys in Tune's config of a trial that no parameter has: its id, and its run in MLflow.
 TRIAL, RUN = "|trial", "|run"
+_TRIES = 20  # draws of one that has not been drawn
 
 
 # --- our own searchers ----------------------------------------------------------------------------------------------
@@ -87,19 +88,48 @@ class _OwnSearch(Searcher):  # type: ignore[misc]
 
 
 class RandomSearch(_OwnSearch):
-    """Independent draws from the space.
+    """Independent draws from the space; of one without intervals of floats each combination once.
 
     Args:
         seed: Null: the sweep's.
+
+    Attributes:
+        distinct: False: a combination may come again, as in a population of which the members part ways.
     """
 
     def __init__(self, seed: int | None = None) -> None:
         super().__init__()
-        self.seed = seed or 0
+        self.seed, self.distinct = seed or 0, True
+        self._found: list[dict[str, Any]] = []  # of a finite space all draws from the first on
+        self._seen: set[tuple[Any, ...]] = set()
 
-    def draw(self, number: int) -> dict[str, Any]:
+    def draw(self, number: int) -> dict[str, Any] | None:
+        size = _size(self.space.values()) if self.distinct else None
+        if size is None:
+            return self._sample(self._state(number))
+        if number >= size:
+            return None
+        while len(self._found) <= number:
+            self._found.append(self._new(len(self._found), size))
+            self._seen.add(tuple(self._found[-1].values()))
+        return self._found[number]
+
+    def _new(self, number: int, size: int) -> dict[str, Any]:
+        for more in ((), *((again,) for again in range(_TRIES))):
+            found = self._sample(self._state(number, *more))
+            if tuple(found.values()) not in self._seen:
+                return found
+        # Few are left, or those that are left are rare: the next one from somewhere on.
+        place = int(self._state(number, _TRIES).random_sample() * size)
+        while tuple((found := _combination(self.space, place % size)).values()) in self._seen:
+            place += 1
+        return found
+
+    def _state(self, *of: int) -> np.random.RandomState:
         # RandomState, since NumPy promises that its stream never changes.
-        state = np.random.RandomState(np.random.MT19937(np.random.SeedSequence((self.seed, number))))
+        return np.random.RandomState(np.random.MT19937(np.random.SeedSequence((self.seed, *of))))
+
+    def _sample(self, state: np.random.RandomState) -> dict[str, Any]:
         return {key: domain.sample(random_state=state) for key, domain in self.space.items()}
 
 
@@ -107,14 +137,26 @@ class GridSearch(_OwnSearch):
     """Every combination once, in the order of Hydra's own sweeps: the last parameter changes first."""
 
     def draw(self, number: int) -> dict[str, Any] | None:
-        axes = [_values(domain) for domain in self.space.values()]
-        places = []
-        for axis in reversed(axes):
-            number, place = divmod(number, len(axis))
-            places.append(place)
-        if number:
-            return None
-        return dict(zip(self.space, (a[p] for a, p in zip(axes, reversed(places), strict=True)), strict=True))
+        size = math.prod(len(_values(domain)) for domain in self.space.values())
+        return _combination(self.space, number) if number < size else None
+
+
+def _combination(space: Mapping[str, Domain], number: int) -> dict[str, Any]:
+    """One of all: the last parameter changes first."""
+    axes = [_values(domain) for domain in space.values()]
+    places = []
+    for axis in reversed(axes):
+        number, place = divmod(number, len(axis))
+        places.append(place)
+    return dict(zip(space, (a[p] for a, p in zip(axes, reversed(places), strict=True)), strict=True))
+
+
+def _size(domains: Iterable[Domain]) -> int | None:
+    """The number of combinations; None where there is no end of them."""
+    found = list(domains)
+    return (
+        math.prod(len(_values(d)) for d in found) if all(isinstance(d, Categorical | Integer) for d in found) else None
+    )
 
 
 def grid_size(parameters: Iterable[Parameter]) -> int:
@@ -128,7 +170,7 @@ def grid_size(parameters: Iterable[Parameter]) -> int:
 
 def _values(domain: Domain) -> Sequence[Any]:
     if isinstance(domain, Categorical):
-        return list(domain.categories)
+        return list(dict.fromkeys(domain.categories))
     assert isinstance(domain, Integer)
     return range(domain.lower, domain.upper)
 
@@ -242,6 +284,7 @@ def make_search(
     *,
     seed: int,
     drawn: int = 0,
+    distinct: bool = True,
     key: str = "sweep.search_alg",
 ) -> Translated:
     """The searcher of a node; without one, random draws.
@@ -251,27 +294,41 @@ def make_search(
         seed: Given to it, and to a sampler of its own, where the node leaves the seed open.
         drawn: How many trials the sweep has had. Others' searchers begin their random numbers anew when a sweep goes
             on: with the same seed they would draw the same trials again.
+        distinct: As `RandomSearch.distinct`.
 
     Raises:
         ConfigError: What `check_search` finds, or it cannot be built.
     """
     check_search(node, parameters, key=key)
     if not node:
-        return Translated(RandomSearch(seed), parameters)
+        node = {"_target_": f"{RandomSearch.__module__}.{RandomSearch.__qualname__}"}
     target = locate(key, node["_target_"])
     if drawn and not (inspect.isclass(target) and issubclass(target, _OwnSearch)):
         seed = int(np.random.SeedSequence((seed, drawn)).generate_state(1)[0] >> 1)
     # Optuna announces each study on the terminal.
     logging.getLogger("optuna").setLevel(logging.WARNING)
-    return Translated(build(_seeded(node, seed, key)), parameters)
+    found = build(_seeded(node, seed, key))
+    if isinstance(found, RandomSearch):
+        found.distinct = distinct
+    return Translated(found, parameters)
 
 
-def total_of(search: Translated, parameters: Iterable[Parameter], num_samples: int | None) -> int | None:
-    """How many trials there will be: a grid's combinations, at most `num_samples`; None: until the time is over."""
-    if not isinstance(search.inner, GridSearch):
-        return num_samples
-    size = grid_size(parameters)
-    return size if num_samples is None else min(size, num_samples)
+def total_of(
+    node: Mapping[str, Any] | None,
+    parameters: Sequence[Parameter],
+    num_samples: int | None,
+    *,
+    distinct: bool = True,
+    key: str = "sweep.search_alg",
+) -> int | None:
+    """How many trials there will be: `num_samples`, and no more than a grid or `RandomSearch` has combinations; None:
+    until the time is over."""
+    target, size = locate(key, node["_target_"]) if node else RandomSearch, None
+    if inspect.isclass(target) and issubclass(target, GridSearch):
+        size = grid_size(parameters)
+    elif inspect.isclass(target) and issubclass(target, RandomSearch) and distinct:
+        size = _size(tune_space(parameters).values())
+    return min((count for count in (size, num_samples) if count is not None), default=None)
 
 
 def tell(search: Translated, trials: Sequence[Trial], mode: Mode) -> str | None:

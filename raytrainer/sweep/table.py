@@ -15,11 +15,13 @@ from typing import Any
 
 from raytrainer.progress import Display, duration
 from raytrainer.sweep.ledger import Mode, Trial
+from raytrainer.sweep.lineage import Stretch, best_parameters, parameters_at
 
 _DRAW_S = 0.25  # between two drawings of the live table
 _SUMMARY_S = 30.0  # without a terminal: between two lines on the sweep as a whole
 _MOST_ROWS = 24  # of the live table; in a tall window, what was said before stays in sight
 _WIDEST = 16  # characters of a parameter's value
+_LONGEST = 120  # characters of a cause in a line; the last words have all of it
 _KNOWN_FROM = 3  # ended trials, before their durations say how long the others take
 
 
@@ -79,17 +81,19 @@ class Board:
             if trial.status == "running":
                 self._running[trial.id] = (trial, now)
             else:
-                self._take(trial, (trial.ended or trial.started) - trial.started)
+                self._take(trial, trial.took() or 0.0)
 
     def start(self, trial: Trial) -> None:
         """A trial runs (or runs again)."""
         self._running[trial.id] = (trial, self._clock())
+        last = f"goes on after evaluation {trial.reports[-1].evaluation}" if trial.reports else "begins"
+        self._display.note(f"trial {trial.id} {last}: {_settings(trial.parameters, self._names)}")
         self.tick()
 
     def end(self, trial: Trial) -> None:
         """A trial has ended for good: its status, cause and end are set."""
         _, began = self._running.pop(trial.id, (trial, trial.started))
-        self._take(trial, self._clock() - began)
+        self._take(trial, self._clock() - began if trial.seconds is None else trial.seconds)
         line = trial_line(trial, self._metric, self._mode, self._names)
         if trial.status == "failed":
             self._display.say(line)  # for good, also above a table
@@ -193,17 +197,32 @@ def final_table(trials: Iterable[Trial], *, metric: str, mode: Mode, keys: Seque
     return "\n".join(_aligned(list(names.values()), rows, None, {}, value=metric))
 
 
-def command_line(program: str, fixed: Sequence[str], trial: Trial) -> str:
+def command_line(program: str, options: Sequence[str], fixed: Sequence[str], overrides: Sequence[str]) -> str:
     """The command that trains a trial's configuration by itself, to be copied into a shell.
 
     Args:
         program: How the program is called, e.g. `python -m raytrainer`.
-        fixed: The options and overrides that the sweep was given beside its parameters; what concerns the sweep
-            itself, and its name, are left out.
-        trial: Whose overrides it gets.
+        options: What the sweep was given beside overrides: `--config-dir=…`.
+        fixed: The overrides of all trials; what concerns the sweep itself, and its name, are left out.
+        overrides: The trial's.
     """
-    words = [word for word in (*fixed, *trial.overrides) if not _OF_SWEEP.match(word)]
+    words = [word for word in (*options, *fixed, *overrides) if not _OF_SWEEP.match(word)]
+    # An experiment of one's own may choose the sweep; it was not said to, or it is one of several.
+    if not any(word.startswith("sweep=") for word in fixed) or any(
+        word.startswith("experiment=") for word in overrides
+    ):
+        words.append("~sweep")
     return shlex.join([*shlex.split(program), *words])
+
+
+def schedule_text(stretches: Sequence[Stretch]) -> str:
+    """What a population's trial was trained with, one after the other, e.g. `lr 0.01 to step 22, 0.012 to step 44`."""
+    keys = [k for k in stretches[-1].parameters if len({repr(s.parameters.get(k)) for s in stretches}) > 1]
+    names = short_names(stretches[-1].parameters)
+    told = [
+        " ".join(f"{names[k]} {written(s.parameters.get(k))}" for k in keys) + f" to step {s.step}" for s in stretches
+    ]
+    return ", ".join(told)
 
 
 def ranked(trials: Iterable[Trial], mode: Mode) -> list[Trial]:
@@ -224,13 +243,18 @@ def trial_line(trial: Trial, metric: str, mode: Mode, names: Mapping[str, str]) 
     where = f" at evaluation {last.evaluation} (step {last.step})" if last else " before an evaluation"
     told = [f"trial {trial.id} {trial.status}{where}"]
     if trial.ended is not None:
-        told[0] += f", {duration(max(0.0, trial.ended - trial.started))}"
+        told[0] += f", {duration(trial.took() or 0.0)}"
     if trial.status == "failed" and trial.cause:
-        told.append(_clean(trial.cause))
+        cause = _clean(trial.cause)
+        told.append(cause if len(cause) <= _LONGEST else f"{cause[: _LONGEST - 1]}…")
     elif last:
         told.append(f"{metric} {(best or last).value:.4g}")
-    settings = "  ".join(f"{names.get(k, k)} {written(v)}" for k, v in trial.parameters.items())
+    settings = _settings(best_parameters(trial, mode), names)
     return ": ".join(told) + (f"; {settings}" if settings else "")
+
+
+def _settings(values: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    return "  ".join(f"{names.get(k, k)} {written(v)}" for k, v in values.items())
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
@@ -295,9 +319,10 @@ def _row(trial: Trial, mode: Mode, names: Mapping[str, str], now: float) -> _Row
         "value": f"{shown.value:.4g}" if shown else "-",
         "eval": str(last.evaluation) if last else "-",
         "step": str(last.step) if last else "-",
-        "time": duration(max(0.0, (trial.ended or now) - trial.started)),
+        "time": duration(trial.took(now) or 0.0),
     }
-    settings = [written(trial.parameters[key]) if key in trial.parameters else "-" for key in names]
+    having = parameters_at(trial, shown)
+    settings = [written(having[key]) if key in having else "-" for key in names]
     return _Row(cells, settings, _clean(trial.cause) if trial.status == "failed" and trial.cause else None)
 
 

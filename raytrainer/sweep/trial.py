@@ -6,17 +6,14 @@ has decided. So a stopped trial ends at once, between two steps, and the process
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import math
-import os
 import queue
-import sys
 import threading
 import traceback
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +26,15 @@ from raytrainer.errors import ConfigError, NonFiniteLoss, WorkerError
 from raytrainer.storage import Storage
 from raytrainer.sweep.ledger import Mode, worst
 from raytrainer.sweep.plan import choices_of, trial_spool
+from raytrainer.sweep.reuse import as_found
 from raytrainer.sweep.search import RUN, TRIAL
 
+# By these every other trial would fail, too.
+_HOPELESS = ("ConfigError: sweep.metric=", "ConfigError: storage_path=")
 _SOURCE = "trial.json"  # beside a checkpoint that Tune carries: whose it is
-_ENDS_S = 30.0  # the workers of a stopped trial are killed in so long
+_ENDS_S = 30.0  # a stopped trial has so long for its own cleaning up; its workers are killed in so long
+# Workers are not asked for a checkpoint when a trial is paused or copied: there is one of each evaluation.
+_AT_EACH_EVALUATION = ("checkpoint.every_n_steps=null", "checkpoint.min_interval_s=0")
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Shared:
         gpu: Whether they train on GPUs.
         retries: Whether a failed trial may be tried again.
         pauses: Whether a trial may be paused, or get another's checkpoint.
+        mark: As `worker.Job`'s, of the sweep's own record.
         forward_env, env_file: As `environment.provide`.
     """
 
@@ -72,13 +75,16 @@ class Shared:
     pauses: bool
     forward_env: Sequence[str] = ()
     env_file: str | None = None
+    mark: str = ""
 
     def job(self, config: Mapping[str, Any]) -> worker.Job:
         """What the trial of Tune's `config` trains."""
         run_dir = Storage(self.run_dir).child(f"trials/{config[TRIAL]}")
+        own = [p.override(config[p.key]) for p in self.parameters if not p.group]
+        saves = _AT_EACH_EVALUATION if self.pauses and self.workers > 1 else ()
         return worker.Job(
             text=self.texts[choices_of(self.parameters, config)],
-            overrides=[*self.fixed, *(p.override(config[p.key]) for p in self.parameters if not p.group)],
+            overrides=[*self.fixed, *own, *saves],
             run_dir=run_dir.uri,
             run_id=config[RUN] or None,
             tracking_uri=self.tracking_uri,
@@ -86,6 +92,8 @@ class Shared:
             ship=self.ship,
             # A checkpoint that population based training copied in goes on with this trial's own values.
             changed=[p.key.removeprefix("optimizer.") for p in self.parameters if p.key.startswith("optimizer.")],
+            mark=self.mark,
+            marked=self.run_dir,
             label=str(config[TRIAL]),
             forward_env=self.forward_env,
             env_file=self.env_file,
@@ -119,7 +127,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
     _group: tuple[Any, threading.Event] | None  # the workers of a trial that has several, and whether they are gone
 
     def setup(self, config: dict[str, Any], shared: Shared) -> None:
-        import torch  # noqa: F401  imported before the freeze below
+        import torch._dynamo  # noqa: F401  imported before the freeze below; each optimizer needs it
 
         # What is imported by now stays: the collector need not look through it after each trial.
         gc.collect()
@@ -159,11 +167,13 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
         from raytrainer.checkpoint import take_in
 
         source = json.loads(Path(checkpoint, _SOURCE).read_text())
-        take_in(Path(checkpoint), self._checkpoints)
         self._heard = self._evaluation = int(source["evaluation"])
-        if source["trial"] != self._trial:
-            self._inherited = {"from": source["trial"], "evaluation": source["evaluation"]}
-            self._job = replace(self._job, inherited={**self._inherited, "parameters": self._values})
+        inherited = {"from": source["trial"], "evaluation": self._heard, "parameters": self._values}
+        if source["trial"] == self._trial:
+            take_in(Path(checkpoint), self._checkpoints)
+        else:
+            take_in(Path(checkpoint), self._checkpoints, inherited)
+            self._inherited = {"from": source["trial"], "evaluation": self._heard}
 
     def cleanup(self) -> None:
         self._end()
@@ -185,13 +195,17 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
     def _run(self) -> None:
         """The training thread: its last message says how the trial ended."""
         try:
-            with _as_found():
+            if self._shared.pauses:  # also what it took over in a process that was killed
+                from raytrainer.checkpoint import taken_in
+
+                self._job = replace(self._job, inherited=taken_in(self._checkpoints) or {})
+            with as_found():
                 nested = self._shared.workers > 1
                 result = self._train_on_workers() if nested else self._train_here()
             self._messages.put(self._ended({"status": "finished", "reason": result["reason"]}, result))
         except _Ended:
             pass
-        except Exception as error:  # noqa: BLE001  whatever a trial raises is data: its process goes on
+        except BaseException as error:  # noqa: BLE001  whatever a trial raises is data (sys.exit, too): its process goes on
             if self._ending:
                 return
             failed = error if isinstance(error, WorkerError) else worker.described(error, 0)
@@ -201,7 +215,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
             else:
                 end = {"status": "failed", "cause": failed.cause, "traceback": failed.traceback, "diverged": diverged}
                 # Every other trial would fail by it, too.
-                end["hopeless"] = isinstance(error, ConfigError) and error.key == "sweep.metric"
+                end["hopeless"] = failed.cause.startswith(_HOPELESS)
                 self._messages.put(self._ended(end, None))
             traceback.clear_frames(error.__traceback__)  # they hold the model
         finally:
@@ -229,7 +243,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
             max_failures=0,
             max_preemption_failures=-1,
             ray_storage=self._job.run_dir,
-            attempt=f"attempt-{os.getpid()}",
+            attempt=f"attempt-{uuid.uuid4().hex[:12]}",
             progress=lambda: self._evaluation,
             on_retry=lambda text: None,
             on_report=self._heard_from_workers,
@@ -300,7 +314,11 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
         return last | {"end": json.dumps(end), "done": True}
 
     def _end(self) -> None:
-        """The training thread is over when this returns, whatever it was in."""
+        """The training thread is over when this returns, whatever it was in.
+
+        Raises:
+            WorkerError: It is not, though it was told.
+        """
         thread = self._thread
         if thread is None:
             return
@@ -312,37 +330,13 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
             trainer.kill_workers()  # before they may go on
             self._go.release()
             trainer.abandon(done, _ENDS_S)
-        thread.join()
+        thread.join(_ENDS_S)
+        if thread.is_alive():
+            # The process ends with this, and the thread with it.
+            raise WorkerError(f"trial {self._trial} was stopped, and did not end in {_ENDS_S:g} s")
         self._trainer = self._thread = self._group = None
         gc.collect()
 
 
 def _in_background(work: Callable[[], None]) -> None:
     threading.Thread(target=work, name="trial-end", daemon=True).start()
-
-
-@contextlib.contextmanager
-def _as_found() -> Iterator[None]:
-    """Puts back what a trial's code may have set for the whole process, so that the next one finds none of it."""
-    import torch
-
-    environment, folder, path, output = dict(os.environ), Path.cwd(), list(sys.path), (sys.stdout, sys.stderr)
-    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
-    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
-    flags = (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)
-    of_mkldnn, ignored = (mkldnn.enabled, mkldnn.deterministic, mkldnn.allow_tf32), list(warnings.filters)
-    try:
-        yield
-    finally:
-        sys.path[:], (sys.stdout, sys.stderr) = path, output
-        if warnings.filters != ignored:
-            warnings.resetwarnings()
-            warnings.filters[:] = ignored  # type: ignore[index]
-        torch.set_default_dtype(dtype)
-        torch.set_float32_matmul_precision(precision)
-        cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = flags
-        mkldnn.set_flags(*of_mkldnn)
-        if dict(os.environ) != environment:
-            os.environ.clear()
-            os.environ.update(environment)
-        os.chdir(folder)

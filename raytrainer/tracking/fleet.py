@@ -5,6 +5,7 @@ Trials write to their spools; here their runs are made, filled and ended, each i
 from __future__ import annotations
 
 import logging
+import tempfile
 import threading
 import time
 import uuid
@@ -137,27 +138,32 @@ class Fleet:
             self._children[child.spool.root] = child
         return child.run_id
 
-    def adopt(self, spool_dir: Path, run_id: str) -> None:
+    def adopt(self, spool_dir: Path, run_id: str) -> bool:
         """Goes on with what an earlier process left in a spool: sends it, and ends the run if it was to be ended.
 
-        `finish` may follow, where the earlier process had no time for it. Without a directory there is nothing to do.
+        `finish` may follow, where the earlier process had no time for it; `open` takes its place. Without a directory
+        there is nothing to do.
+
+        Returns:
+            Whether there is something to go on with.
         """
         spool = Spool(spool_dir)
         if not spool.root.is_dir():
-            return
+            return False
         try:
             note = spool.note()
             if note is None and run_id.startswith(LOCAL_PREFIX) and spool.state().run_id is None:
                 logger.warning("%s has no description of the run %s, which cannot be made", spool.root, run_id)
-                return
+                return False
         except StorageError as error:
             logger.warning("%s. It is left as it is", error)
-            return
+            return False
         child = _Child(spool, run_id, note.run_name if note else "")
         if note is not None and note.end_time is not None:
             child.ended = -_WRITER_S  # long ago: its writer is dead
         with self._lock:
             self._children[spool.root] = child
+        return True
 
     def finish(
         self,
@@ -166,7 +172,9 @@ class Fleet:
         cause: str | None = None,
         *,
         tags: Mapping[str, str] | None = None,
+        metrics: Mapping[str, tuple[float, int, float]] | None = None,
         ended: float | None = None,
+        texts: Mapping[str, str] | None = None,
     ) -> None:
         """A trial has ended; rows that its process still writes come before the status. Unknown ones are left alone.
 
@@ -175,15 +183,20 @@ class Fleet:
             status: How it ended.
             cause: In a line, as the tag `raytrainer.cause`; None removes nothing.
             tags: Further ones.
+            metrics: Value, step, and time in seconds since the epoch; the same again changes nothing.
             ended: When, in seconds since the epoch; default: now.
+            texts: Files that become artifacts of it: name → contents.
         """
         with self._lock:
             child = self._children.get(Path(spool_dir))
         if child is None:
             return
+        for name, text in (texts or {}).items():
+            self._attach(child, name, text)
         told = {**(tags or {}), **({} if cause is None else {CAUSE_TAG: cause})}
         end_time = _now() if ended is None else round(1000 * ended)
         note = RunNote(child.run_id, self._experiment_name, child.name, tags=told, status=status, end_time=end_time)
+        note.metrics = {key: [value, round(1000 * at), step] for key, (value, step, at) in (metrics or {}).items()}
         child.ended = time.monotonic()
         self._write(child, lambda old: merged(old, note))
 
@@ -197,6 +210,15 @@ class Fleet:
         self._thread.join(timeout_s)
         self._abandon.set()
         return not self._thread.is_alive() and not self._left()
+
+    def _attach(self, child: _Child, name: str, text: str) -> None:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, name)
+                path.write_text(text, errors="replace")
+                child.spool.add_artifact(path, None)
+        except (StorageError, OSError) as error:
+            self._say("artifact", f"{error}. {name} of a trial is left out")
 
     def _write(self, child: _Child, change: Callable[[RunNote | None], RunNote]) -> None:
         with self._lock:

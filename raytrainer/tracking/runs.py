@@ -124,8 +124,17 @@ class Run:
             return None
         return f"mlflow ui --backend-store-uri {shlex.quote(redacted(self.tracking_uri))}"
 
+    def hurry(self, timeout_s: float) -> None:
+        """From now on a call waits no longer for the server than this."""
+        self._server = self._server.with_timeout(max(1, int(timeout_s)))
+
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self._tell(RunNote(self.run_id, *self._names, tags=dict(tags)))
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int, time: float) -> None:
+        """Values at a step; of the same time (seconds since the epoch) they may be told again."""
+        rows = {key: [value, round(1000 * time), step] for key, value in metrics.items()}
+        self._tell(RunNote(self.run_id, *self._names, metrics=rows))
 
     def log_params(self, params: Mapping[str, str]) -> None:
         """Those that the run does not have yet; a parameter is written once."""
@@ -257,6 +266,7 @@ def merged(old: RunNote | None, new: RunNote) -> RunNote:
         artifact_root=new.artifact_root or old.artifact_root,
         params={**new.params, **old.params},
         tags={**old.tags, **new.tags},
+        metrics={**old.metrics, **new.metrics},
         start_time=old.start_time or new.start_time,
         status=new.status or old.status,
         end_time=new.end_time or old.end_time,

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Protocol
 
 from raytrainer.errors import TrackingDenied, TrackingError, TrackingUnreachable
-from raytrainer.tracking.server import Rejected, RunGone, RunState, Server
+from raytrainer.tracking.server import Rejected, RunGone, RunState, Server, default_artifact_root
 from raytrainer.tracking.spool import (
+    MAX_ROWS,
     Artifact,
     Batch,
     Row,
@@ -63,6 +64,10 @@ class Undescribed(TrackingUnreachable):
     """A run that was opened without a server cannot be made: its note is missing, or not there yet."""
 
 
+class Awaited(Undescribed):
+    """A run that another process is to make is not there yet."""
+
+
 class Sender:
     """Sends one run's spool; what it holds between calls and is not on disk spares requests, no more.
 
@@ -72,6 +77,8 @@ class Sender:
         server: Where to.
         tags: Of the run, if it is this sender that creates it, beside the note's.
         fresh: The local id was made by this process and given to no other sender: no run of it can exist yet.
+        awaited: Another process makes the run of the local id, and tells all but what is logged: the run's experiment
+            and that one's artifact root, to find it by.
 
     Attributes:
         real_id: MLflow's id of the run, once it is known.
@@ -85,10 +92,11 @@ class Sender:
         *,
         tags: Mapping[str, str] | None = None,
         fresh: bool = False,
+        awaited: tuple[str, str | None] | None = None,
     ) -> None:
         self._spool, self._run_id, self._server = spool, run_id, server
         self._tags = dict(tags or {})
-        self._fresh = fresh
+        self._fresh, self._awaited = fresh, awaited
         self._no_rows = self._no_params = False  # this sender made the run, and sent it none yet
         self._described: RunNote | None = None  # the note whose parameters and tags are told
         self._ended: RunNote | None = None  # the note whose end is told
@@ -108,7 +116,7 @@ class Sender:
         """
         with self._alone() as state:
             run_id = self._resolve(state)
-            note = self._spool.note()
+            note = None if self._awaited else self._spool.note()
             if note is not None:
                 apply_note(self._server, run_id, note)
                 self._spool.drop_note(note)
@@ -135,7 +143,7 @@ class Sender:
                 return False
             if note.status == "RUNNING":
                 self._server.set_running(run_id)
-            self._send_all(run_id, state, stop, *self._untold(run_id, note))
+            self._send_all(run_id, state, stop, *self._untold(run_id, note), self._untold_rows(note))
             self._described = note
             if note.end_time is None:
                 self._spool.drop_note(note)
@@ -166,6 +174,10 @@ class Sender:
         known = self._server.run(run_id).params
         return tags, {key: value for key, value in note.params.items() if key not in known}
 
+    def _untold_rows(self, note: RunNote) -> list[Row]:
+        old = [] if self._described is None else self._described.rows
+        return [row for row in note.rows if row not in old]
+
     def _send_all(
         self,
         run_id: str,
@@ -173,9 +185,10 @@ class Sender:
         stop: Callable[[], bool],
         tags: Mapping[str, str] | None = None,
         params: Mapping[str, str] | None = None,
+        rows: Sequence[Row] = (),
     ) -> int:
-        """Rows, then artifacts; the tags and parameters go with the first batch. Returns the rows that MLflow took."""
-        sent, along = 0, (tags or {}, params or {})
+        """Rows, then artifacts; what a note says goes with the first batch. Returns the rows that MLflow took."""
+        sent, along = 0, (tags or {}, params or {}, rows)
         for segment in self._spool.segments():
             while not stop():
                 batch = read_batch(segment, state.acked.get(segment.path.name, 0))
@@ -183,9 +196,9 @@ class Sender:
                     discard_if_finished(segment, batch.end)
                     break
                 sent += self._send_batch(segment, batch, run_id, state, *along)
-                along = ({}, {})
+                along = ({}, {}, ())
         if any(along):
-            self._log(run_id, [], *along)
+            self._log(run_id, along[2], *along[:2])
         for artifact in self._spool.artifacts():
             if stop():
                 break
@@ -200,6 +213,7 @@ class Sender:
         state: State,
         tags: Mapping[str, str],
         params: Mapping[str, str],
+        more: Sequence[Row],
     ) -> int:
         if batch.rows and segment.attempt not in state.floors:
             state.floors[segment.attempt] = {} if self._no_rows else self._server.run(run_id).steps
@@ -207,6 +221,10 @@ class Sender:
         if batch.broken:
             logger.warning("%s: %d lines cannot be read and are left out", segment.path, batch.broken)
         rows = self._above_floor(batch.rows, state.floors.get(segment.attempt, {}))
+        if len(rows) + len(more) > MAX_ROWS:
+            self._log(run_id, more, {}, {})
+        else:
+            rows += more
         refused, refused_texts = self._log(run_id, rows, {**tags, **batch.tags}, params)
         lost = refused + refused_texts + batch.dropped + batch.broken
         if lost:
@@ -261,7 +279,13 @@ class Sender:
         """The real run of an id that was made without a server, created now if it is not yet."""
         if not self._run_id.startswith(LOCAL_PREFIX):
             return self._run_id
-        if state.run_id is None:
+        if state.run_id is None and self._awaited:
+            experiment = self._server.experiment(*self._awaited)
+            state.run_id = self._server.find_run(experiment, LOCAL_ID_TAG, self._run_id)
+            if state.run_id is None:
+                raise Awaited(f"the run {self._run_id} is not made yet")
+            self._spool.write_state(state)
+        elif state.run_id is None:
             note = self._spool.note()
             if note is None:
                 raise Undescribed(f"{self._spool.root} has no description of the run {self._run_id}")
@@ -274,7 +298,7 @@ class Sender:
                 tags = {**note.tags, **self._tags, LOCAL_ID_TAG: note.run_id}
                 state.run_id = self._server.create_run(experiment, note.run_name, tags, note.start_time)
                 self._no_rows = self._no_params = True
-                self._described = replace(note, params={})
+                self._described = replace(note, params={}, metrics={})
             self._spool.write_state(state)
         self.real_id = state.run_id
         return state.run_id
@@ -290,9 +314,9 @@ def apply_note(server: Calls, run_id: str, note: RunNote) -> None:
         except Rejected as error:
             logger.warning("MLflow refuses the parameters: %s", error)
     try:
-        server.log_batch(run_id, [], note.tags)
+        server.log_batch(run_id, note.rows, note.tags)
     except Rejected as error:
-        logger.warning("MLflow refuses the tags: %s", error)
+        logger.warning("MLflow refuses the tags or metrics: %s", error)
     if note.status is not None and note.end_time is not None:
         server.set_terminated(run_id, note.status, note.end_time)
     elif note.status == "RUNNING":
@@ -322,6 +346,8 @@ class Shipper:
         run_id: As `Sender`.
         tracking_uri: Where to.
         interval_s: Seconds between looks at the spool.
+        awaited_in: The experiment in which another process makes the run of a local id, and ends it: only what is
+            logged is sent here, and goes on to be sent after `close`, as long as this process lives.
         server: For tests; made from `tracking_uri` otherwise.
     """
 
@@ -332,11 +358,15 @@ class Shipper:
         tracking_uri: str,
         *,
         interval_s: float = 5.0,
+        awaited_in: str | None = None,
         server: Calls | None = None,
     ) -> None:
         self._spool, self._interval_s = Spool(spool_dir), interval_s
+        awaited = None if awaited_in is None else (awaited_in, default_artifact_root(tracking_uri))
+        self._notes = awaited is None
         # A request may take a minute, because nobody waits for it: a server that needs 30 s a call is used as it is.
-        self._sender = Sender(self._spool, run_id, server or Server(tracking_uri, timeout_s=60))
+        server = server or Server(tracking_uri, timeout_s=60)
+        self._sender = Sender(self._spool, run_id, server, awaited=awaited)
         self._closing, self._abandon = threading.Event(), threading.Event()
         self._delay_s = 0.0
         self._down = self._given_up = False
@@ -355,7 +385,11 @@ class Shipper:
         self._closing.set()
         self._thread.join(timeout_s)
         self._abandon.set()
-        return not self._thread.is_alive() and not self._spool.pending()
+        if not self._thread.is_alive() and not self._spool.pending(notes=self._notes):
+            return True
+        if drain and not self._notes and not self._given_up:
+            _leftovers.add(self._spool, self._sender)
+        return False
 
     def _loop(self) -> None:
         while not self._closing.wait(self._delay_s or self._interval_s):
@@ -369,7 +403,7 @@ class Shipper:
 
     def _send(self) -> bool:
         try:
-            if self._spool.pending():
+            if self._spool.pending(notes=self._notes):
                 sent = self._sender.send(self._abandon.is_set)
                 if self._down:
                     logger.warning("the tracking server is back: %d rows sent", sent)
@@ -377,6 +411,8 @@ class Shipper:
             return True
         except Busy:
             self._delay_s = 0.0
+        except Awaited:  # it will be, or is waited for in vain since the server is away, which is said where it is made
+            self._delay_s = _longer(self._delay_s)
         except (TrackingDenied, RunGone) as error:
             if not self._given_up:
                 logger.warning("%s. No more is sent; metrics are kept in %s", error, self._spool.root)
@@ -386,8 +422,57 @@ class Shipper:
             if not self._down:
                 logger.warning("%s. Metrics are kept in %s until it can", error, self._spool.root)
             self._down = True
-            self._delay_s = min(max(2 * self._delay_s, _BACKOFF_S[0]), _BACKOFF_S[1])
+            self._delay_s = _longer(self._delay_s)
         return False
+
+
+class _Leftovers:
+    """What was not sent when its `Shipper` was closed; one thread tries again as long as the process lives, which for a
+    process of trials is longer than a trial."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[Spool, Sender]] = []
+        self._thread: threading.Thread | None = None
+
+    def add(self, spool: Spool, sender: Sender) -> None:
+        with self._lock:
+            self._waiting.append((spool, sender))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._loop, name="tracking-leftovers", daemon=True)
+                self._thread.start()
+
+    def _loop(self) -> None:
+        delay_s = _longer(0.0)
+        while True:
+            time.sleep(delay_s)
+            with self._lock:
+                if not self._waiting:
+                    self._thread = None
+                    return
+                spool, sender = self._waiting[0]
+            over = failed = False
+            try:
+                sender.send()
+                over = not spool.pending(notes=False)
+            except (TrackingDenied, RunGone) as error:
+                logger.warning("%s. No more is sent of %s", error, spool.root)
+                over = True
+            except Exception as error:  # noqa: BLE001  said when it was closed; the next one has its turn
+                logger.debug("%s is kept: %s", spool.root, error)
+                failed = True
+            delay_s = _longer(delay_s) if failed else _BACKOFF_S[0] if not over else 0.0
+            with self._lock:
+                first = self._waiting.pop(0)
+                if not over:
+                    self._waiting.append(first)
+
+
+_leftovers = _Leftovers()
+
+
+def _longer(delay_s: float) -> float:
+    return min(max(2 * delay_s, _BACKOFF_S[0]), _BACKOFF_S[1])
 
 
 def replay(

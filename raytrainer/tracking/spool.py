@@ -94,7 +94,7 @@ class RunNote:
     """What MLflow should say of the run, applied when it can be reached. Applying it twice changes nothing.
 
     `run_id` may be an id made without a server; times are milliseconds since the epoch. `status` is RUNNING for a run that
-    goes on after it ended, and one with an `end_time` otherwise.
+    goes on after it ended, and one with an `end_time` otherwise. `metrics` are values with their time and step.
     """
 
     run_id: str
@@ -106,7 +106,12 @@ class RunNote:
     start_time: int | None = None
     status: str | None = None
     end_time: int | None = None
+    metrics: dict[str, list[Any]] = field(default_factory=dict)
     version: int = FORMAT
+
+    @property
+    def rows(self) -> list[Row]:
+        return [Row(key, *found) for key, found in self.metrics.items()]
 
 
 class Spool:
@@ -137,9 +142,13 @@ class Spool:
             total += sum(_size(Path(folder, name)) for name in names)
         return total
 
-    def pending(self) -> bool:
-        """Whether there is anything to send."""
-        if self.note_path.exists() or any(self.artifacts()):
+    def pending(self, *, notes: bool = True) -> bool:
+        """Whether there is anything to send.
+
+        Args:
+            notes: Whether what the driver has to say counts.
+        """
+        if (notes and self.note_path.exists()) or any(self.artifacts()):
             return True
         segments = self.segments()
         if not segments:

@@ -44,6 +44,7 @@ class MlflowTracker:
         system_metrics: CPU, memory, disk, network and GPU of this node as `system/…`.
         system_interval_s: Seconds between two samples of them.
         ship: Whether this process sends. False never imports mlflow (1.3 s): a `Shipper` or `replay` elsewhere sends.
+        awaited_in: As `Shipper`.
 
     Raises:
         StorageError: The spool cannot be written at all.
@@ -60,6 +61,7 @@ class MlflowTracker:
         system_metrics: bool = True,
         system_interval_s: float = 10.0,
         ship: bool = True,
+        awaited_in: str | None = None,
     ) -> None:
         self._run_id, self._tracking_uri, self._max_spool_bytes = run_id, tracking_uri, max_spool_bytes
         self._spool = Spool(spool_dir)
@@ -79,7 +81,9 @@ class MlflowTracker:
         self._stop = threading.Event()
         self._writing = threading.Lock()
         self._writer = SegmentWriter(self._spool, min(_SEGMENT_BYTES, max(max_spool_bytes // 8, 4096)))
-        self._shipper = Shipper(spool_dir, run_id, tracking_uri, interval_s=flush_interval_s) if ship else None
+        self._shipper: Shipper | None = None
+        if ship:
+            self._shipper = Shipper(spool_dir, run_id, tracking_uri, interval_s=flush_interval_s, awaited_in=awaited_in)
         self._thread = threading.Thread(target=self._loop, name="tracking-spool", daemon=True)
         self._thread.start()
         # A process that ends without close() still puts its last half second on disk.

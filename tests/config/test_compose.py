@@ -387,3 +387,8 @@ def test_a_config_saved_before_a_key_existed_gets_its_default(saved: Composition
 def test_flattened() -> None:
     text = "a: {b: {c: 1, d: [1, 2]}, e: {}}\nf: true\ng: null\n"
     assert flattened(text) == {"a.b.c": "1", "a.b.d": "[1, 2]", "f": "true", "g": "null"}
+    # One such name and MLflow refuses all.
+    assert flattened("sweep: {space: {+model.x: '1,2', data/a@b: 3}}") == {
+        "sweep.space.model.x": "1,2",
+        "sweep.space.data/a_b": "3",
+    }

@@ -235,6 +235,11 @@ def test_a_sweep_does_not_go_on_as_another(swept: Record, override: str) -> None
     assert "sweep.allow_failed" in str(caught.value)
 
 
+def test_a_key_that_a_sweep_does_not_have_is_told_with_the_nearest(swept: Record) -> None:
+    with pytest.raises(ConfigError, match=r"^sweep\.num_sample is no key; valid: sweep\.num_samples, "):
+        history.to_resume_sweep(swept.name, ["sweep.num_sample=20"])
+
+
 def test_a_sweep_is_done_again_under_another_name(swept: Record) -> None:
     plan = history.to_rerun_sweep(swept.name, ["trainer.max_epochs=3"])
     assert plan.experiment.name != swept.name
@@ -243,3 +248,7 @@ def test_a_sweep_is_done_again_under_another_name(swept: Record) -> None:
     assert plan.parameters == Plan.read(Storage(swept.run_dir)).parameters
     with pytest.raises(ConfigError, match=r"optimizer\.lr is what the sweep is over"):
         history.to_rerun_sweep(swept.name, ["optimizer.lr=0.1"])
+    with pytest.raises(ConfigError, match=r"model is what the sweep is over"):
+        history.to_rerun_sweep(swept.name, ["+model=mlp"])
+    # The command printed for its best is of the changed sweep.
+    assert plan.fixed == ("experiment=mlp", "sweep=random", "trainer.max_epochs=3", f"name={plan.experiment.name}")

@@ -111,7 +111,7 @@ def test_what_became_of_each(reused: Swept) -> None:
     assert runs.tags(f"sweep.{raised.id}")["raytrainer.cause"] == "ValueError: bad luck"
     assert f"{raised.id}: ValueError: bad luck" in reused.ended.out
     diverged = found["diverges"]
-    assert diverged.status == "finished"
+    assert (diverged.status, diverged.cause) == ("failed", "diverged: all of its 2 values are nan or infinite")
     assert all(math.isnan(report.value) for report in diverged.reports)
     assert diverged.best("min") is None
     untouched = ["environment", "folder", "warnings", "output", "thread", "threads", "nothing"]

@@ -5,6 +5,7 @@ It notes what each rank does, and does the things that faults are made of.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -175,6 +176,21 @@ class Changes:
 
     def _gradients(self, trainer: Any) -> None:
         torch.set_grad_enabled(False)
+
+    def _exits(self, trainer: Any) -> None:
+        sys.exit("enough")
+
+    def _interrupts(self, trainer: Any) -> None:
+        raise KeyboardInterrupt
+
+    def _hooks(self, trainer: Any) -> None:
+        torch.nn.modules.module.register_module_forward_hook(lambda module, given, result: result * 1.001)
+        torch.optim.optimizer.register_optimizer_step_pre_hook(lambda *_: None)
+
+    def _debugging(self, trainer: Any) -> None:
+        torch.autograd.set_detect_anomaly(True)
+        torch._dynamo.config.recompile_limit = 1
+        gc.disable()
 
     def _environment(self, trainer: Any) -> None:
         os.environ["OMP_NUM_THREADS"] = "7"

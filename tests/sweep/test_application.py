@@ -517,7 +517,7 @@ def test_a_function_that_goes_on_when_it_was_stopped(
     monkeypatch.setattr(sys.modules[__name__], "FREE", free)
     one = process(_stubborn)
     one.step()
-    with pytest.raises(WorkerError, match="trial 0001, which was stopped in this process before, did not end"):
+    with pytest.raises(WorkerError, match="trial 0001 was stopped, and did not end"):
         one.reset_config(config(2))
     free.set()
 

@@ -5,7 +5,9 @@ What trials of experiments do is in test_trial.py; whole sweeps in tests/integra
 from __future__ import annotations
 
 import json
+import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,7 +22,7 @@ from ray import tune
 from raytrainer import supervise
 from raytrainer.config import Parameter
 from raytrainer.config.schema import SweepConfig
-from raytrainer.errors import ConfigError
+from raytrainer.errors import ConfigError, StorageError, WorkerError
 from raytrainer.storage import Storage
 from raytrainer.sweep.engine import Listener, Search
 from raytrainer.sweep.ledger import Ledger, Trial
@@ -36,26 +38,50 @@ REPORTS = 3
 class Counts(tune.Trainable):  # type: ignore[misc]
     """A trial that reports `x` times the number of the evaluation, and does in between what `does` says of its number."""
 
+    _own: dict[str, Any]
+
     def setup(self, config: dict[str, Any]) -> None:
         self.reset_config(config)
 
     def reset_config(self, config: dict[str, Any]) -> bool:
+        if hasattr(self, "_own"):  # what a trial does when it has ended, and its process is wanted
+            does = self._does()
+            if does == "does not end":
+                raise WorkerError(f"trial {self._own[TRIAL]} did not end")
+            if does == "dies late":
+                os._exit(1)
         self._own, self._done = dict(config), 0
         return True
 
+    def _does(self) -> str:
+        found: str = json.loads(Path(os.environ["COUNTS"]).read_text()).get(self._own[TRIAL], "")
+        return found
+
     def step(self) -> dict[str, Any]:
-        does = json.loads(Path(os.environ["COUNTS"]).read_text()).get(self._own[TRIAL], "")
+        does = self._does()
         if self._done == 1 and does == "dies":
             os._exit(1)
         if self._done == 1 and does == "dies once" and not (mark := Path(os.environ["COUNTS"] + ".once")).exists():
             mark.touch()
             os._exit(1)
+        if self._done == 1 and does == "raises":
+            raise WorkerError("OSError: no\nspace", traceback="the whole\ntraceback")
+        if self._done == 1 and does == "ends by an error":
+            failed = {"status": "failed", "cause": "ValueError: two\n  lines", "traceback": "its\ntraceback"}
+            return {"objective": -1e30, "training_iteration": 1, "end": json.dumps(failed), "done": True}
+        if self._done == 1 and does == "exits":
+            sys.exit(4)
         while does == "hangs":
             time.sleep(0.05)
         self._done += 1
-        value = self._own["x"] * self._done
+        value = math.nan if does == "diverges" else self._own["x"] * self._done
         report = {"evaluation": self._done, "step": self._done, "value": value, "metrics": {"pid": float(os.getpid())}}
-        result = {"objective": value, "training_iteration": self._done, "report": json.dumps(report), "done": False}
+        result = {
+            "objective": value if math.isfinite(value) else -1e30,
+            "training_iteration": self._done,
+            "report": json.dumps(report),
+            "done": False,
+        }
         if does == "hopeless":
             end = {"status": "failed", "cause": "ConfigError: sweep.metric=x is not logged", "hopeless": True}
             return {"objective": value, "training_iteration": self._done, "end": json.dumps(end), "done": True}
@@ -98,6 +124,9 @@ class Sweep:
     running: set[str] = field(default_factory=set)
     most: int = 0
     between: Callable[[], None] = lambda: None
+    on_start: Callable[[], None] = lambda: None
+    on_report: Callable[[], None] = lambda: None
+    on_end: Callable[[], None] = lambda: None
 
     def run(self) -> str:
         self.ledger = Ledger.open(Storage(self.folder))
@@ -111,7 +140,8 @@ class Sweep:
             ledger=self.ledger,
             overrides_of=lambda values: [X.override(values["x"])],
             may_change=lambda key: True,
-            listener=Listener(self._start, lambda trial: None, self._end, self.said.append),
+            listener=Listener(self._start, lambda trial: self.on_report(), self._end, self.said.append),
+            needs_value=True,
         )
         try:
             return search.run(
@@ -129,9 +159,11 @@ class Sweep:
         self.started.append(trial.id)
         self.running.add(trial.id)
         self.most = max(self.most, len(self.running))
+        self.on_start()
 
     def _end(self, trial: Trial) -> None:
         self.running.discard(trial.id)
+        self.on_end()
 
     @property
     def trials(self) -> dict[str, Trial]:
@@ -222,6 +254,18 @@ def test_a_process_that_dies_is_a_failed_trial(sweep: Callable[..., Sweep]) -> N
     assert one.said == []
 
 
+def test_why_a_trial_failed_is_a_line_and_all_of_it_a_file(sweep: Callable[..., Sweep]) -> None:
+    one = sweep({"0001": "raises", "0002": "ends by an error", "0003": "exits"}, num_samples=4)
+    one.run()
+    causes = [trial.cause for trial in one.trials.values()]
+    assert causes == ["OSError: no space", "ValueError: two lines", "the process died with exit code 4", None]
+    files = [trial.error for trial in one.trials.values()]
+    assert files == ["trials/0001/error.txt", "trials/0002/error.txt", "trials/0003/error.txt", None]
+    texts = [(one.folder / file).read_text() for file in files if file]
+    assert texts[:2] == ["the whole\ntraceback", "its\ntraceback"]
+    assert "ActorDiedError" in texts[2]
+
+
 def test_a_process_that_dies_is_replaced(sweep: Callable[..., Sweep]) -> None:
     one = sweep({"0002": "dies once", "0003": "dies"}, max_trial_failures=1)
     assert one.run() == "finished"
@@ -229,6 +273,14 @@ def test_a_process_that_dies_is_replaced(sweep: Callable[..., Sweep]) -> None:
     assert [report.evaluation for report in one.trials["0002"].reports] == [1, 2, 3]
     assert [line.partition(":")[0] for line in one.said] == ["trial 0002", "trial 0003"]
     assert all(line.endswith("it is tried again") for line in one.said)
+
+
+def test_a_trial_without_a_value_that_is_a_number_has_failed(sweep: Callable[..., Sweep]) -> None:
+    one = sweep({"0002": "diverges"}, num_samples=3, limit=1)
+    assert one.run() == "finished"
+    assert [trial.status for trial in one.trials.values()] == ["finished", "failed", "finished"]
+    assert one.trials["0002"].cause == "diverged: all of its 3 values are nan or infinite"
+    assert one.trials["0002"].diverged
 
 
 def test_what_all_would_fail_by_ends_it(sweep: Callable[..., Sweep]) -> None:
@@ -244,3 +296,61 @@ def test_more_that_pause_than_may_run(sweep: Callable[..., Sweep]) -> None:
     assert one.run() == "finished"
     assert {trial.status for trial in one.trials.values()} == {"finished", "pruned"}
     assert len(one.pids) == 1
+
+
+def test_one_that_pauses_needs_to_know_how_many_there_will_be(sweep: Callable[..., Sweep]) -> None:
+    """All of them are drawn before any is compared: without a number that would be for ever."""
+    scheduler = node("ray.tune.schedulers.HyperBandScheduler", max_t=REPORTS)
+    one = sweep(num_samples=None, time_budget_s=60.0, scheduler=scheduler)
+    with pytest.raises(ConfigError, match=r"sweep\.num_samples.*HyperBandScheduler"):
+        one.run()
+    assert one.started == []
+
+
+def test_a_signal_is_heeded_between_the_draws_of_many(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(num_samples=1000, scheduler=node("ray.tune.schedulers.HyperBandScheduler", max_t=REPORTS))
+    one.on_start = lambda: time.sleep(0.01)
+
+    def between() -> None:
+        if one.started:
+            raise KeyboardInterrupt
+
+    one.between = between
+    with pytest.raises(KeyboardInterrupt):
+        one.run()
+    assert 0 < len(one.started) < 100
+
+
+@pytest.mark.parametrize("where", ["on_report", "on_end"])
+def test_what_is_raised_while_a_trial_is_written_down_ends_it_as_what_it_is(
+    sweep: Callable[..., Sweep], where: str
+) -> None:
+    def fails() -> None:
+        raise StorageError("the ledger is on a disk that is gone")
+
+    one = sweep(limit=1)
+    setattr(one, where, fails)
+    with pytest.raises(StorageError, match="a disk that is gone"):
+        one.run()
+    assert one.started == ["0001"]
+
+
+def test_a_trial_that_is_as_old_as_a_trial_gets_is_finished(sweep: Callable[..., Sweep]) -> None:
+    """`max_t` below the length of a trial: who comes so far was never worse than others."""
+    one = sweep(scheduler=node("ray.tune.schedulers.ASHAScheduler", max_t=2, grace_period=2), num_samples=3)
+    assert one.run() == "finished"
+    assert [trial.status for trial in one.trials.values()] == ["finished"] * 3
+    assert all(len(trial.reports) == 2 for trial in one.trials.values())
+
+
+@pytest.mark.parametrize("how", ["does not end", "dies late"])
+def test_a_process_that_is_not_free_is_replaced(sweep: Callable[..., Sweep], how: str) -> None:
+    """The trial that was to be its next runs elsewhere, as if nothing had been."""
+    one = sweep({"0001": how}, limit=1, num_samples=3)
+    assert one.run() == "finished"
+    assert [trial.status for trial in one.trials.values()] == ["finished"] * 3
+    assert [len(trial.reports) for trial in one.trials.values()] == [3, 3, 3]
+    assert len(one.pids) == 2
+    (line,) = one.said
+    assert line.endswith("the next trial gets another process")
+    assert how == "dies late" or line.startswith("trial 0001 did not end")

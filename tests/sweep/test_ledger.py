@@ -79,8 +79,9 @@ def test_everything_comes_back_as_it_was(storage: Storage) -> None:
     ledger.note_run("0001", "offline-1")
     ledger.note_run("0001", "abc")
     ledger.inherit("0001", "0002", 1, {"lr": 0.12}, ["lr=0.12"])
-    ledger.end("0001", "failed", "NonFiniteLoss: the loss is nan")
-    ledger.end("0002", "finished")
+    ledger.end("0001", "failed", "NonFiniteLoss: the loss is nan", trace="Traceback of the first try")
+    assert ledger.trials["0001"].error == "trials/0001/error.txt"
+    ledger.end("0002", "failed", "ValueError: \ud800", trace="Traceback\nValueError: \ud800")
     ledger.reopen("0001")
     ledger.close()
     ledger.close()
@@ -98,7 +99,8 @@ def test_everything_comes_back_as_it_was(storage: Storage) -> None:
     assert same(second.parameters["lr"], -0.0)
     assert second.reports[0] == Report(1, 10, 0.1 + 0.2, {"val/loss": 0.1 + 0.2}, 2.5)
     assert second.reports[1:] == [Report(2, 20, 0.0, {}, 2.5, interim=True)]
-    assert (second.status, second.ended) == ("finished", 7.0)
+    assert (second.status, second.ended, second.error) == ("failed", 7.0, "trials/0002/error.txt")
+    assert storage.read_bytes("trials/0002/error.txt") == b"Traceback\nValueError: ?"
     # What the writer has in memory is what the reader finds (compared as text, since NaN is not NaN).
     assert repr(again.trials) == repr(ledger.trials)
 
@@ -360,21 +362,44 @@ def remote(tmp_path: Path) -> Flaky:
 
 def test_an_object_store_gets_the_whole_file_now_and_then(remote: Flaky, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = begun(remote)
-    assert len(uploads) == 1
-    for evaluation in range(1, 201):
-        if evaluation == 1:
-            ledger.start(trial(lr=0.1))
-        ledger.report("0001", report(evaluation))
-    assert len(uploads) == 1, "not an upload a line"
-    ledger.close()
+    ledger.start(trial(lr=0.1))
     assert len(uploads) == 2
+    for evaluation in range(1, 201):
+        ledger.report("0001", report(evaluation))
+    assert len(uploads) == 2, "not an upload a line"
+    ledger.close()
+    assert len(uploads) == 3
     assert len(Ledger.open(remote).trials["0001"].reports) == 200
     monkeypatch.setattr(module, "_UPLOAD_S", 0.01)
     ledger = begun(remote)
     uploaded.clear()
-    ledger.end("0001", "finished")
+    ledger.report("0001", report(201))
     assert uploaded.wait(30), "without a close"
-    assert Ledger.open(remote).trials["0001"].status == "finished"
+    assert len(Ledger.open(remote).trials["0001"].reports) == 201
+    ledger.close()
+
+
+def test_an_object_store_has_what_a_resume_must_know_when_it_is_told(remote: Flaky) -> None:
+    """A killed driver loses no id: another trial would get it, and the checkpoints and the run of the first."""
+
+    def there() -> Any:
+        return Ledger.open(remote).trials
+
+    ledger = begun(remote)
+    ledger.start(trial(lr=0.1))
+    assert list(there()) == ["0001"]
+    ledger.note_run("0001", "offline-1")
+    assert there()["0001"].run_id == "offline-1"
+    ledger.report("0001", report(1))
+    ledger.inherit("0001", "0001", 1, {"lr": 0.2}, ["lr=0.2"])
+    assert (there()["0001"].parameters, len(there()["0001"].reports)) == ({"lr": 0.2}, 1)
+    ledger.end("0001", "stopped")
+    assert there()["0001"].status == "stopped"
+    ledger.reopen("0001")
+    assert there()["0001"].status == "running"
+    ledger.report("0001", report(2))
+    ledger.save()
+    assert len(there()["0001"].reports) == 2
     ledger.close()
 
 
@@ -410,6 +435,11 @@ def test_an_object_store_that_fails_for_a_while_loses_nothing(
     remote.error = OSError(errno.ENOSPC, "full")
     with pytest.raises(StorageFull):
         report_until_refused(ledger)
+    remote.error = None
+    ledger = begun(remote)
+    remote.error = OSError(errno.ENOSPC, "full")
+    with pytest.raises(StorageFull):
+        ledger.end("0001", "finished")
 
 
 def test_a_line_is_cheap_and_synced_apart(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,3 +498,40 @@ def test_lines_are_plain_json(storage: Storage, path: Path) -> None:
 
     kinds = [json.loads(line, parse_constant=refuse)["kind"] for line in path.read_text().splitlines()]
     assert kinds == ["begin", "start", "report"]
+
+
+def test_how_long_a_trial_trained(storage: Storage) -> None:
+    """Neither the time in which the sweep was away counts, nor that in which a trial waits for its place."""
+    now = 20.0
+    ledger = Ledger.open(storage, clock=lambda: now)
+    ledger.begin({})
+    ledger.start(trial())
+    assert ledger.trials["0001"].took(now=20.0) == 7.5
+    ledger.report("0001", replace(report(1), seconds=2.0))  # at 101.0; it had waited
+    ledger.close()
+    now = 500.0
+    ledger = Ledger.open(storage, clock=lambda: now)
+    one = ledger.trials["0001"]
+    assert one.took() == 2.0
+    ledger.begin({})
+    ledger.reopen("0001")
+    assert one.took(now=503.0) == 5.0
+    ledger.report("0001", replace(report(2), seconds=3.5, time=504.0))
+    assert one.took(now=505.0) == 6.5
+    now = 600.0
+    ledger.end("0001", "stopped")
+    ledger.close()
+    assert one.took() == Ledger.open(storage).trials["0001"].took() == 5.5
+
+
+def test_how_long_a_trial_took_that_has_not_reported(storage: Storage) -> None:
+    now = 20.0
+    ledger = Ledger.open(storage, clock=lambda: now)
+    ledger.begin({})
+    ledger.start(trial())
+    now = 500.0
+    ledger.reopen("0001")
+    now = 503.0
+    ledger.end("0001", "failed", "ValueError: no")
+    ledger.close()
+    assert Ledger.open(storage).trials["0001"].took() == 3.0

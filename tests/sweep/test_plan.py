@@ -46,6 +46,7 @@ def test_one_config_for_each_combination_of_group_choices() -> None:
 
 def test_the_name_says_what_it_is_of() -> None:
     assert (plan(LR).experiment.name or "").startswith("mlp-random-")
+    assert (plan("model=mlp,resnet_digits", choice="grid").experiment.name or "").startswith("mlp-grid-")
     several = plan(choice="grid", of="mlp,smoke")
     assert (several.experiment.name or "").startswith("sweep-grid-")
     assert plan(LR, "name=mine").experiment.name == "mine"
@@ -142,3 +143,10 @@ def test_where_metrics_wait(tmp_path: Path) -> None:
 def test_another_metric_needs_its_own_direction() -> None:
     with pytest.raises(ConfigError, match=r"sweep\.metric=val/loss is another metric .* sweep\.mode=min or max"):
         plan(LR, "sweep.metric=val/loss")
+
+
+def test_a_list_that_was_meant_as_several_values() -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan("model.width=[16,32]")
+    assert str(caught.value).startswith("model.width=[16,32] must be a whole number; ")
+    assert str(caught.value).endswith("is one list, and several values are model.width=16,32")

@@ -208,11 +208,20 @@ def test_the_best_composes_to_what_its_overrides_compose(
     assert ": 0002, val/accuracy 0.97 at step 20, with " in comment
 
 
-def test_parameters_that_changed_during_training_are_told(in_tmp: Path) -> None:
+def test_the_best_of_a_population_has_the_parameters_of_its_best_report(in_tmp: Path) -> None:
+    """And says what its weights were trained under before."""
     plan = plan_of("experiment=mlp", "optimizer.lr=interval(0.1,0.2)")
-    one = trial(1, [0.5], parameters={"optimizer.lr": 0.15})
-    one.inherited.append({"evaluation": 1, "from": "0002", "parameters": {"optimizer.lr": 0.15}})
-    results.write(Storage(in_tmp / "s"), trials=[one], plan=plan, metric="m", mode="max", pictures=False)
+    one = trial(1, [0.5, 0.9, 0.6], parameters={"optimizer.lr": 0.18})
+    one.before = [(1, {"optimizer.lr": 0.12}), (2, {"optimizer.lr": 0.15})]
+    one.inherited = [{"evaluation": n, "from": "0001", "parameters": {"optimizer.lr": 0.0}} for n in (1, 2)]
+    other = trial(2, [0.4], parameters={"optimizer.lr": 0.1})
+    results.write(Storage(in_tmp / "s"), trials=[one, other], plan=plan, metric="m", mode="max", pictures=False)
     text = (in_tmp / "s" / "best" / "experiment" / "best.yaml").read_text()
-    assert "# Population based training changed its parameters while it trained" in text
+    assert (
+        "# Trained under a schedule, of which these are the last parameters: lr 0.12 to step 10, lr 0.15 to step 20."
+        in text
+    )
     assert (compose(["experiment=best"], in_tmp / "s" / "best").experiment.optimizer or {})["lr"] == 0.15
+    table = results.trials_table([one, other], ["optimizer.lr"], "max")
+    assert table["inherited"].to_pylist() == ["0001@1 0001@2", None]
+    assert table["parameter/optimizer.lr"].to_pylist() == [0.15, 0.1]

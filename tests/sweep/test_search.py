@@ -23,7 +23,7 @@ from raytrainer.config import Parameter
 from raytrainer.errors import ConfigError
 from raytrainer.storage import Storage
 from raytrainer.supervise import METRIC
-from raytrainer.sweep import GridSearch, RandomSearch
+from raytrainer.sweep import RandomSearch
 from raytrainer.sweep.ledger import WORST, Ledger, Mode, Report, Status, Trial
 from raytrainer.sweep.search import RUN, TRIAL, Draws, Translated, check_search, grid_size, make_search, tell, total_of
 from raytrainer.sweep.space import decoded, domain, encoded, nearest, tune_space
@@ -226,7 +226,7 @@ def test_a_log_scale_is_one() -> None:
 def drawn(seed: int, *numbers: int, space: list[Parameter] | None = None) -> list[dict[str, Any]]:
     search = RandomSearch(seed)
     search.set_search_properties("loss", "min", tune_space([LR, WIDTH] if space is None else space))
-    return [search.draw(n) for n in numbers]
+    return [search.draw(n) or {} for n in numbers]
 
 
 def test_a_random_draw_is_a_function_of_seed_and_number() -> None:
@@ -250,9 +250,40 @@ def test_a_grid_is_in_hydras_order_and_complete(tmp_path: Path) -> None:
 
 
 def test_how_many_trials_there_will_be() -> None:
-    grid = Translated(GridSearch(), [WIDTH, MODEL])
-    assert [total_of(grid, grid.parameters, n) for n in (None, 3, 9)] == [4, 3, 4]
-    assert [total_of(Translated(RandomSearch(), [LR]), [LR], n) for n in (None, 3)] == [None, 3]
+    grid = {"_target_": "raytrainer.sweep.GridSearch"}
+    assert [total_of(grid, [WIDTH, MODEL], n) for n in (None, 3, 9)] == [4, 3, 4]
+    assert [total_of(None, [WIDTH, LR], n) for n in (None, 3)] == [None, 3]
+    assert [total_of(None, [WIDTH, STEPS], n) for n in (None, 3, 999)] == [200, 3, 200]
+    assert [total_of(None, [WIDTH], n, distinct=False) for n in (None, 9)] == [None, 9]
+    assert [total_of(OPTUNA, [WIDTH], n) for n in (None, 9)] == [None, 9]
+
+
+def test_random_draws_of_a_finite_space_are_each_combination_once(tmp_path: Path) -> None:
+    space = [WIDTH, MODEL, STEPS, DOWN]
+    sweep = Sweep(tmp_path / "a", parameters=space)
+    configs = sweep.suggest(10_000)
+    drawn = [tuple(c[p.key] for p in space) for c in configs]
+    assert len(drawn) == len(set(drawn)) == 2 * 2 * 100 * 5
+    assert sweep.suggest(1) == []
+    again = Sweep(tmp_path / "b", parameters=space)
+    assert [tuple(c[p.key] for p in space) for c in again.suggest(50)] == drawn[:50]
+    again.close()
+    on = Sweep(tmp_path / "b", parameters=space)
+    for trial in list(on.ledger.trials):
+        on.ledger.end(trial, "finished")
+    on.close()
+    on = Sweep(tmp_path / "b", parameters=space)
+    assert [tuple(c[p.key] for p in space) for c in on.suggest(30)] == drawn[50:80]
+    steps = [c["steps"] for c in configs[:200]]
+    assert sorted(steps)[100] < 25  # as it is drawn: by its logarithm
+    other = Sweep(tmp_path / "c", parameters=space, seed=8)
+    assert [tuple(c[p.key] for p in space) for c in other.suggest(50)] != drawn[:50]
+
+
+def test_a_population_may_begin_alike() -> None:
+    search = make_search(None, [WIDTH], seed=7, distinct=False)
+    search.set_search_properties(METRIC, "min", {})
+    assert {search.suggest("")["model.width"] for _ in range(50)} == {64, 128}
 
 
 # --- trials ---------------------------------------------------------------------------------------------------------

@@ -110,7 +110,9 @@ def test_the_table_has_the_best_first_then_what_runs_then_the_others(terminal: T
         "0004   failed       nan     1    11  0:10  RuntimeError: out of memory at step 13",
     ]
     # What a log file beside the terminal gets.
-    assert [re.sub(" (at|before).*", "", line) for line in watched.log.getvalue().splitlines()] == [
+    ends = [re.sub(" (at|before).*", "", line) for line in watched.log.getvalue().splitlines() if "after" not in line]
+    assert ends == [
+        "trial 0006 begins: lr 0.01667  width 384",
         "trial 0001 finished",
         "trial 0002 finished",
         "trial 0003 pruned",
@@ -269,19 +271,23 @@ def test_a_log_gets_a_line_a_trial_and_a_summary_in_thirty_seconds() -> None:
     watched.run(trial(7, [0.8, 0.7, 0.7], "pruned", parameters={"optimizer.lr": 0.0123, "model.width": 64}), 4)
     for _ in range(50):
         watched.tick(0.5)
-    assert watched.lines() == [
+    assert watched.lines()[:2] == [
+        "trial 0009 goes on after evaluation 1: lr 0.01111  width 576",
+        "trial 0010 begins: lr 0.01  width 640",
+    ]
+    assert watched.lines()[3:] == [
         "trial 0007 pruned at evaluation 3 (step 33), 0:04: val/accuracy 0.8; lr 0.0123  width 64"
     ]
     watched.tick(2)
     summary = "sweep asha: 1 of 64 done, 2 running, 1 pruned  best val/accuracy 0.8 (0007)  0:31 elapsed"
-    assert watched.lines()[1:] == [f"{summary}  (0009 at step 11, 0010 begins)"]
+    assert watched.lines()[4:] == [f"{summary}  (0009 at step 11, 0010 begins)"]
     for _ in range(100):
         watched.tick(1)
-    assert len(watched.lines()) == 2 + 3
+    assert len(watched.lines()[3:]) == 2 + 3
     assert watched.log.getvalue() == watched.stream.getvalue()
     assert not any(c in watched.stream.getvalue() for c in "\r\x1b")
     watched.board.close()
-    assert len(watched.lines()) == 5
+    assert len(watched.lines()[3:]) == 5
 
 
 @pytest.mark.parametrize(
@@ -364,7 +370,6 @@ def test_the_best_as_a_command_can_be_copied_into_a_shell() -> None:
     one = trial(3)
     one.overrides = ["model=resnet18", "optimizer.lr=0.01", 'data.path="a b\'s"', "+model.layers=[1,2]", "+x.c={a: 1}"]
     fixed = [
-        "--config-dir=my conf",
         "experiment=mlp",
         "sweep=asha",
         "sweep.num_samples=64",
@@ -373,7 +378,7 @@ def test_the_best_as_a_command_can_be_copied_into_a_shell() -> None:
         "name=s",
     ]
     fixed += ["hydra.sweeper.n=3", "hydra/sweeper=optuna", "hydra.searchpath=[pkg://mine]", "trainer.max_epochs=3"]
-    command = command_line("'/a b/python' -m raytrainer", fixed, one)
+    command = command_line("'/a b/python' -m raytrainer", ["--config-dir=my conf"], fixed, one.overrides)
     assert shlex.split(command) == [
         *("/a b/python", "-m", "raytrainer", "--config-dir=my conf", "experiment=mlp"),
         *("hydra.searchpath=[pkg://mine]", "trainer.max_epochs=3", *one.overrides),

@@ -5,6 +5,7 @@ Driven by hand as Tune does, without a Ray; through the real command in tests/in
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import math
 import multiprocessing
@@ -21,11 +22,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # which sets variables of the environment
 
-from raytrainer.checkpoint import Checkpointer
-from raytrainer.config import Parameter, compose
+from raytrainer.checkpoint import Checkpointer, take_in, taken_in
+from raytrainer.config import Parameter, compose, experiment_of
 from raytrainer.errors import WorkerError
+from raytrainer.run import Record
 from raytrainer.storage import Storage
+from raytrainer.sweep import trial
 from raytrainer.sweep.ledger import WORST
 from raytrainer.sweep.search import RUN, TRIAL
 from raytrainer.sweep.trial import Shared, TrialProcess
@@ -36,7 +40,8 @@ pytestmark = pytest.mark.usefixtures("in_tmp", "outside")
 EPOCHS = 3
 LR = Parameter("optimizer.lr", "interval", low=1e-4, high=1e-1, log=True)
 _CHANGES = ("nothing", "raises", "diverges", "dtype", "device", "seeds", "threads", "arithmetic", "gradients", "thread")
-VALUES = (*_CHANGES, "environment", "folder", "warnings", "path", "output")
+_RAISES = ("raises", "diverges", "gradients", "exits", "interrupts")
+VALUES = (*_CHANGES, "environment", "folder", "warnings", "path", "output", "exits", "interrupts", "hooks", "debugging")
 WHAT = Parameter("callbacks.changes.what", "choice", VALUES, VALUES)
 CHANGES = ["+callbacks.changes._target_=probes.Changes", "+callbacks.changes.what=nothing"]
 SWEEP = ["experiment=mlp", "name=sweep", f"trainer.max_epochs={EPOCHS}", "model.width=16", "model.dropout=0.2"]
@@ -139,6 +144,9 @@ def of_trial(trial: str) -> Storage:
     return Storage(Path("runs/sweep/trials", trial, "checkpoints").absolute())
 
 
+SLOW = ["data.train._target_=probes.SlowToEnd", "~data.train.split", "+data.train.seconds=2.5"]
+SLOW += ["+data.train.rows=800", "trainer.eval_every_n_steps=4"]
+SLOW += ["data.global_batch_size=8", "data.prefetch=0", "trainer.max_epochs=null", "trainer.max_steps=8"]
 OBSERVED = ["+callbacks.observed._target_=probes.Observed"]
 
 
@@ -165,7 +173,7 @@ def test_after_every_kind_of_trial_it_is_as_in_a_new_process(process: Callable[.
     one.steps(stop=2)  # and stopped in the middle
     for number, what in enumerate(VALUES[1:], start=2):
         said = one.then(config(number, **{WHAT.key: what}))
-        assert end(said)["status"] == ("failed" if what in {"raises", "diverges", "gradients"} else end(said)["status"])
+        assert end(said)["status"] == ("failed" if what in _RAISES else end(said)["status"])
         Storage(of.run_dir).delete("trials/0099")
         found = one.then(measured)
         assert end(found) == {"status": "finished", "reason": "finished"}, what
@@ -175,7 +183,26 @@ def test_after_every_kind_of_trial_it_is_as_in_a_new_process(process: Callable[.
     assert (sys.stdout, sys.stderr) == output
     assert (torch.backends.mkldnn.flags, torch.get_float32_matmul_precision(), list(warnings.filters)) == flags
     assert torch.backends.mkldnn.enabled
+    assert not torch.is_anomaly_enabled()
+    assert torch._dynamo.config.recompile_limit > 1
+    assert gc.isenabled()
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_what_was_compiled_for_others_is_not_seen(process: Callable[..., Process]) -> None:
+    """After so many trials torch compiles no more: the ninth would be trained otherwise."""
+    of = shared("trainer.compile=true", "trainer.max_epochs=1")
+    expected = reports(in_new_process(of, config(99)))
+    Storage(of.run_dir).delete("trials/0099")
+    one = process(of, config(1))
+    one.steps()
+    for number in range(2, torch._dynamo.config.recompile_limit + 2):
+        one.then(config(number))
+    torch._dynamo.utils.counters.clear()
+    assert reports(one.then(config(99))) == expected
+    assert torch._dynamo.utils.counters["frames"]["ok"]
 
 
 def test_what_a_trial_held_is_given_back(process: Callable[..., Process]) -> None:
@@ -212,12 +239,20 @@ def test_a_stopped_trial_ends_between_two_steps(process: Callable[..., Process])
     assert steps() == list(range(1, 12))
 
 
+def test_a_stopped_trial_that_does_not_end_takes_its_process_with_it(
+    process: Callable[..., Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "_ENDS_S", 0.1)
+    one = process(shared(*SLOW), config(1))
+    one.steps(stop=1)
+    with pytest.raises(WorkerError, match=r"trial 0001 was stopped, and did not end in 0\.1 s"):
+        one.reset(config(2))
+    monkeypatch.setattr(trial, "_ENDS_S", 30.0)
+
+
 def test_a_stopped_trial_that_takes_its_time_to_end_breaks_nothing(process: Callable[..., Process]) -> None:
     """Tune's own function trials are given 2 s, and the trial after them fails."""
-    slow = ["data.train._target_=probes.SlowToEnd", "~data.train.split", "+data.train.seconds=2.5"]
-    slow += ["+data.train.rows=800"]
-    slow += ["data.global_batch_size=8", "data.prefetch=0", "trainer.max_epochs=null", "trainer.max_steps=8"]
-    one = process(shared(*slow, "trainer.eval_every_n_steps=4"), config(1))
+    one = process(shared(*SLOW), config(1))
     one.steps(stop=1)
     began = time.monotonic()
     one.reset(config(2))
@@ -264,6 +299,16 @@ def test_one_that_raises_is_data_and_says_why(process: Callable[..., Process]) -
     assert end(said)["cause"] == "ValueError: bad luck"
     assert "probes.py" in end(said)["traceback"]
     assert not end(said)["diverged"]
+
+
+@pytest.mark.parametrize(("what", "cause"), [("exits", "SystemExit: enough"), ("interrupts", "KeyboardInterrupt")])
+def test_one_that_would_end_the_process_ends_itself(process: Callable[..., Process], what: str, cause: str) -> None:
+    one = process(shared(*CHANGES, parameters=(LR, WHAT)), config(1, **{WHAT.key: what}))
+    found = end(one.steps())
+    assert found["status"] == "failed"
+    assert found["cause"].startswith(cause)
+    assert "probes.py" in found["traceback"]
+    assert end(one.then(config(2, **{WHAT.key: "nothing"})))["status"] == "finished"
 
 
 def test_a_loss_that_is_not_finite_is_a_divergence(process: Callable[..., Process]) -> None:
@@ -330,7 +375,10 @@ def test_a_clone_goes_on_from_the_state_of_the_other(process: Callable[..., Proc
     source.tune.save_checkpoint(str(tmp_path))
     clone.reset(config(2, **{"optimizer.lr": 0.002}))
     clone.tune.load_checkpoint(str(tmp_path))
+    taken = {"from": "0001", "evaluation": 2, "parameters": {"optimizer.lr": 0.002}}
+    assert taken_in(of_trial("0002")) == taken  # before anybody has heard of it
     said = clone.steps()
+    assert taken_in(of_trial("0002")) == taken
     assert [report["evaluation"] for report in reports(said)] == [3]
     assert reports(said)[0]["inherited"] == {"from": "0001", "evaluation": 2}
     assert_equal_states(loaded("0001", 22), loaded("0002", 22))
@@ -344,6 +392,30 @@ def test_a_clone_goes_on_from_the_state_of_the_other(process: Callable[..., Proc
     whole = {line["step"]: line["lr"] for line in lines if line["kind"] == "step" and line["trial"] == "0003"}
     for step in range(1, 33):  # the same curve, over the new rate once it is inherited
         assert rates["0002", step] == pytest.approx(whole[step] * (0.2 if step > 22 else 1.0))
+
+
+def test_a_copy_that_was_not_finished_is_none(process: Callable[..., Process], tmp_path: Path) -> None:
+    source = process(shared(pauses=True), config(1))
+    source.steps(stop=1)
+    source.tune.save_checkpoint(str(tmp_path))
+    take_in(tmp_path, of_trial("0002"), {"from": "0001"})
+    assert taken_in(of_trial("0002")) == {"from": "0001"}
+    of_trial("0002").delete("step-000000011/manifest.json")  # it comes last
+    assert taken_in(of_trial("0002")) is None
+    assert reports(process(shared(pauses=True), config(2)).steps())[0]["step"] == 11
+    assert taken_in(of_trial("0002")) is None
+
+
+def test_workers_that_may_be_paused_have_a_checkpoint_of_each_evaluation() -> None:
+    """Nobody asks them for one when they are: an older one would be taken over in its place."""
+    sparse = ["checkpoint.every_n_steps=1000", "checkpoint.min_interval_s=60"]
+    found = {}
+    for workers, pauses in itertools.product((1, 2), (False, True)):
+        job = shared(*sparse, workers=workers, pauses=pauses).job(config(1))
+        found[workers, pauses] = experiment_of(job.text, job.overrides).checkpoint
+    assert (found[2, True].every_n_steps, found[2, True].min_interval_s) == (None, 0)
+    others = {(c.every_n_steps, c.min_interval_s) for key, c in found.items() if key != (2, True)}
+    assert others == {(1000, 60)}
 
 
 def loaded(trial: str, step: int) -> dict[str, Any]:
@@ -361,3 +433,13 @@ def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _tensors(below, f"{path}/{key}")
     elif isinstance(value, torch.Tensor):
         yield path, value
+
+
+def test_a_disk_that_is_each_nodes_own_is_refused(process: Callable[..., Process]) -> None:
+    """What a trial would leave there nobody would find: it fails by it as every other would."""
+    record = Record("sweep", "", created="2026-01-01T00:00:00+00:00", attempts=1)
+    said = process(shared(mark=record.mark), config(1)).steps()
+    assert (end(said)["status"], end(said)["hopeless"]) == ("failed", True)
+    assert f"ConfigError: storage_path={Path('runs').absolute()} is not the same place on" in end(said)["cause"]
+    record.write(Storage(Path("runs/sweep").absolute()))
+    assert end(process(shared(mark=record.mark), config(2)).steps())["status"] == "finished"

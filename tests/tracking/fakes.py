@@ -69,9 +69,9 @@ class FakeServer:
 
     def log_artifact(self, run_id: str, path: Path, folder: str | None) -> None:
         run = self._begin("log_artifact", run_id)
-        for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
             name = str(file.relative_to(path.parent))
-            run.artifacts[f"{folder}/{name}" if folder else name] = file.read_text(encoding="utf-8")
+            run.artifacts[f"{folder}/{name}" if folder else name] = file.read_text(encoding="utf-8", errors="replace")
         self.after("log_artifact")
 
     def run(self, run_id: str) -> RunState:

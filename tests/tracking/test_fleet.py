@@ -49,7 +49,7 @@ def rows(spool_dir: Path, steps: range, time_ms: int = 1000) -> None:
 def trial(of: Fleet, spool_dir: Path, steps: range = range(3), **options: object) -> str:
     run_id = of.open(spool_dir, spool_dir.name, params={"lr": "0.1"}, tags={"trial": spool_dir.name}, **options)  # type: ignore[arg-type]
     rows(spool_dir, steps)
-    of.finish(spool_dir, "FINISHED", tags={"pruned": "true"})
+    of.finish(spool_dir, "FINISHED", tags={"pruned": "true"}, metrics={"best/loss": (0.0, 0, 1.0)})
     return run_id
 
 
@@ -62,7 +62,7 @@ def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
 
 def whole(run: FakeRun, steps: range = range(3)) -> bool:
     return (
-        run.count() == {(key, step): 1 for key in ("loss", "system/cpu") for step in steps}
+        run.count() == {(key, step): 1 for key in ("loss", "system/cpu") for step in steps} | {("best/loss", 0): 1}
         and (run.params, run.status, run.experiment_id) == ({"lr": "0.1"}, "FINISHED", "1")
         and (run.tags[PARENT_TAG], run.tags["trial"], run.tags["pruned"]) == ("sweep", run.name, "true")
         and run.tags["mlflow.source.name"] == "raytrainer"
@@ -100,7 +100,8 @@ def test_a_trial_is_seen_while_it_runs(tmp_path: Path, server: FakeServer) -> No
         until(lambda: len(run.rows) == 2 * (step + 1))  # noqa: B023
     # Its process has not closed its spool: what it still writes comes before the end.
     before = time.time()
-    of.finish(tmp_path / "a", "FAILED", "it diverged", tags={"pruned": "true"})
+    texts = {"error.txt": "Traceback\n  of it"}
+    of.finish(tmp_path / "a", "FAILED", "it diverged", tags={"pruned": "true"}, texts=texts)
     until(lambda: "pruned" in run.tags)
     assert run.status == "RUNNING"
     writer.append(line("m", 3, 3, {"loss": 1.0}))
@@ -109,6 +110,7 @@ def test_a_trial_is_seen_while_it_runs(tmp_path: Path, server: FakeServer) -> No
     writer.close()
     until(lambda: not (tmp_path / "a").exists())
     assert (run.status, run.tags["raytrainer.cause"]) == ("FAILED", "it diverged")
+    assert run.artifacts == texts
     assert run.end_time is not None
     assert 1000 * before - 1 <= run.end_time <= 1000 * time.time()
     # The run that this thread made is not asked for, nor looked up.
@@ -326,7 +328,7 @@ def test_a_run_that_is_deleted_by_hand_is_said_once_and_stops_no_other(
     rows(tmp_path / "a", range(3))
     trial(of, tmp_path / "b")
     until(lambda: caplog.messages and not (tmp_path / "b").exists())
-    of.finish(tmp_path / "a", "FINISHED", tags={"pruned": "true"})
+    of.finish(tmp_path / "a", "FINISHED", tags={"pruned": "true"}, metrics={"best/loss": (0.0, 0, 1.0)})
     calls = len(server.calls)
     until(lambda: len(server.calls) > calls + 6)
     assert sum("deleted" in message for message in caplog.messages) == len(caplog.messages) == 1
@@ -389,7 +391,7 @@ def test_a_run_goes_on(tmp_path: Path, server: FakeServer, by: str) -> None:
     assert of.close()
     assert run.count() == {("loss", step): 1 for step in range(5)} | {
         ("system/cpu", step): 1 for step in (*range(3), *range(4, 8))
-    }
+    } | {("best/loss", 0): 1}
     assert (run.status, run.params) == ("FINISHED", {"lr": "0.1", "new": "1"})
     assert len(server.runs) == 1
     assert created == {tmp_path / "a": "run0"}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytrainer.errors import StorageError, TrackingDenied, TrackingError, TrackingUnreachable
-from raytrainer.tracking.sender import DROPPED_TAG, Busy, Sender, Shipper, recorded_run_id, replay
+from raytrainer.tracking.sender import DROPPED_TAG, LOCAL_ID_TAG, Busy, Sender, Shipper, recorded_run_id, replay
 from raytrainer.tracking.server import RunGone
 from raytrainer.tracking.spool import RunNote, SegmentWriter, Spool, line
 from tests.tracking.fakes import FakeServer
@@ -67,8 +69,8 @@ def test_a_key_may_go_back_within_an_attempt(tmp_path: Path) -> None:
     spool, server = Spool(tmp_path), FakeServer()
     run = server.add()
     writer = SegmentWriter(spool, 60)
-    for time, step in enumerate([5, 6, 2, 7]):
-        writer.append(line("m", time, step, {"a": 1.0}))
+    for when, step in enumerate([5, 6, 2, 7]):
+        writer.append(line("m", when, step, {"a": 1.0}))
         Sender(spool, "r", server).send()
     assert run.count() == {("a", step): 1 for step in (5, 6, 2, 7)}
 
@@ -86,8 +88,8 @@ def test_the_floor_is_fixed_before_the_first_row_goes(tmp_path: Path) -> None:
     spool, server = Spool(tmp_path), FakeServer()
     run = server.add()
     writer = SegmentWriter(spool, 1 << 20)
-    for time, step in enumerate([5, 6, 2]):
-        writer.append(line("m", time, step, {"a": 1.0}) + line("m", time, time, {"system/cpu": 1.0}))
+    for when, step in enumerate([5, 6, 2]):
+        writer.append(line("m", when, step, {"a": 1.0}) + line("m", when, when, {"system/cpu": 1.0}))
 
     def die(name: str) -> None:
         if name == "log_batch":
@@ -342,3 +344,34 @@ def test_a_spool_of_another_version_is_not_sent(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text('{"version": 99}')
     with pytest.raises(StorageError, match="version 1"):
         replay(tmp_path, "r", "", server=FakeServer())
+
+
+def test_a_run_that_another_process_makes_is_waited_for_and_what_it_is_told_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial's process on another node, while MLflow is away: it is back after the trial has ended."""
+    monkeypatch.setattr("raytrainer.tracking.sender._BACKOFF_S", (0.01, 0.05))
+    server, spool = FakeServer(), Spool(tmp_path / "here")
+    server.down = True
+    shipper = Shipper(spool.root, "offline-1", "http://x", interval_s=0.005, awaited_in="exp", server=server)
+    write(spool, range(5), 1000)
+    assert not shipper.close(timeout_s=5.0)
+    server.down = False
+    own = RunNote("offline-1", "exp", "trial", tags={"a": "b"}, status="FINISHED", end_time=9)
+    spool.write_note(own)  # of the driver, where both are on one machine
+    until(lambda: "find_run" in server.calls)
+    assert server.runs == {}
+    run_id = server.create_run(server.experiment("exp", None), "trial", {LOCAL_ID_TAG: "offline-1"}, None)
+    until(lambda: len(server.runs[run_id].rows) == 10)
+    assert server.runs[run_id].status == "RUNNING"
+    assert spool.note() == own
+    until(lambda: not spool.pending(notes=False))
+    assert all(thread.name != "tracking-shipper" for thread in threading.enumerate())
+    until(lambda: all(thread.name != "tracking-leftovers" for thread in threading.enumerate()))
+
+
+def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

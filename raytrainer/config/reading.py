@@ -1,0 +1,301 @@
+"""One sweep, as Hydra's grammar has it or as a list of YAML → a `Parameter`, or why it cannot be one."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from raytrainer.config.compose import searching
+from raytrainer.config.explain import HOW
+from raytrainer.config.grammar import (
+    as_text,
+    finite,
+    is_text,
+    key_element,
+    steps_between,
+    target,
+    text_of,
+    unquoted,
+    unread,
+)
+from raytrainer.config.parameter import MOST_VALUES, Parameter
+from raytrainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Glob, IntervalSweep, Override, RangeSweep
+
+
+class Reader:
+    """Reads one sweep at a time with what all of them need. Every method raises a ConfigError for what cannot be.
+
+    Args:
+        parser: As `make_parser` gives.
+        is_group: Whether a name is a group.
+        shared: As `parse_space`; config_dir likewise.
+
+    Attributes:
+        searchpath: As `hydra.searchpath`, for what `glob(*)` finds.
+    """
+
+    def __init__(
+        self,
+        parser: OverridesParser,
+        is_group: Callable[[str], bool],
+        shared: Mapping[str, str],
+        config_dir: str | Path | None,
+    ) -> None:
+        self.parser, self.is_group, self.shared, self.config_dir = parser, is_group, shared, config_dir
+        self.searchpath: list[str] = []
+
+    def parse(self, line: str) -> Override:
+        """An override; whatever cannot be read is refused."""
+        from hydra.errors import OverrideParseException
+
+        try:
+            found = self.parser.parse_overrides([line])[0]
+        except OverrideParseException as error:
+            raise unread(line, error) from error
+        if found.is_sweep_override() and not found.key_or_group:
+            raise ConfigError(f"{line!r} is not key=value")
+        return found
+
+    def named(self, key: str) -> Override:
+        """A key of `sweep.space`, parsed."""
+        try:
+            found = self.parse(f"{key}=0")
+        except ConfigError as error:
+            raise ConfigError("cannot be a key", key=key) from error
+        if key_element(found) != key:
+            raise ConfigError("cannot be a key", key=key)
+        return found
+
+    def of_content(self, key: str, named: Override, content: Any) -> Parameter:
+        """The parameter of one entry of `sweep.space`; `named` is its key, parsed."""
+        if isinstance(content, str):
+            text = content.strip()
+            if not text:
+                raise ConfigError(f"is empty: {HOW}", key=key)
+            override = self.parse(f"{key}={text}")
+            if override.is_sweep_override():
+                return self.parameter(override)
+            self.refuse_nested(override, override.value())
+        elif isinstance(content, Sequence) and not isinstance(content, bytes):
+            self.refuse_key(named, content)
+            return self.choice(named, _listed(content), content)
+        raise ConfigError(
+            f"is one value, not several: {HOW}; what all trials share stands outside of it", key=key, value=content
+        )
+
+    def parameter(self, override: Override) -> Parameter:
+        """The parameter of an override that is a sweep."""
+        from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, RangeSweep
+
+        written, sweep = text_of(override), override.value()
+        self.refuse_key(override, written)
+        tags: set[str] = getattr(sweep, "tags", set())
+        if unknown := sorted(tags - {"log"}):
+            raise ConfigError(
+                f"has the tag {unknown[0]!r}, which means nothing here",
+                key=key_element(override),
+                value=written,
+                choices=["log"],
+            )
+        if isinstance(sweep, Glob):
+            return self.glob(override, sweep)
+        if self.is_group(override.key_or_group) and isinstance(sweep, RangeSweep | IntervalSweep):
+            raise ConfigError(
+                "is over a group, whose choices are names: list them, as a,b, or glob(*)",
+                key=key_element(override),
+                value=written,
+            )
+        if isinstance(sweep, IntervalSweep):
+            return _interval(override, sweep)
+        if isinstance(sweep, RangeSweep) and not sweep.shuffle:
+            return _range(override, sweep)
+        if "log" in tags:
+            raise ConfigError(
+                "is a list, which has no scale: leave out tag(log, …), or give an interval",
+                key=key_element(override),
+                value=written,
+            )
+        if isinstance(sweep, RangeSweep):
+            values: list[Any] = list(_range(override, sweep).grid())
+        else:
+            assert isinstance(sweep, ChoiceSweep)
+            values = list(sweep.list)
+        if sweep.shuffle:
+            # Hydra shuffles anew each time; here a sweep is the same again.
+            random.Random(key_element(override)).shuffle(values)
+        return self.choice(override, values, written)
+
+    def glob(self, override: Override, glob: Glob) -> Parameter:
+        """The choices of a group whose names match."""
+        from hydra.core.global_hydra import GlobalHydra
+        from hydra.core.object_type import ObjectType
+
+        key, written = key_element(override), text_of(override)
+        if not self.is_group(override.key_or_group):
+            raise ConfigError("is no group, and glob chooses among a group's configs", key=key, value=written)
+        if not all(isinstance(pattern, str) for pattern in (*glob.include, *glob.exclude)):
+            raise ConfigError(
+                "must have patterns of names, as glob(*) or glob([a*,b*],exclude=ab)", key=key, value=written
+            )
+        running = GlobalHydra.instance().is_initialized() and not self.searchpath
+        with contextlib.nullcontext() if running else searching(self.config_dir, self.searchpath):
+            loader = GlobalHydra.instance().config_loader()
+            options = loader.get_group_options(override.key_or_group, results_filter=ObjectType.CONFIG)
+        if not (names := glob.filter(options)):
+            raise ConfigError("matches no choice of the group", key=key, value=written, choices=options)
+        return self.choice(override, names, written)
+
+    def choice(self, override: Override, values: Sequence[Any], written: Any) -> Parameter:
+        """The parameter of listed values, which are as the parser gives them or plain."""
+        key = key_element(override)
+        if not values:
+            raise ConfigError("is an empty list: give it values", key=key, value=written)
+        for value in values:
+            self.refuse_nested(override, value)
+        group = self.is_group(override.key_or_group) and not all(isinstance(v, dict) for v in values)
+        if group and not all(is_text(v) or isinstance(v, list) for v in values):
+            raise ConfigError(
+                "is over a group, whose choices are names; a name that looks like something else is put in quotes",
+                key=key,
+                value=written,
+            )
+        if group and override.is_force_add():
+            raise ConfigError(f"is a group, which ++ cannot choose from: +{key[2:]}=…", key=key, value=written)
+        texts = [self.text(key, v) for v in values]
+        plain = [t if isinstance(v, list | dict) else unquoted(v) for v, t in zip(values, texts, strict=True)]
+        seen: set[str] = set()
+        for value, text in zip(plain, texts, strict=True):
+            if repr(value) in seen:
+                raise ConfigError(f"has {text} twice; leave one out", key=key, value=written)
+            seen.add(repr(value))
+        return Parameter(key, "choice", tuple(plain), tuple(texts), group=group)
+
+    def text(self, key: str, value: Any) -> str:
+        """What stands after the `=`, read back once where that is not obvious."""
+        try:
+            text = as_text(value)
+        except TypeError as error:
+            raise ConfigError(f"cannot be swept over: {value!r} {error}", key=key) from error
+        if isinstance(value, list | dict) or (is_text(value) and text != value):
+            try:
+                again = self.parser.parse_override(f"x={text}").value()
+            except Exception as error:
+                raise ConfigError("cannot be written as an override", key=key, value=value) from error
+            if repr(again) != repr(unquoted(value)):
+                raise ConfigError(f"cannot be written as an override: {text} is another value", key=key, value=value)
+        return text
+
+    def refuse_key(self, override: Override, written: Any) -> None:
+        """What cannot be swept over, whatever its values."""
+        if override.is_delete():
+            raise ConfigError("cannot be swept: ~ deletes the key", key=f"~{target(override)}", value=written)
+        name = target(override)
+        if name.startswith("sweep.space") and "sweep" in self.shared:
+            meant = name.removeprefix("sweep.space").removeprefix(".")
+            raise ConfigError(
+                "is where an experiment's file keeps its space; here it is "
+                + (f"{meant}={written}" if meant else "key=a,b for each key"),
+                key=name,
+                value=written,
+            )
+        for name in (override.key_or_group, override.package or ""):
+            why = self.shared.get(re.split(r"[./]", name)[0])
+            if why is not None:
+                raise ConfigError(f"cannot be swept: {why}", key=target(override), value=written)
+
+    def refuse_nested(self, override: Override, value: Any) -> None:
+        """A sweep within a list of values is taken by Hydra for a value."""
+        from hydra.core.override_parser.types import Glob, Sweep
+
+        if isinstance(value, Sweep | Glob):
+            raise ConfigError(
+                "has a sweep inside of a value: sweep over whole values, as [1,2],[1,3], or write one list",
+                key=key_element(override),
+                value=text_of(override),
+            )
+        for inner in value if isinstance(value, list) else value.values() if isinstance(value, dict) else ():
+            self.refuse_nested(override, inner)
+
+
+def _interval(override: Override, sweep: IntervalSweep) -> Parameter:
+    key, written, low, high = key_element(override), text_of(override), sweep.start, sweep.end
+    assert low is not None
+    assert high is not None
+    integer = isinstance(low, int) and isinstance(high, int)
+    if not finite(low, high):
+        raise ConfigError("must begin and end with finite numbers", key=key, value=written)
+    if low > high or (low == high and not integer):
+        ends = f"ends at {high!r}, which is not above its begin {low!r}"
+        swap = f": interval({high!r},{low!r})" if low > high else "; one value is given without interval"
+        raise ConfigError(f"is empty: it {ends}{swap}", key=key, value=written)
+    log = "log" in sweep.tags
+    if log:
+        _check_log(key, written, low)
+    return Parameter(key, "interval", low=low, high=high, log=log, integer=integer)
+
+
+def _range(override: Override, sweep: RangeSweep) -> Parameter:
+    key, written = key_element(override), text_of(override)
+    start, stop, step = sweep.start, sweep.stop, sweep.step
+    assert start is not None
+    assert stop is not None
+    if not finite(start, stop, step):
+        raise ConfigError("must have finite numbers", key=key, value=written)
+    if step == 0:
+        raise ConfigError("has a step of 0: give another", key=key, value=written)
+    integer = all(isinstance(x, int) for x in (start, stop, step))
+    if not (start < stop if step > 0 else start > stop):
+        wrong = "" if start == stop else f", with a step of {step!r}"
+        raise ConfigError(f"is empty: from {start!r} to {stop!r}, which is not in it{wrong}", key=key, value=written)
+    if integer:
+        last: float = range(int(start), int(stop), int(step))[-1]
+        start, step = int(start), int(step)
+    else:
+        if steps_between(start, stop, step) > MOST_VALUES:
+            raise ConfigError(
+                "has more than a million values: interval(…) has every number between two", key=key, value=written
+            )
+        *_, last = sweep.range()
+        start, step = float(start), float(step)
+    low, high = min(start, last), max(start, last)
+    log = "log" in sweep.tags
+    if log:
+        _check_log(key, written, low)
+        if not integer or abs(step) != 1:
+            raise ConfigError(
+                "is both logarithmic and equally spaced: list the values, as 1,10,100, or take "
+                f"tag(log,{f'int(interval({low!r},{high!r}))' if integer else f'interval({low!r},{high!r})'})",
+                key=key,
+                value=written,
+            )
+    return Parameter(key, "range", low=low, high=high, step=step, log=log, integer=integer)
+
+
+def _check_log(key: str, written: str, low: float) -> None:
+    if low <= 0:
+        raise ConfigError(
+            f"begins at {low!r}, which has no logarithm: begin above 0, as tag(log,interval(1e-5,0.1)), or leave out tag(log, …)",
+            key=key,
+            value=written,
+        )
+
+
+def _listed(content: Sequence[Any]) -> list[Any]:
+    """A list of YAML, its lists and dicts plain ones."""
+    return [
+        _listed(x)
+        if isinstance(x, Sequence) and not isinstance(x, str | bytes)
+        else dict(zip(x, _listed(list(x.values())), strict=True))
+        if isinstance(x, Mapping)
+        else x
+        for x in content
+    ]

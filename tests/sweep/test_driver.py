@@ -1,0 +1,366 @@
+"""An attempt at a sweep without Ray: what is told of trials when a disk, a server or a person ends it early.
+The trials are a script's; the ledger, the spools and the thread that sends them are the real ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytrainer import preflight, tracking
+from raytrainer.checkpoint import Checkpointer, take_in
+from raytrainer.config import group_names
+from raytrainer.errors import StorageFull
+from raytrainer.interrupts import Interrupts
+from raytrainer.progress import Display
+from raytrainer.run import Logs, Record
+from raytrainer.storage import Storage
+from raytrainer.sweep import Plan, driver, make_plan, pictures
+from raytrainer.sweep.driver import SweepDriver
+from raytrainer.sweep.ledger import Ledger, Report, Status, Trial
+from raytrainer.sweep.outcome import SweepOutcome
+from tests.tracking.fakes import FakeServer
+
+Script = Callable[["Acting"], str]
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    given = ["experiment=mlp", "sweep=random", "optimizer.lr=interval(0,1)", "name=sweep", "storage_path=/nowhere"]
+    return make_plan(
+        [*given, "tracking.tracking_uri=http://tracking.example"], choice="random", space={}, groups=group_names()
+    )
+
+
+class Acting(SweepDriver):
+    """Plays its script in the place of Tune and its processes."""
+
+    script: Script
+
+    def _search(self, available: preflight.Resources) -> str:
+        self.interrupts.deferred = True
+        return self.script(self)
+
+    def starts(self, *, run: bool = True) -> Trial:
+        number = len(self.ledger.trials) + 1
+        trial = Trial(f"{number:04d}", {"optimizer.lr": number / 10}, [f"optimizer.lr={number / 10}"], time.time())
+        self.ledger.start(trial)
+        self._started(trial)
+        return trial
+
+    def reports(self, trial: Trial, *values: float) -> None:
+        for value in values:
+            n = len(trial.reports) + 1
+            self.ledger.report(trial.id, Report(n, 10 * n, value, {"val/loss": value}, time.time()))
+
+    def ends(self, trial: Trial, status: Status = "finished", cause: str | None = None) -> None:
+        self.ledger.end(trial.id, status, cause)
+        self._ended(trial)
+
+
+@dataclass
+class Place:
+    """A sweep's directory and its tracking server, for one attempt after the other."""
+
+    storage: Storage
+    plan: Plan
+    server: FakeServer = field(default_factory=FakeServer)
+    said: io.StringIO = field(default_factory=io.StringIO)
+
+    def attempt(self, script: Script, *overrides: str) -> SweepOutcome:
+        self.said = io.StringIO()
+        display = Display(self.said)
+        before = Record.read(self.storage) or Record("sweep", self.storage.uri, experiment_name="exp", kind="sweep")
+        record = replace(before, attempts=before.attempts + 1)
+        plan = self.plan.with_overrides(["tracking.required=false", *overrides])
+        ledger = Ledger.open(self.storage)
+        ledger.begin({})
+        with (
+            Interrupts() as interrupts,
+            Logs(self.storage, display) as logs,
+            self.storage.lock("lock", {"run": "sweep"}) as lock,
+        ):
+            one = Acting(plan, record, self.storage, display, logs, lock, interrupts, ledger, [], "here")
+            one.script = script
+            return one.run()
+
+    def status(self, trial: str = "") -> str:
+        """In MLflow; of the sweep without `trial`."""
+        name = f"sweep.{trial}" if trial else "sweep"
+        (run,) = [run for run in self.server.runs.values() if run.name == name]
+        return run.status
+
+
+@pytest.fixture
+def place(tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Place:
+    found = Place(Storage(tmp_path / "sweep"), plan)
+
+    @contextmanager
+    def no_ray(*_: Any, **__: Any) -> Iterator[preflight.Resources]:
+        yield preflight.this_machine()
+
+    monkeypatch.setattr(driver, "ray_session", no_ray)
+    monkeypatch.setattr(pictures, "progress_png", lambda *_, **__: b"png")
+    monkeypatch.setattr(pictures, "parameters_png", lambda *_, **__: b"png")
+    monkeypatch.setattr(tracking, "open_run", functools.partial(tracking.open_run, server=found.server))
+    fleet = functools.partial(tracking.Fleet, server=found.server)
+    monkeypatch.setattr(tracking, "Fleet", lambda *args, **more: fleet(*args, **{**more, "interval_s": 0.01}))
+    monkeypatch.setattr("raytrainer.tracking.sender.Server", lambda *_, **__: found.server)
+    monkeypatch.setattr("raytrainer.tracking.fleet._LAST_PAUSE_S", 0.01)
+    monkeypatch.setattr("raytrainer.tracking.fleet._BACKOFF_S", (0.05, 0.2))
+    return found
+
+
+def ended(of: Place) -> dict[str, str]:
+    return {trial.id: trial.status for trial in Ledger.open(of.storage).trials.values()}
+
+
+def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_an_undisturbed_one(place: Place) -> None:
+    def script(sweep: Acting) -> str:
+        for value in (0.5, 0.4):
+            trial = sweep.starts()
+            sweep.reports(trial, 1.0, value)
+            sweep.ends(trial)
+        return "finished"
+
+    outcome = place.attempt(script)
+    assert (outcome.status, outcome.exit_code, outcome.cause) == ("FINISHED", 0, None)
+    assert {place.status(), place.status("0001"), place.status("0002")} == {"FINISHED"}
+    assert ended(place) == {"0001": "finished", "0002": "finished"}
+    rows = {run.name: [row for row in run.rows if row.key == "best/val/accuracy"] for run in place.server.runs.values()}
+    best = {name: [(row.value, row.step) for row in found] for name, found in rows.items()}
+    # Of a trial at its step, of the sweep at the number of its trials.
+    assert best == {"sweep.0001": [(1.0, 10)], "sweep.0002": [(1.0, 10)], "sweep": [(1.0, 2)]}
+    place.attempt(lambda sweep: "finished")
+    assert sum(len(run.rows) for run in place.server.runs.values()) == 3
+
+
+def test_a_ledger_that_cannot_be_written_fails_the_sweep_and_every_run_is_told(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The results are made of what there is."""
+
+    def script(sweep: Acting) -> str:
+        first, second = sweep.starts(), sweep.starts()
+        sweep.reports(first, 0.5)
+
+        def full(data: bytes) -> None:
+            raise StorageFull("no space at ledger.jsonl")
+
+        monkeypatch.setattr(sweep.ledger._sink, "append", full)
+        sweep.reports(second, 0.4)
+        return "finished"
+
+    outcome = place.attempt(script)
+    assert (outcome.status, outcome.exit_code) == ("FAILED", 1)
+    assert "no space at ledger.jsonl" in (outcome.cause or "")
+    assert (place.status(), place.status("0001"), place.status("0002")) == ("FAILED", "KILLED", "KILLED")
+    assert place.storage.exists("trials.csv")
+    assert [trial.status for trial in outcome.trials] == ["stopped", "stopped"]
+
+
+def killed(place: Place, *after: Callable[[Acting], None]) -> None:
+    """An attempt whose driver is killed in the middle of two trials: nothing is told of their ends."""
+
+    class Killed(BaseException):
+        pass
+
+    def script(sweep: Acting) -> str:
+        for value in (0.5, 0.4):
+            sweep.reports(sweep.starts(), value)
+        until(lambda: len([run for run in place.server.runs.values() if run.name != "sweep"]) == 2)
+        for one in after:
+            one(sweep)
+        sweep._fleet._abandon.set()  # type: ignore[union-attr]
+        sweep._fleet._closing.set()  # type: ignore[union-attr]
+        raise Killed
+
+    with pytest.raises(Killed):
+        place.attempt(script)
+
+
+def interrupted(sweep: Acting) -> str:
+    sweep.interrupts.ask("interrupted", 130)
+    sweep.interrupts.check()
+    raise AssertionError
+
+
+def test_a_resume_that_is_stopped_at_once_ends_the_runs_that_a_killed_driver_left(place: Place) -> None:
+    killed(place)
+    assert (place.status("0001"), place.status("0002")) == ("RUNNING", "RUNNING")
+    # One was sent whole, and its spool is elsewhere, as when the sweep goes on on another machine.
+    shutil.rmtree(place.storage.local_path / "trials/0002/spool")
+    outcome = place.attempt(interrupted)
+    assert (outcome.status, outcome.exit_code) == ("KILLED", 130)
+    assert (place.status(), place.status("0001"), place.status("0002")) == ("KILLED", "KILLED", "KILLED")
+    assert ended(place) == {"0001": "stopped", "0002": "stopped"}
+    tags = [run.tags for run in place.server.runs.values() if run.name != "sweep"]
+    assert {tag["raytrainer.trial_status"] for tag in tags} == {"stopped"}
+
+
+def test_mlflow_away_at_the_start_has_it_all_soon_after_it_is_back(place: Place) -> None:
+    """The sweep's own run is made when the server is there; until then its trials' runs would have no parent."""
+    place.server.down = True
+
+    def script(sweep: Acting) -> str:
+        first = sweep.starts()
+        until(lambda: sweep._offline)
+        sweep.reports(first, 0.5)
+        sweep.ends(first)
+        place.server.down = False
+        until(lambda: any(run.name == "sweep.0001" and run.status == "FINISHED" for run in place.server.runs.values()))
+        sweep.ends(sweep.starts())
+        return "finished"
+
+    outcome = place.attempt(script)
+    assert (place.status(), place.status("0002")) == ("FINISHED", "FINISHED")
+    (parent,) = [run_id for run_id, run in place.server.runs.items() if run.name == "sweep"]
+    assert {run.tags["mlflow.parentRunId"] for run in place.server.runs.values() if run.name != "sweep"} == {parent}
+    assert outcome.record.run_id == parent
+    assert not list(place.storage.local_path.glob("trials/*/spool"))
+
+
+def test_mlflow_away_at_the_start_and_back_at_the_end(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raytrainer.tracking.fleet._BACKOFF_S", (60.0, 60.0))
+    place.server.down = True
+
+    def script(sweep: Acting) -> str:
+        until(lambda: sweep._offline)
+        trial = sweep.starts()
+        sweep.reports(trial, 0.5)
+        sweep.ends(trial)
+        place.server.down = False
+        return "finished"
+
+    place.attempt(script)
+    assert (place.status(), place.status("0001")) == ("FINISHED", "FINISHED")
+
+
+def test_a_stopped_sweep_does_not_wait_for_a_server_that_hangs_when_it_is_opened(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "_CLOSE_STOPPED_S", 0.2)
+    answers = threading.Event()
+
+    def hangs(name: str) -> None:
+        answers.wait(60)
+
+    place.server.before = hangs
+    began = time.monotonic()
+    outcome = place.attempt(interrupted)
+    assert time.monotonic() - began < 5
+    answers.set()
+    assert outcome.status == "KILLED"
+    assert "MLflow does not answer" in place.said.getvalue()
+
+
+def test_a_file_that_cannot_be_told_holds_up_no_end(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def script(sweep: Acting) -> str:
+        sweep.starts()
+        monkeypatch.setattr(sweep.logs, "write_marks", no_space)
+        return "finished"
+
+    def no_space() -> None:
+        raise StorageFull("no space for the marks")
+
+    place.attempt(script)
+    assert "no space for the marks" in place.said.getvalue()
+    assert (place.status(), place.status("0001")) == ("FAILED", "KILLED")
+
+
+def test_no_more_at_a_time_than_there_is_room_for() -> None:
+    assert driver.at_once(None, 4) == (4, None)
+    assert driver.at_once(3, 4) == (3, None)
+    assert driver.at_once(9, 4) == (4, "sweep.max_concurrent_trials=9: there is room for 4 at a time")
+    assert driver.at_once(9, 4, grows=True) == (9, None)
+
+
+def test_time_that_was_over_before_a_trial_had_finished_is_told_as_that(place: Place) -> None:
+    def script(sweep: Acting) -> str:
+        sweep.reports(sweep.starts(), 0.5)
+        return "time budget"
+
+    outcome = place.attempt(script, "sweep.time_budget_s=90")
+    assert (outcome.status, outcome.exit_code) == ("FAILED", 1)
+    assert outcome.cause == "its time of 1:30 (sweep.time_budget_s) was over before a trial had finished"
+    assert outcome.note == "time budget reached"
+
+
+def test_without_a_value_that_is_a_number_a_sweep_has_failed(place: Place) -> None:
+    def script(sweep: Acting) -> str:
+        trial = sweep.starts()
+        sweep.reports(trial, math.nan, math.inf)
+        sweep.ends(trial)
+        return "finished"
+
+    outcome = place.attempt(script)
+    assert (outcome.status, outcome.exit_code) == ("FAILED", 1)
+    assert outcome.cause == "no trial has a value of val/accuracy that is a number"
+
+
+def test_a_stopped_sweep_leaves_its_results_and_nothing_of_tunes(place: Place) -> None:
+    def script(sweep: Acting) -> str:
+        sweep.reports(sweep.starts(), 0.5)
+        place.storage.write_bytes("tune/checkpoint_000001/trial.json", b"{}")
+        return interrupted(sweep)
+
+    assert place.attempt(script).status == "KILLED"
+    left = {path.name for path in place.storage.local_path.iterdir()}
+    assert left >= {"trials.csv", "trials.parquet", "best", "progress.png", "parameters.png"}
+    assert "tune" not in left
+    (parent,) = [run for run in place.server.runs.values() if run.name == "sweep"]
+    assert {"sweep/trials.csv", "sweep/progress.png"} <= parent.artifacts.keys()
+
+
+def test_pictures_of_a_stopped_sweep_hold_up_nobody(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = threading.Event()
+    monkeypatch.setattr(driver, "_DRAW_STOPPED_S", 0.05)
+    monkeypatch.setattr(pictures, "progress_png", lambda *_, **__: drawn.wait(30) and b"png")
+
+    def script(sweep: Acting) -> str:
+        sweep.reports(sweep.starts(), 0.5)
+        return interrupted(sweep)
+
+    began = time.monotonic()
+    assert place.attempt(script).status == "KILLED"
+    assert time.monotonic() - began < 5
+    assert place.storage.exists("trials.csv")
+    drawn.set()
+
+
+def test_what_was_taken_over_before_all_was_killed_is_written_down(place: Place, tmp_path: Path) -> None:
+    """Population based training had put 0001's checkpoint in the place of 0002's, which had not reported yet."""
+    killed(place)
+    checkpointer = Checkpointer(Storage(tmp_path / "carried"))
+    checkpointer.save(10, {}, {})
+    checkpointer.close()
+    note = {"from": "0001", "evaluation": 1, "parameters": {"optimizer.lr": 0.7}}
+    take_in(tmp_path / "carried", place.storage.child("trials/0002/checkpoints"), note)
+
+    def script(sweep: Acting) -> str:
+        first, second = sweep.ledger.trials.values()
+        assert (first.parameters, first.inherited) == ({"optimizer.lr": 0.1}, [])
+        assert (second.parameters, second.overrides) == ({"optimizer.lr": 0.7}, ["optimizer.lr=0.7"])
+        assert second.inherited == [note]
+        return "finished"
+
+    for _ in range(2):  # and once only
+        place.attempt(script)

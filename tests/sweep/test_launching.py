@@ -1,0 +1,78 @@
+"""What a sweep that goes on says that it does, and which failed trials it tries again."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from raytrainer.errors import ConfigError
+from raytrainer.run import Record
+from raytrainer.storage import Storage
+from raytrainer.sweep.launching import resume_words, to_retry
+from raytrainer.sweep.ledger import Ledger, Report, Status, Trial
+from raytrainer.sweep.outcome import SweepOutcome, summary
+
+
+def plan(total: int | None = 6, failures: int = 0) -> Any:
+    sweep = SimpleNamespace(max_trial_failures=failures)
+    return SimpleNamespace(
+        total=total, experiment=SimpleNamespace(sweep=sweep, name="s"), mode="max", metric="m", parameters=()
+    )
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    """Of an attempt that had six trials: two finished, one stopped, two failed and one diverged."""
+    found = Ledger.open(Storage(tmp_path))
+    found.begin({"max_trial_failures": 0})
+    ends: list[Status] = ["finished", "finished", "stopped", "failed", "failed", "failed"]
+    for number, status in enumerate(ends, 1):
+        found.start(Trial(f"{number:04d}", {}, [], 0.0))
+        value = math.nan if number == 6 else 0.5
+        found.report(f"{number:04d}", Report(1, 1, value, {}, 1.0))
+        found.end(f"{number:04d}", status, "OSError: no" if status == "failed" else None)
+    found.close()
+    return found
+
+
+def test_what_going_on_does(ledger: Ledger) -> None:
+    words = resume_words(plan(total=10), ledger)
+    assert words == (
+        "going on: 5 trials have ended and are kept, 1 goes on, 4 more are drawn; "
+        "sweep.max_trial_failures=1 would try the 2 that failed again"
+    )
+    words = resume_words(plan(failures=1), ledger)
+    assert words == "going on: 3 trials have ended and are kept, 1 goes on, 2 that failed are tried again"
+    assert "the rest is drawn" in resume_words(plan(total=None), ledger)
+
+
+def test_fewer_trials_than_there_are_already(ledger: Ledger) -> None:
+    with pytest.raises(ConfigError, match=r"^sweep\.num_samples=5 is less than the 6 trials that were drawn"):
+        resume_words(plan(total=5), ledger)
+
+
+def test_failed_trials_are_tried_again_where_more_failures_are_permitted(ledger: Ledger) -> None:
+    """Not one whose parameters made it diverge; and not again at the next resume with the same."""
+    assert to_retry(plan(), ledger) == []
+    assert [trial.id for trial in to_retry(plan(failures=1), ledger)] == ["0004", "0005"]
+    ledger.attempts.append({"max_trial_failures": 1})
+    assert to_retry(plan(failures=1), ledger) == []
+    assert len(to_retry(plan(failures=2), ledger)) == 2
+
+
+@pytest.mark.parametrize(
+    ("failed", "advice"),
+    [("OSError: no", "resume s sweep.max_trial_failures=1"), ("NonFiniteLoss: the loss became nan", None)],
+)
+def test_what_to_type_when_only_failed_trials_are_left(failed: str, advice: str | None) -> None:
+    """Plain `resume` would find nothing to do, and say the same again."""
+    trials = [Trial("0001", {}, [], 0.0, status="failed", cause=failed)]
+    outcome = SweepOutcome(
+        "FAILED", 1, Record("s", "/s", kind="sweep"), "here", plan(total=1), trials, cause="no trial finished"
+    )
+    found = [line for line in summary(outcome, "raytrainer").splitlines() if "raytrainer resume" in line]
+    assert [line.rpartition("raytrainer ")[2] for line in found] == ([advice] if advice else [])
