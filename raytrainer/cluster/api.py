@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _TASKS = {"state": "RUNNING", "type": "NORMAL_TASK"}  # the others hold nothing that is not their actor's
+_LAST_S = 1.0  # Ray knows of a process's end by its connection's, when the kernel has still to take back its memory
 _LOG_S = 30.0  # of a long log
 _AUTOSCALER_BYTES = 2**22  # of its log: what it is set to is near the beginning
 
@@ -141,7 +143,10 @@ class Jobs:
             }
         found = _at_once(asks)
         actors = [*found.pop("supervisor"), *found.pop("actors", ())]
-        return tables.held_by(submission_id, Tables(actors=actors, jobs=[row], **found))
+        held = tables.held_by(submission_id, Tables(actors=actors, jobs=[row], **found))
+        if not held and time.time() - (row.get("end_time") or 0) / 1e3 < 2 * _LAST_S:
+            time.sleep(_LAST_S)
+        return held
 
     def explain_waiting(self, submission_id: str) -> str:
         """What a job waits for, who holds it, and whether it can come at all; a sentence."""

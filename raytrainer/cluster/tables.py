@@ -79,7 +79,7 @@ def read(address: str, ray_version: str, python_version: str | None, tables: Tab
         free=free,
         addable=growth.nodes if growth is not None else (),
         most_addable=growth.most if growth is not None else 0,
-        endless=growth is None,
+        endless=growth is None or not nodes,  # one that is being started has none
         holders=_holders(held.by_job, tables.jobs),
     )
 

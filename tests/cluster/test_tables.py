@@ -151,6 +151,11 @@ def test_one_that_grows_no_further() -> None:
     assert (found.addable, found.most_addable, found.endless) == ((), 0, False)
 
 
+def test_a_cluster_that_is_being_started() -> None:
+    found = tables.read("http://x", "2.60.0", None, Tables(nodes=[node("gone", "DEAD")]), BEFORE + NONE + AFTER)
+    assert (found.nodes, found.endless) == ((), True)
+
+
 @pytest.mark.parametrize(
     "log",
     [
