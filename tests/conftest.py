@@ -151,7 +151,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 def postgres(tmp_path_factory: pytest.TempPathFactory, system_program: Callable[[str, str], str]) -> Iterator[Postgres]:
     from tests.outside.servers import Postgres
 
-    programs = Path(system_program("initdb", "postgresql")).parent
+    programs = Path(system_program("initdb", "postgresql")).resolve().parent  # with the others, of the same version
     yield from _running(Postgres(tmp_path_factory.mktemp("postgres"), programs))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from raytrainer.errors import TrackingUnreachable
-from raytrainer.tracking.server import Rejected, StoredRun, denied, redacted, without_secrets
+from raytrainer.tracking.server import Rejected, StoredRun, denied, redacted, with_fix, without_secrets
 
 # With one of these set, or another scheme, MLflow's own client is asked.
 _NOT_PLAIN = (
@@ -75,7 +75,7 @@ class Rest:
                 kind = Rejected if error.code in (400, 404, 413, 422) else TrackingUnreachable
                 raise kind(f"the tracking server {self._base} answers {error.code} {error.reason}") from None
         except (OSError, ValueError) as error:  # ValueError: no JSON, or an address that is none
-            reason = without_secrets(str(getattr(error, "reason", None) or error), self._uri)
+            reason = with_fix(without_secrets(str(getattr(error, "reason", None) or error), self._uri))
             raise TrackingUnreachable(f"the tracking server {self._base} cannot be used: {reason}") from None
         if not isinstance(found, dict):
             raise TrackingUnreachable(f"the tracking server {self._base} does not answer as MLflow does")

@@ -381,7 +381,7 @@ def _translated(error: Exception, uri: str) -> TrackingError:
     status = _status(error, uri)
     if status in (401, 403):
         return denied(uri, status)
-    reason = without_secrets(_reason(error), uri)
+    reason = with_fix(without_secrets(_reason(error), uri))
     if isinstance(error, MlflowException):
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return RunGone(f"{name}: {reason}")
@@ -444,6 +444,13 @@ def without_secrets(text: str, uri: str) -> str:
         if secret:
             text = text.replace(secret, "***")
     return text
+
+
+def with_fix(reason: str) -> str:
+    """A reason, and where it is a certificate of an unknown authority, what makes it known."""
+    if "self-signed certificate" in reason or "unable to get local issuer certificate" in reason:
+        return f"{reason}; MLFLOW_TRACKING_SERVER_CERT_PATH=FILE names the authority that signed its certificate"
+    return reason
 
 
 def _cut(text: str, limit: int) -> str:
