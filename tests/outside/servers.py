@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -267,49 +268,52 @@ class Nginx(Server):
         program: nginx.
         target: The server's port.
         certificate: As `Certificates.issue` gives it.
+        servers: What stands in its block `http`, in place of the usual: certificate, port and target are named there
+            as CERTIFICATE, KEY, PORT and TARGET.
     """
 
-    def __init__(self, folder: Path, program: str, target: int, certificate: tuple[Path, Path]) -> None:
+    def __init__(
+        self, folder: Path, program: str, target: int, certificate: tuple[Path, Path], servers: str = ""
+    ) -> None:
         super().__init__(folder, "nginx")
-        self._program, self._target, self._certificate = program, target, certificate
+        self._program = program
         self.uri = f"https://localhost:{self.port}"
         self.requests = folder / "requests.log"
+        words = {"CERTIFICATE": certificate[0], "KEY": certificate[1], "PORT": self.port, "TARGET": target}
+        self._servers = re.sub(
+            r"\b(CERTIFICATE|KEY|PORT|TARGET)\b", lambda found: str(words[found[0]]), servers or _USUAL
+        )
 
     def start(self) -> None:
         kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-        temporary = "\n".join(f"    {kind}_temp_path {self.folder / kind};" for kind in kinds)
-        certificate, key = self._certificate
+        temporary = " ".join(f"{kind}_temp_path {self.folder / kind};" for kind in kinds)
         # One process, which stays whoever started it: with a master the workers of root's would be somebody else.
-        text = f"""
-daemon off;
-master_process off;
-pid {self.folder / "pid"};
-error_log stderr warn;
-events {{ worker_connections 256; }}
-http {{
-    access_log {self.requests};
-{temporary}
-    client_max_body_size 0;
-    server {{
-        listen 127.0.0.1:{self.port} ssl;
-        ssl_certificate {certificate};
-        ssl_certificate_key {key};
-        location / {{
-            proxy_pass http://127.0.0.1:{self._target};
-            proxy_http_version 1.1;
-            proxy_set_header Host $http_host;
-            proxy_set_header Upgrade $http_upgrade;
-            proxy_set_header Connection $http_connection;
-            proxy_buffering off;
-            proxy_read_timeout 1h;
-        }}
-    }}
-}}
-"""
+        lines = ["daemon off;", "master_process off;", f"pid {self.folder / 'pid'};", "error_log stderr warn;"]
+        lines += ["events { worker_connections 256; }"]
+        lines += ["http {", f"access_log {self.requests};", temporary, self._servers, "}"]
         file = self.folder / "nginx.conf"
-        file.write_text(text)
+        file.write_text("\n".join(lines) + "\n")
         self.begin([self._program, "-p", str(self.folder), "-c", str(file), "-e", "stderr"], self._listens)
 
     def _listens(self) -> bool:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+
+_USUAL = """
+server {
+    listen 127.0.0.1:PORT ssl;
+    ssl_certificate CERTIFICATE;
+    ssl_certificate_key KEY;
+    client_max_body_size 0;
+    location / {
+        proxy_pass http://127.0.0.1:TARGET;
+        proxy_http_version 1.1;
+        proxy_set_header Host $http_host;
+        proxy_set_header Upgrade $http_upgrade;
+        proxy_set_header Connection $http_connection;
+        proxy_buffering off;
+        proxy_read_timeout 1h;
+    }
+}
+"""
