@@ -9,6 +9,7 @@ import builtins
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from raytrainer.cluster.auth import find_token
 from raytrainer.cluster.connection import Connection, NotThere
 from raytrainer.cluster.facts import ClusterFacts
 from raytrainer.cluster.tables import Tables
-from raytrainer.errors import ClusterError, ClusterUnreachable, ConfigError
+from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, ConfigError
 from raytrainer.run import in_background
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _TASKS = {"state": "RUNNING", "type": "NORMAL_TASK"}  # the others hold nothing that is not their actor's
 _LAST_S = 1.0  # Ray knows of a process's end by its connection's, when the kernel has still to take back its memory
 _LOG_S = 30.0  # of a long log
+_READ_S = 5.0
 _AUTOSCALER_BYTES = 2**22  # of its log: what it is set to is near the beginning
 
 
@@ -111,8 +113,21 @@ class Jobs:
 
     def logs(self, submission_id: str) -> str:
         """All that its driver has printed by now."""
-        found = self._connection.get(f"/api/jobs/{_path(submission_id)}/logs", dict, read_s=_LOG_S)
-        return str(found.get("logs") or "")
+        try:
+            found = self._connection.get(f"/api/jobs/{_path(submission_id)}/logs", dict, read_s=_LOG_S)
+            return str(found.get("logs") or "")
+        except (NotThere, ClusterUnreachable, ClusterDenied):
+            raise
+        except ClusterError as error:
+            # So it answers where not all of it is UTF-8, and where the driver's node is gone.
+            with suppress(ClusterError):
+                node = (self._row(submission_id) or {}).get("driver_node_id")
+                text = self._log_file(node, f"job-driver-{submission_id}.log", read_s=_LOG_S)
+                return text.replace("\r\n", "\n").replace("\r", "\n")  # as the other way gives it
+            raise ClusterError(
+                f"{self.address} cannot give the log of job {submission_id}: the node of its driver is gone, or does not "
+                "answer"
+            ) from error
 
     def tail(self, submission_id: str) -> Iterator[str]:
         """What its driver prints, in pieces, from the beginning until the job has ended."""
@@ -192,17 +207,14 @@ class Jobs:
         head = next((node for node in rows.nodes if node["state"] == "ALIVE" and node.get("is_head_node")), None)
         if head is None:
             return None
-        try:
-            answer = self._connection.request(
-                "GET",
-                "/api/v0/logs/file",
-                params={"node_id": head["node_id"], "filename": "monitor.log", "lines": -1, "timeout": 5},
-                stream=True,
-            )
-        except ClusterError:
-            return None
-        with answer:
-            return next(answer.iter_content(_AUTOSCALER_BYTES), b"").decode(errors="replace")
+        with suppress(ClusterError):
+            return self._log_file(head["node_id"], "monitor.log", most=_AUTOSCALER_BYTES)
+        return None
+
+    def _log_file(self, node: str | None, name: str, most: int | None = None, read_s: float = _READ_S) -> str:
+        """A file of a node's logs, or the first `most` bytes of it."""
+        asked = {"node_id": node, "filename": name, "lines": -1, "timeout": int(read_s)}
+        return self._connection.content("/api/v0/logs/file", most, read_s, **asked).decode(errors="replace")
 
     # --- a submission ---------------------------------------------------------------------------------------------
 

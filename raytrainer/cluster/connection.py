@@ -79,6 +79,16 @@ class Connection:
             raise self._no_dashboard()
         return found
 
+    def content(self, path: str, most: int | None = None, read_s: float = _READ_S, **params: Any) -> bytes:
+        """The bytes of an answer, or the first `most` of them; else as `get`."""
+        answer = self.request("GET", path, read_s=read_s, params=params, stream=True)
+        try:
+            with answer:
+                return answer.content if most is None else next(answer.iter_content(most), b"")
+        except (requests.RequestException, OSError) as error:
+            failure = error
+        raise self._explained(failure, read_s)
+
     def state(self, what: str, **filters: str) -> list[dict[str, Any]]:
         """Entries of Ray's tables (`actors`, `nodes`, …), at most 10,000.
 

@@ -10,7 +10,7 @@ from urllib.parse import quote
 import aiohttp
 
 from raytrainer.cluster.connection import Connection
-from raytrainer.errors import ClusterUnreachable
+from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable
 
 _CONNECT_S = 10.0
 _HEARTBEAT_S = 15.0  # what does not answer so long is lost; a proxy keeps a connection on which something passes
@@ -49,8 +49,15 @@ def follow(
                     yield new
         except (aiohttp.ClientError, OSError, TimeoutError):
             pass  # what it means is said by the requests that follow
+        text = ""
         try:
-            ended, text = has_ended(), whole()  # in this order: after its end nothing is added
+            ended = has_ended()  # first: after its end nothing is added
+            try:
+                text = whole()
+            except (ClusterUnreachable, ClusterDenied):
+                raise
+            except ClusterError:  # with the node that it was on, its log is gone
+                pass
             answered = time.monotonic()
         except ClusterUnreachable:
             if time.monotonic() - answered > _PATIENCE_S:
