@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -22,9 +24,12 @@ import pytest
 from raytrainer.cluster import follow
 from raytrainer.cluster.api import JobInfo, Jobs, check_environment
 from raytrainer.cluster.connection import Connection
+from raytrainer.cluster.facts import impossible
 from raytrainer.cluster.request import Request
 from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, ConfigError, JobExists
 from tests.cluster.test_connection import saying, serving
+from tests.launches import OUTSIDE
+from tests.outside.servers import free_port
 
 if TYPE_CHECKING:
     from tests.outside.head import Head
@@ -364,6 +369,37 @@ def test_who_holds_it_what_waits_and_when_it_is_free(jobs: Jobs, submit: Submit)
     ended(jobs, waits)
     assert logged(jobs, waits) == ["mine"]
     assert jobs.explain_waiting(waits) == "for nothing: it is SUCCEEDED"
+
+
+@pytest.mark.slow
+def test_a_cluster_that_grows(tmp_path: Path) -> None:
+    """Ray's own autoscaler, with fake machines: 1 CPU now, and at most 1 + 1 + 2 more."""
+    port = free_port()
+    with subprocess.Popen(
+        [sys.executable, str(OUTSIDE / "autoscaling.py"), str(tmp_path / "gate"), str(port)],
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=(tmp_path / "log").open("wb"),
+        env={**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(OUTSIDE)},
+    ) as cluster:
+        try:
+            assert cluster.stdout is not None
+            assert cluster.stdout.readline(), (tmp_path / "log").read_text()
+            jobs = Jobs(f"http://127.0.0.1:{port}")
+            facts = until(lambda: (found := jobs.facts()).addable and found)
+            assert (facts.total["CPU"], facts.resources.cpus, facts.endless) == (1, 5, False)
+            began = time.monotonic()
+            found = jobs.facts()
+            assert impossible([{"CPU": 1.0}] * 5, found) is None
+            assert impossible([{"CPU": 2.0}], found) is None
+            assert "has 5 CPUs, nodes that it can add included: it never can" in str(
+                impossible([{"CPU": 1.0}] * 6, found)
+            )
+            assert "room for 1" in str(impossible([{"CPU": 2.0}] * 2, found))
+            assert time.monotonic() - began < 10
+        finally:
+            cluster.communicate()  # it ends with its input
 
 
 def test_a_job_that_there_is_not(jobs: Jobs) -> None:

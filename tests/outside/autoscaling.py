@@ -1,5 +1,5 @@
 """A Ray cluster of one CPU that grows, with Ray's own autoscaler and its fake machines (processes on this one):
-`python autoscaling.py GATE` prints its address, then a JSON line with what it has for each line on stdin.
+`python autoscaling.py GATE [PORT]`, with a dashboard where there is a port for it, prints its address, then a JSON line with what it has for each line on stdin.
 
 Each node is added only when the file GATE is there. A line `hold` takes everything that the cluster can have, in the
 name of another run; `release` lets it go. It ends with stdin.
@@ -48,9 +48,9 @@ class Cluster(AutoscalingCluster):  # type: ignore[misc]
     """Ray's, less its `ray stop --force`, which ends every Ray on the machine, whoever it belongs to; and its defaults
     are in a file that is not in Ray's wheel."""
 
-    def __init__(self, gate: Path) -> None:
+    def __init__(self, gate: Path, dashboard_port: str | None = None) -> None:
         super().__init__({"CPU": 1}, dict(NODE_TYPES), autoscaler_v2=True, max_workers=3, idle_timeout_minutes=0.05)
-        self.gate = gate
+        self.gate, self.dashboard_port = gate, dashboard_port
         self.address = f"{ray.util.get_node_ip_address()}:{free_port()}"
 
     def _generate_config(
@@ -94,8 +94,10 @@ class Cluster(AutoscalingCluster):  # type: ignore[misc]
             "autoscaling-config": file,
             "num-cpus": 1,
             "object-store-memory": 100 * 2**20,
-            "include-dashboard": "false",
+            "include-dashboard": "false" if self.dashboard_port is None else "true",
         }
+        if self.dashboard_port is not None:
+            options["dashboard-port"] = self.dashboard_port
         environment = {
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
             "RAY_FAKE_CLUSTER": "1",
@@ -143,8 +145,8 @@ def connect(address: str, within_s: float) -> None:
     )
 
 
-def main(gate: Path) -> None:
-    cluster = Cluster(gate)
+def main(gate: Path, dashboard_port: str | None = None) -> None:
+    cluster = Cluster(gate, dashboard_port)
     cluster.start()
     connect(cluster.address, 60)
     print(cluster.address, flush=True)
@@ -163,4 +165,4 @@ def main(gate: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])
