@@ -18,8 +18,7 @@ from typing import Any, TextIO
 
 from raytrainer import preflight, tracking
 from raytrainer.cluster import request as requests
-from raytrainer.cluster.api import JobInfo, Jobs
-from raytrainer.cluster.facts import ClusterFacts, impossible
+from raytrainer.cluster.api import JobInfo, Jobs, check_environment
 from raytrainer.cluster.kubectl import RayJobs, RayJobStatus
 from raytrainer.cluster.request import Request
 from raytrainer.config import Composition
@@ -171,6 +170,7 @@ def connect(request: Request) -> Jobs | RayJobs:
     c = request.experiment.cluster
     if c.kind == "kuberay":
         return RayJobs(request.address)
+    check_environment(request.address)
     return Jobs(request.address, ca_file=c.ca_file, token_file=c.token_file)
 
 
@@ -329,40 +329,14 @@ def _check_cluster(request: Request, cluster: Jobs, say: Callable[[str], None]) 
     Raises:
         PreflightError: It cannot.
     """
-    facts, where = cluster.facts(), f"the cluster at {request.address}"
-    problems = _versions(facts, where)
-    driver = dict(request.resources)
-    if driver and (why := impossible([driver], facts)):
-        problems.append(f"cluster.driver_resources={driver}: {why}")
+    facts = cluster.facts()
+    if problem := facts.version_problem():
+        raise PreflightError([problem])
     compositions = request.asked.compositions.values() if isinstance(request.asked, Plan) else [request.asked]
-    for composition in compositions:
-        problems += preflight.check_resources(composition.experiment, facts.resources, where)
-    preflight.refuse(list(dict.fromkeys(problems)))
+    found = [problem for composition in compositions for problem in facts.problems(composition.experiment)]
+    preflight.refuse(list(dict.fromkeys(found)))
     if facts.ray_version != (ours := metadata.version("ray")):
-        say(f"warning: {where} has ray {facts.ray_version}, and here it is {ours}")
-
-
-def _versions(facts: ClusterFacts, where: str) -> list[str]:
-    """What the driver, which is there, could not run with."""
-    found = []
-    least = next(
-        (
-            match[1]
-            for line in metadata.requires("raytrainer") or ()
-            if (match := re.match(r"ray\b.*?>=([\d.]+)", line))
-        ),
-        "0",
-    )
-    if _parts(facts.ray_version) < _parts(least):
-        found.append(f"{where} has ray {facts.ray_version}, and raytrainer needs {least} or newer there")
-    python = metadata.metadata("raytrainer")["Requires-Python"].removeprefix(">=")
-    if facts.python_version and _parts(facts.python_version) < _parts(python):
-        found.append(f"{where} has Python {facts.python_version}, and raytrainer needs {python} or newer there")
-    return found
-
-
-def _parts(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+        say(f"warning: the cluster at {request.address} has ray {facts.ray_version}, and here it is {ours}")
 
 
 def _number(job: Job) -> int:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from raytrainer import cli
+from raytrainer.config import compose
 from raytrainer.history import commands, logs, stopping
 from raytrainer.history.commands import Parser, outcome_json
 from raytrainer.history.stopping import Halt
@@ -169,7 +170,7 @@ def test_a_run_that_is_resumed_says_how_it_went_in_json(two: Store, run: Run, mo
     from raytrainer import run as running
 
     made = Record("two", "/x", "r")
-    monkeypatch.setattr(history, "to_resume", lambda *_: (None, made, []))
+    monkeypatch.setattr(history, "to_resume", lambda *_: (compose(["experiment=mlp", "name=two"]), made, []))
     monkeypatch.setattr(running, "launch", lambda *_, **__: Outcome("KILLED", 143, made, "here"))
     said = run("resume", "two", "--json")
     assert said.code == 143
