@@ -10,7 +10,8 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from raytrainer.config import Composition, Experiment, from_text
 from raytrainer.errors import ConfigError, RaytrainerError, Refused, Stopped
 from raytrainer.provenance import Provenance
 from raytrainer.run import Record
-from raytrainer.storage import Storage
+from raytrainer.storage import Storage, redacted
 from raytrainer.storage.lock import claims, withdraw
 
 REQUEST = "raytrainer_request"
@@ -92,6 +93,10 @@ def main() -> int:
         return 1
 
 
+def _say(text: str) -> None:
+    print(f"raytrainer: {text}", flush=True)
+
+
 def run(asked: Asked) -> int:
     """Runs a request here, in the middle of the cluster."""
     # The first line of the log, before what takes seconds to import.
@@ -152,17 +157,52 @@ def _earlier(composition: Composition, asked: Asked) -> Record | None:
         return None
     if record.job.get("content") != job.get("content") and not job.get("resumes"):
         raise ConfigError(
-            f"is the name of a run that exists in {e.storage_path}, of another content; resume {e.name} goes on with it",
+            f"is the name of a run that exists in {redacted(e.storage_path or '')}, of another content; resume {e.name} goes on with it",
             key="name",
             value=e.name,
         )
-    if dead := job.get("replaces"):
-        # Its cluster says so; by its last sign of life nobody would know for a minute.
-        lock = storage.child("lock")
-        for claim in claims(lock):
-            if claim.owner.get("job") == dead:
-                withdraw(lock, claim)
+    _wait_for_claims(record, storage.child("lock"), {job.get("submission_id", ""), job.get("replaces", "")}, say=_say)
     return record
+
+
+_CLAIM_S = 80.0  # by then a claim without a sign of life is stale
+_BEAT_S = 15.0  # a driver that lives shows it more often
+
+
+def _wait_for_claims(
+    record: Record,
+    lock: Storage,
+    jobs: Collection[str],
+    *,
+    say: Callable[[str], None],
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Waits until the claims of earlier drivers of the same are gone: of the attempt that this replaces, and of this same
+    job where a cluster starts it anew. Their cluster says that they are dead, and one that is not still has the node.
+
+    Args:
+        record: Of the run.
+        lock: The directory of claims.
+        jobs: Submission ids.
+        say: Told what is waited for.
+        sleep, clock: For tests.
+    """
+    began, told, beats = clock(), False, dict[str, tuple[float, float]]()
+    while theirs := [c for c in claims(lock) if c.owner.get("job") in jobs]:
+        now = clock()
+        for claim in theirs:
+            beat, since = beats.setdefault(claim.name, (claim.beat, now))
+            if beat != claim.beat:
+                beats[claim.name] = (claim.beat, now)
+            if not claim.lives if claim.is_here else now - since >= _BEAT_S:
+                withdraw(lock, claim)
+        if now - began > _CLAIM_S:
+            return  # the launch says who has it
+        if not told and now - began > 1.0:
+            say(f"{record.name}: an earlier driver has its directory; waiting until that is sure to be gone")
+            told = True
+        sleep(0.5)
 
 
 _CODES = {"FINISHED": 0, "FAILED": 1, "KILLED": 143}
@@ -171,6 +211,9 @@ _CODES = {"FINISHED": 0, "FAILED": 1, "KILLED": 143}
 def _ended(record: Record, asked: Asked) -> int | None:
     """The exit code of a run that has ended, where this is the same request once more: a cluster that tries again whatever
     was no success, or that has forgotten the job. None: there is something to do."""
+    # Of a driver that was killed somebody else has told the end, by what its cluster said: that is no end of the request.
+    if asked.job.get("replaces") and record.status == "FAILED":
+        return None
     is_the_same = record.job.get("submission_id") == asked.job.get("submission_id") or not asked.job.get("resumes")
     if record.status not in _CODES or not is_the_same:
         return None

@@ -10,6 +10,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -22,16 +23,18 @@ from raytrainer.cluster.api import JobInfo, Jobs, check_environment
 from raytrainer.cluster.kubectl import RayJobs, RayJobStatus
 from raytrainer.cluster.request import Request
 from raytrainer.config import Composition
-from raytrainer.errors import ClusterError, ConfigError, JobExists, PreflightError
+from raytrainer.errors import ClusterError, ClusterUnreachable, ConfigError, JobExists, PreflightError, StorageError
 from raytrainer.interrupts import Interrupted, Interrupts
-from raytrainer.run import SUBMITTED, Record, tracking_uri
+from raytrainer.run import CONFIG, STOP, SUBMITTED, Record, tracking_uri, written_storage_path
 from raytrainer.storage import Storage
 from raytrainer.sweep import Plan
 
 GOING = ("PENDING", "RUNNING")
 _LOOK_S, _TELL_S = 0.25, 10.0
+_PATIENCE_S, _AGAIN_S = 120.0, 2.0  # with a cluster that does not answer
 # What the entrypoint ends with when it has told how the run did: any other end is that of a driver that was killed.
 _TOLD = {0: "FINISHED", 1: "FAILED", 2: "REFUSED", 130: "KILLED", 143: "KILLED"}
+_REFUSED = 2
 _ATTEMPT = re.compile(r".*--(\d+)")
 
 Asked = Composition | Plan
@@ -115,14 +118,13 @@ def launch(
         sender = _Sender(request, cluster, record, say, folder)
         try:
             sent = sender.send()
-            if not wait:
-                return sender.submission("PENDING", 0, sent=sent)
-            return sender.follow(out, sent=sent)
+            return sender.follow(out, sent=sent) if wait else sender.looked_at(sent=sent)
         except Interrupted:
             if not sender.is_sent:
                 raise
             interrupts.install()
-            say(f"no longer followed: {request.name} goes on at {request.address}")
+            gone = "may have been sent" if sender.is_sending else "goes on"
+            say(f"no longer followed: {request.name} {gone} at {request.address}")
             return sender.submission("RUNNING", interrupts.exit_code or 128 + signal.SIGINT, sent=True)
 
 
@@ -181,7 +183,7 @@ class _Sender:
         self, request: Request, cluster: Jobs | RayJobs, record: Record | None, say: Callable[[str], None], folder: Path
     ) -> None:
         self.request, self.cluster, self.record, self.say, self.folder = request, cluster, record, say, folder
-        self.is_sent = False
+        self.is_sent = self.is_sending = False
 
     def send(self) -> bool:
         """Sends it; False: the same is there already.
@@ -200,27 +202,48 @@ class _Sender:
                 self.is_sent = True
                 return False
             number = max(_number(last) + 1 if last is not None else 1, self._first)
-            self.request = self.request.again(number)
+            # What did not tell how it ended may have left its claim on the run's directory.
+            self.request = self.request.again(number, replaces=last.submission_id if last and _is_mute(last) else None)
             try:
                 self._submit(self.cluster)
             except JobExists:  # somebody sends the same at this moment
+                if self.cluster.info(self.request.submission_id) is not None and self._last_attempt() == last:
+                    raise ConfigError(
+                        f"is the id of a job at {self.request.address} that is none of raytrainer's; give another name",
+                        key="name",
+                        value=self.request.submission_id,
+                    ) from None
                 continue
             return True
 
+    def looked_at(self, *, sent: bool) -> Submission:
+        """How it is now, without waiting for anything."""
+        if sent:
+            return self.submission("PENDING", 0, sent=True)
+        job = self._job()
+        if job is None or job.status in GOING:
+            return self.submission(job.status if job else "PENDING", 0, sent=False)
+        status, code, cause = _end(job)
+        return self.submission(status, code, sent=False, cause=cause)
+
     def follow(self, out: TextIO, *, sent: bool) -> Submission:
         """Shows what the job prints, to its end; sends it again where its driver was killed."""
-        left, first = self.request.experiment.cluster.retries, _number_of(self.request.submission_id)
+        left, used = self.request.experiment.cluster.retries, 0
         while True:
             job = self._followed(out)
-            ended, code, cause = _end(job)
-            number = _number_of(self.request.submission_id)
-            used = number - (1 if self.record is None else first)
-            if cause is None or not _died(job) or used >= left or not isinstance(self.cluster, Jobs):
-                return self.submission(ended, code, sent=sent, cause=cause)
-            self.say(f"{job.submission_id} died: {cause}; submitting it again ({used + 1} of {left})")
-            self.request = self.request.again(number + 1, replaces=job.submission_id)
+            status, code, cause = _end(job)
+            again = job is None or (_is_mute(job) and not _had_no_environment(job))
+            if not again or used >= left or not isinstance(self.cluster, Jobs):
+                return self.submission(status, code, sent=sent, cause=cause)
+            if self._is_to_stop():
+                return self.submission("KILLED", 143, sent=sent, cause=f"it was to stop, and died: {cause}")
+            used += 1
+            died = self.request.submission_id
+            self.say(f"{died} died: {cause}; submitting it again ({used} of {left})")
+            self.request = self.request.again(_number_of(died) + 1, replaces=died)
             try:
-                self._submit(self.cluster)
+                # Whether the cluster has room is no question: a node that died will come again.
+                self._submit(self.cluster, checked=True)
             except JobExists:
                 self.say(f"{self.request.submission_id} is there already: another command follows the run, too")
 
@@ -246,8 +269,10 @@ class _Sender:
         """
         name, going = self.request.name, job.status in GOING
         same = job.metadata.get("raytrainer.content") == self.request.content
-        if self.record is not None and not going:
-            return False  # what goes on after its end is another job
+        if not going and (self.record is not None or job.exit_code == _REFUSED):
+            return False  # what goes on after its end is another job, and of what was refused there is nothing
+        if same and not going and _is_mute(job):
+            return False
         if same:
             self.request = self.request.again(_number(job))
             self.say(f"{name} was submitted before: job {job.submission_id} is {job.status}")
@@ -262,57 +287,78 @@ class _Sender:
             value=name,
         )
 
-    def _submit(self, cluster: Jobs) -> None:
+    def _submit(self, cluster: Jobs, *, checked: bool = False) -> None:
         request = self.request
-        _check_cluster(request, cluster, self.say)
-        if table := request.table():
-            self.say(f"what goes along:\n{table}")
+        if not checked:
+            _check_cluster(request, cluster, self.say)
+            if table := request.table():
+                self.say(f"what goes along:\n{table}")
         self._remember()
         with tempfile.TemporaryDirectory(prefix="raytrainer-") as folder:
-            # From here on a signal cannot tell whether it came before or after.
-            self.is_sent = True
+            self.is_sent = self.is_sending = True
             try:
                 cluster.submit(request, Path(folder))
-            except JobExists:
-                raise
+            except (Interrupted, JobExists):
+                raise  # of an interrupt nobody knows whether it came before or after
             except BaseException:
                 self.is_sent = cluster_has(cluster, request.submission_id)
                 raise
+            self.is_sending = False
         self.say(f"{request.name}: submitted to {request.address} as job {request.submission_id}")
 
     def _remember(self) -> None:
         """Before it is sent: also if we die in between, the verbs here ask the cluster for it."""
         e, r = self.request.experiment, self.request
         known = self.record or Record(r.name, "", created=datetime.now(UTC).isoformat(timespec="seconds"), kind=r.kind)
-        run_dir = Storage(e.storage_path or "").child(r.name).uri
         job = {"submission_id": r.submission_id, "cluster_address": r.address, "content": r.content}
         uri = tracking.redacted(tracking_uri(e))
-        replace(known, run_dir=run_dir, tracking_uri=known.tracking_uri or uri, job=job).write(
-            Storage(self.folder / "runs" / SUBMITTED / r.name)
-        )
+        place = Storage(self.folder / "runs" / SUBMITTED / r.name)
+        place.write_bytes(CONFIG, r.files["config.yaml"])  # with how the cluster is reached
+        written = written_storage_path(r.asked.first if isinstance(r.asked, Plan) else r.asked)
+        known = replace(known, run_dir=self._storage().display, storage_path=written, job=job)
+        replace(known, tracking_uri=known.tracking_uri or uri).write(place)
 
-    def _followed(self, out: TextIO) -> Job:
-        identifier, due = self.request.submission_id, time.monotonic() + _TELL_S
-        while (job := self._job(identifier)).status == "PENDING":
+    def _storage(self) -> Storage:
+        return Storage(self.request.experiment.storage_path or "").child(self.request.name)
+
+    def _is_to_stop(self) -> bool:
+        """Whether somebody has asked the run to end, which its driver did not live to heed."""
+        try:
+            return self._storage().exists(STOP)
+        except StorageError:  # which is not to be reached from here
+            return False
+
+    def _followed(self, out: TextIO) -> Job | None:
+        """Its end; None: the cluster does not know it any more."""
+        due = time.monotonic() + _TELL_S
+        while (job := self._job()) is not None and job.status == "PENDING":
             if time.monotonic() >= due:
-                self.say(f"{self.request.name} waits: {self.cluster.explain_waiting(identifier)}")
+                with suppress(ClusterUnreachable):  # by the next time it may answer
+                    self.say(f"{self.request.name} waits: {self.cluster.explain_waiting(job.submission_id)}")
                 due = time.monotonic() + _TELL_S
             time.sleep(_LOOK_S)
-        for piece in self.cluster.tail(identifier):
+        if job is None:
+            return None
+        for piece in self.cluster.tail(job.submission_id):
             out.write(piece)
             out.flush()
-        while (job := self._job(identifier)).status in GOING:  # its log ends a moment before it does
+        while (job := self._job()) is not None and job.status in GOING:  # its log ends a moment before it does
             time.sleep(_LOOK_S)
         return job
 
-    def _job(self, identifier: str) -> Job:
-        job: Job | None = self.cluster.info(identifier)
-        if job is None:
-            raise ClusterError(
-                f"{self.request.address} does not know the job {identifier} any more: its head was started anew; "
-                f"status {self.request.name} tells what is known of the run"
-            )
-        return job
+    def _job(self) -> Job | None:
+        """What the cluster says of it, with patience for one that does not answer."""
+        began, told = time.monotonic(), False
+        while True:
+            try:
+                return self.cluster.info(self.request.submission_id)
+            except ClusterUnreachable as error:
+                if time.monotonic() - began > _PATIENCE_S:
+                    raise
+                if not told:
+                    self.say(f"{error}; asking again for {_PATIENCE_S:g} s")
+                told = True
+                time.sleep(_AGAIN_S)
 
 
 def cluster_has(cluster: Jobs, submission_id: str) -> bool:
@@ -348,8 +394,10 @@ def _number_of(submission_id: str) -> int:
     return int(match[1]) if match else 1
 
 
-def _end(job: Job) -> tuple[str, int, str | None]:
+def _end(job: Job | None) -> tuple[str, int, str | None]:
     """Of a job that has ended: the run's status, our exit code, and why it did not finish."""
+    if job is None:
+        return "FAILED", 1, "its cluster does not know it any more: the head was started anew"
     message = " ".join(job.message.split())[:500]
     if job.status == "SUCCEEDED":
         return "FINISHED", 0, None
@@ -360,6 +408,12 @@ def _end(job: Job) -> tuple[str, int, str | None]:
     return "FAILED", 1, message or "Ray does not say why"
 
 
-def _died(job: Job) -> bool:
-    """Whether its driver or supervisor was killed, so that the same could go well another time."""
-    return job.status == "FAILED" and job.exit_code not in _TOLD and "runtime_env" not in job.message.lower()
+def _is_mute(job: Job) -> bool:
+    """Of a job that has ended: whether nobody told how the run did, since its driver or supervisor was killed, or its
+    environment could not be set up. The same could go well another time."""
+    return job.status == "FAILED" and job.exit_code not in _TOLD
+
+
+def _had_no_environment(job: Job) -> bool:
+    """Whether its packages could not be installed, which is not mended by trying at once again."""
+    return job.exit_code is None and job.message.lower().startswith("runtime_env setup failed")

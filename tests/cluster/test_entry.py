@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,13 +115,57 @@ def test_what_died_goes_on(launched: list[dict[str, Any]]) -> None:
     assert launched[0]["job"] == {**JOB, "submission_id": "one--2"}
 
 
-def test_the_claim_of_a_dead_job_is_withdrawn(launched: list[dict[str, Any]]) -> None:
-    Record("one", directory().uri, job=JOB).write(directory())
-    with directory().lock("lock", {"run": "one", "job": "one"}):
-        entry.run(asked(job={**JOB, "submission_id": "one--2", "replaces": "another"}))
-        assert len(claims(directory().child("lock"))) == 1
-        entry.run(asked(job={**JOB, "submission_id": "one--2", "replaces": "one"}))
-        assert claims(directory().child("lock")) == []
+def test_what_somebody_has_closed_goes_on_all_the_same(launched: list[dict[str, Any]]) -> None:
+    """`list` closes a run as FAILED whose driver was killed, before its next attempt begins."""
+    Record("one", directory().uri, status="FAILED", job=JOB).write(directory())
+    assert entry.run(asked(job={**JOB, "submission_id": "one--2", "replaces": "one"})) == 0
+    assert len(launched) == 1
+    Record("one", directory().uri, status="FINISHED", job=JOB).write(directory())
+    entry.run(asked(job={**JOB, "submission_id": "one--3", "replaces": "one--2"}))
+    assert len(launched) == 1
+
+
+@contextmanager
+def claimed(job: str, machine: str | None = "another") -> Iterator[Callable[[], None]]:
+    """A driver of `job` has the run's directory, on another machine; what is given shows that it lives."""
+    with directory().lock("lock", {"run": "one", "job": job}):
+        (file,) = (directory().local_path / "lock").glob("*.json")
+        file.write_text(json.dumps({**json.loads(file.read_text()), "machine": machine}))
+        beats = itertools.count(1)
+        yield lambda: os.utime(file, (0, next(beats)))
+
+
+@pytest.mark.parametrize("job", ["one", "one--2"])
+def test_the_claim_of_a_dead_driver_is_withdrawn(launched: list[dict[str, Any]], job: str) -> None:
+    """Of the attempt that this replaces, and of this one before its cluster started it anew."""
+    record, lock = Record("one", directory().uri, job=JOB), directory().child("lock")
+    said, now = list[str](), [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    with claimed(job):
+        entry._wait_for_claims(record, lock, {"one", "one--2"}, say=said.append, sleep=sleep, clock=lambda: now[0])
+        assert claims(lock) == []
+    assert entry._BEAT_S <= now[0] < entry._BEAT_S + 1
+    assert said == ["one: an earlier driver has its directory; waiting until that is sure to be gone"]
+
+
+def test_the_claim_of_one_that_lives_stays(launched: list[dict[str, Any]]) -> None:
+    record, lock = Record("one", directory().uri, job=JOB), directory().child("lock")
+    now = [0.0]
+    with claimed("one") as beat:
+
+        def sleep(seconds: float) -> None:
+            now[0] += seconds
+            beat()
+
+        entry._wait_for_claims(record, lock, {"one"}, say=lambda text: None, sleep=sleep, clock=lambda: now[0])
+        assert len(claims(lock)) == 1
+        assert now[0] > entry._CLAIM_S
+        now[0] = 0.0
+        entry._wait_for_claims(record, lock, {"another"}, say=lambda text: None, sleep=sleep, clock=lambda: now[0])
+        assert now[0] == 0.0
 
 
 def test_another_runs_name(launched: list[dict[str, Any]]) -> None:

@@ -23,7 +23,7 @@ from raytrainer.cluster.submit import Submission, launch
 from raytrainer.config import Composition, compose
 from raytrainer.errors import ClusterUnreachable, ConfigError, JobExists, PreflightError, Stopped
 from raytrainer.history.finding import look_up
-from raytrainer.run import SUBMITTED, Record
+from raytrainer.run import STOP, SUBMITTED, Record
 from raytrainer.storage import Storage
 
 ADDRESS = "https://203.0.113.7"
@@ -52,11 +52,15 @@ class Cluster:
     while_sending: Callable[[Request], None] = lambda request: None
     while_following: Callable[[], None] = lambda: None
     waits: int = 0
+    silent: int = 0
 
     def list(self) -> list[JobInfo]:
         return [*self.jobs.values()]
 
     def info(self, submission_id: str) -> JobInfo | None:
+        if self.silent:
+            self.silent -= 1
+            raise ClusterUnreachable("no answer")
         job = self.jobs.get(submission_id)
         if job is not None and job.status == "PENDING":
             if self.waits:
@@ -79,6 +83,8 @@ class Cluster:
     def tail(self, submission_id: str) -> Iterator[str]:
         yield f"a line of {submission_id}\n"
         self.while_following()
+        if submission_id not in self.jobs:  # forgotten
+            return
         status, code, message = self.ends.pop(0)
         self.put(submission_id, status, exit_code=code, message=message)
 
@@ -232,6 +238,44 @@ def test_a_run_that_goes_on_is_the_next_attempt(cluster: Cluster) -> None:
         sent("trainer.max_epochs=10", record=record)
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "told"),
+    [
+        ("RUNNING", None, ("RUNNING", 0)),
+        ("SUCCEEDED", 0, ("FINISHED", 0)),
+        ("FAILED", 1, ("FAILED", 1)),
+        ("STOPPED", None, ("KILLED", 143)),
+    ],
+)
+def test_detached_it_tells_how_the_same_is(
+    cluster: Cluster, status: str, code: int | None, told: tuple[str, int]
+) -> None:
+    sent("cluster.wait=false")
+    cluster.put("one", status, exit_code=code)
+    found, _, _ = sent("cluster.wait=false")
+    assert (found.status, found.exit_code, found.sent) == (*told, False)
+
+
+def test_what_was_refused_is_not_in_the_way(cluster: Cluster) -> None:
+    """Of the same, since what refused it may be mended; of another config, since there is no run of it."""
+    cluster.ends = [("FAILED", 2, ""), ("FAILED", 2, ""), ("SUCCEEDED", 0, "")]
+    assert sent()[0].status == "REFUSED"
+    assert sent()[0].status == "REFUSED"
+    assert sent("trainer.max_epochs=7")[0].submission_id == "one--3"
+
+
+def test_what_could_not_be_set_up_is_tried_again(cluster: Cluster) -> None:
+    cluster.ends = [("FAILED", None, "runtime_env setup failed: pip"), ("SUCCEEDED", 0, "")]
+    assert sent()[0].exit_code == 1
+    assert sent()[0].submission_id == "one--2"
+
+
+def test_an_id_that_is_somebody_elses(cluster: Cluster) -> None:
+    cluster.put("one", "RUNNING")
+    with pytest.raises(ConfigError, match=r"name=one is the id of a job at .* none of raytrainer's"):
+        sent()
+
+
 # --- what dies --------------------------------------------------------------------------------------------------------
 
 DIED = ("FAILED", 137, "the driver was killed")
@@ -261,12 +305,49 @@ def test_what_would_end_so_again_is_not(cluster: Cluster, end: tuple[str, int | 
     assert len(cluster.requests) == 1
 
 
-def test_no_more_often_than_asked_also_by_another_command(cluster: Cluster) -> None:
+def test_no_more_often_than_asked_and_again_by_another_command(cluster: Cluster) -> None:
     cluster.ends = [DIED] * 2
     assert sent("cluster.retries=1")[0].exit_code == 1
-    cluster.ends = [DIED]
-    assert sent("cluster.retries=1")[0].submission_id == "one--2"
     assert len(cluster.requests) == 2
+    cluster.ends = [("SUCCEEDED", 0, "")]
+    assert sent()[0].submission_id == "one--3"
+    assert json.loads(cluster.requests[-1].files["request.json"])["job"]["replaces"] == "one--2"
+
+
+def test_a_cluster_that_forgets_a_job_is_sent_it_again(cluster: Cluster) -> None:
+    cluster.while_following = lambda: cluster.jobs.clear() if len(cluster.requests) == 1 else None
+    found, _, said = sent("cluster.retries=1")
+    assert (found.submission_id, found.exit_code) == ("one--2", 0)
+    assert any("the head was started anew; submitting it again (1 of 1)" in text for text in said)
+
+
+def test_room_is_no_question_for_another_attempt(cluster: Cluster) -> None:
+    """The node whose end killed the driver will come again."""
+    cluster.ends = [DIED, ("SUCCEEDED", 0, "")]
+    cluster.while_following = lambda: setattr(cluster, "known", replace(cluster.known, nodes=()))
+    assert sent("cluster.retries=1")[0].exit_code == 0
+
+
+def test_what_was_to_stop_is_not_sent_again(cluster: Cluster) -> None:
+    cluster.ends = [DIED]
+    place = Storage(Path.cwd() / "store" / "one")
+    cluster.while_following = lambda: place.write_bytes(STOP, b"{}")
+    shared = [f"cluster.shared_paths=[{Path.cwd()}]", f"storage_path={Path.cwd()}/store"]
+    found, _, _ = sent("cluster.retries=1", *shared)
+    assert (found.status, found.exit_code, len(cluster.requests)) == ("KILLED", 143, 1)
+
+
+def test_an_answer_that_does_not_come_is_waited_for(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "_AGAIN_S", 0.0)
+    monkeypatch.setattr(submit, "_TELL_S", 0.0)
+    cluster.waits, cluster.silent = 2, 3
+    found, _, said = sent()
+    assert found.exit_code == 0
+    assert said.count(f"no answer; asking again for {submit._PATIENCE_S:g} s") == 1
+    cluster.silent = 1
+    monkeypatch.setattr(submit, "_PATIENCE_S", -1.0)
+    with pytest.raises(ClusterUnreachable):
+        sent()
 
 
 # --- refusals and signals ---------------------------------------------------------------------------------------------
@@ -311,11 +392,20 @@ def test_whoever_interrupts_stops_nothing(cluster: Cluster) -> None:
     assert threading.current_thread() is threading.main_thread()
 
 
-def test_an_interrupt_before_it_is_sent(cluster: Cluster) -> None:
-    cluster.while_sending = lambda request: os.kill(os.getpid(), signal.SIGTERM)
+def test_an_interrupt_before_it_is_sent(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "facts", lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Stopped) as caught:
         sent()
     assert (caught.value.exit_code, cluster.jobs) == (143, {})
+
+
+def test_an_interrupt_while_it_is_sent(cluster: Cluster) -> None:
+    """The request goes on in its thread."""
+    cluster.while_sending = lambda request: os.kill(os.getpid(), signal.SIGTERM)
+    found, _, said = sent()
+    assert (found.status, found.exit_code) == ("RUNNING", 143)
+    assert f"no longer followed: one may have been sent at {ADDRESS}" in said
+    assert "         x status one" in found.text("x")
 
 
 def test_the_verbs_know_it_at_once(cluster: Cluster) -> None:
