@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quick check format hooks bench lock clean
+.PHONY: demo test quick nightly check format hooks bench lock clean
 
 # Train a residual network on real images with two workers, on this machine.
 demo: .venv/.installed
@@ -14,7 +14,11 @@ test: check
 
 # The tests that take seconds.
 quick: .venv/.installed-dev
-	$(BIN)/python -m pytest -m "not slow and not gpu" --ignore=tests/integration --ignore=tests/faults
+	$(BIN)/python -m pytest -m "not slow and not gpu and not nightly" --ignore=tests/integration --ignore=tests/faults
+
+# A run through everything that a team has around it, at once: nodes, proxies, MLflow, PostgreSQL, S3.
+nightly: .venv/.installed-dev
+	$(BIN)/python -m pytest -m nightly
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check

@@ -1,68 +1,60 @@
-"""The head of a Ray cluster as `ray start` makes it, a process of its own: with its dashboard, and a token that it wants."""
+"""A Ray cluster as `ray start` makes it, each node a process of its own: a head with its dashboard and a token that it
+wants, and more nodes beside it.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
-from tests.outside.servers import Server, free_port
+from tests.outside.servers import START_S, Server, free_port
 
 _END_S = 60.0  # of `ray start`, which ends all that it has started
 
 
-class Head(Server):
-    """`ray start --head`, on ports of its own, for jobs at `address`. Its jobs have this interpreter as `python`.
-
-    Args:
-        folder: For its home directory, in which its token is, and its output.
-        token: The secret.
-        cpus: What its node has.
-        secrets: Variables of the cluster's side.
+class _Node(Server):
+    """`ray start` with ports and a directory of its own. What runs on it has this interpreter as `python`.
 
     Attributes:
         session: Where Ray keeps all that it writes.
     """
 
-    def __init__(
-        self, folder: Path, token: str, cpus: int = 2, secrets: Mapping[str, str] = MappingProxyType({})
-    ) -> None:
-        super().__init__(folder, "ray")
-        self.secrets = secrets
-        self.token, self.address, self._cpus = token, f"http://127.0.0.1:{self.port}", cpus
-        self.home = folder / "home"
-        self.token_file = self.home / ".ray" / "auth_token"
-        self.token_file.parent.mkdir(parents=True)
-        self.token_file.write_text(token)
-        self.token_file.chmod(0o600)
+    def __init__(self, folder: Path, name: str) -> None:
+        super().__init__(folder, name)
         # A short path: those of its sockets, below it, may have 107 characters.
         self.session = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
 
-    def start(self) -> None:
+    def start_with(
+        self, options: Sequence[str], cpus: int, home: Path, secrets: Mapping[str, str], ready: Callable[[], bool]
+    ) -> None:
         programs = Path(sys.executable).parent
-        ports = ("", "dashboard-agent-listen-", "dashboard-agent-grpc-", "metrics-export-", "ray-client-server-")
+        ports = ("dashboard-agent-listen-", "dashboard-agent-grpc-", "metrics-export-")
         self.begin(
             [
-                str(programs / "ray"),
-                *("start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"),
-                *("--dashboard-host=127.0.0.1", f"--dashboard-port={self.port}", f"--temp-dir={self.session}"),
-                *(f"--num-cpus={self._cpus}", "--num-gpus=0", f"--object-store-memory={100 * 2**20}"),
+                *(str(programs / "ray"), "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"),
+                *(f"--num-cpus={cpus}", "--num-gpus=0", f"--object-store-memory={100 * 2**20}"),
                 *(f"--{name}port={free_port()}" for name in ports),
+                f"--temp-dir={self.session}",
+                *options,
             ],
-            self._takes_jobs,
+            ready,
             environment={
-                "HOME": str(self.home),
+                "HOME": str(home),
                 "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}",
                 "RAY_AUTH_MODE": "token",
-                **self.secrets,
+                **secrets,
             },
             cwd=self.folder,
         )
@@ -76,10 +68,70 @@ class Head(Server):
                 process.wait(_END_S)
         shutil.rmtree(self.session, ignore_errors=True)
 
+
+class Head(_Node):
+    """The head of a cluster, for jobs at `address`.
+
+    Args:
+        folder: For its home directory, in which its token is, and its output.
+        token: The secret.
+        cpus: What its node has.
+        secrets: Variables of the cluster's side.
+    """
+
+    def __init__(
+        self, folder: Path, token: str, cpus: int = 2, secrets: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        super().__init__(folder, "ray")
+        self.secrets = secrets
+        self.token, self.address, self._cpus = token, f"http://127.0.0.1:{self.port}", cpus
+        self.home = folder / "home"
+        self.token_file = self.home / ".ray" / "auth_token"
+        self.token_file.parent.mkdir(parents=True)
+        self.token_file.write_text(token)
+        self.token_file.chmod(0o600)
+        self._inner = f"127.0.0.1:{free_port()}"
+        self.others: list[_Node] = []
+
+    def start(self) -> None:
+        options = ["--head", f"--port={self._inner.partition(':')[2]}", f"--ray-client-server-port={free_port()}"]
+        options += ["--dashboard-host=127.0.0.1", f"--dashboard-port={self.port}"]
+        self.start_with(options, self._cpus, self.home, self.secrets, self._takes_jobs)
+
+    def add_node(self, cpus: int) -> None:
+        """Another node on this machine, which ends with the head."""
+        node = _Node(self.folder, f"ray-{len(self.others) + 2}")
+        self.others.append(node)
+        deadline = time.monotonic() + START_S
+        while not self._has(len(self.others)):  # the head answers before its own node is there
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        ready = lambda: self._has(len(self.others) + 1)  # noqa: E731
+        node.start_with([f"--address={self._inner}"], cpus, self.home, self.secrets, ready)
+
+    def _has(self, nodes: int) -> bool:
+        return len(self.table("nodes", state="ALIVE")) == nodes
+
+    def table(self, name: str, **filters: str) -> list[dict[str, Any]]:
+        """Entries of one of Ray's tables: `nodes`, `actors`, `jobs`, …"""
+        query = "".join(f"&filter_keys={key}&filter_predicates==&filter_values={v}" for key, v in filters.items())
+        answer: dict[str, Any] = json.loads(self.ask(f"/api/v0/{name}?detail=1&limit=10000{query}"))
+        return list(answer["data"]["result"]["result"])
+
+    def ask(self, path: str) -> str:
+        """What the dashboard answers to whom has the token."""
+        request = urllib.request.Request(f"{self.address}{path}", headers={"Authorization": f"Bearer {self.token}"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return str(answer.read().decode())
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        for node in self.others:
+            node.stop(number)
+        super().stop(number)
+
     def _takes_jobs(self) -> bool:
-        request = urllib.request.Request(f"{self.address}/api/jobs/", headers={"Authorization": f"Bearer {self.token}"})
         try:
-            urllib.request.urlopen(request, timeout=10).close()
+            self.ask("/api/jobs/")
         except OSError:
             return False
         return True
