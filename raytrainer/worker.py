@@ -56,7 +56,7 @@ class Job:
     Attributes:
         text: `Composition.text`: the config, its references to secrets unresolved.
         overrides: Values on top of it (`optimizer.lr=0.1`): those of a trial.
-        run_dir: The run's own storage: a path or URI.
+        run_dir: The run's own storage: a path or URI, without a password that the config refers to.
         run_id: The MLflow run; None: no tracking.
         tracking_uri: Where it is.
         spool_dir: Where metrics are kept until MLflow has them: a local path on the worker.
@@ -203,7 +203,8 @@ def run(
         torch.cuda.set_device(world.device)  # what a model allocates without naming a device goes there too
     environment.provide(job.forward_env, job.env_file)
     experiment = config.experiment_of(job.text, job.overrides)
-    _check_shared(job)
+    root = experiment.storage_path or ""
+    _check_shared(job, root)
     options, c = experiment.trainer, experiment.checkpoint
     if options.num_threads is None:
         options.num_threads = _cpus(experiment)
@@ -218,7 +219,7 @@ def run(
         place = experiment.tracking.experiment_name if job.label else None
         tracker = MlflowTracker(job.run_id, uri, Path(job.spool_dir), ship=job.ship, awaited_in=place)
     checkpointer = Checkpointer(
-        Storage(job.run_dir).child("checkpoints"),
+        Storage.shown_as(job.run_dir, root).child("checkpoints"),
         rank=world.rank,
         world_size=world.size,
         num_to_keep=c.num_to_keep,
@@ -275,10 +276,10 @@ def _without_a_word(work: Callable[[], None]) -> None:
         work()
 
 
-def _check_shared(job: Job) -> None:
+def _check_shared(job: Job, root: str) -> None:
     """Whether `run_dir` here is the driver's: on several nodes a local path is a place of each node's own."""
     place = job.marked or job.run_dir
-    found = Storage(place).read_if_exists("run.json") if job.mark else None
+    found = Storage.shown_as(place, root).read_if_exists("run.json") if job.mark else None
     record = json.loads(found) if found else {}
     if job.mark and " ".join(str(record.get(k)) for k in ("name", "created", "attempts")) != job.mark:
         raise errors.ConfigError(

@@ -31,7 +31,7 @@ PUBLIC = {
         Experiment FailureConfig Parameter Profile ScalingConfig SweepConfig TrackingConfig TrainerConfig bind
         build check_keys check_sweep check_targets compose composed_keys experiment_of explain factory flattened
         from_hydra from_text group_names holds_password key_of locate looks_secret new_name parse_space quiet
-        refuse_settings_of_no_sweep register_schema texts_of validate with_values written_space
+        refuse_settings_of_no_sweep register_schema resolved texts_of validate with_values written_space
     """,
     "raytrainer.data": """
         Arrays Batch ColumnDataset Digits Loader MicroBatch ParquetDataset RandomCropFlip
@@ -40,7 +40,7 @@ PUBLIC = {
         MLP ResNet resnet101 resnet152 resnet18 resnet34 resnet50
     """,
     "raytrainer.storage": """
-        Entry Lock Storage
+        Entry Lock Storage redacted
     """,
     "raytrainer.sweep": """
         GridSearch Ledger Plan RandomSearch Report SweepOutcome Trial check in_words launch make_plan report summary

@@ -392,3 +392,21 @@ def test_a_heartbeat_renews_the_claim_and_notices_a_takeover(storage: Storage) -
         held.check()
     held.release()
     assert storage.list("lock") == []
+
+
+def test_what_is_shown_of_a_place_is_found_again_with_its_password() -> None:
+    root = "s3://KEY:secret@bucket/runs?region=eu&access_key=another"
+    below = Storage(root).child("one/trials/0001")
+    assert below.display == "s3://bucket/runs/one/trials/0001?region=eu&access_key=***"
+    assert Storage.shown_as(below.display, root).uri == below.uri
+    for other in ("s3://KEY:secret@other/runs", "s3://KEY:secret@bucket/runs/one/trials/00", "/runs", ""):
+        assert Storage.shown_as(below.display, other).uri == below.display
+    assert Storage.shown_as("/runs/one", "/runs").uri == "/runs/one"
+
+
+def test_ray_is_told_no_password() -> None:
+    whole = Storage("s3://KEY:secret@bucket/runs/one?region=eu-west-1")
+    told = whole.for_ray()
+    assert told["storage_path"] == "bucket/runs/one"
+    assert told["storage_filesystem"].region == "eu-west-1"
+    assert Storage("s3://bucket/runs").for_ray() == {"storage_path": "s3://bucket/runs"}

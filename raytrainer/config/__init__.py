@@ -21,6 +21,7 @@ from raytrainer.config.compose import (
     quiet,
     refuse_settings_of_no_sweep,
     register_schema,
+    resolved,
     with_values,
 )
 from raytrainer.config.explain import explain, key_of
@@ -81,6 +82,7 @@ __all__ = [
     "quiet",
     "refuse_settings_of_no_sweep",
     "register_schema",
+    "resolved",
     "texts_of",
     "validate",
     "with_values",

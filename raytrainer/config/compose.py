@@ -226,6 +226,14 @@ def from_text(text: str, overrides: Sequence[str] = ()) -> Composition:
         raise explain(error, overrides) from error
 
 
+def resolved(text: str) -> str:
+    """A text of a config with what its references stand for here; as it is where there is no such thing."""
+    try:
+        return str(OmegaConf.create({"x": text}).x)
+    except (OmegaConfBaseException, ValueError):
+        return text
+
+
 def experiment_of(text: str, overrides: Sequence[str] = ()) -> Experiment:
     """`from_text(text, overrides).experiment`, at half the cost: for a process that trains many variants of a text.
 

@@ -11,7 +11,7 @@ from raytrainer.config import Composition, SweepConfig, from_text, key_of, new_n
 from raytrainer.errors import ConfigError, RunNotFound, nearest
 from raytrainer.history.finding import find, trial_of
 from raytrainer.run import FIXED, Record, changes_meaning
-from raytrainer.storage import Storage
+from raytrainer.storage import Storage, redacted
 from raytrainer.sweep.ledger import Ledger, Mode
 from raytrainer.sweep.lineage import best_parameters
 from raytrainer.sweep.plan import Plan
@@ -142,10 +142,10 @@ def _stem(record: Record) -> str:
 
 
 def _refuse_moved(record: Record, storage: Storage) -> None:
-    if storage.uri != record.run_dir:
+    if storage.display != redacted(record.run_dir):
         raise RunNotFound(
-            f"{record.name} is in {storage.uri}, but it ran in {record.run_dir}, where its config, metrics and checkpoints "
-            f"are written to; move it back, or start a new run from its weights: init_from={storage.uri}"
+            f"{record.name} is in {storage.display}, but it ran in {record.run_dir}, where its config, metrics and checkpoints "
+            f"are written to; move it back, or start a new run from its weights: init_from={storage.display}"
         )
 
 

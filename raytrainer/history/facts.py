@@ -176,7 +176,7 @@ def _of_trial(known: Known, storage: Storage, number: str) -> Facts:
         best=best.value if best is not None else None,
         best_step=best.step if best is not None else None,
         cause=trial.cause,
-        run_dir=storage.child(f"trials/{number}").uri,
+        run_dir=storage.child(f"trials/{number}").display,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +19,25 @@ from raytrainer.tracking.server import StoredRun
 
 
 @dataclass(frozen=True)
+class Sent:
+    """What was submitted from here, as it was sent.
+
+    Attributes:
+        record: Of the run, with the last job that it was sent as.
+        storage: The directory that has the record and the config.
+    """
+
+    record: Record
+    storage: Storage
+
+    def is_of(self, record: Record) -> bool:
+        """Whether a record of this name is of the same run, and not of one elsewhere that has its name."""
+        if self.record.run_id is not None and self.record.run_id == record.run_id:
+            return True
+        return _place(self.record.run_dir) == _place(record.run_dir)
+
+
+@dataclass(frozen=True)
 class Known:
     """A run, and where what is known of it comes from.
 
@@ -26,12 +46,14 @@ class Known:
         storage: Its directory; None where that is gone, not made yet, or not to be read from here.
         stored: What MLflow says; None where it was not asked, or does not know the run.
         trial: The number of the trial that was meant, of a sweep.
+        sent: What was submitted of it from here, where something was: an attempt that its directory may not know of yet.
     """
 
     record: Record
     storage: Storage | None
     stored: StoredRun | None = None
     trial: str | None = None
+    sent: Sent | None = None
 
     @property
     def submission_id(self) -> str | None:
@@ -69,25 +91,38 @@ def look_up(identifier: str, root: Path | None = None) -> Known:
             "digits, dots, dashes and underscores"
         )
     if (found := _by_name(identifier, root)) is not None:
-        return found
+        return with_sent(found, root)
     names = []
     for record, storage in records(root):
         if identifier in (record.run_id, record.job.get("submission_id")):
-            return Known(record, storage)
+            return with_sent(Known(record, storage), root)
         names.append(record.name)
-    for record in submitted(root):
-        if identifier in (record.name, record.job.get("submission_id")):
-            return reached(Known(record, None))
-        names.append(record.name)
+    for sent in submitted(root):
+        if identifier == sent.record.name:
+            return reached(Known(sent.record, None, sent=sent))
+        if identifier == sent.record.job.get("submission_id"):
+            found = reached(Known(sent.record, None, sent=sent))  # of which the directory may tell an earlier job
+            return replace(found, record=replace(found.record, job=sent.record.job))
+        names.append(sent.record.name)
     uri = tracking_uri_here()
     stored = None if uri is None else lookup.find_run(uri, identifier)
     if stored is not None and uri is not None:
-        return from_tracking(stored, uri)
+        return with_sent(from_tracking(stored, uri), root)
     close = nearest(identifier, names) or names[-3:]
     raise RunNotFound(
         f"{identifier}: no run of this name, MLflow id or submission id in {root} or the tracking store"
         + (f"; there are {', '.join(close)}" if close else "")
     )
+
+
+def with_sent(known: Known, root: Path) -> Known:
+    """The same with what was submitted of this run from here."""
+    storage = Storage(root / SUBMITTED / known.record.name)
+    with suppress(StorageError):
+        record = Record.read(storage)
+        if record is not None and (sent := Sent(record, storage)).is_of(known.record):
+            return replace(known, sent=sent)
+    return known
 
 
 def from_tracking(stored: StoredRun, uri: str) -> Known:
@@ -100,7 +135,7 @@ def reached(known: Known) -> Known:
     if known.storage is not None:
         return known
     try:
-        storage = Storage(known.record.run_dir)
+        storage = known.record.storage
         own = Record.read(storage)
     except StorageError:  # a disk or bucket that this machine does not reach
         own = None
@@ -118,6 +153,7 @@ def as_stored(stored: StoredRun, uri: str) -> Known:
         tracking_uri=tracking.redacted(uri),
         status=stored.status,
         choices={k.removeprefix(_CHOICE): v for k, v in tags.items() if k.startswith(_CHOICE)},
+        storage_path=stored.params.get("storage_path", ""),
         kind="sweep" if trial or tags.get("raytrainer.kind") == "sweep" else "run",
         job={k: found for k in _JOB if (found := tags.get(f"raytrainer.{k}"))},
     )
@@ -140,7 +176,7 @@ def trial_of(identifier: str, record: Record) -> str | None:
         return number
     from raytrainer.sweep.ledger import Ledger
 
-    trials = Ledger.open(Storage(record.run_dir)).trials.values()
+    trials = Ledger.open(record.storage).trials.values()
     return next((trial.id for trial in trials if trial.run_id == identifier), None)
 
 
@@ -161,10 +197,10 @@ def records(root: Path) -> Iterator[tuple[Record, Storage]]:
             yield record, storage
 
 
-def submitted(root: Path) -> Iterator[Record]:
+def submitted(root: Path) -> Iterator[Sent]:
     """What was submitted from here, as it was sent."""
-    for record, _ in records(root / SUBMITTED):
-        yield record
+    for record, storage in records(root / SUBMITTED):
+        yield Sent(record, storage)
 
 
 def tracking_uri_here() -> str | None:
@@ -189,12 +225,22 @@ def with_tracking(known: Known) -> Known:
     Raises:
         TrackingError: It cannot be asked.
     """
-    uri, run_id = tracking_uri_of(known.record), known.record.run_id
-    if known.stored is not None or uri is None or run_id is None:
+    uri, run_id, record = tracking_uri_of(known.record), known.record.run_id, known.record
+    if known.stored is not None or uri is None:
         return known
+    if run_id is None:  # what was submitted has none yet, and its directory may not be reachable from here
+        stored = lookup.find_launched(uri, record.name, _place(record.run_dir), known.submission_id)
+        if stored is None:
+            return known
+        return replace(known, stored=stored, record=replace(record, run_id=stored.run_id))
     if known.trial is not None:
-        run_id = f"{known.record.name}.{known.trial}"
+        run_id = f"{record.name}.{known.trial}"
     return replace(known, stored=lookup.find_run(uri, run_id))
+
+
+def _place(run_dir: str) -> str:
+    """A run's directory without the options of its storage."""
+    return run_dir.partition("?")[0].rstrip("/")
 
 
 def _by_name(identifier: str, root: Path) -> Known | None:

@@ -18,6 +18,7 @@ from raytrainer.run.record import (
     summary,
     table,
     tracking_uri,
+    written_storage_path,
 )
 from raytrainer.run.session import ray_session
 
@@ -42,4 +43,5 @@ __all__ = [
     "summary",
     "table",
     "tracking_uri",
+    "written_storage_path",
 ]

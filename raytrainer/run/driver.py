@@ -200,7 +200,7 @@ class Driver:
     def _job(self, run: tracking.Run) -> worker.Job:
         return worker.Job(
             text=self.composition.text,
-            run_dir=self.storage.uri,
+            run_dir=self.storage.display,  # Ray shows it to everyone
             run_id=run.run_id,
             tracking_uri=tracking.redacted(run.tracking_uri),
             spool_dir=str(self.spool_dir),
@@ -259,7 +259,7 @@ class Driver:
             label_selector=scaling.label_selector,
             max_failures=e.failure.max_failures,
             max_preemption_failures=e.failure.max_preemption_failures,
-            ray_storage=self.storage.uri,
+            ray_storage=self.storage,
             attempt=f"attempt-{self.record.attempts}",
             progress=lambda: self.display.step,
             on_retry=self.display.say,

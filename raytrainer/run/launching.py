@@ -16,9 +16,9 @@ from raytrainer.interrupts import Interrupts
 from raytrainer.progress import Display
 from raytrainer.run.driver import Driver
 from raytrainer.run.logs import Logs
-from raytrainer.run.record import CONFIG, Outcome, Record, tracking_uri
+from raytrainer.run.record import CONFIG, Outcome, Record, tracking_uri, written_storage_path
 from raytrainer.run.session import cluster_resources
-from raytrainer.storage import Storage
+from raytrainer.storage import Storage, redacted
 
 
 def check(composition: Composition, record: Record | None = None) -> str:
@@ -33,7 +33,7 @@ def check(composition: Composition, record: Record | None = None) -> str:
         storage = Storage(storage_path(e)).child(e.name or "")
         preflight.check_init_from(e, storage.uri)
     except StorageError as error:
-        raise ConfigError(f"cannot be used: {error}", key="storage_path", value=e.storage_path) from error
+        raise ConfigError(f"cannot be used: {error}", key="storage_path", value=shown(e)) from error
     if e.debug:
         return "inline, one batch"
     if record is None:
@@ -48,7 +48,7 @@ def check(composition: Composition, record: Record | None = None) -> str:
             *preflight.check_environment(e, os.environ),
             *preflight.check_resources(e, available, where),
             *preflight.check_reach(e, uri),
-            *preflight.check_storage(storage.check_writable, storage_path(e)),
+            *preflight.check_storage(storage.check_writable, shown(e)),
             *preflight.check_tracking(tracking.check_tracking, uri, e.tracking.required),
         ]
     )
@@ -94,7 +94,8 @@ def launch(
                 raise PreflightError([str(error)]) from error
             if record is None:
                 refuse_existing(e, storage)  # again, now that nobody else can make it
-            old = record or Record(e.name or "", storage.uri, created=datetime.now(UTC).isoformat(timespec="seconds"))
+            now, written = datetime.now(UTC).isoformat(timespec="seconds"), written_storage_path(composition)
+            old = record or Record(e.name or "", storage.display, created=now, storage_path=written)
             record = replace(
                 old,
                 # Without user and password, which stay where the config refers to.
@@ -136,7 +137,7 @@ def refuse_existing(e: Experiment, storage: Storage) -> None:
     """A new run never goes on with an old one by accident."""
     if storage.exists(CONFIG) or storage.exists("checkpoints"):
         raise ConfigError(
-            f"is the name of a run that exists in {e.storage_path}; resume {e.name} goes on with it, "
+            f"is the name of a run that exists in {shown(e)}; resume {e.name} goes on with it, "
             "another name starts a new one",
             key="name",
             value=e.name,
@@ -162,6 +163,11 @@ def _where(e: Experiment, gpu: bool) -> str:
 def storage_path(e: Experiment) -> str:
     assert e.storage_path is not None  # the configuration makes it absolute
     return e.storage_path
+
+
+def shown(e: Experiment) -> str:
+    """`storage_path` without a password, for messages."""
+    return redacted(storage_path(e))
 
 
 def experiment_name(composition: Composition) -> str:

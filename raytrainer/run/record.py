@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from raytrainer import tracking
-from raytrainer.config import Experiment
+from raytrainer.config import Composition, Experiment, holds_password, resolved
 from raytrainer.errors import StorageError
 from raytrainer.progress import duration
 from raytrainer.storage import Storage
@@ -41,7 +43,7 @@ class Record:
 
     Attributes:
         name: The run's name.
-        run_dir: Its storage, a path or URI.
+        run_dir: Its storage, a path or URI, without a password.
         run_id: In MLflow; None without tracking.
         tracking_uri: Where that is.
         experiment_name: Its MLflow experiment.
@@ -51,6 +53,7 @@ class Record:
         choices: Group → the choice taken.
         changed: Settings of the optimizer that a resume has given, over those in the checkpoints.
         kind: `run`, or `sweep`.
+        storage_path: Where `run_dir` lacks a password: as the config has it, the references to that kept.
         job: On a shared cluster: its address, the submission_id there, and the content of the request, by which a
             second submission of the same is known.
     """
@@ -66,12 +69,24 @@ class Record:
     choices: dict[str, str] = field(default_factory=dict)
     changed: list[str] = field(default_factory=list)
     kind: str = "run"
+    storage_path: str = ""
     job: dict[str, str] = field(default_factory=dict)
 
     @property
     def mark(self) -> str:
         """What this attempt's record says, and no other's: a worker looks for it in what should be the same place."""
         return f"{self.name} {self.created} {self.attempts}"
+
+    @property
+    def storage(self) -> Storage:
+        """Its directory, with the password that the config refers to where that is known here.
+
+        Raises:
+            StorageError: There can be none of this name.
+        """
+        if self.storage_path:
+            return Storage.shown_as(self.run_dir, resolved(self.storage_path))
+        return Storage(self.run_dir)
 
     def write(self, storage: Storage) -> None:
         storage.write_bytes(RECORD, json.dumps(asdict(self), indent=1).encode())
@@ -123,6 +138,13 @@ class Outcome:
     mlflow_command: str | None = None
     seconds: float = 0.0
     length: str = "trainer.max_epochs"
+
+
+def written_storage_path(composition: Composition) -> str:
+    """`Record.storage_path` of a new run; empty where the config itself has a password, which is told nobody again."""
+    place = Storage(composition.experiment.storage_path or "")
+    written = str(yaml.safe_load(composition.text).get("storage_path") or "") if place.display != place.uri else ""
+    return "" if holds_password(written) else written
 
 
 STOP = "stop"  # an object in a run's directory: whoever wants it to end puts it there, `stop ID` for one

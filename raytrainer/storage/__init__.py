@@ -3,7 +3,7 @@ Errors are StorageError with the place in them, StorageFull where there is no sp
 
 from __future__ import annotations
 
-from raytrainer.storage.files import Entry, Storage
+from raytrainer.storage.files import Entry, Storage, redacted
 from raytrainer.storage.lock import Lock
 
-__all__ = ["Entry", "Lock", "Storage"]
+__all__ = ["Entry", "Lock", "Storage", "redacted"]

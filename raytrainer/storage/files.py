@@ -93,6 +93,24 @@ class Storage:
         """The URI without user, password and secret-looking query values: what messages and logs may show."""
         return redacted(self.uri)
 
+    @classmethod
+    def shown_as(cls, display: str, root: str) -> Storage:
+        """The storage of which `display` is kept: with the user, password and query of `root`, where it is that or below."""
+        shown, whole = urlsplit(display), urlsplit(root)
+        known, path = urlsplit(redacted(root)), whole.path.rstrip("/")
+        if not shown.scheme:
+            return cls(display)
+        is_below = shown.path == path or shown.path.startswith(f"{path}/")
+        if (shown.scheme, shown.netloc, shown.query) != (known.scheme, known.netloc, known.query) or not is_below:
+            return cls(display)
+        return cls(urlunsplit(shown._replace(netloc=whole.netloc, query=whole.query)))
+
+    def for_ray(self) -> dict[str, Any]:
+        """What Ray calls `storage_path` and `storage_filesystem`; its dashboard shows the first."""
+        if self.display == self.uri:
+            return {"storage_path": self.uri}
+        return {"storage_path": self._key(""), "storage_filesystem": self._filesystem()}
+
     def child(self, name: str) -> Storage:
         """The storage below `name` (one or more parts)."""
         parts = _parts(name)

@@ -30,6 +30,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from raytrainer import worker
 from raytrainer.errors import WorkerError
+from raytrainer.storage import Storage
 
 # What a rank says that lost another one in a collective.
 _COLLATERAL = (
@@ -283,7 +284,7 @@ def make_trainer(
     label_selector: Mapping[str, str] | None,
     max_failures: int,
     max_preemption_failures: int,
-    ray_storage: str,
+    ray_storage: Storage,
     attempt: str,
     progress: Callable[[], int],
     on_retry: Callable[[str], None],
@@ -307,7 +308,7 @@ def make_trainer(
             accelerator_type=accelerator_type,
             label_selector=dict(label_selector) if label_selector else None,
         ),
-        run_config=RunConfig(name=attempt, storage_path=ray_storage, failure_config=failure),
+        run_config=RunConfig(name=attempt, failure_config=failure, **ray_storage.for_ray()),
         policy=Retries(failure, progress, on_retry),
         on_report=on_report,
     )

@@ -291,7 +291,7 @@ class SweepDriver:
                 "raytrainer.name": f"{self.record.name}.{trial.id}",
                 "raytrainer.kind": "trial",
                 "raytrainer.sweep": self.record.name,
-                "raytrainer.run_dir": self._trial_dir(trial).uri,
+                "raytrainer.run_dir": self._trial_dir(trial).display,
                 "raytrainer.overrides": " ".join(trial.overrides),
             },
             run_id=trial.run_id,

@@ -13,7 +13,16 @@ from raytrainer import run, tracking
 from raytrainer.errors import ConfigError, PreflightError, StorageLocked
 from raytrainer.interrupts import Interrupts
 from raytrainer.progress import Display
-from raytrainer.run import CONFIG, Logs, Record, experiment_name, lock_owner, refuse_existing, tracking_uri
+from raytrainer.run import (
+    CONFIG,
+    Logs,
+    Record,
+    experiment_name,
+    lock_owner,
+    refuse_existing,
+    tracking_uri,
+    written_storage_path,
+)
 from raytrainer.storage import Storage
 from raytrainer.sweep.driver import SweepDriver, may_change
 from raytrainer.sweep.ledger import Ledger, Mode, Trial
@@ -127,7 +136,8 @@ def launch(
             now = datetime.now(UTC).isoformat(timespec="seconds")
             ledger = Ledger.open(storage)
             resumption = None if record is None else resume_words(plan, ledger)
-            old = record or Record(e.name or "", storage.uri, created=now, kind="sweep")
+            written = written_storage_path(plan.first)
+            old = record or Record(e.name or "", storage.display, created=now, kind="sweep", storage_path=written)
             record = replace(
                 old,
                 tracking_uri=old.tracking_uri or tracking.redacted(tracking_uri(e)),

@@ -85,7 +85,7 @@ class Shared:
         return worker.Job(
             text=self.texts[choices_of(self.parameters, config)],
             overrides=[*self.fixed, *own, *saves],
-            run_dir=run_dir.uri,
+            run_dir=run_dir.display,
             run_id=config[RUN] or None,
             tracking_uri=self.tracking_uri,
             spool_dir=str(trial_spool(run_dir)),
@@ -93,7 +93,7 @@ class Shared:
             # A checkpoint that population based training copied in goes on with this trial's own values.
             changed=[p.key.removeprefix("optimizer.") for p in self.parameters if p.key.startswith("optimizer.")],
             mark=self.mark,
-            marked=self.run_dir,
+            marked=Storage(self.run_dir).display,
             label=str(config[TRIAL]),
             forward_env=self.forward_env,
             env_file=self.env_file,
@@ -184,7 +184,8 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
         self._job, self._trial = self._shared.job(config), str(config[TRIAL])
         self._values = {p.key: config[p.key] for p in self._shared.parameters if p.key in config}
         worker.hello(0, self._trial)
-        self._checkpoints = Storage(self._job.run_dir).child("checkpoints")
+        self._storage = Storage(self._shared.run_dir).child(f"trials/{self._trial}")
+        self._checkpoints = self._storage.child("checkpoints")
         self._thread = self._trainer = self._inherited = self._group = None
         self._messages = queue.Queue()
         self._go = threading.Semaphore(0)
@@ -242,7 +243,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
             label_selector=None,
             max_failures=0,
             max_preemption_failures=-1,
-            ray_storage=self._job.run_dir,
+            ray_storage=self._storage,
             attempt=f"attempt-{uuid.uuid4().hex[:12]}",
             progress=lambda: self._evaluation,
             on_retry=lambda text: None,

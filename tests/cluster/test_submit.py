@@ -408,12 +408,17 @@ def test_an_interrupt_while_it_is_sent(cluster: Cluster) -> None:
     assert "         x status one" in found.text("x")
 
 
-def test_the_verbs_know_it_at_once(cluster: Cluster) -> None:
+def test_the_verbs_know_it_at_once(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     def look(request: Request) -> None:
         known = look_up("one")
         assert (known.submission_id, known.cluster_address) == ("one", ADDRESS)
         assert known.record.run_dir == "s3://bucket/runs/one"
 
     cluster.while_sending = look
-    sent("cluster.wait=false")
+    monkeypatch.setenv("STORE", "s3://KEY:password@bucket/runs")
+    sent("cluster.wait=false", "storage_path=${oc.env:STORE}", "cluster.forward_env=[STORE]")
+    known = look_up("one").record
+    assert (known.run_dir, known.storage_path) == ("s3://bucket/runs/one", "${oc.env:STORE}")
+    assert known.storage.uri == "s3://KEY:password@bucket/runs/one"
+    assert not [path for path in Path.cwd().rglob("*") if path.is_file() and b"password" in path.read_bytes()]
     assert Record.read(Storage(Path.cwd() / "runs" / SUBMITTED / "one")) is not None

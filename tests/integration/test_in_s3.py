@@ -134,3 +134,18 @@ def test_a_sweep_whose_driver_is_killed(s3: S3, in_s3: str, tmp_path: Path) -> N
     assert runs.status(name) == "FINISHED"
     best = Storage(place).child(f"{name}/trials/0001/checkpoints")
     assert Checkpointer(best).latest() is not None
+
+
+def test_a_password_that_the_storage_path_refers_to_is_kept_nowhere(s3: S3, tmp_path: Path) -> None:
+    """Not by the run's own files, MLflow or Ray, and the run is found and gone on with by the reference."""
+    store = f"s3://KEY-of-one:password-of-one@bucket/{uuid.uuid4().hex}?{s3.query()}"
+    environment = {"STORE": store, "AWS_EC2_METADATA_DISABLED": "true"}
+    arguments = ["experiment=smoke", "name=one", "storage_path=${oc.env:STORE}", "trainer.max_steps=2"]
+    for verb in (arguments, ["status", "one"], ["resume", "one", "trainer.max_steps=4"]):
+        told = launched(tmp_path, *verb, environment=environment).exits(0)
+        assert "password-of-one" not in told.out + told.err
+    place = Storage(store).child("one")
+    kept = {name: place.read_bytes(name) for name in ("run.json", "config.yaml", "provenance.json")}
+    kept |= {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert [name for name, content in kept.items() if b"password-of-one" in content] == []
+    assert any(name.endswith("mlflow.db") for name in kept)
