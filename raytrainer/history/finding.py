@@ -56,12 +56,28 @@ class Known:
     sent: Sent | None = None
 
     @property
+    def coming(self) -> str | None:
+        """The job of an attempt that was sent from here and that its record does not tell of yet."""
+        there = None if self.sent is None else self.sent.record.job.get("submission_id")
+        if self.sent is None or there is None:
+            return None
+        if self.submission_id is None:
+            return there if self.record.attempts <= self.sent.record.attempts else None
+        return there if number_of(there) > number_of(self.submission_id) else None
+
+    @property
     def submission_id(self) -> str | None:
         return self.record.job.get("submission_id")
 
     @property
     def cluster_address(self) -> str | None:
         return self.record.job.get("cluster_address")
+
+
+def number_of(submission_id: str) -> int:
+    """Which attempt a job is: NAME is the first, NAME--3 the third."""
+    number = submission_id.rpartition("--")[2]
+    return int(number) if number != submission_id and number.isdecimal() else 1
 
 
 def find(identifier: str, root: Path | None = None) -> tuple[Record, Storage]:

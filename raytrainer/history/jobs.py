@@ -5,11 +5,14 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from raytrainer.config import from_text
 from raytrainer.errors import RaytrainerError
 from raytrainer.history.finding import Known
+
+GOING = ("PENDING", "RUNNING")
 
 
 class Job(Protocol):
@@ -59,6 +62,7 @@ class Clusters:
         self._asking: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._lists: dict[str, Sequence[Job]] = {}
         self.silent: dict[str, str] = {}
+        self._told: set[str] = set()
 
     def of(self, known: Known) -> Cluster | None:
         """The one that has a run's job; None where it has none.
@@ -74,30 +78,88 @@ class Clusters:
     def jobs_of(self, known: Known) -> tuple[Job | None, list[Job]]:
         """A run's job, and the other jobs that are attempts at the same run; None where its cluster does not know it
         or does not answer."""
+        found = [job for _, job in self._attempts(known)]
+        mine = next((job for job in found if job.submission_id == known.submission_id), None)
+        return mine, [job for job in found if job is not mine]
+
+    def attempt(self, known: Known) -> tuple[Known, Job | None]:
+        """The run as its job the one that goes, of all attempts at it, and that job; where none goes, the run as it is."""
+        found = self._attempts(known)
+        mine = next((job for _, job in found if job.submission_id == known.submission_id), None)
+        if mine is not None and mine.status in GOING:
+            return known, mine
+        for address, job in reversed(found):
+            if job.status in GOING:
+                place = {"submission_id": job.submission_id, "cluster_address": address}
+                return replace(known, record=replace(known.record, job={**known.record.job, **place})), job
+        return known, mine
+
+    def all_of(self, known: Known) -> Sequence[Job]:
+        """All jobs of the cluster that a run is, or was, on; none where it does not answer."""
         address = known.cluster_address
-        if known.submission_id is None or address is None:
-            return None, []
+        if address is None:
+            return ()
         with self._asking[address]:  # several runs of one cluster ask at once
             if address not in self._lists and address not in self.silent:
                 try:
-                    cluster = self.of(known)
-                    assert cluster is not None
-                    self._lists[address] = cluster.list()
+                    self._lists[address] = self._connect(address, *_access(known)).list()
                 except (RaytrainerError, OSError) as error:
                     self.silent[address] = str(error)
-        found = self._lists.get(address, ())
-        mine = next((job for job in found if job.submission_id == known.submission_id), None)
-        name = known.record.name
-        return mine, [j for j in found if j is not mine and j.metadata.get("raytrainer.name") == name]
+        return self._lists.get(address, ())
+
+    def silence_of(self, known: Known) -> str | None:
+        """Why a run's cluster could not be asked, in words; None where it could, or there is none."""
+        found = [address for address in _addresses(known) if address in self.silent]
+        return f"the cluster {found[0]} could not be asked: {self.silent[found[0]]}" if found else None
+
+    def tell(self, say: Callable[[str], None]) -> None:
+        """Says which could not be asked, each once."""
+        for address, why in self.silent.items():
+            if address not in self._told:
+                self._told.add(address)
+                say(f"the cluster {address} could not be asked: {why}")
 
     def forget(self, known: Known) -> None:
         """Asks a run's cluster again."""
-        self._lists.pop(known.cluster_address or "", None)
+        for address in _addresses(known):
+            self._lists.pop(address, None)
+
+    def _attempts(self, known: Known) -> list[tuple[str, Job]]:
+        """The jobs that are attempts at a run, with the addresses of their clusters: of its record's, and of the one that
+        it was last sent to from here."""
+        found: dict[tuple[str, str], Job] = {}
+        name, ids = known.record.name, {known.submission_id}
+        if known.sent is not None:
+            ids.add(known.sent.record.job.get("submission_id"))
+        for address, one in _addresses(known).items():
+            for job in self.all_of(one):
+                if job.submission_id in ids or job.metadata.get("raytrainer.name") == name:
+                    found[address, job.submission_id] = job
+        return [(address, job) for (address, _), job in found.items()]
+
+
+def never_sent(known: Known) -> str:
+    """In words, of a job that its cluster has answered not to have."""
+    return f"{known.cluster_address} has no job {known.submission_id}: it was not sent, or the cluster was started anew since"
+
+
+def _addresses(known: Known) -> dict[str, Known]:
+    """Where jobs of a run may be: address → the run with its job there."""
+    found = {}
+    if known.submission_id is not None and known.cluster_address is not None:
+        found[known.cluster_address] = known
+    if known.sent is not None and (address := known.sent.record.job.get("cluster_address")) is not None:
+        found.setdefault(address, replace(known, record=known.sent.record))
+    return found
 
 
 def _access(known: Known) -> tuple[str | None, str | None]:
     """`cluster.ca_file` and `cluster.token_file`, as the run was submitted with."""
-    text = known.storage.read_if_exists("config.yaml") if known.storage is not None else None
+    text = None
+    if known.sent is not None and known.sent.record.job.get("cluster_address") == known.cluster_address:
+        text = known.sent.storage.read_if_exists("config.yaml")
+    if text is None and known.storage is not None:
+        text = known.storage.read_if_exists("config.yaml")
     if text is not None:
         cluster = from_text(text.decode()).experiment.cluster
         return cluster.ca_file, cluster.token_file

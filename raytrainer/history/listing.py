@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from raytrainer import provenance, tracking
@@ -15,11 +18,11 @@ from raytrainer.errors import StorageError, TrackingError
 from raytrainer.history import finding
 from raytrainer.history.facts import Facts, facts_of
 from raytrainer.history.finding import Known
-from raytrainer.history.jobs import Clusters, Job
+from raytrainer.history.jobs import GOING, Clusters, Job, never_sent
 from raytrainer.history.reconcile import close_dead, look_at
 from raytrainer.history.signs import Verdict
 from raytrainer.progress import duration
-from raytrainer.run import SUBMITTED, Record
+from raytrainer.run import SUBMITTED, Record, in_background
 from raytrainer.storage import Storage
 from raytrainer.tracking import lookup
 from raytrainer.tracking.sender import LOCAL_PREFIX
@@ -27,6 +30,7 @@ from raytrainer.tracking.server import StoredRun
 
 STATUSES = ("RUNNING", "FINISHED", "FAILED", "KILLED", "SCHEDULED", "PENDING", "UNKNOWN")
 _MOST_RUNNING = 100  # that are looked at in one listing
+_MOST_CLUSTERS, _CLUSTERS_S = 5, 4.0  # those last used from here, asked for jobs of others, and how long
 _OF_JOB = {"PENDING": "PENDING", "RUNNING": "RUNNING", "STOPPED": "KILLED", "SUCCEEDED": "FINISHED", "FAILED": "FAILED"}
 
 
@@ -57,9 +61,10 @@ def list_runs(
             say(f"{error}; what follows is from {root} alone")
             uri = None
     found += _from_disk(root, uri, clusters)
-    found += _submitted(root, {facts.name for facts in found}, clusters)
-    for address, why in clusters.silent.items():
-        say(f"the cluster {address} could not be asked: {why}")
+    found = _with_submitted(found, root, clusters)
+    if everyone:
+        found = _with_others(found, root, clusters)
+    clusters.tell(say)
     found = [facts for facts in found if status is None or facts.status == status]
     return sorted(found, key=lambda facts: facts.started or 0.0, reverse=True)[:limit]
 
@@ -68,27 +73,43 @@ def _from_mlflow(
     uri: str, user: str | None, status: str | None, limit: int, clusters: Clusters, say: Callable[[str], None]
 ) -> list[Facts]:
     found = lookup.search_runs(uri, limit=_MOST_RUNNING, user=user, status="RUNNING")
-    looked = look_at([finding.as_stored(run, uri) for run in found], clusters)
+    root = Path.cwd() / "runs"
+    looked = look_at([finding.with_sent(finding.as_stored(run, uri), root) for run in found], clusters)
     if close_dead(looked, clusters, say):
         again = {r.run_id for r in lookup.search_runs(uri, limit=_MOST_RUNNING, user=user, status="RUNNING")}
         looked = [(known, verdict) for known, verdict in looked if known.stored and known.stored.run_id in again]
     by_id = {known.stored.run_id: (known, verdict) for known, verdict in looked if known.stored is not None}
     if status == "RUNNING":
-        return [facts_of(known, verdict) for known, verdict in looked]
+        return [_as_it_goes(known, verdict) for known, verdict in looked]
     if status in ("PENDING", "UNKNOWN"):
         return []
 
     def facts(run: StoredRun) -> Facts:
         # Of one that has ended MLflow knows all that a list shows: its directory need not be read.
         known, verdict = by_id.get(run.run_id, (None, None))
-        return facts_of(known or finding.as_stored(run, uri), verdict)
+        return facts_of(finding.as_stored(run, uri)) if known is None else _as_it_goes(known, verdict)
 
     return [facts(run) for run in lookup.search_runs(uri, limit=limit, user=user, status=status)]
 
 
+def _as_it_goes(known: Known, verdict: Verdict | None) -> Facts:
+    """With the job that goes; one that was sent from here is added later."""
+    facts, going = facts_of(known, verdict), verdict.going if verdict is not None else None
+    if (
+        going is None
+        or known.coming is not None
+        or (
+            going.status == "RUNNING" and known.submission_id is not None and going.submission_id == known.submission_id
+        )
+    ):
+        return facts
+    return as_attempt(facts, known, going)
+
+
 def _from_disk(root: Path, asked: str | None, clusters: Clusters) -> list[Facts]:
     """Those that MLflow does not have; all where it could not be asked."""
-    found = [Known(record, storage) for record, storage in finding.records(root) if not _is_in(asked, record)]
+    there = [Known(record, storage) for record, storage in finding.records(root) if not _is_in(asked, record)]
+    found = [finding.with_sent(known, root) for known in there]
     running = [known for known in found if known.record.status == "RUNNING"]
     lives = {known.record.name: verdict for known, verdict in look_at(running, clusters)}
     return [_judged(facts_of(known, lives.get(known.record.name)), lives.get(known.record.name)) for known in found]
@@ -107,25 +128,94 @@ def _judged(facts: Facts, verdict: Verdict | None) -> Facts:
     return replace(facts, status=verdict.status, cause=verdict.cause, ended=verdict.when)
 
 
-def _submitted(root: Path, shown: set[str], clusters: Clusters) -> list[Facts]:
-    """What was submitted from here and has not come so far that MLflow knows it: its cluster says how it is."""
-    found = []
-    for record in finding.submitted(root):
-        if record.name in shown:
+def _with_submitted(found: list[Facts], root: Path, clusters: Clusters) -> list[Facts]:
+    """With what was submitted from here and has not come so far that MLflow knows it: its cluster says how it is."""
+    for sent in finding.submitted(root):
+        known = Known(sent.record, None, sent=sent)
+        if known.submission_id is None:
+            continue
+        if any(_is_past(known, facts) for facts in found):
             with suppress(StorageError):  # the run itself is known now
-                Storage(root / SUBMITTED).delete(record.name)
-        elif (known := Known(record, None)).submission_id is not None:
-            job, _ = clusters.jobs_of(known)
-            if job is not None or known.cluster_address in clusters.silent:
-                found.append(facts_of_job(known, job))
+                Storage(root / SUBMITTED).delete(sent.record.name)
+            continue
+        job, _ = clusters.jobs_of(known)
+        is_it = [facts.name == known.record.name and sent.is_of(_record_of(facts)) for facts in found]
+        if job is not None and job.status in GOING and any(is_it):
+            found = [as_attempt(f, known, job) if same else f for f, same in zip(found, is_it, strict=True)]
+        elif not any(is_it) and (job is not None or known.cluster_address in clusters.silent):
+            found = [*found, facts_of_job(known, job, clusters)]
     return found
 
 
-def facts_of_job(known: Known, job: Job | None) -> Facts:
+def _is_past(known: Known, facts: Facts) -> bool:
+    """Whether what was sent has become the run that is shown, which may be another attempt by now; not another's run of
+    the same name elsewhere."""
+    if facts.name != known.record.name or facts.cluster_address != known.cluster_address:
+        return False
+    if facts.submission_id is None or known.submission_id is None:
+        return False
+    return finding.number_of(facts.submission_id) >= finding.number_of(known.submission_id)
+
+
+def _record_of(facts: Facts) -> Record:
+    return Record(facts.name, facts.run_dir, facts.run_id)
+
+
+def _with_others(found: list[Facts], root: Path, clusters: Clusters) -> list[Facts]:
+    """With what anybody has submitted to the clusters that are known here, and MLflow does not know yet."""
+    places: dict[str, Known] = {}
+    address = os.environ.get("RAY_API_SERVER_ADDRESS", "").rstrip("/")
+    if address.startswith(("http://", "https://")):
+        places[address] = Known(Record("", "", job={"cluster_address": address}), None)
+    here = [Known(sent.record, None, sent=sent) for sent in finding.submitted(root)]
+    here += [Known(record, storage) for record, storage in finding.records(root)]
+    for known in sorted(here, key=lambda known: known.record.created, reverse=True):
+        if known.cluster_address is not None:
+            places.setdefault(known.cluster_address, known)
+    asked = list(places.items())[:_MOST_CLUSTERS]
+    coming = [in_background(partial(clusters.all_of, known), "jobs") for _, known in asked]
+    wait(coming, timeout=_CLUSTERS_S)
+    for (address, _), future in zip(asked, coming, strict=True):
+        if not future.done():
+            clusters.silent.setdefault(address, f"no answer in {_CLUSTERS_S:g} s")
+        for job in future.result() if future.done() and future.exception() is None else ():
+            name = job.metadata.get("raytrainer.name")
+            place = (job.submission_id, address)
+            if name is None or job.status not in GOING:
+                continue
+            if any((f.submission_id, f.cluster_address) == place for f in found):
+                continue
+            known = Known(Record(name, "", job={"submission_id": job.submission_id, "cluster_address": address}), None)
+            is_it = [f.name == name and f.cluster_address == address for f in found]  # a name means one run there
+            if any(is_it):
+                found = [as_attempt(f, known, job) if same else f for f, same in zip(found, is_it, strict=True)]
+            else:
+                kind, user = job.metadata.get("raytrainer.kind", "run"), job.metadata.get("raytrainer.user")
+                found = [*found, replace(facts_of_job(known, job, clusters), kind=kind, user=user)]
+    return found
+
+
+def as_attempt(facts: Facts, known: Known, job: Job) -> Facts:
+    """A run that goes on, or soon will, as a job that its directory and MLflow may not know of."""
+    return replace(
+        facts,
+        status=_OF_JOB[job.status],
+        submission_id=job.submission_id,
+        cluster_address=known.cluster_address,
+        where=known.cluster_address if facts.cluster_address != known.cluster_address else facts.where,
+        started=job.started or facts.started,
+        ended=None,
+        cause=None,
+        life="alive",
+    )
+
+
+def facts_of_job(known: Known, job: Job | None, clusters: Clusters) -> Facts:
     """A run of which there is nothing yet but its job."""
     facts = facts_of(known)
     if job is None:
-        return replace(facts, status="UNKNOWN", cause="its cluster does not say")
+        why = "its cluster does not say" if clusters.silence_of(known) is not None else never_sent(known)
+        return replace(facts, status="UNKNOWN", cause=why)
     cause = " ".join(job.message.split())[:500] if job.status in ("FAILED", "STOPPED") else None
     return replace(facts, status=_OF_JOB.get(job.status, job.status), started=job.started, ended=job.ended, cause=cause)
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from raytrainer.errors import ConfigError, RunNotFound, StorageError
 from raytrainer.history.finding import Known, look_up, tracking_uri_of, with_tracking
-from raytrainer.history.jobs import Clusters
+from raytrainer.history.jobs import GOING, Clusters
 from raytrainer.history.reconcile import verdict_of
 from raytrainer.storage import Storage
 from raytrainer.tracking.server import Server
@@ -46,21 +46,27 @@ def lines(
     """
     clusters, known = clusters or Clusters(), look_up(identifier)
     name = "trials" if known.trial is not None else "driver" if rank is None else f"rank-{rank}"
-    # The disk of a run that is here has all, at once.
-    if known.storage is not None and known.storage.is_local and known.storage.exists("logs"):
+    here = known.storage if known.storage is not None and known.storage.is_local else None
+    if here is not None and not here.exists("logs"):
+        here = None
+    recorded, job = known.submission_id, None
+    if follow or here is None:
+        known, job = clusters.attempt(known)
+        clusters.tell(say)
+    # The disk of a run that is here has all, at once; but of an attempt that has not come so far.
+    if here is not None and known.submission_id == recorded:
         if not follow:
-            _there(name, _logs_of(known.storage))
+            _there(name, _logs_of(here))
 
         def has_ended() -> bool:
             clusters.forget(known)  # else it would say for ever what it said first
             return not follow or verdict_of(known, clusters).life == "dead"
 
-        yield from _text(_growing(known.storage, name, has_ended, sleep))
-        _there(name, _logs_of(known.storage))
+        yield from _text(_growing(here, name, has_ended, sleep))
+        _there(name, _logs_of(here))
         return
-    job, _ = clusters.jobs_of(known)
     cluster = clusters.of(known) if job is not None else None
-    if job is not None and cluster is not None and job.status in ("PENDING", "RUNNING"):
+    if job is not None and cluster is not None and job.status in GOING:
         pieces = cluster.tail(job.submission_id) if follow else [cluster.logs(job.submission_id)]
         yield from _of_rank(_text(piece.encode() for piece in pieces), rank)
         return

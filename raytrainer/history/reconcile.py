@@ -88,12 +88,10 @@ def close(known: Known, verdict: Verdict, clusters: Clusters) -> bool:
         return _tell(known, record, verdict, clusters)
     if uri := tracking_uri_of(record):
         lookup.reach(uri)  # a second or more, in which nobody should be kept from going on with the run
-    signs, of_job = Signs.read(storage), verdict.by_job and known.submission_id is not None
+    signs = Signs.read(storage)
     for claim in signs.claims:
         # One of a job's driver that was killed is not old yet, and its cluster knows better.
-        if claim in signs.dead or (
-            of_job and claim in signs.elsewhere and claim.owner.get("job") == known.submission_id
-        ):
+        if claim in signs.dead or claim in verdict.gone:
             withdraw(storage.child(LOCK), claim)
     try:
         with storage.lock(LOCK, {"run": f"{record.name}, being closed"}):

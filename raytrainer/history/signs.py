@@ -10,9 +10,11 @@ A run that says RUNNING is taken for dead only if nothing that could be its driv
   this machine's clock nor the other's takes part.
 - **No claim**: the driver has given it up, so the record says how it ended. If the record says RUNNING and is not new,
   nobody is there.
-- **A job** that the cluster says is waiting or running is alive, whatever its claim says. One that has ended is dead, and
-  with it the claim that names it, unless another submission or another owner goes on with the run. One that the cluster
-  does not know says nothing (the address may lead to another cluster by now): then the claim decides.
+- **A job** that the cluster says is waiting or running is alive, whatever its claim says. One that has ended is dead,
+  unless another submission or another owner goes on with the run. A claim that names it is its driver's if it was made
+  while the job ran and has shown no life since its end: the same address may mean another cluster by now, with another
+  job of the same name. Here clocks take part, the cluster's and the storage's: where they differ by more than a beat, the
+  claim's age decides. One that the cluster does not know, or that refused to begin, says nothing: then the claim decides.
 - **What cannot be read** (the directory, the cluster) is no sign of death.
 """
 
@@ -21,10 +23,11 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Literal
 
 from raytrainer.errors import StorageError
-from raytrainer.history.jobs import Job
+from raytrainer.history.jobs import GOING, Job
 from raytrainer.progress import duration
 from raytrainer.run import Record
 from raytrainer.storage import Storage
@@ -33,6 +36,8 @@ from raytrainer.tracking.runs import Status
 
 LIMIT_S = 300.0  # thirty heartbeats
 LOCK = "lock"
+_BEAT_S = 10.0  # between two signs of life
+_REFUSED = 2  # what a driver ends with that found what cannot work, and never had the run
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,8 @@ class Verdict:
         cause: Of a dead one: why, for its records.
         when: Of a dead one: its last sign of life, in seconds since the epoch; None where unknown.
         by_job: Whether the cluster says so.
+        going: Of one that lives by its job: that job.
+        gone: Of one whose job has ended: the claims that its driver left.
     """
 
     life: Literal["alive", "dead", "unsure"]
@@ -112,6 +119,8 @@ class Verdict:
     cause: str = ""
     when: float | None = None
     by_job: bool = False
+    going: Job | None = None
+    gone: Sequence[Claim] = ()
 
 
 def judge(record: Record, signs: Signs, job: Job | None = None, others: Sequence[Job] = ()) -> Verdict:
@@ -125,20 +134,20 @@ def judge(record: Record, signs: Signs, job: Job | None = None, others: Sequence
     """
     if (claim := signs.here) is not None:
         return Verdict("alive", f"process {claim.owner.get('pid')} of this machine has it")
-    if job is not None and job.status in ("PENDING", "RUNNING"):
-        return Verdict("alive", f"its job {job.submission_id} is {job.status}")
-    elsewhere = signs.elsewhere
-    if job is not None:
-        if going := next((other for other in others if other.status in ("PENDING", "RUNNING")), None):
-            return Verdict("alive", f"the job {going.submission_id} goes on with it")
-        elsewhere = [claim for claim in elsewhere if claim.owner.get("job") != job.submission_id]
-    if elsewhere:
-        return Verdict("alive", f"{_named(elsewhere[0])} has it")
-    if job is not None:
+    if job is not None and job.status in GOING:
+        return Verdict("alive", f"its job {job.submission_id} is {job.status}", going=job)
+    if going := next((other for other in others if other.status in GOING), None):
+        return Verdict("alive", f"the job {going.submission_id} goes on with it", going=going)
+    ended = [one for one in (job, *others) if one is not None]
+    gone = [claim for claim in signs.elsewhere if any(_ended_with(claim, one) for one in ended)]
+    if left := [claim for claim in signs.elsewhere if claim not in gone]:
+        return Verdict("alive", f"{_named(left[0])} has it")
+    if job is not None and job.exit_code != _REFUSED:
         status, cause = _end_of_job(job)
         if record.status != "RUNNING":
             status = record.status  # type: ignore[assignment]
-        return Verdict("dead", f"its job {job.submission_id} {job.status}", status, cause, job.ended, by_job=True)
+        why = f"its job {job.submission_id} {job.status}"
+        return Verdict("dead", why, status, cause, job.ended, by_job=True, gone=gone)
     if not signs.readable:
         return Verdict("unsure", "its directory cannot be read from here")
     last = signs.last
@@ -156,12 +165,26 @@ def judge(record: Record, signs: Signs, job: Job | None = None, others: Sequence
 
 
 def _end_of_job(job: Job) -> tuple[Status, str]:
-    message = " ".join(job.message.split())[:500]
+    message, name = " ".join(job.message.split())[:500], f"its job {job.submission_id}"
     if job.status == "STOPPED":
-        return "KILLED", f"its job {job.submission_id} was stopped"
-    if job.status == "SUCCEEDED":
-        return "FAILED", f"its job {job.submission_id} ended without telling how the run did"
-    return "FAILED", f"its job {job.submission_id} failed: {message or 'Ray does not say why'}"
+        return "KILLED", f"{name} was stopped"
+    if job.status == "SUCCEEDED" or job.exit_code == 0:
+        return "FINISHED", f"{name} succeeded, which MLflow was not told"
+    if job.exit_code in (130, 143):
+        return "KILLED", f"{name} ended with exit code {job.exit_code}: it was asked to"
+    return "FAILED", f"{name} failed: {message or 'Ray does not say why'}"
+
+
+def _ended_with(claim: Claim, job: Job) -> bool:
+    """Whether a claim is of the driver of a job that has ended."""
+    if claim.owner.get("job") != job.submission_id or job.ended is None or job.exit_code == _REFUSED:
+        return False
+    try:
+        since = datetime.fromisoformat(claim.owner.get("since", "")).timestamp()
+    except ValueError:
+        return False
+    made = (job.started or 0.0) - _BEAT_S <= since <= job.ended + _BEAT_S
+    return made and claim.beat <= job.ended + _BEAT_S
 
 
 def _named(claim: Claim) -> str:

@@ -12,8 +12,8 @@ from raytrainer import provenance, tracking
 from raytrainer.errors import RaytrainerError, StorageError, TrackingError
 from raytrainer.history.facts import Facts, Saved, checkpoints, facts_of
 from raytrainer.history.finding import Known, look_up, with_tracking
-from raytrainer.history.jobs import Clusters, Job
-from raytrainer.history.listing import ago, facts_of_job, progress
+from raytrainer.history.jobs import GOING, Clusters, Job
+from raytrainer.history.listing import ago, as_attempt, facts_of_job, progress
 from raytrainer.history.reconcile import close_dead, verdict_of
 from raytrainer.history.signs import Verdict
 from raytrainer.progress import duration
@@ -65,13 +65,11 @@ def status_of(
         known = with_tracking(known)
     except TrackingError as error:
         say(f"{error}; what follows is from {known.record.run_dir} alone")
-    verdict, job = None, None
-    if known.submission_id is not None:
-        job, _ = clusters.jobs_of(known)
-        for address, why in clusters.silent.items():
-            say(f"the cluster {address} could not be asked: {why}")
+    verdict = None
+    known, job = clusters.attempt(known) if known.trial is None else (known, None)
+    clusters.tell(say)
     if known.storage is None and known.stored is None:
-        facts = facts_of_job(known, job)
+        facts = facts_of_job(known, job, clusters)
     else:
         running = (known.stored.status if known.stored is not None else known.record.status) == "RUNNING"
         if running and known.trial is None:
@@ -81,6 +79,8 @@ def status_of(
         facts = facts_of(known, verdict)
         if verdict is not None and verdict.life == "dead":
             facts = replace(facts, status=verdict.status, cause=facts.cause or verdict.cause)
+        if job is not None and job.status in GOING and (facts.status != "RUNNING" or job.status == "PENDING"):
+            facts = as_attempt(facts, known, job)
     saved: list[Saved] = []
     if known.storage is not None and known.trial is None and facts.kind == "run":
         with suppress(StorageError):

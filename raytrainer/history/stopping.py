@@ -17,7 +17,7 @@ import psutil
 from raytrainer import provenance
 from raytrainer.errors import ConfigError, RaytrainerError, StorageError, TrackingError
 from raytrainer.history.finding import look_up, with_tracking
-from raytrainer.history.jobs import Clusters, Job
+from raytrainer.history.jobs import GOING, Clusters, Job, never_sent
 from raytrainer.history.reconcile import close, verdict_of
 from raytrainer.history.signs import Signs, Verdict
 from raytrainer.progress import duration
@@ -27,6 +27,7 @@ from raytrainer.storage.lock import Claim, process_start
 TIMEOUT_S = 120.0
 # A driver looks for the object every 2 s, gives its workers 8 s for a checkpoint and MLflow 6 s for the end.
 _GRACE_S = 30.0
+_PLACED_S = 10.0  # that a job which waits may take to end before it is said that it cannot yet
 _SECOND_S, _KILL_S = 10.0, 16.0  # with force: from the first signal until the second, and until all are killed
 
 
@@ -39,6 +40,7 @@ class Halt:
         done: Whether it has ended and nothing of it is left.
         told: What ended, or what is left, in words.
         seconds: How long that took.
+        asked: Whether what is left has been told to end, and nothing more can be done about it.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Halt:
     done: bool
     told: str
     seconds: float
+    asked: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return dict(self.__dict__)
@@ -92,10 +95,10 @@ class Stopper:
         """
         with suppress(TrackingError):
             self.known = with_tracking(self.known)
-        job, others = self.clusters.jobs_of(self.known)
-        going = next((j for j in (job, *others) if j is not None and j.status in ("PENDING", "RUNNING")), None)
-        if going is not None:
-            return self._stop_job(going)
+        self.known, job = self.clusters.attempt(self.known)
+        self.clusters.tell(self.say)
+        if job is not None and job.status in GOING:
+            return self._stop_job(job)
         signs = Signs.read(self.known.storage)
         # Its own: another command may hold the directory for the moment that closing a dead run takes.
         mine = [c for c in signs.claims if c.is_here and c.lives and c.owner.get("run") == self.name]
@@ -103,13 +106,21 @@ class Stopper:
             return halt
         if signs.here is not None or signs.elsewhere:
             return self._stop_elsewhere(signs)
-        verdict = verdict_of(self.known, self.clusters)
+        verdict, silence = verdict_of(self.known, self.clusters), self.clusters.silence_of(self.known)
+        has_ended = verdict.life == "dead" or (self._status() != "RUNNING" and self.known.storage is None)
+        # Whoever declares a run dead must know more than that nobody could be asked.
+        if silence is not None and (self.known.coming is not None or not has_ended):
+            raise RaytrainerError(
+                f"{self.name} is not stopped: {silence}; so it is not known whether its job {self.known.coming or self.known.submission_id} runs"
+            )
         if verdict.life == "dead":
             closed = self._closed(verdict)
             state = f"its job {job.submission_id} had ended: {job.status}" if job is not None else "it had ended"
             return self._halt(True, closed or state)
-        if self._status() != "RUNNING" and self.known.storage is None:
+        if has_ended:
             return self._halt(True, "it had ended")
+        if self.known.submission_id is not None and self.known.storage is None and self.known.stored is None:
+            raise RaytrainerError(f"there is nothing of {self.name} to stop: {never_sent(self.known)}")
         if self.force:
             cause = "declared dead by stop --force"
             return self._halt(True, self._closed(Verdict("dead", verdict.why, "KILLED", cause)) or verdict.why)
@@ -201,11 +212,19 @@ class Stopper:
         if asked:
             self.say(f"{self.name}: asked its job to end after a last checkpoint")
             job = self._wait_for_job(job, min(self.deadline, time.monotonic() + _GRACE_S))
-        if job.status in ("PENDING", "RUNNING"):
+        if job.status in GOING:
             self.say(f"{self.name}: stopping the job {job.submission_id}" + (", which did not end" if asked else ""))
             cluster.stop(job.submission_id)
+            job = self._wait_for_job(job, min(self.deadline, time.monotonic() + _PLACED_S))
+        if job.status == "PENDING":
+            # Ray has no way to end a driver that it has not placed.
+            told = f"its job {job.submission_id} is asked to end, and does as soon as its driver gets what it waits for"
+            self.say(f"{self.name}: {told}")
+        if job.status in GOING:
             job = self._wait_for_job(job, self.deadline)
-        if job.status in ("PENDING", "RUNNING"):
+        if job.status == "PENDING":
+            return self._halt(False, told, asked=True)
+        if job.status == "RUNNING":
             return self._halt(False, f"its job {job.submission_id} is still {job.status}")
         while held := cluster.held_by(job.submission_id):
             if time.monotonic() > self.deadline:
@@ -231,7 +250,7 @@ class Stopper:
     def _wait_for_job(self, job: Job, until: float) -> Job:
         cluster = self.clusters.of(self.known)
         assert cluster is not None
-        while job.status in ("PENDING", "RUNNING") and time.monotonic() < until:
+        while job.status in GOING and time.monotonic() < until:
             self.sleep(0.5)
             job = cluster.info(job.submission_id) or job
         return job
@@ -260,8 +279,8 @@ class Stopper:
                 return (Record.read(self.known.storage) or self.known.record).status
         return self.known.stored.status if self.known.stored is not None else self.known.record.status
 
-    def _halt(self, done: bool, told: str) -> Halt:
-        return Halt(self.name, self._status(), done, told, time.monotonic() - self.began)
+    def _halt(self, done: bool, told: str, *, asked: bool = False) -> Halt:
+        return Halt(self.name, self._status(), done, told, time.monotonic() - self.began, asked)
 
     def _where(self) -> str:
         host = self.known.stored.tags.get("raytrainer.host") if self.known.stored is not None else None
@@ -271,7 +290,9 @@ class Stopper:
 def text(halt: Halt, program: str) -> str:
     """As lines for a person."""
     if not halt.done:
-        return f"{halt.name} is not stopped after {duration(halt.seconds)}: {halt.told}\nnext     {program} stop --force {halt.name}"
+        following = "status" if halt.asked else "stop --force"
+        told = f"{halt.name} is not stopped after {duration(halt.seconds)}: {halt.told}"
+        return f"{told}\nnext     {program} {following} {halt.name}"
     return f"{halt.name} is stopped ({halt.status}) after {duration(halt.seconds)}: {halt.told}"
 
 

@@ -59,6 +59,30 @@ def find_run(tracking_uri: str, identifier: str) -> StoredRun | None:
     return None
 
 
+def find_launched(tracking_uri: str, name: str, run_dir: str, submission_id: str | None) -> StoredRun | None:
+    """The run of ours of which no id in MLflow is known: the newest of this name, or of this job, in this directory.
+
+    Another's run may have both, at another cluster and in another place.
+
+    Args:
+        tracking_uri: Where.
+        name: The run's.
+        run_dir: Its storage, without options.
+        submission_id: Of its job.
+
+    Raises:
+        TrackingUnreachable, TrackingDenied: The store cannot be asked.
+    """
+    asked = [f"attributes.run_name = '{_quoted(name)}'"]
+    if submission_id is not None:
+        asked.insert(0, f"tags.`{SUBMISSION_TAG}` = '{_quoted(submission_id)}'")
+    for where in asked:
+        for run in _search(tracking_uri, where, 20):
+            if RUN_DIR_TAG in run.tags and run_dir_of(run).partition("?")[0].rstrip("/") == run_dir:
+                return run
+    return None
+
+
 def find_run_dir(tracking_uri: str, identifier: str) -> str | None:
     """The storage of a run, found as by `find_run`; of a trial its sweep's. None: no run of ours.
 

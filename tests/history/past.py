@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,9 @@ def claim(
     age_s: float = 0.0,
     name: str = "a" * 32,
 ) -> str:
-    """Writes a claim on a run's directory, with its last sign of life so long ago."""
-    fields = {"run": "x", "host": "elsewhere", "pid": str(pid), "since": "2026", **(owner or {})}
+    """Writes a claim on a run's directory, made and with its last sign of life so long ago."""
+    since = datetime.fromtimestamp(time.time() - age_s, UTC).isoformat(timespec="seconds")
+    fields = {"run": "x", "host": "elsewhere", "pid": str(pid), "since": since, **(owner or {})}
     data = json.dumps({"owner": fields, "machine": machine, "started": started}).encode()
     storage.write_bytes(f"lock/{name}.json", data)
     storage.write_bytes(f"lock/{name}.held", b"")
@@ -181,7 +183,8 @@ class FakeCluster:
 
     def stop(self, submission_id: str) -> None:
         self._ask("stop")
-        self.jobs[submission_id].status = self.ends
+        job = self.jobs[submission_id]
+        job.status, job.ended = self.ends, None if self.ends in ("PENDING", "RUNNING") else time.time()
 
     def logs(self, submission_id: str) -> str:
         self._ask("logs")

@@ -160,7 +160,7 @@ def sent(name: str) -> Record:
 def test_what_was_submitted_and_has_not_begun(store: Store) -> None:
     for name in ("waits", "failed", "begun", "forgotten"):
         sent(name)
-    store.add("begun", started=1.0)
+    store.add("begun", started=1.0, job={"submission_id": "begun", "cluster_address": ADDRESS})
     cluster = FakeCluster()
     cluster.add("waits", "PENDING", started=3.0)
     cluster.add("failed", "FAILED", message="no such\nmodule", started=2.0, ended=4.0)

@@ -154,11 +154,12 @@ def test_a_job_that_ended(store: Store, state: str, status: str, cause: str) -> 
     made, storage = store.add("one", status="RUNNING", job=JOB)
     claim(storage, owner={"job": "one"})  # of a driver that was killed just now, on another machine
     cluster = FakeCluster(log="the last words\n")
-    cluster.add("one", state, message="no more memory", ended=2_000_000_000.0)
+    now = float(int(time.time()))
+    cluster.add("one", state, message="no more memory", started=now - 60, ended=now)
     clusters = cluster.clusters()
     assert reconcile.close_dead([look("one", clusters)], clusters, print) == {"one"}
     assert store.status(made.run_id) == (status, cause)
-    assert store.client.get_run(made.run_id).info.end_time == 2_000_000_000_000
+    assert store.client.get_run(made.run_id).info.end_time == now * 1000
     assert made.run_id is not None
     assert Server(store.uri).read_artifact(made.run_id, "logs/job.log") == b"the last words\n"
     assert reconcile.close_dead([look("one", clusters)], clusters, print) == set()
@@ -175,6 +176,15 @@ def test_a_job_whose_directory_cannot_be_read(store: Store) -> None:
     clusters = cluster.clusters()
     assert reconcile.close_dead([look("one", clusters)], clusters, print) == {"one"}
     assert store.status(made.run_id)[0] == "KILLED"
+
+
+def test_a_job_that_went_well_and_could_not_tell(store: Store) -> None:
+    made, _ = store.add("one", status="RUNNING", job=JOB, on_disk=False)
+    cluster = FakeCluster()
+    cluster.add("one", "SUCCEEDED", exit_code=0)
+    clusters = cluster.clusters()
+    assert reconcile.close_dead([look("one", clusters)], clusters, print) == {"one"}
+    assert store.status(made.run_id) == ("FINISHED", "its job one succeeded, which MLflow was not told")
 
 
 def test_a_cluster_that_is_gone(store: Store) -> None:

@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -187,18 +188,51 @@ def test_a_job_that_runs_is_alive_whatever_its_claim_says(storage: Storage, stat
 @pytest.mark.parametrize(
     ("job", "status", "cause"),
     [
-        (FakeJob("x", "STOPPED", ended=7.0), "KILLED", "its job x was stopped"),
-        (FakeJob("x", "FAILED", "supervisor\n died", ended=7.0), "FAILED", "its job x failed: supervisor died"),
-        (FakeJob("x", "SUCCEEDED", ended=7.0), "FAILED", "its job x ended without telling how the run did"),
+        (FakeJob("x", "STOPPED"), "KILLED", "its job x was stopped"),
+        (FakeJob("x", "FAILED", "supervisor\n died"), "FAILED", "its job x failed: supervisor died"),
+        (FakeJob("x", "FAILED", exit_code=1), "FAILED", "its job x failed: Ray does not say why"),
+        (FakeJob("x", "SUCCEEDED"), "FINISHED", "its job x succeeded, which MLflow was not told"),
+        (FakeJob("x", "FAILED", exit_code=143), "KILLED", "its job x ended with exit code 143: it was asked to"),
+        (FakeJob("x", "FAILED", exit_code=130), "KILLED", "its job x ended with exit code 130: it was asked to"),
     ],
 )
 def test_a_job_that_ended_is_dead_and_with_it_its_claim(
     storage: Storage, job: FakeJob, status: str, cause: str
 ) -> None:
-    claim(storage, owner=JOB)  # fresh: a killed driver's is for a while
+    name = claim(storage, owner=JOB)  # fresh: a killed driver's is for a while
+    job.started, job.ended = time.time() - 60, time.time()
+    for signs in (Signs.read(storage), Signs.read(None)):
+        verdict = judge(RUN, signs, job)
+        assert (verdict.life, verdict.status, verdict.cause, verdict.when) == ("dead", status, cause, job.ended)
+        assert verdict.by_job
+        assert [one.name for one in verdict.gone] == ([name] if signs.readable else [])
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "began_s", "ended_s", "since_s", "beat_s"),
+    [
+        (2, 60, 1, 30, 1),  # it found what cannot work, and never had the run
+        (1, 60, 1, 900, 1),  # the claim was made before it began
+        (1, 900, 300, 600, 1),  # it has shown life long after the end
+        (1, 900, None, 600, 1),
+    ],
+)
+def test_a_job_of_the_same_name_elsewhere_proves_nothing(
+    storage: Storage, exit_code: int, began_s: float, ended_s: float | None, since_s: float, beat_s: float
+) -> None:
+    """By the same address, which means another cluster by now, or from another machine."""
+    now = time.time()
+    since = datetime.fromtimestamp(now - since_s, UTC).isoformat(timespec="seconds")
+    claim(storage, owner={**JOB, "since": since}, age_s=beat_s)
+    job = FakeJob("x", "FAILED", exit_code=exit_code, started=now - began_s)
+    job.ended = None if ended_s is None else now - ended_s
     verdict = judge(RUN, Signs.read(storage), job)
-    assert (verdict.life, verdict.status, verdict.cause, verdict.when) == ("dead", status, cause, 7.0)
-    assert verdict.by_job
+    assert (verdict.life, verdict.why) == ("alive", "process 4242 on elsewhere has it")
+
+
+def test_a_refused_job_says_nothing_where_nothing_can_be_read() -> None:
+    verdict = judge(RUN, Signs.read(None), FakeJob("x", "FAILED", exit_code=2, ended=7.0))
+    assert verdict.life == "unsure"
 
 
 def test_the_record_knows_better_how_a_job_went(storage: Storage) -> None:

@@ -302,7 +302,14 @@ def test_a_trial_ends_with_its_sweep(store: Store) -> None:
 
 def test_what_is_printed_for_programs() -> None:
     halt = Halt("one", "KILLED", True, "gone", 1.5)
-    assert halt.to_json() == {"name": "one", "status": "KILLED", "done": True, "told": "gone", "seconds": 1.5}
+    assert halt.to_json() == {
+        "name": "one",
+        "status": "KILLED",
+        "done": True,
+        "told": "gone",
+        "seconds": 1.5,
+        "asked": False,
+    }
 
 
 def test_nothing_is_left_of_the_asking(store: Store, tmp_path: Path) -> None:
