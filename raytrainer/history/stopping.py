@@ -216,9 +216,8 @@ class Stopper:
             self.say(f"{self.name}: stopping the job {job.submission_id}" + (", which did not end" if asked else ""))
             cluster.stop(job.submission_id)
             job = self._wait_for_job(job, min(self.deadline, time.monotonic() + _PLACED_S))
-        if job.status == "PENDING":
-            # Ray has no way to end a driver that it has not placed.
-            told = f"its job {job.submission_id} is asked to end, and does as soon as its driver gets what it waits for"
+        told = f"its job {job.submission_id} is asked to end, and does as soon as its driver gets what it waits for"
+        if job.status == "PENDING":  # Ray has no way to end a driver that it has not placed
             self.say(f"{self.name}: {told}")
         if job.status in GOING:
             job = self._wait_for_job(job, self.deadline)

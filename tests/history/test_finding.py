@@ -141,3 +141,45 @@ def test_a_record_of_a_later_version_is_read(past: Record) -> None:
     path = Path(past.run_dir, "run.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), "of_the_future": 1}))
     assert history.find(past.name)[0] == past
+
+
+def test_what_was_submitted_and_cannot_be_read_from_here_is_found_in_mlflow(store: Store) -> None:
+    """By its place: another's run has its name, and its job's, too."""
+    job = {"submission_id": "one", "cluster_address": ADDRESS}
+    made, storage = store.add("one", job=job, started=1_000_000.0)
+    storage.delete("run.json")
+    store.add("one", job=job, tags={"raytrainer.run_dir": "/elsewhere/one"}, started=2_000_000.0)[1].delete("run.json")
+    sent = Record("one", made.run_dir, tracking_uri=store.uri, job=job)
+    sent.write(Storage(Path.cwd() / "runs" / SUBMITTED / "one"))
+    known = look_up("one")
+    assert (known.storage, known.record.run_id) == (None, None)
+    known = with_tracking(known)
+    assert known.stored is not None
+    assert (known.stored.run_id, known.record.run_id) == (made.run_id, made.run_id)
+    missing = Record("two", "/nowhere/two", tracking_uri=store.uri, job={**job, "submission_id": "two"})
+    missing.write(Storage(Path.cwd() / "runs" / SUBMITTED / "two"))
+    assert with_tracking(look_up("two")).stored is None
+
+
+@pytest.mark.parametrize(
+    ("attempt", "job", "coming"),
+    [
+        ("one--2", "one", "one--2"),
+        ("one--2", "one--2", None),
+        ("one--2", "one--10", None),
+        ("one", None, "one"),
+    ],
+)
+def test_an_attempt_that_its_directory_does_not_know_yet(
+    in_tmp: Path, attempt: str, job: str | None, coming: str | None
+) -> None:
+    own = {} if job is None else {"submission_id": job, "cluster_address": ADDRESS}
+    made, storage = record("one", job=own)
+    place = {"submission_id": attempt, "cluster_address": ADDRESS}
+    sent = Storage(in_tmp / "runs" / SUBMITTED / "one")
+    Record("one", made.run_dir, attempts=1, job=place).write(sent)
+    assert look_up("one").coming == coming
+    Record("one", made.run_dir, attempts=2, job=own).write(storage)
+    assert look_up("one").coming == (None if job is None else coming)
+    Record("one", "s3://elsewhere/one", attempts=9, job=place).write(sent)  # another run of this name
+    assert look_up("one").sent is None

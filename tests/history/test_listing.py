@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
 
+from raytrainer.history import listing
 from raytrainer.history.facts import Facts
+from raytrainer.history.finding import look_up
 from raytrainer.history.jobs import Clusters
 from raytrainer.history.listing import list_runs, table
 from raytrainer.run import SUBMITTED, Record
 from raytrainer.storage import Storage
 from raytrainer.sweep.ledger import Ledger, Report, Trial
-from tests.history.past import ADDRESS, FakeCluster, Store, claim, of_here, record
+from tests.history.past import ADDRESS, FakeCluster, FakeJob, Store, claim, of_here, record
 from tests.history.test_reconcile import killed
 
 TAGS = {
@@ -235,3 +238,80 @@ def test_no_cluster_is_asked_for_runs_that_have_none(store: Store) -> None:
         raise AssertionError
 
     assert names(list_runs(clusters=Clusters(connect))) == ["one"]
+
+
+def test_anothers_run_of_the_same_name_leaves_mine_alone(store: Store) -> None:
+    sent("one")
+    elsewhere = {"submission_id": "one", "cluster_address": "http://theirs.example:8265"}
+    store.add("one", user="somebody", on_disk=False, job=elsewhere, tags={"raytrainer.run_dir": "/theirs/one"})
+    cluster = FakeCluster()
+    cluster.add("one", "PENDING")
+    found = list_runs(everyone=True, clusters=cluster.clusters())
+    assert sorted((f.status, f.cluster_address) for f in found) == [
+        ("FINISHED", "http://theirs.example:8265"),
+        ("PENDING", ADDRESS),
+    ]
+    known = look_up("one")
+    assert (known.submission_id, known.cluster_address) == ("one", ADDRESS)
+
+
+@pytest.mark.parametrize("how", ["resumed", "resumed elsewhere", "sent again", "sent again from elsewhere"])
+def test_the_attempt_that_goes_is_listed(store: Store, how: str) -> None:
+    """In the place of the run, as MLflow has it: once, and not hidden by it."""
+    job = None if how == "resumed elsewhere" else {"submission_id": "one", "cluster_address": ADDRESS}
+    status = "RUNNING" if how.startswith("sent again") else "FAILED"
+    made, _ = store.add("one", status=status, cause=None if status == "RUNNING" else "it failed", job=job)
+    if how != "sent again from elsewhere":
+        place = {"submission_id": "one--2", "cluster_address": ADDRESS}
+        Record("one", made.run_dir, attempts=1, job=place).write(Storage(Path.cwd() / "runs" / SUBMITTED / "one"))
+    cluster = FakeCluster()
+    cluster.add("one", "FAILED", ended=1.0)
+    cluster.add("one--2", "PENDING", metadata={"raytrainer.name": "one"})
+    (facts,) = list_runs(clusters=cluster.clusters())
+    assert (facts.status, facts.submission_id, facts.cause, facts.run_id) == ("PENDING", "one--2", None, made.run_id)
+    assert Path("runs", SUBMITTED, "one").exists() == (how != "sent again from elsewhere")
+    assert store.status(made.run_id)[0] == status
+    if job is not None:
+        made, _ = store.add("one", job={**job, "submission_id": "one--2"})
+        cluster.add("one--2", "SUCCEEDED")
+        assert list_runs(clusters=cluster.clusters())[0].status == "FINISHED"
+        assert not Path("runs", SUBMITTED, "one").exists()
+
+
+def test_what_others_have_submitted_is_listed_before_it_begins(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://other.example:8265/")
+    store.add("mine", job={"submission_id": "mine", "cluster_address": ADDRESS}, started=1.0)
+    store.add("again", user="somebody", job={"submission_id": "again", "cluster_address": ADDRESS}, started=1.0)
+    here, other = FakeCluster(), FakeCluster()
+    for name, status in (("waits", "PENDING"), ("mine", "SUCCEEDED"), ("over", "SUCCEEDED")):
+        theirs = {"raytrainer.name": name, "raytrainer.user": "somebody", "raytrainer.kind": "sweep"}
+        here.add(name, status, metadata=theirs, started=2.0)
+    here.add("again--2", "PENDING", metadata={"raytrainer.name": "again"}, started=3.0)
+    here.add("raysubmit_1", "RUNNING")  # of another program
+    other.add("begins", "RUNNING", metadata={"raytrainer.name": "begins"}, started=4.0)
+    clusters = {ADDRESS: here, "http://other.example:8265": other}
+    assert names(list_runs(clusters=Clusters(lambda address, *_: clusters[address]))) == ["mine"]
+    found = list_runs(everyone=True, clusters=Clusters(lambda address, *_: clusters[address]))
+    assert [(f.name, f.kind, f.user, f.status, f.submission_id) for f in found if f.name != "mine"] == [
+        ("begins", "run", None, "RUNNING", "begins"),
+        ("again", "run", "somebody", "PENDING", "again--2"),
+        ("waits", "sweep", "somebody", "PENDING", "waits"),
+    ]
+    waiting = list_runs(everyone=True, status="PENDING", clusters=Clusters(lambda address, *_: clusters[address]))
+    assert sorted(names(waiting)) == ["again", "waits"]
+
+
+def test_a_cluster_that_takes_too_long_is_not_waited_for(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listing, "_CLUSTERS_S", 0.1)
+    store.add("mine", job={"submission_id": "mine", "cluster_address": ADDRESS})
+    over = threading.Event()
+
+    class Slow(FakeCluster):
+        def list(self) -> list[FakeJob]:
+            over.wait(60)
+            return []
+
+    said: list[str] = []
+    assert names(list_runs(everyone=True, clusters=Slow().clusters(), say=said.append)) == ["mine"]
+    over.set()
+    assert said == [f"the cluster {ADDRESS} could not be asked: no answer in 0.1 s"]

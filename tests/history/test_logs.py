@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from raytrainer.config import compose
 from raytrainer.errors import ConfigError, RunNotFound
 from raytrainer.history import logs
-from raytrainer.run import Record
+from raytrainer.history.jobs import Clusters
+from raytrainer.run import SUBMITTED, Record
 from raytrainer.storage import Storage
 from raytrainer.tracking.server import Server
 from tests.history.past import ADDRESS, FakeCluster, Store, claim, of_here, record
@@ -165,3 +167,65 @@ def test_one_that_runs_on_another_machine_with_its_logs_there(store: Store) -> N
     store.add("one", status="RUNNING", on_disk=False)
     with pytest.raises(RunNotFound, match="one has no logs here: while it runs they are on somewhere"):
         list(logs.lines("one"))
+
+
+# --- what was submitted -------------------------------------------------------------------------------------------------
+
+
+def sent(name: str, run_dir: str, job: str, **fields: Any) -> Storage:
+    storage = Storage(Path.cwd() / "runs" / SUBMITTED / name)
+    Record(name, run_dir, job={"submission_id": job, "cluster_address": ADDRESS}, **fields).write(storage)
+    return storage
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_a_run_that_cannot_be_read_from_here_has_its_logs_in_mlflow(store: Store, tmp_path: Path, follow: bool) -> None:
+    made, storage = store.add("one", job=JOB)
+    storage.delete("run.json")
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    (folder / "driver.log").write_text("of the driver\n")
+    assert made.run_id is not None
+    Server(store.uri).log_artifact(made.run_id, folder, None)
+    sent("one", made.run_dir, "one", tracking_uri=store.uri)
+    said: list[str] = []
+    away = FakeCluster(down=OSError("no route to host")).clusters()
+    assert list(logs.lines("one", follow=follow, clusters=away, say=said.append)) == ["of the driver"]
+    assert said == [f"the cluster {ADDRESS} could not be asked: no route to host"]
+
+
+def test_the_attempt_that_goes_is_followed(ended: Storage) -> None:
+    """Not the log of the one before it, which is here."""
+    made = Record.read(ended)
+    assert made is not None
+    replace(made, status="FAILED", job=JOB).write(ended)
+    sent("one", made.run_dir, "one--2")
+    cluster = FakeCluster()
+    cluster.add("one", "FAILED")
+    cluster.add("one--2", "PENDING")
+    assert next(iter(logs.lines("one", follow=True, clusters=cluster.clusters()))) == "one"
+    assert next(iter(logs.lines("one", clusters=cluster.clusters()))) == "a"  # until it goes there is no other
+    replace(made, status="RUNNING", job={**JOB, "submission_id": "one--2"}).write(ended)
+    cluster.add("one--2", "FAILED")
+    assert next(iter(logs.lines("one", follow=True, clusters=cluster.clusters()))) == "a"
+
+
+def test_a_cluster_is_asked_with_what_the_run_was_submitted_with(in_tmp: Path) -> None:
+    asked: list[tuple[str, str | None, str | None]] = []
+    cluster = FakeCluster()
+    cluster.add("one")
+
+    def connect(address: str, ca_file: str | None, token_file: str | None) -> FakeCluster:
+        asked.append((address, ca_file, token_file))
+        return cluster
+
+    place = sent("one", "/nowhere/one", "one")
+    text = compose(
+        [
+            *("experiment=mlp", "cluster=job", "name=one", f"cluster.address={ADDRESS}", "storage_path=/nowhere"),
+            *("cluster.ca_file=/etc/ca.pem", "cluster.token_file=/etc/token"),
+        ]
+    ).text
+    place.write_bytes("config.yaml", text.encode())
+    assert next(iter(logs.lines("one", follow=True, clusters=Clusters(connect)))) == "one"
+    assert set(asked) == {(ADDRESS, "/etc/ca.pem", "/etc/token")}

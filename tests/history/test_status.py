@@ -155,3 +155,34 @@ def test_a_sweep_and_its_trial(sweep: Storage) -> None:
     assert (found.cause, found.run_dir) == ("by the scheduler", f"{sweep.uri}/trials/0001")
     with pytest.raises(RunNotFound, match="sweep has no trial 0007"):
         status_of("sweep.0007")
+
+
+def test_what_was_never_sent(in_tmp: Path) -> None:
+    sent = Record("one", "/nowhere/one", job=JOB)
+    sent.write(Storage(in_tmp / "runs" / SUBMITTED / "one"))
+    found = status_of("one", clusters=FakeCluster().clusters())
+    assert found.facts.status == "UNKNOWN"
+    assert found.facts.cause == f"{ADDRESS} has no job one--2: it was not sent, or the cluster was started anew since"
+    found = status_of("one", clusters=FakeCluster(down=OSError("refused")).clusters())
+    assert found.facts.cause == "its cluster does not say"
+
+
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING", "FAILED"])
+@pytest.mark.parametrize("before", ["FAILED", "RUNNING"])
+def test_the_attempt_that_goes_is_shown(store: Store, before: str, state: str) -> None:
+    """A resume, and a job sent again of which MLflow has not heard that its driver died."""
+    made, _ = store.add(
+        "one", status=before, cause="it failed" if before == "FAILED" else None, job={**JOB, "submission_id": "one"}
+    )
+    Record("one", made.run_dir, job=JOB).write(Storage(Path.cwd() / "runs" / SUBMITTED / "one"))
+    cluster = FakeCluster()
+    cluster.add("one", "FAILED", ended=time.time())
+    cluster.add("one--2", state)
+    found = status_of("one", clusters=cluster.clusters())
+    if state == "FAILED":
+        assert (found.facts.status, found.facts.submission_id) == ("FAILED", "one")
+        return
+    assert (found.facts.status, found.facts.cause, found.facts.submission_id) == (state, None, "one--2")
+    assert found.job == (state, "")
+    assert (found.waits is not None) == (state == "PENDING")
+    assert store.status(made.run_id)[0] == before

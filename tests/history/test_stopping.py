@@ -338,3 +338,70 @@ def test_what_was_asked_of_a_job_while_it_started_counts(
     assert StopAsked(storage, attempt)() is counts
     storage.write_bytes(STOP, b"by hand")
     assert not StopAsked(storage, attempt)()
+
+
+def sent(name: str, root: Path, **fields: Any) -> Record:
+    """What was submitted from here."""
+    made = Record(name, fields.pop("run_dir", f"/nowhere/{name}"), **{"job": JOB, **fields})
+    made.write(Storage(root / "runs" / SUBMITTED / name))
+    return made
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("known_by", ["submission", "mlflow"])
+def test_a_job_that_nobody_could_be_asked_about_is_not_declared_dead(store: Store, force: bool, known_by: str) -> None:
+    if known_by == "mlflow":
+        made, _ = store.add("one", status="RUNNING", job=JOB, on_disk=False)
+    else:
+        sent("one", Path.cwd())
+    said: list[str] = []
+    cluster = FakeCluster(down=OSError("no route to host"))
+    with pytest.raises(
+        RaytrainerError, match=rf"one is not stopped: the cluster {ADDRESS} could not be asked: no route"
+    ):
+        Stopper("one", force=force, clusters=cluster.clusters(), say=said.append).stop()
+    assert said == [f"the cluster {ADDRESS} could not be asked: no route to host"]
+    if known_by == "mlflow":
+        assert store.status(made.run_id)[0] == "RUNNING"
+
+
+def test_one_that_has_ended_and_may_wait_again_on_a_cluster_that_is_silent(store: Store) -> None:
+    made, _ = store.add("one", status="FAILED", job=JOB)
+    cluster = FakeCluster(down=OSError("no route to host"))
+    assert Stopper("one", clusters=cluster.clusters()).stop().told == "it had ended"
+    sent("one", Path.cwd(), run_dir=made.run_dir, job={**JOB, "submission_id": "one--2"})
+    with pytest.raises(RaytrainerError, match="so it is not known whether its job one--2 runs"):
+        Stopper("one", clusters=cluster.clusters()).stop()
+
+
+def test_what_was_never_sent_is_said(in_tmp: Path) -> None:
+    sent("one", in_tmp)
+    with pytest.raises(RaytrainerError, match=f"nothing of one to stop: {ADDRESS} has no job one: it was not sent, or"):
+        Stopper("one", force=True, clusters=FakeCluster().clusters()).stop()
+
+
+def test_a_job_that_ray_cannot_end_yet_has_been_asked(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray answers that it is stopped, and it waits on for its driver's resources."""
+    monkeypatch.setattr(stopping, "_PLACED_S", 0.02)
+    sent("one", in_tmp)
+    cluster = FakeCluster(ends="PENDING")
+    cluster.add("one", "PENDING")
+    said: list[str] = []
+    stopper = Stopper("one", timeout_s=0.1, clusters=cluster.clusters(), say=said.append)
+    stopper.sleep = lambda _: time.sleep(0.01)
+    halt = stopper.stop()
+    told = "its job one is asked to end, and does as soon as its driver gets what it waits for"
+    assert (halt.done, halt.asked, halt.told) == (False, True, told)
+    assert said == ["one: stopping the job one", f"one: {told}"]
+    assert text(halt, "raytrainer").splitlines()[1] == "next     raytrainer status one"
+
+
+def test_a_resume_that_waits_at_another_cluster_is_what_is_stopped(store: Store) -> None:
+    made, _ = store.add("one", status="FAILED")
+    elsewhere = {"submission_id": "one--2", "cluster_address": "http://other.example:8265"}
+    sent("one", Path.cwd(), run_dir=made.run_dir, run_id=made.run_id, attempts=1, job=elsewhere)
+    cluster = FakeCluster()
+    cluster.add("one--2", "PENDING")
+    halt = Stopper("one", clusters=cluster.clusters()).stop()
+    assert (halt.done, halt.status, cluster.jobs["one--2"].status) == (True, "FAILED", "STOPPED")
+    assert halt.told == "its job one--2 is STOPPED, and what it held is free"
