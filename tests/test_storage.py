@@ -143,6 +143,8 @@ def test_trees_go_up_and_down(storage: Storage, tmp_path: Path) -> None:
     source = tmp_path / "source"
     (source / "deep").mkdir(parents=True)
     (source / "deep" / "file").write_bytes(b"1")
+    storage.upload_tree(source / "deep", "new/flat")
+    assert storage.read_bytes("new/flat/file") == b"1"
     storage.upload_tree(source, "tree")
     assert storage.read_bytes("tree/deep/file") == b"1"
     storage.download_tree("tree", tmp_path / "back")

@@ -272,6 +272,8 @@ class Storage:
             else:
                 from pyarrow import fs
 
+                if self._has_directories():
+                    self._filesystem().create_dir(self._key(rel), recursive=True)
                 fs.copy_files(str(source), self._key(rel), fs.LocalFileSystem(), self._filesystem())
 
     def delete(self, rel: str) -> None:
