@@ -26,7 +26,7 @@ from raytrainer.tracking.server import Server
 PLACE = ".rerun"  # below ./runs
 _MARK = "RAYTRAINER_RERUN_TREE"  # set for what runs in such a tree: it makes no other
 _TOLD = ("raytrainer", "torch", "ray", "python")
-_MOST_LINKS = 1000
+_MOST_FILES, _MOST_BYTES = 1000, 2**26  # of a directory, and of a file, that git does not track and that may be code
 # What lies beside the code and is not its: what runs left, what tools keep, other environments.
 _NOT_LINKED = {
     ".git",
@@ -161,7 +161,7 @@ def _tree(known: Known, then: Provenance, say: Callable[[str], None]) -> Iterato
                 raise ConfigError(f"the patch of {name} does not apply to its commit ({error}); {way_out}") from None
         launched_in = tree / then.prefix
         launched_in.mkdir(parents=True, exist_ok=True)
-        _link_the_rest(top, tree, then, say)
+        _add_the_rest(top, tree, then, say)
         if known.storage is not None and known.storage.is_local:
             (launched_in / "runs").mkdir(exist_ok=True)
             (launched_in / "runs" / name).symlink_to(known.storage.local_path)
@@ -176,30 +176,63 @@ def _tree(known: Known, then: Provenance, say: Callable[[str], None]) -> Iterato
         _remove(top, place)
 
 
-def _link_the_rest(top: Path, tree: Path, then: Provenance, say: Callable[[str], None]) -> None:
-    """Files that git does not have, as they are now: data beside the code, and code that was never added."""
+def _add_the_rest(top: Path, tree: Path, then: Provenance, say: Callable[[str], None]) -> None:
+    """Files that git does not have, as they are now: code that was never added, as copies, since a link that leads out of
+    the tree goes to no cluster; and what git ignores, the data beside the code, as links."""
     code = [name for name in then.untracked if (top / name).is_file() and not (tree / name).exists()]
     for name in code:
-        _link(top / name, tree / name)
+        _copy(top / name, tree / name)
     if code:
         more = f" and {len(code) - 5} more" if len(code) > 5 else ""
         say(f"not tracked by git, so as they are now: {', '.join(code[:5])}{more}")
-    listed = _git(top, "ls-files", "--others", "--directory", "--no-empty-directory", "-z").split("\0")
-    for name in filter(None, listed):
-        parts = PurePosixPath(name).parts
-        if set(parts) & _NOT_LINKED or parts[-1].startswith("mlflow.db") or parts[-1].endswith((".pyc", ".egg-info")):
+    new = _others(top)
+    for name in _others(top, "--directory", "--no-empty-directory"):
+        below = [one for one in new if one.startswith(name)] if name.endswith("/") else [name]
+        if len(below) > _MOST_FILES:  # no code
+            _link(top / name, tree / name)
             continue
-        source, target = top / name, tree / name
+        for one in below:
+            if one.endswith("/"):  # a repository of its own
+                _link_folder(top / one, tree / one)
+            else:
+                _copy(top / one, tree / one)
+    for name in _others(top, "--ignored", "--directory"):
         if name.endswith("/"):
-            # A directory of its own with links in it: what ignores `data/` does not ignore a link of that name.
-            entries = list(islice(source.iterdir(), _MOST_LINKS + 1))
-            for entry in entries if len(entries) <= _MOST_LINKS else ():
-                if entry.name not in _NOT_LINKED:
-                    _link(entry, target / entry.name)
-            if len(entries) > _MOST_LINKS:
-                _link(source, target)
-        elif name not in then.untracked:
-            _link(source, target)
+            _link_folder(top / name, tree / name)
+        else:
+            _link(top / name, tree / name)
+
+
+def _others(top: Path, *options: str) -> list[str]:
+    """Files and, with a `/` behind, directories that git does not track, less those that are no part of the code."""
+    found = []
+    for name in _git(top, "ls-files", "--others", "--exclude-standard", *options, "-z").split("\0"):
+        parts = PurePosixPath(name).parts
+        if not parts or set(parts) & _NOT_LINKED or parts[-1].startswith("mlflow.db"):
+            continue
+        if not parts[-1].endswith((".pyc", ".egg-info")):
+            found.append(name)
+    return found
+
+
+def _copy(source: Path, target: Path) -> None:
+    is_code = source.is_file() and not source.is_symlink() and source.stat().st_size <= _MOST_BYTES
+    if not is_code or provenance.may_hold_secrets(source.name):
+        _link(source, target)
+    elif not target.exists() and not target.is_symlink():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, target)
+
+
+def _link_folder(source: Path, target: Path) -> None:
+    """As a directory of its own with links in it: what ignores `data/` does not ignore a link of that name."""
+    entries = list(islice(source.iterdir(), _MOST_FILES + 1))
+    if len(entries) > _MOST_FILES:
+        _link(source, target)
+        return
+    for entry in entries:
+        if entry.name not in _NOT_LINKED:
+            _link(entry, target / entry.name)
 
 
 def _link(source: Path, target: Path) -> None:

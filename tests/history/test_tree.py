@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from raytrainer import provenance
+from raytrainer.cluster.package import collect
 from raytrainer.errors import ConfigError
 from raytrainer.history import tree
 from raytrainer.history.finding import look_up
@@ -111,6 +112,34 @@ def test_commit_and_patch_are_what_they_were(past: Storage, monkeypatch: pytest.
     assert said[1] == "rerun of one: other values: seed=2"
     assert "not tracked by git, so as they are now: note.txt" in said
     assert said[-1] == f"rerun of one: running in {seen.path}, which is removed afterwards"
+
+
+def test_code_that_was_never_added_goes_to_a_cluster(past: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package has no links that lead out of the tree; data, which stays here, is linked."""
+    here = Path.cwd()
+    (here / "mine" / "deep").mkdir(parents=True)
+    (here / "mine" / "deep" / "code.py").write_text("x = 1\n")
+    (here / "mine" / "said.out").write_text("ignored\n")
+    (here / ".env").write_text("KEY=1\n")
+    (here / "many").mkdir()
+    for number in range(3):
+        (here / "many" / str(number)).write_text("")
+    monkeypatch.setattr(tree, "_MOST_FILES", 2)
+    found: dict[str, list[str]] = {}
+
+    def run(folder: tree._Folder, arguments: list[str]) -> int:
+        (folder.path / "many").unlink()
+        package = collect(folder.path, limit_mb=100)
+        found["sent"] = sorted(name for name, _ in package.files)
+        links = [path for path in folder.path.rglob("*") if path.is_symlink()]
+        found["links"] = sorted(str(path.relative_to(folder.path)) for path in links)
+        return 0
+
+    monkeypatch.setattr(tree, "_run", run)
+    assert tree.rerun_there("one", []) == 0
+    assert found["sent"] == ["code.txt", "mine/deep/code.py", "new.txt", "note.txt"]
+    assert found["links"] == [".env", "data/deep", "data/values", "mine/said.out", "runs/one"]
+    assert (here / "many" / "0").exists()
 
 
 def test_nothing_is_left_of_the_tree(past: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
