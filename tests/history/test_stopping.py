@@ -37,9 +37,12 @@ ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(fl
 worker = subprocess.Popen([sys.executable, "-c", ignore + "import time; time.sleep(600)"], stdout=subprocess.PIPE)
 worker.stdout.readline()
 print(worker.pid, flush=True)
+told = None
 while deaf or not got:
     time.sleep(0.01)
-    (place / "got").write_text(str(len(got)))
+    if told != len(got):  # a file that is written is empty for a moment
+        told = len(got)
+        (place / "got").write_text(str(told))
 if not worker_stays:
     worker.terminate()
     worker.wait()
