@@ -1,6 +1,6 @@
 """All of a submission as one frozen value: built without asking anybody, shown by `--dry-run`, then sent as it is.
 
-`prepare` looks at this machine (its files, git, who we are), `build` at nothing but its arguments.
+`prepare` looks at this machine (its files, git, who we are), `build` at its arguments and the paths in them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ import yaml
 
 from raytrainer import preflight, provenance
 from raytrainer.cluster import kuberay
+from raytrainer.cluster.auth import Token, find_token
 from raytrainer.cluster.entry import REQUEST
-from raytrainer.cluster.kubectl import address_of
+from raytrainer.cluster.kubectl import Kubectl, address_of
 from raytrainer.cluster.package import IGNORE, RECORDS, Module, Package, check_limit, collect, elsewhere
 from raytrainer.config import (
     ClusterConfig,
@@ -30,7 +32,7 @@ from raytrainer.config import (
     texts_of,
     with_values,
 )
-from raytrainer.errors import ConfigError, StorageError, nearest
+from raytrainer.errors import ClusterError, ConfigError, StorageError, nearest
 from raytrainer.provenance import Provenance
 from raytrainer.run import tracking_uri
 from raytrainer.storage import Storage
@@ -39,6 +41,8 @@ from raytrainer.sweep import Plan
 ENTRYPOINT = "python -m raytrainer.cluster.entry"
 _LONGEST_ID = 100
 _LEAST_SECRET = 8  # a shorter value of a variable is a word, and may be anywhere
+_SEARCHED_BYTES = 2**23  # of a file that goes along, for secrets
+_PLACEHOLDER = re.compile(r"[{<\[][^{}<>\[\]\n]*[}>\]]|…|\*{3,}")  # in place of a password, in a patch
 _SHOWN_BYTES = 2**16  # of a file, by --dry-run
 _PATCH_BYTES = 2**18  # of a patch, where the files go into a ConfigMap of 1 MiB
 # How it is sent and followed, and not what is run.
@@ -189,9 +193,18 @@ def prepare(
     """
     folder = folder or Path.cwd()
     runtime_env = checked_runtime_env(asked.experiment.cluster.runtime_env)
-    package, modules = None, list[Module]()
-    if asked.experiment.cluster.kind == "job":
+    c, package, modules = asked.experiment.cluster, None, list[Module]()
+    context, token = c.context, None
+    if c.kind == "job":
         package, modules, runtime_env = _packages(asked, runtime_env, folder)
+        with suppress(ConfigError):  # whoever speaks with the cluster says so
+            token = find_token(c.token_file)
+        for one in (*([package] if package is not None else []), *(one.package for one in modules)):
+            _check_package(one, _secrets(c, os.environ, token))
+    elif context is None:
+        # Which one that is will change; without kubectl the manifest can still be shown.
+        with suppress(ConfigError, ClusterError):
+            context = Kubectl(None, c.namespace).current_context()
     return build(
         asked,
         argv,
@@ -201,6 +214,8 @@ def prepare(
         origin=provenance.collect(list(argv), folder),
         user=provenance.user(),
         environ=os.environ,
+        token=token,
+        context=context,
         changed=changed,
         resumes=resumes,
         attempt=attempt,
@@ -217,6 +232,8 @@ def build(
     origin: Provenance,
     user: str,
     environ: Mapping[str, str],
+    token: Token | None = None,
+    context: str | None = None,
     changed: Sequence[str] = (),
     resumes: bool = False,
     attempt: int = 1,
@@ -231,6 +248,8 @@ def build(
         origin: Commit, patch and versions.
         user: Who asks.
         environ: The variables of this process: none of their values may be sent, unless the name says it is no secret.
+        token: The cluster's, which may not be sent either.
+        context: Of kubectl's configuration, where that is how it is sent.
         changed: As `run.launch`.
         resumes: Whether it goes on with a run that is there.
         attempt: From 1: how often this run has been submitted, this time included.
@@ -250,6 +269,11 @@ def build(
             "a URL with a password is in the config or the command line, and would be sent and logged: write it as "
             "${oc.env:NAME}, with cluster.forward_env=[NAME] and its value on the cluster's side"
         )
+    if holds_password(_PLACEHOLDER.sub("", origin.patch)):
+        raise ConfigError(
+            "a URL with a password is in the changes that git has not committed (git diff HEAD), which would be sent and "
+            "logged: take it out of them"
+        )
     own = {key: value for key, value in runtime_env.items() if key != "working_dir"}
     resources = dict(c.driver_resources or {})
     parts = {
@@ -261,7 +285,7 @@ def build(
     content = _digest(parts)
     if c.kind == "kuberay":
         # The image has the code, and a ConfigMap not much room.
-        address = address_of(c.context or "", c.namespace)
+        address = address_of(context or "", c.namespace)
         sent, origin = dict(runtime_env), origin.cut(_PATCH_BYTES)
     else:
         address = (c.address or "").rstrip("/")
@@ -312,7 +336,7 @@ def build(
         modules=tuple(modules),
         asked=asked,
     )
-    _check_secrets(request, environ)
+    _check_secrets(request, _secrets(c, environ, token))
     return request
 
 
@@ -493,6 +517,12 @@ def _pinned_text(composition: Composition) -> str:
         names = set(_variables((raw.get("cluster") or {}).get(key)))
         if names and not any(looks_secret(name) for name in names):
             values[f"cluster.{key}"] = value
+        if names and key in ("token_file", "ca_file"):  # of this machine, there as here
+            if not Path(value).expanduser().exists():
+                raise ConfigError(
+                    f"is no file that is there: {min(names)} must be the path of one", key=f"cluster.{key}"
+                )
+            values[f"cluster.{key}"] = value
     return with_values(composition.text, values)
 
 
@@ -508,16 +538,46 @@ def _check_references(text: str, forward_env: Sequence[str], environ: Mapping[st
                 )
 
 
-def _check_secrets(request: Request, environ: Mapping[str, str]) -> None:
-    """That no variable's value is in what is sent, whichever way it came there."""
+def _secrets(c: ClusterConfig, environ: Mapping[str, str], token: Token | None) -> dict[str, str]:
+    """What may not be sent: where it is from → the value. A path is no secret, whatever the variable is called."""
+    found = {
+        name: value
+        for name, value in environ.items()
+        if len(value) >= _LEAST_SECRET
+        and looks_secret(name)
+        and value not in (c.token_file, c.ca_file)
+        and not (value.startswith(("/", "~")) and Path(value).expanduser().exists())
+    }
+    if token is not None and token.value not in found.values():
+        found[token.source] = token.value
+    return found
+
+
+def _check_package(package: Package, secrets: Mapping[str, str]) -> None:
+    """That no secret's value is in a file that goes along. Of a large one the beginning is looked at."""
+    wanted = {name: value.encode() for name, value in secrets.items()}
+    for entry in package.entries if wanted else ():
+        try:
+            with entry.source.open("rb") as file:
+                content = file.read(_SEARCHED_BYTES)
+        except OSError:  # told when it is sent
+            continue
+        for name, value in wanted.items():
+            if value in content:
+                raise ConfigError(
+                    f"the value of {name} is in {entry.name}, which would be sent: take it out of there; a line of "
+                    f"{IGNORE}, as in .gitignore, leaves a file out"
+                )
+
+
+def _check_secrets(request: Request, secrets: Mapping[str, str]) -> None:
+    """That no secret's value is in what is sent, whichever way it came there."""
     places = {name: content.decode(errors="replace") for name, content in request.files.items()}
     places |= {
         "the runtime environment": json.dumps(request.runtime_env),
         "metadata": json.dumps(dict(request.metadata)),
     }
-    for name, value in environ.items():
-        if len(value) < _LEAST_SECRET or not looks_secret(name):
-            continue
+    for name, value in secrets.items():
         written = json.dumps(value)[1:-1]
         for place, text in places.items():
             if value in text or written in text:
@@ -525,10 +585,10 @@ def _check_secrets(request: Request, environ: Mapping[str, str]) -> None:
                     place, place
                 )
                 where = "the changes that git has not committed" if place == provenance.FILE else where
-                raise ConfigError(
-                    f"the value of {name} is in {where}, and would be sent: write ${{oc.env:{name}}}, with "
-                    f"cluster.forward_env=[{name}] and the value on the cluster's side"
-                )
+                fix = f"write ${{oc.env:{name}}}, with cluster.forward_env=[{name}] and the value on the cluster's side"
+                if not name.isidentifier() or place == provenance.FILE:
+                    fix = "take it out of there"
+                raise ConfigError(f"the value of {name} is in {where}, and would be sent: {fix}")
 
 
 def _variables(node: Any) -> list[str]:

@@ -144,11 +144,22 @@ def looks_secret(variable: str) -> bool:
     )
 
 
+_BEFORE_AT = re.compile(
+    # A user alone may be a token; Azure's container and SSH's user are none. `[^@…]*` may be in a path, behind a port.
+    # Each part is short: else a text of letters alone would be read from each of them to its end.
+    r"([a-z][a-z0-9+.-]{0,30})://(?:([^/\s:@'\"]{1,300})|[^/\s:@'\"]{0,300}:(?!\d*/)[^\s@'\"]{1,300})@",
+    re.IGNORECASE,
+)
+
+
 def holds_password(text: str) -> bool:
-    """Whether there is a URL with a password in a text; one that is a reference, `${oc.env:X}`, is none."""
+    """Whether there is a URL with a password or a token in a text; one that is a reference, `${oc.env:X}`, is none."""
     while (left := re.sub(r"\$\{[^{}]*\}", "", text)) != text:
         text = left
-    return re.search(r"://[^/\s:@'\"]*:[^/\s@'\"]+@", text) is not None
+    public = re.compile(r"abfss?|(.*\+)?ssh", re.IGNORECASE)
+    lines = (line for line in text.splitlines() if "://" in line and "@" in line)
+    found = (match for line in lines for match in _BEFORE_AT.findall(line))
+    return any(not user or not public.fullmatch(scheme) for scheme, user in found)
 
 
 def check_references(runtime_env: Any, forward_env: Any) -> None:

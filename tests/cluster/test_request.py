@@ -18,6 +18,7 @@ from ray.runtime_env import RuntimeEnv
 
 from raytrainer import cli
 from raytrainer.cluster import request
+from raytrainer.cluster.auth import Token
 from raytrainer.cluster.entry import REQUEST, Asked
 from raytrainer.cluster.package import File, Module, Package
 from raytrainer.cluster.request import Request, build, checked_runtime_env, prepare, submission_id
@@ -338,10 +339,61 @@ def test_references(monkeypatch: pytest.MonkeyPatch, overrides: list[str], reaso
 def test_the_value_of_a_secret_is_never_sent(where: str, other: Mapping[str, Any]) -> None:
     asked = composition() if other else composition("+model.a=planted-secret")
     said = refusal(lambda: built(asked, environ={"WANDB_API_KEY": "planted-secret", "A": "mlp", "KEY": "mlp"}, **other))
-    assert said == (
-        f"the value of WANDB_API_KEY is in {where}, and would be sent: write ${{oc.env:WANDB_API_KEY}}, with "
-        "cluster.forward_env=[WANDB_API_KEY] and the value on the cluster's side"
+    fix = "write ${oc.env:WANDB_API_KEY}, with cluster.forward_env=[WANDB_API_KEY] and the value on the cluster's side"
+    if "git" in where:
+        fix = "take it out of there"
+    assert said == f"the value of WANDB_API_KEY is in {where}, and would be sent: {fix}"
+
+
+def test_the_clusters_token_is_never_sent() -> None:
+    token = Token("~/.ray/auth_token", "a-token-of-a-cluster")
+    said = refusal(lambda: built(composition("+model.a=a-token-of-a-cluster"), token=token))
+    assert said == "the value of ~/.ray/auth_token is in the config, and would be sent: take it out of there"
+
+
+@pytest.mark.parametrize("patch", ['+s = "https://TOKEN@host"\n', "-postgresql://me:p/w@host/db\n"])
+def test_a_password_in_the_changes_that_git_has_not_committed(patch: str) -> None:
+    assert "git diff HEAD" in refusal(lambda: built(composition(), origin=replace(ORIGIN, patch=patch)))
+
+
+def test_what_stands_in_place_of_a_password_in_them_is_none() -> None:
+    for patch in ("+f'https://{user}:{password}@{host}'\n", "+https://<TOKEN>@host and https://…@host\n"):
+        built(composition(), origin=replace(ORIGIN, patch=patch))
+
+
+def test_files_with_the_value_of_a_secret_do_not_go_along(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_FILE_KEY", str(project))  # a path is no secret
+    Path("mine/net.py").write_text(f"# {project}\nkey = 'planted-secret'\ndef net(): pass\n")
+    prepare(mine(), ["x"])
+    monkeypatch.setenv("WANDB_API_KEY", "planted-secret")
+    assert "the value of WANDB_API_KEY is in mine/net.py, which would be sent" in refusal(
+        lambda: prepare(mine(), ["x"])
     )
+    monkeypatch.delenv("WANDB_API_KEY")
+    Path("token").chmod(0o600)
+    said = refusal(lambda: prepare(mine("cluster.token_file=token"), ["x"]))
+    assert said.startswith("the value of cluster.token_file=token is in mine/net.py, which would be sent")
+
+
+def test_files_of_this_machine_may_be_referred_to(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(in_tmp / "token"))
+    asked = composition("cluster.token_file=${oc.env:RAY_AUTH_TOKEN_PATH}")
+    said = refusal(lambda: built(asked, environ=os.environ))
+    assert said == "cluster.token_file is no file that is there: RAY_AUTH_TOKEN_PATH must be the path of one"
+    (in_tmp / "token").write_text("a-token-of-a-cluster")
+    assert f"token_file: {in_tmp}/token" in text_of(built(asked, environ=os.environ))
+
+
+def test_the_context_that_is_current_now_is_named(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = compose(["experiment=mlp", "name=one", "cluster=kuberay", "cluster.image=x", *ELSEWHERE])
+    monkeypatch.setenv("PATH", str(in_tmp))
+    assert prepare(asked, ["x"]).address == "kubernetes:///default"  # without kubectl
+    (in_tmp / "kubectl").write_text("#!/bin/sh\necho mine\n")
+    (in_tmp / "kubectl").chmod(0o755)
+    assert prepare(asked, ["x"]).address == "kubernetes://mine/default"
+    named = replace(asked, experiment=replace(asked.experiment))
+    named.experiment.cluster.context = "other"
+    assert prepare(named, ["x"]).address == "kubernetes://other/default"
 
 
 # --- Ray's runtime environment ----------------------------------------------------------------------------------------
