@@ -6,12 +6,13 @@ Every call is bounded in time, and what kubectl says is said in our words. Its m
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
@@ -31,6 +32,9 @@ from raytrainer.cluster.kuberay import (
 from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, ConfigError
 
 _ANSWER_S = 30.0
+_AGAIN_S, _PATIENCE_S = 2.0, 120.0  # between two looks at a job that is followed; with a server that does not answer
+_GOING = ("PENDING", "RUNNING")
+_EXIT_CODE = re.compile(r"failed with exit code (-?\d+)")  # Ray's words
 _OLD = re.compile(r'strict decoding error: unknown field "([^"]+)"')
 
 
@@ -50,6 +54,8 @@ class RayJobStatus:
         started, ended: Seconds since the epoch; None before.
         dashboard: The address of Ray's dashboard within Kubernetes; empty before.
         queue: Kueue's, that it is in.
+        cluster: The name of its RayCluster: each of KubeRay's own tries has another.
+        exit_code: Of the driver, as far as Ray's message tells it.
         metadata: Of the Ray job.
     """
 
@@ -65,7 +71,8 @@ class RayJobStatus:
     ended: float | None = None
     dashboard: str = ""
     queue: str | None = None
-    exit_code: int | None = None  # Kubernetes keeps it for no longer than the pod
+    cluster: str = ""
+    exit_code: int | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -75,8 +82,8 @@ class RayJobStatus:
             return self.job or "SUCCEEDED"
         if self.deployment in ("Failed", "ValidationFailed"):
             return "FAILED"
-        # A job that KubeRay tries again still has the old one's status.
-        return "RUNNING" if self.deployment == "Running" and self.job in ("", "RUNNING") else "PENDING"
+        # Without a status of the job its submitter is being started; one that KubeRay tries again has the old one's.
+        return "RUNNING" if self.deployment == "Running" and self.job not in ("", "PENDING") else "PENDING"
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> RayJobStatus:
@@ -84,6 +91,7 @@ class RayJobStatus:
         meta, spec, status = found["metadata"], found.get("spec") or {}, found.get("status") or {}
         notes = meta.get("annotations") or {}
         reason, message = status.get("reason") or "", status.get("message") or ""
+        code = _EXIT_CODE.search(message)
         return cls(
             name=notes.get(NAME) or meta["name"],
             object=meta["name"],
@@ -97,6 +105,8 @@ class RayJobStatus:
             ended=_epoch(status.get("endTime")),
             dashboard=status.get("dashboardURL") or "",
             queue=(meta.get("labels") or {}).get(QUEUE),
+            cluster=status.get("rayClusterName") or "",
+            exit_code=int(code[1]) if code else None,
             metadata=spec.get("metadata") or {},
         )
 
@@ -205,15 +215,17 @@ class Kubectl:
             ) from error
 
     def delete(self, name: str, within_s: float = 120.0) -> list[str]:
-        """Deletes a run and waits until its pods, and what they hold, are gone; those that are not after that time."""
+        """Deletes a run and waits until it and its pods, with what they hold, are gone; those that are not by then."""
         self._run("delete", "rayjob", name, "--ignore-not-found", "--wait=false")
         self._run("delete", "configmap", "-l", f"{JOB}={name}", "--ignore-not-found", "--wait=false")
         deadline = time.monotonic() + within_s
-        while pods := [pod["metadata"]["name"] for pod in self._items("pods", f"{JOB}={name}")]:
-            if time.monotonic() >= deadline:
-                break
+        while True:
+            left = [pod["metadata"]["name"] for pod in self._items("pods", f"{JOB}={name}")]
+            if not left and self.status(name) is not None:  # it waits for what KubeRay still does with it
+                left = [f"rayjob {name}"]
+            if not left or time.monotonic() >= deadline:
+                return left
             time.sleep(1.0)
-        return pods
 
     def logs(self, name: str, follow: bool = False) -> Iterator[str]:
         """The lines that a run's driver has printed, from the pod that submitted it.
@@ -382,6 +394,23 @@ class RayJobs:
     def list(self) -> Sequence[RayJobStatus]:
         return self.kubectl.runs()
 
+    def send(self, config_map: Document, job: Document, *, instead_of: RayJobStatus | None = None) -> bool:
+        """Sends a run; False: the same is there already.
+
+        Args:
+            config_map, job: As `kuberay.documents` makes them.
+            instead_of: An attempt at the run that has ended, and whose object has the name: it is deleted.
+
+        Raises:
+            ConfigError, ClusterError: As `Kubectl.apply`; or the ended one cannot be deleted.
+        """
+        if instead_of is not None and (left := self.kubectl.delete(instead_of.object)):
+            raise ClusterError(
+                f"the attempt before, {instead_of.submission_id}, does not go{self.kubectl.where}: {', '.join(left)}; "
+                f"kubectl describe rayjob {instead_of.object} says why"
+            )
+        return self.kubectl.apply(config_map, job)
+
     def info(self, submission_id: str) -> RayJobStatus:
         """What there is of a run's job; STOPPED where somebody has deleted it."""
         found = self._find(submission_id)
@@ -400,15 +429,44 @@ class RayJobs:
         return "".join(f"{line}\n" for line in self.kubectl.logs(self._known(submission_id).object))
 
     def tail(self, submission_id: str) -> Iterator[str]:
-        for line in self.kubectl.logs(self._known(submission_id).object, follow=True):
-            yield f"{line}\n"
+        """What its driver prints, in lines, until the job has ended or is deleted; of each of KubeRay's tries from its
+        beginning."""
+        cluster, shown, is_whole, lost = "", 0, False, None
+        while True:
+            try:
+                job, lost = self.info(submission_id), None
+            except ClusterUnreachable:
+                lost = lost or time.monotonic()
+                if time.monotonic() - lost > _PATIENCE_S:
+                    raise
+                time.sleep(_AGAIN_S)
+                continue
+            goes = job.status in _GOING
+            if job.cluster != cluster:
+                cluster, shown, is_whole = job.cluster, 0, False
+            if job.status == "RUNNING" or (job.object and not goes and not is_whole):
+                is_whole = False
+                # There may be none: the submitter's pod is still made, or gone already.
+                with contextlib.suppress(ClusterError), contextlib.closing(self._lines(job, follow=goes)) as lines:
+                    for line in itertools.islice(lines, shown, None):
+                        shown += 1
+                        yield f"{line}\n"
+                    is_whole = True
+            if not goes:
+                return
+            time.sleep(_AGAIN_S)
 
     def explain_waiting(self, submission_id: str) -> str:
-        found = self._known(submission_id)
+        found = self.info(submission_id)
+        if not found.object:
+            return found.message
         if found.suspended:
             return f"it waits for Kueue to admit it (queue {found.queue})"
         why = self.kubectl.waiting(found.object)
         return "; ".join(why) or found.message or f"KubeRay: {found.deployment or 'has not begun with it'}"
+
+    def _lines(self, job: RayJobStatus, follow: bool) -> Generator[str]:
+        yield from self.kubectl.logs(job.object, follow)
 
     def _find(self, submission_id: str) -> RayJobStatus | None:
         return next((one for one in self.kubectl.runs() if one.submission_id == submission_id), None)

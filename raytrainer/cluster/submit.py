@@ -191,11 +191,6 @@ class _Sender:
         Raises:
             ConfigError: Another of this name is there.
         """
-        if isinstance(self.cluster, RayJobs):
-            self._remember()
-            sent = self.cluster.kubectl.apply(*self.request.manifest())
-            self.is_sent = True
-            return sent
         while True:
             last = self._last_attempt()
             if last is not None and self._is_it(last):
@@ -204,6 +199,10 @@ class _Sender:
             number = max(_number(last) + 1 if last is not None else 1, self._first)
             # What did not tell how it ended may have left its claim on the run's directory.
             self.request = self.request.again(number, replaces=last.submission_id if last and _is_mute(last) else None)
+            if isinstance(self.cluster, RayJobs):
+                if self._apply(self.cluster, last):
+                    return True
+                continue
             try:
                 self._submit(self.cluster)
             except JobExists:  # somebody sends the same at this moment
@@ -286,6 +285,20 @@ class _Sender:
             key="name",
             value=name,
         )
+
+    def _apply(self, cluster: RayJobs, last: Job | None) -> bool:
+        self._remember()
+        manifest = self.request.manifest()
+        self.is_sent = self.is_sending = True
+        try:
+            sent = cluster.send(*manifest, instead_of=last if isinstance(last, RayJobStatus) else None)
+        except Interrupted:
+            raise
+        except BaseException:
+            self.is_sent = False
+            raise
+        self.is_sending = False
+        return sent
 
     def _submit(self, cluster: Jobs, *, checked: bool = False) -> None:
         request = self.request

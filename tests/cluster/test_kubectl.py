@@ -3,19 +3,23 @@ in our words, bounded in time. The messages are kubectl's own, as version 1.32 p
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 import threading
 import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from raytrainer.cluster import kubectl
+from raytrainer.cluster import kubectl, submit
 from raytrainer.cluster.kubectl import Kubectl, RayJobStatus
+from raytrainer.config import compose
 from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, ConfigError
+from raytrainer.run import Record
 from tests.cluster.test_kuberay import PLAIN, documents
 from tests.launches import OUTSIDE
 
@@ -179,6 +183,7 @@ def test_what_there_is_of_a_run(kubernetes: Kubernetes) -> None:
     assert now.status == "FAILED"
     assert now.started is not None
     assert now.ended == now.started + 600
+    assert now.exit_code == 1
     assert now.message == "AppFailed: Job entrypoint command failed with exit code 1"
 
 
@@ -245,9 +250,10 @@ def test_logs(kubernetes: Kubernetes) -> None:
         ("", "", "PENDING"),
         ("Initializing", "", "PENDING"),
         ("Suspended", "", "PENDING"),
-        ("Running", "", "RUNNING"),
+        ("Running", "", "PENDING"),
         ("Running", "PENDING", "PENDING"),
         ("Running", "RUNNING", "RUNNING"),
+        ("Running", "FAILED", "RUNNING"),
         ("Retrying", "FAILED", "PENDING"),
         ("Complete", "SUCCEEDED", "SUCCEEDED"),
         ("Complete", "STOPPED", "STOPPED"),
@@ -278,7 +284,7 @@ def test_as_the_verbs_see_it(kubernetes: Kubernetes) -> None:
     kubernetes.put("pod-b", over)
     assert jobs.held_by("run") == {"CPU": 1.0, "memory": 4 * 2.0**30}
     kubernetes.says("logs", stdout="one\ntwo\n")
-    assert jobs.logs("run") == "".join(jobs.tail("run")) == "one\ntwo\n"
+    assert jobs.logs("run") == "one\ntwo\n"
     kubernetes.is_itself()
     jobs.stop("run")
     stopped = jobs.info("run")
@@ -288,6 +294,102 @@ def test_as_the_verbs_see_it(kubernetes: Kubernetes) -> None:
     assert not jobs.held_by("run")
     with pytest.raises(ClusterError, match=r"there is no RayJob of run \(context arn:"):
         jobs.logs("run")
+
+
+class Looks(kubectl.RayJobs):
+    """Kubernetes, as it is found at one look after the other; and what each `kubectl logs` then gives, if it does."""
+
+    def __init__(self, looks: list[RayJobStatus | ClusterError], logs: list[list[str] | ClusterError]) -> None:
+        super().__init__("kubernetes:///research")
+        self.looks, self.follows = looks, logs
+
+    def info(self, submission_id: str) -> RayJobStatus:
+        found = self.looks.pop(0)
+        if isinstance(found, ClusterError):
+            raise found
+        return found
+
+    def _lines(self, job: RayJobStatus, follow: bool) -> Generator[str]:
+        found = self.follows.pop(0)
+        if isinstance(found, ClusterError):
+            raise found
+        yield from found
+
+
+def at(deployment: str, job: str = "", cluster: str = "a", name: str = "run") -> RayJobStatus:
+    return RayJobStatus("run", name, deployment=deployment, job=job, cluster=cluster)
+
+
+NO_LOGS = ClusterError("jobs.batch not found")
+
+
+@pytest.mark.parametrize(
+    ("looks", "logs", "printed"),
+    [
+        # The submitter's pod is made while the cluster runs already.
+        ([at("Running"), at("Running", "RUNNING"), at("Complete", "SUCCEEDED")], [["1", "2"]], "12"),
+        # `kubectl logs` ends early, or gives none, and the last lines come after the end.
+        ([at("Running", "RUNNING")] * 3 + [at("Complete")], [["1"], NO_LOGS, ["1", "2"]], "12"),
+        ([at("Running", "RUNNING"), at("Failed", "FAILED")], [NO_LOGS, ["1"]], "1"),
+        # Its Job is gone.
+        ([at("Complete", "SUCCEEDED")], [NO_LOGS], ""),
+        # KubeRay tries it again.
+        (
+            [
+                at("Running", "RUNNING"),
+                at("Retrying", "FAILED"),
+                at("Running", "RUNNING", "b"),
+                at("Complete", "", "b"),
+            ],
+            [["1", "2"], ["3", "4"]],
+            "1234",
+        ),
+        # It is deleted while it waits.
+        ([at("Initializing"), at("Complete", "STOPPED", "", "")], [], ""),
+        ([ClusterUnreachable("away"), at("Running", "RUNNING"), at("Complete")], [["1"]], "1"),
+    ],
+)
+def test_followed_to_its_end(looks: list[Any], logs: list[Any], printed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kubectl, "_AGAIN_S", 0.0)
+    jobs = Looks(list(looks), list(logs))
+    assert "".join(jobs.tail("run")).replace("\n", "") == printed
+    assert (jobs.looks, jobs.follows) == ([], [])
+
+
+KUBERAY = [
+    "experiment=mlp",
+    "name=one",
+    "cluster=kuberay",
+    "cluster.image=x:1",
+    "cluster.wait=false",
+    "storage_path=s3://bucket/runs",
+    "tracking.tracking_uri=https://mlflow.example.com",
+]
+
+
+def submitted(*overrides: str, record: Record | None = None) -> submit.Submission:
+    return submit.launch(compose([*KUBERAY, *overrides]), [], record=record, say=lambda text: None, out=io.StringIO())
+
+
+def test_a_run_goes_on_in_place_of_its_ended_attempt(kubernetes: Kubernetes, in_tmp: Path) -> None:
+    assert submitted().submission_id == "one"
+    again = submitted()
+    assert (again.submission_id, again.status, again.sent) == ("one", "PENDING", False)
+    record = Record("one", "s3://bucket/runs/one", attempts=1)
+    going = submitted(record=record)
+    assert (going.submission_id, going.sent) == ("one", False)
+    for attempt, overrides in ((2, ()), (3, ("optimizer.lr=0.5",))):
+        found = kubernetes.read("rayjob-one")
+        status = {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "message": "it failed with exit code 1"}
+        kubernetes.put("rayjob-one", {**found, "status": {**status, "jobId": found["spec"]["jobId"]}})
+        told = submitted()
+        assert (told.status, told.exit_code) == ("FAILED", 1)
+        # Its record does not count the attempts that never came to it.
+        went_on = submitted(*overrides, record=record)
+        assert (went_on.submission_id, went_on.status, went_on.sent) == (f"one--{attempt}", "PENDING", True)
+        assert kubernetes.read("rayjob-one")["spec"]["jobId"] == f"one--{attempt}"
+    with pytest.raises(ConfigError, match="with another config"):
+        submitted(record=record)
 
 
 def test_the_current_context(kubernetes: Kubernetes) -> None:
