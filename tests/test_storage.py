@@ -4,6 +4,7 @@ What a URI gets is tested over pyarrow's own file systems, which need no server,
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -172,6 +174,34 @@ def test_a_failed_write_leaves_the_old_content_and_nothing_else(
         storage.write_bytes("file", b"new")
     assert [entry.name for entry in storage.list()] == ["file"]
     assert storage.read_bytes("file") == b"old"
+
+
+@pytest.mark.parametrize("storage", ["local", "s3"], indirect=True)
+def test_who_reads_what_others_write_and_delete_gets_all_of_it_or_nothing(storage: Storage) -> None:
+    lengths, ended = itertools.count(1), threading.Event()
+
+    def content(length: int) -> bytes:
+        return bytes([length % 251]) * length
+
+    def change() -> None:
+        while not ended.is_set():
+            storage.write_bytes("file", content(next(lengths)))
+            storage.write_bytes("file", content(next(lengths)))
+            storage.delete("file")
+
+    found: set[bytes | None] = set()
+    deadline = time.monotonic() + 30
+    with ThreadPoolExecutor(2) as pool:
+        changing = [pool.submit(change) for _ in range(2)]  # both delete it
+        try:
+            while len(found) < 30 or None not in found:
+                assert time.monotonic() < deadline
+                found.add(storage.read_if_exists("file"))
+        finally:
+            ended.set()
+        for one in changing:
+            one.result()
+    assert all(data == content(len(data)) for data in found if data is not None)
 
 
 @pytest.mark.parametrize("storage", ["local", "s3"], indirect=True)

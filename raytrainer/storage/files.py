@@ -12,7 +12,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "file")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _CHECK_S = 30.0
+_READS = 20  # of an object that changes meanwhile
 _SECRET = re.compile(r"key|secret|token|sas|sig|password|credential", re.IGNORECASE)
 
 
@@ -153,10 +154,32 @@ class Storage:
         """A whole file, or None if there is none."""
         with self._errors(rel):
             try:
+                if self._local is None:
+                    return self._read_object(rel)
                 with self._open_read(rel) as file:
                     return file.read()
             except (FileNotFoundError, NotADirectoryError):
                 return None
+
+    def _read_object(self, rel: str) -> bytes | None:
+        """A whole object. A stream asks first how long it is, then for so many bytes: of one that was replaced in between
+        that is a part, and of one that was deleted an error of any kind."""
+        for left in reversed(range(_READS)):
+            data: bytes | None = None
+            try:
+                with self._open_read(rel) as file:
+                    data = file.read()
+            except FileNotFoundError:
+                return None
+            except OSError:
+                if not left:
+                    raise
+            info = self._info(rel)
+            if info.type.name == "NotFound":
+                return None
+            if data is not None and len(data) == info.size:
+                return data
+        raise StorageError(f"{self.where(rel)}: it is replaced faster than it can be read")
 
     @contextmanager
     def open_read(self, rel: str) -> Iterator[BinaryIO]:
@@ -284,10 +307,11 @@ class Storage:
         with self._errors(rel):
             if self._local is None:
                 info = self._info(rel)
-                if info.type.name == "Directory":
-                    self._filesystem().delete_dir(self._key(rel))
-                elif info.type.name != "NotFound":
-                    self._filesystem().delete_file(self._key(rel))
+                with suppress(FileNotFoundError):  # another was faster
+                    if info.type.name == "Directory":
+                        self._filesystem().delete_dir(self._key(rel))
+                    elif info.type.name != "NotFound":
+                        self._filesystem().delete_file(self._key(rel))
                 return
             path = self._path(rel)
             root = self._local.resolve()
