@@ -431,6 +431,7 @@ class SweepDriver:
                 writing.result(_DRAW_STOPPED_S if stopped else None)
             except TimeoutError:
                 self.display.say("warning: not all results are written yet, and nobody waits for them")
+        outcome = replace(outcome, weights=self._weights(outcome.trials))
         run = self._opened(opening, stopped)
         if run is not None:
             if stopped:
@@ -489,6 +490,27 @@ class SweepDriver:
         if outcome.trials:
             with results.as_folder(self.storage) as folder:
                 run.log_artifact(folder)
+
+    def _weights(self, trials: Sequence[Trial]) -> str | None:
+        """Where the best trial's weights are, and of which step: not of each evaluation is there a checkpoint."""
+        from raytrainer.checkpoint import Checkpointer
+
+        for trial in ranked(trials, self.mode)[:1]:
+            report, c = trial.best(self.mode), self.e.checkpoint
+            assert report is not None
+            try:
+                checkpoints = Checkpointer(self._trial_dir(trial).child("checkpoints"), mode=c.mode)
+                found, best = checkpoints.list(), checkpoints.best() if self.plan.metric == c.monitor else None
+            except RaytrainerError as error:
+                return f"cannot be read: {error}"
+            exact = next((info for info in found if info.step == report.step), None)
+            if exact is not None:
+                return exact.path
+            if found:
+                info = best or found[-1]
+                apart = _INTERVAL_S if c.min_interval_s is None else c.min_interval_s
+                return f"of step {info.step}, checkpoints being at least {apart:g} s apart (checkpoint.min_interval_s): {info.path}"
+        return None
 
     def _write_results(self, outcome: SweepOutcome) -> None:
         try:

@@ -28,6 +28,7 @@ class SweepOutcome:
         plan: What was swept.
         trials: All, of earlier attempts too.
         note: What ended it before all trials were drawn.
+        weights: Which weights of the best trial there are, and where.
         resumable: Whether going on would help; else it takes another config.
     """
 
@@ -39,6 +40,7 @@ class SweepOutcome:
     trials: Sequence[Trial] = ()
     cause: str | None = None
     note: str | None = None
+    weights: str | None = None
     resumable: bool = True
     mlflow: str | None = None
     mlflow_command: str | None = None
@@ -77,6 +79,8 @@ def summary(outcome: SweepOutcome, program: str) -> str:
         report = best[0].best(mode)
         assert report is not None
         rows.append(("best", f"{plan.metric} {report.value:.4g} at step {report.step} of trial {best[0].id}"))
+        if outcome.weights is not None:
+            rows.append(("weights", outcome.weights))
         overrides = plan.overrides_of(parameters_at(best[0], report))
         rows.append(("", command_line(program, plan.options, plan.fixed, overrides)))
         if len(path := stretches(best[0], report, outcome.trials)) > 1:
