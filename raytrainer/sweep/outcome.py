@@ -79,12 +79,12 @@ def summary(outcome: SweepOutcome, program: str) -> str:
         report = best[0].best(mode)
         assert report is not None
         rows.append(("best", f"{plan.metric} {report.value:.4g} at step {report.step} of trial {best[0].id}"))
-        if outcome.weights is not None:
-            rows.append(("weights", outcome.weights))
         overrides = plan.overrides_of(parameters_at(best[0], report))
         rows.append(("", command_line(program, plan.options, plan.fixed, overrides)))
         if len(path := stretches(best[0], report, outcome.trials)) > 1:
             rows.append(("", f"schedule: {schedule_text(path)}; trained under all of it, the command has the last"))
+        if outcome.weights is not None:
+            rows.append(("weights", outcome.weights))
     following = [outcome.mlflow_command] if outcome.mlflow_command else []
     if best and "://" not in record.run_dir:
         following.append(f"{program} --config-dir={shlex.quote(record.run_dir + '/best')} experiment=best")
