@@ -43,6 +43,7 @@ _OPEN_S = 30.0  # importing mlflow and making a database, on a busy machine
 _CLOSE_S, _CLOSE_STOPPED_S = 60.0, 3.0  # how long the tracking server is waited for at the end
 _SEEN_S = 0.3  # between looks at the spools where another process waits for a run to be made
 _MAKE_S = 2.0  # for what was kept of the sweep's own run, where that could not be made at first
+_DRAIN_S = 10.0  # for trials' processes that send their metrics themselves, when the last one has ended
 _DRAW_STOPPED_S = 4.0  # and for the pictures of a stopped sweep
 _OF_TUNE = "tune"  # where Tune keeps what it pauses and copies
 _INTERVAL_S = 10  # seconds between checkpoints of a trial, where the config does not say
@@ -225,6 +226,7 @@ class SweepDriver:
                 resources=supervise.trial_resources(each, workers, e.scaling.placement_strategy),
                 limit=limit,
                 between=self._between,
+                drain_s=_DRAIN_S if self._ship else 0.0,
             )
         if reason != "finished":
             budget = duration(self.e.sweep.time_budget_s or 0)

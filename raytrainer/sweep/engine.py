@@ -118,6 +118,7 @@ class Search:
         resources: Any,
         limit: int,
         between: Callable[[], None],
+        drain_s: float = 0.0,
     ) -> str:
         """Runs trials until there are enough; returns `finished` or `time budget`.
 
@@ -128,6 +129,7 @@ class Search:
             limit: The most trials at a time.
             between: Called between two decisions, several times a second; what it raises ends the sweep, every process
                 of a trial killed.
+            drain_s: How long, when all trials have ended, their processes have for what they still send.
 
         Raises:
             ConfigError: A trial failed by what every other would fail by, too; or the scheduler needs to know how many
@@ -160,6 +162,8 @@ class Search:
                 controller.step()
                 if self._hopeless is not None:
                     raise self._hopeless
+            if drain_s:
+                controller.drain(drain_s)
             return "finished"
         finally:
             controller.abandon()
