@@ -81,6 +81,7 @@ class SweepDriver:
         self.mode = cast(Mode, plan.mode)
         self._uri = tracking_uri(self.e, record.tracking_uri)
         self._stop_asked = StopAsked(storage)
+        self._stopping = False  # and it was said
         self._best_metric = metric_key(f"best/{plan.metric}")
         self._parent: str | None = None
         self._offline: str | None = None  # the sweep's run, while no server could be reached
@@ -121,6 +122,7 @@ class SweepDriver:
                 reason = self._search(available)
         except Interrupted:
             error = self.interrupts.stopped()
+            self._say_stopping(self.interrupts.reason)
         except Exception as failed:  # noqa: BLE001  whatever it is, the sweep is closed truthfully, then it is told
             error = failed
         self.interrupts.deferred = True
@@ -135,6 +137,9 @@ class SweepDriver:
         except Interrupted:  # a second signal
             outcome = self._outcome(reason, error)
             self.display.say(f"forced: what MLflow was not told is in {self.storage.uri}; resume sends it")
+        except (RaytrainerError, OSError) as failed:
+            outcome = self._outcome(reason, error or failed)
+            self.display.say(f"warning: not everything was written: {type(failed).__name__}: {failed}")
         self._tidy.shutdown(wait=outcome.status != "KILLED", cancel_futures=True)
         self.record = replace(self.record, status=outcome.status)
         for write in (self.ledger.close, lambda: self.record.write(self.storage)):
@@ -248,9 +253,12 @@ class SweepDriver:
         self._board.tick()
 
     def _say_stopping(self, why: str) -> None:
+        if self._stopping:
+            return
+        self._stopping = True
         running = sum(trial.status == "running" for trial in self.ledger.trials.values())
-        trials = f"{running} trial{'' if running == 1 else 's'}"
-        self.display.say(f"{why}: stopping {trials}, which can go on from their last checkpoints")
+        trials = f" {running} trial{'' if running == 1 else 's'}, which can go on from the last checkpoint"
+        self.display.say(f"{why}: stopping{trials if running else ''}")
 
     def _fixed(self, gpu: bool) -> list[str]:
         """What every trial has on top of its config."""

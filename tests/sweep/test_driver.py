@@ -210,6 +210,7 @@ def test_a_resume_that_is_stopped_at_once_ends_the_runs_that_a_killed_driver_lef
     shutil.rmtree(place.storage.local_path / "trials/0002/spool")
     outcome = place.attempt(interrupted)
     assert (outcome.status, outcome.exit_code) == ("KILLED", 130)
+    assert place.said.getvalue().count("interrupted: stopping 2 trials, which can go on") == 1
     assert (place.status(), place.status("0001"), place.status("0002")) == ("KILLED", "KILLED", "KILLED")
     assert ended(place) == {"0001": "stopped", "0002": "stopped"}
     tags = [run.tags for run in place.server.runs.values() if run.name != "sweep"]
