@@ -19,6 +19,7 @@ from raytrainer.run.record import (
     tracking_uri,
 )
 from raytrainer.run.session import ray_session
+from raytrainer.run.waiting import Waiting
 
 __all__ = [
     "CONFIG",
@@ -28,6 +29,7 @@ __all__ = [
     "Outcome",
     "Record",
     "StopAsked",
+    "Waiting",
     "changes_meaning",
     "check",
     "experiment_name",

@@ -304,7 +304,7 @@ class _Sweep:
                 time.sleep(0.02)
             return reason
 
-    def _between(self) -> None:
+    def _between(self, waits: bool) -> None:
         self._interrupts.check()
         self._lock.check()
         if part := supervise.dead_part():

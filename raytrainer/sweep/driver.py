@@ -25,6 +25,7 @@ from raytrainer.run import (
     Logs,
     Record,
     StopAsked,
+    Waiting,
     changes_meaning,
     in_background,
     job_tags,
@@ -91,6 +92,7 @@ class SweepDriver:
         self._ship = not (storage.is_local or self.e.cluster.kind == "local")
         self._fleet: tracking.Fleet | None = None
         self._board: Board | None = None
+        self._waiting: Waiting | None = None
         ended = [t for t in ledger.trials.values() if t.status not in ("running", "stopped")]
         self._kept = ranked(ended, self.mode)[: self.e.sweep.num_to_keep]
         # Deleting what is no more wanted takes its time on a slow disk.
@@ -222,6 +224,8 @@ class SweepDriver:
             trials=[t for t in self.ledger.trials.values() if t.status not in ("running", "stopped")],
             time_budget_s=e.sweep.time_budget_s,
         )
+        wanted = {resource: share * workers for resource, share in each.items()}
+        self._waiting = Waiting(self.display, supervise, wanted, available)
         self.interrupts.deferred = True  # a signal is heeded between two decisions, where Ray's calls are whole
         with supervise.WorkerOutput(lambda rank, message: None, self._said):
             reason = search.run(
@@ -238,7 +242,7 @@ class SweepDriver:
             self._say_stopping(f"its time of {budget} (sweep.time_budget_s) is over")
         return reason
 
-    def _between(self) -> None:
+    def _between(self, waits: bool) -> None:
         from raytrainer import supervise
 
         if self._stop_asked():
@@ -250,7 +254,10 @@ class SweepDriver:
         if part := supervise.dead_part():
             raise ClusterLost(f"Ray's {part} died")
         assert self._board is not None
-        self._board.tick()
+        assert self._waiting is not None
+        self._waiting.look(lambda: waits, time.monotonic())
+        if not waits:
+            self._board.tick()
 
     def _say_stopping(self, why: str) -> None:
         if self._stopping:
