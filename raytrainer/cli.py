@@ -272,7 +272,7 @@ def _hydra(
     from hydra._internal.utils import _run_hydra
 
     parser = _parser()
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_intermixed_args(arguments)  # `experiment=mlp -m seed=1,2` too
     overrides, asked = list(parsed.overrides), os.environ.get(_FULL_ERROR)
     codes: list[int] = []
 

@@ -4,6 +4,7 @@ For the tests of integration and faults; what a launch trains with is in tests/o
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -14,6 +15,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections import defaultdict
@@ -62,9 +64,19 @@ class Ended:
         return self
 
 
+@functools.cache
+def empty_store() -> bytes:
+    """A store of MLflow's with its tables and nothing in them."""
+    from mlflow import MlflowClient
+
+    with tempfile.TemporaryDirectory() as folder:
+        MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
+        return Path(folder, "mlflow.db").read_bytes()
+
+
 class Launch:
     """`python -m raytrainer ARGUMENTS` (or another `program`) in `folder`, in a session of its own, as a terminal's
-    foreground job is."""
+    foreground job is. With `store` the folder has an empty store of MLflow's: making one costs a launch a second."""
 
     _numbers = itertools.count()
 
@@ -74,10 +86,13 @@ class Launch:
         *arguments: str,
         environment: Mapping[str, str] | None = None,
         program: Sequence[str] = ("-m", "raytrainer"),
+        store: bool = True,
     ) -> None:
         self.folder, self._mark = folder, uuid.uuid4().hex
         self._out, self._err = (folder / f"launch-{next(self._numbers)}.{kind}" for kind in ("out", "err"))
         self.steps = folder / "steps"
+        if store and "raytrainer" in program and not (folder / "mlflow.db").exists():
+            (folder / "mlflow.db").write_bytes(empty_store())
         self.began = time.monotonic()
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(

@@ -375,6 +375,12 @@ def test_a_sweep_that_cannot_be_is_refused_in_a_line(here: Run, in_tmp: Path, ar
     assert list(in_tmp.iterdir()) == []
 
 
+def test_options_may_stand_between_overrides(here: Run) -> None:
+    said = here("check", "experiment=mlp", "-m", "sweep=random", "--config-dir=.", "seed=1,2")
+    assert said.code == 0, said.err
+    assert "would run 2 trials" in said.out
+
+
 def test_a_sweep_is_checked_and_nothing_started(here: Run, in_tmp: Path) -> None:
     said = here("check", "-m", "experiment=mlp", "optimizer.lr=tag(log,interval(1e-4,1e-1))", "sweep=asha")
     assert said.code == 0

@@ -21,6 +21,7 @@ from raytrainer.run.record import (
     written_storage_path,
 )
 from raytrainer.run.session import ray_session
+from raytrainer.run.waiting import Waiting
 
 __all__ = [
     "CONFIG",
@@ -31,6 +32,7 @@ __all__ = [
     "Outcome",
     "Record",
     "StopAsked",
+    "Waiting",
     "changes_meaning",
     "check",
     "experiment_name",

@@ -144,6 +144,18 @@ class TrialController(TuneController):  # type: ignore[misc]
                 self._live_trials.discard(trial)
                 self._trials_to_cache.discard(trial)
 
+    @property
+    def waits(self) -> bool:
+        """Whether trials want to begin and the cluster has a place for none of them."""
+        # A process that is being started has its place.
+        return bool(self._pending_trials) and not self._running_trials and not self._actor_manager.num_live_actors
+
+    def drain(self, seconds: float) -> None:
+        """Waits until the processes have done what they do in the background, but no longer than so many seconds."""
+        handles = [handle for handle, _ in self._actor_manager._live_actors_to_ray_actors_resources.values()]
+        if waits := [handle.drain.remote() for handle in handles if hasattr(handle, "drain")]:
+            ray.wait(waits, num_returns=len(waits), timeout=seconds)
+
     def abandon(self) -> None:
         """Kills every trial's process without a word to it."""
         for handle, _ in list(self._actor_manager._live_actors_to_ray_actors_resources.values()):

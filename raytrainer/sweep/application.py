@@ -304,7 +304,7 @@ class _Sweep:
                 time.sleep(0.02)
             return reason
 
-    def _between(self) -> None:
+    def _between(self, waits: bool) -> None:
         self._interrupts.check()
         self._lock.check()
         if part := supervise.dead_part():
@@ -358,7 +358,10 @@ class _Sweep:
         if reason != "finished":
             rows.append(("", f"{reason} reached"))
         failed = [t for t in trials if t.status == "failed"]
-        rows += [("failed", f"{trial.id}: {trial.cause}") for trial in failed[:_MOST_FAILED]]
+        for trial in failed[:_MOST_FAILED]:
+            rows.append(("failed", f"{trial.id}: {trial.cause}"))
+            if trial.error is not None:
+                rows.append(("", str(self._storage.local_path / trial.error)))
         if len(failed) > _MOST_FAILED:
             rows.append(("", f"and {len(failed) - _MOST_FAILED} more"))
         rows.append(("output", str(self._storage.local_path)))

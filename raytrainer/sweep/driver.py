@@ -25,6 +25,7 @@ from raytrainer.run import (
     Logs,
     Record,
     StopAsked,
+    Waiting,
     changes_meaning,
     in_background,
     job_tags,
@@ -43,7 +44,8 @@ _OPEN_S = 30.0  # importing mlflow and making a database, on a busy machine
 _CLOSE_S, _CLOSE_STOPPED_S = 60.0, 3.0  # how long the tracking server is waited for at the end
 _SEEN_S = 0.3  # between looks at the spools where another process waits for a run to be made
 _MAKE_S = 2.0  # for what was kept of the sweep's own run, where that could not be made at first
-_DRAW_STOPPED_S = 4.0  # and for the pictures of a stopped sweep
+_DRAIN_S = 10.0  # for trials' processes that send their metrics themselves, when the last one has ended
+_DRAW_STOPPED_S = 3.0  # and for the pictures of a stopped sweep
 _OF_TUNE = "tune"  # where Tune keeps what it pauses and copies
 _INTERVAL_S = 10  # seconds between checkpoints of a trial, where the config does not say
 _log = logging.getLogger("raytrainer.sweep")
@@ -80,6 +82,7 @@ class SweepDriver:
         self.mode = cast(Mode, plan.mode)
         self._uri = tracking_uri(self.e, record.tracking_uri)
         self._stop_asked = StopAsked(storage, record.job.get("submission_id"))
+        self._stopping = False  # and it was said
         self._best_metric = metric_key(f"best/{plan.metric}")
         self._parent: str | None = None
         self._offline: str | None = None  # the sweep's run, while no server could be reached
@@ -89,6 +92,7 @@ class SweepDriver:
         self._ship = not (storage.is_local or self.e.cluster.kind == "local")
         self._fleet: tracking.Fleet | None = None
         self._board: Board | None = None
+        self._waiting: Waiting | None = None
         ended = [t for t in ledger.trials.values() if t.status not in ("running", "stopped")]
         self._kept = ranked(ended, self.mode)[: self.e.sweep.num_to_keep]
         # Deleting what is no more wanted takes its time on a slow disk.
@@ -120,6 +124,7 @@ class SweepDriver:
                 reason = self._search(available)
         except Interrupted:
             error = self.interrupts.stopped()
+            self._say_stopping(self.interrupts.reason)
         except Exception as failed:  # noqa: BLE001  whatever it is, the sweep is closed truthfully, then it is told
             error = failed
         self.interrupts.deferred = True
@@ -134,6 +139,9 @@ class SweepDriver:
         except Interrupted:  # a second signal
             outcome = self._outcome(reason, error)
             self.display.say(f"forced: what MLflow was not told is in {self.storage.uri}; resume sends it")
+        except (RaytrainerError, OSError) as failed:
+            outcome = self._outcome(reason, error or failed)
+            self.display.say(f"warning: not everything was written: {type(failed).__name__}: {failed}")
         self._tidy.shutdown(wait=outcome.status != "KILLED", cancel_futures=True)
         self.record = replace(self.record, status=outcome.status)
         for write in (self.ledger.close, lambda: self.record.write(self.storage)):
@@ -216,6 +224,8 @@ class SweepDriver:
             trials=[t for t in self.ledger.trials.values() if t.status not in ("running", "stopped")],
             time_budget_s=e.sweep.time_budget_s,
         )
+        wanted = {resource: share * workers for resource, share in each.items()}
+        self._waiting = Waiting(self.display, supervise, wanted, available)
         self.interrupts.deferred = True  # a signal is heeded between two decisions, where Ray's calls are whole
         with supervise.WorkerOutput(lambda rank, message: None, self._said):
             reason = search.run(
@@ -225,13 +235,14 @@ class SweepDriver:
                 resources=supervise.trial_resources(each, workers, e.scaling.placement_strategy),
                 limit=limit,
                 between=self._between,
+                drain_s=_DRAIN_S if self._ship else 0.0,
             )
         if reason != "finished":
             budget = duration(self.e.sweep.time_budget_s or 0)
             self._say_stopping(f"its time of {budget} (sweep.time_budget_s) is over")
         return reason
 
-    def _between(self) -> None:
+    def _between(self, waits: bool) -> None:
         from raytrainer import supervise
 
         if self._stop_asked():
@@ -243,12 +254,18 @@ class SweepDriver:
         if part := supervise.dead_part():
             raise ClusterLost(f"Ray's {part} died")
         assert self._board is not None
-        self._board.tick()
+        assert self._waiting is not None
+        self._waiting.look(lambda: waits, time.monotonic())
+        if not waits:
+            self._board.tick()
 
     def _say_stopping(self, why: str) -> None:
+        if self._stopping:
+            return
+        self._stopping = True
         running = sum(trial.status == "running" for trial in self.ledger.trials.values())
-        trials = f"{running} trial{'' if running == 1 else 's'}"
-        self.display.say(f"{why}: stopping {trials}, which can go on from their last checkpoints")
+        trials = f" {running} trial{'' if running == 1 else 's'}, which can go on from the last checkpoint"
+        self.display.say(f"{why}: stopping{trials if running else ''}")
 
     def _fixed(self, gpu: bool) -> list[str]:
         """What every trial has on top of its config."""
@@ -431,6 +448,7 @@ class SweepDriver:
                 writing.result(_DRAW_STOPPED_S if stopped else None)
             except TimeoutError:
                 self.display.say("warning: not all results are written yet, and nobody waits for them")
+        outcome = replace(outcome, weights=self._weights(outcome.trials))
         run = self._opened(opening, stopped)
         if run is not None:
             if stopped:
@@ -489,6 +507,27 @@ class SweepDriver:
         if outcome.trials:
             with results.as_folder(self.storage) as folder:
                 run.log_artifact(folder)
+
+    def _weights(self, trials: Sequence[Trial]) -> str | None:
+        """Where the best trial's weights are, and of which step: not of each evaluation is there a checkpoint."""
+        from raytrainer.checkpoint import Checkpointer
+
+        for trial in ranked(trials, self.mode)[:1]:
+            report, c = trial.best(self.mode), self.e.checkpoint
+            assert report is not None
+            try:
+                checkpoints = Checkpointer(self._trial_dir(trial).child("checkpoints"), mode=c.mode)
+                found, best = checkpoints.list(), checkpoints.best() if self.plan.metric == c.monitor else None
+            except RaytrainerError as error:
+                return f"cannot be read: {error}"
+            exact = next((info for info in found if info.step == report.step), None)
+            if exact is not None:
+                return exact.path
+            if found:
+                info = best or found[-1]
+                apart = _INTERVAL_S if c.min_interval_s is None else c.min_interval_s
+                return f"of step {info.step}, checkpoints being at least {apart:g} s apart (checkpoint.min_interval_s): {info.path}"
+        return None
 
     def _write_results(self, outcome: SweepOutcome) -> None:
         try:

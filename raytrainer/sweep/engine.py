@@ -117,7 +117,8 @@ class Search:
         storage_path: str,
         resources: Any,
         limit: int,
-        between: Callable[[], None],
+        between: Callable[[bool], None],
+        drain_s: float = 0.0,
     ) -> str:
         """Runs trials until there are enough; returns `finished` or `time budget`.
 
@@ -126,8 +127,9 @@ class Search:
             name, storage_path: Where Tune keeps what a scheduler has it keep.
             resources: Of a trial.
             limit: The most trials at a time.
-            between: Called between two decisions, several times a second; what it raises ends the sweep, every process
-                of a trial killed.
+            between: Called between two decisions, several times a second, with whether all trials wait for a place;
+                what it raises ends the sweep, every process of a trial killed.
+            drain_s: How long, when all trials have ended, their processes have for what they still send.
 
         Raises:
             ConfigError: A trial failed by what every other would fail by, too; or the scheduler needs to know how many
@@ -154,12 +156,14 @@ class Search:
         budget, began = self._config.time_budget_s, time.monotonic()
         try:
             while not controller.is_finished():
-                between()
+                between(controller.waits)
                 if budget is not None and time.monotonic() - began >= budget:
                     return "time budget"
                 controller.step()
                 if self._hopeless is not None:
                     raise self._hopeless
+            if drain_s:
+                controller.drain(drain_s)
             return "finished"
         finally:
             controller.abandon()

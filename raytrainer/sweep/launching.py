@@ -88,11 +88,12 @@ def resume_words(plan: Plan, ledger: Ledger) -> str:
     retried = len(to_retry(plan, ledger))
     open_ = sum(t.status in ("running", "stopped") for t in trials)
     failed = sum(t.status == "failed" and not t.diverged for t in trials) - retried
-    parts = [f"{len(trials) - open_ - retried} trials have ended and are kept"]
+    kept = len(trials) - open_ - retried
+    parts = [f"{kept} trial{' has' if kept == 1 else 's have'} ended and {'is' if kept == 1 else 'are'} kept"]
     parts += [f"{open_} {'goes' if open_ == 1 else 'go'} on"] if open_ else []
     parts += [f"{retried} that failed {'is' if retried == 1 else 'are'} tried again"] if retried else []
     if total is None or total > len(trials):
-        parts.append("the rest is drawn" if total is None else f"{total - len(trials)} more are drawn")
+        parts.append("what was not drawn yet is drawn" if total is None else f"{total - len(trials)} more are drawn")
     told = "going on: " + ", ".join(parts)
     if failed and not retried:
         more = plan.experiment.sweep.max_trial_failures + 1

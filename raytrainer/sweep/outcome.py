@@ -28,6 +28,7 @@ class SweepOutcome:
         plan: What was swept.
         trials: All, of earlier attempts too.
         note: What ended it before all trials were drawn.
+        weights: Which weights of the best trial there are, and where.
         resumable: Whether going on would help; else it takes another config.
     """
 
@@ -39,6 +40,7 @@ class SweepOutcome:
     trials: Sequence[Trial] = ()
     cause: str | None = None
     note: str | None = None
+    weights: str | None = None
     resumable: bool = True
     mlflow: str | None = None
     mlflow_command: str | None = None
@@ -81,6 +83,8 @@ def summary(outcome: SweepOutcome, program: str) -> str:
         rows.append(("", command_line(program, plan.options, plan.fixed, overrides)))
         if len(path := stretches(best[0], report, outcome.trials)) > 1:
             rows.append(("", f"schedule: {schedule_text(path)}; trained under all of it, the command has the last"))
+        if outcome.weights is not None:
+            rows.append(("weights", outcome.weights))
     following = [outcome.mlflow_command] if outcome.mlflow_command else []
     if best and "://" not in record.run_dir:
         following.append(f"{program} --config-dir={shlex.quote(record.run_dir + '/best')} experiment=best")

@@ -11,6 +11,7 @@ import json
 import math
 import queue
 import threading
+import time
 import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,7 @@ from raytrainer.sweep.search import RUN, TRIAL
 # By these every other trial would fail, too.
 _HOPELESS = ("ConfigError: sweep.metric=", "ConfigError: storage_path=")
 _SOURCE = "trial.json"  # beside a checkpoint that Tune carries: whose it is
+_DRAIN_S = 10.0  # for what is still to be sent when a process ends
 _ENDS_S = 30.0  # a stopped trial has so long for its own cleaning up; its workers are killed in so long
 # Workers are not asked for a checkpoint when a trial is paused or copied: there is one of each evaluation.
 _AT_EACH_EVALUATION = ("checkpoint.every_n_steps=null", "checkpoint.min_interval_s=0")
@@ -124,6 +126,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
     _last: dict[str, Any]
     _inherited: dict[str, Any] | None  # whose checkpoint the trial was given
     _heard: int  # evaluations before the checkpoint that Tune gave: it has their results
+    _background: list[threading.Thread]  # what is left to do of trials that have ended
     _group: tuple[Any, threading.Event] | None  # the workers of a trial that has several, and whether they are gone
 
     def setup(self, config: dict[str, Any], shared: Shared) -> None:
@@ -132,7 +135,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
         # What is imported by now stays: the collector need not look through it after each trial.
         gc.collect()
         gc.freeze()
-        self._shared = shared
+        self._shared, self._background = shared, []
         self._take(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -177,6 +180,13 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
 
     def cleanup(self) -> None:
         self._end()
+        self.drain()
+
+    def drain(self) -> None:
+        """Waits for what trials that have ended still do: send their last metrics, where this process sends them."""
+        until = time.monotonic() + _DRAIN_S
+        for thread in self._background:
+            thread.join(max(0.0, until - time.monotonic()))
 
     # --- one trial ------------------------------------------------------------------------------------------------
 
@@ -224,9 +234,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
 
     def _train_here(self) -> dict[str, Any]:
         world = worker.inline_world(self._shared.gpu)
-        return worker.run(
-            self._job, world, emit=lambda message: None, report=self._report, later=lambda work: _in_background(work)
-        )
+        return worker.run(self._job, world, emit=lambda message: None, report=self._report, later=self._in_background)
 
     def _train_on_workers(self) -> dict[str, Any]:
         from raytrainer import supervise
@@ -314,6 +322,11 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
             last |= {"objective": worst(self._shared.mode), "training_iteration": max(self._evaluation, 1)}
         return last | {"end": json.dumps(end), "done": True}
 
+    def _in_background(self, work: Callable[[], None]) -> None:
+        self._background = [thread for thread in self._background if thread.is_alive()]
+        self._background.append(threading.Thread(target=work, name="trial-end", daemon=True))
+        self._background[-1].start()
+
     def _end(self) -> None:
         """The training thread is over when this returns, whatever it was in.
 
@@ -337,7 +350,3 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
             raise WorkerError(f"trial {self._trial} was stopped, and did not end in {_ENDS_S:g} s")
         self._trainer = self._thread = self._group = None
         gc.collect()
-
-
-def _in_background(work: Callable[[], None]) -> None:
-    threading.Thread(target=work, name="trial-end", daemon=True).start()

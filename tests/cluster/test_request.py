@@ -711,7 +711,7 @@ def test_dry_run_of_what_was_run_before(project: Path, here: Callable[..., Said]
         (["experiment=mlp", "name=x", "cluster=inline"], "ok: x would train: inline, in this process, on "),
         (
             ["-m", "experiment=mlp", "name=x", "sweep=grid", "seed=1,2"],
-            "ok: x would run sweep=grid over seed, each on local",
+            "ok: x would run 2 trials of sweep=grid over seed, each on local",
         ),
     ],
 )

@@ -120,7 +120,7 @@ def test_existing_cluster(cluster: RayCluster, undisturbed: Path) -> None:
 
 def test_killed_driver_on_an_existing_cluster(cluster: RayCluster, undisturbed: Path, tmp_path: Path) -> None:
     """Fault 4: workers and placement group go though the cluster stays; `resume` ends at the same weights."""
-    arguments = [*RUN, *on(cluster), *observed(0.2), f"+callbacks.steps.folder={tmp_path}/steps"]
+    arguments = [*RUN, *on(cluster), *observed(0.1), f"+callbacks.steps.folder={tmp_path}/steps"]
     with launch(tmp_path, *arguments) as run:
         run.reaches(14)
         workers = [psutil.Process(steps_of(run.steps, rank)[-1].pid) for rank in range(2)]

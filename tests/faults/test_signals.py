@@ -53,7 +53,7 @@ def test_while_composing(number: signal.Signals, tmp_path: Path) -> None:
     """Nothing was started; nothing is left."""
     draw = seeded(f"composing, {number.name}")
     for _ in range(3):
-        with launch(tmp_path, *LONG) as run:
+        with launch(tmp_path, *LONG, store=False) as run:
             time.sleep(draw.uniform(0.05, 0.6))
             stopped(run, number, group=number == SIGINT)
     assert not (tmp_path / "runs").exists()
@@ -62,7 +62,7 @@ def test_while_composing(number: signal.Signals, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("number", "group"), [(SIGINT, True), (SIGTERM, False)])
 def test_while_ray_starts(number: signal.Signals, group: bool, tmp_path: Path) -> None:
     draw = seeded(f"starting, {number.name}, {group}")
-    with launch(tmp_path, *LONG, TWO, *observed()) as run:
+    with launch(tmp_path, *LONG, TWO, *observed(), store=False) as run:
         run.said("local Ray")
         time.sleep(draw.uniform(0, 8))
         stopped(run, number, group=group)

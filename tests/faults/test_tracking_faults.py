@@ -63,7 +63,7 @@ def test_dies_in_the_middle(server: MlflowServer, tmp_path: Path) -> None:
     """Fault 18: it answers 500, is killed, and comes back. No step waits for it, and every row is there once."""
     proxy = Proxy(server.port)
     options = [f"tracking.tracking_uri={proxy.uri}", "trainer.max_epochs=26", "trainer.eval_every_n_steps=0"]
-    with launch(tmp_path, *INLINE, *options, "checkpoint.every_n_steps=1000", *observed(0.05)) as run:
+    with launch(tmp_path, *INLINE, *options, "checkpoint.every_n_steps=1000", *observed(0.03)) as run:
         run.reaches(20)
         proxy.status = 500
         run.reaches(90)

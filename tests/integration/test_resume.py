@@ -32,11 +32,11 @@ from tests.launches import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-STEPS, EVERY, PAUSE_S = 60, 7, 0.02
+STEPS, EVERY, PAUSE_S = 48, 7, 0.02
 # Workers outlive a killed driver by up to two seconds, and must not get to the end in them.
 SLOWER_S = 0.2
 SLOWER = f"callbacks.steps.pause_s={SLOWER_S}"
-KILLS = 3
+KILLS = 2  # the second hits a run that has gone on once
 COMMON = [
     f"trainer.max_steps={STEPS}",
     "trainer.max_epochs=null",
@@ -160,8 +160,8 @@ def test_a_killed_driver_changes_nothing(experiment: str, undisturbed: Any, tmp_
 
 def test_four_workers(undisturbed: Any, tmp_path: Path) -> None:
     """More than two ranks add up gradients in an order that a restart must not change: a killed driver, then a worker."""
-    reference, draw = undisturbed("resnet", 4), seeded("four workers")
-    first, second = points(draw, 2, margin=14)
+    reference, draw = undisturbed("mlp", 4), seeded("four workers")
+    first, second = points(draw, 2, margin=20)
     kills = [kill_driver(tmp_path, draw, first, *reference.arguments, SLOWER)]
     with launch(tmp_path, "resume", "run") as run:
         gone = pids(run, 4)

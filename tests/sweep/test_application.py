@@ -148,7 +148,11 @@ def test_a_trial_that_raises_fails_by_its_cause(mixed: Sweep) -> None:
         assert "ValueError: as it was told" in log
     for trial in of_kind(mixed, "leaves"):
         assert (trial.status, trial.cause) == ("failed", "RuntimeError: main() raised SystemExit('enough')")
+        told = (mixed.folder / "swept" / (trial.error or "")).read_text()
+        assert told.startswith("Traceback")
+        assert told.endswith("SystemExit: enough\n")
     assert "ValueError: as it was told" in mixed.ended.err
+    assert mixed.ended.out.count("/error.txt") == 5  # of the first that are named
 
 
 def test_a_trial_without_a_number_is_told_what_to_return(mixed: Sweep) -> None:

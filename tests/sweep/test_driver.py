@@ -210,6 +210,7 @@ def test_a_resume_that_is_stopped_at_once_ends_the_runs_that_a_killed_driver_lef
     shutil.rmtree(place.storage.local_path / "trials/0002/spool")
     outcome = place.attempt(interrupted)
     assert (outcome.status, outcome.exit_code) == ("KILLED", 130)
+    assert place.said.getvalue().count("interrupted: stopping 2 trials, which can go on") == 1
     assert (place.status(), place.status("0001"), place.status("0002")) == ("KILLED", "KILLED", "KILLED")
     assert ended(place) == {"0001": "stopped", "0002": "stopped"}
     tags = [run.tags for run in place.server.runs.values() if run.name != "sweep"]
@@ -364,3 +365,26 @@ def test_what_was_taken_over_before_all_was_killed_is_written_down(place: Place,
 
     for _ in range(2):  # and once only
         place.attempt(script)
+
+
+def test_which_weights_of_the_best_there_are_is_told(place: Place) -> None:
+    """Checkpoints are some seconds apart: of the best evaluation there may be none."""
+
+    def script(sweep: Acting) -> str:
+        trial = sweep.starts()
+        sweep.reports(trial, 0.5, 0.6, 0.9 + 0.01 * len(saved), 0.7)
+        for step, value in saved:
+            checkpoints = Checkpointer(sweep._trial_dir(trial).child("checkpoints"), num_to_keep=None, mode="max")
+            checkpoints.save(step, {"model": {}}, {}, metric=value)
+            checkpoints.close()
+        sweep.ends(trial)
+        return "finished"
+
+    saved: list[tuple[int, float]] = []
+    assert place.attempt(script).weights is None
+    saved = [(20, 0.6), (40, 0.7)]
+    weights = place.attempt(script).weights or ""
+    assert weights.startswith("of step 40, checkpoints being at least 10 s apart (checkpoint.min_interval_s): /")
+    assert weights.endswith(
+        next(path.name for path in (place.storage.local_path / "trials/0002/checkpoints").glob("*40*"))
+    )

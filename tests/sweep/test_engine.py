@@ -124,6 +124,7 @@ class Sweep:
     running: set[str] = field(default_factory=set)
     most: int = 0
     between: Callable[[], None] = lambda: None
+    waits: Callable[[bool], None] = lambda found: None
     on_start: Callable[[], None] = lambda: None
     on_report: Callable[[], None] = lambda: None
     on_end: Callable[[], None] = lambda: None
@@ -150,10 +151,14 @@ class Sweep:
                 storage_path=str(self.folder),
                 resources=supervise.trial_resources({"CPU": 1}, 1, "PACK"),
                 limit=self.limit,
-                between=self.between,
+                between=self._between,
             )
         finally:
             self.ledger.close()
+
+    def _between(self, waits: bool) -> None:
+        self.between()
+        self.waits(waits)
 
     def _start(self, trial: Trial) -> None:
         self.started.append(trial.id)
@@ -210,6 +215,27 @@ def test_the_time_is_over(sweep: Callable[..., Sweep]) -> None:
     assert one.run() == "time budget"
     assert time.monotonic() - began < 12
     assert [trial.status for trial in one.trials.values()] == ["finished", "finished", "running"]
+
+
+def test_it_is_known_whether_all_of_it_waits_for_a_place(sweep: Callable[..., Sweep]) -> None:
+    """Another holds all CPUs, and lets go when the sweep has said so some times."""
+    import ray
+
+    holder = ray.remote(num_cpus=2)(type("Holder", (), {"is_there": lambda self: True})).remote()
+    ray.get(holder.is_there.remote())
+    one, seen = sweep(num_samples=2), list[bool]()
+
+    def waits(found: bool) -> None:
+        seen.append(found)
+        if seen.count(True) == 3:
+            ray.kill(holder)
+
+    one.waits = waits
+    assert one.run() == "finished"
+    first = seen.index(True)
+    last = len(seen) - 1 - seen[::-1].index(True)
+    assert last - first + 1 == seen.count(True)
+    assert not seen[-1]
 
 
 def test_what_is_raised_between_two_decisions_ends_it_with_its_processes(sweep: Callable[..., Sweep]) -> None:

@@ -47,7 +47,7 @@ def test_what_going_on_does(ledger: Ledger) -> None:
     )
     words = resume_words(plan(failures=1), ledger)
     assert words == "going on: 3 trials have ended and are kept, 1 goes on, 2 that failed are tried again"
-    assert "the rest is drawn" in resume_words(plan(total=None), ledger)
+    assert "what was not drawn yet is drawn" in resume_words(plan(total=None), ledger)
 
 
 def test_fewer_trials_than_there_are_already(ledger: Ledger) -> None:

@@ -33,7 +33,9 @@ from raytrainer.sweep import trial
 from raytrainer.sweep.ledger import WORST
 from raytrainer.sweep.search import RUN, TRIAL
 from raytrainer.sweep.trial import Shared, TrialProcess
+from raytrainer.tracking.sender import LOCAL_ID_TAG
 from tests.launches import OUTSIDE, assert_equal_states
+from tests.tracking.fakes import FakeServer
 
 pytestmark = pytest.mark.usefixtures("in_tmp", "outside")
 
@@ -443,3 +445,21 @@ def test_a_disk_that_is_each_nodes_own_is_refused(process: Callable[..., Process
     assert f"ConfigError: storage_path={Path('runs').absolute()} is not the same place on" in end(said)["cause"]
     record.write(Storage(Path("runs/sweep").absolute()))
     assert end(process(shared(mark=record.mark), config(2)).steps())["status"] == "finished"
+
+
+def test_the_last_metrics_are_sent_before_a_process_ends(
+    process: Callable[..., Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another node than the driver's a process sends its trials' metrics itself, and nobody else can."""
+    server = FakeServer()
+    run_id = server.create_run(server.experiment("exp", None), "sweep.0001", {LOCAL_ID_TAG: "offline-1"}, None)
+    server.before = lambda name: time.sleep(0.05)
+    monkeypatch.setattr("raytrainer.tracking.sender.Server", lambda *_, **__: server)
+    fixed = ["scaling.use_gpu=false", "tracking.tracking_uri=http://tracking.example", "tracking.experiment_name=exp"]
+    of = shared(ship=True, tracking_uri="http://tracking.example", fixed=fixed)
+    one = process(of, config(1, **{RUN: "offline-1"}))
+    assert end(one.steps())["status"] == "finished"
+    one.tune.drain()
+    rows = {(row.key, row.step) for row in server.runs[run_id].rows}
+    assert {("val/accuracy", 11 * epoch) for epoch in range(1, EPOCHS + 1)} <= rows
+    assert not one.tune._background[0].is_alive()

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
@@ -38,6 +37,7 @@ from raytrainer.tracking import (
 from raytrainer.tracking.rest import Rest
 from raytrainer.tracking.server import Server
 from raytrainer.tracking.spool import Row, Spool
+from tests.launches import empty_store
 
 ROOT = Path(__file__).parents[2]
 SLOW_S = 30.0
@@ -52,6 +52,8 @@ class MlflowServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        if not (self.folder / "db").exists():
+            (self.folder / "db").write_bytes(empty_store())
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--backend-store-uri", f"sqlite:///{self.folder}/db", "--workers", "1"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
@@ -140,32 +142,12 @@ class Proxy:
         self._listener.close()
 
 
-class Slow(NamedTuple):
-    run: Run
-    tracker: MlflowTracker
-    folder: Path
-    proxy: Proxy
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
     server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
     server.start()
     yield server
     server.stop()
-
-
-@pytest.fixture(scope="module")
-def slow(server: MlflowServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slow]:
-    """A run whose every batch takes 30 s: begun first, looked at last, so that the other tests run meanwhile."""
-    proxy = Proxy(server.port)
-    folder = tmp_path_factory.mktemp("slow")
-    run = begin(proxy.uri, folder)
-    proxy.delay = lambda path: SLOW_S if path.endswith("log-batch") else 0.0
-    tracker = MlflowTracker(run.run_id, proxy.uri, folder, flush_interval_s=0.1, system_metrics=False)
-    tracker.log_metrics({"a": 0.0}, 0)
-    yield Slow(run, tracker, folder, proxy)
-    proxy.close()
 
 
 @pytest.fixture
@@ -190,7 +172,7 @@ def expected(keys: str, last: int) -> dict[tuple[str, int], int]:
     return {(key, step): 1 for key in keys for step in range(last)}
 
 
-def test_plain_http_finds_what_mlflows_client_finds(server: MlflowServer, slow: object, tmp_path: Path) -> None:
+def test_plain_http_finds_what_mlflows_client_finds(server: MlflowServer, tmp_path: Path) -> None:
     uri = f"http://127.0.0.1:{server.port}"
     for name, where in (("one", "here"), ("two", None)):
         tags = {"raytrainer.name": name, "raytrainer.run_dir": "/x", **({"raytrainer.where": where} if where else {})}
@@ -224,7 +206,7 @@ def test_an_answer_that_is_lost_is_sent_again_and_swallowed(
     assert server.counts(run.run_id) == expected("ab", 1200)
 
 
-def test_a_server_that_answers_500_in_between(server: MlflowServer, slow: object, proxy: Proxy, tmp_path: Path) -> None:
+def test_a_server_that_answers_500_in_between(server: MlflowServer, proxy: Proxy, tmp_path: Path) -> None:
     check_tracking(proxy.uri)
     run = begin(proxy.uri, tmp_path, params={"p": "x" * 7000})
     proxy.status = 500
@@ -243,7 +225,7 @@ def test_a_server_that_answers_500_in_between(server: MlflowServer, slow: object
 
 
 def test_the_default_store_works_in_any_folder_and_says_nothing(
-    slow: object, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "a é#% b" / ("long" * 40)
     folder.mkdir(parents=True)
@@ -260,7 +242,7 @@ def test_the_default_store_works_in_any_folder_and_says_nothing(
     assert capfd.readouterr() == ("", "")
 
 
-def test_two_that_create_an_experiment_at_once_get_the_same(server: MlflowServer, slow: object) -> None:
+def test_two_that_create_an_experiment_at_once_get_the_same(server: MlflowServer) -> None:
     uri = f"http://127.0.0.1:{server.port}"
     with ThreadPoolExecutor(4) as pool:
         made = list(pool.map(lambda _: Server(uri).experiment("race", None), range(4)))
@@ -268,9 +250,7 @@ def test_two_that_create_an_experiment_at_once_get_the_same(server: MlflowServer
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_credentials_refused(
-    slow: object, proxy: Proxy, tmp_path: Path, status: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_credentials_refused(proxy: Proxy, tmp_path: Path, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "very-secret")
     proxy.status = status
     with pytest.raises(TrackingDenied, match=str(status)) as caught:
@@ -305,7 +285,7 @@ def writer(*arguments: object) -> subprocess.Popen[str]:
 
 
 def test_a_writer_killed_while_it_sends_and_started_again_at_an_earlier_step(
-    server: MlflowServer, slow: object, tmp_path: Path
+    server: MlflowServer, tmp_path: Path
 ) -> None:
     uri = f"http://127.0.0.1:{server.port}"
     run = begin(uri, tmp_path)
@@ -327,21 +307,24 @@ def test_a_writer_killed_while_it_sends_and_started_again_at_an_earlier_step(
     assert run.finish("FINISHED")
 
 
-@pytest.mark.slow
-def test_a_server_that_takes_30_seconds_a_call(server: MlflowServer, slow: Slow) -> None:
-    run, tracker, folder, proxy = slow
-    until(lambda: server.counts(run.run_id) == expected("a", 1))
+def test_a_server_that_takes_30_seconds_a_call(server: MlflowServer, proxy: Proxy, tmp_path: Path) -> None:
+    run = begin(proxy.uri, tmp_path)
+    proxy.delay = lambda path: SLOW_S if path.endswith("log-batch") else 0.0
+    tracker = MlflowTracker(run.run_id, proxy.uri, tmp_path, flush_interval_s=0.1, system_metrics=False)
+    tracker.log_metrics({"a": 0.0}, 0)
+    until(lambda: any(path.endswith("log-batch") for path in proxy.paths))
+    start = time.monotonic()
     for step in range(1, 400):
         tracker.log_metrics({"a": float(step)}, step)
-    until(lambda: Spool(folder).size() > 400 * 20, 5.0)  # on disk, though the sender sits in a call
-    start = time.monotonic()
+    until(lambda: Spool(tmp_path).size() > 400 * 20, 5.0)  # on disk, though the sender sits in a call
     tracker.close(timeout_s=1.0)
     assert time.monotonic() - start < 10
-    assert Spool(folder).pending()
+    assert Spool(tmp_path).pending()
+    assert not server.counts(run.run_id)
     proxy.ended.set()
     # What the hanging call sends, and what the driver sends after it, is each there once.
-    replay(folder, run.run_id, f"http://127.0.0.1:{server.port}")
-    assert server.counts(run.run_id) == expected("a", 400)
+    replay(tmp_path, run.run_id, f"http://127.0.0.1:{server.port}")
+    until(lambda: server.counts(run.run_id) == expected("a", 400))
 
 
 def test_a_server_that_is_away_when_it_starts_while_it_trains_and_when_it_ends(
