@@ -52,6 +52,7 @@ class ClusterFacts:
         most_addable: How many of those at a time.
         endless: It has an autoscaler that does not say how far it goes.
         holders: Who holds something.
+        head: The address of its head node, as its own machines know it; None: not known.
     """
 
     address: str
@@ -63,6 +64,7 @@ class ClusterFacts:
     most_addable: int = 0
     endless: bool = False
     holders: tuple[Holder, ...] = ()
+    head: str | None = None
 
     @property
     def total(self) -> dict[str, float]:
@@ -93,6 +95,15 @@ class ClusterFacts:
             if "<" in bounds and _numbers(has) >= _numbers(bounds["<"]):
                 return f"{self.address} has {name} {has}, and raytrainer needs one before {bounds['<']} there"
         return None
+
+    def other_versions(self, ray: str, python: str) -> list[str]:
+        """Where it has others than those given, of here, that will do as a rule; a sentence each."""
+        found = [("ray", self.ray_version, ray)] if self.ray_version != ray else []
+        if self.python_version is not None and _numbers(self.python_version)[:2] != _numbers(python)[:2]:
+            found.append(("Python", self.python_version, python))
+        return [
+            f"the cluster at {self.address} has {name} {there}, and here it is {here}" for name, there, here in found
+        ]
 
     def problems(self, e: Experiment) -> list[str]:
         """What a run asks for and the cluster can never have, with all nodes that it can add; a sentence each."""

@@ -5,6 +5,7 @@ Whoever follows a job can go at any time: nothing here keeps it alive, and nothi
 
 from __future__ import annotations
 
+import platform
 import re
 import signal
 import tempfile
@@ -392,10 +393,14 @@ def _check_cluster(request: Request, cluster: Jobs, say: Callable[[str], None]) 
     if problem := facts.version_problem():
         raise PreflightError([problem])
     compositions = request.asked.compositions.values() if isinstance(request.asked, Plan) else [request.asked]
-    found = [problem for composition in compositions for problem in facts.problems(composition.experiment)]
+    asked = [composition.experiment for composition in compositions]
+    found = [problem for e in asked for problem in facts.problems(e)]
+    if facts.head is not None and not preflight.is_this_machine(facts.head):
+        # Also behind an address on loopback, which may be a forwarded port.
+        found += [problem for e in asked for problem in preflight.check_reach(e, tracking_uri(e), lambda host: False)]
     preflight.refuse(list(dict.fromkeys(found)))
-    if facts.ray_version != (ours := metadata.version("ray")):
-        say(f"warning: the cluster at {request.address} has ray {facts.ray_version}, and here it is {ours}")
+    for text in facts.other_versions(metadata.version("ray"), platform.python_version()):
+        say(f"warning: {text}")
 
 
 def _number(job: Job) -> int:

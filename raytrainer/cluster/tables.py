@@ -81,6 +81,7 @@ def read(address: str, ray_version: str, python_version: str | None, tables: Tab
         most_addable=growth.most if growth is not None else 0,
         endless=growth is None or not nodes,  # one that is being started has none
         holders=_holders(held.by_job, tables.jobs),
+        head=next((node.get("node_ip") for node in alive if node.get("is_head_node")), None),
     )
 
 

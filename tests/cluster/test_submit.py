@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import platform
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -47,7 +48,9 @@ class Cluster:
     jobs: dict[str, JobInfo] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     known: ClusterFacts = field(
-        default_factory=lambda: ClusterFacts(ADDRESS, metadata.version("ray"), "3.12.1", ({"CPU": 8.0},))
+        default_factory=lambda: ClusterFacts(
+            ADDRESS, metadata.version("ray"), platform.python_version(), ({"CPU": 8.0},)
+        )
     )
     while_sending: Callable[[Request], None] = lambda request: None
     while_following: Callable[[], None] = lambda: None
@@ -374,6 +377,24 @@ def test_a_cluster_that_never_can_is_sent_nothing(
 def test_a_cluster_that_can_once_it_has_grown(cluster: Cluster) -> None:
     cluster.known = replace(cluster.known, addable=({"CPU": 8.0},), most_addable=1)
     assert sent("scaling.num_workers=9")[0].exit_code == 0
+
+
+def test_a_forwarded_port_is_not_this_machine(cluster: Cluster) -> None:
+    local = (f"storage_path={Path.cwd()}/runs", "tracking.tracking_uri=sqlite:///mlflow.db")
+    here = "cluster.address=http://127.0.0.1:8265"
+    cluster.known = replace(cluster.known, head="203.0.113.7")
+    with pytest.raises(PreflightError) as caught:
+        sent(here, *local)
+    assert [problem.partition("=")[0] for problem in caught.value.problems] == ["storage_path", "tracking.tracking_uri"]
+    assert cluster.jobs == {}
+    cluster.known = replace(cluster.known, head="127.0.0.1")
+    assert sent(here, *local)[0].exit_code == 0
+
+
+def test_another_python_is_told(cluster: Cluster) -> None:
+    cluster.known = replace(cluster.known, python_version="3.99.1")
+    here = platform.python_version()
+    assert f"warning: the cluster at {ADDRESS} has Python 3.99.1, and here it is {here}" in sent()[2]
 
 
 def test_what_it_cannot_reach_is_refused(cluster: Cluster) -> None:
