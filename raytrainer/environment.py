@@ -22,7 +22,7 @@ def provide(names: Sequence[str], env_file: str | None) -> None:
     missing = [name for name in names if name not in os.environ]
     if not missing:
         return
-    found = _read(Path(env_file)) if env_file is not None else {}
+    found = _read(Path(env_file).expanduser()) if env_file is not None else {}
     for name in missing:
         if name not in found:
             where = f"in the environment of this machine's Ray nor in cluster.env_file={env_file}"

@@ -27,6 +27,14 @@ def test_what_is_set_stays_and_the_rest_comes_from_the_file(env_file: Path, monk
     monkeypatch.delenv("PLANTED")
 
 
+def test_the_home_is_that_of_whoever_runs_it(env_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(env_file.parent))
+    monkeypatch.setenv("PLANTED", "")
+    monkeypatch.delenv("PLANTED")
+    provide(["PLANTED"], "~/env")
+    assert os.environ.pop("PLANTED") == "s3cr3t value"
+
+
 def test_only_named_ones_are_taken(env_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OTHER", raising=False)
     monkeypatch.setenv("PLANTED", "x")

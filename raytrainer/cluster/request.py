@@ -398,7 +398,20 @@ def problems(request: Request) -> tuple[list[str], list[str]]:
         e = composition.experiment
         refused += preflight.check_reach(e, tracking_uri(e))
         told += preflight.local_files(e, sent) if preflight.is_elsewhere(e) else []
+        told += _readable_token(e)
     return list(dict.fromkeys(refused)), list(dict.fromkeys(told))
+
+
+def _readable_token(e: Experiment) -> list[str]:
+    """A token that others on its way can read; a sentence."""
+    address, token = e.cluster.address or "", None
+    if e.cluster.kind == "job" and address.startswith("http://") and preflight.is_elsewhere(e):
+        with suppress(ConfigError):  # whoever speaks with the cluster says so
+            token = find_token(e.cluster.token_file)
+    if token is None:
+        return []
+    said = f"the token of {token.source} goes to {address} over plain http, and whoever can read it on its way has the cluster"
+    return [f"{said}: https://, through a proxy, unless the network is trusted (docs/clusters.md has one for nginx)"]
 
 
 # --- what goes along --------------------------------------------------------------------------------------------------

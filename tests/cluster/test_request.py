@@ -356,6 +356,19 @@ def test_a_password_in_the_changes_that_git_has_not_committed(patch: str) -> Non
     assert "git diff HEAD" in refusal(lambda: built(composition(), origin=replace(ORIGIN, patch=patch)))
 
 
+def test_a_token_that_can_be_read_on_its_way_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a-token-of-a-cluster")
+
+    def told(address: str) -> list[str]:
+        return request.problems(built(composition(f"cluster.address={address}")))[1]
+
+    (said,) = told("http://203.0.113.7:8265")
+    assert said.startswith("the token of RAY_AUTH_TOKEN goes to http://203.0.113.7:8265 over plain http")
+    assert told("https://203.0.113.7") == told("http://127.0.0.1:8265") == []
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # none is sent
+    assert told("http://203.0.113.7:8265") == []
+
+
 def test_what_stands_in_place_of_a_password_in_them_is_none() -> None:
     for patch in ("+f'https://{user}:{password}@{host}'\n", "+https://<TOKEN>@host and https://…@host\n"):
         built(composition(), origin=replace(ORIGIN, patch=patch))
