@@ -194,8 +194,8 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
         self._job, self._trial = self._shared.job(config), str(config[TRIAL])
         self._values = {p.key: config[p.key] for p in self._shared.parameters if p.key in config}
         worker.hello(0, self._trial)
-        self._storage = Storage(self._shared.run_dir).child(f"trials/{self._trial}")
-        self._checkpoints = self._storage.child("checkpoints")
+        self._place = Storage(self._shared.run_dir).child(f"trials/{self._trial}")
+        self._checkpoints = self._place.child("checkpoints")
         self._thread = self._trainer = self._inherited = self._group = None
         self._messages = queue.Queue()
         self._go = threading.Semaphore(0)
@@ -251,7 +251,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
             label_selector=None,
             max_failures=0,
             max_preemption_failures=-1,
-            ray_storage=self._storage,
+            ray_storage=self._place,
             attempt=f"attempt-{uuid.uuid4().hex[:12]}",
             progress=lambda: self._evaluation,
             on_retry=lambda text: None,
