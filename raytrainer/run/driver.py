@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import threading
 import time
 import traceback
@@ -24,6 +23,7 @@ from raytrainer.run.record import Outcome, Record, StopAsked, job_tags, tracking
 from raytrainer.run.session import ray_session
 from raytrainer.run.waiting import Waiting
 from raytrainer.storage import Lock, Storage
+from raytrainer.tracking.spool import spool_of
 
 if TYPE_CHECKING:
     from raytrainer.supervise import SupervisedTrainer
@@ -52,17 +52,10 @@ class Driver:
         self.composition, self.e, self.record, self.storage = composition, composition.experiment, record, storage
         self.display, self.logs, self.lock, self.interrupts = display, logs, lock, interrupts
         self.argv, self.where = list(argv), where
-        local = storage.is_local
         # The driver sends the metrics where it reads the disk that the worker writes them to: the worker then never
         # imports mlflow, which would cost it 1.3 s.
-        self.ship_here = local
-        spool = (
-            storage.local_path / "spool"
-            if local
-            # A person's own: another user of this machine may have a run of the same name.
-            else Path(tempfile.gettempdir(), f"raytrainer-{os.getuid()}", record.name, "spool")
-        )
-        self.spool_dir = spool
+        self.ship_here = storage.is_local
+        self.spool_dir = spool_of(storage)
         self.ray_trainer: SupervisedTrainer | None = None
         self.stop_asked = StopAsked(storage, record.job.get("submission_id"))
 

@@ -36,6 +36,8 @@ def check(composition: Composition, record: Record | None = None) -> str:
         raise ConfigError(f"cannot be used: {error}", key="storage_path", value=shown(e)) from error
     if e.debug:
         return "inline, one batch"
+    # First: what is asked of a storage that does not answer would take its client's patience, which is minutes.
+    preflight.refuse(preflight.check_storage(storage.check_writable, shown(e)))
     if record is None:
         refuse_existing(e, storage)
     if e.cluster.kind == "existing":
@@ -48,7 +50,6 @@ def check(composition: Composition, record: Record | None = None) -> str:
             *preflight.check_environment(e, os.environ),
             *preflight.check_resources(e, available, where),
             *preflight.check_reach(e, uri),
-            *preflight.check_storage(storage.check_writable, shown(e)),
             *preflight.check_tracking(tracking.check_tracking, uri, e.tracking.required),
         ]
     )

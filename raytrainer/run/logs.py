@@ -68,6 +68,8 @@ class Logs:
             self._temporary = tempfile.TemporaryDirectory()
             self.folder = Path(self._temporary.name, "logs")
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self._temporary is not None and self.storage.exists("logs"):
+            self.storage.download_tree("logs", self.folder)  # of earlier attempts, which are gone on with
         self._files: dict[str, _File] = {}
         self._marks: dict[str, float] = {}
         self.display.also = self._file("driver").write

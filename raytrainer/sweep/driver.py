@@ -36,8 +36,9 @@ from raytrainer.storage import Lock, Storage
 from raytrainer.sweep import results
 from raytrainer.sweep.ledger import ERROR, Ledger, Mode, Trial
 from raytrainer.sweep.outcome import Status, SweepOutcome
-from raytrainer.sweep.plan import Plan, trial_spool
+from raytrainer.sweep.plan import Plan
 from raytrainer.sweep.table import Board, ranked
+from raytrainer.tracking.spool import spool_of
 from raytrainer.tracking.tracker import metric_key
 
 _OPEN_S = 30.0  # importing mlflow and making a database, on a busy machine
@@ -78,7 +79,7 @@ class SweepDriver:
         self.plan, self.e, self.record, self.storage = plan, plan.experiment, record, storage
         self.display, self.logs, self.lock, self.interrupts = display, logs, lock, interrupts
         self.ledger, self.argv, self.where = ledger, list(argv), where
-        self.spool_dir = trial_spool(storage)
+        self.spool_dir = spool_of(storage)
         self.mode = cast(Mode, plan.mode)
         self._uri = tracking_uri(self.e, record.tracking_uri)
         self._stop_asked = StopAsked(storage, record.job.get("submission_id"))
@@ -285,7 +286,7 @@ class SweepDriver:
         assert self._fleet is not None
         for trial in self.ledger.trials.values():
             if trial.run_id is not None:
-                spool = trial_spool(self._trial_dir(trial))
+                spool = spool_of(self._trial_dir(trial))
                 self._of_spool[spool] = trial.id
                 if self._fleet.adopt(spool, trial.run_id):
                     self._known.add(trial.id)
@@ -297,7 +298,7 @@ class SweepDriver:
 
     def _open_trial(self, trial: Trial) -> str:
         assert self._fleet is not None
-        spool = trial_spool(self._trial_dir(trial))
+        spool = spool_of(self._trial_dir(trial))
         self._of_spool[spool] = trial.id
         self._known.add(trial.id)
         return self._fleet.open(
@@ -339,7 +340,7 @@ class SweepDriver:
         if trial.error is not None:
             with contextlib.suppress(StorageError):  # the cause is told all the same
                 texts[ERROR] = self.storage.read_bytes(trial.error).decode(errors="replace")
-        spool = trial_spool(self._trial_dir(trial))
+        spool = spool_of(self._trial_dir(trial))
         self._fleet.finish(spool, _IN_MLFLOW[trial.status], trial.cause, tags=tags, metrics=metrics, texts=texts)
 
     def _retain(self, ended: Trial) -> None:

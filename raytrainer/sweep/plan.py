@@ -3,12 +3,9 @@ All that can be known beforehand is refused here."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -247,14 +244,6 @@ def _one_of_each(parameters: Sequence[Parameter]) -> dict[str, str]:
 def choices_of(parameters: Sequence[Parameter], values: Mapping[str, Any]) -> str:
     """The group choices among a trial's values, as one text: what its composition is found by."""
     return " ".join(sorted(p.override(values[p.key]) for p in parameters if p.group and p.key in values))
-
-
-def trial_spool(place: Storage) -> Path:
-    """Where the metrics of a sweep or trial wait for MLflow: with it, or on this machine where that is elsewhere."""
-    if place.is_local:
-        return place.local_path / "spool"
-    name = hashlib.sha256(place.uri.encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir(), f"raytrainer-{os.getuid()}", "spools", name)
 
 
 def check_plan(plan: Plan) -> None:

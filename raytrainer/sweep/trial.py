@@ -26,9 +26,10 @@ from raytrainer.config import Parameter
 from raytrainer.errors import ConfigError, NonFiniteLoss, WorkerError
 from raytrainer.storage import Storage
 from raytrainer.sweep.ledger import Mode, worst
-from raytrainer.sweep.plan import choices_of, trial_spool
+from raytrainer.sweep.plan import choices_of
 from raytrainer.sweep.reuse import as_found
 from raytrainer.sweep.search import RUN, TRIAL
+from raytrainer.tracking.spool import spool_of
 
 # By these every other trial would fail, too.
 _HOPELESS = ("ConfigError: sweep.metric=", "ConfigError: storage_path=")
@@ -90,7 +91,7 @@ class Shared:
             run_dir=run_dir.display,
             run_id=config[RUN] or None,
             tracking_uri=self.tracking_uri,
-            spool_dir=str(trial_spool(run_dir)),
+            spool_dir=str(spool_of(run_dir)),
             ship=self.ship,
             # A checkpoint that population based training copied in goes on with this trial's own values.
             changed=[p.key.removeprefix("optimizer.") for p in self.parameters if p.key.startswith("optimizer.")],

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raytrainer.errors import StorageError, StorageFull
+from raytrainer.storage import Storage
 
 FORMAT = 1
 MAX_ROWS = 1000  # MLflow's limits of one log_batch call: metrics, tags, and bytes of a request (1 MB) with a margin
@@ -34,6 +37,17 @@ MAX_BATCH_BYTES = 400_000
 
 _SEGMENT = re.compile(r"metrics-(\d{6,})-([0-9a-f]{8})\.jsonl")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+
+
+def spool_of(place: Storage) -> Path:
+    """Where the metrics of a run, sweep or trial wait for MLflow: with it, or on this machine where that is elsewhere.
+
+    There it is a person's own, and the place's: another user, or another storage, may have a run of the same name.
+    """
+    if place.is_local:
+        return place.local_path / "spool"
+    name = hashlib.sha256(place.display.encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir(), f"raytrainer-{os.getuid()}", "spools", name)
 
 
 class Row(NamedTuple):

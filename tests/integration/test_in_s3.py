@@ -31,7 +31,7 @@ from tests.launches import (
     seen,
     steps_of,
 )
-from tests.outside.servers import S3
+from tests.outside.servers import S3, free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -100,6 +100,15 @@ def test_a_run_whose_worker_and_then_driver_are_killed(in_s3: str, tmp_path: Pat
         for place in (Storage(f"{in_s3}/runs/{name}"), Storage(here / "runs" / "run"))
     )
     assert_equal_states(mine, undisturbed)
+
+
+def test_a_storage_that_is_away_is_refused(in_s3: str, tmp_path: Path) -> None:
+    away = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"}
+    ended = launched(tmp_path, "experiment=smoke", f"storage_path={in_s3}", environment=away).exits(2)
+    (line,) = ended.err.splitlines()
+    assert line.startswith(f"raytrainer: refused: storage_path={in_s3} cannot be used: {in_s3}")
+    assert "Could not connect to server" in line
+    assert list(tmp_path.glob("*.db")) == []
 
 
 def test_a_sweep_whose_driver_is_killed(s3: S3, in_s3: str, tmp_path: Path) -> None:

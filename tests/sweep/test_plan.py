@@ -12,7 +12,7 @@ from raytrainer.config import Composition, group_names
 from raytrainer.errors import ConfigError, StorageError
 from raytrainer.storage import Storage
 from raytrainer.sweep import Plan, make_plan
-from raytrainer.sweep.plan import choices_of, trial_spool
+from raytrainer.sweep.plan import choices_of
 from tests.launches import OUTSIDE
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
@@ -131,13 +131,6 @@ def test_too_many_combinations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raytrainer.sweep.plan._MOST_COMBINATIONS", 3)
     with pytest.raises(ConfigError, match=r"^model, optimizer are more than 3 combinations"):
         plan("model=mlp,resnet_digits", "optimizer=adamw,sgd")
-
-
-def test_where_metrics_wait(tmp_path: Path) -> None:
-    assert trial_spool(Storage(tmp_path)) == tmp_path / "spool"
-    elsewhere = trial_spool(Storage("s3://bucket/runs/sweep?endpoint_override=127.0.0.1:1&scheme=http"))
-    assert elsewhere.is_absolute()
-    assert elsewhere != trial_spool(Storage("s3://bucket/runs/other?endpoint_override=127.0.0.1:1&scheme=http"))
 
 
 def test_another_metric_needs_its_own_direction() -> None:

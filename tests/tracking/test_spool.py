@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 
 from raytrainer.errors import StorageError, StorageFull
-from raytrainer.tracking.spool import Row, RunNote, SegmentWriter, Spool, State, discard_if_finished, line, read_batch
+from raytrainer.storage import Storage
+from raytrainer.tracking.spool import (
+    Row,
+    RunNote,
+    SegmentWriter,
+    Spool,
+    State,
+    discard_if_finished,
+    line,
+    read_batch,
+    spool_of,
+)
 
 
 @pytest.fixture
@@ -21,6 +32,15 @@ def spool(tmp_path: Path) -> Spool:
 
 def lines(*rows: tuple[int, dict[str, float]]) -> bytes:
     return b"".join(line("m", 1000 + step, step, metrics) for step, metrics in rows)
+
+
+def test_where_metrics_wait(tmp_path: Path) -> None:
+    assert spool_of(Storage(tmp_path)) == tmp_path / "spool"
+    places = [Storage(f"s3://bucket/{root}/{name}?region=eu-1") for root in ("a", "b") for name in ("run", "other")]
+    assert len({spool_of(place) for place in places}) == 4  # also two runs of one name
+    assert all(spool_of(place).is_absolute() for place in places)
+    # A worker may know the place without its password.
+    assert spool_of(Storage("s3://KEY:secret@bucket/a")) == spool_of(Storage("s3://bucket/a"))
 
 
 def test_rows_come_back_as_they_were_with_nan_and_infinities(spool: Spool) -> None:

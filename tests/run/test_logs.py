@@ -1,0 +1,20 @@
+"""The logs of driver and ranks, wherever the run's directory is: those of one attempt come after those of the one before."""
+
+from __future__ import annotations
+
+import pytest
+
+from raytrainer.progress import Display
+from raytrainer.run import Logs
+from raytrainer.storage import Storage
+
+
+@pytest.mark.parametrize("storage", ["local", "pyarrow"], indirect=True)
+def test_attempts_follow_each_other(storage: Storage) -> None:
+    for attempt in ("first", "second"):
+        with Logs(storage, Display()) as logs:
+            logs.text_of("driver", f"the {attempt} attempt")
+            if attempt == "first":
+                logs.text_of("rank-0", "of a rank that the second has not")
+    assert storage.read_bytes("logs/driver.log").decode().splitlines() == ["the first attempt", "the second attempt"]
+    assert storage.exists("logs/rank-0.log")
