@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.resources
+import os
 import re
 import secrets
 import time
@@ -388,7 +389,8 @@ def _composition(cfg: DictConfig, overrides: tuple[str, ...], choices: tuple[tup
 
 def _experiment(cfg: DictConfig, choices: tuple[tuple[str, str], ...]) -> Experiment:
     try:
-        values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        with _standing_in(cfg):
+            values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise unresolved(_failing(cfg) or error.full_key, error) from error
     assert isinstance(values, dict)
@@ -399,6 +401,21 @@ def _experiment(cfg: DictConfig, choices: tuple[tuple[str, str], ...]) -> Experi
         raw = OmegaConf.to_container(cfg.cluster.runtime_env, resolve=False)
         check_references(raw, experiment.cluster.forward_env)
     return experiment
+
+
+@contextlib.contextmanager
+def _standing_in(cfg: DictConfig) -> Iterator[None]:
+    """While it is resolved here, something stands for the variables that only a shared cluster has: their names are known
+    from `cluster.forward_env`, and what is sent is the text with its references."""
+    shared = OmegaConf.select(cfg, "cluster.kind", throw_on_resolution_failure=False) in ("job", "kuberay")
+    names = OmegaConf.select(cfg, "cluster.forward_env", throw_on_resolution_failure=False) if shared else ()
+    absent = [name for name in names or () if isinstance(name, str) and name not in os.environ]
+    os.environ.update({name: f"({name} of the cluster)" for name in absent})
+    try:
+        yield
+    finally:
+        for name in absent:
+            del os.environ[name]
 
 
 def _failing(cfg: DictConfig) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -400,3 +401,17 @@ def test_flattened() -> None:
         "sweep.space.model.x": "1,2",
         "sweep.space.data/a_b": "3",
     }
+
+
+def test_a_variable_that_only_the_cluster_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ONLY_THERE", raising=False)
+    asked = ["experiment=mlp", "+model.key=${oc.env:ONLY_THERE}", "cluster.address=https://ray.example.com"]
+    composition = compose([*asked, "cluster=job", "cluster.forward_env=[ONLY_THERE]"])
+    assert composition.experiment.model is not None
+    assert composition.experiment.model["key"] == "(ONLY_THERE of the cluster)"
+    assert "${oc.env:ONLY_THERE}" in composition.text
+    assert "ONLY_THERE" not in os.environ
+    with pytest.raises(ConfigError, match="ONLY_THERE"):
+        compose([*asked, "cluster=job"])
+    with pytest.raises(ConfigError, match="ONLY_THERE"):
+        compose([*asked[:2], "cluster.forward_env=[ONLY_THERE]"])

@@ -203,7 +203,7 @@ def test_an_application_that_reports_is_pruned(tmp_path: Path) -> None:
             assert trial.best("min") is None
         else:
             assert len(interim) == 9
-            assert replace(trial.reports[-1], time=0.0) == Report(10, 90, x, {}, 0.0)
+            assert replace(trial.reports[-1], time=0.0, seconds=None) == Report(10, 90, x, {}, 0.0)
     best = min(trial.parameters["x"] for trial in finished)
     found = yaml.safe_load((tmp_path / "swept/optimization_results.yaml").read_text())
     assert (found["best_params"], found["best_value"]) == ({"x": best}, best)
