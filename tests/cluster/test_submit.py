@@ -33,7 +33,6 @@ ASKED = [
     "name=one",
     "cluster=job",
     f"cluster.address={ADDRESS}",
-    "storage_path=s3://bucket/runs",
     "tracking.tracking_uri=https://mlflow.example.com",
 ]
 
@@ -109,7 +108,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 
 def asked(*overrides: str) -> Composition:
-    return compose([*ASKED, *overrides])
+    shared = Path.cwd() / "shared"
+    return compose([*ASKED, f"cluster.shared_paths=[{shared}]", f"storage_path={shared}/runs", *overrides])
 
 
 def sent(*overrides: str, record: Record | None = None) -> tuple[Submission, str, list[str]]:
@@ -229,7 +229,7 @@ def test_an_answer_that_is_lost_is_no_second_job(cluster: Cluster) -> None:
 def test_a_run_that_goes_on_is_the_next_attempt(cluster: Cluster) -> None:
     sent()
     cluster.ends = [("SUCCEEDED", 0, "")] * 2
-    record = Record("one", "s3://bucket/runs/one", attempts=1, job={"submission_id": "one"})
+    record = Record("one", f"{Path.cwd()}/shared/runs/one", attempts=1, job={"submission_id": "one"})
     found, _, _ = sent("trainer.max_epochs=9", record=record)
     assert found.submission_id == "one--2"
     job = json.loads(cluster.requests[-1].files["request.json"])["job"]
@@ -333,10 +333,9 @@ def test_room_is_no_question_for_another_attempt(cluster: Cluster) -> None:
 
 def test_what_was_to_stop_is_not_sent_again(cluster: Cluster) -> None:
     cluster.ends = [DIED]
-    place = Storage(Path.cwd() / "store" / "one")
+    place = Storage(Path.cwd() / "shared" / "runs" / "one")
     cluster.while_following = lambda: place.write_bytes(STOP, b"{}")
-    shared = [f"cluster.shared_paths=[{Path.cwd()}]", f"storage_path={Path.cwd()}/store"]
-    found, _, _ = sent("cluster.retries=1", *shared)
+    found, _, _ = sent("cluster.retries=1")
     assert (found.status, found.exit_code, len(cluster.requests)) == ("KILLED", 143, 1)
 
 
@@ -437,6 +436,7 @@ def test_the_verbs_know_it_at_once(cluster: Cluster, monkeypatch: pytest.MonkeyP
 
     cluster.while_sending = look
     monkeypatch.setenv("STORE", "s3://KEY:password@bucket/runs")
+    monkeypatch.setattr("raytrainer.history.finding.reached", lambda known: known)  # there is no such bucket
     sent("cluster.wait=false", "storage_path=${oc.env:STORE}", "cluster.forward_env=[STORE]")
     known = look_up("one").record
     assert (known.run_dir, known.storage_path) == ("s3://bucket/runs/one", "${oc.env:STORE}")
