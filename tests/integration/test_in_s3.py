@@ -68,7 +68,7 @@ def test_a_run_whose_worker_and_then_driver_are_killed(in_s3: str, tmp_path: Pat
     there.mkdir()
     for place in (Storage(here / "data"), Storage(f"{in_s3}/data")):
         digits_below(place, tmp_path)
-    common = ["experiment=mlp", "model.dropout=0.3", "tracking.log_model=false", "trainer.max_epochs=4"]
+    common = ["experiment=mlp", "model.dropout=0.3", "tracking.log_model=false", "trainer.max_epochs=6"]
     common += ["trainer.log_every_n_steps=5", "checkpoint.every_n_steps=7"]
     # As many threads as a worker of one CPU has: their number decides the order of sums.
     one = {"OMP_NUM_THREADS": "1"}
@@ -76,7 +76,7 @@ def test_a_run_whose_worker_and_then_driver_are_killed(in_s3: str, tmp_path: Pat
 
     # Of its own, since what its metrics wait in is below the machine's temporary directory.
     name = f"run-{uuid.uuid4().hex[:8]}"
-    arguments = [*common, f"name={name}", f"storage_path={in_s3}/runs", *reads(f"{in_s3}/data"), *observed(0.1)]
+    arguments = [*common, f"name={name}", f"storage_path={in_s3}/runs", *reads(f"{in_s3}/data"), *observed(0.15)]
     with launch(there, *arguments, "failure.max_failures=1") as run:
         first = run.reaches(12)
         os.kill(first.pid, signal.SIGKILL)
@@ -104,7 +104,7 @@ def test_a_run_whose_worker_and_then_driver_are_killed(in_s3: str, tmp_path: Pat
 
 def test_a_storage_that_is_away_is_refused(in_s3: str, tmp_path: Path) -> None:
     away = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"}
-    ended = launched(tmp_path, "experiment=smoke", f"storage_path={in_s3}", environment=away).exits(2)
+    ended = launched(tmp_path, "experiment=smoke", f"storage_path={in_s3}", environment=away, store=False).exits(2)
     (line,) = ended.err.splitlines()
     assert line.startswith(f"raytrainer: refused: storage_path={in_s3} cannot be used: {in_s3}")
     assert "Could not connect to server" in line
