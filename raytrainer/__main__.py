@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+import threading
 from types import FrameType
 
 
@@ -20,7 +22,14 @@ def entry() -> None:
         signal.signal(number, _leave)
     from raytrainer.cli import main
 
-    sys.exit(main())
+    code = main()
+    # A question to Ray that nobody answered is still in its native code, which the end of the interpreter would crash.
+    if any(thread.name == "ray-probe" for thread in threading.enumerate()):
+        with contextlib.suppress(OSError):  # nobody reads any more
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

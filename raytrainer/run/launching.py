@@ -37,8 +37,8 @@ def check(composition: Composition, record: Record | None = None) -> str:
     if e.debug:
         return "inline, one batch"
     # First: what is asked of a storage that does not answer would take its client's patience, which is minutes.
-    preflight.refuse(preflight.check_storage(storage.check_writable, shown(e)))
-    if record is None:
+    unusable = preflight.check_storage(storage.check_writable, shown(e))
+    if record is None and not unusable:
         refuse_existing(e, storage)
     if e.cluster.kind == "existing":
         available, where = _existing_resources(e)
@@ -50,6 +50,7 @@ def check(composition: Composition, record: Record | None = None) -> str:
             *preflight.check_environment(e, os.environ),
             *preflight.check_resources(e, available, where),
             *preflight.check_reach(e, uri),
+            *unusable,
             *preflight.check_tracking(tracking.check_tracking, uri, e.tracking.required),
         ]
     )
