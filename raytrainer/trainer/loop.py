@@ -5,7 +5,6 @@ Knows neither Ray nor MLflow: it takes a `World` and listeners, and tells them w
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import math
@@ -27,7 +26,7 @@ from raytrainer.metrics import Monitor, Throughput, WeightedMeans
 from raytrainer.optim import build_optimizer, build_scheduler
 from raytrainer.parallel import Precision, World
 from raytrainer.state import load_weights
-from raytrainer.trainer import snapshot
+from raytrainer.trainer import evaluation, snapshot
 from raytrainer.trainer.profile import recorded
 
 _log = logging.getLogger("raytrainer.trainer")
@@ -198,7 +197,7 @@ class Trainer:
         for i, micro in enumerate(batch.micro):
             with parallel.synchronise(self.model, last=i == last):
                 with self.precision.autocast():
-                    values = dict(self.loss(self.model, self._prepare(micro.data)))
+                    values = dict(self.loss(self.model, self.prepare(micro.data)))
                 weight: Tensor | float = micro.size
                 if "weight" in values:
                     # Whole numbers too: in float32 their quotients below would cost a float64 run its digits.
@@ -235,37 +234,9 @@ class Trainer:
         self.step += 1
         self.throughput.add(batch.global_size)
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The loss and its other entries over the whole validation set, each sample counted once, on all ranks.
-
-        The weights are the EMA's where there is one, batch statistics the mean over ranks. Random states are put back.
-        """
-        if self.val_loader is None:
-            raise ConfigError("is not set: there is nothing to evaluate on", key="data.val")
-        model = self.raw_model if self.ema_model is None else self.ema_model
-        if self.ema_model is not None:
-            parallel.load_buffers(self.ema_model, dict(self.raw_model.named_buffers()))
-        means, kept = WeightedMeans(self.world.device, self.world.all_reduce), seeds.random_state()
-        # Each module's own: a part that a model keeps in eval() for good (a frozen backbone) must stay there.
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
-            batches = self.val_loader.batches(0, self.val_loader.steps_per_epoch)
-            with parallel.averaged_buffers(model, self.world), contextlib.closing(batches):
-                for batch in batches:
-                    for micro in batch.micro:
-                        with self.precision.autocast():
-                            values = dict(self.loss(model, self._prepare(micro.data)))
-                        weight = values.pop("weight", None)
-                        means.add(values, micro.size if weight is None else weight * (1 if micro.size else 0))
-                    if batch.ends_epoch:  # an iterable would go on for ever
-                        break
-        finally:
-            for module, training in modes.items():
-                module.training = training
-            seeds.set_random_state(kept)
-        return {f"val/{name}": value for name, value in means.reduce()[0].items()}
+        """The metrics of the whole validation set (evaluation.py); training is as it was before."""
+        return evaluation.evaluate(self)
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """For callbacks: figures that go out with the next log, under their own names. Call it on every rank."""
@@ -424,7 +395,8 @@ class Trainer:
         late = self.world.rank == 0 and time.monotonic() - self._saved_when >= interval
         return not bool(self.world.all_reduce(torch.tensor(float(late), device=self.world.device)))
 
-    def _prepare(self, data: Any) -> Any:
+    def prepare(self, data: Any) -> Any:
+        """A batch as the model takes it: in its type and memory format."""
         data = self.precision.cast(data)
         if self.experiment.trainer.channels_last:
             data = parallel.map_tensors(
@@ -442,7 +414,7 @@ class Trainer:
             if number == 0 and self.world.distributed:
                 random, buffers = seeds.random_state(), {k: b.clone() for k, b in self.raw_model.named_buffers()}
                 with self.precision.autocast():
-                    self.loss(self.model, self._prepare(batch.micro[-1].data))["loss"].backward()
+                    self.loss(self.model, self.prepare(batch.micro[-1].data))["loss"].backward()
                 self.optimizer.zero_grad(set_to_none=True)
                 parallel.load_buffers(self.raw_model, buffers)
                 seeds.set_random_state(random)
