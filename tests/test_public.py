@@ -37,7 +37,7 @@ PUBLIC = {
         Arrays Batch ColumnDataset Digits Loader MicroBatch ParquetDataset RandomCropFlip
     """,
     "raytrainer.models": """
-        MLP ResNet resnet101 resnet152 resnet18 resnet34 resnet50
+        MLP ResNet Transformer resnet101 resnet152 resnet18 resnet34 resnet50
     """,
     "raytrainer.storage": """
         Entry Lock Storage redacted
