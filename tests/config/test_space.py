@@ -335,7 +335,7 @@ HOW = "a sweep is a list a,b or choice(a,b), range(1,10), interval(0,1), "
         ("model=mlp,{x:1}", "model=mlp,{x:1} is over a group, whose choices are names; a name"),
         ("++model=a,b", "++model=a,b is a group, which ++ cannot choose from: +model=…"),
         ("seed=glob(*)", "seed=glob(*) is no group, and glob chooses among a group's configs"),
-        ("model=glob(nope*)", "model=glob(nope*) matches no choice of the group; valid: mlp, resnet18"),
+        ("model=glob(nope*)", "model=glob(nope*) matches no choice of the group; valid: gpt2_124m, llama_1b"),
         ("model=glob([1,2])", "model=glob([1,2]) must have patterns of names, as glob(*)"),
         # what no trial has of its own
         ("~seed=1,2", "~seed=1,2 cannot be swept: ~ deletes the key"),
