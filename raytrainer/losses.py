@@ -18,7 +18,8 @@ Field = str | int
 
 
 class CrossEntropy:
-    """Classification: the mean cross entropy over the samples, and the accuracy.
+    """Classification: the mean cross entropy over the samples, and the accuracy; for `metrics` the logits as `preds` and
+    class indices as `target`.
 
     Args:
         input: Where the batch has the model's input: a key of a dict; a position, if the batch is a tuple (a key
@@ -45,11 +46,13 @@ class CrossEntropy:
         logits = _at_least_single(model(_take(batch, "input", self.input, position=0)))
         loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
         classes = target.argmax(1) if target.is_floating_point() else target
-        return {"loss": loss, "accuracy": (logits.detach().argmax(1) == classes).to(loss.dtype).mean()}
+        preds = logits.detach()
+        accuracy = (preds.argmax(1) == classes).to(loss.dtype).mean()
+        return {"loss": loss, "accuracy": accuracy, "preds": preds, "target": classes}
 
 
 class MeanSquaredError:
-    """Regression: the mean squared difference over all values of all samples.
+    """Regression: the mean squared difference over all values of all samples; for `metrics` `preds` and `target`.
 
     Args:
         input: Where the batch has the model's input, as in `CrossEntropy`.
@@ -73,12 +76,14 @@ class MeanSquaredError:
                 key="loss.target",
                 value=self.target,
             )
-        return {"loss": F.mse_loss(prediction, target.to(prediction.dtype))}
+        target = target.to(prediction.dtype)
+        return {"loss": F.mse_loss(prediction, target), "preds": prediction.detach(), "target": target}
 
 
 class TokenCrossEntropy:
     """Language modelling: the mean cross entropy over the tokens that count, with their number as the weight, so that
-    the mean over micro-batches and ranks is one over all tokens however they are spread.
+    the mean over micro-batches and ranks is one over all tokens however they are spread. For `metrics` the logits as
+    `preds` `[N*T, V]` and all `target`s `[N*T]`: a metric needs the same `ignore_index`.
 
     Args:
         input: Where the batch has the token ids `[N, T]`, as in `CrossEntropy`.
@@ -107,8 +112,9 @@ class TokenCrossEntropy:
         # the device.
         mean_over = weight.clamp(min=1)
         loss = F.cross_entropy(logits, target, ignore_index=self.ignore_index, reduction="sum") / mean_over
-        right = ((logits.detach().argmax(-1) == target) & counted).sum()
-        return {"loss": loss, "weight": weight, "accuracy": right / mean_over}
+        preds = logits.detach()
+        right = ((preds.argmax(-1) == target) & counted).sum()
+        return {"loss": loss, "weight": weight, "accuracy": right / mean_over, "preds": preds, "target": target}
 
 
 def _at_least_single(output: Tensor) -> Tensor:

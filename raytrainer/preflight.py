@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
-from raytrainer.config import Experiment, check_targets, factory, locate, texts_of
+from raytrainer.config import Experiment, build, check_targets, factory, locate, texts_of
 from raytrainer.errors import CheckpointError, ConfigError, PreflightError, StorageError, TrackingError
 from raytrainer.events import HOOKS
 from raytrainer.storage import Storage
@@ -230,6 +230,14 @@ def check_objects(e: Experiment) -> None:
         # A misspelt hook would never be called. What a function returns is not known here.
         if isinstance(target, type) and not any(hasattr(target, hook) for hook in HOOKS):
             raise ConfigError("has none of the hooks", key=f"callbacks.{name}", value=target.__name__, choices=HOOKS)
+    for name, node in e.metrics.items():
+        target = locate(f"metrics.{name}", node["_target_"]) if node else None
+        lacks = [method for method in ("update", "compute", "reset") if not hasattr(target, method)]
+        if isinstance(target, type) and lacks and target.__module__.partition(".")[0] != "torchmetrics":
+            raise ConfigError(f"has no {lacks[0]}(), which a metric has", key=f"metrics.{name}", value=target.__name__)
+        # Their classes take any keyword, and refuse a misspelt one only when they are made.
+        if node and str(node["_target_"]).startswith("torchmetrics."):
+            build(node)
 
 
 def check_init_from(e: Experiment, run_dir: str) -> None:

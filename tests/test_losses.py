@@ -32,7 +32,9 @@ def test_cross_entropy_and_accuracy_by_hand() -> None:
     ]
     assert out["loss"].item() == pytest.approx(sum(by_hand) / 4)
     assert out["accuracy"].item() == 0.75
-    assert set(out) == {"loss", "accuracy"}
+    assert set(out) == {"loss", "accuracy", "preds", "target"}
+    assert torch.equal(out["preds"], LOGITS)
+    assert torch.equal(out["target"], LABELS)
 
 
 @pytest.mark.parametrize("batch", [(LOGITS, LABELS), [LOGITS, LABELS], {"image": LOGITS, "label": LABELS}])

@@ -56,10 +56,7 @@ def check_together(e: Experiment) -> None:
         raise ConfigError(
             "must be more than 0, or every gradient is 0; null does not clip", key="trainer.max_grad_norm", value=0
         )
-    if not e.checkpoint.monitor.startswith("val/"):
-        raise ConfigError(
-            "must be a metric of the evaluation, as val/loss", key="checkpoint.monitor", value=e.checkpoint.monitor
-        )
+    _check_monitors(e)
     if e.tracking.register_model and not e.tracking.log_model:
         raise ConfigError(
             "needs tracking.log_model=true: there is no model to register",
@@ -68,6 +65,29 @@ def check_together(e: Experiment) -> None:
         )
     _check_cluster(e.cluster)
     _check_sweep(e)
+
+
+def _check_monitors(e: Experiment) -> None:
+    """Whether what is watched can be a metric of the evaluation; what a loss returns is known only when it is called."""
+    early, sets = e.trainer.early_stopping, [name for name in e.data.val_sets if name]
+    watched = {
+        "checkpoint.monitor": e.checkpoint.monitor,
+        "trainer.early_stopping.monitor": early.monitor if early else None,
+        "sweep.metric": e.sweep.metric,
+    }
+    for name, metric in watched.items():
+        if metric is None or (name == "sweep.metric" and not metric.startswith("val/")):
+            continue
+        first, _, rest = metric.partition("/")
+        if first != "val" or not rest:
+            raise ConfigError("must be a metric of the evaluation, as val/loss", key=name, value=metric)
+        if sets and not any(rest.startswith(f"{one}/") for one in sets):
+            raise ConfigError(
+                "is of none of the validation sets",
+                key=name,
+                value=metric,
+                choices=[f"val/{one}/{rest.rpartition('/')[2]}" for one in sets],
+            )
 
 
 # What the address of each kind of cluster looks like, and an example.
@@ -211,11 +231,19 @@ def _check_nodes(e: Experiment) -> None:
             raise ConfigError("is not set; choose one of the group, or give a _target_", key=section)
     if not e.data.train:
         raise ConfigError("is not set: a _target_ that gives the training dataset", key="data.train")
-    for name, value in e.callbacks.items():
-        if value is not None and not isinstance(value, dict):
-            raise ConfigError("must be a _target_ node", key=f"callbacks.{name}", value=value)
-        if value == {}:
-            raise ConfigError("has no _target_; null leaves a callback out", key=f"callbacks.{name}")
+    for section, what in (("callbacks", "callback"), ("metrics", "metric")):
+        for name, value in getattr(e, section).items():
+            if value is not None and not isinstance(value, dict):
+                raise ConfigError("must be a _target_ node", key=f"{section}.{name}", value=value)
+            if value == {}:
+                raise ConfigError(f"has no _target_; null leaves a {what} out", key=f"{section}.{name}")
+    for section, names in (("metrics", e.metrics), ("data.val", e.data.val_sets)):
+        for name in names:
+            if name == "loss" or (name and not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name)):
+                raise ConfigError(
+                    "becomes part of a metric's name: letters, digits, '_' and '-', and not loss",
+                    key=f"{section}.{name}",
+                )
     for name, node in targets(e):
         if not node.get("_target_"):
             raise ConfigError("has no _target_, the class or function to call", key=name)

@@ -60,12 +60,15 @@ def targets(experiment: Experiment) -> Iterator[tuple[str, dict[str, Any]]]:
     for name in ("model", "loss", "optimizer", "lr_scheduler"):
         if node := getattr(experiment, name):
             yield name, node
-    for name in ("train", "val", "collate_fn"):
+    for name in ("train", "collate_fn"):
         if node := getattr(experiment.data, name):
             yield f"data.{name}", node
-    for name, node in experiment.callbacks.items():
-        if node:
-            yield f"callbacks.{name}", node
+    for name, node in experiment.data.val_sets.items():
+        yield f"data.val.{name}".rstrip("."), node
+    for section in ("callbacks", "metrics"):
+        for name, node in getattr(experiment, section).items():
+            if node:
+                yield f"{section}.{name}", node
     for name in ("scheduler", "search_alg"):
         if node := getattr(experiment.sweep, name):
             # null leaves an argument to us: how long a trial is, what the seed is.

@@ -25,7 +25,7 @@ def key(
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     train: dict[str, Any] | None = None
-    val: dict[str, Any] | None = None
+    val: dict[str, Any] | None = None  # a node, or NAME → node
     global_batch_size: int = key(128, least=1)
     micro_batch_size: int | None = key(None, least=1)
     shuffle: bool = True
@@ -34,6 +34,14 @@ class DataConfig:
     num_workers: int = key(0, least=0)
     prefetch: int = key(2, least=0)
     resident: Any = key("auto", choices=("auto", True, False))  # noqa: RUF009
+
+    @property
+    def val_sets(self) -> dict[str, dict[str, Any]]:
+        """The nodes of the validation sets by name; the only one of a `val` that is a node itself is called ``."""
+        given = {name: node for name, node in (self.val or {}).items() if node is not None}
+        if given and all(isinstance(node, dict) for node in given.values()):
+            return given
+        return {"": self.val} if self.val else {}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -151,8 +159,9 @@ class SweepConfig:
 
 @dataclass(kw_only=True, slots=True)
 class Experiment:
-    """A whole experiment, resolved and typed. Sections `model`, `loss`, `optimizer`, `lr_scheduler`, `callbacks`,
-    `data.train`, `data.val` and `data.collate_fn` are `_target_` nodes that `raytrainer.config.build` makes objects of.
+    """A whole experiment, resolved and typed. Sections `model`, `loss`, `optimizer`, `lr_scheduler`, `data.train`,
+    `data.val` and `data.collate_fn` are `_target_` nodes that `raytrainer.config.build` makes objects of; `callbacks`,
+    `metrics` and, where there are several, `data.val` are dicts of such nodes.
     """
 
     name: str | None = None
@@ -165,6 +174,7 @@ class Experiment:
     optimizer: dict[str, Any] | None = None
     lr_scheduler: dict[str, Any] | None = None
     callbacks: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -18,7 +18,17 @@ from raytrainer.errors import ConfigError, nearest
 
 # Sections whose keys are the arguments of somebody's target.
 NODES = (
-    *("model", "loss", "optimizer", "lr_scheduler", "callbacks", "data.train", "data.val", "data.collate_fn"),
+    *(
+        "model",
+        "loss",
+        "optimizer",
+        "lr_scheduler",
+        "callbacks",
+        "metrics",
+        "data.train",
+        "data.val",
+        "data.collate_fn",
+    ),
     *("sweep.scheduler", "sweep.search_alg", "sweep.space"),
 )
 # Mappings whose keys are anybody's.

@@ -1,4 +1,4 @@
-"""The evaluation of a `Trainer`: the loss and what else it gives over all of the validation set, on all ranks.
+"""The evaluation of a `Trainer`: over all of each validation set, on all ranks, what the loss gives and the `metrics`.
 
 Each sample counts once, and training goes on after it as if there had been none.
 """
@@ -6,15 +6,20 @@ Each sample counts once, and training goes on after it as if there had been none
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from raytrainer import parallel, seeds
+from raytrainer.config import build
+from raytrainer.data import Loader
 from raytrainer.errors import ConfigError
 from raytrainer.metrics import WeightedMeans
+from raytrainer.parallel import World
 
 if TYPE_CHECKING:
     from raytrainer.trainer.loop import Trainer
@@ -22,28 +27,40 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def evaluate(t: Trainer) -> dict[str, float]:
-    """The metrics of the whole validation set, as `val/NAME`. Every rank calls it.
+    """The metrics of the validation set as `val/NAME`; of several sets as `val/SET/NAME`. Every rank calls it.
 
     The weights are the EMA's where there is one, batch statistics the mean over ranks.
+
+    Raises:
+        ConfigError: There is no validation set, or something in `metrics` does not fit the loss or the data.
     """
-    if t.val_loader is None:
+    if not t.val_loaders:
         raise ConfigError("is not set: there is nothing to evaluate on", key="data.val")
     model = t.raw_model if t.ema_model is None else t.ema_model
     if t.ema_model is not None:
         parallel.load_buffers(t.ema_model, dict(t.raw_model.named_buffers()))
-    means = WeightedMeans(t.world.device, t.world.all_reduce)
+    found: dict[str, float] = {}
     with _evaluating(model), parallel.averaged_buffers(model, t.world):
-        batches = t.val_loader.batches(0, t.val_loader.steps_per_epoch)
-        with contextlib.closing(batches):
-            for batch in batches:
-                for micro in batch.micro:
-                    with t.precision.autocast():
-                        values = dict(t.loss(model, t.prepare(micro.data)))
-                    weight = values.pop("weight", None)
-                    means.add(values, micro.size if weight is None else weight * (1 if micro.size else 0))
-                if batch.ends_epoch:  # an iterable would go on for ever
-                    break
-    return {f"val/{name}": value for name, value in means.reduce()[0].items()}
+        for name, loader in t.val_loaders.items():
+            prefix = f"val/{name}/" if name else "val/"
+            found.update({prefix + key: value for key, value in _over(t, model, loader).items()})
+    return found
+
+
+def _over(t: Trainer, model: nn.Module, loader: Loader) -> dict[str, float]:
+    means = WeightedMeans(t.world.device, t.world.all_reduce)
+    t.val_metrics.reset()
+    with contextlib.closing(loader.batches(0, loader.steps_per_epoch)) as batches:
+        for batch in batches:
+            for micro in batch.micro:
+                with t.precision.autocast():
+                    values = dict(t.loss(model, t.prepare(micro.data)))
+                t.val_metrics.update(predictions(values), micro.size, values)
+                weight = values.pop("weight", None)
+                means.add(values, micro.size if weight is None else weight * (1 if micro.size else 0))
+            if batch.ends_epoch:  # an iterable would go on for ever
+                break
+    return {**means.reduce()[0], **t.val_metrics.compute()}
 
 
 @contextlib.contextmanager
@@ -59,3 +76,111 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         for module, training in modes.items():
             module.training = training
         seeds.set_random_state(kept)
+
+
+def predictions(values: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Takes `preds` and `target` out of what a loss has returned; None where it has not both."""
+    found = values.pop("preds", None), values.pop("target", None)
+    return None if found[0] is None or found[1] is None else found
+
+
+class Metrics:
+    """The objects of section `metrics`, which see each sample of a validation set once: torchmetrics, or any object with
+    `update(preds, target)`, `compute()` and `reset()` that reduces over ranks by itself in `compute`.
+
+    Args:
+        nodes: NAME → `_target_` node; null leaves one out.
+        loaders: Of the validation sets.
+        world: This process among all.
+
+    Raises:
+        ConfigError: A set has fewer samples than there are ranks: a metric's state has a form, which it takes from the
+            first samples that it sees, so each rank needs one.
+    """
+
+    def __init__(self, nodes: Mapping[str, Any], loaders: Mapping[str, Loader], world: World) -> None:
+        self._world, self._metrics = world, {name: build(node) for name, node in nodes.items() if node}
+        for metric in self._metrics.values():
+            if hasattr(metric, "to"):
+                metric.to(world.device)
+        for name, loader in loaders.items() if self._metrics else ():
+            if loader.length is not None and loader.length < world.size:
+                raise _too_few(f"data.val.{name}".rstrip("."), loader.length, world.size)
+        self._seen = False
+
+    def reset(self) -> None:
+        for metric in self._metrics.values():
+            metric.reset()
+        self._seen = False
+
+    def update(self, found: tuple[Any, Any] | None, size: int, others: Mapping[str, Any]) -> None:
+        """Shows a micro-batch to all metrics.
+
+        Args:
+            found: As `predictions`.
+            size: Of its samples those that count: with 0 it is another rank's, and left out.
+            others: What else the loss has returned.
+        """
+        if not self._metrics:
+            return
+        if found is None:
+            raise ConfigError(
+                f"needs a loss that returns `preds` and `target` too, each a tensor; it returns {', '.join(others)}",
+                key="metrics",
+            )
+        if size:
+            for metric in self._metrics.values():
+                metric.update(*found)
+            self._seen = True
+
+    def compute(self) -> dict[str, float]:
+        """The values over all ranks, the same on each; of a metric that gives a dict `NAME_KEY`."""
+        if not self._metrics:
+            return {}
+        # Before they speak to one another: a rank that has seen nothing would have states of another form.
+        seen = self._world.all_reduce(torch.tensor(float(self._seen), device=self._world.device))
+        if int(seen) < self._world.size:
+            raise _too_few("data.val", int(seen), self._world.size)
+        values = {key: v for name, m in self._metrics.items() for key, v in _numbers(name, m.compute()).items()}
+        self.reset()  # what they keep may be every prediction
+        return self._agreed(values)
+
+    def _agreed(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The values, equal to the last bit on all ranks, since decisions follow from them."""
+        own = torch.tensor(list(values.values()), dtype=torch.float64)
+        own = torch.where(own.isnan(), torch.finfo(torch.float64).max, own).to(self._world.device)
+        high, low = self._world.all_reduce(torch.stack([own, -own]), dist.ReduceOp.MAX)
+        same = torch.isclose(high, -low, rtol=1e-6, atol=1e-6).tolist()
+        if not all(same):
+            name = list(values)[same.index(False)]
+            raise ConfigError(
+                "gives each rank another value: its compute() must reduce over the ranks (torch.distributed), as "
+                "those of torchmetrics do",
+                key=f"metrics.{name}",
+            )
+        nan = torch.finfo(torch.float64).max
+        return {name: float("nan") if v == nan else v for name, v in zip(values, high.tolist(), strict=True)}
+
+
+def _numbers(name: str, value: Any) -> dict[str, float]:
+    if isinstance(value, Mapping):
+        # What MLflow takes as a name.
+        keys = {key: re.sub(r"[^\w.\- ]", "_", f"{name}_{key}") for key in value}
+        return {key: number for old, key in keys.items() for number in _numbers(key, value[old]).values()}
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    try:
+        return {name: float(value)}
+    except (TypeError, ValueError):
+        what = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ConfigError(
+            f"gives {what}, not a number: let it average, or wrap it (torchmetrics.ClasswiseWrapper)",
+            key=f"metrics.{name}",
+        ) from None
+
+
+def _too_few(key: str, samples: int, ranks: int) -> ConfigError:
+    return ConfigError(
+        f"has {samples} sample{'' if samples == 1 else 's'} for {ranks} workers, and each needs one for the metrics",
+        key=key,
+    )

@@ -92,7 +92,8 @@ class Trainer:
         self.events = Events([*listeners, *self.callbacks.values()])
 
         self.train_loader = self._loader(build(_node(e.data.train)), shuffle=e.data.shuffle, drop_last=e.data.drop_last)
-        self.val_loader = self._loader(build(e.data.val)) if e.data.val else None
+        self.val_loaders = {name: self._loader(build(node)) for name, node in e.data.val_sets.items()}
+        self.val_metrics = evaluation.Metrics(e.metrics, self.val_loaders, self.world)
         self.total_steps = self._total_steps()
 
         # EMA: a second copy of the weights, moved a little towards the trained ones at every step.
@@ -198,6 +199,7 @@ class Trainer:
             with parallel.synchronise(self.model, last=i == last):
                 with self.precision.autocast():
                     values = dict(self.loss(self.model, self.prepare(micro.data)))
+                evaluation.predictions(values)  # at once: logits may be the largest tensor there is
                 weight: Tensor | float = micro.size
                 if "weight" in values:
                     # Whole numbers too: in float32 their quotients below would cost a float64 run its digits.
@@ -235,7 +237,7 @@ class Trainer:
         self.throughput.add(batch.global_size)
 
     def evaluate(self) -> dict[str, float]:
-        """The metrics of the whole validation set (evaluation.py); training is as it was before."""
+        """The metrics of all validation sets (evaluation.py); training is as it was before."""
         return evaluation.evaluate(self)
 
     def log(self, metrics: Mapping[str, float]) -> None:
@@ -304,8 +306,8 @@ class Trainer:
         return self.step, {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
 
     def example_batches(self) -> Iterator[Batch]:
-        """Validation batches (else training ones) from the first."""
-        return (self.val_loader or self.train_loader).batches(0, 1)
+        """Validation batches (of the first set; else training ones) from the first."""
+        return next(iter(self.val_loaders.values()), self.train_loader).batches(0, 1)
 
     # --- parts of the loop ----------------------------------------------------------------------------------------
 
@@ -372,7 +374,7 @@ class Trainer:
 
     def _evaluation_due(self, ends_epoch: bool, last: bool) -> bool:
         every = self.experiment.trainer.eval_every_n_steps
-        if self.val_loader is None or every == 0:
+        if not self.val_loaders or every == 0:
             return False
         return last or (self.step % every == 0 if every else ends_epoch)
 
@@ -380,7 +382,7 @@ class Trainer:
         if last:
             return True
         every = self.experiment.checkpoint.every_n_steps
-        never_evaluates = self.val_loader is None or self.experiment.trainer.eval_every_n_steps == 0
+        never_evaluates = not self.val_loaders or self.experiment.trainer.eval_every_n_steps == 0
         if every:
             due = self.step % every == 0 or self.best.step == self.step  # the best one is kept too
         else:

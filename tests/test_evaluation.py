@@ -1,0 +1,221 @@
+"""Evaluation: several validation sets, and the objects of `metrics`, on one rank as on several."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from raytrainer.config import compose
+from raytrainer.config.checks import check_together
+from raytrainer.errors import ConfigError
+from raytrainer.parallel import World
+from raytrainer.preflight import check_objects
+from raytrainer.trainer import Trainer
+from tests import ranks, training
+from tests.training import checkpointer, experiment, fitted, images, node
+
+ACCURACY = "torchmetrics.classification.MulticlassAccuracy"
+F1 = "torchmetrics.classification.MulticlassF1Score"
+AUROC = "torchmetrics.classification.MulticlassAUROC"
+SETS = {"near": node(images, rows=17, seed=1), "far": node(images, rows=31, seed=2)}
+
+
+class Seen:
+    """A metric of nobody's library that knows nothing of ranks: how many samples it was shown since the last reset."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        assert preds.shape[0] == target.shape[0]
+        assert not preds.requires_grad
+        self.count += len(target)
+
+    def compute(self) -> int:
+        return self.count
+
+    def reset(self) -> None:
+        self.count = 0
+
+
+class SeenByAll(Seen):
+    """The same, reduced over ranks."""
+
+    def compute(self) -> int:
+        total = torch.tensor(self.count)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(total)
+        return int(total)
+
+
+class Odd(Seen):
+    """Gives what is no number."""
+
+    def compute(self) -> Any:
+        return torch.zeros(4)
+
+
+def silent(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+    """A loss with a mean of its own and no predictions."""
+    loss = F.cross_entropy(model(batch["image"]), batch["label"])
+    return {"loss": loss, "double": 2 * loss.detach()}
+
+
+def many(**metrics: Any) -> dict[str, Any]:
+    return {
+        "f1": node(F1, num_classes=4),
+        "auroc": node(AUROC, num_classes=4),  # keeps every prediction
+        "each": node("torchmetrics.ClasswiseWrapper", metric=node(ACCURACY, num_classes=4, average=None)),
+        "both": node(
+            "torchmetrics.MetricCollection",
+            metrics={"top1": node(ACCURACY, num_classes=4), "top2": node(ACCURACY, num_classes=4, top_k=2)},
+        ),
+        "seen": node(SeenByAll),
+        **metrics,
+    }
+
+
+def evaluate(world: World, sets: Any, metrics: dict[str, Any]) -> dict[str, float]:
+    e = experiment(data={"val": sets, "micro_batch_size": 2}, metrics=metrics, trainer={"precision": "64-true"})
+    return Trainer(e, world=world).evaluate()
+
+
+def refused(world: World, sets: Any, metrics: dict[str, Any]) -> str:
+    try:
+        evaluate(world, sets, metrics)
+    except ConfigError as error:
+        return str(error)
+    return "not refused"
+
+
+def test_uneven_slices_on_ranks_give_what_one_process_gives() -> None:
+    alone = evaluate(World(), SETS, many())
+    assert (alone["val/near/seen"], alone["val/far/seen"]) == (17, 31)
+    assert {k.rpartition("/")[2] for k in alone} == {
+        *("loss", "accuracy", "f1", "auroc", "seen", "both_top1", "both_top2"),
+        *(f"each_multiclassaccuracy_{i}" for i in range(4)),
+    }
+    for found in ranks.run(2, evaluate, SETS, many()):
+        assert list(found) == list(alone)
+        assert found == pytest.approx(alone, abs=1e-12)
+
+
+def test_a_set_alone_has_no_name_and_the_sets_do_not_mix() -> None:
+    whole = evaluate(World(), SETS, many())
+    for name, one in SETS.items():
+        alone = evaluate(World(), one, many())
+        assert {k.replace("val/", f"val/{name}/"): v for k, v in alone.items()} == {
+            k: v for k, v in whole.items() if k.startswith(f"val/{name}/")
+        }
+
+
+def test_a_metric_is_what_its_library_says_of_all_samples() -> None:
+    from torchmetrics.classification import MulticlassF1Score
+
+    e = experiment(metrics={"f1": node(F1, num_classes=4)})
+    trainer = Trainer(e)
+    samples = images(rows=17, seed=1).tensors
+    expected = MulticlassF1Score(num_classes=4)(trainer.raw_model(samples["image"]), samples["label"])
+    assert trainer.evaluate()["val/f1"] == pytest.approx(float(expected))
+
+
+def test_training_goes_on_as_if_there_were_none(tmp_path: Path) -> None:
+    plain, _ = fitted(experiment(trainer={"eval_every_n_steps": 1}))
+    e = experiment(trainer={"eval_every_n_steps": 1, "ema_decay": 0.5}, metrics=many(), data={"val": SETS})
+    e.checkpoint.monitor, e.checkpoint.mode = "val/far/f1", "max"
+    trainer, recorder = fitted(e, checkpointer=checkpointer(World(), tmp_path, mode="max"))
+    assert training.differences(training.weights(plain), training.weights(trainer)) == []
+    series = recorder.series("val/far/f1")
+    assert trainer.best.value == max(series.values())
+    assert [k for k in recorder.events("on_log")[-1].metrics if k.startswith("train/p")] == []
+
+
+def test_a_loss_without_predictions_is_told() -> None:
+    e = experiment(loss={**node(silent), "_partial_": True}, metrics={"f1": node(F1, num_classes=4)})
+    with pytest.raises(ConfigError, match=r"^metrics needs a loss that returns `preds` and `target` .* loss, double$"):
+        Trainer(e).evaluate()
+    e.metrics = {}
+    assert Trainer(e).evaluate()["val/double"] > 0
+
+
+def test_what_cannot_be_a_metric_is_told_on_every_rank() -> None:
+    val = node(images, rows=17)
+    assert "metrics.odd gives a tensor [4], not a number" in refused(World(), val, {"odd": node(Odd)})
+    for said in ranks.run(2, refused, val, {"seen": node(Seen)}):
+        assert said.startswith("metrics.seen gives each rank another value")
+    for one in (node(images, rows=1), node(training.Counting, rows=1)):  # the latter's length shows only at its end
+        for said in ranks.run(2, refused, one, {"seen": node(SeenByAll)}):
+            assert said == "data.val has 1 sample for 2 workers, and each needs one for the metrics"
+
+
+def test_not_a_number_is_one_on_all_ranks() -> None:
+    for found in ranks.run(2, evaluate, node(images, rows=17, bad=3), {"mse": node("tests.test_evaluation.Nan")}):
+        assert math.isnan(found["val/mse"])
+
+
+class Nan(Seen):
+    def compute(self) -> float:
+        return math.nan
+
+
+# -- the configuration -----------------------------------------------------------------------------------------------
+
+
+def refusal(**changes: Any) -> str:
+    e = experiment(data={"val": SETS}, checkpoint={"monitor": "val/far/loss"})
+    for key, value in changes.items():
+        target, _, name = key.rpartition("__")
+        setattr(getattr(e, target) if target else e, name, value)
+    try:
+        check_together(e)
+        check_objects(e)
+    except ConfigError as error:
+        return str(error)
+    return "not refused"
+
+
+def test_what_is_watched_must_be_of_a_set() -> None:
+    said = "checkpoint.monitor=val/loss is of none of the validation sets; valid: val/far/loss, val/near/loss"
+    assert refusal(checkpoint__monitor="val/loss") == said
+    assert "sweep.metric=val/near_f1 is of none" in refusal(sweep__metric="val/near_f1")
+    early = training.EarlyStopping(monitor="val/f1")
+    assert "trainer.early_stopping.monitor=val/f1 is of none" in refusal(trainer__early_stopping=early)
+    assert "must be a metric of the evaluation" in refusal(checkpoint__monitor="train/loss")
+    e = experiment(data={"val": {**SETS, "near": None, "split": None}}, checkpoint={"monitor": "val/far/loss"})
+    check_together(e)
+    assert list(e.data.val_sets) == ["far"]
+
+
+def test_names_and_nodes_are_checked() -> None:
+    assert "data.val.a/b becomes part of a metric's name" in refusal(data__val={"a/b": SETS["far"]})
+    assert "metrics.loss becomes part of a metric's name" in refusal(metrics={"loss": node(F1)})
+    assert "metrics.f1 has no _target_; null leaves a metric out" in refusal(metrics={"f1": {}})
+    assert "metrics.f1=3 must be a _target_ node" in refusal(metrics={"f1": 3})
+    assert "data.val.far.rose=1 is not an argument" in refusal(data__val={"far": node(images, rose=1)})
+    near = refusal(metrics={"f1": node("torchmetrics.classification.MulticlassF1Scor", num_classes=4)})
+    assert "metrics.f1._target_" in near
+    assert "MulticlassF1Score" in near
+    assert "Unexpected keyword arguments: `classes`" in refusal(metrics={"a": node(F1, num_classes=4, classes=4)})
+    assert "metrics.a=Calibrated has no compute(), which a metric has" in refusal(metrics={"a": node(Calibrated)})
+
+
+class Calibrated:
+    def update(self, preds: Tensor, target: Tensor) -> None: ...
+
+
+def test_from_the_command_line() -> None:
+    added = [f"+data.val.far.{k}={v}" for k, v in {"_target_": "raytrainer.data.Digits", "split": "val"}.items()]
+    e = compose(
+        [
+            *("experiment=mlp", "data.val._target_=null", "data.val.split=null", *added),
+            *(f"+metrics.f1._target_={F1}", "+metrics.f1.num_classes=10", "checkpoint.monitor=val/far/f1"),
+        ]
+    ).experiment
+    assert e.data.val_sets == {"far": {"_target_": "raytrainer.data.Digits", "split": "val"}}
+    assert e.metrics == {"f1": {"_target_": F1, "num_classes": 10}}
