@@ -160,7 +160,7 @@ def test_not_a_number_is_one_on_all_ranks() -> None:
 
 
 class Nan(Seen):
-    def compute(self) -> float:
+    def compute(self) -> Any:
         return math.nan
 
 
