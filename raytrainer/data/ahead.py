@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from raytrainer.data.columns import Column, take
 from raytrainer.data.fetch import map_leaves
 
 T = TypeVar("T")
@@ -97,11 +98,10 @@ class DeviceCopy:
 def gather(columns: Any, rows: Tensor, pinned: bool = False) -> Any:
     """The `rows` (int64 `[n]`, on the columns' device) of each column, as a dict or tuple like `columns`."""
 
-    def one(column: Tensor) -> Tensor:
+    def one(column: Column) -> Tensor:
         if not pinned:
-            return column.index_select(0, rows)
-        out = torch.empty((len(rows), *column.shape[1:]), dtype=column.dtype, pin_memory=True)
-        return torch.index_select(column, 0, rows, out=out)
+            return take(column, rows)
+        return take(column, rows, torch.empty((len(rows), *column.shape[1:]), dtype=column.dtype, pin_memory=True))
 
     if isinstance(columns, dict):
         return {name: one(column) for name, column in columns.items()}

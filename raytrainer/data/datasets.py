@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from raytrainer.data.columns import Column, take
 from raytrainer.errors import ConfigError, DataError
 
 Transform = Callable[[Any, Tensor, int, int], Any]
@@ -23,11 +24,11 @@ Transform = Callable[[Any, Tensor, int, int], Any]
 class ColumnDataset:
     """A map-style dataset of dicts whose numeric columns are tensors `[length, ...]`.
 
-    Subclasses set `tensors` (by name, all of one length). With `transform`, each micro-batch is passed through it on
+    Subclasses set `tensors` (by name, all of one length; a `MappedColumn` in place of a tensor is read by the row). With `transform`, each micro-batch is passed through it on
     the device: `transform(data, samples, epoch, seed)`, see `raytrainer.data.RandomCropFlip`.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Any]
     columnar = True  # False: there is more in a sample than `tensors` holds, and it is read sample by sample
 
     def __init__(self, transform: Transform | None = None) -> None:
@@ -43,7 +44,7 @@ class ColumnDataset:
 
     def __getitems__(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Any:
         rows = torch.as_tensor(np.asarray(indices, dtype=np.int64))
-        return {name: column.index_select(0, rows) for name, column in self.tensors.items()}
+        return {name: take(column, rows) for name, column in self.tensors.items()}
 
     @property
     def transform_batch(self) -> Transform | None:
@@ -84,7 +85,7 @@ def _tensor(name: str, values: npt.ArrayLike | Tensor) -> Tensor:
         raise ConfigError(f"column {name!r} has dtype {array.dtype}, and torch has no such tensors") from error
 
 
-def columns_of(dataset: Any) -> dict[str, Tensor] | tuple[Tensor, ...] | None:
+def columns_of(dataset: Any) -> dict[str, Column] | tuple[Column, ...] | None:
     """The columns from which whole batches are gathered, or None for a dataset that is read sample by sample."""
     if isinstance(dataset, ColumnDataset):
         return dataset.tensors if dataset.columnar else None

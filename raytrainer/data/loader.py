@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from raytrainer.data.ahead import DeviceCopy, ahead, gather
+from raytrainer.data.columns import Column, MappedColumn
 from raytrainer.data.datasets import columns_of, name_of
 from raytrainer.data.fetch import Collate, Fetcher, collate, describe, map_leaves, wrapped
 from raytrainer.data.order import Indices
@@ -69,7 +70,7 @@ class Loader:
         num_workers: Processes for slow Python transforms; 0 for a thread. Columns and iterables need none.
         prefetch: Batches made ahead (by each process); 0 makes each in the calling thread, when it is asked for.
         device: Where batches are wanted.
-        resident: Keep a column dataset on the device: `auto` up to 256 MB, True always, False never.
+        resident: Keep a column dataset on the device: `auto` up to 256 MB (a memory map not), True always, False never.
         pad_empty: Give a rank without samples one of the batch's, with size 0, so that its collectives take part.
 
     Raises:
@@ -147,10 +148,19 @@ class Loader:
         self._fetcher = Fetcher(dataset, collate_fn, seed)
         self._resident = False
         if self._columns is not None:
-            size = sum(c.nbytes for c in (self._columns.values() if isinstance(self._columns, dict) else self._columns))
-            self._resident = size <= RESIDENT_BYTES if resident == "auto" else bool(resident)
+            columns = list(self._columns.values() if isinstance(self._columns, dict) else self._columns)
+            if resident == "auto":
+                # A map is for data that are not to be in memory as a whole.
+                tensors = [column for column in columns if isinstance(column, Tensor)]
+                small = sum(column.nbytes for column in tensors) <= RESIDENT_BYTES
+                self._resident = len(tensors) == len(columns) and small
+            else:
+                self._resident = bool(resident)
             if self._resident:
-                self._columns = map_leaves(lambda column: column.to(self.device), self._columns)
+                self._columns = map_leaves(self._whole, self._columns)
+
+    def _whole(self, column: Column) -> Tensor:
+        return (column.load() if isinstance(column, MappedColumn) else column).to(self.device)
 
     @property
     def length(self) -> int | None:

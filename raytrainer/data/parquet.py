@@ -1,15 +1,15 @@
 """Parquet files, directories, globs and URIs as a dataset of columns, through pyarrow.
 
-Fixed-size numeric columns are decoded once into one array each; a batch is then one gather a column.
+Fixed-size numeric columns are decoded once, into memory or into an Arrow file that is mapped into it; a batch is then one
+gather a column.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from fnmatch import fnmatchcase
-from math import prod
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +19,28 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
+from raytrainer.data.arrow import MappedTable, NumbersWriter, TableWriter, map_numbers
+from raytrainer.data.cache import Cache, cache_folder
 from raytrainer.data.datasets import ColumnDataset, Transform
+from raytrainer.data.files import find_files
+from raytrainer.data.layout import layout_of
 from raytrainer.errors import ConfigError, DataError, nearest
 from raytrainer.storage.files import redacted
 
-_SUFFIXES = (".parquet", ".parq", ".pq")
-# torch has these types in name, but few of its operations take them.
-_WIDER = {"uint16": "int32", "uint32": "int64", "uint64": "int64"}
+IN_MEMORY_BYTES = 2**30
+"""Up to this size, decoded, `cache="auto"` keeps the data in memory: each worker has its own copy then."""
+_NUMBERS, _TABLE = "numbers.arrow", "table.arrow"
 
 
 class ParquetDataset(ColumnDataset):
     """Rows of Parquet files, in the order of the files' sorted paths.
 
     Numbers, booleans, fixed-size lists and binaries of them (`[k]`, nested `[j, k]`, `arrow.fixed_shape_tensor`), and
-    lists that `reshape` names, are held in memory as tensors `[rows, ...]`: unsigned 16 and 32 bits as the next larger
-    signed type, fixed-size binaries as uint8. Other columns (strings, binaries, lists of any length) stay Arrow's;
-    with one of them selected, samples are read one by one and go through `data.collate_fn`.
+    lists that `reshape` names, become tensors `[rows, ...]`: unsigned 16 and 32 bits as the next larger signed type,
+    fixed-size binaries as uint8. Other columns (strings, binaries, lists of any length) stay Arrow's; with one of them
+    selected, samples are read one by one and go through `data.collate_fn`.
 
     Args:
         path: A file, a directory (all Parquet files below it; names that begin with `.` or `_` are left out), a glob
@@ -44,10 +49,13 @@ class ParquetDataset(ColumnDataset):
         columns: The names to read; None for all.
         reshape: By column, the shape of one row's value, `{"image": [1, 8, 8]}`.
         transform: See `raytrainer.data.ColumnDataset`.
+        cache: A directory for the data as Arrow files, made of them once and mapped into memory; None keeps them in
+            memory; "auto" does up to 1 GiB, and has larger ones in `$XDG_CACHE_HOME/raytrainer` (~/.cache/raytrainer).
 
     Raises:
-        ConfigError: A column, or a shape, that the files do not have.
-        DataError: No file, no rows, a file that cannot be read or differs in its types, a column with nulls.
+        ConfigError: A column, or a shape, that the files do not have; a cache that cannot be.
+        DataError: No file, no rows, a file that cannot be read or differs in its types, a column with nulls, no space
+            for the cache.
     """
 
     def __init__(
@@ -56,53 +64,151 @@ class ParquetDataset(ColumnDataset):
         columns: Sequence[str] | None = None,
         transform: Transform | None = None,
         reshape: Mapping[str, Sequence[int]] | None = None,
+        cache: str | Path | None = "auto",
     ) -> None:
         super().__init__(transform)
-        self.path = redacted(str(path))  # for messages
-        self._filesystem, self.files = find_files(str(path))
-        schemas, counts = self._footers()
-        names = list(schemas[0].names if columns is None else columns)
-        shapes = {name: tuple(int(n) for n in shape) for name, shape in (reshape or {}).items()}
-        for name in [*names, *shapes]:
-            _must_have(name, schemas[0].names if name not in shapes else names, self.path)
-        if not names:
-            raise ConfigError(f"{self.path}: columns names none", key="columns", value=columns)
-        for file, schema in zip(self.files, schemas, strict=True):
-            self._same_types(file, schema, schemas[0], names)
-        self._length = sum(counts)
-        if self._length == 0:
-            raise DataError(f"{self.path}: {len(self.files)} Parquet file(s), and no row in them")
-        layout = {name: _layout(schemas[0].field(name).type, shapes.get(name), name) for name in names}
-        self.columnar = all(layout.values())
-        self._objects: dict[str, pa.ChunkedArray] = {}
-        self._read(names, layout)
+        source = _Source(str(path), columns, reshape or {})
+        kept = None if cache is None else Cache(cache_folder(cache), source.fingerprint())
+        content = kept.find() if kept else None
+        if content is None:
+            source.open()
+            if kept and (cache != "auto" or source.bytes > IN_MEMORY_BYTES):
+                content = kept.make(source.convert, source.bytes)
+        counts = content["counts"] if content else source.counts
+        self.path, self.files, self._ends = source.shown, source.files, list(accumulate(map(int, counts)))
+        self.tensors: dict[str, Any] = {}
+        self._table: pa.Table | MappedTable | None = None
+        if content is None or kept is None:
+            self.tensors, self._table = source.read()
+        else:
+            if content["numbers"]:
+                self.tensors = map_numbers(kept.path / _NUMBERS, content["numbers"], len(self))
+            if content["table"]:
+                self._table = MappedTable(kept.path / _TABLE)
+        self.columnar = self._table is None
 
     def __len__(self) -> int:
-        return self._length
+        return self._ends[-1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         row = {name: column[index] for name, column in self.tensors.items()}
-        row.update({name: column[index].as_py() for name, column in self._objects.items()})
+        if self._table is not None:
+            values = self._table.take(pa.array([index % len(self)])).to_pydict()
+            row.update({name: value for name, (value,) in values.items()})
         return row
 
     def __getitems__(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Any:
-        if self.columnar:
+        if self._table is None:
             return super().__getitems__(indices)
         picked = pa.array(np.asarray(indices, dtype=np.int64))
-        values = {name: column.take(picked).to_pylist() for name, column in self._objects.items()}
-        values.update(super().__getitems__(indices))
+        values = {**self._table.take(picked).to_pydict(), **super().__getitems__(indices)}
         return [{name: column[i] for name, column in values.items()} for i in range(len(picked))]
 
-    def _footers(self) -> tuple[list[pa.Schema], list[int]]:
-        def footer(file: str) -> tuple[pa.Schema, int]:
+    def where(self, index: int) -> str:
+        """The file of a sample and its row there, for messages."""
+        file = bisect_right(self._ends, index)
+        return f"{self.files[file]}, row {index - (self._ends[file - 1] if file else 0)}"
+
+
+class _Source:
+    """The files of a path. `open` reads their footers and finds out what becomes of each column.
+
+    Attributes:
+        shown: The path, for messages.
+        files: Their paths.
+        counts: Rows of each (after `open`).
+        bytes: What the rows take when they are decoded; of columns that stay Arrow's what their pages say.
+    """
+
+    def __init__(self, path: str, columns: Sequence[str] | None, reshape: Mapping[str, Sequence[int]]) -> None:
+        self.shown = redacted(path)
+        self._filesystem, self._entries = find_files(path)
+        self.files = [entry.path for entry in self._entries]
+        self._columns = columns
+        self._shapes = {name: tuple(int(n) for n in shape) for name, shape in reshape.items()}
+        self.counts: list[int] = []
+        self.bytes = 0
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides what is read, without reading it."""
+        return {
+            "path": self.shown if "://" in self.shown else "",  # two servers may each have such a bucket
+            "files": [(entry.path, entry.size, entry.mtime_ns) for entry in self._entries],
+            "columns": None if self._columns is None else list(self._columns),
+            "reshape": self._shapes,
+        }
+
+    def open(self) -> None:
+        def footer(file: str) -> tuple[pa.Schema, pq.FileMetaData]:
             with self._opened(file) as opened:
-                return opened.schema_arrow, opened.metadata.num_rows
+                return opened.schema_arrow, opened.metadata
 
         with ThreadPoolExecutor(min(16, len(self.files))) as pool:  # they are round trips, where files are far away
-            found = list(pool.map(footer, self.files))
-        return [schema for schema, _ in found], [rows for _, rows in found]
+            schemas, footers = zip(*pool.map(footer, self.files), strict=True)
+        first: pa.Schema = schemas[0]
+        names = list(first.names if self._columns is None else self._columns)
+        for name in [*names, *self._shapes]:
+            _must_have(name, first.names if name not in self._shapes else names, self.shown)
+        if not names:
+            raise ConfigError(f"{self.shown}: columns names none", key="columns", value=self._columns)
+        for file, schema in zip(self.files, schemas, strict=True):
+            self._same_types(file, schema, first, names)
+        self.counts = [found.num_rows for found in footers]
+        if sum(self.counts) == 0:
+            raise DataError(f"{self.shown}: {len(self.files)} Parquet file(s), and no row in them")
+        found = {name: layout_of(first.field(name).type, self._shapes.get(name), name) for name in names}
+        self._layouts = {name: layout for name, layout in found.items() if layout is not None}
+        self._others = [name for name, layout in found.items() if layout is None]
+        self._other_bytes = sum(_bytes_of(found, self._others) for found in footers) if self._others else 0
+        self.bytes = sum(self.counts) * sum(x.row_bytes for x in self._layouts.values()) + self._other_bytes
+
+    def read(self) -> tuple[dict[str, Tensor], pa.Table | None]:
+        """The columns of numbers, and the others, in memory."""
+        arrays = {name: np.empty((sum(self.counts), *x.shape), x.dtype) for name, x in self._layouts.items()}
+        others, row = [], 0
+        for table, where in self._tables(None):
+            end = row + table.num_rows
+            for name, array in arrays.items():
+                self._layouts[name].fill(array[row:end], table.column(name), f"{where}, column {name!r}")
+            if self._others:
+                others.append(table.select(self._others))
+            row = end
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return tensors, pa.concat_tables(others) if others else None
+
+    def convert(self, folder: Path) -> dict[str, Any]:
+        """The same in Arrow files, in memory for a few record batches; returns what is to be known to open them."""
+        numbers = NumbersWriter(folder / _NUMBERS, self._layouts) if self._layouts else None
+        row_bytes = self._other_bytes / sum(self.counts)
+        others = TableWriter(folder / _TABLE, row_bytes) if self._others else None
+        writers = [writer for writer in (numbers, others) if writer]
+        for table, where in self._tables(min(writer.per_batch for writer in writers)):
+            if numbers:
+                numbers.write(table, where)
+            if others:
+                others.write(table.select(self._others), where)
+        for writer in writers:
+            writer.close()
+        columns = {name: (str(layout.dtype), layout.shape) for name, layout in self._layouts.items()}
+        return {"counts": self.counts, "numbers": columns, "table": bool(self._others)}
+
+    def _tables(self, rows: int | None) -> Iterator[tuple[pa.Table, str]]:
+        """All rows, at most `rows` at a time (None: a row group), and where they are, for messages."""
+        names = [*self._layouts, *self._others]
+        for file in self.files:
+            with self._opened(file) as opened:
+                for group in range(opened.num_row_groups):
+                    where = f"{file}, row group {group}"
+                    try:
+                        if rows is None:
+                            yield opened.read_row_group(group, columns=names), where
+                            continue
+                        for batch in opened.iter_batches(rows, row_groups=[group], columns=names):
+                            yield pa.Table.from_batches([batch]), where
+                    except (pa.ArrowException, OSError) as error:
+                        raise DataError(f"{where}: {error}") from error
 
     def _opened(self, file: str) -> pq.ParquetFile:
         try:
@@ -122,112 +228,12 @@ class ParquetDataset(ColumnDataset):
                     f"and {first.field(name).type} in {self.files[0]}"
                 )
 
-    def _read(self, names: list[str], layout: dict[str, _Layout | None]) -> None:
-        arrays = {
-            name: np.empty((self._length, *kind.shape), kind.dtype) for name, kind in layout.items() if kind is not None
-        }
-        chunks: dict[str, list[pa.Array]] = {name: [] for name in names if layout[name] is None}
-        row = 0
-        for file in self.files:
-            with self._opened(file) as opened:
-                for group in range(opened.num_row_groups):
-                    try:
-                        table = opened.read_row_group(group, columns=names)
-                    except (pa.ArrowException, OSError) as error:
-                        raise DataError(f"{file}, row group {group}: {error}") from error
-                    begin = row
-                    row += table.num_rows
-                    for name, array in arrays.items():
-                        kind = layout[name]
-                        assert kind is not None
-                        kind.fill(array[begin:row], table.column(name), f"{file}, row group {group}, column {name!r}")
-                    for name, parts in chunks.items():
-                        parts += table.column(name).chunks
-        self.tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        self._objects = {name: pa.chunked_array(parts) for name, parts in chunks.items()}
 
-
-class _Layout:
-    """How a column of Arrow type `kind` becomes an array: the type of its numbers and the shape of a row."""
-
-    def __init__(self, kind: pa.DataType, number: pa.DataType, shape: tuple[int, ...]) -> None:
-        self.kind, self.shape = kind, shape
-        dtype = str(np.dtype(number.to_pandas_dtype()))
-        self.dtype = np.dtype(_WIDER.get(dtype, dtype))
-        self.unsigned64 = dtype == "uint64"
-
-    def fill(self, out: npt.NDArray[Any], column: pa.ChunkedArray, where: str) -> None:
-        row, wanted = 0, prod(self.shape)
-        for chunk in column.chunks:
-            numbers = self._numbers(chunk, wanted, where)
-            if numbers.null_count:
-                raise DataError(f"{where}: {numbers.null_count} nulls, and a batch of numbers has no place for them")
-            values = _view(numbers)
-            if self.unsigned64 and values.size and values.max() > np.iinfo(np.int64).max:
-                raise DataError(f"{where}: {values.max()} is more than int64 holds")
-            out[row : row + len(chunk)] = values.reshape(len(chunk), *self.shape)
-            row += len(chunk)
-
-    def _numbers(self, chunk: pa.Array, wanted: int, where: str) -> pa.Array:
-        while True:
-            if chunk.null_count:
-                raise DataError(f"{where}: {chunk.null_count} nulls, and a batch of numbers has no place for them")
-            if isinstance(chunk, pa.ExtensionArray):
-                chunk = chunk.storage
-            elif pa.types.is_fixed_size_list(chunk.type):
-                chunk = chunk.flatten()
-            elif pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):
-                lengths = np.diff(chunk.offsets.to_numpy())
-                odd = np.flatnonzero(lengths != wanted)
-                if odd.size:
-                    raise DataError(f"{where}: row {odd[0]} has {lengths[odd[0]]} values, and reshape wants {wanted}")
-                chunk = chunk.flatten()
-            else:
-                return chunk
-
-
-def _view(numbers: pa.Array) -> npt.NDArray[Any]:
-    if pa.types.is_fixed_size_binary(numbers.type):
-        width = numbers.type.byte_width
-        data = np.frombuffer(numbers.buffers()[1], dtype=np.uint8)
-        return data[numbers.offset * width : (numbers.offset + len(numbers)) * width]
-    values: npt.NDArray[Any] = numbers.to_numpy(zero_copy_only=False)  # only booleans are copied
-    return values
-
-
-def _layout(kind: pa.DataType, wanted: tuple[int, ...] | None, name: str) -> _Layout | None:
-    """None for a column that stays Arrow's."""
-    shape: list[int] = []
-    number, free = kind, False
-    while True:
-        if isinstance(number, pa.FixedShapeTensorType):
-            shape += number.shape
-            number = number.value_type
-        elif isinstance(number, pa.ExtensionType):
-            number = number.storage_type
-        elif pa.types.is_fixed_size_list(number):
-            shape.append(number.list_size)
-            number = number.value_type
-        elif (pa.types.is_list(number) or pa.types.is_large_list(number)) and wanted is not None and not shape:
-            number, free = number.value_type, True
-        elif pa.types.is_fixed_size_binary(number) and not pa.types.is_decimal(number):
-            shape.append(number.byte_width)
-            number = pa.uint8()
-        else:
-            break
-    if not (pa.types.is_integer(number) or pa.types.is_floating(number) or pa.types.is_boolean(number)):
-        if wanted is None:
-            return None
-        raise ConfigError(
-            f"reshape.{name}: the column is {kind}, and only numbers can be shaped", key=f"reshape.{name}"
-        )
-    if wanted is not None and not free and prod(wanted) != prod(shape):
-        raise ConfigError(
-            f"reshape.{name}={list(wanted)}: the column is {kind}, {prod(shape)} values a row and not {prod(wanted)}",
-            key=f"reshape.{name}",
-            value=list(wanted),
-        )
-    return _Layout(kind, number, tuple(shape) if wanted is None else wanted)
+def _bytes_of(footer: pq.FileMetaData, names: Sequence[str]) -> int:
+    """What the pages of columns take in a file, decompressed."""
+    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+    chunks = (group.column(number) for group in groups for number in range(group.num_columns))
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in names)
 
 
 def _must_have(name: str, present: Sequence[str], path: str) -> None:
@@ -240,63 +246,3 @@ def _must_have(name: str, present: Sequence[str], path: str) -> None:
             value=name,
             choices=present,
         )
-
-
-def find_files(path: str) -> tuple[pafs.FileSystem, list[str]]:
-    """The file system of `path` and its Parquet files, sorted.
-
-    Raises:
-        DataError: There is none, or the place cannot be read.
-    """
-    head, wildcard = _split_glob(path)
-    shown = redacted(path)
-    try:
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", head):
-            filesystem, base = pafs.FileSystem.from_uri(head)
-        else:
-            filesystem, base = pafs.LocalFileSystem(), str(Path(head).expanduser().absolute())
-        info = filesystem.get_file_info(base)
-        if info.type == pafs.FileType.File and not wildcard:
-            return filesystem, [base]
-        found = (
-            filesystem.get_file_info(pafs.FileSelector(base, recursive=True))
-            if info.type == pafs.FileType.Directory
-            else []
-        )
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{shown}: {error}") from error
-    if info.type == pafs.FileType.NotFound and not wildcard:
-        raise DataError(f"{shown}: no such file or directory")
-    files = []
-    for entry in found:
-        parts = entry.path[len(base.rstrip("/")) + 1 :].split("/")
-        if entry.type != pafs.FileType.File:
-            continue
-        if wildcard:
-            wanted = _matches(parts, wildcard)
-        else:
-            wanted = entry.path.endswith(_SUFFIXES) and not any(part.startswith((".", "_")) for part in parts)
-        if wanted:
-            files.append(entry.path)
-    if not files:
-        raise DataError(f"{shown}: no Parquet file {'matches' if wildcard else 'is in it'}")
-    return filesystem, sorted(files)
-
-
-def _split_glob(path: str) -> tuple[str, list[str]]:
-    """The part of a path before its first wildcard, and the parts from there on."""
-    options = ""
-    if "://" in path:  # a question mark in a URI begins its options, `s3://bucket/*.parquet?region=…`
-        path, mark, options = path.partition("?")
-        options = mark + options
-    parts = path.split("/")
-    first = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), len(parts))
-    return ("/".join(parts[:first]) or ("/" if path.startswith("/") else ".")) + options, parts[first:]
-
-
-def _matches(parts: list[str], pattern: list[str]) -> bool:
-    if not pattern:
-        return not parts
-    if pattern[0] == "**":
-        return any(_matches(parts[i:], pattern[1:]) for i in range(len(parts) + 1))
-    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from raytrainer.data import Loader, ParquetDataset
-from raytrainer.data.parquet import find_files
+from raytrainer.data.files import find_files
 from raytrainer.errors import ConfigError, DataError
 from raytrainer.storage import Storage
 from tests.outside.servers import S3
@@ -148,7 +148,7 @@ def test_where_files_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "a" / "notes.txt").touch()
 
     def names(path: str) -> list[str]:
-        return [file.removeprefix(f"{tmp_path}/") for file in find_files(path)[1]]
+        return [file.path.removeprefix(f"{tmp_path}/") for file in find_files(path)[1]]
 
     both = ["a/part-0.parquet", "a/part-1.parquet"]
     deep = "a/deep/part-0.parquet"

@@ -1,0 +1,182 @@
+"""Arrow files that are read through a memory map: written in record batches of one size, so that a row's place is a sum.
+
+Opening reads the footer and three batches' headers; what a batch of training needs is paged in by the kernel, and shared
+by all processes of a machine.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from raytrainer.data.columns import MappedColumn
+from raytrainer.data.layout import Layout
+from raytrainer.errors import DataError
+
+BATCH_BYTES = 16 * 2**20  # of a record batch, and so of the memory that a conversion takes
+
+
+class MappedTable:
+    """Columns of any Arrow type in a memory-mapped file, read by the row."""
+
+    def __init__(self, path: Path) -> None:
+        self._reader, _ = _open(path)
+        self._per_batch = self._reader.get_batch(0).num_rows
+
+    def take(self, rows: pa.Array) -> pa.Table:
+        """The rows (int64 `[n]`) as slices of the map."""
+        places = (divmod(row, self._per_batch) for row in rows.to_pylist())
+        return pa.Table.from_batches([self._reader.get_batch(number).slice(at, 1) for number, at in places])
+
+
+def rows_per_batch(row_bytes: float) -> int:
+    """How many rows of so many bytes a record batch has: a power of two, at most 2**20."""
+    return 1 << min(20, max(0, int(BATCH_BYTES / max(row_bytes, 1))).bit_length() - 1 if row_bytes < BATCH_BYTES else 0)
+
+
+class NumbersWriter:
+    """Writes columns of numbers for `map_numbers`; memory for one record batch.
+
+    Args:
+        path: The file.
+        layouts: By column.
+    """
+
+    def __init__(self, path: Path, layouts: Mapping[str, Layout]) -> None:
+        self._layouts = layouts
+        self.per_batch = rows_per_batch(sum(layout.row_bytes for layout in layouts.values()))
+        self._arrays = {name: np.empty((self.per_batch, *x.shape), x.dtype) for name, x in layouts.items()}
+        self._schema = pa.schema([pa.field(name, _arrow_type(layout)) for name, layout in layouts.items()])
+        self._sink = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_file(self._sink, self._schema)
+        self._filled = 0
+
+    def write(self, table: pa.Table, where: str) -> None:
+        """Rows of the source; `where` they are, for messages."""
+        at = 0
+        while at < table.num_rows:
+            part = table.slice(at, self.per_batch - self._filled)
+            end = self._filled + part.num_rows
+            for name, layout in self._layouts.items():
+                array = self._arrays[name][self._filled : end]
+                layout.fill(array, part.column(name), f"{where}, column {name!r}")
+            self._filled, at = end, at + part.num_rows
+            if self._filled == self.per_batch:
+                self._flush()
+
+    def _flush(self) -> None:
+        columns = []
+        for field in self._schema:
+            values = self._arrays[field.name][: self._filled].reshape(-1)
+            flat = pa.Array.from_buffers(_number(field.type), values.size, [None, pa.py_buffer(values)])
+            if isinstance(field.type, pa.FixedShapeTensorType):
+                lists = pa.FixedSizeListArray.from_arrays(flat, prod(field.type.shape))
+                flat = pa.ExtensionArray.from_storage(field.type, lists)
+            columns.append(flat)
+        self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
+        self._filled = 0
+
+    def close(self) -> None:
+        if self._filled:
+            self._flush()
+        self._writer.close()
+        self._sink.close()
+
+
+class TableWriter:
+    """Writes columns of any Arrow type for `MappedTable`.
+
+    Args:
+        path: The file.
+        row_bytes: What a row takes, about.
+    """
+
+    def __init__(self, path: Path, row_bytes: float) -> None:
+        self.per_batch = rows_per_batch(row_bytes)
+        self._sink = pa.OSFile(str(path), "wb")
+        self._writer: pa.ipc.RecordBatchFileWriter | None = None
+        self._parts: list[pa.Table] = []
+        self._filled = 0
+
+    def write(self, table: pa.Table, where: str) -> None:
+        """Rows of the source; `where` they are, for messages."""
+        # An Arrow file cannot have a dictionary that changes from batch to batch.
+        for number, field in enumerate(table.schema):
+            if pa.types.is_dictionary(field.type):
+                table = table.set_column(number, field.name, table.column(number).cast(field.type.value_type))
+        if self._writer is None:
+            self._writer = pa.ipc.new_file(self._sink, table.schema)
+        at = 0
+        while at < table.num_rows:
+            part = table.slice(at, self.per_batch - self._filled)
+            self._parts.append(part)
+            self._filled, at = self._filled + part.num_rows, at + part.num_rows
+            if self._filled == self.per_batch:
+                self._flush(where)
+
+    def _flush(self, where: str = "the last rows") -> None:
+        batches = pa.concat_tables(self._parts).combine_chunks().to_batches()
+        if len(batches) != 1:
+            raise DataError(f"{where}: {self._filled} rows are more than one Arrow array holds; cache=null reads them")
+        assert self._writer is not None
+        self._writer.write_batch(batches[0])
+        self._parts, self._filled = [], 0
+
+    def close(self) -> None:
+        if self._filled:
+            self._flush()
+        if self._writer is not None:
+            self._writer.close()
+        self._sink.close()
+
+
+def map_numbers(path: Path, columns: Mapping[str, tuple[str, Iterable[int]]], rows: int) -> dict[str, MappedColumn]:
+    """The columns of a file of `NumbersWriter`'s: by name the numpy type and the shape of a row.
+
+    Raises:
+        DataError: It is no Arrow file.
+    """
+    reader, data = _open(path)
+    count, per_batch = reader.num_record_batches, reader.get_batch(0).num_rows
+
+    def start(batch: int, column: str, size: int) -> int:
+        # The last buffer is the numbers; those before it are the places of nulls, which there are none of.
+        return int(reader.get_batch(batch).column(column).buffers()[-1].address - data.ctypes.data) // size
+
+    mapped = {}
+    for name, (dtype, shape) in columns.items():
+        kind = np.dtype(dtype)
+        first, last = start(0, name, kind.itemsize), start(count - 1, name, kind.itemsize)
+        stride = start(1, name, kind.itemsize) - first if count > 1 else 0
+        values = data[: data.nbytes // kind.itemsize * kind.itemsize].view(kind)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            tensor = torch.from_numpy(values)
+        mapped[name] = MappedColumn(tensor, (rows, *shape), first=first, per_batch=per_batch, stride=stride, last=last)
+    return mapped
+
+
+def _open(path: Path) -> tuple[pa.ipc.RecordBatchFileReader, np.memmap[Any, np.dtype[np.uint8]]]:
+    try:
+        # Not pyarrow.memory_map, which asks the kernel to page in what it is asked for.
+        data = np.memmap(path, np.uint8, mode="r")
+        return pa.ipc.open_file(pa.BufferReader(pa.py_buffer(data))), data
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _arrow_type(layout: Layout) -> pa.DataType:
+    # A byte for each boolean, as torch has them.
+    number = pa.from_numpy_dtype(np.uint8 if layout.dtype == np.bool_ else layout.dtype)
+    return pa.fixed_shape_tensor(number, list(layout.shape)) if layout.shape else number
+
+
+def _number(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if isinstance(kind, pa.FixedShapeTensorType) else kind
