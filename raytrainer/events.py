@@ -15,13 +15,15 @@ Hook = Callable[[Any, Any], None]
 
 @dataclass(frozen=True, slots=True)
 class FitStart:
-    """Training begins, or goes on at `step`. `total_steps` is None where only time ends it."""
+    """Training begins, or goes on at `step`. `total_steps` is None where only time ends it; of the model's `parameters`
+    the `trainable` ones get a gradient."""
 
     step: int
     total_steps: int | None
     steps_per_epoch: int | None
     world_size: int
     parameters: int
+    trainable: int
 
 
 @dataclass(frozen=True, slots=True)

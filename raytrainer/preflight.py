@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from raytrainer.config import Experiment, build, check_targets, factory, locate, texts_of
@@ -210,21 +211,14 @@ def check_objects(e: Experiment) -> None:
     """Every `_target_` against its signature; the optimizer and its curve are made for one small weight.
 
     Those two cost nothing to make and judge their own values (`lr=-1`), which no signature says. A model or a dataset
-    may be large: theirs are told when a worker makes them.
+    may be large: theirs are told when a worker makes them. Where patterns name parameters, the model is made without
+    memory, on the meta device, if it can be.
 
     Raises:
         ConfigError: The first that would be refused.
     """
     check_targets(e)
-    if e.optimizer and str(e.optimizer["_target_"]).startswith(("torch.optim.", "raytrainer.optim.")):
-        import torch
-
-        from raytrainer.optim import build_optimizer, build_scheduler
-
-        # A matrix, since Muon takes nothing else.
-        optimizer = build_optimizer(factory(e.optimizer), torch.nn.Linear(2, 2, bias=False))
-        if e.lr_scheduler and str(e.lr_scheduler["_target_"]).startswith(("torch.optim.", "raytrainer.optim.")):
-            build_scheduler(factory(e.lr_scheduler), optimizer, e.trainer.max_steps or 1_000_000)
+    _check_optimizer(e)
     for name, node in e.callbacks.items():
         target = locate(f"callbacks.{name}", node["_target_"]) if node else None
         # A misspelt hook would never be called. What a function returns is not known here.
@@ -238,6 +232,44 @@ def check_objects(e: Experiment) -> None:
         # Their classes take any keyword, and refuse a misspelt one only when they are made.
         if node and str(node["_target_"]).startswith("torchmetrics."):
             build(node)
+
+
+def _check_optimizer(e: Experiment) -> None:
+    target = str((e.optimizer or {}).get("_target_"))
+    model: Any = unbuilt_model(e) if e.trainer.freeze or target == _MUON else None
+    if model is not None:
+        from raytrainer.optim import freeze
+
+        freeze(model, e.trainer.freeze)
+    if not e.optimizer or not target.startswith(_OURS_TO_TRY) or (target == _MUON and model is None):
+        return
+    import torch
+
+    from raytrainer.optim import build_optimizer, build_scheduler
+
+    # A matrix, since torch's Muon takes nothing else; ours looks for the model's own.
+    small = torch.nn.Linear(2, 2, bias=False)
+    optimizer = build_optimizer(factory(e.optimizer), model if target == _MUON else small)
+    if e.lr_scheduler and str(e.lr_scheduler["_target_"]).startswith(_OURS_TO_TRY):
+        build_scheduler(factory(e.lr_scheduler), optimizer, e.trainer.max_steps or 1_000_000)
+
+
+_OURS_TO_TRY = ("torch.optim.", "raytrainer.optim.")
+_MUON = "raytrainer.optim.Muon"
+
+
+def unbuilt_model(e: Experiment) -> Any:
+    """The experiment's model on the meta device: its modules, names and shapes, without memory or values.
+
+    None where it cannot be made so, as one that reads its weights in its constructor, or that asks for a value.
+    """
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return build(e.model or {})
+    except Exception:  # noqa: BLE001  whether it can be built at all is told by the worker that builds it
+        return None
 
 
 def check_init_from(e: Experiment, run_dir: str) -> None:

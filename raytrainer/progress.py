@@ -32,7 +32,15 @@ class Reporter:
     def on_fit_start(self, trainer: Any, event: Any) -> None:
         self._total, self._per_epoch = event.total_steps, event.steps_per_epoch
         self._since = (time.monotonic(), event.step)
-        self._emit({"kind": "start", "step": event.step, "total": event.total_steps, "parameters": event.parameters})
+        self._emit(
+            {
+                "kind": "start",
+                "step": event.step,
+                "total": event.total_steps,
+                "parameters": event.parameters,
+                "trainable": event.trainable,
+            }
+        )
 
     def on_log(self, trainer: Any, event: Any) -> None:
         if "train/loss" not in event.metrics:
@@ -97,7 +105,9 @@ class Display:
         if message["kind"] == "start" and message["step"]:
             self.say(f"going on after step {message['step']}")
         elif message["kind"] == "start":
-            self.say(f"training {message['parameters']:,} parameters")
+            whole, trained = message["parameters"], message["trainable"]
+            of = "" if trained == whole else f" of {whole:,}"
+            self.say(f"training {trained:,}{of} parameters")
         elif message["kind"] == "log":
             self._progress(progress_line(message), last=message["step"] == message["total"])
         elif message["kind"] == "eval":

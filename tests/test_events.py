@@ -10,7 +10,7 @@ from raytrainer import events
 from raytrainer.events import HOOKS, Artifact, CheckpointSaved, EvalEnd, Events, FitEnd, FitStart, Logged, StepEnd
 
 TOLD: dict[str, tuple[Any, Any]] = {
-    "on_fit_start": (Events.fit_start, FitStart(0, 10, 5, 1, 99)),
+    "on_fit_start": (Events.fit_start, FitStart(0, 10, 5, 1, 99, 99)),
     "on_log": (Events.log, Logged(5, 0, {"train/loss": 1.0})),
     "on_eval_end": (Events.eval_end, EvalEnd(5, 0, {"val/loss": 1.0})),
     "on_checkpoint": (Events.checkpoint, CheckpointSaved(5, None, 0.1)),

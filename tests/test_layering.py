@@ -23,7 +23,18 @@ import pytest
 # (data/, models/, ...) are one module here.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("config", "storage", "seeds", "events", "provenance", "interrupts", "reaper", "environment", "autoscaling"),
+    (
+        "config",
+        "storage",
+        "seeds",
+        "events",
+        "provenance",
+        "interrupts",
+        "reaper",
+        "environment",
+        "autoscaling",
+        "names",
+    ),
     ("data", "models", "losses", "optim", "state", "parallel", "checkpoint", "metrics", "tracking", "progress"),
     ("trainer",),
     ("worker",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -16,7 +17,17 @@ from torch import nn
 
 from raytrainer.errors import ConfigError
 from raytrainer.models import ResNet
-from raytrainer.optim import WSD, Constant, Cosine, Curve, Linear, build_optimizer, build_scheduler, parameter_groups
+from raytrainer.optim import (
+    WSD,
+    Constant,
+    Cosine,
+    Curve,
+    Linear,
+    build_optimizer,
+    build_scheduler,
+    freeze,
+    parameter_groups,
+)
 
 
 def net() -> nn.Module:
@@ -46,6 +57,24 @@ def test_tied_and_frozen_parameters() -> None:
     assert [id(p) for p in group["params"]] == [id(model["a"].weight)]
     with pytest.raises(ConfigError, match="no trainable parameter"):
         parameter_groups(model["c"], 0.1)
+
+
+def test_frozen_by_pattern() -> None:
+    model = net()
+    freeze(model, ["0.*", "1.weight"])
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["1.bias", "3.weight", "3.bias"]
+    assert model[1].training  # type: ignore[index]
+    freeze(model, ["1.*"])
+    assert not model[1].training  # type: ignore[index]
+    assert model[0].training  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "close"), [("3.weigth", "3.weight"), ("4.*", r"3.\*, 1.\*, 0.\*"), ("x", "0.bias, 0.weight, 1.bias")]
+)
+def test_a_pattern_that_freezes_nothing(pattern: str, close: str) -> None:
+    with pytest.raises(ConfigError, match=f"trainer.freeze={re.escape(pattern)} matches no name .*; valid: {close}"):
+        freeze(net(), ["0.bias", pattern])
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,9 @@ def test_figures() -> None:
 def test_the_reporter_tells_what_the_loop_tells(clock: SimpleNamespace) -> None:
     told: list[dict[str, Any]] = []
     reporter = Reporter(told.append)
-    reporter.on_fit_start(None, FitStart(step=10, total_steps=110, steps_per_epoch=11, world_size=2, parameters=99))
+    reporter.on_fit_start(
+        None, FitStart(step=10, total_steps=110, steps_per_epoch=11, world_size=2, parameters=99, trainable=33)
+    )
     clock.seconds += 4.0
     reporter.on_log(None, Logged(step=30, epoch=2, metrics=METRICS))
     reporter.on_eval_end(None, EvalEnd(step=33, epoch=2, metrics={"val/loss": 1.0}))
@@ -88,7 +90,9 @@ def test_the_reporter_tells_what_the_loop_tells(clock: SimpleNamespace) -> None:
 def test_without_a_known_end_no_time_left(clock: SimpleNamespace) -> None:
     told: list[dict[str, Any]] = []
     reporter = Reporter(told.append)
-    reporter.on_fit_start(None, FitStart(step=0, total_steps=None, steps_per_epoch=None, world_size=1, parameters=9))
+    reporter.on_fit_start(
+        None, FitStart(step=0, total_steps=None, steps_per_epoch=None, world_size=1, parameters=9, trainable=9)
+    )
     reporter.on_log(None, Logged(step=5, epoch=0, metrics=METRICS))
     assert told[1]["left"] is None
     assert told[1]["epochs"] is None
@@ -125,16 +129,17 @@ def test_every_line_for_good_also_goes_to_the_log(clock: SimpleNamespace, monkey
     attach(monkeypatch, stream)
     display = Display(stream)
     display.also = log.write
-    display.show({"kind": "start", "step": 0, "parameters": 308074})
+    display.show({"kind": "start", "step": 0, "parameters": 308074, "trainable": 308074})
+    display.show({"kind": "start", "step": 0, "parameters": 308074, "trainable": 1290})
     display.show(LOG)
     display.show({"kind": "warning", "text": "odd"})
-    assert log.getvalue() == "training 308,074 parameters\nwarning: odd\n"
+    assert log.getvalue() == "training 308,074 parameters\ntraining 1,290 of 308,074 parameters\nwarning: odd\n"
 
 
 def test_going_on_is_said_and_the_last_step_is_remembered(clock: SimpleNamespace) -> None:
     stream = io.StringIO()
     display = Display(stream)
-    display.show({"kind": "start", "step": 40, "parameters": 1})
+    display.show({"kind": "start", "step": 40, "parameters": 1, "trainable": 1})
     display.show({"kind": "checkpoint", "step": 55})
     display.show({"kind": "hello", "rank": 0})
     assert stream.getvalue() == "going on after step 40\n"

@@ -39,6 +39,9 @@ PUBLIC = {
     "raytrainer.models": """
         MLP ResNet Transformer resnet101 resnet152 resnet18 resnet34 resnet50
     """,
+    "raytrainer.optim": """
+        Constant Cosine Curve Linear Muon WSD build_optimizer build_scheduler freeze mend_fused_sgd parameter_groups
+    """,
     "raytrainer.storage": """
         Entry Lock Storage redacted
     """,
@@ -58,9 +61,7 @@ DEFINED = {
         TrackingDenied TrackingError TrackingUnreachable TrainingError WorkerError nearest
     """,
     "raytrainer.losses": "CrossEntropy MeanSquaredError TokenCrossEntropy",
-    "raytrainer.optim": """
-        Constant Cosine Curve Linear WSD build_optimizer build_scheduler mend_fused_sgd parameter_groups
-    """,
+    "raytrainer.names": "matching",
 }
 
 

@@ -644,6 +644,41 @@ def test_a_changed_rate_is_changed_once(tmp_path: Path) -> None:
     assert again.series("train/lr") == {8: told.series("train/lr")[8]}
 
 
+# -- a part that stays as it is ---------------------------------------------------------------------------------------
+
+FROZEN = {"freeze": ["conv.*", "norm.*"], "max_steps": 6, "ema_decay": 0.9}
+
+
+def frozen_run(world: World) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    trainer = Trainer(experiment(model=node("tests.training.Net"), trainer=FROZEN), world=world)
+    before = weights(trainer)
+    trainer.fit()
+    return before, weights(trainer)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_frozen_parameters_and_statistics_stay(size: int) -> None:
+    for before, after in [frozen_run(World())] if size == 1 else ranks.run(size, frozen_run):
+        assert sorted(differences(before, after)) == ["/head.bias", "/head.weight"]
+
+
+def test_what_is_frozen_has_no_state_and_the_run_goes_on_exactly(tmp_path: Path) -> None:
+    e = experiment(model=node("tests.training.Net"), trainer=FROZEN, checkpoint={"every_n_steps": 3})
+    whole, told = fitted(e, checkpointer=checkpointer(World(), tmp_path))
+    assert {name for p in whole.optimizer.state for name, q in whole.raw_model.named_parameters() if p is q} == {
+        "head.weight",
+        "head.bias",
+    }
+    (start,) = told.events("on_fit_start")
+    assert (start.trainable, start.parameters) == (96 * 4 + 4, 96 * 4 + 4 + 6 * 9 + 6 + 12)
+    assert whole.checkpointer is not None
+    again = Trainer(e, checkpointer=whole.checkpointer)
+    again.restore(next(i for i in whole.checkpointer.list() if i.step == 3))
+    again.checkpointer = None
+    again.fit()
+    assert differences(weights(again), weights(whole)) == []
+
+
 # -- weights from elsewhere ------------------------------------------------------------------------------------------
 
 

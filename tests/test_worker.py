@@ -68,7 +68,7 @@ def test_what_a_list_of_runs_shows_is_told_while_it_trains() -> None:
 
     listener, best = worker._Tracking(Kept()), Monitor("val/loss", "min")
     trainer = SimpleNamespace(best=best)
-    listener.on_fit_start(trainer, FitStart(0, 132, 11, 2, 1000))
+    listener.on_fit_start(trainer, FitStart(0, 132, 11, 2, 1000, 1000))
     assert tags == {"raytrainer.workers": "2", "raytrainer.total_steps": "132"}
     for step, value in ((10, 0.5), (20, 0.25), (30, 0.75)):
         best.update({"val/loss": value}, step)

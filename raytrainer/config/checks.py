@@ -44,12 +44,20 @@ def check_together(e: Experiment) -> None:
             key="trainer.max_steps",
             value=t.max_steps,
         )
+    if t.precision == "16-mixed" and (e.optimizer or {}).get("_target_") == "raytrainer.optim.Muon":
+        raise ConfigError(
+            "is not for optimizer=muon, whose update is of the same size however small a gradient is; use bf16-mixed",
+            key="trainer.precision",
+            value=t.precision,
+        )
     if t.precision == "16-mixed" and not (e.optimizer or {}).get("fused"):
         raise ConfigError(
             "needs a fused optimizer, or the gradient scaler waits for the device at every step: set optimizer.fused=true",
             key="trainer.precision",
             value=t.precision,
         )
+    if not isinstance(t.freeze, list) or not all(isinstance(pattern, str) for pattern in t.freeze):
+        raise ConfigError("must be a list of patterns, as [backbone.*]", key="trainer.freeze", value=t.freeze)
     if t.early_stopping is not None and not e.data.val:
         raise ConfigError("needs data.val, whose metrics it watches", key="trainer.early_stopping")
     if t.max_grad_norm == 0:

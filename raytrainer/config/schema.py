@@ -68,6 +68,7 @@ class TrainerConfig:
     compile: Any = key(False, choices=(False, True, "default", "reduce-overhead", "max-autotune"))  # noqa: RUF009
     strategy: str = key("ddp", choices=("ddp",))
     find_unused_parameters: bool = False
+    freeze: Any = field(default_factory=list)  # patterns of names of parameters and buffers
     max_grad_norm: float | None = key(None, least=0)
     ema_decay: float | None = key(None, least=0, most=1)
     nonfinite: str = key("stop", choices=("stop", "warn"))

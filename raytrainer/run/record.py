@@ -30,6 +30,7 @@ _FIXED_KEYS = (
     "data.drop_last",
     "trainer.precision",
     "trainer.ema_decay",
+    "trainer.freeze",
     "checkpoint.monitor",
     "checkpoint.mode",
     "tracking.tracking_uri",

@@ -23,7 +23,7 @@ from raytrainer.data import Batch, Loader
 from raytrainer.errors import ConfigError, NonFiniteLoss
 from raytrainer.events import Artifact, CheckpointSaved, EvalEnd, Events, FitEnd, FitStart, Logged
 from raytrainer.metrics import Monitor, Throughput, WeightedMeans
-from raytrainer.optim import build_optimizer, build_scheduler
+from raytrainer.optim import build_optimizer, build_scheduler, freeze
 from raytrainer.parallel import Precision, World
 from raytrainer.state import load_weights
 from raytrainer.trainer import evaluation, snapshot
@@ -85,6 +85,7 @@ class Trainer:
         seeds.seed_everything("model", e.seed)
         self.precision = Precision(options.precision, device)
         self.raw_model: nn.Module = self.precision.convert(build(_node(e.model))).to(device)
+        freeze(self.raw_model, options.freeze)
         if options.channels_last:
             self.raw_model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loss: Callable[[nn.Module, Any], Mapping[str, Tensor]] = build(_node(e.loss))
@@ -142,10 +143,9 @@ class Trainer:
         options = self.experiment.trainer
         if self.step == 0:
             seeds.seed_everything("train", self.experiment.seed, self.world.rank)
-        size = sum(p.numel() for p in self.raw_model.parameters())
-        self.events.fit_start(
-            self, FitStart(self.step, self.total_steps, self.train_loader.steps_per_epoch, self.world.size, size)
-        )
+        size, trained = (sum(p.numel() for p in several) for several in (self.raw_model.parameters(), self._parameters))
+        per_epoch = self.train_loader.steps_per_epoch
+        self.events.fit_start(self, FitStart(self.step, self.total_steps, per_epoch, self.world.size, size, trained))
         reason = self._out_of_patience() or "finished"
         if self.step and self._evaluated_at == self.step:
             # Whoever took the report may have been killed after the checkpoint, and before it was heard of.

@@ -63,7 +63,11 @@ def restore(
 ) -> None:
     """Puts back what `shared` and `local` gave; `own` is None where another number of ranks wrote the checkpoint."""
     load_weights(t.raw_model, state["model"], source)
-    wanted = [{name: group[name] for name in changed if name in group} for group in t.optimizer.param_groups]
+    # A constructor may call a setting of some groups by a longer name: `adamw_lr` is the `lr` of Muon's other groups.
+    wanted = [
+        {k: v for k, v in group.items() if any(name == k or name.endswith(f"_{k}") for name in changed)}
+        for group in t.optimizer.param_groups
+    ]
     rates = [group.get("initial_lr", group["lr"]) for group in t.optimizer.param_groups]
     restore_optimizer_state(t.optimizer, t.raw_model, state["optimizer"])
     mend_fused_sgd(t.optimizer)

@@ -1,84 +1,18 @@
-"""Parameter groups, and learning-rate curves as pure functions of the step and the length of the run.
+"""Learning-rate curves as pure functions of the step and the length of the run.
 A curve gives the factor of the base learning rate, so a resumed run needs nothing but its step to go on.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
-import torch
-from torch import nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from raytrainer.errors import ConfigError
-
-Factory = Callable[..., Any]
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters in at most two groups: matrices and kernels, which decay, and vectors, which do not.
-
-    Everything of fewer than two dimensions is a bias or a norm's scale; pulling those to zero regularises nothing
-    (He et al. 2018, arXiv:1812.01187, 3.1).
-
-    Raises:
-        ConfigError: Nothing is trainable.
-    """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
-        raise ConfigError("the model has no trainable parameter", key="model")
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def build_optimizer(factory: Factory, model: nn.Module) -> Optimizer:
-    """The optimizer of `model`'s parameters.
-
-    Args:
-        factory: Called with the parameters alone, so everything else is bound: `partial(torch.optim.AdamW, lr=1e-3)`.
-            Its `weight_decay`, bound or by default, is that of the matrices; one that has none gets a plain list.
-        model: As it is trained: wrapped, sharded and on its device.
-
-    Raises:
-        ConfigError: The optimizer refuses a value, or nothing is trainable.
-    """
-    weight_decay = _bound(factory, "weight_decay")
-    groups = parameter_groups(model, 0.0 if weight_decay is None else weight_decay)
-    params: list[Any] = groups if weight_decay is not None else [p for group in groups for p in group["params"]]
-    try:
-        optimizer = cast("Optimizer", factory(params))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"is refused by its constructor: {error}", key="optimizer") from error
-    mend_fused_sgd(optimizer)
-    return optimizer
-
-
-def mend_fused_sgd(optimizer: Optimizer) -> None:
-    """Goes around two faults of torch's fused SGD (2.13); for a new optimizer, and for one whose settings were loaded.
-
-    On the CPU it leaves parameters in half precision where they are (pytorch#191763): those groups are not fused.
-    Where a gradient scaler skips the very first step, which is usual, it leaves the momentum unwritten memory: zeros
-    instead, from which the first real step gives the same (without dampening, that is).
-    """
-    if not isinstance(optimizer, SGD):
-        return
-    for group in optimizer.param_groups:
-        if not group["fused"]:
-            continue
-        if any(p.device.type == "cpu" and p.dtype in (torch.bfloat16, torch.float16) for p in group["params"]):
-            group["fused"] = False
-        elif group["momentum"]:
-            for p in group["params"]:
-                optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p, requires_grad=False))
+from raytrainer.optim.groups import Factory, arguments
 
 
 class Curve(Protocol):
@@ -185,7 +119,7 @@ def build_scheduler(factory: Factory, optimizer: Optimizer, total_steps: int | N
     Raises:
         ConfigError: The curve needs a length that is not known, or refuses a value; a scheduler that wants a metric.
     """
-    accepted = _parameters(factory)
+    accepted = arguments(factory)
     try:
         if "optimizer" in accepted:
             scheduler = factory(optimizer)
@@ -203,21 +137,6 @@ def build_scheduler(factory: Factory, optimizer: Optimizer, total_steps: int | N
     # A function, not the object: LambdaLR puts an object's fields into its state, and would write them back over the
     # values that a resume was given.
     return LambdaLR(optimizer, lambda step: curve(step, total_steps))
-
-
-def _parameters(factory: Factory) -> dict[str, inspect.Parameter]:
-    try:
-        return dict(inspect.signature(factory).parameters)
-    except ValueError:  # a builtin without a signature
-        return {}
-
-
-def _bound(factory: Factory, name: str) -> float | None:
-    """What the factory will use for `name`, bound or its own default; None where it has none."""
-    if isinstance(factory, partial) and name in factory.keywords:
-        return float(factory.keywords[name])
-    parameter = _parameters(factory).get(name)
-    return None if parameter is None or parameter.default is inspect.Parameter.empty else float(parameter.default)
 
 
 def _warmup(step: int, warmup: int) -> float:

@@ -1,0 +1,135 @@
+"""Which parameters are trained, and in which groups an optimizer gets them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import SGD, Optimizer
+
+from raytrainer.errors import ConfigError
+from raytrainer.names import matching
+
+Factory = Callable[..., Any]
+
+
+def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
+    """Keeps what the patterns name as it is: parameters get no gradient, and so no optimizer state.
+
+    A batch norm whose `running_mean` is among the names normalises by its statistics as they are, in training too
+    (`eval()`). Dropout goes on.
+
+    Args:
+        model: As it was built: before it is wrapped or sharded.
+        patterns: Of the names of parameters and buffers, as `names.matching`.
+
+    Raises:
+        ConfigError: A pattern matches nothing.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    frozen = matching(patterns, [*parameters, *buffers], "trainer.freeze")
+    for name in frozen & parameters.keys():
+        parameters[name].requires_grad_(False)
+    for name, module in model.named_modules():
+        if isinstance(module, _NormBase) and (f"{name}." if name else "") + "running_mean" in frozen:
+            module.eval()
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters in at most two groups: matrices and kernels, which decay, and vectors, which do not.
+
+    Everything of fewer than two dimensions is a bias or a norm's scale; pulling those to zero regularises nothing
+    (He et al. 2018, arXiv:1812.01187, 3.1).
+
+    Raises:
+        ConfigError: Nothing is trainable.
+    """
+    return grouped(trainable(model).values(), weight_decay)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that get a gradient, by name.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not found:
+        raise ConfigError("the model has no trainable parameter", key="model")
+    return found
+
+
+def grouped(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Those of two dimensions and more, then the others, which do not decay; no empty group."""
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(factory: Factory, model: nn.Module) -> Optimizer:
+    """The optimizer of `model`'s parameters.
+
+    Args:
+        factory: Called with the parameters alone, so everything else is bound: `partial(torch.optim.AdamW, lr=1e-3)`.
+            Its `weight_decay`, bound or by default, is that of the matrices; one that has none gets a plain list. One
+            that has an argument `model` gets the model instead, and makes its own groups.
+        model: As it is trained: wrapped, sharded and on its device.
+
+    Raises:
+        ConfigError: The optimizer refuses a value, or nothing is trainable.
+    """
+    try:
+        if "model" in arguments(factory):
+            return cast("Optimizer", factory(model=model))
+        weight_decay = _bound(factory, "weight_decay")
+        groups = parameter_groups(model, 0.0 if weight_decay is None else weight_decay)
+        params: list[Any] = groups if weight_decay is not None else [p for group in groups for p in group["params"]]
+        optimizer = cast("Optimizer", factory(params))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"is refused by its constructor: {error}", key="optimizer") from error
+    mend_fused_sgd(optimizer)
+    return optimizer
+
+
+def mend_fused_sgd(optimizer: Optimizer) -> None:
+    """Goes around two faults of torch's fused SGD (2.13); for a new optimizer, and for one whose settings were loaded.
+
+    On the CPU it leaves parameters in half precision where they are (pytorch#191763): those groups are not fused.
+    Where a gradient scaler skips the very first step, which is usual, it leaves the momentum unwritten memory: zeros
+    instead, from which the first real step gives the same (without dampening, that is).
+    """
+    if not isinstance(optimizer, SGD):
+        return
+    for group in optimizer.param_groups:
+        if not group["fused"]:
+            continue
+        if any(p.device.type == "cpu" and p.dtype in (torch.bfloat16, torch.float16) for p in group["params"]):
+            group["fused"] = False
+        elif group["momentum"]:
+            for p in group["params"]:
+                optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p, requires_grad=False))
+
+
+def arguments(factory: Factory) -> dict[str, inspect.Parameter]:
+    """The parameters of a callable's signature."""
+    try:
+        return dict(inspect.signature(factory).parameters)
+    except ValueError:  # a builtin without a signature
+        return {}
+
+
+def _bound(factory: Factory, name: str) -> float | None:
+    """What the factory will use for `name`, bound or its own default; None where it has none."""
+    if isinstance(factory, partial) and name in factory.keywords:
+        return float(factory.keywords[name])
+    parameter = arguments(factory).get(name)
+    return None if parameter is None or parameter.default is inspect.Parameter.empty else float(parameter.default)
