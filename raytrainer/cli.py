@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from raytrainer import completion, config, provenance
 from raytrainer.errors import ConfigError, RaytrainerError, Refused, Stopped, nearest
 
-VERBS = ("check", "list", "status", "logs", "stop", "resume", "rerun")
+VERBS = ("check", "list", "status", "logs", "stop", "resume", "rerun", "evaluate")
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _DRY_RUN = "--dry-run"
 
@@ -89,17 +89,20 @@ def _verb(verb: str, rest: list[str], *, dry: bool) -> int:
         return _hydra(rest, _check, _check_sweep, before=["check", *([_DRY_RUN] if dry else [])])
     from raytrainer import history
 
-    if verb not in ("resume", "rerun"):
+    if verb not in ("resume", "rerun", "evaluate"):
         if dry:
-            raise ConfigError(f"{_DRY_RUN} is for what launches something: experiment=…, resume and rerun")
+            raise ConfigError(f"{_DRY_RUN} is for what launches something: experiment=…, resume, rerun and evaluate")
         return history.command(verb, rest)
     parser = history.parser(verb)
     given = parser.parse(rest)
     if "=" in given.id:
         raise ConfigError(f"which run? {parser.takes()}")
-    if verb == "rerun":
-        return _rerun(given, rest, dry=dry)
-    return _resume(given, rest, dry=dry)
+    if verb == "evaluate":
+        composition = history.to_evaluate(
+            given.id, given.overrides, checkpoint=given.checkpoint or "best", config_dir=given.config_dir
+        )
+        return _launch(composition, [verb, *rest], as_json=given.json, dry=dry)
+    return (_rerun if verb == "rerun" else _resume)(given, rest, dry=dry)
 
 
 def _rerun(given: argparse.Namespace, rest: list[str], *, dry: bool) -> int:
@@ -114,11 +117,16 @@ def _rerun(given: argparse.Namespace, rest: list[str], *, dry: bool) -> int:
         plan = history.to_rerun_sweep(given.id, given.overrides)
         return _would_send(plan, ["rerun", *rest]) if dry else _run_sweep(plan, ["rerun", *rest], as_json=given.json)
     composition = history.to_rerun(given.id, given.overrides)
+    return _launch(composition, ["rerun", *rest], as_json=given.json, dry=dry)
+
+
+def _launch(composition: config.Composition, arguments: list[str], *, as_json: bool, dry: bool) -> int:
+    """A new run that a verb has composed."""
     if dry:
-        return _would_send(composition, ["rerun", *rest])
+        return _would_send(composition, arguments)
     if _is_sent(composition):
-        return _submit(composition, ["rerun", *rest], as_json=given.json)
-    return int(_trained(composition, ["rerun", *rest], as_json=given.json).exit_code)
+        return _submit(composition, arguments, as_json=as_json)
+    return int(_trained(composition, arguments, as_json=as_json).exit_code)
 
 
 def _resume(given: argparse.Namespace, rest: list[str], *, dry: bool) -> int:

@@ -182,7 +182,8 @@ def run(
     report: Callable[[Any, bool], None] = _no_report,
     later: Callable[[Callable[[], None]], None] = lambda work: work(),
 ) -> dict[str, Any]:
-    """Trains, from the run's last checkpoint where it has one; returns what `FitResult` holds, as plain values.
+    """Trains, from the run's last checkpoint where it has one; returns what `FitResult` holds, as plain values. Where
+    `evaluate` is set it evaluates a checkpoint, and trains nothing.
 
     Args:
         job: What to train, and where everything goes.
@@ -197,7 +198,7 @@ def run(
     import torch.distributed as dist
 
     from raytrainer.checkpoint import Checkpointer
-    from raytrainer.trainer import Trainer
+    from raytrainer.trainer import Trainer, evaluation
 
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)  # what a model allocates without naming a device goes there too
@@ -218,8 +219,9 @@ def run(
         # The run of a trial is made by the driver, which may not have come to it.
         place = experiment.tracking.experiment_name if job.label else None
         tracker = MlflowTracker(job.run_id, uri, Path(job.spool_dir), ship=job.ship, awaited_in=place)
+    evaluate = experiment.evaluate
     checkpointer = Checkpointer(
-        Storage.shown_as(job.run_dir, root).child("checkpoints"),
+        Storage.shown_as((evaluate and evaluate.run_dir) or job.run_dir, root).child("checkpoints"),
         rank=world.rank,
         world_size=world.size,
         num_to_keep=c.num_to_keep,
@@ -242,6 +244,8 @@ def run(
             should_stop=should_stop,
             report=_after(*before, report=report),
         )
+        if evaluate is not None:
+            return {**evaluation.of_checkpoint(trainer, evaluate.checkpoint, group), "monitor": c.monitor}
         if info := checkpointer.latest():
             trainer.restore(info, job.changed)
             if job.inherited and trainer.evaluations == job.inherited["evaluation"]:

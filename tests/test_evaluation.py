@@ -1,8 +1,9 @@
-"""Evaluation: several validation sets, and the objects of `metrics`, on one rank as on several."""
+"""Evaluation: several validation sets, the objects of `metrics`, and of a checkpoint; on one rank as on several."""
 
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from raytrainer.checkpoint import Checkpointer, CheckpointInfo
 from raytrainer.config import compose
 from raytrainer.config.checks import check_together
-from raytrainer.errors import ConfigError
+from raytrainer.errors import CheckpointCorrupt, CheckpointNotFound, ConfigError
 from raytrainer.parallel import World
 from raytrainer.preflight import check_objects
 from raytrainer.trainer import Trainer
+from raytrainer.trainer.evaluation import of_checkpoint
 from tests import ranks, training
 from tests.training import checkpointer, experiment, fitted, images, node
 
@@ -219,3 +222,53 @@ def test_from_the_command_line() -> None:
     ).experiment
     assert e.data.val_sets == {"far": {"_target_": "raytrainer.data.Digits", "split": "val"}}
     assert e.metrics == {"f1": {"_target_": F1, "num_classes": 10}}
+
+
+# -- of a checkpoint ---------------------------------------------------------------------------------------------------
+
+
+def trained(world: World, folder: Path) -> list[float]:
+    """The validation losses of a run with batch norm that kept all its checkpoints."""
+    e = experiment(model=node(training.Net), trainer={"max_steps": 4, "eval_every_n_steps": 2})
+    saved = checkpointer(world, folder)
+    _, recorder = fitted(e, world, checkpointer=saved)
+    saved.close()
+    return list(recorder.series("val/loss").values())
+
+
+def evaluated(world: World, folder: Path, wanted: str) -> tuple[int, float]:
+    e = experiment(model=node(training.Net))
+    trainer = Trainer(e, world=world, checkpointer=checkpointer(world, folder))
+    group = torch.distributed.new_group(backend="gloo") if world.distributed else None
+    found = of_checkpoint(trainer, wanted, group)
+    return found["step"], found["metrics"]["val/loss"]
+
+
+def test_a_checkpoint_evaluates_as_it_did_in_training(tmp_path: Path) -> None:
+    for size, folder in ((1, tmp_path / "1"), (2, tmp_path / "2")):
+        second, fourth = trained(World(), folder) if size == 1 else ranks.run(size, trained, folder)[0]
+        best = (2, second) if second < fourth else (4, fourth)
+        for wanted, expected in (("best", best), ("last", (4, fourth)), ("2", (2, second))):
+            for found in [evaluated(World(), folder, wanted)] if size == 1 else ranks.run(2, evaluated, folder, wanted):
+                assert found == expected
+    # Written by two ranks, read by one: the buffers are the mean over those that wrote it.
+    assert evaluated(World(), tmp_path / "2", "last") == pytest.approx((4, fourth), rel=1e-5)
+
+
+def test_one_that_is_deleted_meanwhile_gives_way_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained(World(), tmp_path)
+    load = Checkpointer.load
+
+    def gone_first(self: Checkpointer, info: CheckpointInfo, *more: Any) -> Any:
+        if info.step == 4:
+            shutil.rmtree(info.path)
+        return load(self, info, *more)
+
+    monkeypatch.setattr(Checkpointer, "load", gone_first)
+    assert evaluated(World(), tmp_path, "last")[0] == 2
+    with pytest.raises(CheckpointNotFound, match=r"^no checkpoint 4; there are 2$"):
+        evaluated(World(), tmp_path, "4")
+    monkeypatch.undo()
+    (tmp_path / "step-000000002" / "shared-00000.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointCorrupt, match="has 0 bytes instead of"):
+        evaluated(World(), tmp_path, "best")

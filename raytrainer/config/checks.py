@@ -84,7 +84,7 @@ def _check_monitors(e: Experiment) -> None:
         "sweep.metric": e.sweep.metric,
     }
     for name, metric in watched.items():
-        if metric is None or (name == "sweep.metric" and not metric.startswith("val/")):
+        if metric is None or e.evaluate or (name == "sweep.metric" and not metric.startswith("val/")):
             continue
         first, _, rest = metric.partition("/")
         if first != "val" or not rest:

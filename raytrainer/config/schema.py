@@ -159,6 +159,13 @@ class SweepConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class Evaluate:
+    run_dir: str | None = None  # whose checkpoint it is, without a password
+    checkpoint: str = "best"  # or last, or a step
+    run_id: str | None = None  # in MLflow
+
+
+@dataclass(kw_only=True, slots=True)
 class Experiment:
     """A whole experiment, resolved and typed. Sections `model`, `loss`, `optimizer`, `lr_scheduler`, `data.train`,
     `data.val` and `data.collate_fn` are `_target_` nodes that `raytrainer.config.build` makes objects of; `callbacks`,
@@ -170,6 +177,7 @@ class Experiment:
     storage_path: str | None = None
     init_from: str | None = None
     debug: bool = False
+    evaluate: Evaluate | None = None  # set by the verb: no training, but a checkpoint's evaluation
     model: dict[str, Any] | None = None
     loss: dict[str, Any] | None = None
     optimizer: dict[str, Any] | None = None

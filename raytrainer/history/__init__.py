@@ -5,7 +5,7 @@
     tree        rerun: the code that it ran with    logs       logs: of driver and ranks, now and afterwards
     signs       whether a run's driver lives        stopping   stop: and waiting until all is free
     reconcile   closing runs that are surely dead   jobs       a shared cluster, as the verbs need it
-    commands    the verbs' arguments and output
+    evaluating  evaluate: a checkpoint validated     commands   the verbs' arguments and output
 
 Names are imported when they are first used: listing runs needs neither Ray nor torch.
 """
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from raytrainer.history.again import to_rerun, to_rerun_sweep, to_resume, to_resume_sweep
     from raytrainer.history.commands import command, completions, outcome_json, parser
+    from raytrainer.history.evaluating import to_evaluate
     from raytrainer.history.finding import find, trial_of
     from raytrainer.history.tree import rerun_there
 
@@ -28,6 +29,7 @@ __all__ = [
     "outcome_json",
     "parser",
     "rerun_there",
+    "to_evaluate",
     "to_rerun",
     "to_rerun_sweep",
     "to_resume",
@@ -42,6 +44,7 @@ _HOMES = {
     "outcome_json": "commands",
     "parser": "commands",
     "rerun_there": "tree",
+    "to_evaluate": "evaluating",
     "to_rerun": "again",
     "to_rerun_sweep": "again",
     "to_resume": "again",

@@ -66,14 +66,9 @@ def to_rerun(identifier: str, overrides: Sequence[str]) -> Composition:
     """
     record, storage = find(identifier)
     if not any(o.partition("=")[0] == "name" for o in overrides):
-        overrides = [*overrides, f"name={new_name(_stem(record))}"]
+        overrides = [*overrides, f"name={new_name(stem(record))}"]
     if number := trial_of(identifier, record):
-        plan, trials = Plan.read(storage), Ledger.open(storage).trials
-        if number not in trials:
-            raise RunNotFound(
-                f"{record.name} has no trial {number}; it has {', '.join(nearest(number, trials, 5)) or 'none'}"
-            )
-        composition = plan.composition_of(best_parameters(trials[number], cast(Mode, plan.mode)))
+        composition = trial_composition(number, record, storage)
         return replace(
             from_text(composition.text, overrides),
             choices=composition.choices,
@@ -128,7 +123,7 @@ def to_rerun_sweep(identifier: str, overrides: Sequence[str]) -> Plan:
     """
     record, storage = find(identifier)
     if not any(o.partition("=")[0] == "name" for o in overrides):
-        overrides = [*overrides, f"name={new_name(_stem(record))}"]
+        overrides = [*overrides, f"name={new_name(stem(record))}"]
     plan = Plan.read(storage)
     swept = {key_of(p.key) for p in plan.parameters}
     for key in map(key_of, overrides):
@@ -137,7 +132,22 @@ def to_rerun_sweep(identifier: str, overrides: Sequence[str]) -> Plan:
     return plan.with_overrides(overrides)
 
 
-def _stem(record: Record) -> str:
+def trial_composition(number: str, record: Record, storage: Storage) -> Composition:
+    """The config of a sweep's trial, with the parameters of its best evaluation.
+
+    Raises:
+        RunNotFound: There is no such trial.
+    """
+    plan, trials = Plan.read(storage), Ledger.open(storage).trials
+    if number not in trials:
+        raise RunNotFound(
+            f"{record.name} has no trial {number}; it has {', '.join(nearest(number, trials, 5)) or 'none'}"
+        )
+    return plan.composition_of(best_parameters(trials[number], cast(Mode, plan.mode)))
+
+
+def stem(record: Record) -> str:
+    """What a run's name begins with, before the time."""
     return re.sub(r"-\d{8}-\d{6}-[0-9a-f]{4}$", "", record.name)
 
 

@@ -22,7 +22,10 @@ _ABOUT = {
     "stop": "Ask a run to end after a last checkpoint, and wait until all that it held is free.",
     "resume": "Go on with a run or sweep from where it came to, in the same MLflow run.",
     "rerun": "A new run of the same thing: commit and patch, config and seed; values on top.",
+    "evaluate": "Validate a checkpoint, its best, on its own validation set or another: a run of its own, below it in MLflow.",
 }
+
+_TAKE_OVERRIDES = ("resume", "rerun", "evaluate")
 
 
 class Parser(argparse.ArgumentParser):
@@ -97,10 +100,22 @@ def parser(verb: str) -> Parser:
         add("--timeout", metavar="S", type=_seconds, default=120.0, help="wait at most so many seconds (120)")
     elif verb == "rerun":
         add("--here", action="store_true", help="with the code that is here, whatever it ran with")
+    elif verb == "evaluate":
+        _add_checkpoint(found)
+        add("--config-dir", "-cd", metavar="DIR", help="where choices of data=… may be besides")
     add("id", metavar="ID", help="a run's name, its MLflow run id, or its Ray submission id")
-    if verb in ("resume", "rerun"):
+    if verb in _TAKE_OVERRIDES:
         add("overrides", metavar="key=value", nargs="*", help="values that are to be others")
     return found
+
+
+def _add_checkpoint(found: Parser) -> None:
+    """Which checkpoint of a run: the best, the last, or that of a step."""
+    one = found.add_mutually_exclusive_group()
+    one.add_argument("--last", dest="checkpoint", action="store_const", const="last", help="its last, not its best one")
+    one.add_argument(
+        "--step", dest="checkpoint", metavar="N", type=lambda text: str(_count(text)), help="that of a step"
+    )
 
 
 def outcome_json(outcome: Any) -> str:
@@ -219,7 +234,7 @@ def completions(words: Sequence[str]) -> list[str] | None:
     if verb == "list":
         return []
     if any(not word.startswith("-") for word in words[1:-1]):  # it has its ID
-        return None if verb in ("resume", "rerun") else []
+        return None if verb in _TAKE_OVERRIDES else []
     names = _folders("runs")
     sweep, dot, _ = last.rpartition(".")
     if dot and sweep in names:

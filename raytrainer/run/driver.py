@@ -122,6 +122,10 @@ class Driver:
             **{f"raytrainer.choice.{group}": choice for group, choice in self.composition.choices},
             **job_tags(record),
         }
+        if e.evaluate is not None:
+            tags["raytrainer.evaluates"] = f"{e.evaluate.checkpoint} of {e.evaluate.run_dir}"
+            if e.evaluate.run_id is not None:
+                tags["mlflow.parentRunId"] = e.evaluate.run_id
         if record.attempts > 1:
             # Parameters are written once; what a resume changes is told beside them.
             tags[f"raytrainer.resume.{record.attempts - 1}"] = " ".join(self.composition.overrides) or "(no overrides)"

@@ -223,6 +223,8 @@ def summary(outcome: Outcome, program: str) -> str:
     how = (
         f" ({result['reason'].replace('_', ' ')})" if result and result["reason"] not in ("finished", "stopped") else ""
     )
+    if result and "checkpoint" in result:
+        return _of_evaluation(outcome, result)
     steps = f", {result['step']} steps" if result else ""
     rows = [("outcome", f"{words}{how}{steps} in {duration(outcome.seconds)}")]
     if outcome.cause and outcome.status == "FAILED":
@@ -240,6 +242,17 @@ def summary(outcome: Outcome, program: str) -> str:
         more = f" {outcome.length}=…" if outcome.status == "FINISHED" else ""
         rows.append(("" if outcome.mlflow_command else "next", f"{program} resume {record.name}{more}"))
     return "\n".join(f"{name:<8} {text}" for name, text in rows)
+
+
+def _of_evaluation(outcome: Outcome, result: Mapping[str, Any]) -> str:
+    """The last words of an evaluation: every metric, in full."""
+    wide = max(8, *(len(name) for name in result["metrics"]))
+    rows = [("outcome", f"step {result['step']} evaluated in {duration(outcome.seconds)}"), ("where", outcome.where)]
+    rows += [(name, f"{value:.6g}") for name, value in result["metrics"].items()]
+    if outcome.mlflow:
+        rows.append(("mlflow", f"{outcome.mlflow}  run {outcome.record.run_id}"))
+    rows.append(("output", outcome.record.run_dir))
+    return "\n".join(f"{name:<{wide}} {text}" for name, text in rows)
 
 
 def table(outcomes: Sequence[Outcome]) -> str:

@@ -15,10 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from raytrainer import parallel, seeds
+from raytrainer.checkpoint import Checkpointer, CheckpointInfo
+from raytrainer.checkpoint.ranks import Ranks
 from raytrainer.config import build
 from raytrainer.data import Loader
-from raytrainer.errors import ConfigError
-from raytrainer.metrics import WeightedMeans
+from raytrainer.errors import CheckpointError, CheckpointNotFound, ConfigError, StorageError
+from raytrainer.events import EvalEnd
+from raytrainer.metrics import Monitor, WeightedMeans
 from raytrainer.parallel import World
 
 if TYPE_CHECKING:
@@ -82,6 +85,59 @@ def predictions(values: dict[str, Any]) -> tuple[Any, Any] | None:
     """Takes `preds` and `target` out of what a loss has returned; None where it has not both."""
     found = values.pop("preds", None), values.pop("target", None)
     return None if found[0] is None or found[1] is None else found
+
+
+def of_checkpoint(t: Trainer, wanted: str, group: Any = None) -> dict[str, Any]:
+    """The evaluation of a checkpoint, in the state that it was written in; told to the listeners. Every rank calls it.
+
+    Args:
+        t: Built for this, with the checkpoints of the run.
+        wanted: `best`, `last`, or a step.
+        group: As `Checkpointer`.
+
+    Returns:
+        As `FitResult`, in plain values; and the `checkpoint`.
+
+    Raises:
+        CheckpointNotFound: There is no such checkpoint (any more).
+    """
+    info = _restored(t, wanted, Ranks(t.world.rank, t.world.size, group))
+    metrics = t.evaluate()
+    t.best = Monitor(t.best.metric, t.experiment.checkpoint.mode)  # of what is evaluated here
+    t.best.update(metrics, info.step)
+    per_epoch = t.train_loader.steps_per_epoch
+    epoch = info.step // per_epoch if per_epoch else 0
+    t.events.eval_end(t, EvalEnd(info.step, epoch, metrics))
+    best = None if t.best.value is None else (t.best.value, info.step)
+    found = {"step": info.step, "epoch": epoch, "reason": "finished", "metrics": metrics, "best": best}
+    return {**found, "checkpoint": info.name}
+
+
+def _restored(t: Trainer, wanted: str, ranks: Ranks) -> CheckpointInfo:
+    """Restores the wanted checkpoint. The run may still train, and delete it meanwhile: then the one that is it now."""
+    checkpoints = t.checkpointer
+    assert checkpoints is not None
+    tried: set[str] = set()
+    while True:
+        info = ranks.first(lambda: _chosen(checkpoints, wanted))
+        try:
+            ranks.together(lambda: t.restore(info))  # noqa: B023  called at once
+            return info
+        except (CheckpointError, StorageError):
+            if info.name in tried or ranks.first(lambda: info.name in {one.name for one in checkpoints.list()}):  # noqa: B023
+                raise
+            tried.add(info.name)
+
+
+def _chosen(checkpoints: Checkpointer, wanted: str) -> CheckpointInfo:
+    found = checkpoints.list()
+    if wanted == "best" and (best := checkpoints.best()) is not None:
+        return best
+    named = [info for info in found if wanted in ("best", "last", str(info.step))]
+    if not named:
+        steps = ", ".join(str(info.step) for info in found)
+        raise CheckpointNotFound(f"no checkpoint {wanted}; there are {steps or 'none'}")
+    return named[-1]
 
 
 class Metrics:

@@ -1,0 +1,139 @@
+"""What `evaluate ID` launches: a run of its own, below the one in MLflow, that validates a checkpoint of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raytrainer.config import Composition, compose, from_text, group_names, new_name, with_values
+from raytrainer.errors import ConfigError, RunNotFound
+from raytrainer.history.again import stem, trial_composition
+from raytrainer.history.facts import checkpoints
+from raytrainer.history.finding import find, trial_of
+from raytrainer.run import CONFIG
+from raytrainer.storage import Storage, redacted
+from raytrainer.sweep.ledger import Ledger
+
+# The sections of a group that say something about an evaluation; the others are the model's and its training's.
+_CHOICES = {"data": ("data.val", "data.collate_fn"), "cluster": ("cluster",)}
+_OF_THE_MODEL = (
+    "model",
+    "optimizer",
+    "lr_scheduler",
+    "init_from",
+    "seed",
+    "storage_path",
+    "sweep",
+    "evaluate",
+    "debug",
+)
+_OF_ITS_STATE = ("trainer.ema_decay", "trainer.freeze")
+
+
+def to_evaluate(
+    identifier: str, overrides: Sequence[str], *, checkpoint: str = "best", config_dir: str | None = None
+) -> Composition:
+    """The config of the evaluation: what `launch` needs.
+
+    Args:
+        identifier: Of a run, or of a trial of a sweep.
+        overrides: Values, and choices of the groups `data` (its `data.val` is taken) and `cluster`.
+        checkpoint: `best`, `last`, or a step.
+        config_dir: Where choices may be besides.
+
+    Raises:
+        RunNotFound: There is no such run, or it has no checkpoint.
+        ConfigError: An override that would make another model of it; a checkpoint that it does not have.
+    """
+    record, storage = find(identifier)
+    number, run_id, text = trial_of(identifier, record), record.run_id, ""
+    if number is not None:
+        text = trial_composition(number, record, storage).text
+        run_id, place = Ledger.open(storage).trials[number].run_id, storage.child(f"trials/{number}")
+    elif record.kind == "sweep":
+        raise ConfigError(f"{record.name} is a sweep; evaluate one of its trials: {record.name}.0000")
+    else:
+        data, place = storage.read_if_exists(CONFIG), storage
+        if data is None:
+            raise RunNotFound(f"{record.name}: its {CONFIG} in {record.run_dir} is gone")
+        text = data.decode()
+    _check_checkpoint(identifier, place, checkpoint)
+    choices, values = _sorted(overrides, config_dir)
+    fixed: dict[str, Any] = {
+        "name": new_name(f"{stem(record)[:50]}-evaluate"),
+        "evaluate": {"run_dir": place.display, "checkpoint": checkpoint, "run_id": run_id},
+        "init_from": None,
+        "tracking.register_model": None,
+        "tracking.log_model": False,
+        "trainer.early_stopping": None,
+        "trainer.profile": None,
+    }
+    if record.experiment_name:
+        fixed["tracking.experiment_name"] = record.experiment_name
+    if record.tracking_uri and from_text(text).experiment.tracking.tracking_uri is None:
+        fixed["tracking.tracking_uri"] = record.tracking_uri  # below the run, wherever this is typed
+    if storage.display != redacted(record.run_dir):  # it was moved, or copied
+        fixed["storage_path"] = storage.display.rpartition("/")[0]
+    for group, choice in choices.items():
+        fixed.update(_section(group, choice, values, config_dir))
+    if choices.get("cluster") == "inline":
+        fixed["scaling.num_workers"] = 1
+    composition = from_text(with_values(text, fixed), values)
+    if not composition.experiment.data.val_sets:
+        raise ConfigError("is not set: there is nothing to evaluate on", key="data.val")
+    return replace(composition, choices=tuple(sorted({**record.choices, **choices}.items())))
+
+
+def _check_checkpoint(identifier: str, place: Storage, wanted: str) -> None:
+    steps = [saved.step for saved in checkpoints(place)]
+    if not steps:
+        raise RunNotFound(f"{identifier} has no checkpoint in {place.display}")
+    if wanted not in ("best", "last", *map(str, steps)):
+        raise ConfigError("is no checkpoint of it", key="--step", value=wanted, choices=[str(step) for step in steps])
+
+
+def _sorted(overrides: Sequence[str], config_dir: str | None) -> tuple[dict[str, str], list[str]]:
+    """Choices of groups, and values."""
+    choices: dict[str, str] = {}
+    values = []
+    for override in overrides:
+        name, _, value = override.partition("=")
+        name = name.lstrip("+~")
+        section = name.partition(".")[0]
+        if name in _CHOICES and not value.startswith("{"):
+            choices[name] = value
+        elif section in _OF_THE_MODEL or name in _OF_ITS_STATE or _is_group(name, config_dir):
+            raise ConfigError(
+                "would be another model, or says nothing about an evaluation, which takes a checkpoint as it is; values "
+                "of data, loss, metrics, scaling, cluster and tracking can be others",
+                key=name,
+                value=value,
+                choices=[f"{group}=…" for group in _CHOICES],
+            )
+        else:
+            values.append(override)
+    return choices, values
+
+
+def _is_group(name: str, config_dir: str | None) -> bool:
+    return "." not in name and name in group_names(config_dir)
+
+
+def _section(group: str, choice: str, values: Sequence[str], config_dir: str | None) -> dict[str, Any]:
+    """What a choice of a group puts into the config, its references unresolved."""
+    own = [value for value in values if value.lstrip("+").startswith(f"{group}.")]
+    folder = None if config_dir is None else Path(config_dir)
+    # What a whole experiment lacks that is an evaluation's alone: its length, what is watched, data to train on.
+    rest = ["trainer.max_steps=1", "evaluate={checkpoint:best}", "data.train={_target_:builtins.dict}"]
+    composed = yaml.safe_load(compose([f"{group}={choice}", *own, *rest], folder).text)
+    found: dict[str, Any] = {}
+    for name in _CHOICES[group]:
+        node = composed
+        for part in name.split("."):
+            node = node.get(part) if node else None
+        found[name] = node
+    return found
