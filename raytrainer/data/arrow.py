@@ -6,15 +6,13 @@ by all processes of a machine.
 
 from __future__ import annotations
 
-import warnings
+import mmap
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from raytrainer.data.columns import MappedColumn
 from raytrainer.data.layout import Layout
@@ -143,31 +141,33 @@ def map_numbers(path: Path, columns: Mapping[str, tuple[str, Iterable[int]]], ro
     Raises:
         DataError: It is no Arrow file.
     """
-    reader, data = _open(path)
+    reader, mapping = _open(path)
     count, per_batch = reader.num_record_batches, reader.get_batch(0).num_rows
 
-    def start(batch: int, column: str, size: int) -> int:
+    origin: int = pa.py_buffer(mapping).address
+
+    def start(batch: int, column: str) -> int:
         # The last buffer is the numbers; those before it are the places of nulls, which there are none of.
-        return int(reader.get_batch(batch).column(column).buffers()[-1].address - data.ctypes.data) // size
+        address: int = reader.get_batch(batch).column(column).buffers()[-1].address
+        return address - origin
 
     mapped = {}
-    for name, (dtype, shape) in columns.items():
-        kind = np.dtype(dtype)
-        first, last = start(0, name, kind.itemsize), start(count - 1, name, kind.itemsize)
-        stride = start(1, name, kind.itemsize) - first if count > 1 else 0
-        values = data[: data.nbytes // kind.itemsize * kind.itemsize].view(kind)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            tensor = torch.from_numpy(values)
-        mapped[name] = MappedColumn(tensor, (rows, *shape), first=first, per_batch=per_batch, stride=stride, last=last)
+    for name, (kind, shape) in columns.items():
+        dtype = np.dtype(kind)
+        first, last = start(0, name) // dtype.itemsize, start(count - 1, name) // dtype.itemsize
+        stride = start(1, name) // dtype.itemsize - first if count > 1 else 0
+        mapped[name] = MappedColumn(
+            mapping, dtype, (rows, *shape), first=first, per_batch=per_batch, stride=stride, last=last
+        )
     return mapped
 
 
-def _open(path: Path) -> tuple[pa.ipc.RecordBatchFileReader, np.memmap[Any, np.dtype[np.uint8]]]:
+def _open(path: Path) -> tuple[pa.ipc.RecordBatchFileReader, mmap.mmap]:
     try:
         # Not pyarrow.memory_map, which asks the kernel to page in what it is asked for.
-        data = np.memmap(path, np.uint8, mode="r")
-        return pa.ipc.open_file(pa.BufferReader(pa.py_buffer(data))), data
+        with path.open("rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return pa.ipc.open_file(pa.BufferReader(pa.py_buffer(mapping))), mapping
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path}: {error}") from error
 

@@ -6,7 +6,8 @@ Where they are made is a matter of speed alone: the same batches come, bit for b
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+import time
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,9 @@ log = logging.getLogger(__name__)
 
 RESIDENT_BYTES = 256 * 2**20
 """Up to this size `resident="auto"` keeps a column dataset on the device."""
+# Slower than this, a batch from a memory map came from a disk: a tenth of what memory copies, and a thread's slice.
+_MEMORY_BYTES_A_S = 200e6
+_HICCUP_S = 0.002
 
 
 @dataclass(slots=True)
@@ -146,7 +150,7 @@ class Loader:
             if num_workers:
                 log.info("%s is read in a thread: processes cannot share an iterable's position", name_of(dataset))
         self._fetcher = Fetcher(dataset, collate_fn, seed)
-        self._resident = False
+        self._resident = self._mapped = False
         if self._columns is not None:
             columns = list(self._columns.values() if isinstance(self._columns, dict) else self._columns)
             if resident == "auto":
@@ -156,6 +160,7 @@ class Loader:
                 self._resident = len(tensors) == len(columns) and small
             else:
                 self._resident = bool(resident)
+            self._mapped = not self._resident and any(isinstance(column, MappedColumn) for column in columns)
             if self._resident:
                 self._columns = map_leaves(self._whole, self._columns)
 
@@ -199,9 +204,12 @@ class Loader:
     def _made(self, start: int, stop: int | None) -> Generator[_Made, None, None]:
         """The data on the device, by the way that suits the dataset."""
         if self._columns is not None:
+            steps = self._steps(start, stop)
+            if self._mapped:
+                return self._from_map(steps)
             if self._resident or not self.prefetch:
-                return self._gathered(start, stop)
-            return self._copied(self._gathered(start, stop), self.prefetch)
+                return self._gathered(steps)
+            return self._copied(self._gathered(steps), self.prefetch)
         if self.num_workers:
             # On the CPU the processes are far enough ahead: one more thread would only hand on.
             return self._copied(self._pooled(start, stop), 1 if self.device.type == "cuda" else 0)
@@ -214,18 +222,58 @@ class Loader:
             yield plan.step(index)
             index += 1
 
-    def _gathered(self, start: int, stop: int | None) -> Generator[_Made, None, None]:
-        columns, device = self._columns, self.device
+    def _gathered(self, steps: Iterator[Step]) -> Generator[_Made, None, None]:
+        device = self.device
         on_host = device.type == "cpu" or not self._resident
         pinned = device.type == "cuda" and not self._resident
-        for step in self._steps(start, stop):
+        for step in steps:
             micro = []
             for samples, _ in step.micro:
                 rows = torch.from_numpy(samples)
                 if not on_host:
                     rows = rows.to(device, non_blocking=True)
-                micro.append(gather(columns, rows, pinned))
+                micro.append(gather(self._columns, rows, pinned))
             yield step, micro
+
+    def _from_map(self, steps: Iterator[Step]) -> Generator[_Made, None, None]:
+        """While the pages are in memory, on the CPU, here: a copy of them takes less than a hand-over between threads.
+        Where they come from a disk, in a thread."""
+        if self.device.type == "cuda":
+
+            def both() -> Generator[_Made, None, None]:
+                if not (yield from self._while_warm(steps)):
+                    yield from self._paged_in(steps)
+
+            yield from self._copied(both(), self.prefetch)
+        elif not (yield from self._while_warm(steps)):
+            yield from self._copied(self._paged_in(steps), self.prefetch)
+
+    def _while_warm(self, steps: Iterator[Step]) -> Generator[_Made, None, bool]:
+        """Batches until three together came so slowly that a disk must have been waited for; True if there are no more."""
+        slow, made = 0, self._gathered(steps)
+        while slow < 3:
+            began = time.perf_counter()
+            batch = next(made, None)
+            if batch is None:
+                return True
+            seconds = time.perf_counter() - began
+            slow = slow + 1 if seconds > _HICCUP_S + _nbytes(batch[1]) / _MEMORY_BYTES_A_S else 0
+            yield batch
+        return False
+
+    def _paged_in(self, steps: Iterator[Step]) -> Generator[_Made, None, None]:
+        assert self._columns is not None
+        columns = self._columns.values() if isinstance(self._columns, dict) else self._columns
+
+        def asked_for() -> Iterator[Step]:
+            for step in steps:
+                for samples, _ in step.micro:
+                    for column in columns:
+                        if isinstance(column, MappedColumn):
+                            column.page_in(torch.from_numpy(samples))
+                yield step
+
+        return self._gathered(asked_for())
 
     def _read_rows(self, start: int, stop: int | None) -> Generator[_Made, None, None]:
         steps, fetcher = self._steps(start, stop), self._fetcher
@@ -352,6 +400,11 @@ def _at_least(name: str, value: int, least: int) -> None:
         raise ConfigError(
             f"data.{name}={value!r}: want an integer of at least {least}", key=f"data.{name}", value=value
         )
+
+
+def _nbytes(micro: list[Any]) -> int:
+    """Of the tensors in a batch of columns."""
+    return sum(x.nbytes for data in micro for x in (data.values() if isinstance(data, dict) else data))
 
 
 def _is_map_style(dataset: Any) -> bool:

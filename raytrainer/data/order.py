@@ -47,7 +47,8 @@ class EpochOrder:
         self._blocks: dict[int, Indices] = {}
         if shuffle and length <= _WHOLE:
             positions = np.arange(length, dtype=np.uint64)
-            self._whole = np.argsort(hash64(positions, self._keys[0]), kind="stable").astype(np.int64, copy=False)
+            # The hash of no two positions is the same, as each of its steps can be undone: any sort gives this order.
+            self._whole = np.argsort(hash64(positions, self._keys[0])).astype(np.int64, copy=False)
 
     def __len__(self) -> int:
         return self.length

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -148,6 +149,26 @@ def test_resident_does_not_pull_a_map_into_memory(tmp_path: Path, monkeypatch: p
         assert [part["label"].tolist() for part in batches(mapped, **options)] == expected
     with pytest.raises(AssertionError, match="as a whole"):
         batches(mapped, resident=True)
+
+
+def test_pages_from_a_disk_are_asked_for_in_a_thread(
+    tmp_path: Path, small_batches: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "source", rows(0, 103))
+    memory, mapped = ParquetDataset(source, cache=None), ParquetDataset(source, cache=tmp_path / "cache")
+    asked = []
+    page_in = MappedColumn.page_in
+
+    def noted(self: MappedColumn, picked: torch.Tensor) -> None:
+        asked.append((threading.current_thread() is threading.main_thread(), len(picked)))
+        page_in(self, picked)
+
+    monkeypatch.setattr(MappedColumn, "page_in", noted)
+    assert_same(mapped, memory)
+    assert asked == []
+    monkeypatch.setattr("raytrainer.data.loader._HICCUP_S", -1e9)  # as if every batch were slow
+    assert_same(mapped, memory)
+    assert asked[:5] == [(False, 16)] * 5  # five columns of the fourth batch
 
 
 def test_a_stale_or_damaged_cache_is_not_used(tmp_path: Path) -> None:
