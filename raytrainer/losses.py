@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from raytrainer.errors import ConfigError
 
-Model = Callable[[Tensor], Tensor]
+Model = Callable[..., Any]  # gives a tensor, or an object that has it as `logits` (Hugging Face's ModelOutput)
 Field = str | int
 
 
@@ -27,23 +27,30 @@ class CrossEntropy:
         target: The same for the target (a key means the second of a tuple): class indices `[N]` (or `[N, ...]` for
             logits `[N, C, ...]`), or probabilities of the logits' shape.
         label_smoothing: The part of the target spread over all classes (Szegedy et al. 2015, arXiv:1512.00567).
+        keywords: Further entries of a dict that the model is given, by their names (`attention_mask`).
 
     Raises:
         ConfigError: `label_smoothing` is not in [0, 1], or, when called, the batch has no such entry.
     """
 
-    def __init__(self, input: Field = "image", target: Field = "label", label_smoothing: float = 0.0) -> None:  # noqa: A002
+    def __init__(
+        self,
+        input: Field = "image",  # noqa: A002
+        target: Field = "label",
+        label_smoothing: float = 0.0,
+        keywords: Sequence[str] = (),
+    ) -> None:
         if not 0 <= label_smoothing <= 1:
             raise ConfigError(
                 "must be between 0 and 1",
                 key="loss.label_smoothing",
                 value=label_smoothing,
             )
-        self.input, self.target, self.label_smoothing = input, target, label_smoothing
+        self.input, self.target, self.label_smoothing, self.keywords = input, target, label_smoothing, keywords
 
     def __call__(self, model: Model, batch: Any) -> dict[str, Tensor]:
         target = _take(batch, "target", self.target, position=1)
-        logits = _at_least_single(model(_take(batch, "input", self.input, position=0)))
+        logits = _output(model, batch, self.input, self.keywords)
         loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
         classes = target.argmax(1) if target.is_floating_point() else target
         preds = logits.detach()
@@ -67,7 +74,7 @@ class MeanSquaredError:
 
     def __call__(self, model: Model, batch: Any) -> dict[str, Tensor]:
         target = _take(batch, "target", self.target, position=1)
-        prediction = _at_least_single(model(_take(batch, "input", self.input, position=0)))
+        prediction = _output(model, batch, self.input)
         if prediction.shape == (*target.shape, 1):
             prediction = prediction.squeeze(-1)
         if prediction.shape != target.shape:
@@ -90,6 +97,7 @@ class TokenCrossEntropy:
         target: The same for the targets `[N, T]`, aligned with the logits `[N, T, V]`: whoever makes the batch has
             shifted them by one.
         ignore_index: Targets that do not count (padding, a prompt). With none that counts the loss is 0.
+        keywords: As in `CrossEntropy`.
 
     Raises:
         ConfigError: When called: the batch has no such entry.
@@ -100,12 +108,13 @@ class TokenCrossEntropy:
         input: Field = "input_ids",  # noqa: A002
         target: Field = "labels",
         ignore_index: int = -100,
+        keywords: Sequence[str] = (),
     ) -> None:
-        self.input, self.target, self.ignore_index = input, target, ignore_index
+        self.input, self.target, self.ignore_index, self.keywords = input, target, ignore_index, keywords
 
     def __call__(self, model: Model, batch: Any) -> dict[str, Tensor]:
         target = _take(batch, "target", self.target, position=1).flatten()
-        logits = _at_least_single(model(_take(batch, "input", self.input, position=0))).flatten(0, -2)
+        logits = _output(model, batch, self.input, self.keywords).flatten(0, -2)
         counted = target != self.ignore_index
         weight = counted.sum().to(logits.dtype)
         # A mean by hand: torch's own is NaN where nothing counts, and asking whether anything does would wait for
@@ -117,9 +126,16 @@ class TokenCrossEntropy:
         return {"loss": loss, "weight": weight, "accuracy": right / mean_over, "preds": preds, "target": target}
 
 
-def _at_least_single(output: Tensor) -> Tensor:
+def _output(model: Model, batch: Any, input: Field, keywords: Sequence[str] = ()) -> Tensor:  # noqa: A002
+    """What the model gives for its entry of the batch, in at least single precision."""
+    if keywords and not isinstance(batch, Mapping):
+        raise ConfigError("needs batches that are dicts", key="loss.keywords", value=list(keywords))
+    further = {name: _take(batch, "keywords", name, position=0) for name in keywords}
+    output = model(_take(batch, "input", input, position=0), **further)
+    output = getattr(output, "logits", output)
     # Softmax in half precision loses what the loss is about.
-    return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
+    single: Tensor = output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
+    return single
 
 
 def _take(batch: Any, role: str, field: Field, *, position: int) -> Tensor:

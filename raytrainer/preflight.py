@@ -272,21 +272,35 @@ def unbuilt_model(e: Experiment) -> Any:
         return None
 
 
-def check_init_from(e: Experiment, run_dir: str) -> None:
-    """Whether there are weights where `init_from` says.
+def check_init_from(e: Experiment, look_up: Callable[[str], str | None] = lambda _: None) -> None:
+    """Whether there are weights where `init_from` says, and those of this model as far as their names tell.
+
+    Args:
+        e: The experiment.
+        look_up: As `checkpoint.find_weights`.
 
     Raises:
-        ConfigError: There is nothing of the kind.
+        ConfigError: There is nothing of the kind; or what is there does not fit.
     """
     if e.init_from is None:
         return
-    from raytrainer.checkpoint import find_weights
+    from raytrainer.checkpoint import find_weights, fit
 
+    source = e.init_from.source or ""
     try:
-        find_weights(e.init_from, run_dir.rpartition("/")[0])
+        weights = find_weights(source, e.storage_path or "", look_up)
+        shapes = weights.shapes()
     except (CheckpointError, StorageError) as error:
         reason = re.sub(r"^init_from=.*?: ", "", str(error))
-        raise ConfigError(f"cannot be used: {reason}", key="init_from", value=e.init_from) from error
+        raise ConfigError(f"cannot be used: {reason}", key="init_from", value=redacted(source)) from error
+    model = unbuilt_model(e) if shapes is not None else None
+    if model is None or shapes is None:
+        return
+    if problem := fit(model, shapes, e.init_from).problem:
+        advice = (
+            "; init_from.mapping, exclude or strict=false say what to do with such names" if e.init_from.strict else ""
+        )
+        raise ConfigError(f"{problem}{advice}", key="init_from", value=weights.place)
 
 
 def check_storage(check_writable: Callable[[], None], path: str) -> list[str]:
@@ -369,7 +383,8 @@ def check_reach(e: Experiment, tracking_uri: str, is_here: Callable[[str], bool]
             f"machine, and {where}: give the address that they reach"
         )
     # A run's name is none: only an existing file was made absolute.
-    if e.init_from and (path := _local_path(e.init_from)) and path.startswith("/") and not _is_below(path, shared):
+    source = e.init_from.source if e.init_from else None
+    if source and (path := _local_path(source)) and path.startswith("/") and not _is_below(path, shared):
         problems.append(
             f"init_from={path} is this machine's, and {where}: copy it to the storage (s3://…), or give the name of a run "
             "that is there, or name a directory that both have in cluster.shared_paths"

@@ -112,6 +112,8 @@ class Display:
             self._progress(progress_line(message), last=message["step"] == message["total"])
         elif message["kind"] == "eval":
             self.say(f"epoch {message['epoch']}  step {message['step']}  {figures(message['metrics'])}")
+        elif message["kind"] == "note":
+            self.say(str(message["text"]))
         elif message["kind"] == "warning":
             self.say(f"warning: {message['text']}")
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raytrainer.errors import CheckpointCorrupt, nearest
+from raytrainer.errors import CheckpointCorrupt
+from raytrainer.names import match
 
 
 def named_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
@@ -59,27 +60,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
         CheckpointCorrupt: Names or shapes differ; the message gives the first few of each kind.
     """
     own = model.state_dict()
-    missing = sorted(own.keys() - weights.keys())
-    surplus = sorted(weights.keys() - own.keys())
-    shapes = [
-        f"{n}: {tuple(weights[n].shape)} there, {tuple(own[n].shape)} here"
-        for n in sorted(own.keys() & weights.keys())
-        if own[n].shape != weights[n].shape
-    ]
-    if missing or surplus or shapes:
-        parts = []
-        if missing:
-            close = nearest(missing[0], surplus, 1)
-            parts.append(f"it lacks {_few(missing)}" + (f" ({missing[0]} may be its {close[0]})" if close else ""))
-        if surplus:
-            parts.append(f"it has {_few(surplus)} too much")
-        if shapes:
-            parts.append(f"shapes differ: {_few(shapes)}")
-        raise CheckpointCorrupt(f"{source} holds another model: {'; '.join(parts)}")
+    problem = match(
+        {n: tuple(t.shape) for n, t in own.items()}, {n: tuple(t.shape) for n, t in weights.items()}
+    ).problem
+    if problem:
+        raise CheckpointCorrupt(f"{source} {problem}")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

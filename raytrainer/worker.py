@@ -23,7 +23,7 @@ from typing import Any
 from raytrainer import config, environment, errors
 from raytrainer.progress import Reporter, to_line
 from raytrainer.storage import Storage
-from raytrainer.tracking import MlflowTracker, NullTracker, Tracker, redacted
+from raytrainer.tracking import MlflowTracker, NullTracker, Tracker, find_own_dir, redacted
 
 MODEL_FOLDER = "model"
 _log = logging.getLogger("raytrainer.worker")
@@ -212,10 +212,10 @@ def run(
     # The checkpoint's thread talks to the other ranks while training does: through a group of its own.
     group = dist.new_group(backend="gloo") if world.distributed else None
     tracker: Tracker = NullTracker()
+    # With its credentials, where the config refers to some: they are resolved here, and never travel.
+    uri = experiment.tracking.tracking_uri or ""
+    uri = uri if redacted(uri) == job.tracking_uri else job.tracking_uri
     if world.rank == 0 and job.run_id is not None:
-        # With its credentials, where the config refers to some: they are resolved here, and never travel.
-        uri = experiment.tracking.tracking_uri or ""
-        uri = uri if redacted(uri) == job.tracking_uri else job.tracking_uri
         # The run of a trial is made by the driver, which may not have come to it.
         place = experiment.tracking.experiment_name if job.label else None
         tracker = MlflowTracker(job.run_id, uri, Path(job.spool_dir), ship=job.ship, awaited_in=place)
@@ -251,7 +251,10 @@ def run(
             if job.inherited and trainer.evaluations == job.inherited["evaluation"]:
                 _tell_inherited(tracker, job.inherited, trainer.step)
         elif experiment.init_from:
-            trainer.init_from(experiment.init_from)
+            told = trainer.init_from(experiment.init_from, lambda name: find_own_dir(uri, name) if uri else None)
+            if world.rank == 0:
+                emit({"kind": "note", "text": told})
+                tracker.set_tags({"raytrainer.init_from": told})
         result = trainer.fit()
         if world.rank == 0 and experiment.tracking.log_model and job.run_id is not None and result.reason != "stopped":
             log_model(trainer, tracker, emit)

@@ -106,6 +106,29 @@ def test_mean_squared_error_never_broadcasts() -> None:
         MeanSquaredError()(same, (torch.zeros(3, 2), torch.zeros(3)))
 
 
+class Output:
+    """As Hugging Face's models give."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+def test_a_model_output_has_logits_and_takes_further_entries_by_name() -> None:
+    def model(x: Tensor, attention_mask: Tensor) -> Output:
+        return Output((x * attention_mask).bfloat16())
+
+    batch = {"input_ids": torch.randn(2, 4, 6), "labels": torch.ones(2, 4).long(), "attention_mask": torch.tensor(2.0)}
+    out = TokenCrossEntropy(keywords=["attention_mask"])(model, batch)
+    expected = F.cross_entropy((2 * batch["input_ids"]).bfloat16().float().flatten(0, 1), batch["labels"].flatten())
+    torch.testing.assert_close(out["loss"], expected)
+    with pytest.raises(
+        ConfigError, match=r"loss.keywords=mask is not in a batch; valid: input_ids, labels, attention_mask"
+    ):
+        TokenCrossEntropy(keywords=["mask"])(model, batch)
+    with pytest.raises(ConfigError, match=r"loss.keywords=\[attention_mask\] needs batches that are dicts"):
+        TokenCrossEntropy(keywords=["attention_mask"])(model, (batch["input_ids"], batch["labels"]))
+
+
 def test_tokens_that_do_not_count() -> None:
     torch.manual_seed(0)
     logits, target = torch.randn(2, 4, 6), torch.randint(0, 6, (2, 4))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from raytrainer import preflight, run
 from raytrainer.config import Experiment, compose
@@ -365,12 +366,29 @@ def test_objects_that_would_not(overrides: list[str]) -> None:
 
 
 def test_weights_to_begin_with(in_tmp: Path) -> None:
-    (in_tmp / "weights.safetensors").write_bytes(b"x")
-    preflight.check_init_from(experiment("init_from=weights.safetensors"), str(in_tmp / "runs" / "one"))
-    preflight.check_init_from(experiment(), str(in_tmp / "runs" / "one"))
+    from safetensors.torch import save_file
+
+    preflight.check_init_from(experiment())
+    (in_tmp / "text.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ConfigError, match=r"init_from=.*text.safetensors cannot be used: .* cannot be read as weights"):
+        preflight.check_init_from(experiment("init_from=text.safetensors"))
+    mine = preflight.unbuilt_model(experiment()).state_dict()
+    there = {name: torch.zeros(t.shape) for name, t in mine.items()}
+    save_file(there, in_tmp / "weights.safetensors")
+    torch.save(there, in_tmp / "weights.pt")
+    preflight.check_init_from(experiment("init_from=weights.safetensors"))
+    preflight.check_init_from(experiment("init_from=weights.pt"))
+    for name in ("weights.safetensors", "weights.pt"):
+        with pytest.raises(ConfigError) as caught:  # of their headers: nothing is started
+            preflight.check_init_from(experiment(f"init_from={name}", "model.width=8"))
+        assert str(caught.value) == (
+            f"init_from={in_tmp}/{name} holds another model: shapes differ: head.weight: (10, 256) there, (10, 8) here, "
+            "hidden.0.bias: (256,) there, (8,) here, hidden.0.weight: (256, 64) there, (8, 64) here and 2 more; "
+            "init_from.mapping, exclude or strict=false say what to do with such names"
+        )
     for source in ("nope", "/not/there", "runs"):
         with pytest.raises(ConfigError, match=f"^init_from={source} cannot be used: neither a file of weights"):
-            preflight.check_init_from(experiment(f"init_from={source}"), str(in_tmp / "runs" / "one"))
+            preflight.check_init_from(experiment(f"init_from={source}"))
 
 
 def test_an_error_of_ours_only(monkeypatch: pytest.MonkeyPatch) -> None:

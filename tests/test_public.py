@@ -24,11 +24,11 @@ PUBLIC = {
         Composition Experiment FitResult Outcome Trainer __version__ check compose errors launch
     """,
     "raytrainer.checkpoint": """
-        CheckpointInfo Checkpointer copy_out find_weights read_weights take_in taken_in
+        CheckpointInfo Checkpointer Weights copy_out find_weights fit take_in taken_in
     """,
     "raytrainer.config": """
         CONFIG_MODULE CONFIG_NAME CheckpointConfig ClusterConfig Composition DataConfig EarlyStopping
-        Experiment FailureConfig Parameter Profile ScalingConfig SweepConfig TrackingConfig TrainerConfig bind
+        Experiment FailureConfig InitFrom Parameter Profile ScalingConfig SweepConfig TrackingConfig TrainerConfig bind
         build check_keys check_sweep check_targets compose composed_keys experiment_of explain factory flattened
         from_hydra from_text group_names holds_password key_of locate looks_secret new_name parse_space quiet
         refuse_settings_of_no_sweep register_schema resolved texts_of validate with_values written_space
@@ -50,7 +50,7 @@ PUBLIC = {
     """,
     "raytrainer.tracking": """
         Fleet MlflowTracker NullTracker Run Shipper Tracker check_tracking default_tracking_uri
-        find_run_dir open_run recorded_run_id redacted register_model replay
+        find_own_dir find_run_dir open_run recorded_run_id redacted register_model replay
     """,
 }
 # Modules that users name in a `_target_`, and the exceptions: what they define.
@@ -60,8 +60,9 @@ DEFINED = {
         ConfigError DataError JobExists NonFiniteLoss PreflightError RaytrainerError Refused RunNotFound Stopped StorageError StorageFull StorageLocked
         TrackingDenied TrackingError TrackingUnreachable TrainingError WorkerError nearest
     """,
+    "raytrainer.callbacks": "SavePretrained",
     "raytrainer.losses": "CrossEntropy MeanSquaredError TokenCrossEntropy",
-    "raytrainer.names": "matching",
+    "raytrainer.names": "Match few match matching",
 }
 
 

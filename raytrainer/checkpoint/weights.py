@@ -1,81 +1,271 @@
-"""Weights from wherever they are: a run, a checkpoint of one, a safetensors file, or a state dict saved by torch.
-Nothing is unpickled but tensors."""
+"""Weights from wherever they are: a run, a checkpoint of one, a safetensors file, a state dict saved by torch, or a
+folder of Hugging Face's. Their names are known before anything is read, and nothing is unpickled but tensors."""
 
 from __future__ import annotations
 
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+from urllib.parse import urlsplit, urlunsplit
 
 import torch
+from torch import Tensor, nn
 
+from raytrainer import names
+from raytrainer.checkpoint import tree
 from raytrainer.checkpoint.checkpointer import Checkpointer
 from raytrainer.checkpoint.manifest import CheckpointInfo
+from raytrainer.config import InitFrom
 from raytrainer.errors import CheckpointCorrupt, CheckpointNotFound
+from raytrainer.names import Match, Shape
 from raytrainer.storage import Storage
 
+_PICKLES = (".bin", ".pt", ".pth")
+_FILES = (".safetensors", *_PICKLES)
+# What a folder of Hugging Face's holds, the best first; an index lists the files of a model that is in several.
+_IN_FOLDER = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+_MAX_HEADER = 100_000_000  # bytes, the format's own limit
 
-def read_weights(source: str, storage_path: str) -> dict[str, torch.Tensor]:
-    """A model's state dict, on the CPU.
+
+class Weights(Protocol):
+    """A model's state dict somewhere."""
+
+    @property
+    def place(self) -> str:
+        """Where, for a person."""
+
+    def shapes(self) -> dict[str, Shape] | None:
+        """The names and shapes, without reading the tensors; None where that cannot be had cheaply."""
+
+    def read(self) -> dict[str, Tensor]:
+        """All of it, on the CPU."""
+
+
+def find_weights(source: str, storage_path: str, look_up: Callable[[str], str | None] = lambda _: None) -> Weights:
+    """Where weights are, without reading them.
 
     Args:
-        source: A `.safetensors`, `.pt` or `.pth` file; a run's directory or name (its best checkpoint, else its last);
-            or one checkpoint's directory. The averaged weights (EMA) where a checkpoint has them.
-        storage_path: Where runs are looked up by name.
+        source: A path or URI of a `.safetensors`, `.pt`, `.pth` or `.bin` file, of an index of several (`….index.json`),
+            or of a folder of Hugging Face's; of a run's directory (its best checkpoint, else its last; the averaged
+            weights, EMA, where it has them) or of one checkpoint of it. Or a run's name, a trial's, or an ID for `look_up`.
+        storage_path: Where runs are by name; of its credentials a URI of the same place makes use.
+        look_up: The directory of a run by an ID that is no name there, or None.
 
     Raises:
         CheckpointNotFound: There is nothing of the kind.
-        CheckpointCorrupt: It cannot be read as weights.
+        StorageError: The place cannot be asked.
     """
-    found = find_weights(source, storage_path)
-    if isinstance(found, Path):
-        return _from_file(found)
-    checkpoints, info, wanted = found
-    shared, _ = checkpoints.load(info)
-    # What is best depends on checkpoint.mode, which only the trainer knew: the last checkpoint notes the best step.
-    best = None if wanted else shared.get("best", {}).get("step")
-    if (better := next((i for i in checkpoints.list() if i.step == best), info)) is not info:
-        shared, _ = checkpoints.load(better)
-    return dict(shared.get("ema") or shared["model"])
-
-
-def find_weights(source: str, storage_path: str) -> Path | tuple[Checkpointer, CheckpointInfo, str | None]:
-    """Where `read_weights` reads from, without reading: a file, or a run's checkpoints with the one to begin at.
-
-    The last part is the name of the one checkpoint that `source` is, None where it is a run.
-
-    Raises:
-        CheckpointNotFound: There is nothing of the kind.
-    """
-    path = Path(source)
-    if "://" not in source and path.is_file():
-        return path
-    if "://" not in source and not path.is_absolute():
-        source = f"{storage_path.rstrip('/')}/{source}"
-    place = source.rstrip("/")
-    parent, _, name = place.rpartition("/")
-    if Storage(place).exists("manifest.json"):
-        checkpoints, wanted = Checkpointer(Storage(parent)), name
+    sweep, _, trial = source.rpartition(".")
+    if "://" in source or Path(source).is_absolute() or Path(source).exists():
+        places = [source if "://" in source else str(Path(source).absolute())]
     else:
-        checkpoints, wanted = Checkpointer(Storage(place).child("checkpoints")), None
-    found = checkpoints.list()
-    info = next((i for i in found if i.name == wanted), None) if wanted else (found[-1] if found else None)
-    if info is None:
-        raise CheckpointNotFound(f"init_from={source}: neither a file of weights, nor a run or checkpoint there")
-    return checkpoints, info, wanted
+        runs = Storage(storage_path if "://" in storage_path else Path(storage_path).absolute())
+        places = [runs.child(source).uri] + ([runs.child(f"{sweep}/trials/{trial}").uri] if sweep else [])
+    for place in places:
+        if (found := _at(place, storage_path)) is not None:
+            return found
+    directory = None if "/" in source else look_up(source)
+    if directory is not None and (found := _at(directory, storage_path)) is not None:
+        return found
+    raise CheckpointNotFound(
+        f"init_from={source}: neither a file of weights, nor a run or checkpoint there, nor a folder of Hugging Face's"
+    )
 
 
-def _from_file(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+def fit(model: nn.Module, shapes: dict[str, Shape], options: InitFrom) -> Match:
+    """Which of a source's tensors the model takes, by `options` (`names.match`).
 
-            return load_file(path)
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # every library has its own, and all mean the same
-        raise CheckpointCorrupt(f"{path} cannot be read as weights: {error}") from error
-    for name in ("state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
-            loaded = loaded[name]
-    if not isinstance(loaded, dict) or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
-        raise CheckpointCorrupt(f"{path} is not a state dict of tensors")
-    return loaded
+    A model that PEFT has put adapters into takes the weights of the model below: what the adapters add is no part of it.
+    """
+    own = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    alias = _without_adapters(model, own, shapes)
+    groups: dict[int, set[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(p), set()).add(alias.get(name, name))
+    found = names.match(
+        {alias[name]: shape for name, shape in own.items() if name in alias},
+        shapes,
+        strict=options.strict,
+        mapping=options.mapping,
+        exclude=options.exclude,
+        tied=[group for group in groups.values() if len(group) > 1],
+    )
+    taken = {name: found.taken[alias[name]] for name in own if alias.get(name) in found.taken}
+    return Match(taken, found.kept, found.unused, found.problem)
+
+
+def _without_adapters(model: nn.Module, own: dict[str, Shape], shapes: dict[str, Shape]) -> dict[str, str]:
+    """Name of each tensor → its name in the model that PEFT's adapters were put into; the adapters' own left out."""
+    prefix = getattr(getattr(model, "base_model", None), "prefix", None)
+    outer = "base_model.model."
+    adapted = hasattr(model, "peft_config") and isinstance(prefix, str)
+    if not adapted or any(name.startswith(outer) for name in shapes):  # the source is such a model too
+        return {name: name for name in own}
+    found = {}
+    for name in own:
+        if f".{prefix}" not in name:
+            # What is trained beside the adapters is there twice: as it was, and as it is trained.
+            plain = name.removeprefix(outer).replace(".base_layer.", ".").replace(".original_module.", ".")
+            begin, saved, end = plain.partition(".modules_to_save.")
+            found[name] = f"{begin}.{end.partition('.')[2]}" if saved else plain
+    return found
+
+
+def _at(place: str, storage_path: str) -> Weights | None:
+    """What is at a path or URI; None if nothing of the kind."""
+    place = place.rstrip("/")
+    parent, name = _parent(place)
+    if place.endswith((*_FILES, ".index.json")) or ("://" not in place and Path(place).is_file()):
+        beside = Storage.shown_as(parent, storage_path)
+        if beside.exists(name):
+            return _File(beside, name)
+    there = Storage.shown_as(place, storage_path)
+    for file in _IN_FOLDER:
+        if there.exists(file):
+            return _File(there, file)
+    if there.exists("manifest.json"):
+        checkpoints, wanted = Checkpointer(Storage.shown_as(parent, storage_path)), name
+    else:
+        checkpoints, wanted = Checkpointer(there.child("checkpoints")), None
+    listed = checkpoints.list()
+    info = next((i for i in listed if i.name == wanted), None) if wanted else (listed[-1] if listed else None)
+    return None if info is None else _Checkpoint(checkpoints, info, wanted is None, storage_path)
+
+
+def _parent(place: str) -> tuple[str, str]:
+    """A path or URI → what it is in, and its name there."""
+    if "://" not in place:
+        parent, _, name = place.rpartition("/")
+        return parent or "/", name
+    url = urlsplit(place)
+    parent, _, name = url.path.rstrip("/").rpartition("/")
+    return urlunsplit(url._replace(path=parent)), name
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    checkpoints: Checkpointer
+    last: CheckpointInfo
+    best: bool  # whether the run's best is meant, of which its last tells
+    storage_path: str
+
+    @property
+    def place(self) -> str:
+        return str(self._chosen().path)
+
+    def shapes(self) -> dict[str, Shape]:
+        return {name: tuple(t.shape) for name, t in self._weights(self._outline(self._chosen())).items()}
+
+    def read(self) -> dict[str, Tensor]:
+        shared, _ = self.checkpoints.load(self._chosen())
+        return self._weights(shared)
+
+    def _chosen(self) -> CheckpointInfo:
+        # What is best depends on checkpoint.mode, which only the trainer knew: the last checkpoint notes the best step.
+        step = self._outline(self.last).get("best", {}).get("step") if self.best else None
+        return next((i for i in self.checkpoints.list() if i.step == step), self.last)
+
+    def _outline(self, info: CheckpointInfo) -> dict[str, Any]:
+        """Its state with tensors that have a shape and no values."""
+        text = Storage.shown_as(info.path, self.storage_path).read_bytes("shared.json")
+        return tree.restore(text, lambda name, dtype, shape, leaf: torch.empty(shape, device="meta"))
+
+    @staticmethod
+    def _weights(state: dict[str, Any]) -> dict[str, Tensor]:
+        return dict(state.get("ema") or state["model"])
+
+
+@dataclass(frozen=True)
+class _File:
+    folder: Storage
+    name: str
+
+    @property
+    def place(self) -> str:
+        return self.folder.where(self.name)
+
+    def shapes(self) -> dict[str, Shape] | None:
+        found: dict[str, Shape] = {}
+        for file, wanted in self._files():
+            if file.endswith(_PICKLES) and not self.folder.is_local:
+                return None
+            if file.endswith(".safetensors"):
+                of_file = self._header(file)
+            else:
+                of_file = {name: tuple(t.shape) for name, t in self._unpickled(file, "meta").items()}
+            found.update(self._chosen(file, of_file, wanted))
+        return found
+
+    def read(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for file, wanted in self._files():
+            of_file = self._tensors(file) if file.endswith(".safetensors") else self._unpickled(file, "cpu")
+            found.update(self._chosen(file, of_file, wanted))
+        return found
+
+    def _files(self) -> Iterator[tuple[str, list[str] | None]]:
+        """The files, with the names that each has; None: all that are in it."""
+        if not self.name.endswith(".index.json"):
+            yield self.name, None
+            return
+        try:
+            index: dict[str, str] = json.loads(self.folder.read_bytes(self.name))["weight_map"]
+            by_file: dict[str, list[str]] = {}
+            for name, file in index.items():
+                by_file.setdefault(file, []).append(name)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointCorrupt(f"{self.place} is no index of a model's files: {error}") from error
+        for file, wanted in by_file.items():
+            if not self.folder.exists(file):
+                raise CheckpointCorrupt(f"{self.place} lists {file}, which is not there")
+            yield file, wanted
+
+    def _chosen(self, file: str, found: dict[str, Any], wanted: list[str] | None) -> dict[str, Any]:
+        if wanted is None:
+            return found
+        if lacking := sorted(set(wanted) - found.keys()):
+            raise CheckpointCorrupt(f"{self.folder.where(file)} lacks {names.few(lacking)}, of which {self.name} tells")
+        return {name: found[name] for name in wanted}
+
+    def _header(self, file: str) -> dict[str, Shape]:
+        try:
+            with self.folder.open_read(file) as opened:
+                length = int.from_bytes(opened.read(8), "little")
+                if not 0 < length <= _MAX_HEADER:
+                    raise ValueError(f"a header of {length} bytes")
+                entries = json.loads(opened.read(length))
+            return {name: tuple(entry["shape"]) for name, entry in entries.items() if name != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointCorrupt(f"{self.folder.where(file)} cannot be read as weights: {error}") from error
+
+    def _tensors(self, file: str) -> dict[str, Tensor]:
+        from safetensors.torch import load, load_file
+
+        try:
+            if self.folder.is_local:
+                return load_file(self.folder.local_path / file)
+            return load(self.folder.read_bytes(file))
+        except Exception as error:  # the library has several, and all mean the same
+            raise CheckpointCorrupt(f"{self.folder.where(file)} cannot be read as weights: {error}") from error
+
+    def _unpickled(self, file: str, device: str) -> dict[str, Tensor]:
+        where = self.folder.where(file)
+        opened: Any = (
+            self.folder.local_path / file if self.folder.is_local else io.BytesIO(self.folder.read_bytes(file))
+        )
+        try:
+            loaded: Any = torch.load(opened, map_location=device, weights_only=True)
+        except Exception as error:  # a file of another kind fails in any way
+            raise CheckpointCorrupt(f"{where} cannot be read as weights: {error}") from error
+        for name in ("state_dict", "model"):
+            if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
+                loaded = loaded[name]
+        if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+            raise CheckpointCorrupt(f"{where} is not a state dict of tensors")
+        return loaded

@@ -58,6 +58,7 @@ def check_together(e: Experiment) -> None:
         )
     if not isinstance(t.freeze, list) or not all(isinstance(pattern, str) for pattern in t.freeze):
         raise ConfigError("must be a list of patterns, as [backbone.*]", key="trainer.freeze", value=t.freeze)
+    _check_init_from(e)
     if t.early_stopping is not None and not e.data.val:
         raise ConfigError("needs data.val, whose metrics it watches", key="trainer.early_stopping")
     if t.max_grad_norm == 0:
@@ -96,6 +97,16 @@ def _check_monitors(e: Experiment) -> None:
                 value=metric,
                 choices=[f"val/{one}/{rest.rpartition('/')[2]}" for one in sets],
             )
+
+
+def _check_init_from(e: Experiment) -> None:
+    if e.init_from is None:
+        return
+    if not e.init_from.source:
+        raise ConfigError("is not set: a run, a checkpoint, a file or a folder of weights", key="init_from.source")
+    exclude = e.init_from.exclude
+    if not isinstance(exclude, list) or not all(isinstance(pattern, str) for pattern in exclude):
+        raise ConfigError("must be a list of patterns, as [head.*]", key="init_from.exclude", value=exclude)
 
 
 # What the address of each kind of cluster looks like, and an example.

@@ -509,10 +509,10 @@ def _fix_times(cfg: DictConfig) -> None:
 
 def _make_absolute(cfg: DictConfig) -> None:
     """Relative paths are of the launching directory; a worker has another."""
-    for name in ("storage_path", "init_from"):
-        value = cfg.get(name)
+    for name in ("storage_path", "init_from", "init_from.source"):
+        value = OmegaConf.select(cfg, name) if "." not in name or isinstance(cfg.get("init_from"), DictConfig) else None
         if isinstance(value, str) and "://" not in value:
             path = Path(value).expanduser()
             # init_from may also be a run's name: only an existing file is a path.
             if str(path.absolute()) != value and (name == "storage_path" or path.exists()):
-                cfg[name] = str(path.absolute())
+                OmegaConf.update(cfg, name, str(path.absolute()))

@@ -166,6 +166,14 @@ class Evaluate:
 
 
 @dataclass(kw_only=True, slots=True)
+class InitFrom:
+    source: str | None = None
+    strict: bool = True
+    mapping: dict[str, str] = field(default_factory=dict)  # beginning of a name there → here
+    exclude: Any = field(default_factory=list)  # patterns of names here
+
+
+@dataclass(kw_only=True, slots=True)
 class Experiment:
     """A whole experiment, resolved and typed. Sections `model`, `loss`, `optimizer`, `lr_scheduler`, `data.train`,
     `data.val` and `data.collate_fn` are `_target_` nodes that `raytrainer.config.build` makes objects of; `callbacks`,
@@ -175,7 +183,7 @@ class Experiment:
     name: str | None = None
     seed: int = key(0, least=0, most=2**31 - 1)
     storage_path: str | None = None
-    init_from: str | None = None
+    init_from: InitFrom | None = field(default=None, metadata={"text": "source"})
     debug: bool = False
     evaluate: Evaluate | None = None  # set by the verb: no training, but a checkpoint's evaluation
     model: dict[str, Any] | None = None

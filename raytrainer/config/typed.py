@@ -121,6 +121,8 @@ def _section(kind: type, values: Any, prefix: str, known: Sequence[str]) -> Any:
                 path = f"{path}.{inner}"
             raise unknown_key(path, None if isinstance(value, Mapping) else value, known)
         section = section_of(fields[name])
+        if isinstance(value, str) and (main := fields[name].metadata.get("text")):
+            value = {main: value}  # a text stands for the section with that one key
         if section is not None and value is not None:
             given[name] = _section(section, value, f"{path}.", known)
         elif section is not None and "None" not in str(fields[name].type):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
 from raytrainer import preflight, tracking, worker
 from raytrainer.config import Composition, Experiment
-from raytrainer.errors import ConfigError, PreflightError, StorageError, StorageLocked
+from raytrainer.errors import ConfigError, PreflightError, StorageError, StorageLocked, TrackingError
 from raytrainer.interrupts import Interrupts
 from raytrainer.progress import Display
 from raytrainer.run.driver import Driver
@@ -31,9 +31,10 @@ def check(composition: Composition, record: Record | None = None) -> str:
     preflight.check_objects(e)
     try:
         storage = Storage(storage_path(e)).child(e.name or "")
-        preflight.check_init_from(e, storage.uri)
     except StorageError as error:
         raise ConfigError(f"cannot be used: {error}", key="storage_path", value=shown(e)) from error
+    if e.init_from is not None and (record is None or not storage.exists("checkpoints")):  # else it goes on from those
+        preflight.check_init_from(e, _runs_of(tracking_uri(e, record.tracking_uri if record else "")))
     if e.debug:
         return "inline, one batch"
     # First: what is asked of a storage that does not answer would take its client's patience, which is minutes.
@@ -128,11 +129,25 @@ def _debug(composition: Composition, display: Display, began: float) -> Outcome:
 
     e = composition.experiment
     check(composition)
-    result = Trainer(e, world=worker.inline_world(e.scaling.use_gpu), listeners=[Reporter(display.show)]).fit()
+    trainer = Trainer(e, world=worker.inline_world(e.scaling.use_gpu), listeners=[Reporter(display.show)])
+    if e.init_from is not None:
+        display.say(trainer.init_from(e.init_from, _runs_of(tracking_uri(e))))
+    result = trainer.fit()
     display.close()
     values = {**asdict(result), "metrics": dict(result.metrics), "monitor": e.checkpoint.monitor}
     where = "inline, one batch: no tracking, no checkpoint"
     return Outcome("FINISHED", 0, Record(e.name or "", ""), where, values, seconds=time.monotonic() - began)
+
+
+def _runs_of(uri: str) -> Callable[[str], str | None]:
+    """Finds a run's directory by its ID in the tracking store; one that cannot be asked knows none."""
+
+    def look_up(identifier: str) -> str | None:
+        with suppress(TrackingError):
+            return tracking.find_own_dir(uri, identifier)
+        return None
+
+    return look_up
 
 
 def refuse_existing(e: Experiment, storage: Storage) -> None:

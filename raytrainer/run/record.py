@@ -21,7 +21,7 @@ RECORD = "run.json"
 CONFIG = "config.yaml"
 # What these keys say is in the checkpoint's state, or decides what its numbers mean.
 FIXED = ("name", "seed", "init_from", "debug", "storage_path")
-_FIXED_BELOW = ("model", "loss", "callbacks", "metrics", "data.train", "data.val", "data.collate_fn")
+_FIXED_BELOW = ("init_from", "model", "loss", "callbacks", "metrics", "data.train", "data.val", "data.collate_fn")
 _FIXED_KEYS = (
     "optimizer._target_",
     "lr_scheduler._target_",

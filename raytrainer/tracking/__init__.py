@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from raytrainer.tracking.fleet import Fleet
-from raytrainer.tracking.lookup import find_run_dir, register_model
+from raytrainer.tracking.lookup import find_own_dir, find_run_dir, register_model
 from raytrainer.tracking.runs import Run, open_run
 from raytrainer.tracking.sender import Shipper, recorded_run_id, replay
 from raytrainer.tracking.server import check_tracking, default_tracking_uri, redacted
@@ -24,6 +24,7 @@ __all__ = [
     "Tracker",
     "check_tracking",
     "default_tracking_uri",
+    "find_own_dir",
     "find_run_dir",
     "open_run",
     "recorded_run_id",

@@ -93,6 +93,16 @@ def find_run_dir(tracking_uri: str, identifier: str) -> str | None:
     return None if found is None else run_dir_of(found)
 
 
+def find_own_dir(tracking_uri: str, identifier: str) -> str | None:
+    """As `find_run_dir`, but of a trial its own directory, which has its checkpoints.
+
+    Raises:
+        TrackingUnreachable, TrackingDenied: The store cannot be asked.
+    """
+    found = find_run(tracking_uri, identifier)
+    return None if found is None else found.tags[RUN_DIR_TAG]
+
+
 def run_dir_of(run: StoredRun) -> str:
     """Where its record is: of a trial the sweep's directory."""
     place = run.tags[RUN_DIR_TAG]

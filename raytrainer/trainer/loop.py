@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from raytrainer import parallel, seeds
-from raytrainer.checkpoint import Checkpointer, CheckpointInfo, read_weights
-from raytrainer.config import Experiment, build, factory
+from raytrainer.checkpoint import Checkpointer, CheckpointInfo, find_weights, fit
+from raytrainer.config import Experiment, InitFrom, build, factory
 from raytrainer.data import Batch, Loader
-from raytrainer.errors import ConfigError, NonFiniteLoss
+from raytrainer.errors import CheckpointCorrupt, ConfigError, NonFiniteLoss
 from raytrainer.events import Artifact, CheckpointSaved, EvalEnd, Events, FitEnd, FitStart, Logged
 from raytrainer.metrics import Monitor, Throughput, WeightedMeans
 from raytrainer.optim import build_optimizer, build_scheduler, freeze
@@ -287,11 +287,26 @@ class Trainer:
         assert self.checkpointer is not None
         snapshot.restore(self, *self.checkpointer.load(info), source=str(info.path), changed=changed)
 
-    def init_from(self, source: str) -> None:
-        """Takes the weights alone from a run, a checkpoint or a file (`checkpoint.weights.read_weights`)."""
-        load_weights(self.raw_model, read_weights(source, self.experiment.storage_path or "runs"), source)
+    def init_from(self, given: InitFrom | str, look_up: Callable[[str], str | None] = lambda _: None) -> str:
+        """Takes the weights alone from a run, a checkpoint, a file or a folder; returns what it took, in a line.
+
+        Args:
+            given: As the key `init_from`.
+            look_up: As `checkpoint.find_weights`.
+
+        Raises:
+            CheckpointError: There are none, they cannot be read, or they are not what was asked for.
+        """
+        options = InitFrom(source=given) if isinstance(given, str) else given
+        weights = find_weights(options.source or "", self.experiment.storage_path or "runs", look_up)
+        found, own = weights.read(), self.raw_model.state_dict()
+        match = fit(self.raw_model, {name: tuple(t.shape) for name, t in found.items()}, options)
+        if match.problem:
+            raise CheckpointCorrupt(f"{weights.place} {match.problem}")
+        load_weights(self.raw_model, own | {name: found[theirs] for name, theirs in match.taken.items()}, weights.place)
         if self.ema_model is not None:
-            load_weights(self.ema_model, self.raw_model.state_dict(), source)
+            load_weights(self.ema_model, self.raw_model.state_dict(), weights.place)
+        return f"weights of {weights.place}: {match.in_words()}"
 
     def best_weights(self) -> tuple[int, dict[str, Tensor]]:
         """(step, state dict on the CPU) of the best committed checkpoint, else as they are now; the EMA's if any.
