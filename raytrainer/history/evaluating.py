@@ -66,7 +66,6 @@ def to_evaluate(
     fixed: dict[str, Any] = {
         "name": new_name(f"{stem(record)[:50]}-evaluate"),
         "evaluate": {"run_dir": place.display, "checkpoint": checkpoint, "run_id": run_id},
-        "init_from": None,
         "tracking.register_model": None,
         "tracking.log_model": False,
         "trainer.early_stopping": None,

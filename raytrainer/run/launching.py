@@ -33,7 +33,8 @@ def check(composition: Composition, record: Record | None = None) -> str:
         storage = Storage(storage_path(e)).child(e.name or "")
     except StorageError as error:
         raise ConfigError(f"cannot be used: {error}", key="storage_path", value=shown(e)) from error
-    if e.init_from is not None and (record is None or not storage.exists("checkpoints")):  # else it goes on from those
+    has_own = e.evaluate is not None or (record is not None and storage.exists("checkpoints"))
+    if e.init_from is not None and not has_own:  # else it goes on from those
         preflight.check_init_from(e, _runs_of(tracking_uri(e, record.tracking_uri if record else "")))
     if e.debug:
         return "inline, one batch"

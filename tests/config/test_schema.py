@@ -106,7 +106,13 @@ def test_no_key_takes_a_list_of_mappings(name: str) -> None:
     """Every typed leaf refuses what it surely is not; `Any` ones are judged by their choices or by `check_together`."""
     if name in {"trainer.max_time", "scaling.num_workers", "sweep.time_budget_s", "sweep.allow_failed"}:
         return
-    if name in {"cluster.forward_env", "cluster.shared_paths", "cluster.secrets", "trainer.freeze"}:
+    if name in {
+        "cluster.forward_env",
+        "cluster.shared_paths",
+        "cluster.secrets",
+        "trainer.freeze",
+        "init_from.exclude",
+    }:
         return
     assert refusal(name, [{"a": 1}]).startswith(name)
 
