@@ -132,10 +132,9 @@ def _output(model: Model, batch: Any, input: Field, keywords: Sequence[str] = ()
         raise ConfigError("needs batches that are dicts", key="loss.keywords", value=list(keywords))
     further = {name: _take(batch, "keywords", name, position=0) for name in keywords}
     output = model(_take(batch, "input", input, position=0), **further)
-    output = getattr(output, "logits", output)
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
     # Softmax in half precision loses what the loss is about.
-    single: Tensor = output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
-    return single
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
 def _take(batch: Any, role: str, field: Field, *, position: int) -> Tensor:
