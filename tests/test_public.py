@@ -34,7 +34,8 @@ PUBLIC = {
         refuse_settings_of_no_sweep register_schema resolved texts_of validate with_values written_space
     """,
     "raytrainer.data": """
-        Arrays Batch ColumnDataset Digits Loader MicroBatch ParquetDataset RandomCropFlip
+        Arrays Batch ColumnDataset Digits EncodedImages ImageFolder Loader MicroBatch Normalize ParquetDataset
+        RandomCropFlip
     """,
     "raytrainer.models": """
         MLP ResNet Transformer resnet101 resnet152 resnet18 resnet34 resnet50

@@ -9,20 +9,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raytrainer.data.augment import RandomCropFlip
+    from raytrainer.data.augment import Normalize, RandomCropFlip
     from raytrainer.data.datasets import Arrays, ColumnDataset, Digits
+    from raytrainer.data.images import EncodedImages, ImageFolder
     from raytrainer.data.loader import Batch, Loader, MicroBatch
     from raytrainer.data.parquet import ParquetDataset
 
-__all__ = ["Arrays", "Batch", "ColumnDataset", "Digits", "Loader", "MicroBatch", "ParquetDataset", "RandomCropFlip"]
+__all__ = [
+    "Arrays",
+    "Batch",
+    "ColumnDataset",
+    "Digits",
+    "EncodedImages",
+    "ImageFolder",
+    "Loader",
+    "MicroBatch",
+    "Normalize",
+    "ParquetDataset",
+    "RandomCropFlip",
+]
 
 _MODULES = {
     "Arrays": "datasets",
     "Batch": "loader",
     "ColumnDataset": "datasets",
     "Digits": "datasets",
+    "EncodedImages": "images",
+    "ImageFolder": "images",
     "Loader": "loader",
     "MicroBatch": "loader",
+    "Normalize": "augment",
     "ParquetDataset": "parquet",
     "RandomCropFlip": "augment",
 }

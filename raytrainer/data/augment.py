@@ -1,7 +1,9 @@
-"""Random crop and flip of whole batches on their device; each sample's draw depends on (seed, epoch, sample) alone."""
+"""What is done to whole batches of images on their device: random crop and flip, whose draws depend on (seed, epoch, sample)
+alone, and the way from bytes to normalised numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -103,3 +105,36 @@ class RandomCropFlip:
             shape = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise DataError(f"RandomCropFlip wants images [n, channels, height, width], and {self.key!r} is {shape}")
         return images
+
+
+class Normalize:
+    """From uint8 images to float32 of about mean 0 and variance 1: `(pixel / 255 - mean) / std`.
+
+    Args:
+        mean, std: Of each channel, pixels being in [0, 1]; by default ImageNet's.
+        key: The entry of the batch that holds the images `[n, channels, height, width]`.
+
+    Raises:
+        ConfigError: Not one `mean` and one `std` above 0 for each channel.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+        key: str = "image",
+    ) -> None:
+        if len(mean) != len(std) or not all(value > 0 for value in std):
+            raise ConfigError(f"wants {len(mean)} numbers above 0, as there are in mean", key="std", value=list(std))
+        self.key = key
+        self._mean = torch.tensor(list(mean), dtype=torch.float32).view(-1, 1, 1)
+        self._std = torch.tensor(list(std), dtype=torch.float32).view(-1, 1, 1)
+        self._kept: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, data: Any, samples: Tensor, epoch: int, seed: int) -> Any:
+        images = data[self.key]
+        kept = self._kept.get(images.device)
+        if kept is None:  # as one product and one sum
+            kept = (1 / (255 * self._std)).to(images.device), (-self._mean / self._std).to(images.device)
+            self._kept[images.device] = kept
+        return {**data, self.key: (images * kept[0]).add_(kept[1])}

@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 
 from raytrainer.data.datasets import columns_of, name_of
 from raytrainer.data.order import Indices
-from raytrainer.errors import DataError
+from raytrainer.errors import DataError, RaytrainerError
 from raytrainer.seeds import mix
 
 Collate = Callable[[list[Any]], Any]
@@ -73,12 +73,15 @@ class Fetcher:
     def __init__(self, dataset: Any, collate_fn: Collate | None, seed: int) -> None:
         self.dataset, self.collate_fn, self.seed = dataset, collate_fn, seed
         self.draws = False
+        self._read_batch = getattr(dataset, "read_batch", None)
         # A collate_fn is given samples, and the batches of columns are whole.
         whole = collate_fn is not None and columns_of(dataset) is not None
         self._by_batch = callable(getattr(dataset, "__getitems__", None)) and not whole
 
     def __call__(self, samples: Indices, epoch: int) -> Any:
         """The batch, read as it comes; only right where `draws` is known to be False, or in the generators' owner."""
+        if self._read_batch is not None:
+            return self._told(samples, epoch)
         if self.draws and hasattr(self.dataset, "__getitem__"):
             return self._seeded(samples, epoch)
         if self.draws:  # it can only be read by the batch: then its draws depend on where the batch begins
@@ -92,6 +95,17 @@ class Fetcher:
         if isinstance(batch, list) or self.collate_fn is not None:
             return self._collate(batch, samples)
         return map_leaves(as_tensor, batch)
+
+    def _told(self, samples: Indices, epoch: int) -> Any:
+        """From a dataset that is told epoch and seed, and draws by them: it may be read in any thread."""
+        assert self._read_batch is not None
+        try:
+            batch = self._read_batch(samples, epoch, self.seed)
+        except RaytrainerError:
+            raise
+        except Exception as error:
+            raise wrapped(self.dataset, describe(samples), error) from error
+        return map_leaves(as_tensor, batch) if self.collate_fn is None else self._collate(batch, samples)
 
     def isolated(self, samples: Indices, epoch: int) -> Any:
         """The batch, with the global generators as before."""

@@ -1,0 +1,222 @@
+"""Encoded images (JPEG, PNG, …) of Parquet files or folders, decoded by Pillow in threads or in data processes.
+
+A batch is uint8, a quarter of what its numbers become on the device.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from math import exp, log, sqrt
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch.utils.data import default_collate
+
+from raytrainer.data.augment import sample_bits
+from raytrainer.data.datasets import Transform, name_of
+from raytrainer.data.files import find_files
+from raytrainer.data.order import Indices
+from raytrainer.errors import ConfigError, DataError, RaytrainerError
+from raytrainer.storage.files import redacted
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_MOST_THREADS = 16
+_TRIES = 10  # at a random crop that fits
+_pools: dict[int, ThreadPoolExecutor] = {}  # by process: a fork has none of its parent's threads
+
+
+def in_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """`function` of each item, in order, in as many threads as there are CPUs; in a data process in its own thread, since
+    there are as many of those as were asked for."""
+    if multiprocessing.parent_process() is not None:
+        return [function(item) for item in items]
+    pool = _pools.get(os.getpid())
+    if pool is None:
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        pool = _pools[os.getpid()] = ThreadPoolExecutor(min(_MOST_THREADS, cpus), "raytrainer-images")
+    return list(pool.map(function, items))
+
+
+class ImageFolder:
+    """Images in folders, one a class: samples `{"image": bytes, "label": int}`, for `EncodedImages`.
+
+    The label of an image is the place of its folder's name among all, sorted (`classes`).
+
+    Args:
+        path: A directory, a glob or a URI, as of `raytrainer.data.ParquetDataset`.
+
+    Raises:
+        DataError: No image is there; when read, a file that cannot be.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._filesystem, found = find_files(str(path), SUFFIXES, "image")
+        self.path = redacted(str(path))
+        self._files = pa.array([entry.path for entry in found], pa.large_string())  # a tenth of Python's own
+        folders = [entry.path.rpartition("/")[0].rpartition("/")[2] for entry in found]
+        names, labels = np.unique(np.array(folders), return_inverse=True)
+        self.classes: list[str] = names.tolist()
+        self._labels = labels.astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        file = self.where(index)
+        try:
+            with self._filesystem.open_input_file(file) as opened:
+                return {"image": opened.read(), "label": int(self._labels[index])}
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{file}: {error}") from error
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return in_threads(self.__getitem__, indices)  # they are round trips, where files are far away
+
+    def where(self, index: int) -> str:
+        """The file of a sample, for messages."""
+        return str(self._files[index % len(self)])
+
+
+class EncodedImages:
+    """Images of a dataset, decoded, cut and scaled as they are read: uint8 `[3, height, width]`, RGB.
+
+    What is random depends on (seed, epoch, sample) alone. The other entries of a sample are collated as they are.
+
+    Args:
+        dataset: With `__len__` and `__getitems__` (or `__getitem__`) that gives dicts: `ImageFolder`, `ParquetDataset`.
+        size: Height and width of the result, or both.
+        crop: `center`: the shorter edge is scaled to `resize` pixels, and the middle is kept. `random`: a random part of
+            the image is scaled (Szegedy et al. 2014, arXiv:1409.4842; torchvision's RandomResizedCrop).
+        resize: For `center`; None for 8/7 of `size`: 256 for 224.
+        scale: For `random`: the least and the most of the image's area.
+        ratio: For `random`: the least and the most of width / height.
+        flip: Mirror left and right with probability 0.5.
+        key: The entry that holds the encoded bytes, or a dict with `bytes` as Hugging Face's files have it.
+        transform: For whole batches on the device, see `raytrainer.data.ColumnDataset`: `raytrainer.data.Normalize`.
+
+    Raises:
+        ConfigError: A value that cannot be; Pillow is not installed.
+        DataError: When read: an image that Pillow cannot decode, with its file and row.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        size: int | Sequence[int] = 224,
+        crop: str = "center",
+        resize: int | None = None,
+        scale: Sequence[float] = (0.08, 1.0),
+        ratio: Sequence[float] = (3 / 4, 4 / 3),
+        flip: bool = False,
+        key: str = "image",
+        transform: Transform | None = None,
+    ) -> None:
+        try:
+            from PIL import Image
+        except ImportError as error:
+            raise ConfigError("EncodedImages needs Pillow: pip install 'raytrainer[images]'") from error
+        self._open, self._bilinear = Image.open, Image.Resampling.BILINEAR
+        if crop not in ("center", "random"):
+            raise ConfigError("is not a way to crop", key="crop", value=crop, choices=("center", "random"))
+        for name, bounds in (("scale", scale), ("ratio", ratio)):
+            if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
+                raise ConfigError("wants [least, most], both above 0", key=name, value=list(bounds))
+        self.height, self.width = (size, size) if isinstance(size, int) else tuple(size)
+        self.resize = resize or round(min(self.height, self.width) * 8 / 7)
+        if min(self.height, self.width) < 1 or self.resize < max(self.height, self.width):
+            raise ConfigError(f"leaves no crop of {self.height}x{self.width}", key="resize", value=self.resize)
+        self.dataset, self.crop, self.flip, self.key, self.transform = dataset, crop, flip, key, transform
+        self.scale, self.ratio = (float(scale[0]), float(scale[1])), (log(ratio[0]), log(ratio[1]))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """A sample as the first epoch of seed 0 has it."""
+        return {name: value[0] for name, value in self.read_batch(np.array([index]), 0, 0).items()}
+
+    @property
+    def transform_batch(self) -> Transform | None:
+        return self.transform
+
+    def read_batch(self, samples: Indices, epoch: int, seed: int) -> dict[str, Any]:
+        """The samples (int64 `[n]`) as one batch; see docs/data.md."""
+        numbers = samples.tolist()
+        by_batch = hasattr(self.dataset, "__getitems__")
+        rows = self.dataset.__getitems__(numbers) if by_batch else [self.dataset[number] for number in numbers]
+        images = np.empty((len(rows), 3, self.height, self.width), np.uint8)
+        draws = self._draws(samples, epoch, seed)
+
+        def decode(place: int) -> None:
+            try:
+                images[place] = self._decoded(rows[place][self.key], None if draws is None else draws[place])
+            except RaytrainerError:
+                raise
+            except Exception as error:
+                raise DataError(f"{self._where(numbers[place])}: {self.key!r} cannot be decoded: {error}") from error
+
+        in_threads(decode, range(len(rows)))
+        others = [{name: value for name, value in row.items() if name != self.key} for row in rows]
+        return {self.key: torch.from_numpy(images), **default_collate(others)}
+
+    def _where(self, index: int) -> str:
+        where = getattr(self.dataset, "where", None)
+        return str(where(index)) if callable(where) else f"{name_of(self.dataset)}, sample {index}"
+
+    def _draws(self, samples: Indices, epoch: int, seed: int) -> npt.NDArray[np.float64] | None:
+        """Numbers in [0, 1), a row for each sample: whether it is mirrored, and four for each try at a crop."""
+        if self.crop != "random" and not self.flip:
+            return None
+        count = 1 + (4 * _TRIES if self.crop == "random" else 0)
+        numbers = torch.from_numpy(samples)
+        bits = [sample_bits(numbers, "image", seed, epoch, draw) for draw in range(count)]
+        return (np.stack(bits, axis=1) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+    def _decoded(self, data: Any, draws: npt.NDArray[np.float64] | None) -> npt.NDArray[np.uint8]:
+        encoded = data["bytes"] if isinstance(data, dict) else data
+        if not isinstance(encoded, bytes):
+            raise TypeError(f"{type(encoded).__name__} is not bytes")
+        with self._open(BytesIO(encoded)) as opened:
+            image = opened.convert("RGB")
+        if self.crop == "random" and draws is not None:
+            box = self._random_box(image.width, image.height, draws[1:].reshape(-1, 4).tolist())
+        else:
+            box = self._center_box(image.width, image.height)
+        pixels = np.asarray(image.resize((self.width, self.height), self._bilinear, box=box))
+        if self.flip and draws is not None and draws[0] < 0.5:
+            pixels = pixels[:, ::-1]
+        return pixels.transpose(2, 0, 1)
+
+    def _center_box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """What is in the middle when the shorter edge has `resize` pixels, in pixels of the image: left, top, right, bottom."""
+        pixel = min(width, height) / self.resize
+        left, top = (width - pixel * self.width) / 2, (height - pixel * self.height) / 2
+        return left, top, left + pixel * self.width, top + pixel * self.height
+
+    def _random_box(
+        self, width: int, height: int, tries: Iterable[Sequence[float]]
+    ) -> tuple[float, float, float, float]:
+        for area, ratio, x, y in tries:
+            wanted = width * height * (self.scale[0] + (self.scale[1] - self.scale[0]) * area)
+            shape = exp(self.ratio[0] + (self.ratio[1] - self.ratio[0]) * ratio)
+            w, h = round(sqrt(wanted * shape)), round(sqrt(wanted / shape))
+            if 0 < w <= width and 0 < h <= height:
+                left, top = int(x * (width - w + 1)), int(y * (height - h + 1))
+                return left, top, left + w, top + h
+        # None fits a very long image: the largest part in its middle whose shape is allowed.
+        shape = min(max(width / height, exp(self.ratio[0])), exp(self.ratio[1]))
+        across, down = min(width, height * shape), min(height, width / shape)
+        return (width - across) / 2, (height - down) / 2, (width + across) / 2, (height + down) / 2
