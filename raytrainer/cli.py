@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from raytrainer import completion, config, provenance
 from raytrainer.errors import ConfigError, RaytrainerError, Refused, Stopped, nearest
 
-VERBS = ("check", "list", "status", "logs", "stop", "resume", "rerun", "evaluate")
+VERBS = ("check", "list", "status", "logs", "stop", "resume", "rerun", "evaluate", "export", "prune")
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _DRY_RUN = "--dry-run"
 
@@ -90,8 +90,9 @@ def _verb(verb: str, rest: list[str], *, dry: bool) -> int:
     from raytrainer import history
 
     if verb not in ("resume", "rerun", "evaluate"):
-        if dry:
-            raise ConfigError(f"{_DRY_RUN} is for what launches something: experiment=…, resume, rerun and evaluate")
+        if dry and verb != "prune":
+            raise ConfigError(f"{_DRY_RUN} is for experiment=…, resume, rerun, evaluate and prune")
+        rest = [*rest, _DRY_RUN] if dry else rest
         return history.command(verb, rest)
     parser = history.parser(verb)
     given = parser.parse(rest)

@@ -365,7 +365,8 @@ def log_model(trainer: Any, tracker: Tracker, emit: Callable[[dict[str, Any]], N
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, MODEL_FOLDER)
-            step, how = _save_model(trainer, path)
+            step, weights = trainer.best_weights()
+            how = save_model(trainer, path, step, weights)
             tracker.log_artifact(path)
         tracker.set_tags({"raytrainer.model_step": str(step), "raytrainer.model_format": how})
     except Exception as error:  # noqa: BLE001  the weights are in the checkpoint; an export is a convenience
@@ -373,7 +374,15 @@ def log_model(trainer: Any, tracker: Tracker, emit: Callable[[dict[str, Any]], N
         tracker.set_tags({"raytrainer.model_format": f"none: {_first(error)}"[:500]})
 
 
-def _save_model(trainer: Any, path: Path) -> tuple[int, str]:
+def save_model(trainer: Any, path: Path, step: int, weights: Mapping[str, Any]) -> str:
+    """Writes MLflow's form of the model with these weights; the form, in words.
+
+    Args:
+        trainer: Whose loss and data say what the model is called with.
+        path: The folder to be.
+        step: Of the weights.
+        weights: A state dict on the CPU.
+    """
     import mlflow.pytorch
     import torch
     from mlflow.models import infer_signature
@@ -384,8 +393,7 @@ def _save_model(trainer: Any, path: Path) -> tuple[int, str]:
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     # Built anew, so that neither torch.compile nor DDP is part of it; in float32, which every consumer can run.
     model = config.build(trainer.experiment.model).float().eval()
-    step, weights = trainer.best_weights()
-    load_weights(model, weights, "the checkpoint")
+    load_weights(model, weights, f"the checkpoint of step {step}")
     batch = next(trainer.example_batches())
     data = map_tensors(batch.micro[0].data, lambda t: t.detach().cpu().float() if t.is_floating_point() else t.cpu())
     with torch.no_grad():
@@ -404,14 +412,14 @@ def _save_model(trainer: Any, path: Path) -> tuple[int, str]:
                     pip_requirements=requirements,
                     serialization_format="pt2",
                 )
-                return step, "pt2"
+                return "pt2"
             except Exception as error:  # noqa: BLE001  torch.export refuses in many ways; then it is the other format
                 reason = _first(error)
         else:
             reason = "its forward takes more than one tensor"
     _remove(path)
     mlflow.pytorch.save_model(model, str(path), pip_requirements=requirements, serialization_format="pickle")
-    return step, f"pickle ({reason})"[:500]
+    return f"pickle ({reason})"[:500]
 
 
 def _inputs_of(model: Any, call: Callable[[], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

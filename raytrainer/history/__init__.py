@@ -5,7 +5,9 @@
     tree        rerun: the code that it ran with    logs       logs: of driver and ranks, now and afterwards
     signs       whether a run's driver lives        stopping   stop: and waiting until all is free
     reconcile   closing runs that are surely dead   jobs       a shared cluster, as the verbs need it
-    evaluating  evaluate: a checkpoint validated     commands   the verbs' arguments and output
+    trained     whose checkpoints a verb reads       evaluating evaluate: one of them validated
+    exporting   export: its weights and config      pruning    prune: what nobody needs any more
+    commands    the verbs' arguments and output
 
 Names are imported when they are first used: listing runs needs neither Ray nor torch.
 """

@@ -1,4 +1,4 @@
-"""The verbs list, status, logs and stop: their arguments, what they print, their exit codes."""
+"""The verbs that are no launch, list, status, logs, stop, export and prune: their arguments, what they print, their exit codes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from raytrainer import provenance
+from raytrainer.config.checks import seconds
 from raytrainer.errors import ConfigError, nearest
 from raytrainer.history.listing import STATUSES
 
@@ -23,6 +25,8 @@ _ABOUT = {
     "resume": "Go on with a run or sweep from where it came to, in the same MLflow run.",
     "rerun": "A new run of the same thing: commit and patch, config and seed; values on top.",
     "evaluate": "Validate a checkpoint, its best, on its own validation set or another: a run of its own, below it in MLflow.",
+    "prune": "Old checkpoints, spools that MLflow has, and what killed runs left. It shows them; only --yes deletes.",
+    "export": "Write the weights of a checkpoint, the best, as safetensors, with the config: into a new folder.",
 }
 
 _TAKE_OVERRIDES = ("resume", "rerun", "evaluate")
@@ -103,6 +107,24 @@ def parser(verb: str) -> Parser:
     elif verb == "evaluate":
         _add_checkpoint(found)
         add("--config-dir", "-cd", metavar="DIR", help="where choices of data=… may be besides")
+    elif verb == "export":
+        _add_checkpoint(found)
+        add("--to", metavar="DIR", help="the folder (NAME-step-N); it must not be there")
+        add("--mlflow", action="store_true", help="with MLflow's form of the model, in DIR/mlflow_model")
+        add("--register", metavar="NAME", help="put that into the run, and register it as a new version of NAME")
+    elif verb == "prune":
+        add("--yes", action="store_true", help="delete it")
+        add("--dry-run", action="store_true", help="delete nothing, whatever else is given")
+        add(
+            "--keep",
+            metavar="N",
+            type=_positive,
+            default=1,
+            help="the last checkpoints that stay, besides the best (1)",
+        )
+        add("--older-than", metavar="AGE", type=_age, default=0.0, help="only of runs that ended so long ago: 30d, 12h")
+        add("id", metavar="ID", nargs="?", help="a run or sweep; all below ./runs without one")
+        return found
     add("id", metavar="ID", help="a run's name, its MLflow run id, or its Ray submission id")
     if verb in _TAKE_OVERRIDES:
         add("overrides", metavar="key=value", nargs="*", help="values that are to be others")
@@ -188,11 +210,44 @@ def _stop(given: argparse.Namespace) -> int:
     return 0 if halt.done else 1
 
 
+def _export(given: argparse.Namespace) -> int:
+    from raytrainer.history import exporting
+
+    if given.to and "://" in given.to:
+        raise ConfigError("is a folder of this machine", key="--to", value=given.to)
+    found = exporting.export(
+        given.id,
+        checkpoint=given.checkpoint or "best",
+        to=Path(given.to).absolute() if given.to else None,
+        mlflow=given.mlflow,
+        register=given.register,
+        say=_say,
+    )
+    print(json.dumps(_strict(found.to_json()), indent=1) if given.json else found.text())
+    return 0
+
+
+def _prune(given: argparse.Namespace) -> int:
+    from raytrainer.history import pruning
+
+    found = pruning.prune(
+        given.id,
+        delete=given.yes and not given.dry_run,
+        keep=given.keep,
+        older_than_s=given.older_than,
+        say=_say,
+    )
+    print(json.dumps(found.to_json(), indent=1) if given.json else found.text())
+    return 1 if found.failed else 0
+
+
 _VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "list": _list,
     "status": _status,
     "logs": _logs,
     "stop": _stop,
+    "export": _export,
+    "prune": _prune,
 }
 
 
@@ -217,6 +272,13 @@ def _seconds(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds") from None
+
+
+def _age(text: str) -> float:
+    try:
+        return seconds(text, "--older-than") or 0.0
+    except ConfigError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration: 30d, 12h, 90m") from None
 
 
 def completions(words: Sequence[str]) -> list[str] | None:

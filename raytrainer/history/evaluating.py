@@ -10,13 +10,10 @@ from typing import Any
 import yaml
 
 from raytrainer.config import Composition, compose, from_text, group_names, new_name, with_values
-from raytrainer.errors import ConfigError, RunNotFound
-from raytrainer.history.again import stem, trial_composition
-from raytrainer.history.facts import checkpoints
-from raytrainer.history.finding import find, trial_of
-from raytrainer.run import CONFIG
-from raytrainer.storage import Storage, redacted
-from raytrainer.sweep.ledger import Ledger
+from raytrainer.errors import ConfigError
+from raytrainer.history.again import stem
+from raytrainer.history.trained import trained
+from raytrainer.storage import redacted
 
 # The sections of a group that say something about an evaluation; the others are the model's and its training's.
 _CHOICES = {"data": ("data.val", "data.collate_fn"), "cluster": ("cluster",)}
@@ -49,23 +46,12 @@ def to_evaluate(
         RunNotFound: There is no such run, or it has no checkpoint.
         ConfigError: An override that would make another model of it; a checkpoint that it does not have.
     """
-    record, storage = find(identifier)
-    number, run_id, text = trial_of(identifier, record), record.run_id, ""
-    if number is not None:
-        text = trial_composition(number, record, storage).text
-        run_id, place = Ledger.open(storage).trials[number].run_id, storage.child(f"trials/{number}")
-    elif record.kind == "sweep":
-        raise ConfigError(f"{record.name} is a sweep; evaluate one of its trials: {record.name}.0000")
-    else:
-        data, place = storage.read_if_exists(CONFIG), storage
-        if data is None:
-            raise RunNotFound(f"{record.name}: its {CONFIG} in {record.run_dir} is gone")
-        text = data.decode()
-    _check_checkpoint(identifier, place, checkpoint)
+    source = trained(identifier, checkpoint)
+    record, text, storage = source.record, source.text, source.root
     choices, values = _sorted(overrides, config_dir)
     fixed: dict[str, Any] = {
         "name": new_name(f"{stem(record)[:50]}-evaluate"),
-        "evaluate": {"run_dir": place.display, "checkpoint": checkpoint, "run_id": run_id},
+        "evaluate": {"run_dir": source.place.display, "checkpoint": checkpoint, "run_id": source.run_id},
         "tracking.register_model": None,
         "tracking.log_model": False,
         "trainer.early_stopping": None,
@@ -85,14 +71,6 @@ def to_evaluate(
     if not composition.experiment.data.val_sets:
         raise ConfigError("is not set: there is nothing to evaluate on", key="data.val")
     return replace(composition, choices=tuple(sorted({**record.choices, **choices}.items())))
-
-
-def _check_checkpoint(identifier: str, place: Storage, wanted: str) -> None:
-    steps = [saved.step for saved in checkpoints(place)]
-    if not steps:
-        raise RunNotFound(f"{identifier} has no checkpoint in {place.display}")
-    if wanted not in ("best", "last", *map(str, steps)):
-        raise ConfigError("is no checkpoint of it", key="--step", value=wanted, choices=[str(step) for step in steps])
 
 
 def _sorted(overrides: Sequence[str], config_dir: str | None) -> tuple[dict[str, str], list[str]]:

@@ -145,9 +145,9 @@ def _tree(known: Known, then: Provenance, say: Callable[[str], None]) -> Iterato
         _git(top, "cat-file", "-e", f"{then.commit}^{{commit}}")
     except RaytrainerError:
         raise ConfigError(f"the commit {then.commit} of {name} is not in {top}: git fetch it, or {way_out}") from None
-    trees = here / "runs" / PLACE
-    _sweep(top, trees)
-    place = trees / f"{name}-{uuid.uuid4().hex[:8]}"
+    for place in leftovers(here / "runs"):
+        _remove(top, place)
+    place = here / "runs" / PLACE / f"{name}-{uuid.uuid4().hex[:8]}"
     place.mkdir(parents=True)
     owner = {"pid": os.getpid(), "started": process_start(os.getpid()), "machine": machine()}
     (place / "owner.json").write_text(json.dumps(owner))
@@ -261,13 +261,24 @@ def _run(folder: _Folder, arguments: Sequence[str]) -> int:
             signal.signal(number, handler)
 
 
-def _sweep(top: Path, trees: Path) -> None:
-    """Removes the trees of processes of this machine that were killed."""
-    for place in trees.iterdir() if trees.is_dir() else ():
+def leftovers(runs: Path) -> list[Path]:
+    """Trees below `runs` of processes of this machine that were killed."""
+    found = []
+    for place in sorted((runs / PLACE).iterdir()) if (runs / PLACE).is_dir() else ():
         with suppress(OSError, ValueError, KeyError, TypeError):
             owner = json.loads((place / "owner.json").read_text())
             if owner["machine"] == machine() and process_start(int(owner["pid"])) != owner["started"]:
-                _remove(top, place)
+                found.append(place)
+    return found
+
+
+def remove(place: Path) -> None:
+    """Removes one of them, and what git knows of it."""
+    try:
+        top = Path(_git(Path.cwd(), "rev-parse", "--show-toplevel").strip("\n"))
+    except RaytrainerError:  # no checkout any more: git has nothing to forget
+        top = Path.cwd()
+    _remove(top, place)
 
 
 def _remove(top: Path, place: Path) -> None:

@@ -107,7 +107,7 @@ def test_a_trial_of_a_sweep(in_tmp: Path) -> None:
     assert e.evaluate is not None
     assert (e.evaluate.run_dir, e.evaluate.run_id) == (storage.child("trials/0001").display, "1" * 32)
     assert (e.optimizer or {})["lr"] == 0.2
-    assert "search is a sweep; evaluate one of its trials" in refusal("search")
+    assert "search is a sweep; name one of its trials" in refusal("search")
 
 
 def test_the_text_is_complete(run: Record) -> None:

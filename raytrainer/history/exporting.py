@@ -1,0 +1,171 @@
+"""What `export ID` writes: a checkpoint's weights as safetensors with the config, and MLflow's form of the model."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from raytrainer import tracking
+from raytrainer.config import Experiment, build, from_text, locate
+from raytrainer.errors import CheckpointNotFound, ConfigError
+from raytrainer.history.finding import tracking_uri_of
+from raytrainer.history.trained import Trained, trained
+from raytrainer.run import CONFIG
+from raytrainer.tracking.server import Server
+
+WEIGHTS = "model.safetensors"
+_MLFLOW = "mlflow_model"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written.
+
+    Attributes:
+        name: Of the run or trial.
+        step: Optimizer steps of the checkpoint.
+        metric: The monitored value there.
+        averaged: Whether the weights are the EMA's.
+        folder: Where.
+        files: Their names there.
+        version: Of the registered model.
+    """
+
+    name: str
+    step: int
+    metric: float | None
+    averaged: bool
+    folder: str
+    files: tuple[str, ...]
+    version: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self) -> str:
+        """For a person."""
+        metric = "" if self.metric is None else f", metric {self.metric:.6g}"
+        rows = [("exported", f"{self.name}, step {self.step}{metric}{', averaged weights' if self.averaged else ''}")]
+        rows += [("to", f"{self.folder}: {', '.join(self.files)}")]
+        if self.version is not None:
+            rows.append(("version", self.version))
+        return "\n".join(f"{name:<8} {text}" for name, text in rows)
+
+
+def export(
+    identifier: str,
+    *,
+    checkpoint: str = "best",
+    to: Path | None = None,
+    mlflow: bool = False,
+    register: str | None = None,
+    say: Callable[[str], None],
+) -> Export:
+    """Writes a checkpoint's weights into a new folder, whole or not at all.
+
+    Args:
+        identifier: Of a run, or of a trial of a sweep.
+        checkpoint: `best`, `last`, or a step.
+        to: The folder; None: NAME-step-N in the current directory.
+        mlflow: Whether MLflow's form of the model comes along, which needs the run's code and data here.
+        register: The name of a registered model, of which that is to be a new version.
+        say: Told what happens.
+
+    Raises:
+        RunNotFound, ConfigError: As `trained`; a folder that is there; a run that MLflow does not have.
+        CheckpointError, StorageError, TrackingError: What could not be read, or told.
+    """
+    source = trained(identifier, checkpoint)
+    e = from_text(source.text).experiment
+    if to is not None and to.exists():
+        raise ConfigError("is there already; nothing is written over", key="--to", value=str(to))
+    uri = tracking_uri_of(source.record)
+    if register is not None and (uri is None or source.run_id is None or source.run_id.startswith("offline-")):
+        raise ConfigError(f"needs the run in MLflow, which does not have {source.name}", key="--register")
+    info, weights, averaged = _read(source, e, checkpoint)
+    folder = to or Path.cwd() / f"{source.name}-step-{info.step}"
+    if folder.exists():
+        raise ConfigError("is there already; nothing is written over", key="--to", value=str(folder))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot be made: {error.strerror}", key="--to", value=str(folder)) from error
+    version = None
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
+        made = Path(beside, "export")
+        made.mkdir()
+        _write_weights(made, e, weights, {"raytrainer.run": source.name, "raytrainer.step": str(info.step)})
+        (made / CONFIG).write_text(source.text)
+        if mlflow or register is not None:
+            how = _write_mlflow(made / _MLFLOW, e, info.step, weights)
+            say(f"the MLflow model is in the form {how}")
+        if register is not None:
+            assert uri is not None
+            assert source.run_id is not None
+            version = _register(uri, source.run_id, info.step, made / _MLFLOW, register)
+        if not mlflow:
+            shutil.rmtree(made / _MLFLOW, ignore_errors=True)
+        made.rename(folder)
+    files = tuple(sorted(path.name for path in folder.iterdir()))
+    return Export(source.name, info.step, info.metric, averaged, str(folder), files, version)
+
+
+def _read(source: Trained, e: Experiment, checkpoint: str) -> tuple[Any, dict[str, Any], bool]:
+    """The checkpoint, its weights on the CPU, and whether they are averaged."""
+    from raytrainer.checkpoint import Checkpointer
+
+    checkpoints = Checkpointer(source.place.child("checkpoints"), mode=e.checkpoint.mode)
+    found = checkpoints.list()
+    info = checkpoints.best() if checkpoint == "best" else None
+    info = info or next((one for one in reversed(found) if checkpoint in ("best", "last", str(one.step))), None)
+    if info is None:
+        raise CheckpointNotFound(f"{source.name}: its checkpoint {checkpoint} is gone")
+    shared, _ = checkpoints.load(info)
+    return info, dict(shared.get("ema") or shared["model"]), bool(shared.get("ema"))
+
+
+def _write_weights(folder: Path, e: Experiment, weights: Mapping[str, Any], about: Mapping[str, str]) -> None:
+    if _is_hugging_face(e):
+        # In their form, with their config: `from_pretrained` reads the folder.
+        model = build(e.model or {})
+        model.save_pretrained(folder, state_dict=dict(weights), max_shard_size="10000GB")
+        return
+    from safetensors.torch import save_file
+
+    # One of several names of a tensor is a copy: the file has no shared memory.
+    taken: set[int] = set()
+    tensors = {}
+    for name, tensor in weights.items():
+        tensor = tensor.contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if place in taken else tensor
+        taken.add(place)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", **about})
+
+
+def _is_hugging_face(e: Experiment) -> bool:
+    """Whether the model is a class of transformers, or what one of their `from_pretrained` or `from_config` gives."""
+    found = locate("model", (e.model or {})["_target_"])
+    owner = found if isinstance(found, type) else getattr(found, "__self__", found)
+    return str(getattr(owner, "__module__", "")).partition(".")[0] == "transformers"
+
+
+def _write_mlflow(path: Path, e: Experiment, step: int, weights: dict[str, Any]) -> str:
+    from raytrainer import worker
+    from raytrainer.trainer import Trainer
+
+    # One process on the CPU, as the one that reads it may be.
+    e.trainer.strategy, e.trainer.compile, e.trainer.ema_decay, e.init_from = "ddp", False, None, None
+    return worker.save_model(Trainer(e), path, step, weights)
+
+
+def _register(uri: str, run_id: str, step: int, model: Path, name: str) -> str:
+    """Puts the model into the run's artifacts, once, and registers it; the version."""
+    server, folder = Server(uri, timeout_s=60), f"export/step-{step}"
+    if f"{folder}/{model.name}/MLmodel" not in server.artifacts(run_id, f"{folder}/{model.name}"):
+        server.log_artifact(run_id, model, folder)
+    return tracking.register_model(uri, run_id, f"{folder}/{model.name}", name)

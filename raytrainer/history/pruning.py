@@ -1,0 +1,291 @@
+"""What `prune` deletes: old checkpoints, spools that MLflow has, what killed runs and Ray have left. It shows first.
+
+Nothing of a run that lives, or may live; never its last checkpoint or its best; nothing that is not below the run's own
+directory. Deleting is done under the run's lock, and only of what was there to be deleted when it was looked at before.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raytrainer.errors import CheckpointError, RaytrainerError, StorageError, StorageLocked
+from raytrainer.history import finding, tree
+from raytrainer.history.finding import Known
+from raytrainer.history.jobs import Clusters
+from raytrainer.history.reconcile import look_at
+from raytrainer.history.signs import LIMIT_S, LOCK, Signs, Verdict
+from raytrainer.run import CONFIG, Record
+from raytrainer.storage import Storage
+from raytrainer.sweep.plan import Plan
+from raytrainer.tracking.spool import Spool
+
+KINDS = ("checkpoint", "unfinished save", "spool", "ray", "worktree")
+_OF_RAY = re.compile(r"attempt-[0-9a-f]+")  # Ray Train's own records of an attempt, which nobody reads
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something to delete.
+
+    Attributes:
+        run: Whose it is.
+        kind: One of `KINDS`.
+        path: Relative to the run's directory; of a worktree below ./runs.
+        bytes: Its size.
+    """
+
+    run: str
+    kind: str
+    path: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What can be deleted, and what became of it.
+
+    Attributes:
+        items: All of it.
+        deleted: Whether it was: False where it was only looked at.
+        left: Run → why nothing of it is touched.
+        failed: Path → why it could not be deleted.
+    """
+
+    items: Sequence[Item]
+    deleted: bool = False
+    left: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        return sum(item.bytes for item in self.items)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "bytes": self.bytes}
+
+    def text(self) -> str:
+        """A line for each run and kind, and the sum."""
+        rows = [("RUN", "WHAT", "NUMBER", "BYTES")]
+        for run in dict.fromkeys(item.run for item in self.items):
+            for kind in KINDS:
+                found = [item for item in self.items if item.run == run and item.kind == kind]
+                if found:
+                    rows.append((run, kind, str(len(found)), f"{sum(item.bytes for item in found):,}"))
+        rows.append(("in all", "", str(len(self.items)), f"{self.bytes:,}"))
+        wide = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [f"{a:<{wide[0]}}  {b:<{wide[1]}}  {c:>{wide[2]}}  {d:>{wide[3]}}" for a, b, c, d in rows]
+        done = "deleted" if self.deleted else "nothing is deleted; with --yes it is"
+        return "\n".join([*lines, done] if self.items else ["nothing to delete"])
+
+
+def prune(
+    identifier: str | None,
+    *,
+    delete: bool,
+    keep: int = 1,
+    older_than_s: float = 0.0,
+    say: Callable[[str], None],
+    clusters: Clusters | None = None,
+    root: Path | None = None,
+) -> Pruned:
+    """Looks at one run or all, and deletes what can go.
+
+    Args:
+        identifier: Of a run or sweep; None: all below ./runs, and those submitted from here.
+        delete: False: only looks.
+        keep: How many of the last checkpoints of a run stay; the best stays besides.
+        older_than_s: Only of runs that ended so long ago.
+        say: Told which run is left alone, and why.
+        clusters: Those that may know of jobs.
+        root: Where runs are looked for; None: ./runs.
+
+    Raises:
+        RunNotFound: There is no such run.
+    """
+    root, clusters = root or Path.cwd() / "runs", clusters or Clusters()
+    runs = [finding.look_up(identifier, root)] if identifier is not None else list(_all(root))
+    found = Pruned([], delete)
+    for known, verdict in look_at(runs, clusters):
+        name = known.record.name
+        try:
+            if why := _untouchable(known, verdict, clusters, older_than_s):
+                found.left[name] = why
+                continue
+            assert known.storage is not None
+            items = _items(known.record, known.storage, keep)
+            if items and delete:
+                items = _delete(known, items, keep, found)
+            found = replace(found, items=[*found.items, *items])
+        except (RaytrainerError, OSError) as error:
+            found.left[name] = str(error)
+    if identifier is None:
+        found = _with_trees(found, root, delete)
+    for name, why in found.left.items():
+        say(f"{name} is left alone: {why}")
+    for path, why in found.failed.items():
+        say(f"{path} could not be deleted: {why}")
+    return found
+
+
+def _all(root: Path) -> Iterator[Known]:
+    names = set()
+    for record, storage in finding.records(root):
+        names.add(record.name)
+        yield finding.with_sent(Known(record, storage), root)
+    for sent in finding.submitted(root):
+        if sent.record.name not in names:
+            yield finding.reached(Known(sent.record, None, sent=sent))
+
+
+def _untouchable(known: Known, verdict: Verdict, clusters: Clusters, older_than_s: float) -> str | None:
+    """Why nothing of a run is deleted; None where it surely has ended."""
+    if known.trial is not None:
+        return "it is a trial; its sweep is pruned as a whole"
+    if known.storage is None:
+        return "its directory cannot be read from here"
+    if verdict.life != "dead":
+        return verdict.why
+    if known.storage.is_local and known.storage.local_path.is_symlink():
+        return "its directory is a link to another place"
+    signs = Signs.read(known.storage)
+    if not signs.readable or signs.now is None:
+        return "its directory cannot be written from here"
+    if (silence := clusters.silence_of(known)) and (known.record.status == "RUNNING" or known.coming):
+        return silence
+    last = max([signs.written or 0.0, *(claim.beat for claim in signs.claims)])
+    if known.record.status == "RUNNING" and signs.now - last < LIMIT_S:
+        return "it died a moment ago; its workers may still be there"  # they outlive a killed driver by seconds
+    if signs.now - last < older_than_s:
+        return "it has not ended long enough ago"
+    return None
+
+
+def _items(record: Record, storage: Storage, keep: int) -> list[Item]:
+    """What of a run, or of a sweep and its trials, can go."""
+    mode = _mode(record, storage)
+    places = [""]
+    if record.kind == "sweep":
+        places += [f"trials/{entry.name}/" for entry in storage.list("trials") if entry.is_dir]
+    found: list[Item] = []
+    for place in places:
+        found += _of_place(record, storage, place, mode, keep)
+    return found
+
+
+def _of_place(record: Record, storage: Storage, place: str, mode: str, keep: int) -> Iterator[Item]:
+    from raytrainer.checkpoint import retention
+
+    def item(kind: str, path: str) -> Item:
+        return Item(record.name, kind, place + path, size_of(storage, place + path))
+
+    here = {entry.name for entry in storage.list(place.rstrip("/")) if entry.is_dir}
+    if "checkpoints" in here:
+        surplus = retention.surplus(storage.child(f"{place}checkpoints"), mode=mode, keep=keep)
+        yield from (item("checkpoint", f"checkpoints/{name}") for name in surplus.old)
+        yield from (item("unfinished save", f"checkpoints/{name}") for name in surplus.unfinished)
+    # One of a run that was opened without a server knows which run in MLflow it became.
+    offline = (record.run_id or "").startswith("offline-")
+    sent = storage.is_local and not offline and not Spool(storage.local_path / place / "spool").pending()
+    if "spool" in here and sent:
+        yield item("spool", "spool")
+    yield from (item("ray", name) for name in sorted(here) if _OF_RAY.fullmatch(name))
+
+
+def _mode(record: Record, storage: Storage) -> str:
+    """Whether the best is the least or the most: without knowing that, which checkpoint is the best is not known."""
+    if record.kind == "sweep":
+        return Plan.read(storage).experiment.checkpoint.mode
+    text = storage.read_if_exists(CONFIG)
+    found = (yaml.safe_load(text) or {}).get("checkpoint", {}).get("mode", "min") if text is not None else None
+    if found not in ("min", "max"):
+        raise StorageError(f"its {CONFIG} does not say which checkpoint is the best")
+    return str(found)
+
+
+def _delete(known: Known, items: Sequence[Item], keep: int, told: Pruned) -> list[Item]:
+    """Deletes what of `items` can still go, now that nobody can begin to go on with the run; what was deleted."""
+    storage, record = known.storage, known.record
+    assert storage is not None
+    try:
+        with storage.lock(LOCK, {"run": f"{record.name}, being pruned"}) as lock:
+            fresh = Record.read(storage)
+            if fresh is None or (fresh.attempts, fresh.status) != (record.attempts, record.status):
+                raise StorageError("somebody has gone on with it")
+            still = {item.path for item in _items(record, storage, keep)}
+            items = [item for item in items if item.path in still]
+            _check_kept(record, storage, items, keep)
+            deleted = []
+            for item in items:
+                lock.check()
+                try:
+                    if _delete_one(storage, item):
+                        deleted.append(item)
+                except (RaytrainerError, OSError) as error:
+                    told.failed[f"{record.name}/{item.path}"] = str(error)
+            return deleted
+    except StorageLocked as error:
+        raise StorageError(f"somebody has it: {error}") from error
+
+
+def _check_kept(record: Record, storage: Storage, items: Sequence[Item], keep: int) -> None:
+    """Whether what stays can be read: else an older checkpoint would be what resume goes on from."""
+    from raytrainer.checkpoint import retention
+
+    mode = _mode(record, storage)
+    places = {item.path.rpartition("/")[0] for item in items if item.kind == "checkpoint"}
+    for place in sorted(places):
+        checkpoints = storage.child(place)
+        for name in retention.surplus(checkpoints, mode=mode, keep=keep).kept:
+            try:
+                retention.verify(checkpoints, name)
+            except CheckpointError as error:
+                raise StorageError(
+                    f"a checkpoint that would stay is corrupt, so that none is deleted: {error}"
+                ) from error
+
+
+def _delete_one(storage: Storage, item: Item) -> bool:
+    from raytrainer.checkpoint import retention
+
+    if item.kind in ("checkpoint", "unfinished save"):
+        place, _, name = item.path.rpartition("/")
+        retention.delete(storage.child(place), name)
+        return True
+    if item.kind == "spool":
+        spool = Spool(storage.local_path / item.path)
+        with spool.lock() as alone:  # a sender that is late
+            if not alone or spool.pending():
+                return False
+            storage.delete(item.path)
+            return True
+    storage.delete(item.path)
+    return True
+
+
+def _with_trees(found: Pruned, root: Path, delete: bool) -> Pruned:
+    """With the working trees of reruns whose process was killed."""
+    items = []
+    for place in tree.leftovers(root):
+        item = Item("(rerun)", "worktree", f"{tree.PLACE}/{place.name}", _bytes_below(place))
+        if delete:
+            tree.remove(place)
+        items.append(item)
+    return replace(found, items=[*found.items, *items])
+
+
+def size_of(storage: Storage, path: str) -> int:
+    """Bytes of all files below a directory."""
+    if storage.is_local:
+        return _bytes_below(storage.local_path / path)
+    entries = storage.list(path)
+    return sum(size_of(storage, f"{path}/{entry.name}") if entry.is_dir else entry.size for entry in entries)
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())

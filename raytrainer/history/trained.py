@@ -1,0 +1,68 @@
+"""What a run, or a trial of a sweep, has left to be used: its config, its checkpoints, and its run in MLflow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raytrainer.errors import ConfigError, RunNotFound
+from raytrainer.history.again import trial_composition
+from raytrainer.history.facts import checkpoints
+from raytrainer.history.finding import find, trial_of
+from raytrainer.run import CONFIG, Record
+from raytrainer.storage import Storage
+from raytrainer.sweep.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run, or a trial of a sweep.
+
+    Attributes:
+        name: Its own; of a trial `SWEEP.0007`.
+        text: `Composition.text` of its config.
+        place: The directory that has its `checkpoints`.
+        run_id: In MLflow.
+        record: Of the run, or of the trial's sweep.
+        root: The directory of the record.
+    """
+
+    name: str
+    text: str
+    place: Storage
+    run_id: str | None
+    record: Record
+    root: Storage
+
+
+def trained(identifier: str, checkpoint: str) -> Trained:
+    """The run of an ID, which has a checkpoint.
+
+    Args:
+        identifier: Of a run or trial.
+        checkpoint: `best`, `last`, or a step.
+
+    Raises:
+        RunNotFound: There is no such run or trial, or it has no checkpoint.
+        ConfigError: It is a sweep; it has no such checkpoint.
+    """
+    record, storage = find(identifier)
+    number = trial_of(identifier, record)
+    if number is not None:
+        text = trial_composition(number, record, storage).text
+        run_id = Ledger.open(storage).trials[number].run_id
+        found = Trained(f"{record.name}.{number}", text, storage.child(f"trials/{number}"), run_id, record, storage)
+    elif record.kind == "sweep":
+        raise ConfigError(f"{record.name} is a sweep; name one of its trials: {record.name}.0001")
+    else:
+        data = storage.read_if_exists(CONFIG)
+        if data is None:
+            raise RunNotFound(f"{record.name}: its {CONFIG} in {record.run_dir} is gone")
+        found = Trained(record.name, data.decode(), storage, record.run_id, record, storage)
+    steps = [saved.step for saved in checkpoints(found.place)]
+    if not steps:
+        raise RunNotFound(f"{found.name} has no checkpoint in {found.place.display}")
+    if checkpoint not in ("best", "last", *map(str, steps)):
+        raise ConfigError(
+            "is no checkpoint of it", key="--step", value=checkpoint, choices=[str(step) for step in steps]
+        )
+    return found

@@ -1,0 +1,114 @@
+"""Export: a checkpoint's weights and config in a folder that others read, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from raytrainer.checkpoint import Checkpointer
+from raytrainer.cli import main
+from raytrainer.config import build, compose, with_values
+from raytrainer.storage import Storage
+from tests.history import past
+
+MLP = {"_target_": "raytrainer.models.MLP", "in_features": 64, "num_classes": 10, "width": 4, "depth": 1}
+GPT2 = {
+    "_target_": "transformers.GPT2LMHeadModel",
+    "config": {
+        "_target_": "transformers.GPT2Config",
+        "n_embd": 8,
+        "n_layer": 1,
+        "n_head": 2,
+        "vocab_size": 16,
+        "n_positions": 8,
+    },
+}
+
+
+def run_with(model: dict[str, Any], *, ema: bool = False) -> dict[int, dict[str, torch.Tensor]]:
+    """A run `past` with checkpoints of random weights after 10 and 20 steps, of which the first is the best."""
+    _, storage = past.record("past", run_id="0" * 32, status="FINISHED")
+    text = with_values(compose(["experiment=mlp", "name=past"]).text, {"model": model})
+    storage.write_bytes("config.yaml", (text + "# ${oc.env:SECRET}\n").encode())
+    return {step: _saved(storage, model, step, ema) for step in (10, 20)}
+
+
+def _saved(storage: Storage, model: dict[str, Any], step: int, ema: bool) -> dict[str, torch.Tensor]:
+    torch.manual_seed(step)
+    weights = dict(build(model).state_dict())
+    checkpoints = Checkpointer(storage.child("checkpoints"), mode="max", num_to_keep=None)
+    shared = {"model": {k: v + 1 for k, v in weights.items()}, "ema": weights} if ema else {"model": weights}
+    checkpoints.save(step, shared, {}, metric=1.0 / step)
+    checkpoints.close()
+    return weights
+
+
+def equal(folder: str, weights: dict[str, torch.Tensor]) -> bool:
+    found = load_file(Path(folder, "model.safetensors"))
+    return found.keys() == weights.keys() and all(torch.equal(found[k], weights[k]) for k in found)
+
+
+def test_the_best_the_last_and_one_of_a_step(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = run_with(MLP)
+    assert main(["export", "past", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["step"], told["metric"], told["averaged"]) == (10, 0.1, False)
+    assert told["folder"] == str(in_tmp / "past-step-10")
+    assert told["files"] == ["config.yaml", "model.safetensors"]
+    assert equal(told["folder"], weights[10])
+    # As it was recorded: references stay references.
+    assert (in_tmp / "past-step-10/config.yaml").read_text() == (in_tmp / "runs/past/config.yaml").read_text()
+    assert main(["export", "past", "--last", "--to", "out/last"]) == 0
+    assert equal("out/last", weights[20])
+    assert main(["export", "past", "--step", "10", "--to", "out/ten"]) == 0
+    assert equal("out/ten", weights[10])
+    assert sorted(p.name for p in (in_tmp / "out").iterdir()) == ["last", "ten"]
+
+
+def test_averaged_weights(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = run_with(MLP, ema=True)
+    assert main(["export", "past"]) == 0
+    assert "averaged weights" in capsys.readouterr().out
+    assert equal("past-step-10", weights[10])
+
+
+def test_what_is_refused(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_with(MLP)
+    (in_tmp / "there").mkdir()
+    (in_tmp / "file").touch()
+    for arguments, said in (
+        (["--to", "there"], "is there already; nothing is written over"),
+        (["--to", "file/below"], "cannot be made"),
+        (["--to", "s3://bucket/x"], "is a folder of this machine"),
+        (["--step", "15"], "--step=15 is no checkpoint of it; valid: 10, 20"),
+        (["--step", "ten"], "'ten' is no whole number"),
+        (["--last", "--step", "10"], "not allowed with"),
+        (["--register", "net"], "needs the run in MLflow"),
+    ):
+        assert main(["export", "past", *arguments]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["export"]) == 2
+    assert sorted(p.name for p in in_tmp.iterdir()) == ["file", "runs", "there"]
+
+
+def test_a_checkpoint_that_is_corrupt_leaves_no_folder(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_with(MLP)
+    (in_tmp / "runs/past/checkpoints/step-000000010/shared-00000.safetensors").write_bytes(b"")
+    assert main(["export", "past"]) == 1
+    assert "has 0 bytes instead of" in capsys.readouterr().err
+    assert [p.name for p in in_tmp.iterdir()] == ["runs"]
+
+
+def test_a_hugging_face_model_is_read_by_its_own_from_pretrained(in_tmp: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    weights = run_with(GPT2)
+    assert main(["export", "past", "--to", "hf"]) == 0
+    found = AutoModelForCausalLM.from_pretrained(in_tmp / "hf").state_dict()
+    assert found.keys() == weights[10].keys()
+    assert all(torch.equal(found[k], weights[10][k]) for k in found)
