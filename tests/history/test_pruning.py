@@ -16,8 +16,8 @@ import pytest
 from raytrainer.checkpoint import Checkpointer, retention
 from raytrainer.cli import main
 from raytrainer.history import pruning, tree
-from raytrainer.history.reconcile import look_at
 from raytrainer.history.pruning import Pruned
+from raytrainer.history.reconcile import look_at
 from raytrainer.run import Record
 from raytrainer.storage import Storage
 from raytrainer.sweep import make_plan
