@@ -5,6 +5,7 @@ An optimizer numbers its parameters by group; names survive another grouping, DD
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,4 +68,15 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
         raise CheckpointCorrupt(f"{source} {problem}")
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(weights[name])
+            tensor.copy_(_placed_as(tensor, weights[name]))
+
+
+def _placed_as(own: Tensor, value: Tensor) -> Tensor:
+    """`value` for a copy into `own`: of a whole one, where `own` is a DTensor, this rank's shard."""
+    # Looked up, not imported: it takes half a second, and where nobody has imported it there is none.
+    dtensor = sys.modules.get("torch.distributed.tensor")
+    if dtensor is None or not isinstance(own, dtensor.DTensor) or isinstance(value, dtensor.DTensor):
+        return value
+    mesh = own.device_mesh
+    shard: Tensor = dtensor.distribute_tensor(value.to(own.device), mesh, own.placements, src_data_rank=None)
+    return shard

@@ -10,12 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from raytrainer import parallel
 from raytrainer.checkpoint import Checkpointer
 from raytrainer.config import (
     CheckpointConfig,
     DataConfig,
     EarlyStopping,
     Experiment,
+    FSDPConfig,
     Profile,
     TrainerConfig,
     validate,
@@ -39,6 +41,7 @@ def experiment(
     data: dict[str, Any] | None = None,
     trainer: dict[str, Any] | None = None,
     checkpoint: dict[str, Any] | None = None,
+    fsdp: dict[str, Any] | None = None,
     **sections: Any,
 ) -> Experiment:
     """A perceptron on 50 random images, 12 in a batch, logging at each step; sections and single keys can be other."""
@@ -55,6 +58,7 @@ def experiment(
         data=DataConfig(**{**defaults, **(data or {})}),
         trainer=TrainerConfig(**{"num_threads": 1, "log_every_n_steps": 1, "max_steps": 4, **(trainer or {})}),
         checkpoint=CheckpointConfig(**(checkpoint or {})),
+        fsdp=FSDPConfig(**(fsdp or {})),
         **made,
     )
     validate(whole)
@@ -102,6 +106,7 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
     """Where two nested states are not the same bit for bit; rates, which are of the clock, are left out."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
+        a, b = parallel.local_parts([a, b])  # of shards each rank sees its own
         return [] if a.dtype == b.dtype and torch.equal(a, b) else [path]
     if isinstance(a, dict) and isinstance(b, dict):
         if a.keys() != b.keys():

@@ -224,7 +224,8 @@ class Checkpointer:
         Args:
             info: From `list`, `latest` or `best`.
             template: Nested like `shared`: its tensors and DTensors are filled in place and returned, whatever sharding
-                the checkpoint was written with. Without it tensors are allocated on the CPU.
+                the checkpoint was written with. A function in it, `(dtype, shape) -> tensor`, makes those of its place
+                and of all below it. What it lacks is allocated on the CPU.
 
         The local state is None if another number of ranks wrote the checkpoint. CheckpointNotFound if it is gone,
         CheckpointCorrupt if it does not verify, CheckpointError if a tensor of the template has another shape or type.

@@ -162,7 +162,8 @@ class _Request:
 
 def read(storage: Storage, directory: str, manifest: Manifest, kind: str, template: Any) -> dict[str, Any]:
     """A state: `kind` is `shared`, or `local-RANK` for a rank's own. Tensors of `template`, nested alike, are filled in
-    place, DTensors with their shards; without one they are allocated on the CPU."""
+    place, DTensors with their shards; a function in it makes the tensors of its place, and of all below it, from dtype
+    and shape. What it lacks is allocated on the CPU."""
     try:
         return _read(storage, directory, manifest, kind, template)
     except CheckpointCorrupt as exc:
@@ -212,6 +213,8 @@ def _target(name: str, dtype: str, shape: tuple[int, ...], leaf: Any, chunks: li
         raise CheckpointCorrupt(f"{name}: its files do not hold {dtype} {list(shape)}")
     if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):
         raise CheckpointCorrupt(f"{name}: its files do not hold the whole of {list(shape)}")
+    if callable(leaf) and dtype in tensors.DTYPES:
+        leaf = leaf(tensors.DTYPES[dtype], shape)
     if isinstance(leaf, torch.Tensor):
         if (tree.dtype_name(leaf.dtype), tuple(leaf.shape)) != (dtype, shape):
             raise CheckpointError(

@@ -96,6 +96,8 @@ def _decode(node: Any, read: TensorReader, template: Any) -> Any:
 
 
 def _below(template: Any, key: Any) -> Any:
+    if callable(template):
+        return template
     if isinstance(template, Mapping):
         return template.get(key)
     if isinstance(template, list | tuple) and isinstance(key, int) and key < len(template):

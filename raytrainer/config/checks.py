@@ -11,6 +11,7 @@ from typing import Any
 
 from raytrainer.config.nodes import targets
 from raytrainer.config.schema import NAME_PATTERN, ClusterConfig, Experiment
+from raytrainer.config.strategy import check_strategy
 from raytrainer.errors import ConfigError
 
 
@@ -28,6 +29,7 @@ def check_together(e: Experiment) -> None:
         )
     _check_nodes(e)
     _check_workers(e)
+    check_strategy(e)
     t = e.trainer
     if e.debug:
         t.max_steps, t.max_epochs, t.max_time = 1, None, None  # whatever length the experiment or the command line has

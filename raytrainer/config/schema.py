@@ -66,7 +66,8 @@ class TrainerConfig:
     precision: str = key("32-true", choices=("32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true"))
     num_threads: int | None = key(None, least=1)
     compile: Any = key(False, choices=(False, True, "default", "reduce-overhead", "max-autotune"))  # noqa: RUF009
-    strategy: str = key("ddp", choices=("ddp",))
+    strategy: str = key("ddp", choices=("ddp", "fsdp"))
+    activation_checkpointing: Any = False  # true: the model's blocks; or a list of classes
     find_unused_parameters: bool = False
     freeze: Any = field(default_factory=list)  # patterns of names of parameters and buffers
     max_grad_norm: float | None = key(None, least=0)
@@ -78,6 +79,19 @@ class TrainerConfig:
     deterministic: bool | None = None  # null: true on CPU, false on GPU
     profile: Profile | None = None
     early_stopping: EarlyStopping | None = None
+
+
+_DTYPES = (None, "float32", "bfloat16", "float16")
+
+
+@dataclass(kw_only=True, slots=True)
+class FSDPConfig:
+    wrap: Any = None  # a list of classes; null: the model's blocks
+    reshard_after_forward: Any = None  # true, false, or among how many workers; null: all but the root
+    replicas: int = key(1, least=1)
+    param_dtype: str | None = key(None, choices=_DTYPES)  # null: of trainer.precision
+    reduce_dtype: str | None = key(None, choices=_DTYPES)
+    meta_init: bool = True
 
 
 @dataclass(kw_only=True, slots=True)
@@ -194,6 +208,7 @@ class Experiment:
     metrics: dict[str, Any] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    fsdp: FSDPConfig = field(default_factory=FSDPConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     failure: FailureConfig = field(default_factory=FailureConfig)

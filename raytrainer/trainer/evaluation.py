@@ -78,6 +78,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+        parallel.reshard(model)
         seeds.set_random_state(kept)
 
 

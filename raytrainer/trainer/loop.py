@@ -5,7 +5,6 @@ Knows neither Ray nor MLflow: it takes a `World` and listeners, and tells them w
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import time
@@ -23,10 +22,11 @@ from raytrainer.data import Batch, Loader
 from raytrainer.errors import CheckpointCorrupt, ConfigError, NonFiniteLoss
 from raytrainer.events import Artifact, CheckpointSaved, EvalEnd, Events, FitEnd, FitStart, Logged
 from raytrainer.metrics import Monitor, Throughput, WeightedMeans
-from raytrainer.optim import build_optimizer, build_scheduler, freeze
+from raytrainer.optim import build_optimizer, build_scheduler
 from raytrainer.parallel import Precision, World
 from raytrainer.state import load_weights
 from raytrainer.trainer import evaluation, snapshot
+from raytrainer.trainer.model import build_model
 from raytrainer.trainer.profile import recorded
 
 _log = logging.getLogger("raytrainer.trainer")
@@ -81,13 +81,9 @@ class Trainer:
 
         deterministic = device.type == "cpu" if options.deterministic is None else options.deterministic
         parallel.set_determinism(deterministic, device, options.num_threads)
-        # Every rank draws the same initial weights; from the first step on each has random states of its own.
-        seeds.seed_everything("model", e.seed)
         self.precision = Precision(options.precision, device)
-        self.raw_model: nn.Module = self.precision.convert(build(_node(e.model))).to(device)
-        freeze(self.raw_model, options.freeze)
-        if options.channels_last:
-            self.raw_model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # EMA: a second copy of the weights, moved a little towards the trained ones at every step.
+        self.raw_model, self.ema_model = build_model(e, self.world, self.precision)
         self.loss: Callable[[nn.Module, Any], Mapping[str, Tensor]] = build(_node(e.loss))
         self.callbacks: dict[str, Any] = {k: build(v) for k, v in e.callbacks.items() if v}
         self.events = Events([*listeners, *self.callbacks.values()])
@@ -97,18 +93,15 @@ class Trainer:
         self.val_metrics = evaluation.Metrics(e.metrics, self.val_loaders, self.world)
         self.total_steps = self._total_steps()
 
-        # EMA: a second copy of the weights, moved a little towards the trained ones at every step.
-        self.ema_model = copy.deepcopy(self.raw_model).requires_grad_(False) if options.ema_decay else None
-        if options.compile:
-            mode = "default" if options.compile is True else options.compile
-            self.raw_model.compile(mode=mode)
         self.optimizer = build_optimizer(factory(_node(e.optimizer)), self.raw_model)
         self.scheduler = (
             build_scheduler(factory(e.lr_scheduler), self.optimizer, self.total_steps) if e.lr_scheduler else None
         )
-        self.model = parallel.replicate(
-            self.raw_model, self.world, find_unused_parameters=options.find_unused_parameters
-        )
+        self.model = self.raw_model
+        if options.strategy == "ddp":
+            self.model = parallel.replicate(
+                self.raw_model, self.world, find_unused_parameters=options.find_unused_parameters
+            )
         self._parameters = [p for p in self.raw_model.parameters() if p.requires_grad]
 
         self.step = 0  # optimizer steps done = batches consumed = the position in the data
@@ -205,7 +198,7 @@ class Trainer:
                     # Whole numbers too: in float32 their quotients below would cost a float64 run its digits.
                     weight = values.pop("weight").detach().double() * (1 if micro.size else 0)
                     counted.append(weight)
-                # DDP takes the mean over ranks: times their number it is a sum.
+                # DDP and FSDP take the mean over ranks: times their number it is a sum.
                 share = weight * (self.world.size / batch.global_size)
                 loss = values["loss"] if isinstance(share, float) and share == 1.0 else values["loss"] * share
                 (self.precision.scaler.scale(loss) if self.precision.scaler else loss).backward()
@@ -215,7 +208,7 @@ class Trainer:
         if counted:
             # The weight is known only after the forward passes: the sum above was over global_size, make it over it.
             total = self.world.all_reduce(torch.stack(counted).sum())
-            gradients = [p.grad for p in self._parameters if p.grad is not None]
+            gradients = parallel.local_parts(p.grad for p in self._parameters if p.grad is not None)
             torch._foreach_mul_(
                 gradients, torch.where(total > 0, batch.global_size / total, 0.0).to(gradients[0].dtype)
             )
@@ -232,7 +225,10 @@ class Trainer:
         if self.ema_model is not None:
             decay = self.experiment.trainer.ema_decay or 0.0
             with torch.no_grad():
-                torch._foreach_lerp_(list(self.ema_model.parameters()), list(self.raw_model.parameters()), 1 - decay)
+                averages, weights = map(
+                    parallel.local_parts, (self.ema_model.parameters(), self.raw_model.parameters())
+                )
+                torch._foreach_lerp_(averages, weights, 1 - decay)
         self.step += 1
         self.throughput.add(batch.global_size)
 
@@ -285,7 +281,8 @@ class Trainer:
             CheckpointCorrupt: It does not verify, or belongs to another model.
         """
         assert self.checkpointer is not None
-        snapshot.restore(self, *self.checkpointer.load(info), source=str(info.path), changed=changed)
+        state = self.checkpointer.load(info, snapshot.template(self))
+        snapshot.restore(self, *state, source=str(info.path), changed=changed)
 
     def init_from(self, given: InitFrom | str, look_up: Callable[[str], str | None] = lambda _: None) -> str:
         """Takes the weights alone from a run, a checkpoint, a file or a folder; returns what it took, in a line.
@@ -359,8 +356,9 @@ class Trainer:
     def _nonfinite_state(self) -> tuple[bool, bool]:
         """Whether a loss since the last log, or a weight, is NaN or infinite, on any rank."""
         # The weights too: a gradient may overflow under a finite loss, and shows in the loss only a step later.
-        largest = torch.stack(torch._foreach_norm([p.detach() for p in self._parameters], math.inf))
-        flags = torch.stack([self.window.nonfinite(), ~largest.isfinite().all()]).double()
+        weights = [part for part in parallel.local_parts(self._parameters) if part.numel()]  # a shard may be empty
+        finite = [norm.isfinite() for norm in torch._foreach_norm(weights, math.inf)]
+        flags = torch.stack([self.window.nonfinite(), ~torch.stack(finite).all()]).double()
         loss, weights = self.world.all_reduce(flags).tolist()
         return loss > 0, weights > 0
 
@@ -428,7 +426,7 @@ class Trainer:
         resumed run is not bit-equal on 3 or more ranks (gloo; conv net with batch norm and dropout).
         """
         for number, batch in enumerate(batches):
-            if number == 0 and self.world.distributed:
+            if number == 0 and self.model is not self.raw_model:
                 random, buffers = seeds.random_state(), {k: b.clone() for k, b in self.raw_model.named_buffers()}
                 with self.precision.autocast():
                     self.loss(self.model, self.prepare(batch.micro[-1].data))["loss"].backward()

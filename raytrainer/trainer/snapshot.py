@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from raytrainer import parallel, seeds
 from raytrainer.optim import mend_fused_sgd
 from raytrainer.state import load_weights, named_optimizer_state, restore_optimizer_state
@@ -55,6 +57,23 @@ def local(t: Trainer) -> dict[str, Any]:
         "buffers": dict(t.raw_model.named_buffers()),
         "window": t.window.state_dict(),
         "data": t.train_loader.state_dict(),
+    }
+
+
+def template(t: Trainer) -> dict[str, Any] | None:
+    """For `Checkpointer.load`: what of `shared` is to be read as shards, by the ranks that hold them."""
+    if not parallel.is_sharded(t.raw_model):
+        return None
+    from raytrainer.parallel import fsdp
+
+    def shards(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
+        return {name: fsdp.like(tensor) for name, tensor in tensors if parallel.is_sharded(tensor)}
+
+    return {
+        "model": shards(t.raw_model.state_dict().items()),
+        "ema": shards(t.ema_model.state_dict().items()) if t.ema_model is not None else {},
+        # Of a parameter's state some tensors are of its shape, as Adam's averages.
+        "optimizer": {"state": shards(t.raw_model.named_parameters())},
     }
 
 

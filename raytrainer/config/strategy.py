@@ -1,0 +1,65 @@
+"""How the workers share the model: what `trainer.strategy`, the section `fsdp` and the number of workers must have in
+common. Which classes the model has is known when it is built."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from raytrainer.config.schema import Experiment, FSDPConfig
+from raytrainer.errors import ConfigError
+
+
+def check_strategy(e: Experiment) -> None:
+    """Of keys that are valid each by itself, those that do not fit together.
+
+    Raises:
+        ConfigError: Naming the first.
+    """
+    f, workers = e.fsdp, e.scaling.num_workers
+    f.wrap = _classes("fsdp.wrap", f.wrap, None, "null (the model's own blocks) or a list of names of classes: [Block]")
+    e.trainer.activation_checkpointing = _classes(
+        "trainer.activation_checkpointing",
+        e.trainer.activation_checkpointing,
+        (True, False),
+        "true (the model's own blocks), false, or a list of names of classes: [Block]",
+    )
+    if e.trainer.strategy != "fsdp":
+        unset = FSDPConfig()
+        for field in dataclasses.fields(f):
+            if (value := getattr(f, field.name)) != getattr(unset, field.name):
+                raise ConfigError(
+                    f"has no meaning with trainer.strategy={e.trainer.strategy}; set trainer.strategy=fsdp",
+                    key=f"fsdp.{field.name}",
+                    value=value,
+                )
+        return
+    if e.debug:  # one process, of whatever an experiment is made for
+        return
+    elastic = isinstance(workers, list) and workers[0] != workers[1]
+    if f.replicas > 1 and (elastic or e.max_workers % f.replicas):
+        raise ConfigError(
+            "must divide the number of workers, whatever it comes to be: "
+            f"scaling.num_workers={str(workers).replace(' ', '')}",
+            key="fsdp.replicas",
+            value=f.replicas,
+        )
+    among = f.reshard_after_forward
+    if among is not None and not isinstance(among, bool):
+        shards = e.max_workers // f.replicas
+        if type(among) is not int or not 1 < among < shards or shards % among or elastic:
+            raise ConfigError(
+                "must be true, false, null, or a number of workers that divides those of a replica "
+                f"({shards}{' at most, and it varies' if elastic else ''}) and is neither 1 nor all",
+                key="fsdp.reshard_after_forward",
+                value=among,
+            )
+
+
+def _classes(key: str, value: Any, plain: Any, wanted: str) -> Any:
+    if value is plain or (isinstance(plain, tuple) and any(value is one for one in plain)):
+        return value
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"must be {wanted}", key=key, value=value)
+    return names

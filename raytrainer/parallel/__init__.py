@@ -1,0 +1,32 @@
+"""What one process is among many: its rank and device, precision, DDP or FSDP2, and the buffers that differ by rank.
+
+Knows torch.distributed, not Ray: whoever starts the processes has made the default process group already. `fsdp` is
+imported by whom it is for: it takes half a second.
+"""
+
+from __future__ import annotations
+
+from raytrainer.parallel.activations import checkpoint_activations
+from raytrainer.parallel.buffers import averaged_buffers, load_buffers, mean_buffers
+from raytrainer.parallel.ddp import replicate, synchronise
+from raytrainer.parallel.precision import Precision, map_tensors
+from raytrainer.parallel.shards import is_sharded, local_parts, reshard
+from raytrainer.parallel.units import find_units
+from raytrainer.parallel.world import World, set_determinism
+
+__all__ = [
+    "Precision",
+    "World",
+    "averaged_buffers",
+    "checkpoint_activations",
+    "find_units",
+    "is_sharded",
+    "load_buffers",
+    "local_parts",
+    "map_tensors",
+    "mean_buffers",
+    "replicate",
+    "reshard",
+    "set_determinism",
+    "synchronise",
+]

@@ -1,0 +1,49 @@
+"""`trainer.activation_checkpointing`: a block keeps its inputs only, and its backward pass computes the rest once more
+(Chen et al. 2016, arXiv:1604.06174)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.checkpoint import checkpoint
+
+
+def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:
+    """From now on these modules recompute, in place; neither results nor names in the state dict change.
+
+    Dropout draws the same again. Batch norm takes the batch into its running statistics once. What else changes its own
+    buffers in the forward pass (spectral norm) would do so twice.
+    """
+    for block in blocks:
+        # A class of its own, as FSDP2 does: a module around the block would change every name in it.
+        kind = type(block)
+        block.__class__ = type(kind.__name__, (_Recomputed, kind), {"__module__": kind.__module__})
+
+
+class _Recomputed(nn.Module):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return super().forward(*args, **kwargs)
+        options: dict[str, Any] = {}
+        # torch.compile keeps running statistics out of what it recomputes, and cannot trace contexts.
+        if not torch.compiler.is_compiling() and (norms := [m for m in self.modules() if isinstance(m, _NormBase)]):
+            options["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_kept(norms))
+        return checkpoint(super().forward, *args, use_reentrant=False, **options, **kwargs)
+
+
+@contextlib.contextmanager
+def _statistics_kept(norms: list[_NormBase]) -> Iterator[None]:
+    """Within it the norms compute as ever, and their running statistics stay as they are."""
+    kept = [(m, m.momentum, m.num_batches_tracked) for m in norms]
+    for m in norms:
+        m.momentum, m.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for m, momentum, count in kept:
+            m.momentum, m.num_batches_tracked = momentum, count

@@ -1,0 +1,50 @@
+"""Buffers that differ by rank, as batch statistics do: their mean over ranks, for evaluation and the checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from raytrainer.parallel.world import World
+
+
+def mean_buffers(model: nn.Module, world: World) -> dict[str, Tensor]:
+    """Copies of the model's buffers: floating-point ones as the mean over all ranks, others as rank 0 has them.
+
+    Batch norm's running mean over ranks is the running mean of the whole batch; of the running variance it leaves out
+    the variance between the ranks' means, which for shuffled data is of order 1/batch.
+    """
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    if world.distributed:
+        for b in buffers.values():
+            if b.is_floating_point():
+                dist.all_reduce(b)
+                b /= world.size
+            else:
+                dist.broadcast(b, src=0)
+    return buffers
+
+
+@contextlib.contextmanager
+def averaged_buffers(model: nn.Module, world: World) -> Iterator[None]:
+    """Within it the model has `mean_buffers`; after it each rank's own again, untouched by evaluation."""
+    if not world.distributed or not any(True for _ in model.buffers()):
+        yield
+        return
+    own = {name: b.detach().clone() for name, b in model.named_buffers()}
+    load_buffers(model, mean_buffers(model, world))
+    try:
+        yield
+    finally:
+        load_buffers(model, own)
+
+
+def load_buffers(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, b in model.named_buffers():
+            if name in values:
+                b.copy_(values[name])

@@ -1,0 +1,61 @@
+"""`trainer.strategy=ddp`: every rank has the whole model. And when gradients are reduced, of either strategy."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raytrainer.parallel.shards import is_sharded
+from raytrainer.parallel.world import World
+
+# torch 2.13 renamed the argument and warns of the old name at every worker's start.
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel.__init__).parameters
+)
+
+
+def replicate(model: nn.Module, world: World, *, find_unused_parameters: bool = False) -> nn.Module:
+    """The model wrapped in DDP where there is more than one rank; else itself.
+
+    Buffers are not broadcast at each step: every rank keeps its own batch statistics, and `averaged_buffers` gives
+    the mean of all to evaluation and export.
+    """
+    if not world.distributed:
+        return model
+    options: dict[str, Any] = {_SYNC_BUFFERS: False}
+    return DistributedDataParallel(
+        model,
+        device_ids=[world.device.index] if world.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=find_unused_parameters,
+        **options,
+    )
+
+
+def synchronise(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
+    """DDP reduces gradients only in the backward of a step's last micro-batch.
+
+    FSDP reduces and scatters them in each, since whole gradients, kept from one to the next, are the memory that it is
+    there to save; of hybrid sharding's replicas the sums wait for the last.
+    """
+    if last:
+        return contextlib.nullcontext()
+    if isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return _sums_later(model) if is_sharded(model) else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _sums_later(model: Any) -> Iterator[None]:
+    model.set_requires_all_reduce(False)
+    try:
+        yield
+    finally:
+        model.set_requires_all_reduce(True)

@@ -1,0 +1,58 @@
+"""`trainer.precision`: the type of parameters, inputs and products, and the gradient scaler of half precision."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_DTYPES = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
+_AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+class Precision:
+    """`32-true`, `64-true`, `bf16-true` (parameters and inputs of that type), `bf16-mixed`, `16-mixed` (autocast; the
+    latter with a gradient scaler)."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.dtype = _DTYPES.get(name, torch.float32)
+        self._autocast = _AUTOCAST.get(name)
+        self._device = device.type
+        self.scaler: torch.amp.GradScaler | None = torch.amp.GradScaler(device.type) if name == "16-mixed" else None
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self._autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device, dtype=self._autocast)
+
+    def convert(self, model: nn.Module) -> nn.Module:
+        """The model with its floating-point parameters and buffers in that type, in place.
+
+        Not `model.to(dtype)`, which makes complex buffers (rotary embeddings) real.
+        """
+        for t in (*model.parameters(), *model.buffers()):
+            if t.is_floating_point():
+                t.data = t.data.to(self.dtype)
+            elif t.is_complex() and self.dtype is torch.float64:
+                t.data = t.data.to(torch.complex128)
+        return model
+
+    def cast(self, data: Any) -> Any:
+        """Floating-point tensors of a batch in the model's type; everything else as it is."""
+        return map_tensors(data, lambda t: t.to(self.dtype) if t.is_floating_point() else t)
+
+
+def map_tensors(data: Any, change: Any) -> Any:
+    """`change` applied to every tensor of nested dicts, lists and tuples."""
+    if isinstance(data, Tensor):
+        return change(data)
+    if isinstance(data, Mapping):
+        return {k: map_tensors(v, change) for k, v in data.items()}
+    if isinstance(data, tuple) and hasattr(data, "_fields"):
+        return type(data)(*(map_tensors(v, change) for v in data))
+    if isinstance(data, list | tuple):
+        return type(data)(map_tensors(v, change) for v in data)
+    return data
