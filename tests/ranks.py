@@ -4,6 +4,7 @@ Each call gets a process group of its own."""
 from __future__ import annotations
 
 import pickle
+import sys
 import tempfile
 import time
 import traceback
@@ -30,13 +31,15 @@ def run(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         for number, rank in enumerate(ranks):
             rank.pipe.send_bytes(pickle.dumps((function, args, number, size, f"{folder}/rendezvous")))
         until = time.monotonic() + LIMIT_S
-        answers: list[Any] = []
+        answers: list[Any] = [None] * size
         for number, rank in enumerate(ranks):
-            if not rank.pipe.poll(max(0.0, until - time.monotonic())):
-                _end()
-                raise AssertionError(f"rank {number} of {size} did not answer in {LIMIT_S:g} s")
-            answers.append(pickle.loads(rank.pipe.recv_bytes()))
-    failed = [f"rank {number}: {text}" for number, (text, _) in enumerate(answers) if text]
+            if rank.pipe.poll(max(0.0, until - time.monotonic())):
+                answers[number] = pickle.loads(rank.pipe.recv_bytes())
+        if None in answers:
+            _end()
+    # A rank may wait for one that has failed: what that one says is the reason.
+    late = f"no answer in {LIMIT_S:g} s"
+    failed = [f"rank {n}: {late if a is None else a[0]}" for n, a in enumerate(answers) if a is None or a[0]]
     assert not failed, "\n".join(failed)
     return [value for _, value in answers]
 
@@ -80,4 +83,16 @@ def _serve(pipe: Connection) -> None:
             text = traceback.format_exc()
         finally:
             dist.destroy_process_group()  # which also frees the ranks that wait for this one
+            _forget_groups()
         pipe.send_bytes(pickle.dumps((text, value)))
+
+
+def _forget_groups() -> None:
+    """DTensor's caches hold on to the groups of a mesh by name, and the next call's mesh looks the same to them."""
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import _redistribute
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _clear_sharding_prop_cache()
+        _redistribute._gen_transform_infos.cache_clear()
+        _redistribute.clear_redistribute_planner_cache()

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from raytrainer import parallel
 from raytrainer.config import Experiment, FSDPConfig
-from raytrainer.errors import ConfigError
 from raytrainer.parallel import World
 from raytrainer.state import load_weights, named_optimizer_state
 from raytrainer.trainer import Trainer
@@ -70,7 +69,7 @@ class Stack(nn.Module):
         self.register_buffer("turn", torch.cos(torch.arange(width) / 3), persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
-        x = self.first(image.flatten(1) * self.turn) * self.scale
+        x = self.first(image.flatten(1) * self.get_buffer("turn")) * self.scale
         for block in self.blocks:
             x = block(x)
         logits: Tensor = self.head(self.last(x))
@@ -129,26 +128,37 @@ def curves(world: World, cases: list[Experiment]) -> list[list[dict[int, float]]
 
 
 def test_it_is_equal_to_one_process_and_to_ddp() -> None:
-    single = stack(max_steps=10, eval_every_n_steps=5)
-    exact = stack(max_steps=100, precision="64-true", max_grad_norm=0.5, ema_decay=0.9, fsdp={"reduce_dtype": None})
-    # An epoch of 7 batches and one of 6 samples, on 4 ranks 1 or 2 of them; micro-batches of 2.
-    exact.data.global_batch_size, exact.data.micro_batch_size, exact.data.drop_last = 12, 2, False
-    hybrid = dataclasses.replace(exact, fsdp=FSDPConfig(replicas=2))
-    eager = dataclasses.replace(
-        single, fsdp=FSDPConfig(reshard_after_forward=True, wrap=["LayerNorm", "tests.test_fsdp.Block"])
-    )
-    lazy = dataclasses.replace(single, fsdp=FSDPConfig(reshard_after_forward=False))
-    partly = dataclasses.replace(single, fsdp=FSDPConfig(reshard_after_forward=2))
-    alone = dict(zip(("single", "exact"), curves(World(), [single, exact]), strict=True))
-    assert alone["single"][0][10] < 0.9 * alone["single"][0][1]
-    assert alone["exact"][2].keys() == {8, 16, *range(24, 100, 8), 100}
-    for size, more in ((2, []), (4, [hybrid, partly])):
-        cases = [single, exact, eager, lazy, *more, with_strategy(exact, "ddp")]
-        for found in ranks.run(size, curves, cases):
-            for e, got in zip(cases, found, strict=True):
-                long = e.trainer.precision == "64-true"
-                for series, expected in zip(got, alone["exact" if long else "single"], strict=True):
-                    assert series == pytest.approx(expected, rel=1e-9 if long else 1e-5)
+    def exact(steps: int, **fsdp: Any) -> Experiment:
+        # Epochs of 7 batches and one of 6 samples, on 4 ranks 1 or 2 of them.
+        e = stack(
+            max_steps=steps, precision="64-true", max_grad_norm=0.5, ema_decay=0.9, eval_every_n_steps=20, fsdp=fsdp
+        )
+        e.data.global_batch_size, e.data.micro_batch_size, e.data.drop_last = 12, 2 if fsdp else 3, False
+        return e
+
+    def single(**fsdp: Any) -> Experiment:
+        return stack(max_steps=10, eval_every_n_steps=5, fsdp=fsdp)
+
+    eager = single(reshard_after_forward=True, wrap=["LayerNorm", f"{__name__}.Block"])
+    cases = {
+        2: [exact(100), single(), with_strategy(single(), "ddp"), eager],
+        4: [
+            exact(100),
+            single(),
+            single(reshard_after_forward=False),
+            single(reshard_after_forward=2),
+            exact(20, replicas=2),
+        ],
+    }
+    alone = dict(zip((10, 20, 100), curves(World(), [single(), exact(20), exact(100)]), strict=True))
+    assert alone[10][0][10] < 0.9 * alone[10][0][1]
+    assert alone[100][2].keys() == {20, 40, 60, 80, 100}
+    for size, experiments in cases.items():
+        for found in ranks.run(size, curves, experiments):
+            for e, got in zip(experiments, found, strict=True):
+                tolerance = 1e-9 if e.trainer.precision == "64-true" else 1e-5
+                for series, expected in zip(got, alone[e.trainer.max_steps or 0], strict=True):
+                    assert series == pytest.approx(expected, rel=tolerance)
 
 
 def gradients(world: World, cases: list[Experiment]) -> list[dict[str, Tensor]]:

@@ -29,18 +29,21 @@ class _Recomputed(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
-        options: dict[str, Any] = {}
-        # torch.compile keeps running statistics out of what it recomputes, and cannot trace contexts.
-        if not torch.compiler.is_compiling() and (norms := [m for m in self.modules() if isinstance(m, _NormBase)]):
-            options["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_kept(norms))
-        return checkpoint(super().forward, *args, use_reentrant=False, **options, **kwargs)
+        return checkpoint(self._computed, *args, use_reentrant=False, **kwargs)
+
+    def _computed(self, *args: Any, **kwargs: Any) -> Any:
+        # Within a backward pass it is the second time. (A compiled block takes statistics once in any case.)
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            return super().forward(*args, **kwargs)
+        with _statistics_kept(self):
+            return super().forward(*args, **kwargs)
 
 
 @contextlib.contextmanager
-def _statistics_kept(norms: list[_NormBase]) -> Iterator[None]:
-    """Within it the norms compute as ever, and their running statistics stay as they are."""
-    kept = [(m, m.momentum, m.num_batches_tracked) for m in norms]
-    for m in norms:
+def _statistics_kept(block: nn.Module) -> Iterator[None]:
+    """Within it batch norms compute as ever, and their running statistics stay as they are."""
+    kept = [(m, m.momentum, m.num_batches_tracked) for m in block.modules() if isinstance(m, _NormBase)]
+    for m, _, _ in kept:
         m.momentum, m.num_batches_tracked = 0.0, None
     try:
         yield
