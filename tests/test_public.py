@@ -28,7 +28,8 @@ PUBLIC = {
     """,
     "raytrainer.config": """
         CONFIG_MODULE CONFIG_NAME CheckpointConfig ClusterConfig Composition DataConfig EarlyStopping
-        Experiment FSDPConfig FailureConfig InitFrom Parameter Profile ScalingConfig SweepConfig TrackingConfig TrainerConfig bind
+        Experiment FSDPConfig FailureConfig InitFrom Parameter Profile ScalingConfig SweepConfig TrackingConfig
+        TrainerConfig bind
         build check_keys check_sweep check_targets compose composed_keys experiment_of explain factory flattened
         from_hydra from_text group_names holds_password key_of locate looks_secret new_name parse_space quiet
         refuse_settings_of_no_sweep register_schema resolved texts_of validate with_values written_space
