@@ -98,7 +98,7 @@ def export(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
         made = Path(beside, "export")
         made.mkdir()
-        _write_weights(made, e, weights, {"raytrainer.run": source.name, "raytrainer.step": str(info.step)})
+        _write_weights(made, e, weights, {"raytrainer.run": source.name, "raytrainer.step": str(info.step)}, say)
         (made / CONFIG).write_text(source.text)
         if mlflow or register is not None:
             how = _write_mlflow(made / _MLFLOW, e, info.step, weights)
@@ -128,10 +128,11 @@ def _read(source: Trained, e: Experiment, checkpoint: str) -> tuple[Any, dict[st
     return info, dict(shared.get("ema") or shared["model"]), bool(shared.get("ema"))
 
 
-def _write_weights(folder: Path, e: Experiment, weights: Mapping[str, Any], about: Mapping[str, str]) -> None:
-    if _is_hugging_face(e):
-        # In their form, with their config: `from_pretrained` reads the folder.
-        model = build(e.model or {})
+def _write_weights(
+    folder: Path, e: Experiment, weights: Mapping[str, Any], about: Mapping[str, str], say: Callable[[str], None]
+) -> None:
+    # In their form, with their config: `from_pretrained` reads the folder.
+    if (model := _hugging_face(e, say)) is not None:
         model.save_pretrained(folder, state_dict=dict(weights), max_shard_size="10000GB")
         return
     from safetensors.torch import save_file
@@ -147,11 +148,17 @@ def _write_weights(folder: Path, e: Experiment, weights: Mapping[str, Any], abou
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", **about})
 
 
-def _is_hugging_face(e: Experiment) -> bool:
-    """Whether the model is a class of transformers, or what one of their `from_pretrained` or `from_config` gives."""
-    found = locate("model", (e.model or {})["_target_"])
-    owner = found if isinstance(found, type) else getattr(found, "__self__", found)
-    return str(getattr(owner, "__module__", "")).partition(".")[0] == "transformers"
+def _hugging_face(e: Experiment, say: Callable[[str], None]) -> Any:
+    """The model, where it is a class of transformers, or what one of their `from_pretrained` or `from_config` gives."""
+    try:
+        found = locate("model", (e.model or {})["_target_"])
+        owner = found if isinstance(found, type) else getattr(found, "__self__", found)
+        if str(getattr(owner, "__module__", "")).partition(".")[0] != "transformers":
+            return None
+        return build(e.model or {})
+    except ConfigError as error:  # its code, or the folder with its config, is not here: the weights are
+        say(f"without the model's own config, since it cannot be made here: {error}")
+        return None
 
 
 def _write_mlflow(path: Path, e: Experiment, step: int, weights: dict[str, Any]) -> str:

@@ -104,6 +104,18 @@ def test_a_checkpoint_that_is_corrupt_leaves_no_folder(in_tmp: Path, capsys: pyt
     assert [p.name for p in in_tmp.iterdir()] == ["runs"]
 
 
+def test_weights_whose_model_is_not_here(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = run_with(MLP)
+    config = in_tmp / "runs/past/config.yaml"
+    config.write_text(config.read_text().replace("raytrainer.models.MLP", "gone.MLP"))
+    assert main(["export", "past"]) == 0
+    assert (
+        "without the model's own config, since it cannot be made here: model._target_=gone.MLP"
+        in capsys.readouterr().err
+    )
+    assert equal("past-step-10", weights[10])
+
+
 def test_a_hugging_face_model_is_read_by_its_own_from_pretrained(in_tmp: Path) -> None:
     from transformers import AutoModelForCausalLM
 
