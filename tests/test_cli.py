@@ -425,7 +425,7 @@ def test_help(here: Run) -> None:
     for word in (
         *cli.VERBS,
         "experiment: mlp, resnet, smoke",
-        "optimizer: adamw, sgd",
+        "optimizer: adamw, muon, sgd",
         "--config-dir",
         "debug=default",
     ):
@@ -471,13 +471,16 @@ def test_info_and_hydra_help(here: Run, in_tmp: Path) -> None:
         ("raytrainer stop --f", ["--force"]),
         ("raytrainer status one ", []),
         ("raytrainer rerun two optimizer=s", ["optimizer=sgd"]),
+        ("raytrainer evaluate two cluster=j", ["cluster=job"]),
+        ("raytrainer export --m", ["--mlflow"]),
+        ("raytrainer prune t", ["two", "two-more"]),
         # sweeps
         ("raytrainer -m experiment=mlp sweep=", [f"sweep={x}" for x in ("asha", "grid", "optuna", "pbt", "random")]),
         ("raytrainer check -m sweep=asha sweep.scheduler.g", ["sweep.scheduler.grace_period="]),
         ("raytrainer -m 'optimizer.lr=interval(0,1)' sweep.num", ["sweep.num_samples=", "sweep.num_to_keep="]),
         ("raytrainer -m experiment=mlp,r", ["experiment=mlp,resnet"]),
         (
-            "raytrainer -m model=mlp,resnet_digits,",
+            "raytrainer -m model=mlp,resnet_digits,r",
             ["model=mlp,resnet_digits,resnet18", "model=mlp,resnet_digits,resnet50"],
         ),
         ("raytrainer -m optimizer=adamw,s", ["optimizer=adamw,sgd"]),
