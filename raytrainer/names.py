@@ -4,7 +4,7 @@ Names and shapes alone, so that what does not fit is known before anything is re
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from raytrainer.errors import ConfigError, nearest
@@ -47,12 +47,14 @@ class Match:
         taken: Name in the model → name in the source.
         kept: Names of the model's that stay as they were initialised.
         unused: Names of the source's that nothing takes.
+        same: Names of the source's, several in each, that become one tensor of the model.
         problem: Why this is not what was asked for, as a sentence's end; empty if it is.
     """
 
     taken: dict[str, str]
     kept: list[str]
     unused: list[str]
+    same: list[list[str]] = field(default_factory=list)
     problem: str = ""
 
     def in_words(self) -> str:
@@ -70,7 +72,7 @@ def match(
     strict: bool = True,
     mapping: Mapping[str, str] | None = None,
     exclude: Iterable[str] = (),
-    tied: Iterable[Collection[str]] = (),
+    tied: Sequence[Collection[str]] = (),
 ) -> Match:
     """Fits the tensors of a source to those of a model by their names.
 
@@ -103,7 +105,8 @@ def match(
         problem = (
             f"has nothing that fits: it has {few(sorted(theirs)) or 'no tensor'}, and the model {few(sorted(own))}"
         )
-    return Match(taken, kept, unused, problem)
+    sources = [sorted({taken[n] for n in names if n in taken}) for names in tied]
+    return Match(taken, kept, unused, [several for several in sources if len(several) > 1], problem)
 
 
 def _differences(missing: Sequence[str], surplus: Sequence[str], shapes: Sequence[str]) -> str:

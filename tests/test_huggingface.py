@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,14 @@ def test_an_outside_project_fine_tunes_it_from_the_command_line(
     assert resumed.returncode == 0, resumed.stderr
     assert "weights of" not in resumed.stderr
     assert differences(load_file("at-8.safetensors"), after) == []
+
+    # Another run begins with this one's weights, by its id in MLflow alone.
+    run_id = json.loads(Path("runs/one/run.json").read_text())["run_id"]
+    another = [*tune[:-1], "model.config.pretrained_model_name_or_path=hub"]
+    assert cli.main(["check", *another, f"init_from={run_id}"]) == 0
+    assert cli.main(["check", *another, "init_from=0123456789abcdef"]) == 2
+    assert "init_from=0123456789abcdef cannot be used: neither a file" in capsys.readouterr().err
+
     tuned = transformers.AutoModelForCausalLM.from_pretrained("tuned").state_dict()
     last = load_file("at-12.safetensors")
     assert differences(tuned, last) == []

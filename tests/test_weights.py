@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
-from raytrainer.checkpoint import find_weights, fit
+from raytrainer.checkpoint import find_weights, fit, take
 from raytrainer.config import InitFrom, compose
 from raytrainer.errors import CheckpointCorrupt, CheckpointNotFound, ConfigError
 from raytrainer.names import match
@@ -188,6 +188,17 @@ def test_tied_weights_of_a_model_on_the_meta_device_too() -> None:
         assert fit(model, {"embed.weight": (5, 3)}, InitFrom()).problem == ""
         assert fit(model, {"head.weight": (5, 3)}, InitFrom()).problem == ""
         assert "it lacks" in fit(model, {}, InitFrom(strict=True)).problem
+
+
+def test_two_tensors_for_one_must_be_equal(tmp_path: Path) -> None:
+    both = {"embed.weight": torch.randn(5, 3), "head.weight": torch.randn(5, 3)}
+    save_file(both, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointCorrupt, match=r"other values for embed.weight than for head.weight, which are one"):
+        take(Tied(), find_weights(str(tmp_path), ""), InitFrom())
+    save_file({**both, "head.weight": both["embed.weight"].clone()}, tmp_path / "model.safetensors")
+    tensors, words = take(Tied(), find_weights(str(tmp_path), ""), InitFrom())
+    assert torch.equal(tensors["head.weight"], both["embed.weight"])
+    assert words == f"weights of {tmp_path}/model.safetensors: 2 tensors taken"
 
 
 def test_a_part_is_taken_and_the_rest_stays_as_initialised(tmp_path: Path) -> None:

@@ -6,6 +6,16 @@ from __future__ import annotations
 from raytrainer.checkpoint.checkpointer import Checkpointer
 from raytrainer.checkpoint.manifest import CheckpointInfo
 from raytrainer.checkpoint.moving import copy_out, take_in, taken_in
-from raytrainer.checkpoint.weights import Weights, find_weights, fit
+from raytrainer.checkpoint.weights import Weights, find_weights, fit, take
 
-__all__ = ["CheckpointInfo", "Checkpointer", "Weights", "copy_out", "find_weights", "fit", "take_in", "taken_in"]
+__all__ = [
+    "CheckpointInfo",
+    "Checkpointer",
+    "Weights",
+    "copy_out",
+    "find_weights",
+    "fit",
+    "take",
+    "take_in",
+    "taken_in",
+]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit, urlunsplit
@@ -97,7 +97,26 @@ def fit(model: nn.Module, shapes: dict[str, Shape], options: InitFrom) -> Match:
         tied=[group for group in groups.values() if len(group) > 1],
     )
     taken = {name: found.taken[alias[name]] for name in own if alias.get(name) in found.taken}
-    return Match(taken, found.kept, found.unused, found.problem)
+    return replace(found, taken=taken)
+
+
+def take(model: nn.Module, weights: Weights, options: InitFrom) -> tuple[dict[str, Tensor], str]:
+    """What `fit` says of `weights`, read: a state dict of the model, in which the rest is as it was; and that in words.
+
+    Raises:
+        CheckpointCorrupt: They cannot be read, or are not what was asked for.
+    """
+    found = weights.read()
+    match = fit(model, {name: tuple(t.shape) for name, t in found.items()}, options)
+    if match.problem:
+        raise CheckpointCorrupt(f"{weights.place} {match.problem}")
+    for first, *others in match.same:
+        if unlike := [name for name in others if not torch.equal(found[first], found[name])]:
+            raise CheckpointCorrupt(
+                f"{weights.place} has other values for {first} than for {unlike[0]}, which are one tensor in the model"
+            )
+    taken = {name: found[theirs] for name, theirs in match.taken.items()}
+    return {**model.state_dict(), **taken}, f"weights of {weights.place}: {match.in_words()}"
 
 
 def _without_adapters(model: nn.Module, own: dict[str, Shape], shapes: dict[str, Shape]) -> dict[str, str]:

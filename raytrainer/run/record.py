@@ -24,6 +24,8 @@ FIXED = ("name", "seed", "init_from", "debug", "storage_path")
 _FIXED_BELOW = ("init_from", "model", "loss", "callbacks", "metrics", "data.train", "data.val", "data.collate_fn")
 _FIXED_KEYS = (
     "optimizer._target_",
+    "optimizer.muon_params",
+    "optimizer.adamw_params",
     "lr_scheduler._target_",
     "data.global_batch_size",
     "data.shuffle",

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from raytrainer import parallel, seeds
-from raytrainer.checkpoint import Checkpointer, CheckpointInfo, find_weights, fit
+from raytrainer.checkpoint import Checkpointer, CheckpointInfo, find_weights, take
 from raytrainer.config import Experiment, InitFrom, build, factory
 from raytrainer.data import Batch, Loader
-from raytrainer.errors import CheckpointCorrupt, ConfigError, NonFiniteLoss
+from raytrainer.errors import ConfigError, NonFiniteLoss
 from raytrainer.events import Artifact, CheckpointSaved, EvalEnd, Events, FitEnd, FitStart, Logged
 from raytrainer.metrics import Monitor, Throughput, WeightedMeans
 from raytrainer.optim import build_optimizer, build_scheduler
@@ -296,14 +296,11 @@ class Trainer:
         """
         options = InitFrom(source=given) if isinstance(given, str) else given
         weights = find_weights(options.source or "", self.experiment.storage_path or "runs", look_up)
-        found, own = weights.read(), self.raw_model.state_dict()
-        match = fit(self.raw_model, {name: tuple(t.shape) for name, t in found.items()}, options)
-        if match.problem:
-            raise CheckpointCorrupt(f"{weights.place} {match.problem}")
-        load_weights(self.raw_model, own | {name: found[theirs] for name, theirs in match.taken.items()}, weights.place)
+        tensors, words = take(self.raw_model, weights, options)
+        load_weights(self.raw_model, tensors, weights.place)
         if self.ema_model is not None:
             load_weights(self.ema_model, self.raw_model.state_dict(), weights.place)
-        return f"weights of {weights.place}: {match.in_words()}"
+        return words
 
     def best_weights(self) -> tuple[int, dict[str, Tensor]]:
         """(step, state dict on the CPU) of the best committed checkpoint, else as they are now; the EMA's if any.

@@ -187,6 +187,10 @@ def test_plain_http_finds_what_mlflows_client_finds(server: MlflowServer, tmp_pa
     assert (found.name, found.status, found.tags["raytrainer.cause"]) == ("one", "FAILED", "why")
     assert found.metrics["train/loss"] == (0.5, 9)
     assert lookup.find_run_dir(uri, "two") == "/x"
+    tags = {"raytrainer.run_dir": "/x/many/trials/0003", "raytrainer.sweep": "many"}
+    trial = open_run(uri, "searched", "many.0003", params={}, tags=tags, artifact_root=str(tmp_path))
+    assert lookup.find_run_dir(uri, trial.run_id) == "/x/many"
+    assert lookup.find_own_dir(uri, trial.run_id) == "/x/many/trials/0003"
 
 
 def test_an_answer_that_is_lost_is_sent_again_and_swallowed(
