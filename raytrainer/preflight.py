@@ -173,7 +173,27 @@ def check_resources(e: Experiment, available: Resources, where: str) -> list[str
         problems.append(
             f"scaling.accelerator_type={kind}, and {most_has} {', '.join(there) or 'no accelerator'}{added}"
         )
-    return problems or _check_nodes(e, each, available, where)
+    return problems or _check_nodes(e, each, available, where) or _check_ray_data(e, each, available, most_has)
+
+
+def through_ray(e: Experiment) -> list[str]:
+    """The keys of the data sets that a Ray cluster reads and prepares."""
+    nodes = {"data.train": e.data.train}
+    val = e.data.val or {}
+    nodes |= {"data.val": val} if "_target_" in val else {f"data.val.{name}": node for name, node in val.items()}
+    targets = ("raytrainer.data.RayDataset", "raytrainer.data.ray_data.RayDataset")
+    return [key for key, node in nodes.items() if node and node.get("_target_") in targets]
+
+
+def _check_ray_data(e: Experiment, each: Mapping[str, float], available: Resources, most_has: str) -> list[str]:
+    """Workers that take all CPUs: the tasks that prepare their data would wait for one for ever."""
+    keys, count, share = through_ray(e), least_workers(e), each.get("CPU", 0.0)
+    if not keys or available.cpus - share * count >= 1:
+        return []
+    has = f"{most_has} {amount('CPU', available.cpus)} for {count} workers of {amount('CPU', share)}"
+    return [
+        f"{keys[0]} needs a CPU beside the workers' for Ray's tasks, and {has}: let there be fewer, or each with less"
+    ]
 
 
 def _check_nodes(e: Experiment, each: Mapping[str, float], available: Resources, where: str) -> list[str]:
@@ -218,6 +238,12 @@ def check_objects(e: Experiment) -> None:
         ConfigError: The first that would be refused.
     """
     check_targets(e)
+    if (e.debug or e.cluster.kind == "inline") and (keys := through_ray(e)):
+        raise ConfigError(
+            "needs a Ray cluster, which cluster=inline and debug have not; cluster=local starts one",
+            key=keys[0],
+            value="RayDataset",
+        )
     _check_optimizer(e)
     for name, node in e.callbacks.items():
         target = locate(f"callbacks.{name}", node["_target_"]) if node else None

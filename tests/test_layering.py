@@ -63,14 +63,14 @@ ALLOWED_IN_LAYER = {("__main__", "cli")}
 
 # Third parties stay in their rooms, imports inside functions included.
 ROOMS: dict[str, frozenset[str]] = {
-    "ray": frozenset({"worker", "run", "supervise", "sweep", "cluster", "history"}),
+    "ray": frozenset({"data", "worker", "run", "supervise", "sweep", "cluster", "history"}),
     "mlflow": frozenset({"tracking", "worker"}),
     "pyarrow": frozenset({"data", "storage", "sweep"}),
     "hydra": frozenset({"config", "cli", "hydra_plugins"}),
     "omegaconf": frozenset({"config", "cli", "hydra_plugins"}),
 }
-# In the worker: only what logs the model, which is one function.
-ONE_FUNCTION = {("mlflow", "worker")}
+# In the worker: only what logs the model, which is one function. In data: only RayDataset, for whom Ray reads.
+ONE_FUNCTION = {("mlflow", "worker"), ("ray", "data")}
 # Never torch, wherever in the file. (In `seeds` it is imported inside functions.)
 NO_TORCH = frozenset({"errors", "config", "storage", "events", "tracking", "completion", "cli", "__main__"})
 
@@ -82,6 +82,7 @@ LAZY: dict[str, tuple[str, ...]] = {
     "raytrainer.seeds": ("torch", "ray", "mlflow", "hydra", "pyarrow"),
     "raytrainer.events": ("torch", "ray", "mlflow", "hydra", "pyarrow"),
     "raytrainer.tracking": ("torch", "ray", "mlflow", "hydra", "pyarrow"),
+    "raytrainer.data.ray_data": ("ray", "mlflow", "pyarrow"),
     "raytrainer.trainer": ("ray", "mlflow"),
     "raytrainer.history.listing": ("torch", "ray", "mlflow", "pyarrow"),
     "raytrainer.history.status": ("torch", "ray", "mlflow", "pyarrow"),

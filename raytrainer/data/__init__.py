@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from raytrainer.data.images import EncodedImages, ImageFolder
     from raytrainer.data.loader import Batch, Loader, MicroBatch
     from raytrainer.data.parquet import ParquetDataset
+    from raytrainer.data.ray_data import RayDataset
 
 __all__ = [
     "Arrays",
@@ -27,6 +28,7 @@ __all__ = [
     "Normalize",
     "ParquetDataset",
     "RandomCropFlip",
+    "RayDataset",
 ]
 
 _MODULES = {
@@ -41,6 +43,7 @@ _MODULES = {
     "Normalize": "augment",
     "ParquetDataset": "parquet",
     "RandomCropFlip": "augment",
+    "RayDataset": "ray_data",
 }
 
 

@@ -185,6 +185,12 @@ class Loader:
         """Makes the next `batches(start)` go on from there, where `start` is the batch after it."""
         self._position = dict(state)
 
+    def one_epoch(self) -> Generator[Batch, None, None]:
+        """All samples once, from the first; of an iterable nothing of the epoch after it is read."""
+        if self._stream is None:
+            return self.batches(0, self.steps_per_epoch)
+        return self._from_stream(0, None, one_epoch=True)
+
     def batches(self, start: int = 0, stop: int | None = None) -> Generator[Batch, None, None]:
         """Batch `start`, `start + 1`, … across epochs, until `stop`; closing it ends its thread and processes.
 
@@ -341,7 +347,7 @@ class Loader:
         move = lambda value: value.to(self.device) if isinstance(value, Tensor) else value  # noqa: E731
         return made[0], [map_leaves(move, data) for data in made[1]]
 
-    def _from_stream(self, start: int, stop: int | None) -> Generator[Batch, None, None]:
+    def _from_stream(self, start: int, stop: int | None, *, one_epoch: bool = False) -> Generator[Batch, None, None]:
         assert self._stream is not None
         states: dict[int, dict[str, Any]] = {}
         source = self._stream.run(start, self._position)
@@ -356,7 +362,7 @@ class Loader:
                         step,
                         [self._collated(rows, samples) for rows, (samples, _) in zip(micro, step.micro, strict=True)],
                     )
-                    if stop is not None and step.index + 1 >= stop:
+                    if (one_epoch and step.ends_epoch) or (stop is not None and step.index + 1 >= stop):
                         return
             finally:
                 source.close()

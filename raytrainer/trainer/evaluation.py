@@ -53,7 +53,7 @@ def evaluate(t: Trainer) -> dict[str, float]:
 def _over(t: Trainer, model: nn.Module, loader: Loader) -> dict[str, float]:
     means = WeightedMeans(t.world.device, t.world.all_reduce)
     t.val_metrics.reset()
-    with contextlib.closing(loader.batches(0, loader.steps_per_epoch)) as batches:
+    with contextlib.closing(loader.one_epoch()) as batches:
         for batch in batches:
             for micro in batch.micro:
                 with t.precision.autocast():
@@ -61,8 +61,6 @@ def _over(t: Trainer, model: nn.Module, loader: Loader) -> dict[str, float]:
                 t.val_metrics.update(predictions(values), micro.size, values)
                 weight = values.pop("weight", None)
                 means.add(values, micro.size if weight is None else weight * (1 if micro.size else 0))
-            if batch.ends_epoch:  # an iterable would go on for ever
-                break
     return {**means.reduce()[0], **t.val_metrics.compute()}
 
 

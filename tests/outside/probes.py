@@ -262,3 +262,27 @@ class SlowToEnd:
             ends.callback(time.sleep, self._seconds)
             for number in range(self._rows):
                 yield {"image": torch.full((64,), number / self._rows), "label": torch.tensor(number % 10)}
+
+
+def pipeline(rows: int) -> Any:
+    """A pipeline of Ray Data: the first digits, each with its number."""
+    import ray
+
+    return ray.data.range(rows, override_num_blocks=4).map_batches(_digits)
+
+
+def _digits(batch: dict[str, Any]) -> dict[str, Any]:
+    from raytrainer.data import Digits
+
+    found = Digits("train").__getitems__(batch["id"])
+    return {**batch, "image": found["image"].numpy(), "label": found["label"].numpy()}
+
+
+class NotesRows:
+    """A transform of batches: each process appends `epoch, numbers of the rows` to rows/PID."""
+
+    def __call__(self, data: Any, samples: Tensor, epoch: int, seed: int) -> Any:
+        Path("rows").mkdir(exist_ok=True)
+        with Path("rows", str(os.getpid())).open("a") as file:
+            file.write(json.dumps([epoch, data["id"].tolist()]) + "\n")
+        return data
