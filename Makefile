@@ -2,21 +2,22 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quick nightly check format hooks bench lock clean
+.PHONY: demo test quick nightly check format hooks bench gpu lock clean
 
 # Train a residual network on real images with two workers, on this machine.
 demo: .venv/.installed
 	$(BIN)/python -m raytrainer experiment=resnet
 
-# What CI runs: lint, types, tests.
+# What CI runs: lint, types, tests; those in two processes at once.
 test: check
-	$(BIN)/python -m pytest
+	.ci/tests $(BIN)/python
 
 # The tests that take seconds.
 quick: .venv/.installed-dev
 	$(BIN)/python -m pytest -m "not slow and not gpu and not nightly" --ignore=tests/integration --ignore=tests/faults
 
-# A run through everything that a team has around it, at once: nodes, proxies, MLflow, PostgreSQL, S3.
+# Longer launches than `make test` has, whose promises it keeps by shorter ones; and a run through everything that a team
+# has around it, at once: nodes, proxies, MLflow, PostgreSQL, S3.
 nightly: .venv/.installed-dev
 	$(BIN)/python -m pytest -m nightly
 
@@ -36,6 +37,11 @@ hooks: .venv/.installed-dev
 # Every claim about speed, with its peer beside it; the results go to benchmarks/results/.
 bench: .venv/.installed-dev
 	set -e; for file in benchmarks/bench_*.py; do $(BIN)/python -m "benchmarks.$$(basename "$$file" .py)"; done
+
+# Where there is a GPU: the tests that need one, and the benchmarks of one, whose results go to benchmarks/results/gpu-*.
+gpu: .venv/.installed-dev
+	$(BIN)/python -m pytest -m gpu tests/gpu
+	set -e; for file in benchmarks/gpu/bench_*.py; do $(BIN)/python -m "benchmarks.gpu.$$(basename "$$file" .py)"; done
 
 # Pin what .venv holds now. torch's local version (+cpu, +cu130) is left out: it says where it came from.
 lock: .venv/.installed-dev

@@ -28,6 +28,7 @@ from raytrainer.cluster.facts import impossible
 from raytrainer.cluster.request import Request
 from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, ConfigError, JobExists
 from tests.cluster.test_connection import saying, serving
+from tests.cluster.test_through_tls import documented
 from tests.launches import OUTSIDE
 from tests.outside.servers import free_port
 
@@ -468,13 +469,16 @@ def test_behind_a_proxy_that_speaks_tls(
 ) -> None:
     from tests.outside.servers import Nginx
 
-    nginx = Nginx(tmp_path / "nginx", system_program("nginx", "nginx"), head.port, certificates.issue())
+    program = system_program("nginx", "nginx")
+    nginx = Nginx(tmp_path / "nginx", program, head.port, certificates.issue(), documented())
     nginx.start()
     try:
         behind = Jobs(nginx.uri, ca_file=str(certificates.ca_file), token_file=token_file)
         name = submit(Sent(LINES), behind)
         assert "".join(behind.tail(name)) == jobs.logs(name)
         assert '/logs/tail HTTP/1.1" 101' in nginx.requests.read_text()
+        below = Jobs(f"{nginx.uri}/ray", ca_file=str(certificates.ca_file), token_file=token_file)
+        assert "".join(below.tail(name)) == jobs.logs(name)
         with pytest.raises(ClusterUnreachable, match=r"cluster\.ca_file=PATH"):
             submit(Sent(""), Jobs(nginx.uri, token_file=token_file))
     finally:

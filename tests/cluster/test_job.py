@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import psutil
 import pytest
 
 from raytrainer.cluster.api import Jobs
-from tests.launches import Runs, launch, observed, record
+from tests.launches import Ended, Runs, launch, observed, record
 from tests.outside.head import Head
 
 pytestmark = pytest.mark.slow
@@ -68,21 +69,78 @@ def driven(head: Head) -> bool:
     return True
 
 
-def test_a_job_from_its_command_to_its_logs(submit: Callable[..., Any], in_tmp: Path) -> None:
-    with submit("whole", "trainer.max_steps=4") as started:
-        ended = started.wait().exits(0)
-    lines = ended.out.splitlines()
+# --- one job, submitted by two at once, with a secret -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A job that has ended; it was asked for twice, at once."""
+
+    folder: Path
+    command: list[str]
+    environment: dict[str, str]
+    first: Ended
+    second: Ended
+
+    def submitted(self, *overrides: str) -> Ended:
+        """The same once more."""
+        with launch(self.folder, *self.command, *overrides, environment=self.environment) as again:
+            return again.wait()
+
+
+@pytest.fixture(scope="module")
+def whole(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / ".rayignore").write_text("/launch-*\n/digest\n")
+    ((name, secret),) = head.secrets.items()
+    command = ["experiment=smoke", "name=whole", "trainer.max_steps=4", "cluster=job"]
+    command += [f"cluster.address={head.address}", f"cluster.forward_env=[{name}]"]
+    command += ["+callbacks.digest._target_=probes.Digest", f"+callbacks.digest.path={folder}/digest"]
+    command += ["+callbacks.digest.value=${oc.env:" + name + "}"]
+    environment = {"RAY_AUTH_TOKEN": head.token, name: secret}
+    with (
+        launch(folder, *command, environment=environment) as one,
+        launch(folder, *command, environment=environment) as two,
+    ):
+        ended = [each.wait().exits(0) for each in (one, two)]
+    return Whole(folder, command, environment, *sorted(ended, key=lambda each: each.out.splitlines()[-4]))
+
+
+def test_a_job_from_its_command_to_its_logs(whole: Whole) -> None:
+    lines = whole.first.out.splitlines()
     assert any(line.startswith("raytrainer: job whole on ") for line in lines)
-    assert "outcome  finished, 4 steps" in ended.out
+    assert "outcome  finished, 4 steps" in whole.first.out
     assert lines[-4] == "outcome  finished"
-    assert Runs(in_tmp).status("whole") == record(in_tmp, "whole")["status"] == "FINISHED"
-    told = verb(in_tmp, "status", "whole")
+    assert Runs(whole.folder).status("whole") == record(whole.folder, "whole")["status"] == "FINISHED"
+    told = verb(whole.folder, "status", "whole")
     assert (told["status"], told["submission_id"], told["job"]["status"]) == ("FINISHED", "whole", "SUCCEEDED")
-    # Once more is no second job, and a second submission uploads nothing.
-    with submit("whole", "trainer.max_steps=4") as again:
-        assert again.wait().exits(0).out.splitlines()[-4] == "outcome  finished, submitted before"
-    with submit("whole", "trainer.max_steps=5") as other:
-        assert "is the name of a job that was submitted" in other.wait().exits(2).err
+
+
+def test_two_at_once_are_one_job(whole: Whole) -> None:
+    assert whole.second.out.splitlines()[-4] == "outcome  finished, submitted before"
+    assert record(whole.folder, "whole")["attempts"] == 1
+    assert len([run for run in verb(whole.folder, "list") if run["name"] == "whole"]) == 1
+
+
+def test_once_more_is_no_second_job(whole: Whole) -> None:
+    assert whole.submitted().exits(0).out.splitlines()[-4] == "outcome  finished, submitted before"
+    assert "is the name of a job that was submitted" in whole.submitted("trainer.max_steps=5").exits(2).err
+
+
+def test_no_secret_is_anywhere(whole: Whole, head: Head) -> None:
+    """Used on a worker, referred to in the config, set on both sides, and in nothing that Ray or MLflow hold."""
+    ((_, secret),) = head.secrets.items()
+    assert (whole.folder / "digest").read_text() == hashlib.sha256(secret.encode()).hexdigest()
+    jobs = Jobs(head.address)
+    texts = {"the command": f"{whole.first}{whole.second}", "the log": jobs.logs("whole"), "the job": repr(jobs.list())}
+    files = [p for place in (whole.folder, head.session, head.folder) for p in place.rglob("*") if p.is_file()]
+    found = [str(p) for p in files if secret.encode() in p.read_bytes()]
+    assert any("logs/driver" in str(p) or "job-driver" in p.name for p in files)
+    assert any(p.name == "mlflow.db" for p in files)
+    assert found + [place for place, text in texts.items() if secret in text or head.token in text] == []
+
+
+# --- jobs that are looked at, killed, stopped ---------------------------------------------------------------------------
 
 
 def test_whoever_follows_may_go_and_the_verbs_go_on(submit: Callable[..., Any], in_tmp: Path, head: Head) -> None:
@@ -131,37 +189,7 @@ def test_a_job_whose_driver_is_killed_goes_on_in_the_same_run(
     assert Runs(in_tmp).status("dies") == "FINISHED"
 
 
-def test_two_at_once_are_one_job(submit: Callable[..., Any], in_tmp: Path) -> None:
-    with submit("twice", "trainer.max_steps=4") as one, submit("twice", "trainer.max_steps=4") as two:
-        ended = [each.wait().exits(0) for each in (one, two)]
-    assert sorted(each.out.splitlines()[-4] for each in ended) == [
-        "outcome  finished",
-        "outcome  finished, submitted before",
-    ]
-    assert record(in_tmp, "twice")["attempts"] == 1
-    assert len([run for run in verb(in_tmp, "list") if run["name"] == "twice"]) == 1
-
-
-def test_no_secret_is_anywhere(
-    submit: Callable[..., Any], in_tmp: Path, head: Head, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Used on a worker, referred to in the config, set on both sides, and in nothing that Ray or MLflow hold."""
-    ((name, secret),) = head.secrets.items()
-    monkeypatch.setenv(name, secret)
-    digest = ["+callbacks.digest._target_=probes.Digest", f"+callbacks.digest.path={in_tmp}/digest"]
-    value = "+callbacks.digest.value=${oc.env:" + name + "}"
-    with submit("quiet", "trainer.max_steps=4", *digest, value, f"cluster.forward_env=[{name}]") as started:
-        ended = started.wait().exits(0)
-    assert (in_tmp / "digest").read_text() == hashlib.sha256(secret.encode()).hexdigest()
-    jobs = Jobs(head.address)
-    texts = {"the command": f"{ended}", "the log": jobs.logs("quiet"), "the job": repr(jobs.list())}
-    files = [p for place in (in_tmp, head.session, head.folder) for p in place.rglob("*") if p.is_file()]
-    found = [str(p) for p in files if secret.encode() in p.read_bytes()]
-    assert any("logs/driver" in str(p) or "job-driver" in p.name for p in files)
-    assert any(p.name == "mlflow.db" for p in files)
-    assert found + [place for place, text in texts.items() if secret in text or head.token in text] == []
-
-
+@pytest.mark.nightly  # tests/cluster/test_entry.py has the job of a sweep without a cluster
 def test_a_sweep_as_a_job(in_tmp: Path, head: Head) -> None:
     to = ["cluster=job", f"cluster.address={head.address}"]
     swept = ["experiment=smoke", "name=swept", "trainer.max_steps=2", "sweep=grid", "optimizer.lr=0.1,0.01"]

@@ -1,4 +1,5 @@
-"""A whole command through the proxy that docs/clusters.md shows: nginx, TLS by an authority of one's own, and a token."""
+"""A whole command through the proxy that docs/clusters.md shows: nginx, TLS by an authority of one's own, and a token.
+Its parts are in test_api.py, through the same configuration; the whole is for the night."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from tests.launches import Ended, Runs, launched, record
 from tests.outside.head import Head
 from tests.outside.servers import Certificates, Nginx
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.nightly, pytest.mark.slow, pytest.mark.timeout(240)]
 
 PAGE = Path(__file__).parents[2] / "docs" / "clusters.md"
 

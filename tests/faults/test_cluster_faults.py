@@ -171,7 +171,7 @@ def killed_part(run: Launch, name: str) -> None:
     process.kill()
 
 
-@pytest.mark.parametrize("part", ["gcs_server", "raylet"])
+@pytest.mark.parametrize("part", [pytest.param("gcs_server", marks=pytest.mark.nightly), "raylet"])
 def test_ray_dies(part: str, tmp_path: Path) -> None:
     """Faults 5 and 8, as an embedded Ray has them: the controller is the driver, and a dead Ray is a lost cluster. The
     driver ends in bounded time, with the truth in MLflow, and the checkpoints are there to go on from."""

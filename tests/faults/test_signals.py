@@ -17,6 +17,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 END_S = 10.0
 CODES = {SIGINT: 130, SIGTERM: 143}
+# Where both signals go the same way, SIGTERM is for the night: others here and in test_cluster_faults.py send it too.
+BOTH = [(SIGINT, True), pytest.param(SIGTERM, False, marks=pytest.mark.nightly)]
 LONG = [
     "experiment=mlp",
     "name=run",
@@ -59,7 +61,7 @@ def test_while_composing(number: signal.Signals, tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(("number", "group"), [(SIGINT, True), (SIGTERM, False)])
+@pytest.mark.parametrize(("number", "group"), BOTH)
 def test_while_ray_starts(number: signal.Signals, group: bool, tmp_path: Path) -> None:
     draw = seeded(f"starting, {number.name}, {group}")
     with launch(tmp_path, *LONG, TWO, *observed(), store=False) as run:
@@ -71,7 +73,7 @@ def test_while_ray_starts(number: signal.Signals, group: bool, tmp_path: Path) -
         assert_killed(tmp_path)
 
 
-@pytest.mark.parametrize(("number", "group"), [(SIGINT, True), (SIGTERM, False)])
+@pytest.mark.parametrize(("number", "group"), BOTH)
 def test_in_a_step(number: signal.Signals, group: bool, tmp_path: Path) -> None:
     """Both ranks end after the same step, which is in a checkpoint; `resume` is what is said next."""
     with launch(tmp_path, *LONG, TWO, "checkpoint.every_n_steps=100000", *observed(0.02)) as run:
@@ -87,11 +89,11 @@ def test_in_a_step(number: signal.Signals, group: bool, tmp_path: Path) -> None:
     assert "resume run" in ended.out
 
 
-@pytest.mark.parametrize("number", [SIGINT, SIGTERM])
-def test_inline(number: signal.Signals, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "group"), BOTH)
+def test_inline(number: signal.Signals, group: bool, tmp_path: Path) -> None:
     with launch(tmp_path, *LONG, "cluster=inline", *observed(0.02)) as run:
         run.reaches(12)
-        stopped(run, number)
+        stopped(run, number, group=group)
     assert checkpoints(tmp_path, "run")[-1].step == steps_of(run.steps)[-1].step
     assert_killed(tmp_path)
 

@@ -216,7 +216,7 @@ def test_a_killed_driver_changes_nothing(tmp_path: Path) -> None:
             assert {trial: len(seen(folder, "start", trial)) for trial in ("0007", "0008")} == {"0007": 1, "0008": 1}
 
 
-@pytest.mark.parametrize(("number", "code"), [(SIGINT, 130), (SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(SIGINT, 130), pytest.param(SIGTERM, 143, marks=pytest.mark.nightly)])
 def test_a_signal_ends_it_and_resume_goes_on(number: signal.Signals, code: int, tmp_path: Path) -> None:
     """Nothing is left, every run in MLflow says what became of it; and what is said next works."""
     with launch(tmp_path, *SWEEP, *RANDOM, *observed_trials(0.03)) as run:

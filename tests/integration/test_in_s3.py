@@ -111,6 +111,7 @@ def test_a_storage_that_is_away_is_refused(in_s3: str, tmp_path: Path) -> None:
     assert list(tmp_path.glob("*.db")) == []
 
 
+@pytest.mark.nightly  # tests/faults/test_sweep_faults.py kills one's driver on a disk, and the run above is in S3
 def test_a_sweep_whose_driver_is_killed(s3: S3, in_s3: str, tmp_path: Path) -> None:
     """The place says itself where it is: no variable but the keys."""
     place = f"{in_s3}?{s3.query()}"

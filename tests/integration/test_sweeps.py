@@ -209,15 +209,34 @@ def assert_one_at_a_time(lines: Sequence[Seen]) -> None:
             assert (after.trial, after.pid, after.step) == (before.trial, before.pid, before.step + 1)
 
 
-# --- several workers a trial ------------------------------------------------------------------------------------------
+# --- several workers ------------------------------------------------------------------------------------------------
+
+TWO = [*TINY, "trainer.max_epochs=2", "scaling.num_workers=2"]
 
 
-def test_trials_of_two_workers(tmp_path: Path) -> None:
-    """On as many CPUs as one trial needs: no deadlock; the second is pruned, and its workers are gone before the third."""
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    """Two whole runs, without `sweep=`."""
+    folder = tmp_path_factory.mktemp("grid")
+    options = ["experiment=mlp,smoke", "optimizer.lr=0.03", "trainer.max_steps=null"]
+    return Swept(folder, launched(folder, "-m", *TWO, *options).exits(0))
+
+
+def test_a_grid_of_whole_runs(grid: Swept) -> None:
+    """Plain runs one after the other, each with two workers and a run in MLflow of its own."""
+    names = sorted(path.name for path in (grid.folder / "runs").iterdir() if (path / "run.json").exists())
+    assert [name.split("-")[0] for name in names] == ["mlp", "smoke"]
+    for name in names:
+        assert_whole(grid.runs, name, "FINISHED")
+        assert re.search(rf"^{name} +finished ", grid.ended.out, re.MULTILINE)
+
+
+def test_trials_of_two_workers(grid: Swept, tmp_path: Path) -> None:
+    """On as many CPUs as one trial needs: no deadlock; the second is pruned, and its workers are gone before the third.
+    What is not pruned is as the same run alone."""
     scheduler = "sweep.scheduler={_target_: ray.tune.schedulers.ASHAScheduler, grace_period: 1, reduction_factor: 2}"
     options = ["sweep=grid", scheduler, "sweep.max_concurrent_trials=1", "optimizer.lr=0.03,1e-6,0.02"]
-    options += ["trainer.max_epochs=2", "scaling.num_workers=2"]
-    with launch(tmp_path, "-m", "experiment=mlp", "name=sweep", *TINY, *options, *observed_trials(0.02)) as sweep:
+    with launch(tmp_path, "-m", "experiment=mlp", "name=sweep", *TWO, *options, *observed_trials(0.02)) as sweep:
         sweep.until("the third trial", lambda: seen(tmp_path, "start", "0003"))
         workers = {line.pid for line in seen(tmp_path, trial="0002")}
         assert not [pid for pid in workers if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
@@ -232,16 +251,8 @@ def test_trials_of_two_workers(tmp_path: Path) -> None:
     assert_whole(runs, "sweep.0002", "KILLED")
     assert runs.tags("sweep.0002")["raytrainer.trial_status"] == "pruned"
     assert "pruned" in ended.err
-    alone = [
-        "experiment=mlp",
-        "name=alone",
-        *TINY,
-        "trainer.max_epochs=2",
-        "scaling.num_workers=2",
-        "optimizer.lr=0.03",
-    ]
-    launched(tmp_path, *alone).exits(0)
-    assert runs.results("alone") == runs.results("sweep.0001")
+    (alone,) = (path.name for path in (grid.folder / "runs").glob("mlp-*"))
+    assert grid.runs.results(alone) == runs.results("sweep.0001")
 
 
 def test_shares_of_a_cpu_let_as_many_run(tmp_path: Path) -> None:
@@ -254,23 +265,3 @@ def test_shares_of_a_cpu_let_as_many_run(tmp_path: Path) -> None:
     count = re.search(r"(\d+) trials at a time", found.ended.out)
     assert count is not None
     assert int(count[1]) >= 4
-
-
-# --- a grid of whole runs ---------------------------------------------------------------------------------------------
-
-
-def test_a_grid_of_whole_runs(tmp_path: Path) -> None:
-    """Without `sweep=`: plain runs one after the other, each with two workers and a run in MLflow of its own."""
-    options = [
-        "experiment=mlp,smoke",
-        "seed=3",
-        "scaling.num_workers=2",
-        "trainer.max_steps=12",
-        "trainer.max_epochs=null",
-    ]
-    ended = launched(tmp_path, "-m", *TINY, *options).exits(0)
-    names = sorted(path.name for path in (tmp_path / "runs").iterdir() if (path / "run.json").exists())
-    assert [name.split("-")[0] for name in names] == ["mlp", "smoke"]
-    for name in names:
-        assert_whole(Runs(tmp_path), name, "FINISHED")
-        assert re.search(rf"^{name} +finished ", ended.out, re.MULTILINE)

@@ -27,10 +27,13 @@ from raytrainer.losses import CrossEntropy
 
 
 class Steps:
-    """A callback: each rank appends `process, step, time` to steps/rank-N after every step, then pauses."""
+    """A callback: each rank appends `process, step, time` to steps/rank-N after every step, then pauses.
+
+    The variable STEPS_PAUSE_S has another pause for one launch of a run, whose configuration stays as it is.
+    """
 
     def __init__(self, pause_s: float = 0.0, folder: str = "steps") -> None:
-        self._pause_s, self._folder = pause_s, Path(folder)
+        self._pause_s, self._folder = float(os.environ.get("STEPS_PAUSE_S", pause_s)), Path(folder)
         self._file = -1
 
     def on_fit_start(self, trainer: Any, event: Any) -> None:
