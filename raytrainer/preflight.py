@@ -111,11 +111,17 @@ def _gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def _gpu_kinds() -> dict[str, float]:
+def _gpu_kinds(driver: Path = Path("/proc/driver/nvidia/gpus")) -> dict[str, float]:
     """Ray's resource of each word in the GPUs' names: `accelerator_type:H100` of "NVIDIA H100 80GB HBM3"."""
-    import torch
+    if not _gpus():
+        return {}
+    told = "".join(file.read_text() for file in driver.glob("*/information"))
+    names = re.findall(r"^Model:\s*(.+)$", told, re.MULTILINE)
+    if not names:
+        import torch
 
-    names = [torch.cuda.get_device_name(i) for i in range(_gpus())]
+        # Asking CUDA makes a context on a GPU, which costs a second and some of the memory that the workers want.
+        names = [torch.cuda.get_device_name(i) for i in range(_gpus())]
     return {f"accelerator_type:{word}": 1.0 for name in names for word in name.replace("-", " ").split()}
 
 
@@ -127,9 +133,12 @@ def _room(node: Mapping[str, float], wanted: Mapping[str, float], unknown: tuple
 
 
 def uses_gpu(e: Experiment, available: Resources) -> bool:
-    """`scaling.use_gpu`, with `auto` decided: yes where every worker can have one."""
-    wanted = e.scaling.use_gpu
-    return bool(wanted) if wanted != "auto" else available.gpus >= least_workers(e)
+    """`scaling.use_gpu`, with `auto` decided: as `scaling.resources_per_worker.GPU` has it, else yes where every worker
+    can have one."""
+    wanted, share = e.scaling.use_gpu, (e.scaling.resources_per_worker or {}).get("GPU")
+    if wanted != "auto":
+        return bool(wanted)
+    return share > 0 if share is not None else available.gpus >= least_workers(e)
 
 
 def least_workers(e: Experiment) -> int:
@@ -161,7 +170,7 @@ def check_resources(e: Experiment, available: Resources, where: str) -> list[str
         if has is None or share * count <= has + 1e-9:  # 3 × 0.1 is 0.30000000000000004
             continue
         most = int(has // share) if share else 0
-        fix = f"scaling.num_workers={most} fits" if most >= 1 else _no_fit(name, share, has)
+        fix = f"scaling.num_workers={most} fits" if most >= 1 else _no_fit(e, name, has)
         problems.append(
             f"scaling.num_workers={count} × {amount(name, share)} = {amount(name, share * count)}, "
             f"and {most_has} {amount(name, has)}{added}; {fix}"
@@ -214,9 +223,10 @@ def _check_nodes(e: Experiment, each: Mapping[str, float], available: Resources,
     return [f"scaling.num_workers={count} × ({one}){strictly}, and {of} has {room}"]
 
 
-def _no_fit(name: str, each: float, has: float) -> str:
+def _no_fit(e: Experiment, name: str, has: float) -> str:
     if name == "GPU":
-        return "scaling.use_gpu=false trains on CPUs"
+        asked = "GPU" in (e.scaling.resources_per_worker or {})
+        return f"{'scaling.resources_per_worker without GPU' if asked else 'scaling.use_gpu=false'} trains on CPUs"
     return f"scaling.resources_per_worker.{name} must be at most {has:.0f}"
 
 

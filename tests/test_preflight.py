@@ -76,6 +76,29 @@ def test_whether_gpus_are_used(use_gpu: str, gpus: int, uses: bool) -> None:
     assert preflight.uses_gpu(experiment(f"scaling.use_gpu={use_gpu}"), Resources(2, gpus)) is uses
 
 
+@pytest.mark.parametrize(("share", "gpus", "uses"), [(0.5, 1, True), (0.5, 0, True), (0.0, 8, False)])
+def test_gpus_that_are_asked_for_by_number(share: float, gpus: int, uses: bool) -> None:
+    """`auto` follows them; Ray takes no number of GPUs beside `use_gpu=False`."""
+    asked = [f"+scaling.resources_per_worker.GPU={share}", "scaling.num_workers=2"]
+    assert preflight.uses_gpu(experiment(*asked), Resources(2, gpus)) is uses
+    problems = preflight.check_resources(experiment(*asked), Resources(2, gpus), "here")
+    assert [problem.partition("; ")[2] for problem in problems] == (
+        ["scaling.resources_per_worker without GPU trains on CPUs"] if uses > gpus else []
+    )
+    contradiction = str(not uses).lower()
+    with pytest.raises(ConfigError, match=rf"GPU={share} contradicts scaling.use_gpu={contradiction}"):
+        experiment(*asked, f"scaling.use_gpu={contradiction}")
+
+
+def test_the_kinds_of_gpus_are_asked_of_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of CUDA, which would make a context on one."""
+    (tmp_path / "0000:01:00.0").mkdir()
+    (tmp_path / "0000:01:00.0" / "information").write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 16\n")
+    assert preflight._gpu_kinds(tmp_path) == {}
+    monkeypatch.setattr(preflight, "_gpus", lambda: 1)
+    assert "accelerator_type:H100" in preflight._gpu_kinds(tmp_path)
+
+
 def test_resources_of_a_cluster() -> None:
     found = Resources.of_ray({"CPU": 4.0, "memory": 8.0, "node:10.0.0.1": 1.0, "TPU": 2.0})
     assert (found.cpus, found.gpus, found.memory, found.get("TPU"), found.get("nothing")) == (4.0, 0, 8.0, 2.0, 0.0)

@@ -282,6 +282,10 @@ def _check_workers(e: Experiment) -> None:
     for name, amount in (e.scaling.resources_per_worker or {}).items():
         if not amount >= 0:
             raise ConfigError("must be at least 0", key=f"scaling.resources_per_worker.{name}", value=amount)
+    gpus = (e.scaling.resources_per_worker or {}).get("GPU")
+    if gpus is not None and e.scaling.use_gpu in (True, False) and e.scaling.use_gpu != (gpus > 0):
+        told = f"contradicts scaling.use_gpu={str(e.scaling.use_gpu).lower()}; leave one of the two out"
+        raise ConfigError(told, key="scaling.resources_per_worker.GPU", value=gpus)
     if e.cluster.kind == "inline" and n != 1:
         raise ConfigError(
             "must be 1 with cluster=inline (this process); use cluster=local", key="scaling.num_workers", value=n

@@ -103,6 +103,7 @@ class Trainer:
                 self.raw_model, self.world, find_unused_parameters=options.find_unused_parameters
             )
         self._parameters = [p for p in self.raw_model.parameters() if p.requires_grad]
+        self._graphs = device.type == "cuda" and options.compile in ("reduce-overhead", "max-autotune")
 
         self.step = 0  # optimizer steps done = batches consumed = the position in the data
         self.evaluations = 0  # done since the beginning of the run
@@ -188,6 +189,11 @@ class Trainer:
         """
         self.optimizer.zero_grad(set_to_none=True)
         last, counted = len(batch.micro) - 1, []
+        if self._graphs and last:
+            # A CUDA graph leaves gradients in memory that its next replay overwrites (torch#169545): they are added to
+            # memory of their own.
+            for p in self._parameters:
+                p.grad = torch.zeros_like(p)
         for i, micro in enumerate(batch.micro):
             with parallel.synchronise(self.model, last=i == last):
                 with self.precision.autocast():
