@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -25,7 +26,10 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def versions() -> dict[str, str]:
     names = ("raytrainer", "torch", "ray", "mlflow", "hydra-core")
-    return {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}}
+    found = {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["torchvision"] = importlib.metadata.version("torchvision")
+    return found
 
 
 def machine() -> str:
@@ -36,7 +40,16 @@ def machine() -> str:
         lines = [x.partition(":")[2].strip() for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
         model = lines[0] if lines else model
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB"
+    return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB{_gpus()}"
+
+
+def _gpus() -> str:
+    """The GPUs and CUDA's version, where a benchmark has brought torch along and there are some."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return ""
+    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return f"; {len(names)} × {names[0]}, CUDA {torch.version.cuda}"
 
 
 def commit() -> str:
@@ -47,7 +60,8 @@ def commit() -> str:
 def write(name: str, figures: dict[str, Any]) -> None:
     """Prints the figures and keeps them in `results/NAME.json` with command, machine, versions, date and commit."""
     RESULTS.mkdir(exist_ok=True)
-    command = shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    program = Path(sys.argv[0]).resolve().relative_to(RESULTS.parents[1]).with_suffix("")
+    command = shlex.join(["python", "-m", ".".join(program.parts), *sys.argv[1:]])
     origin = {
         "command": command,
         "date": time.strftime("%Y-%m-%d"),

@@ -1,4 +1,4 @@
-"""Functions on 1 to 4 gloo ranks, in processes that all tests share: starting them costs more than most of the tests.
+"""Functions on 1 to 4 ranks, by gloo or NCCL, in processes that all tests share: starting them costs more than most of the tests.
 Each call gets a process group of its own."""
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from raytrainer.parallel import World
 LIMIT_S = 150.0
 
 
-def run(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run(size: int, function: Callable[..., Any], *args: Any, backend: str = "gloo", cuda: bool = False) -> list[Any]:
     """What `function(world, *args)` returns on each of `size` ranks; it must be importable, its values picklable.
+
+    With `cuda` rank r is on the GPU of that number; where there are fewer they share them, which NCCL does not take.
 
     Raises:
         AssertionError: It raised on some rank (with the tracebacks), or takes too long.
@@ -29,7 +31,7 @@ def run(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         ranks = [_rank(number) for number in range(size)]
         for number, rank in enumerate(ranks):
-            rank.pipe.send_bytes(pickle.dumps((function, args, number, size, f"{folder}/rendezvous")))
+            rank.pipe.send_bytes(pickle.dumps((function, args, number, size, f"{folder}/rendezvous", backend, cuda)))
         until = time.monotonic() + LIMIT_S
         answers: list[Any] = [None] * size
         for number, rank in enumerate(ranks):
@@ -72,13 +74,16 @@ def _serve(pipe: Connection) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            function, args, rank, size, rendezvous = pickle.loads(pipe.recv_bytes())
+            function, args, rank, size, rendezvous, backend, cuda = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
         text, value = "", None
         try:
-            dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
-            value = function(World(rank, size, rank), *args)
+            device = torch.device("cuda", rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
+            if cuda:
+                torch.cuda.set_device(device)
+            dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=rank, world_size=size)
+            value = function(World(rank, size, rank, device), *args)
         except BaseException:  # noqa: BLE001  told to the test, which fails with it
             text = traceback.format_exc()
         finally:
