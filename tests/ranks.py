@@ -1,5 +1,5 @@
-"""Functions on 1 to 4 ranks, by gloo or NCCL, in processes that all tests share: starting them costs more than most of the tests.
-Each call gets a process group of its own."""
+"""Functions on 1 to 4 ranks, by gloo or NCCL, in processes that all tests share: starting them costs more than most of the
+tests. Each call gets a process group of its own."""
 
 from __future__ import annotations
 
