@@ -183,7 +183,8 @@ def _check(composition: config.Composition, arguments: list[str], record: Any = 
         from raytrainer import run
 
         where = run.check(composition, record)
-    print(f"ok: {composition.experiment.name} would train: {where}")
+    e = composition.experiment
+    print(f"ok: {e.name} would {'train' if e.evaluate is None else 'evaluate'}: {where}")
     return 0
 
 

@@ -236,8 +236,8 @@ def trained(world: World, folder: Path) -> list[float]:
     return list(recorder.series("val/loss").values())
 
 
-def evaluated(world: World, folder: Path, wanted: str) -> tuple[int, float]:
-    e = experiment(model=node(training.Net))
+def evaluated(world: World, folder: Path, wanted: str, strategy: str = "ddp") -> tuple[int, float]:
+    e = experiment(model=node(training.Net), trainer={"strategy": strategy})
     trainer = Trainer(e, world=world, checkpointer=checkpointer(world, folder))
     group = torch.distributed.new_group(backend="gloo") if world.distributed else None
     found = of_checkpoint(trainer, wanted, group)
@@ -251,8 +251,10 @@ def test_a_checkpoint_evaluates_as_it_did_in_training(tmp_path: Path) -> None:
         for wanted, expected in (("best", best), ("last", (4, fourth)), ("2", (2, second))):
             for found in [evaluated(World(), folder, wanted)] if size == 1 else ranks.run(2, evaluated, folder, wanted):
                 assert found == expected
-    # Written by two ranks, read by one: the buffers are the mean over those that wrote it.
+    # Written by two ranks, read by one: the buffers are the mean over those that wrote it; or by two, each with a shard.
     assert evaluated(World(), tmp_path / "2", "last") == pytest.approx((4, fourth), rel=1e-5)
+    for found in ranks.run(2, evaluated, tmp_path / "2", "last", "fsdp"):
+        assert found == pytest.approx((4, fourth), rel=1e-5)
 
 
 def test_one_that_is_deleted_meanwhile_gives_way_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from raytrainer.errors import CheckpointError, CheckpointNotFound, ConfigError, 
 from raytrainer.events import EvalEnd
 from raytrainer.metrics import Monitor, WeightedMeans
 from raytrainer.parallel import World
+from raytrainer.trainer import snapshot
 
 if TYPE_CHECKING:
     from raytrainer.trainer.loop import Trainer
@@ -120,7 +121,10 @@ def _restored(t: Trainer, wanted: str, ranks: Ranks) -> CheckpointInfo:
     while True:
         info = ranks.first(lambda: _chosen(checkpoints, wanted))
         try:
-            ranks.together(lambda: t.restore(info))  # noqa: B023  called at once
+            # Read on all ranks before any goes on: to restore they may need one another.
+            states: list[Any] = []
+            ranks.together(lambda: states.append(checkpoints.load(info, snapshot.template(t))))  # noqa: B023  called at once
+            snapshot.restore(t, *states[0], source=info.path, changed=())
             return info
         except (CheckpointError, StorageError):
             if info.name in tried or ranks.first(lambda: info.name in {one.name for one in checkpoints.list()}):  # noqa: B023

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from raytrainer import history
 from raytrainer.checkpoint import Checkpointer, retention
 from raytrainer.cli import main
+from raytrainer.config import compose
 from raytrainer.history import pruning, tree
 from raytrainer.history.pruning import Pruned
 from raytrainer.history.reconcile import look_at
-from raytrainer.run import Record
+from raytrainer.run import SUBMITTED, Record
 from raytrainer.storage import Storage
 from raytrainer.sweep import make_plan
 from raytrainer.tracking.spool import Spool
@@ -275,3 +277,33 @@ def test_the_tree_of_a_rerun_that_was_killed(in_tmp: Path) -> None:
     found = prune()
     assert [(item.kind, item.path) for item in found.items] == [("worktree", ".rerun/dead")]
     assert [p.name for p in (in_tmp / "runs" / tree.PLACE).iterdir()] == ["alive"]
+
+
+def test_in_s3_and_only_what_is_below_the_run(in_s3: str, in_tmp: Path) -> None:
+    composition = compose(["experiment=mlp", "name=far", f"storage_path={in_s3}", "cluster=existing"])
+    storage = Storage(in_s3).child("far")
+    storage.write_bytes("config.yaml", composition.text.encode())
+    record = Record("far", storage.display, created="2026-01-01T12:00:00+00:00", attempts=1, status="FINISHED")
+    record.write(storage)
+    record.write(Storage(in_tmp / "runs" / SUBMITTED / "far"))  # sent from here: its name is all that is here
+    checkpoints = Checkpointer(storage.child("checkpoints"), mode="max", num_to_keep=None)
+    for step in (10, 20, 30):
+        checkpoints.save(step, {"step": step}, {}, metric=1 / step)
+    checkpoints.close()
+    storage.write_bytes("checkpoints/step-000000099/shared.json", b"{}")
+    storage.write_bytes("attempt-1/deep/er.json", b"123")
+    Storage(in_s3).child("other").write_bytes("checkpoints/step-000000001/shared.json", b"{}")
+    looked = prune(delete=False)
+    assert [(item.kind, item.path.rpartition("/")[2]) for item in looked.items] == [
+        ("checkpoint", "step-000000020"),
+        ("unfinished save", "step-000000099"),
+        ("ray", "attempt-1"),
+    ]
+    assert looked.items[-1].bytes == 3
+    assert prune().items == looked.items
+    assert [entry.name for entry in storage.list("checkpoints")] == ["step-000000010", "step-000000030"]
+    assert not storage.exists("attempt-1")
+    assert Storage(in_s3).exists("other/checkpoints/step-000000001/shared.json")
+    found = history.to_evaluate("far", ["cluster=inline"]).experiment
+    assert found.evaluate is not None
+    assert (found.evaluate.run_dir, found.storage_path) == (storage.display, in_s3)
