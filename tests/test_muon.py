@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from raytrainer import preflight
@@ -314,11 +315,45 @@ def test_a_sharded_model_gets_the_update_of_the_whole() -> None:
             assert torch.allclose(found[name], p, rtol=0, atol=1e-6), name
 
 
-def replicated(world: World) -> dict[str, Tensor]:
-    e = experiment(model=NET, optimizer=MUON, data={"global_batch_size": 12})
-    return {n: p.detach().clone() for n, p in fitted(e, world)[0].raw_model.named_parameters()}
+def fine_tuned(world: World, strategy: str, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights after six steps from those of a file, with a frozen part; and again, resumed after three."""
+    from raytrainer.trainer import Trainer
+
+    e = experiment(
+        model=node("tests.test_muon.Language"),
+        loss=node("raytrainer.losses.TokenCrossEntropy"),
+        optimizer=node("raytrainer.optim.Muon", lr=0.02, adamw_lr=0.01, ns_dtype="float32"),
+        data={"train": node("tests.training.tokens", rows=48), "val": None},
+        trainer={"strategy": strategy, "max_steps": 6, "freeze": ["norm.*", "blocks.0.*"]},
+        checkpoint={"every_n_steps": 3},
+    )
+    saved = checkpointer(world, folder / f"{strategy}-{world.size}")
+    whole = Trainer(e, world=world, checkpointer=saved)
+    whole.init_from(str(folder / "model.safetensors"))
+    whole.fit()
+    again = Trainer(e, world=world, checkpointer=saved)
+    again.restore(next(i for i in saved.list() if i.step == 3))
+    again.checkpointer = None
+    again.fit()
+    first, second = ({n: _gathered(t) for n, t in x.raw_model.state_dict().items()} for x in (whole, again))
+    return first, second
 
 
-def test_ranks_of_ddp_stay_equal() -> None:
-    first, second = ranks.run(2, replicated)
-    assert differences(first, second) == []
+def _gathered(tensor: Any) -> Tensor:
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.detach().clone()
+
+
+def test_the_same_on_any_number_of_ranks_by_any_strategy(tmp_path: Path) -> None:
+    published = {n: t.detach().clone() for n, t in language().state_dict().items()}
+    save_file(published, tmp_path / "model.safetensors")
+    alone, resumed = fine_tuned(World(), "ddp", tmp_path)
+    assert differences(alone, resumed) == []
+    frozen = {n for n in published if n.startswith(("norm.", "blocks.0."))}
+    assert set(differences(alone, published)) == {f"/{n}" for n in published.keys() - frozen}
+    for strategy in ("ddp", "fsdp"):
+        for found, resumed in ranks.run(2, fine_tuned, strategy, tmp_path):
+            assert differences(found, resumed) == []
+            for name in published:
+                assert torch.allclose(found[name], alone[name], rtol=0, atol=2e-5), (strategy, name)
+                assert name not in frozen or torch.equal(found[name], published[name])
