@@ -24,7 +24,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytrainer.checkpoint import Checkpointer, CheckpointInfo, files, manifest, tensors, tree
+from raytrainer.checkpoint import Checkpointer, CheckpointInfo, files, manifest, tensors, tree, unread
 from raytrainer.errors import CheckpointCorrupt, CheckpointError, CheckpointNotFound, StorageError, StorageFull
 from raytrainer.storage import Storage
 from tests.test_storage import tiny_disk
@@ -104,6 +104,24 @@ def test_a_state_comes_back_exactly(tmp_path: Path) -> None:
 
     same(shared, got)
     same(local, got_local)
+
+
+def test_what_is_not_wanted_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = checkpointer(tmp_path)
+    made.save(3, {"model": {"a": torch.ones(3)}, "optimizer": {"state": {"a": [torch.ones(4), 7]}}}, {})
+    made.wait()
+    pieces: list[tensors.Piece] = []
+    read = tensors.read_pieces
+
+    def noted(file: Any, begin: int, wanted: list[tensors.Piece]) -> None:
+        pieces.extend(wanted)
+        read(file, begin, wanted)
+
+    monkeypatch.setattr(tensors, "read_pieces", noted)
+    got, _ = made.load(latest(made), {"optimizer": unread})
+    assert torch.equal(got["model"]["a"], torch.ones(3))
+    assert (got["optimizer"]["state"]["a"][0].shape, got["optimizer"]["state"]["a"][1]) == ((4,), 7)
+    assert [piece.nbytes for piece in pieces] == [12]
 
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)

@@ -4,6 +4,7 @@ Nothing in a checkpoint is a pickle: tensors are in safetensors files, everythin
 from __future__ import annotations
 
 from raytrainer.checkpoint.checkpointer import Checkpointer
+from raytrainer.checkpoint.files import unread
 from raytrainer.checkpoint.manifest import CheckpointInfo
 from raytrainer.checkpoint.moving import copy_out, take_in, taken_in
 from raytrainer.checkpoint.weights import Weights, find_weights, fit, take
@@ -18,4 +19,5 @@ __all__ = [
     "take",
     "take_in",
     "taken_in",
+    "unread",
 ]

@@ -160,6 +160,11 @@ class _Request:
     offset: tuple[int, ...]
 
 
+def unread(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """For a template: the tensors of its place, and of all below it, get a shape alone, and nothing of them is read."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def read(storage: Storage, directory: str, manifest: Manifest, kind: str, template: Any) -> dict[str, Any]:
     """A state: `kind` is `shared`, or `local-RANK` for a rank's own. Tensors of `template`, nested alike, are filled in
     place, DTensors with their shards; a function in it makes the tensors of its place, and of all below it, from dtype
@@ -185,7 +190,7 @@ def _read(storage: Storage, directory: str, manifest: Manifest, kind: str, templ
     def request(name: str, dtype: str, shape: tuple[int, ...], leaf: Any) -> torch.Tensor:
         tensor = _target(name, dtype, shape, leaf, index.get(name, []))
         part, offset = tensors.local_part(tensor)
-        if part.numel():
+        if part.numel() and not part.is_meta:
             requests.append(_Request(name, part, offset))
         return tensor
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from raytrainer import names
 from raytrainer.checkpoint import tree
 from raytrainer.checkpoint.checkpointer import Checkpointer
+from raytrainer.checkpoint.files import unread
 from raytrainer.checkpoint.manifest import CheckpointInfo
 from raytrainer.config import InitFrom
 from raytrainer.errors import CheckpointCorrupt, CheckpointNotFound
@@ -182,7 +183,7 @@ class _Checkpoint:
         return {name: tuple(t.shape) for name, t in self._weights(self._outline(self._chosen())).items()}
 
     def read(self) -> dict[str, Tensor]:
-        shared, _ = self.checkpoints.load(self._chosen())
+        shared, _ = self.checkpoints.load(self._chosen(), {"optimizer": unread})
         return self._weights(shared)
 
     def _chosen(self) -> CheckpointInfo:
@@ -193,7 +194,7 @@ class _Checkpoint:
     def _outline(self, info: CheckpointInfo) -> dict[str, Any]:
         """Its state with tensors that have a shape and no values."""
         text = Storage.shown_as(info.path, self.storage_path).read_bytes("shared.json")
-        return tree.restore(text, lambda name, dtype, shape, leaf: torch.empty(shape, device="meta"))
+        return tree.restore(text, lambda name, dtype, shape, leaf: unread(torch.float32, shape))
 
     @staticmethod
     def _weights(state: dict[str, Any]) -> dict[str, Tensor]:

@@ -116,7 +116,7 @@ def export(
 
 def _read(source: Trained, e: Experiment, checkpoint: str) -> tuple[Any, dict[str, Any], bool]:
     """The checkpoint, its weights on the CPU, and whether they are averaged."""
-    from raytrainer.checkpoint import Checkpointer
+    from raytrainer.checkpoint import Checkpointer, unread
 
     checkpoints = Checkpointer(source.place.child("checkpoints"), mode=e.checkpoint.mode)
     found = checkpoints.list()
@@ -124,7 +124,7 @@ def _read(source: Trained, e: Experiment, checkpoint: str) -> tuple[Any, dict[st
     info = info or next((one for one in reversed(found) if checkpoint in ("best", "last", str(one.step))), None)
     if info is None:
         raise CheckpointNotFound(f"{source.name}: its checkpoint {checkpoint} is gone")
-    shared, _ = checkpoints.load(info)
+    shared, _ = checkpoints.load(info, {"optimizer": unread})
     return info, dict(shared.get("ema") or shared["model"]), bool(shared.get("ema"))
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from raytrainer import parallel, seeds
-from raytrainer.checkpoint import Checkpointer, CheckpointInfo, find_weights, take
+from raytrainer.checkpoint import Checkpointer, CheckpointInfo, find_weights, take, unread
 from raytrainer.config import Experiment, InitFrom, build, factory
 from raytrainer.data import Batch, Loader
 from raytrainer.errors import ConfigError, NonFiniteLoss
@@ -315,7 +315,7 @@ class Trainer:
         """
         if self.checkpointer is not None and (found := self.checkpointer.list()):
             info = self.checkpointer.best() or found[-1]
-            shared, _ = self.checkpointer.load(info)
+            shared, _ = self.checkpointer.load(info, {"optimizer": unread})
             return info.step, shared.get("ema") or shared["model"]
         model = self.raw_model if self.ema_model is None else self.ema_model
         return self.step, {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
