@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -61,14 +62,15 @@ class Cache:
             self._folder.mkdir(parents=True, exist_ok=True)
             return self._make(write, needed)
         except OSError as error:
+            if error.errno == errno.ENOSPC:  # more came out than was expected, or somebody else took it
+                raise self._no_space(needed) from error
             raise ConfigError(f"{error.strerror}: {error.filename or self._folder}", key="cache") from error
 
     def _make(self, write: Callable[[Path], dict[str, Any]], needed: int) -> dict[str, Any]:
-        lock = Storage(self._folder).lock(f"{self.path.name}.lock", {"run": "the conversion"})
         told = False
         while True:
             try:
-                with lock:
+                with Storage(self._folder).lock(f"{self.path.name}.lock", {"run": "the conversion"}) as lock:
                     # Another may have made it since we looked.
                     return self.find() or self._written(write, needed, lock.check)
             except StorageLocked as held:
@@ -79,17 +81,20 @@ class Cache:
             if (content := self.find()) is not None:
                 return content
 
+    def _no_space(self, needed: int) -> DataError:
+        free = shutil.disk_usage(self._folder).free
+        return DataError(
+            f"{self._folder}: a conversion needs about {needed:,} bytes, and {free:,} are free; "
+            "cache=DIR chooses another place, cache=null keeps the data in memory"
+        )
+
     def _written(
         self, write: Callable[[Path], dict[str, Any]], needed: int, check: Callable[[], None]
     ) -> dict[str, Any]:
         for left in self._folder.glob(f"{self.path.name}.*.part"):  # of a conversion that was killed: we have the lock
             shutil.rmtree(left, ignore_errors=True)
-        free = shutil.disk_usage(self._folder).free
-        if needed > free:
-            raise DataError(
-                f"{self._folder}: a conversion needs about {needed:,} bytes, and {free:,} are free; "
-                "cache=DIR chooses another place, cache=null keeps the data in memory"
-            )
+        if needed > shutil.disk_usage(self._folder).free:
+            raise self._no_space(needed)
         part = self._folder / f"{self.path.name}.{uuid.uuid4().hex}.part"
         part.mkdir()
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -201,7 +202,15 @@ def test_without_space_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(999))
     with pytest.raises(DataError, match=r"cache: a conversion needs about 1,400 bytes, and 999 are free; cache=DIR"):
         ParquetDataset(source, cache=cache)
-    assert caches(cache) == []
+
+    def full(self: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2000))
+    monkeypatch.setattr(arrow.NumbersWriter, "_flush", full)
+    with pytest.raises(DataError, match="about 1,400 bytes, and 2,000 are free"):
+        ParquetDataset(source, cache=cache)
+    assert [place for place in cache.iterdir() if place.suffix != ".lock"] == []
 
 
 def test_where_no_cache_can_be(tmp_path: Path) -> None:
