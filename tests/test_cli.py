@@ -28,6 +28,11 @@ from raytrainer.errors import ConfigError, Stopped, StorageError, WorkerError
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
 
+EXPERIMENTS = sorted(
+    file.stem for file in (Path(__file__).resolve().parents[1] / "configs" / "experiment").glob("*.yaml")
+)
+
+
 class Said(NamedTuple):
     code: int
     out: str
@@ -424,7 +429,7 @@ def test_help(here: Run) -> None:
     assert said.code == 0
     for word in (
         *cli.VERBS,
-        "experiment: mlp, resnet, smoke",
+        f"experiment: {', '.join(EXPERIMENTS)}",
         "optimizer: adamw, muon, sgd",
         "--config-dir",
         "debug=default",
@@ -456,7 +461,7 @@ def test_info_and_hydra_help(here: Run, in_tmp: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "suggested"),
     [
-        ("raytrainer experiment=", ["experiment=mlp", "experiment=resnet", "experiment=smoke"]),
+        ("raytrainer experiment=", [f"experiment={name}" for name in EXPERIMENTS]),
         ("raytrainer optimizer=s", ["optimizer=sgd"]),
         ("raytrainer check experiment=r", ["experiment=resnet"]),
         (
