@@ -737,7 +737,7 @@ def test_dry_run_of_what_runs_here(here: Callable[..., Said], arguments: list[st
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["list", "--dry-run"], "--dry-run is for what launches something"),
+        (["list", "--dry-run"], "--dry-run is for experiment=…, resume, rerun"),
         (["experiment=mlp", "cluster=job", "--dry-run"], "cluster.address is not set"),
         (["experiment=mlp", "cluster=kuberay", "--dry-run"], "cluster.image is not set"),
         (
