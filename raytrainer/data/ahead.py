@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Generator
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -16,6 +17,9 @@ from raytrainer.data.fetch import map_leaves
 T = TypeVar("T")
 
 _END = object()
+# Slower than this, a batch from a memory map came from a disk: a tenth of what memory copies, and a thread's slice.
+_MEMORY_BYTES_A_S = 200e6
+_HICCUP_S = 0.002
 
 
 def ahead(source: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
@@ -58,6 +62,22 @@ def ahead(source: Generator[T, None, None], depth: int) -> Generator[T, None, No
         stop.set()
         slots.release()
         thread.join(timeout=1.0)
+
+
+def while_warm(source: Generator[tuple[Any, list[Any]], None, None]) -> Generator[tuple[Any, list[Any]], None, bool]:
+    """Batches (something, and a list of dicts or tuples of tensors) of `source` until three together came so slowly that a
+    disk must have been waited for. Its value is True if there are no more."""
+    slow = 0
+    while slow < 3:
+        began = time.perf_counter()
+        batch = next(source, None)
+        if batch is None:
+            return True
+        seconds = time.perf_counter() - began
+        size = sum(x.nbytes for data in batch[1] for x in (data.values() if isinstance(data, dict) else data))
+        slow = slow + 1 if seconds > _HICCUP_S + size / _MEMORY_BYTES_A_S else 0
+        yield batch
+    return False
 
 
 class DeviceCopy:

@@ -6,7 +6,6 @@ Where they are made is a matter of speed alone: the same batches come, bit for b
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytrainer.data.ahead import DeviceCopy, ahead, gather
+from raytrainer.data.ahead import DeviceCopy, ahead, gather, while_warm
 from raytrainer.data.columns import Column, MappedColumn
 from raytrainer.data.datasets import columns_of, name_of
 from raytrainer.data.fetch import Collate, Fetcher, collate, describe, map_leaves, wrapped
@@ -28,9 +27,6 @@ log = logging.getLogger(__name__)
 
 RESIDENT_BYTES = 256 * 2**20
 """Up to this size `resident="auto"` keeps a column dataset on the device."""
-# Slower than this, a batch from a memory map came from a disk: a tenth of what memory copies, and a thread's slice.
-_MEMORY_BYTES_A_S = 200e6
-_HICCUP_S = 0.002
 
 
 @dataclass(slots=True)
@@ -247,25 +243,12 @@ class Loader:
         if self.device.type == "cuda":
 
             def both() -> Generator[_Made, None, None]:
-                if not (yield from self._while_warm(steps)):
+                if not (yield from while_warm(self._gathered(steps))):
                     yield from self._paged_in(steps)
 
             yield from self._copied(both(), self.prefetch)
-        elif not (yield from self._while_warm(steps)):
+        elif not (yield from while_warm(self._gathered(steps))):
             yield from self._copied(self._paged_in(steps), self.prefetch)
-
-    def _while_warm(self, steps: Iterator[Step]) -> Generator[_Made, None, bool]:
-        """Batches until three together came so slowly that a disk must have been waited for; True if there are no more."""
-        slow, made = 0, self._gathered(steps)
-        while slow < 3:
-            began = time.perf_counter()
-            batch = next(made, None)
-            if batch is None:
-                return True
-            seconds = time.perf_counter() - began
-            slow = slow + 1 if seconds > _HICCUP_S + _nbytes(batch[1]) / _MEMORY_BYTES_A_S else 0
-            yield batch
-        return False
 
     def _paged_in(self, steps: Iterator[Step]) -> Generator[_Made, None, None]:
         assert self._columns is not None
@@ -406,11 +389,6 @@ def _at_least(name: str, value: int, least: int) -> None:
         raise ConfigError(
             f"data.{name}={value!r}: want an integer of at least {least}", key=f"data.{name}", value=value
         )
-
-
-def _nbytes(micro: list[Any]) -> int:
-    """Of the tensors in a batch of columns."""
-    return sum(x.nbytes for data in micro for x in (data.values() if isinstance(data, dict) else data))
 
 
 def _is_map_style(dataset: Any) -> bool:
