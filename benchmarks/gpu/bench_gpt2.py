@@ -21,7 +21,6 @@ from benchmarks import report
 from benchmarks.gpu import rounds
 from raytrainer.trainer import Trainer
 
-
 # Dense peaks of bfloat16 in TFLOP/s, from NVIDIA's data sheets.
 PEAKS = {"H100 PCIe": 756.0, "H100 NVL": 835.5, "H100": 989.4, "H200": 989.4, "A100": 312.0}
 
