@@ -36,7 +36,7 @@ PUBLIC = {
     """,
     "raytrainer.data": """
         Arrays Batch ColumnDataset Digits EncodedImages ImageFolder Loader MicroBatch Normalize ParquetDataset
-        RandomCropFlip RayDataset
+        PythonSources RandomCropFlip RayDataset TokenDataset
     """,
     "raytrainer.models": """
         MLP ResNet Transformer resnet101 resnet152 resnet18 resnet34 resnet50

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from raytrainer.data.loader import Batch, Loader, MicroBatch
     from raytrainer.data.parquet import ParquetDataset
     from raytrainer.data.ray_data import RayDataset
+    from raytrainer.data.text import PythonSources
+    from raytrainer.data.tokens import TokenDataset
 
 __all__ = [
     "Arrays",
@@ -27,8 +29,10 @@ __all__ = [
     "MicroBatch",
     "Normalize",
     "ParquetDataset",
+    "PythonSources",
     "RandomCropFlip",
     "RayDataset",
+    "TokenDataset",
 ]
 
 _MODULES = {
@@ -42,8 +46,10 @@ _MODULES = {
     "MicroBatch": "loader",
     "Normalize": "augment",
     "ParquetDataset": "parquet",
+    "PythonSources": "text",
     "RandomCropFlip": "augment",
     "RayDataset": "ray_data",
+    "TokenDataset": "tokens",
 }
 
 

@@ -1,0 +1,212 @@
+"""Streams of tokens as datasets of windows, and their files: one page of JSON, then the ids, read through a memory map.
+
+Opening a file costs the same whatever its length: the operating system reads the pages that batches touch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from raytrainer.errors import ConfigError, DataError
+
+IGNORED = -100
+"""The label of a position that does not count, as `torch.nn.functional.cross_entropy` and `TokenCrossEntropy` have it."""
+
+_PAGE = 4096
+_FORMAT = "raytrainer tokens 1"
+_TYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+
+Ids = npt.NDArray[np.unsignedinteger[Any]]
+
+
+class TokenWindows:
+    """A stream of token ids cut into windows, each a sample: `{"input_ids": [seq_len], "labels": [seq_len]}`, int64.
+
+    The labels are the ids that follow, so that over all samples every token but the first is predicted once. The last
+    window is filled up with inputs of 0 and labels of -100, which do not count. Documents are not kept apart: a window
+    may hold the end of one and the beginning of the next.
+
+    Args:
+        tokens: All ids, 1-d, of an unsigned type; a memory map is read only where a batch needs it.
+        seq_len: Tokens in a window.
+
+    Raises:
+        ConfigError: `seq_len` is below 1.
+        DataError: Fewer than two tokens.
+    """
+
+    def __init__(self, tokens: Ids, seq_len: int) -> None:
+        if seq_len < 1:
+            raise ConfigError("must be at least 1", key="seq_len", value=seq_len)
+        if len(tokens) < 2:
+            raise DataError(f"{len(tokens)} tokens are no text: it takes two to predict one")
+        self.tokens, self.seq_len = tokens, seq_len
+        whole = (len(tokens) - 1) // seq_len
+        step = tokens.itemsize
+        self._whole: Ids = np.lib.stride_tricks.as_strided(
+            tokens, (whole, seq_len + 1), (seq_len * step, step), writeable=False
+        )
+        self._rest: Ids = tokens[whole * seq_len :]  # with the last token of the window before: 1 means nothing is left
+
+    def __len__(self) -> int:
+        return len(self._whole) + (len(self._rest) > 1)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        return {name: values[0] for name, values in self.__getitems__([index % len(self)]).items()}
+
+    def __getitems__(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> dict[str, Tensor]:
+        rows = np.asarray(indices, dtype=np.int64)
+        windows = np.empty((len(rows), self.seq_len + 1), np.int64)
+        whole = rows < len(self._whole)
+        windows[whole] = self._whole[rows[whole]]
+        ids = torch.from_numpy(windows)
+        batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
+        if not whole.all():
+            # Of its own, since the two overlap in `ids`.
+            last, rest = torch.from_numpy(~whole), torch.from_numpy(self._rest.astype(np.int64))
+            batch = {name: values.clone() for name, values in batch.items()}
+            batch["input_ids"][last] = torch.nn.functional.pad(rest[:-1], (0, self.seq_len - len(rest) + 1))
+            batch["labels"][last] = torch.nn.functional.pad(rest[1:], (0, self.seq_len - len(rest) + 1), value=IGNORED)
+        return batch
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """What the head of a file of tokens says.
+
+    Attributes:
+        dtype: Of an id: `uint8`, `uint16` or `uint32`, little-endian.
+        vocab_size: Ids are below it.
+        separator: The id after each document; None: they follow each other directly.
+        tokenizer: SHA-256 of the tokenizer's file.
+        tokens, documents: How many.
+        bytes: Of the texts, in UTF-8.
+    """
+
+    dtype: str
+    vocab_size: int
+    separator: int | None
+    tokenizer: str
+    tokens: int = 0
+    documents: int = 0
+    bytes: int = 0
+
+    @property
+    def bytes_per_token(self) -> float:
+        """The mean, separators among the tokens: what `TokenCrossEntropy` needs for bits a byte."""
+        return self.bytes / self.tokens
+
+
+class TokenDataset(TokenWindows):
+    """The windows of a file that `python -m raytrainer.data.tokenize` made, or of a part of it.
+
+    Args:
+        path: The file, on this machine or a file system that all workers share.
+        seq_len: Tokens in a window; see `TokenWindows` for the samples.
+        begin, end: Which part of the stream, as fractions of its tokens: `end: 0.99` to train on and `begin: 0.99` to
+            validate on share no token.
+        vocab_size: The model's; a file with larger ids is refused.
+
+    Raises:
+        ConfigError: A part that is none, or a vocabulary larger than the model's.
+        DataError: The file is not there, not of this kind, or not whole.
+    """
+
+    def __init__(
+        self, path: str | Path, seq_len: int, *, begin: float = 0.0, end: float = 1.0, vocab_size: int | None = None
+    ) -> None:
+        if not 0 <= begin < end <= 1:
+            raise ConfigError("must be fractions, 0 <= begin < end <= 1", key="begin, end", value=f"{begin}, {end}")
+        self.path = Path(path).expanduser().absolute()
+        self.head = read_head(self.path)
+        if vocab_size is not None and self.head.vocab_size > vocab_size:
+            raise ConfigError(
+                f"is less than the {self.head.vocab_size} tokens of {self.path}", key="vocab_size", value=vocab_size
+            )
+        tokens = np.memmap(self.path, _TYPES[self.head.dtype], "r", _PAGE, (self.head.tokens,))
+        super().__init__(tokens[round(begin * len(tokens)) : round(end * len(tokens))], seq_len)
+
+
+def read_head(path: Path) -> TokenFile:
+    """What a file of tokens holds.
+
+    Raises:
+        DataError: It is not there, not of this kind, or not whole.
+    """
+    try:
+        with path.open("rb") as file:
+            page, size = file.read(_PAGE), file.seek(0, os.SEEK_END)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    try:
+        values = json.loads(page)
+        if values.pop("format") != _FORMAT:
+            raise ValueError
+        head = TokenFile(**values)
+        wanted = _PAGE + head.tokens * _TYPES[head.dtype].itemsize
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{path}: is no file of tokens: make one with python -m raytrainer.data.tokenize") from error
+    if size != wanted:
+        raise DataError(f"{path}: has {size:,} bytes, and {head.tokens:,} tokens take {wanted:,}")
+    return head
+
+
+class TokenWriter:
+    """Writes a file of tokens beside its place, and moves it there when it is whole.
+
+    As a context manager: leaving it by an exception leaves nothing behind. Two that write the same file do not meet;
+    the last to finish stays.
+
+    Args:
+        path: The file's place.
+        vocab_size, separator, tokenizer: See `TokenFile`. Ids are uint16 where they fit, else uint32.
+    """
+
+    def __init__(self, path: Path, *, vocab_size: int, separator: int | None, tokenizer: str) -> None:
+        dtype = "uint16" if vocab_size <= 2**16 else "uint32"
+        self.path, self.head = path, TokenFile(dtype, vocab_size, separator, tokenizer)
+        self._dtype = _TYPES[dtype]
+        self._beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        self._file = self._beside.open("xb")
+        self._file.write(b" " * _PAGE)
+
+    def add(self, documents: Sequence[Sequence[int]], size: int) -> None:
+        """Adds documents of token ids, whose texts have `size` bytes together."""
+        end = [] if self.head.separator is None else [self.head.separator]
+        ids = np.concatenate([np.array([*document, *end], self._dtype) for document in documents])
+        self._file.write(ids.tobytes())
+        head = self.head
+        self.head = replace(
+            head, tokens=head.tokens + len(ids), documents=head.documents + len(documents), bytes=head.bytes + size
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._file.seek(0)
+                self._file.write(json.dumps({"format": _FORMAT, **asdict(self.head)}).encode().ljust(_PAGE - 1) + b"\n")
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._beside.replace(self.path)
+        finally:
+            self._file.close()
+            self._beside.unlink(missing_ok=True)
