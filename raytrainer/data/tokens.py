@@ -26,7 +26,7 @@ IGNORED = -100
 
 _PAGE = 4096
 _FORMAT = "raytrainer tokens 1"
-_TYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+_TYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -89,7 +89,7 @@ class TokenFile:
     """What the head of a file of tokens says.
 
     Attributes:
-        dtype: Of an id: `uint8`, `uint16` or `uint32`, little-endian.
+        dtype: Of an id: `uint16` or `uint32`, little-endian.
         vocab_size: Ids are below it.
         separator: The id after each document; None: they follow each other directly.
         tokenizer: SHA-256 of the tokenizer's file.
@@ -132,26 +132,26 @@ class TokenDataset(TokenWindows):
         if not 0 <= begin < end <= 1:
             raise ConfigError("must be fractions, 0 <= begin < end <= 1", key="begin, end", value=f"{begin}, {end}")
         self.path = Path(path).expanduser().absolute()
-        self.head = read_head(self.path)
+        self.head, tokens = _mapped(self.path)
         if vocab_size is not None and self.head.vocab_size > vocab_size:
             raise ConfigError(
                 f"is less than the {self.head.vocab_size} tokens of {self.path}", key="vocab_size", value=vocab_size
             )
-        tokens = np.memmap(self.path, _TYPES[self.head.dtype], "r", _PAGE, (self.head.tokens,))
         super().__init__(tokens[round(begin * len(tokens)) : round(end * len(tokens))], seq_len)
 
 
-def read_head(path: Path) -> TokenFile:
-    """What a file of tokens holds.
-
-    Raises:
-        DataError: It is not there, not of this kind, or not whole.
-    """
+def _mapped(path: Path) -> tuple[TokenFile, Ids]:
     try:
+        # One open file for both: a new one may be moved to the path meanwhile.
         with path.open("rb") as file:
             page, size = file.read(_PAGE), file.seek(0, os.SEEK_END)
+            head = _parsed(page, size, path)
+            return head, np.memmap(file, _TYPES[head.dtype], "r", _PAGE, (head.tokens,))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
+
+
+def _parsed(page: bytes, size: int, path: Path) -> TokenFile:
     try:
         values = json.loads(page)
         if values.pop("format") != _FORMAT:

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from raytrainer.data import Loader, PythonSources, TokenDataset
 from raytrainer.data.tokenize import main, tokenize
-from raytrainer.data.tokens import IGNORED, TokenFile, TokenWindows, TokenWriter, read_head
+from raytrainer.data.tokens import IGNORED, TokenFile, TokenWindows, TokenWriter
 from raytrainer.errors import ConfigError, DataError
 
 TEXTS = ["the cat sat on the mat", "größer als die Katze\n", "", "a b c " * 30]
@@ -92,8 +92,9 @@ def test_a_file_holds_what_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, "uint16"), (2**16 + 1, "uint32")])
 def test_ids_are_as_small_as_the_vocabulary_lets_them_be(tmp_path: Path, vocab_size: int, dtype: str) -> None:
     path = write(tmp_path / "a", [[0, vocab_size - 1]], vocab_size)
-    assert read_head(path).dtype == dtype
-    assert TokenDataset(path, 1)[0]["labels"].tolist() == [vocab_size - 1]
+    dataset = TokenDataset(path, 1)
+    assert dataset.head.dtype == dtype
+    assert dataset[0]["labels"].tolist() == [vocab_size - 1]
 
 
 def test_parts_share_no_token(tmp_path: Path) -> None:
@@ -230,7 +231,7 @@ def test_a_round_trip(
     source, output = write_as(tmp_path / name), tmp_path / "out.tokens"
     assert main([str(source), "--tokenizer", str(tokenizer), "--output", str(output)]) == 0
     assert decoded(output, tokenizer) == TEXTS
-    head = read_head(output)
+    head = TokenDataset(output, 8).head
     assert head.bytes == sum(len(text.encode()) for text in TEXTS)
     assert (head.documents, head.separator, head.vocab_size) == (
         4,
