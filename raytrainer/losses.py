@@ -4,6 +4,8 @@ They take their tensors from a dict by key or from a tuple by position, and neve
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +17,8 @@ from raytrainer.errors import ConfigError
 
 Model = Callable[..., Any]  # gives a tensor, or an object that has it as `logits` (Hugging Face's ModelOutput)
 Field = str | int
+
+_LARGEST_EXPONENT = math.log(sys.float_info.max)  # above it math.exp raises
 
 
 class CrossEntropy:
@@ -98,9 +102,11 @@ class TokenCrossEntropy:
             shifted them by one.
         ignore_index: Targets that do not count (padding, a prompt). With none that counts the loss is 0.
         keywords: As in `CrossEntropy`.
+        bytes_per_token: Bytes of text for each token, on average: 1 where tokens are bytes; of a token file,
+            `raytrainer.data.tokenize` prints it. None: no bits a byte.
 
     Raises:
-        ConfigError: When called: the batch has no such entry.
+        ConfigError: `bytes_per_token` is not above 0; when called: the batch has no such entry.
     """
 
     def __init__(
@@ -109,8 +115,12 @@ class TokenCrossEntropy:
         target: Field = "labels",
         ignore_index: int = -100,
         keywords: Sequence[str] = (),
+        bytes_per_token: float | None = None,
     ) -> None:
+        if bytes_per_token is not None and not bytes_per_token > 0:
+            raise ConfigError("must be above 0", key="loss.bytes_per_token", value=bytes_per_token)
         self.input, self.target, self.ignore_index, self.keywords = input, target, ignore_index, keywords
+        self.bytes_per_token = bytes_per_token
 
     def __call__(self, model: Model, batch: Any) -> dict[str, Tensor]:
         target = _take(batch, "target", self.target, position=1).flatten()
@@ -124,6 +134,15 @@ class TokenCrossEntropy:
         preds = logits.detach()
         right = ((preds.argmax(-1) == target) & counted).sum()
         return {"loss": loss, "weight": weight, "accuracy": right / mean_over, "preds": preds, "target": target}
+
+    def summary(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Of the mean over all tokens, in nats: its perplexity, and the bits for a byte of text, which is comparable
+        between tokenizers."""
+        loss = means["loss"]
+        found = {"perplexity": math.inf if loss > _LARGEST_EXPONENT else math.exp(loss)}
+        if self.bytes_per_token is not None:
+            found["bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
+        return found
 
 
 def _output(model: Model, batch: Any, input: Field, keywords: Sequence[str] = ()) -> Tensor:  # noqa: A002

@@ -20,17 +20,22 @@ class WeightedMeans:
 
     Every rank must add the same names in the same order, which a rank without samples does with weight 0. The rows
     are what a checkpoint keeps, so that the sums of a resumed run are added up in the same order.
+
+    Attributes:
+        weight: What this process and the others added up to the last `reduce`, without what a checkpoint brought.
     """
 
     def __init__(self, device: torch.device, all_reduce: Callable[[Tensor], Tensor]) -> None:
         self._device, self._all_reduce = device, all_reduce
         self._names: list[str] = []
+        self.weight = 0.0
         self._clear()
 
     def _clear(self) -> None:
         self._rows: list[Tensor] = []  # each [len(names)]
         self._weights: list[Tensor | float] = []
         self._sums: Tensor | None = None  # [len(names) + 1], float64: of the rows before, then their weight
+        self._loaded: Tensor | None = None  # 0-d, float64: the weight of what a checkpoint brought
 
     def add(self, values: Mapping[str, Tensor], weight: Tensor | float) -> None:
         """Adds 0-d tensors, each a mean over `weight` samples or tokens.
@@ -56,11 +61,13 @@ class WeightedMeans:
     def reduce(self, *flags: float) -> tuple[dict[str, float], list[float]]:
         """The means over all ranks since the last call, and `flags` summed over ranks; waits for the device once."""
         head = self._folded()
+        added = head[-1:] if self._loaded is None else head[-1:] - self._loaded
         tail = torch.tensor(flags, dtype=torch.float64).to(self._device)
-        *sums, weight = (everything := self._all_reduce(torch.cat([head, tail])).tolist())[: len(head)]
+        reduced = self._all_reduce(torch.cat([head, added, tail])).tolist()
+        *sums, weight, self.weight = reduced[: len(head) + 1]
         means = {n: s / weight if weight else float("nan") for n, s in zip(self._names, sums, strict=True)}
         self._clear()
-        return means, everything[len(head) :]
+        return means, reduced[len(head) + 1 :]
 
     def nonfinite(self) -> Tensor:
         """Whether one of this rank's sums is NaN or infinite: a 0-d bool tensor on the device."""
@@ -99,12 +106,24 @@ class WeightedMeans:
             self._rows = list(state["rows"].to(self._device))
             self._weights = list(state["weights"].to(self._device).squeeze(1))
         self._sums = None if state["sums"] is None else state["sums"].to(self._device)
+        self._loaded = self._folded()[-1]
+
+
+def summarised(loss: Any, means: Mapping[str, float]) -> dict[str, float]:
+    """The means, and what the loss's own `summary(means)` makes of them, if it has one (perplexity of a loss)."""
+    summary = getattr(loss, "summary", None)
+    return dict(means) if summary is None else {**means, **summary(means)}
 
 
 class Throughput:
-    """Samples a second between logs, by a clock that only goes forward; evaluation and saving are left out."""
+    """Samples a second between logs, by a clock that only goes forward; evaluation and saving are left out.
+
+    Attributes:
+        seconds: Between the last two calls of `rate`.
+    """
 
     def __init__(self) -> None:
+        self.seconds = 0.0
         self._samples = 0
         self._since = time.perf_counter()
         self._paused_at: float | None = None
@@ -123,7 +142,8 @@ class Throughput:
     def rate(self) -> float:
         """Samples a second since the last call."""
         now = time.perf_counter()
-        rate = self._samples / max(now - self._since, 1e-9)
+        self.seconds = max(now - self._since, 1e-9)
+        rate = self._samples / self.seconds
         self._samples, self._since = 0, now
         return rate
 

@@ -197,7 +197,8 @@ def progress_line(message: Mapping[str, Any]) -> str:
     parts.append(f"step {message['step']}" + (f"/{message['total']}" if message["total"] else ""))
     parts.append(f"loss {metrics.get('train/loss', math.nan):.4g}")
     parts.append(f"lr {metrics.get('train/lr', math.nan):.3g}")
-    parts.append(f"{metrics.get('train/samples_per_second', math.nan):,.0f} samples/s")
+    what = "tokens" if "train/tokens_per_second" in metrics else "samples"
+    parts.append(f"{metrics.get(f'train/{what}_per_second', math.nan):,.0f} {what}/s")
     if message["left"] is not None:
         parts.append(f"{duration(message['left'])} left")
     return "  ".join(parts)

@@ -45,6 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "parallel",
         "checkpoint",
         "metrics",
+        "flops",
         "tracking",
         "progress",
     ),

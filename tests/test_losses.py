@@ -140,6 +140,16 @@ def test_tokens_that_do_not_count() -> None:
     assert out["accuracy"].item() == pytest.approx((logits.argmax(-1) == target)[kept].float().mean().item())
 
 
+def test_perplexity_and_bits_a_byte() -> None:
+    assert TokenCrossEntropy().summary({"loss": math.log(8)}) == {"perplexity": pytest.approx(8)}
+    told = TokenCrossEntropy(bytes_per_token=4.0).summary({"loss": math.log(8), "accuracy": 0.5})
+    assert told == {"perplexity": pytest.approx(8), "bits_per_byte": pytest.approx(3 / 4)}
+    assert TokenCrossEntropy().summary({"loss": 1e4}) == {"perplexity": math.inf}
+    assert math.isnan(TokenCrossEntropy().summary({"loss": math.nan})["perplexity"])
+    with pytest.raises(ConfigError, match=r"loss\.bytes_per_token=0\.0 must be above 0"):
+        TokenCrossEntropy(bytes_per_token=0.0)
+
+
 def test_no_token_counts() -> None:
     logits = torch.randn(1, 3, 6, requires_grad=True)
     out = TokenCrossEntropy()(same, (logits, torch.full((1, 3), -100)))

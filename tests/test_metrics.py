@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from raytrainer.errors import ConfigError
-from raytrainer.metrics import Monitor, Throughput, WeightedMeans
+from raytrainer.metrics import Monitor, Throughput, WeightedMeans, summarised
 from raytrainer.parallel import World
 from tests import ranks
 
@@ -86,6 +87,28 @@ def test_the_window_survives_in_its_state(added: int) -> None:
     for each in (means, again):
         each.add({"loss": torch.tensor(4.0)}, 4)
     assert again.reduce() == means.reduce()
+
+
+def test_the_weight_is_what_was_added_here() -> None:
+    means, again = alone(), alone()
+    assert means.weight == 0
+    for weight in (2, torch.tensor(3)):
+        means.add({"loss": torch.tensor(1.0)}, weight)
+    again.load_state_dict(means.state_dict())
+    again.add({"loss": torch.tensor(1.0)}, 10)
+    assert (means.reduce(), means.weight) == (({"loss": 1.0}, []), 5)
+    assert (again.reduce(), again.weight) == (({"loss": 1.0}, []), 10)  # its clock began after the other five
+    again.add({"loss": torch.tensor(1.0)}, 1)
+    assert (again.reduce(), again.weight) == (({"loss": 1.0}, []), 1)
+
+
+def test_a_loss_may_sum_up() -> None:
+    class Loss:
+        def summary(self, means: Mapping[str, float]) -> dict[str, float]:
+            return {"squared": means["loss"] ** 2}
+
+    assert summarised(Loss(), {"loss": 3.0}) == {"loss": 3.0, "squared": 9.0}
+    assert summarised(len, {"loss": 3.0}) == {"loss": 3.0}
 
 
 def test_a_long_window_is_folded_and_stays_a_mean(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,6 +195,7 @@ def test_throughput_leaves_out_what_is_no_training(monkeypatch: pytest.MonkeyPat
     now[0] += 1000
     throughput.go_on()
     assert throughput.rate() == pytest.approx(20)
+    assert throughput.seconds == pytest.approx(2)
     throughput.go_on()  # without a pause: nothing
     now[0] += 1
     assert throughput.rate() == 0

@@ -54,6 +54,11 @@ def test_progress_line() -> None:
     assert progress_line(LOG) == "epoch 3/12  step 30/132  loss 0.2113  lr 0.0941  4,812 samples/s  0:21 left"
 
 
+def test_progress_line_of_a_language_model() -> None:
+    metrics = {**METRICS, "train/tokens_per_second": 1_048_576.0}
+    assert "  1,048,576 tokens/s  " in progress_line({**LOG, "metrics": metrics})
+
+
 def test_progress_line_of_a_run_without_a_known_end() -> None:
     bare = progress_line({**LOG, "total": None, "epochs": None, "left": None, "metrics": {}})
     assert bare == "epoch 3  step 30  loss nan  lr nan  nan samples/s"

@@ -77,6 +77,7 @@ class TrainerConfig:
     eval_every_n_steps: int | None = key(None, least=0)
     channels_last: bool = False
     deterministic: bool | None = None  # null: true on CPU, false on GPU
+    peak_tflops: float | None = key(None, least=0)  # of a worker's device, for train/mfu; null: by the GPU's name
     profile: Profile | None = None
     early_stopping: EarlyStopping | None = None
 

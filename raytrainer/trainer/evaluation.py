@@ -21,7 +21,7 @@ from raytrainer.config import build
 from raytrainer.data import Loader
 from raytrainer.errors import CheckpointError, CheckpointNotFound, ConfigError, StorageError
 from raytrainer.events import EvalEnd
-from raytrainer.metrics import Monitor, WeightedMeans
+from raytrainer.metrics import Monitor, WeightedMeans, summarised
 from raytrainer.parallel import World
 from raytrainer.trainer import snapshot
 
@@ -62,7 +62,7 @@ def _over(t: Trainer, model: nn.Module, loader: Loader) -> dict[str, float]:
                 t.val_metrics.update(predictions(values), micro.size, values)
                 weight = values.pop("weight", None)
                 means.add(values, micro.size if weight is None else weight * (1 if micro.size else 0))
-    return {**means.reduce()[0], **t.val_metrics.compute()}
+    return {**summarised(t.loss, means.reduce()[0]), **t.val_metrics.compute()}
 
 
 @contextlib.contextmanager

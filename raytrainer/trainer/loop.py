@@ -21,13 +21,14 @@ from raytrainer.config import Experiment, InitFrom, build, factory
 from raytrainer.data import Batch, Loader
 from raytrainer.errors import ConfigError, NonFiniteLoss
 from raytrainer.events import Artifact, CheckpointSaved, EvalEnd, Events, FitEnd, FitStart, Logged
-from raytrainer.metrics import Monitor, Throughput, WeightedMeans
+from raytrainer.metrics import Monitor, Throughput, WeightedMeans, summarised
 from raytrainer.optim import build_optimizer, build_scheduler
 from raytrainer.parallel import Precision, World
 from raytrainer.state import load_weights
 from raytrainer.trainer import evaluation, snapshot
 from raytrainer.trainer.model import build_model
 from raytrainer.trainer.profile import recorded
+from raytrainer.trainer.utilisation import Utilisation
 
 _log = logging.getLogger("raytrainer.trainer")
 
@@ -123,6 +124,8 @@ class Trainer:
         self._extra: dict[str, float] = {}
         self.window = WeightedMeans(device, self.world.all_reduce)
         self.throughput = Throughput()
+        self._utilisation = Utilisation(self)
+        self._counts_tokens = False  # the loss gives a weight of its own
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
@@ -156,7 +159,7 @@ class Trainer:
                     last = self.step == self.total_steps
                     if last or self.step % options.log_every_n_steps == 0:
                         over = options.max_time is not None and time.monotonic() - self._began >= options.max_time
-                        reason = self._log(batch.epoch, over) or reason
+                        reason = self._log(batch, over) or reason
                     # An end that came from outside leaves time for a checkpoint, not for one evaluation more.
                     if self._evaluation_due(batch.ends_epoch, last or reason == "max_time"):
                         self._evaluate_and_note(batch.epoch)
@@ -211,6 +214,7 @@ class Trainer:
             self.window.add(values, weight)
         if self.precision.scaler is not None:
             self.precision.scaler.unscale_(self.optimizer)
+        self._counts_tokens = bool(counted)
         if counted:
             # The weight is known only after the forward passes: the sum above was over global_size, make it over it.
             total = self.world.all_reduce(torch.stack(counted).sum())
@@ -326,14 +330,17 @@ class Trainer:
 
     # --- parts of the loop ----------------------------------------------------------------------------------------
 
-    def _log(self, epoch: int, over: bool) -> str | None:
+    def _log(self, batch: Batch, over: bool) -> str | None:
         """Reduces the window over all ranks and tells it; the reason to end, where any rank has one."""
         means, (stop, timed_out) = self.window.reduce(float(self._should_stop()), float(over))
-        metrics = {f"train/{k}": v for k, v in means.items()}
+        metrics = {f"train/{k}": v for k, v in summarised(self.loss, means).items()}
         metrics["train/lr"] = float(self._lr)
-        metrics["train/samples_per_second"] = self.throughput.rate()
-        metrics["epoch"] = float(epoch)
-        self._tell(epoch, metrics)
+        metrics["train/samples_per_second"] = rate = self.throughput.rate()
+        if self._counts_tokens:
+            metrics["train/tokens_per_second"] = self.window.weight / self.throughput.seconds
+        metrics.update(self._utilisation.metrics(batch, rate))
+        metrics["epoch"] = float(batch.epoch)
+        self._tell(batch.epoch, metrics)
         if not math.isfinite(means["loss"]):
             if self.experiment.trainer.nonfinite == "stop":
                 raise self._nonfinite(f"loss became {means['loss']}")

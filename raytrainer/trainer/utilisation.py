@@ -1,0 +1,58 @@
+"""Which part of what its devices could do a `Trainer` uses: `train/mfu` of its log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from raytrainer import parallel, seeds
+from raytrainer.config import build
+from raytrainer.data import Batch
+from raytrainer.flops import model_flops, peak_flops
+
+if TYPE_CHECKING:
+    from raytrainer.trainer.loop import Trainer
+
+
+class Utilisation:
+    """The FLOPs that the model needs for the samples of a second, over what all devices could do in it.
+
+    The model's are counted once, on the first log, over a micro-batch of it, and only where the peak is known.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer, self._flops_per_sample = trainer, 0.0
+        options = trainer.experiment.trainer
+        self._peak = peak_flops(trainer.world.device, options.precision, options.peak_tflops)
+
+    def metrics(self, batch: Batch, samples_per_second: float) -> dict[str, float]:
+        """`train/mfu`, or nothing where it is not known. Every rank calls it, and counts for itself."""
+        if not self._peak:
+            return {}
+        if not self._flops_per_sample:
+            self._flops_per_sample = self._counted(batch)
+            if not self._flops_per_sample:
+                self._peak = None
+                return {}
+        return {"train/mfu": samples_per_second * self._flops_per_sample / (self._peak * self._trainer.world.size)}
+
+    def _counted(self, batch: Batch) -> float:
+        t, micro = self._trainer, batch.micro[0]
+
+        def make() -> tuple[nn.Module, Any]:
+            model, loss = _node(t.experiment.model), _node(t.experiment.loss)
+            return t.precision.convert(build(model)), build(loss)
+
+        t.throughput.pause()
+        kept = seeds.random_state()
+        flops = model_flops(make, parallel.map_tensors(t.prepare(micro.data), lambda tensor: tensor.to("meta")))
+        seeds.set_random_state(kept)
+        t.throughput.go_on()
+        return (flops or 0.0) / max(micro.size, 1)  # one that stands in for none is a sample too
+
+
+def _node(node: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    assert node is not None  # the configuration's own check
+    return node
