@@ -71,6 +71,27 @@ def test_resnet_with_group_norm_in_fp32() -> None:
     assert_equal_curves(e, 10, 1e-5)
 
 
+def sources(max_bytes: int) -> dict[str, Any]:
+    return node("raytrainer.data.PythonSources", split="train", seq_len=16, max_bytes=max_bytes)
+
+
+LANGUAGE: dict[str, Any] = {
+    "model": node("raytrainer.models.Transformer", vocab_size=256, dim=16, num_layers=2, num_heads=4, num_kv_heads=2),
+    "loss": node("raytrainer.losses.TokenCrossEntropy"),
+    "optimizer": node("torch.optim.AdamW", lr=0.01, fused=True),
+}
+
+
+def test_transformer_in_fp32() -> None:
+    # An epoch of 63 windows, the last of which is not full: 30 samples, 30, and 3 on 4 workers.
+    e = experiment(
+        **LANGUAGE,
+        data={"train": sources(1000), "val": sources(300), "global_batch_size": 30, "drop_last": False},
+        trainer={"max_steps": 10, "eval_every_n_steps": 5},
+    )
+    assert_equal_curves(e, 10, 1e-5)
+
+
 def test_mlp_in_float64_over_100_steps() -> None:
     e = experiment(
         optimizer=node("torch.optim.AdamW", lr=0.01, fused=True),
@@ -288,6 +309,15 @@ def test_resume_is_exact_on_ranks(tmp_path: Path, size: int) -> None:
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "64-true"])
 def test_resume_is_exact_in_other_precisions(tmp_path: Path, precision: str) -> None:
     assert killed_and_resumed(World(), hard(precision=precision), tmp_path, [7]) == []
+
+
+def test_resume_of_a_transformer_with_dropout_is_exact(tmp_path: Path) -> None:
+    e = hard()
+    e.model, e.loss = {**LANGUAGE["model"], "dropout": 0.2}, LANGUAGE["loss"]
+    e.data.train, e.data.val = sources(1000), sources(300)
+    assert killed_and_resumed(World(), e, tmp_path / "1", [7]) == []
+    for found in ranks.run(2, killed_and_resumed, e, tmp_path / "2", [3, 7]):
+        assert found == []
 
 
 def test_resume_of_an_iterable_is_exact(tmp_path: Path) -> None:

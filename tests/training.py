@@ -111,7 +111,7 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
     if isinstance(a, dict) and isinstance(b, dict):
         if a.keys() != b.keys():
             return [f"{path}: {sorted(a.keys() ^ b.keys())}"]
-        return [d for key in a if "_per_second" not in key for d in differences(a[key], b[key], f"{path}/{key}")]
+        return [d for key in a if "_per_second" not in str(key) for d in differences(a[key], b[key], f"{path}/{key}")]
     if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
         return [d for i, pair in enumerate(zip(a, b, strict=True)) for d in differences(*pair, f"{path}/{i}")]
     return [] if type(a) is type(b) and (a == b or (a != a and b != b)) else [path]

@@ -1,0 +1,41 @@
+"""`experiment=transformer` learns more than the frequencies of bytes and of pairs of bytes, on two workers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from raytrainer.config import Experiment, build, compose
+from raytrainer.parallel import World
+from raytrainer.trainer import Trainer
+from tests import ranks
+
+
+def evaluated(world: World, e: Experiment) -> dict[str, float]:
+    trainer = Trainer(e, world=world)
+    trainer.fit()
+    return {name: value for name, value in trainer.metrics.items() if name.startswith("val/")}
+
+
+def test_it_beats_a_unigram_and_a_bigram_model() -> None:
+    steps = ["trainer.max_steps=60", "trainer.eval_every_n_steps=60", "data.val.max_bytes=40000"]
+    e = compose(["experiment=transformer", "trainer.num_threads=1", *steps]).experiment
+    assert e.scaling.num_workers == 2
+    train, val = (build(node or {}).tokens for node in (e.data.train, e.data.val))
+    assert (len(train), len(val)) == (2_000_000, 40_000)
+
+    # Both with one more of each than was counted in the training text, on the targets of the validation.
+    singles = np.bincount(train, minlength=256) + 1.0
+    pairs = np.ones((256, 256))
+    np.add.at(pairs, (train[:-1], train[1:]), 1)
+    unigram = -np.log(singles / singles.sum())[val[1:]].mean()
+    bigram = -np.log(pairs / pairs.sum(1, keepdims=True))[val[:-1], val[1:]].mean()
+    assert 2 < bigram < unigram < 4
+
+    first, second = ranks.run(2, evaluated, e)
+    assert first == second
+    assert first["val/loss"] < bigram < unigram
+    assert first["val/bits_per_byte"] == pytest.approx(first["val/loss"] / math.log(2))
+    assert first["val/perplexity"] == pytest.approx(math.exp(first["val/loss"]))
