@@ -11,6 +11,7 @@ from raytrainer import parallel, seeds
 from raytrainer.config import build
 from raytrainer.data import Batch
 from raytrainer.flops import model_flops, peak_flops
+from raytrainer.optim import freeze
 
 if TYPE_CHECKING:
     from raytrainer.trainer.loop import Trainer
@@ -42,8 +43,9 @@ class Utilisation:
         t, micro = self._trainer, batch.micro[0]
 
         def make() -> tuple[nn.Module, Any]:
-            model, loss = _node(t.experiment.model), _node(t.experiment.loss)
-            return t.precision.convert(build(model)), build(loss)
+            model = t.precision.convert(build(_node(t.experiment.model)))
+            freeze(model, t.experiment.trainer.freeze)
+            return model, build(_node(t.experiment.loss))
 
         t.throughput.pause()
         kept = seeds.random_state()
