@@ -79,8 +79,8 @@ FOREIGN_KEYS = {
     "optim": "optimizer=sgd (or adamw, or any _target_)",
     # torchtitan
     "local_batch_size": "data.micro_batch_size",
-    "training.seq_len": "data.train.seq_len, an argument of the dataset",
-    "seq_len": "data.train.seq_len, an argument of the dataset",
+    "training.seq_len": "the dataset's own argument, below data.train",
+    "seq_len": "the dataset's own argument, below data.train",
     "steps": "trainer.max_steps",
     "max_norm": "trainer.max_grad_norm",
     "dump_folder": "storage_path",
