@@ -19,19 +19,16 @@ from torch.nn import functional as F
 
 from benchmarks import report
 from benchmarks.gpu import rounds
+from raytrainer.flops import peak_flops
 from raytrainer.trainer import Trainer
-
-# Dense peaks of bfloat16 in TFLOP/s, from NVIDIA's data sheets.
-PEAKS = {"H100 PCIe": 756.0, "H100 NVL": 835.5, "H100": 989.4, "H200": 989.4, "A100": 312.0}
 
 
 def utilisation(tokens_per_second: float, dim: int, depth: int, length: int, vocabulary: int) -> float | None:
     """The part of the peak of this GPU, if that is known, by Chowdhery et al. 2022 (arXiv:2204.02311, appendix B): 6 FLOPs a
     token for each weight of a matrix product, and attention over the whole square."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peak = next((tflops for part, tflops in PEAKS.items() if part in name), None)
+    peak = peak_flops(torch.device("cuda"), "bf16-mixed") if torch.cuda.is_available() else None
     flops = 6 * (12 * depth * dim**2 + vocabulary * dim) + 12 * depth * dim * length
-    return tokens_per_second * flops / (peak * 1e12) if peak else None
+    return tokens_per_second * flops / peak if peak else None
 
 
 class Block(nn.Module):

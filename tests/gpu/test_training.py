@@ -145,10 +145,10 @@ def test_a_checkpoint_of_the_cpu_goes_on_here_and_back(tmp_path: Path) -> None:
 
 
 def test_utilisation_is_part_of_the_log() -> None:
-    """Where the peak of the device is known; and no model here comes near it."""
+    """Whatever the device: its peak is given; no model here comes near it."""
     told = Recorder()
-    Trainer(experiment("trainer.log_every_n_steps=10", net="gpt"), world=world(), listeners=[told]).fit()
-    (name,) = {type(e).__name__ for e in told.events("on_log")}
-    assert name == "Logged"
-    for value in told.series("train/mfu").values():
-        assert 0 < value < 1
+    e = experiment("trainer.log_every_n_steps=10", "trainer.peak_tflops=1000", net="gpt")
+    Trainer(e, world=world(), listeners=[told]).fit()
+    values = told.series("train/mfu").values()
+    assert values
+    assert all(0 < value < 1 for value in values)
