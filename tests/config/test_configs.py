@@ -19,6 +19,7 @@ ELSEWHERE = ["storage_path=s3://bucket/runs", "tracking.tracking_uri=https://mlf
 # What a choice needs beside it to be a whole experiment.
 BESIDE = {
     ("experiment", "*"): [],
+    ("data", "tokens"): ["experiment=transformer", "data.train.path=train.tokens"],
     ("debug", "*"): ["experiment=mlp"],
     ("cluster", "inline"): ["experiment=mlp", "scaling.num_workers=1"],
     ("cluster", "job"): ["experiment=mlp", "cluster.address=https://ray.example.com", *ELSEWHERE],
