@@ -44,13 +44,15 @@ def restore_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, 
             "the checkpoint's optimizer has other parameters, or groups them otherwise, than this one"
         )
     number, state, new_groups = 0, {}, []
-    for wanted, group in zip(order, groups, strict=True):
+    for wanted, group, own in zip(order, groups, optimizer.param_groups, strict=True):
         numbers = list(range(number, number + len(wanted)))
         number += len(wanted)
         state.update({i: saved["state"][n] for i, n in zip(numbers, wanted, strict=True) if n in saved["state"]})
         # JSON has no tuples (AdamW's betas); torch compares and unpacks either.
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in group.items() if k != "names"}
-        new_groups.append({**values, "params": numbers})
+        # How the steps are computed is this process's: shards may have no fused ones.
+        how = {k: own[k] for k in ("fused", "foreach") if k in own}
+        new_groups.append({**values, **how, "params": numbers})
     optimizer.load_state_dict({"state": state, "param_groups": new_groups})
 
 

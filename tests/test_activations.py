@@ -62,6 +62,9 @@ def test_blocks_are_those_the_model_names_or_repeats() -> None:
     resnet = ResNet(block="basic", layers=[1, 1], num_classes=4, in_channels=1, width=4, stem="small", norm="batch")
     assert len(names(resnet)) == 2
     assert names(nn.Linear(2, 2)) == []
+    # Those that recompute are still they, for what is sharded.
+    checkpoint_activations(find_units(resnet, None, "trainer.activation_checkpointing"))
+    assert len(names(resnet)) == 2
     # Blocks within blocks: the outer ones.
     assert names(nn.ModuleList([Whole(), Whole()])) == ["0", "1"]
 

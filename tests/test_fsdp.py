@@ -57,14 +57,14 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """Blocks between two layers that share their weight, with a buffer that no state dict has, and a frozen part."""
 
-    def __init__(self, depth: int = 3, width: int = 16, dropout: float = 0.0) -> None:
+    def __init__(self, depth: int = 3, width: int = 16, dropout: float = 0.0, classes: int = 4) -> None:
         super().__init__()
         self.built_on = torch.empty(0).device.type
         self.first = nn.Linear(width, width)
         self.blocks = nn.ModuleList(Block(width, dropout) for _ in range(depth))
         self.last = nn.Linear(width, width)
         self.last.weight = self.first.weight
-        self.head = nn.Linear(width, 4)
+        self.head = nn.Linear(width, classes)
         self.scale = nn.Parameter(torch.rand(width), requires_grad=False)
         self.register_buffer("turn", torch.cos(torch.arange(width) / 3), persistent=False)
 
@@ -277,6 +277,61 @@ def test_resume_is_exact(tmp_path: Path, size: int, fsdp: dict[str, Any]) -> Non
     e.fsdp = FSDPConfig(**fsdp)
     for found in ranks.run(size, killed_and_resumed, e, tmp_path, [1, 7] if size < 4 else [7]):
         assert found == []
+
+
+def three_classes(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+    return {"loss": nn.functional.cross_entropy(model(batch["image"]), batch["label"] % 3)}
+
+
+def overflowing(world: World, e: Experiment) -> tuple[float, bool]:
+    """The scale after a step in which one rank's gradients overflow, and whether the weights are as before."""
+    trainer = Trainer(e, world=world)
+    before = {name: full(t) for name, t in trainer.raw_model.named_parameters()}
+    batch = next(trainer.train_loader.batches(0, 1))
+    if world.rank == 0:
+        batch.micro[0].data["image"].fill_(torch.inf)
+    trainer.train_step(batch)
+    after = {name: full(t) for name, t in trainer.raw_model.named_parameters()}
+    scaler = trainer.precision.scaler
+    assert scaler is not None
+    return scaler.get_scale(), training.differences(before, after) == []
+
+
+def head_alone(world: World, e: Experiment, folder: Path) -> tuple[dict[int, float], list[int], list[bool]]:
+    """The losses, this rank's values of what is trained, and which groups of the optimizer are fused."""
+    saved = checkpointer(world, folder)
+    recorder = training.Recorder()
+    trainer = Trainer(e, world=world, checkpointer=saved, listeners=[recorder])
+    if found := saved.list():
+        trainer.restore(found[-1])
+    trainer.fit()
+    held = [part.numel() for part in parallel.local_parts(trainer._parameters)]
+    return recorder.series("train/loss"), held, [group["fused"] for group in trainer.optimizer.param_groups]
+
+
+def test_a_new_head_of_fewer_classes_than_ranks_by_fused_sgd(tmp_path: Path) -> None:
+    # Ranks without any value that is trained, and an optimizer that has no kernel for shards.
+    e = stack(max_steps=3, freeze=["first.*", "blocks.*", "last.*"], max_grad_norm=0.5, precision="64-true")
+    e.model, e.loss = node(Stack, classes=3), node(three_classes, _partial_=True)
+    e.optimizer = node("torch.optim.SGD", lr=0.1, momentum=0.9, fused=True)
+    found = ranks.run(4, head_alone, e, tmp_path)
+    expected, _, fused = head_alone(World(), e, tmp_path / "alone")
+    assert fused == [True, True]
+    assert found[3][1:] == ([0, 0], [False, False])
+    for losses, _, _ in found:
+        assert losses == pytest.approx(expected, rel=1e-9)
+    # On one process it is fused again.
+    e.trainer.max_steps = 5
+    losses, _, fused = head_alone(World(), e, tmp_path)
+    assert fused == [True, True]
+    assert losses.keys() == {4, 5}
+
+
+def test_a_gradient_scaler_skips_steps_of_unfused_sgd() -> None:
+    e = stack(max_steps=2, precision="16-mixed", nonfinite="warn")
+    e.optimizer = node("torch.optim.SGD", lr=0.1, momentum=0.9, fused=True)
+    for scale, same in ranks.run(2, overflowing, e):
+        assert (scale, same) == (2.0**15, True)
 
 
 def started_from(world: World, e: Experiment, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:

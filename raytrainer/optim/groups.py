@@ -101,18 +101,22 @@ def build_optimizer(factory: Factory, model: nn.Module) -> Optimizer:
 
 
 def mend_fused_sgd(optimizer: Optimizer) -> None:
-    """Goes around two faults of torch's fused SGD (2.13); for a new optimizer, and for one whose settings were loaded.
+    """Goes around three faults of torch's fused SGD (2.13); for a new optimizer, and for one whose state was loaded.
 
-    On the CPU it leaves parameters in half precision where they are (pytorch#191763): those groups are not fused.
-    Where a gradient scaler skips the very first step, which is usual, it leaves the momentum unwritten memory: zeros
-    instead, from which the first real step gives the same (without dampening, that is).
+    On the CPU it leaves parameters in half precision where they are (pytorch#191763), and of shards it knows nothing:
+    those groups are not fused. Where a gradient scaler skips the very first step, which is usual, it leaves the momentum
+    unwritten memory: zeros instead, from which the first real step gives the same (without dampening, that is).
     """
     if not isinstance(optimizer, SGD):
         return
     for group in optimizer.param_groups:
         if not group["fused"]:
             continue
-        if any(p.device.type == "cpu" and p.dtype in (torch.bfloat16, torch.float16) for p in group["params"]):
+        if any(hasattr(p, "full_tensor") for p in group["params"]):
+            group["fused"] = False
+            # Or a gradient scaler would leave it to `step` to skip one.
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        elif any(p.device.type == "cpu" and p.dtype in (torch.bfloat16, torch.float16) for p in group["params"]):
             group["fused"] = False
         elif group["momentum"]:
             for p in group["params"]:

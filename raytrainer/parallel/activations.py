@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -20,9 +21,15 @@ def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:
     buffers in the forward pass (spectral norm) would do so twice.
     """
     for block in blocks:
-        # A class of its own, as FSDP2 does: a module around the block would change every name in it.
-        kind = type(block)
-        block.__class__ = type(kind.__name__, (_Recomputed, kind), {"__module__": kind.__module__})
+        block.__class__ = _recomputed(type(block))
+
+
+@functools.cache
+def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class, as FSDP2 makes one: a module around a block would change every name in it. One for all blocks of a class,
+    or they would no longer be repeated ones (`find_units`)."""
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (_Recomputed, kind), names)
 
 
 class _Recomputed(nn.Module):

@@ -366,9 +366,11 @@ class Trainer:
     def _nonfinite_state(self) -> tuple[bool, bool]:
         """Whether a loss since the last log, or a weight, is NaN or infinite, on any rank."""
         # The weights too: a gradient may overflow under a finite loss, and shows in the loss only a step later.
-        weights = [part for part in parallel.local_parts(self._parameters) if part.numel()]  # a shard may be empty
-        finite = [norm.isfinite() for norm in torch._foreach_norm(weights, math.inf)]
-        flags = torch.stack([self.window.nonfinite(), ~torch.stack(finite).all()]).double()
+        # A rank's shard may be empty, and all of them: those of a new head alone, which has fewer classes than ranks.
+        weights = [part for part in parallel.local_parts(self._parameters) if part.numel()]
+        finite = [norm.isfinite() for norm in torch._foreach_norm(weights, math.inf)] if weights else []
+        bad = ~torch.stack(finite).all() if finite else torch.zeros((), dtype=torch.bool, device=self.world.device)
+        flags = torch.stack([self.window.nonfinite(), bad]).double()
         loss, weights = self.world.all_reduce(flags).tolist()
         return loss > 0, weights > 0
 
