@@ -115,7 +115,7 @@ def mend_fused_sgd(optimizer: Optimizer) -> None:
         if any(hasattr(p, "full_tensor") for p in group["params"]):
             group["fused"] = False
             # Or a gradient scaler would leave it to `step` to skip one.
-            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+            optimizer._step_supports_amp_scaling = False
         elif any(p.device.type == "cpu" and p.dtype in (torch.bfloat16, torch.float16) for p in group["params"]):
             group["fused"] = False
         elif group["momentum"]:

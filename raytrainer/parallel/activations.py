@@ -21,11 +21,12 @@ def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:
     buffers in the forward pass (spectral norm) would do so twice.
     """
     for block in blocks:
-        block.__class__ = _recomputed(type(block))
+        kind: Any = type(block)
+        block.__class__ = _recomputed(kind)
 
 
 @functools.cache
-def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
+def _recomputed(kind: type[Any]) -> type[Any]:
     """A class, as FSDP2 makes one: a module around a block would change every name in it. One for all blocks of a class,
     or they would no longer be repeated ones (`find_units`)."""
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
