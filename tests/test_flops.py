@@ -125,6 +125,22 @@ def test_counting_changes_nothing_of_the_training() -> None:
     assert differences(with_it, without) == []
 
 
+def test_frozen_parameters_cost_no_gradient() -> None:
+    # Without the embedding nothing below the last feed-forward layer needs one: its own three matrices and the output's.
+    e = language(
+        peak_tflops=1.0, freeze=["embed_tokens.*", "layers.[01].*", "layers.2.self_attn.*", "layers.2.*norm.*"]
+    )
+    metrics = fitted(e)[0].metrics
+    model = Transformer(**SHAPE)
+    forward = palm(model, LENGTH) / 3
+    mlp = sum(p.numel() for name, p in model.named_parameters() if name.startswith("layers.2.mlp."))
+    head = model.embed_tokens.weight.numel()
+    # The inner layers' own gradients, and that of what goes into the outer ones: the output's, and the last matrix's.
+    backward = 2 * mlp + 2 * head + 2 * mlp // 3
+    found = metrics["train/mfu"] * 1e12 / metrics["train/samples_per_second"] / LENGTH
+    assert found == pytest.approx(forward + backward)
+
+
 @pytest.mark.parametrize("peak", [None, 0.0])
 def test_where_the_peak_is_not_known_nothing_is_counted(peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raytrainer.trainer.utilisation.model_flops", lambda *_: pytest.fail("counted"))

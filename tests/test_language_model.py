@@ -19,8 +19,9 @@ def evaluated(world: World, e: Experiment) -> dict[str, float]:
     return {name: value for name, value in trainer.metrics.items() if name.startswith("val/")}
 
 
+@pytest.mark.slow
 def test_it_beats_a_unigram_and_a_bigram_model() -> None:
-    steps = ["trainer.max_steps=60", "trainer.eval_every_n_steps=60", "data.val.max_bytes=40000"]
+    steps = ["trainer.max_steps=80", "trainer.eval_every_n_steps=80", "data.val.max_bytes=40000"]
     e = compose(["experiment=transformer", "trainer.num_threads=1", *steps]).experiment
     assert e.scaling.num_workers == 2
     train, val = (build(node or {}).tokens for node in (e.data.train, e.data.val))
