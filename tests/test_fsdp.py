@@ -1,10 +1,11 @@
 """Sharded training: the same run as DDP's, from the same weights, with the same checkpoints and resume, in less memory.
-The ranks are processes with gloo, in tests/ranks.py."""
+The ranks are processes with gloo, in tests/ranks.py. As a program it prints docs/fsdp.md's table of memory."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,11 @@ def full(tensor: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, dropout: float) -> None:
+    def __init__(self, width: int, dropout: float, inner: int = 5) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         # 5 is not divisible by 2 or 4: uneven shards, and an empty one of the bias on 4 ranks.
-        self.inner, self.outer = nn.Linear(width, 5), nn.Linear(5, width)
+        self.inner, self.outer = nn.Linear(width, inner), nn.Linear(inner, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -351,3 +352,206 @@ def test_weights_come_from_a_run_and_go_out_whole(tmp_path: Path) -> None:
         assert training.differences(begun, training.weights(trainer)) == []
         assert (exported is None) == (rank > 0)
         load_weights(copy.deepcopy(trainer.raw_model), exported or begun, "the checkpoint")
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+class Wide(nn.Module):
+    """8 blocks of 33,280 parameters each, and a head of 516."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(128, 0.0, inner=128) for _ in range(8))
+        self.head = nn.Linear(128, 4)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = image.flatten(1).repeat(1, 8)
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def peak(world: World, e: Experiment) -> dict[str, int]:
+    """Bytes that this rank holds when it holds the most, by what they are for, in its second step."""
+    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    trainer = Trainer(e, world=world)
+    batch = next(trainer.train_loader.batches(0, 1))
+    trainer.train_step(batch)
+    if parallel.is_sharded(trainer.raw_model):
+        tracker: MemTracker = FSDPMemTracker(trainer.raw_model, trainer.optimizer)
+    else:
+        tracker = MemTracker()
+        tracker.track_external(trainer.raw_model, trainer.optimizer)
+    with tracker:
+        trainer.train_step(batch)
+    return {str(k): v for k, v in tracker.get_tracker_snapshot("peak")[torch.device("cpu")].items()}
+
+
+def wide(strategy: str, *, recompute: bool = False) -> Experiment:
+    return experiment(
+        model=node(Wide),
+        optimizer=node("torch.optim.AdamW", lr=0.01, foreach=False),
+        data={"train": node(images, rows=512), "val": None, "global_batch_size": 512},
+        trainer={"strategy": strategy, "activation_checkpointing": recompute},
+    )
+
+
+def test_memory_falls_with_the_number_of_ranks() -> None:
+    whole, block = 4 * (8 * 33280 + 516), 4 * (33280 + 516)
+    ddp = ranks.run(4, peak, wide("ddp"))[0]["Total"]
+    for size in (2, 4):
+        found, recomputed = (ranks.run(size, peak, wide("fsdp", recompute=r))[0] for r in (False, True))
+        for memory in (found, recomputed):
+            assert memory["_FSDPRefType.SHARDED_PARAM"] == whole / size
+            assert memory["_FSDPRefType.OPT"] == pytest.approx(2 * whole / size, rel=0.01)
+            assert memory["_FSDPRefType.UNSHARDED_PARAM"] <= block
+        assert recomputed["_FSDPRefType.ACT"] < 0.4 * found["_FSDPRefType.ACT"]
+    assert found["Total"] < 0.6 * ddp
+    assert recomputed["Total"] < 0.35 * ddp
+
+
+# -- what else there is to training ----------------------------------------------------------------------------------
+
+
+def losses(world: World, cases: list[Experiment]) -> list[dict[int, float]]:
+    return [fitted(e, world)[1].series("train/loss") for e in cases]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true"])
+def test_half_precision_trains_as_with_ddp(precision: str) -> None:
+    def case(optimizer: str, **options: Any) -> Experiment:
+        return experiment(
+            model=node(training.Net, dropout=0.0),  # with a batch norm
+            optimizer=node(optimizer, fused=True, **options),
+            data={"micro_batch_size": 3},
+            trainer={"precision": precision, "max_steps": 20, "max_grad_norm": 1.0, "strategy": "fsdp"},
+        )
+
+    cases = [case("torch.optim.SGD", lr=0.1, momentum=0.9), case("torch.optim.AdamW", lr=0.01)]
+    first, second = ranks.run(2, losses, [*cases, *(with_strategy(e, "ddp") for e in cases)])
+    assert first == second
+    for got, expected in zip(first[:2], first[2:], strict=True):
+        assert got[20] < 0.6 * got[1]
+        assert got == pytest.approx(expected, rel=0.05)
+
+
+def policies(world: World) -> list[Any]:
+    from raytrainer.parallel import fsdp
+
+    made = [
+        fsdp.precision_policy(
+            precision,
+            FSDPConfig(param_dtype=options.get("param_dtype"), reduce_dtype=options.get("reduce_dtype")),
+            dtype,
+        )
+        for precision, options, dtype in [
+            ("bf16-mixed", {}, torch.float32),
+            ("16-mixed", {}, torch.float32),
+            ("bf16-mixed", {"param_dtype": "float32", "reduce_dtype": "bfloat16"}, torch.float32),
+            ("bf16-true", {}, torch.bfloat16),
+            ("bf16-true", {"reduce_dtype": "float32"}, torch.bfloat16),
+            ("32-true", {}, torch.float32),
+        ]
+    ]
+    return [(policy.param_dtype, policy.reduce_dtype) for policy in made]
+
+
+def test_types_are_those_of_the_precision() -> None:
+    assert policies(World()) == [
+        (torch.bfloat16, None),
+        (torch.float16, None),
+        (None, torch.bfloat16),
+        (None, None),
+        (None, torch.float32),
+        (None, None),
+    ]
+
+
+def overflown(world: World, optimizer: str) -> tuple[bool, float]:
+    """Whether a step with an infinite gradient on rank 1 alone moves anything, and the gradient scale after it."""
+    e = stack(precision="16-mixed")
+    e.optimizer = node(optimizer, lr=0.1, fused=True)
+    trainer = Trainer(e, world=world)
+    batch = next(trainer.train_loader.batches(0, 1))
+    before = [part.clone() for part in parallel.local_parts(trainer._parameters)]
+    with torch.no_grad():
+        for _ in range(world.rank):
+            batch.micro[0].data["image"][0] = torch.inf
+    trainer.train_step(batch)
+    after = parallel.local_parts(trainer._parameters)
+    assert trainer.precision.scaler is not None
+    return any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)), trainer.precision.scaler.get_scale()
+
+
+@pytest.mark.parametrize("optimizer", ["torch.optim.SGD", "torch.optim.AdamW"])
+def test_an_overflow_on_one_rank_skips_the_step_on_all(optimizer: str) -> None:
+    assert ranks.run(2, overflown, optimizer) == [(False, 32768.0)] * 2
+
+
+class Choosy(nn.Module):
+    """Each rank uses a half of its own, of one unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.halves = nn.ModuleList([nn.Linear(16, 4), nn.Linear(16, 4)])
+
+    def forward(self, image: Tensor) -> Tensor:
+        logits: Tensor = self.halves[torch.distributed.get_rank()](image.flatten(1))
+        return logits
+
+
+def test_ranks_may_use_different_parts_of_a_unit() -> None:
+    e = stack(find_unused_parameters=True, max_steps=5)
+    e.model, e.data.val = node(Choosy), None
+    for got, expected in ranks.run(2, losses, [e, with_strategy(e, "ddp")]):
+        assert got == pytest.approx(expected, rel=1e-5)
+
+
+def compiled(world: World, e: Experiment) -> tuple[dict[int, float], dict[int, float], int]:
+    """The losses without and with torch.compile, and how many graphs it made."""
+    from torch._dynamo.utils import counters
+
+    plain = losses(world, [e])[0]
+    counters.clear()
+    e.trainer.compile = True
+    return plain, losses(world, [e])[0], counters["stats"]["unique_graphs"]
+
+
+def test_it_compiles_unit_by_unit() -> None:
+    if not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        pytest.skip("torch.compile needs a C++ compiler: g++ or clang++")
+    for plain, got, graphs in ranks.run(2, compiled, stack(max_steps=3, activation_checkpointing=True)):
+        assert got == pytest.approx(plain, rel=1e-5)
+        assert graphs > 0
+
+
+class Scalar(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(16, 4)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(
+    ("model", "wrap", "message"),
+    [
+        (Stack, ["Linear"], r"fsdp.wrap puts first.weight and last.weight, which are one parameter, into different"),
+        (Stack, ["Blok"], r"fsdp.wrap=Blok is no class of the model's modules; valid: Block, "),
+        (Scalar, None, r"trainer.strategy=fsdp cannot shard this model: .*scalar parameters"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(model: type, wrap: list[str] | None, message: str) -> None:
+    e = stack(fsdp={"wrap": wrap})
+    e.model = node(model)
+    with pytest.raises(AssertionError, match=rf"ConfigError: {message}"):
+        ranks.run(2, initial, e)
+
+
+if __name__ == "__main__":
+    for strategy in ("ddp", "fsdp"):
+        for recompute in (False, True):
+            row = [ranks.run(size, peak, wide(strategy, recompute=recompute))[0]["Total"] / 1e6 for size in (2, 4)]
+            print(f"| {strategy}{', recomputing' if recompute else ''} |" + "".join(f" {mb:.2f} |" for mb in row))

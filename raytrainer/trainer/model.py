@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch
 from torch import nn
@@ -40,27 +41,25 @@ def build_model(e: Experiment, world: World, precision: Precision) -> tuple[nn.M
     if options.channels_last and not sharded:  # FSDP wants its parameters contiguous: there it is the inputs alone
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = copy.deepcopy(model).requires_grad_(False) if options.ema_decay else None
+    units = parallel.find_units(model, e.fsdp.wrap, "fsdp.wrap") if sharded else []
     # What is recomputed is inside of what is compiled, and that inside of what is sharded.
     _checkpoint_activations(model, options.activation_checkpointing)
-    units = parallel.find_units(model, e.fsdp.wrap, "fsdp.wrap") if sharded else []
     if options.compile:
         # FSDP's hooks are not to be compiled: they are around each unit, and in between is little to gain.
         for part in units or [model]:
             part.compile(mode="default" if options.compile is True else options.compile)
     if sharded:
-        mesh = fsdp.make_mesh(world, e.fsdp.replicas)
-        policy = fsdp.precision_policy(options.precision, e.fsdp, precision.dtype)
-        for each in (model, average):
-            if each is not None:
-                fsdp.shard(
-                    each,
-                    parallel.find_units(each, e.fsdp.wrap, "fsdp.wrap"),
-                    world,
-                    mesh,
-                    policy,
-                    reshard_after_forward=e.fsdp.reshard_after_forward,
-                    find_unused_parameters=options.find_unused_parameters,
-                )
+        shard = functools.partial(
+            fsdp.shard,
+            world=world,
+            mesh=fsdp.make_mesh(world, e.fsdp.replicas),
+            policy=fsdp.precision_policy(options.precision, e.fsdp, precision.dtype),
+            reshard_after_forward=e.fsdp.reshard_after_forward,
+            find_unused_parameters=options.find_unused_parameters,
+        )
+        shard(model, units)
+        if average is not None:
+            shard(average, parallel.find_units(average, e.fsdp.wrap, "fsdp.wrap"))
     return model, average
 
 
