@@ -70,10 +70,10 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
         raise CheckpointCorrupt(f"{source} {problem}")
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(_placed_as(tensor, weights[name]))
+            tensor.copy_(placed_as(tensor, weights[name]))
 
 
-def _placed_as(own: Tensor, value: Tensor) -> Tensor:
+def placed_as(own: Tensor, value: Tensor) -> Tensor:
     """`value` for a copy into `own`: of a whole one, where `own` is a DTensor, this rank's shard."""
     # Looked up, not imported: it takes half a second, and where nobody has imported it there is none.
     dtensor = sys.modules.get("torch.distributed.tensor")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from raytrainer import parallel
 from raytrainer.config import Experiment, FSDPConfig
+from raytrainer.errors import CheckpointNotFound
 from raytrainer.parallel import World
 from raytrainer.state import load_weights, named_optimizer_state
 from raytrainer.trainer import Trainer
@@ -339,7 +340,10 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(optimizer: str) -> None:
 def started_from(world: World, e: Experiment, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """The weights after `init_from`; and, from rank 0 alone, those that a model is exported with."""
     trainer = Trainer(e, world=world, checkpointer=checkpointer(world, folder))
-    trainer.init_from(str(folder.parent))
+    with pytest.raises(CheckpointNotFound, match=r"init_from=/nowhere: neither"):
+        trainer.init_from("/nowhere")
+    # Only the first rank has the whole of them in its memory, or asks for them.
+    trainer.init_from(str(folder.parent if world.rank == 0 else "/nowhere"))
     found = {name: full(t) for name, t in trainer.raw_model.state_dict().items()}
     return found, trainer.best_weights()[1] if world.rank == 0 else None
 

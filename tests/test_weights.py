@@ -236,3 +236,9 @@ def test_as_a_key(in_tmp: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             compose(["experiment=mlp", wrong])
+
+
+def test_a_password_of_a_source_is_not_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("raytrainer.checkpoint.weights._at", lambda place, storage_path: None)
+    with pytest.raises(CheckpointNotFound, match=r"init_from=s3://bucket/run: neither"):
+        find_weights("s3://me:hidden@bucket/run", str(tmp_path))

@@ -22,7 +22,7 @@ from raytrainer.checkpoint.manifest import CheckpointInfo
 from raytrainer.config import InitFrom
 from raytrainer.errors import CheckpointCorrupt, CheckpointNotFound
 from raytrainer.names import Match, Shape
-from raytrainer.storage import Storage
+from raytrainer.storage import Storage, redacted
 
 _PICKLES = (".bin", ".pt", ".pth")
 _FILES = (".safetensors", *_PICKLES)
@@ -75,7 +75,7 @@ def find_weights(source: str, storage_path: str, look_up: Callable[[str], str | 
     if directory is not None and (found := _at(directory, storage_path)) is not None:
         return found
     raise CheckpointNotFound(
-        f"init_from={source}: neither a file of weights, nor a run or checkpoint there, nor a folder of Hugging Face's"
+        f"init_from={redacted(source)}: neither a file of weights, nor a run or checkpoint there, nor a folder of Hugging Face's"
     )
 
 
@@ -102,7 +102,7 @@ def fit(model: nn.Module, shapes: dict[str, Shape], options: InitFrom) -> Match:
 
 
 def take(model: nn.Module, weights: Weights, options: InitFrom) -> tuple[dict[str, Tensor], str]:
-    """What `fit` says of `weights`, read: a state dict of the model, in which the rest is as it was; and that in words.
+    """What `fit` says of `weights`, read: by the model's names and in its shapes what it takes; and that in words.
 
     Raises:
         CheckpointCorrupt: They cannot be read, or are not what was asked for.
@@ -117,7 +117,7 @@ def take(model: nn.Module, weights: Weights, options: InitFrom) -> tuple[dict[st
                 f"{weights.place} has other values for {first} than for {unlike[0]}, which are one tensor in the model"
             )
     taken = {name: found[theirs] for name, theirs in match.taken.items()}
-    return {**model.state_dict(), **taken}, f"weights of {weights.place}: {match.in_words()}"
+    return taken, f"weights of {weights.place}: {match.in_words()}"
 
 
 def _without_adapters(model: nn.Module, own: dict[str, Shape], shapes: dict[str, Shape]) -> dict[str, str]:

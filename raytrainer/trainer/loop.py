@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from raytrainer import parallel, seeds
-from raytrainer.checkpoint import Checkpointer, CheckpointInfo, find_weights, take, unread
+from raytrainer.checkpoint import Checkpointer, CheckpointInfo, find_weights, unread
 from raytrainer.config import Experiment, InitFrom, build, factory
 from raytrainer.data import Batch, Loader
 from raytrainer.errors import ConfigError, NonFiniteLoss
@@ -26,7 +26,7 @@ from raytrainer.optim import build_optimizer, build_scheduler
 from raytrainer.parallel import Precision, World
 from raytrainer.state import load_weights
 from raytrainer.trainer import evaluation, snapshot
-from raytrainer.trainer.model import build_model
+from raytrainer.trainer.model import build_model, take_weights
 from raytrainer.trainer.profile import recorded
 from raytrainer.trainer.utilisation import Utilisation
 
@@ -295,7 +295,8 @@ class Trainer:
         snapshot.restore(self, *state, source=str(info.path), changed=changed)
 
     def init_from(self, given: InitFrom | str, look_up: Callable[[str], str | None] = lambda _: None) -> str:
-        """Takes the weights alone from a run, a checkpoint, a file or a folder; returns what it took, in a line.
+        """Takes the weights alone from a run, a checkpoint, a file or a folder; returns what it took, in a line. Every rank
+        calls it, and the first one reads.
 
         Args:
             given: As the key `init_from`.
@@ -305,11 +306,10 @@ class Trainer:
             CheckpointError: There are none, they cannot be read, or they are not what was asked for.
         """
         options = InitFrom(source=given) if isinstance(given, str) else given
-        weights = find_weights(options.source or "", self.experiment.storage_path or "runs", look_up)
-        tensors, words = take(self.raw_model, weights, options)
-        load_weights(self.raw_model, tensors, weights.place)
+        source, storage = options.source or "", self.experiment.storage_path or "runs"
+        words = take_weights(self.raw_model, self.world, lambda: find_weights(source, storage, look_up), options)
         if self.ema_model is not None:
-            load_weights(self.ema_model, self.raw_model.state_dict(), weights.place)
+            load_weights(self.ema_model, self.raw_model.state_dict(), "the model")
         return words
 
     def best_weights(self) -> tuple[int, dict[str, Tensor]]:
@@ -319,8 +319,9 @@ class Trainer:
         """
         if self.checkpointer is not None and (found := self.checkpointer.list()):
             info = self.checkpointer.best() or found[-1]
-            shared, _ = self.checkpointer.load(info, {"optimizer": unread})
-            return info.step, shared.get("ema") or shared["model"]
+            kept, other = ("model", "ema") if self.ema_model is None else ("ema", "model")
+            shared, _ = self.checkpointer.load(info, {"optimizer": unread, other: unread})
+            return info.step, shared[kept]
         model = self.raw_model if self.ema_model is None else self.ema_model
         return self.step, {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
 

@@ -1,18 +1,24 @@
-"""The model of a `Trainer`: built from the seed, in its precision, on its device or sharded over those of all ranks."""
+"""The model of a `Trainer`: built from the seed, in its precision, on its device or sharded over those of all ranks; and
+the weights of another in it."""
 
 from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from raytrainer import parallel, seeds
-from raytrainer.config import Experiment, build
-from raytrainer.errors import ConfigError
+from raytrainer.checkpoint import Weights, take
+from raytrainer.config import Experiment, InitFrom, build
+from raytrainer.errors import ConfigError, RaytrainerError
 from raytrainer.optim import freeze
 from raytrainer.parallel import Precision, World
+from raytrainer.state import placed_as
 
 
 def build_model(e: Experiment, world: World, precision: Precision) -> tuple[nn.Module, nn.Module | None]:
@@ -61,6 +67,41 @@ def build_model(e: Experiment, world: World, precision: Precision) -> tuple[nn.M
         if average is not None:
             shard(average, parallel.find_units(average, e.fsdp.wrap, "fsdp.wrap"))
     return model, average
+
+
+def take_weights(model: nn.Module, world: World, find: Callable[[], Weights], options: InitFrom) -> str:
+    """The weights that `find` finds, into `model`; returns what was taken, in a line. Every rank calls it.
+
+    The first rank alone reads them, and sends them tensor by tensor: on the others there is never more than one whole.
+
+    Raises:
+        CheckpointError, StorageError, ConfigError: As `checkpoint.take`; on all ranks.
+    """
+    taken: dict[str, Tensor] = {}
+    told: list[Any] = [None]
+    if world.rank == 0:
+        try:
+            taken, words = take(model, find(), options)
+            told = [(words, list(taken))]
+        except RaytrainerError as error:
+            told = [error]
+    if world.distributed:
+        dist.broadcast_object_list(told, src=0, device=world.device)
+    if isinstance(told[0], RaytrainerError):
+        raise told[0]
+    line, names = told[0]
+    state = model.state_dict()
+    with torch.no_grad():
+        for name in names:
+            own: Tensor = state[name]
+            if world.rank == 0:
+                value = taken.pop(name).to(own.device, own.dtype).contiguous()
+            else:
+                value = torch.empty(own.shape, dtype=own.dtype, device=own.device)
+            if world.distributed:
+                dist.broadcast(value, src=0)
+            own.copy_(placed_as(own, value))
+    return str(line)
 
 
 def _checkpoint_activations(model: nn.Module, wanted: bool | list[str]) -> None:
