@@ -36,6 +36,13 @@ def check_strategy(e: Experiment) -> None:
         return
     if e.debug:  # one process, of whatever an experiment is made for
         return
+    optimizer = (e.optimizer or {}).get("_target_")
+    if optimizer == "torch.optim.Adafactor" and e.max_workers > 1:
+        raise ConfigError(
+            "does not take shards: it needs the norms of whole rows; use adamw, sgd or muon, or trainer.strategy=ddp",
+            key="optimizer._target_",
+            value=optimizer,
+        )
     elastic = isinstance(workers, list) and workers[0] != workers[1]
     if f.replicas > 1 and (elastic or e.max_workers % f.replicas):
         raise ConfigError(

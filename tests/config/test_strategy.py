@@ -25,6 +25,7 @@ FSDP = ["experiment=mlp", "trainer.strategy=fsdp"]
         (["fsdp.reduce_dtype=bf16"], r"fsdp.reduce_dtype=bf16 is not a valid choice; valid: .*bfloat16"),
         (["trainer.activation_checkpointing=[1]"], r"activation_checkpointing=\[1\] must be true"),
         (["trainer.activation_checkpointing=null"], r"activation_checkpointing must be true"),
+        (["~optimizer", "+optimizer._target_=torch.optim.Adafactor", "scaling.num_workers=2"], r"does not take shards"),
         (["trainer.strategy=fdsp"], r"trainer.strategy=fdsp is not a valid choice; valid: fsdp, ddp"),
         (["trainer.strategy=ddp", "fsdp.replicas=2"], r"fsdp.replicas=2 has no meaning with trainer.strategy=ddp"),
         (["trainer.strategy=ddp", "fsdp.wrap=[Block]"], r"fsdp.wrap=\[Block\] has no meaning with .*=ddp"),
