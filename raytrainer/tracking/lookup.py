@@ -9,7 +9,7 @@ from contextlib import suppress
 from raytrainer.errors import TrackingDenied
 from raytrainer.tracking.rest import Rest, is_plain
 from raytrainer.tracking.runs import CAUSE_TAG, Status
-from raytrainer.tracking.server import Server, StoredRun
+from raytrainer.tracking.server import Server, StoredRun, sqlite_path
 
 RUN_DIR_TAG = "raytrainer.run_dir"
 SUBMISSION_TAG = "raytrainer.submission_id"
@@ -157,6 +157,8 @@ def register_model(tracking_uri: str, run_id: str, folder: str, name: str) -> st
 
 
 def _search(tracking_uri: str, where: str, limit: int) -> list[StoredRun]:
+    if tracking_uri.startswith("sqlite:///") and not sqlite_path(tracking_uri).exists():
+        return []  # MLflow would make it, and who only asks leaves nothing behind
     if is_plain(tracking_uri):
         # MLflow's client may know of more ways to say who we are (.netrc, a plugin's headers).
         with suppress(TrackingDenied):
