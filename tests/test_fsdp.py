@@ -19,7 +19,7 @@ from raytrainer.config import Experiment, FSDPConfig
 from raytrainer.errors import CheckpointNotFound
 from raytrainer.parallel import World
 from raytrainer.state import load_weights, named_optimizer_state
-from raytrainer.trainer import Trainer
+from raytrainer.trainer import Trainer, snapshot
 from tests import ranks, training
 from tests.test_equality import TOKENS, direct, hard, killed_and_resumed
 from tests.training import checkpointer, experiment, fitted, images, node
@@ -532,6 +532,32 @@ def test_what_cannot_be_sharded_is_refused(model: type, wrap: list[str] | None, 
     e.model = node(model)
     with pytest.raises(AssertionError, match=rf"ConfigError: {message}"):
         ranks.run(2, initial, e)
+
+
+class Twice(nn.Module):
+    """A batch norm of two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(16)
+        self.again, self.head = self.norm, nn.Linear(16, 4)
+
+    def forward(self, image: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.norm(image.flatten(1)))
+        return logits
+
+
+def statistics(world: World, e: Experiment) -> dict[str, Tensor]:
+    state = snapshot.shared(fitted(e, world)[0])
+    return {f"{of}/{k}": t for of in ("model", "ema") for k, t in state[of].items() if "running" in k}
+
+
+def test_statistics_of_a_module_with_two_names_are_the_mean_under_both() -> None:
+    e = experiment(model=node(Twice), trainer={"strategy": "fsdp", "ema_decay": 0.9, "max_steps": 2})
+    first, second = ranks.run(2, statistics, e)
+    assert training.differences(first, second) == []
+    assert torch.equal(first["model/norm.running_mean"], first["model/again.running_mean"])
+    assert torch.equal(first["ema/norm.running_mean"], first["ema/again.running_mean"])
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ from raytrainer.parallel.world import World
 
 
 def mean_buffers(model: nn.Module, world: World) -> dict[str, Tensor]:
-    """Copies of the model's buffers: floating-point ones as the mean over all ranks, others as rank 0 has them.
+    """Copies of the model's buffers: floating-point ones as the mean over all ranks, others as rank 0 has them; under
+    each of their names, as in a state dict.
 
     Batch norm's running mean over ranks is the running mean of the whole batch; of the running variance it leaves out
     the variance between the ranks' means, which for shuffled data is of order 1/batch.
     """
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers(remove_duplicate=False)}
     if world.distributed:
         for b in buffers.values():
             if b.is_floating_point():

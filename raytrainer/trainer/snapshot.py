@@ -45,7 +45,7 @@ def shared(t: Trainer) -> dict[str, Any]:
     if t.ema_model is not None:
         state["ema"] = {
             **t.ema_model.state_dict(),
-            **{k: model[k] for k in dict(t.ema_model.named_buffers()) if k in model},
+            **{k: model[k] for k in dict(t.ema_model.named_buffers(remove_duplicate=False)) if k in model},
         }
     return state
 
