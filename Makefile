@@ -8,7 +8,7 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/python -m raytrainer experiment=resnet
 
-# What CI runs: lint, types, tests; those in two processes at once.
+# What CI runs: lint, types, tests; those in two processes at once, and the faults after them.
 test: check
 	.ci/tests $(BIN)/python
 

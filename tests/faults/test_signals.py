@@ -15,7 +15,7 @@ from tests.launches import Ended, Launch, Runs, checkpoints, launch, observed, r
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
-END_S = 20.0  # twice what is promised: the suite runs as two processes on as few as two cores
+END_S = 20.0  # twice what is promised: a machine may be busy
 CODES = {SIGINT: 130, SIGTERM: 143}
 # Where both signals go the same way, SIGTERM is for the night: others here and in test_cluster_faults.py send it too.
 BOTH = [(SIGINT, True), pytest.param(SIGTERM, False, marks=pytest.mark.nightly)]

@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 SWEEP = ["-m", "experiment=mlp", "name=sweep", "model.width=16", "model.dropout=0.2", "trainer.log_every_n_steps=5"]
 LR = "optimizer.lr=tag(log,interval(1e-4,1e-1))"
 ALWAYS = "checkpoint.min_interval_s=0"  # a checkpoint of each evaluation
-END_S = 20.0  # twice what is promised: the suite runs as two processes on as few as two cores
+END_S = 20.0  # twice what is promised: a machine may be busy
 
 
 def told(trial: Trial) -> list[tuple[int, int, float, dict[str, float]]]:
