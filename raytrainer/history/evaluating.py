@@ -13,6 +13,7 @@ from raytrainer.config import Composition, compose, from_text, group_names, new_
 from raytrainer.errors import ConfigError
 from raytrainer.history.again import stem
 from raytrainer.history.trained import trained
+from raytrainer.run import tracking_uri
 from raytrainer.storage import redacted
 
 # The sections of a group that say something about an evaluation; the others are the model's and its training's.
@@ -59,7 +60,7 @@ def to_evaluate(
     }
     if record.experiment_name:
         fixed["tracking.experiment_name"] = record.experiment_name
-    if record.tracking_uri and from_text(text).experiment.tracking.tracking_uri is None:
+    if record.tracking_uri and tracking_uri(from_text(text).experiment, record.tracking_uri) == record.tracking_uri:
         fixed["tracking.tracking_uri"] = record.tracking_uri  # below the run, wherever this is typed
     if storage.display != redacted(record.run_dir):  # it was moved, or copied
         fixed["storage_path"] = storage.display.rpartition("/")[0]

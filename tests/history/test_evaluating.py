@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,21 @@ def test_a_trial_of_a_sweep(in_tmp: Path) -> None:
     assert (e.evaluate.run_dir, e.evaluate.run_id) == (storage.child("trials/0001").display, "1" * 32)
     assert (e.optimizer or {})["lr"] == 0.2
     assert "search is a sweep; name one of its trials" in refusal("search")
+
+
+def test_it_is_told_to_the_store_of_the_run(run: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not to the one that is set here now, which has no run that it could be below."""
+    storage = Storage(run.run_dir)
+    replace(run, tracking_uri="http://theirs:5000").write(storage)
+
+    def told_to() -> str | None:
+        return history.to_evaluate(run.name, []).experiment.tracking.tracking_uri
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://others:5000")
+    assert told_to() == "http://theirs:5000"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@theirs:5000")  # the same one, with credentials
+    assert told_to() == "http://me:secret@theirs:5000"
+    assert "me:secret" not in history.to_evaluate(run.name, []).text
 
 
 def test_the_text_is_complete(run: Record) -> None:
