@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,13 +91,9 @@ def export(
     folder = to or Path.cwd() / f"{source.name}-step-{info.step}"
     if folder.exists():
         raise ConfigError("is there already; nothing is written over", key="--to", value=str(folder))
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot be made: {error.strerror}", key="--to", value=str(folder)) from error
     version = None
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
-        made = Path(beside, "export")
+    with _beside(folder) as beside:
+        made = beside / "export"
         made.mkdir()
         _write_weights(made, e, weights, {"raytrainer.run": source.name, "raytrainer.step": str(info.step)}, say)
         (made / CONFIG).write_text(source.text)
@@ -112,6 +109,18 @@ def export(
         made.rename(folder)
     files = tuple(sorted(path.name for path in folder.iterdir()))
     return Export(source.name, info.step, info.metric, averaged, str(folder), files, version)
+
+
+@contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A directory on the same disk as the folder that is to be, for as long as it takes."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-")
+    except OSError as error:
+        raise ConfigError(f"cannot be made: {error.strerror}", key="--to", value=str(folder)) from error
+    with beside as name:
+        yield Path(name)
 
 
 def _read(source: Trained, e: Experiment, checkpoint: str) -> tuple[Any, dict[str, Any], bool]:

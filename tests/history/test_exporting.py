@@ -84,6 +84,7 @@ def test_what_is_refused(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> No
     for arguments, said in (
         (["--to", "there"], "is there already; nothing is written over"),
         (["--to", "file/below"], "cannot be made"),
+        (["--to", "/proc/weights"], "cannot be made"),  # a place that is there and takes nothing
         (["--to", "s3://bucket/x"], "is a folder of this machine"),
         (["--step", "15"], "--step=15 is no checkpoint of it; valid: 10, 20"),
         (["--step", "ten"], "'ten' is no whole number"),
