@@ -81,7 +81,9 @@ class Pruned:
         wide = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = [f"{a:<{wide[0]}}  {b:<{wide[1]}}  {c:>{wide[2]}}  {d:>{wide[3]}}" for a, b, c, d in rows]
         done = "deleted" if self.deleted else "nothing is deleted; with --yes it is"
-        return "\n".join([*lines, done] if self.items else ["nothing to delete"])
+        return "\n".join(
+            [*lines, done] if self.items else ["nothing is deleted" if self.failed else "nothing to delete"]
+        )
 
 
 def prune(
@@ -170,7 +172,8 @@ def _items(record: Record, storage: Storage, keep: int) -> list[Item]:
     """What of a run, or of a sweep and its trials, can go."""
     mode = _mode(record, storage)
     places = [""]
-    if record.kind == "sweep":
+    # A link in its place leads out of the run's directory.
+    if record.kind == "sweep" and any(entry.name == "trials" and entry.is_dir for entry in storage.list()):
         places += [f"trials/{entry.name}/" for entry in storage.list("trials") if entry.is_dir]
     found: list[Item] = []
     for place in places:
@@ -201,8 +204,10 @@ def _mode(record: Record, storage: Storage) -> str:
     """Whether the best is the least or the most: without knowing that, which checkpoint is the best is not known."""
     if record.kind == "sweep":
         return Plan.read(storage).experiment.checkpoint.mode
-    text = storage.read_if_exists(CONFIG)
-    found = (yaml.safe_load(text) or {}).get("checkpoint", {}).get("mode", "min") if text is not None else None
+    try:
+        found = yaml.safe_load(storage.read_if_exists(CONFIG) or b"")["checkpoint"]["mode"]
+    except (yaml.YAMLError, ValueError, TypeError, KeyError):  # gone, cut off, or written over
+        found = None
     if found not in ("min", "max"):
         raise StorageError(f"its {CONFIG} does not say which checkpoint is the best")
     return str(found)
@@ -222,8 +227,8 @@ def _delete(known: Known, items: Sequence[Item], keep: int, told: Pruned) -> lis
             _check_kept(record, storage, items, keep)
             deleted = []
             for item in items:
-                lock.check()
                 try:
+                    lock.check()
                     if _delete_one(storage, item):
                         deleted.append(item)
                 except (RaytrainerError, OSError) as error:

@@ -262,14 +262,25 @@ def _run(folder: _Folder, arguments: Sequence[str]) -> int:
 
 
 def leftovers(runs: Path) -> list[Path]:
-    """Trees below `runs` of processes of this machine that were killed."""
+    """Trees below `runs` of processes of this machine that were killed, in which nothing runs any more."""
     found = []
     for place in sorted((runs / PLACE).iterdir()) if (runs / PLACE).is_dir() else ():
         with suppress(OSError, ValueError, KeyError, TypeError):
             owner = json.loads((place / "owner.json").read_text())
-            if owner["machine"] == machine() and process_start(int(owner["pid"])) != owner["started"]:
+            gone = owner["machine"] == machine() and process_start(int(owner["pid"])) != owner["started"]
+            if gone and not _is_used(place):
                 found.append(place)
     return found
+
+
+def _is_used(place: Path) -> bool:
+    """Whether a process of this machine is in a directory: the run itself outlives the killed one that waited for it."""
+    top = place.resolve()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # ended meanwhile, or another user's
+            if (process / "cwd").readlink().is_relative_to(top):
+                return True
+    return False
 
 
 def remove(place: Path) -> None:

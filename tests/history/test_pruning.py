@@ -17,11 +17,12 @@ from raytrainer import history
 from raytrainer.checkpoint import Checkpointer, retention
 from raytrainer.cli import main
 from raytrainer.config import compose
+from raytrainer.errors import StorageLocked
 from raytrainer.history import pruning, tree
 from raytrainer.history.pruning import Pruned
 from raytrainer.history.reconcile import look_at
 from raytrainer.run import SUBMITTED, Record
-from raytrainer.storage import Storage
+from raytrainer.storage import Lock, Storage
 from raytrainer.sweep import make_plan
 from raytrainer.tracking.spool import Spool
 from tests.history import past
@@ -131,6 +132,14 @@ def config_is_unreadable(storage: Storage) -> None:
     (storage.local_path / "config.yaml").write_text("checkpoint: {mode: sideways}")
 
 
+def config_is_empty(storage: Storage) -> None:
+    (storage.local_path / "config.yaml").write_text("")
+
+
+def config_is_cut_off(storage: Storage) -> None:
+    (storage.local_path / "config.yaml").write_text("checkpoint: {mode: ma")
+
+
 def last_is_corrupt(storage: Storage) -> None:
     file = next((storage.local_path / "checkpoints/step-000000050").glob("shared.json"))
     file.write_bytes(b"x" * file.stat().st_size)
@@ -156,6 +165,8 @@ def rewritten(storage: Storage, **fields: object) -> None:
         died_a_moment_ago,
         may_be_starting,
         config_is_unreadable,
+        config_is_empty,
+        config_is_cut_off,
         last_is_corrupt,
         is_a_link,
     ],
@@ -255,6 +266,35 @@ def test_each_trial_of_a_sweep(in_tmp: Path) -> None:
         assert steps(storage.child(f"trials/{number}")) == ["20", "30", "notes"]
 
 
+def test_trials_that_a_link_leads_to_are_not_touched(in_tmp: Path) -> None:
+    _, storage = past.record("search", kind="sweep", status="FINISHED")
+    make_plan(
+        ["experiment=mlp", "name=search", "sweep=random", "seed=1,2"], choice="random", space={}, groups=set()
+    ).write(storage)
+    saved(storage.child("trials/0001"), 10, 20, 30)
+    shutil.move(storage.local_path / "trials", in_tmp / "elsewhere")
+    (storage.local_path / "trials").symlink_to(in_tmp / "elsewhere")
+    assert not prune("search").items
+    assert steps(Storage(in_tmp / "elsewhere/0001")) == ["10", "20", "30", "99", "notes"]
+
+
+def test_what_was_deleted_is_told_also_when_the_lock_is_lost_on_the_way(
+    ended: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def lost(lock: Lock) -> None:
+        calls.append(1)
+        if len(calls) > 2:
+            raise StorageLocked("was taken over")
+
+    monkeypatch.setattr(Lock, "check", lost)
+    found = prune("ended")
+    assert [item.path[-2:] for item in found.items] == ["10", "30"]
+    assert set(found.failed.values()) == {"was taken over"}
+    assert steps(ended) == ["20", "40", "50", "99", "notes"]
+
+
 def test_a_link_among_checkpoints_is_not_followed(ended: Storage, tmp_path: Path) -> None:
     shutil.move(ended.local_path / "checkpoints/step-000000030", tmp_path / "mine")
     (ended.local_path / "checkpoints/step-000000030").symlink_to(tmp_path / "mine")
@@ -274,6 +314,10 @@ def test_the_tree_of_a_rerun_that_was_killed(in_tmp: Path) -> None:
         owner = {"pid": pid, "started": made["started"] or "1", "machine": made["machine"]}
         (place / "owner.json").write_text(json.dumps(owner))
     (in_tmp / "runs" / "ended").mkdir()
+    # The run itself outlives the process that waited for it.
+    with subprocess.Popen(["sleep", "60"], cwd=in_tmp / "runs" / tree.PLACE / "dead/tree") as run:
+        assert not prune().items
+        run.kill()
     found = prune()
     assert [(item.kind, item.path) for item in found.items] == [("worktree", ".rerun/dead")]
     assert [p.name for p in (in_tmp / "runs" / tree.PLACE).iterdir()] == ["alive"]
