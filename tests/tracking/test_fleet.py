@@ -378,7 +378,7 @@ def test_a_run_goes_on(tmp_path: Path, server: FakeServer, by: str) -> None:
     created: dict[Path, str] = {}
     of = fleet(server, on_created=created.__setitem__)
     local = trial(of, tmp_path / "a")
-    until(lambda: not (tmp_path / "a").exists())
+    until(lambda: not (tmp_path / "a").exists() and (by == "local" or tmp_path / "a" in created))
     run_id = local if by == "local" else created.pop(tmp_path / "a")
     run = server.runs["run0"]
     assert of.open(tmp_path / "a", "a", params={"lr": "9", "new": "1"}, tags={"trial": "a"}, run_id=run_id) == run_id
