@@ -57,6 +57,13 @@ def _session_environment() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _module_environment() -> None:
+    """For the fixtures of a module: what one before has left (mlflow writes its address there) is gone, and for good."""
+    for name in [name for name in os.environ if name.startswith(FOREIGN) and name not in QUIET]:
+        del os.environ[name]
+
+
 @pytest.fixture(autouse=True)
 def _test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Again for each test: what one leaves in the environment is not the next one's."""

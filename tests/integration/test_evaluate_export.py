@@ -60,7 +60,10 @@ def test_a_run_evaluated_and_exported(in_tmp: Path, capsys: pytest.CaptureFixtur
     import mlflow.pytorch
 
     mlflow.set_tracking_uri(f"sqlite:///{in_tmp}/mlflow.db")
-    model = mlflow.pytorch.load_model("models:/net/1")
+    try:
+        model = mlflow.pytorch.load_model("models:/net/1")
+    finally:
+        mlflow.set_tracking_uri(None)  # of the process, and of whatever it starts
     from raytrainer.config import build, from_text
     from raytrainer.data import Digits
     from raytrainer.state import load_weights
