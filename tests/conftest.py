@@ -8,6 +8,7 @@ import ipaddress
 import os
 import shutil
 import socket
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,6 +69,22 @@ def _module_environment() -> None:
 def _test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Again for each test: what one leaves in the environment is not the next one's."""
     _clean(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def _process_settings() -> Iterator[None]:
+    """A Trainer sets the threads and the determinism of its process: those of one test are not the next one's."""
+    before = _torch_settings()
+    yield
+    if (torch := sys.modules.get("torch")) is not None and before is not None:
+        torch.set_num_threads(before[0])
+        torch.use_deterministic_algorithms(before[1])
+
+
+def _torch_settings() -> tuple[int, bool] | None:
+    # Looked up, not imported: most tests do without, and it takes a second.
+    torch = sys.modules.get("torch")
+    return None if torch is None else (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
 
 
 def _refusing(connect: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,14 +16,6 @@ from raytrainer.parallel import World, checkpoint_activations, find_units
 from raytrainer.trainer import Trainer
 from tests import ranks
 from tests.training import differences, experiment, fitted, node, weights
-
-
-@pytest.fixture(autouse=True)
-def _process_settings() -> Iterator[None]:
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
 
 
 class Part(nn.Module):

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,8 @@ from benchmarks.gpu import bench_gpt2, bench_resnet
 
 
 @pytest.fixture(autouse=True)
-def _process_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A Trainer in this process sets the process's threads and determinism; and it uses no GPU here."""
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
 
 
 @pytest.mark.parametrize("benchmark", [bench_resnet, bench_gpt2])

@@ -3,7 +3,6 @@ The ranks are processes with gloo, in tests/ranks.py."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,6 @@ from raytrainer.parallel import World
 from raytrainer.trainer import Trainer, snapshot
 from tests import ranks, training
 from tests.training import EarlyStopping, checkpointer, differences, experiment, fitted, images, node, weights
-
-
-@pytest.fixture(autouse=True)
-def _process_settings() -> Iterator[None]:
-    """A Trainer in this process sets the process's threads and determinism."""
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
-
 
 # -- the same curve on any number of workers -------------------------------------------------------------------------
 

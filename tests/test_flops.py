@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,14 +19,6 @@ from tests.training import differences, experiment, fitted, node, weights
 META = torch.device("meta")
 LAYERS, HEADS, HEAD_DIM, LENGTH = 3, 4, 8, 16
 SHAPE: dict[str, Any] = {"vocab_size": 7, "dim": HEADS * HEAD_DIM, "num_layers": LAYERS, "num_heads": HEADS}
-
-
-@pytest.fixture(autouse=True)
-def _process_settings() -> Iterator[None]:
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
 
 
 def palm(model: Transformer, length: int) -> int:

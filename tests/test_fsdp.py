@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,6 @@ from raytrainer.trainer import Trainer, snapshot
 from tests import ranks, training
 from tests.test_equality import TOKENS, direct, hard, killed_and_resumed
 from tests.training import checkpointer, experiment, fitted, images, node
-
-
-@pytest.fixture(autouse=True)
-def _process_settings() -> Iterator[None]:
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
 
 
 def full(tensor: Tensor) -> Tensor:

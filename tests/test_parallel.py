@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,14 +16,6 @@ from tests import ranks, training
 from tests.training import experiment, fitted, node
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _process_settings() -> Iterator[None]:
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
 
 
 def reduced(world: World) -> tuple[list[float], bool]:

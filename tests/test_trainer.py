@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +34,6 @@ from tests.training import (
     node,
     weights,
 )
-
-
-@pytest.fixture(autouse=True)
-def _process_settings() -> Iterator[None]:
-    """A Trainer in this process sets the process's threads and determinism."""
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
 
 
 def test_alone_in_a_notebook(in_tmp: Path) -> None:
