@@ -5,7 +5,6 @@ An optimizer numbers its parameters by group; names survive another grouping, DD
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from raytrainer.errors import CheckpointCorrupt
 from raytrainer.names import match
+from raytrainer.sharding import placed_as
 
 
 def named_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
@@ -71,14 +71,3 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(placed_as(tensor, weights[name]))
-
-
-def placed_as(own: Tensor, value: Tensor) -> Tensor:
-    """`value` for a copy into `own`: of a whole one, where `own` is a DTensor, this rank's shard."""
-    # Looked up, not imported: it takes half a second, and where nobody has imported it there is none.
-    dtensor = sys.modules.get("torch.distributed.tensor")
-    if dtensor is None or not isinstance(own, dtensor.DTensor) or isinstance(value, dtensor.DTensor):
-        return value
-    mesh = own.device_mesh
-    shard: Tensor = dtensor.distribute_tensor(value.to(own.device), mesh, own.placements, src_data_rank=None)
-    return shard

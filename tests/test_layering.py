@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "environment",
         "autoscaling",
         "names",
+        "sharding",
     ),
     (
         "data",

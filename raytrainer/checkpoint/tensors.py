@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -15,6 +14,7 @@ import torch
 
 from raytrainer.checkpoint.tree import dtype_name
 from raytrainer.errors import CheckpointCorrupt, CheckpointError
+from raytrainer.sharding import is_sharded
 
 # The format's own names (github.com/huggingface/safetensors); another dtype is stored as bytes, U8.
 _CODES = {
@@ -70,7 +70,7 @@ class Layout:
 
 def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
     """The part of a tensor that this rank holds, sharing its memory, and where that begins in the whole."""
-    if not _is_dtensor(tensor):
+    if not is_sharded(tensor):
         return tensor.detach(), (0,) * tensor.dim()
     shards: Any = tensor
     with torch.no_grad():
@@ -91,7 +91,7 @@ def owned(tensors: Mapping[str, torch.Tensor], *, replicated: bool) -> Iterator[
             raise CheckpointError(f"{name} is sparse, quantized or on the meta device: not supported")
         if dtype_name(tensor.dtype) not in DTYPES:
             raise CheckpointError(f"{name} is {dtype_name(tensor.dtype)}: one of {', '.join(DTYPES)} can be written")
-        if not (_owns(tensor) if _is_dtensor(tensor) else replicated):
+        if not (_owns(tensor) if is_sharded(tensor) else replicated):
             continue
         part, offset = local_part(tensor)
         if part.numel():
@@ -258,12 +258,6 @@ def _allocate(nbytes: int, *, pinned: bool) -> torch.Tensor:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
-
-
-def _is_dtensor(tensor: torch.Tensor) -> bool:
-    # Looked up, not imported: it takes 0.3 s, and where nobody has imported it there is none.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _owns(tensor: torch.Tensor) -> bool:

@@ -14,6 +14,7 @@ from torch.optim import SGD, Optimizer
 
 from raytrainer.errors import ConfigError
 from raytrainer.names import matching
+from raytrainer.sharding import is_sharded
 
 Factory = Callable[..., Any]
 
@@ -112,7 +113,7 @@ def mend_fused_sgd(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         if not group["fused"]:
             continue
-        if any(hasattr(p, "full_tensor") for p in group["params"]):
+        if any(is_sharded(p) for p in group["params"]):
             group["fused"] = False
             # Or a gradient scaler would leave it to `step` to skip one.
             optimizer._step_supports_amp_scaling = False

@@ -14,6 +14,7 @@ from torch.optim import AdamW, Optimizer
 from raytrainer.errors import ConfigError
 from raytrainer.names import matching
 from raytrainer.optim.groups import grouped, trainable
+from raytrainer.sharding import placed_as, whole
 
 # Of the quintic Newton-Schulz step: the steepest at zero that stays bounded. It takes singular values to about
 # [0.7, 1.2], not to 1, which costs nothing (the post above).
@@ -76,11 +77,10 @@ class Muon(Optimizer):
         _check("ns_dtype", ns_dtype, ns_dtype in _DTYPES, "one of these", _DTYPES)
         _check("adjust_lr_fn", adjust_lr_fn, adjust_lr_fn in _SCALES, "one of these", _SCALES)
         matrices, rest = split(model, muon_params, adamw_params)
-        adamw: list[dict[str, Any]] = []
+        adamw: AdamW | None = None
         if rest:
             beta1, beta2 = adamw_betas
-            groups = grouped(rest, adamw_weight_decay)
-            adamw = AdamW(groups, adamw_lr, (beta1, beta2), adamw_eps, fused=True).param_groups
+            adamw = AdamW(grouped(rest, adamw_weight_decay), adamw_lr, (beta1, beta2), adamw_eps, fused=True)
         first = {
             "params": matrices,
             "use_muon": True,
@@ -92,8 +92,10 @@ class Muon(Optimizer):
             "ns_dtype": ns_dtype,
             "adjust_lr_fn": adjust_lr_fn,
         }
-        super().__init__([first, *({**group, "use_muon": False} for group in adamw)], {})
-        self._adamw = AdamW(rest, fused=True) if rest else None
+        super().__init__(
+            [first, *({**group, "use_muon": False} for group in (adamw.param_groups if adamw else ()))], {}
+        )
+        self._adamw = adamw
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -125,11 +127,13 @@ class Muon(Optimizer):
         directions = torch._foreach_lerp(gradients, buffers, momentum) if group["nesterov"] else buffers
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         for shape, numbers in _batches(params):
-            stack = torch.stack([_whole(directions[i]).flatten(1) for i in numbers])
+            stack = torch.stack([whole(directions[i]).flatten(1) for i in numbers])
             stack = orthogonal(stack, group["ns_steps"], _DTYPES[group["ns_dtype"]])
             scale = _SCALES[group["adjust_lr_fn"]](*shape)
             for i, update in zip(numbers, stack, strict=True):
-                params[i].add_(_as_sharded(update.view(params[i].shape), params[i]), alpha=-lr * scale)
+                params[i].add_(
+                    placed_as(params[i], update.view(params[i].shape).to(params[i].dtype)), alpha=-lr * scale
+                )
 
 
 _SCALES: dict[str, Callable[[int, int], float]] = {
@@ -214,23 +218,6 @@ def _batches(params: Sequence[Tensor]) -> Iterator[tuple[tuple[int, int], list[i
         most = max(1, _BATCH // max(1, math.prod(shape)))
         for begin in range(0, len(numbers), most):
             yield shape, numbers[begin : begin + most]
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """All of a sharded tensor, on every rank."""
-    # Asked of the object: importing DTensor's module takes 0.3 s where nothing is sharded.
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
-
-
-def _as_sharded(update: Tensor, like: Tensor) -> Tensor:
-    """The same, sharded as `like` is; every rank has all of it, so nothing is sent."""
-    update = update.to(like.dtype)
-    if not hasattr(like, "full_tensor"):
-        return update
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(update, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
 def _check(name: str, value: Any, holds: bool, what: str, choices: Any = ()) -> None:

@@ -10,9 +10,9 @@ from raytrainer.parallel.activations import checkpoint_activations
 from raytrainer.parallel.buffers import averaged_buffers, load_buffers, mean_buffers
 from raytrainer.parallel.ddp import replicate, synchronise
 from raytrainer.parallel.precision import Precision, map_tensors
-from raytrainer.parallel.shards import is_sharded, local_parts, reshard
 from raytrainer.parallel.units import find_units
 from raytrainer.parallel.world import World, set_determinism
+from raytrainer.sharding import is_sharded, local_parts, reshard
 
 __all__ = [
     "Precision",

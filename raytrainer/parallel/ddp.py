@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raytrainer.parallel.shards import is_sharded
 from raytrainer.parallel.world import World
+from raytrainer.sharding import is_sharded
 
 # torch 2.13 renamed the argument and warns of the old name at every worker's start.
 _SYNC_BUFFERS = next(

@@ -19,8 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from raytrainer import seeds
 from raytrainer.config import FSDPConfig
 from raytrainer.errors import ConfigError
-from raytrainer.parallel.shards import is_sharded
 from raytrainer.parallel.world import World
+from raytrainer.sharding import is_sharded
 
 _log = logging.getLogger("raytrainer.parallel")
 

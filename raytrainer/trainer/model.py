@@ -18,7 +18,7 @@ from raytrainer.config import Experiment, InitFrom, build
 from raytrainer.errors import ConfigError, RaytrainerError
 from raytrainer.optim import freeze
 from raytrainer.parallel import Precision, World
-from raytrainer.state import placed_as
+from raytrainer.sharding import placed_as
 
 
 def build_model(e: Experiment, world: World, precision: Precision) -> tuple[nn.Module, nn.Module | None]:
