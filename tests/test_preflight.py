@@ -14,6 +14,7 @@ from raytrainer import preflight, run
 from raytrainer.config import Experiment, compose
 from raytrainer.errors import ConfigError, PreflightError, StorageError, StorageFull, TrackingDenied
 from raytrainer.preflight import Resources
+from raytrainer.preflight.resources import _gpu_kinds
 from raytrainer.run import launching
 from raytrainer.storage import Storage
 from raytrainer.tracking import check_tracking
@@ -94,9 +95,9 @@ def test_the_kinds_of_gpus_are_asked_of_the_driver(tmp_path: Path, monkeypatch: 
     """Not of CUDA, which would make a context on one."""
     (tmp_path / "0000:01:00.0").mkdir()
     (tmp_path / "0000:01:00.0" / "information").write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 16\n")
-    assert preflight._gpu_kinds(tmp_path) == {}
-    monkeypatch.setattr(preflight, "_gpus", lambda: 1)
-    assert "accelerator_type:H100" in preflight._gpu_kinds(tmp_path)
+    assert _gpu_kinds(tmp_path) == {}
+    monkeypatch.setattr("raytrainer.preflight.resources._gpus", lambda: 1)
+    assert "accelerator_type:H100" in _gpu_kinds(tmp_path)
 
 
 def test_resources_of_a_cluster() -> None:
@@ -423,3 +424,48 @@ def test_an_error_of_ours_only(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ZeroDivisionError):
         preflight.check_storage(broken, "/x")
     assert issubclass(StorageFull, StorageError)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["experiment=imagenet"], "data.train.dataset cannot be used: images/train: no such file or directory"),
+        (
+            [
+                "experiment=mlp",
+                "+data.val={_target_: raytrainer.data.ParquetDataset, path: 'val/*.pq'}",
+                "~data.val.split",
+            ],
+            "data.val cannot be used: val: no such file or directory",
+        ),
+        (
+            ["experiment=transformer", "data=tokens", "data.train.path=no.tokens"],
+            "data.train cannot be used: {here}/no.tokens: No such file or directory",
+        ),
+    ],
+)
+def test_data_that_are_not_here(overrides: list[str], message: str, in_tmp: Path) -> None:
+    e = compose([overrides[0], *overrides[1:]]).experiment
+    with pytest.raises(ConfigError) as refused:
+        preflight.check_objects(e)
+    assert str(refused.value) == message.format(here=in_tmp)
+    e.cluster.kind = "existing"  # on other machines nobody knows from here
+    preflight.check_objects(e)
+
+
+class Guarded:
+    """A dataset that sees before a start what it cannot read."""
+
+    def __init__(self, folder: str, size: int = 3) -> None:
+        raise AssertionError("a dataset is not made before a start")
+
+    @staticmethod
+    def check_source(folder: str) -> None:
+        raise PermissionError(13, "Permission denied", folder)
+
+
+def test_a_users_dataset_has_a_say_before_the_start() -> None:
+    e = experiment()
+    e.data.val = {"one": {"_target_": f"{Guarded.__module__}.Guarded", "folder": "secret", "size": 4}}
+    with pytest.raises(ConfigError, match=r"data\.val\.one cannot be used: .*Permission denied.*secret"):
+        preflight.check_objects(e)

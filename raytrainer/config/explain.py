@@ -216,6 +216,13 @@ def _wrong_key(name: str, value: str | None, known: Sequence[str], deleted: bool
         return ConfigError("is not a key; --cfg hydra shows Hydra's own", key=name, value=value)
     if section == "callbacks":
         return ConfigError(f"is not there; a callback is added as +{name}={{_target_: …}}", key=name, value=value)
+    if name in known and (value or "").startswith("{"):
+        return ConfigError(
+            f"brings keys that are not there: with a + in front they are added to those that are, of which ~{name}.KEY "
+            "takes one away",
+            key=name,
+            value=value,
+        )
     if name in known or section in OPEN:
         return ConfigError(
             f"is below {section}, which is null here; with a + in front it is set", key=name, value=value

@@ -43,6 +43,12 @@ class DataConfig:
             return given
         return {"": self.val} if self.val else {}
 
+    @property
+    def sets(self) -> dict[str, dict[str, Any]]:
+        """The nodes of all sets by their keys: `data.train`, `data.val` or `data.val.NAME`."""
+        train = {"data.train": self.train} if self.train else {}
+        return train | {f"data.val.{name}".rstrip("."): node for name, node in self.val_sets.items()}
+
 
 @dataclass(kw_only=True, slots=True)
 class EarlyStopping:

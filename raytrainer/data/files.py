@@ -58,6 +58,17 @@ def find_files(
     return filesystem, sorted(files, key=lambda entry: entry.path)
 
 
+def check_local(path: str) -> None:
+    """Whether a path of this machine is there, up to its first wildcard; of a URI nothing is asked.
+
+    Raises:
+        DataError: It is not.
+    """
+    head, _ = _split_glob(path)
+    if "://" not in head and not Path(head).expanduser().exists():
+        raise DataError(f"{head}: no such file or directory")
+
+
 def _split_glob(path: str) -> tuple[str, list[str]]:
     """The part of a path before its first wildcard, and the parts from there on."""
     options = ""

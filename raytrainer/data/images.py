@@ -22,7 +22,7 @@ from torch.utils.data import default_collate
 
 from raytrainer.data.augment import sample_bits
 from raytrainer.data.datasets import Transform, name_of
-from raytrainer.data.files import find_files
+from raytrainer.data.files import check_local, find_files
 from raytrainer.data.order import Indices
 from raytrainer.errors import ConfigError, DataError, RaytrainerError
 from raytrainer.storage.files import redacted
@@ -68,6 +68,11 @@ class ImageFolder:
         names, labels = np.unique(np.array(folders), return_inverse=True)
         self.classes: list[str] = names.tolist()
         self._labels = labels.astype(np.int64)
+
+    @staticmethod
+    def check_source(path: str) -> None:
+        """See docs/data.md."""
+        check_local(path)
 
     def __len__(self) -> int:
         return len(self._labels)

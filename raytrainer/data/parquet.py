@@ -24,7 +24,7 @@ from torch import Tensor
 from raytrainer.data.arrow import MappedTable, NumbersWriter, TableWriter, map_numbers
 from raytrainer.data.cache import Cache, cache_folder
 from raytrainer.data.datasets import ColumnDataset, Transform
-from raytrainer.data.files import find_files
+from raytrainer.data.files import check_local, find_files
 from raytrainer.data.layout import layout_of
 from raytrainer.errors import ConfigError, DataError, nearest
 from raytrainer.storage.files import redacted
@@ -86,6 +86,11 @@ class ParquetDataset(ColumnDataset):
             if content["table"]:
                 self._table = MappedTable(kept.path / _TABLE)
         self.columnar = self._table is None
+
+    @staticmethod
+    def check_source(path: str) -> None:
+        """See docs/data.md."""
+        check_local(path)
 
     def __len__(self) -> int:
         return self._ends[-1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -16,16 +16,22 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import Tensor
 
+from raytrainer.data.cache import Cache, cache_folder
+from raytrainer.data.files import find_files
 from raytrainer.errors import ConfigError, DataError
+from raytrainer.storage.files import redacted
 
 IGNORED = -100
 """The label of a position that does not count, as `torch.nn.functional.cross_entropy` and `TokenCrossEntropy` have it."""
 
 _PAGE = 4096
 _FORMAT = "raytrainer tokens 1"
+_COPY = "copy.tokens"
+_BLOCK = 16 << 20  # bytes read from a server at once
 _TYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
@@ -115,11 +121,13 @@ class TokenDataset(TokenWindows):
     """The windows of a file that `python -m raytrainer.data.tokenize` made, or of a part of it.
 
     Args:
-        path: The file, on this machine or a file system that all workers share.
+        path: The file, on this machine or a file system that all workers share; or a URI of it that pyarrow knows
+            (`s3://`, `gs://`, `abfs://`), which each machine copies once.
         seq_len: Tokens in a window; see `TokenWindows` for the samples.
         begin, end: Which part of the stream, as fractions of its tokens: `end: 0.99` to train on and `begin: 0.99` to
             validate on share no token.
         vocab_size: The model's; a file with larger ids is refused.
+        cache: Of a URI the directory for the copy; "auto" is `$XDG_CACHE_HOME/raytrainer` (~/.cache/raytrainer).
 
     Raises:
         ConfigError: A part that is none, or a vocabulary larger than the model's.
@@ -127,17 +135,59 @@ class TokenDataset(TokenWindows):
     """
 
     def __init__(
-        self, path: str | Path, seq_len: int, *, begin: float = 0.0, end: float = 1.0, vocab_size: int | None = None
+        self,
+        path: str | Path,
+        seq_len: int,
+        *,
+        begin: float = 0.0,
+        end: float = 1.0,
+        vocab_size: int | None = None,
+        cache: str | Path = "auto",
     ) -> None:
         if not 0 <= begin < end <= 1:
             raise ConfigError("must be fractions, 0 <= begin < end <= 1", key="begin, end", value=f"{begin}, {end}")
-        self.path = Path(path).expanduser().absolute()
+        self.path = _copied(str(path), cache) if "://" in str(path) else Path(path).expanduser().absolute()
         self.head, tokens = _mapped(self.path)
-        if vocab_size is not None and self.head.vocab_size > vocab_size:
-            raise ConfigError(
-                f"is less than the {self.head.vocab_size} tokens of {self.path}", key="vocab_size", value=vocab_size
-            )
+        _check_vocabulary(self.head, vocab_size, redacted(str(path)))
         super().__init__(tokens[round(begin * len(tokens)) : round(end * len(tokens))], seq_len)
+
+    @staticmethod
+    def check_source(path: str, vocab_size: int | None = None) -> None:
+        """See docs/data.md."""
+        if "://" not in path:
+            head, _ = _mapped(Path(path).expanduser().absolute())
+            _check_vocabulary(head, vocab_size, path)
+
+
+def _check_vocabulary(head: TokenFile, vocab_size: int | None, path: str) -> None:
+    if vocab_size is not None and head.vocab_size > vocab_size:
+        raise ConfigError(f"is less than the {head.vocab_size} tokens of {path}", key="vocab_size", value=vocab_size)
+
+
+def _copied(uri: str, cache: str | Path) -> Path:
+    """The file of a URI on this machine's disk, where it can be mapped into memory."""
+    filesystem, found = find_files(uri, (), "file of tokens")
+    if len(found) != 1:
+        raise DataError(f"{redacted(uri)}: are {len(found)} files, and one is wanted")
+    (entry,) = found
+    kept = Cache(cache_folder(cache), {"tokens": redacted(uri), "size": entry.size, "mtime": entry.mtime_ns})
+
+    def blocks() -> Iterator[bytes]:
+        try:
+            with filesystem.open_input_stream(entry.path) as source:
+                while block := source.read(_BLOCK):
+                    yield block
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{redacted(uri)}: {error}") from error
+
+    def copy(folder: Path) -> dict[str, Any]:
+        with (folder / _COPY).open("wb") as file:
+            file.writelines(blocks())
+        return {"file": _COPY}
+
+    if kept.find() is None:
+        kept.make(copy, entry.size)
+    return kept.path / _COPY
 
 
 def _mapped(path: Path) -> tuple[TokenFile, Ids]:

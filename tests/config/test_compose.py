@@ -166,6 +166,7 @@ def test_references_to_secrets_stay_references(monkeypatch: pytest.MonkeyPatch) 
         ("trainer.precision=16-mixed optimizer.fused=false", "trainer.precision=16-mixed needs a fused optimizer"),
         ("+trainer.early_stopping.patience=3 data.val=null", "trainer.early_stopping needs data.val"),
         ("data.train=null", "data.train is not set"),
+        ("data.val={path:x}", "data.val={path:x} brings keys that are not there: with a + in front they are added"),
         ("~model._target_", "model has no _target_"),
         ("+callbacks.a={}", "callbacks.a has no _target_"),
     ],

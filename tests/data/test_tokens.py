@@ -23,6 +23,7 @@ from raytrainer.data import Loader, PythonSources, TokenDataset
 from raytrainer.data.tokenize import main, tokenize
 from raytrainer.data.tokens import IGNORED, TokenFile, TokenWindows, TokenWriter
 from raytrainer.errors import ConfigError, DataError
+from raytrainer.storage import Storage
 
 TEXTS = ["the cat sat on the mat", "größer als die Katze\n", "", "a b c " * 30]
 
@@ -129,6 +130,21 @@ def test_what_is_no_file_of_tokens(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(DataError, match=message):
             TokenDataset(path, 4)
+
+
+def test_a_file_in_s3_is_copied_once(in_s3: str, tmp_path: Path) -> None:
+    made = write(tmp_path / "here.tokens", [[1, 2, 3], [4, 5]], separator=0)
+    uri, cache = f"{in_s3}/there.tokens", tmp_path / "cache"
+    Storage(in_s3).write_bytes("there.tokens", made.read_bytes())
+    there = TokenDataset(uri, 2, cache=cache)
+    assert targets(there) == targets(TokenDataset(made, 2))
+    copied = there.path.stat()
+    assert TokenDataset(uri, 2, cache=cache).path.stat().st_ino == copied.st_ino
+
+    Storage(in_s3).write_bytes("there.tokens", write(made, [[7, 8]]).read_bytes())
+    assert targets(TokenDataset(uri, 2, cache=cache)) == [8]  # another file: another copy
+    with pytest.raises(DataError, match=r"nothing\.tokens: no such file"):
+        TokenDataset(f"{in_s3}/nothing.tokens", 2, cache=cache)
 
 
 def test_a_writer_that_fails_leaves_the_old_file(tmp_path: Path) -> None:

@@ -1,0 +1,58 @@
+"""What can be known before anything starts: pure checks over an experiment and what probes found.
+
+Each check gives the problems it sees, as sentences with the key, the value and the way out; `PreflightError` has all.
+"""
+
+from __future__ import annotations
+
+from raytrainer.errors import PreflightError
+from raytrainer.preflight.objects import check_init_from, check_objects, unbuilt_model
+from raytrainer.preflight.reach import (
+    check_environment,
+    check_reach,
+    check_storage,
+    check_tracking,
+    is_elsewhere,
+    is_this_machine,
+    local_files,
+)
+from raytrainer.preflight.resources import (
+    Resources,
+    amount,
+    check_resources,
+    least_workers,
+    per_worker,
+    this_machine,
+    uses_gpu,
+)
+
+__all__ = [
+    "Resources",
+    "amount",
+    "check_environment",
+    "check_init_from",
+    "check_objects",
+    "check_reach",
+    "check_resources",
+    "check_storage",
+    "check_tracking",
+    "is_elsewhere",
+    "is_this_machine",
+    "least_workers",
+    "local_files",
+    "per_worker",
+    "refuse",
+    "this_machine",
+    "unbuilt_model",
+    "uses_gpu",
+]
+
+
+def refuse(problems: list[str]) -> None:
+    """Raises what was found.
+
+    Raises:
+        PreflightError: `problems` is not empty.
+    """
+    if problems:
+        raise PreflightError(problems)

@@ -1,0 +1,140 @@
+"""What an experiment names, tried as far as it costs little: targets and their arguments, the optimizer, patterns of names,
+the weights that it begins with, and the data on this machine."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from raytrainer.config import Experiment, build, check_targets, factory, locate
+from raytrainer.errors import CheckpointError, ConfigError, RaytrainerError, StorageError
+from raytrainer.events import HOOKS
+from raytrainer.preflight.resources import through_ray
+from raytrainer.tracking import redacted
+
+
+def check_objects(e: Experiment) -> None:
+    """Every `_target_` against its signature; the optimizer and its curve are made for one small weight.
+
+    Those two cost nothing to make and judge their own values (`lr=-1`), which no signature says. A model or a dataset
+    may be large: theirs are told when a worker makes them, but for what a dataset's `check_source` sees here. Where patterns name parameters, the model is made without
+    memory, on the meta device, if it can be.
+
+    Raises:
+        ConfigError: The first that would be refused.
+    """
+    check_targets(e)
+    if (e.debug or e.cluster.kind == "inline") and (keys := through_ray(e)):
+        raise ConfigError(
+            "needs a Ray cluster, which cluster=inline and debug have not; cluster=local starts one",
+            key=keys[0],
+            value="RayDataset",
+        )
+    _check_sources(e)
+    _check_optimizer(e)
+    for name, node in e.callbacks.items():
+        target = locate(f"callbacks.{name}", node["_target_"]) if node else None
+        # A misspelt hook would never be called. What a function returns is not known here.
+        if isinstance(target, type) and not any(hasattr(target, hook) for hook in HOOKS):
+            raise ConfigError("has none of the hooks", key=f"callbacks.{name}", value=target.__name__, choices=HOOKS)
+    for name, node in e.metrics.items():
+        target = locate(f"metrics.{name}", node["_target_"]) if node else None
+        lacks = [method for method in ("update", "compute", "reset") if not hasattr(target, method)]
+        if isinstance(target, type) and lacks and target.__module__.partition(".")[0] != "torchmetrics":
+            raise ConfigError(f"has no {lacks[0]}(), which a metric has", key=f"metrics.{name}", value=target.__name__)
+        # Their classes take any keyword, and refuse a misspelt one only when they are made.
+        if node and str(node["_target_"]).startswith("torchmetrics."):
+            build(node)
+
+
+def _check_sources(e: Experiment) -> None:
+    """Where workers are on this machine: whether the data are, as far as a dataset's class can tell without reading them."""
+    if not (e.debug or e.cluster.kind in ("inline", "local")):
+        return
+    for key, node in (found for name, given in e.data.sets.items() for found in _nodes(name, given)):
+        check = getattr(locate(key, node["_target_"]), "check_source", None)
+        if check is None:
+            continue
+        try:
+            check(**{name: node[name] for name in inspect.signature(check).parameters if name in node})
+        except (RaytrainerError, OSError, ValueError) as error:
+            raise ConfigError(f"cannot be used: {error}", key=key) from error
+
+
+def _nodes(key: str, node: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A `_target_` node, and those among its arguments."""
+    if isinstance(node, dict) and "_target_" in node:
+        yield key, node
+        for name, below in node.items():
+            yield from _nodes(f"{key}.{name}", below)
+
+
+def _check_optimizer(e: Experiment) -> None:
+    target = str((e.optimizer or {}).get("_target_"))
+    model: Any = unbuilt_model(e) if e.trainer.freeze or target == _MUON else None
+    if model is not None:
+        from raytrainer.optim import freeze
+
+        freeze(model, e.trainer.freeze)
+    if not e.optimizer or not target.startswith(_OURS_TO_TRY) or (target == _MUON and model is None):
+        return
+    import torch
+
+    from raytrainer.optim import build_optimizer, build_scheduler
+
+    # A matrix, since torch's Muon takes nothing else; ours looks for the model's own.
+    small = torch.nn.Linear(2, 2, bias=False)
+    optimizer = build_optimizer(factory(e.optimizer), model if target == _MUON else small)
+    if e.lr_scheduler and str(e.lr_scheduler["_target_"]).startswith(_OURS_TO_TRY):
+        build_scheduler(factory(e.lr_scheduler), optimizer, e.trainer.max_steps or 1_000_000)
+
+
+_OURS_TO_TRY = ("torch.optim.", "raytrainer.optim.")
+_MUON = "raytrainer.optim.Muon"
+
+
+def unbuilt_model(e: Experiment) -> Any:
+    """The experiment's model on the meta device: its modules, names and shapes, without memory or values.
+
+    None where it cannot be made so, as one that reads its weights in its constructor, or that asks for a value.
+    """
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return build(e.model or {})
+    except Exception:  # noqa: BLE001  whether it can be built at all is told by the worker that builds it
+        return None
+
+
+def check_init_from(e: Experiment, look_up: Callable[[str], str | None] = lambda _: None) -> None:
+    """Whether there are weights where `init_from` says, and those of this model as far as their names tell.
+
+    Args:
+        e: The experiment.
+        look_up: As `checkpoint.find_weights`.
+
+    Raises:
+        ConfigError: There is nothing of the kind; or what is there does not fit.
+    """
+    if e.init_from is None:
+        return
+    from raytrainer.checkpoint import find_weights, fit
+
+    source = e.init_from.source or ""
+    try:
+        weights = find_weights(source, e.storage_path or "", look_up)
+        shapes = weights.shapes()
+    except (CheckpointError, StorageError) as error:
+        reason = re.sub(r"^init_from=.*?: ", "", str(error))
+        raise ConfigError(f"cannot be used: {reason}", key="init_from", value=redacted(source)) from error
+    model = unbuilt_model(e) if shapes is not None else None
+    if model is None or shapes is None:
+        return
+    if problem := fit(model, shapes, e.init_from).problem:
+        advice = (
+            "; init_from.mapping, exclude or strict=false say what to do with such names" if e.init_from.strict else ""
+        )
+        raise ConfigError(f"{problem}{advice}", key="init_from", value=weights.place)

@@ -1,0 +1,155 @@
+"""What a run needs around it, and whether it reaches it: storage, tracking, variables, and files that only one machine has."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import socket
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
+
+from raytrainer.config import Experiment, texts_of
+from raytrainer.errors import StorageError, TrackingError
+from raytrainer.storage import Storage
+from raytrainer.tracking import redacted
+
+
+def check_storage(check_writable: Callable[[], None], path: str) -> list[str]:
+    """An unwritable `storage_path`."""
+    try:
+        check_writable()
+    except StorageError as error:
+        return [f"storage_path={path} cannot be used: {error}"]
+    return []
+
+
+def check_tracking(probe: Callable[[str], None], uri: str, required: bool) -> list[str]:
+    """An unreachable or refusing tracking server; nothing where `tracking.required=false`."""
+    if not required:
+        return []
+    try:
+        probe(uri)
+    except TrackingError as error:
+        return [f"{error}; tracking.required=false trains all the same and keeps the metrics until it answers"]
+    return []
+
+
+def check_environment(e: Experiment, environ: Mapping[str, str]) -> list[str]:
+    """Variables that would send the run elsewhere than the config says."""
+    if e.cluster.kind == "local" and (address := environ.get("RAY_ADDRESS")):
+        own = f"RAY_ADDRESS={address} is set and cluster=local starts a Ray of its own on this machine; "
+        return [own + "use cluster=existing for that cluster, or unset RAY_ADDRESS"]
+    return []
+
+
+def is_elsewhere(e: Experiment, is_here: Callable[[str], bool] | None = None) -> bool:
+    """Whether a run's processes are on other machines than this one.
+
+    Args:
+        e: The experiment.
+        is_here: Says whether a host is this machine; None: `is_this_machine`.
+    """
+    kind, address = e.cluster.kind, e.cluster.address or ""
+    if kind == "kuberay":
+        return True
+    if kind not in ("job", "existing") or address in ("", "auto"):
+        return False
+    host = urlsplit(address if "://" in address else f"//{address}").hostname
+    return not (is_here or is_this_machine)(host or "")
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a name or address is this machine's: on loopback, or of one of its interfaces."""
+    import psutil
+
+    try:
+        found = {str(info[4][0]).partition("%")[0] for info in socket.getaddrinfo(host, None)}
+    except (OSError, UnicodeError):
+        return False
+    own = {a.address.partition("%")[0] for several in psutil.net_if_addrs().values() for a in several}
+    return all(address in own or ipaddress.ip_address(address).is_loopback for address in found)
+
+
+def check_reach(e: Experiment, tracking_uri: str, is_here: Callable[[str], bool] | None = None) -> list[str]:
+    """Storage, weights and tracking that only this machine has, of a run that is on others.
+
+    Args:
+        e: The experiment.
+        tracking_uri: Where its MLflow run will be, absolute.
+        is_here: As `is_elsewhere`.
+    """
+    if not is_elsewhere(e, is_here):
+        return []
+    shared, problems = e.cluster.shared_paths, []
+    where = f"cluster={e.cluster.kind} runs on other machines"
+    if (path := _local_path(e.storage_path or "")) is not None and not _is_below(path, shared):
+        problems.append(
+            f"storage_path={path} is this machine's, and {where}: storage_path=s3://bucket/runs (or gs://, abfs://), or "
+            f"cluster.shared_paths=[{path}] if it is the same directory there"
+        )
+    endpoint = dict(parse_qsl(urlsplit(e.storage_path or "").query)).get("endpoint_override", "")
+    if endpoint and _is_loopback(endpoint):
+        problems.append(
+            f"storage_path={Storage(e.storage_path or '').display} has an endpoint_override={endpoint} that is this "
+            f"machine, and {where}: give the address that they reach"
+        )
+    # A run's name is none: only an existing file was made absolute.
+    source = e.init_from.source if e.init_from else None
+    if source and (path := _local_path(source)) and path.startswith("/") and not _is_below(path, shared):
+        problems.append(
+            f"init_from={path} is this machine's, and {where}: copy it to the storage (s3://…), or give the name of a run "
+            "that is there, or name a directory that both have in cluster.shared_paths"
+        )
+    uri, fix = redacted(tracking_uri), "tracking.tracking_uri=https://… of an MLflow server that they reach"
+    path = re.sub(r"^(sqlite(\+\w+)?:///|file://)", "", tracking_uri)
+    if "://" not in path:
+        if not _is_below(path, shared):
+            problems.append(f"tracking.tracking_uri={uri} is a file of this machine, and {where}: {fix}")
+    elif _is_loopback(tracking_uri):
+        problems.append(f"tracking.tracking_uri={uri} is on this machine's loopback, and {where}: {fix}")
+    return problems
+
+
+def local_files(e: Experiment, sent: Collection[str] = ()) -> list[str]:
+    """What a run that is on other machines may miss there: files of this one that its nodes name. A sentence each.
+
+    Args:
+        e: The experiment.
+        sent: Relative paths of the files that go along.
+    """
+    found = []
+    sections = {name: getattr(e, name) for name in ("model", "loss", "optimizer", "lr_scheduler", "callbacks")}
+    sections |= {f"data.{name}": getattr(e.data, name) for name in ("train", "val", "collate_fn")}
+    for key, value in (pair for name, node in sections.items() for pair in texts_of(node, name)):
+        path = Path(value)
+        try:
+            there = (path.is_absolute() or "/" in value or "." in value) and path.exists()
+        except (OSError, ValueError):  # too long, or with a NUL: no path
+            continue
+        relative = os.path.normpath(value)
+        goes = any(name == relative or name.startswith(f"{relative}/") for name in sent)
+        if there and not (goes if not path.is_absolute() else _is_below(value, e.cluster.shared_paths)):
+            found.append(f"{key}={value} is on this machine, and does not go along; it must be on the workers' too")
+    return found
+
+
+def _local_path(text: str) -> str | None:
+    """A path or `file://` URI as a path; None for any other URI."""
+    try:
+        return str(Storage(text).local_path)
+    except StorageError:
+        return None if "://" in text or not text.startswith("/") else text
+
+
+def _is_below(path: str, folders: Iterable[str]) -> bool:
+    return any(Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder)) for folder in folders)
+
+
+def _is_loopback(address: str) -> bool:
+    host = urlsplit(address if "://" in address else f"http://{address}").hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")

@@ -1,0 +1,223 @@
+"""What a run asks for, and what a machine or a cluster has: CPUs, GPUs, memory, and whether each worker finds room."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from raytrainer.config import Experiment
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a cluster has in all: CPUs, GPUs, memory in bytes, and custom resources.
+
+    Attributes:
+        nodes: What each of its nodes has; (): it is one machine.
+        more: What each node has that its autoscaler can add to them.
+        most_more: How many of those at a time.
+        endless: It grows, and does not say how far.
+    """
+
+    cpus: float
+    gpus: float = 0.0
+    memory: float | None = None
+    other: Mapping[str, float] | None = None
+    nodes: tuple[Mapping[str, float], ...] = ()
+    more: tuple[Mapping[str, float], ...] = ()
+    most_more: int = 0
+    endless: bool = False
+
+    @classmethod
+    def of_ray(cls, found: Mapping[str, float]) -> Resources:
+        """From `ray.cluster_resources()`."""
+        known = ("CPU", "GPU", "memory")
+        return cls(
+            found.get("CPU", 0),
+            found.get("GPU", 0),
+            found.get("memory"),
+            {k: v for k, v in found.items() if k not in known},
+        )
+
+    @classmethod
+    def of_nodes(
+        cls,
+        nodes: Iterable[Mapping[str, float]],
+        more: Iterable[Mapping[str, float]] = (),
+        most_more: int = 0,
+        endless: bool = False,
+    ) -> Resources:
+        """From what each node has, and may have that can be added: the sums are of all that there can be."""
+        nodes, more = tuple(nodes), tuple(more)
+        sums: dict[str, float] = {}
+        for name in {name for node in (*nodes, *more) for name in node}:
+            added = sorted((node.get(name, 0.0) for node in more), reverse=True)
+            sums[name] = sum(node.get(name, 0.0) for node in nodes) + sum(added[:most_more])
+        found = cls.of_ray(sums)
+        if any("memory" not in node for node in more):  # a node type that says nothing of it: not known
+            found = replace(found, memory=None)
+        return replace(found, nodes=nodes, more=more, most_more=most_more, endless=endless)
+
+    def get(self, name: str) -> float | None:
+        return {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory}.get(name, (self.other or {}).get(name, 0.0))
+
+    def places(self, each: Mapping[str, float], strategy: str = "PACK") -> int:
+        """How many workers it has room for, each on one node: what two nodes have together is no room for one.
+
+        Args:
+            each: The resources of a worker.
+            strategy: Ray's placement strategy.
+        """
+        wanted = {name: share for name, share in each.items() if share}
+        # A node type that can be added says nothing of its memory, as a rule.
+        added = sorted((_room(node, wanted, unknown=("memory",)) for node in self.more), reverse=True)[: self.most_more]
+        rooms = [*(_room(node, wanted) for node in self.nodes), *added]
+        if strategy == "STRICT_PACK":
+            return max(rooms, default=0)
+        return sum(min(room, 1) for room in rooms) if strategy == "STRICT_SPREAD" else sum(rooms)
+
+
+def this_machine() -> Resources:
+    """The CPUs that this process may use (its affinity and its cgroup's quota) and the memory of the machine."""
+    import psutil
+
+    cpus = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cpus = min(cpus, max(1.0, float(int(quota) // int(period))))
+    except (OSError, ValueError):  # no cgroup v2 here
+        pass
+    return Resources(cpus, float(_gpus()), float(psutil.virtual_memory().total), _gpu_kinds())
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _gpu_kinds(driver: Path = Path("/proc/driver/nvidia/gpus")) -> dict[str, float]:
+    """Ray's resource of each word in the GPUs' names: `accelerator_type:H100` of "NVIDIA H100 80GB HBM3"."""
+    if not _gpus():
+        return {}
+    told = "".join(file.read_text() for file in driver.glob("*/information"))
+    names = re.findall(r"^Model:\s*(.+)$", told, re.MULTILINE)
+    if not names:
+        import torch
+
+        # Asking CUDA makes a context on a GPU, which costs a second and some of the memory that the workers want.
+        names = [torch.cuda.get_device_name(i) for i in range(_gpus())]
+    return {f"accelerator_type:{word}": 1.0 for name in names for word in name.replace("-", " ").split()}
+
+
+def _room(node: Mapping[str, float], wanted: Mapping[str, float], unknown: tuple[str, ...] = ()) -> int:
+    """How many times a node has what is wanted."""
+    asked = {name: share for name, share in wanted.items() if name in node or name not in unknown}
+    # A hair more, since 0.3 / 0.1 is 2.9999999999999996.
+    return min((int(node.get(name, 0.0) / share + 1e-9) for name, share in asked.items()), default=1_000_000)
+
+
+def uses_gpu(e: Experiment, available: Resources) -> bool:
+    """`scaling.use_gpu`, with `auto` decided: as `scaling.resources_per_worker.GPU` has it, else yes where every worker
+    can have one."""
+    wanted, share = e.scaling.use_gpu, (e.scaling.resources_per_worker or {}).get("GPU")
+    if wanted != "auto":
+        return bool(wanted)
+    return share > 0 if share is not None else available.gpus >= least_workers(e)
+
+
+def least_workers(e: Experiment) -> int:
+    n = e.scaling.num_workers
+    return int(n[0] if isinstance(n, list) else n)
+
+
+def per_worker(e: Experiment, gpu: bool) -> dict[str, float]:
+    """The resources of one worker, as Ray Train asks for them: one CPU, and a GPU, unless said otherwise."""
+    asked = dict(e.scaling.resources_per_worker or {})
+    if gpu:
+        asked.setdefault("GPU", 1.0)
+    if not any(name in asked for name in ("CPU", "GPU")):
+        asked["CPU"] = 1.0
+    return asked
+
+
+def check_resources(e: Experiment, available: Resources, where: str) -> list[str]:
+    """More workers, GPUs or memory than there are or, where a cluster grows, than there can be."""
+    if available.endless:
+        return []
+    problems = []
+    count, gpu = least_workers(e), uses_gpu(e, available)
+    each = per_worker(e, gpu)
+    most_has = f"{where} has at most" if available.more else f"{where} has"
+    added = ", nodes that it can add included" if available.more else ""
+    for name, share in each.items():
+        has = available.get(name)
+        if has is None or share * count <= has + 1e-9:  # 3 × 0.1 is 0.30000000000000004
+            continue
+        most = int(has // share) if share else 0
+        fix = f"scaling.num_workers={most} fits" if most >= 1 else _no_fit(e, name, has)
+        problems.append(
+            f"scaling.num_workers={count} × {amount(name, share)} = {amount(name, share * count)}, "
+            f"and {most_has} {amount(name, has)}{added}; {fix}"
+        )
+    kind = e.scaling.accelerator_type
+    if kind is not None and not available.get(f"accelerator_type:{kind}"):
+        prefix = "accelerator_type:"
+        there = sorted(name.removeprefix(prefix) for name in available.other or {} if name.startswith(prefix))
+        problems.append(
+            f"scaling.accelerator_type={kind}, and {most_has} {', '.join(there) or 'no accelerator'}{added}"
+        )
+    return problems or _check_nodes(e, each, available, where) or _check_ray_data(e, each, available, most_has)
+
+
+def through_ray(e: Experiment) -> list[str]:
+    """The keys of the data sets that a Ray cluster reads and prepares."""
+    targets = ("raytrainer.data.RayDataset", "raytrainer.data.ray_data.RayDataset")
+    return [key for key, node in e.data.sets.items() if node.get("_target_") in targets]
+
+
+def _check_ray_data(e: Experiment, each: Mapping[str, float], available: Resources, most_has: str) -> list[str]:
+    """Workers that take all CPUs: the tasks that prepare their data would wait for one for ever."""
+    keys, count, share = through_ray(e), least_workers(e), each.get("CPU", 0.0)
+    if not keys or available.cpus - share * count >= 1:
+        return []
+    has = f"{most_has} {amount('CPU', available.cpus)} for {count} workers of {amount('CPU', share)}"
+    return [
+        f"{keys[0]} needs a CPU beside the workers' for Ray's tasks, and {has}: let there be fewer, or each with less"
+    ]
+
+
+def _check_nodes(e: Experiment, each: Mapping[str, float], available: Resources, where: str) -> list[str]:
+    """What is enough in all, and not on any one node."""
+    if not (available.nodes or available.more):
+        return []
+    count, kind, strategy = least_workers(e), e.scaling.accelerator_type, e.scaling.placement_strategy
+    # As Ray Train asks for a kind of accelerator: a trace of it on each node.
+    places = available.places({**each, **({f"accelerator_type:{kind}": 0.001} if kind else {})}, strategy)
+    if places >= count:
+        return []
+    one = ", ".join(amount(name, share) for name, share in each.items() if share) + (f" of {kind}" if kind else "")
+    of = f"{where}, nodes that it can add included," if available.more else where
+    if places == 0:
+        return [f"a worker asks for {one}, and no node of {of} has that; scaling.resources_per_worker says how much"]
+    strictly = f" with scaling.placement_strategy={strategy}" if strategy.startswith("STRICT") else ""
+    room = f"room for {places}: what two nodes have together is none; scaling.num_workers={places} fits"
+    return [f"scaling.num_workers={count} × ({one}){strictly}, and {of} has {room}"]
+
+
+def _no_fit(e: Experiment, name: str, has: float) -> str:
+    if name == "GPU":
+        asked = "GPU" in (e.scaling.resources_per_worker or {})
+        return f"{'scaling.resources_per_worker without GPU' if asked else 'scaling.use_gpu=false'} trains on CPUs"
+    return f"scaling.resources_per_worker.{name} must be at most {has:.0f}"
+
+
+def amount(name: str, count: float) -> str:
+    """A resource in words: `2 CPUs`, `1 GPU`, `18.6 GiB of memory`."""
+    if name == "memory":
+        return f"{count / 2**30:.1f} GiB of memory"
+    return f"{count:g} {name}" + ("s" if name in ("CPU", "GPU") and count != 1 else "")
