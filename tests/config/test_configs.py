@@ -12,6 +12,7 @@ from raytrainer import preflight
 from raytrainer.config import Composition, compose
 from raytrainer.config.foreign import FOREIGN_KEYS
 from raytrainer.config.typed import defaults
+from raytrainer.data.tokens import TokenWriter
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("*/*.yaml"))
@@ -29,6 +30,15 @@ BESIDE = {
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
 
+@pytest.fixture
+def data_here(in_tmp: Path) -> None:
+    """What the choices of `data` that are of the user's own files look for, by the names that they have."""
+    for split in ("train", "val"):
+        (in_tmp / "images" / split).mkdir(parents=True)
+    with TokenWriter(in_tmp / "train.tokens", vocab_size=256, separator=None, tokenizer="none") as writer:
+        writer.add([[1, 2, 3]], 3)
+
+
 def composed(file: Path) -> Composition:
     group, choice = file.parent.name, file.stem
     beside = BESIDE.get((group, choice), BESIDE.get((group, "*"), ["experiment=mlp"]))
@@ -41,6 +51,7 @@ def test_there_are_some() -> None:
     }
 
 
+@pytest.mark.usefixtures("data_here")
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}={file.stem}")
 def test_composes_and_passes_check(file: Path) -> None:
     found = composed(file)
