@@ -85,7 +85,7 @@ class Cache:
         free = shutil.disk_usage(self._folder).free
         return DataError(
             f"{self._folder}: a conversion needs about {needed:,} bytes, and {free:,} are free; "
-            "cache=DIR chooses another place, cache=null keeps the data in memory"
+            "cache=DIR chooses another place"
         )
 
     def _written(

@@ -70,16 +70,16 @@ class Pruned:
         return {**asdict(self), "bytes": self.bytes}
 
     def text(self) -> str:
-        """A line for each run and kind, and the sum."""
-        rows = [("RUN", "WHAT", "NUMBER", "BYTES")]
+        """A line for each run, and the sum."""
+        rows = [("RUN", "WHAT", "BYTES")]
         for run in dict.fromkeys(item.run for item in self.items):
-            for kind in KINDS:
-                found = [item for item in self.items if item.run == run and item.kind == kind]
-                if found:
-                    rows.append((run, kind, str(len(found)), f"{sum(item.bytes for item in found):,}"))
-        rows.append(("in all", "", str(len(self.items)), f"{self.bytes:,}"))
-        wide = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = [f"{a:<{wide[0]}}  {b:<{wide[1]}}  {c:>{wide[2]}}  {d:>{wide[3]}}" for a, b, c, d in rows]
+            own = [item for item in self.items if item.run == run]
+            count = {kind: sum(item.kind == kind for item in own) for kind in KINDS}
+            what = ", ".join(f"{number} {kind}" for kind, number in count.items() if number)
+            rows.append((run, what, f"{sum(item.bytes for item in own):,}"))
+        rows.append(("in all", str(len(self.items)), f"{self.bytes:,}"))
+        wide = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines = [f"{a:<{wide[0]}}  {b:<{wide[1]}}  {c:>{wide[2]}}" for a, b, c in rows]
         done = "deleted" if self.deleted else "nothing is deleted; with --yes it is"
         return "\n".join(
             [*lines, done] if self.items else ["nothing is deleted" if self.failed else "nothing to delete"]
