@@ -12,7 +12,7 @@ from typing import Any
 
 from raytrainer import tracking
 from raytrainer.config import Experiment, build, from_text, locate
-from raytrainer.errors import CheckpointNotFound, ConfigError
+from raytrainer.errors import CheckpointNotFound, ConfigError, StorageError
 from raytrainer.history.finding import tracking_uri_of
 from raytrainer.history.trained import Trained, trained
 from raytrainer.run import CONFIG
@@ -119,8 +119,11 @@ def _beside(folder: Path) -> Iterator[Path]:
         beside = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-")
     except OSError as error:
         raise ConfigError(f"cannot be made: {error.strerror}", key="--to", value=str(folder)) from error
-    with beside as name:
-        yield Path(name)
+    try:
+        with beside as name:
+            yield Path(name)
+    except OSError as error:  # the disk is full, for one; what was written is gone again
+        raise StorageError(f"{folder}: {error.strerror or error}") from error
 
 
 def _read(source: Trained, e: Experiment, checkpoint: str) -> tuple[Any, dict[str, Any], bool]:
@@ -144,6 +147,7 @@ def _write_weights(
     if (model := _hugging_face(e, say)) is not None:
         model.save_pretrained(folder, state_dict=dict(weights), max_shard_size="10000GB")
         return
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     # One of several names of a tensor is a copy: the file has no shared memory.
@@ -154,7 +158,10 @@ def _write_weights(
         place = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if place in taken else tensor
         taken.add(place)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", **about})
+    try:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", **about})
+    except SafetensorError as error:  # an OSError, in its words
+        raise StorageError(f"{folder / WEIGHTS}: {error}") from error
 
 
 def _hugging_face(e: Experiment, say: Callable[[str], None]) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +127,16 @@ def test_a_hugging_face_model_is_read_by_its_own_from_pretrained(in_tmp: Path) -
     found = AutoModelForCausalLM.from_pretrained(in_tmp / "hf").state_dict()
     assert found.keys() == weights[10].keys()
     assert all(torch.equal(found[k], weights[10][k]) for k in found)
+
+
+def test_a_disk_that_takes_no_more(in_tmp: Path) -> None:
+    """The folder that was asked for is not there, and no other: neither before the weights' end nor after it."""
+    run_with(MLP)
+    for most in (100, 2000):  # bytes of a file
+        limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most}))"
+        program = f"import raytrainer.history.exporting, sys\nfrom raytrainer.cli import main\n{limited}\nsys.exit(main(sys.argv[1:]))"
+        ended = subprocess.run([sys.executable, "-c", program, "export", "past"], capture_output=True, text=True)
+        assert ended.returncode == 1, ended
+        assert "raytrainer: failed: " in ended.stderr
+        assert "Traceback" not in ended.stderr
+        assert [path.name for path in in_tmp.iterdir()] == ["runs"]
