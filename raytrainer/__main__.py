@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import signal
 import sys
@@ -18,6 +19,8 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 def entry() -> None:
     """Runs the command line and ends the process with its exit code."""
+    with contextlib.suppress(RuntimeError, ValueError):  # stderr is closed
+        faulthandler.enable()  # a crash of native code says where it was
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
     from raytrainer.cli import main

@@ -1,4 +1,5 @@
-"""Variables that a run needs on a shared cluster: known by name alone, their values are on the cluster's side.
+"""Variables that a run needs on a shared cluster: known by name alone, their values are on the cluster's side; and those
+that one run leaves to the next in the same process.
 
 A value is in the environment of the cluster's processes, or in a file there (`cluster.env_file`) that nobody logs.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from raytrainer.errors import ConfigError
@@ -30,6 +31,16 @@ def provide(names: Sequence[str], env_file: str | None) -> None:
                 where = "in the environment of this machine's Ray, and cluster.env_file is not set"
             raise ConfigError(f"is set neither {where}", key="cluster.forward_env", value=name)
         os.environ[name] = found[name]
+
+
+def put_back(before: Mapping[str, str]) -> None:
+    """Makes the environment what it was. Variables that are so are not written: native code of other threads reads them
+    without a lock, and a write moves them."""
+    for name in [name for name in os.environ if name not in before]:
+        del os.environ[name]
+    for name, value in before.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
 
 
 def _read(path: Path) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -568,3 +569,18 @@ def test_a_name_is_used_once(in_tmp: Path, here: Run) -> None:
     reason = refused(here("experiment=smoke", "cluster=inline", "name=one"))
     assert reason.startswith("name=one is the name of a run that exists in ")
     assert "resume one goes on with it" in reason
+
+
+def test_a_crash_of_native_code_says_where_it_was() -> None:
+    crash = "import ctypes, raytrainer.cli\nraytrainer.cli.main = lambda: ctypes.string_at(0)\n"
+    program = f"{crash}from raytrainer.__main__ import entry\nentry()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGSEGV
+    assert "__main__.py" in done.stderr
+
+
+def test_it_runs_without_a_stderr() -> None:
+    program = f"exec {sys.executable} -m raytrainer --version 2>&-"
+    done = subprocess.run(["/bin/sh", "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.startswith("raytrainer ")

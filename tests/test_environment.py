@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from raytrainer.environment import provide
+from raytrainer.environment import provide, put_back
 from raytrainer.errors import ConfigError
 
 
@@ -58,3 +58,18 @@ def test_a_file_that_others_can_read_is_refused(env_file: Path) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cluster\.env_file=.*cannot be read: No such file"):
         provide(["WANDB_API_KEY"], str(tmp_path / "none"))
+
+
+def test_only_what_changed_is_written_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SAME": "1", "CHANGED": "2", "GONE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    monkeypatch.setenv("CHANGED", "4")
+    monkeypatch.setenv("NEW", "5")
+    monkeypatch.delenv("GONE")
+    written: list[bytes] = []
+    monkeypatch.setattr(os, "putenv", lambda name, value: written.append(name))
+    monkeypatch.setattr(os, "unsetenv", written.append)
+    put_back(before)
+    assert dict(os.environ) == before
+    assert sorted(written) == [b"CHANGED", b"GONE", b"NEW"]

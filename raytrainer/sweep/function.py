@@ -23,6 +23,7 @@ from ray import cloudpickle, tune
 
 from raytrainer import worker
 from raytrainer.config import Parameter
+from raytrainer.environment import put_back
 from raytrainer.errors import WorkerError
 from raytrainer.progress import to_line
 from raytrainer.sweep.ledger import Mode, worst
@@ -208,8 +209,6 @@ def _as_found(folder: str) -> Iterator[None]:
     try:
         yield
     finally:
-        if dict(os.environ) != environment:
-            os.environ.clear()
-            os.environ.update(environment)
+        put_back(environment)
         if Path(folder).is_dir():
             os.chdir(folder)

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from raytrainer.environment import put_back
+
 _Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
 
 
@@ -46,9 +48,7 @@ def as_found() -> Iterator[None]:
             now = config.get_config_copy()
             for name in [name for name, value in before.items() if now[name] is not value and now[name] != value]:
                 setattr(config, name, before[name])
-        if dict(os.environ) != environment:
-            os.environ.clear()
-            os.environ.update(environment)
+        put_back(environment)
         os.chdir(folder)
 
 

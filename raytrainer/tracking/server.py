@@ -101,9 +101,9 @@ class Server:
         Long parameters are cut at 6,000 characters; one that differs from what was logged is `Rejected`. One request,
         or as many as MLflow's limits want.
         """
-        from mlflow.entities import Metric, Param, RunTag
-
         with self._call() as client:
+            from mlflow.entities import Metric, Param, RunTag
+
             client.log_batch(
                 run_id,
                 metrics=[Metric(row.key, row.value, row.time, row.step) for row in rows],
@@ -189,9 +189,9 @@ class Server:
 
     def create_model_version(self, run_id: str, folder: str, name: str) -> str:
         """A new version of the registered model `name`, created if need be, from a folder of the run's artifacts."""
-        from mlflow.exceptions import MlflowException
-
         with self._call() as client:
+            from mlflow.exceptions import MlflowException
+
             if f"{folder}/MLmodel" not in {entry.path for entry in client.list_artifacts(run_id, folder)}:
                 raise Rejected(f"the run {run_id} has no model in {folder}")
             try:
@@ -330,7 +330,12 @@ def _client(uri: str) -> Any:
 
 
 class _Settings:
-    """The environment that MLflow reads at each call, while any of our calls is under way in this process."""
+    """The environment that MLflow reads at each call, while any of our calls is under way in this process.
+
+    In Python's view of it alone. Calls are made by threads, and what a thread writes into C's environment moves it
+    under native code that reads it at that moment: a start of Ray, which looks up hundreds of variables, was ended by a
+    segmentation fault.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -352,10 +357,7 @@ class _Settings:
     def _apply(self) -> None:
         if not self._timeouts:
             for name, value in self._saved.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
+                _show(name, value)
             self._saved = {}
             return
         values = {
@@ -363,12 +365,29 @@ class _Settings:
             "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(self._timeouts)),
             "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
             "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+            # Read once, when MLflow is imported; with it on, that writes C's environment.
+            "MLFLOW_DISABLE_TELEMETRY": "true",
         }
         if not self._saved:
             self._saved = {name: os.environ.get(name) for name in values}
-        if self._saved["MLFLOW_HTTP_REQUEST_TIMEOUT"] is not None:
-            del values["MLFLOW_HTTP_REQUEST_TIMEOUT"]  # the user's own
-        os.environ.update(values)
+        for name in _USERS:
+            if self._saved[name] is not None:
+                del values[name]
+        for name, value in values.items():
+            _show(name, value)
+
+
+# Settings that are the user's where they are set.
+_USERS = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_DISABLE_TELEMETRY")
+
+
+def _show(name: str, value: str | None) -> None:
+    """What Python's code in this process finds in `os.environ`; None: nothing. `putenv` is not called."""
+    python: dict[bytes, bytes] = os.environ._data  # type: ignore[attr-defined]
+    if value is None:
+        python.pop(os.fsencode(name), None)
+    else:
+        python[os.fsencode(name)] = os.fsencode(value)
 
 
 _request_settings = _Settings().use

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import http.server
 import os
 import pickle
 import socket
 import sqlite3
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -125,6 +128,9 @@ def test_silence_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     silent = pytest.raises(TrackingUnreachable, match=r"no answer in 0\.5 s")
     with socket.create_server(("127.0.0.1", 0)) as listener, silent:
         check_tracking(f"http://127.0.0.1:{listener.getsockname()[1]}")
+    for thread in threading.enumerate():  # MLflow's settings are ours as long as it asks
+        if thread.name == "tracking-check":
+            thread.join()
 
 
 def test_mlflows_settings_are_ours_during_a_call_and_the_users_after(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +151,39 @@ def test_mlflows_settings_are_ours_during_a_call_and_the_users_after(monkeypatch
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "33")
     with module._request_settings(10):
         assert MLFLOW_HTTP_REQUEST_TIMEOUT.get() == 33
+
+
+def test_a_call_leaves_the_environment_of_native_code_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read without a lock: by a thread that starts Ray, while another's call to MLflow begins."""
+    getenv = ctypes.CDLL(None).getenv
+    getenv.restype = ctypes.c_char_p
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT", raising=False)
+    for _ in range(2):
+        with module._request_settings(10):
+            assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "10"
+            assert getenv(b"MLFLOW_HTTP_REQUEST_TIMEOUT") is None
+            assert getenv(b"MLFLOW_HTTP_REQUEST_MAX_RETRIES") == b"3"
+    assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
+
+
+def test_importing_mlflow_in_a_call_does_not_write_the_environment() -> None:
+    """Its telemetry would, and would tell of every launch."""
+    program = """
+import os
+from raytrainer.tracking.server import _request_settings
+written = []
+write = os.putenv
+os.putenv = lambda name, value: (written.append(os.fsencode(name)), write(name, value))
+with _request_settings(10):
+    from mlflow.tracking import MlflowClient
+    from mlflow.telemetry.client import get_telemetry_client
+assert not [name for name in written if b"MLFLOW" in name], written
+assert get_telemetry_client() is None
+"""
+    environment = {name: value for name, value in os.environ.items() if "TELEMETRY" not in name}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_a_sqlite_store_is_checked_without_making_it(tmp_path: Path) -> None:
