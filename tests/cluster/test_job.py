@@ -127,6 +127,21 @@ def test_once_more_is_no_second_job(whole: Whole) -> None:
     assert "is the name of a job that was submitted" in whole.submitted("trainer.max_steps=5").exits(2).err
 
 
+def test_its_evaluation_is_a_job_too(whole: Whole) -> None:
+    """On the cluster that the run was on, without being told so; a child of the run, which stays as it is."""
+    before = record(whole.folder, "whole")
+    with launch(whole.folder, "evaluate", "whole", environment=whole.environment) as evaluating:
+        said = evaluating.wait().exits(0).out
+    assert "outcome      step 4 evaluated" in said
+    runs = Runs(whole.folder)
+    (name,) = (path.name for path in (whole.folder / "runs").glob("whole-evaluate-*"))
+    assert f"where    job {name} at " in said
+    assert runs.status(name) == "FINISHED"
+    assert runs.tags(name)["mlflow.parentRunId"] == before["run_id"]
+    assert runs.rows(name)["val/loss"] == runs.rows("whole")["val/loss"]
+    assert record(whole.folder, "whole") == before
+
+
 def test_no_secret_is_anywhere(whole: Whole, head: Head) -> None:
     """Used on a worker, referred to in the config, set on both sides, and in nothing that Ray or MLflow hold."""
     ((_, secret),) = head.secrets.items()
