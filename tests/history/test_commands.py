@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -154,15 +153,12 @@ def test_outcomes_for_programs() -> None:
     ]
 
 
-def test_list_and_status_need_no_torch_and_little_time(two: Store) -> None:
-    """By processor time, which other work on the machine changes least; 200 runs are in benchmarks/."""
+def test_list_and_status_need_neither_torch_nor_ray(two: Store) -> None:
+    """Which is what makes them quick; how quick, also of 200 runs, is in benchmarks/."""
     program = "import sys; from raytrainer import cli; code = cli.main(sys.argv[1:]); "
     program += "assert not {'torch', 'ray'} & set(sys.modules); sys.exit(code)"
     for arguments in (["list"], ["status", "one"]):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-c", program, *arguments], check=True, timeout=60, stdout=subprocess.DEVNULL)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3.0
 
 
 def test_a_run_that_is_resumed_says_how_it_went_in_json(two: Store, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
