@@ -31,7 +31,7 @@ from raytrainer.run import ray_session
 from raytrainer.storage import Lock, Storage
 from raytrainer.sweep import results, schedule
 from raytrainer.sweep.engine import Listener, Search
-from raytrainer.sweep.function import PRINTED, FunctionProcess, Shared
+from raytrainer.sweep.function import ENDS_S, PRINTED, FunctionProcess, Shared
 from raytrainer.sweep.ledger import Ledger, Mode, Trial
 from raytrainer.sweep.settings import DIRECTIONS, KEY, Settings
 from raytrainer.sweep.table import Board, final_table, ranked
@@ -298,6 +298,7 @@ class _Sweep:
                 resources=supervise.trial_resources(each, 1, "PACK"),
                 limit=limit,
                 between=self._between,
+                drain_s=ENDS_S,
             )
             deadline = time.monotonic() + _PRINTED_S
             while not self._unprinted <= self._printed and time.monotonic() < deadline:

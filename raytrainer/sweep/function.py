@@ -31,7 +31,7 @@ from raytrainer.sweep.reporting import as_number, described, listening
 from raytrainer.sweep.search import TRIAL
 
 PRINTED = "printed"  # the kind of the message that ends what a trial prints
-_ENDS_S = 30.0  # a function that was stopped has so long for its own cleaning up
+ENDS_S = 30.0  # a function that was stopped has so long for its own cleaning up
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,10 @@ class FunctionProcess(tune.Trainable):  # type: ignore[misc]
         return message
 
     def cleanup(self) -> None:
+        self._end()
+
+    def drain(self) -> None:
+        """What a trial that was stopped does in `finally` is done when this returns; the process is killed after it."""
         self._end()
 
     # --- one trial ------------------------------------------------------------------------------------------------
@@ -191,11 +195,11 @@ class FunctionProcess(tune.Trainable):  # type: ignore[misc]
             return
         self._ending = True
         self._go.release()
-        self._thread.join(_ENDS_S)
+        self._thread.join(ENDS_S)
         if self._thread.is_alive():
             # The process ends with this, and the thread with it.
             raise WorkerError(
-                f"trial {self._trial} was stopped, and did not end in {_ENDS_S:g} s: its function must not catch "
+                f"trial {self._trial} was stopped, and did not end in {ENDS_S:g} s: its function must not catch "
                 "BaseException, and not take long in `finally`"
             )
 

@@ -516,7 +516,7 @@ def _reporting(number: int, overrides: Sequence[str]) -> float:
 def test_a_function_that_goes_on_when_it_was_stopped(
     process: Callable[..., FunctionProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(function, "_ENDS_S", 0.2)
+    monkeypatch.setattr(function, "ENDS_S", 0.2)
     free = threading.Event()
     monkeypatch.setattr(sys.modules[__name__], "FREE", free)
     one = process(_stubborn)
