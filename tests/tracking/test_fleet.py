@@ -488,6 +488,23 @@ def test_the_thread_survives_a_bug_and_a_callback_that_fails(
     assert sum("ledger" in message for message in caplog.messages) == 2
 
 
+def _bare(uri: str, trials: int) -> float:
+    """Processor seconds a trial of MLflow's own client, which logs the same and has nothing to remember."""
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Param, RunTag
+
+    client = MlflowClient(uri)
+    experiment = client.create_experiment("bare")
+    began = time.thread_time()
+    for _ in range(trials):
+        run_id = client.create_run(experiment, tags={"sweep": "s"}).info.run_id
+        rows = [Metric(f"m{n}", step / 7, step, step) for step in range(10) for n in range(10)]
+        params = [Param(f"p{n}", "1") for n in range(5)]
+        client.log_batch(run_id, rows, params, [RunTag("pruned", "true")])
+        client.set_terminated(run_id, "FINISHED")
+    return (time.thread_time() - began) / trials
+
+
 @pytest.mark.parametrize("block", [10, pytest.param(50, marks=pytest.mark.slow)])
 def test_many_trials_on_a_real_store(tmp_path: Path, caplog: pytest.LogCaptureFixture, block: int) -> None:
     """Whole and once in the database, deleted from the disk, and the last ones as cheap as the first."""
@@ -516,8 +533,8 @@ def test_many_trials_on_a_real_store(tmp_path: Path, caplog: pytest.LogCaptureFi
             open_files.append(len(list(Path("/proc/self/fd").iterdir())) if sys.platform == "linux" else 0)
     assert of.close()
     assert caplog.messages == []
-    # Against each other: 16 ms each on the machine of benchmarks/results, 76 on a slow and shared one.
-    assert max(costs[1:]) < 2.0 * costs[1] + 0.02
+    assert max(costs[1:]) < 2.0 * costs[1] + 0.005
+    assert costs[-1] < 2.0 * _bare(uri, block)
     assert max(open_files) <= open_files[0] + 4
     with Server(uri)._call() as client:
         experiment = client.get_experiment_by_name("sweeps").experiment_id
