@@ -333,8 +333,8 @@ class _Settings:
     """The environment that MLflow reads at each call, while any of our calls is under way in this process.
 
     In Python's view of it alone. Calls are made by threads, and what a thread writes into C's environment moves it
-    under native code that reads it at that moment: a start of Ray, which looks up hundreds of variables, was ended by a
-    segmentation fault.
+    under native code that reads it at that moment, as a start of Ray does for hundreds of variables: with glibc before
+    2.41 that can be a segmentation fault.
     """
 
     def __init__(self) -> None:

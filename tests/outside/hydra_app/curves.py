@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def main(cfg: DictConfig) -> float:
             except Exception:  # noqa: BLE001  what stops a trial is none
                 swallowed = True
     finally:
+        time.sleep(float(os.environ.get("CURVES_CLEAN_UP_S", "0")))
         found = {"pid": os.getpid(), "call": call, "calls": CALLS, "x": cfg.x, "last": last, "swallowed": swallowed}
         with Path("curves").open("a") as file:
             file.write(json.dumps(found) + "\n")
