@@ -184,7 +184,12 @@ def test_what_the_trials_print_is_in_one_file(mixed: Sweep) -> None:
 def test_what_a_stopped_function_does_at_its_end_is_waited_for(tmp_path: Path) -> None:
     """Of the last trials too, after which there is nothing else to wait for."""
     program = ("-c", "from hydra_app.curves import main; main()")
-    last_is_worst = ["-m", "x=choice(0.1,0.2,5.0,6.0)", "hydra.sweeper.search_alg=grid", "hydra.sweeper.num_samples=null"]
+    last_is_worst = [
+        "-m",
+        "x=choice(0.1,0.2,5.0,6.0)",
+        "hydra.sweeper.search_alg=grid",
+        "hydra.sweeper.num_samples=null",
+    ]
     launched(tmp_path, *last_is_worst, program=program, environment={"CURVES_CLEAN_UP_S": "1.5"}).exits(0)
     assert [trial.status for trial in trials_in(tmp_path / "swept")][-1] == "pruned"
     assert sorted(call["x"] for call in noted(tmp_path / "curves")) == [0.1, 0.2, 5.0, 6.0]
