@@ -52,7 +52,7 @@ def to_resume(identifier: str, overrides: Sequence[str]) -> tuple[Composition, R
     _refuse_moved(record, storage)
     if record.status == "FINISHED" and not storage.exists("checkpoints"):
         raise RunNotFound(
-            f"{record.name} finished, and its checkpoints are gone; raytrainer rerun {record.name} does it again"
+            f"{record.name} finished, and has no checkpoint to go on from; raytrainer rerun {record.name} does it again"
         )
     composition = _composed(record, storage, overrides)
     return composition, record, [n.removeprefix("optimizer.") for n in names if n.startswith("optimizer.")]

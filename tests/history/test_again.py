@@ -37,7 +37,7 @@ def recorded(name: str, run_id: str | None = None) -> Record:
 
 def test_a_finished_run_whose_checkpoints_are_gone(past: Record) -> None:
     Storage(past.run_dir).delete("checkpoints")
-    with pytest.raises(RunNotFound, match="its checkpoints are gone; raytrainer rerun"):
+    with pytest.raises(RunNotFound, match="has no checkpoint to go on from; raytrainer rerun"):
         history.to_resume(past.name, [])
 
 
