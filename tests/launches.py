@@ -30,6 +30,7 @@ import psutil
 from raytrainer.checkpoint import Checkpointer, CheckpointInfo
 from raytrainer.storage import Storage
 from raytrainer.sweep import Ledger, Trial
+from tests.promises import Within
 
 OUTSIDE = Path(__file__).parent / "outside"
 START_S = 120.0  # the longest a launch may take to its first step, on a loaded machine
@@ -117,11 +118,14 @@ class Launch:
 
     def wait(self, timeout_s: float = 180.0) -> Ended:
         """Its end; no later than `timeout_s` from now."""
-        try:
-            self.process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"the launch did not end in {timeout_s:g} s\n{self.output()}") from None
-        return self.output()
+        within = Within(timeout_s)
+        while True:
+            try:
+                self.process.wait(timeout_s)
+                return self.output()
+            except subprocess.TimeoutExpired:
+                within.check(f"the launch did not end\n{self.output()}")
+                timeout_s = 1.0
 
     def until(self, what: str, found: Callable[[], Any], timeout_s: float = START_S) -> Any:
         """Waits until `found()` is true, and returns it; fails where the launch ends before."""
@@ -163,13 +167,12 @@ class Launch:
 
     def nothing_left(self, within_s: float = 10.0) -> float:
         """Waits until `left` is empty; returns the seconds that took."""
-        began = time.monotonic()
+        within = Within(within_s)
         while left := self.left():
-            took = time.monotonic() - began
             names = [f"{process.pid} {name_of(process)[:120]}" for process in left]
-            assert took < within_s, f"still there after {took:.1f} s: {names}\n{self.output()}"
+            within.check(f"still there: {names}\n{self.output()}")
             time.sleep(0.1)
-        return time.monotonic() - began
+        return within.took()
 
     def _is_mine(self, process: psutil.Process) -> bool:
         try:
