@@ -46,7 +46,7 @@ COMMON = [
 # Every source of randomness that a step has: augmentation, dropout, batch statistics; an odd batch that two ranks share
 # unevenly, accumulation, a second copy of the weights, and a window of metrics that is open when a checkpoint is made.
 EXPERIMENTS = {
-    "resnet": ["experiment=resnet", "trainer.log_every_n_steps=1"],
+    "resnet": ["experiment=resnet", "model.width=8", "trainer.log_every_n_steps=1"],
     "mlp": [
         "experiment=mlp",
         "model.dropout=0.3",
