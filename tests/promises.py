@@ -8,7 +8,7 @@ import sys
 import time
 
 # What the machine takes to which the promises were made, and its peer: a bare Python with the three imports that are
-# most of what a launch does before it can say anything (2.9-3.1 s on 2 cores, quiet).
+# most of what a launch does before it can say anything (2.5-3.1 s on 2 cores, quiet).
 PEER_S = 3.0
 PEER = "import ray, torch, mlflow"
 
