@@ -162,6 +162,8 @@ def _take(batch: Any, role: str, field: Field, *, position: int) -> Tensor:
             value: Tensor = batch[field]
             return value
         raise ConfigError("is not in a batch", key=f"loss.{role}", value=field, choices=[str(key) for key in batch])
+    if isinstance(field, str) and isinstance(named := getattr(batch, field, None), Tensor):  # a dataclass, a graph
+        return named
     index = field if isinstance(field, int) else position
     if not isinstance(batch, Sequence) or not -len(batch) <= index < len(batch):
         what = f"{len(batch)} entries" if isinstance(batch, Sequence) else f"a {type(batch).__name__}"

@@ -387,7 +387,7 @@ def save_model(trainer: Any, path: Path, step: int, weights: Mapping[str, Any]) 
     import torch
     from mlflow.models import infer_signature
 
-    from raytrainer.parallel import map_tensors
+    from raytrainer.batches import map_tensors
     from raytrainer.state import load_weights
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from raytrainer import cli, preflight
+from raytrainer import batches, cli, preflight
 from raytrainer.config import InitFrom
 from raytrainer.errors import ConfigError
 from raytrainer.parallel import World
@@ -205,3 +205,17 @@ def lora_without(e: Any, folder: Path, published: dict[str, Tensor]) -> Any:
     other = copy.deepcopy(e)
     other.init_from = InitFrom(source=str(folder))
     return other
+
+
+def test_what_its_collators_return_is_moved_and_keeps_its_type() -> None:
+    ids, mask = torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.float64)
+    encoding = transformers.BatchEncoding({"input_ids": ids, "attention_mask": mask})
+    output = transformers.modeling_outputs.CausalLMOutput(logits=mask)
+    for data in (encoding, output):
+        moved = batches.cast(batches.move(data, torch.device("meta")), torch.float32)
+        assert type(moved) is type(data)
+        assert {t.device.type for t in batches.tensors(moved)} == {"meta"}
+    assert encoding.attention_mask.device.type == "cpu"
+    assert moved.logits is moved["logits"] is moved[0]
+    assert batches.cast(encoding, torch.float32).attention_mask.dtype is torch.float32
+    assert batches.cast(encoding, torch.float32).input_ids is ids

@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "autoscaling",
         "names",
         "sharding",
+        "batches",
     ),
     (
         "data",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import math
 from typing import Any
 
@@ -37,8 +39,23 @@ def test_cross_entropy_and_accuracy_by_hand() -> None:
     assert torch.equal(out["target"], LABELS)
 
 
-@pytest.mark.parametrize("batch", [(LOGITS, LABELS), [LOGITS, LABELS], {"image": LOGITS, "label": LABELS}])
-def test_a_batch_is_a_dict_or_a_sequence(batch: Any) -> None:
+@dataclasses.dataclass
+class Record:
+    label: torch.Tensor
+    image: torch.Tensor
+
+
+BATCHES: list[Any] = [
+    (LOGITS, LABELS),
+    [LOGITS, LABELS],
+    {"image": LOGITS, "label": LABELS},
+    collections.UserDict(image=LOGITS, label=LABELS),
+    Record(image=LOGITS, label=LABELS),
+]
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_a_batch_is_a_mapping_a_sequence_or_a_record(batch: Any) -> None:
     assert CrossEntropy()(same, batch)["accuracy"].item() == 0.75
 
 

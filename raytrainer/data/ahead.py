@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from raytrainer.batches import is_dense, move, moves_itself, parts, pin, tensors
 from raytrainer.data.columns import Column, take
-from raytrainer.data.fetch import map_leaves
 
 T = TypeVar("T")
 
@@ -90,29 +90,31 @@ class DeviceCopy:
         self.device = device
         self.stream = torch.cuda.Stream(device)
 
-    def start(self, data: Any) -> tuple[Any, torch.cuda.Event]:
-        def copy(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            pinned = value if value.is_pinned() else value.pin_memory()
-            return pinned.to(self.device, non_blocking=True)
-
+    def start(self, data: Any) -> tuple[Any, torch.cuda.Event | None]:
+        pinned = pin(data)
+        if not _can_be_recorded(pinned):
+            return pinned, None
         with torch.cuda.stream(self.stream):
-            moved = map_leaves(copy, data)
+            moved = move(pinned, self.device, non_blocking=True)
             event = torch.cuda.Event()
             event.record(self.stream)
         return moved, event
 
-    def finish(self, moved: Any, event: torch.cuda.Event) -> Any:
+    def finish(self, moved: Any, event: torch.cuda.Event | None) -> Any:
+        if event is None:
+            return move(moved, self.device, non_blocking=True)
         current = torch.cuda.current_stream(self.device)
         current.wait_event(event)
+        for tensor in tensors(moved):
+            if tensor.device.type == "cuda":
+                tensor.record_stream(current)  # its memory is the side stream's: not to be reused before we are done
+        return moved
 
-        def used(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                value.record_stream(current)  # its memory is the side stream's: not to be reused before we are done
-            return value
 
-        return map_leaves(used, moved)
+def _can_be_recorded(data: Any) -> bool:
+    """Whether all memory of a batch is in dense tensors that we see. Of any other it cannot be said to the allocator
+    that another stream uses it, so it must be copied on the stream that does."""
+    return all(is_dense(part) if isinstance(part, Tensor) else not moves_itself(part) for part in parts(data))
 
 
 def gather(columns: Any, rows: Tensor, pinned: bool = False) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from raytrainer.batches import as_tensors
 from raytrainer.data.datasets import columns_of, name_of
 from raytrainer.data.order import Indices
 from raytrainer.errors import DataError, RaytrainerError
@@ -22,29 +23,10 @@ from raytrainer.seeds import mix
 Collate = Callable[[list[Any]], Any]
 
 
-def map_leaves(function: Callable[[Any], Any], data: Any) -> Any:
-    """`data` with `function` applied to whatever is not a dict, tuple (named or not) or list."""
-    if isinstance(data, dict):
-        return {key: map_leaves(function, value) for key, value in data.items()}
-    if isinstance(data, tuple):
-        parts = [map_leaves(function, value) for value in data]
-        return type(data)(*parts) if hasattr(data, "_fields") else tuple(parts)
-    if isinstance(data, list):
-        return [map_leaves(function, value) for value in data]
-    return function(data)
-
-
-def as_tensor(value: Any) -> Any:
-    """A numeric numpy array as a tensor of the same memory; anything else as it is."""
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
-        return torch.from_numpy(value if value.flags.writeable else value.copy())
-    return value
-
-
 def collate(samples: list[Any], collate_fn: Collate | None) -> Any:
     """One batch of `samples`: torch's `default_collate`, with tuples kept as tuples, unless `collate_fn` is given."""
     if collate_fn is not None:
-        return map_leaves(as_tensor, collate_fn(samples))
+        return as_tensors(collate_fn(samples))
     batch = default_collate(samples)
     return tuple(batch) if type(samples[0]) is tuple else batch
 
@@ -94,7 +76,7 @@ class Fetcher:
             raise wrapped(self.dataset, describe(samples), error) from error
         if isinstance(batch, list) or self.collate_fn is not None:
             return self._collate(batch, samples)
-        return map_leaves(as_tensor, batch)
+        return as_tensors(batch)
 
     def _told(self, samples: Indices, epoch: int) -> Any:
         """From a dataset that is told epoch and seed, and draws by them: it may be read in any thread."""
@@ -105,7 +87,7 @@ class Fetcher:
             raise
         except Exception as error:
             raise wrapped(self.dataset, describe(samples), error) from error
-        return map_leaves(as_tensor, batch) if self.collate_fn is None else self._collate(batch, samples)
+        return as_tensors(batch) if self.collate_fn is None else self._collate(batch, samples)
 
     def isolated(self, samples: Indices, epoch: int) -> Any:
         """The batch, with the global generators as before."""

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raytrainer.batches import move
 from raytrainer.data.ahead import DeviceCopy, ahead, gather, while_warm
 from raytrainer.data.columns import Column, MappedColumn
 from raytrainer.data.datasets import columns_of, name_of
-from raytrainer.data.fetch import Collate, Fetcher, collate, describe, map_leaves, wrapped
+from raytrainer.data.fetch import Collate, Fetcher, collate, describe, wrapped
 from raytrainer.data.order import Indices
 from raytrainer.data.plan import Plan, Step
 from raytrainer.data.pool import WorkerPool
@@ -158,7 +159,10 @@ class Loader:
                 self._resident = bool(resident)
             self._mapped = not self._resident and any(isinstance(column, MappedColumn) for column in columns)
             if self._resident:
-                self._columns = map_leaves(self._whole, self._columns)
+                if isinstance(self._columns, dict):
+                    self._columns = {name: self._whole(column) for name, column in self._columns.items()}
+                else:
+                    self._columns = tuple(map(self._whole, self._columns))
 
     def _whole(self, column: Column) -> Tensor:
         return (column.load() if isinstance(column, MappedColumn) else column).to(self.device)
@@ -327,8 +331,7 @@ class Loader:
     def _on_device(self, made: _Made) -> _Made:
         if self.device.type == "cpu":
             return made
-        move = lambda value: value.to(self.device) if isinstance(value, Tensor) else value  # noqa: E731
-        return made[0], [map_leaves(move, data) for data in made[1]]
+        return made[0], [move(data, self.device) for data in made[1]]
 
     def _from_stream(self, start: int, stop: int | None, *, one_epoch: bool = False) -> Generator[Batch, None, None]:
         assert self._stream is not None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from raytrainer.parallel.activations import checkpoint_activations
 from raytrainer.parallel.buffers import averaged_buffers, load_buffers, mean_buffers
 from raytrainer.parallel.ddp import replicate, synchronise
-from raytrainer.parallel.precision import Precision, map_tensors
+from raytrainer.parallel.precision import Precision
 from raytrainer.parallel.units import find_units
 from raytrainer.parallel.world import World, set_determinism
 from raytrainer.sharding import is_sharded, local_parts, reshard
@@ -23,7 +23,6 @@ __all__ = [
     "is_sharded",
     "load_buffers",
     "local_parts",
-    "map_tensors",
     "mean_buffers",
     "replicate",
     "reshard",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from raytrainer import batches
 
 _DTYPES = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -42,17 +43,4 @@ class Precision:
 
     def cast(self, data: Any) -> Any:
         """Floating-point tensors of a batch in the model's type; everything else as it is."""
-        return map_tensors(data, lambda t: t.to(self.dtype) if t.is_floating_point() else t)
-
-
-def map_tensors(data: Any, change: Any) -> Any:
-    """`change` applied to every tensor of nested dicts, lists and tuples."""
-    if isinstance(data, Tensor):
-        return change(data)
-    if isinstance(data, Mapping):
-        return {k: map_tensors(v, change) for k, v in data.items()}
-    if isinstance(data, tuple) and hasattr(data, "_fields"):
-        return type(data)(*(map_tensors(v, change) for v in data))
-    if isinstance(data, list | tuple):
-        return type(data)(map_tensors(v, change) for v in data)
-    return data
+        return batches.cast(data, self.dtype)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from raytrainer import parallel, seeds
+from raytrainer.batches import map_tensors
 from raytrainer.checkpoint import Checkpointer, CheckpointInfo, find_weights, unread
 from raytrainer.config import Experiment, InitFrom, build, factory
 from raytrainer.data import Batch, Loader
@@ -427,9 +428,7 @@ class Trainer:
         """A batch as the model takes it: in its type and memory format."""
         data = self.precision.cast(data)
         if self.experiment.trainer.channels_last:
-            data = parallel.map_tensors(
-                data, lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
-            )
+            data = map_tensors(data, lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
         return data
 
     def _warmed_up(self, batches: Iterator[Batch]) -> Iterator[Batch]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from raytrainer import parallel, seeds
+from raytrainer import batches, seeds
 from raytrainer.config import build
 from raytrainer.data import Batch
 from raytrainer.flops import model_flops, peak_flops
@@ -49,7 +50,7 @@ class Utilisation:
 
         t.throughput.pause()
         kept = seeds.random_state()
-        flops = model_flops(make, parallel.map_tensors(t.prepare(micro.data), lambda tensor: tensor.to("meta")))
+        flops = model_flops(make, batches.move(t.prepare(micro.data), torch.device("meta")))
         seeds.set_random_state(kept)
         t.throughput.go_on()
         return (flops or 0.0) / max(micro.size, 1)  # one that stands in for none is a sample too
