@@ -119,7 +119,8 @@ def on_ray(job: Mapping[str, Any]) -> dict[str, Any]:
         context = ray.train.get_context()
         rank = context.get_world_rank()
         hello(rank, job.get("label", ""))
-        world = World(rank, context.get_world_size(), context.get_local_rank(), ray.train.torch.get_device())
+        device, node = ray.train.torch.get_device(), context.get_node_rank()
+        world = World(rank, context.get_world_size(), context.get_local_rank(), device, node)
         found = Job(**job)
         return run(found, world, emit=_say, should_stop=_stop.is_set, report=_report if found.reports else _no_report)
     except BaseException as error:  # a script's sys.exit() is no end of the process, and has a traceback
@@ -211,14 +212,10 @@ def run(
         options.num_threads = _cpus(experiment)
     # The checkpoint's thread talks to the other ranks while training does: through a group of its own.
     group = dist.new_group(backend="gloo") if world.distributed else None
-    tracker: Tracker = NullTracker()
     # With its credentials, where the config refers to some: they are resolved here, and never travel.
     uri = experiment.tracking.tracking_uri or ""
     uri = uri if redacted(uri) == job.tracking_uri else job.tracking_uri
-    if world.rank == 0 and job.run_id is not None:
-        # The run of a trial is made by the driver, which may not have come to it.
-        place = experiment.tracking.experiment_name if job.label else None
-        tracker = MlflowTracker(job.run_id, uri, Path(job.spool_dir), ship=job.ship, awaited_in=place)
+    tracker, node_tracker = _trackers(job, experiment, world, uri)
     evaluate = experiment.evaluate
     checkpointer = Checkpointer(
         Storage.shown_as((evaluate and evaluate.run_dir) or job.run_dir, root).child("checkpoints"),
@@ -265,8 +262,29 @@ def run(
         raise
     finally:
         # On this disk it is done at once; a server may take its time.
-        later(tracker.close) if job.ship else tracker.close()
+        for one in (tracker, node_tracker):
+            later(one.close) if job.ship else one.close()
     return {**asdict(result), "metrics": dict(result.metrics), "monitor": c.monitor}
+
+
+def _trackers(job: Job, experiment: config.Experiment, world: Any, uri: str) -> tuple[Tracker, Tracker]:
+    """Return rank 0's tracker, and the one that samples a node which does not have rank 0; each is a `NullTracker` in
+    every other process."""
+    nothing = NullTracker()
+    if job.run_id is None or (world.rank > 0 and (world.node == 0 or world.local_rank > 0)):
+        return nothing, nothing
+    # The run of a trial is made by the driver, which may not have come to it.
+    awaited_in = experiment.tracking.experiment_name if job.label else None
+    spool = Path(job.spool_dir)
+    if world.rank == 0:
+        return MlflowTracker(job.run_id, uri, spool, ship=job.ship, awaited_in=awaited_in), nothing
+    try:
+        tracker = MlflowTracker(job.run_id, uri, spool, ship=job.ship, awaited_in=awaited_in, node=world.node)
+    except errors.StorageError as error:  # training does not fail for it
+        _log.warning("The system metrics of node %d (%s) are left out: %s", world.node, socket.gethostname(), error)
+        return nothing, nothing
+    tracker.set_tags({f"raytrainer.node.{world.node}": socket.gethostname()})
+    return nothing, tracker
 
 
 def _tell_inherited(tracker: Tracker, inherited: Mapping[str, Any], step: int) -> None:

@@ -58,6 +58,42 @@ def test_an_error_of_a_worker_travels() -> None:
     assert not worker.described(RuntimeError("CUDA out of memory. Tried…"), 0).retry
 
 
+def test_one_process_of_each_node_samples_its_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four workers on two nodes rank 0 has the run's tracker, and the first of the second node one for that node."""
+    made: list[dict[str, Any]] = []
+    tags: dict[str, str] = {}
+
+    class Kept(NullTracker):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            made.append(options)
+
+        def set_tags(self, given: Mapping[str, str]) -> None:
+            tags.update(given)
+
+    monkeypatch.setattr(worker, "MlflowTracker", Kept)
+    places = [(0, 0, 0), (1, 1, 0), (2, 0, 1), (3, 1, 1)]
+    asked, experiment = job(tmp_path, run_id="r"), compose(["experiment=smoke"]).experiment
+    found = [
+        worker._trackers(asked, experiment, World(rank, 4, local_rank, node=node), "")
+        for rank, local_rank, node in places
+    ]
+    assert [tuple(isinstance(one, Kept) for one in pair) for pair in found] == [
+        (True, False),
+        (False, False),
+        (False, True),
+        (False, False),
+    ]
+    assert [options.get("node", 0) for options in made] == [0, 1]
+    assert list(tags) == ["raytrainer.node.1"]
+
+
+def test_a_node_that_cannot_write_its_spool_trains_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    asked = job(tmp_path, run_id="r", spool_dir=str(tmp_path / "file" / "spool"))
+    found = worker._trackers(asked, compose(["experiment=smoke"]).experiment, World(1, 2, 0, node=1), "")
+    assert all(isinstance(one, NullTracker) for one in found)
+
+
 def test_what_a_list_of_runs_shows_is_told_while_it_trains() -> None:
     """The steps to do, the workers, and the best value as soon as it is."""
     tags: dict[str, str] = {}

@@ -13,12 +13,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class World:
-    """The place of this process. The default is a process alone, on the CPU."""
+    """The place of this process. The default is a process alone, on the CPU.
+
+    Attributes:
+        node: The number of its node; rank 0's is node 0.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    node: int = 0
 
     @property
     def distributed(self) -> bool:

@@ -236,12 +236,15 @@ class Sender:
 
     @staticmethod
     def _above_floor(rows: list[Row], floor: dict[str, int]) -> list[Row]:
-        # System metrics count from 0 in each attempt and are never measured twice: they go on after the floor.
-        base = 1 + max((step for key, step in floor.items() if key.startswith(SYSTEM_PREFIX)), default=-1)
+        # System metrics count from 0 in each attempt and are never measured twice: they go on after their node's floor.
+        base: dict[str, int] = {}
+        for key, step in floor.items():
+            if key.startswith(SYSTEM_PREFIX):
+                base[_node_of(key)] = max(base.get(_node_of(key), 0), step + 1)
         kept = []
         for row in rows:
             if row.key.startswith(SYSTEM_PREFIX):
-                kept.append(row._replace(step=row.step + base))
+                kept.append(row._replace(step=row.step + base.get(_node_of(row.key), 0)))
             elif row.step > floor.get(row.key, row.step - 1):
                 kept.append(row)
         return kept
@@ -302,6 +305,11 @@ class Sender:
             self._spool.write_state(state)
         self.real_id = state.run_id
         return state.run_id
+
+
+def _node_of(key: str) -> str:
+    """The node of a system metric: `node-1` of `system/node-1/disk_usage_percentage`, empty of rank 0's."""
+    return key.removeprefix(SYSTEM_PREFIX).rpartition("/")[0]
 
 
 def apply_note(server: Calls, run_id: str, note: RunNote) -> None:

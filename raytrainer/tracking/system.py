@@ -1,4 +1,4 @@
-"""What the node does while it trains: CPU, memory, disk, network, GPU, under the names that MLflow's own page shows.
+"""What one node does while it trains: CPU, memory, disk, network, GPU, under the names that MLflow's own page shows.
 Sampled here, because MLflow's monitors need `import mlflow` (1.3 s) in the worker.
 """
 
@@ -6,27 +6,35 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from typing import Any
 
 _PREFIX = "system/"
+_LEAST_S = 0.2  # the kernel counts CPU time in ticks of 10 ms: over less than this a percentage is noise
 
 logger = logging.getLogger("raytrainer.tracking")
 
 
 class SystemSampler:
-    """A sample is a reading of counters: about a millisecond. Without psutil or NVML its part is left out."""
+    """A sample is a reading of counters: about a millisecond. Without psutil or NVML its part is left out.
 
-    def __init__(self) -> None:
+    Args:
+        node: The number of this node in the run. Node 0 is rank 0's, and has the plain names (`system/…`); the others
+            have theirs below `system/node-1/`, `system/node-2/`, …
+    """
+
+    def __init__(self, node: int = 0) -> None:
+        self._prefix = f"{_PREFIX}node-{node}/" if node else _PREFIX
         self._psutil = _psutil()
         self._nvml, self._devices = _nvml()
         if self._psutil is not None:
-            self._psutil.cpu_percent()  # the first call has nothing to compare with
+            self._cpu = (time.monotonic(), self._psutil.cpu_times())
             self._network = self._psutil.net_io_counters()
 
     def sample(self) -> dict[str, float]:
         """Percentages, megabytes (1e6 bytes; of the network since the start) and watts."""
         values = {**self._host(), **self._gpus()}
-        return {_PREFIX + key: round(value, 1) for key, value in values.items()}
+        return {self._prefix + key: round(value, 1) for key, value in values.items()}
 
     def _host(self) -> dict[str, float]:
         if self._psutil is None:
@@ -34,7 +42,7 @@ class SystemSampler:
         memory = self._psutil.virtual_memory()
         disk = self._psutil.disk_usage(os.sep)
         values = {
-            "cpu_utilization_percentage": self._psutil.cpu_percent(),
+            **self._cpu_utilization(),
             "system_memory_usage_megabytes": memory.used / 1e6,
             "system_memory_usage_percentage": 100 * memory.used / memory.total,
             "disk_usage_percentage": disk.percent,
@@ -46,6 +54,21 @@ class SystemSampler:
             values["network_receive_megabytes"] = (now.bytes_recv - self._network.bytes_recv) / 1e6
             values["network_transmit_megabytes"] = (now.bytes_sent - self._network.bytes_sent) / 1e6
         return values
+
+    def _cpu_utilization(self) -> dict[str, float]:
+        """The busy share of all cores since the sample before; nothing where that is less than `_LEAST_S` ago."""
+        # Not psutil.cpu_percent(): that compares with the last call *of the same thread*, and gives 0 in a new one. The
+        # thread that writes a checkpoint takes samples too, and there is a new one for each checkpoint.
+        (then, before), now, times = self._cpu, time.monotonic(), self._psutil.cpu_times()
+        if now - then < _LEAST_S:
+            return {}
+        self._cpu = (now, times)
+        # A counter may go backwards by a tick.
+        spent = {name: max(0.0, value - getattr(before, name)) for name, value in times._asdict().items()}
+        # Linux counts the time of guests in `user` and `nice` already.
+        total = sum(spent.values()) - spent.get("guest", 0.0) - spent.get("guest_nice", 0.0)
+        idle = spent["idle"] + spent.get("iowait", 0.0)
+        return {"cpu_utilization_percentage": 100 * (total - idle) / total} if total > 0 else {}
 
     def _gpus(self) -> dict[str, float]:
         values: dict[str, float] = {}

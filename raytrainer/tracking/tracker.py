@@ -42,6 +42,7 @@ class MlflowTracker:
         flush_interval_s: Seconds between batches to MLflow.
         max_spool_bytes: The most that is kept on disk, artifacts included.
         system_metrics: CPU, memory, disk, network and GPU of this node as `system/…`.
+        node: The number of this node in the run, for the names of its system metrics; as `SystemSampler`.
         system_interval_s: Seconds between two samples of them.
         ship: Whether this process sends. False never imports mlflow (1.3 s): a `Shipper` or `replay` elsewhere sends.
         awaited_in: As `Shipper`.
@@ -60,6 +61,7 @@ class MlflowTracker:
         max_spool_bytes: int = 256 * 2**20,
         system_metrics: bool = True,
         system_interval_s: float = 10.0,
+        node: int = 0,
         ship: bool = True,
         awaited_in: str | None = None,
     ) -> None:
@@ -73,7 +75,7 @@ class MlflowTracker:
         self._dropped = 0
         self._said: set[str] = set()
         self._system: SystemSampler | None = None
-        self._system_metrics = system_metrics
+        self._system_metrics, self._node = system_metrics, node
         self._system_interval_s = system_interval_s
         self._system_due = time.monotonic() + min(_FIRST_SYSTEM_S, system_interval_s)
         self._system_step = 0
@@ -167,7 +169,7 @@ class MlflowTracker:
 
     def _sample(self, last: bool) -> None:
         if self._system is None:
-            self._system = SystemSampler()  # here, not in the constructor: NVML may take a while
+            self._system = SystemSampler(self._node)  # here, not in the constructor: NVML may take a while
         elif last or time.monotonic() >= self._system_due:
             self._encode(("m", time.time_ns() // 1_000_000, self._system_step, self._system.sample()))
             self._system_step += 1

@@ -84,6 +84,21 @@ def test_system_metrics_go_on_counting(tmp_path: Path) -> None:
     assert run.count() == {("system/cpu", step): 1 for step in range(5)}
 
 
+def test_each_nodes_system_metrics_go_on_counting(tmp_path: Path) -> None:
+    """Nodes write at their own pace, and a later attempt may have other ones."""
+    spool, server = Spool(tmp_path), FakeServer()
+    run = server.add()
+    write(spool, range(5), 1000, keys=("system/cpu", "system/disk"))
+    write(spool, range(2), 1001, keys=("system/node-1/cpu",))
+    replay(tmp_path, "r", "", server=server)
+    write(spool, range(1), 9000, keys=("system/disk",))
+    write(spool, range(2), 9001, keys=("system/node-1/cpu",))
+    write(spool, range(1), 9002, keys=("system/node-2/cpu",))
+    replay(tmp_path, "r", "", server=server)
+    steps = {"system/cpu": 5, "system/disk": 6, "system/node-1/cpu": 4, "system/node-2/cpu": 1}
+    assert run.count() == {(key, step): 1 for key, count in steps.items() for step in range(count)}
+
+
 def test_the_floor_is_fixed_before_the_first_row_goes(tmp_path: Path) -> None:
     spool, server = Spool(tmp_path), FakeServer()
     run = server.add()

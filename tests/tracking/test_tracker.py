@@ -8,8 +8,10 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -221,11 +223,58 @@ def test_system_metrics_have_mlflows_names_and_own_steps(tmp_path: Path) -> None
     tracker = make(tmp_path, system_metrics=True, system_interval_s=0.0)
     until(lambda: sum(row.key == "system/cpu_utilization_percentage" for row in rows(tmp_path)) >= 1)
     tracker.close()
-    steps = [row.step for row in rows(tmp_path) if row.key == "system/cpu_utilization_percentage"]
+    steps = [row.step for row in rows(tmp_path) if row.key == "system/disk_usage_percentage"]
     assert steps == list(range(len(steps)))
     assert len(steps) >= 2
     names = {row.key for row in rows(tmp_path)}
     assert names >= {"system/system_memory_usage_megabytes", "system/disk_usage_percentage"}
+
+
+class FakePsutil:
+    """Two cores, of which one is busy from the first look on."""
+
+    def __init__(self) -> None:
+        import psutil
+
+        self._real, self._looks = psutil, 0
+
+    def cpu_times(self) -> object:
+        self._looks += 1
+        times = self._real.cpu_times()
+        nothing = dict.fromkeys(times._fields, 0.0)
+        return times._replace(**{**nothing, "user": 1.0 * self._looks, "idle": 1.0 * self._looks})
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._real, name)
+
+
+def test_the_load_is_measured_whichever_thread_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """psutil's own `cpu_percent` gives 0 to a thread that asks for the first time, as a checkpoint's thread does."""
+    pytest.importorskip("psutil")
+    monkeypatch.setitem(sys.modules, "psutil", FakePsutil())
+    now = iter(range(100))
+    monkeypatch.setattr("raytrainer.tracking.system.time", SimpleNamespace(monotonic=lambda: float(next(now))))
+    sampler, found = SystemSampler(), []
+    for _ in range(4):
+        thread = threading.Thread(target=lambda: found.append(sampler.sample()["system/cpu_utilization_percentage"]))
+        thread.start()
+        thread.join()
+    assert found == [50.0] * 4
+
+
+def test_a_sample_right_after_another_says_nothing_of_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("psutil")
+    monkeypatch.setattr("raytrainer.tracking.system.time", SimpleNamespace(monotonic=lambda: 0.0))
+    sample = SystemSampler().sample()
+    assert "system/cpu_utilization_percentage" not in sample
+    assert "system/system_memory_usage_percentage" in sample
+
+
+def test_other_nodes_have_names_of_their_own() -> None:
+    pytest.importorskip("psutil")
+    names = {key.replace("cpu_utilization_percentage", "") for key in SystemSampler(node=2).sample()}
+    assert all(name.startswith("system/node-2/") for name in names)
+    assert "system/node-2/disk_usage_percentage" in names
 
 
 def test_a_node_without_psutil_or_nvml_has_no_system_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
