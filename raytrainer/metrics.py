@@ -155,7 +155,8 @@ class Monitor:
     """
 
     def __init__(self, metric: str, mode: str, min_delta: float = 0.0) -> None:
-        self.metric, self._sign, self._min_delta = metric, 1 if mode == "max" else -1, min_delta
+        self.metric, self.mode, self._min_delta = metric, mode, min_delta
+        self._sign = 1 if mode == "max" else -1
         self.value: float | None = None
         self.step: int | None = None
         self.without_gain = 0
@@ -172,7 +173,15 @@ class Monitor:
             self.value, self.step, self.without_gain = value, step, 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"value": self.value, "step": self.step, "without_gain": self.without_gain}
+        return {
+            "metric": self.metric,
+            "mode": self.mode,
+            "value": self.value,
+            "step": self.step,
+            "without_gain": self.without_gain,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if (state.get("metric", self.metric), state.get("mode", self.mode)) != (self.metric, self.mode):
+            return  # the best value of another metric, of a run that goes on with this one: it says nothing here
         self.value, self.step, self.without_gain = state["value"], state["step"], int(state["without_gain"])

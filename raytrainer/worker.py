@@ -222,7 +222,7 @@ def run(
         rank=world.rank,
         world_size=world.size,
         num_to_keep=c.num_to_keep,
-        mode=c.mode,
+        mode=config.checkpoint_mode(experiment),
         async_save=c.async_save,
         group=group,
         # What was logged before a checkpoint is not logged again after it: it is on disk first.

@@ -200,3 +200,16 @@ def test_throughput_leaves_out_what_is_no_training(monkeypatch: pytest.MonkeyPat
     now[0] += 1
     assert throughput.rate() == 0
     assert math.isfinite(throughput.rate())  # no time at all went by
+
+
+def test_the_best_value_of_another_metric_or_mode_is_not_taken_over() -> None:
+    before = Monitor("val/loss", "min")
+    before.update({"val/loss": 0.1}, 5)
+    for metric, mode in (("val/accuracy", "max"), ("val/loss", "max")):
+        after = Monitor(metric, mode)
+        after.load_state_dict(before.state_dict())
+        assert (after.value, after.step, after.without_gain) == (None, None, 0)
+    recorded = {"value": 0.1, "step": 5, "without_gain": 2}  # before it said what it is of
+    after = Monitor("val/loss", "min")
+    after.load_state_dict(recorded)
+    assert (after.value, after.step, after.without_gain) == (0.1, 5, 2)

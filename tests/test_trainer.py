@@ -769,7 +769,7 @@ def test_evaluation_leaves_each_part_in_its_own_mode() -> None:
 
 def test_a_monitor_that_no_evaluation_gives_is_refused() -> None:
     e = experiment()
-    e.checkpoint.monitor = "val/acuracy"
+    e.checkpoint.monitor, e.checkpoint.mode = "val/acuracy", "max"
     with pytest.raises(
         ConfigError, match=r"checkpoint.monitor=val/acuracy is no metric of the evaluation; valid: val/"
     ):

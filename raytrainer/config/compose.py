@@ -14,7 +14,7 @@ import secrets
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from raytrainer.config.checks import check_references, check_together
+from raytrainer.config.direction import by_name, check_modes, derive_modes
 from raytrainer.config.explain import explain, key_of, unresolved, value_of
 from raytrainer.config.nodes import check_targets
 from raytrainer.config.schema import Experiment, known_keys, validate
@@ -212,7 +213,9 @@ def from_hydra(cfg: DictConfig, overrides: Sequence[str] | None = None) -> Compo
         _make_absolute(cfg)
     except OmegaConfBaseException as error:
         raise unresolved(_failing(cfg), error) from error
-    return _composition(cfg, tuple(overrides), tuple(sorted(choices.items())))
+    composition = _composition(cfg, tuple(overrides), tuple(sorted(choices.items())))
+    check_modes(composition.experiment)  # not of a saved config: it goes on with what was recorded
+    return composition
 
 
 def from_text(text: str, overrides: Sequence[str] = ()) -> Composition:
@@ -250,7 +253,8 @@ def experiment_of(text: str, overrides: Sequence[str] = ()) -> Experiment:
 def _with_values(text: str, overrides: Sequence[str]) -> DictConfig:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    cfg = _saved(text).copy()
+    saved = _saved(text)
+    cfg = saved.copy()
     known: list[str] | None = None
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         name = override.key_or_group
@@ -265,14 +269,43 @@ def _with_values(text: str, overrides: Sequence[str]) -> DictConfig:
         if isinstance(override.value(), dict | list):
             known = None  # it may bring keys of its own
         OmegaConf.update(cfg, name, override.value(), force_add=True)
+    _forget_modes(cfg, saved)
     return cfg
+
+
+# The keys that name a metric, and those that say whether lower or higher values of it are better.
+_MODES = (
+    ("checkpoint.monitor", "checkpoint.mode"),
+    ("trainer.early_stopping.monitor", "trainer.early_stopping.mode"),
+    ("sweep.metric", "sweep.mode"),
+)
+
+
+def _forget_modes(cfg: DictConfig, saved: DictConfig) -> None:
+    """A mode that followed from a metric of before does not outlive it."""
+    for metric, mode in _MODES:
+        before, now = _value(saved, metric), _value(cfg, metric)
+        if before == now or before is None or _value(saved, mode) != _value(cfg, mode):
+            continue
+        if _is_own(cfg, before) or by_name(str(before)) == _value(saved, mode):
+            OmegaConf.update(cfg, mode, None)
 
 
 @functools.lru_cache(maxsize=8)
 def _saved(text: str) -> DictConfig:
     cfg = OmegaConf.merge(OmegaConf.create(defaults()), OmegaConf.create(text))
     assert isinstance(cfg, DictConfig)
+    early = "trainer.early_stopping"
+    monitor, mode = _value(cfg, f"{early}.monitor"), _value(cfg, f"{early}.mode")
+    if monitor is not None and mode is None and not _is_own(cfg, monitor):
+        # Recorded when a mode that was left out was always that of the checkpoints.
+        OmegaConf.update(cfg, f"{early}.mode", _value(cfg, "checkpoint.mode"), force_add=True)
     return cfg
+
+
+def _is_own(cfg: DictConfig, metric: Any) -> bool:
+    """Whether a metric is of the section `metrics`."""
+    return str(metric).rpartition("/")[2] in (_value(cfg, "metrics") or {})
 
 
 def register_schema() -> None:
@@ -298,6 +331,8 @@ def new_name(experiment: str) -> str:
 
 def with_values(text: str, values: Mapping[str, Any]) -> str:
     """A `Composition.text` with other values of some keys."""
+    if not values:
+        return text
     cfg = OmegaConf.create(text)
     assert isinstance(cfg, DictConfig)
     for name, value in values.items():
@@ -384,7 +419,39 @@ def searching(config_dir: str | Path | None, searchpath: Sequence[str] = ()) -> 
 
 
 def _composition(cfg: DictConfig, overrides: tuple[str, ...], choices: tuple[tuple[str, str], ...]) -> Composition:
-    return Composition(_experiment(cfg, choices), OmegaConf.to_yaml(cfg), overrides, choices)
+    experiment = _experiment(cfg, choices)
+    _write_modes(cfg, experiment)
+    return Composition(experiment, OmegaConf.to_yaml(cfg), overrides, choices)
+
+
+def settled(composition: Composition) -> Composition:
+    """The same with each mode written out that follows from an object of the section `metrics`: who reads the text later
+    need not have its library.
+    """
+    derive_modes(composition.experiment, objects=True)
+    cfg = OmegaConf.create(composition.text)
+    assert isinstance(cfg, DictConfig)
+    return (
+        replace(composition, text=OmegaConf.to_yaml(cfg)) if _write_modes(cfg, composition.experiment) else composition
+    )
+
+
+def _write_modes(cfg: DictConfig, e: Experiment) -> bool:
+    """Writes the derived modes into the config, since another version may derive them otherwise; whether there were any."""
+    early = e.trainer.early_stopping
+    given = {
+        "checkpoint.mode": e.checkpoint.mode,
+        "trainer.early_stopping.mode": early.mode if early is not None and early.monitor is not None else None,
+        "sweep.mode": e.sweep.mode if e.sweep.metric is not None else None,
+    }
+    missing = {key: mode for key, mode in given.items() if mode is not None and _value(cfg, key) is None}
+    for key, mode in missing.items():
+        OmegaConf.update(cfg, key, mode, force_add=True)
+    return bool(missing)
+
+
+def _value(cfg: DictConfig, key: str) -> Any:
+    return OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
 
 
 def _experiment(cfg: DictConfig, choices: tuple[tuple[str, str], ...]) -> Experiment:
@@ -397,6 +464,7 @@ def _experiment(cfg: DictConfig, choices: tuple[tuple[str, str], ...]) -> Experi
     experiment = typed({str(k): v for k, v in values.items()}, [group for group, _ in choices])
     validate(experiment)
     check_together(experiment)
+    derive_modes(experiment)
     if experiment.cluster.runtime_env:
         raw = OmegaConf.to_container(cfg.cluster.runtime_env, resolve=False)
         check_references(raw, experiment.cluster.forward_env)

@@ -53,7 +53,7 @@ class DataConfig:
 @dataclass(kw_only=True, slots=True)
 class EarlyStopping:
     monitor: str | None = None  # null: checkpoint.monitor
-    mode: str | None = key(None, choices=(None, "min", "max"))  # null: checkpoint.mode
+    mode: str | None = key(None, choices=(None, "min", "max"))  # null: as checkpoint.mode
     patience: int = key(3, least=0)  # evaluations without improvement before the run ends
     min_delta: float = key(0.0, least=0)
 
@@ -106,7 +106,7 @@ class CheckpointConfig:
     every_n_steps: int | None = key(None, least=1)  # null: at every evaluation
     num_to_keep: int | None = key(2, least=1)  # null: all
     monitor: str = "val/loss"
-    mode: str = key("min", choices=("min", "max"))
+    mode: str | None = key(None, choices=(None, "min", "max"))  # null: as the metric's name or object says
     async_save: bool = True
     min_interval_s: float | None = key(None, least=0)  # null: 0, and 10 in a trial of a sweep; the last is always saved
 
@@ -166,7 +166,7 @@ class ClusterConfig:
 @dataclass(kw_only=True, slots=True)
 class SweepConfig:
     metric: str | None = None  # null: checkpoint.monitor
-    mode: str | None = key(None, choices=(None, "min", "max"))  # null: checkpoint.mode
+    mode: str | None = key(None, choices=(None, "min", "max"))  # null: as checkpoint.mode
     num_samples: int | None = key(None, least=1)  # null: every combination of a grid
     scheduler: dict[str, Any] | None = None
     search_alg: dict[str, Any] | None = None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrainer import tracking
-from raytrainer.config import Experiment, build, from_text, locate
+from raytrainer.config import Experiment, build, checkpoint_mode, from_text, locate
 from raytrainer.errors import CheckpointNotFound, ConfigError, StorageError
 from raytrainer.history.finding import tracking_uri_of
 from raytrainer.history.trained import Trained, trained
@@ -130,7 +130,7 @@ def _read(source: Trained, e: Experiment, checkpoint: str) -> tuple[Any, dict[st
     """The checkpoint, its weights on the CPU, and whether they are averaged."""
     from raytrainer.checkpoint import Checkpointer, unread
 
-    checkpoints = Checkpointer(source.place.child("checkpoints"), mode=e.checkpoint.mode)
+    checkpoints = Checkpointer(source.place.child("checkpoints"), mode=checkpoint_mode(e))
     found = checkpoints.list()
     info = checkpoints.best() if checkpoint == "best" else None
     info = info or next((one for one in reversed(found) if checkpoint in ("best", "last", str(one.step))), None)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from raytrainer import preflight, provenance, tracking, worker
-from raytrainer.config import Composition, flattened
+from raytrainer.config import Composition, checkpoint_mode, flattened
 from raytrainer.errors import ClusterLost, RaytrainerError, Stopped, StorageError, WorkerError
 from raytrainer.interrupts import Interrupted, Interrupts
 from raytrainer.progress import Display
@@ -182,7 +182,7 @@ class Driver:
     def _checkpoint_tags(self) -> dict[str, str]:
         from raytrainer.checkpoint import Checkpointer
 
-        checkpoints = Checkpointer(self.storage.child("checkpoints"), mode=self.e.checkpoint.mode)
+        checkpoints = Checkpointer(self.storage.child("checkpoints"), mode=checkpoint_mode(self.e))
         try:
             last, best = checkpoints.list(), checkpoints.best()
         except RaytrainerError as error:

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
 from raytrainer import preflight, tracking, worker
-from raytrainer.config import Composition, Experiment
+from raytrainer.config import Composition, Experiment, check_modes, mode_problem, settled
 from raytrainer.errors import ConfigError, PreflightError, StorageError, StorageLocked, TrackingError
 from raytrainer.interrupts import Interrupts
 from raytrainer.progress import Display
@@ -29,6 +29,8 @@ def check(composition: Composition, record: Record | None = None) -> str:
     """
     e = composition.experiment
     preflight.check_objects(e)
+    if record is None:
+        check_modes(e, objects=True)
     try:
         storage = Storage(storage_path(e)).child(e.name or "")
     except StorageError as error:
@@ -89,6 +91,7 @@ def launch(
     # Outside of Interrupts: nothing is started, so the caller's own handling is right, and an exception of ours would
     # come up in the middle of a library's import.
     where = check(composition, record)
+    composition = settled(composition)
     with Interrupts() as interrupts:
         storage = Storage(storage_path(e)).child(e.name or "")
         with ExitStack() as held:
@@ -116,6 +119,8 @@ def launch(
             with Logs(storage, display) as logs:
                 logs.mark("checked")
                 display.say(f"{record.name}: {where}")
+                if record.attempts > 1 and (problem := mode_problem(e, objects=True)):
+                    display.say(f"warning: {problem}. This run keeps the mode that it was recorded with.")
                 outcome = Driver(composition, record, storage, display, logs, lock, interrupts, argv, where).run()
     length = next(
         (k for k in ("max_steps", "max_epochs", "max_time") if getattr(e.trainer, k) is not None), "max_epochs"

@@ -276,6 +276,7 @@ class _Sweep:
             f"{self._shared.name}: {count} over {', '.join(p.key for p in self._parameters)}, {limit} at a time; "
             f"what they print: {self._storage.where(OUTPUT)}"
         )
+        self._display.say(_aim(self._settings.direction, self._shared.name))
         for note in self._search.notes:
             self._display.say(_named_here(note))
         self._board = Board(
@@ -389,6 +390,13 @@ class _Sweep:
 
 
 # --- before anything starts -------------------------------------------------------------------------------------------
+
+
+def _aim(direction: str, name: str) -> str:
+    """A returned number has no name that could say which way is better: what is assumed is said."""
+    other = next(d for d in DIRECTIONS if d != direction)
+    better = "lowest" if DIRECTIONS[direction] == "min" else "highest"
+    return f"the {better} value that {name}() returns is the best ({KEY}.direction={direction}; the other is {other})"
 
 
 def _about(settings: Settings, parameters: Sequence[Parameter], fixed: Sequence[str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import cast
 
 from raytrainer import preflight, provenance, tracking
 from raytrainer.checkpoint import taken_in
-from raytrainer.config import Parameter, flattened
+from raytrainer.config import Parameter, checkpoint_mode, flattened
 from raytrainer.errors import ClusterLost, ConfigError, RaytrainerError, Stopped, StorageError, WorkerError
 from raytrainer.interrupts import Interrupted, Interrupts
 from raytrainer.progress import Display, duration
@@ -517,7 +517,7 @@ class SweepDriver:
             report, c = trial.best(self.mode), self.e.checkpoint
             assert report is not None
             try:
-                checkpoints = Checkpointer(self._trial_dir(trial).child("checkpoints"), mode=c.mode)
+                checkpoints = Checkpointer(self._trial_dir(trial).child("checkpoints"), mode=checkpoint_mode(self.e))
                 found, best = checkpoints.list(), checkpoints.best() if self.plan.metric == c.monitor else None
             except RaytrainerError as error:
                 return f"cannot be read: {error}"

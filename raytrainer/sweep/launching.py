@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import cast
 
 from raytrainer import run, tracking
+from raytrainer.config import mode_problem
 from raytrainer.errors import ConfigError, PreflightError, StorageLocked
 from raytrainer.interrupts import Interrupts
 from raytrainer.progress import Display
@@ -161,5 +162,7 @@ def launch(
                 display.say(f"{record.name}: {in_words(plan)}, {where}")
                 if resumption is not None:
                     display.say(resumption)
+                    if problem := mode_problem(e, objects=True, sweep=True):
+                        display.say(f"warning: {problem}. This sweep keeps the mode that it was recorded with.")
                 outcome = SweepDriver(plan, record, storage, display, logs, lock, interrupts, ledger, argv, where).run()
     return replace(outcome, seconds=time.monotonic() - began)

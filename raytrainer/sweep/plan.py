@@ -16,12 +16,15 @@ from raytrainer.config import (
     Composition,
     Experiment,
     Parameter,
+    check_modes,
     compose,
     experiment_of,
     from_text,
     key_of,
     new_name,
     parse_space,
+    settled,
+    sweep_mode,
 )
 from raytrainer.errors import ConfigError, StorageError
 from raytrainer.storage import Storage
@@ -73,7 +76,7 @@ class Plan:
 
     @property
     def mode(self) -> str:
-        return self.experiment.sweep.mode or self.experiment.checkpoint.mode
+        return sweep_mode(self.experiment)
 
     @property
     def total(self) -> int | None:
@@ -211,7 +214,7 @@ def _planned(parameters: list[Parameter], fixed: list[str], choice: str, config_
             stem = "sweep" if several else dict(composition.choices).get("experiment", "run")
             named.append(f"name={new_name(f'{stem}-{choice}')}")
             composition = _composed([*named, *chosen], parameters, config_dir)
-        compositions[" ".join(sorted(chosen))] = composition
+        compositions[" ".join(sorted(chosen))] = settled(composition)
     options = () if config_dir is None else (f"--config-dir={Path(config_dir).absolute()}",)
     plan = Plan(choice, tuple(fixed), tuple(parameters), compositions, options)
     check_plan(plan)
@@ -255,12 +258,17 @@ def check_plan(plan: Plan) -> None:
     e = plan.experiment
     if e.debug:
         raise ConfigError("is one batch of one run; leave out -m and what is swept", key="debug", value=True)
-    if e.sweep.metric not in (None, e.checkpoint.monitor) and e.sweep.mode is None:
-        # checkpoint.mode is that of another metric: the search would go the wrong way in silence.
+    for composition in plan.compositions.values():
+        check_modes(composition.experiment, objects=True, sweep=True)
+    objectives = {
+        f"{c.experiment.sweep.metric or c.experiment.checkpoint.monitor} ({sweep_mode(c.experiment)})": None
+        for c in plan.compositions.values()
+    }
+    if len(objectives) > 1:
         raise ConfigError(
-            f"is another metric than checkpoint.monitor={e.checkpoint.monitor}; say which way is better: sweep.mode=min or max",
+            f"must be the same for all trials, and their experiments have {', '.join(objectives)}; set sweep.metric and "
+            "sweep.mode to one of these",
             key="sweep.metric",
-            value=e.sweep.metric,
         )
     if e.cluster.kind == "inline":
         raise ConfigError("has no processes for trials; use cluster=local", key="cluster", value="inline")

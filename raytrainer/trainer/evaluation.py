@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from raytrainer import parallel, seeds
 from raytrainer.checkpoint import Checkpointer, CheckpointInfo
 from raytrainer.checkpoint.ranks import Ranks
-from raytrainer.config import build
+from raytrainer.config import build, checkpoint_mode
 from raytrainer.data import Loader
 from raytrainer.errors import CheckpointError, CheckpointNotFound, ConfigError, StorageError
 from raytrainer.events import EvalEnd
@@ -103,7 +103,7 @@ def of_checkpoint(t: Trainer, wanted: str, group: Any = None) -> dict[str, Any]:
     """
     info = _restored(t, wanted, Ranks(t.world.rank, t.world.size, group))
     metrics = t.evaluate()
-    t.best = Monitor(t.best.metric, t.experiment.checkpoint.mode)  # of what is evaluated here
+    t.best = Monitor(t.best.metric, checkpoint_mode(t.experiment))  # of what is evaluated here
     t.best.update(metrics, info.step)
     per_epoch = t.train_loader.steps_per_epoch
     epoch = info.step // per_epoch if per_epoch else 0

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from raytrainer import parallel, seeds
 from raytrainer.batches import map_tensors
 from raytrainer.checkpoint import Checkpointer, CheckpointInfo, find_weights, unread
-from raytrainer.config import Experiment, InitFrom, build, factory
+from raytrainer.config import Experiment, InitFrom, build, checkpoint_mode, early_stopping_mode, factory
 from raytrainer.data import Batch, Loader
 from raytrainer.errors import ConfigError, NonFiniteLoss
 from raytrainer.events import Artifact, CheckpointSaved, EvalEnd, Events, FitEnd, FitStart, Logged
@@ -110,12 +110,12 @@ class Trainer:
         self.step = 0  # optimizer steps done = batches consumed = the position in the data
         self.evaluations = 0  # done since the beginning of the run
         self.metrics: dict[str, float] = {}
-        self.best = Monitor(e.checkpoint.monitor, e.checkpoint.mode)
+        self.best = Monitor(e.checkpoint.monitor, checkpoint_mode(e))
         early = options.early_stopping
         self._patience = max(early.patience, 1) if early else math.inf
         self._progress = Monitor(
             (early and early.monitor) or e.checkpoint.monitor,
-            (early and early.mode) or e.checkpoint.mode,
+            early_stopping_mode(e),
             early.min_delta if early else 0.0,
         )
         self._evaluated_at = self._saved_at = self._logged_at = 0

@@ -92,7 +92,7 @@ def test_values_become_their_type(name: str, given_: Any, stored: Any) -> None:
         ("trainer.max_epoch", 3, "trainer.max_epoch=3 is not a key; valid: trainer.max_epochs"),
         ("trainr.max_epochs", 3, "trainr.max_epochs=3 is not a key; valid: trainer.max_epochs"),
         ("monitor", "val/loss", "monitor=val/loss is not a key; valid: trainer.early_stopping.monitor, checkpoint.mon"),
-        ("checkpoint.mode", "maximum", "checkpoint.mode=maximum is not a valid choice; valid: max, min"),
+        ("checkpoint.mode", "maximum", "checkpoint.mode=maximum is not a valid choice; valid: max, null, min"),
         ("trainer.precision", "bf16", "trainer.precision=bf16 is not a valid choice; valid: bf16-true, bf16-mixed"),
         ("data.resident", 1, "data.resident=1 is not a valid choice; valid: auto, true, false"),
     ],

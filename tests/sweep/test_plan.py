@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from raytrainer.config import Composition, group_names
 from raytrainer.errors import ConfigError, StorageError
@@ -133,9 +134,21 @@ def test_too_many_combinations(monkeypatch: pytest.MonkeyPatch) -> None:
         plan("model=mlp,resnet_digits", "optimizer=adamw,sgd")
 
 
-def test_another_metric_needs_its_own_direction() -> None:
-    with pytest.raises(ConfigError, match=r"sweep\.metric=val/loss is another metric .* sweep\.mode=min or max"):
-        plan(LR, "sweep.metric=val/loss")
+def test_another_metric_has_its_own_direction() -> None:
+    assert plan(LR, "sweep.metric=val/loss").mode == "min"
+    assert yaml.safe_load(plan(LR, "sweep.metric=val/loss").first.text)["sweep"]["mode"] == "min"
+    with pytest.raises(ConfigError, match=r"sweep\.mode=max contradicts sweep\.metric=val/loss"):
+        plan(LR, "sweep.metric=val/loss", "sweep.mode=max")
+    with pytest.raises(ConfigError, match=r"set sweep\.mode=min or sweep\.mode=max"):
+        plan(LR, "sweep.metric=val/score")
+
+
+def test_trials_of_several_experiments_have_one_objective() -> None:
+    with pytest.raises(
+        ConfigError, match=r"sweep\.metric must be the same for all trials, .*val/accuracy \(max\), val/loss \(min\)"
+    ):
+        plan(LR, of="mlp,smoke")
+    assert plan(LR, "sweep.metric=val/loss", of="mlp,smoke").mode == "min"
 
 
 def test_a_list_that_was_meant_as_several_values() -> None:

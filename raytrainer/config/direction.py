@@ -1,0 +1,269 @@
+"""Whether a lower or a higher value of a metric is better, by its name; and the modes `min` and `max` that follow from it.
+
+A mode that is left out is derived, one that contradicts the metric is refused, and a name that says nothing needs one.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from raytrainer.config.schema import Experiment
+from raytrainer.errors import ConfigError, nearest
+
+Mode = Literal["min", "max"]
+
+
+def _words_of(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Words that end a name and decide it whatever stands before them: `focal_loss`, `word_error_rate`, `digit_accuracy`.
+_COSTS = _words_of(
+    "loss losses error err errors cost distance divergence perplexity ppl penalty regret mae mse rmse msle rmsle mape "
+    "smape wape wmape nll xent wer cer ter mer eer ece fid kid lpips brier crps fpr fnr fdr fallout latency"
+)
+_GAINS = _words_of(
+    "accuracy acc auc auroc auprc aucpr rocauc prauc precision recall specificity sensitivity f1 fbeta map mar iou miou "
+    "jaccard dice kappa mcc matthews ndcg mrr bleu sacrebleu chrf meteor rouge rougel cider r2 psnr ssim msssim snr sdr "
+    "sisnr sisdr pesq stoi fmeasure likelihood elbo reward tpr tnr throughput mfu"
+)
+# Words that decide only beside nothing but words of this list and neutral ones.
+_WEAK_COSTS = _words_of("ce bce kl kld bpb bpd bpc bits")
+_WEAK_GAINS = _words_of(
+    "ap roc similarity correlation corr corrcoef pearson spearman match em success hit hits win homogeneity completeness"
+)
+_NEUTRAL = _words_of(
+    "val valid validation test eval train mean avg average overall total micro macro weighted balanced samples normalized "
+    "norm raw ema smoothed best max min at k n per and of top class pixel token word char sentence image epoch score rate "
+    "ratio value metric exact binary multiclass multilabel squared absolute log root signal cross entropy cosine "
+    "small medium large"
+)
+# What makes another quantity of a known one: the scale of a loss, the spread of an accuracy.
+_OTHERS = _words_of(
+    "scale weight std stdev stddev var variance gap drop diff delta change difference count num number threshold "
+    "coefficient coef factor ratio norm gradient grad lr time step steps"
+)
+_PHRASES: tuple[tuple[str, Mode], ...] = (
+    ("false_positive", "min"),
+    ("false_negative", "min"),
+    ("true_positive", "max"),
+    ("true_negative", "max"),
+    ("cross_entropy", "min"),
+    ("explained_variance", "max"),
+    ("per_second", "max"),
+    ("samples_per_sec", "max"),
+    ("tokens_per_sec", "max"),
+    ("bits_per", "min"),
+    ("signal_to_noise", "max"),
+    ("top_k", "max"),
+)
+
+
+def by_name(metric: str) -> Mode | None:
+    """The better direction of a metric's values, as its name says; None where it does not say.
+
+    Only the last part counts: of `val/SET/NAME` it is `NAME`.
+    """
+    name = metric.rpartition("/")[2]
+    whole = re.sub(r"[\d@:.%_\- ]+$", "", name).lower()
+    words = [whole] if whole in _COSTS | _GAINS else _words(name)
+    if not words:
+        return None
+    if words[0] in ("neg", "negative") and len(words) > 1:
+        return _opposite(_of_words(words[1:]))
+    return _of_words(words)
+
+
+def _of_words(words: list[str]) -> Mode | None:
+    text = "_".join(words)
+    phrases = {mode for phrase, mode in _PHRASES if f"_{phrase}_" in f"_{text}_"}
+    if len(phrases) == 1 and not (set(words) & {"std", "gap", "drop", "scale", "weight"}):
+        return phrases.pop()
+    # What follows the word that names the quantity: `acc_top_5`, `recall_at_10`, `f1_macro`, `error_rate`.
+    rest = list(words)
+    while rest and rest[-1] in _NEUTRAL - _OTHERS and rest[-1] not in _COSTS | _GAINS:
+        rest.pop()
+    if not rest:
+        return "max" if text in ("top", "val_top", "test_top") else None
+    if set(words) & _OTHERS:
+        return None
+    if rest[-1] in _COSTS:
+        return "min"
+    if rest[-1] in _GAINS:
+        return None if set(rest) & _COSTS else "max"
+    costs, gains = set(rest) & (_COSTS | _WEAK_COSTS), set(rest) & (_GAINS | _WEAK_GAINS)
+    if set(rest) - costs - gains - _NEUTRAL or bool(costs) == bool(gains):
+        return None
+    return "min" if costs else "max"
+
+
+def _words(name: str) -> list[str]:
+    """`F1Score_macro@5` → [f1, score, macro, at]: split at capitals and signs, without numbers behind a word."""
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[a-z])(?=[A-Z])", "_", name.replace("@", "_at_"))
+    words = [word.lower() for word in re.split(r"[^A-Za-z0-9]+", name) if word]
+    known = _COSTS | _GAINS | _NEUTRAL | _OTHERS
+    stripped = [word if word in known else word.rstrip("0123456789") for word in words]
+    return [word for word in stripped if word]
+
+
+def _opposite(mode: Mode | None) -> Mode | None:
+    return None if mode is None else "max" if mode == "min" else "min"
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """One key that names a metric, the key of its mode, and what they hold."""
+
+    metric_key: str
+    metric: str
+    mode_key: str
+    mode: str | None
+    section: Any  # whose attribute `mode` it is
+
+    def follows(self, e: Experiment) -> Mode | None:
+        """`checkpoint.mode`, where this is another key's and of the same metric."""
+        same = self.section is not e.checkpoint and self.metric == e.checkpoint.monitor
+        return e.checkpoint.mode if same else None  # type: ignore[return-value]
+
+
+def _watched(e: Experiment) -> list[_Watched]:
+    found = [_Watched("checkpoint.monitor", e.checkpoint.monitor, "checkpoint.mode", e.checkpoint.mode, e.checkpoint)]
+    if (early := e.trainer.early_stopping) is not None:
+        key = "trainer.early_stopping"
+        found.append(
+            _Watched(f"{key}.monitor", early.monitor or e.checkpoint.monitor, f"{key}.mode", early.mode, early)
+        )
+    metric = e.sweep.metric or e.checkpoint.monitor
+    found.append(_Watched("sweep.metric", metric, "sweep.mode", e.sweep.mode, e.sweep))
+    return found
+
+
+def derive_modes(e: Experiment, *, objects: bool = False) -> None:
+    """Fills in the modes that are left out, as far as they can be told.
+
+    A key that watches the metric of `checkpoint.monitor` has the mode of that. Otherwise a metric of the section
+    `metrics` is judged by its object, which may import its library; all others by their names.
+
+    Args:
+        e: Changed in place.
+        objects: Whether objects may be looked at; without, the modes of their metrics stay None.
+    """
+    for w in _watched(e):
+        if w.mode is None:
+            w.section.mode = w.follows(e) or direction_of(e, w.metric, objects=objects)
+
+
+def direction_of(e: Experiment, metric: str, *, objects: bool) -> Mode | None:
+    """The better direction of a metric: by `higher_is_better` of its own object in `metrics`, else by its name."""
+    node = _own(e, metric)
+    if node is None:
+        return by_name(metric)
+    if not objects:
+        return None
+    return _by_object(f"metrics.{metric.rpartition('/')[2]}", node) or by_name(metric)
+
+
+def check_modes(e: Experiment, *, objects: bool = False, sweep: bool = False) -> None:
+    """Refuses modes that contradict their metrics, and metrics whose better direction is not known.
+
+    Args:
+        e: Its modes derived as far as they can be.
+        objects: As `derive_modes`.
+        sweep: Whether the section `sweep` counts: it may be set where there is none.
+
+    Raises:
+        ConfigError: Naming the mode's key, its value and what to write.
+    """
+    if problem := mode_problem(e, objects=objects, sweep=sweep):
+        raise problem
+
+
+def mode_problem(e: Experiment, *, objects: bool = False, sweep: bool = False) -> ConfigError | None:
+    """The first of what `check_modes` refuses, with the same arguments; None where all is well."""
+    if e.evaluate is not None:
+        return None
+    for w in _watched(e):
+        if w.section is e.sweep and not sweep:
+            continue
+        direction = w.follows(e) or direction_of(e, w.metric, objects=objects)
+        if direction is None and w.mode is None and (objects or _own(e, w.metric) is None):
+            return _unknown(w)
+        if direction is not None and w.mode is not None and w.mode != direction:
+            return _contradiction(e, w, direction)
+    return None
+
+
+def _unknown(w: _Watched) -> ConfigError:
+    close = nearest(w.metric.rpartition("/")[2].lower(), _COSTS | _GAINS, 1)
+    hint = f" (or was {w.metric_key}={w.metric.rpartition('/')[0]}/{close[0]} meant?)" if close else ""
+    return ConfigError(
+        f"is not set, and the name of {w.metric_key}={w.metric} does not say whether lower or higher values are better; "
+        f"set {w.mode_key}=min or {w.mode_key}=max{hint}",
+        key=w.mode_key,
+    )
+
+
+def _contradiction(e: Experiment, w: _Watched, direction: Mode) -> ConfigError:
+    if w.follows(e) is not None:
+        return ConfigError(
+            f"contradicts checkpoint.mode={direction}, which is of the same metric {w.metric}; leave {w.mode_key} out",
+            key=w.mode_key,
+            value=w.mode,
+        )
+    better, worst = ("higher", "lowest") if direction == "max" else ("lower", "highest")
+    return ConfigError(
+        f"contradicts {w.metric_key}={w.metric}: of that metric {better} values are better, and the {worst} would be kept "
+        f"as the best; leave {w.mode_key} out or set {w.mode_key}={direction}. If it is meant, give the metric another "
+        "name, or a class in `metrics` whose `higher_is_better` says so",
+        key=w.mode_key,
+        value=w.mode,
+    )
+
+
+def _own(e: Experiment, metric: str) -> dict[str, Any] | None:
+    """The node in the section `metrics` that gives a metric `val/NAME` or `val/SET/NAME`."""
+    node = e.metrics.get(metric.rpartition("/")[2]) if metric.startswith("val/") else None
+    return node if isinstance(node, dict) and node.get("_target_") else None
+
+
+def _by_object(key: str, node: dict[str, Any]) -> Mode | None:
+    """By `higher_is_better` of the node's class; one of torchmetrics may choose its class only when it is built."""
+    from raytrainer.config.nodes import build, locate
+
+    try:
+        found = locate(key, node["_target_"])
+        value = getattr(found, "higher_is_better", None)
+        if not isinstance(value, bool) and str(getattr(found, "__module__", "")).partition(".")[0] == "torchmetrics":
+            value = getattr(build(node), "higher_is_better", None)
+    except ConfigError:  # whoever builds it says so
+        return None
+    return None if not isinstance(value, bool) else "max" if value else "min"
+
+
+def checkpoint_mode(e: Experiment) -> Mode:
+    """`checkpoint.mode`, derived where it is left out.
+
+    Raises:
+        ConfigError: It is left out, and the metric does not say it.
+    """
+    return _decided(e, "checkpoint.mode")
+
+
+def early_stopping_mode(e: Experiment) -> Mode:
+    """`trainer.early_stopping.mode`, as `checkpoint_mode`; without early stopping that of the checkpoints."""
+    return _decided(e, "checkpoint.mode" if e.trainer.early_stopping is None else "trainer.early_stopping.mode")
+
+
+def sweep_mode(e: Experiment) -> Mode:
+    """`sweep.mode`, as `checkpoint_mode`."""
+    return _decided(e, "sweep.mode")
+
+
+def _decided(e: Experiment, key: str) -> Mode:
+    derive_modes(e, objects=True)
+    watched = next(w for w in _watched(e) if w.mode_key == key)
+    if watched.mode is None:
+        raise _unknown(watched)
+    return watched.mode  # type: ignore[return-value]
