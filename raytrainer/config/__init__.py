@@ -34,7 +34,7 @@ from raytrainer.config.direction import (
     sweep_mode,
 )
 from raytrainer.config.explain import explain, key_of
-from raytrainer.config.nodes import bind, build, check_targets, factory, locate
+from raytrainer.config.nodes import bind, build, check_targets, factory, locate, parameters_of
 from raytrainer.config.parameter import Parameter
 from raytrainer.config.schema import (
     CheckpointConfig,
@@ -96,6 +96,7 @@ __all__ = [
     "looks_secret",
     "mode_problem",
     "new_name",
+    "parameters_of",
     "parse_space",
     "quiet",
     "refuse_settings_of_no_sweep",

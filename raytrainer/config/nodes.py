@@ -192,6 +192,18 @@ def _not_there(key: str, path: str, found: Any, where: Sequence[str], missing: s
     )
 
 
+def parameters_of(key: str, node: Mapping[str, Any]) -> frozenset[str]:
+    """The names of the arguments that the target of a node takes; empty where it does not say.
+
+    Raises:
+        ConfigError: It cannot be imported.
+    """
+    try:
+        return frozenset(inspect.signature(locate(key, node["_target_"])).parameters)
+    except (TypeError, ValueError):
+        return frozenset()
+
+
 def _hints(target: Any) -> dict[str, Any]:
     try:
         return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)

@@ -9,8 +9,9 @@ from typing import cast
 
 from raytrainer.config import Composition, SweepConfig, from_text, key_of, new_name
 from raytrainer.errors import ConfigError, RunNotFound, nearest
+from raytrainer.history.changes import check_changes
 from raytrainer.history.finding import find, trial_of
-from raytrainer.run import FIXED, Record, changes_meaning
+from raytrainer.run import FIXED, Record
 from raytrainer.storage import Storage, redacted
 from raytrainer.sweep.ledger import Ledger, Mode
 from raytrainer.sweep.lineage import best_parameters
@@ -25,27 +26,12 @@ def to_resume(identifier: str, overrides: Sequence[str]) -> tuple[Composition, R
         ConfigError: An override that is no value, or changes what the checkpoint's state means.
     """
     record, storage = find(identifier)
-    names = [o.partition("=")[0].lstrip("+~") for o in overrides]
-    for override, name in zip(overrides, names, strict=True):
-        value = override.partition("=")[2]
+    for override in overrides:
+        name, value = key_of(override), override.partition("=")[2]
         if "." not in name and name not in FIXED:
             raise ConfigError(
                 "is a choice of a group; resume takes values (trainer.max_epochs=20). For another choice: "
                 f"raytrainer rerun {record.name} …, a new run",
-                key=name,
-                value=value,
-            )
-        if changes_meaning(name):
-            raise ConfigError(
-                "changes what the run's checkpoint means, so it cannot be resumed with it; "
-                f"raytrainer rerun {record.name} {override} starts a new run",
-                key=name,
-                value=value,
-            )
-        if name.startswith("lr_scheduler.") and not _is_curve(record, storage):
-            raise ConfigError(
-                "is in the checkpoint with the scheduler's state, and would be ignored; only curves of raytrainer.optim "
-                f"take new values. raytrainer rerun {record.name} {override} starts a new run",
                 key=name,
                 value=value,
             )
@@ -54,8 +40,8 @@ def to_resume(identifier: str, overrides: Sequence[str]) -> tuple[Composition, R
         raise RunNotFound(
             f"{record.name} finished, and has no checkpoint to go on from; raytrainer rerun {record.name} does it again"
         )
-    composition = _composed(record, storage, overrides)
-    return composition, record, [n.removeprefix("optimizer.") for n in names if n.startswith("optimizer.")]
+    recorded, composition = (_composed(record, storage, given) for given in ((), overrides))
+    return composition, record, check_changes(recorded.experiment, composition.experiment, record, overrides)
 
 
 def to_rerun(identifier: str, overrides: Sequence[str]) -> Composition:
@@ -157,11 +143,6 @@ def _refuse_moved(record: Record, storage: Storage) -> None:
             f"{record.name} is in {storage.display}, but it ran in {record.run_dir}, where its config, metrics and checkpoints "
             f"are written to; move it back, or start a new run from its weights: init_from={storage.display}"
         )
-
-
-def _is_curve(record: Record, storage: Storage) -> bool:
-    node = _composed(record, storage, ()).experiment.lr_scheduler or {}
-    return str(node.get("_target_", "")).startswith("raytrainer.optim.")
 
 
 def _composed(record: Record, storage: Storage, overrides: Sequence[str]) -> Composition:

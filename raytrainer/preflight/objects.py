@@ -88,7 +88,15 @@ def _check_optimizer(e: Experiment) -> None:
     small = torch.nn.Linear(2, 2, bias=False)
     optimizer = build_optimizer(factory(e.optimizer), model if target == _MUON else small)
     if e.lr_scheduler and str(e.lr_scheduler["_target_"]).startswith(_OURS_TO_TRY):
-        build_scheduler(factory(e.lr_scheduler), optimizer, e.trainer.max_steps or 1_000_000)
+        scheduler = build_scheduler(factory(e.lr_scheduler), optimizer, e.trainer.max_steps or 1_000_000)
+        length = getattr(scheduler, "total_steps", None)  # of OneCycleLR, which raises when it is stepped further
+        if isinstance(length, int) and e.trainer.max_steps is not None and length < e.trainer.max_steps:
+            raise ConfigError(
+                f"ends after {length} steps, and the run has trainer.max_steps={e.trainer.max_steps}; set "
+                "lr_scheduler.total_steps=${trainer.max_steps}",
+                key="lr_scheduler",
+                value=type(scheduler).__name__,
+            )
 
 
 _OURS_TO_TRY = ("torch.optim.", "raytrainer.optim.")

@@ -16,7 +16,7 @@ from raytrainer.interrupts import Interrupts
 from raytrainer.progress import Display
 from raytrainer.run.driver import Driver
 from raytrainer.run.logs import Logs
-from raytrainer.run.record import CONFIG, Outcome, Record, tracking_uri, written_storage_path
+from raytrainer.run.record import CONFIG, Outcome, Record, resolved_nodes, tracking_uri, written_storage_path
 from raytrainer.run.session import cluster_resources
 from raytrainer.storage import Storage, redacted
 
@@ -113,6 +113,7 @@ def launch(
                 status="RUNNING",
                 attempts=old.attempts + 1,
                 job=dict(job or {}),
+                resolved=resolved_nodes(composition),
             )
             storage.write_bytes(CONFIG, composition.text.encode())
             record.write(storage)

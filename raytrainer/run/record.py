@@ -59,6 +59,8 @@ class Record:
         storage_path: Where `run_dir` lacks a password: as the config has it, the references to that kept.
         job: On a shared cluster: its address, the submission_id there, and the content of the request, by which a
             second submission of the same is known.
+        resolved: The nodes `optimizer` and `lr_scheduler` with the values that their references had: what the state in the
+            checkpoints was made with.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Record:
     kind: str = "run"
     storage_path: str = ""
     job: dict[str, str] = field(default_factory=dict)
+    resolved: dict[str, Any] = field(default_factory=dict)
 
     @property
     def mark(self) -> str:
@@ -141,6 +144,19 @@ class Outcome:
     mlflow_command: str | None = None
     seconds: float = 0.0
     length: str = "trainer.max_epochs"
+
+
+def resolved_nodes(composition: Composition) -> dict[str, Any]:
+    """`Record.resolved`. A text that a reference gave is left out, since it might be a secret."""
+    raw, e = yaml.safe_load(composition.text), composition.experiment
+
+    def kept(written: Any, value: Any) -> Any:
+        if isinstance(value, dict):
+            below = written if isinstance(written, dict) else {}
+            return {k: kept(below.get(k), v) for k, v in value.items()}
+        return written if isinstance(written, str) and "${" in written and isinstance(value, str) else value
+
+    return {name: kept(raw.get(name), getattr(e, name)) for name in ("optimizer", "lr_scheduler") if getattr(e, name)}
 
 
 def written_storage_path(composition: Composition) -> str:

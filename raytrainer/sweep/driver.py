@@ -9,7 +9,7 @@ import re
 import time
 import traceback
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import cast
 
 from raytrainer import preflight, provenance, tracking
 from raytrainer.checkpoint import taken_in
-from raytrainer.config import Parameter, checkpoint_mode, flattened
+from raytrainer.config import Parameter, checkpoint_mode, flattened, parameters_of
 from raytrainer.errors import ClusterLost, ConfigError, RaytrainerError, Stopped, StorageError, WorkerError
 from raytrainer.interrupts import Interrupted, Interrupts
 from raytrainer.progress import Display, duration
@@ -188,7 +188,7 @@ class SweepDriver:
             evaluations=self.plan.evaluations,
             ledger=self.ledger,
             overrides_of=self.plan.overrides_of,
-            may_change=may_change,
+            may_change=may_change(self.plan),
             listener=Listener(self._started, self._reported, self._ended, self.display.say),
             needs_value=True,
         )
@@ -597,9 +597,20 @@ def at_once(asked: int | None, fit: int, *, grows: bool = False) -> tuple[int, s
     return asked, None
 
 
-def may_change(key: str) -> bool:
+def may_change(plan: Plan) -> Callable[[str], bool]:
     """Whether a parameter may change in the middle of a trial, as population based training does."""
-    return not changes_meaning(key.lstrip("+"))
+
+    def may(key: str) -> bool:
+        key = key.lstrip("+")
+        if changes_meaning(key):
+            return False
+        nodes = (
+            [c.experiment.lr_scheduler for c in plan.compositions.values()] if key.startswith("lr_scheduler.") else []
+        )
+        # A scheduler that has a state would put its former values back.
+        return not any(node and "optimizer" in parameters_of("lr_scheduler", node) for node in nodes)
+
+    return may
 
 
 def _name(key: str) -> str:

@@ -49,7 +49,7 @@ def check(plan: Plan, record: Record | None = None) -> str:
         plan.parameters,
         mode=cast(Mode, plan.mode),
         evaluations=plan.evaluations,
-        may_change=may_change,
+        may_change=may_change(plan),
         search=s.search_alg,
     )
     check_bounded(scheduler, s.search_alg, s.num_samples)

@@ -58,8 +58,8 @@ def test_a_torch_schedulers_values_cannot_be_changed(in_tmp: Path) -> None:
         "raytrainer.optim.Cosine", "torch.optim.lr_scheduler.StepLR"
     )
     storage.write_bytes("config.yaml", text.encode())
-    with pytest.raises(ConfigError, match="only curves of raytrainer"):
-        history.to_resume("steps", ["lr_scheduler.step_size=3"])
+    with pytest.raises(ConfigError, match="Only curves of raytrainer"):
+        history.to_resume("steps", ["+lr_scheduler.step_size=3"])
 
 
 # --- resume --------------------------------------------------------------------------------------------------------
