@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from raytrainer.config.checks import check_references, check_together
 from raytrainer.config.direction import by_name, check_modes, derive_modes
 from raytrainer.config.explain import explain, key_of, unresolved, value_of
+from raytrainer.config.isolation import LOCK, SCHEMA, borrowed
 from raytrainer.config.nodes import check_targets
 from raytrainer.config.schema import Experiment, known_keys, validate
 from raytrainer.config.typed import OPEN, defaults, is_below_node, typed, unknown_key
@@ -193,12 +194,23 @@ def from_hydra(cfg: DictConfig, overrides: Sequence[str] | None = None) -> Compo
         overrides: The command line's; None: those that Hydra says.
     """
     from hydra.core.hydra_config import HydraConfig
+    from hydra.core.utils import setup_globals
 
-    if "hydra" in cfg:
+    if "hydra" not in cfg:
+        return _of_running(cfg, overrides)
+    with borrowed():
         HydraConfig.instance().set_config(cfg)
         cfg = cfg.copy()
         OmegaConf.set_struct(cfg, False)
         cfg.pop("hydra")
+        setup_globals()
+        return _of_running(cfg, overrides)
+
+
+def _of_running(cfg: DictConfig, overrides: Sequence[str] | None) -> Composition:
+    """A composed config whose `hydra` node HydraConfig has."""
+    from hydra.core.hydra_config import HydraConfig
+
     choices = _choices(HydraConfig.get().runtime)
     if overrides is None:  # unresolved: `optimizer.lr=${x}` is an override, not an interpolation of Hydra's list
         task: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
@@ -225,7 +237,8 @@ def from_text(text: str, overrides: Sequence[str] = ()) -> Composition:
         ConfigError: An override is not `key=value` or names a key that the saved config does not have.
     """
     try:
-        return _composition(_with_values(text, overrides), tuple(overrides), ())
+        with LOCK:
+            return _composition(_with_values(text, overrides), tuple(overrides), ())
     except Exception as error:
         raise explain(error, overrides) from error
 
@@ -245,7 +258,8 @@ def experiment_of(text: str, overrides: Sequence[str] = ()) -> Experiment:
         ConfigError: As `from_text`.
     """
     try:
-        return _experiment(_with_values(text, overrides), ())
+        with LOCK:
+            return _experiment(_with_values(text, overrides), ())
     except Exception as error:
         raise explain(error, overrides) from error
 
@@ -320,7 +334,7 @@ def register_schema() -> None:
         section = OmegaConf.select(node, name)
         if section is not None:  # null takes a whole mapping, and Hydra asks for a + in front of one key of it
             OmegaConf.set_struct(section, False)
-    ConfigStore.instance().store(name="experiment_schema", node=node, provider="raytrainer")
+    ConfigStore.instance().store(name=SCHEMA, node=node, provider="raytrainer")
 
 
 def new_name(experiment: str) -> str:
@@ -396,8 +410,6 @@ def searching(config_dir: str | Path | None, searchpath: Sequence[str] = ()) -> 
     from hydra._internal.hydra import Hydra
     from hydra._internal.utils import create_automatic_config_search_path
     from hydra.core.config_search_path import SearchPathQuery
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.initialize import get_gh_backup, restore_gh_from_backup
 
     path = create_automatic_config_search_path(None, None, f"pkg://{CONFIG_MODULE}")
     if config_dir is not None:
@@ -407,15 +419,11 @@ def searching(config_dir: str | Path | None, searchpath: Sequence[str] = ()) -> 
         path.prepend(provider="command-line", path=f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
     for place in searchpath:
         path.prepend(provider="hydra.searchpath", path=place, anchor=SearchPathQuery(provider="schema"))
-    before = get_gh_backup()
-    GlobalHydra.instance().clear()
-    version.setbase("1.3")
-    register_schema()
-    try:
+    with borrowed():
+        version.setbase("1.3")
+        register_schema()
         Hydra.create_main_hydra2(task_name="raytrainer", config_search_path=path)
         yield
-    finally:
-        restore_gh_from_backup(before)
 
 
 def _composition(cfg: DictConfig, overrides: tuple[str, ...], choices: tuple[tuple[str, str], ...]) -> Composition:
