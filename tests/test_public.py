@@ -30,9 +30,11 @@ PUBLIC = {
         CONFIG_MODULE CONFIG_NAME CheckpointConfig ClusterConfig Composition DataConfig EarlyStopping
         Experiment FSDPConfig FailureConfig InitFrom Parameter Profile ScalingConfig SweepConfig TrackingConfig
         TrainerConfig bind
-        build check_keys check_sweep check_targets compose composed_keys experiment_of explain factory flattened
-        from_hydra from_text group_names holds_password key_of locate looks_secret new_name parse_space quiet
-        refuse_settings_of_no_sweep register_schema resolved texts_of validate with_values written_space
+        build check_keys check_modes check_sweep check_targets checkpoint_mode compose composed_keys derive_modes
+        early_stopping_mode experiment_of explain factory flattened
+        from_hydra from_text group_names holds_password key_of locate looks_secret mode_problem new_name parameters_of
+        parse_space quiet refuse_settings_of_no_sweep register_schema resolved settled sweep_mode texts_of validate
+        with_values written_space
     """,
     "raytrainer.data": """
         Arrays Batch ColumnDataset Digits EncodedImages ImageFolder Loader MicroBatch Normalize ParquetDataset
