@@ -5,21 +5,26 @@ from __future__ import annotations
 import getpass
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import re
 import shlex
 import shutil
-import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from raytrainer import git
+
+_log = logging.getLogger("raytrainer.provenance")
 FILE = "provenance.json"  # in a run's directory
 _PACKAGES = ("raytrainer", "torch", "ray", "mlflow", "hydra-core", "omegaconf", "pyarrow", "numpy")
 _PATCH_LIMIT = 5 * 2**20
 _CUT = f"# cut at {_PATCH_LIMIT} bytes\n"
 _UNTRACKED, _SECRET = "# not tracked, and not in this patch: ", "# left out, since it may hold secrets: "
+_SUBMODULE = "# changes in the submodule "  # and its path, and the commit that they are of
 # Files that are there to hold secrets, by their names, whatever case they are written in.
 _SECRET_NAMES = re.compile(
     r"\.env(\..+)?|.+\.env|.+\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk)|id_(rsa|dsa|ecdsa|ed25519)"
@@ -43,8 +48,10 @@ class Provenance:
     Attributes:
         command: The command line, quoted for a shell.
         versions: Package → version, and `python`.
-        commit, branch: Of the git repository that holds the launching directory; None outside one.
-        patch: What the commit lacks, for `git apply`, with the names of untracked files on top; empty when clean.
+        commit, branch: Of the git repository that holds the launching directory; None outside one. A detached HEAD has
+            no branch.
+        patch: What the commit lacks, for `git apply`, with the names of untracked files on top; empty when clean. The
+            changes inside of submodules come last, with paths from the repository's root.
         prefix: The launching directory below the repository's root, with a `/` behind; empty at the root.
         user: Who launched it; empty: unknown.
     """
@@ -66,7 +73,19 @@ class Provenance:
     def untracked(self) -> list[str]:
         """Files that were there and are not in the patch, from the repository's root."""
         lines = self.patch.split("\n")
-        return [line.removeprefix(_UNTRACKED) for line in lines if line.startswith(_UNTRACKED)]
+        return [_unquoted(line.removeprefix(_UNTRACKED)) for line in lines if line.startswith(_UNTRACKED)]
+
+    @property
+    def diffs(self) -> dict[str, str]:
+        """The patch of each checkout, to be applied from the root's: submodule's path → diff; "" is the root itself."""
+        found, path = {"": list[str]()}, ""
+        for line in self.diff.split("\n"):
+            if match := re.fullmatch(rf"{re.escape(_SUBMODULE)}(.+) at [0-9a-f]+", line):
+                path = _unquoted(match[1])
+                found[path] = []
+            else:
+                found[path].append(line)
+        return {path: "\n".join(lines) + ("\n" if lines and lines[-1] else "") for path, lines in found.items()}
 
     @property
     def is_cut(self) -> bool:
@@ -129,40 +148,105 @@ def collect(argv: list[str], folder: Path) -> Provenance:
     if _submitted is not None:
         return replace(_submitted, versions=versions)
     command = shlex.join(["python", "-m", "raytrainer", *argv])
-    commit = (_git(folder, "rev-parse", "HEAD") or "").strip() or None
-    if commit is None:
-        return Provenance(command, versions, user=user())
-    branch = (_git(folder, "rev-parse", "--abbrev-ref", "HEAD") or "").strip() or None
-    prefix = (_git(folder, "rev-parse", "--show-prefix") or "").strip("\n")
-    return Provenance(command, versions, commit, branch, _patch(folder), prefix, user())
+    return _of_repository(folder, Provenance(command, versions, user=user()))
 
 
-def _patch(folder: Path) -> str:
-    changed = (_git(folder, "diff", "--name-only", "-z", "HEAD", "--", ":/") or "").split("\0")
-    secret = [name for name in changed if may_hold_secrets(name)]
-    # As `git apply` takes it, whatever the user's settings of diff are; untracked files are only named.
-    options = ("--binary", "--no-ext-diff", "--no-textconv", "--no-color", "--src-prefix=a/", "--dst-prefix=b/")
-    without = [f":(top,exclude,literal){name}" for name in secret]
-    patch = _git(folder, "diff", *options, "HEAD", "--", ":/", *without) or ""
+def _of_repository(folder: Path, bare: Provenance) -> Provenance:
+    """The same with what git says of the folder, within the time limit of one call of it."""
+    deadline = time.monotonic() + git.TIME_LIMIT_S
+    inside = _ask(deadline, folder, "rev-parse", "--is-inside-work-tree")
+    if inside.is_foreign:
+        _log.warning(
+            "git does not read the repository of %s, which belongs to another user: the run records no commit;"
+            " `git config --global --add safe.directory DIR` makes git trust it",
+            folder,
+        )
+    elif inside.code is None and shutil.which("git") is not None:
+        _log.warning("%s: the run records no commit", inside.error)
+    if inside.text != "true":  # no repository, a bare one, or the inside of a .git
+        return bare
+    commit = _ask(deadline, folder, "rev-parse", "--verify", "--quiet", "HEAD").text
+    if not commit:  # nothing is committed yet
+        return bare
+    # Of a detached HEAD there is none.
+    branch = _ask(deadline, folder, "symbolic-ref", "--quiet", "--short", "HEAD").text or None
+    prefix = _ask(deadline, folder, "rev-parse", "--show-prefix").text
+    top = _ask(deadline, folder, "rev-parse", "--show-toplevel").text
+    try:
+        patch = _patch(Path(top), deadline)
+    except _Unknown as error:
+        # Without a patch the run would seem to be of the clean commit.
+        _log.warning("git cannot tell what differs from the commit (%s): the run records none", error)
+        return bare
+    return replace(bare, commit=commit, branch=branch, patch=patch, prefix=prefix)
+
+
+class _Unknown(Exception):
+    """git did not say what a patch needs."""
+
+
+def _ask(deadline: float, folder: Path, *arguments: str, most_bytes: int | None = None) -> git.Answer:
+    left = max(0.1, deadline - time.monotonic())
+    if most_bytes is None:
+        return git.run(folder, *arguments, time_limit_s=left)
+    return git.run(folder, *arguments, time_limit_s=left, most_bytes=most_bytes)
+
+
+def _patch(top: Path, deadline: float) -> str:
+    """What the commit lacks: notes, the changes of the repository, then those of each submodule below a line of its own."""
+    notes, changes, size = list[str](), list[str](), 0
+    repositories = [("", top)]
+    for prefix, folder in repositories:  # grows
+        diff = _diff(folder, prefix, deadline, notes)
+        if prefix and diff:
+            commit = _ask(deadline, folder, "rev-parse", "HEAD").text
+            diff = f"{_SUBMODULE}{_quoted(prefix.rstrip('/'))} at {commit}\n{diff}"
+        changes.append(diff)
+        size += len(diff)
+        if size > _PATCH_LIMIT:
+            break
+        if (folder / ".gitmodules").is_file():
+            checked_out = (name for name in git.submodules(folder) if (folder / name / ".git").exists())
+            repositories += [(f"{prefix}{name}/", folder / name) for name in checked_out]
+    patch = "".join(changes)
     if len(patch) > _PATCH_LIMIT:
         patch = patch[:_PATCH_LIMIT] + "\n" + _CUT
-    untracked = (_git(folder, "ls-files", "--others", "--exclude-standard", "--full-name", ":/") or "").splitlines()
-    notes = [*(f"{_UNTRACKED}{name}\n" for name in untracked[:200]), *(f"{_SECRET}{name}\n" for name in secret)]
     return "".join(notes) + patch
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), "-c", "core.quotepath=off", *arguments],
-            capture_output=True,
-            timeout=20,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):  # no git, or a repository on a disk that does not answer
-        return None
-    # Byte for byte, whatever encoding and line ends the files have: a patch of anything else would not apply.
-    return done.stdout.decode("utf-8", "surrogateescape") if done.returncode == 0 else None
+def _diff(folder: Path, prefix: str, deadline: float, notes: list[str]) -> str:
+    """The changes of one repository, as `git apply` takes them from the root whatever the user's settings of diff are.
+
+    Args:
+        folder: Its root.
+        prefix: Where that is, with a / behind.
+        deadline: When git must have answered.
+        notes: Gets the names of files that are not in it.
+    """
+    inside = ("--ignore-submodules=dirty", "--submodule=short")
+    changed = _ask(deadline, folder, "diff", "--name-only", "-z", *inside, "HEAD")
+    if not changed.ok:
+        raise _Unknown(changed.error)
+    secret = [name for name in changed.names if may_hold_secrets(name)]
+    untracked = _ask(deadline, folder, "ls-files", "--others", "--exclude-standard", "-z")
+    notes += [f"{_UNTRACKED}{_quoted(prefix + name)}\n" for name in untracked.names[:200]]
+    notes += [f"{_SECRET}{_quoted(prefix + name)}\n" for name in secret]
+    options = ("--binary", "--no-ext-diff", "--no-textconv", "--no-color", *inside)
+    places = (f"--src-prefix=a/{prefix}", f"--dst-prefix=b/{prefix}")
+    without = [f":(top,exclude,literal){name}" for name in secret]
+    found = _ask(deadline, folder, "diff", *options, *places, "HEAD", "--", ":/", *without, most_bytes=_PATCH_LIMIT + 1)
+    if not found.ok:
+        raise _Unknown(found.error)
+    return found.out.decode("utf-8", "surrogateescape")
+
+
+def _quoted(name: str) -> str:
+    """A file's name on one line."""
+    return json.dumps(name) if name.startswith('"') or any(c in name for c in "\n\r") else name
+
+
+def _unquoted(text: str) -> str:
+    return str(json.loads(text)) if text.startswith('"') else text
 
 
 def program() -> str:

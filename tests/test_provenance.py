@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,3 +153,158 @@ def test_outside_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (found.commit, found.patch) == (None, "")
     assert "mlflow.source.git.commit" not in found.tags()
     assert found.versions["torch"]
+
+
+def test_a_repository_without_a_commit_is_recorded_as_none(tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q", "-b", "main")
+    assert provenance.collect([], tmp_path).commit is None
+
+
+def test_a_detached_head_has_no_branch(repository: Path) -> None:
+    git(repository, "checkout", "-q", "-b", "feature/é")
+    assert provenance.collect([], repository).branch == "feature/é"
+    git(repository, "checkout", "-q", "--detach")
+    found = provenance.collect([], repository)
+    assert found.commit is not None
+    assert found.branch is None
+    assert "mlflow.source.git.branch" not in found.tags()
+
+
+def test_a_bare_repository_and_the_inside_of_one_are_no_checkout(repository: Path, tmp_path: Path) -> None:
+    git(tmp_path, "clone", "-q", "--bare", str(repository), "bare.git")
+    for folder in (tmp_path / "bare.git", repository / ".git"):
+        assert provenance.collect([], folder).commit is None
+
+
+@pytest.fixture
+def with_submodule(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with the submodule `lib/sub`, which has the file `s.py`, and one of its own."""
+    inner, outer = tmp_path_factory.mktemp("inner"), tmp_path_factory.mktemp("outer")
+    for folder, name in ((inner, "i.py"), (outer, "s.py")):
+        git(folder, "init", "-q")
+        (folder / name).write_text("v = 1\n")
+        (folder / ".env").write_text("nothing\n")
+        git(folder, "add", "-f", ".")
+        git(folder, "commit", "-qm", "first")
+    git(outer, "-c", "protocol.file.allow=always", "submodule", "add", "-q", str(inner), "inner")
+    git(outer, "commit", "-qm", "second")
+    git(repository, "-c", "protocol.file.allow=always", "submodule", "add", "-q", str(outer), "lib/sub")
+    git(repository, "-c", "protocol.file.allow=always", "submodule", "update", "-q", "--init", "--recursive")
+    git(repository, "commit", "-qm", "second")
+    return repository
+
+
+def test_a_clean_submodule_is_no_change(with_submodule: Path) -> None:
+    found = provenance.collect([], with_submodule)
+    assert found.patch == ""
+    assert found.diffs == {"": ""}
+
+
+def test_the_patch_has_the_changes_inside_of_submodules(
+    with_submodule: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    git(with_submodule, "config", "submodule.lib/sub.ignore", "all")  # hides them from git's own diff
+    (with_submodule / "a.txt").write_text("one\nthree\n")
+    (with_submodule / "lib/sub/s.py").write_text("v = 2\n")
+    (with_submodule / "lib/sub/.env").write_text("hunter2\n")
+    (with_submodule / "lib/sub/new.py").write_text("")
+    (with_submodule / "lib/sub/inner/i.py").write_text("v = 3\n")
+    found = provenance.Provenance.from_json(provenance.collect([], with_submodule / "lib").to_json())
+    assert found.tags()["mlflow.source.git.dirty"] == "true"
+    assert list(found.diffs) == ["", "lib/sub", "lib/sub/inner"]
+    assert found.untracked == ["lib/sub/new.py"]
+    assert "# left out, since it may hold secrets: lib/sub/.env\n" in found.patch
+    assert "hunter2" not in found.patch
+    clone = tmp_path_factory.mktemp("clone")
+    git(clone, "-c", "protocol.file.allow=always", "clone", "-q", "--recursive", str(with_submodule), ".")
+    subprocess.run(["git", "apply", "-"], cwd=clone, input=found.patch.encode(), check=True)
+    for name in ("a.txt", "lib/sub/s.py", "lib/sub/inner/i.py"):
+        assert (clone / name).read_text() == (with_submodule / name).read_text()
+
+
+def test_a_submodule_at_another_commit_is_a_change(with_submodule: Path) -> None:
+    sub = with_submodule / "lib/sub"
+    (sub / "s.py").write_text("v = 2\n")
+    git(sub, "commit", "-qam", "third")
+    found = provenance.collect([], with_submodule)
+    assert f"+Subproject commit {git(sub, 'rev-parse', 'HEAD').strip()}\n" in found.patch
+    assert list(found.diffs) == [""]
+
+
+def test_a_repository_of_another_owner_is_said_with_the_fix(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    assert provenance.collect([], repository).commit is None
+    assert "git config --global --add safe.directory" in caplog.text
+    assert "another user" in caplog.text
+
+
+def test_variables_of_a_hook_do_not_name_another_repository(
+    repository: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path_factory.mktemp("other")
+    git(other, "init", "-q")
+    expected = git(repository, "rev-parse", "HEAD").strip()
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    monkeypatch.setenv("GIT_INDEX_FILE", str(other / "index"))
+    assert provenance.collect([], repository).commit == expected
+
+
+def test_names_with_line_breaks(repository: Path) -> None:
+    names = ["new\nline.py", "next\u2028line.py", '"quoted".py']
+    for name in [*names, "old\nline.py"]:
+        (repository / name).write_text("a\n")
+    git(repository, "add", "old\nline.py")
+    git(repository, "commit", "-qm", "second")
+    (repository / "old\nline.py").write_text("b\n")
+    folder = repository / "fol\nder"
+    folder.mkdir()
+    found = provenance.collect([], folder)
+    assert sorted(found.untracked) == sorted(names)
+    assert "-a\n+b\n" in found.diff
+    (folder / "x").write_text("")
+    assert provenance.collect([], folder).prefix == "fol\nder/"
+
+
+def test_a_commit_under_way_a_file_that_is_to_be_added_and_a_conflict(repository: Path) -> None:
+    (repository / ".git/index.lock").touch()  # of another git
+    (repository / "a.txt").write_text("one\n")
+    assert "-two" in provenance.collect([], repository).diff
+    (repository / ".git/index.lock").unlink()
+    (repository / "later.py").write_text("x = 1\n")
+    git(repository, "add", "--intent-to-add", "later.py")
+    assert "+x = 1" in provenance.collect([], repository).diff
+    git(repository, "checkout", "-q", "-b", "theirs")
+    git(repository, "commit", "-qam", "theirs")
+    git(repository, "checkout", "-q", "-")
+    (repository / "a.txt").write_text("two\n")
+    git(repository, "commit", "-qam", "ours")
+    subprocess.run(["git", "merge", "-q", "theirs"], cwd=repository, capture_output=True)
+    assert "<<<<<<<" in provenance.collect([], repository).diff
+
+
+@pytest.mark.parametrize("program", ["#!/bin/sh\nsleep 60 & sleep 60\n", "not a program", None])
+def test_a_git_that_hangs_or_is_none(
+    program: str | None, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    if program is not None:
+        (folder / "git").write_text(program)
+        (folder / "git").chmod(0o755 if program.startswith("#!") else 0o644)
+    monkeypatch.setenv("PATH", f"{folder}:/bin" if program and program.startswith("#!") else str(folder))
+    monkeypatch.setattr("raytrainer.git.TIME_LIMIT_S", 0.2)
+    began = time.monotonic()
+    found = provenance.collect([], repository)
+    assert found.commit is None
+    assert time.monotonic() - began < 10
+
+
+def test_no_more_of_a_huge_diff_is_read_than_is_kept(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (repository / "a.txt").write_text("x\n" * 3_000_000)
+    monkeypatch.setattr(provenance, "_PATCH_LIMIT", 1000)
+    found = provenance.collect([], repository)
+    assert found.is_cut
+    assert len(found.patch) < 1100

@@ -10,7 +10,6 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from pathspec import GitIgnoreSpec
 
+from raytrainer import git
 from raytrainer.errors import ConfigError
 from raytrainer.provenance import may_hold_secrets
 
@@ -42,8 +42,6 @@ _SECRET_FOLDERS = {".aws", ".azure", ".docker", ".gnupg", ".kube", ".ssh"}
 _OF_THE_IMAGE = {"ray", "torch", "mlflow", "hydra", "omegaconf", "pyarrow", "numpy", "sklearn", "matplotlib", "psutil"}
 _MOST_FILES = 100_000
 _IMPORT = re.compile(rb"^[ \t]*(?:from[ \t]+(\w+)|import[ \t]+(\w[^#\n;(]*))", re.MULTILINE)
-# Set by git for its hooks: they name another repository than the one that is asked about.
-_GIT_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_COMMON_DIR")
 
 
 @dataclass(frozen=True)
@@ -419,14 +417,8 @@ def _lines(file: Path) -> list[str]:
 
 def _git(folder: Path, *arguments: str) -> bytes | None:
     """What git prints; None where it says no, or is not there."""
-    environment = {name: value for name, value in os.environ.items() if name not in _GIT_VARIABLES}
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, timeout=60, check=False, env=environment
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
+    answer = git.run(folder, *arguments, time_limit_s=60)
+    return answer.out if answer.ok and not answer.is_cut else None
 
 
 def _read(name: str, path: Path) -> tuple[File, set[str]]:

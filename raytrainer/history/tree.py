@@ -10,13 +10,13 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
-from raytrainer import provenance, tracking
+from raytrainer import git, provenance, tracking
 from raytrainer.errors import ConfigError, RaytrainerError, TrackingError
 from raytrainer.history.finding import Known, look_up, tracking_uri_here, tracking_uri_of, with_tracking
 from raytrainer.provenance import Provenance
@@ -25,6 +25,7 @@ from raytrainer.tracking.server import Server
 
 PLACE = ".rerun"  # below ./runs
 _MARK = "RAYTRAINER_RERUN_TREE"  # set for what runs in such a tree: it makes no other
+_CHECKOUT_S = 3600.0  # a large repository on a slow disk
 _TOLD = ("raytrainer", "torch", "ray", "python")
 _MOST_FILES, _MOST_BYTES = 1000, 2**26  # of a directory, and of a file, that git does not track and that may be code
 # What lies beside the code and is not its: what runs left, what tools keep, other environments.
@@ -154,11 +155,10 @@ def _tree(known: Known, then: Provenance, say: Callable[[str], None]) -> Iterato
     tree = place / "tree"
     try:
         _git(top, "worktree", "add", "--quiet", "--detach", str(tree), then.commit)
-        if then.diff:
-            try:
-                _git(tree, "apply", "--index", "--whitespace=nowarn", "-", stdin=then.diff)
-            except RaytrainerError as error:
-                raise ConfigError(f"the patch of {name} does not apply to its commit ({error}); {way_out}") from None
+        try:
+            _apply(top, tree, then.diffs)
+        except RaytrainerError as error:
+            raise ConfigError(f"the patch of {name} does not apply to its commit ({error}); {way_out}") from None
         launched_in = tree / then.prefix
         launched_in.mkdir(parents=True, exist_ok=True)
         _add_the_rest(top, tree, then, say)
@@ -174,6 +174,32 @@ def _tree(known: Known, then: Provenance, say: Callable[[str], None]) -> Iterato
         )
     finally:
         _remove(top, place)
+
+
+def _apply(top: Path, tree: Path, diffs: Mapping[str, str]) -> None:
+    """Makes a tree at a commit what the checkout was: its changes, and its submodules with theirs.
+
+    Args:
+        top: The checkout, whose submodules lend theirs.
+        tree: The tree, without submodules.
+        diffs: As `Provenance.diffs`.
+    """
+    if diff := diffs.get(""):
+        _git(tree, "apply", "--index", "--whitespace=nowarn", "-", stdin=diff)
+    found = [("", tree)]
+    for prefix, folder in found:  # grows: submodules have their own
+        for path, commit in git.submodules(folder).items():
+            own, source = folder / path, top / prefix / path
+            if not (source / ".git").exists():
+                continue  # neither does the checkout have it
+            own.parent.mkdir(parents=True, exist_ok=True)
+            _git(source, "worktree", "add", "--quiet", "--detach", str(own), commit)
+            name = f"{prefix}{path}"
+            if diff := diffs.get(name):
+                # Its paths are from the root; here the submodule is the root.
+                depth = str(1 + len(PurePosixPath(name).parts))
+                _git(own, "apply", "--index", "--whitespace=nowarn", f"-p{depth}", "-", stdin=diff)
+            found.append((f"{name}/", own))
 
 
 def _add_the_rest(top: Path, tree: Path, then: Provenance, say: Callable[[str], None]) -> None:
@@ -293,6 +319,10 @@ def remove(place: Path) -> None:
 
 
 def _remove(top: Path, place: Path) -> None:
+    # A tree with submodules is not removed by git, even by force, while they are there.
+    with suppress(RaytrainerError):
+        for path in reversed(_all_submodules(place / "tree")):
+            _git(top / path, "worktree", "remove", "--force", str(place / "tree" / path))
     with suppress(RaytrainerError):
         _git(top, "worktree", "remove", "--force", str(place / "tree"))
     shutil.rmtree(place, ignore_errors=True)
@@ -302,14 +332,19 @@ def _remove(top: Path, place: Path) -> None:
         _git(top, "worktree", "prune")
 
 
+def _all_submodules(tree: Path) -> list[str]:
+    """The paths of the submodules that are checked out in a tree, theirs included."""
+    found = [""] if tree.is_dir() else []
+    for prefix in found:  # grows
+        folder = tree / prefix
+        found += [f"{prefix}{path}/" for path in git.submodules(folder) if (folder / path / ".git").exists()]
+    return found[1:]
+
+
 def _git(folder: Path, *arguments: str, stdin: str = "") -> str:
-    done = subprocess.run(
-        ["git", "-C", str(folder), "-c", "core.quotepath=off", "-c", f"core.hooksPath={os.devnull}", *arguments],
-        input=stdin.encode("utf-8", "surrogateescape"),
-        capture_output=True,
-        check=False,
+    answer = git.run(
+        folder, *arguments, stdin=stdin.encode("utf-8", "surrogateescape"), time_limit_s=_CHECKOUT_S, most_bytes=2**30
     )
-    if done.returncode != 0:
-        said = done.stderr.decode(errors="replace").strip()
-        raise RaytrainerError(said.splitlines()[-1] if said else f"git {arguments[0]} fails")
-    return done.stdout.decode("utf-8", "surrogateescape")
+    if not answer.ok:
+        raise RaytrainerError(answer.error)
+    return answer.out.decode("utf-8", "surrogateescape")

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from raytrainer.tracking.database import default_tracking_uri
 from raytrainer.tracking.fleet import Fleet
 from raytrainer.tracking.lookup import find_own_dir, find_run_dir, register_model
 from raytrainer.tracking.runs import Run, open_run
 from raytrainer.tracking.sender import Shipper, recorded_run_id, replay
-from raytrainer.tracking.server import check_tracking, default_tracking_uri, redacted
+from raytrainer.tracking.server import check_tracking, redacted
 from raytrainer.tracking.tracker import MlflowTracker
 
 __all__ = [

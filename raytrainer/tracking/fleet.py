@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from raytrainer.errors import StorageError, TrackingDenied, TrackingError, TrackingUnreachable
+from raytrainer.tracking.database import default_artifact_root
 from raytrainer.tracking.runs import CAUSE_TAG, Status, merged, source_tags
 from raytrainer.tracking.sender import LOCAL_PREFIX, Busy, Calls, Sender, Undescribed
-from raytrainer.tracking.server import RunGone, Server, default_artifact_root
+from raytrainer.tracking.server import RunGone, Server
 from raytrainer.tracking.spool import RunNote, Spool
 
 PARENT_TAG = "mlflow.parentRunId"

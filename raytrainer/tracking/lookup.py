@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from raytrainer.errors import TrackingDenied
+from raytrainer.tracking.database import is_sqlite, read_schema, sqlite_path
 from raytrainer.tracking.rest import Rest, is_plain
 from raytrainer.tracking.runs import CAUSE_TAG, Status
-from raytrainer.tracking.server import Server, StoredRun, sqlite_path
+from raytrainer.tracking.server import Server, StoredRun
 
 RUN_DIR_TAG = "raytrainer.run_dir"
 SUBMISSION_TAG = "raytrainer.submission_id"
@@ -157,8 +158,10 @@ def register_model(tracking_uri: str, run_id: str, folder: str, name: str) -> st
 
 
 def _search(tracking_uri: str, where: str, limit: int) -> list[StoredRun]:
-    if tracking_uri.startswith("sqlite:///") and not sqlite_path(tracking_uri).exists():
-        return []  # MLflow would make it, and who only asks leaves nothing behind
+    if is_sqlite(tracking_uri):
+        schema = read_schema(sqlite_path(tracking_uri))
+        if schema is None or schema.is_empty:
+            return []  # MLflow would create it, and a question leaves nothing behind
     if is_plain(tracking_uri):
         # MLflow's client may know of more ways to say who we are (.netrc, a plugin's headers).
         with suppress(TrackingDenied):

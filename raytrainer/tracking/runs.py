@@ -16,8 +16,9 @@ from typing import Literal
 
 from raytrainer import provenance
 from raytrainer.errors import StorageError, TrackingDenied, TrackingError, TrackingUnreachable
+from raytrainer.tracking.database import default_artifact_root
 from raytrainer.tracking.sender import LOCAL_ID_TAG, LOCAL_PREFIX, Calls, apply_note, recorded_run_id, replay
-from raytrainer.tracking.server import RunGone, Server, default_artifact_root, redacted
+from raytrainer.tracking.server import RunGone, Server, redacted
 from raytrainer.tracking.spool import RunNote, Spool
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]

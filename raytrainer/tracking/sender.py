@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Protocol
 
 from raytrainer.errors import TrackingDenied, TrackingError, TrackingUnreachable
-from raytrainer.tracking.server import Rejected, RunGone, RunState, Server, default_artifact_root
+from raytrainer.tracking.database import default_artifact_root
+from raytrainer.tracking.server import Rejected, RunGone, RunState, Server
 from raytrainer.tracking.spool import (
     MAX_ROWS,
     Artifact,

@@ -7,7 +7,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import sqlite3
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from raytrainer.errors import ConfigError, TrackingDenied, TrackingError, TrackingUnreachable
+from raytrainer.errors import TrackingDenied, TrackingError, TrackingUnreachable
+from raytrainer.tracking.database import check_schema, check_writable, create, is_sqlite, schema_problem
 from raytrainer.tracking.spool import Row
 
 CHECK_SECONDS = 14  # of the 15 promised
@@ -239,8 +239,8 @@ def check_tracking(tracking_uri: str) -> None:
         TrackingDenied: 401 or 403, at the first answer.
     """
     scheme = urlsplit(tracking_uri).scheme
-    if scheme == "sqlite":
-        _check_sqlite(tracking_uri)
+    if is_sqlite(tracking_uri):
+        check_writable(tracking_uri)
         return
     if scheme in ("", "file"):
         raise TrackingUnreachable(
@@ -265,31 +265,6 @@ def check_tracking(tracking_uri: str) -> None:
         raise problem[0]
 
 
-def default_tracking_uri(root: Path) -> str:
-    """The SQLite store in a directory: `sqlite:////ABS/mlflow.db`."""
-    path = root.absolute() / "mlflow.db"
-    # SQLAlchemy 2.1 unquotes the path, MLflow and SQLAlchemy 2.0 do not: a quoted one means two different files.
-    if re.search(r"\?|%[0-9A-Fa-f]{2}", str(path)):
-        raise ConfigError(
-            f"a path with a question mark or a %-escape cannot be in a database URL: {path};"
-            " run in another directory, or give the address of a tracking server",
-            key="tracking.tracking_uri",
-        )
-    return f"sqlite:///{path}"
-
-
-def default_artifact_root(tracking_uri: str) -> str | None:
-    """Beside a SQLite store, `ABS/mlartifacts` as a file URI; None leaves it to the server."""
-    if urlsplit(tracking_uri).scheme != "sqlite":
-        return None
-    return (sqlite_path(tracking_uri).parent / "mlartifacts").as_uri()
-
-
-def sqlite_path(tracking_uri: str) -> Path:
-    """The file of a `sqlite:///` URL, absolute."""
-    return Path(tracking_uri.removeprefix("sqlite:///").split("?")[0]).absolute()
-
-
 def redacted(uri: str) -> str:
     """The URI without the user and password in it."""
     parts = urlsplit(uri)
@@ -298,34 +273,16 @@ def redacted(uri: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
-def _check_sqlite(tracking_uri: str) -> None:
-    path = sqlite_path(tracking_uri)
-    folder = next(parent for parent in path.parents if parent.exists())
-    try:
-        # SQLite writes a journal beside the file. Permissions do not tell all: root may write to /proc, which takes nothing.
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise TrackingUnreachable(f"the tracking database {path} cannot be written: {error.strerror}") from error
-    if path.exists() and not os.access(path, os.W_OK):
-        raise TrackingUnreachable(f"the tracking database {path} cannot be written")
-    if path.exists():
-        try:
-            connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=5)
-            try:
-                connection.execute("PRAGMA schema_version").fetchone()
-            finally:
-                connection.close()
-        except sqlite3.Error as error:
-            raise TrackingUnreachable(f"the tracking database {path}: {error}") from error
-
-
 def _client(uri: str) -> Any:
+    if is_sqlite(uri):
+        check_schema(uri)
     from mlflow.tracking import MlflowClient
 
     # Creating a database tells of each of its ~70 migrations, at INFO on stderr; what fails there, our error says.
     for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if is_sqlite(uri):
+        create(uri)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -400,6 +357,8 @@ def _translated(error: Exception, uri: str) -> TrackingError:
     status = _status(error, uri)
     if status in (401, 403):
         return denied(uri, status)
+    if schema := re.search(r"out-of-date database schema \(found version (\w+)", str(error)):
+        return TrackingUnreachable(schema_problem(name, None if schema[1] == "None" else schema[1]))
     reason = with_fix(without_secrets(_reason(error), uri))
     if isinstance(error, MlflowException):
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":

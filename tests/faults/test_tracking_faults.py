@@ -4,6 +4,7 @@ How the spool behaves in each of them, 30 s a call included, is in tests/trackin
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
 import threading
@@ -20,7 +21,24 @@ from tests.tracking.test_mlflow_server import MlflowServer, Proxy
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 INLINE = ["experiment=mlp", "name=run", "cluster=inline", "tracking.log_model=false", "trainer.log_every_n_steps=1"]
+FIRST = ["experiment=mlp", "cluster=inline", "tracking.log_model=false", "trainer.max_steps=2"]
 NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens
+
+
+@pytest.mark.parametrize(
+    "names", [("a", "b", "b"), pytest.param(("a", "b", "c", "d", "e", "f"), marks=pytest.mark.nightly)]
+)
+def test_first_launches_at_once(names: tuple[str, ...], tmp_path: Path) -> None:
+    """In a new folder each would make MLflow's database; of two with one name one is refused."""
+    with contextlib.ExitStack() as ending:
+        runs = [
+            ending.enter_context(launch(tmp_path, *FIRST, f"name={name}", "trainer.max_epochs=null", store=False))
+            for name in names
+        ]
+        ended = [run.wait(200) for run in runs]
+    refused = len(names) - len(set(names))
+    assert sorted(each.code for each in ended) == [0] * len(set(names)) + [2] * refused, "\n".join(map(str, ended))
+    assert [Runs(tmp_path).status(name) for name in sorted(set(names))] == ["FINISHED"] * len(set(names))
 
 
 def test_down_at_start(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from raytrainer import tracking
-from raytrainer.tracking.server import default_artifact_root
+from raytrainer.tracking.database import default_artifact_root
 from tests.history.past import Store
 
 

@@ -114,6 +114,38 @@ def test_commit_and_patch_are_what_they_were(past: Storage, monkeypatch: pytest.
     assert said[-1] == f"rerun of one: running in {seen.path}, which is removed afterwards"
 
 
+def test_submodules_are_there_with_their_changes(
+    repository: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner, library = tmp_path_factory.mktemp("inner"), tmp_path_factory.mktemp("library")
+    allowed = ("-c", "protocol.file.allow=always", "submodule")
+    for folder, name in ((inner, "inner.txt"), (library, "library.txt")):
+        git(folder, "init", "-q")
+        (folder / name).write_text("committed\n")
+        git(folder, "add", ".")
+        git(folder, "commit", "-qm", "first")
+    git(library, *allowed, "add", "-q", str(inner), "in")
+    git(library, "commit", "-qm", "second")
+    git(repository, *allowed, "add", "-q", str(library), "libs/library")
+    git(repository, *allowed, "update", "-q", "--init", "--recursive")
+    git(repository, "commit", "-qam", "with a library")
+    library = repository / "libs/library"
+    (library / "library.txt").write_text("changed\n")
+    (library / "in/inner.txt").write_text("changed, too\n")
+    _, storage = record("one", status="FINISHED")
+    storage.write_bytes(provenance.FILE, provenance.collect([], repository).to_json())
+    git(library, "checkout", "-q", ".")
+    (library / "in/inner.txt").write_text("something else\n")
+    seen = Seen(monkeypatch)
+    assert tree.rerun_there("one", []) == 0
+    assert seen.files["libs/library/library.txt"] == "changed\n"
+    assert seen.files["libs/library/in/inner.txt"] == "changed, too\n"
+    # The checkout is what it was, and knows of no other tree.
+    assert (library / "in/inner.txt").read_text() == "something else\n"
+    for folder in (repository, library, library / "in"):
+        assert len(git(folder, "worktree", "list").splitlines()) == 1
+
+
 def test_code_that_was_never_added_goes_to_a_cluster(past: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     """A package has no links that lead out of the tree; data, which stays here, is linked."""
     here = Path.cwd()

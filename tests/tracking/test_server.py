@@ -22,7 +22,8 @@ import pytest
 from raytrainer.errors import ConfigError, TrackingDenied, TrackingError, TrackingUnreachable
 from raytrainer.tracking import check_tracking, default_tracking_uri
 from raytrainer.tracking import server as module
-from raytrainer.tracking.server import Rejected, Server, default_artifact_root, redacted, sqlite_path
+from raytrainer.tracking.database import default_artifact_root, sqlite_path
+from raytrainer.tracking.server import Rejected, Server, redacted
 from raytrainer.tracking.spool import Row
 
 SECRET = "hunter2-token"
@@ -204,7 +205,7 @@ def test_a_sqlite_store_that_cannot_be_written(tmp_path: Path, monkeypatch: pyte
     sqlite_path(uri).touch()
     with monkeypatch.context() as patched:
         patched.setattr(os, "access", lambda *_: False)  # a test may run as root, who may write anywhere
-        with pytest.raises(TrackingUnreachable, match=r"mlflow.db cannot be written$"):
+        with pytest.raises(TrackingUnreachable, match=r"mlflow.db cannot be written: permission denied$"):
             check_tracking(uri)
 
     def full(**_: object) -> None:

@@ -1,0 +1,167 @@
+"""The one place that runs git: bounded in time and in output, the same whatever the user's environment has set.
+Knows nothing of raytrainer; reads, unless the arguments say otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+TIME_LIMIT_S = 20.0
+_OUTPUT_BYTES = 2**28
+# Set by git for its hooks: they name another repository than the one of the folder that is asked about.
+_OTHERS = {
+    "GIT_DIR",
+    "GIT_WORK_TREE",
+    "GIT_INDEX_FILE",
+    "GIT_PREFIX",
+    "GIT_COMMON_DIR",
+    "GIT_OBJECT_DIRECTORY",
+    "GIT_NAMESPACE",
+    "GIT_LITERAL_PATHSPECS",
+    "GIT_GLOB_PATHSPECS",
+    "GIT_NOGLOB_PATHSPECS",
+    "GIT_ICASE_PATHSPECS",
+}
+_FIXED = {
+    "LC_ALL": "C",  # its messages are looked into
+    "GIT_OPTIONAL_LOCKS": "0",  # reading never waits for, or disturbs, a commit under way
+    "GIT_TERMINAL_PROMPT": "0",
+    "GIT_PAGER": "cat",
+}
+# Neither a program that the repository names, nor names of files that are changed for a terminal.
+_OPTIONS = ("-c", "core.quotepath=off", "-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What git answered.
+
+    Attributes:
+        code: Its exit code; None where git could not be run or did not end in time.
+        out: What it printed, at most the bytes that were asked for.
+        error: The last line of its error output, or why there is none.
+        is_cut: Whether it printed more.
+    """
+
+    code: int | None
+    out: bytes = b""
+    error: str = ""
+    is_cut: bool = False
+
+    @property
+    def ok(self) -> bool:
+        return self.code == 0
+
+    @property
+    def text(self) -> str:
+        """The output, byte for byte whatever encoding it has, without a last line end."""
+        return self.out.decode("utf-8", "surrogateescape").removesuffix("\n")
+
+    @property
+    def names(self) -> list[str]:
+        """The output of an option `-z`."""
+        return [name for name in self.out.decode("utf-8", "surrogateescape").split("\0") if name]
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether git refuses a repository that belongs to another user."""
+        return "safe.directory" in self.error
+
+
+def run(
+    folder: Path,
+    *arguments: str,
+    stdin: bytes = b"",
+    time_limit_s: float = TIME_LIMIT_S,
+    most_bytes: int = _OUTPUT_BYTES,
+) -> Answer:
+    """Runs `git ARGUMENTS` in a folder.
+
+    Args:
+        folder: Where.
+        arguments: Behind `git`.
+        stdin: What it reads.
+        time_limit_s: When it, and whatever it has started, is killed.
+        most_bytes: The most that is kept of its output.
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in _OTHERS} | _FIXED
+    try:
+        process = subprocess.Popen(
+            ["git", "-C", str(folder), *_OPTIONS, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for us, and a kill is for its children too
+        )
+    except (OSError, ValueError) as error:  # no git, no right to run it; ValueError: a path with a NUL
+        return Answer(None, error=f"git cannot be run: {error}")
+    late = threading.Event()
+
+    def kill() -> None:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    def expire() -> None:
+        late.set()
+        kill()
+
+    timer = threading.Timer(time_limit_s, expire)
+    timer.daemon = True
+    timer.start()
+    errors: list[bytes] = []
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    reader = threading.Thread(target=lambda: errors.append(_all_of(process)), name="git-stderr", daemon=True)
+    writer = threading.Thread(target=_write, args=(process, stdin), name="git-stdin", daemon=True)
+    try:
+        reader.start()
+        writer.start()
+        out = process.stdout.read(most_bytes + 1)
+        is_cut = len(out) > most_bytes
+        if is_cut:
+            kill()
+        process.wait()
+    finally:
+        timer.cancel()
+        if process.returncode is None:
+            kill()
+            process.wait()
+        reader.join(1.0)
+        writer.join(1.0)
+        process.stdout.close()
+    if late.is_set():
+        return Answer(None, error=f"git did not answer within {time_limit_s:g} s")
+    said = errors[0].decode(errors="replace").strip() if errors else ""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    # Its advice on a foreign repository is a command of several lines.
+    why = " ".join(lines) if "safe.directory" in said else (lines[-1] if lines else f"git {arguments[0]} fails")
+    return Answer(0 if is_cut else process.returncode, out[:most_bytes], why, is_cut)
+
+
+def submodules(folder: Path, time_limit_s: float = TIME_LIMIT_S) -> dict[str, str]:
+    """The submodules that the index of a checkout names: path → commit. They need not be checked out."""
+    listed = run(folder, "ls-files", "--stage", "-z", time_limit_s=time_limit_s).names
+    entries = [line.partition("\t")[::2] for line in listed if line.startswith("160000 ")]
+    return {path: entry.split()[1] for entry, path in entries}
+
+
+def _all_of(process: subprocess.Popen[bytes]) -> bytes:
+    assert process.stderr is not None
+    with process.stderr:
+        return process.stderr.read()
+
+
+def _write(process: subprocess.Popen[bytes], data: bytes) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(OSError):  # it has ended without reading all
+        process.stdin.write(data)
+    with contextlib.suppress(OSError):
+        process.stdin.close()

@@ -1,0 +1,324 @@
+"""The SQLite file behind a `sqlite:///` tracking URI: created exactly once, and checked without importing MLflow.
+
+MLflow creates its schema by some seventy migrations without a lock: of several first launches in a folder all but one
+would fail, and a launch that is killed meanwhile would leave half a database.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.util
+import os
+import re
+import sqlite3
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from raytrainer.errors import ConfigError, TrackingUnreachable
+
+_LOCK_S = 60.0  # a creation takes about two seconds; whoever holds the lock for longer is stopped, or hangs
+_BUSY_S = 10.0  # MLflow's own writes take milliseconds
+_CHANGE_S, _MIGRATION_S = 0.5, 20.0  # a schema that does not change for so long is not being migrated
+
+
+@dataclass(frozen=True)
+class Schema:
+    """What a database says of itself.
+
+    Attributes:
+        tables: The names of its tables.
+        revision: Of MLflow's schema; None where it has none.
+        runs: How many runs it holds.
+    """
+
+    tables: frozenset[str]
+    revision: str | None
+    runs: int
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.tables
+
+
+def is_sqlite(tracking_uri: str) -> bool:
+    """Whether a tracking URI names a SQLite file."""
+    return re.match(r"sqlite(\+\w+)?:", tracking_uri) is not None
+
+
+def sqlite_path(tracking_uri: str) -> Path:
+    """The file of a `sqlite:///` URL, absolute."""
+    return Path(re.sub(r"^sqlite(\+\w+)?:///", "", tracking_uri).split("?")[0]).absolute()
+
+
+def default_tracking_uri(root: Path) -> str:
+    """The SQLite store in a directory: `sqlite:////ABS/mlflow.db`."""
+    path = root.absolute() / "mlflow.db"
+    # SQLAlchemy 2.1 unquotes the path, MLflow and SQLAlchemy 2.0 do not: a quoted one means two different files.
+    if re.search(r"\?|%[0-9A-Fa-f]{2}", str(path)):
+        raise ConfigError(
+            f"a path with a question mark or a %-escape cannot be in a database URL: {path};"
+            " run in another directory, or give the address of a tracking server",
+            key="tracking.tracking_uri",
+        )
+    return f"sqlite:///{path}"
+
+
+def default_artifact_root(tracking_uri: str) -> str | None:
+    """Beside a SQLite store, `ABS/mlartifacts` as a file URI; None leaves it to the server."""
+    if not is_sqlite(tracking_uri):
+        return None
+    return (sqlite_path(tracking_uri).parent / "mlartifacts").as_uri()
+
+
+def check_writable(tracking_uri: str) -> None:
+    """Check that a run can be logged into the file, which is not created by that.
+
+    Raises:
+        TrackingUnreachable: It cannot, and why: permissions, another schema, another program's file, a lock.
+    """
+    path = sqlite_path(tracking_uri)
+    if path.is_dir():
+        raise TrackingUnreachable(
+            f"the tracking database {path} is a directory: tracking.tracking_uri must name a file, such as"
+            f" sqlite:///{path}/mlflow.db"
+        )
+    folder = next(parent for parent in path.parents if parent.exists())
+    try:
+        # SQLite writes a journal beside the file. Permissions do not tell all: root may write to /proc, which takes nothing.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise TrackingUnreachable(f"the tracking database {path} cannot be written: {error.strerror}") from error
+    if not path.exists():
+        return
+    if not os.access(path, os.W_OK):
+        raise TrackingUnreachable(f"the tracking database {path} cannot be written: permission denied")
+    check_schema(tracking_uri)
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")  # needs what a write needs, and writes nothing
+            connection.execute("ROLLBACK")
+    except sqlite3.Error as error:
+        raise _unusable(path, error) from error
+
+
+def check_schema(tracking_uri: str) -> None:
+    """Check that an existing database has the schema of the installed MLflow.
+
+    A schema that another process is migrating at this moment is waited for.
+
+    Raises:
+        TrackingUnreachable: It has another schema, or the file is no database of MLflow.
+    """
+    path, deadline = sqlite_path(tracking_uri), time.monotonic() + _MIGRATION_S
+    before: Schema | None = None
+    while True:
+        schema = read_schema(path)
+        if schema is None or schema.is_empty or schema.revision == _head():
+            return
+        is_mlflows = schema.revision in known_revisions()[1] or "experiments" in schema.tables
+        if not is_mlflows or schema == before or time.monotonic() > deadline:
+            break
+        before = schema
+        time.sleep(_CHANGE_S)
+    problem = schema_problem(f"sqlite:///{path}", schema.revision) if is_mlflows else _foreign(path, schema)
+    if is_mlflows and not schema.runs:
+        problem += "; it holds no run, so it can also be deleted"
+    raise TrackingUnreachable(problem)
+
+
+def schema_problem(shown: str, revision: str | None) -> str:
+    """Why the installed MLflow cannot use a database of another schema, and the fix; a sentence.
+
+    Args:
+        shown: The database's URI, without a password.
+        revision: Of the schema that the database has; None: it has none.
+    """
+    head, known = known_revisions()
+    installed = f"MLflow {_mlflow_version()} (schema {head})"
+    if revision is None:
+        return (
+            f"the tracking database {shown} has an incomplete schema: its creation was interrupted, or it is of an MLflow"
+            f" before 1.0; back it up, then run `mlflow db upgrade {shown}`"
+        )
+    if revision in known:
+        return (
+            f"the tracking database {shown} has the schema {revision} of an older MLflow, and {installed} is installed:"
+            f" back it up, then run `mlflow db upgrade {shown}`"
+        )
+    return (
+        f"the tracking database {shown} has the schema {revision} of a newer MLflow, which {installed} cannot read:"
+        " install the MLflow version that made it, or name another database in tracking.tracking_uri"
+    )
+
+
+def read_schema(path: Path) -> Schema | None:
+    """The schema of a database; None where there is no file.
+
+    Raises:
+        TrackingUnreachable: The file is no SQLite database, or is locked or unreadable.
+    """
+    if not path.exists():
+        return None
+    try:
+        try:
+            return _schema(path, "ro")
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error) or not os.access(path, os.W_OK):
+                raise
+            return _schema(path, "rw")  # a transaction of a process that was killed must be rolled back first
+    except sqlite3.Error as error:
+        raise _unusable(path, error) from error
+
+
+def _schema(path: Path, mode: str) -> Schema:
+    # Never opened otherwise: closing any other handle would drop the locks that SQLite holds in this process.
+    connection = sqlite3.connect(f"{path.as_uri()}?mode={mode}", uri=True, timeout=_BUSY_S)
+    with contextlib.closing(connection):
+        tables = {str(name) for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        versioned = "alembic_version" in tables
+        row = connection.execute("SELECT version_num FROM alembic_version").fetchone() if versioned else None
+        runs = connection.execute("SELECT count(*) FROM runs").fetchone()[0] if "runs" in tables else 0
+    return Schema(frozenset(tables), None if row is None else str(row[0]), int(runs))
+
+
+def create(tracking_uri: str) -> None:
+    """Create the database if there is none. Several processes may do so at once: all find the same, complete one.
+
+    It is made under another name and then given its own, so that nobody ever sees half of it, however this ends.
+    """
+    path = sqlite_path(tracking_uri)
+    if _is_there(path):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(path.parent) as is_locked:
+        if _is_there(path):
+            return
+        if is_locked:  # nobody else is at work: what is there is of a creation that was killed
+            for leftover in path.parent.glob(f".{path.name}.new-*"):
+                leftover.unlink(missing_ok=True)
+        new = path.with_name(f".{path.name}.new-{uuid.uuid4().hex}")
+        try:
+            _make(new, default_artifact_root(tracking_uri))
+            _publish(new, path)
+        finally:
+            for leftover in path.parent.glob(f"{new.name}*"):
+                leftover.unlink(missing_ok=True)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is something that must not be replaced."""
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:
+        return False
+
+
+def _make(path: Path, artifact_root: str | None) -> None:
+    """A database of MLflow with its default experiment."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    store = SqlAlchemyStore(f"sqlite:///{path}", artifact_root)
+    store._dispose_engine()
+
+
+def _publish(new: Path, path: Path) -> None:
+    """Gives a finished file its name, unless another process was faster."""
+    try:
+        os.link(new, path)
+        return
+    except FileExistsError:
+        if _is_there(path):
+            return
+    except OSError:  # a file system without hard links
+        if _is_there(path):
+            return
+    new.replace(path)
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Holds the folder against other creations; False: this file system has no locks, or another holds it for too long.
+
+    The lock is on the folder itself and leaves no file.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield _locked(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    deadline = time.monotonic() + _LOCK_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+        except OSError:  # NFS wants a descriptor to write through; the new name is given by one process alone anyway
+            return False
+        time.sleep(0.05)
+
+
+@lru_cache(maxsize=1)
+def known_revisions() -> tuple[str, frozenset[str]]:
+    """The schema revision that the installed MLflow expects, and all that it knows.
+
+    Read from its migration scripts: importing MLflow takes a second, and a launch does that beside other things.
+    """
+    spec = importlib.util.find_spec("mlflow")
+    assert spec is not None
+    assert spec.origin is not None
+    scripts = Path(spec.origin).parent / "store" / "db_migrations" / "versions"
+    revisions, parents = set[str](), set[str]()
+    for script in scripts.glob("*.py"):
+        text = script.read_text(encoding="utf-8")
+        for name, kept in (("revision", revisions), ("down_revision", parents)):
+            found = re.search(rf"^{name}\s*(?::[^=\n]+)?=\s*(\([^)]*\)|.*)$", text, re.MULTILINE)
+            kept.update(re.findall(r"[\"'](\w+)[\"']", found[1]) if found else ())
+    (head,) = revisions - parents
+    return head, frozenset(revisions)
+
+
+def _head() -> str:
+    return known_revisions()[0]
+
+
+def _mlflow_version() -> str:
+    try:
+        return version("mlflow")
+    except PackageNotFoundError:  # another distribution of it
+        return "here"
+
+
+def _foreign(path: Path, schema: Schema) -> str:
+    tables = ", ".join(sorted(schema.tables)[:5])
+    return (
+        f"the tracking database {path} is a SQLite database of another program (its tables: {tables}):"
+        " name another file in tracking.tracking_uri"
+    )
+
+
+def _unusable(path: Path, error: sqlite3.Error) -> TrackingUnreachable:
+    text = str(error)
+    if "locked" in text:
+        return TrackingUnreachable(
+            f"the tracking database {path} is locked by another process, for more than {_BUSY_S:g} s: end that process,"
+            f" which `fuser {path}` names"
+        )
+    if "not a database" in text or "malformed" in text:
+        return TrackingUnreachable(
+            f"the tracking database {path} is not a database of SQLite, or is damaged ({text}): restore it from a backup,"
+            " or name another file in tracking.tracking_uri"
+        )
+    return TrackingUnreachable(f"the tracking database {path} cannot be used: {text}")
