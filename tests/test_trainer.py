@@ -454,6 +454,48 @@ def test_epochs_and_the_steps_they_are() -> None:
         Trainer(e)
 
 
+@pytest.mark.parametrize(
+    ("limits", "step", "reason", "curve"),
+    [
+        ({"max_steps": 3, "max_epochs": 2}, 3, "finished", 3),  # 4 steps in an epoch
+        ({"max_steps": 100, "max_epochs": 1}, 4, "finished", 4),
+        ({"max_steps": 6, "max_epochs": 2, "max_time": 2.0}, 2, "max_time", 6),
+        ({"max_steps": None, "max_epochs": 2, "max_time": 1e6}, 8, "finished", 8),
+    ],
+)
+def test_the_first_limit_ends_training(
+    limits: dict[str, Any], step: int, reason: str, curve: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr("raytrainer.trainer.loop.time.monotonic", lambda: float(next(clock)))
+    e = experiment(trainer={**limits, "log_every_n_steps": 1}, lr_scheduler=node("raytrainer.optim.Linear"))
+    e.data.val = None
+    trainer, recorder = fitted(e)
+    assert (trainer.step, recorder.told[-1][1].reason) == (step, reason)
+    # The learning rate reaches its end at the first limit that is a number of steps.
+    assert trainer.total_steps == curve
+    assert recorder.series("train/lr")[2] == pytest.approx(0.1 * (1 - 1 / curve))
+
+
+def test_a_resume_may_set_another_limit(tmp_path: Path) -> None:
+    e = experiment(trainer={"max_steps": None, "max_epochs": 1})
+    fitted(e, checkpointer=checkpointer(World(), tmp_path))
+    more: list[tuple[dict[str, Any], int]] = [
+        ({"max_steps": 6}, 4),
+        ({"max_steps": 6, "max_epochs": None}, 6),
+        ({"max_steps": None, "max_epochs": 2}, 8),
+    ]
+    for limits, step in more:
+        for name, value in limits.items():
+            setattr(e.trainer, name, value)
+        saved = checkpointer(World(), tmp_path)
+        trainer = Trainer(e, checkpointer=saved)
+        latest = saved.latest()
+        assert latest is not None
+        trainer.restore(latest)
+        assert (trainer.fit().step, trainer.total_steps) == (step, step)
+
+
 def test_an_iterable_to_validate_on_ends_after_its_epoch() -> None:
     e = experiment(trainer={"max_steps": 2, "eval_every_n_steps": 1}, optimizer=node("torch.optim.SGD", lr=0.0))
     e.data.val = node(training.Counting, rows=17)

@@ -36,15 +36,9 @@ def check_together(e: Experiment) -> None:
     t.max_time = seconds(t.max_time)
     if t.max_steps is None and t.max_epochs is None and t.max_time is None:
         raise ConfigError(
-            "or trainer.max_epochs or trainer.max_time must be set, or the run never ends (an experiment sets one: "
-            "experiment=mlp)",
+            "is not set, and neither is trainer.max_epochs nor trainer.max_time, so the run would never end. Set at least "
+            "one; training ends at the first that is reached (experiment=mlp sets max_epochs)",
             key="trainer.max_steps",
-        )
-    if t.max_steps is not None and t.max_epochs is not None:
-        raise ConfigError(
-            f"and trainer.max_epochs={t.max_epochs} are both set; give one, and null for the other",
-            key="trainer.max_steps",
-            value=t.max_steps,
         )
     if t.precision == "16-mixed" and (e.optimizer or {}).get("_target_") == "raytrainer.optim.Muon":
         raise ConfigError(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from typing import Any
 
 from raytrainer import preflight, tracking, worker
 from raytrainer.config import Composition, Experiment, check_modes, mode_problem, settled
@@ -123,10 +124,16 @@ def launch(
                 if record.attempts > 1 and (problem := mode_problem(e, objects=True)):
                     display.say(f"warning: {problem}. This run keeps the mode that it was recorded with.")
                 outcome = Driver(composition, record, storage, display, logs, lock, interrupts, argv, where).run()
-    length = next(
-        (k for k in ("max_steps", "max_epochs", "max_time") if getattr(e.trainer, k) is not None), "max_epochs"
-    )
-    return replace(outcome, seconds=time.monotonic() - began, length=f"trainer.{length}")
+    return replace(outcome, seconds=time.monotonic() - began, length=_reached_limit(e, outcome.result))
+
+
+def _reached_limit(e: Experiment, result: Mapping[str, Any] | None) -> str:
+    """The key of the limit that ended the run: a higher value of it lets the run continue."""
+    t, ended = e.trainer, result or {}
+    if t.max_time is not None and (ended.get("reason") == "max_time" or (t.max_steps is None and t.max_epochs is None)):
+        return "trainer.max_time"
+    by_steps = t.max_steps is not None and (t.max_epochs is None or ended.get("step") == t.max_steps)
+    return "trainer.max_steps" if by_steps else "trainer.max_epochs"
 
 
 def _debug(composition: Composition, display: Display, began: float) -> Outcome:

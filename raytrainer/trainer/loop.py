@@ -466,6 +466,7 @@ class Trainer:
         )
 
     def _total_steps(self) -> int | None:
+        """The first of `trainer.max_steps` and `max_epochs` to be reached, in steps; None where only time ends the run."""
         t, per_epoch = self.experiment.trainer, self.train_loader.steps_per_epoch
         if t.max_epochs is None:
             return t.max_steps
@@ -473,7 +474,8 @@ class Trainer:
             raise ConfigError(
                 "needs a dataset with a length; use trainer.max_steps", key="trainer.max_epochs", value=t.max_epochs
             )
-        return t.max_epochs * per_epoch
+        steps = t.max_epochs * per_epoch
+        return steps if t.max_steps is None else min(t.max_steps, steps)
 
     def _epoch(self) -> int:
         per_epoch = self.train_loader.steps_per_epoch
