@@ -8,8 +8,8 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/python -m raytrainer experiment=resnet
 
-# What CI runs: lint, types, tests; those in two processes at once, and the faults after them.
-test: check
+# What CI runs: lint and types, and beside them the tests, in several processes.
+test: .venv/.installed-dev
 	.ci/tests $(BIN)/python
 
 # The tests that take seconds.

@@ -10,7 +10,8 @@ import shutil
 import socket
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -220,7 +221,58 @@ def _running(server: T) -> Iterator[T]:
         server.stop()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# --- how the suite is divided -----------------------------------------------------------------------------------------
+
+# Servers that take seconds to start: the files that use one are tested by one process of pytest-xdist, which has it.
+SHARED = ("head", "mlflow_server", "postgres")
+SLOW_S, QUICK_S = 20.0, 0.2  # what a test is thought to take, marked `slow` or not
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", metavar="I/N", help="Run only part I of N of the files, for instance 1/3.")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist adds the groups to the names of the tests
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Divide the tests by files, into groups for the processes of pytest-xdist and into shards; the longest come first,
+    so that the processes end at about the same time."""
+    _skip_without_gpu(items)
+    group_of: dict[str, str] = {}
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        server = next((name for name in SHARED if name in getattr(item, "fixturenames", ())), None)
+        group_of[file] = server or group_of.get(file, file)
+    cost: dict[str, float] = defaultdict(float)
+    groups = [group_of[item.nodeid.partition("::")[0]] for item in items]
+    for item, group in zip(items, groups, strict=True):
+        item.add_marker(pytest.mark.xdist_group(group))
+        cost[group] += SLOW_S if item.get_closest_marker("slow") else QUICK_S
+    order = sorted(cost, key=lambda group: (-cost[group], group))
+    if shard := config.getoption("--shard"):
+        part, count = map(int, shard.split("/"))
+        mine = shares(order, cost, count)[part - 1]
+        elsewhere = [item for item, group in zip(items, groups, strict=True) if group not in mine]
+        config.hook.pytest_deselected(items=elsewhere)
+        order = [group for group in order if group in mine]
+    by_group: dict[str, list[pytest.Item]] = {group: [] for group in order}
+    for item, group in zip(items, groups, strict=True):
+        if group in by_group:
+            by_group[group].append(item)
+    items[:] = [item for group in order for item in by_group[group]]
+
+
+def shares(groups: Sequence[str], cost: Mapping[str, float], count: int) -> list[set[str]]:
+    """Divide groups, the most expensive first, into `count` shares of about the same cost."""
+    shares: list[set[str]] = [set() for _ in range(count)]
+    totals = [0.0] * count
+    for group in groups:
+        least = totals.index(min(totals))
+        shares[least].add(group)
+        totals[least] += cost[group]
+    return shares
+
+
+def _skip_without_gpu(items: list[pytest.Item]) -> None:
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return

@@ -30,6 +30,7 @@ import psutil
 from raytrainer.checkpoint import Checkpointer, CheckpointInfo
 from raytrainer.storage import Storage
 from raytrainer.sweep import Ledger, Trial
+from tests import forkserver
 from tests.promises import Within
 
 OUTSIDE = Path(__file__).parent / "outside"
@@ -77,7 +78,14 @@ def empty_store() -> bytes:
 
 class Launch:
     """`python -m raytrainer ARGUMENTS` (or another `program`) in `folder`, in a session of its own, as a terminal's
-    foreground job is. With `store` the folder has an empty store of MLflow's: making one costs a launch a second."""
+    foreground job is.
+
+    Args:
+        environment: Variables beside those of the test.
+        store: The folder gets an empty store of MLflow's: making one costs a launch a second.
+        fresh: Start a new interpreter, for a test of what happens before the launch is composed, or of the seconds until
+            then. Otherwise `tests/forkserver.py` forks the launch where that makes no other difference.
+    """
 
     _numbers = itertools.count()
 
@@ -88,6 +96,7 @@ class Launch:
         environment: Mapping[str, str] | None = None,
         program: Sequence[str] = ("-m", "raytrainer"),
         store: bool = True,
+        fresh: bool = False,
     ) -> None:
         self.folder, self._mark = folder, uuid.uuid4().hex
         self._out, self._err = (folder / f"launch-{next(self._numbers)}.{kind}" for kind in ("out", "err"))
@@ -95,6 +104,16 @@ class Launch:
         if store and "raytrainer" in program and not (folder / "mlflow.db").exists():
             (folder / "mlflow.db").write_bytes(empty_store())
         self.began = time.monotonic()
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(OUTSIDE),
+            "LAUNCH_MARK": self._mark,
+            **(environment or {}),
+        }
+        self.process: subprocess.Popen[bytes] | forkserver.Forked
+        if not fresh and tuple(program) == ("-m", "raytrainer") and forkserver.server().can_start(environment):
+            self.process = forkserver.server().start("raytrainer", arguments, folder, self._out, self._err, environment)
+            return
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
                 [sys.executable, *program, *arguments],
@@ -103,7 +122,7 @@ class Launch:
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
-                env={**os.environ, "PYTHONPATH": str(OUTSIDE), "LAUNCH_MARK": self._mark, **(environment or {})},
+                env=environment,
             )
 
     @property

@@ -3,6 +3,7 @@ tests. Each call gets a process group of its own."""
 
 from __future__ import annotations
 
+import multiprocessing
 import pickle
 import sys
 import tempfile
@@ -46,9 +47,17 @@ def run(size: int, function: Callable[..., Any], *args: Any, backend: str = "glo
     return [value for _, value in answers]
 
 
+def new_processes() -> Any:
+    """The context of multiprocessing in which tests start processes: they are forked by one that has imported what ranks
+    need, and nothing else has happened in."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.ranks", "torch.distributed.fsdp", "raytrainer.trainer", "raytrainer.state"])
+    return context
+
+
 class _Rank:
     def __init__(self) -> None:
-        context = torch.multiprocessing.get_context("spawn")
+        context = new_processes()
         self.pipe, there = context.Pipe()
         # Daemonic: it ends with the process that runs the tests, however that ends.
         self.process = context.Process(target=_serve, args=(there,), daemon=True)

@@ -17,6 +17,7 @@ from torch import nn
 from raytrainer.checkpoint import Checkpointer, files
 from raytrainer.errors import CheckpointCorrupt, CheckpointError, RaytrainerError, StorageFull
 from raytrainer.storage import Storage
+from tests import ranks
 
 FIXTURE = Path(__file__).parent / "fixtures" / "checkpoint-v1"
 
@@ -25,14 +26,14 @@ def launch(world_size: int, work: Callable[[int, int, Any, Path], None], root: P
     """Call `work(rank, world_size, group, root)` in as many processes, with gloo."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "rendezvous").unlink(missing_ok=True)
-    context = torch.multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=_rank, args=(rank, world_size, work, root)) for rank in range(world_size)]
-    for process in ranks:
+    context = ranks.new_processes()
+    processes = [context.Process(target=_rank, args=(rank, world_size, work, root)) for rank in range(world_size)]
+    for process in processes:
         process.start()
-    for process in ranks:
+    for process in processes:
         process.join(120)
-    codes = [process.exitcode for process in ranks]
-    for process in ranks:
+    codes = [process.exitcode for process in processes]
+    for process in processes:
         process.kill()
     assert codes == [0] * world_size, codes
 

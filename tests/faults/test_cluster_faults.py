@@ -158,7 +158,7 @@ def test_more_workers_than_there_are_cpus(where: str, cluster: RayCluster, tmp_p
     """Fault 29: said within 10 s, with what fits."""
     place = on(cluster) if where == "existing" else []
     within = Within(10.0)
-    ended = launched(tmp_path, *RUN, *place, "scaling.num_workers=64").exits(2)
+    ended = launched(tmp_path, *RUN, *place, "scaling.num_workers=64", fresh=True).exits(2)
     within.check()
     assert "scaling.num_workers=64" in ended.err
     assert "fits" in ended.err

@@ -55,7 +55,7 @@ def test_while_composing(number: signal.Signals, tmp_path: Path) -> None:
     """Nothing was started; nothing is left."""
     draw = seeded(f"composing, {number.name}")
     for _ in range(3):
-        with launch(tmp_path, *LONG, store=False) as run:
+        with launch(tmp_path, *LONG, store=False, fresh=True) as run:
             time.sleep(draw.uniform(0.05, 0.6))
             stopped(run, number, group=number == SIGINT)
     assert not (tmp_path / "runs").exists()

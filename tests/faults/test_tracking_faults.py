@@ -44,7 +44,7 @@ def test_first_launches_at_once(names: tuple[str, ...], tmp_path: Path) -> None:
 def test_down_at_start(tmp_path: Path) -> None:
     """Fault 17: refused within 15 s."""
     within = Within(15.0)
-    ended = launched(tmp_path, *INLINE, f"tracking.tracking_uri={NOBODY}").exits(2)
+    ended = launched(tmp_path, *INLINE, f"tracking.tracking_uri={NOBODY}", fresh=True).exits(2)
     within.check()
     assert NOBODY in ended.err
     assert "tracking.required=false" in ended.err
@@ -144,7 +144,7 @@ def test_refused_credentials(status: int, tmp_path: Path) -> None:
     uri = f"http://127.0.0.1:{server.server_address[1]}"
     secret = {"MLFLOW_TRACKING_USERNAME": "user", "MLFLOW_TRACKING_PASSWORD": "s3cr3t-word"}
     within = Within(10.0)
-    with launch(tmp_path, *INLINE, environment={"MLFLOW_TRACKING_URI": uri, **secret}) as run:
+    with launch(tmp_path, *INLINE, environment={"MLFLOW_TRACKING_URI": uri, **secret}, fresh=True) as run:
         ended = run.wait().exits(2)
     within.check()
     server.shutdown()

@@ -56,7 +56,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     folder = tmp_path_factory.mktemp("demo") / NAME
     folder.mkdir()
     commit = dirty_repository(folder)
-    with launch(folder, "experiment=resnet", f"tracking.register_model={MODEL_NAME}", store=False) as run:
+    with launch(folder, "experiment=resnet", f"tracking.register_model={MODEL_NAME}", store=False, fresh=True) as run:
         ended = run.wait().exits(0)
         run.nothing_left()
     (name,) = (path.name for path in (folder / "runs").iterdir())
