@@ -119,8 +119,14 @@ class Server:
         """Start `python -m MODULE ARGUMENTS` in `folder`, in a session of its own; `out` and `err` are emptied first."""
         connection = socket.socket(socket.AF_UNIX, _KIND)
         connection.connect(self._address)
-        request = {"module": module, "arguments": list(arguments), "folder": str(folder)}
-        request |= {"out": str(out), "err": str(err), "environment": dict(environment)}
+        request = {
+            "module": module,
+            "arguments": list(arguments),
+            "folder": str(folder),
+            "out": str(out),
+            "err": str(err),
+            "environment": dict(environment),
+        }
         connection.sendall(json.dumps(request).encode())
         pid = b""
         with contextlib.suppress(ConnectionResetError):

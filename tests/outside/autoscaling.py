@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import ray
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FakeMultiNodeProvider
@@ -145,11 +145,19 @@ def connect(address: str, within_s: float) -> None:
     )
 
 
+def own_output() -> TextIO:
+    """Take standard output for the answers alone: whatever Ray or a library prints there goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return answers
+
+
 def main(gate: Path, dashboard_port: str | None = None) -> None:
+    answers = own_output()
     cluster = Cluster(gate, dashboard_port)
     cluster.start()
     connect(cluster.address, 60)
-    print(cluster.address, flush=True)
+    print(cluster.address, file=answers, flush=True)
     held = None
     for line in sys.stdin:
         if line.strip() == "hold":
@@ -159,7 +167,7 @@ def main(gate: Path, dashboard_port: str | None = None) -> None:
             ray.util.remove_placement_group(held)
         groups = [g["state"] for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
         nodes = sorted(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
-        print(json.dumps({"nodes": nodes, "placement_groups": groups}), flush=True)
+        print(json.dumps({"nodes": nodes, "placement_groups": groups}), file=answers, flush=True)
     ray.shutdown()
     cluster.shutdown()
 

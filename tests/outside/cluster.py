@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from typing import TextIO
 
 import ray
 from ray.cluster_utils import Cluster
@@ -21,15 +23,23 @@ def running() -> dict[str, list[str]]:
     }
 
 
+def own_output() -> TextIO:
+    """Take standard output for the answers alone: whatever Ray or a library prints there goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return answers
+
+
 def main(cpus: int) -> None:
+    answers = own_output()
     cluster = Cluster(
         initialize_head=True,
         head_node_args={"num_cpus": cpus, "include_dashboard": False, "object_store_memory": 100 * 2**20},
     )
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
-    print(cluster.address, flush=True)
+    print(cluster.address, file=answers, flush=True)
     for _ in sys.stdin:
-        print(json.dumps(running()), flush=True)
+        print(json.dumps(running()), file=answers, flush=True)
     ray.shutdown()
     cluster.shutdown()
 
