@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -52,7 +52,8 @@ class WeightedMeans:
                 key="loss",
             )
         # A copy, in one operation: the next step may write over a compiled model's outputs.
-        self._rows.append(torch.stack([v.detach() for v in values.values()]))
+        row = [v.detach() for v in values.values()]
+        self._rows.append(torch.stack(row) if row else torch.zeros(0, device=self._device))
         self._weights.append(weight)
         if len(self._rows) == _FOLD:
             self._sums = self._folded()
@@ -113,6 +114,48 @@ def summarised(loss: Any, means: Mapping[str, float]) -> dict[str, float]:
     """The means, and what the loss's own `summary(means)` makes of them, if it has one (perplexity of a loss)."""
     summary = getattr(loss, "summary", None)
     return dict(means) if summary is None else {**means, **summary(means)}
+
+
+OWN_NAMES = ("lr", "samples_per_second", "tokens_per_second", "mfu")
+"""Names of raytrainer's own figures in `train/`: a loss's entry of such a name is logged under another."""
+
+
+class Names:
+    """Keeps figures of one name from two sources apart: the one of lower rank is logged under another name.
+
+    Args:
+        say: Called with a sentence, once for each name.
+    """
+
+    def __init__(self, say: Callable[[str], None] = lambda sentence: None) -> None:
+        self._say, self._said = say, set[str]()
+
+    def apart(self, values: Mapping[str, Any], taken: Container[str], prefix: str, shown: str = "") -> dict[str, Any]:
+        """The values under names that are not taken.
+
+        Args:
+            values: By name.
+            taken: The names of the other source.
+            prefix: Stands before a name that is taken; with none, or where that is taken too, a number stands after it.
+            shown: What stands before all names where they are logged, for messages.
+        """
+        apart: dict[str, Any] = {}
+        for name, value in values.items():
+            free = name
+            if free in taken:
+                free = prefix + name
+                number = 1
+                while free in taken or free in apart or free in values:
+                    number += 1
+                    free = f"{prefix}{name}_{number}"
+                if shown + free not in self._said:
+                    self._said.add(shown + free)
+                    self._say(
+                        f"The metric name {shown + name!r} is in use for another figure: the value that your code "
+                        f"gives is logged as {shown + free!r}."
+                    )
+            apart[free] = value
+        return apart
 
 
 class Throughput:

@@ -61,7 +61,71 @@ class Odd(Seen):
     """Gives what is no number."""
 
     def compute(self) -> Any:
-        return torch.zeros(4)
+        return torch.zeros(4, 4)
+
+
+class Gives(Seen):
+    """Gives what it was made with, as `_target_` nodes can write it: lists become tensors."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+    def compute(self) -> Any:
+        whole: dict[str, Any] = self.value if isinstance(self.value, dict) else {"": self.value}
+        made = {key: v if isinstance(v, dict) else torch.tensor(v) for key, v in whole.items()}
+        return made if whole is self.value else made[""]
+
+
+class OfItsRank(Seen):
+    """Gives each rank a vector of another length."""
+
+    def compute(self) -> Any:
+        return torch.ones(2 + torch.distributed.get_rank())
+
+
+class Detector(nn.Module):
+    """As those of torchvision: losses while it trains, predictions alone in eval()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, image: Tensor, label: Tensor) -> Any:
+        logits = self.head(image.flatten(1))
+        return {"loss_classifier": F.cross_entropy(logits, label)} if self.training else [{"labels": x} for x in logits]
+
+
+def detector_loss(model: Any, batch: Any) -> dict[str, Any]:
+    """No loss in evaluation."""
+    result = model(batch["image"], batch["label"])
+    if isinstance(result, dict):
+        return {"loss": result["loss_classifier"]}
+    return {"preds": result, "target": [{"labels": x} for x in batch["label"]]}
+
+
+class Boxes(Seen):
+    """Counts lists of dicts, as detection metrics take them."""
+
+    def update(self, preds: Any, target: Any) -> None:
+        assert {"labels"} == set(preds[0]) == set(target[0])
+        self.count += len(preds)
+
+
+def colliding(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+    """Entries of the names of raytrainer's own figures."""
+    loss = F.cross_entropy(model(batch["image"]), batch["label"])
+    one = torch.ones(())
+    own = {"lr": 77 * one, "loss_lr": 78 * one, "samples_per_second": 79 * one}
+    return {"loss": loss, **own, "seen": -one, "preds": batch["label"], "target": batch["label"]}
+
+
+class Loud:
+    """A callback that logs under names of other figures."""
+
+    def on_step_end(self, trainer: Any, event: Any) -> None:
+        names = ("train/lr", "epoch", "val/loss", "system/cpu", "mine")
+        trainer.log({name: torch.tensor(5.0) for name in names})
 
 
 def silent(model: nn.Module, batch: Any) -> dict[str, Tensor]:
@@ -149,12 +213,103 @@ def test_a_loss_without_predictions_is_told() -> None:
 
 def test_what_cannot_be_a_metric_is_told_on_every_rank() -> None:
     val = node(images, rows=17)
-    assert "metrics.odd gives a tensor [4], not a number" in refused(World(), val, {"odd": node(Odd)})
+    assert "metrics.odd gives a tensor [4, 4], not a number" in refused(World(), val, {"odd": node(Odd)})
+    for said in ranks.run(2, refused, val, {"odd": node(OfItsRank)}):
+        assert "metrics give each rank values of other names" in said
     for said in ranks.run(2, refused, val, {"seen": node(Seen)}):
         assert said.startswith("metrics.seen gives each rank another value")
     for one in (node(images, rows=1), node(training.Counting, rows=1)):  # the latter's length shows only at its end
         for said in ranks.run(2, refused, one, {"seen": node(SeenByAll)}):
             assert said == "data.val has 1 sample for 2 workers, and each needs one for the metrics"
+
+
+MAP = {
+    "map": 0.4,
+    "map_50": 0.6,
+    "map_small": -1.0,
+    "map_per_class": [0.5, 0.3],
+    "mar_100_per_class": [0.7, 0.1],
+    "classes": [2, 7],
+    "precision": [[0.1, 0.2]],
+    "ious": {"a": "no number"},
+}
+
+
+def test_what_is_no_scalar_is_logged_one_by_one_or_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    def given(value: Any) -> dict[str, float]:
+        found = evaluate(World(), node(images, rows=17), {"x": node(Gives, value=value)})
+        return {key.removeprefix("val/"): v for key, v in found.items() if key.startswith("val/x")}
+
+    assert given(MAP) == pytest.approx(
+        {
+            "x_map": 0.4,
+            "x_map_50": 0.6,
+            "x_map_small": -1,
+            "x_map_per_class_2": 0.5,
+            "x_map_per_class_7": 0.3,
+            "x_mar_100_per_class_2": 0.7,
+            "x_mar_100_per_class_7": 0.1,
+        }
+    )
+    assert "metrics.x: these results are no numbers and are not logged: ['precision', 'ious']" in caplog.text
+    off = {"map": 0.4, "map_per_class": -1.0, "mar_100_per_class": -1.0, "classes": 3}
+    assert given(off) == pytest.approx({"x_map": 0.4})
+    assert given({"map": 0.4, "map_per_class": 0.4, "classes": 3}) == pytest.approx(
+        {"x_map": 0.4, "x_map_per_class_3": 0.4}
+    )
+    assert given([1.0, 2.0]) == {"x_0": 1.0, "x_1": 2.0}
+    assert given({"top@1": 1.0, "top_1": 2.0}) == {"x_top_1": 1.0, "x_top_1_2": 2.0}
+    with pytest.raises(ConfigError, match="x gives no number, but precision"):
+        given({"precision": [[0.1, 0.2]]})
+
+
+def test_a_detector_is_evaluated_without_a_loss(tmp_path: Path) -> None:
+    e = experiment(
+        model=node(Detector),
+        loss={**node(detector_loss), "_partial_": True},
+        metrics={"boxes": node(Boxes)},
+        trainer={"eval_every_n_steps": 2},
+        checkpoint={"monitor": "val/boxes", "mode": "max"},
+    )
+    trainer, recorder = fitted(e, checkpointer=checkpointer(World(), tmp_path, mode="max"))
+    assert recorder.series("val/boxes") == {2: 17, 4: 17}
+    assert "val/loss" not in trainer.metrics
+    assert trainer.metrics["train/loss"] > 0
+    e.metrics = {}
+    with pytest.raises(ConfigError, match="loss returned neither `loss` nor any other figure in evaluation"):
+        Trainer(e).evaluate()
+
+
+def test_two_figures_of_one_name_are_both_logged(caplog: pytest.LogCaptureFixture) -> None:
+    e = experiment(
+        loss={**node(colliding), "_partial_": True},
+        metrics={"seen": node(Seen)},
+        callbacks={"loud": node(Loud)},
+        trainer={"eval_every_n_steps": 2},
+    )
+    _, recorder = fitted(e)
+    lr = recorder.series("train/lr")
+    assert lr == dict.fromkeys(range(1, 5), pytest.approx(0.1))
+    assert recorder.series("train/loss_lr_2") == dict.fromkeys(lr, 77)
+    assert recorder.series("train/loss_lr") == dict.fromkeys(lr, 78)
+    assert recorder.series("train/loss_samples_per_second") == dict.fromkeys(lr, 79)
+    assert recorder.series("val/seen") == {2: 17, 4: 17}
+    assert recorder.series("val/loss_seen") == {2: -1, 4: -1}
+    assert recorder.series("val/lr") == {2: 77, 4: 77}
+    for name in ("train/lr", "epoch", "system/cpu"):
+        assert set(recorder.series(f"callback/{name}").values()) == {5}
+    assert recorder.series("callback/val/loss") == {3: 5, 4: 5}  # no evaluation before
+    assert set(recorder.series("mine").values()) == {5}
+    said = "The metric name 'train/lr' is in use for another figure"
+    assert caplog.text.count(said) == 2  # of the loss, of a callback
+    assert "is logged as 'train/loss_lr_2'" in caplog.text
+
+
+def test_what_a_callback_logs_is_a_number() -> None:
+    trainer = Trainer(experiment())
+    for value in (torch.ones(2), "high", None):
+        with pytest.raises(ConfigError, match=r"Trainer.log: 'mine' is not a number"):
+            trainer.log({"mine": value})  # type: ignore[dict-item]
 
 
 def test_not_a_number_is_one_on_all_ranks() -> None:

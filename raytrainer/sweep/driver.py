@@ -38,8 +38,8 @@ from raytrainer.sweep.ledger import ERROR, Ledger, Mode, Trial
 from raytrainer.sweep.outcome import Status, SweepOutcome
 from raytrainer.sweep.plan import Plan
 from raytrainer.sweep.table import Board, ranked
+from raytrainer.tracking.keys import metric_key
 from raytrainer.tracking.spool import spool_of
-from raytrainer.tracking.tracker import metric_key
 
 _OPEN_S = 30.0  # importing mlflow and making a database, on a busy machine
 _CLOSE_S, _CLOSE_STOPPED_S = 60.0, 3.0  # how long the tracking server is waited for at the end

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import re
 import threading
 import time
 from collections import deque
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrainer.errors import StorageError, TrackingError
+from raytrainer.tracking.keys import MetricKeys
 from raytrainer.tracking.sender import Shipper, replay
 from raytrainer.tracking.spool import SegmentWriter, Spool, line
 from raytrainer.tracking.system import SystemSampler
@@ -74,6 +74,7 @@ class MlflowTracker:
         self._line_bytes = 0
         self._dropped = 0
         self._said: set[str] = set()
+        self._keys = MetricKeys()
         self._system: SystemSampler | None = None
         self._system_metrics, self._node = system_metrics, node
         self._system_interval_s = system_interval_s
@@ -180,7 +181,9 @@ class MlflowTracker:
         try:
             if entry[0] == "m":
                 _, milliseconds, step, metrics = entry
-                rows = {self._key(key): float(value) for key, value in metrics.items()}
+                for sentence in self._keys.add(map(str, metrics)):
+                    logger.warning("%s", sentence)
+                rows = {self._keys[str(name)]: float(value) for name, value in metrics.items()}
                 data = line("m", milliseconds, int(step), rows)
             else:
                 rows = {str(key)[:_KEY_BYTES]: str(value) for key, value in entry[1].items()}
@@ -228,20 +231,7 @@ class MlflowTracker:
         self._dropped += rows
         self._say(why.split("=")[0], f"metrics are dropped: {why}")
 
-    def _key(self, key: str) -> str:
-        name = metric_key(key)
-        if name != key:
-            self._say(key, f"MLflow does not take the metric name {key!r}: it is {name!r} there")
-        return name
-
     def _say(self, what: str, text: str) -> None:
         if what not in self._said:
             self._said.add(what)
             logger.warning("%s", text)
-
-
-def metric_key(key: str) -> str:
-    """The nearest name that MLflow takes: letters, digits, `_ - . : /` and spaces, a clean relative path, 250 long."""
-    name = re.sub(r"[^\w\-./: ]", "_", str(key))
-    parts = [part for part in name.split("/") if part not in ("", ".", "..")]
-    return "/".join(parts)[:_KEY_BYTES].rstrip("/") or "_"

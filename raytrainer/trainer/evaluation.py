@@ -6,7 +6,9 @@ Each sample counts once, and training goes on after it as if there had been none
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +23,15 @@ from raytrainer.config import build, checkpoint_mode
 from raytrainer.data import Loader
 from raytrainer.errors import CheckpointError, CheckpointNotFound, ConfigError, StorageError
 from raytrainer.events import EvalEnd
-from raytrainer.metrics import Monitor, WeightedMeans, summarised
+from raytrainer.metrics import Monitor, Names, WeightedMeans, summarised
 from raytrainer.parallel import World
 from raytrainer.trainer import snapshot
 
 if TYPE_CHECKING:
     from raytrainer.trainer.loop import Trainer
+
+_log = logging.getLogger("raytrainer.trainer")
+_LONGEST_VECTOR = 1000  # values of a vector that are logged one by one
 
 
 @torch.no_grad()
@@ -47,11 +52,12 @@ def evaluate(t: Trainer) -> dict[str, float]:
     with _evaluating(model), parallel.averaged_buffers(model, t.world):
         for name, loader in t.val_loaders.items():
             prefix = f"val/{name}/" if name else "val/"
-            found.update({prefix + key: value for key, value in _over(t, model, loader).items()})
+            values = {prefix + key: value for key, value in _over(t, model, loader, prefix).items()}
+            found.update(t.names.apart(values, found, ""))
     return found
 
 
-def _over(t: Trainer, model: nn.Module, loader: Loader) -> dict[str, float]:
+def _over(t: Trainer, model: nn.Module, loader: Loader, prefix: str) -> dict[str, float]:
     means = WeightedMeans(t.world.device, t.world.all_reduce)
     t.val_metrics.reset()
     with contextlib.closing(loader.one_epoch()) as batches:
@@ -62,7 +68,15 @@ def _over(t: Trainer, model: nn.Module, loader: Loader) -> dict[str, float]:
                 t.val_metrics.update(predictions(values), micro.size, values)
                 weight = values.pop("weight", None)
                 means.add(values, micro.size if weight is None else weight * (1 if micro.size else 0))
-    return {**summarised(t.loss, means.reduce()[0]), **t.val_metrics.compute()}
+    metrics = t.val_metrics.compute()
+    found = {**t.names.apart(summarised(t.loss, means.reduce()[0]), metrics, "loss_", prefix), **metrics}
+    if not found:
+        raise ConfigError(
+            "returned neither `loss` nor any other figure in evaluation, and there is nothing in metrics: return "
+            "`preds` and `target` and add an object to metrics, or set data.val=null",
+            key="loss",
+        )
+    return found
 
 
 @contextlib.contextmanager
@@ -151,13 +165,16 @@ class Metrics:
         nodes: NAME → `_target_` node; null leaves one out.
         loaders: Of the validation sets.
         world: This process among all.
+        names: Keeps those apart of which two metrics give the same.
 
     Raises:
         ConfigError: A set has fewer samples than there are ranks: a metric's state has a form, which it takes from the
             first samples that it sees, so each rank needs one.
     """
 
-    def __init__(self, nodes: Mapping[str, Any], loaders: Mapping[str, Loader], world: World) -> None:
+    def __init__(
+        self, nodes: Mapping[str, Any], loaders: Mapping[str, Loader], world: World, names: Names | None = None
+    ) -> None:
         self._world, self._metrics = world, {name: build(node) for name, node in nodes.items() if node}
         for metric in self._metrics.values():
             if hasattr(metric, "to"):
@@ -166,6 +183,7 @@ class Metrics:
             if loader.length is not None and loader.length < world.size:
                 raise _too_few(f"data.val.{name}".rstrip("."), loader.length, world.size)
         self._seen = False
+        self._names, self._skipped = names or Names(), set[str]()
 
     def reset(self) -> None:
         for metric in self._metrics.values():
@@ -193,19 +211,36 @@ class Metrics:
             self._seen = True
 
     def compute(self) -> dict[str, float]:
-        """The values over all ranks, the same on each; of a metric that gives a dict `NAME_KEY`."""
+        """The values over all ranks, the same on each; of a metric that gives a dict `NAME_KEY`, of a vector `NAME_0`, …"""
         if not self._metrics:
             return {}
         # Before they speak to one another: a rank that has seen nothing would have states of another form.
         seen = self._world.all_reduce(torch.tensor(float(self._seen), device=self._world.device))
         if int(seen) < self._world.size:
             raise _too_few("data.val", int(seen), self._world.size)
-        values = {key: v for name, m in self._metrics.items() for key, v in _numbers(name, m.compute()).items()}
+        values: dict[str, float] = {}
+        for name, metric in self._metrics.items():
+            numbers, skipped = numbers_of(name, metric.compute())
+            values.update(self._names.apart(numbers, values, ""))
+            if skipped and name not in self._skipped:
+                self._skipped.add(name)
+                if self._world.rank == 0:
+                    _log.warning("metrics.%s: these results are no numbers and are not logged: %s", name, skipped)
         self.reset()  # what they keep may be every prediction
         return self._agreed(values)
 
     def _agreed(self, values: Mapping[str, float]) -> dict[str, float]:
         """The values, equal to the last bit on all ranks, since decisions follow from them."""
+        # First whether there are as many everywhere, under the same names: reduced together they must be.
+        which = float(zlib.crc32("\n".join(values).encode()))
+        same_names = torch.tensor([which, -which], dtype=torch.float64, device=self._world.device)
+        high_low = self._world.all_reduce(same_names, dist.ReduceOp.MAX).tolist()
+        if high_low[0] != -high_low[1]:
+            raise ConfigError(
+                "give each rank values of other names: compute() must reduce over the ranks (torch.distributed), as "
+                f"those of torchmetrics do; here they are {', '.join(values)}",
+                key="metrics",
+            )
         own = torch.tensor(list(values.values()), dtype=torch.float64)
         own = torch.where(own.isnan(), torch.finfo(torch.float64).max, own).to(self._world.device)
         high, low = self._world.all_reduce(torch.stack([own, -own]), dist.ReduceOp.MAX)
@@ -221,21 +256,74 @@ class Metrics:
         return {name: float("nan") if v == nan else v for name, v in zip(values, high.tolist(), strict=True)}
 
 
-def _numbers(name: str, value: Any) -> dict[str, float]:
-    if isinstance(value, Mapping):
+def numbers_of(name: str, value: Any) -> tuple[dict[str, float], list[str]]:
+    """What a metric's `compute` gave as numbers, and the names in a dict that are none and are left out.
+
+    A vector becomes `NAME_0`, `NAME_1`, …. In a dict with `classes`, the classes of its vectors in order (torchmetrics'
+    MeanAveragePrecision), an entry's numbers are called after those, and a `…_per_class` of -1 is one that is off.
+
+    Raises:
+        ConfigError: There is no number in it.
+    """
+    if not isinstance(value, Mapping):
+        numbers = _expanded(name, value)
+        if numbers is None:
+            what = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ConfigError(
+                f"gives {what}, not a number: let it average, or wrap it (torchmetrics.ClasswiseWrapper)",
+                key=f"metrics.{name}",
+            )
+        return numbers, []
+    found: dict[str, float] = {}
+    skipped: list[str] = []
+    classes = _classes(value.get("classes"))
+    names = Names()
+    for old, entry in value.items():
+        if old == "classes" and classes is not None:
+            continue
+        if classes is not None and str(old).endswith("_per_class") and isinstance(entry, Tensor):
+            if entry.numel() == 1 and float(entry) == -1:
+                continue
+            entry = entry.reshape(-1)
         # What MLflow takes as a name.
-        keys = {key: re.sub(r"[^\w.\- ]", "_", f"{name}_{key}") for key in value}
-        return {key: number for old, key in keys.items() for number in _numbers(key, value[old]).values()}
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
+        key = re.sub(r"[^\w.\- ]", "_", f"{name}_{old}")
+        try:
+            numbers = numbers_of(key, entry)[0] if isinstance(entry, Mapping) else _expanded(key, entry, classes)
+        except ConfigError:
+            numbers = None
+        if numbers is None:
+            skipped.append(str(old))
+        else:
+            found.update(names.apart(numbers, found, ""))
+    if skipped and not found:
+        raise ConfigError(f"gives no number, but {', '.join(skipped)}", key=f"metrics.{name}")
+    return found, skipped
+
+
+def _expanded(name: str, value: Any, classes: list[int] | None = None) -> dict[str, float] | None:
+    """A number, or each of a vector; None for anything else."""
     try:
-        return {name: float(value)}
-    except (TypeError, ValueError):
-        what = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise ConfigError(
-            f"gives {what}, not a number: let it average, or wrap it (torchmetrics.ClasswiseWrapper)",
-            key=f"metrics.{name}",
-        ) from None
+        if not isinstance(value, Tensor):
+            value = torch.as_tensor(value)
+        numbers = value.detach().double()
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if numbers.ndim == 1 and classes is not None and len(numbers) == len(classes):
+        labels: list[int] = classes
+    elif numbers.numel() == 1:
+        return {name: numbers.item()}
+    elif numbers.ndim == 1 and len(numbers) <= _LONGEST_VECTOR:
+        labels = list(range(len(numbers)))
+    else:
+        return None
+    return {f"{name}_{label}": number for label, number in zip(labels, numbers.tolist(), strict=True)}
+
+
+def _classes(value: Any) -> list[int] | None:
+    """Class numbers, as an integer tensor of one dimension or none; None for anything else."""
+    if isinstance(value, Tensor) and value.ndim < 2 and not (value.is_floating_point() or value.is_complex()):
+        return [int(label) for label in value.reshape(-1).tolist()]
+    return None
 
 
 def _too_few(key: str, samples: int, ranks: int) -> ConfigError:

@@ -22,7 +22,7 @@ from raytrainer.config import Experiment, InitFrom, build, checkpoint_mode, earl
 from raytrainer.data import Batch, Loader
 from raytrainer.errors import ConfigError, NonFiniteLoss
 from raytrainer.events import Artifact, CheckpointSaved, EvalEnd, Events, FitEnd, FitStart, Logged
-from raytrainer.metrics import Monitor, Throughput, WeightedMeans, summarised
+from raytrainer.metrics import OWN_NAMES, Monitor, Names, Throughput, WeightedMeans, summarised
 from raytrainer.optim import build_optimizer, build_scheduler
 from raytrainer.parallel import Precision, World
 from raytrainer.state import load_weights
@@ -90,9 +90,10 @@ class Trainer:
         self.callbacks: dict[str, Any] = {k: build(v) for k, v in e.callbacks.items() if v}
         self.events = Events([*listeners, *self.callbacks.values()])
 
+        self.names = Names(_log.warning if self.world.rank == 0 else lambda sentence: None)
         self.train_loader = self._loader(build(_node(e.data.train)), shuffle=e.data.shuffle, drop_last=e.data.drop_last)
         self.val_loaders = {name: self._loader(build(node)) for name, node in e.data.val_sets.items()}
-        self.val_metrics = evaluation.Metrics(e.metrics, self.val_loaders, self.world)
+        self.val_metrics = evaluation.Metrics(e.metrics, self.val_loaders, self.world, self.names)
         self.total_steps = self._total_steps()
 
         self.optimizer = build_optimizer(factory(_node(e.optimizer)), self.raw_model)
@@ -123,6 +124,7 @@ class Trainer:
         self._elapsed = 0.0  # seconds of training before this process's
         self._lr: Any = 0.0
         self._extra: dict[str, float] = {}
+        self._own_names = {"epoch", "checkpoint/stall_seconds"}  # of metrics that are not a callback's
         self.window = WeightedMeans(device, self.world.all_reduce)
         self.throughput = Throughput()
         self._utilisation = Utilisation(self)
@@ -248,8 +250,18 @@ class Trainer:
         return evaluation.evaluate(self)
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """For callbacks: figures that go out with the next log, under their own names. Call it on every rank."""
-        self._extra.update({k: float(v) for k, v in metrics.items()})
+        """For callbacks: figures that go out with the next log, under their own names. Call it on every rank.
+
+        A name that a figure of raytrainer's has (`train/lr`, `val/loss`, `epoch`) is logged as `callback/NAME`.
+
+        Raises:
+            ConfigError: A value is not a number.
+        """
+        for name, value in metrics.items():
+            try:
+                self._extra[str(name)] = float(value)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ConfigError(f"Trainer.log: {name!r} is not a number, but {value!r:.80}: {error}") from error
 
     def log_artifact(self, path: str, folder: str | None = None) -> None:
         """For callbacks: a file or folder for the run's records (kept from rank 0)."""
@@ -335,7 +347,8 @@ class Trainer:
     def _log(self, batch: Batch, over: bool) -> str | None:
         """Reduces the window over all ranks and tells it; the reason to end, where any rank has one."""
         means, (stop, timed_out) = self.window.reduce(float(self._should_stop()), float(over))
-        metrics = {f"train/{k}": v for k, v in summarised(self.loss, means).items()}
+        own = self.names.apart(summarised(self.loss, means), OWN_NAMES, "loss_", "train/")
+        metrics = {f"train/{k}": v for k, v in own.items()}
         metrics["train/lr"] = float(self._lr)
         metrics["train/samples_per_second"] = rate = self.throughput.rate()
         if self._counts_tokens:
@@ -353,7 +366,9 @@ class Trainer:
 
     def _tell(self, epoch: int, metrics: dict[str, float]) -> None:
         """The metrics, and what callbacks gave to `log`, to all listeners."""
-        metrics.update(self._extra)
+        self._own_names.update(metrics)
+        system = {name for name in self._extra if name.startswith("system/")}  # the machine's figures are called so
+        metrics.update(self.names.apart(self._extra, self._own_names | system, "callback/"))
         self._extra.clear()
         self.metrics.update(metrics)
         self.events.log(self, Logged(self.step, epoch, metrics))
@@ -384,6 +399,7 @@ class Trainer:
         metrics = self.evaluate()
         self.throughput.go_on()
         self.metrics.update(metrics)
+        self._own_names.update(metrics)
         self._evaluated_at = self.step
         self.evaluations += 1
         self._check_monitors(metrics)

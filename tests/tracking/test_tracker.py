@@ -17,10 +17,10 @@ import pytest
 
 from raytrainer.errors import StorageError
 from raytrainer.tracking import MlflowTracker, NullTracker, Tracker, replay
+from raytrainer.tracking.keys import metric_key
 from raytrainer.tracking.sender import DROPPED_TAG
 from raytrainer.tracking.spool import Batch, Row, Spool, read_batch
 from raytrainer.tracking.system import SystemSampler
-from raytrainer.tracking.tracker import metric_key
 from tests.tracking.fakes import FakeServer
 
 
@@ -124,6 +124,8 @@ def test_what_is_no_number_is_left_out_and_said(tmp_path: Path, caplog: pytest.L
         ("", "_"),
         ("é", "é"),
         ("a" * 300, "a" * 250),
+        ("e\N{COMBINING ACUTE ACCENT}", "é"),
+        ("a\nb\x00", "a_b_"),
     ],
 )
 def test_metric_names(key: str, name: str) -> None:
@@ -140,6 +142,37 @@ def test_a_name_that_mlflow_does_not_take_is_changed_and_said_once(
     assert {row.key for row in rows(tmp_path)} == {"top_5"}
     assert len(caplog.messages) == 1
     assert "'top@5'" in caplog.messages[0]
+
+
+def test_names_that_become_one_keep_their_values_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = make(tmp_path)
+    for step in range(2):
+        tracker.log_metrics({"top@5": 1, "top_5": 2, "top%5": 3, "x" * 260: 4, "x" * 270: 5, "x" * 250: 6}, step)
+    tracker.log_metrics({"top&5": 7}, 3)
+    tracker.close()
+    values = {key: {row.value for row in rows(tmp_path) if row.key == key} for key in {r.key for r in rows(tmp_path)}}
+    assert values == {
+        "top_5": {2},
+        "top_5_2": {1},
+        "top_5_3": {3},
+        "top_5_4": {7},
+        "x" * 250: {6},
+        "x" * 248 + "_2": {4},
+        "x" * 248 + "_3": {5},
+    }
+    said = [message for message in caplog.messages if "'top@5'" in message]
+    assert len(said) == 1
+    assert "'top_5_2'" in said[0]
+    assert "'top_5'" in said[0]
+
+
+def test_a_name_whose_key_is_in_use_gets_another(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = make(tmp_path)
+    tracker.log_metrics({"top@5": 1.0}, 1)
+    tracker.log_metrics({"top_5": 2.0}, 1)
+    tracker.close()
+    assert {row.key: row.value for row in rows(tmp_path)} == {"top_5": 1.0, "top_5_2": 2.0}
+    assert "'top_5' is logged to MLflow as 'top_5_2': the name is in use" in caplog.messages[1]
 
 
 def test_a_full_spool_keeps_what_it_has_and_counts_the_rest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
