@@ -83,14 +83,23 @@ def main() -> int:
     try:
         return run(Asked.read(_folder()))
     except Refused as error:
-        print(f"raytrainer: refused: {error}", file=sys.stderr)
+        _say_end("refused", error)
         return 2
     except Stopped as error:
-        print(f"raytrainer: stopped: {error}", file=sys.stderr)
+        _say_end("stopped", error)
         return error.exit_code
     except RaytrainerError as error:
-        print(f"raytrainer: failed: {error}", file=sys.stderr)
+        _say_end("failed", error)
         return 1
+
+
+def _say_end(how: str, error: RaytrainerError) -> None:
+    """Print how it ended, and last the cause in one line: Ray keeps the last ten lines, of which `ending` reads it."""
+    first, *more = str(error).splitlines() or [type(error).__name__]
+    if more:
+        print(f"raytrainer: {how}:", *(f"  {line}" for line in (first, *more)), sep="\n", file=sys.stderr)
+        first += f" (and {len(more)} more {'line' if len(more) == 1 else 'lines'} above)"
+    print(f"raytrainer: {how}: {first}", file=sys.stderr, flush=True)
 
 
 def _say(text: str) -> None:

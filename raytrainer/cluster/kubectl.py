@@ -18,6 +18,7 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
+from raytrainer.cluster.ending import one_line
 from raytrainer.cluster.kuberay import (
     CONTENT,
     JOB,
@@ -99,7 +100,7 @@ class RayJobStatus:
             content=notes.get(CONTENT) or "",
             deployment=status.get("jobDeploymentStatus") or "",
             job=status.get("jobStatus") or "",
-            message=": ".join(text for text in (reason, " ".join(message.split())) if text),
+            message=": ".join(text for text in (reason, message.strip()) if text),
             suspended=bool(spec.get("suspend")),
             started=_epoch(status.get("startTime")),
             ended=_epoch(status.get("endTime")),
@@ -459,11 +460,11 @@ class RayJobs:
     def explain_waiting(self, submission_id: str) -> str:
         found = self.info(submission_id)
         if not found.object:
-            return found.message
+            return one_line(found.message)
         if found.suspended:
             return f"it waits for Kueue to admit it (queue {found.queue})"
         why = self.kubectl.waiting(found.object)
-        return "; ".join(why) or found.message or f"KubeRay: {found.deployment or 'has not begun with it'}"
+        return "; ".join(why) or one_line(found.message) or f"KubeRay: {found.deployment or 'has not begun with it'}"
 
     def _lines(self, job: RayJobStatus, follow: bool) -> Generator[str]:
         yield from self.kubectl.logs(job.object, follow)

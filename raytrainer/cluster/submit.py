@@ -21,6 +21,7 @@ from typing import Any, TextIO
 from raytrainer import preflight, tracking
 from raytrainer.cluster import request as requests
 from raytrainer.cluster.api import JobInfo, Jobs, check_environment
+from raytrainer.cluster.ending import REFUSED, ending_of
 from raytrainer.cluster.kubectl import RayJobs, RayJobStatus
 from raytrainer.cluster.request import Request
 from raytrainer.config import Composition
@@ -33,9 +34,6 @@ from raytrainer.sweep import Plan
 GOING = ("PENDING", "RUNNING")
 _LOOK_S, _TELL_S = 0.25, 10.0
 _PATIENCE_S, _AGAIN_S = 120.0, 2.0  # with a cluster that does not answer
-# What the entrypoint ends with when it has told how the run did: any other end is that of a driver that was killed.
-_TOLD = {0: "FINISHED", 1: "FAILED", 2: "REFUSED", 130: "KILLED", 143: "KILLED"}
-_REFUSED = 2
 _ATTEMPT = re.compile(r".*--(\d+)")
 
 Asked = Composition | Plan
@@ -269,7 +267,7 @@ class _Sender:
         """
         name, going = self.request.name, job.status in GOING
         same = job.metadata.get("raytrainer.content") == self.request.content
-        if not going and (self.record is not None or job.exit_code == _REFUSED):
+        if not going and (self.record is not None or job.exit_code == REFUSED):
             return False  # what goes on after its end is another job, and of what was refused there is nothing
         if same and not going and _is_mute(job):
             return False
@@ -416,20 +414,14 @@ def _end(job: Job | None) -> tuple[str, int, str | None]:
     """Of a job that has ended: the run's status, our exit code, and why it did not finish."""
     if job is None:
         return "FAILED", 1, "its cluster does not know it any more: the head was started anew"
-    message = " ".join(job.message.split())[:500]
-    if job.status == "SUCCEEDED":
-        return "FINISHED", 0, None
-    if job.status == "STOPPED":
-        return "KILLED", 143, "the job was stopped"
-    if job.exit_code in _TOLD:
-        return _TOLD[job.exit_code], job.exit_code, f"exit code {job.exit_code}; its last lines say why"
-    return "FAILED", 1, message or "Ray does not say why"
+    end = ending_of(job)
+    return end.status, end.exit_code, end.cause
 
 
 def _is_mute(job: Job) -> bool:
     """Of a job that has ended: whether nobody told how the run did, since its driver or supervisor was killed, or its
     environment could not be set up. The same could go well another time."""
-    return job.status == "FAILED" and job.exit_code not in _TOLD
+    return job.status == "FAILED" and not ending_of(job).told
 
 
 def _had_no_environment(job: Job) -> bool:

@@ -29,13 +29,15 @@ class Facts:
     """A run or sweep, as far as it is known.
 
     Attributes:
-        status: MLflow's, or PENDING of a job that waits, or UNKNOWN of one whose cluster does not answer.
+        status: MLflow's; of a job that has no run there PENDING while it waits, REFUSED where its cluster's side found
+            what cannot work, UNKNOWN where its cluster does not answer.
         where: In words, e.g. `local Ray, 2 workers on CPU`, or the address of its cluster.
         started, ended: Seconds since the epoch.
         step, total_steps: Optimizer steps done, and to do.
         monitor, best, best_step: The metric that is watched, its best value, and where that was.
         trials: Of a sweep: status → how many.
         cause: Why it ended as it did; of one that runs, what is uncertain about it.
+        last_job: Of a run whose last job ended before it had the run: its `submission_id`, `status` and `cause`.
         life: Of one that says RUNNING: `alive`, `dead` or `unsure`.
     """
 
@@ -61,6 +63,7 @@ class Facts:
     submission_id: str | None = None
     cluster_address: str | None = None
     attempts: int | None = None
+    last_job: Mapping[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON: times in ISO 8601, UTC; a number that JSON lacks is null."""

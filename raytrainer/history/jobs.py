@@ -94,6 +94,14 @@ class Clusters:
                 return replace(known, record=replace(known.record, job={**known.record.job, **place})), job
         return known, mine
 
+    def ended_before_it_began(self, known: Known) -> Job | None:
+        """The job that was sent from here to go on with a run, and ended without the run's record knowing of it."""
+        coming = known.coming
+        if coming is None:
+            return None
+        job = next((job for _, job in self._attempts(known) if job.submission_id == coming), None)
+        return job if job is not None and job.status not in GOING else None
+
     def all_of(self, known: Known) -> Sequence[Job]:
         """All jobs of the cluster that a run is, or was, on; none where it does not answer."""
         address = known.cluster_address

@@ -14,10 +14,11 @@ from functools import partial
 from pathlib import Path
 
 from raytrainer import provenance, tracking
+from raytrainer.cluster.ending import ending_of
 from raytrainer.errors import StorageError, TrackingError
 from raytrainer.history import finding
 from raytrainer.history.facts import Facts, facts_of
-from raytrainer.history.finding import Known
+from raytrainer.history.finding import Known, Sent, reached
 from raytrainer.history.jobs import GOING, Clusters, Job, never_sent
 from raytrainer.history.reconcile import close_dead, look_at
 from raytrainer.history.signs import Verdict
@@ -28,10 +29,9 @@ from raytrainer.tracking import lookup
 from raytrainer.tracking.sender import LOCAL_PREFIX
 from raytrainer.tracking.server import StoredRun
 
-STATUSES = ("RUNNING", "FINISHED", "FAILED", "KILLED", "SCHEDULED", "PENDING", "UNKNOWN")
+STATUSES = ("RUNNING", "FINISHED", "FAILED", "KILLED", "SCHEDULED", "REFUSED", "PENDING", "UNKNOWN")
 _MOST_RUNNING = 100  # that are looked at in one listing
 _MOST_CLUSTERS, _CLUSTERS_S = 5, 4.0  # those last used from here, asked for jobs of others, and how long
-_OF_JOB = {"PENDING": "PENDING", "RUNNING": "RUNNING", "STOPPED": "KILLED", "SUCCEEDED": "FINISHED", "FAILED": "FAILED"}
 
 
 def list_runs(
@@ -81,7 +81,7 @@ def _from_mlflow(
     by_id = {known.stored.run_id: (known, verdict) for known, verdict in looked if known.stored is not None}
     if status == "RUNNING":
         return [_as_it_goes(known, verdict) for known, verdict in looked]
-    if status in ("PENDING", "UNKNOWN"):
+    if status in ("PENDING", "REFUSED", "UNKNOWN"):  # of jobs alone
         return []
 
     def facts(run: StoredRun) -> Facts:
@@ -142,9 +142,17 @@ def _with_submitted(found: list[Facts], root: Path, clusters: Clusters) -> list[
         is_it = [facts.name == known.record.name and sent.is_of(_record_of(facts)) for facts in found]
         if job is not None and job.status in GOING and any(is_it):
             found = [as_attempt(f, known, job) if same else f for f, same in zip(found, is_it, strict=True)]
+        elif job is not None and any(is_it) and not _has_gone_on(sent):
+            found = [with_failed_job(f, job) if same else f for f, same in zip(found, is_it, strict=True)]
         elif not any(is_it) and (job is not None or known.cluster_address in clusters.silent):
             found = [*found, facts_of_job(known, job, clusters)]
     return found
+
+
+def _has_gone_on(sent: Sent) -> bool:
+    """Whether the run's own record tells of an attempt after the job that was sent: MLflow alone does not say so."""
+    known = reached(Known(sent.record, None, sent=sent))
+    return known.storage is not None and known.coming is None
 
 
 def _is_past(known: Known, facts: Facts) -> bool:
@@ -199,7 +207,7 @@ def as_attempt(facts: Facts, known: Known, job: Job) -> Facts:
     """A run that goes on, or soon will, as a job that its directory and MLflow may not know of."""
     return replace(
         facts,
-        status=_OF_JOB[job.status],
+        status=job.status,
         submission_id=job.submission_id,
         cluster_address=known.cluster_address,
         where=known.cluster_address if facts.cluster_address != known.cluster_address else facts.where,
@@ -216,8 +224,23 @@ def facts_of_job(known: Known, job: Job | None, clusters: Clusters) -> Facts:
     if job is None:
         why = "its cluster does not say" if clusters.silence_of(known) is not None else never_sent(known)
         return replace(facts, status="UNKNOWN", cause=why)
-    cause = " ".join(job.message.split())[:500] if job.status in ("FAILED", "STOPPED") else None
-    return replace(facts, status=_OF_JOB.get(job.status, job.status), started=job.started, ended=job.ended, cause=cause)
+    if job.status in GOING:
+        return replace(facts, status=job.status, started=job.started, cause=None)
+    end = ending_of(job)
+    return replace(facts, status=end.status, started=job.started, ended=job.ended, cause=end.cause)
+
+
+def with_failed_job(facts: Facts, job: Job) -> Facts:
+    """A run that is there, and the job that was to go on with it but never had it: refused, or dead before it began.
+
+    The status stays the run's own. A later attempt makes this disappear.
+    """
+    end = ending_of(job)
+    if end.status not in ("REFUSED", "FAILED"):
+        return facts
+    cause = end.cause or ""
+    last = {"submission_id": job.submission_id, "status": end.status, "cause": cause}
+    return replace(facts, cause=f"{end.status}: job {job.submission_id}: {cause}", last_job=last)
 
 
 def table(runs: Sequence[Facts], *, users: bool = False, now: float | None = None, width: int | None = None) -> str:
@@ -246,7 +269,7 @@ def table(runs: Sequence[Facts], *, users: bool = False, now: float | None = Non
             progress(facts),
             "" if facts.best is None else f"{facts.monitor} {facts.best:.4g}",
             facts.workers or "",
-            (facts.cause or "") if facts.status != "FINISHED" else "",
+            (facts.cause or "") if facts.status != "FINISHED" or facts.last_job else "",
         ]
         for facts in runs
     ]

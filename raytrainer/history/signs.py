@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
+from raytrainer.cluster.ending import REFUSED, ending_of
 from raytrainer.errors import StorageError
 from raytrainer.history.jobs import GOING, Job
 from raytrainer.progress import duration
@@ -37,7 +38,6 @@ from raytrainer.tracking.runs import Status
 LIMIT_S = 300.0  # thirty heartbeats
 LOCK = "lock"
 _BEAT_S = 10.0  # between two signs of life
-_REFUSED = 2  # what a driver ends with that found what cannot work, and never had the run
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def judge(record: Record, signs: Signs, job: Job | None = None, others: Sequence
     gone = [claim for claim in signs.elsewhere if any(_ended_with(claim, one) for one in ended)]
     if left := [claim for claim in signs.elsewhere if claim not in gone]:
         return Verdict("alive", f"{_named(left[0])} has it")
-    if job is not None and job.exit_code != _REFUSED:
+    if job is not None and job.exit_code != REFUSED:  # one that was refused never had the run
         status, cause = _end_of_job(job)
         if record.status != "RUNNING":
             status = record.status  # type: ignore[assignment]
@@ -165,19 +165,20 @@ def judge(record: Record, signs: Signs, job: Job | None = None, others: Sequence
 
 
 def _end_of_job(job: Job) -> tuple[Status, str]:
-    message, name = " ".join(job.message.split())[:500], f"its job {job.submission_id}"
+    name = f"its job {job.submission_id}"
     if job.status == "STOPPED":
         return "KILLED", f"{name} was stopped"
     if job.status == "SUCCEEDED" or job.exit_code == 0:
         return "FINISHED", f"{name} succeeded, which MLflow was not told"
-    if job.exit_code in (130, 143):
+    end = ending_of(job)
+    if end.status == "KILLED":
         return "KILLED", f"{name} ended with exit code {job.exit_code}: it was asked to"
-    return "FAILED", f"{name} failed: {message or 'Ray does not say why'}"
+    return "FAILED", f"{name} failed: {end.cause}"
 
 
 def _ended_with(claim: Claim, job: Job) -> bool:
     """Whether a claim is of the driver of a job that has ended."""
-    if claim.owner.get("job") != job.submission_id or job.ended is None or job.exit_code == _REFUSED:
+    if claim.owner.get("job") != job.submission_id or job.ended is None or job.exit_code == REFUSED:
         return False
     try:
         since = datetime.fromisoformat(claim.owner.get("since", "")).timestamp()

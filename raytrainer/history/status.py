@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raytrainer import provenance, tracking
+from raytrainer.cluster.ending import ending_of, one_line
 from raytrainer.errors import RaytrainerError, StorageError, TrackingError
 from raytrainer.history.facts import Facts, Saved, checkpoints, facts_of
 from raytrainer.history.finding import Known, look_up, with_tracking
 from raytrainer.history.jobs import GOING, Clusters, Job
-from raytrainer.history.listing import ago, as_attempt, facts_of_job, progress
+from raytrainer.history.listing import ago, as_attempt, facts_of_job, progress, with_failed_job
 from raytrainer.history.reconcile import close_dead, verdict_of
 from raytrainer.history.signs import Verdict
 from raytrainer.progress import duration
@@ -27,7 +28,7 @@ class Status:
         facts: As in a list.
         checkpoints: Committed ones, the oldest first; of a sweep none.
         mlflow: The address of its page, or of its store.
-        job: Ray's words for its job: the state, and the message.
+        job: Of its job the state in Ray's word, and the cause of its end in one line.
         waits: Of a job that waits: what it lacks, and who holds what.
         verdict: Of one that says RUNNING: whether it does.
         next: Commands that make sense now.
@@ -79,6 +80,8 @@ def status_of(
         facts = facts_of(known, verdict)
         if verdict is not None and verdict.life == "dead":
             facts = replace(facts, status=verdict.status, cause=facts.cause or verdict.cause)
+        if (last := clusters.ended_before_it_began(known)) is not None:
+            facts = with_failed_job(facts, last)
         if job is not None and job.status in GOING and (facts.status != "RUNNING" or job.status == "PENDING"):
             facts = as_attempt(facts, known, job)
     saved: list[Saved] = []
@@ -91,7 +94,9 @@ def status_of(
         facts,
         saved,
         _page(known),
-        None if job is None else (job.status, job.message),
+        None
+        if job is None
+        else (job.status, (one_line(job.message) if job.status in GOING else ending_of(job).cause) or ""),
         _waits(known, job, clusters),
         verdict,
         _next(facts, saved, provenance.program()),
@@ -124,7 +129,8 @@ def text(status: Status, now: float | None = None) -> str:
     if f.workers:
         rows.append(("workers", f.workers))
     if f.submission_id:
-        state = "" if status.job is None else f", {status.job[0]}" + (f": {status.job[1]}" if status.job[1] else "")
+        why = "" if status.job is None or status.job[1] == f.cause else status.job[1]
+        state = "" if status.job is None else f", {status.job[0]}" + (f": {why}" if why else "")
         rows.append(("job", f"{f.submission_id} at {f.cluster_address}{state}"))
     if status.waits:
         rows += [("waits" if not i else "", line) for i, line in enumerate(status.waits.splitlines())]
@@ -179,6 +185,8 @@ def _next(facts: Facts, saved: Sequence[Saved], program: str) -> list[str]:
         return [f"{program} logs -f {name}", *([f"{program} stop {name}"] if facts.kind != "trial" else [])]
     if facts.kind == "trial":
         return [f"{program} rerun {name}"]
+    if facts.status == "REFUSED":  # there is no run: once it is mended, the same name can be submitted again
+        return [f"{program} logs {name}"]
     found = [f"{program} logs {name}"]
     if facts.status != "FINISHED" and (saved or facts.kind == "sweep"):
         found.append(f"{program} resume {name}")

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from raytrainer.cluster import kubectl, submit
+from raytrainer.cluster.ending import ending_of
 from raytrainer.cluster.kubectl import Kubectl, RayJobStatus
 from raytrainer.config import compose
 from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, ConfigError
@@ -171,7 +172,7 @@ def test_what_there_is_of_a_run(kubernetes: Kubernetes) -> None:
         "jobStatus": "FAILED",
         "jobDeploymentStatus": "Failed",
         "reason": "AppFailed",
-        "message": "Job entrypoint command\nfailed with exit code 1",
+        "message": "Job entrypoint command failed with exit code 1, last available logs:\nraytrainer: failed: no",
         "startTime": "2026-11-24T09:00:00Z",
         "endTime": "2026-11-24T09:10:00Z",
         "dashboardURL": "run-head-svc.research.svc.cluster.local:8265",
@@ -184,7 +185,8 @@ def test_what_there_is_of_a_run(kubernetes: Kubernetes) -> None:
     assert now.started is not None
     assert now.ended == now.started + 600
     assert now.exit_code == 1
-    assert now.message == "AppFailed: Job entrypoint command failed with exit code 1"
+    assert now.message.startswith("AppFailed: Job entrypoint command failed with exit code 1")
+    assert ending_of(now).cause == "no"
 
 
 def pod(name: str, status: dict[str, Any]) -> dict[str, Any]:

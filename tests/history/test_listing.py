@@ -6,6 +6,7 @@ import json
 import os
 import re
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from raytrainer.history.facts import Facts
 from raytrainer.history.finding import look_up
 from raytrainer.history.jobs import Clusters
 from raytrainer.history.listing import list_runs, table
+from raytrainer.history.status import status_of
 from raytrainer.run import SUBMITTED, Record
 from raytrainer.storage import Storage
 from raytrainer.sweep.ledger import Ledger, Report, Trial
@@ -62,6 +64,7 @@ def test_what_is_told_of_a_run(store: Store) -> None:
         "submission_id": None,
         "cluster_address": None,
         "attempts": 1,
+        "last_job": None,
     }
 
 
@@ -158,6 +161,61 @@ def sent(name: str) -> Record:
     found = Record(name, f"/nowhere/{name}", job={"submission_id": name, "cluster_address": ADDRESS})
     found.write(Storage(Path.cwd() / "runs" / SUBMITTED / name))
     return found
+
+
+def refusal(cause: str) -> str:
+    """What Ray says of a job that was refused on its cluster."""
+    log = "".join(f"a line of its log, {number}\n" for number in range(9))
+    return (
+        f"Job entrypoint command failed with exit code 2, last available logs (…):\n{log}raytrainer: refused: {cause}"
+    )
+
+
+def test_a_refused_job_shows_why_in_one_line(store: Store) -> None:
+    """Of a run, a sweep and an evaluation alike; until the same name is submitted again."""
+    cluster = FakeCluster()
+    for name, kind in (("one", "run"), ("two", "sweep")):
+        replace(sent(name), kind=kind).write(Storage(Path.cwd() / "runs" / SUBMITTED / name))
+        cluster.add(name, "FAILED", message=refusal(f"{name}=1 is wrong"), exit_code=2, started=2.0, ended=4.0)
+    found = list_runs(clusters=cluster.clusters())
+    assert {(f.name, f.kind, f.status, f.cause) for f in found} == {
+        ("one", "run", "REFUSED", "one=1 is wrong"),
+        ("two", "sweep", "REFUSED", "two=1 is wrong"),
+    }
+    assert "a line of its log" not in table(found)
+    assert {f.name for f in list_runs(status="REFUSED", clusters=cluster.clusters())} == {"one", "two"}
+    again = Record("one", "/nowhere/one", job={"submission_id": "one--2", "cluster_address": ADDRESS})
+    again.write(Storage(Path.cwd() / "runs" / SUBMITTED / "one"))
+    cluster.add("one--2", "RUNNING", started=5.0)
+    assert {(f.name, f.status, f.cause) for f in list_runs(clusters=cluster.clusters())} == {
+        ("one", "RUNNING", None),
+        ("two", "REFUSED", "two=1 is wrong"),
+    }
+
+
+@pytest.mark.parametrize("status", ["FINISHED", "KILLED"])
+def test_a_refused_resume_is_told_beside_what_the_run_is(store: Store, status: str) -> None:
+    """The run itself ended as it did. The refusal disappears when a later attempt goes on with the run."""
+    made, storage = store.add(
+        "one", status=status, cause="stopped by SIGTERM", job={"submission_id": "one", "cluster_address": ADDRESS}
+    )
+    later = replace(made, job={"submission_id": "one--2", "cluster_address": ADDRESS})
+    later.write(Storage(Path.cwd() / "runs" / SUBMITTED / "one"))
+    cluster = FakeCluster()
+    cluster.add("one", "SUCCEEDED", started=1.0)
+    cluster.add("one--2", "FAILED", message=refusal("trainer.max_epochs=0 is wrong"), exit_code=2, started=2.0)
+    expected = {"submission_id": "one--2", "status": "REFUSED", "cause": "trainer.max_epochs=0 is wrong"}
+    (facts,) = list_runs(clusters=cluster.clusters())
+    for found in (facts, status_of("one", clusters=cluster.clusters()).facts):
+        assert (found.status, found.cause) == (status, "REFUSED: job one--2: trainer.max_epochs=0 is wrong")
+        assert found.to_json()["last_job"] == expected
+    assert "REFUSED: job one--2: trainer.max_epochs=0 is wrong" in table([facts])
+    replace(made, attempts=2, job={}).write(storage)  # it went on here
+    store.client.set_tag(made.run_id, "raytrainer.submission_id", "")
+    store.client.set_tag(made.run_id, "raytrainer.cluster_address", "")
+    assert status_of("one", clusters=cluster.clusters()).facts.last_job is None
+    (facts,) = list_runs(clusters=cluster.clusters())
+    assert facts.last_job is None
 
 
 def test_what_was_submitted_and_has_not_begun(store: Store) -> None:

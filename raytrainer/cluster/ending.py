@@ -1,0 +1,81 @@
+"""How a job of a shared cluster ended: the run's status, the exit code, and the cause in one line.
+
+Ray and KubeRay quote the end of a job's log in its message. The cause is the line in it that the entrypoint printed for it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Protocol
+
+REFUSED = 2  # the exit code of an entrypoint that found what cannot work, and started nothing
+# The exit codes by which the entrypoint says how the run ended: with any other one its driver was killed.
+STATUSES = {0: "FINISHED", 1: "FAILED", REFUSED: "REFUSED", 129: "KILLED", 130: "KILLED", 143: "KILLED"}
+_MOST = 500  # characters of a cause
+_FEW = 3  # lines: a sentence of Ray's that is wrapped; more are a traceback
+
+_SAID = re.compile(r"raytrainer: (?:refused|failed|stopped): (.+)")
+_ROW = re.compile(r"cause    (.+)")  # of a summary
+_LOG = ", last available logs"
+_ERROR = re.compile(r"(?:[\w.]+(?:Error|Exception)|ERROR)\b.*")
+
+
+class Ended(Protocol):
+    """The part of a job that says how it ended."""
+
+    @property
+    def status(self) -> str: ...
+    @property
+    def message(self) -> str: ...
+    @property
+    def exit_code(self) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a job ended.
+
+    Attributes:
+        status: FINISHED, FAILED, KILLED or REFUSED.
+        exit_code: Of the command that submitted it.
+        cause: Why it did not finish, in one line; None where it did.
+        told: Whether the entrypoint said how the run ended. Otherwise its driver was killed, or never started.
+    """
+
+    status: str
+    exit_code: int
+    cause: str | None = None
+    told: bool = True
+
+
+def ending_of(job: Ended) -> Ending:
+    """Return how a job ended that is neither PENDING nor RUNNING."""
+    if job.status == "SUCCEEDED":
+        return Ending("FINISHED", 0)
+    if job.status == "STOPPED":
+        return Ending("KILLED", 143, "the job was stopped")
+    if job.exit_code in STATUSES:
+        cause = _said(job.message) or f"exit code {job.exit_code}; the last lines of its log say why"
+        return Ending(STATUSES[job.exit_code], job.exit_code, cause)
+    return Ending("FAILED", 1, one_line(job.message) or "Ray does not say why", told=False)
+
+
+def one_line(message: str) -> str:
+    """Return a job's message without its log; of a long one the first line, and the last error that it quotes."""
+    head, _, _ = message.partition(_LOG)
+    lines = [" ".join(line.split()) for line in head.splitlines() if line.strip()]
+    if len(lines) <= _FEW:
+        return " ".join(lines)[:_MOST]
+    errors = [line for line in lines[1:] if _ERROR.match(line)]
+    return ": ".join([lines[0].rstrip(":"), *errors[-1:]])[:_MOST]
+
+
+def _said(message: str) -> str | None:
+    """The cause that the entrypoint printed last."""
+    lines = message.splitlines()
+    for pattern in (_SAID, _ROW):
+        said = [match[1].strip() for line in lines if (match := pattern.search(line))]
+        if said:
+            return said[-1][:_MOST]
+    return None
