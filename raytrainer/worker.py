@@ -69,6 +69,8 @@ class Job:
         reports: On Ray Train: whether each evaluation is reported to the controller, in whose process a trial waits.
         settled: Whether an evaluation is reported only when the checkpoints before it are committed: somebody may then
             take the newest of them elsewhere, or put another in its place.
+        objective, objective_mode: By what the best checkpoint is kept, where that is not `checkpoint.monitor`.
+        best_at_once: As `trainer.Objective`.
         inherited: Where population based training has put another trial's checkpoint in its place, as the last: `from`,
             `evaluation` and the `parameters` to go on with.
     """
@@ -88,6 +90,9 @@ class Job:
     env_file: str | None = None
     reports: bool = False
     settled: bool = False
+    objective: str = ""
+    objective_mode: str = ""
+    best_at_once: bool = False
     inherited: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -199,7 +204,7 @@ def run(
     import torch.distributed as dist
 
     from raytrainer.checkpoint import Checkpointer
-    from raytrainer.trainer import Trainer, evaluation
+    from raytrainer.trainer import Objective, Trainer, evaluation
 
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)  # what a model allocates without naming a device goes there too
@@ -222,7 +227,7 @@ def run(
         rank=world.rank,
         world_size=world.size,
         num_to_keep=c.num_to_keep,
-        mode=config.checkpoint_mode(experiment),
+        mode=job.objective_mode or config.checkpoint_mode(experiment),
         async_save=c.async_save,
         group=group,
         # What was logged before a checkpoint is not logged again after it: it is on disk first.
@@ -240,6 +245,7 @@ def run(
             listeners=listeners,
             should_stop=should_stop,
             report=_after(*before, report=report),
+            objective=Objective(job.objective, job.objective_mode, job.best_at_once) if job.objective else None,
         )
         if evaluate is not None:
             return {**evaluation.of_checkpoint(trainer, evaluate.checkpoint, group), "monitor": c.monitor}
@@ -256,8 +262,11 @@ def run(
         if world.rank == 0 and experiment.tracking.log_model and job.run_id is not None and result.reason != "stopped":
             log_model(trainer, tracker, emit)
         checkpointer.close()
-    except BaseException:
-        # What happened first is what is told; the save in flight may only fail because of it.
+    except BaseException as error:
+        # What happened first is what is told; the save in flight may only fail because of it. The best state that is
+        # still in memory is written, unless that takes other ranks, or somebody wants the end at once.
+        if not world.distributed and (job.label or isinstance(error, Exception)):
+            _without_a_word(checkpointer.write_held)
         later(lambda: _without_a_word(checkpointer.close))
         raise
     finally:

@@ -59,6 +59,7 @@ class Checkpointer:
         self._before_commit = before_commit
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._held: tuple[int, float | None, files.Contents, BaseException | None] | None = None
         self._verified: set[tuple[str, str]] = set()
         self._corrupt: set[str] = set()
 
@@ -76,26 +77,55 @@ class Checkpointer:
             local: Such a state of this rank's own.
             metric: The monitored value; rank 0's counts.
 
+        A state that is held is written first, and waited for, unless it is of the same step.
+
         What the thread of the save before ran into is raised here, on every rank: StorageFull, StorageError,
         CheckpointError. The checkpoints before that one are untouched.
         """
+        began = time.perf_counter()
+        if self._held is not None and self._held[0] != step:
+            self.write_held()
+        taken = self._take(step, shared, local, metric)
+        self._start(*taken)
+        if taken[-1] is not None or not self._async:
+            self.wait()
+        return time.perf_counter() - began
+
+    def hold(self, step: int, shared: Mapping[str, Any], local: Mapping[str, Any], *, metric: float | None) -> float:
+        """Copy a state as `save` does, but write it only when `write_held` or a `save` of another step is called. A state
+        that was held before is dropped. Arguments, result and errors are those of `save`."""
+        began = time.perf_counter()
+        self._held = self._take(step, shared, local, metric)
+        return time.perf_counter() - began
+
+    def drop_held(self) -> None:
+        """Forget the state that is held: a better one follows."""
+        self._held = None
+
+    def write_held(self) -> None:
+        """Write the state that is held, if there is one, and wait until it is committed; every rank calls it."""
+        if self._held is not None:
+            held, self._held = self._held, None
+            self._start(*held)
+            self.wait()
+
+    def _take(
+        self, step: int, shared: Mapping[str, Any], local: Mapping[str, Any], metric: float | None
+    ) -> tuple[int, float | None, files.Contents, BaseException | None]:
         if step < 0:
             raise ValueError(f"step={step}: steps count from 0")
-        began = time.perf_counter()
         self.wait()
-        contents: files.Contents = {}
-        failure: BaseException | None = None
+        self._held = None  # its memory is what is written to now
         try:
-            contents = self._snapshot.take(shared, local)
-        except Exception as exc:  # noqa: BLE001  the other ranks are told of it by the thread, then it is raised here
-            failure = exc
+            return step, metric, self._snapshot.take(shared, local), None
+        except Exception as exc:  # noqa: BLE001  the other ranks are told of it by the thread, then it is raised
+            return step, metric, {}, exc
+
+    def _start(self, step: int, metric: float | None, contents: files.Contents, failure: BaseException | None) -> None:
         self._thread = threading.Thread(
             target=self._run, args=(step, metric, contents, failure), name="raytrainer-checkpoint", daemon=True
         )
         self._thread.start()
-        if failure is not None or not self._async:
-            self.wait()
-        return time.perf_counter() - began
 
     def wait(self) -> None:
         """Wait until the save in flight is committed, and raise what it ran into."""
@@ -107,10 +137,11 @@ class Checkpointer:
             raise failure
 
     def close(self) -> None:
-        """`wait`, then give the memory back."""
+        """`wait`, then give the memory back. A state that is still held is lost."""
         try:
             self.wait()
         finally:
+            self._held = None
             self._snapshot.clear()
 
     def _run(self, step: int, metric: float | None, contents: files.Contents, failure: BaseException | None) -> None:
@@ -212,8 +243,9 @@ class Checkpointer:
         return None
 
     def best(self) -> CheckpointInfo | None:
-        """The one with the best metric; NaN, infinite or no metric is never the best."""
-        item = files.best(files.committed(self._scan()), self._mode)
+        """The one with the best metric, also among those that `take_in` has put aside; NaN, infinite or no metric is
+        never the best."""
+        item = files.best([*files.put_aside(self._storage), *files.committed(self._scan())], self._mode)
         return self._info(item.name, item.manifest) if item is not None and item.manifest is not None else None
 
     def load(
@@ -232,7 +264,8 @@ class Checkpointer:
         """
         self.wait()
         place = f"{info.name}/{manifests.NAME}"
-        data = self._storage.read_if_exists(place) if manifests.directory_order(info.name) else None
+        known = manifests.directory_order(info.name.removeprefix(f"{files.ASIDE}/"))
+        data = self._storage.read_if_exists(place) if known else None
         if data is None:
             raise CheckpointNotFound(f"no checkpoint at {info.path}")
         manifest = manifests.decode(data, self._storage.where(place))

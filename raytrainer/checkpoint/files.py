@@ -8,7 +8,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -114,6 +114,17 @@ def scan(storage: Storage) -> list[Found]:
 def committed(found: list[Found]) -> list[Found]:
     """Those with a valid manifest; of several saves of a step the last."""
     return list({item.order[0]: item for item in found if item.manifest is not None}.values())
+
+
+ASIDE = (
+    "aside"  # a folder beside the checkpoints: the best one from before another run's was taken in, not to resume from
+)
+
+
+def put_aside(storage: Storage) -> list[Found]:
+    """The committed checkpoints in `ASIDE`, under names relative to `storage`."""
+    found = committed(scan(storage.child(ASIDE)))
+    return [replace(item, name=f"{ASIDE}/{item.name}") for item in found]
 
 
 def best(found: list[Found], mode: str) -> Found | None:

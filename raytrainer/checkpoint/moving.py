@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from raytrainer.checkpoint import files
 from raytrainer.checkpoint import manifest as manifests
 from raytrainer.checkpoint.checkpointer import Checkpointer
 from raytrainer.checkpoint.manifest import CheckpointInfo
@@ -29,8 +30,10 @@ def copy_out(storage: Storage, directory: Path) -> CheckpointInfo:
     return found[-1]
 
 
-def take_in(directory: Path, storage: Storage, note: Mapping[str, Any] | None = None) -> None:
-    """Makes the checkpoint in the local `directory` the only one below `storage`.
+def take_in(
+    directory: Path, storage: Storage, note: Mapping[str, Any] | None = None, *, mode: str | None = None
+) -> None:
+    """Makes the checkpoint in the local `directory` the only one below `storage` that is gone on from.
 
     Killed on the way it leaves that checkpoint uncommitted, never a mixture: the manifest comes last.
 
@@ -38,6 +41,8 @@ def take_in(directory: Path, storage: Storage, note: Mapping[str, Any] | None = 
         directory: As `copy_out` has left it.
         storage: Of the run that goes on with it.
         note: Plain JSON that `taken_in` finds from the moment in which the checkpoint is committed.
+        mode: `max` or `min`: the best of the checkpoints that are there is put aside, where `Checkpointer.best` finds it.
+            None: all of them are deleted.
 
     Raises:
         CheckpointNotFound: `directory` has none.
@@ -46,17 +51,37 @@ def take_in(directory: Path, storage: Storage, note: Mapping[str, Any] | None = 
     found = Checkpointer(source).list()
     if not found:
         raise CheckpointNotFound(f"no checkpoint in {directory}")
+    if mode is not None:
+        _put_aside(storage, mode)
     for entry in storage.list():
-        storage.delete(entry.name)
+        if entry.name != files.ASIDE or mode is None:
+            storage.delete(entry.name)
     if note is not None:
         storage.write_bytes(_NOTE, json.dumps(dict(note)).encode())
-    name = found[-1].name
+    _copy(source, found[-1].name, storage, found[-1].name)
+
+
+def _copy(source: Storage, name: str, storage: Storage, new: str) -> None:
+    """Copies a checkpoint; its manifest comes last."""
     for file in source.list(name):
         if file.name != manifests.NAME:
-            with source.open_read(f"{name}/{file.name}") as read, storage.open_write(f"{name}/{file.name}") as write:
+            with source.open_read(f"{name}/{file.name}") as read, storage.open_write(f"{new}/{file.name}") as write:
                 while block := read.read(8 << 20):
                     write.write(block)
-    storage.write_bytes(f"{name}/{manifests.NAME}", source.read_bytes(f"{name}/{manifests.NAME}"))
+    storage.write_bytes(f"{new}/{manifests.NAME}", source.read_bytes(f"{name}/{manifests.NAME}"))
+
+
+def _put_aside(storage: Storage, mode: str) -> None:
+    """Keeps the best checkpoint below `storage` in a place of its own, and none that is worse."""
+    winner = files.best([*files.put_aside(storage), *files.committed(files.scan(storage))], mode)
+    if winner is None or winner.name.startswith(f"{files.ASIDE}/"):
+        return
+    aside = storage.child(files.ASIDE)
+    aside.delete(winner.name)
+    _copy(storage, winner.name, aside, winner.name)
+    for entry in aside.list():
+        if entry.name != winner.name:
+            aside.delete(entry.name)
 
 
 def taken_in(storage: Storage) -> dict[str, Any] | None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import yaml
 
-from raytrainer.config import checkpoint_mode
 from raytrainer.errors import CheckpointError, RaytrainerError, StorageError, StorageLocked
 from raytrainer.history import finding, tree
 from raytrainer.history.finding import Known
@@ -204,7 +203,7 @@ def _of_place(record: Record, storage: Storage, place: str, mode: str, keep: int
 def _mode(record: Record, storage: Storage) -> str:
     """Whether the best is the least or the most: without knowing that, which checkpoint is the best is not known."""
     if record.kind == "sweep":
-        return checkpoint_mode(Plan.read(storage).experiment)
+        return Plan.read(storage).mode
     try:
         found = yaml.safe_load(storage.read_if_exists(CONFIG) or b"")["checkpoint"]["mode"]
     except (yaml.YAMLError, ValueError, TypeError, KeyError):  # gone, cut off, or written over

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raytrainer.config import with_values
 from raytrainer.errors import ConfigError, RunNotFound
 from raytrainer.history.again import trial_composition
 from raytrainer.history.facts import checkpoints
@@ -11,6 +12,7 @@ from raytrainer.history.finding import find, trial_of
 from raytrainer.run import CONFIG, Record
 from raytrainer.storage import Storage
 from raytrainer.sweep.ledger import Ledger
+from raytrainer.sweep.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,10 @@ def trained(identifier: str, checkpoint: str) -> Trained:
     record, storage = find(identifier)
     number = trial_of(identifier, record)
     if number is not None:
-        text = trial_composition(number, record, storage).text
+        plan = Plan.read(storage)
+        # The best checkpoint of a trial is that of the sweep's metric.
+        best_by = {"checkpoint.monitor": plan.metric, "checkpoint.mode": plan.mode}
+        text = with_values(trial_composition(number, record, storage).text, best_by)
         run_id = Ledger.open(storage).trials[number].run_id
         found = Trained(f"{record.name}.{number}", text, storage.child(f"trials/{number}"), run_id, record, storage)
     elif record.kind == "sweep":

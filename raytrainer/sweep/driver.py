@@ -17,7 +17,7 @@ from typing import cast
 
 from raytrainer import preflight, provenance, tracking
 from raytrainer.checkpoint import taken_in
-from raytrainer.config import Parameter, checkpoint_mode, flattened, parameters_of
+from raytrainer.config import Parameter, flattened, parameters_of
 from raytrainer.errors import ClusterLost, ConfigError, RaytrainerError, Stopped, StorageError, WorkerError
 from raytrainer.interrupts import Interrupted, Interrupts
 from raytrainer.progress import Display, duration
@@ -45,7 +45,9 @@ _OPEN_S = 30.0  # importing mlflow and making a database, on a busy machine
 _CLOSE_S, _CLOSE_STOPPED_S = 60.0, 3.0  # how long the tracking server is waited for at the end
 _SEEN_S = 0.3  # between looks at the spools where another process waits for a run to be made
 _MAKE_S = 2.0  # for what was kept of the sweep's own run, where that could not be made at first
-_DRAIN_S = 10.0  # for trials' processes that send their metrics themselves, when the last one has ended
+# For trials' processes, when the last trial has ended: to write the best weights that are in memory alone, and to send
+# their metrics, where they do that themselves.
+_DRAIN_S, _DRAIN_STOPPED_S = 10.0, 3.0
 _DRAW_STOPPED_S = 3.0  # and for the pictures of a stopped sweep
 _OF_TUNE = "tune"  # where Tune keeps what it pauses and copies
 _INTERVAL_S = 10  # seconds between checkpoints of a trial, where the config does not say
@@ -84,6 +86,7 @@ class SweepDriver:
         self._uri = tracking_uri(self.e, record.tracking_uri)
         self._stop_asked = StopAsked(storage, record.job.get("submission_id"))
         self._stopping = False  # and it was said
+        self._at_once = 1  # trials
         self._best_metric = metric_key(f"best/{plan.metric}")
         self._parent: str | None = None
         self._offline: str | None = None  # the sweep's run, while no server could be reached
@@ -96,6 +99,7 @@ class SweepDriver:
         self._waiting: Waiting | None = None
         ended = [t for t in ledger.trials.values() if t.status not in ("running", "stopped")]
         self._kept = ranked(ended, self.mode)[: self.e.sweep.num_to_keep]
+        self._gone: list[Trial] = []  # whose checkpoints were deleted, maybe before its process wrote its last one
         # Deleting what is no more wanted takes its time on a slow disk.
         self._tidy = ThreadPoolExecutor(1, thread_name_prefix="sweep-retention")
 
@@ -143,7 +147,9 @@ class SweepDriver:
         except (RaytrainerError, OSError) as failed:
             outcome = self._outcome(reason, error or failed)
             self.display.say(f"warning: not everything was written: {type(failed).__name__}: {failed}")
-        self._tidy.shutdown(wait=outcome.status != "KILLED", cancel_futures=True)
+        for trial in self._gone:
+            self._tidy.submit(_delete_checkpoints, self._trial_dir(trial))
+        self._tidy.shutdown(wait=outcome.status != "KILLED", cancel_futures=outcome.status == "KILLED")
         self.record = replace(self.record, status=outcome.status)
         for write in (self.ledger.close, lambda: self.record.write(self.storage)):
             try:
@@ -179,6 +185,7 @@ class SweepDriver:
         limit, note = at_once(e.sweep.max_concurrent_trials, fit, grows=available.endless)
         if note is not None:
             self.display.say(note)
+        self._at_once = limit
         self.where = f"{self.where}, {limit} trial{'' if limit == 1 else 's'} at a time"
         search = Search(
             e.sweep,
@@ -236,7 +243,8 @@ class SweepDriver:
                 resources=supervise.trial_resources(each, workers, e.scaling.placement_strategy),
                 limit=limit,
                 between=self._between,
-                drain_s=_DRAIN_S if self._ship else 0.0,
+                drain_s=_DRAIN_S,
+                drain_stopped_s=_DRAIN_STOPPED_S,
             )
         if reason != "finished":
             budget = duration(self.e.sweep.time_budget_s or 0)
@@ -354,6 +362,9 @@ class SweepDriver:
             worst = next((t for t in self._kept if t not in valued), None) or valued[-1]
             self._kept.remove(worst)
             self._tidy.submit(_delete_checkpoints, self._trial_dir(worst))
+            self._gone.append(worst)
+        while len(self._gone) > self._at_once + 1:
+            self._tidy.submit(_delete_checkpoints, self._trial_dir(self._gone.pop(0)))
 
     def _trial_dir(self, trial: Trial) -> Storage:
         return self.storage.child(f"trials/{trial.id}")
@@ -510,24 +521,28 @@ class SweepDriver:
                 run.log_artifact(folder)
 
     def _weights(self, trials: Sequence[Trial]) -> str | None:
-        """Where the best trial's weights are, and of which step: not of each evaluation is there a checkpoint."""
+        """Where the best trial's weights are. They are of another step only where its process was killed before it wrote
+        those that it had in memory."""
         from raytrainer.checkpoint import Checkpointer
 
         for trial in ranked(trials, self.mode)[:1]:
             report, c = trial.best(self.mode), self.e.checkpoint
             assert report is not None
             try:
-                checkpoints = Checkpointer(self._trial_dir(trial).child("checkpoints"), mode=checkpoint_mode(self.e))
-                found, best = checkpoints.list(), checkpoints.best() if self.plan.metric == c.monitor else None
+                checkpoints = Checkpointer(self._trial_dir(trial).child("checkpoints"), mode=self.mode)
+                found, best = checkpoints.list(), checkpoints.best()
             except RaytrainerError as error:
                 return f"cannot be read: {error}"
-            exact = next((info for info in found if info.step == report.step), None)
-            if exact is not None:
-                return exact.path
+            exact = [info for info in (best, *found) if info is not None and info.step == report.step]
+            if exact:
+                return exact[0].path
             if found:
                 info = best or found[-1]
                 apart = _INTERVAL_S if c.min_interval_s is None else c.min_interval_s
-                return f"of step {info.step}, checkpoints being at least {apart:g} s apart (checkpoint.min_interval_s): {info.path}"
+                return (
+                    f"of step {info.step}: the trial was stopped before those of step {report.step} were written, since "
+                    f"checkpoints are at least {apart:g} s apart (checkpoint.min_interval_s): {info.path}"
+                )
         return None
 
     def _write_results(self, outcome: SweepOutcome) -> None:

@@ -119,6 +119,7 @@ class Search:
         limit: int,
         between: Callable[[bool], None],
         drain_s: float = 0.0,
+        drain_stopped_s: float = 0.0,
     ) -> str:
         """Runs trials until there are enough; returns `finished` or `time budget`.
 
@@ -129,7 +130,8 @@ class Search:
             limit: The most trials at a time.
             between: Called between two decisions, several times a second, with whether all trials wait for a place;
                 what it raises ends the sweep, every process of a trial killed.
-            drain_s: How long, when all trials have ended, their processes have for what they still send.
+            drain_s: How long, when all trials have ended, their processes have for what they still write and send.
+            drain_stopped_s: How long where the time budget is over, and trials are stopped at their next evaluation.
 
         Raises:
             ConfigError: A trial failed by what every other would fail by, too; or the scheduler needs to know how many
@@ -158,6 +160,8 @@ class Search:
             while not controller.is_finished():
                 between(controller.waits)
                 if budget is not None and time.monotonic() - began >= budget:
+                    if drain_stopped_s:
+                        controller.drain(drain_stopped_s)
                     return "time budget"
                 controller.step()
                 if self._hopeless is not None:

@@ -101,7 +101,11 @@ class Shared:
             forward_env=self.forward_env,
             env_file=self.env_file,
             reports=self.workers > 1,
-            settled=self.pauses,
+            # Workers are killed when their trial is stopped: what is reported must be committed.
+            settled=self.pauses or self.workers > 1,
+            objective=self.metric,
+            objective_mode=self.mode,
+            best_at_once=self.workers > 1,
         )
 
 
@@ -176,15 +180,16 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
         if source["trial"] == self._trial:
             take_in(Path(checkpoint), self._checkpoints)
         else:
-            take_in(Path(checkpoint), self._checkpoints, inherited)
+            take_in(Path(checkpoint), self._checkpoints, inherited, mode=self._shared.mode)
             self._inherited = {"from": source["trial"], "evaluation": self._heard}
 
     def cleanup(self) -> None:
-        self._end()
         self.drain()
 
     def drain(self) -> None:
-        """Waits for what trials that have ended still do: send their last metrics, where this process sends them."""
+        """Ends the trial that this process still has, whose best weights may be in memory alone. Then waits for what trials
+        that have ended still do: send their last metrics, where this process sends them."""
+        self._end()
         until = time.monotonic() + _DRAIN_S
         for thread in self._background:
             thread.join(max(0.0, until - time.monotonic()))

@@ -3,6 +3,6 @@ Knows neither Ray nor MLflow."""
 
 from __future__ import annotations
 
-from raytrainer.trainer.loop import FitResult, Trainer
+from raytrainer.trainer.loop import FitResult, Objective, Trainer
 
-__all__ = ["FitResult", "Trainer"]
+__all__ = ["FitResult", "Objective", "Trainer"]

@@ -53,6 +53,21 @@ class FitResult:
     best: tuple[float, int] | None = None
 
 
+@dataclass(frozen=True)
+class Objective:
+    """By which metric the best checkpoint is kept, where that is not `checkpoint.monitor`: of a trial its sweep's.
+
+    Attributes:
+        metric: One of an evaluation, or `train/…` as last logged before it.
+        mode: `max` or `min`.
+        at_once: Whether the best is written as soon as it is evaluated, since this process may be killed at any time.
+    """
+
+    metric: str
+    mode: str
+    at_once: bool = False
+
+
 class Trainer:
     """Trains one experiment in one process of `world`.
 
@@ -65,6 +80,7 @@ class Trainer:
         report: Called with this trainer and whether training ends, after each evaluation and at the end: the last thing
             of a step, its checkpoint handed over; and again at the beginning of a run that goes on from just there. What
             it raises ends training there.
+        objective: By what the best checkpoint is kept; None: `checkpoint.monitor`.
     """
 
     def __init__(
@@ -76,6 +92,7 @@ class Trainer:
         listeners: Iterable[Any] = (),
         should_stop: Callable[[], bool] = lambda: False,
         report: Callable[[Trainer, bool], None] = lambda trainer, ends: None,
+        objective: Objective | None = None,
     ) -> None:
         self.experiment, self.world, self.checkpointer = experiment, world or World(), checkpointer
         self._should_stop, self._report = should_stop, report
@@ -112,6 +129,9 @@ class Trainer:
         self.evaluations = 0  # done since the beginning of the run
         self.metrics: dict[str, float] = {}
         self.best = Monitor(e.checkpoint.monitor, checkpoint_mode(e))
+        self._objective, self._at_once = self.best, objective is not None and objective.at_once
+        if objective is not None and (objective.metric, objective.mode) != (e.checkpoint.monitor, checkpoint_mode(e)):
+            self._objective = Monitor(objective.metric, objective.mode)
         early = options.early_stopping
         self._patience = max(early.patience, 1) if early else math.inf
         self._progress = Monitor(
@@ -170,6 +190,8 @@ class Trainer:
                     ends = last or reason != "finished"
                     if self._checkpoint_due(batch.ends_epoch, ends):
                         self.save()
+                    elif self._is_best():  # checkpoint.min_interval_s is not over: it is kept in memory until then
+                        self.save(hold=True)
                     if ends or self._evaluated_at == self.step:
                         self._report(self, ends)
                     if ends:
@@ -181,6 +203,7 @@ class Trainer:
         if self._extra:  # from callbacks, after the last log
             self._tell(self._epoch(), {})
         if self.checkpointer is not None:
+            self.checkpointer.write_held()
             self.checkpointer.wait()
         best = (self.best.value, self.best.step) if self.best.value is not None and self.best.step is not None else None
         result = FitResult(self.step, self._epoch(), reason, dict(self.metrics), best)
@@ -269,8 +292,11 @@ class Trainer:
 
     # --- state ----------------------------------------------------------------------------------------------------
 
-    def save(self) -> None:
+    def save(self, *, hold: bool = False) -> None:
         """Hands the whole state to the checkpointer; returns once it is copied, before it is written.
+
+        Args:
+            hold: Whether it is written later: with the next checkpoint, unless a better state comes before that.
 
         Raises:
             NonFiniteLoss: A loss since the last log, or a weight, is not finite on some rank, and
@@ -284,10 +310,16 @@ class Trainer:
         if bad_weights:
             _log.warning("no checkpoint after step %d: the weights are not finite", self.step)
             return
-        self._saved_at, self._saved_when = self.step, time.monotonic()
         evaluated = self._evaluated_at == self.step
-        metric = self.metrics.get(self.experiment.checkpoint.monitor) if evaluated else None
+        metric = self.metrics.get(self._objective.metric) if evaluated else None
+        if self._is_best():
+            self.checkpointer.drop_held()
         self.throughput.pause()
+        if hold:
+            self.checkpointer.hold(self.step, snapshot.shared(self), snapshot.local(self), metric=metric)
+            self.throughput.go_on()
+            return
+        self._saved_at, self._saved_when = self.step, time.monotonic()
         stall = self.checkpointer.save(self.step, snapshot.shared(self), snapshot.local(self), metric=metric)
         self.throughput.go_on()
         self.events.checkpoint(self, CheckpointSaved(self.step, metric, stall))
@@ -404,6 +436,8 @@ class Trainer:
         self.evaluations += 1
         self._check_monitors(metrics)
         self.best.update(metrics, self.step)
+        if self._objective is not self.best:
+            self._objective.update(self.metrics, self.step)
         self._progress.update(metrics, self.step)
         self.events.eval_end(self, EvalEnd(self.step, epoch, metrics))
 
@@ -427,10 +461,16 @@ class Trainer:
         every = self.experiment.checkpoint.every_n_steps
         never_evaluates = not self.val_loaders or self.experiment.trainer.eval_every_n_steps == 0
         if every:
-            due = self.step % every == 0 or self.best.step == self.step  # the best one is kept too
+            due = self.step % every == 0 or self._is_best()  # the best one is kept too
         else:
             due = ends_epoch if never_evaluates else self._evaluated_at == self.step
+        if self._at_once and self._is_best():
+            return True
         return due and not self._saved_lately()
+
+    def _is_best(self) -> bool:
+        """Whether the evaluation after this step is the best so far."""
+        return self._evaluated_at == self.step and self._objective.step == self.step
 
     def _saved_lately(self) -> bool:
         """Whether the last checkpoint is younger than `checkpoint.min_interval_s`: rank 0's clock decides for all."""

@@ -39,6 +39,7 @@ def shared(t: Trainer) -> dict[str, Any]:
         "elapsed": time.monotonic() - t._began if t.experiment.trainer.max_time is not None else 0.0,
         "best": t.best.state_dict(),
         "progress": t._progress.state_dict(),
+        **({"objective": t._objective.state_dict()} if t._objective is not t.best else {}),
         # Rank 0's: what a callback keeps has to be the same on every rank.
         "callbacks": {k: c.state_dict() for k, c in t.callbacks.items() if hasattr(c, "state_dict")},
     }
@@ -107,6 +108,8 @@ def restore(
     t._evaluated_at, t._logged_at = int(state["evaluated_at"]), int(state["logged_at"])
     t.best.load_state_dict(state["best"])
     t._progress.load_state_dict(state["progress"])
+    if t._objective is not t.best and "objective" in state:
+        t._objective.load_state_dict(state["objective"])
     if own is not None:
         parallel.load_buffers(t.raw_model, own["buffers"])
         t.window.load_state_dict(own["window"])

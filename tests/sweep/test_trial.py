@@ -420,6 +420,32 @@ def test_workers_that_may_be_paused_have_a_checkpoint_of_each_evaluation() -> No
     assert others == {(1000, 60)}
 
 
+def test_workers_that_are_killed_with_their_trial_have_written_what_they_reported() -> None:
+    one, two = (shared(workers=workers).job(config(1)) for workers in (1, 2))
+    assert (one.objective, one.objective_mode, one.best_at_once, one.settled) == ("val/accuracy", "max", False, False)
+    assert (two.objective, two.objective_mode, two.best_at_once, two.settled) == ("val/accuracy", "max", True, True)
+
+
+def test_a_stopped_trial_keeps_its_best_weights(
+    process: Callable[..., Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the next checkpoint was not due, and where the sweep ends with it."""
+    from raytrainer.trainer import Trainer
+
+    values = {11: 0.5, 22: 0.9, 33: 0.7}
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: {"val/accuracy": values[self.step], "val/loss": 1.0})
+    of = shared("checkpoint.min_interval_s=1000")
+    one = process(of, config(1))
+    one.steps(stop=3)
+    one.reset(config(2))
+    one.steps(stop=3)
+    one.tune.drain()
+    for name in ("0001", "0002"):
+        best = Checkpointer(of_trial(name), mode="max").best()
+        assert best is not None
+        assert (best.step, best.metric) == (22, 0.9)
+
+
 def loaded(trial: str, step: int) -> dict[str, Any]:
     checkpointer = Checkpointer(of_trial(trial))
     (info,) = [info for info in checkpointer.list() if info.step == step]
