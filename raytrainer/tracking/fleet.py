@@ -15,7 +15,7 @@ from pathlib import Path
 
 from raytrainer.errors import StorageError, TrackingDenied, TrackingError, TrackingUnreachable
 from raytrainer.tracking.database import default_artifact_root
-from raytrainer.tracking.runs import CAUSE_TAG, Status, merged, source_tags
+from raytrainer.tracking.runs import CAUSE_TAG, CONTINUES_TAG, Status, merged, source_tags
 from raytrainer.tracking.sender import LOCAL_PREFIX, Busy, Calls, Sender, Undescribed
 from raytrainer.tracking.server import RunGone, Server
 from raytrainer.tracking.spool import RunNote, Spool
@@ -38,6 +38,7 @@ class _Child:
     run_id: str
     name: str
     fresh: bool = False
+    reached: bool = False  # MLflow has taken something for it
     ended: float | None = None  # on the monotonic clock
     unsaved: RunNote | None = None  # a note that the disk did not take
     sender: Sender | None = None
@@ -117,20 +118,22 @@ class Fleet:
             run_name: What MLflow lists.
             params: Flat names and values. Of a run that goes on only those it does not have.
             tags: Set at every opening.
-            run_id: The run to go on with, real or local, which is then what is returned; it is RUNNING again.
+            run_id: The run to go on with, real or local, which is then what is returned; it is RUNNING again. One that
+                MLflow does not have any more is continued in a new run, which `on_created` tells.
 
         Returns:
             A local id (`offline-…`) of a new run: `on_created` tells the real one.
         """
         child = _Child(Spool(spool_dir), run_id or f"{LOCAL_PREFIX}{uuid.uuid4().hex}", run_name, fresh=run_id is None)
         parent = {PARENT_TAG: self._parent_id} if self._parent_id else {}
+        before = {} if child.fresh else {CAUSE_TAG: ""}  # of an attempt before this one
         note = RunNote(
             child.run_id,
             self._experiment_name,
             run_name,
             self._artifact_root,
             dict(params),
-            {**self._tags, **parent, **tags},
+            {**self._tags, **parent, **before, **tags},
             _now(),
             status=None if child.fresh else "RUNNING",
         )
@@ -285,19 +288,43 @@ class Fleet:
                         # It may have been opened again in between.
                         if self._children.get(child.spool.root) is child:
                             del self._children[child.spool.root]
-                child.delay_s = 0.0
+                child.delay_s, child.reached = 0.0, True
             except Busy:
                 well = False
+            except RunGone as error:
+                well = False
+                if not self._renewed(child, error):
+                    self._put_off(child, child.run_id, error)
             except Exception as error:
                 if isinstance(error, TrackingDenied | TrackingUnreachable) and not isinstance(error, Undescribed):
                     raise
                 # Whatever is wrong with one child, the others and the thread live.
                 well = False
-                what = child.run_id if isinstance(error, RunGone) else type(error).__name__
-                self._say(what, f"{error}. The trial is kept in {child.spool.root}")
-                child.delay_s = _longer(child.delay_s)
-                child.due = time.monotonic() + child.delay_s
+                self._put_off(child, type(error).__name__, error)
         return well
+
+    def _put_off(self, child: _Child, what: str, error: Exception) -> None:
+        self._say(what, f"{error}. The trial is kept in {child.spool.root}")
+        child.delay_s = _longer(child.delay_s)
+        child.due = time.monotonic() + child.delay_s
+
+    def _renewed(self, child: _Child, error: RunGone) -> bool:
+        """Whether a trial that goes on gets a new run, since MLflow has lost the one from before this attempt. One that is
+        deleted by hand while it runs is left to whoever did that."""
+        if child.fresh or child.reached:
+            return False
+        gone, new = child.run_id, f"{LOCAL_PREFIX}{uuid.uuid4().hex}"
+        with child.spool.lock() as alone, child.spool.note_lock():
+            note = child.spool.note()
+            if not alone or note is None:
+                return False
+            state = child.spool.state()
+            state.run_id = None
+            child.spool.write_state(state)
+            child.spool.write_note(replace(note, run_id=new, tags={**note.tags, CONTINUES_TAG: gone}))
+        child.run_id, child.sender, child.fresh, child.announced = new, None, True, False
+        self._say("renewed", f"{error}. Trials whose runs are gone continue in new ones")
+        return True
 
     def _send(self, child: _Child) -> bool:
         """Whether the child's run has ended and is whole."""

@@ -18,11 +18,12 @@ from raytrainer import provenance
 from raytrainer.errors import StorageError, TrackingDenied, TrackingError, TrackingUnreachable
 from raytrainer.tracking.database import default_artifact_root
 from raytrainer.tracking.sender import LOCAL_ID_TAG, LOCAL_PREFIX, Calls, apply_note, recorded_run_id, replay
-from raytrainer.tracking.server import RunGone, Server, redacted
+from raytrainer.tracking.server import RunGone, RunState, Server, redacted
 from raytrainer.tracking.spool import RunNote, Spool
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 CAUSE_TAG = "raytrainer.cause"
+CONTINUES_TAG = "raytrainer.continues"  # of a run that goes on in place of one that is gone: the id of that one
 
 logger = logging.getLogger("raytrainer.tracking")
 
@@ -37,6 +38,7 @@ def open_run(
     artifact_root: str | None = None,
     required: bool = True,
     run_id: str | None = None,
+    started: float | None = None,
     spool_dir: Path | None = None,
     server: Calls | None = None,
 ) -> Run:
@@ -52,12 +54,14 @@ def open_run(
         required: False: a server that cannot be used is a warning, and the run is described in the spool. Its `run_id`
             is then a local one (`offline-…`), good for `MlflowTracker` and `replay`, which make the real run as soon as
             the server answers (tag `raytrainer.offline_id`; `recorded_run_id` has its id).
-        run_id: The run to go on with, real or local.
+        run_id: The run to go on with, real or local. One that is deleted, or of which the store knows nothing any more,
+            is continued in a new run, which is said.
+        started: When the first attempt began, in seconds since the epoch; default: now.
         spool_dir: The run's spool, where what cannot be sent later is kept. Needed where `required` is false.
 
     Raises:
         TrackingUnreachable, TrackingDenied: Where `required`.
-        TrackingError: The run or its experiment is deleted.
+        TrackingError: The experiment is deleted.
     """
     calls = server or Server(tracking_uri)
     spool = None if spool_dir is None else Spool(spool_dir)
@@ -66,7 +70,8 @@ def open_run(
     if run_id is not None and run_id.startswith(LOCAL_PREFIX) and spool_dir is not None:
         run_id = recorded_run_id(spool_dir) or run_id
     tags = {**source_tags(), **tags}
-    note = RunNote(run_id or "", experiment_name, run_name, artifact_root, dict(params), dict(tags), _now())
+    start_time = _now() if started is None else round(1000 * started)
+    note = RunNote(run_id or "", experiment_name, run_name, artifact_root, dict(params), dict(tags), start_time)
     try:
         experiment_id = _open(calls, note, spool)
     except (TrackingUnreachable, TrackingDenied) as error:
@@ -156,7 +161,7 @@ class Run:
             try:
                 self._server.log_artifact(self.run_id, source, folder)
                 return
-            except (TrackingUnreachable, TrackingDenied) as error:
+            except (TrackingUnreachable, TrackingDenied, RunGone) as error:
                 if self._spool is None:
                     raise
                 logger.warning("%s. %s is kept in %s until it can", error, source.name, self._spool.root)
@@ -166,12 +171,23 @@ class Run:
             except StorageError as error:
                 logger.warning("the artifact %s is left out: %s", source, error)
 
-    def finish(self, status: Status, cause: str | None = None, *, timeout_s: float = 30.0) -> bool:
-        """Tells the terminal status with the time of now, then sends what is left in the spool.
+    def finish(
+        self,
+        status: Status,
+        cause: str | None = None,
+        *,
+        tags: Mapping[str, str] | None = None,
+        ended: float | None = None,
+        timeout_s: float = 30.0,
+    ) -> bool:
+        """Tells the terminal status, then sends what is left in the spool.
 
         Args:
             status: How it ended.
-            cause: In a line, as the tag `raytrainer.cause`; None removes nothing.
+            cause: In a line, as the tag `raytrainer.cause`. Of a run that finished, None takes away what was said before
+                it: by somebody who took it for dead, say.
+            tags: Further ones.
+            ended: When, in seconds since the epoch; default: now.
             timeout_s: Of each call, and no new try after it: a server that hangs costs up to twice this.
 
         Returns:
@@ -179,8 +195,11 @@ class Run:
         """
         deadline = time.monotonic() + timeout_s
         server = self._server.with_timeout(max(1, int(timeout_s)))
-        tags = {} if cause is None else {CAUSE_TAG: cause}
-        note = RunNote(self.run_id, *self._names, tags=tags, status=status, end_time=_now())
+        told = {**(tags or {}), **({} if cause is None else {CAUSE_TAG: cause})}
+        end_time = _now() if ended is None else round(1000 * ended)
+        note = RunNote(self.run_id, *self._names, tags=told, status=status, end_time=end_time)
+        if status == "FINISHED" and cause is None and self._has_cause(server):
+            note.tags[CAUSE_TAG] = ""
         if self._spool is None:
             apply_note(server, self.run_id, note)
             return True
@@ -202,6 +221,12 @@ class Run:
             logger.warning("%s. What is left of the run, which ended as %s, is in %s", error, status, self._spool.root)
             return False
 
+    def _has_cause(self, server: Calls) -> bool:
+        try:
+            return not self.offline and bool(server.run(self.run_id).tags.get(CAUSE_TAG))
+        except TrackingError:  # what follows says so
+            return False
+
     def _direct(self) -> bool:
         """What is kept goes first, so that no later value is overtaken, and nobody waits for a hanging server twice."""
         if self.offline:
@@ -213,7 +238,7 @@ class Run:
             try:
                 apply_note(self._server, self.run_id, note)
                 return
-            except (TrackingUnreachable, TrackingDenied) as error:
+            except (TrackingUnreachable, TrackingDenied, RunGone) as error:
                 if self._spool is None:
                     raise
                 logger.warning("%s. The run's description is kept in %s until it can", error, self._spool.root)
@@ -243,19 +268,38 @@ def _open(server: Calls, note: RunNote, spool: Spool | None) -> str:
         experiment_id = server.experiment(note.experiment_name, note.artifact_root)
         note.tags[LOCAL_ID_TAG] = existing
         existing = server.find_run(experiment_id, LOCAL_ID_TAG, existing) or ""
-    if existing:
-        state = server.run(existing)
-        if not state.active:
-            raise RunGone(f"the MLflow run {existing} is deleted: restore it, or start a new one")
+    state = _state(server, existing) if existing else None
+    if state is not None:
+        if state.tags.get(CAUSE_TAG):
+            note.tags[CAUSE_TAG] = ""  # of an attempt before this one
         server.set_running(existing)
         note.run_id, experiment_id = existing, state.experiment_id
     else:
+        if existing:
+            note.tags[CONTINUES_TAG] = existing
         experiment_id = server.experiment(note.experiment_name, note.artifact_root)
         note.run_id = server.create_run(experiment_id, note.run_name, note.tags, note.start_time)
     apply_note(server, note.run_id, note)
+    if state is None and existing:
+        logger.warning(
+            "MLflow does not have the run %s any more: it, or its database, was deleted. %s continues in the new MLflow run "
+            "%s, without the metrics of before",
+            existing,
+            note.run_name,
+            note.run_id,
+        )
     if spool is not None and old is not None:
         spool.drop_note(old)
     return experiment_id
+
+
+def _state(server: Calls, run_id: str) -> RunState | None:
+    """What MLflow has of a run; None where the run is deleted, or not known at all."""
+    try:
+        state = server.run(run_id)
+    except RunGone:
+        return None
+    return state if state.active else None
 
 
 def merged(old: RunNote | None, new: RunNote) -> RunNote:

@@ -261,8 +261,7 @@ class Sender:
             self._server.log_batch(run_id, rows, tags, params)
             return 0, 0
         except Rejected as error:
-            if not self._server.run(run_id).active:
-                raise RunGone(f"the MLflow run {run_id} is deleted") from None
+            _check_active(self._server, run_id)
             if len(rows) + len(tags) + len(params) == 1:
                 key = rows[0].key if rows else next(iter({**tags, **params}))
                 if key not in self._warned:
@@ -314,22 +313,38 @@ def _node_of(key: str) -> str:
 
 
 def apply_note(server: Calls, run_id: str, note: RunNote) -> None:
-    """Makes MLflow say what the note says. Parameters are written once: those that it has already stay."""
+    """Makes MLflow say what the note says. Parameters are written once: those that it has already stay.
+
+    Raises:
+        RunGone: The run is deleted.
+    """
     if note.params:
         known = server.run(run_id).params
         new = {key: value for key, value in note.params.items() if key not in known}
         try:
             server.log_batch(run_id, [], {}, new)
         except Rejected as error:
+            _check_active(server, run_id)
             logger.warning("MLflow refuses the parameters: %s", error)
     try:
         server.log_batch(run_id, note.rows, note.tags)
     except Rejected as error:
+        _check_active(server, run_id)
         logger.warning("MLflow refuses the tags or metrics: %s", error)
     if note.status is not None and note.end_time is not None:
         server.set_terminated(run_id, note.status, note.end_time)
     elif note.status == "RUNNING":
         server.set_running(run_id)
+
+
+def _check_active(server: Calls, run_id: str) -> None:
+    """A deleted run refuses everything, whatever it is.
+
+    Raises:
+        RunGone: It is deleted.
+    """
+    if not server.run(run_id).active:
+        raise RunGone(f"the MLflow run {run_id} is deleted") from None
 
 
 def _parts(

@@ -339,6 +339,25 @@ def test_a_run_that_is_deleted_by_hand_is_said_once_and_stops_no_other(
     assert of.close()
 
 
+def test_a_trial_that_goes_on_without_its_run_gets_a_new_one(
+    tmp_path: Path, server: FakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """MLflow's database was deleted, or the sweep's runs were, before the sweep went on."""
+    created: dict[Path, str] = {}
+    of = fleet(server, on_created=created.__setitem__)
+    server.add("old").active = False
+    for name, run_id in (("a", "old"), ("b", "of a lost database")):
+        assert of.open(tmp_path / name, name, params={"lr": "0.1"}, tags={"trial": name}, run_id=run_id) == run_id
+        rows(tmp_path / name, range(3))
+        of.finish(tmp_path / name, "FINISHED", tags={"pruned": "true"}, metrics={"best/loss": (0.0, 0, 1.0)})
+    assert of.close()
+    new = [server.runs[created[tmp_path / name]] for name in "ab"]
+    assert [whole(run) for run in new] == [True, True]
+    assert [run.tags["raytrainer.continues"] for run in new] == ["old", "of a lost database"]
+    assert server.runs["old"].rows == set()
+    assert sum("continue in new ones" in message for message in caplog.messages) == 1
+
+
 def test_children_wait_for_their_parent(tmp_path: Path, server: FakeServer) -> None:
     parents: list[str] = []
     asked = threading.Event()

@@ -8,7 +8,6 @@ import pytest
 
 from raytrainer.errors import StorageFull, TrackingDenied, TrackingUnreachable
 from raytrainer.tracking import MlflowTracker, Run, open_run, recorded_run_id, replay
-from raytrainer.tracking.server import RunGone
 from raytrainer.tracking.spool import Spool, line
 from tests.tracking.fakes import FakeServer
 
@@ -65,11 +64,52 @@ def test_a_reopened_run_is_running_keeps_its_parameters_and_gets_a_new_end(serve
     assert len(server.runs) == 1
 
 
-def test_a_deleted_run_is_not_reopened(server: FakeServer) -> None:
-    run = start(server)
-    server.runs[run.run_id].active = False
-    with pytest.raises(RunGone, match="deleted"):
-        start(server, run_id=run.run_id)
+@pytest.mark.parametrize("how", ["deleted", "database"])
+def test_a_run_that_is_gone_continues_in_a_new_one(
+    server: FakeServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    """Also what was logged since it was deleted, in the middle of the attempt before."""
+    first = start(server, tmp_path)
+    if how == "deleted":
+        server.runs[first.run_id].active = False
+    else:
+        server.runs.clear()
+        server.add("of another")
+    tracker = MlflowTracker(first.run_id, URI, tmp_path, ship=False, system_metrics=False)
+    tracker.log_metrics({"a": 1.0}, 7)
+    tracker.close()
+    first.set_tags({"a": "1"})  # no error: training goes on
+    first.log_text("text", "config.yaml")
+    assert not first.finish("FINISHED", timeout_s=0.0)
+    caplog.clear()
+    second = start(server, tmp_path, run_id=first.run_id)
+    kept = server.runs[second.run_id]
+    assert second.run_id != first.run_id
+    assert (kept.params, kept.status, kept.tags["a"]) == ({"lr": "0.1"}, "RUNNING", "1")
+    assert kept.tags["raytrainer.continues"] == first.run_id
+    assert f"continues in the new MLflow run {second.run_id}" in caplog.text
+    assert second.finish("FINISHED")
+    assert kept.count() == {("a", 7): 1}
+    assert kept.artifacts == {"config.yaml": "text"}
+
+
+def test_a_cause_lasts_until_a_later_attempt(server: FakeServer, tmp_path: Path) -> None:
+    first = start(server, tmp_path)
+    first.finish("FAILED", "out of memory")
+    kept = server.runs[first.run_id]
+    assert kept.tags["raytrainer.cause"] == "out of memory"
+    second = start(server, tmp_path, run_id=first.run_id)
+    assert kept.tags["raytrainer.cause"] == ""
+    kept.tags["raytrainer.cause"] = "its driver died"  # somebody took it for dead meanwhile
+    second.finish("FINISHED")
+    assert (kept.status, kept.tags["raytrainer.cause"]) == ("FINISHED", "")
+
+
+def test_the_end_is_told_with_its_time(server: FakeServer) -> None:
+    run = start(server, started=1000.5)
+    run.finish("FINISHED", tags={"raytrainer.seconds": "2.250"}, ended=1002.75)
+    kept = server.runs[run.run_id]
+    assert (kept.start_time, kept.end_time, kept.tags["raytrainer.seconds"]) == (1_000_500, 1_002_750, "2.250")
 
 
 @pytest.mark.parametrize("error", [TrackingUnreachable, TrackingDenied])
