@@ -38,6 +38,19 @@ def trained(
     return trainer, checkpoints
 
 
+def steps_written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps of the checkpoints that are written from now on."""
+    written: list[int] = []
+    start = Checkpointer._start
+
+    def noted(self: Checkpointer, step: int, *rest: Any) -> None:
+        written.append(step)
+        start(self, step, *rest)
+
+    monkeypatch.setattr(Checkpointer, "_start", noted)
+    return written
+
+
 @pytest.mark.parametrize("checkpoint", [{}, {"every_n_steps": 4}, {"min_interval_s": None}])
 def test_the_best_evaluation_has_a_checkpoint(tmp_path: Path, checkpoint: dict[str, Any]) -> None:
     trainer, checkpoints = trained(tmp_path, BEST_IN_THE_MIDDLE, **checkpoint)
@@ -51,11 +64,7 @@ def test_the_best_evaluation_has_a_checkpoint(tmp_path: Path, checkpoint: dict[s
 
 def test_checkpoints_are_no_closer_than_they_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values that are better each time are kept in memory; on the disk there are the first and the last."""
-    written: list[int] = []
-    start = Checkpointer._start
-    monkeypatch.setattr(
-        Checkpointer, "_start", lambda self, step, *rest: (written.append(step), start(self, step, *rest))
-    )
+    written = steps_written(monkeypatch)
     trained(tmp_path, [0.1, 0.2, 0.3, 0.4, 0.5, 0.45])
     assert written == [5, 6]
 
@@ -70,11 +79,7 @@ def test_a_trial_keeps_the_best_by_its_sweeps_metric(tmp_path: Path) -> None:
 
 
 def test_one_that_may_be_killed_writes_its_best_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written: list[int] = []
-    start = Checkpointer._start
-    monkeypatch.setattr(
-        Checkpointer, "_start", lambda self, step, *rest: (written.append(step), start(self, step, *rest))
-    )
+    written = steps_written(monkeypatch)
     trained(tmp_path, BEST_IN_THE_MIDDLE, objective=Objective("val/score", "max", at_once=True))
     assert written == [1, 2, 5]
 
