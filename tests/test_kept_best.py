@@ -29,7 +29,7 @@ def trained(
         trainer={"max_steps": len(values), "eval_every_n_steps": 1},
         checkpoint={**SPARSE, "num_to_keep": 1, **checkpoint},
     )
-    mode = objective.mode if objective else e.checkpoint.mode
+    mode = objective.mode if objective else "max"
     checkpoints = Checkpointer(Storage(place), num_to_keep=1, mode=mode)
     trainer = Trainer(e, checkpointer=checkpoints, objective=objective)
     evaluated = iter(values)
