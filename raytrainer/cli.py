@@ -182,7 +182,7 @@ def _check(composition: config.Composition, arguments: list[str], record: Any = 
     else:
         from raytrainer import run
 
-        where = run.check(composition, record)
+        where = run.check(composition, record, say=_say)
     e = composition.experiment
     print(f"ok: {e.name} would {'train' if e.evaluate is None else 'evaluate'}: {where}")
     return 0
@@ -228,7 +228,7 @@ def _check_sweep(plan: Any, arguments: list[str], record: Any = None) -> int:
 
         where = submit.check(plan, arguments, record=record, say=_say)
     else:
-        where = sweep.check(plan, record)
+        where = sweep.check(plan, record, say=_say)
     print(f"ok: {plan.experiment.name} would run {sweep.in_words(plan)}, each on {where}")
     return 0
 

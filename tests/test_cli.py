@@ -24,6 +24,7 @@ import raytrainer
 from raytrainer import cli, run
 from raytrainer.config import Composition
 from raytrainer.errors import ConfigError, Stopped, StorageError, WorkerError
+from raytrainer.preflight import FirstBatch, Verdict
 from tests.promises import Within
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
@@ -48,6 +49,9 @@ def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     """Runs a command line in this process."""
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     monkeypatch.setattr(sys, "argv", ["/somewhere/raytrainer/__main__.py"])
+    # The trial of the first batch is a process of its own, of seconds: tests/test_first_batch.py has it.
+    passed = Verdict("passed", "loss 1.0")
+    monkeypatch.setattr(FirstBatch, "run", lambda self: passed)
 
     def call(*arguments: str) -> Said:
         code = cli.main(arguments)
@@ -401,6 +405,8 @@ def test_check_starts_nothing(here: Run, in_tmp: Path) -> None:
     said = here("check", "experiment=mlp")
     assert said.code == 0
     assert re.fullmatch(r"ok: mlp-\d+-\d+-\w{4} would train: local Ray, 1 worker on [CG]PU\n", said.out)
+    assert said.err == "raytrainer: first batch: loss 1.0\n"
+    assert here("check", "experiment=mlp", "preflight.first_batch=false").err == ""
     assert list(in_tmp.iterdir()) == []
     assert "mlp" in here("check", "experiment=mlp", "cluster=inline").out
     assert "would train: inline, one batch" in here("check", "experiment=mlp", "debug=default").out

@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "reaper",
         "environment",
         "autoscaling",
+        "isolated",
         "names",
         "sharding",
         "batches",

@@ -27,7 +27,7 @@ from raytrainer.cluster.request import Request
 from raytrainer.config import Composition
 from raytrainer.errors import ClusterError, ClusterUnreachable, ConfigError, JobExists, PreflightError, StorageError
 from raytrainer.interrupts import Interrupted, Interrupts
-from raytrainer.run import CONFIG, STOP, SUBMITTED, Record, tracking_uri, written_storage_path
+from raytrainer.run import CONFIG, STOP, SUBMITTED, Record, tracking_uri, try_first_batch, written_storage_path
 from raytrainer.storage import Storage
 from raytrainer.sweep import Plan
 
@@ -139,6 +139,8 @@ def check(asked: Asked, argv: Sequence[str], *, record: Record | None = None, sa
     cluster = connect(request)
     if isinstance(cluster, Jobs):
         _check_cluster(request, cluster, say)
+    example = asked.example if isinstance(asked, Plan) else asked
+    try_first_batch(example, request.experiment.scaling.use_gpu is not False, say)
     return f"a job at {request.address}"
 
 

@@ -187,6 +187,13 @@ class Evaluate:
 
 
 @dataclass(kw_only=True, slots=True)
+class PreflightConfig:
+    # One real batch on the CPU before the start: auto: `check` always, a launch where cores are free while Ray starts.
+    first_batch: Any = key("auto", choices=("auto", True, False))  # noqa: RUF009
+    first_batch_timeout_s: float = key(60.0, least=1)  # after that nothing is known, which is no refusal
+
+
+@dataclass(kw_only=True, slots=True)
 class InitFrom:
     source: str | None = None
     strict: bool = True
@@ -221,6 +228,7 @@ class Experiment:
     failure: FailureConfig = field(default_factory=FailureConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
     @property

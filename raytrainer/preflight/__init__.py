@@ -6,6 +6,7 @@ Each check gives the problems it sees, as sentences with the key, the value and 
 from __future__ import annotations
 
 from raytrainer.errors import PreflightError
+from raytrainer.preflight.first_batch import FirstBatch, Verdict, is_free_beside_ray, why_not_tried
 from raytrainer.preflight.objects import check_init_from, check_objects, unbuilt_model
 from raytrainer.preflight.reach import (
     check_environment,
@@ -27,7 +28,9 @@ from raytrainer.preflight.resources import (
 )
 
 __all__ = [
+    "FirstBatch",
     "Resources",
+    "Verdict",
     "amount",
     "check_environment",
     "check_init_from",
@@ -37,6 +40,7 @@ __all__ = [
     "check_storage",
     "check_tracking",
     "is_elsewhere",
+    "is_free_beside_ray",
     "is_this_machine",
     "least_workers",
     "local_files",
@@ -45,6 +49,7 @@ __all__ = [
     "this_machine",
     "unbuilt_model",
     "uses_gpu",
+    "why_not_tried",
 ]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from raytrainer.config import Experiment, build, check_targets, factory, locate
 from raytrainer.errors import CheckpointError, ConfigError, RaytrainerError, StorageError
 from raytrainer.events import HOOKS
+from raytrainer.preflight.first_batch import targets_of
 from raytrainer.preflight.resources import through_ray
 from raytrainer.tracking import redacted
 
@@ -26,6 +27,7 @@ def check_objects(e: Experiment) -> None:
         ConfigError: The first that would be refused.
     """
     check_targets(e)
+    _check_main(e)
     if (e.debug or e.cluster.kind == "inline") and (keys := through_ray(e)):
         raise ConfigError(
             "needs a Ray cluster, which cluster=inline and debug have not; cluster=local starts one",
@@ -47,6 +49,22 @@ def check_objects(e: Experiment) -> None:
         # Their classes take any keyword, and refuse a misspelt one only when they are made.
         if node and str(node["_target_"]).startswith("torchmetrics."):
             build(node)
+
+
+def _check_main(e: Experiment) -> None:
+    """What the launching program defines itself exists in no other process."""
+    if e.debug or e.cluster.kind == "inline":
+        return
+    for key, target in targets_of(e):
+        if target.startswith("__main__."):
+            name = target.removeprefix("__main__.")
+            raise ConfigError(
+                "is defined in the program that launches the run, which the workers, processes of their own, cannot "
+                f"import: move it to a module beside that program (my_code.py) and write my_code.{name}, or use "
+                "cluster=inline",
+                key=key,
+                value=target,
+            )
 
 
 def _check_sources(e: Experiment) -> None:

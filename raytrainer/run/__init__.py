@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raytrainer.run.driver import in_background
-from raytrainer.run.launching import check, experiment_name, launch, lock_owner, refuse_existing
+from raytrainer.run.launching import check, experiment_name, launch, lock_owner, refuse_existing, try_first_batch
 from raytrainer.run.logs import Logs
 from raytrainer.run.record import (
     CONFIG,
@@ -45,5 +45,6 @@ __all__ = [
     "summary",
     "table",
     "tracking_uri",
+    "try_first_batch",
     "written_storage_path",
 ]

@@ -22,12 +22,49 @@ from raytrainer.run.session import cluster_resources
 from raytrainer.storage import Storage, redacted
 
 
-def check(composition: Composition, record: Record | None = None) -> str:
+def check(
+    composition: Composition,
+    record: Record | None = None,
+    *,
+    first_batch: bool = True,
+    say: Callable[[str], None] = lambda _: None,
+) -> str:
     """All that can be known before a start; starts nothing. Returns where it would run, in words.
+
+    Args:
+        composition: What to train.
+        record: The run that would go on.
+        first_batch: Whether the first batch is tried, in a process of its own, unless `preflight.first_batch=false`.
+        say: Told what came of that.
 
     Raises:
         Refused: What does not hold.
     """
+    where, gpu = _checked(composition, record)
+    if first_batch:
+        try_first_batch(composition, gpu, say)
+    return where
+
+
+def try_first_batch(composition: Composition, gpu: bool, say: Callable[[str], None]) -> None:
+    """Try the first batch in a process of its own, and wait for what it says.
+
+    Raises:
+        PreflightError: The run would fail at its first step.
+    """
+    e = composition.experiment
+    reason = preflight.why_not_tried(e)
+    if reason is None:
+        verdict = preflight.FirstBatch(composition.text, e, gpu=gpu).run()
+    else:
+        verdict = preflight.Verdict("skipped", reason)
+    verdict.refuse()
+    if words := verdict.words():
+        say(words)
+
+
+def _checked(composition: Composition, record: Record | None) -> tuple[str, bool]:
+    """All that this process can check: where the run would be, in words, and whether on GPUs."""
     e = composition.experiment
     preflight.check_objects(e)
     if record is None:
@@ -40,7 +77,7 @@ def check(composition: Composition, record: Record | None = None) -> str:
     if e.init_from is not None and not has_own:  # else it goes on from those
         preflight.check_init_from(e, _runs_of(tracking_uri(e, record.tracking_uri if record else "")))
     if e.debug:
-        return "inline, one batch"
+        return "inline, one batch", False
     # First: what is asked of a storage that does not answer would take its client's patience, which is minutes.
     unusable = preflight.check_storage(storage.check_writable, shown(e))
     if record is None and not unusable:
@@ -59,7 +96,8 @@ def check(composition: Composition, record: Record | None = None) -> str:
             *preflight.check_tracking(tracking.check_tracking, uri, e.tracking.required),
         ]
     )
-    return _where(e, preflight.uses_gpu(e, available))
+    gpu = preflight.uses_gpu(e, available)
+    return _where(e, gpu), gpu
 
 
 def launch(
@@ -91,7 +129,9 @@ def launch(
         return _debug(composition, display, began)
     # Outside of Interrupts: nothing is started, so the caller's own handling is right, and an exception of ours would
     # come up in the middle of a library's import.
-    where = check(composition, record)
+    where, gpu = _checked(composition, record)
+    if e.preflight.first_batch is True and e.cluster.kind != "inline":
+        try_first_batch(composition, gpu, display.say)
     composition = settled(composition)
     with Interrupts() as interrupts:
         storage = Storage(storage_path(e)).child(e.name or "")
@@ -142,7 +182,7 @@ def _debug(composition: Composition, display: Display, began: float) -> Outcome:
     from raytrainer.trainer import Trainer
 
     e = composition.experiment
-    check(composition)
+    _checked(composition, None)
     trainer = Trainer(e, world=worker.inline_world(e.scaling.use_gpu), listeners=[Reporter(display.show)])
     if e.init_from is not None:
         display.say(trainer.init_from(e.init_from, _runs_of(tracking_uri(e))))

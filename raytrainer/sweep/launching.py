@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -35,13 +35,24 @@ from raytrainer.sweep.search import check_search, total_of
 _FAILURES = "max_trial_failures"  # what an attempt permitted, in the ledger
 
 
-def check(plan: Plan, record: Record | None = None) -> str:
+def check(
+    plan: Plan,
+    record: Record | None = None,
+    *,
+    first_batch: bool = True,
+    say: Callable[[str], None] = lambda _: None,
+) -> str:
     """All that can be known before a start; starts nothing. Returns where a trial would run, in words.
+
+    Args:
+        plan: What to sweep.
+        record: The sweep that would go on.
+        first_batch, say: As `run.check`, of the plan's example.
 
     Raises:
         Refused: What does not hold.
     """
-    where = run.check(plan.example, record)
+    where = run.check(plan.example, record, first_batch=first_batch, say=say)
     s = plan.experiment.sweep
     check_search(s.search_alg, plan.parameters)
     scheduler = make_scheduler(
@@ -125,7 +136,7 @@ def launch(
     """
     began, e = time.monotonic(), plan.experiment
     display = display or Display()
-    where = check(plan, record)
+    where = check(plan, record, first_batch=e.preflight.first_batch is True, say=display.say)
     with Interrupts() as interrupts:
         storage = Storage(e.storage_path or "").child(e.name or "")
         with ExitStack() as held:

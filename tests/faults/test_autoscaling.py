@@ -122,7 +122,8 @@ def test_what_it_can_never_serve_is_refused(cluster: Growing, on: list[str], tmp
 
 
 def test_check_accepts_what_can_come(on: list[str], tmp_path: Path) -> None:
-    ended = launched(tmp_path, "check", *RUN, *on, "scaling.num_workers=5", environment=WITHOUT_TOKEN).exits(0)
+    asked = [*RUN, *on, "scaling.num_workers=5", "preflight.first_batch=false"]
+    ended = launched(tmp_path, "check", *asked, environment=WITHOUT_TOKEN).exits(0)
     assert "5 workers on CPU" in ended.out
 
 
