@@ -55,7 +55,7 @@ def try_first_batch(composition: Composition, gpu: bool, say: Callable[[str], No
     e = composition.experiment
     reason = preflight.why_not_tried(e)
     if reason is None:
-        verdict = preflight.FirstBatch(composition.text, e, gpu=gpu).run()
+        verdict = preflight.FirstBatch(settled(composition).text, e, gpu=gpu).run()
     else:
         verdict = preflight.Verdict("skipped", reason)
     verdict.refuse()
