@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raytrainer import config, environment, parallel, seeds
+from raytrainer import config, environment, seeds
+from raytrainer.batches import map_tensors
 from raytrainer.checkpoint import Checkpointer
 from raytrainer.config import Experiment, build, check_targets
 from raytrainer.data import Batch, Loader
@@ -236,7 +237,7 @@ def _train(trainer: Trainer, most_tflop: float) -> None:
         freeze(model, e.trainer.freeze)
         return model, build(e.loss or {})
 
-    data = parallel.map_tensors(trainer.prepare(batch.micro[0].data), lambda tensor: tensor.to("meta"))
+    data = map_tensors(trainer.prepare(batch.micro[0].data), lambda tensor: tensor.to("meta"))
     tflop = (model_flops(make, data) or 0.0) * len(batch.micro) / 1e12
     if tflop > most_tflop:
         raise _Skipped(
