@@ -225,7 +225,7 @@ def _check_samples(e: Experiment, trainer: Trainer) -> None:
     workers = least_workers(e)
     for name, loader in trainer.val_loaders.items() if any(e.metrics.values()) else ():
         if loader.length is not None and loader.length < workers:
-            raise evaluation.too_few(f"data.val.{name}".rstrip("."), loader.length, workers)
+            raise evaluation._too_few(f"data.val.{name}".rstrip("."), loader.length, workers)
 
 
 def _train(trainer: Trainer, most_tflop: float) -> None:
