@@ -360,6 +360,7 @@ def _hydra(
         return 0
     if parsed.config_dir is not None and not Path(parsed.config_dir).is_dir():
         raise ConfigError("is not a directory", key="--config-dir", value=parsed.config_dir)
+    parsed.overrides = config.with_number_keys(parsed.overrides, parsed.config_dir)
     try:
         if parsed.multirun and not choices:
             config.check_sweep(overrides, parsed.config_dir)

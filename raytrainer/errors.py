@@ -29,7 +29,7 @@ RaytrainerError
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from typing import Any
 
 
@@ -60,10 +60,19 @@ class ConfigError(Refused):
         key: The dotted key, as it is written on the command line.
         value: The value given.
         choices: The valid ones; the nearest to `value` (or to the last part of `key`) come first in the message.
+        ranked: The choices are in the order in which they are to be shown: they take the place of something else.
     """
 
-    def __init__(self, message: str, *, key: str | None = None, value: Any = None, choices: Iterable[str] = ()) -> None:
-        self.key, self.value, self.choices = key, value, tuple(choices)
+    def __init__(
+        self,
+        message: str,
+        *,
+        key: str | None = None,
+        value: Any = None,
+        choices: Iterable[str] = (),
+        ranked: bool = False,
+    ) -> None:
+        self.key, self.value, self.choices, self.ranked = key, value, tuple(choices), ranked
         super().__init__(message)
 
     def __str__(self) -> str:
@@ -72,7 +81,7 @@ class ConfigError(Refused):
             return message
         given = "" if self.value is None else f"={_written(self.value)}"
         wanted = str(self.value) if self.value is not None else self.key.rpartition(".")[2]
-        close = nearest(wanted, self.choices)
+        close = [] if self.ranked else nearest(wanted, self.choices)
         ordered = list(dict.fromkeys([*close, *self.choices]))
         shown = ", ".join(ordered[:12]) + (", …" if len(ordered) > 12 else "")
         return f"{self.key}{given} {message}" + (f"; valid: {shown}" if shown else "")
@@ -207,5 +216,30 @@ class Stopped(RaytrainerError):
 
 
 def nearest(word: str, choices: Iterable[str], limit: int = 3) -> list[str]:
-    """The choices that `word` was probably meant to be, best first; empty where none is near."""
-    return get_close_matches(word, list(choices), n=limit, cutoff=0.5)
+    """The choices that `word` was probably meant to be, by how few letters are to be changed; empty where none is near."""
+    given = list(dict.fromkeys(choices))
+    lower = word.lower()
+    alike = set(get_close_matches(lower, [c.lower() for c in given], n=len(given) or 1, cutoff=0.5))
+    distances = {c: _distance(lower, c.lower()) for c in given if c.lower() in alike}
+    letters = sorted(lower)
+
+    def rank(choice: str) -> tuple[int, bool, float]:
+        # Of equally far ones the one of the same letters, which were exchanged.
+        other = choice.lower()
+        return distances[choice], sorted(other) != letters, -SequenceMatcher(None, lower, other).ratio()
+
+    return sorted(distances, key=rank)[:limit]
+
+
+def _distance(a: str, b: str) -> int:
+    """How many letters to add, drop, replace or exchange with a neighbour make `b` of `a` (Damerau and Levenshtein)."""
+    before: list[int] = []
+    row = list(range(len(b) + 1))
+    for i, letter in enumerate(a, 1):
+        before, last, row = row, before, [i]
+        for j, other in enumerate(b, 1):
+            cost = min(before[j] + 1, row[-1] + 1, before[j - 1] + (letter != other))
+            if i > 1 and j > 1 and letter == b[j - 2] and a[i - 2] == other:
+                cost = min(cost, last[j - 2] + 1)
+            row.append(cost)
+    return row[-1]

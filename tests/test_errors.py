@@ -108,6 +108,20 @@ def test_a_worker_error_says_who() -> None:
     assert str(WorkerError("died")) == "a worker: died"
 
 
+@pytest.mark.parametrize(
+    ("word", "choices", "first"),
+    [
+        ("experimnt", ["checkpoint", "experiment", "optimizer"], "experiment"),
+        ("modle", ["module", "model", "middle"], "model"),  # two letters exchanged
+        ("optimzer", ["optimizer", "optimize"], "optimizer"),
+        ("Resnet18", ["resnet50", "resnet18"], "resnet18"),
+        ("max_epoch", ["max_steps", "max_time", "max_epochs"], "max_epochs"),
+    ],
+)
+def test_the_nearest_takes_the_fewest_changes(word: str, choices: list[str], first: str) -> None:
+    assert nearest(word, choices)[0] == first
+
+
 def test_nearest() -> None:
     assert nearest("chek", ["check", "resume"]) == ["check"]
     assert nearest("zzz", ["check", "resume"]) == []

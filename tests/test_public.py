@@ -34,7 +34,7 @@ PUBLIC = {
         early_stopping_mode experiment_of explain factory flattened
         from_hydra from_text group_names holds_password key_of locate looks_secret mode_problem new_name parameters_of
         parse_space quiet refuse_settings_of_no_sweep register_schema resolved settled sweep_mode texts_of validate
-        with_values written_space
+        with_number_keys with_values written_space
     """,
     "raytrainer.data": """
         Arrays Batch ColumnDataset Digits EncodedImages ImageFolder Loader MicroBatch Normalize ParquetDataset

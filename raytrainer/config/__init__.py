@@ -23,6 +23,7 @@ from raytrainer.config.compose import (
     register_schema,
     resolved,
     settled,
+    with_number_keys,
     with_values,
 )
 from raytrainer.config.direction import (
@@ -106,6 +107,7 @@ __all__ = [
     "sweep_mode",
     "texts_of",
     "validate",
+    "with_number_keys",
     "with_values",
     "written_space",
 ]

@@ -21,6 +21,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from raytrainer.config import number_keys, resolvers
 from raytrainer.config.checks import check_references, check_together
 from raytrainer.config.direction import by_name, check_modes, derive_modes
 from raytrainer.config.explain import explain, key_of, unresolved, value_of
@@ -66,7 +67,8 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
 
     try:
         with searching(config_dir), quiet():
-            cfg = hydra_compose(CONFIG_NAME, list(overrides), return_hydra_config=True)
+            given = number_keys.rewritten(overrides, lambda: _choices_alone(overrides))
+            cfg = hydra_compose(CONFIG_NAME, given, return_hydra_config=True)
             return from_hydra(cfg, overrides)
     except Exception as error:
         raise explain(error, overrides, lambda: composed_keys(overrides, config_dir)) from error
@@ -226,6 +228,8 @@ def _of_running(cfg: DictConfig, overrides: Sequence[str] | None) -> Composition
     except OmegaConfBaseException as error:
         raise unresolved(_failing(cfg), error) from error
     composition = _composition(cfg, tuple(overrides), tuple(sorted(choices.items())))
+    with _standing_in(cfg):
+        resolvers.check_same(cfg)
     check_modes(composition.experiment)  # not of a saved config: it goes on with what was recorded
     return composition
 
@@ -246,6 +250,7 @@ def from_text(text: str, overrides: Sequence[str] = ()) -> Composition:
 def resolved(text: str) -> str:
     """A text of a config with what its references stand for here; as it is where there is no such thing."""
     try:
+        resolvers.load_for(text)
         return str(OmegaConf.create({"x": text}).x)
     except (OmegaConfBaseException, ValueError):
         return text
@@ -282,7 +287,7 @@ def _with_values(text: str, overrides: Sequence[str]) -> DictConfig:
             raise unknown_key(name, override.value(), known)
         if isinstance(override.value(), dict | list):
             known = None  # it may bring keys of its own
-        OmegaConf.update(cfg, name, override.value(), force_add=True)
+        OmegaConf.update(cfg, *number_keys.nested(cfg, name, override.value()), force_add=True)
     _forget_modes(cfg, saved)
     return cfg
 
@@ -307,6 +312,7 @@ def _forget_modes(cfg: DictConfig, saved: DictConfig) -> None:
 
 @functools.lru_cache(maxsize=8)
 def _saved(text: str) -> DictConfig:
+    resolvers.load_for(text)
     cfg = OmegaConf.merge(OmegaConf.create(defaults()), OmegaConf.create(text))
     assert isinstance(cfg, DictConfig)
     early = "trainer.early_stopping"
@@ -371,20 +377,40 @@ def flattened(text: str) -> dict[str, str]:
     return found
 
 
-def composed_keys(overrides: Sequence[str], config_dir: str | Path | None = None) -> list[str]:
-    """The schema's keys, and those that the group choices alone give to `_target_` nodes: what an error proposes."""
+def with_number_keys(overrides: Sequence[str], config_dir: str | Path | None = None) -> list[str]:
+    """The overrides as Hydra is to have them: `loss.weights.1=9.0` as `loss.weights={1:9.0}` where the key is a number."""
+
+    def composed() -> DictConfig:
+        try:
+            with searching(config_dir), quiet():
+                return _choices_alone(overrides)
+        except Exception:  # noqa: BLE001  what is wrong is told where it is composed
+            return DictConfig({})
+
+    return number_keys.rewritten(overrides, composed)
+
+
+def _choices_alone(overrides: Sequence[str]) -> DictConfig:
+    """What the group choices of a command line give without its values; Hydra is set up."""
     from hydra import compose as hydra_compose
 
-    groups = [o for o in overrides if "." not in key_of(o) and not o.startswith(("+", "~"))]
-    groups += [o for o in overrides if key_of(o) == "hydra.searchpath"]
+    groups = [o for o in overrides if "." not in key_of(o) and not o.startswith(("+", "~", "hydra"))]
+    # One wrong choice or key among them must not hide what the others give.
+    valid = [o for o in groups if _composes(hydra_compose, [o])]
+    searchpath = [o for o in overrides if key_of(o) == "hydra.searchpath"]
+    return hydra_compose(CONFIG_NAME, [*searchpath, *valid])
+
+
+def composed_keys(overrides: Sequence[str], config_dir: str | Path | None = None) -> list[str]:
+    """The schema's keys, the groups, and the keys that the group choices alone give to `_target_` nodes: what an error
+    proposes.
+    """
     try:
         with searching(config_dir), quiet():
-            # One wrong choice or key among them must not hide the others' keys.
-            valid = [o for o in groups if not o.startswith("hydra") and _composes(hydra_compose, [o])]
-            searchpath = [o for o in groups if o.startswith("hydra.searchpath")]
-            return [*known_keys(), *_node_keys(hydra_compose(CONFIG_NAME, [*searchpath, *valid]))]
+            nodes = _node_keys(_choices_alone(overrides))
+            return list(dict.fromkeys([*known_keys(), *sorted(group_names(config_dir)), *nodes]))
     except Exception:  # noqa: BLE001  only for a better message: the first error is what is told
-        return list(known_keys())
+        return [*known_keys(), "experiment"]
 
 
 def _composes(hydra_compose: Any, overrides: list[str]) -> bool:
@@ -471,6 +497,8 @@ def _experiment(cfg: DictConfig, choices: tuple[tuple[str, str], ...]) -> Experi
     assert isinstance(values, dict)
     experiment = typed({str(k): v for k, v in values.items()}, [group for group, _ in choices])
     validate(experiment)
+    for name in ("tracking_uri", "experiment_name"):  # an empty variable is one that is not set
+        setattr(experiment.tracking, name, (getattr(experiment.tracking, name) or "").strip() or None)
     check_together(experiment)
     derive_modes(experiment)
     if experiment.cluster.runtime_env:

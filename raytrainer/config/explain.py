@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import yaml
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException, SearchPathException
+from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import (
     InterpolationKeyError,
     InterpolationResolutionError,
@@ -18,7 +19,7 @@ from omegaconf.errors import (
 )
 
 from raytrainer.config.typed import OPEN, unknown_key
-from raytrainer.errors import ConfigError, RaytrainerError
+from raytrainer.errors import ConfigError, RaytrainerError, nearest
 
 
 def explain(
@@ -150,8 +151,19 @@ def unresolved(name: str | None, error: OmegaConfBaseException) -> ConfigError:
     elif m := re.search(r"Interpolation key '([^']+)' not found", reason):
         reason = f"there is no key {m[1]}"
     elif m := re.search(r"Unsupported interpolation type (\S+)", reason):
-        reason = f"there is no resolver {m[1]}"
+        reason = no_resolver(m[1])
     return ConfigError(f"cannot be resolved: {reason}", key=key)
+
+
+def no_resolver(name: str) -> str:
+    """Why `${name:…}` has no value, and where a resolver is registered so that every process has it."""
+    own = [f for f in sorted(BaseContainer._resolvers) if f != name]
+    close = nearest(name, own, 1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return (
+        f"there is no resolver {name}{hint}. One of your own is registered in a module of the package hydra_plugins "
+        "(hydra_plugins/mine/__init__.py), which the launch and every worker import; see docs/your-code.md"
+    )
 
 
 def _of_composition(
@@ -210,6 +222,16 @@ def _is_group(name: str, text: str, values: dict[str, str | None]) -> bool:
 
 def _wrong_key(name: str, value: str | None, known: Sequence[str], deleted: bool = False) -> ConfigError:
     section = name.rpartition(".")[0]
+    number = name in known and re.fullmatch(r"-?\d+", name.rpartition(".")[2]) is not None
+    if number and deleted:
+        return ConfigError(
+            f"has a number as its key, which ~ cannot name; give the config that you start from another {section}",
+            key=name,
+        )
+    if number:
+        return ConfigError(
+            f"has a number as its key: write {section}={{{name.rpartition('.')[2]}:{value}}}", key=name, value=value
+        )
     if deleted and name in known:
         return ConfigError("is null already", key=name)
     if name.startswith("hydra."):

@@ -6,12 +6,15 @@ Stage two of the configuration: importing the target may import its library (tor
 from __future__ import annotations
 
 import collections.abc
+import contextlib
 import importlib
 import inspect
 import pkgutil
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from raytrainer.config.schema import Experiment
@@ -41,13 +44,35 @@ def build(node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     from hydra.utils import instantiate
 
     try:
-        return instantiate(dict(node), *args, _convert_="all", **kwargs)
+        with plain_argv():
+            return instantiate(dict(node), *args, _convert_="all", **kwargs)
+    except SystemExit as error:
+        raise ConfigError(
+            f"ended the process when it was built: {_exit(error)}", key=str(node.get("_target_"))
+        ) from error
     except InstantiationException as error:
         cause = error.__cause__ or error
         reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         raise ConfigError(
             f"could not be built: {type(cause).__name__}: {reason}", key=str(node.get("_target_"))
         ) from cause
+
+
+@contextlib.contextmanager
+def plain_argv() -> Iterator[None]:
+    """Within it `sys.argv` is the program's name alone: a module that parses it on import would take raytrainer's command
+    line, or that of a Ray worker, for its own."""
+    before = sys.argv
+    mine = sys.argv = before[:1]
+    try:
+        yield
+    finally:
+        if sys.argv is mine:  # else the module has put something of its own there
+            sys.argv = before
+
+
+def _exit(error: SystemExit) -> str:
+    return f"sys.exit({error.code!r})"
 
 
 def factory(node: Mapping[str, Any]) -> Any:
@@ -131,6 +156,8 @@ def _bind_names(
             raise ConfigError("is given by raytrainer; leave it out", key=f"{key}.{name}")
         # `_anything_` is a misspelt word of Hydra's, which a target with **kwargs would take.
         if name not in names and (not open_ended or (name.startswith("_") and name.endswith("_"))):
+            if _taken_by_wrapper(name, target, [n for n in valid if n not in node]):
+                continue
             shown = None if isinstance(value, dict | list) else value
             close = nearest(name, valid)
             choices = close + [n for n in valid if n not in close]
@@ -147,6 +174,25 @@ def _bind_names(
         raise ConfigError(f"is a required argument of {node['_target_']}{hint}", key=f"{key}.{missing[0]}")
 
 
+def _taken_by_wrapper(name: str, target: Any, free: Sequence[str]) -> bool:
+    """Whether a decorator may take an argument that the function below it does not have: `inspect.signature` looks below.
+
+    A name that is almost one of the arguments that are still free is a misspelling all the same.
+    """
+    function = target.__init__ if inspect.isclass(target) else target
+    if not hasattr(function, "__wrapped__") or name.startswith("_"):
+        return False
+    try:
+        outer = inspect.signature(target, follow_wrapped=False).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    if any(p.name == name and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in outer):
+        return True
+    if not any(p.kind is p.VAR_KEYWORD for p in outer):
+        return False
+    return hasattr(target, name) or not get_close_matches(name, free, n=1, cutoff=0.8)
+
+
 def locate(key: str, path: Any) -> Any:
     """The object that a `_target_` names.
 
@@ -161,8 +207,16 @@ def locate(key: str, path: Any) -> Any:
         name = ".".join(parts[:i])
         if i == 1 or (inspect.ismodule(found) and not hasattr(found, parts[i - 1])):
             try:
-                found = importlib.import_module(name)
+                with plain_argv():
+                    found = importlib.import_module(name)
                 continue
+            except SystemExit as error:
+                raise ConfigError(
+                    f"cannot be imported: the module ends the process ({_exit(error)}); what it does as a program belongs "
+                    'below `if __name__ == "__main__":`',
+                    key=f"{key}._target_",
+                    value=path,
+                ) from error
             except ModuleNotFoundError as error:
                 if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
                     raise ConfigError(f"cannot be imported: {error}", key=f"{key}._target_", value=path) from error

@@ -89,7 +89,9 @@ def unknown_key(name: str, value: Any, known: Sequence[str]) -> ConfigError:
         if is_below_node(name)
         else "is not a key"
     )
-    return ConfigError(reason, key=name, value=value, choices=close or beside or [k for k in known if "." not in k])
+    valid = close or beside or [k for k in known if "." not in k]
+    # In this order: what is near to the value is no better a key.
+    return ConfigError(reason, key=name, value=value, choices=dict.fromkeys(valid), ranked=True)
 
 
 def _is_key(name: str) -> bool:
@@ -100,6 +102,7 @@ def _paths(values: Mapping[str, Any], prefix: str = "") -> typing.Iterator[str]:
     """The keys of the schema and those of the composed nodes: what a wrong key may have been meant to be."""
     if not prefix:
         yield from known_keys()
+        yield "experiment"  # a group that is no section
     for name, child in values.items():
         path = f"{prefix}{name}"
         if is_below_node(path):

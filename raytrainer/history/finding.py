@@ -221,7 +221,7 @@ def submitted(root: Path) -> Iterator[Sent]:
 
 def tracking_uri_here() -> str | None:
     """The tracking store of this directory: MLFLOW_TRACKING_URI, else ./mlflow.db; None where there is neither."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or None
     if uri is None and not (Path.cwd() / "mlflow.db").exists():
         return None
     return uri or tracking.default_tracking_uri(Path.cwd())
@@ -229,7 +229,7 @@ def tracking_uri_here() -> str | None:
 
 def tracking_uri_of(record: Record) -> str | None:
     """The store of a run, with the credentials of this environment where it is the same one."""
-    here = os.environ.get("MLFLOW_TRACKING_URI")
+    here = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
     if here and tracking.redacted(here) == record.tracking_uri:
         return here
     return record.tracking_uri or None

@@ -15,6 +15,7 @@ from raytrainer.tracking.runs import Run, open_run
 from raytrainer.tracking.sender import Shipper, recorded_run_id, replay
 from raytrainer.tracking.server import check_tracking, redacted
 from raytrainer.tracking.tracker import MlflowTracker
+from raytrainer.tracking.variables import odd_values
 
 __all__ = [
     "Fleet",
@@ -27,6 +28,7 @@ __all__ = [
     "default_tracking_uri",
     "find_own_dir",
     "find_run_dir",
+    "odd_values",
     "open_run",
     "recorded_run_id",
     "redacted",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import pathlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -207,3 +208,64 @@ def test_all_of_an_experiment_is_bound() -> None:
     e.data.collate_fn = {"_target_": "nodes_under_test.function", "_partial_": True, "modl": 1}
     with pytest.raises(ConfigError, match=r"^data\.collate_fn\.modl=1 is not an argument of"):
         check_targets(e)
+
+
+def test_a_module_that_parses_the_command_line_when_it_is_imported(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "parses_argv.py").write_text(
+        "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('--width', type=int, default=3)\n"
+        "options = parser.parse_args()\ndef net(width=options.width):\n    return width\n"
+    )
+    (tmp_path / "parses_nested.py").write_text((tmp_path / "parses_argv.py").read_text())
+    (tmp_path / "wants_argv.py").write_text("import sys\nsys.exit('a file is needed')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "argv", given := ["raytrainer", "experiment=mlp", "--dry-run"])
+    bind("model", {"_target_": "parses_argv.net"})
+    assert build({"_target_": "parses_nested.net"}) == 3  # as in a worker, which binds nothing before
+    with pytest.raises(ConfigError, match=r"wants_argv.net cannot be imported: the module ends the process .*__main__"):
+        bind("model", {"_target_": "wants_argv.net"})
+    with pytest.raises(ConfigError, match="ended the process when it was built"):
+        build({"_target_": "wants_argv.net"})
+    assert sys.argv is given
+
+
+def takes_more(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator that takes arguments of its own out of what it is given."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, retries: int = 0, **kwargs: Any) -> Any:
+        kwargs.pop("num_labels", None)
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+class Wrapped:
+    @takes_more
+    def __init__(self, hidden_size: int = 3, layers: int = 2) -> None:
+        self.hidden_size, self.layers = hidden_size, layers
+
+
+@takes_more
+def wrapped(hidden_size: int = 3) -> int:
+    return hidden_size
+
+
+@pytest.mark.parametrize("target", ["Wrapped", "wrapped"])
+def test_an_argument_that_a_decorator_takes(target: str) -> None:
+    """`transformers.BertConfig(num_labels=8)` is right, though the signature below its decorator has no such name."""
+    node = {"_target_": f"{HERE}.{target}", "num_labels": 8, "retries": 2, "hidden_size": 4}
+    bind("model", node)
+    build(node)
+    with pytest.raises(ConfigError, match=r"model\.hiden_size=4 is not an argument of .*; valid: hidden_size"):
+        bind("model", {"_target_": f"{HERE}.{target}", "hiden_size": 4})
+    with pytest.raises(ConfigError, match=r"model\._recursiv_=true is not an argument of"):
+        bind("model", {"_target_": f"{HERE}.{target}", "_recursiv_": True})
+
+
+def test_a_config_of_transformers_takes_num_labels() -> None:
+    pytest.importorskip("transformers")
+    bind("model", {"_target_": "transformers.BertConfig", "num_labels": 8, "hidden_size": 8})
+    with pytest.raises(ConfigError, match=r"hiden_size=8 is not an argument of .*valid: hidden_size"):
+        bind("model", {"_target_": "transformers.BertConfig", "hiden_size": 8})

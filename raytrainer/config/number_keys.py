@@ -1,0 +1,94 @@
+"""Overrides of mappings whose keys are numbers, such as class weights: `loss.weights.1=9.0` sets the entry `1`, no text '1'.
+
+Hydra takes each part of a key for text. An override that means a number is written as a mapping, `loss.weights={1:9.0}`,
+which Hydra merges into the one that is there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+_MAYBE = re.compile(r"(\+{0,2})([A-Za-z_][\w./@-]*\.(?:-?\d+|true|false)(?:\.[\w.-]+)?)=(.*)", re.DOTALL)
+
+
+def rewritten(overrides: Sequence[str], composed: Callable[[], DictConfig]) -> list[str]:
+    """The overrides with those written as mappings that mean a number or truth value as a key.
+
+    Args:
+        overrides: Of the command line.
+        composed: Gives the config without values, where there is something to look at.
+    """
+    if not any(_MAYBE.fullmatch(o) for o in overrides):
+        return list(overrides)
+    cfg = composed()
+    return [_written(override, cfg) for override in overrides]
+
+
+def nested(cfg: DictConfig, name: str, value: Any) -> tuple[str, Any]:
+    """A dotted key and its value, for `OmegaConf.update`: from the first part that is no text on, as a mapping."""
+    parts = _keys_of(cfg, name, new=True)
+    first = next((i for i, part in enumerate(parts) if not isinstance(part, str)), None)
+    if first is None:
+        return name, value
+    for part in reversed(parts[first:]):
+        value = {part: value}
+    return ".".join(str(part) for part in parts[:first]), value
+
+
+def _keys_of(cfg: DictConfig, name: str, *, new: bool) -> list[Any]:
+    """The parts of a dotted key as the mappings there have them; with `new`, a new key of whole numbers is one too."""
+    parts: list[Any] = []
+    node: Any = cfg
+    for part in name.split("."):
+        key: Any = part
+        if isinstance(node, DictConfig) and not (node._is_none() or node._is_missing() or node._is_interpolation()):
+            others = [k for k in node if not isinstance(k, str)]
+            if part not in node and others:
+                key = next((k for k in others if str(k).lower() == part), part)
+                if new and key is part and re.fullmatch(r"-?\d+", part) and all(type(k) is int for k in node):
+                    key = int(part)
+            try:
+                node = node.get(key)
+            except OmegaConfBaseException:  # a reference that nothing resolves here
+                node = None
+        else:
+            node = None
+        parts.append(key)
+    return parts
+
+
+def _written(override: str, cfg: DictConfig) -> str:
+    match = _MAYBE.fullmatch(override)
+    if match is None:
+        return override
+    sign, name, text = match.groups()
+    parts = _keys_of(cfg, name, new=bool(sign))
+    first = next((i for i, part in enumerate(parts) if not isinstance(part, str)), None)
+    if first is None:
+        return override
+    head, tail = "{" + "".join(f"{_literal(part)}:{{" for part in parts[first:-1]), "}" * (len(parts) - first)
+    wrapped = (f"{head}{_literal(parts[-1])}:{value}{tail}" for value in _values(override, text))
+    return f"{sign}{'.'.join(parts[:first])}={','.join(wrapped)}"
+
+
+def _values(override: str, text: str) -> list[str]:
+    """One value, or each of a sweep over a list."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+        if parsed.is_sweep_override() and parsed.is_discrete_sweep():
+            return list(parsed.sweep_string_iterator())
+    except HydraException:  # whoever composes says what is wrong with it
+        pass
+    return [text]
+
+
+def _literal(key: Any) -> str:
+    return str(key).lower() if isinstance(key, bool) else str(key)

@@ -1,0 +1,68 @@
+"""Resolvers of the user's own, `${NAME:…}`, in whatever process a config is resolved: those that a Hydra plugin registers.
+
+Hydra imports every module below `hydra_plugins` when it composes. A worker gets a composed text, and resolves it without
+Hydra: here the same modules are imported before.
+"""
+
+from __future__ import annotations
+
+import re
+
+from omegaconf import DictConfig, OmegaConf
+
+from raytrainer.errors import ConfigError
+
+_NAME = re.compile(r"\$\{\s*([A-Za-z_][\w.]*)\s*:")
+_HYDRAS = frozenset({"now", "hydra", "python_version"})
+
+
+def load_for(text: str) -> None:
+    """Imports the modules of `hydra_plugins` if a text uses a resolver that is not registered in this process.
+
+    Raises:
+        ConfigError: One of the modules raised while it was imported.
+    """
+    if all(OmegaConf.has_resolver(name) for name in _own(text)):
+        return
+    from hydra.core.plugins import Plugins
+
+    from raytrainer.config.nodes import plain_argv
+
+    try:
+        with plain_argv():
+            Plugins.instance()
+    except Exception as error:
+        raise ConfigError(
+            f"a module below hydra_plugins, which registers resolvers, cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+
+
+def check_same(cfg: DictConfig) -> None:
+    """Refuses a resolver of the user's own that gives another value each time: every process resolves for itself.
+
+    Raises:
+        ConfigError: Naming the first key whose value differs.
+    """
+    if not _own(OmegaConf.to_yaml(cfg)):
+        return
+    values = []
+    for _ in range(2):
+        OmegaConf.clear_cache(cfg)
+        values.append(OmegaConf.to_container(cfg, resolve=True))
+    if key := _different(values[0], values[1], ""):
+        raise ConfigError(
+            "has another value each time it is resolved, and every worker resolves it for itself: a resolver must give the "
+            "same value for the same arguments; put one value into the config or on the command line",
+            key=key,
+        )
+
+
+def _own(text: str) -> set[str]:
+    return {name for name in _NAME.findall(text) if not name.startswith("oc.")} - _HYDRAS
+
+
+def _different(a: object, b: object, path: str) -> str | None:
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        found = (_different(a[name], b[name], f"{path}.{name}" if path else str(name)) for name in a)
+        return next((key for key in found if key is not None), None)
+    return None if repr(a) == repr(b) else path

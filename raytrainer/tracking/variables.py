@@ -1,0 +1,74 @@
+"""The `MLFLOW_*` variables of the environment: each is honoured, or refused by its name before anything starts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from raytrainer.tracking.server import redacted
+
+_URI = "MLFLOW_TRACKING_URI"
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+_FORMS = "an address http(s)://host[:port] of a server, or a database as sqlite:////ABSOLUTE/PATH/mlflow.db"
+_WHOLE = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR")
+_TRUTHS = ("MLFLOW_TRACKING_INSECURE_TLS", "MLFLOW_DISABLE_TELEMETRY", "MLFLOW_TRACKING_AWS_SIGV4")
+_FILES = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "MLFLOW_TRACKING_CLIENT_CERT_PATH")
+_CREDENTIALS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+_IGNORED = {
+    "MLFLOW_RUN_ID": "raytrainer makes a run of its own; raytrainer resume ID goes on with one",
+    "MLFLOW_EXPERIMENT_ID": "an experiment is chosen by its name: MLFLOW_EXPERIMENT_NAME or tracking.experiment_name",
+}
+
+
+def odd_values(environ: Mapping[str, str], uri: str | None) -> list[str]:
+    """What is wrong with the variables, and with the tracking URI: a sentence each, without a secret.
+
+    Args:
+        environ: The environment. A variable that is empty or blank counts as not set.
+        uri: `tracking.tracking_uri` as it is resolved; None: the default store.
+    """
+    given = {name: value.strip() for name, value in environ.items() if name.startswith("MLFLOW_") and value.strip()}
+    problems = _of_uri(uri, given)
+    for name in _WHOLE:
+        if name in given and not re.fullmatch(r"\d+", given[name]):
+            problems.append(f"{name}={given[name]} must be a whole number; unset it for the default")
+    for name in _TRUTHS:
+        if name in given and given[name].lower() not in ("true", "false", "1", "0"):
+            problems.append(f"{name}={given[name]} must be true or false")
+    for name in _FILES:
+        if name in given and not Path(given[name]).exists():
+            problems.append(f"{name}={given[name]} is not a file on this machine")
+    for name in _CREDENTIALS:
+        if name in environ and re.search(r"[\x00-\x1f\x7f]", environ[name]):
+            problems.append(f"{name} has a line break or another control character, which no request can carry")
+    if given.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1") and _FILES[0] in given:
+        problems.append(f"MLFLOW_TRACKING_INSECURE_TLS and {_FILES[0]} are both set; MLflow takes one of them")
+    problems += [
+        f"{name}={given[name]} is set, and would be ignored: {why}; unset {name}"
+        for name, why in _IGNORED.items()
+        if name in given
+    ]
+    return problems
+
+
+def _of_uri(uri: str | None, given: Mapping[str, str]) -> list[str]:
+    if uri is None:
+        return []
+    source = _URI if given.get(_URI) == uri else "tracking.tracking_uri"
+    shown = f"{source}={redacted(uri)}"
+    scheme, rest = urlsplit(uri).scheme.partition("+")[0].lower(), uri.partition("://")[2]
+    if re.search(r"\s", uri):
+        return [f"{shown} has a space in it; write {_FORMS}"]
+    if scheme in ("http", "https"):
+        return [] if urlsplit(uri).hostname else [f"{shown} names no host; write {_FORMS}"]
+    if scheme in _DATABASES:
+        return [] if rest.strip("/") else [f"{shown} names no database; write {_FORMS}"]
+    if re.fullmatch(r"[\w.-]+:\d+(/.*)?", uri):
+        return [f"{shown} has no scheme; write {source}=http://{uri}"]
+    if uri == "databricks" or scheme in ("databricks", "uc", "databricks-uc"):
+        return [f"{shown} is a store of Databricks, which raytrainer cannot log to; write {_FORMS}"]
+    if scheme in ("", "file"):
+        return [f"{shown} is a directory, a store that MLflow has given up; write {_FORMS}"]
+    return [f"{shown} is no store of MLflow; write {_FORMS}"]
