@@ -54,7 +54,7 @@ PUBLIC = {
     """,
     "raytrainer.tracking": """
         Fleet MlflowTracker NullTracker Run Shipper Tracker check_tracking default_tracking_uri
-        find_own_dir find_run_dir open_run recorded_run_id redacted register_model replay
+        find_own_dir find_run_dir odd_values open_run recorded_run_id redacted register_model replay
     """,
 }
 # Modules that users name in a `_target_`, and the exceptions: what they define.

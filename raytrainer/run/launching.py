@@ -87,13 +87,14 @@ def _checked(composition: Composition, record: Record | None) -> tuple[str, bool
     else:
         available, where = preflight.this_machine(), "this machine"
     uri = tracking_uri(e, record.tracking_uri if record else "")
+    odd = tracking.odd_values(os.environ, uri)
     preflight.refuse(
         [
             *preflight.check_environment(e, os.environ),
             *preflight.check_resources(e, available, where),
             *preflight.check_reach(e, uri),
             *unusable,
-            *preflight.check_tracking(tracking.check_tracking, uri, e.tracking.required),
+            *(odd or preflight.check_tracking(tracking.check_tracking, uri, e.tracking.required)),
         ]
     )
     gpu = preflight.uses_gpu(e, available)

@@ -1,0 +1,83 @@
+"""`MLFLOW_*` variables with odd values: honoured, or refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raytrainer.config import compose
+from raytrainer.errors import PreflightError
+from raytrainer.run import check
+from raytrainer.tracking import odd_values
+
+
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        ("mlruns", "is a directory, a store that MLflow has given up"),
+        ("file:./mlruns", "is a directory"),
+        ("/tmp/mlruns", "is a directory"),
+        ("databricks", "is a store of Databricks"),
+        ("databricks://profile", "is a store of Databricks"),
+        ("127.0.0.1:5000", "has no scheme; write MLFLOW_TRACKING_URI=http://127.0.0.1:5000"),
+        ("http://", "names no host"),
+        ("http:/127.0.0.1", "names no host"),
+        ("sqlite://", "names no database"),
+        ("s3://bucket/x", "is no store of MLflow"),
+        ("http://a b", "has a space in it"),
+    ],
+)
+def test_a_tracking_uri_that_is_none(uri: str, reason: str) -> None:
+    (said,) = odd_values({"MLFLOW_TRACKING_URI": uri}, uri)
+    assert said.startswith(f"MLFLOW_TRACKING_URI={uri} ")
+    assert reason in said
+    (said,) = odd_values({}, uri)  # from the config
+    assert said.startswith("tracking.tracking_uri=")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [None, "http://127.0.0.1:5000", "https://mlflow.example.com/x", "sqlite:////a/b.db", "postgresql+psycopg://u@h/d"],
+)
+def test_one_that_is_one(uri: str | None) -> None:
+    assert odd_values({"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_TRACKING_INSECURE_TLS": "TRUE"}, uri) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "abc", "must be a whole number"),
+        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "-1", "must be a whole number"),
+        ("MLFLOW_TRACKING_INSECURE_TLS", "yes", "must be true or false"),
+        ("MLFLOW_TRACKING_SERVER_CERT_PATH", "/not/there.pem", "is not a file"),
+        ("MLFLOW_TRACKING_TOKEN", "secret\nvalue", "has a line break"),
+        ("MLFLOW_RUN_ID", "0123", "would be ignored: raytrainer makes a run of its own"),
+        ("MLFLOW_EXPERIMENT_ID", "3", "MLFLOW_EXPERIMENT_NAME or tracking.experiment_name"),
+    ],
+)
+def test_a_variable_with_an_odd_value_is_named(name: str, value: str, reason: str) -> None:
+    (said,) = odd_values({name: value}, None)
+    assert said.startswith(name)
+    assert reason in said
+    assert "secret" not in said
+
+
+def test_an_empty_variable_is_one_that_is_not_set(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("", "  "):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", value)
+        monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", value)
+        e = compose(["experiment=smoke"]).experiment
+        assert (e.tracking.tracking_uri, e.tracking.experiment_name) == (None, None)
+    assert odd_values({"MLFLOW_RUN_ID": " ", "MLFLOW_HTTP_REQUEST_TIMEOUT": ""}, None) == []
+
+
+def test_they_are_refused_before_a_start(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "mlruns")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "abc")
+    with pytest.raises(PreflightError) as caught:
+        check(compose(["experiment=smoke", "cluster=inline"]))
+    assert [problem.partition("=")[0] for problem in caught.value.problems] == [
+        "MLFLOW_TRACKING_URI",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT",
+    ]
