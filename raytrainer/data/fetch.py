@@ -41,6 +41,24 @@ def wrapped(dataset: Any, where: str, error: Exception) -> DataError:
     return DataError(f"{name_of(dataset)}, {where}: {type(error).__name__}: {error}")
 
 
+def uncollated(
+    dataset: Any, rows: list[Any], samples: Indices, error: Exception, collate_fn: Collate | None
+) -> DataError:
+    """The error of samples that do not make a batch: says so where one is None, or where the default has no rule."""
+    missing = [number for number, row in zip(samples.tolist(), rows, strict=False) if row is None]
+    if missing:
+        return DataError(
+            f"{name_of(dataset)}, sample {missing[0]} is None, and None cannot be part of a batch. Return a sample for "
+            "each number, or leave these out in a data.collate_fn of your own"
+        )
+    plain = wrapped(dataset, f"collating {describe(samples)}", error)
+    if collate_fn is None and isinstance(error, TypeError) and "default_collate" in str(error):
+        return DataError(f"{plain}. data.collate_fn can be a function of yours, from a list of samples to a batch")
+    if collate_fn is None and isinstance(error, RuntimeError) and "equal size" in str(error):
+        return DataError(f"{plain}. The samples differ in shape: pad them in a data.collate_fn of your own")
+    return plain
+
+
 class Fetcher:
     """Reads batches of a map-style dataset.
 
@@ -124,7 +142,7 @@ class Fetcher:
         try:
             return collate(rows, self.collate_fn)
         except Exception as error:
-            raise wrapped(self.dataset, f"collating {describe(samples)}", error) from error
+            raise uncollated(self.dataset, rows, samples, error, self.collate_fn) from error
 
 
 def _seed(number: int) -> None:

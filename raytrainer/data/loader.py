@@ -6,7 +6,7 @@ Where they are made is a matter of speed alone: the same batches come, bit for b
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from raytrainer.batches import move
+from raytrainer.data.agreement import Agreement, Progress, agree_on_length, in_group_of
 from raytrainer.data.ahead import DeviceCopy, ahead, gather, while_warm
 from raytrainer.data.columns import Column, MappedColumn
 from raytrainer.data.datasets import columns_of, name_of
-from raytrainer.data.fetch import Collate, Fetcher, collate, describe, wrapped
+from raytrainer.data.fetch import Collate, Fetcher, collate, describe, uncollated, wrapped
 from raytrainer.data.order import Indices
 from raytrainer.data.plan import Plan, Step
 from raytrainer.data.pool import WorkerPool
@@ -146,6 +147,14 @@ class Loader:
             )
             if num_workers:
                 log.info("%s is read in a thread: processes cannot share an iterable's position", name_of(dataset))
+        self._announced = self._stream.announced if self._stream else None
+        self._compared = False
+        self._agreement: Agreement | None = None
+        if in_group_of(world_size):
+            length = self._plan.length if self._plan else self._announced or -1
+            agree_on_length(name_of(dataset), length, self._plan is None, world_size, self.device)
+            if self._stream is not None:
+                self._agreement = Agreement(self._stream.name, self._stream.sharded, world_size)
         self._fetcher = Fetcher(dataset, collate_fn, seed)
         self._resident = self._mapped = False
         if self._columns is not None:
@@ -174,8 +183,8 @@ class Loader:
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Batches in an epoch; None for an iterable."""
-        return self._plan.steps_per_epoch if self._plan else None
+        """Batches in an epoch; of an iterable what its `__len__` announces, None without one."""
+        return self._plan.steps_per_epoch if self._plan else self._announced
 
     def state_dict(self) -> dict[str, Any]:
         """The position of an iterable as of the last batch that was yielded; empty for a map-style dataset."""
@@ -187,18 +196,19 @@ class Loader:
 
     def one_epoch(self) -> Generator[Batch, None, None]:
         """All samples once, from the first; of an iterable nothing of the epoch after it is read."""
-        if self._stream is None:
-            return self.batches(0, self.steps_per_epoch)
+        if self._plan is not None:
+            return self.batches(0, self._plan.steps_per_epoch)
         return self._from_stream(0, None, one_epoch=True)
 
-    def batches(self, start: int = 0, stop: int | None = None) -> Generator[Batch, None, None]:
+    def batches(self, start: int = 0, stop: int | None = None, *, alone: bool = False) -> Generator[Batch, None, None]:
         """Batch `start`, `start + 1`, … across epochs, until `stop`; closing it ends its thread and processes.
 
         A start costs the same wherever it is, except for an iterable without the state of that position, which is
-        read from its beginning.
+        read from its beginning. Every rank takes the same batches of an iterable, since they compare them; with `alone`
+        this rank takes some that the others do not.
         """
         if self._stream is not None:
-            yield from self._from_stream(start, stop)
+            yield from self._from_stream(start, stop, alone=alone)
         else:
             made = self._made(start, stop)
             try:
@@ -333,17 +343,20 @@ class Loader:
             return made
         return made[0], [move(data, self.device) for data in made[1]]
 
-    def _from_stream(self, start: int, stop: int | None, *, one_epoch: bool = False) -> Generator[Batch, None, None]:
+    def _from_stream(
+        self, start: int, stop: int | None, *, one_epoch: bool = False, alone: bool = False
+    ) -> Generator[Batch, None, None]:
         assert self._stream is not None
         states: dict[int, dict[str, Any]] = {}
+        counts: dict[int, int] = {}
         source = self._stream.run(start, self._position)
 
         def made() -> Generator[_Made, None, None]:
             try:
-                for step, micro, state in source:
+                for step, micro, state, samples_read in source:
                     if stop is not None and step.index >= stop:
                         return
-                    states[step.index] = state
+                    states[step.index], counts[step.index] = state, samples_read
                     yield (
                         step,
                         [self._collated(rows, samples) for rows, (samples, _) in zip(micro, step.micro, strict=True)],
@@ -354,19 +367,57 @@ class Loader:
                 source.close()
 
         moved = self._copied(made(), self.prefetch)
+
+        def following() -> Batch | None:
+            if (next_made := next(moved, None)) is None:
+                return None
+            batch = self._finished(*next_made)
+            self._check_announced(next_made[0])
+            return batch
+
+        agreement = None if alone else self._agreement
         try:
-            for step, micro in moved:
-                batch = self._finished(step, micro)
-                self._position = states.pop(step.index)
+            while (batch := self._agreed(following, counts, agreement) if agreement else following()) is not None:
+                self._position = states.pop(batch.index)
+                del counts[batch.index]
                 yield batch
         finally:
             moved.close()
+
+    def _agreed(
+        self, following: Callable[[], Batch | None], counts: dict[int, int], agreement: Agreement
+    ) -> Batch | None:
+        """The next batch, where all ranks have it; None after the last, which they have agreed on before."""
+        batch, failure = None, None
+        try:
+            if (batch := following()) is None:
+                return None
+        except Exception as error:  # noqa: BLE001  raised by the agreement, once the others know
+            failure = error
+        progress = None
+        if batch is not None:
+            progress = Progress(batch.epoch, batch.global_size, batch.ends_epoch, counts[batch.index])
+        agreement.check(progress, failure)
+        return batch
+
+    def _check_announced(self, step: Step) -> None:
+        """Says once that an epoch is not as long as the iterable's own `__len__` said."""
+        if step.ends_epoch and self._announced and step.epoch == 0 and not self._compared:
+            self._compared = True
+            if step.index + 1 != self._announced:
+                log.warning(
+                    "%s: __len__ announces %d batches in an epoch, and the first one had %d. trainer.max_epochs and learning-"
+                    "rate curves go by __len__; trainer.max_steps does not.",
+                    name_of(self.dataset),
+                    self._announced,
+                    step.index + 1,
+                )
 
     def _collated(self, rows: list[Any], samples: Indices) -> Any:
         try:
             return collate(rows, self.collate_fn)
         except Exception as error:
-            raise wrapped(self.dataset, f"collating {describe(samples)}", error) from error
+            raise uncollated(self.dataset, rows, samples, error, self.collate_fn) from error
 
     def _finished(self, step: Step, micro: list[Any]) -> Batch:
         if self._transform is not None:

@@ -54,11 +54,23 @@ class Stream:
             )
         self.stateful = all(callable(getattr(self.dataset, name, None)) for name in ("state_dict", "load_state_dict"))
         self._initial = self._snapshot()
-        self._used = False
+        self._used = self._exhausted = self._is_iterator = False
+        self._whole = dataset
 
-    def run(self, start: int, saved: State | None) -> Generator[tuple[Step, list[list[Any]], State], None, None]:
-        """Batches from `start` on, for ever. `saved` is the state that came with batch `start - 1`; without it, what
-        comes before `start` is read and thrown away.
+    @property
+    def announced(self) -> int | None:
+        """Batches in an epoch, from the iterable's own `__len__` (samples; of a shard its own); None without one."""
+        for dataset, size in ((self.dataset, self._wanted), (self._whole, self.global_batch_size)):
+            try:
+                length = len(dataset)
+            except (TypeError, NotImplementedError):
+                continue
+            return (length // size if self._least == self._wanted else -(-length // size)) or None
+        return None
+
+    def run(self, start: int, saved: State | None) -> Generator[tuple[Step, list[list[Any]], State, int], None, None]:
+        """Batches from `start` on, for ever, and the samples of the epoch that this rank has read for them. `saved` is the
+        state that came with batch `start - 1`; without it, what comes before `start` is read and thrown away.
 
         Raises:
             DataError: The dataset raised, or an epoch of it has no batch.
@@ -77,9 +89,7 @@ class Stream:
             rows = self._read(stream, place)
         while True:
             if len(rows) < self._least:
-                raise DataError(
-                    f"{self.name}: an epoch gave {len(rows)} samples, and a batch of this rank has at least {self._least}"
-                )
+                raise self._too_few(len(rows), epoch)
             state = self._snapshot()  # before reading on: to know whether an epoch ends, one batch more has to be read
             following = self._read(stream, place + 1)
             ends = len(following) < self._least
@@ -87,19 +97,39 @@ class Stream:
                 step, micro = self._step(index, epoch, place, rows, ends)
                 after = (epoch + 1, 0) if ends else (epoch, place + 1)
                 position = {"index": index + 1, "epoch": after[0], "place": after[1], "ended": ends}
-                yield step, micro, {**position, "dataset": state} if self.stateful else position
+                samples = place * self._wanted + len(rows) + len(following)
+                yield step, micro, {**position, "dataset": state} if self.stateful else position, samples
             index, place = index + 1, place + 1
             if ends:
+                self._exhausted = True
                 epoch, place = epoch + 1, 0
                 stream = self._open(epoch)
                 following = self._read(stream, place)
             rows = following
 
+    def _too_few(self, count: int, epoch: int) -> DataError:
+        """Of an epoch without a batch."""
+        if count == 0 and (epoch > 0 or self._exhausted or self._is_iterator):
+            return DataError(
+                f"{self.name}: epoch {epoch} gave no samples, though the iterable has been read before. It can be iterated "
+                "only once, as a generator can; each epoch calls iter() again, so give an object whose __iter__ begins anew"
+            )
+        if count == 0:
+            return DataError(f"{self.name} has no samples: epoch {epoch} of the iterable gave none")
+        whose = f" of this rank ({self.rank} of {self.world_size})" if self.sharded else ""
+        fix = "" if self.sharded else " or set data.drop_last=false"
+        return DataError(
+            f"{self.name}: epoch {epoch} gave {count} samples, fewer than the {self._wanted} of one full batch{whose}. Make "
+            f"data.global_batch_size={self.global_batch_size} smaller{fix}"
+        )
+
     def _open(self, epoch: int) -> Iterator[Any]:
         try:
             if callable(getattr(self.dataset, "set_epoch", None)):
                 self.dataset.set_epoch(epoch)
-            return iter(self.dataset)
+            stream: Iterator[Any] = iter(self.dataset)
+            self._is_iterator = stream is self.dataset
+            return stream
         except Exception as error:
             raise DataError(f"{self.name}, epoch {epoch}: {type(error).__name__}: {error}") from error
 

@@ -372,7 +372,7 @@ class Trainer:
 
     def example_batches(self) -> Iterator[Batch]:
         """Validation batches (of the first set; else training ones) from the first."""
-        return next(iter(self.val_loaders.values()), self.train_loader).batches(0, 1)
+        return next(iter(self.val_loaders.values()), self.train_loader).batches(0, 1, alone=True)
 
     # --- parts of the loop ----------------------------------------------------------------------------------------
 
@@ -528,7 +528,9 @@ class Trainer:
             return t.max_steps
         if per_epoch is None:
             raise ConfigError(
-                "needs a dataset with a length; use trainer.max_steps", key="trainer.max_epochs", value=t.max_epochs
+                "needs a dataset with a length; use trainer.max_steps, or give the iterable a __len__: its samples in an epoch",
+                key="trainer.max_epochs",
+                value=t.max_epochs,
             )
         steps = t.max_epochs * per_epoch
         return steps if t.max_steps is None else min(t.max_steps, steps)

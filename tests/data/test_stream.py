@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from raytrainer.data import Loader
 from raytrainer.errors import ConfigError, DataError
+from raytrainer.parallel import World
+from tests import ranks
 
 
 class Numbers:
@@ -185,9 +187,9 @@ def test_errors() -> None:
     assert next(batches).micro[0].data.tolist() == [0, 1]
     with pytest.raises(DataError, match="Broken, sample 5: OSError: gone"):
         list(batches)
-    with pytest.raises(DataError, match="Plain: an epoch gave 0 samples"):
+    with pytest.raises(DataError, match="Plain has no samples: epoch 0"):
         next(Loader(Plain(0), global_batch_size=2).batches())
-    with pytest.raises(DataError, match="gave 3 samples, and a batch of this rank has at least 4"):
+    with pytest.raises(DataError, match="epoch 0 gave 3 samples, fewer than the 4 of one full batch"):
         next(Loader(Plain(3), global_batch_size=4, drop_last=True).batches())
 
 
@@ -197,3 +199,147 @@ def test_an_iterable_of_torch() -> None:
             return iter(range(6))
 
     assert next(Loader(Torch(), global_batch_size=4, num_workers=2).batches()).micro[0].data.tolist() == [0, 1, 2, 3]
+
+
+class Announced(torch.utils.data.IterableDataset[int]):
+    """With a length, which may be wrong."""
+
+    def __init__(self, length: int, says: int) -> None:
+        self.length, self.says = length, says
+
+    def __len__(self) -> int:
+        return self.says
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.length))
+
+
+def test_a_length_that_the_iterable_announces_is_counted_in_batches(caplog: pytest.LogCaptureFixture) -> None:
+    def steps(says: int, **more: Any) -> int | None:
+        return Loader(Announced(10, says), global_batch_size=4, **more).steps_per_epoch
+
+    assert (steps(10), steps(10, drop_last=True), steps(3, drop_last=True)) == (3, 2, None)
+
+    class Unsaid(Plain):
+        def __len__(self) -> int:
+            raise TypeError("not known")
+
+    assert Loader(Unsaid(10), global_batch_size=4).steps_per_epoch is None
+    assert len(list(Loader(Announced(10, 10), global_batch_size=4).batches(0, 6))) == 6
+    assert caplog.text == ""
+    list(Loader(Announced(10, 20), global_batch_size=4).batches(0, 9))
+    assert caplog.text.count("Announced: __len__ announces 5 batches in an epoch, and the first one had 3") == 1
+
+
+def test_what_can_be_read_once_only_is_said_to_be() -> None:
+    generator = Loader((torch.tensor(i) for i in range(10)), global_batch_size=4)
+    with pytest.raises(DataError, match=r"generator: epoch 1 gave no samples.* only once, as a generator can"):
+        list(generator.batches(0, 4))
+    with pytest.raises(DataError, match="only once"):  # evaluation, the second time
+        list(generator.one_epoch())
+    whole = list(Loader((torch.tensor(i) for i in range(10)), global_batch_size=4).batches(0, 3))
+    assert [batch.ends_epoch for batch in whole] == [False, False, True]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_samples_that_are_none_are_named(num_workers: int) -> None:
+    class Nones(list[Any]):
+        pass
+
+    rows = Nones([torch.tensor(i) if i != 5 else None for i in range(8)])
+    with pytest.raises(DataError, match=r"Nones, sample 5 is None, .* data.collate_fn"):
+        list(Loader(rows, global_batch_size=4, num_workers=num_workers).batches(0, 2))
+    kept = Loader(rows, global_batch_size=8, collate_fn=lambda found: torch.stack([x for x in found if x is not None]))
+    assert len(next(kept.batches(0, 1)).micro[0].data) == 7
+    with pytest.raises(DataError, match="sample 1 is None"):
+        list(Loader(iter([torch.tensor(0), None]), global_batch_size=2).batches(0, 1))
+
+
+def test_samples_that_make_no_batch_get_advice() -> None:
+    with pytest.raises(DataError, match=r"data.collate_fn can be a function of yours"):
+        list(Loader([object()] * 4, global_batch_size=4).batches(0, 1))
+    ragged = [torch.zeros(i + 1) for i in range(4)]
+    with pytest.raises(DataError, match=r"pad them in a data.collate_fn"):
+        list(Loader(ragged, global_batch_size=4).batches(0, 1))
+
+
+# -- ranks that disagree -----------------------------------------------------------------------------------------------
+
+
+class Part(Plain):
+    """A stream of which each rank reads a part of another length."""
+
+    def __init__(self, *lengths: int) -> None:
+        self.lengths = lengths
+
+    def shard(self, rank: int, world_size: int) -> Any:
+        return Plain(self.lengths[rank])
+
+
+class Raising(Plain):
+    """Fails on one rank, at sample `length`."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        yield from (torch.tensor(i) for i in range(self.length))
+        if torch.distributed.get_rank() == 1:
+            raise OSError("gone")
+
+
+def seen(world: World, dataset: Any, lengths: list[int] | None, way: dict[str, Any]) -> Any:
+    """How many batches a rank got, and why no more."""
+    count = 0
+    try:
+        own = dataset if lengths is None else dataset(lengths[world.rank])
+        loader = Loader(own, rank=world.rank, world_size=world.size, **{"global_batch_size": 4, **way})
+        for _ in loader.batches(0, 12):
+            count += 1
+        list(loader.one_epoch())
+    except DataError as error:
+        return count, str(error)
+    return count, ""
+
+
+def test_ranks_agree_on_where_a_stream_ends() -> None:
+    """On two ranks: in each case both raise the same, after the same batch, instead of waiting for one another."""
+
+    def both(dataset: Any, lengths: list[int] | None = None, **way: Any) -> tuple[int, str]:
+        answers = ranks.run(2, seen, dataset, lengths, way)
+        assert answers[0] == answers[1]
+        return cast(tuple[int, str], answers[0])
+
+    for prefetch in (0, 2):
+        assert both(Part(9, 9), prefetch=prefetch) == (12, "")
+        count, message = both(Part(6, 20), prefetch=prefetch)
+        assert count == 2
+        assert (
+            "epoch 0 does not end on all ranks alike (rank 0: 6 samples, rank 1: 8 samples and it goes on)" in message
+        )
+        assert "Each shard must have the same number of full batches" in message
+    for count, message in ranks.run(2, seen, Part(1, 20), None, {}):  # in the first batch
+        assert count == 0
+        assert "Part: epoch 0 gave 1 samples, fewer than the 2 of one full batch of this rank (0 of 2)" in message
+    assert message.startswith("rank 0: Part")
+    assert "rank 1: 4 samples and it goes on" in message
+    count, message = both(Plain, [9, 14])  # whole, and not the same
+    assert count == 2
+    assert "rank 0: 9 samples, rank 1: 14 samples and it goes on" in message
+    assert "shard(rank, world_size)" in message
+    assert both(Plain, [9, 9]) == (12, "")
+
+
+def test_one_rank_that_cannot_read_is_named_on_all() -> None:
+    own, other = (ranks.run(2, seen, Raising(6), None, {}))[::-1]
+    assert own == (0, "Raising, sample 6: OSError: gone")
+    assert other[0] == 0
+    assert other[1].startswith("rank 1: Raising, sample 6: OSError: gone")
+
+
+def test_datasets_of_another_length_on_each_rank_are_refused_before_the_first_batch() -> None:
+    for count, message in ranks.run(2, lengths_of, [10, 12]):
+        assert count == 0
+        assert "the length of the dataset differs between ranks (rank 0: 10 samples, rank 1: 12 samples)" in message
+        assert "do not split it by rank" in message
+
+
+def lengths_of(world: World, lengths: list[int]) -> Any:
+    return seen(world, list(range(lengths[world.rank])), None, {})

@@ -1,0 +1,117 @@
+"""What the ranks must agree on about their data: how long a dataset is, and where an epoch of a stream ends.
+
+Without it a rank whose data ends earlier leaves the others waiting in a collective until that is aborted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from raytrainer.errors import DataError
+
+
+def in_group_of(world_size: int) -> bool:
+    """Whether this process is one of `world_size` that can talk to each other."""
+    return world_size > 1 and dist.is_available() and dist.is_initialized() and dist.get_world_size() == world_size
+
+
+def agree_on_length(name: str, length: int, is_stream: bool, world_size: int, device: torch.device) -> None:
+    """Compares a dataset's length over all ranks; every rank calls it.
+
+    Args:
+        name: Of the dataset, for the message.
+        length: Samples of a map-style dataset; of a stream the batches that it announces, -1 for none.
+        is_stream: Whether it is one.
+        world_size: Of the default process group.
+        device: Where that group's tensors are.
+
+    Raises:
+        DataError: They differ.
+    """
+    own = torch.tensor([int(is_stream), length], device=device)
+    gathered = [torch.empty_like(own) for _ in range(world_size)]
+    dist.all_gather(gathered, own)
+    said = [tuple(one.tolist()) for one in gathered]
+    if len(set(said)) == 1:
+        return
+    if len({kind for kind, _ in said}) > 1:
+        kinds = ", ".join(f"rank {r}: {'an iterable' if kind else 'map-style'}" for r, (kind, _) in enumerate(said))
+        raise DataError(f"{name}: the dataset is of another kind on some ranks ({kinds}). Build the same on each rank.")
+    what = "batches an epoch" if is_stream else "samples"
+    lengths = ", ".join(f"rank {rank}: {count} {what}" for rank, (_, count) in enumerate(said))
+    reason = (
+        "The shards must hold the same number of full batches"
+        if is_stream
+        else "Each rank needs the whole dataset, and takes its part of each batch itself: do not split it by rank"
+    )
+    raise DataError(f"{name}: the length of the dataset differs between ranks ({lengths}). {reason}.")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A batch of this rank: the samples of the epoch that were read up to it, all of them if it ends the epoch."""
+
+    epoch: int
+    global_size: int
+    ends_epoch: bool
+    samples: int
+
+
+class Agreement:
+    """Compares each batch of a stream over all ranks, in the order in which training takes them. Every rank makes it.
+
+    Args:
+        name: Of the dataset, for messages.
+        sharded: Whether each rank reads a part of its own.
+        world_size: Of the default process group.
+    """
+
+    def __init__(self, name: str, sharded: bool, world_size: int) -> None:
+        self._name, self._sharded, self._world_size = name, sharded, world_size
+        # Through host memory: it must not wait for the device.
+        self._group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+    def check(self, progress: Progress | None, failure: Exception | None) -> None:
+        """Returns where all ranks have the same batch; one that has none says why.
+
+        Args:
+            progress: Of this rank.
+            failure: What its stream raised instead.
+
+        Raises:
+            DataError: Batches differ, or another rank failed.
+            Exception: `failure`.
+        """
+        own = torch.tensor([-1, -1, -1, 0], dtype=torch.int64)
+        if progress is not None:
+            p = progress
+            own = torch.tensor([p.epoch, p.global_size, int(p.ends_epoch), p.samples])
+        gathered = [torch.empty_like(own) for _ in range(self._world_size)]
+        dist.all_gather(gathered, own, group=self._group)
+        said = [one.tolist() for one in gathered]
+        if all(one[:3] == said[0][:3] and one[0] >= 0 for one in said):
+            return
+        texts: list[str | None] = [None] * self._world_size
+        dist.all_gather_object(texts, None if failure is None else str(failure), group=self._group)
+        if failure is not None:
+            raise failure
+        failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
+        counts = [
+            f"rank {rank}: {samples} samples" + ("" if ends == 1 else " and it goes on")
+            for rank, (epoch, _, ends, samples) in enumerate(said)
+            if epoch >= 0
+        ]
+        if failed:
+            raise DataError(f"{'; '.join(failed)} (the other ranks read on: {', '.join(counts)})")
+        fix = (
+            "Each shard must have the same number of full batches: make them equally long, or let them end together"
+            if self._sharded
+            else "Each rank reads the whole stream and takes its part: it must be the same on all ranks; one that is split "
+            "by rank needs a method shard(rank, world_size)"
+        )
+        raise DataError(
+            f"{self._name}: epoch {said[0][0]} does not end on all ranks alike ({', '.join(counts)}). {fix}."
+        )
