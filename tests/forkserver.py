@@ -24,6 +24,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,13 +115,24 @@ class Server:
         return all(environment.get(name) == self.environment.get(name) for name in names)
 
     def start(
-        self, module: str, arguments: Sequence[str], folder: Path, out: Path, err: Path, environment: Mapping[str, str]
+        self,
+        program: Sequence[str],
+        arguments: Sequence[str],
+        folder: Path,
+        out: Path,
+        err: Path,
+        environment: Mapping[str, str],
     ) -> Forked:
-        """Start `python -m MODULE ARGUMENTS` in `folder`, in a session of its own; `out` and `err` are emptied first."""
+        """Start a program in `folder`, in a session of its own.
+
+        Args:
+            program: What stands before the arguments: `-m` and a module, `-c` and code, or the path of a script.
+            out, err: The files that its output replaces.
+        """
         connection = socket.socket(socket.AF_UNIX, _KIND)
         connection.connect(self._address)
         request = {
-            "module": module,
+            "program": list(program),
             "arguments": list(arguments),
             "folder": str(folder),
             "out": str(out),
@@ -208,11 +220,22 @@ def become(request: Mapping[str, Any], path: Sequence[str]) -> None:
         file = os.open(name, how, 0o666)
         os.dup2(file, number)
         os.close(file)
-    sys.path[:] = [request["folder"], *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *path]
-    sys.argv[1:] = request["arguments"]
-    sys.orig_argv[:] = [sys.executable, "-m", request["module"], *request["arguments"]]
+    program, arguments = request["program"], request["arguments"]
+    first = {"-m": request["folder"], "-c": ""}.get(program[0], str(Path(program[0]).parent))
+    sys.path[:] = [first, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *path]
+    sys.orig_argv[:] = [sys.executable, *program, *arguments]
     importlib.invalidate_caches()
-    runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+    if program[0] == "-m":
+        sys.argv[1:] = arguments
+        runpy.run_module(program[1], run_name="__main__", alter_sys=True)
+        return
+    sys.argv[:] = [program[0], *arguments]
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    if program[0] == "-c":
+        exec(program[1], vars(main))
+    else:
+        main.__file__ = program[0]
+        exec(compile(Path(program[0]).read_bytes(), program[0], "exec"), vars(main))
 
 
 def main() -> None:

@@ -111,8 +111,8 @@ class Launch:
             **(environment or {}),
         }
         self.process: subprocess.Popen[bytes] | forkserver.Forked
-        if not fresh and tuple(program) == ("-m", "raytrainer") and forkserver.server().can_start(environment):
-            self.process = forkserver.server().start("raytrainer", arguments, folder, self._out, self._err, environment)
+        if not fresh and forkserver.server().can_start(environment):
+            self.process = forkserver.server().start(program, arguments, folder, self._out, self._err, environment)
             return
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
@@ -148,11 +148,12 @@ class Launch:
 
     def until(self, what: str, found: Callable[[], Any], timeout_s: float = START_S) -> Any:
         """Waits until `found()` is true, and returns it; fails where the launch ends before."""
-        deadline = time.monotonic() + timeout_s
+        within = Within(timeout_s)
         while not (value := found()):
             assert self.process.poll() is None, f"it ended before: {what}\n{self.output()}"
-            assert time.monotonic() < deadline, f"not in {timeout_s:g} s: {what}\n{self.output()}"
-            time.sleep(0.002)
+            if within.took() > timeout_s:
+                within.check(f"{what}\n{self.output()}")
+            time.sleep(0.005)
         return value
 
     def said(self, text: str, timeout_s: float = START_S) -> None:

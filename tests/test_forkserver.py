@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ PROGRAM = """
         "arguments": sys.argv[1:],
         "program": sys.argv[0],
         "name": __name__,
-        "module": __spec__.name,
+        "module": __spec__ and __spec__.name,
+        "file": globals().get("__file__"),
         "is_main": sys.modules["__main__"].__dict__ is globals(),
         "path": sys.path[:2],
         "environment": {name: value for name, value in os.environ.items() if name not in ("_", "LC_CTYPE")},
@@ -52,9 +53,14 @@ def program(in_tmp: Path) -> Path:
     return in_tmp
 
 
-def start(folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> Forked:
+def start(
+    folder: Path,
+    *arguments: str,
+    program: Sequence[str] = ("-m", "looks"),
+    environment: Mapping[str, str] | None = None,
+) -> Forked:
     environment = {**os.environ, **(environment or {})}
-    return server().start("looks", arguments, folder, folder / "out", folder / "err", environment)
+    return server().start(program, arguments, folder, folder / "out", folder / "err", environment)
 
 
 def seen(folder: Path) -> dict[str, Any]:
@@ -63,13 +69,16 @@ def seen(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_child_is_as_a_new_interpreter(program: Path) -> None:
+@pytest.mark.parametrize("kind", ["module", "script", "code"])
+def test_a_child_is_as_a_new_interpreter(kind: str, program: Path) -> None:
+    script = program / "looks" / "__main__.py"
+    before = {"module": ["-m", "looks"], "script": [str(script)], "code": ["-c", script.read_text()]}[kind]
     environment = {**os.environ, "PYTHONPATH": "/first", "SOME": "value"}
-    forked = start(program, "a", "b c", environment=environment)
-    assert forked.wait(60) == 7
+    forked = start(program, "a", "b c", program=before, environment=environment)
+    assert forked.wait(60) == 7, (program / "err").read_text()
     found = seen(program)
     with (program / "out").open("wb") as out, (program / "err").open("wb") as err:
-        command = [sys.executable, "-m", "looks", "a", "b c"]
+        command = [sys.executable, *before, "a", "b c"]
         new = subprocess.run(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment, start_new_session=True
         )
@@ -107,5 +116,5 @@ def test_a_server_that_cannot_import_says_so(monkeypatch: pytest.MonkeyPatch, in
     broken = Server()
     monkeypatch.delenv("PYTHONHOME")
     with pytest.raises(RuntimeError, match="fork server"):
-        broken.start("looks", (), in_tmp, in_tmp / "out", in_tmp / "err", {})
+        broken.start(("-m", "looks"), (), in_tmp, in_tmp / "out", in_tmp / "err", {})
     broken.end()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from raytrainer.config import InitFrom
 from raytrainer.errors import ConfigError
 from raytrainer.parallel import World
 from raytrainer.trainer import Trainer
+from tests.launches import launched
 from tests.training import checkpointer, differences, experiment, node, weights
 
 transformers = pytest.importorskip("transformers")
@@ -93,22 +93,17 @@ def test_an_outside_project_fine_tunes_it_from_the_command_line(
     (in_tmp / "conf" / "experiment").mkdir(parents=True)
     (in_tmp / "conf" / "experiment" / "tune.yaml").write_text(EXPERIMENT)
 
-    def launched(*arguments: str) -> subprocess.CompletedProcess[str]:
-        program = [sys.executable, "-m", "raytrainer", *arguments]
-        return subprocess.run(program, capture_output=True, text=True, timeout=200, check=False)
-
     tune = ["--config-dir=conf", "experiment=tune", "cluster=inline", "init_from=hub"]
     monkeypatch.syspath_prepend(str(in_tmp))
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     assert cli.main(["check", *tune, "+model.config.num_hidden_layers=3"]) == 2
     assert "holds another model: it lacks model.layers.2.input_layernorm.weight" in capsys.readouterr().err
 
-    done = launched(*tune, "name=one")
-    assert done.returncode == 0, done.stderr
+    done = launched(in_tmp, *tune, "name=one").exits(0)
     shown = f"weights of {in_tmp}/hub/model.safetensors.index.json: {len(published) - 1} tensors taken"
-    assert shown in done.stderr
+    assert shown in done.err
     size = sum(t.numel() for n, t in published.items() if n != "lm_head.weight")  # which is the embedding again
-    assert f"training {size - 7 * 32:,} of {size:,} parameters" in done.stderr
+    assert f"training {size - 7 * 32:,} of {size:,} parameters" in done.err
     assert differences(load_file("at-0.safetensors"), published) == []
     after = load_file("at-8.safetensors")
     assert differences(after, published) != []
@@ -116,9 +111,8 @@ def test_an_outside_project_fine_tunes_it_from_the_command_line(
 
     # The folder may be gone by then, but for the config that the model is made by.
     (in_tmp / "hub" / "model.safetensors.index.json").unlink()
-    resumed = launched("resume", "one", "trainer.max_steps=12")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "weights of" not in resumed.stderr
+    resumed = launched(in_tmp, "resume", "one", "trainer.max_steps=12").exits(0)
+    assert "weights of" not in resumed.err
     assert differences(load_file("at-8.safetensors"), after) == []
 
     # Another run begins with this one's weights, by its id in MLflow alone.

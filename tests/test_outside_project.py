@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.launches import launched
+
 PACKAGE = '''
 """Everything that a user brings: a model, a loss, a dataset, a callback, a collate function and a curve."""
 
@@ -118,9 +120,8 @@ def project(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return in_tmp
 
 
-def launched(*arguments: str, console_script: bool = False) -> subprocess.CompletedProcess[str]:
-    script = [str(Path(sys.executable).with_name("raytrainer"))]
-    program = script if console_script else [sys.executable, "-m", "raytrainer"]
+def by_console_script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    program = [str(Path(sys.executable).with_name("raytrainer"))]
     return subprocess.run([*program, *arguments], capture_output=True, text=True, timeout=150, check=False)
 
 
@@ -130,9 +131,8 @@ def witnesses(project: Path) -> dict[str, list[int]]:
 
 @pytest.mark.slow
 def test_on_two_workers_with_config_dir(project: Path) -> None:
-    done = launched("--config-dir=conf", "experiment=mine", "cluster=local", "scaling.num_workers=2", "name=one")
-    assert done.returncode == 0, done.stderr
-    assert "outcome  finished, 12 steps" in done.stdout
+    mine = ["--config-dir=conf", "experiment=mine", "cluster=local", "scaling.num_workers=2", "name=one"]
+    assert "outcome  finished, 12 steps" in launched(project, *mine).exits(0).out
     seen = witnesses(project)
     assert sorted(seen) == ["witness-0-2", "witness-1-2"]  # imported and called on both workers
     assert len({pid for pid, _, _ in seen.values()}) == 2
@@ -146,7 +146,7 @@ def test_on_two_workers_with_config_dir(project: Path) -> None:
 @pytest.mark.slow
 def test_inline_by_searchpath_and_console_script(project: Path) -> None:
     where = f"hydra.searchpath=[file://{project}/conf]"
-    done = launched(where, "experiment=mine", "cluster=inline", "name=one", "model.width=4", console_script=True)
+    done = by_console_script(where, "experiment=mine", "cluster=inline", "name=one", "model.width=4")
     assert done.returncode == 0, done.stderr
     assert "outcome  finished, 12 steps" in done.stdout
     assert "raytrainer resume one trainer.max_epochs=…" in done.stdout
@@ -154,7 +154,7 @@ def test_inline_by_searchpath_and_console_script(project: Path) -> None:
 
     # Going on needs neither the search path nor the conf: the run has its whole config. The callback's state goes on.
     (project / "conf").rename(project / "moved")
-    done = launched("resume", "one", "trainer.max_epochs=4", console_script=True)
+    done = by_console_script("resume", "one", "trainer.max_epochs=4")
     assert done.returncode == 0, done.stderr
     assert witnesses(project)["witness-0-1"][1:] == [16, 16]
 

@@ -30,7 +30,7 @@ from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, C
 from tests.cluster.test_connection import saying, serving
 from tests.cluster.test_through_tls import documented
 from tests.launches import OUTSIDE
-from tests.outside.servers import free_port
+from tests.outside.ports import free_port
 
 if TYPE_CHECKING:
     from tests.outside.head import Head

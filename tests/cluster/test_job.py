@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from raytrainer.cluster.api import Jobs
-from tests.launches import Ended, Runs, launch, observed, record
+from tests.launches import Ended, Runs, launch, launched, observed, record
 from tests.outside.head import Head
 from tests.promises import Within
 
@@ -43,10 +43,7 @@ def submit(head: Head, in_tmp: Path) -> Callable[..., Any]:
 
 def verb(folder: Path, *arguments: str) -> Any:
     """What a verb tells as JSON."""
-    command = [sys.executable, "-m", "raytrainer", *arguments, "--json"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(launched(folder, *arguments, "--json").exits(0).out)
 
 
 def driver_of(head: Head) -> psutil.Process:

@@ -15,7 +15,7 @@ from tests.launches import Ended, Runs, launched, record
 from tests.outside.head import Head
 from tests.outside.servers import Certificates, Nginx
 
-pytestmark = [pytest.mark.nightly, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.nightly, pytest.mark.slow]
 
 PAGE = Path(__file__).parents[2] / "docs" / "clusters.md"
 

@@ -20,7 +20,7 @@ import pytest
 from tests.launches import OUTSIDE, Runs, launch, launched
 from tests.promises import Within
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.slow
 
 RUN = ["experiment=mlp", "name=run", "tracking.log_model=false", "trainer.max_epochs=1"]
 WITHOUT_TOKEN = {"RAY_AUTH_MODE": "disabled"}  # whoever runs the tests may have one of a cluster of theirs
@@ -94,7 +94,7 @@ def on(cluster: Growing) -> Iterator[list[str]]:
 
 
 def test_a_run_waits_for_nodes_that_go_after_it(cluster: Growing, on: list[str], tmp_path: Path) -> None:
-    with launch(tmp_path, *RUN, *on, "scaling.num_workers=3", environment=WITHOUT_TOKEN) as run:
+    with launch(tmp_path, *RUN, *on, "scaling.num_workers=3") as run:
         run.said("waiting for 3 CPUs (0:03): 1 CPU free")
         run.said("the cluster adds nodes")
         assert cluster.ask()["nodes"] == [1]
@@ -108,28 +108,26 @@ def test_a_run_waits_for_nodes_that_go_after_it(cluster: Growing, on: list[str],
 
 def test_what_it_can_never_serve_is_refused(cluster: Growing, on: list[str], tmp_path: Path) -> None:
     within = Within(10.0)
-    ended = launched(tmp_path, *RUN, *on, "scaling.num_workers=6", environment=WITHOUT_TOKEN).exits(2)
+    ended = launched(tmp_path, *RUN, *on, "scaling.num_workers=6", fresh=True).exits(2)
     within.check()
     assert "scaling.num_workers=6 × 1 CPU = 6 CPUs" in ended.err
     assert f"the cluster at {cluster.address} has at most 5 CPUs, nodes that it can add included" in ended.err
     assert "scaling.num_workers=5 fits" in ended.err
     # Enough in all, and on no node.
-    ended = launched(
-        tmp_path, "check", *RUN, *on, "+scaling.resources_per_worker.CPU=3", environment=WITHOUT_TOKEN
-    ).exits(2)
+    ended = launched(tmp_path, "check", *RUN, *on, "+scaling.resources_per_worker.CPU=3").exits(2)
     assert "a worker asks for 3 CPUs, and no node of" in ended.err
     assert not (tmp_path / "runs").exists()
 
 
 def test_check_accepts_what_can_come(on: list[str], tmp_path: Path) -> None:
     asked = [*RUN, *on, "scaling.num_workers=5", "preflight.first_batch=false"]
-    ended = launched(tmp_path, "check", *asked, environment=WITHOUT_TOKEN).exits(0)
+    ended = launched(tmp_path, "check", *asked).exits(0)
     assert "5 workers on CPU" in ended.out
 
 
 def test_interrupted_while_it_waits(cluster: Growing, on: list[str], tmp_path: Path) -> None:
     """Fault 26: nothing is left of its request either."""
-    with launch(tmp_path, *RUN, *on, "scaling.num_workers=2", environment=WITHOUT_TOKEN) as run:
+    with launch(tmp_path, *RUN, *on, "scaling.num_workers=2") as run:
         run.said("waiting for 2 CPUs")
         run.signal(signal.SIGINT)
         run.wait(10).exits(130)
@@ -141,7 +139,7 @@ def test_interrupted_while_it_waits(cluster: Growing, on: list[str], tmp_path: P
 def test_who_holds_what_is_waited_for(cluster: Growing, on: list[str], tmp_path: Path) -> None:
     cluster.gate.touch()
     assert cluster.ask("hold") == {"nodes": [1, 1, 1, 2], "placement_groups": ["CREATED"]}
-    with launch(tmp_path, *RUN, *on, "scaling.num_workers=2", environment=WITHOUT_TOKEN) as run:
+    with launch(tmp_path, *RUN, *on, "scaling.num_workers=2") as run:
         run.said("waiting for 2 CPUs (0:03): 0 CPUs free; somebody-elses holds 5 CPUs")
         cluster.ask("release")
         run.wait(120).exits(0)

@@ -32,7 +32,7 @@ from tests.launches import (
 )
 from tests.promises import Within
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.slow
 
 RUN = ["experiment=mlp", "name=run", "tracking.log_model=false", "trainer.max_epochs=4", "scaling.num_workers=2"]
 

@@ -14,7 +14,7 @@ import pytest
 from tests.launches import Ended, Launch, Runs, checkpoints, launch, observed, record, seeded, steps_of, summary
 from tests.promises import Within
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.slow
 
 END_S = 20.0  # twice what is promised: a machine may be busy
 CODES = {SIGINT: 130, SIGTERM: 143}

@@ -12,7 +12,7 @@ from raytrainer.storage import Storage
 from tests.launches import Runs, checkpoints, launch, launched, observed, record, restarts, steps_of
 from tests.test_storage import tiny_disk
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.slow
 
 INLINE = ["experiment=mlp", "name=run", "cluster=inline", "tracking.log_model=false"]
 

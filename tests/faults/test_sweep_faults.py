@@ -26,7 +26,7 @@ from tests.launches import (
 from tests.promises import Within
 from tests.tracking.test_mlflow_server import MlflowServer, Proxy
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 SWEEP = ["-m", "experiment=mlp", "name=sweep", "model.width=16", "model.dropout=0.2", "trainer.log_every_n_steps=5"]
 LR = "optimizer.lr=tag(log,interval(1e-4,1e-1))"

@@ -18,7 +18,7 @@ from tests.launches import Runs, launch, launched, observed, record, steps_of
 from tests.promises import Within
 from tests.tracking.test_mlflow_server import MlflowServer, Proxy
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.slow
 
 INLINE = ["experiment=mlp", "name=run", "cluster=inline", "tracking.log_model=false", "trainer.log_every_n_steps=1"]
 FIRST = ["experiment=mlp", "cluster=inline", "tracking.log_model=false", "trainer.max_steps=2"]

@@ -12,7 +12,7 @@ import pytest
 
 from tests.launches import Launch, Runs, checkpoints, launch, launched, observed, record, restarts, steps_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.slow
 
 SHORT = ["experiment=mlp", "name=run", "tracking.log_model=false", "trainer.log_every_n_steps=5"]
 TWO = "scaling.num_workers=2"

@@ -8,7 +8,7 @@ import pytest
 
 from tests.launches import Runs, launched, summary, trials
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 RUN = ["experiment=mlp", "name=run", "tracking.log_model=false", "trainer.max_epochs=2", "scaling.num_workers=1"]
 

@@ -10,20 +10,13 @@ from typing import Any
 
 import pytest
 
-from tests.launches import Runs, launch, observed, record
+from tests.launches import Runs, launch, launched, observed, record
 
 pytestmark = pytest.mark.slow
 
 
-def verb(folder: Path, *arguments: str, timeout_s: float = 90) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "raytrainer", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout_s, check=False)
-
-
 def told(folder: Path, *arguments: str) -> Any:
-    done = verb(folder, *arguments, "--json")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(launched(folder, *arguments, "--json").exits(0).out)
 
 
 def test_a_run_with_ray_is_followed_and_stopped(in_tmp: Path) -> None:
@@ -36,16 +29,15 @@ def test_a_run_with_ray_is_followed_and_stopped(in_tmp: Path) -> None:
         with subprocess.Popen(follow, cwd=in_tmp, stdout=subprocess.PIPE, text=True) as following:
             assert following.stdout is not None
             assert following.stdout.readline().startswith("one: local Ray, 1 worker on ")
-            stopped = verb(in_tmp, "stop", "one")
-            assert stopped.returncode == 0, stopped
+            stopped = launched(in_tmp, "stop", "one").exits(0)
             left = started.left()
             assert not left, left
             rest = following.stdout.read()
             assert following.wait(30) == 0
         started.wait().exits(143)
     assert "stopped by SIGTERM: saving a checkpoint" in rest
-    assert stopped.stdout.startswith("one is stopped (KILLED) after ")
-    assert stopped.stdout.rstrip().endswith(" processes are gone")
+    assert stopped.out.startswith("one is stopped (KILLED) after ")
+    assert stopped.out.rstrip().endswith(" processes are gone")
     assert Runs(in_tmp).status("one") == record(in_tmp, "one")["status"] == "KILLED"
     found = told(in_tmp, "status", "one")
     assert found["total_steps"] == 100000
@@ -60,8 +52,8 @@ def test_a_run_whose_driver_is_killed_is_closed_by_the_next_look(in_tmp: Path) -
         started.reaches(10)
         started.kill()
     assert Runs(in_tmp).status("one") == "RUNNING"
-    done = verb(in_tmp, "list")
-    assert done.stderr.startswith(f"raytrainer: one was RUNNING and is not: process {started.pid} on ")
-    assert [line.split()[:2] for line in done.stdout.splitlines()[1:]] == [["one", "FAILED"]]
+    done = launched(in_tmp, "list")
+    assert done.err.startswith(f"raytrainer: one was RUNNING and is not: process {started.pid} on ")
+    assert [line.split()[:2] for line in done.out.splitlines()[1:]] == [["one", "FAILED"]]
     assert Runs(in_tmp).status("one") == record(in_tmp, "one")["status"] == "FAILED"
     assert Runs(in_tmp).tags("one")["raytrainer.cause"].startswith("its driver died: process ")

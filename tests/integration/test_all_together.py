@@ -24,7 +24,7 @@ from tests.launches import launch, launched, observed, restarts, steps_of
 from tests.outside.head import Head
 from tests.outside.servers import S3, Certificates, Mlflow, Nginx, Postgres
 
-pytestmark = [pytest.mark.nightly, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.nightly, pytest.mark.slow]
 
 PLANTED = {"WANDB_API_KEY": "planted-5b1f0c77e2d94a"}
 # Whatever Ray's dashboard tells of, to whoever has the token.

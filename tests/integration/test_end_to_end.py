@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 
 from tests.launches import Ended, Runs, checkpoints, final_state, launch, record, summary
+from tests.outside.ports import free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 NAME = "digits é"  # not a run's name: the directory's, so that every path in the output has more than letters
 MODEL_NAME = "digits-model"
@@ -252,9 +253,7 @@ def test_model_is_registered(demo: Demo) -> None:
 @pytest.fixture
 def printed_ui(demo: Demo) -> Iterator[tuple[str, Path]]:
     """The printed command, running on a port of its own; its address and log."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     program, *arguments = shlex.split(summary(demo.ended.out)["next"])
     assert arguments[:3] == ["-m", "mlflow", "ui"]
     log = demo.folder / "ui.log"

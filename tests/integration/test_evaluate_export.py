@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from raytrainer.cli import main
 from tests.launches import empty_store
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:

@@ -31,9 +31,10 @@ from tests.launches import (
     seen,
     steps_of,
 )
-from tests.outside.servers import S3, free_port
+from tests.outside.ports import free_port
+from tests.outside.servers import S3
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.slow
 
 
 def digits_below(place: Storage, folder: Path) -> None:

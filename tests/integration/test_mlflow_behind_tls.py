@@ -15,7 +15,7 @@ from raytrainer.tracking.rest import Rest
 from tests.launches import Ended, launched
 from tests.outside.servers import S3, Certificates, Mlflow, Nginx, Postgres
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.slow
 
 RUN = ["experiment=smoke", "cluster=inline", "tracking.experiment_name=behind-tls"]
 WRONG = "wrong-password-of-tests"

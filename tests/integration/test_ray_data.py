@@ -10,7 +10,7 @@ import pytest
 
 from tests.launches import launched
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.slow
 
 
 def test_two_ranks_share_the_rows_of_each_epoch(tmp_path: Path) -> None:

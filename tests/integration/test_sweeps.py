@@ -18,7 +18,7 @@ import pytest
 from raytrainer.sweep import Trial
 from tests.launches import Ended, Runs, Seen, launch, launched, observed_trials, seen, summary, trials
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 TINY = ["model.width=16", "model.dropout=0.2", "trainer.log_every_n_steps=5"]
 TINY += ["tracking.log_model=false"]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import ray
+from ports import free_port  # type: ignore[import-not-found]  # beside this script
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FakeMultiNodeProvider
 from ray.cluster_utils import AutoscalingCluster
 from ray.job_config import JobConfig
@@ -118,12 +119,6 @@ class Cluster(AutoscalingCluster):  # type: ignore[misc]
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(20)
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return int(s.getsockname()[1])
 
 
 def connect(address: str, within_s: float) -> None:

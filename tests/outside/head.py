@@ -19,7 +19,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from tests.outside.servers import START_S, Server, free_port
+from tests.outside.ports import free_port
+from tests.outside.servers import START_S, Server
 
 _END_S = 60.0  # of `ray start`, which ends all that it has started
 

@@ -24,14 +24,10 @@ from typing import Any
 
 import trustme
 
+from tests.outside.ports import free_port
+
 START_S = 120.0  # on a loaded machine
 END_S = 10.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Server:

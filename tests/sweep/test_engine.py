@@ -31,7 +31,7 @@ from raytrainer.sweep.ledger import Ledger, Trial
 from raytrainer.sweep.search import TRIAL
 from tests.training import node
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.slow
 
 X = Parameter("x", "interval", low=0.0, high=1.0)
 REPORTS = 3

@@ -192,7 +192,6 @@ def test_after_every_kind_of_trial_it_is_as_in_a_new_process(process: Callable[.
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_what_was_compiled_for_others_is_not_seen(process: Callable[..., Process]) -> None:
     """After so many trials torch compiles no more: the ninth would be trained otherwise."""
     of = shared("trainer.compile=true", "trainer.max_epochs=1")

@@ -38,6 +38,7 @@ from raytrainer.tracking.rest import Rest
 from raytrainer.tracking.server import Server
 from raytrainer.tracking.spool import Row, Spool
 from tests.launches import empty_store
+from tests.outside.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 SLOW_S = 30.0
@@ -45,10 +46,7 @@ SLOW_S = 30.0
 
 class MlflowServer:
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self.folder, self.port = folder, free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
