@@ -8,9 +8,9 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/python -m raytrainer experiment=resnet
 
-# What CI runs: lint and types, and beside them the tests, in several processes.
+# What CI runs: lint and types, and beside them the tests, in several processes. SHARD=1/3: a third of the files.
 test: .venv/.installed-dev
-	.ci/tests $(BIN)/python
+	.ci/tests $(BIN)/python $(if $(SHARD),--shard=$(SHARD))
 
 # The tests that take seconds.
 quick: .venv/.installed-dev

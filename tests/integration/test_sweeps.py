@@ -140,6 +140,7 @@ def test_a_trial_trained_anew(reused: Swept) -> None:
     assert reused.runs.params("again")["callbacks.changes.what"] == "nothing"
 
 
+@pytest.mark.nightly  # tests/history/test_again.py composes it
 def test_a_sweep_run_anew(reused: Swept) -> None:
     """`rerun SWEEP`: a sweep of its own, under a name of its own."""
     ended = launched(reused.folder, "rerun", "sweep", "sweep.num_samples=1", "name=second").exits(0)
