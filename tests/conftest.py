@@ -4,6 +4,7 @@ Fixtures of one subject live beside its tests.
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import os
 import shutil
@@ -259,6 +260,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if group in by_group:
             by_group[group].append(item)
     items[:] = [item for group in order for item in by_group[group]]
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: collections, of which composing a config causes many, need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def shares(groups: Sequence[str], cost: Mapping[str, float], count: int) -> list[set[str]]:

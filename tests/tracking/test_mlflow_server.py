@@ -37,6 +37,7 @@ from raytrainer.tracking import (
 from raytrainer.tracking.rest import Rest
 from raytrainer.tracking.server import Server
 from raytrainer.tracking.spool import Row, Spool
+from tests import forkserver
 from tests.launches import empty_store
 from tests.outside.ports import free_port
 
@@ -47,27 +48,24 @@ SLOW_S = 30.0
 class MlflowServer:
     def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, free_port()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: forkserver.Forked | None = None
 
     def start(self) -> None:
         if not (self.folder / "db").exists():
             (self.folder / "db").write_bytes(empty_store())
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command = ["server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--backend-store-uri", f"sqlite:///{self.folder}/db", "--workers", "1"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        self._process = subprocess.Popen(
-            command,
-            start_new_session=True,
-            stdout=(self.folder / "log").open("ab"),
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        )
+        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        out, log = self.folder / "server.out", self.folder / "server.log"
+        # The command, which is here forked, starts the server itself as a program of its own.
+        self._process = forkserver.server().start(("-m", "mlflow"), command, self.folder, out, log, environment)
         deadline = time.monotonic() + 120
         while True:
             with suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5).close()
                 return
-            assert self._process.poll() is None, (self.folder / "log").read_text()
+            assert self._process.poll() is None, log.read_text()
             assert time.monotonic() < deadline
             time.sleep(0.1)
 
