@@ -18,12 +18,16 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from raytrainer import config, environment, errors
+from raytrainer import config, environment, errors, mlflow_model
+from raytrainer.errors import CheckpointNotFound
 from raytrainer.progress import Reporter, to_line
 from raytrainer.storage import Storage
 from raytrainer.tracking import MlflowTracker, NullTracker, Tracker, find_own_dir, redacted
+
+if TYPE_CHECKING:
+    from raytrainer.trainer.example import Example
 
 MODEL_FOLDER = "model"
 _log = logging.getLogger("raytrainer.worker")
@@ -260,7 +264,7 @@ def run(
                 tracker.set_tags({"raytrainer.init_from": told})
         result = trainer.fit()
         if world.rank == 0 and experiment.tracking.log_model and job.run_id is not None and result.reason != "stopped":
-            log_model(trainer, tracker, emit)
+            log_model(trainer, job, tracker, emit)
         checkpointer.close()
     except BaseException as error:
         # What happened first is what is told; the save in flight may only fail because of it. The best state that is
@@ -383,88 +387,30 @@ def _say(message: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def log_model(trainer: Any, tracker: Tracker, emit: Callable[[dict[str, Any]], None]) -> None:
+def log_model(trainer: Any, job: Job, tracker: Tracker, emit: Callable[[dict[str, Any]], None]) -> None:
     """Puts the best weights (else the last) into the run as an MLflow model that `mlflow.pytorch.load_model` loads.
 
-    As a graph by torch.export, with a batch dimension of any size, which needs no code of ours to load; where the
-    model cannot be exported, pickled, and it is said. Never fails a run that has trained.
+    A process of its own writes it, with a time limit: as a graph by torch.export, with a batch dimension of any size,
+    which needs no code of ours to load; where the model cannot be exported, pickled, and it is said. Never fails a run that
+    has trained.
     """
+    seen: Example | None = trainer.example.example
     try:
+        if trainer.world.distributed and not trainer.checkpointer.list():
+            raise CheckpointNotFound("there is no checkpoint, and one rank alone does not have all of the weights")
+        step, weights = trainer.best_weights()
+        too_large = "its inputs take more than 64 MiB" if seen is not None and seen.too_large else None
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, MODEL_FOLDER)
-            step, weights = trainer.best_weights()
-            how = save_model(trainer, path, step, weights)
+            example = seen.on_cpu() if seen is not None and too_large is None else None
+            how = mlflow_model.export(
+                job.text, job.overrides, weights, path, step=step, example=example, no_graph=too_large
+            )
+            if how != "pt2":
+                emit({"kind": "note", "text": f"the MLflow model is in the form {how}"})
             tracker.log_artifact(path)
         tracker.set_tags({"raytrainer.model_step": str(step), "raytrainer.model_format": how})
     except Exception as error:  # noqa: BLE001  the weights are in the checkpoint; an export is a convenience
-        emit({"kind": "warning", "text": f"the MLflow model was left out: {type(error).__name__}: {_first(error)}"})
-        tracker.set_tags({"raytrainer.model_format": f"none: {_first(error)}"[:500]})
-
-
-def save_model(trainer: Any, path: Path, step: int, weights: Mapping[str, Any]) -> str:
-    """Writes MLflow's form of the model with these weights; the form, in words.
-
-    Args:
-        trainer: Whose loss and data say what the model is called with.
-        path: The folder to be.
-        step: Of the weights.
-        weights: A state dict on the CPU.
-    """
-    import mlflow.pytorch
-    import torch
-    from mlflow.models import infer_signature
-
-    from raytrainer.batches import map_tensors
-    from raytrainer.state import load_weights
-
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
-    # Built anew, so that neither torch.compile nor DDP is part of it; in float32, which every consumer can run.
-    model = config.build(trainer.experiment.model).float().eval()
-    load_weights(model, weights, f"the checkpoint of step {step}")
-    batch = next(trainer.example_batches())
-    data = map_tensors(batch.micro[0].data, lambda t: t.detach().cpu().float() if t.is_floating_point() else t.cpu())
-    with torch.no_grad():
-        inputs, kwargs = _inputs_of(model, lambda: trainer.loss(model, data))
-        requirements = [f"torch=={torch.__version__.partition('+')[0]}", "numpy"]
-        example = tuple(t.numpy() for t in inputs if isinstance(t, torch.Tensor))
-        exportable = not kwargs and len(example) == len(inputs) == 1
-        if exportable:
-            try:
-                output = model(*inputs)
-                mlflow.pytorch.save_model(
-                    model,
-                    str(path),
-                    signature=infer_signature(example[0], output.numpy()),
-                    input_example=example[0],
-                    pip_requirements=requirements,
-                    serialization_format="pt2",
-                )
-                return "pt2"
-            except Exception as error:  # noqa: BLE001  torch.export refuses in many ways; then it is the other format
-                reason = _first(error)
-        else:
-            reason = "its forward takes more than one tensor"
-    _remove(path)
-    mlflow.pytorch.save_model(model, str(path), pip_requirements=requirements, serialization_format="pickle")
-    return f"pickle ({reason})"[:500]
-
-
-def _inputs_of(model: Any, call: Callable[[], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What `model` is called with in `call`: only the loss knows which part of a batch is its input."""
-    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    hook = model.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
-    try:
-        call()
-    finally:
-        hook.remove()
-    return seen[0]
-
-
-def _remove(path: Path) -> None:
-    import shutil
-
-    shutil.rmtree(path, ignore_errors=True)
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = mlflow_model.first_line(error)
+        emit({"kind": "warning", "text": f"the MLflow model was left out: {type(error).__name__}: {reason}"})
+        tracker.set_tags({"raytrainer.model_format": f"none: {reason}"[:500]})

@@ -52,7 +52,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tracking",
         "progress",
     ),
+    ("own_code",),
     ("trainer",),
+    ("mlflow_model",),
     ("worker",),
     ("supervise", "preflight"),
     ("run",),
@@ -68,13 +70,13 @@ ALLOWED_IN_LAYER = {("__main__", "cli")}
 # Third parties stay in their rooms, imports inside functions included.
 ROOMS: dict[str, frozenset[str]] = {
     "ray": frozenset({"data", "worker", "run", "supervise", "sweep", "cluster", "history"}),
-    "mlflow": frozenset({"tracking", "worker"}),
+    "mlflow": frozenset({"tracking", "mlflow_model"}),
     "pyarrow": frozenset({"data", "storage", "sweep"}),
     "hydra": frozenset({"config", "cli", "hydra_plugins"}),
     "omegaconf": frozenset({"config", "cli", "hydra_plugins"}),
 }
-# In the worker: only what logs the model, which is one function. In data: only RayDataset, for whom Ray reads.
-ONE_FUNCTION = {("mlflow", "worker"), ("ray", "data")}
+# What writes the model is one function. In data: only RayDataset, for whom Ray reads.
+ONE_FUNCTION = {("mlflow", "mlflow_model"), ("ray", "data")}
 # Never torch, wherever in the file. (In `seeds` it is imported inside functions.)
 NO_TORCH = frozenset({"errors", "config", "storage", "events", "tracking", "completion", "cli", "__main__"})
 

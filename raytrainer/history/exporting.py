@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from raytrainer import tracking
+from raytrainer import mlflow_model, tracking
 from raytrainer.config import Experiment, build, checkpoint_mode, from_text, locate
 from raytrainer.errors import CheckpointNotFound, ConfigError, StorageError
 from raytrainer.history.finding import tracking_uri_of
@@ -98,7 +98,7 @@ def export(
         _write_weights(made, e, weights, {"raytrainer.run": source.name, "raytrainer.step": str(info.step)}, say)
         (made / CONFIG).write_text(source.text)
         if mlflow or register is not None:
-            how = _write_mlflow(made / _MLFLOW, e, info.step, weights)
+            how = mlflow_model.export(source.text, (), weights, made / _MLFLOW, step=info.step)
             say(f"the MLflow model is in the form {how}")
         if register is not None:
             assert uri is not None
@@ -175,15 +175,6 @@ def _hugging_face(e: Experiment, say: Callable[[str], None]) -> Any:
     except ConfigError as error:  # its code, or the folder with its config, is not here: the weights are
         say(f"without the model's own config, since it cannot be made here: {error}")
         return None
-
-
-def _write_mlflow(path: Path, e: Experiment, step: int, weights: dict[str, Any]) -> str:
-    from raytrainer import worker
-    from raytrainer.trainer import Trainer
-
-    # One process on the CPU, as the one that reads it may be.
-    e.trainer.strategy, e.trainer.compile, e.trainer.ema_decay, e.init_from = "ddp", False, None, None
-    return worker.save_model(Trainer(e), path, step, weights)
 
 
 def _register(uri: str, run_id: str, step: int, model: Path, name: str) -> str:

@@ -49,7 +49,7 @@ def evaluate(t: Trainer) -> dict[str, float]:
     if t.ema_model is not None:
         parallel.load_buffers(t.ema_model, dict(t.raw_model.named_buffers()))
     found: dict[str, float] = {}
-    with _evaluating(model), parallel.averaged_buffers(model, t.world):
+    with _evaluating(model), parallel.averaged_buffers(model, t.world), t.example.watching(model):
         for name, loader in t.val_loaders.items():
             prefix = f"val/{name}/" if name else "val/"
             values = {prefix + key: value for key, value in _over(t, model, loader, prefix).items()}

@@ -5,6 +5,7 @@ Knows neither Ray nor MLflow: it takes a `World` and listeners, and tells them w
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -27,6 +28,7 @@ from raytrainer.optim import build_optimizer, build_scheduler
 from raytrainer.parallel import Precision, World
 from raytrainer.state import load_weights
 from raytrainer.trainer import evaluation, snapshot
+from raytrainer.trainer.example import ExampleRecorder
 from raytrainer.trainer.model import build_model, take_weights
 from raytrainer.trainer.profile import recorded
 from raytrainer.trainer.utilisation import Utilisation
@@ -145,6 +147,7 @@ class Trainer:
         self._lr: Any = 0.0
         self._extra: dict[str, float] = {}
         self._own_names = {"epoch", "checkpoint/stall_seconds"}  # of metrics that are not a callback's
+        self.example = ExampleRecorder()  # of all ranks alike, for the export after training
         self.window = WeightedMeans(device, self.world.all_reduce)
         self.throughput = Throughput()
         self._utilisation = Utilisation(self)
@@ -176,7 +179,8 @@ class Trainer:
         try:
             with recorded(self) as profile:
                 for batch in self._warmed_up(batches):
-                    self.train_step(batch)
+                    with self._recording():
+                        self.train_step(batch)
                     profile()
                     self.events.step_end(self, self.step, batch.epoch)
                     last = self.step == self.total_steps
@@ -534,6 +538,13 @@ class Trainer:
             )
         steps = t.max_epochs * per_epoch
         return steps if t.max_steps is None else min(t.max_steps, steps)
+
+    def _recording(self) -> contextlib.AbstractContextManager[None]:
+        """What the model is called with in training, where there is no evaluation to see it in."""
+        evaluates = self.val_loaders and self.experiment.trainer.eval_every_n_steps != 0
+        if evaluates or self.example.example is not None:
+            return contextlib.nullcontext()
+        return self.example.watching(self.raw_model)
 
     def _epoch(self) -> int:
         per_epoch = self.train_loader.steps_per_epoch
