@@ -57,7 +57,13 @@ def export(
     with tempfile.TemporaryDirectory(prefix="raytrainer-") as folder:
         state = str(Path(folder, _STATE))
         torch.save({"weights": dict(weights), "example": None if example is None else dict(example)}, state)
-        request = {"state": state, "text": text, "overrides": list(overrides), "path": str(path), "step": step}
+        request: dict[str, Any] = {
+            "state": state,
+            "text": text,
+            "overrides": list(overrides),
+            "path": str(path),
+            "step": step,
+        }
         if re.search(r"_target_: ['\"]?__main__\.", text):  # only this process has it, and it is alone
             return str(write(**request, graph=no_graph is None, reason=no_graph or ""))
         reason = no_graph or ""

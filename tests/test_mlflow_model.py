@@ -19,6 +19,7 @@ from raytrainer.config import from_text
 from raytrainer.errors import TrainingError
 from raytrainer.isolated import Ended
 from raytrainer.parallel import World
+from raytrainer.tracking import NullTracker
 from raytrainer.trainer import Trainer
 from raytrainer.trainer.example import ExampleRecorder
 from tests.training import experiment, images, node
@@ -112,7 +113,13 @@ def test_a_pickled_model_of_the_users_own_loads_from_another_folder(
     batch = {"image": torch.randn(3, 1, 4, 4)}
     example = {"args": (batch,), "kwargs": {}, "output": net(batch).detach()}
     model = {"_target_": "mine.net.Net"}
-    request = {"text": text_of(model), "overrides": [], "path": str(tmp_path / "model"), "step": 2, "graph": True}
+    request: dict[str, Any] = {
+        "text": text_of(model),
+        "overrides": [],
+        "path": str(tmp_path / "model"),
+        "step": 2,
+        "graph": True,
+    }
     how = mlflow_model.write(state(tmp_path, dict(net.state_dict()), example), **request)
     assert how == "pickle (its forward takes more than one tensor)"
     assert not list((tmp_path / "model").rglob("*.env"))
@@ -200,7 +207,7 @@ def test_after_training_the_loss_is_not_called(changes: dict[str, Any], monkeypa
     monkeypatch.setattr(mlflow_model, "export", export)
     tags: dict[str, str] = {}
 
-    class Kept(worker.NullTracker):
+    class Kept(NullTracker):
         def set_tags(self, given: Any) -> None:
             tags.update(given)
 
@@ -212,7 +219,12 @@ def test_after_training_the_loss_is_not_called(changes: dict[str, Any], monkeypa
 
 def test_one_call_is_recorded_and_a_compiled_model_is_not_compiled_again() -> None:
     model, recorder, compiled = nn.Linear(4, 2), ExampleRecorder(), []
-    model._compiled_call_impl = lambda *args: compiled.append(args) or model._call_impl(*args)  # type: ignore[assignment,func-returns-value]
+
+    def call(*args: Any) -> Any:
+        compiled.append(args)
+        return model._call_impl(*args)
+
+    model._compiled_call_impl = call
     original = model._compiled_call_impl
     with recorder.watching(model):
         model(torch.ones(3, 4))
@@ -237,8 +249,8 @@ def test_inputs_that_are_too_large_are_not_kept(monkeypatch: pytest.MonkeyPatch)
 def test_without_a_checkpoint_one_rank_of_several_does_not_ask_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(experiment())
     object.__setattr__(trainer, "world", World(0, 2))
-    trainer.checkpointer = type("Empty", (), {"list": lambda self: []})()  # type: ignore[assignment]
+    trainer.checkpointer = type("Empty", (), {"list": lambda self: []})()
     monkeypatch.setattr(Trainer, "best_weights", lambda self: pytest.fail("asked"))
     told: list[dict[str, Any]] = []
-    worker.log_model(trainer, worker.Job("", ""), worker.NullTracker(), told.append)
+    worker.log_model(trainer, worker.Job("", ""), NullTracker(), told.append)
     assert "there is no checkpoint" in told[0]["text"]

@@ -67,7 +67,7 @@ class ExampleRecorder:
                 self._keep(args, kwargs, output)
                 return output
 
-            model._compiled_call_impl = call  # type: ignore[assignment]
+            model._compiled_call_impl = call
             try:
                 yield
             finally:
@@ -98,4 +98,4 @@ class ExampleRecorder:
         with torch.no_grad():
             copied = map_tensors((args, kwargs), lambda tensor: tensor.detach().clone())
             first = map_tensors(output, lambda t: (t.detach()[:_ROWS] if t.dim() else t.detach()).clone())
-        self.example = Example(*copied, first)
+        self.example = Example(copied[0], copied[1], first)
