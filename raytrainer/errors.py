@@ -12,6 +12,7 @@ RaytrainerError
 │   └── ClusterLost          Ray, or its controller, is gone
 ├── StorageError             a path or URI that cannot be read or written
 │   ├── StorageFull          no space left at the path
+│   ├── StorageGone          a run's directory was deleted or moved while the run was going on
 │   └── StorageLocked        another run owns the directory
 ├── CheckpointError          a checkpoint that cannot be written or read
 │   ├── CheckpointNotFound   no committed checkpoint there
@@ -161,6 +162,10 @@ class StorageError(RaytrainerError):
 
 class StorageFull(StorageError):
     """No space left at the path."""
+
+
+class StorageGone(StorageError):
+    """A run's directory was deleted or moved while the run was going on."""
 
 
 class StorageLocked(StorageError):

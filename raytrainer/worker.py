@@ -40,6 +40,7 @@ _HOPELESS = (
     errors.NonFiniteLoss,
     errors.CheckpointError,
     errors.StorageFull,
+    errors.StorageGone,
     errors.StorageLocked,
     TypeError,
     ValueError,
@@ -226,8 +227,11 @@ def run(
     uri = uri if redacted(uri) == job.tracking_uri else job.tracking_uri
     tracker, node_tracker = _trackers(job, experiment, world, uri)
     evaluate = experiment.evaluate
+    place = Storage.shown_as((evaluate and evaluate.run_dir) or job.run_dir, root)
+    # Of a trial its sweep's directory is the one that must be there.
+    place = place.anchored(Storage.shown_as(job.marked, root) if job.marked else None)
     checkpointer = Checkpointer(
-        Storage.shown_as((evaluate and evaluate.run_dir) or job.run_dir, root).child("checkpoints"),
+        place.child("checkpoints"),
         rank=world.rank,
         world_size=world.size,
         num_to_keep=c.num_to_keep,
@@ -357,22 +361,27 @@ class _Tracking:
         tags = {"raytrainer.workers": str(event.world_size)}
         if event.total_steps is not None:
             tags["raytrainer.total_steps"] = str(event.total_steps)
-        self._tracker.set_tags(tags)
+        # A run that goes on from an earlier checkpoint has not come to what was the best after that.
+        self._tracker.set_tags({**tags, **self._best(trainer)})
 
     def on_log(self, trainer: Any, event: Any) -> None:
         self._tracker.log_metrics(event.metrics, event.step)
 
     def on_eval_end(self, trainer: Any, event: Any) -> None:
         self._tracker.log_metrics(event.metrics, event.step)
+        if trainer.best.step == event.step:
+            self._tracker.set_tags(self._best(trainer))
+
+    @staticmethod
+    def _best(trainer: Any) -> dict[str, str]:
         best = trainer.best
-        if best.step == event.step:
-            self._tracker.set_tags(
-                {
-                    "raytrainer.monitor": best.metric,
-                    "raytrainer.monitor.best": repr(float(best.value)),
-                    "raytrainer.monitor.best_step": str(best.step),
-                }
-            )
+        if best.value is None:
+            return {}
+        return {
+            "raytrainer.monitor": best.metric,
+            "raytrainer.monitor.best": repr(float(best.value)),
+            "raytrainer.monitor.best_step": str(best.step),
+        }
 
     def on_checkpoint(self, trainer: Any, event: Any) -> None:
         self._tracker.log_metrics({"checkpoint/stall_seconds": event.stall_s}, event.step)

@@ -61,7 +61,7 @@ PUBLIC = {
 DEFINED = {
     "raytrainer.errors": """
         CheckpointCorrupt CheckpointError CheckpointNotFound ClusterDenied ClusterError ClusterLost ClusterUnreachable
-        ConfigError DataError JobExists NonFiniteLoss PreflightError RaytrainerError Refused RunNotFound Stopped StorageError StorageFull StorageLocked
+        ConfigError DataError JobExists NonFiniteLoss PreflightError RaytrainerError Refused RunNotFound Stopped StorageError StorageFull StorageGone StorageLocked
         TrackingDenied TrackingError TrackingUnreachable TrainingError WorkerError nearest
     """,
     "raytrainer.callbacks": "SavePretrained",

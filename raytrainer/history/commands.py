@@ -147,6 +147,7 @@ def outcome_json(outcome: Any) -> str:
         outcome: `run.Outcome` or `sweep.SweepOutcome`.
     """
     found = {key: getattr(outcome, key) for key in ("status", "exit_code", "where", "cause", "mlflow", "seconds")}
+    found |= {"seconds_of_all_attempts": outcome.record.seconds, "attempts": outcome.record.attempts}
     found |= {"name": outcome.record.name, "run_id": outcome.record.run_id, "run_dir": outcome.record.run_dir}
     if hasattr(outcome, "trials"):
         keys = ("id", "status", "parameters", "overrides", "run_id", "cause")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,9 +16,11 @@ from typing import Any, cast
 from raytrainer.errors import RunNotFound, StorageError
 from raytrainer.history.finding import Known
 from raytrainer.history.signs import Verdict
+from raytrainer.run.record import ATTEMPTS_TAG, LAUNCHED_TAG, SECONDS_TAG, STEP_TAG, Record
 from raytrainer.storage import Storage
 from raytrainer.sweep.ledger import Ledger, Mode
 from raytrainer.sweep.plan import Plan
+from raytrainer.sweep.table import ranked
 from raytrainer.tracking.runs import CAUSE_TAG
 from raytrainer.tracking.server import StoredRun
 
@@ -32,9 +35,12 @@ class Facts:
         status: MLflow's; of a job that has no run there PENDING while it waits, REFUSED where its cluster's side found
             what cannot work, UNKNOWN where its cluster does not answer.
         where: In words, e.g. `local Ray, 2 workers on CPU`, or the address of its cluster.
-        started, ended: Seconds since the epoch.
+        started, ended: Seconds since the epoch: of the first attempt's launch, and of the last one's end.
+        seconds: For which it went on: over all attempts from launch to end, until now of one that runs. Of a trial those
+            for which it trained.
         step, total_steps: Optimizer steps done, and to do.
-        monitor, best, best_step: The metric that is watched, its best value, and where that was.
+        monitor, best, best_step: The metric that is watched, its best value, and where that was; of a sweep the best trial's,
+            whose number is `best_trial`.
         trials: Of a sweep: status → how many.
         cause: Why it ended as it did; of one that runs, what is uncertain about it.
         last_job: Of a run whose last job ended before it had the run: its `submission_id`, `status` and `cause`.
@@ -50,11 +56,13 @@ class Facts:
     where: str | None = None
     started: float | None = None
     ended: float | None = None
+    seconds: float | None = None
     step: int | None = None
     total_steps: int | None = None
     monitor: str | None = None
     best: float | None = None
     best_step: int | None = None
+    best_trial: str | None = None
     workers: str | None = None
     trials: Mapping[str, int] = field(default_factory=dict)
     cause: str | None = None
@@ -72,6 +80,8 @@ class Facts:
             found[key] = None if found[key] is None else _iso(found[key])
         if self.best is not None and not math.isfinite(self.best):
             found["best"] = None
+        if self.seconds is not None:
+            found["seconds"] = round(self.seconds, 3)
         return found
 
 
@@ -91,26 +101,30 @@ def facts_of(known: Known, verdict: Verdict | None = None) -> Facts:
         return _of_trial(known, known.storage, known.trial)
     record, stored = known.record, known.stored
     tags = stored.tags if stored is not None else {}
-    cause = tags.get(CAUSE_TAG)
+    cause = (tags.get(CAUSE_TAG) if stored is not None else record.cause) or None
+    status = stored.status if stored is not None else record.status
+    started = stored.started if stored is not None else _seconds(record.created)
+    ended = (stored.ended if stored is not None else record.ended or None) if status != "RUNNING" else None
     if verdict is not None and verdict.life == "unsure":
         cause = f"uncertain whether it lives: {verdict.why}"
     return Facts(
         name=f"{record.name}.{known.trial}" if known.trial else record.name,
         kind="trial" if known.trial else record.kind,
-        status=stored.status if stored is not None else record.status,
+        status=status,
         run_id=stored.run_id if stored is not None else record.run_id,
         user=tags.get("mlflow.user"),
         host=tags.get("raytrainer.host"),
         where=_where(tags, known.cluster_address),
-        started=stored.started if stored is not None else _seconds(record.created),
-        ended=stored.ended if stored is not None and stored.status != "RUNNING" else None,
+        started=started,
+        ended=ended,
+        seconds=_seconds_of(record, stored, started, ended),
         workers=tags.get("raytrainer.workers") or (stored.params.get("scaling.num_workers") if stored else None),
         cause=cause,
         life=verdict.life if verdict is not None else None,
         run_dir=record.run_dir,
         submission_id=known.submission_id,
         cluster_address=known.cluster_address,
-        attempts=record.attempts or None,
+        attempts=record.attempts or _number(tags.get(ATTEMPTS_TAG)),
         **(_of_sweep(known, tags) if record.kind == "sweep" and not known.trial else _of_run(known, stored)),
     )
 
@@ -136,21 +150,45 @@ def checkpoints(storage: Storage) -> list[Saved]:
     return sorted(found, key=lambda saved: saved.step)
 
 
+def _seconds_of(record: Record, stored: StoredRun | None, started: float | None, ended: float | None) -> float | None:
+    """For how long all attempts went on, by MLflow where that was asked, else by the record. Of a version that did not
+    note it: from the start of the first to the end of the last."""
+    tags = stored.tags if stored is not None else {}
+    before = _real(tags.get(SECONDS_TAG)) if stored is not None else record.seconds or None
+    launched = _real(tags.get(LAUNCHED_TAG)) if stored is not None else record.launched or None
+    running = (stored.status if stored is not None else record.status) == "RUNNING"
+    if not running and before is not None:
+        return before
+    if running and launched is not None:
+        return (before or 0.0) + max(0.0, time.time() - launched)
+    if started is None or (ended is None and not running):
+        return None
+    return max(0.0, (time.time() if ended is None else ended) - started)
+
+
 def _of_run(known: Known, stored: StoredRun | None) -> dict[str, Any]:
+    record = known.record
     if stored is None:
+        if record.step is not None and record.status != "RUNNING":
+            of_best = {"monitor": "monitor", "best": "value", "best_step": "step"}
+            return {"step": record.step, **{name: record.best.get(key) for name, key in of_best.items()}}
         steps: list[int] = []
         if known.storage is not None:
             with suppress(StorageError):
-                names = [entry.name for entry in known.storage.list("checkpoints")]
-                steps = [int(match[1]) for name in names if (match := _MANIFEST.fullmatch(name))]
+                folders = [entry.name for entry in known.storage.list("checkpoints")]
+                steps = [int(match[1]) for name in folders if (match := _MANIFEST.fullmatch(name))]
         return {"step": max(steps, default=None)}
     tags = stored.tags
     best, monitor = tags.get("raytrainer.monitor.best"), tags.get("raytrainer.monitor")
     # Metrics of the machine count their samples, not steps.
     steps = [step for key, (_, step) in stored.metrics.items() if key.startswith(("train/", "val/"))]
+    told = _number(tags.get(STEP_TAG)) if stored.status != "RUNNING" else None
+    evaluates = "raytrainer.evaluates" in tags  # of the run that it evaluates it knows nothing but the checkpoint
     return {
-        "step": max(steps, default=None),
-        "total_steps": _number(tags.get("raytrainer.total_steps") or stored.params.get("trainer.max_steps")),
+        "step": max(steps, default=None) if told is None else told,
+        "total_steps": None
+        if evaluates
+        else _number(tags.get("raytrainer.total_steps") or stored.params.get("trainer.max_steps")),
         "monitor": monitor or stored.params.get("checkpoint.monitor"),
         "best": float(best) if best else None,
         "best_step": _number(tags.get("raytrainer.monitor.best_step")),
@@ -174,6 +212,7 @@ def _of_trial(known: Known, storage: Storage, number: str) -> Facts:
         where=f"trial of {known.record.name}",
         started=trial.started,
         ended=trial.ended,
+        seconds=trial.took(time.time()),
         step=trial.reports[-1].step if trial.reports else None,
         monitor=plan.metric,
         best=best.value if best is not None else None,
@@ -197,16 +236,18 @@ def _of_sweep(known: Known, tags: Mapping[str, str]) -> dict[str, Any]:
     value = tags.get("raytrainer.best_value")
     trials = {k.rpartition(".")[2]: int(v) for k, v in tags.items() if k.startswith("raytrainer.trials.")}
     best = float(value) if value else None
+    best_step, best_trial = _number(tags.get("raytrainer.best_step")), tags.get("raytrainer.best_trial")
     running = known.stored is None or known.stored.status == "RUNNING"
     if running and known.storage is not None and known.storage.is_local:
         # MLflow is told of the whole at the sweep's end; its ledger knows at once.
         with suppress(StorageError):
             found = Ledger.open(known.storage).trials.values()
             trials = dict(Counter(trial.status for trial in found))
-            reports = [report for t in found if (report := t.best(cast(Mode, mode))) is not None]
-            values = [report.value for report in reports]
-            best = (min(values) if mode == "min" else max(values)) if values else None
-    return {"trials": trials, "monitor": metric, "best": best}
+            first = next(iter(ranked(found, cast(Mode, mode))), None)  # as the sweep's own table and end have it
+            report = None if first is None else first.best(cast(Mode, mode))
+            best, best_step = (None, None) if report is None else (report.value, report.step)
+            best_trial = first.id if first is not None else None
+    return {"trials": trials, "monitor": metric, "best": best, "best_step": best_step, "best_trial": best_trial}
 
 
 def _where(tags: Mapping[str, str], address: str | None) -> str | None:
@@ -220,6 +261,13 @@ def _where(tags: Mapping[str, str], address: str | None) -> str | None:
 
 def _number(text: str | None) -> int | None:
     return int(text) if text and text.isdecimal() else None
+
+
+def _real(text: str | None) -> float | None:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return None
 
 
 def _seconds(created: str) -> float | None:

@@ -13,6 +13,7 @@ from raytrainer import tracking
 from raytrainer.config.schema import NAME_PATTERN
 from raytrainer.errors import RunNotFound, StorageError, nearest
 from raytrainer.run import SUBMITTED, Record
+from raytrainer.run.record import LAUNCHED_TAG, SECONDS_TAG
 from raytrainer.storage import Storage
 from raytrainer.tracking import lookup
 from raytrainer.tracking.server import StoredRun
@@ -172,6 +173,8 @@ def as_stored(stored: StoredRun, uri: str) -> Known:
         storage_path=stored.params.get("storage_path", ""),
         kind="sweep" if trial or tags.get("raytrainer.kind") == "sweep" else "run",
         job={k: found for k in _JOB if (found := tags.get(f"raytrainer.{k}"))},
+        launched=float(tags.get(LAUNCHED_TAG) or 0.0),
+        seconds=float(tags.get(SECONDS_TAG) or 0.0),
     )
     return Known(record, None, stored, trial)
 

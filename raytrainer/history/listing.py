@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import replace
@@ -60,7 +60,7 @@ def list_runs(
         except TrackingError as error:
             say(f"{error}; what follows is from {root} alone")
             uri = None
-    found += _from_disk(root, uri, clusters)
+    found += _from_disk(root, uri, {facts.run_id for facts in found if facts.run_id is not None}, status, clusters)
     found = _with_submitted(found, root, clusters)
     if everyone:
         found = _with_others(found, root, clusters)
@@ -106,9 +106,29 @@ def _as_it_goes(known: Known, verdict: Verdict | None) -> Facts:
     return as_attempt(facts, known, going)
 
 
-def _from_disk(root: Path, asked: str | None, clusters: Clusters) -> list[Facts]:
-    """Those that MLflow does not have; all where it could not be asked."""
-    there = [Known(record, storage) for record, storage in finding.records(root) if not _is_in(asked, record)]
+def _from_disk(
+    root: Path, asked: str | None, told: Collection[str], status: str | None, clusters: Clusters
+) -> list[Facts]:
+    """Those that MLflow does not have, or not any more; all where it could not be asked.
+
+    Args:
+        root: Where they are.
+        asked: The store that was asked.
+        told: The ids of the runs that it told of.
+        status: Only those with this status of the record's are wanted.
+        clusters: Those that may know of jobs.
+    """
+    there = []
+    doubtful: dict[str, Known] = {}
+    for record, storage in finding.records(root):
+        if not _is_in(asked, record):
+            there.append(Known(record, storage))
+        elif record.run_id not in told and status in (None, record.status):
+            doubtful[record.run_id or ""] = Known(record, storage)
+    if asked is not None and doubtful:
+        # Not told of since it is another user's or too old for the list; or since its run in MLflow was deleted.
+        with suppress(TrackingError):
+            there += [doubtful[run_id] for run_id in sorted(lookup.missing(asked, doubtful))]
     found = [finding.with_sent(known, root) for known in there]
     running = [known for known in found if known.record.status == "RUNNING"]
     lives = {known.record.name: verdict for known, verdict in look_at(running, clusters)}

@@ -17,6 +17,7 @@ from raytrainer.history.finding import Known, reached, tracking_uri_of
 from raytrainer.history.jobs import Clusters
 from raytrainer.history.signs import LOCK, Signs, Verdict, judge
 from raytrainer.run import Record, in_background
+from raytrainer.run.record import SECONDS_TAG
 from raytrainer.storage.lock import withdraw
 from raytrainer.tracking import lookup
 from raytrainer.tracking.runs import Status
@@ -101,6 +102,8 @@ def close(known: Known, verdict: Verdict, clusters: Clusters) -> bool:
             if fresh.status != "RUNNING":
                 verdict = replace(verdict, status=fresh.status)  # type: ignore[arg-type]
             told = _tell(known, fresh, verdict, clusters)
+            if fresh.status == "RUNNING":
+                fresh = fresh.closed(verdict.status, _end(known, verdict), verdict.cause)
             replace(fresh, status=verdict.status).write(storage)
             return told
     except StorageLocked:
@@ -115,14 +118,21 @@ def _tell(known: Known, record: Record, verdict: Verdict, clusters: Clusters) ->
         # What it had no time to send goes first. What is not sent now stays there; resume sends it.
         with suppress(TrackingError, StorageError):
             tracking.replay(known.storage.local_path / "spool", run_id, uri, timeout_s=_REPLAY_S)
-    last = known.stored.logged if known.stored is not None else None
-    ended = verdict.when or last or time.time()
+    ended = _end(known, verdict)
     if verdict.by_job:
         _keep_log(known, uri, run_id, clusters)
-    told = lookup.close_run(uri, run_id, verdict.status, verdict.cause, ended)
+    closed = record if record.ended else record.closed(verdict.status, ended)
+    tags = {SECONDS_TAG: f"{closed.seconds:.3f}"} if closed.seconds else {}
+    told = lookup.close_run(uri, run_id, verdict.status, verdict.cause, ended, tags)
     if told and record.kind == "sweep":
         _close_trials(uri, record.name, ended)
     return told
+
+
+def _end(known: Known, verdict: Verdict) -> float:
+    """When a dead run ended, in seconds since the epoch: by its last sign of life."""
+    last = known.stored.logged if known.stored is not None else None
+    return verdict.when or last or time.time()
 
 
 def _close_trials(uri: str, sweep: str, ended: float) -> None:

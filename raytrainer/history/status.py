@@ -18,6 +18,7 @@ from raytrainer.history.listing import ago, as_attempt, facts_of_job, progress, 
 from raytrainer.history.reconcile import close_dead, verdict_of
 from raytrainer.history.signs import Verdict
 from raytrainer.progress import duration
+from raytrainer.tracking.sender import LOCAL_PREFIX
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Status:
         facts: As in a list.
         checkpoints: Committed ones, the oldest first; of a sweep none.
         mlflow: The address of its page, or of its store.
+        lost: Whether its run was deleted in MLflow, or MLflow's database was.
         job: Of its job the state in Ray's word, and the cause of its end in one line.
         waits: Of a job that waits: what it lacks, and who holds what.
         verdict: Of one that says RUNNING: whether it does.
@@ -41,12 +43,14 @@ class Status:
     waits: str | None
     verdict: Verdict | None
     next: Sequence[str]
+    lost: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {
             **self.facts.to_json(),
             "checkpoints": [saved.__dict__ for saved in self.checkpoints],
             "mlflow": self.mlflow,
+            "mlflow_run_is_gone": self.lost,
             "job": None if self.job is None else {"status": self.job[0], "message": self.job[1]},
             "waits": self.waits,
             "next": list(self.next),
@@ -62,8 +66,11 @@ def status_of(
         RunNotFound: There is none.
     """
     clusters, known = clusters or Clusters(), look_up(identifier)
+    lost = False
     try:
         known = with_tracking(known)
+        lost = known.stored is None and bool(known.record.run_id) and bool(known.record.tracking_uri)
+        lost = lost and not (known.record.run_id or "").startswith(LOCAL_PREFIX)
     except TrackingError as error:
         say(f"{error}; what follows is from {known.record.run_dir} alone")
     verdict = None
@@ -88,7 +95,7 @@ def status_of(
     if known.storage is not None and known.trial is None and facts.kind == "run":
         with suppress(StorageError):
             saved = checkpoints(known.storage)
-    if facts.best is None and facts.kind == "run":
+    if facts.best is None and facts.kind == "run":  # of a version whose record did not have it
         facts = _best_of(saved, known, facts)
     return Status(
         facts,
@@ -100,6 +107,7 @@ def status_of(
         _waits(known, job, clusters),
         verdict,
         _next(facts, saved, provenance.program()),
+        lost,
     )
 
 
@@ -107,7 +115,6 @@ def text(status: Status, now: float | None = None) -> str:
     """As lines for a person."""
     now = time.time() if now is None else now
     f = status.facts
-    took = "" if f.started is None else f", {duration((f.ended or now) - f.started)}"
     rows = [("name", f.name + ("" if f.kind == "run" else f"  ({f.kind})"))]
     how = {"alive": "", "unsure": ", but that is uncertain"}.get(f.life or "", "")
     rows.append(("status", f.status + how + (f", attempt {f.attempts}" if f.attempts and f.attempts > 1 else "")))
@@ -121,11 +128,16 @@ def text(status: Status, now: float | None = None) -> str:
         rows.append(
             ("started", f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(f.started))}, {ago(f.started, now)}")
         )
-        rows.append(("took" if f.ended else "so far", took.removeprefix(", ")))
+    if f.seconds is not None:
+        several = f" in {f.attempts} attempts" if f.attempts and f.attempts > 1 else ""
+        rows.append(("so far" if f.status == "RUNNING" else "took", duration(f.seconds) + several))
     if told := progress(f):
         rows.append(("trials" if f.kind == "sweep" else "step", told))
     if f.best is not None:
-        rows.append(("best", f"{f.monitor} {f.best:.4g}" + (f" at step {f.best_step}" if f.best_step else "")))
+        where = (f" at step {f.best_step}" if f.best_step else "") + (
+            f" of trial {f.best_trial}" if f.best_trial else ""
+        )
+        rows.append(("best", f"{f.monitor} {f.best:.4g}{where}"))
     if f.workers:
         rows.append(("workers", f.workers))
     if f.submission_id:
@@ -139,7 +151,8 @@ def text(status: Status, now: float | None = None) -> str:
         count = len(status.checkpoints)
         rows.append(("saved", f"step {last.step}, {last.created}" + (f", and {count - 1} more" if count > 1 else "")))
     if status.mlflow:
-        rows.append(("mlflow", f"{status.mlflow}  run {f.run_id}"))
+        gone = " is gone; resume continues in a new one" if status.lost else ""
+        rows.append(("mlflow", f"{status.mlflow}  run {f.run_id}{gone}"))
     if f.run_dir:
         rows.append(("output", f.run_dir))
     rows += [("next" if not i else "", line) for i, line in enumerate(status.next)]

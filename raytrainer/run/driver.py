@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from raytrainer import preflight, provenance, tracking, worker
 from raytrainer.config import Composition, checkpoint_mode, flattened
-from raytrainer.errors import ClusterLost, RaytrainerError, Stopped, StorageError, WorkerError
+from raytrainer.errors import ClusterLost, RaytrainerError, Stopped, StorageError, StorageGone, WorkerError
 from raytrainer.interrupts import Interrupted, Interrupts
 from raytrainer.progress import Display
 from raytrainer.run.logs import Logs
-from raytrainer.run.record import Outcome, Record, StopAsked, job_tags, tracking_uri
+from raytrainer.run.record import Outcome, Record, StopAsked, begin_tags, end_tags, job_tags, tracking_uri
 from raytrainer.run.session import ray_session
 from raytrainer.run.waiting import Waiting
 from raytrainer.storage import Lock, Storage
+from raytrainer.tracking.database import lost_database
 from raytrainer.tracking.spool import spool_of
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class Driver:
                 if self.ship_here:
                     shipper = tracking.Shipper(self.spool_dir, run.run_id, run.tracking_uri)
                 result = start_training(self._job(run))
+                self.storage.check_there()
                 self.logs.mark("trained")
         except Interrupted:
             error = self.interrupts.stopped()
@@ -101,9 +103,14 @@ class Driver:
         except (RaytrainerError, OSError) as failed:
             # The run ended as it did; only the telling went wrong, and the record below still has the status.
             self.display.say(f"warning: MLflow was not told everything: {type(failed).__name__}: {failed}")
-        self.record = replace(self.record, status=outcome.status)
+        if not self.record.ended:  # nobody could be told
+            self.record = self._ended(outcome)
+        # A second signal, or a server that is gone, may have changed how it ended since.
+        self.record = replace(self.record, status=outcome.status, cause=self._cause(outcome) or "")
         try:
             self.record.write(self.storage)
+        except StorageGone:  # which is its cause
+            outcome = replace(outcome, gone=True)
         except StorageError as failed:
             self.display.say(f"warning: the run's own record does not have its end: {failed}")
         return replace(outcome, record=self.record)
@@ -121,6 +128,7 @@ class Driver:
             "raytrainer.where": self.where,
             **{f"raytrainer.choice.{group}": choice for group, choice in self.composition.choices},
             **job_tags(record),
+            **begin_tags(record),
         }
         if e.evaluate is not None:
             tags["raytrainer.evaluates"] = f"{e.evaluate.checkpoint} of {e.evaluate.run_dir}"
@@ -137,6 +145,7 @@ class Driver:
             tags=tags,
             required=e.tracking.required,
             run_id=record.run_id,
+            started=record.launched,
             spool_dir=self.spool_dir,
         )
         suffix = "" if record.attempts == 1 else f"-{record.attempts}"
@@ -165,12 +174,37 @@ class Driver:
             self._register(run, self.e.tracking.register_model)
         self.logs.mark("ray_down")
         self.logs.write_marks()
-        run.log_artifact(self.logs.folder)
-        if not run.finish(outcome.status, outcome.cause, timeout_s=patience):  # type: ignore[arg-type]
-            self.display.say(f"MLflow does not have all of it yet; the rest is in {self.spool_dir}")
+        if self.logs.folder.is_dir():  # else the run's directory is gone
+            run.log_artifact(self.logs.folder)
+        self.record = record = self._ended(outcome)
+        tags = {**end_tags(record), **_best_tags(record)}
+        if not run.finish(outcome.status, outcome.cause, tags=tags, ended=record.ended, timeout_s=patience):  # type: ignore[arg-type]
+            if self.spool_dir.is_dir():
+                self.display.say(f"MLflow does not have all of it yet; the rest is in {self.spool_dir}")
+        elif gone := lost_database(run.tracking_uri):
+            self.display.say(
+                f"warning: MLflow's database {gone} was deleted while the run was going on; resume {self.record.name} "
+                "continues in a new MLflow run"
+            )
         # By this very Python: the environment's programs may not be on the path of whoever copies it.
         command = run.ui_command and f"{provenance.interpreter()} -m {run.ui_command}"
         return replace(outcome, mlflow=run.url, mlflow_command=command)
+
+    def _ended(self, outcome: Outcome) -> Record:
+        """The record with the end of this attempt, which is now."""
+        result = outcome.result or {}
+        best = (
+            dict(zip(("monitor", "value", "step"), (result["monitor"], *result["best"]), strict=True))
+            if result.get("best")
+            else {}
+        )
+        return replace(
+            self.record.closed(outcome.status, time.time(), self._cause(outcome)), step=outcome.step, best=best
+        )
+
+    @staticmethod
+    def _cause(outcome: Outcome) -> str | None:
+        return outcome.cause if outcome.status != "FINISHED" else None
 
     def _register(self, run: tracking.Run, name: str) -> None:
         try:
@@ -237,6 +271,7 @@ class Driver:
             raise worker.described(error, 0) from error
 
     def _inline_should_stop(self) -> bool:
+        self.storage.check_there()
         if self.stop_asked():
             self.interrupts.ask("stopped by request")
         return self.interrupts.requested
@@ -304,7 +339,8 @@ class Driver:
             raise self.interrupts.stopped()
 
     def _outcome(self, result: Mapping[str, Any] | None, error: BaseException | None) -> Outcome:
-        base = Outcome("FINISHED", 0, self.record, self.where, result)
+        step = result["step"] if result is not None else self.display.step or None
+        base = Outcome("FINISHED", 0, self.record, self.where, result, step=step)
         if self.interrupts.requested:
             return self._killed(base)
         if error is None and not (result is not None and result["reason"] == "stopped"):
@@ -322,6 +358,18 @@ class Driver:
         """A run that was told to end, also after its training had: `result` says how far it came."""
         code = self.interrupts.exit_code or 130
         return replace(outcome, status="KILLED", exit_code=code, cause=self.interrupts.reason)
+
+
+def _best_tags(record: Record) -> dict[str, str]:
+    best = record.best
+    if not best:
+        return {}
+    value, step = repr(float(best["value"])), str(best["step"])
+    return {
+        "raytrainer.monitor": best["monitor"],
+        "raytrainer.monitor.best": value,
+        "raytrainer.monitor.best_step": step,
+    }
 
 
 def in_background(work: Callable[[], T], name: str) -> Future[T]:

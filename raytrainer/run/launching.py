@@ -124,7 +124,7 @@ def launch(
         Refused: Nothing was started.
         Stopped: A signal came before anything was started.
     """
-    e, began = composition.experiment, time.monotonic()
+    e, began, launched = composition.experiment, time.monotonic(), time.time()
     display = display or Display()
     if e.debug:
         return _debug(composition, display, began)
@@ -152,20 +152,20 @@ def launch(
                 choices=old.choices or dict(composition.choices),
                 changed=[*old.changed, *(name for name in changed if name not in old.changed)],
                 experiment_name=old.experiment_name or experiment_name(composition),
-                status="RUNNING",
-                attempts=old.attempts + 1,
                 job=dict(job or {}),
                 resolved=resolved_nodes(composition),
-            )
+            ).begun(launched)
             storage.write_bytes(CONFIG, composition.text.encode())
             record.write(storage)
+            storage = storage.anchored()  # whoever deletes it from now on does not get a part of it back
             with Logs(storage, display) as logs:
                 logs.mark("checked")
                 display.say(f"{record.name}: {where}")
                 if record.attempts > 1 and (problem := mode_problem(e, objects=True)):
                     display.say(f"warning: {problem}. This run keeps the mode that it was recorded with.")
                 outcome = Driver(composition, record, storage, display, logs, lock, interrupts, argv, where).run()
-    return replace(outcome, seconds=time.monotonic() - began, length=_reached_limit(e, outcome.result))
+    seconds = max(0.0, outcome.record.ended - launched)
+    return replace(outcome, seconds=seconds, length=_reached_limit(e, outcome.result))
 
 
 def _reached_limit(e: Experiment, result: Mapping[str, Any] | None) -> str:
@@ -191,7 +191,8 @@ def _debug(composition: Composition, display: Display, began: float) -> Outcome:
     display.close()
     values = {**asdict(result), "metrics": dict(result.metrics), "monitor": e.checkpoint.monitor}
     where = "inline, one batch: no tracking, no checkpoint"
-    return Outcome("FINISHED", 0, Record(e.name or "", ""), where, values, seconds=time.monotonic() - began)
+    seconds = time.monotonic() - began
+    return Outcome("FINISHED", 0, Record(e.name or "", ""), where, values, seconds=seconds, step=result.step)
 
 
 def _runs_of(uri: str) -> Callable[[str], str | None]:

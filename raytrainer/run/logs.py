@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,12 @@ class _File:
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
         self._path, self._say, self._cut = path, say, False
-        self._file = path.open("ab", buffering=0)
+        self._file: FileIO | None = None
 
     def write(self, text: str) -> None:
         try:
+            if self._file is None:
+                self._file = self._path.open("ab", buffering=0)
             self._file.write(text.encode(errors="replace"))
         except OSError as error:
             if not self._cut:
@@ -49,7 +52,8 @@ class _File:
                 self._say(f"warning: {where}: this log is not complete")
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 @dataclass

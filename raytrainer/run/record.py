@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,11 @@ from raytrainer.progress import duration
 from raytrainer.storage import Storage
 
 RECORD = "run.json"
+ATTEMPTS_TAG, LAUNCHED_TAG = "raytrainer.attempts", "raytrainer.launched"
+SECONDS_TAG, STEP_TAG = (
+    "raytrainer.seconds",
+    "raytrainer.step",
+)  # of all attempts that have ended; at the last one's end
 CONFIG = "config.yaml"
 # What these keys say is in the checkpoint's state, or decides what its numbers mean.
 FIXED = ("name", "seed", "init_from", "debug", "storage_path")
@@ -61,6 +66,12 @@ class Record:
             second submission of the same is known.
         resolved: The nodes `optimizer` and `lr_scheduler` with the values that their references had: what the state in the
             checkpoints was made with.
+        launched: When the last attempt began, in seconds since the epoch; 0 of a version that did not note it.
+        seconds: For which all attempts that have ended went on, each from its launch to its end.
+        ended: When the last attempt ended; 0 while it runs.
+        cause: Why it did not finish.
+        step: Optimizer steps done at its end.
+        best: The metric that is watched, its best value, and where that was: `monitor`, `value`, `step`.
     """
 
     name: str
@@ -77,6 +88,31 @@ class Record:
     storage_path: str = ""
     job: dict[str, str] = field(default_factory=dict)
     resolved: dict[str, Any] = field(default_factory=dict)
+    launched: float = 0.0
+    seconds: float = 0.0
+    ended: float = 0.0
+    cause: str = ""
+    step: int | None = None
+    best: dict[str, Any] = field(default_factory=dict)
+
+    def begun(self, launched: float) -> Record:
+        """The record of the next attempt, which begins at `launched`."""
+        return replace(
+            self,
+            status="RUNNING",
+            attempts=self.attempts + 1,
+            launched=launched,
+            ended=0.0,
+            cause="",
+            step=None,
+            best={},
+        )
+
+    def closed(self, status: str, ended: float, cause: str | None = None) -> Record:
+        """The record of an attempt that ended at `ended`."""
+        before = self.seconds - max(0.0, self.ended - self.launched if self.ended else 0.0)  # closed once more
+        seconds = before + (max(0.0, ended - self.launched) if self.launched else 0.0)
+        return replace(self, status=status, ended=ended, seconds=seconds, cause=cause or "")
 
     @property
     def mark(self) -> str:
@@ -129,7 +165,9 @@ class Outcome:
         traceback: Of the worker that failed first.
         mlflow: The address to open; None without tracking.
         mlflow_command: The command that opens it where there is no server.
-        seconds: From launch to end.
+        seconds: From launch to end, of this attempt; `record.seconds` has those of all.
+        step: Optimizer steps done, as far as is known.
+        gone: Whether the run's directory was deleted meanwhile.
         length: The key that says how long the run is, for going on with it.
     """
 
@@ -143,6 +181,8 @@ class Outcome:
     mlflow: str | None = None
     mlflow_command: str | None = None
     seconds: float = 0.0
+    step: int | None = None
+    gone: bool = False
     length: str = "trainer.max_epochs"
 
 
@@ -243,8 +283,8 @@ def summary(outcome: Outcome, program: str) -> str:
     )
     if result and "checkpoint" in result:
         return _of_evaluation(outcome, result)
-    steps = f", {result['step']} steps" if result else ""
-    rows = [("outcome", f"{words}{how}{steps} in {duration(outcome.seconds)}")]
+    steps = f", {outcome.step} steps" if outcome.step else ""
+    rows = [("outcome", f"{words}{how}{steps} in {took(record, outcome.seconds)}")]
     if outcome.cause and outcome.status == "FAILED":
         rows.append(("cause", outcome.cause))
     rows.append(("where", outcome.where))
@@ -253,13 +293,38 @@ def summary(outcome: Outcome, program: str) -> str:
         rows.append(("best", f"{result['monitor']} {value:.4g} at step {step}"))
     if outcome.mlflow:
         rows.append(("mlflow", f"{outcome.mlflow}  run {record.run_id}"))
-    if record.run_dir:
+    if outcome.gone:
+        rows.append(("output", f"{record.run_dir} is gone, and with it the run's checkpoints"))
+    elif record.run_dir:
         rows.append(("output", record.run_dir))
         if outcome.mlflow_command:
             rows.append(("next", outcome.mlflow_command))
         more = f" {outcome.length}=…" if outcome.status == "FINISHED" else ""
         rows.append(("" if outcome.mlflow_command else "next", f"{program} resume {record.name}{more}"))
     return "\n".join(f"{name:<8} {text}" for name, text in rows)
+
+
+def took(record: Record, seconds: float) -> str:
+    """How long a run went on: `0:21`, or of several attempts `1:05 in 2 attempts, the last 0:21`."""
+    if record.attempts < 2 or not record.seconds:
+        return duration(seconds)
+    return f"{duration(record.seconds)} in {record.attempts} attempts, the last {duration(seconds)}"
+
+
+def end_tags(record: Record) -> dict[str, str]:
+    """What MLflow is told of an attempt's end beside its status: the figures that `status` shows."""
+    tags = {SECONDS_TAG: f"{record.seconds:.3f}"}
+    if record.step is not None:
+        tags[STEP_TAG] = str(record.step)
+    return tags
+
+
+def begin_tags(record: Record) -> dict[str, str]:
+    """What MLflow is told of an attempt's begin; the figures of the attempt before are taken back."""
+    tags = {ATTEMPTS_TAG: str(record.attempts), LAUNCHED_TAG: f"{record.launched:.3f}"}
+    if record.attempts > 1:
+        tags |= {SECONDS_TAG: f"{record.seconds:.3f}", STEP_TAG: ""}
+    return tags
 
 
 def _of_evaluation(outcome: Outcome, result: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
-from raytrainer.errors import RaytrainerError, StorageError, StorageFull
+from raytrainer.errors import RaytrainerError, StorageError, StorageFull, StorageGone
 
 if TYPE_CHECKING:
     from raytrainer.storage.lock import Lock
@@ -69,6 +69,7 @@ class Storage:
         if "\0" in text:
             raise StorageError(f"{text!r} holds a NUL")
         self._local = None if local is None else Path(os.path.normpath(local))
+        self._anchor: Path | None = None
         self.uri: str = text if self._local is None else str(self._local)
         self._fs, self._base = filesystem, (text.strip("/") if filesystem is not None else None)
 
@@ -118,7 +119,9 @@ class Storage:
         if not parts:
             return self
         if self._local is not None:
-            return Storage(self._local.joinpath(*parts))
+            child = Storage(self._local.joinpath(*parts))
+            child._anchor = self._anchor
+            return child
         if self._fs is not None and self._base is not None and not _SCHEME.match(self.uri):
             return Storage("/".join((self.uri.rstrip("/"), *parts)), filesystem=self._fs)
         url = urlsplit(self.uri)
@@ -126,6 +129,27 @@ class Storage:
         if self._fs is not None and self._base is not None:
             below._fs, below._base = self._fs, "/".join((self._base, *parts))
         return below
+
+    def anchored(self, at: Storage | None = None) -> Storage:
+        """The same storage, which writes nothing any more once the local directory `at` (default: its own) is gone, and so
+        never makes a part of it again: StorageGone. A directory that is not there now, and a URI, have no anchor."""
+        anchor = (at or self)._local
+        found = self.child("")
+        if self._local is not None and anchor is not None and anchor.is_dir():
+            found = Storage(self._local)
+            found._anchor = anchor
+        return found
+
+    def check_there(self) -> None:
+        """StorageGone if the directory that this is anchored to is not there any more."""
+        if self._anchor is not None and not self._anchor.is_dir():
+            raise StorageGone(
+                f"The run's directory {self._anchor} is gone: it was deleted or moved while the run was going on"
+            )
+
+    def _make_parent(self, path: Path) -> None:
+        self.check_there()
+        path.parent.mkdir(parents=True, exist_ok=True)
 
     def where(self, rel: str) -> str:
         """`rel` in full, as messages show it."""
@@ -223,7 +247,7 @@ class Storage:
             return
         path = self._path(rel, file=True)
         with self._errors(rel):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._make_parent(path)
             # A short name of its own: the target's may already be as long as the file system allows.
             beside = path.with_name(f".{uuid.uuid4().hex}.tmp")
             try:
@@ -253,7 +277,7 @@ class Storage:
         with self._errors(rel):
             if self._local is not None:
                 path = self._path(rel, file=True)
-                path.parent.mkdir(parents=True, exist_ok=True)
+                self._make_parent(path)
                 with path.open("wb") as file:
                     yield file
                     file.flush()
@@ -273,7 +297,7 @@ class Storage:
             if self._local is None:
                 return not self.list(rel) and self._info(rel).type.name == "NotFound"
             path = self._path(rel, file=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._make_parent(path)
             try:
                 path.mkdir()
             except FileExistsError:

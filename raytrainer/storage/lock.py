@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raytrainer.errors import StorageError, StorageLocked
+from raytrainer.errors import StorageError, StorageGone, StorageLocked
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -101,7 +101,13 @@ class Lock:
         self._remove(self._name)
 
     def check(self) -> None:
-        """StorageLocked if another took this claim for stale and removed it (after a long loss of contact)."""
+        """StorageLocked if another took this claim for stale and removed it (after a long loss of contact); StorageGone if
+        the whole directory is not there any more."""
+        if self._is_gone():
+            raise StorageGone(
+                f"The run's directory {self._directory.local_path.parent} is gone: it was deleted or moved while the run was "
+                "going on"
+            )
         if self._lost:
             raise StorageLocked(f"{self._directory.display} was taken over while {named(self._owner)} was out of touch")
 
@@ -129,10 +135,16 @@ class Lock:
             try:
                 if not self._touch():
                     self._lost = True
+                    if self._is_gone():  # `check` says so
+                        return
                     _log.error("the lock %s was taken over by another", self._directory.display)
                     return
             except StorageError as exc:  # the next beat may get through; a takeover is seen then
                 _log.warning("no heartbeat for the lock: %s", exc)
+
+    def _is_gone(self) -> bool:
+        """Whether the directory that the lock is of was deleted, rather than the claim."""
+        return self._directory.is_local and not self._directory.local_path.parent.is_dir()
 
     def _touch(self) -> bool:
         """Renew the claim's time; False if it is gone."""

@@ -26,7 +26,9 @@ from raytrainer.run import (
     Record,
     StopAsked,
     Waiting,
+    begin_tags,
     changes_meaning,
+    end_tags,
     in_background,
     job_tags,
     ray_session,
@@ -150,7 +152,10 @@ class SweepDriver:
         for trial in self._gone:
             self._tidy.submit(_delete_checkpoints, self._trial_dir(trial))
         self._tidy.shutdown(wait=outcome.status != "KILLED", cancel_futures=outcome.status == "KILLED")
-        self.record = replace(self.record, status=outcome.status)
+        if not self.record.ended:  # nobody could be told
+            self.record = self.record.closed(outcome.status, time.time())
+        cause = outcome.cause if outcome.status != "FINISHED" else None
+        self.record = replace(self.record, status=outcome.status, cause=cause or "")
         for write in (self.ledger.close, lambda: self.record.write(self.storage)):
             try:
                 write()
@@ -306,6 +311,7 @@ class SweepDriver:
 
     def _open_trial(self, trial: Trial) -> str:
         assert self._fleet is not None
+        self.storage.check_there()
         spool = spool_of(self._trial_dir(trial))
         self._of_spool[spool] = trial.id
         self._known.add(trial.id)
@@ -392,6 +398,7 @@ class SweepDriver:
             "raytrainer.sweep.metric": plan.metric,
             "raytrainer.sweep.mode": plan.mode,
             **job_tags(record),
+            **begin_tags(record),
             **{f"raytrainer.choice.{group}": choice for group, choice in plan.first.choices if group not in swept},
         }
         if record.attempts > 1:
@@ -405,6 +412,7 @@ class SweepDriver:
             tags=tags,
             required=self.e.tracking.required,
             run_id=record.run_id,
+            started=record.launched,
             spool_dir=self.spool_dir,
         )
         self.record = replace(self.record, run_id=run.run_id)
@@ -473,8 +481,12 @@ class SweepDriver:
         done = self._fleet.close(patience if run is not None or opening.done() else 0.0)
         if run is None:
             return outcome
+        self.record = record = self.record.closed(outcome.status, time.time(), outcome.cause)
         try:
-            done = run.finish(outcome.status, outcome.cause, timeout_s=patience) and done
+            told = run.finish(
+                outcome.status, outcome.cause, tags=end_tags(record), ended=record.ended, timeout_s=patience
+            )
+            done = told and done
         except (RaytrainerError, OSError) as failed:
             self.display.say(f"warning: MLflow was not told the end: {type(failed).__name__}: {failed}")
         if not done:

@@ -134,7 +134,7 @@ def launch(
         Refused: Nothing was started.
         Stopped: A signal came before anything was started.
     """
-    began, e = time.monotonic(), plan.experiment
+    launched, e = time.time(), plan.experiment
     display = display or Display()
     where = check(plan, record, first_batch=e.preflight.first_batch is True, say=display.say)
     with Interrupts() as interrupts:
@@ -156,13 +156,12 @@ def launch(
                 tracking_uri=old.tracking_uri or tracking.redacted(tracking_uri(e)),
                 choices=old.choices or dict(plan.first.choices),
                 experiment_name=old.experiment_name or experiment_name(plan.first),
-                status="RUNNING",
-                attempts=old.attempts + 1,
                 job=dict(job or {}),
-            )
+            ).begun(launched)
             storage.write_bytes(CONFIG, plan.first.text.encode())
             plan.write(storage)
             record.write(storage)
+            storage = storage.anchored()  # whoever deletes it from now on does not get a part of it back
             retried = to_retry(plan, ledger)
             info = {"attempt": record.attempts, "argv": list(argv), "created": now}
             ledger.begin({**info, _FAILURES: e.sweep.max_trial_failures})
@@ -176,4 +175,4 @@ def launch(
                     if problem := mode_problem(e, objects=True, sweep=True):
                         display.say(f"warning: {problem}. This sweep keeps the mode that it was recorded with.")
                 outcome = SweepDriver(plan, record, storage, display, logs, lock, interrupts, ledger, argv, where).run()
-    return replace(outcome, seconds=time.monotonic() - began)
+    return replace(outcome, seconds=max(0.0, outcome.record.ended - launched))

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
-from raytrainer.progress import duration
-from raytrainer.run import Record
+from raytrainer.run import Record, took
 from raytrainer.sweep.ledger import Mode, Trial
 from raytrainer.sweep.lineage import parameters_at, stretches
 from raytrainer.sweep.plan import Plan
@@ -55,7 +54,10 @@ def summary(outcome: SweepOutcome, program: str) -> str:
     counts = Counter(t.status for t in outcome.trials)
     told = ", ".join(f"{counts[s]} {s}" for s in ("finished", "pruned", "failed", "stopped") if counts[s])
     rows = [
-        ("outcome", f"{words}: {len(outcome.trials)} trials ({told or 'none ended'}) in {duration(outcome.seconds)}")
+        (
+            "outcome",
+            f"{words}: {len(outcome.trials)} trials ({told or 'none ended'}) in {took(record, outcome.seconds)}",
+        )
     ]
     if outcome.note:
         rows.append(("", f"{outcome.note}; resume goes on"))

@@ -52,6 +52,14 @@ def is_sqlite(tracking_uri: str) -> bool:
     return re.match(r"sqlite(\+\w+)?:", tracking_uri) is not None
 
 
+def lost_database(tracking_uri: str) -> Path | None:
+    """The file of a SQLite store that is not there, though the store was used; None of any other store."""
+    if not tracking_uri.startswith("sqlite:"):
+        return None
+    path = sqlite_path(tracking_uri)
+    return None if path.exists() else path
+
+
 def sqlite_path(tracking_uri: str) -> Path:
     """The file of a `sqlite:///` URL, absolute."""
     return Path(re.sub(r"^sqlite(\+\w+)?:///", "", tracking_uri).split("?")[0]).absolute()

@@ -3,7 +3,7 @@ and two answers for it: a dead run's end, and a registered model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
 from raytrainer.errors import TrackingDenied
@@ -15,6 +15,7 @@ from raytrainer.tracking.server import Server, StoredRun
 RUN_DIR_TAG = "raytrainer.run_dir"
 SUBMISSION_TAG = "raytrainer.submission_id"
 SWEEP_TAG = "raytrainer.sweep"
+_AT_ONCE = 100  # ids in a question
 # Runs and sweeps have it, the trials of a sweep have not.
 _OWN_TAG = "raytrainer.where"
 
@@ -58,6 +59,21 @@ def find_run(tracking_uri: str, identifier: str) -> StoredRun | None:
         if found:
             return found[0]
     return None
+
+
+def missing(tracking_uri: str, run_ids: Iterable[str]) -> set[str]:
+    """Those of these ids of MLflow's that the store has no run of any more, or only a deleted one.
+
+    Raises:
+        TrackingUnreachable, TrackingDenied: The store cannot be asked.
+    """
+    asked = sorted(set(run_ids))
+    there = set[str]()
+    for first in range(0, len(asked), _AT_ONCE):
+        part = asked[first : first + _AT_ONCE]
+        listed = ", ".join(f"'{_quoted(run_id)}'" for run_id in part)
+        there |= {run.run_id for run in _search(tracking_uri, f"attributes.run_id IN ({listed})", len(part))}
+    return set(asked) - there
 
 
 def find_launched(tracking_uri: str, name: str, run_dir: str, submission_id: str | None) -> StoredRun | None:

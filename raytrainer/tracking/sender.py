@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from raytrainer.errors import TrackingDenied, TrackingError, TrackingUnreachable
+from raytrainer.errors import StorageGone, TrackingDenied, TrackingError, TrackingUnreachable
 from raytrainer.tracking.database import default_artifact_root
 from raytrainer.tracking.server import Rejected, RunGone, RunState, Server
 from raytrainer.tracking.spool import (
@@ -444,7 +444,10 @@ class Shipper:
         except Exception as error:  # noqa: BLE001
             # Whatever happens to tracking, training goes on: the thread lives, says what it was, and tries again.
             if not self._down:
-                logger.warning("%s. Metrics are kept in %s until it can", error, self._spool.root)
+                kept = (
+                    "" if isinstance(error, StorageGone) else f". Metrics are kept in {self._spool.root} until it can"
+                )
+                logger.warning("%s%s", error, kept)
             self._down = True
             self._delay_s = _longer(self._delay_s)
         return False

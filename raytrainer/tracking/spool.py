@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from raytrainer.errors import StorageError, StorageFull
+from raytrainer.errors import StorageError, StorageFull, StorageGone
 from raytrainer.storage import Storage
 
 FORMAT = 1
@@ -129,14 +129,26 @@ class RunNote:
 
 
 class Spool:
-    """The directory. Nothing is created before `create` or the first write."""
+    """The directory. Nothing is created before `create` or the first write, and nothing any more once the directory that
+    it is in, a run's, is gone."""
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
+        self._is_in_place = self.root.parent.is_dir()
 
     def create(self) -> None:
+        """Make the directory.
+
+        Raises:
+            StorageGone: The one that it is in was there, and is not any more.
+        """
+        if self._is_in_place and not self.root.parent.is_dir():
+            raise StorageGone(
+                f"The run's directory {self.root.parent} is gone: it was deleted or moved while the run was going on"
+            )
         with storage_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
+        self._is_in_place = True
 
     # Segments
 

@@ -41,7 +41,7 @@ def test_what_is_told_of_a_run(store: Store) -> None:
     made, storage = store.add("one", status="RUNNING", tags=TAGS, metrics=METRICS)
     claim(storage, **of_here(os.getpid()))
     (facts,) = list_runs()
-    assert facts.to_json() | {"started": 0, "user": ""} == {
+    assert facts.to_json() | {"started": 0, "seconds": 0, "user": ""} == {
         "name": "one",
         "kind": "run",
         "status": "RUNNING",
@@ -51,11 +51,13 @@ def test_what_is_told_of_a_run(store: Store) -> None:
         "where": "local Ray, 2 workers on CPU",
         "started": 0,
         "ended": None,
+        "seconds": 0,
         "step": 30,
         "total_steps": 132,
         "monitor": "val/accuracy",
         "best": 0.97,
         "best_step": 22,
+        "best_trial": None,
         "workers": "2",
         "trials": {},
         "cause": None,
