@@ -31,9 +31,21 @@ from typing import Any
 
 # What a launch on this machine imports; `raytrainer.__main__` is run, not imported.
 PRELOADED = (
-    *("torch", "torch.distributed", "ray", "ray.train.torch", "ray.tune", "mlflow", "mlflow.pytorch", "hydra"),
-    *("pyarrow.fs", "pyarrow.parquet", "sklearn.datasets", "sqlalchemy"),
-    *("raytrainer.cli", "raytrainer.run", "raytrainer.sweep", "raytrainer.history", "raytrainer.worker"),
+    *("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor"),  # by optimizers and by DDP
+    *("ray", "ray.train.torch", "ray.tune", "hydra", "pyarrow.fs", "pyarrow.parquet", "sklearn.datasets"),
+    *(
+        "mlflow",
+        "mlflow.pytorch",
+        "mlflow.store.tracking.sqlalchemy_store",
+        "sqlalchemy.dialects.sqlite",
+        "alembic.command",
+    ),
+    *("mlflow.store.model_registry.sqlalchemy_store", "mlflow.store.db.utils"),
+    *(
+        f"raytrainer.{name}"
+        for name in ("cli", "run", "sweep", "history", "worker", "trainer", "checkpoint", "parallel")
+    ),
+    *(f"raytrainer.{name}" for name in ("data", "models", "losses", "optim", "metrics", "preflight", "tracking")),
 )
 # Variables that Python, the C library or a preloaded package reads when it starts or is imported. A launch that wants
 # another value than the server's needs an interpreter of its own.

@@ -51,7 +51,9 @@ def new_processes() -> Any:
     """The context of multiprocessing in which tests start processes: they are forked by one that has imported what ranks
     need, and nothing else has happened in."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.ranks", "torch.distributed.fsdp", "raytrainer.trainer", "raytrainer.state"])
+    context.set_forkserver_preload(
+        ["tests.ranks", "torch._dynamo", "torch.distributed.fsdp", "raytrainer.trainer", "raytrainer.state"]
+    )
     return context
 
 
