@@ -8,6 +8,7 @@ import gc
 import ipaddress
 import os
 import shutil
+import signal
 import socket
 import sys
 import uuid
@@ -48,6 +49,14 @@ def _clean(patch: pytest.MonkeyPatch) -> None:
         patch.delenv(name)
     for name, value in QUIET.items():
         patch.setenv(name, value)
+
+
+def pytest_configure() -> None:
+    """Whoever runs the tests in the background, or under `nohup`, ignores signals that launches would inherit."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)
