@@ -117,6 +117,8 @@ def on_ray(job: Mapping[str, Any]) -> dict[str, Any]:
             can unpickle.
     """
     _stop.clear()
+    # Processes that this one starts inherit Ray's command line, which a module of the user's may parse on import.
+    sys.argv = sys.argv[:1]
     rank = -1
     try:
         import ray.train

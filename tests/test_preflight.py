@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from raytrainer import preflight, run
-from raytrainer.config import Experiment, compose
+from raytrainer.config import Experiment, compose, from_text, with_values
 from raytrainer.errors import ConfigError, PreflightError, StorageError, StorageFull, TrackingDenied
 from raytrainer.preflight import Resources
 from raytrainer.preflight.resources import _gpu_kinds
-from raytrainer.run import launching
+from raytrainer.run import Record, launching
 from raytrainer.storage import Storage
 from raytrainer.tracking import check_tracking
 
@@ -387,6 +387,32 @@ def test_objects_that_would_refuse(overrides: list[str], reason: str) -> None:
 )
 def test_objects_that_would_not(overrides: list[str]) -> None:
     preflight.check_objects(experiment(*overrides))
+
+
+def one_cycle(steps: int) -> list[str]:
+    node = f"{{_target_: torch.optim.lr_scheduler.OneCycleLR, max_lr: 0.1, total_steps: {steps}}}"
+    return ["~lr_scheduler", f"+lr_scheduler={node}", "trainer.max_steps=12", "trainer.max_epochs=null"]
+
+
+def test_a_schedule_that_is_shorter_than_the_run() -> None:
+    with pytest.raises(ConfigError, match=r"lr_scheduler=OneCycleLR ends after 6 steps, .*trainer\.max_steps=12"):
+        preflight.check_objects(experiment(*one_cycle(6)))
+    preflight.check_objects(experiment(*one_cycle(12)))
+    preflight.check_objects(experiment(*one_cycle(6), "trainer.max_time=1h"))  # which may end before
+
+
+def test_a_check_leaves_the_random_state_alone() -> None:
+    before = torch.get_rng_state()
+    preflight.check_objects(experiment())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_recorded_mode_that_contradicts_its_metric_goes_on_and_is_not_done_again() -> None:
+    text = with_values(compose(["experiment=mlp", "name=old", "cluster=inline"]).text, {"checkpoint.mode": "min"})
+    composition = from_text(text)
+    with pytest.raises(ConfigError, match=r"checkpoint\.mode=min contradicts checkpoint\.monitor=val/accuracy"):
+        run.check(composition)
+    assert run.check(composition, Record("old", f"{Path.cwd()}/runs/old")).startswith("inline")
 
 
 def test_weights_to_begin_with(in_tmp: Path) -> None:

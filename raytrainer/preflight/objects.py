@@ -103,14 +103,17 @@ def _check_optimizer(e: Experiment) -> None:
     from raytrainer.optim import build_optimizer, build_scheduler
 
     # A matrix, since torch's Muon takes nothing else; ours looks for the model's own.
-    small = torch.nn.Linear(2, 2, bias=False)
+    with torch.random.fork_rng(devices=[]):  # its first values are drawn: a check leaves the caller's generator alone
+        small = torch.nn.Linear(2, 2, bias=False)
     optimizer = build_optimizer(factory(e.optimizer), model if target == _MUON else small)
     if e.lr_scheduler and str(e.lr_scheduler["_target_"]).startswith(_OURS_TO_TRY):
         scheduler = build_scheduler(factory(e.lr_scheduler), optimizer, e.trainer.max_steps or 1_000_000)
         length = getattr(scheduler, "total_steps", None)  # of OneCycleLR, which raises when it is stepped further
-        if isinstance(length, int) and e.trainer.max_steps is not None and length < e.trainer.max_steps:
+        t = e.trainer
+        alone = t.max_steps is not None and t.max_epochs is None and t.max_time is None  # else it may end before
+        if alone and isinstance(length, int) and length < (t.max_steps or 0):
             raise ConfigError(
-                f"ends after {length} steps, and the run has trainer.max_steps={e.trainer.max_steps}; set "
+                f"ends after {length} steps, and the run has trainer.max_steps={t.max_steps}; set "
                 "lr_scheduler.total_steps=${trainer.max_steps}",
                 key="lr_scheduler",
                 value=type(scheduler).__name__,
