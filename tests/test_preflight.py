@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 from pathlib import Path
@@ -495,3 +496,72 @@ def test_a_users_dataset_has_a_say_before_the_start() -> None:
     e.data.val = {"one": {"_target_": f"{Guarded.__module__}.Guarded", "folder": "secret", "size": 4}}
     with pytest.raises(ConfigError, match=r"data\.val\.one cannot be used: .*Permission denied.*secret"):
         preflight.check_objects(e)
+
+
+def test_a_dataset_says_before_the_start_what_it_lacks(in_tmp: Path) -> None:
+    """Empty ones, and columns that are not there: known from a footer or a head, without reading the data."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from raytrainer.data.tokens import TokenWriter
+
+    whole = experiment()
+
+    def said(train: dict[str, Any], batch: int = 6, drop_last: bool = True, **sections: Any) -> str:
+        e = copy.deepcopy(whole)
+        e.data.global_batch_size, e.data.drop_last = batch, drop_last
+        e.scaling.num_workers = sections.get("workers", 1)
+        e.data.train = {**train, "_target_": f"raytrainer.data.{train['_target_']}"}
+        e.metrics = sections.get("metrics", {})
+        if "val" in sections:
+            e.data.val = {**sections["val"], "_target_": f"raytrainer.data.{sections['val']['_target_']}"}
+        try:
+            preflight.check_objects(e)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    table = pa.table({"image": pa.array([[0.0] * 4] * 6, pa.list_(pa.float32(), 4)), "label": np.arange(6)})
+    for folder, rows in (("full", 6), ("empty", 0)):
+        Path(folder).mkdir()
+        pq.write_table(table.slice(0, rows), f"{folder}/0.parquet")
+    Path("none").mkdir()
+    Path("pictures/cat").mkdir(parents=True)
+    Path("pictures/cat/readme.txt").touch()
+    Path("images/cat").mkdir(parents=True)
+    Path("images/cat/a.JPG").touch()
+    with TokenWriter(Path("few.tokens"), vocab_size=9, separator=None, tokenizer="x") as writer:
+        writer.add([[1, 2, 3]], 3)
+
+    parquet: dict[str, Any] = {"_target_": "ParquetDataset", "path": "full"}
+    assert said(parquet) == ""
+    assert "data.train cannot be used: empty: 1 Parquet file(s), and no row in them" in said(
+        {**parquet, "path": "empty"}
+    )
+    assert "data.train cannot be used: none: no Parquet file is in it" in said({**parquet, "path": "none"})
+    wrong = said({**parquet, "columns": ["image", "lable"]})
+    assert "no column 'lable'; the nearest: label" in wrong
+    assert "valid: label, image" in wrong
+    assert "the column is fixed_size_list" in said({**parquet, "reshape": {"image": [3, 3]}})
+    dropped = said(parquet, 8)
+    assert "data.global_batch_size=8 is more than the dataset's 6 samples, and data.drop_last=true" in dropped
+    assert said(parquet, 8, drop_last=False) == ""
+    few: dict[str, Any] = {"_target_": "TokenDataset", "path": "few.tokens", "seq_len": 1}
+    assert "data.val has 2 samples for 4 workers" in said(
+        parquet, workers=4, val=few, metrics={"a": {"_target_": "collections.Counter"}}
+    )
+    assert "0 tokens are no text" in said({**few, "begin": 0.0, "end": 0.1})
+    assert "begin, end=0.5, 0.2 must be fractions" in said({**few, "begin": 0.5, "end": 0.2})
+    assert said(few, 2) == ""
+    encoded: dict[str, Any] = {
+        "_target_": "EncodedImages",
+        "dataset": {**parquet, "_target_": "raytrainer.data.ParquetDataset"},
+    }
+    assert "key=img is no entry of the dataset; valid: image, label" in said({**encoded, "key": "img"})
+    assert "is more than the dataset's 6 samples" in said(encoded, 8)
+    pictures: dict[str, Any] = {"_target_": "raytrainer.data.ImageFolder", "path": "pictures"}
+    assert "data.train.dataset cannot be used: pictures: no image is in it" in said({**encoded, "dataset": pictures})
+    assert "pictures/*/*: no image matches" not in said({**encoded, "dataset": {**pictures, "path": "pictures/*/*"}})
+    assert "no image matches" in said({**encoded, "dataset": {**pictures, "path": "pictures/*.png"}})
+    assert said({**encoded, "dataset": {**pictures, "path": "images"}}) == ""

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from raytrainer.config import Experiment, compose
-from raytrainer.errors import CheckpointCorrupt, CheckpointNotFound, ConfigError, NonFiniteLoss
+from raytrainer.errors import CheckpointCorrupt, CheckpointNotFound, ConfigError, DataError, NonFiniteLoss
 from raytrainer.parallel import World
 from raytrainer.trainer import FitResult, Trainer
 from tests import ranks, training
@@ -828,3 +828,31 @@ def test_max_time_counts_over_all_launches(tmp_path: Path) -> None:
     assert info is not None
     again.restore(info)
     assert 3000.0 <= again._elapsed < 3600.0
+
+
+# -- targets that build something else ---------------------------------------------------------------------------------
+
+
+def nothing(**arguments: Any) -> None:
+    """Forgets its return."""
+
+
+def empty() -> list[Any]:
+    return []
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"data": {"train": node(nothing)}}, "data.train builds nothing (None), which is no dataset"),
+        ({"data": {"val": {"far": node(nothing)}}}, "data.val.far builds nothing (None), which is no dataset"),
+        ({"data": {"collate_fn": node(nothing)}}, "data.collate_fn builds a NoneType, which cannot be called"),
+        ({"metrics": {"f1": node(nothing)}}, "metrics.f1 builds a NoneType, which has no update()"),
+        ({"callbacks": {"mine": node(nothing)}}, "callbacks.mine builds a NoneType, which has none of the hooks"),
+        ({"data": {"train": node(empty)}}, "data.train: list has no samples: its length is 0"),
+    ],
+)
+def test_what_a_target_builds_is_looked_at(sections: dict[str, Any], says: str) -> None:
+    with pytest.raises((ConfigError, DataError)) as refused:
+        Trainer(experiment(**sections))
+    assert says in str(refused.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,6 +13,7 @@ import pyarrow.fs as pafs
 from raytrainer.errors import DataError
 from raytrainer.storage.files import redacted
 
+_MOST_FOLDERS = 10_000
 PARQUET = (".parquet", ".parq", ".pq")
 
 
@@ -58,15 +60,37 @@ def find_files(
     return filesystem, sorted(files, key=lambda entry: entry.path)
 
 
-def check_local(path: str) -> None:
+def check_local(path: str, suffixes: tuple[str, ...] = (), kind: str = "") -> None:
     """Whether a path of this machine is there, up to its first wildcard; of a URI nothing is asked.
 
+    With `suffixes`, whether it has a file at all: the first one that is found is enough, in a folder of millions too.
+
     Raises:
-        DataError: It is not.
+        DataError: It is not there, or there is no such file.
     """
-    head, _ = _split_glob(path)
-    if "://" not in head and not Path(head).expanduser().exists():
+    head, wildcard = _split_glob(path)
+    if "://" in head:
+        return
+    base = Path(head).expanduser()
+    if not base.exists():
         raise DataError(f"{head}: no such file or directory")
+    if suffixes and not base.is_file() and not _has_file(base, wildcard, suffixes):
+        raise DataError(f"{redacted(path)}: no {kind} {'matches' if wildcard else 'is in it'}")
+
+
+def _has_file(base: Path, wildcard: list[str], suffixes: tuple[str, ...]) -> bool:
+    for visited, (folder, below, files) in enumerate(os.walk(base, followlinks=True)):
+        inside = Path(folder).relative_to(base).parts
+        if wildcard:
+            if any(_matches([*inside, name], wildcard) for name in files):
+                return True
+        else:
+            below[:] = [name for name in below if not name.startswith((".", "_"))]
+            if any(name.lower().endswith(suffixes) and not name.startswith((".", "_")) for name in files):
+                return True
+        if visited == _MOST_FOLDERS:  # links in a circle, or a place too large to be looked through before a start
+            return True
+    return False
 
 
 def _split_glob(path: str) -> tuple[str, list[str]]:

@@ -72,7 +72,7 @@ class ImageFolder:
     @staticmethod
     def check_source(path: str) -> None:
         """See docs/data.md."""
-        check_local(path)
+        check_local(path, SUFFIXES, "image")
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -145,6 +145,18 @@ class EncodedImages:
             raise ConfigError(f"leaves no crop of {self.height}x{self.width}", key="resize", value=self.resize)
         self.dataset, self.crop, self.flip, self.key, self.transform = dataset, crop, flip, key, transform
         self.scale, self.ratio = (float(scale[0]), float(scale[1])), (log(ratio[0]), log(ratio[1]))
+
+    @staticmethod
+    def check_source(dataset: Any, key: str = "image") -> None:
+        """Whether the dataset's node has such an entry; see docs/data.md."""
+        kind = str(dataset.get("_target_")).rpartition(".")[2] if isinstance(dataset, dict) else ""
+        names: Sequence[str] = ("image", "label") if kind == "ImageFolder" else ()
+        if kind == "ParquetDataset":
+            from raytrainer.data.parquet import local_columns
+
+            names = local_columns(str(dataset["path"]), dataset.get("columns"))
+        if names and key not in names:
+            raise ConfigError("is no entry of the dataset", key="key", value=key, choices=names)
 
     def __len__(self) -> int:
         return len(self.dataset)

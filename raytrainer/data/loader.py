@@ -73,6 +73,7 @@ class Loader:
         prefetch: Batches made ahead (by each process); 0 makes each in the calling thread, when it is asked for.
         device: Where batches are wanted.
         resident: Keep a column dataset on the device: `auto` up to 256 MB (a memory map not), True always, False never.
+        key: Where the dataset is from, for messages.
         pad_empty: Give a rank without samples one of the batch's, with size 0, so that its collectives take part.
 
     Raises:
@@ -97,6 +98,7 @@ class Loader:
         device: str | torch.device = "cpu",
         resident: bool | str = "auto",
         pad_empty: bool = True,
+        key: str = "data",
     ) -> None:
         _at_least("global_batch_size", global_batch_size, 1)
         if micro_batch_size is not None:
@@ -105,7 +107,7 @@ class Loader:
         _at_least("prefetch", prefetch, 0)
         if resident not in ("auto", True, False):
             raise ConfigError(
-                f"data.resident={resident!r} is not one of auto, true, false",
+                "is no choice",
                 key="data.resident",
                 value=resident,
                 choices=("auto", "true", "false"),
@@ -120,10 +122,10 @@ class Loader:
         self._columns = columns_of(dataset) if collate_fn is None else None
         self._stream: Stream | None = None
         self._plan: Plan | None = None
-        if _is_map_style(dataset):
+        if _is_map_style(dataset, key):
             length = len(dataset)
             if length == 0:
-                raise DataError(f"{name_of(dataset)} has no samples")
+                raise DataError(f"{key}: {name_of(dataset)} has no samples: its length is 0")
             self._plan = Plan(
                 length,
                 global_batch_size,
@@ -440,18 +442,20 @@ class Loader:
 
 def _at_least(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(
-            f"data.{name}={value!r}: want an integer of at least {least}", key=f"data.{name}", value=value
-        )
+        raise ConfigError(f"must be a whole number of at least {least}", key=f"data.{name}", value=value)
 
 
-def _is_map_style(dataset: Any) -> bool:
+def _is_map_style(dataset: Any, key: str) -> bool:
     if isinstance(dataset, torch.utils.data.IterableDataset):  # it has a __getitem__, which only raises
         return False
     if hasattr(dataset, "__len__") and (hasattr(dataset, "__getitem__") or hasattr(dataset, "__getitems__")):
         return True
     if hasattr(dataset, "__iter__"):
         return False
+    made = "nothing (None)" if dataset is None else f"a {name_of(dataset)}"
+    function = callable(dataset) and not isinstance(dataset, type)
     raise ConfigError(
-        f"{name_of(dataset)} is no dataset: it has neither __len__ with __getitem__ or __getitems__, nor __iter__"
+        f"builds {made}, which is no dataset: it has neither __len__ with __getitem__ or __getitems__, nor __iter__"
+        + ("; a function is called where _partial_ is false" if function else ""),
+        key=key,
     )

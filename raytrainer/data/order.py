@@ -115,7 +115,7 @@ def steps_per_epoch(length: int, global_batch_size: int, drop_last: bool) -> int
         return -(-length // global_batch_size)
     if length < global_batch_size:
         raise ConfigError(
-            f"data.global_batch_size={global_batch_size} is more than the dataset's {length} samples, and "
+            f"is more than the dataset's {length} samples, and "
             "data.drop_last=true drops the only batch: make the batch smaller or set data.drop_last=false",
             key="data.global_batch_size",
             value=global_batch_size,

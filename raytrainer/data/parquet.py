@@ -31,6 +31,7 @@ from raytrainer.storage.files import redacted
 
 IN_MEMORY_BYTES = 2**30
 """Up to this size, decoded, `cache="auto"` keeps the data in memory: each worker has its own copy then."""
+_PEEKED_FILES = 16  # of which a check before a start reads the footers
 _NUMBERS, _TABLE = "numbers.arrow", "table.arrow"
 
 
@@ -88,9 +89,12 @@ class ParquetDataset(ColumnDataset):
         self.columnar = self._table is None
 
     @staticmethod
-    def check_source(path: str) -> None:
-        """See docs/data.md."""
+    def check_source(
+        path: str, columns: Sequence[str] | None = None, reshape: Mapping[str, Sequence[int]] | None = None
+    ) -> int | None:
+        """The rows, from the footers of a few files; see docs/data.md."""
         check_local(path)
+        return None if "://" in path else _Source(path, columns, reshape or {}).peek()
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -145,23 +149,36 @@ class _Source:
             "reshape": self._shapes,
         }
 
+    def peek(self) -> int | None:
+        """Checks the first files as `open` does all; the number of rows, None where there are more files.
+
+        Raises:
+            ConfigError, DataError: As `open`.
+        """
+        some = self.files[:_PEEKED_FILES]
+        self._read_footers(some)
+        return sum(self.counts) if len(some) == len(self.files) else None
+
     def open(self) -> None:
+        self._read_footers(self.files)
+
+    def _read_footers(self, files: Sequence[str]) -> None:
         def footer(file: str) -> tuple[pa.Schema, pq.FileMetaData]:
             with self._opened(file) as opened:
                 return opened.schema_arrow, opened.metadata
 
-        with ThreadPoolExecutor(min(16, len(self.files))) as pool:  # they are round trips, where files are far away
-            schemas, footers = zip(*pool.map(footer, self.files), strict=True)
+        with ThreadPoolExecutor(min(16, len(files))) as pool:  # they are round trips, where files are far away
+            schemas, footers = zip(*pool.map(footer, files), strict=True)
         first: pa.Schema = schemas[0]
         names = list(first.names if self._columns is None else self._columns)
         for name in [*names, *self._shapes]:
             _must_have(name, first.names if name not in self._shapes else names, self.shown)
         if not names:
             raise ConfigError(f"{self.shown}: columns names none", key="columns", value=self._columns)
-        for file, schema in zip(self.files, schemas, strict=True):
+        for file, schema in zip(files, schemas, strict=True):
             self._same_types(file, schema, first, names)
         self.counts = [found.num_rows for found in footers]
-        if sum(self.counts) == 0:
+        if sum(self.counts) == 0 and len(files) == len(self.files):
             raise DataError(f"{self.shown}: {len(self.files)} Parquet file(s), and no row in them")
         found = {name: layout_of(first.field(name).type, self._shapes.get(name), name) for name in names}
         self._layouts = {name: layout for name, layout in found.items() if layout is not None}
@@ -232,6 +249,18 @@ class _Source:
                     f"{file}: column {name!r} is {schema.field(name).type}, "
                     f"and {first.field(name).type} in {self.files[0]}"
                 )
+
+
+def local_columns(path: str, columns: Sequence[str] | None) -> list[str]:
+    """The names that a `ParquetDataset` of these arguments gives; none where they cannot be known here and now."""
+    if columns is not None:
+        return list(columns)
+    if "://" in path:
+        return []
+    try:
+        return list(pq.read_schema(_Source(path, None, {}).files[0]).names)
+    except (DataError, OSError, pa.ArrowException):  # which the dataset's own check says
+        return []
 
 
 def _bytes_of(footer: pq.FileMetaData, names: Sequence[str]) -> int:

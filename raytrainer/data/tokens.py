@@ -144,19 +144,28 @@ class TokenDataset(TokenWindows):
         vocab_size: int | None = None,
         cache: str | Path = "auto",
     ) -> None:
-        if not 0 <= begin < end <= 1:
-            raise ConfigError("must be fractions, 0 <= begin < end <= 1", key="begin, end", value=f"{begin}, {end}")
+        _check_part(begin, end)
         self.path = _copied(str(path), cache) if "://" in str(path) else Path(path).expanduser().absolute()
         self.head, tokens = _mapped(self.path)
         _check_vocabulary(self.head, vocab_size, redacted(str(path)))
         super().__init__(tokens[round(begin * len(tokens)) : round(end * len(tokens))], seq_len)
 
     @staticmethod
-    def check_source(path: str, vocab_size: int | None = None) -> None:
-        """See docs/data.md."""
-        if "://" not in path:
-            head, _ = _mapped(Path(path).expanduser().absolute())
-            _check_vocabulary(head, vocab_size, path)
+    def check_source(
+        path: str, seq_len: int, begin: float = 0.0, end: float = 1.0, vocab_size: int | None = None
+    ) -> int | None:
+        """The number of windows; see docs/data.md."""
+        _check_part(begin, end)
+        if "://" in path:
+            return None
+        head, tokens = _mapped(Path(path).expanduser().absolute())
+        _check_vocabulary(head, vocab_size, path)
+        return len(TokenWindows(tokens[round(begin * len(tokens)) : round(end * len(tokens))], seq_len))
+
+
+def _check_part(begin: float, end: float) -> None:
+    if not 0 <= begin < end <= 1:
+        raise ConfigError("must be fractions, 0 <= begin < end <= 1", key="begin, end", value=f"{begin}, {end}")
 
 
 def _check_vocabulary(head: TokenFile, vocab_size: int | None, path: str) -> None:

@@ -12,7 +12,7 @@ from raytrainer.config import Experiment, build, check_targets, factory, locate
 from raytrainer.errors import CheckpointError, ConfigError, RaytrainerError, StorageError
 from raytrainer.events import HOOKS
 from raytrainer.preflight.first_batch import targets_of
-from raytrainer.preflight.resources import through_ray
+from raytrainer.preflight.resources import least_workers, through_ray
 from raytrainer.tracking import redacted
 
 
@@ -71,14 +71,38 @@ def _check_sources(e: Experiment) -> None:
     """Where workers are on this machine: whether the data are, as far as a dataset's class can tell without reading them."""
     if not (e.debug or e.cluster.kind in ("inline", "local")):
         return
-    for key, node in (found for name, given in e.data.sets.items() for found in _nodes(name, given)):
-        check = getattr(locate(key, node["_target_"]), "check_source", None)
-        if check is None:
-            continue
-        try:
-            check(**{name: node[name] for name in inspect.signature(check).parameters if name in node})
-        except (RaytrainerError, OSError, ValueError) as error:
-            raise ConfigError(f"cannot be used: {error}", key=key) from error
+    for set_key, set_node in e.data.sets.items():
+        samples: dict[str, Any] = {}
+        for key, node in _nodes(set_key, set_node):
+            check = getattr(locate(key, node["_target_"]), "check_source", None)
+            if check is None:
+                continue
+            try:
+                samples[key] = check(
+                    **{name: node[name] for name in inspect.signature(check).parameters if name in node}
+                )
+            except (RaytrainerError, OSError, ValueError) as error:
+                raise ConfigError(f"cannot be used: {error}", key=key) from error
+        # Decoding images changes no number of samples; of other datasets around a dataset nothing is known.
+        decodes = str(set_node["_target_"]).rpartition(".")[2] == "EncodedImages"
+        count = samples.get(f"{set_key}.dataset" if decodes else set_key)
+        if isinstance(count, int):
+            _check_samples(e, set_key, count)
+
+
+def _check_samples(e: Experiment, key: str, samples: int) -> None:
+    """As many as the training loop asks for when it begins."""
+    from raytrainer.data.order import steps_per_epoch
+
+    if samples == 0:
+        raise ConfigError("has no samples", key=key)
+    if key == "data.train":
+        steps_per_epoch(samples, e.data.global_batch_size, e.data.drop_last)
+    elif e.metrics and samples < (workers := least_workers(e)):
+        raise ConfigError(
+            f"has {samples} sample{'' if samples == 1 else 's'} for {workers} workers, and each needs one for the metrics",
+            key=key,
+        )
 
 
 def _nodes(key: str, node: Any) -> Iterator[tuple[str, dict[str, Any]]]:

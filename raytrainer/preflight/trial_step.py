@@ -198,10 +198,10 @@ def _group_of_one(e: Experiment) -> Iterator[None]:
 class _FirstRank(Trainer):
     """A process alone that reads the batches of rank 0 of many."""
 
-    def _loader(self, dataset: Any, *, shuffle: bool = False, drop_last: bool = False) -> Loader:
+    def _loader(self, dataset: Any, key: str, *, shuffle: bool = False, drop_last: bool = False) -> Loader:
         alone, self.world = self.world, World(0, least_workers(self.experiment))
         try:
-            return super()._loader(dataset, shuffle=shuffle, drop_last=drop_last)
+            return super()._loader(dataset, key, shuffle=shuffle, drop_last=drop_last)
         finally:
             self.world = alone
 

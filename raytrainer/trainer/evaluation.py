@@ -176,7 +176,11 @@ class Metrics:
         self, nodes: Mapping[str, Any], loaders: Mapping[str, Loader], world: World, names: Names | None = None
     ) -> None:
         self._world, self._metrics = world, {name: build(node) for name, node in nodes.items() if node}
-        for metric in self._metrics.values():
+        for name, metric in self._metrics.items():
+            if lacks := [
+                method for method in ("update", "compute", "reset") if not callable(getattr(metric, method, None))
+            ]:
+                raise ConfigError(f"builds a {type(metric).__name__}, which has no {lacks[0]}()", key=f"metrics.{name}")
             if hasattr(metric, "to"):
                 metric.to(world.device)
         for name, loader in loaders.items() if self._metrics else ():

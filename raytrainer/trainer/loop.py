@@ -22,7 +22,7 @@ from raytrainer.checkpoint import Checkpointer, CheckpointInfo, find_weights, un
 from raytrainer.config import Experiment, InitFrom, build, checkpoint_mode, early_stopping_mode, factory
 from raytrainer.data import Batch, Loader
 from raytrainer.errors import ConfigError, NonFiniteLoss
-from raytrainer.events import Artifact, CheckpointSaved, EvalEnd, Events, FitEnd, FitStart, Logged
+from raytrainer.events import HOOKS, Artifact, CheckpointSaved, EvalEnd, Events, FitEnd, FitStart, Logged
 from raytrainer.metrics import OWN_NAMES, Monitor, Names, Throughput, WeightedMeans, summarised
 from raytrainer.optim import build_optimizer, build_scheduler
 from raytrainer.parallel import Precision, World
@@ -107,11 +107,22 @@ class Trainer:
         self.raw_model, self.ema_model = build_model(e, self.world, self.precision)
         self.loss: Callable[[nn.Module, Any], Mapping[str, Tensor]] = build(_node(e.loss))
         self.callbacks: dict[str, Any] = {k: build(v) for k, v in e.callbacks.items() if v}
+        for name, callback in self.callbacks.items():
+            if not any(callable(getattr(callback, hook, None)) for hook in HOOKS):
+                raise ConfigError(
+                    f"builds a {type(callback).__name__}, which has none of the hooks",
+                    key=f"callbacks.{name}",
+                    choices=HOOKS,
+                )
         self.events = Events([*listeners, *self.callbacks.values()])
 
         self.names = Names(_log.warning if self.world.rank == 0 else lambda sentence: None)
-        self.train_loader = self._loader(build(_node(e.data.train)), shuffle=e.data.shuffle, drop_last=e.data.drop_last)
-        self.val_loaders = {name: self._loader(build(node)) for name, node in e.data.val_sets.items()}
+        self.train_loader = self._loader(
+            build(_node(e.data.train)), "data.train", shuffle=e.data.shuffle, drop_last=e.data.drop_last
+        )
+        self.val_loaders = {
+            name: self._loader(build(node), f"data.val.{name}".rstrip(".")) for name, node in e.data.val_sets.items()
+        }
         self.val_metrics = evaluation.Metrics(e.metrics, self.val_loaders, self.world, self.names)
         self.total_steps = self._total_steps()
 
@@ -507,8 +518,15 @@ class Trainer:
                 seeds.set_random_state(random)
             yield batch
 
-    def _loader(self, dataset: Any, *, shuffle: bool = False, drop_last: bool = False) -> Loader:
+    def _loader(self, dataset: Any, key: str, *, shuffle: bool = False, drop_last: bool = False) -> Loader:
         d = self.experiment.data
+        collate_fn = build(d.collate_fn) if d.collate_fn else None
+        if d.collate_fn and not callable(collate_fn):
+            raise ConfigError(
+                f"builds a {type(collate_fn).__name__}, which cannot be called: want a function from a list of samples to a "
+                "batch (with _partial_: true the _target_ itself is it)",
+                key="data.collate_fn",
+            )
         return Loader(
             dataset,
             global_batch_size=d.global_batch_size,
@@ -518,11 +536,12 @@ class Trainer:
             world_size=self.world.size,
             shuffle=shuffle,
             drop_last=drop_last,
-            collate_fn=build(d.collate_fn) if d.collate_fn else None,
+            collate_fn=collate_fn,
             num_workers=d.num_workers,
             prefetch=d.prefetch,
             device=self.world.device,
             resident=d.resident,
+            key=key,
         )
 
     def _total_steps(self) -> int | None:
