@@ -56,7 +56,7 @@ def export(
 
     with tempfile.TemporaryDirectory(prefix="raytrainer-") as folder:
         state = str(Path(folder, _STATE))
-        torch.save({"weights": dict(weights), "example": None if example is None else dict(example)}, state)
+        torch.save({"weights": weights, "example": None if example is None else dict(example)}, state)
         request: dict[str, Any] = {
             "state": state,
             "text": text,
@@ -99,14 +99,14 @@ def write(state: str, text: str, overrides: Sequence[str], path: str, step: int,
     import torch
     from mlflow.models import infer_signature
 
-    from raytrainer.state import load_weights
+    from raytrainer.state import restore_module
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     e = config.experiment_of(text, overrides)
     kept = torch.load(state, weights_only=False)  # written by our parent, a moment ago
     # Built anew, so that neither torch.compile nor DDP is part of it; in float32, which every consumer can run.
     model = config.build(e.model or {}).float().eval()
-    load_weights(model, kept["weights"], f"the checkpoint of step {step}")
+    restore_module(model, kept["weights"], f"the checkpoint of step {step}")
     requirements = [f"torch=={torch.__version__.partition('+')[0]}", "numpy"]
     if graph:
         try:

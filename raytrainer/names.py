@@ -122,6 +122,17 @@ def _differences(missing: Sequence[str], surplus: Sequence[str], shapes: Sequenc
     return "; ".join(parts)
 
 
+def is_extra_state(name: str) -> bool:
+    """Whether a state dict's entry is what a module's `get_extra_state` gave: of any type, and no weight."""
+    return name.rpartition(".")[2] == "_extra_state"
+
+
+def renamed(name: str, mapping: Mapping[str, str]) -> str:
+    """A source's name as the model would have it: the longest beginning in `mapping` that fits is replaced."""
+    begin = max((b for b in mapping if name.startswith(b)), key=len, default=None)
+    return name if begin is None else mapping[begin] + name[len(begin) :]
+
+
 def few(names: Sequence[str]) -> str:
     """The first three."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -5,7 +5,10 @@ An optimizer numbers its parameters by group; names survive another grouping, DD
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,61 +16,238 @@ from torch import Tensor, nn
 
 from raytrainer.errors import CheckpointCorrupt
 from raytrainer.names import match
-from raytrainer.sharding import placed_as
+from raytrainer.sharding import is_sharded, placed_as
 
 
 def named_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
-    """`optimizer.state_dict()` with names for numbers: `{"state": {name: …}, "groups": [{"names": […], …}]}`."""
+    """`optimizer.state_dict()` with names for numbers: `{"state": {name: …}, "groups": [{"names": […], …}]}`.
+
+    Where an optimizer has more, that too: `other`, state of no parameter; `rest`, further entries of the state dict;
+    `unlike`, the tensors of a parameter's state whose type is not the parameter's, which torch would convert.
+    """
     names = {id(p): n for n, p in model.named_parameters()}
     state = optimizer.state_dict()
-    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    return {
-        "state": {order[number]: dict(values) for number, values in state["state"].items()},
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    order = [names[id(p)] for p in parameters]
+    of_parameters = {k: v for k, v in state["state"].items() if type(k) is int and 0 <= k < len(order)}
+    found: dict[str, Any] = {
+        "state": {order[k]: dict(v) if isinstance(v, Mapping) else v for k, v in of_parameters.items()},
         "groups": [
             {**{k: v for k, v in group.items() if k != "params"}, "names": [order[i] for i in group["params"]]}
             for group in state["param_groups"]
         ],
     }
+    unlike = {order[k]: keys for k, v in of_parameters.items() if (keys := _unlike(parameters[k], v))}
+    further = {
+        "other": {k: v for k, v in state["state"].items() if k not in of_parameters},
+        "rest": {k: v for k, v in state.items() if k not in ("state", "param_groups")},
+        "unlike": unlike,
+    }
+    return {**found, **{k: v for k, v in further.items() if v}}
+
+
+def _unlike(parameter: Tensor, values: Any) -> list[Any]:
+    """The keys of tensors that torch's `load_state_dict` would give the parameter's type. A `step` it leaves alone."""
+    if not isinstance(values, Mapping) or not parameter.is_floating_point():
+        return []
+    return [k for k, v in values.items() if isinstance(v, Tensor) and k != "step" and v.dtype != parameter.dtype]
 
 
 def restore_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Loads what `named_optimizer_state` gave.
+    """Load what `named_optimizer_state` gave, through the optimizer's own `load_state_dict`.
 
     Raises:
-        CheckpointCorrupt: Its parameters are not this model's, or their groups differ.
+        CheckpointCorrupt: Its parameters are not this model's, or their groups differ; or the optimizer refuses it.
     """
-    names = {id(p): n for n, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    names = {id(p): n for n, p in parameters.items()}
     order = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
     groups = list(saved["groups"])
     if [sorted(g["names"]) for g in groups] != [sorted(g) for g in order]:
         raise CheckpointCorrupt(
             "the checkpoint's optimizer has other parameters, or groups them otherwise, than this one"
         )
-    number, state, new_groups = 0, {}, []
+    number, state, new_groups = 0, dict(saved.get("other", {})), []
     for wanted, group, own in zip(order, groups, optimizer.param_groups, strict=True):
         numbers = list(range(number, number + len(wanted)))
         number += len(wanted)
         state.update({i: saved["state"][n] for i, n in zip(numbers, wanted, strict=True) if n in saved["state"]})
-        # JSON has no tuples (AdamW's betas); torch compares and unpacks either.
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in group.items() if k != "names"}
+        values = {k: tuple(v) if isinstance(own.get(k), tuple) else v for k, v in group.items() if k != "names"}
         # How the steps are computed is this process's: shards may have no fused ones.
         how = {k: own[k] for k in ("fused", "foreach") if k in own}
         new_groups.append({**values, **how, "params": numbers})
-    optimizer.load_state_dict({"state": state, "param_groups": new_groups})
+    try:
+        optimizer.load_state_dict({"state": state, "param_groups": new_groups, **saved.get("rest", {})})
+    except Exception as error:
+        raise CheckpointCorrupt(
+            f"the optimizer {type(optimizer).__name__} does not take its saved state: {type(error).__name__}: {error}"
+        ) from error
+    for name, keys in saved.get("unlike", {}).items():
+        own_state, parameter = optimizer.state.get(parameters[name]), parameters[name]
+        if isinstance(own_state, dict):
+            own_state.update({k: saved["state"][name][k].to(parameter.device) for k in keys if k in own_state})
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Copies weights and buffers into `model`.
+def restore_object(what: str, thing: Any, state: Any, source: str) -> None:
+    """Give an object of the user's its state, through its `load_state_dict`.
 
     Raises:
-        CheckpointCorrupt: Names or shapes differ; the message gives the first few of each kind.
+        CheckpointCorrupt: It fails; the message names `what`, a key of the configuration.
     """
-    own = model.state_dict()
-    problem = match(
-        {n: tuple(t.shape) for n, t in own.items()}, {n: tuple(t.shape) for n, t in weights.items()}
-    ).problem
-    if problem:
+    try:
+        thing.load_state_dict(state)
+    except Exception as error:
+        raise CheckpointCorrupt(
+            f"{what} ({type(thing).__name__}) does not take its state of {source}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def restore_module(module: nn.Module, state: Mapping[str, Any], source: str) -> None:
+    """Load a state dict into a module through its own `load_state_dict`, with all hooks and extra state.
+
+    Into a sharded module (FSDP2) whole tensors and shards alike: each is placed as the module's own tensor is, after
+    the module's hooks have seen it. Every rank calls it.
+
+    Args:
+        module: Built as the one of which the state is.
+        state: What its `state_dict()` gave, perhaps read from a checkpoint. Without torch's `_metadata`, of which the
+            modules' versions are part, those of `module` are assumed.
+        source: Where the state is from, for the error.
+
+    Raises:
+        CheckpointCorrupt: The module does not take it. Where names or shapes differ, the message has the first few of
+            each, and a module that loads by name alone is as it was before.
+    """
+    if loads_by_name(module) and (problem := _difference(module, state)):
         raise CheckpointCorrupt(f"{source} {problem}")
+    if getattr(state, "_metadata", None) is None:
+        state = _with_metadata(state, module)
+    try:
+        with _placing_shards(module):
+            module.load_state_dict(state)
+    except Exception as error:
+        reason = f"cannot be loaded into {type(module).__name__}: {type(error).__name__}: {error}"
+        # torch lists every name that differs; the first few of them are enough.
+        problem = _difference(module, state) if type(error) is RuntimeError and "Missing key(s)" in str(error) else ""
+        raise CheckpointCorrupt(f"{source} {problem or reason}") from error
+
+
+def extra_state(module: nn.Module) -> dict[str, Any]:
+    """What the `get_extra_state` of each part of a module gives, by the part's name; copies, for `set_extra_state`."""
+    parts = ((name, m) for name, m in module.named_modules() if _overrides(m, "set_extra_state"))
+    return {name: copy.deepcopy(m.get_extra_state()) for name, m in parts if _overrides(m, "get_extra_state")}
+
+
+def set_extra_state(module: nn.Module, values: Mapping[str, Any]) -> None:
+    """Give each part of a module the extra state that `extra_state` took from it, or from one built alike."""
+    for name, part in module.named_modules():
+        if name in values and _overrides(part, "set_extra_state"):
+            part.set_extra_state(values[name])
+
+
+@contextlib.contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Undo on exit what a forward pass within it changes: buffers, and state that hooks or extra state stand for."""
+    buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
+    state: Any = None
+    if not loads_by_name(module):
+        state = module.state_dict()
+        for name, value in state.items():
+            state[name] = value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+    yield
+    if state is not None:
+        # A module that does not take its state back is refused at the first save, on all ranks at once.
+        with contextlib.suppress(CheckpointCorrupt):
+            restore_module(module, state, "the state of before")
     with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(placed_as(tensor, weights[name]))
+        for name, b in module.named_buffers():
+            b.copy_(buffers[name])
+
+
+def loads_by_name(module: nn.Module) -> bool:
+    """Whether `state_dict` gives, and `load_state_dict` fills, each parameter and buffer under its own name alone.
+
+    False where a class or a hook has a part in it: values may then have other names and forms, or be no tensors.
+    """
+    return not any(_has_own_state(m) for m in module.modules())
+
+
+def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Those entries of a state dict that are tensors, not a module's extra state of another kind."""
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+_METHODS = (
+    "state_dict",
+    "load_state_dict",
+    "_save_to_state_dict",
+    "_load_from_state_dict",
+    "get_extra_state",
+    "set_extra_state",
+)
+_HOOKS = (
+    "_state_dict_pre_hooks",
+    "_state_dict_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def _has_own_state(module: nn.Module) -> bool:
+    if any(_overrides(module, method) for method in _METHODS):
+        return True
+    hooks = [hook for name in _HOOKS for hook in getattr(module, name).values()]
+    # FSDP2's own put the sharded parameters in place.
+    return any(not str(getattr(hook, "__module__", "")).startswith("torch.distributed.") for hook in map(_inner, hooks))
+
+
+def _overrides(module: nn.Module, method: str) -> bool:
+    owner = next(kind for kind in type(module).__mro__ if method in vars(kind))
+    # Batch norm's own only adds what a very old version lacks.
+    return owner is not nn.Module and not owner.__module__.startswith(
+        ("torch.nn.modules.batchnorm", "torch.distributed.")
+    )
+
+
+def _inner(hook: Any) -> Any:
+    """A hook without the object that torch puts around it."""
+    return getattr(hook, "hook", hook)
+
+
+def _difference(module: nn.Module, state: Mapping[str, Any]) -> str:
+    """How the names and shapes of a state differ from the module's own, as the end of a sentence; empty if not."""
+    own, given = tensors_of(module.state_dict()), tensors_of(state)
+    return match({n: tuple(t.shape) for n, t in own.items()}, {n: tuple(t.shape) for n, t in given.items()}).problem
+
+
+def _with_metadata(state: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any]:
+    metadata = getattr(module.state_dict(), "_metadata", None)
+    if metadata is None:
+        return state
+    found: Any = OrderedDict(state)
+    found._metadata = metadata
+    given: Mapping[str, Any] = found
+    return given
+
+
+@contextlib.contextmanager
+def _placing_shards(module: nn.Module) -> Iterator[None]:
+    """Within it the sharded parameters of `module` take whole tensors too, after its own hooks."""
+    sharded = module.modules() if is_sharded(module) else ()
+    handles = [
+        part._register_load_state_dict_pre_hook(_place_shards, with_module=True)
+        for part in sharded
+        if any(is_sharded(parameter) for parameter in part._parameters.values())
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _place_shards(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, own in module._parameters.items():
+        value = state.get(prefix + name)
+        if own is not None and is_sharded(own) and isinstance(value, Tensor) and value.shape == own.shape:
+            state[prefix + name] = placed_as(own, value)

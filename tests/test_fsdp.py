@@ -17,7 +17,7 @@ from raytrainer import parallel
 from raytrainer.config import Experiment, FSDPConfig
 from raytrainer.errors import CheckpointNotFound
 from raytrainer.parallel import World
-from raytrainer.state import load_weights, named_optimizer_state
+from raytrainer.state import named_optimizer_state, restore_module
 from raytrainer.trainer import Trainer, snapshot
 from tests import ranks, training
 from tests.test_equality import TOKENS, direct, hard, killed_and_resumed
@@ -347,7 +347,7 @@ def test_weights_come_from_a_run_and_go_out_whole(tmp_path: Path) -> None:
     for rank, (begun, exported) in enumerate(ranks.run(2, started_from, e, folder)):
         assert training.differences(begun, training.weights(trainer)) == []
         assert (exported is None) == (rank > 0)
-        load_weights(copy.deepcopy(trainer.raw_model), exported or begun, "the checkpoint")
+        restore_module(copy.deepcopy(trainer.raw_model), exported or begun, "the checkpoint")
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------

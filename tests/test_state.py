@@ -12,7 +12,7 @@ from torch import nn
 
 from raytrainer.errors import CheckpointCorrupt
 from raytrainer.optim import parameter_groups
-from raytrainer.state import load_weights, named_optimizer_state, restore_optimizer_state
+from raytrainer.state import named_optimizer_state, restore_module, restore_optimizer_state
 from tests.training import differences
 
 
@@ -49,7 +49,7 @@ def test_the_state_finds_its_parameters_by_name(make: Any) -> None:
     # As JSON would bring it back: no tuples.
     for group in saved["groups"]:
         group.update({k: list(v) for k, v in group.items() if isinstance(v, tuple)})
-    load_weights(second, first.state_dict(), "here")
+    restore_module(second, first.state_dict(), "here")
     restore_optimizer_state(to, second, copy.deepcopy(saved))  # a state dict shares its tensors
     trained(first, from_)
     trained(second, to)
@@ -74,7 +74,7 @@ def test_weights_are_copied_with_buffers_and_in_the_model_s_type() -> None:
     source[1].running_mean.fill_(3.0)  # type: ignore[operator]
     target = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     parameter = target[0].weight
-    load_weights(target, source.state_dict(), "here")
+    restore_module(target, source.state_dict(), "here")
     assert target[0].weight is parameter
     assert {t.dtype for t in target.state_dict().values() if t.is_floating_point()} == {torch.float32}
     assert differences(dict(target.state_dict()), dict(source.float().state_dict())) == []
@@ -89,7 +89,7 @@ def test_all_that_differs_is_said_at_once() -> None:
         weights[f"{number}.bias"] = torch.zeros(3)
     weights |= {f"extra.{i}": torch.zeros(1) for i in range(9)}
     with pytest.raises(CheckpointCorrupt) as caught:
-        load_weights(target, weights, "run.pt")
+        restore_module(target, weights, "run.pt")
     assert str(caught.value) == (
         "run.pt holds another model: it lacks 0.weight, 1.weight (0.weight may be its 0.wieght); "
         "it has 0.wieght, 1.wieght, extra.0 and 8 more too much; "

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -108,6 +109,8 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         a, b = parallel.local_parts([a, b])  # of shards each rank sees its own
         return [] if a.dtype == b.dtype and torch.equal(a, b) else [path]
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return [] if a.dtype == b.dtype and np.array_equal(a, b) else [path]
     if isinstance(a, dict) and isinstance(b, dict):
         if a.keys() != b.keys():
             return [f"{path}: {sorted(a.keys() ^ b.keys())}"]

@@ -7,12 +7,15 @@ from raytrainer.checkpoint.checkpointer import Checkpointer
 from raytrainer.checkpoint.files import unread
 from raytrainer.checkpoint.manifest import CheckpointInfo
 from raytrainer.checkpoint.moving import copy_out, take_in, taken_in
-from raytrainer.checkpoint.weights import Weights, find_weights, fit, take
+from raytrainer.checkpoint.tree import as_read
+from raytrainer.checkpoint.weights import EXTRA_STATE, Weights, find_weights, fit, take
 
 __all__ = [
+    "EXTRA_STATE",
     "CheckpointInfo",
     "Checkpointer",
     "Weights",
+    "as_read",
     "copy_out",
     "find_weights",
     "fit",

@@ -1,5 +1,5 @@
 """A nested state as JSON, with its tensors taken out under names, and back again, exactly.
-Tuples, non-string keys and non-finite floats, which JSON lacks, are written as objects with one `$` key."""
+Tuples, non-string keys, non-finite floats and what else JSON lacks (values.py) are objects with one `$` key."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from raytrainer.checkpoint import values
 from raytrainer.errors import CheckpointCorrupt, CheckpointError
 
 TensorReader = Callable[[str, str, tuple[int, ...], Any], torch.Tensor]
@@ -21,8 +22,7 @@ _FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 def flatten(state: Mapping[str, Any]) -> tuple[bytes, dict[str, torch.Tensor]]:
     """The JSON text of `state` and its tensors by name: the path of keys, joined by `/` (RFC 6901's escapes).
 
-    CheckpointError names the path of a value that is neither a tensor nor JSON: None, bool, int, float, str, and lists,
-    tuples and dicts (keys: str or int) of them.
+    CheckpointError names the path of a value that is neither a tensor, nor JSON, nor one of the types in values.py.
     """
     tensors: dict[str, torch.Tensor] = {}
     tree = _encode(state, (), tensors)
@@ -33,11 +33,17 @@ def restore(data: bytes, read: TensorReader, template: Any = None) -> dict[str, 
     """The state that `flatten` wrote; `read` supplies each tensor. CheckpointCorrupt where it is not of that form."""
     try:
         state = _decode(json.loads(data), read, template)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as exc:
         raise CheckpointCorrupt(f"not a state: {type(exc).__name__}: {exc}") from exc
     if not isinstance(state, dict):
         raise CheckpointCorrupt(f"not a state: {type(state).__name__} instead of a dict")
     return state
+
+
+def as_read(state: Any) -> Any:
+    """What a checkpoint would give back of a state: as `restore` does of `flatten`, the tensors being the same ones."""
+    text, tensors = flatten({"": state})
+    return restore(text, lambda name, *_: tensors[name])[""]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -47,33 +53,59 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _encode(value: Any, path: tuple[Any, ...], tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
-        name = "/".join(str(key).replace("~", "~0").replace("/", "~1") for key in path)
-        if name in tensors or name in ("", "__metadata__"):
-            raise CheckpointError(f"two tensors of the state are called {name!r}, or the name is not allowed")
-        tensors[name] = value
-        return {"$tensor": name, "dtype": dtype_name(value.dtype), "shape": list(value.shape)}
+        return _named(value, path, tensors)
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if (known := values.encode(value)) is not None:
+        kind, content, about = known
+        # At the same path: a state dict's tensors are called the same, whatever kind of dict it is.
+        node = {kind: _encode(content, path, tensors)}
+        return node if about is None else {**node, "of": _encode(about, (*path, "of"), tensors)}
     if isinstance(value, Mapping):
-        for key in value:
-            if type(key) not in (str, int):
-                raise CheckpointError(
-                    f"the state's key {key!r} at {_shown(path)} is a {type(key).__name__}: str or int"
-                )
-        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+        if all(type(key) is str and not key.startswith("$") for key in value):
             return {key: _encode(item, (*path, key), tensors) for key, item in value.items()}
-        return {"$items": [[key, _encode(item, (*path, key), tensors)] for key, item in value.items()]}
+        return {"$items": [[_key(key, path), _encode(item, (*path, key), tensors)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
         items = [_encode(item, (*path, i), tensors) for i, item in enumerate(value)]
         return items if isinstance(value, list) else {"$tuple": items}
-    if value is None or type(value) in (bool, int, str):
-        return value
-    if isinstance(value, float):  # numpy's float64 is one
+    if isinstance(value, float):  # NumPy's float64 is one
         number = float(value)
         return number if math.isfinite(number) else {"$float": repr(number)}
-    kind = f"{type(value).__module__}.{type(value).__qualname__}"
     raise CheckpointError(
-        f"the state at {_shown(path)} is a {kind}: a checkpoint holds tensors, and None, bool, int, float, str, list, "
-        "tuple and dict"
+        f"the state at {_shown(path)} is {_kind(value)}, which a checkpoint cannot hold. It holds {values.HELD}; "
+        "let state_dict() return those."
     )
+
+
+def _named(value: torch.Tensor, path: tuple[Any, ...], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    name = "/".join(str(key).replace("~", "~0").replace("/", "~1") for key in path)
+    if name in ("", "__metadata__"):
+        raise CheckpointError(f"a tensor of the state may not be called {name!r}; rename its key")
+    # Keys of two types may be written alike, as 1 and "1". No path has "~~" of itself, since "~" is escaped.
+    path_name, number = name, 2
+    while name in tensors:
+        name, number = f"{path_name}~~{number}", number + 1
+    tensors[name] = value
+    return {"$tensor": name, "dtype": dtype_name(value.dtype), "shape": list(value.shape)}
+
+
+def _key(key: Any, path: tuple[Any, ...]) -> Any:
+    inside: dict[str, torch.Tensor] = {}
+    try:
+        node = _encode(key, (*path, key), inside)
+    except CheckpointError:
+        inside = {"": torch.empty(0)}
+    if inside:
+        raise CheckpointError(
+            f"the state at {_shown(path)} has the key {key!r}, which is {_kind(key)}. A checkpoint holds keys that are "
+            f"{values.HELD_AS_KEYS}."
+        )
+    return node
+
+
+def _kind(value: Any) -> str:
+    dtype = f" of dtype {value.dtype}" if type(value).__name__ == "ndarray" else ""
+    return f"a {type(value).__module__}.{type(value).__qualname__}{dtype}"
 
 
 def _decode(node: Any, read: TensorReader, template: Any) -> Any:
@@ -87,11 +119,15 @@ def _decode(node: Any, read: TensorReader, template: Any) -> Any:
             raise ValueError(f"the shape {shape} of {node['$tensor']!r}")
         return read(str(node["$tensor"]), str(node["dtype"]), shape, template)
     if "$items" in node:
-        return {key: _decode(item, read, _below(template, key)) for key, item in node["$items"]}
+        pairs = [(_decode(key, read, None), item) for key, item in node["$items"]]
+        return {key: _decode(item, read, _below(template, key)) for key, item in pairs}
     if "$tuple" in node:
         return tuple(_decode(item, read, _below(template, i)) for i, item in enumerate(node["$tuple"]))
     if "$float" in node:
         return _FLOATS[node["$float"]]
+    if (kind := next(iter(node), "")) in values.KINDS:
+        about = _decode(node["of"], read, None) if "of" in node else None
+        return values.decode(kind, _decode(node[kind], read, template), about)
     return {key: _decode(item, read, _below(template, key)) for key, item in node.items()}
 
 

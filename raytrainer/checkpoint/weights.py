@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit, urlunsplit
@@ -21,7 +22,7 @@ from raytrainer.checkpoint.files import unread
 from raytrainer.checkpoint.manifest import CheckpointInfo
 from raytrainer.config import InitFrom
 from raytrainer.errors import CheckpointCorrupt, CheckpointNotFound
-from raytrainer.names import Match, Shape
+from raytrainer.names import Match, Shape, is_extra_state
 from raytrainer.storage import Storage, redacted
 
 _PICKLES = (".bin", ".pt", ".pth")
@@ -32,6 +33,8 @@ _IN_FOLDER = (
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
+EXTRA_STATE = "raytrainer.extra_state"
+"""The key in a safetensors file's metadata of extra state that is no tensor: the JSON of checkpoint/tree.py."""
 
 
 class Weights(Protocol):
@@ -44,8 +47,8 @@ class Weights(Protocol):
     def shapes(self) -> dict[str, Shape] | None:
         """The names and shapes, without reading the tensors; None where that cannot be had cheaply."""
 
-    def read(self) -> dict[str, Tensor]:
-        """All of it, on the CPU."""
+    def read(self) -> dict[str, Any]:
+        """All of it, on the CPU; extra state of modules in the form that they gave it."""
 
 
 def find_weights(source: str, storage_path: str, look_up: Callable[[str], str | None] = lambda _: None) -> Weights:
@@ -84,7 +87,7 @@ def fit(model: nn.Module, shapes: dict[str, Shape], options: InitFrom) -> Match:
 
     A model that PEFT has put adapters into takes the weights of the model below: what the adapters add is no part of it.
     """
-    own = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    own, shapes = shapes_of(model.state_dict()), {n: shape for n, shape in shapes.items() if not is_extra_state(n)}
     alias = _without_adapters(model, own, shapes)
     groups: dict[int, set[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -101,14 +104,21 @@ def fit(model: nn.Module, shapes: dict[str, Shape], options: InitFrom) -> Match:
     return replace(found, taken=taken)
 
 
-def take(model: nn.Module, weights: Weights, options: InitFrom) -> tuple[dict[str, Tensor], str]:
+def shapes_of(state: Mapping[str, Any]) -> dict[str, Shape]:
+    """The names and shapes of a state dict's tensors, without the extra state of modules."""
+    return {n: tuple(t.shape) for n, t in state.items() if isinstance(t, Tensor) and not is_extra_state(n)}
+
+
+def take(model: nn.Module, weights: Weights, options: InitFrom) -> tuple[dict[str, Any], str]:
     """What `fit` says of `weights`, read: by the model's names and in its shapes what it takes; and that in words.
+
+    The extra state of modules (`get_extra_state`) comes along where the source has it under the module's name.
 
     Raises:
         CheckpointCorrupt: They cannot be read, or are not what was asked for.
     """
     found = weights.read()
-    match = fit(model, {name: tuple(t.shape) for name, t in found.items()}, options)
+    match = fit(model, shapes_of(found), options)
     if match.problem:
         raise CheckpointCorrupt(f"{weights.place} {match.problem}")
     for first, *others in match.same:
@@ -116,7 +126,13 @@ def take(model: nn.Module, weights: Weights, options: InitFrom) -> tuple[dict[st
             raise CheckpointCorrupt(
                 f"{weights.place} has other values for {first} than for {unlike[0]}, which are one tensor in the model"
             )
-    taken = {name: found[theirs] for name, theirs in match.taken.items()}
+    taken: dict[str, Any] = {name: found[theirs] for name, theirs in match.taken.items()}
+    extra = {names.renamed(name, options.mapping or {}): v for name, v in found.items() if is_extra_state(name)}
+    taken |= {
+        name: value
+        for name, value in extra.items()
+        if name in model.state_dict() and not any(fnmatchcase(name, pattern) for pattern in options.exclude)
+    }
     return taken, f"weights of {weights.place}: {match.in_words()}"
 
 
@@ -180,9 +196,9 @@ class _Checkpoint:
         return str(self._chosen().path)
 
     def shapes(self) -> dict[str, Shape]:
-        return {name: tuple(t.shape) for name, t in self._weights(self._outline(self._chosen())).items()}
+        return shapes_of(self._weights(self._outline(self._chosen())))
 
-    def read(self) -> dict[str, Tensor]:
+    def read(self) -> dict[str, Any]:
         shared, _ = self.checkpoints.load(self._chosen(), {"optimizer": unread})
         return self._weights(shared)
 
@@ -197,7 +213,7 @@ class _Checkpoint:
         return tree.restore(text, lambda name, dtype, shape, leaf: unread(torch.float32, shape))
 
     @staticmethod
-    def _weights(state: dict[str, Any]) -> dict[str, Tensor]:
+    def _weights(state: dict[str, Any]) -> dict[str, Any]:
         return dict(state.get("ema") or state["model"])
 
 
@@ -215,19 +231,27 @@ class _File:
         for file, wanted in self._files():
             if file.endswith(_PICKLES) and not self.folder.is_local:
                 return None
-            if file.endswith(".safetensors"):
-                of_file = self._header(file)
-            else:
-                of_file = {name: tuple(t.shape) for name, t in self._unpickled(file, "meta").items()}
+            safe = file.endswith(".safetensors")
+            of_file = self._header(file) if safe else shapes_of(self._unpickled(file, "meta"))
             found.update(self._chosen(file, of_file, wanted))
         return found
 
-    def read(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+    def read(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
         for file, wanted in self._files():
             of_file = self._tensors(file) if file.endswith(".safetensors") else self._unpickled(file, "cpu")
             found.update(self._chosen(file, of_file, wanted))
+            if file.endswith(".safetensors"):
+                found.update(self._extra(file))
         return found
+
+    def _extra(self, file: str) -> dict[str, Any]:
+        """Extra state that is no tensor, which `export` writes into the file's metadata."""
+        text = self._entries(file).get("__metadata__", {}).get(EXTRA_STATE)
+        return {} if text is None else tree.restore(text.encode(), lambda name, *_: self._no_tensor(name))
+
+    def _no_tensor(self, name: str) -> Tensor:
+        raise CheckpointCorrupt(f"{self.place} has a tensor {name} in its metadata")
 
     def _files(self) -> Iterator[tuple[str, list[str] | None]]:
         """The files, with the names that each has; None: all that are in it."""
@@ -255,13 +279,20 @@ class _File:
 
     def _header(self, file: str) -> dict[str, Shape]:
         try:
+            entries = self._entries(file)
+            return {name: tuple(entry["shape"]) for name, entry in entries.items() if name != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointCorrupt(f"{self.folder.where(file)} cannot be read as weights: {error}") from error
+
+    def _entries(self, file: str) -> dict[str, Any]:
+        try:
             with self.folder.open_read(file) as opened:
                 length = int.from_bytes(opened.read(8), "little")
                 if not 0 < length <= _MAX_HEADER:
                     raise ValueError(f"a header of {length} bytes")
-                entries = json.loads(opened.read(length))
-            return {name: tuple(entry["shape"]) for name, entry in entries.items() if name != "__metadata__"}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+                entries: dict[str, Any] = dict(json.loads(opened.read(length)))
+                return entries
+        except (ValueError, TypeError) as error:
             raise CheckpointCorrupt(f"{self.folder.where(file)} cannot be read as weights: {error}") from error
 
     def _tensors(self, file: str) -> dict[str, Tensor]:
@@ -274,7 +305,7 @@ class _File:
         except Exception as error:  # the library has several, and all mean the same
             raise CheckpointCorrupt(f"{self.folder.where(file)} cannot be read as weights: {error}") from error
 
-    def _unpickled(self, file: str, device: str) -> dict[str, Tensor]:
+    def _unpickled(self, file: str, device: str) -> dict[str, Any]:
         where = self.folder.where(file)
         opened: Any = (
             self.folder.local_path / file if self.folder.is_local else io.BytesIO(self.folder.read_bytes(file))
@@ -286,6 +317,8 @@ class _File:
         for name in ("state_dict", "model"):
             if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
                 loaded = loaded[name]
-        if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        if not isinstance(loaded, dict) or not all(
+            isinstance(v, Tensor) or is_extra_state(k) for k, v in loaded.items()
+        ):
             raise CheckpointCorrupt(f"{where} is not a state dict of tensors")
         return loaded

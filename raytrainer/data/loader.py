@@ -5,6 +5,7 @@ Where they are made is a matter of speed alone: the same batches come, bit for b
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -119,6 +120,7 @@ class Loader:
         self.device = torch.device(device)
         self._transform = getattr(dataset, "transform_batch", None)
         self._position: dict[str, Any] = {}
+        self._dataset_states: dict[int, Any] = {}  # by step, where batches are made ahead of the one that trains
         self._columns = columns_of(dataset) if collate_fn is None else None
         self._stream: Stream | None = None
         self._plan: Plan | None = None
@@ -157,6 +159,14 @@ class Loader:
             agree_on_length(name_of(dataset), length, self._plan is None, world_size, self.device)
             if self._stream is not None:
                 self._agreement = Agreement(self._stream.name, self._stream.sharded, world_size)
+        self.keeps_dataset_state = self._plan is not None and _has_state(dataset)
+        if self.keeps_dataset_state and num_workers:
+            log.warning(
+                "data.num_workers=%d: each process changes a copy of %s, and a checkpoint has the state of none of them; "
+                "with data.num_workers=0 it is restored exactly",
+                num_workers,
+                name_of(dataset),
+            )
         self._fetcher = Fetcher(dataset, collate_fn, seed)
         self._resident = self._mapped = False
         if self._columns is not None:
@@ -189,12 +199,18 @@ class Loader:
         return self._plan.steps_per_epoch if self._plan else self._announced
 
     def state_dict(self) -> dict[str, Any]:
-        """The position of an iterable as of the last batch that was yielded; empty for a map-style dataset."""
+        """The position of an iterable as of the last batch that was yielded. Of a map-style dataset its own state as of
+        that batch, if it has `state_dict` and `load_state_dict`; else empty."""
+        if self.keeps_dataset_state and not self._position:
+            return {"dataset": copy.deepcopy(self.dataset.state_dict())}
         return self._position
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Makes the next `batches(start)` go on from there, where `start` is the batch after it."""
-        self._position = dict(state)
+        if not self.keeps_dataset_state:
+            self._position = dict(state)
+        elif "dataset" in state:
+            self.dataset.load_state_dict(copy.deepcopy(state["dataset"]))
 
     def one_epoch(self) -> Generator[Batch, None, None]:
         """All samples once, from the first; of an iterable nothing of the epoch after it is read."""
@@ -215,7 +231,10 @@ class Loader:
             made = self._made(start, stop)
             try:
                 for step, micro in made:
-                    yield self._finished(step, micro)
+                    batch = self._finished(step, micro)
+                    if step.index in self._dataset_states:  # rows are read ahead: the dataset is further than this
+                        self._position = {"dataset": self._dataset_states.pop(step.index)}
+                    yield batch
             finally:
                 made.close()
 
@@ -284,11 +303,17 @@ class Loader:
         steps, fetcher = self._steps(start, stop), self._fetcher
 
         def isolated(step: Step) -> _Made:
-            return step, [fetcher.isolated(samples, step.epoch) for samples, _ in step.micro]
+            return read(step, fetcher.isolated)
+
+        def read(step: Step, fetch: Callable[[Indices, int], Any]) -> _Made:
+            made = step, [fetch(samples, step.epoch) for samples, _ in step.micro]
+            if self.keeps_dataset_state:
+                self._dataset_states[step.index] = copy.deepcopy(self.dataset.state_dict())
+            return made
 
         def plain() -> Generator[_Made, None, None]:
             for step in steps:
-                yield step, [fetcher(samples, step.epoch) for samples, _ in step.micro]
+                yield read(step, fetcher)
 
         # The first batch is read here, to see whether the dataset draws from the global generators. One that does
         # cannot be read in a thread, where it would draw between the model's own draws.
@@ -438,6 +463,10 @@ class Loader:
             raise
         except Exception as error:
             raise wrapped(self.dataset, f"transform_batch of {describe(samples)}", error) from error
+
+
+def _has_state(dataset: Any) -> bool:
+    return all(callable(getattr(dataset, name, None)) for name in ("state_dict", "load_state_dict"))
 
 
 def _at_least(name: str, value: int, least: int) -> None:

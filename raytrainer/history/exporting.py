@@ -15,6 +15,7 @@ from raytrainer.config import Experiment, build, checkpoint_mode, from_text, loc
 from raytrainer.errors import CheckpointNotFound, ConfigError, StorageError
 from raytrainer.history.finding import tracking_uri_of
 from raytrainer.history.trained import Trained, trained
+from raytrainer.names import few
 from raytrainer.run import CONFIG
 from raytrainer.tracking.server import Server
 
@@ -137,18 +138,34 @@ def _read(source: Trained, e: Experiment, checkpoint: str) -> tuple[Any, dict[st
     if info is None:
         raise CheckpointNotFound(f"{source.name}: its checkpoint {checkpoint} is gone")
     shared, _ = checkpoints.load(info, {"optimizer": unread})
-    return info, dict(shared.get("ema") or shared["model"]), bool(shared.get("ema"))
+    return info, shared.get("ema") or shared["model"], bool(shared.get("ema"))
 
 
 def _write_weights(
     folder: Path, e: Experiment, weights: Mapping[str, Any], about: Mapping[str, str], say: Callable[[str], None]
 ) -> None:
-    # In their form, with their config: `from_pretrained` reads the folder.
-    if (model := _hugging_face(e, say)) is not None:
-        model.save_pretrained(folder, state_dict=dict(weights), max_shard_size="10000GB")
-        return
     from safetensors import SafetensorError
     from safetensors.torch import save_file
+    from torch import Tensor
+
+    from raytrainer.checkpoint import EXTRA_STATE
+    from raytrainer.checkpoint.tree import flatten
+
+    others = {name: value for name, value in weights.items() if not isinstance(value, Tensor)}
+    weights = {name: value for name, value in weights.items() if name not in others}
+    # In their form, with their config: `from_pretrained` reads the folder.
+    if (model := _hugging_face(e, say)) is not None:
+        if others:
+            say(f"left out, as save_pretrained writes tensors alone: {few(sorted(others))}")
+        model.save_pretrained(folder, state_dict=weights, max_shard_size="10000GB")
+        return
+    if others:
+        text, inside = flatten(others)
+        if inside:
+            say(f"left out, as it is no tensor but has some: {few(sorted(others))}")
+        else:
+            say(f"{few(sorted(others))}: no tensor, so it is in the metadata of {WEIGHTS}, as JSON")
+            about = {**about, EXTRA_STATE: text.decode()}
 
     # One of several names of a tensor is a copy: the file has no shared memory.
     taken: set[int] = set()

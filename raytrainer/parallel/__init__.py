@@ -7,7 +7,7 @@ imported by whom it is for: it takes half a second.
 from __future__ import annotations
 
 from raytrainer.parallel.activations import checkpoint_activations
-from raytrainer.parallel.buffers import averaged_buffers, load_buffers, mean_buffers
+from raytrainer.parallel.buffers import averaged_buffers, holding_mean_buffers, load_buffers, mean_buffers
 from raytrainer.parallel.ddp import replicate, synchronise
 from raytrainer.parallel.precision import Precision
 from raytrainer.parallel.units import find_units
@@ -20,6 +20,7 @@ __all__ = [
     "averaged_buffers",
     "checkpoint_activations",
     "find_units",
+    "holding_mean_buffers",
     "is_sharded",
     "load_buffers",
     "local_parts",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,6 +43,32 @@ def averaged_buffers(model: nn.Module, world: World) -> Iterator[None]:
         yield
     finally:
         load_buffers(model, own)
+
+
+@contextlib.contextmanager
+def holding_mean_buffers(model: nn.Module, world: World) -> Iterator[None]:
+    """Within it the model holds `mean_buffers`, for its state dict: what is taken of it then stays the mean after it.
+
+    Other tensors stand in the model for as long, and no value of its own is written. So hooks that copy, rename or
+    compute with buffers do so with the means. A collective where there is more than one rank: every rank calls it.
+    """
+    if not world.distributed:
+        yield
+        return
+    means = mean_buffers(model, world)
+    held: list[tuple[dict[str, Any], str, Tensor]] = []
+    stand_in: dict[int, Tensor] = {}
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                held.append((module._buffers, name, buffer))
+                # A buffer that is in two places stays one tensor.
+                module._buffers[name] = stand_in.setdefault(id(buffer), means[f"{path}.{name}".lstrip(".")])
+    try:
+        yield
+    finally:
+        for buffers, name, buffer in held:
+            buffers[name] = buffer
 
 
 def load_buffers(model: nn.Module, values: Mapping[str, Tensor]) -> None:

@@ -186,7 +186,13 @@ def check_init_from(e: Experiment, look_up: Callable[[str], str | None] = lambda
     model = unbuilt_model(e) if shapes is not None else None
     if model is None or shapes is None:
         return
-    if problem := fit(model, shapes, e.init_from).problem:
+    try:
+        problem = fit(model, shapes, e.init_from).problem
+    except ConfigError:
+        raise
+    except Exception:  # noqa: BLE001  a state dict that asks for values has none here: the worker that reads them says
+        return
+    if problem:
         advice = (
             "; init_from.mapping, exclude or strict=false say what to do with such names" if e.init_from.strict else ""
         )

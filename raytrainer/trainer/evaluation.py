@@ -25,6 +25,7 @@ from raytrainer.errors import CheckpointError, CheckpointNotFound, ConfigError, 
 from raytrainer.events import EvalEnd
 from raytrainer.metrics import Monitor, Names, WeightedMeans, summarised
 from raytrainer.parallel import World
+from raytrainer.state import restore_object
 from raytrainer.trainer import snapshot
 
 if TYPE_CHECKING:
@@ -46,8 +47,7 @@ def evaluate(t: Trainer) -> dict[str, float]:
     if not t.val_loaders:
         raise ConfigError("is not set: there is nothing to evaluate on", key="data.val")
     model = t.raw_model if t.ema_model is None else t.ema_model
-    if t.ema_model is not None:
-        parallel.load_buffers(t.ema_model, dict(t.raw_model.named_buffers()))
+    snapshot.follow(t)
     found: dict[str, float] = {}
     with _evaluating(model), parallel.averaged_buffers(model, t.world), t.example.watching(model):
         for name, loader in t.val_loaders.items():
@@ -138,7 +138,7 @@ def _restored(t: Trainer, wanted: str, ranks: Ranks) -> CheckpointInfo:
             # Read on all ranks before any goes on: to restore they may need one another.
             states: list[Any] = []
             ranks.together(lambda: states.append(checkpoints.load(info, snapshot.template(t))))  # noqa: B023  called at once
-            snapshot.restore(t, *states[0], source=info.path, changed=())
+            snapshot.restore(t, *states[0], source=info.path, evaluating=True)
             return info
         except (CheckpointError, StorageError):
             if info.name in tried or ranks.first(lambda: info.name in {one.name for one in checkpoints.list()}):  # noqa: B023
@@ -193,6 +193,20 @@ class Metrics:
         for metric in self._metrics.values():
             metric.reset()
         self._seen = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of those that have one, by name, as between two evaluations."""
+        states = {name: m.state_dict() for name, m in self._metrics.items() if callable(getattr(m, "state_dict", None))}
+        return {name: state for name, state in states.items() if state}
+
+    def load_state_dict(self, state: Mapping[str, Any], source: str = "the state") -> None:
+        """Give each its state; CheckpointCorrupt names the one that does not take it."""
+        for name in state.keys() & self._metrics.keys():
+            restore_object(f"metrics.{name}", self._metrics[name], state[name], source)
+
+    def objects(self) -> Mapping[str, Any]:
+        """The metrics by name."""
+        return self._metrics
 
     def update(self, found: tuple[Any, Any] | None, size: int, others: Mapping[str, Any]) -> None:
         """Shows a micro-batch to all metrics.

@@ -6,6 +6,7 @@ Knows neither Ray nor MLflow: it takes a `World` and listeners, and tells them w
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 import time
@@ -26,12 +27,13 @@ from raytrainer.events import HOOKS, Artifact, CheckpointSaved, EvalEnd, Events,
 from raytrainer.metrics import OWN_NAMES, Monitor, Names, Throughput, WeightedMeans, summarised
 from raytrainer.optim import build_optimizer, build_scheduler
 from raytrainer.parallel import Precision, World
-from raytrainer.state import load_weights
+from raytrainer.state import restore_module, unchanged
 from raytrainer.trainer import evaluation, snapshot
 from raytrainer.trainer.example import ExampleRecorder
 from raytrainer.trainer.model import build_model, take_weights
 from raytrainer.trainer.profile import recorded
 from raytrainer.trainer.utilisation import Utilisation
+from raytrainer.trainer.verify import verify
 
 _log = logging.getLogger("raytrainer.trainer")
 
@@ -155,6 +157,7 @@ class Trainer:
         self._evaluated_at = self._saved_at = self._logged_at = 0
         self._saved_when = self._began = time.monotonic()
         self._elapsed = 0.0  # seconds of training before this process's
+        self._verified = False  # whether what is saved can be restored, which the first save shows
         self._lr: Any = 0.0
         self._extra: dict[str, float] = {}
         self._own_names = {"epoch", "checkpoint/stall_seconds"}  # of metrics that are not a callback's
@@ -316,6 +319,7 @@ class Trainer:
         Raises:
             NonFiniteLoss: A loss since the last log, or a weight, is not finite on some rank, and
                 `trainer.nonfinite=stop`: such a state must not become the newest checkpoint.
+            CheckpointError: An object's state cannot be saved, or (after this process's first save) not be restored.
         """
         if self.checkpointer is None or self.step == self._saved_at:
             return
@@ -330,12 +334,16 @@ class Trainer:
         if self._is_best():
             self.checkpointer.drop_held()
         self.throughput.pause()
+        state = snapshot.shared(self)
         if hold:
-            self.checkpointer.hold(self.step, snapshot.shared(self), snapshot.local(self), metric=metric)
+            self.checkpointer.hold(self.step, state, snapshot.local(self), metric=metric)
             self.throughput.go_on()
             return
         self._saved_at, self._saved_when = self.step, time.monotonic()
-        stall = self.checkpointer.save(self.step, snapshot.shared(self), snapshot.local(self), metric=metric)
+        stall = self.checkpointer.save(self.step, state, snapshot.local(self), metric=metric)
+        if not self._verified:
+            verify(self, state)
+            self._verified = True
         self.throughput.go_on()
         self.events.checkpoint(self, CheckpointSaved(self.step, metric, stall))
 
@@ -369,11 +377,11 @@ class Trainer:
         source, storage = options.source or "", self.experiment.storage_path or "runs"
         words = take_weights(self.raw_model, self.world, lambda: find_weights(source, storage, look_up), options)
         if self.ema_model is not None:
-            load_weights(self.ema_model, self.raw_model.state_dict(), "the model")
+            restore_module(self.ema_model, self.raw_model.state_dict(), "the model")
         return words
 
-    def best_weights(self) -> tuple[int, dict[str, Tensor]]:
-        """(step, state dict on the CPU) of the best committed checkpoint, else as they are now; the EMA's if any.
+    def best_weights(self) -> tuple[int, dict[str, Any]]:
+        """(step, state dict on the CPU, extra state of modules included) of the best committed checkpoint, else as they are now; the EMA's if any.
 
         A checkpoint's batch statistics are the mean over ranks, which this process alone does not have.
         """
@@ -383,7 +391,10 @@ class Trainer:
             shared, _ = self.checkpointer.load(info, {"optimizer": unread, other: unread})
             return info.step, shared[kept]
         model = self.raw_model if self.ema_model is None else self.ema_model
-        return self.step, {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
+        state = model.state_dict()
+        for name, value in state.items():
+            state[name] = value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        return self.step, state
 
     def example_batches(self) -> Iterator[Batch]:
         """Validation batches (of the first set; else training ones) from the first."""
@@ -510,11 +521,12 @@ class Trainer:
         """
         for number, batch in enumerate(batches):
             if number == 0 and self.model is not self.raw_model:
-                random, buffers = seeds.random_state(), {k: b.clone() for k, b in self.raw_model.named_buffers()}
-                with self.precision.autocast():
-                    self.loss(self.model, self.prepare(batch.micro[-1].data))["loss"].backward()
+                random = seeds.random_state()
+                with unchanged(self.raw_model):
+                    with self.precision.autocast():
+                        loss = self.loss(self.model, self.prepare(batch.micro[-1].data))["loss"]
+                    loss.backward()
                 self.optimizer.zero_grad(set_to_none=True)
-                parallel.load_buffers(self.raw_model, buffers)
                 seeds.set_random_state(random)
             yield batch
 

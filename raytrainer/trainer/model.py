@@ -16,9 +16,11 @@ from raytrainer import parallel, seeds
 from raytrainer.checkpoint import Weights, take
 from raytrainer.config import Experiment, InitFrom, build
 from raytrainer.errors import ConfigError, RaytrainerError
+from raytrainer.names import is_extra_state
 from raytrainer.optim import freeze
 from raytrainer.parallel import Precision, World
 from raytrainer.sharding import placed_as
+from raytrainer.state import loads_by_name, restore_module
 
 
 def build_model(e: Experiment, world: World, precision: Precision) -> tuple[nn.Module, nn.Module | None]:
@@ -70,37 +72,51 @@ def build_model(e: Experiment, world: World, precision: Precision) -> tuple[nn.M
 
 
 def take_weights(model: nn.Module, world: World, find: Callable[[], Weights], options: InitFrom) -> str:
-    """The weights that `find` finds, into `model`; returns what was taken, in a line. Every rank calls it.
+    """Put the weights that `find` finds into `model`; return what was taken, in a line. Every rank calls it.
 
-    The first rank alone reads them, and sends them tensor by tensor: on the others there is never more than one whole.
+    The first rank alone reads them, and sends them tensor by tensor: on the others there is never more than one whole,
+    unless the model has hooks or extra state, and so takes them all at once through its `load_state_dict`.
 
     Raises:
         CheckpointError, StorageError, ConfigError: As `checkpoint.take`; on all ranks.
     """
-    taken: dict[str, Tensor] = {}
-    told: list[Any] = [None]
+    taken: dict[str, Any] = {}
+    answer: list[Any] = [None]
     if world.rank == 0:
         try:
             taken, words = take(model, find(), options)
-            told = [(words, list(taken))]
+            # Extra state that is no tensor goes with the names.
+            others = {name: value for name, value in taken.items() if not isinstance(value, Tensor)}
+            shapes = {name: (v.shape, v.dtype) for name, v in taken.items() if name not in others}
+            answer = [(words, shapes, others)]
         except RaytrainerError as error:
-            told = [error]
+            answer = [error]
     if world.distributed:
-        dist.broadcast_object_list(told, src=0, device=world.device)
-    if isinstance(told[0], RaytrainerError):
-        raise told[0]
-    line, names = told[0]
+        dist.broadcast_object_list(answer, src=0, device=world.device)
+    if isinstance(answer[0], RaytrainerError):
+        raise answer[0]
+    line, shapes, others = answer[0]
     state = model.state_dict()
+    by_name = loads_by_name(model)
     with torch.no_grad():
-        for name in names:
-            own: Tensor = state[name]
+        for name, (shape, dtype) in shapes.items():
+            own = state[name]
+            device = own.device if isinstance(own, Tensor) else world.device
+            if not is_extra_state(name):
+                shape, dtype = own.shape, own.dtype
             if world.rank == 0:
-                value = taken.pop(name).to(own.device, own.dtype).contiguous()
+                value = taken.pop(name).to(device, dtype).contiguous()
             else:
-                value = torch.empty(own.shape, dtype=own.dtype, device=own.device)
+                value = torch.empty(shape, dtype=dtype, device=device)
             if world.distributed:
                 dist.broadcast(value, src=0)
-            own.copy_(placed_as(own, value))
+            if by_name:  # the state dict has the model's own tensors
+                own.copy_(placed_as(own, value))
+            else:
+                state[name] = placed_as(own, value)
+    if not by_name:
+        state.update(others)
+        restore_module(model, state, str(line))
     return str(line)
 
 

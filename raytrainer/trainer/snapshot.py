@@ -13,17 +13,29 @@ from torch import Tensor
 
 from raytrainer import parallel, seeds
 from raytrainer.optim import mend_fused_sgd
-from raytrainer.state import load_weights, named_optimizer_state, restore_optimizer_state
+from raytrainer.state import (
+    extra_state,
+    named_optimizer_state,
+    restore_module,
+    restore_object,
+    restore_optimizer_state,
+    set_extra_state,
+    tensors_of,
+)
 
 if TYPE_CHECKING:
+    from raytrainer.data import Loader
     from raytrainer.trainer.loop import Trainer
 
 
 def shared(t: Trainer) -> dict[str, Any]:
     """Model, optimizer, scheduler, scaler, EMA, position, metrics, best value, callbacks. Every rank calls it."""
-    model = dict(t.raw_model.state_dict())
-    buffers = parallel.mean_buffers(t.raw_model, t.world) if t.world.distributed else {}
-    model.update({k: v for k, v in buffers.items() if k in model})
+    # Each as its own state_dict gives it, hooks and all; buffers as the mean over ranks.
+    with parallel.holding_mean_buffers(t.raw_model, t.world):
+        model, ema = t.raw_model.state_dict(), None
+        if t.ema_model is not None:
+            follow(t)
+            ema = t.ema_model.state_dict()
     state: dict[str, Any] = {
         "step": t.step,
         "model": model,
@@ -43,22 +55,39 @@ def shared(t: Trainer) -> dict[str, Any]:
         # Rank 0's: what a callback keeps has to be the same on every rank.
         "callbacks": {k: c.state_dict() for k, c in t.callbacks.items() if hasattr(c, "state_dict")},
     }
+    # What few have. Rank 0's too.
+    further = {"ema": ema, "metric_objects": t.val_metrics.state_dict(), "datasets": _datasets(t)}
+    return {**state, **{name: value for name, value in further.items() if value}}
+
+
+def _datasets(t: Trainer) -> dict[str, Any]:
+    """The state of map-style datasets that have one, by name: the training one's as of the last batch."""
+    return {name: one.state_dict() for name, one in _loaders(t).items() if one.keeps_dataset_state}
+
+
+def _loaders(t: Trainer) -> dict[str, Loader]:
+    return {"train": t.train_loader, **{f"val.{name}".rstrip("."): one for name, one in t.val_loaders.items()}}
+
+
+def follow(t: Trainer) -> None:
+    """Give the averaged model what is not averaged: the model's buffers and extra state, which it is evaluated with."""
     if t.ema_model is not None:
-        state["ema"] = {
-            **t.ema_model.state_dict(),
-            **{k: model[k] for k in dict(t.ema_model.named_buffers(remove_duplicate=False)) if k in model},
-        }
-    return state
+        parallel.load_buffers(t.ema_model, dict(t.raw_model.named_buffers()))
+        set_extra_state(t.ema_model, extra_state(t.raw_model))
 
 
 def local(t: Trainer) -> dict[str, Any]:
     """Random states, this rank's own batch statistics, the open log window, the place in an iterable."""
-    return {
+    state = {
         "random": seeds.random_state(),
         "buffers": dict(t.raw_model.named_buffers()),
         "window": t.window.state_dict(),
         "data": t.train_loader.state_dict(),
     }
+    # Of one rank it is in the model's state dict. As buffers, it may differ from rank to rank.
+    if not t.world.distributed:
+        return state
+    return {**state, "extra_state": extra_state(t.raw_model), "datasets": _datasets(t)}
 
 
 def template(t: Trainer) -> dict[str, Any] | None:
@@ -71,18 +100,36 @@ def template(t: Trainer) -> dict[str, Any] | None:
         return {name: fsdp.like(tensor) for name, tensor in tensors if parallel.is_sharded(tensor)}
 
     return {
-        "model": shards(t.raw_model.state_dict().items()),
-        "ema": shards(t.ema_model.state_dict().items()) if t.ema_model is not None else {},
+        "model": shards(tensors_of(t.raw_model.state_dict()).items()),
+        "ema": shards(tensors_of(t.ema_model.state_dict()).items()) if t.ema_model is not None else {},
         # Of a parameter's state some tensors are of its shape, as Adam's averages.
         "optimizer": {"state": shards(t.raw_model.named_parameters())},
     }
 
 
 def restore(
-    t: Trainer, state: Mapping[str, Any], own: Mapping[str, Any] | None, *, source: str, changed: Iterable[str]
+    t: Trainer,
+    state: Mapping[str, Any],
+    own: Mapping[str, Any] | None,
+    *,
+    source: str,
+    changed: Iterable[str] = (),
+    evaluating: bool = False,
 ) -> None:
-    """Puts back what `shared` and `local` gave; `own` is None where another number of ranks wrote the checkpoint."""
-    load_weights(t.raw_model, state["model"], source)
+    """Put back what `shared` and `local` gave, each object through its own `load_state_dict`.
+
+    Args:
+        t: Built as the trainer that they were taken of.
+        state: Of `shared`.
+        own: Of `local`; None where another number of ranks wrote the checkpoint.
+        source: Where they are from, for errors.
+        changed: Settings of the optimizer that keep the values that they have now.
+        evaluating: Leave out the state of metrics and datasets: for an evaluation they may be others.
+
+    Raises:
+        CheckpointCorrupt: An object does not take its state; the message names the object.
+    """
+    restore_module(t.raw_model, state["model"], source)
     # A constructor may call a setting of some groups by a longer name: `adamw_lr` is the `lr` of Muon's other groups.
     wanted = [
         {k: v for k, v in group.items() if any(name == k or name.endswith(f"_{k}") for name in changed)}
@@ -92,15 +139,18 @@ def restore(
     restore_optimizer_state(t.optimizer, t.raw_model, state["optimizer"])
     mend_fused_sgd(t.optimizer)
     if t.scheduler is not None:
-        t.scheduler.load_state_dict(state["scheduler"])
+        restore_object("lr_scheduler", t.scheduler, state["scheduler"], source)
     _change_settings(t, wanted, rates)
     if t.precision.scaler is not None and state.get("scaler"):
         t.precision.scaler.load_state_dict(state["scaler"])
     if t.ema_model is not None:
-        load_weights(t.ema_model, state["ema"], source)
+        restore_module(t.ema_model, state["ema"], source)
     for name, callback in t.callbacks.items():
         if name in state["callbacks"]:
-            callback.load_state_dict(state["callbacks"][name])
+            restore_object(f"callbacks.{name}", callback, state["callbacks"][name], source)
+    if not evaluating:
+        t.val_metrics.load_state_dict(state.get("metric_objects", {}), source)
+        _restore_datasets(t, {**state.get("datasets", {}), **(own or {}).get("datasets", {})}, source)
     t.step = t._saved_at = int(state["step"])
     t.metrics, t._extra = dict(state["metrics"]), dict(state["extra"])
     t._elapsed = float(state.get("elapsed", 0.0))
@@ -112,11 +162,19 @@ def restore(
         t._objective.load_state_dict(state["objective"])
     if own is not None:
         parallel.load_buffers(t.raw_model, own["buffers"])
+        set_extra_state(t.raw_model, own.get("extra_state", {}))
         t.window.load_state_dict(own["window"])
-        t.train_loader.load_state_dict(own["data"])
+        if not t.train_loader.keeps_dataset_state:
+            t.train_loader.load_state_dict(own["data"])
         seeds.set_random_state(own["random"])
     else:  # the same order of samples, but draws of its own
         seeds.seed_everything("train", t.experiment.seed, t.world.rank, t.step)
+
+
+def _restore_datasets(t: Trainer, states: Mapping[str, Any], source: str) -> None:
+    for name, loader in _loaders(t).items():
+        if name in states and loader.keeps_dataset_state:
+            restore_object(f"data.{name}", loader, states[name], source)
 
 
 def _change_settings(t: Trainer, wanted: list[dict[str, Any]], rates: list[Any]) -> None:

@@ -16,7 +16,9 @@ from raytrainer.checkpoint import Checkpointer
 from raytrainer.cli import main
 from raytrainer.config import build, compose, with_values
 from raytrainer.storage import Storage
+from raytrainer.trainer import Trainer
 from tests.history import past
+from tests.test_own_state import ExtraBytes, case
 
 MLP = {"_target_": "raytrainer.models.MLP", "in_features": 64, "num_classes": 10, "width": 4, "depth": 1}
 GPT2 = {
@@ -77,6 +79,24 @@ def test_averaged_weights(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["export", "past"]) == 0
     assert "averaged weights" in capsys.readouterr().out
     assert equal("past-step-10", weights[10])
+
+
+def test_extra_state_goes_along_and_is_read_back(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, storage = past.record("past", run_id="0" * 32, status="FINISHED")
+    model = {"_target_": "tests.test_own_state.ExtraBytes"}
+    storage.write_bytes("config.yaml", with_values(compose(["experiment=mlp"]).text, {"model": model}).encode())
+    module = build(model)
+    module.seen = 7.5
+    checkpoints = Checkpointer(storage.child("checkpoints"))
+    checkpoints.save(10, {"model": module.state_dict()}, {})
+    checkpoints.close()
+    assert main(["export", "past"]) == 0
+    assert "_extra_state: no tensor, so it is in the metadata of model.safetensors" in capsys.readouterr().err
+    tensors = load_file("past-step-10/model.safetensors")
+    assert tensors.keys() == {name for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
+    trainer = Trainer(case(ExtraBytes))
+    trainer.init_from("past-step-10/model.safetensors")
+    assert trainer.raw_model.get_extra_state() == module.get_extra_state()
 
 
 def test_what_is_refused(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,12 +66,12 @@ def test_a_run_evaluated_and_exported(in_tmp: Path, capsys: pytest.CaptureFixtur
         mlflow.set_tracking_uri(None)  # of the process, and of whatever it starts
     from raytrainer.config import build, from_text
     from raytrainer.data import Digits
-    from raytrainer.state import load_weights
+    from raytrainer.state import restore_module
 
     own = build(from_text((in_tmp / "out/config.yaml").read_text()).experiment.model or {})
     from safetensors.torch import load_file
 
-    load_weights(own, load_file(in_tmp / "out/model.safetensors"), "out")
+    restore_module(own, load_file(in_tmp / "out/model.safetensors"), "out")
     tensors = Digits(split="val").tensors
     with torch.no_grad():
         own.eval()

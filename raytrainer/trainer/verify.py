@@ -1,0 +1,262 @@
+"""After the first save of a process: whether each object would take its saved state back, value by value.
+
+What a resume would lose is an error now, not then. Small objects are tried on a copy of theirs; of a large model each
+value is compared on its way into a copy without memory. Nothing of the training itself changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from raytrainer import parallel, seeds
+from raytrainer.checkpoint import as_read
+from raytrainer.errors import CheckpointError
+from raytrainer.sharding import is_sharded, placed_as
+from raytrainer.state import loads_by_name, named_optimizer_state, restore_optimizer_state
+
+if TYPE_CHECKING:
+    from raytrainer.trainer.loop import Trainer
+
+_COPIED = 64 << 20  # bytes: what is larger is not copied for a check
+
+
+def verify(t: Trainer, state: Mapping[str, Any]) -> None:
+    """Check that `state`, which `snapshot.shared` gave, can be restored. Every rank calls it, and all raise alike.
+
+    Raises:
+        CheckpointError: An object's `load_state_dict` is missing, fails on what its `state_dict` gave, or gives other
+            values back. The message names the object and the key.
+    """
+    random = seeds.random_state()
+    try:
+        problem = next(filter(None, _problems(t, state)), None)
+    finally:
+        seeds.set_random_state(random)
+    failed = t.world.all_reduce(torch.tensor(float(problem is not None), device=t.world.device))
+    if problem is not None:
+        raise CheckpointError(
+            f"{problem}. The checkpoint of step {t.step} has the weights, but a run resumed from it would not be the "
+            "same run."
+        )
+    if float(failed):
+        raise CheckpointError("the saved state of another rank cannot be restored; its message says which")
+
+
+def _problems(t: Trainer, state: Mapping[str, Any]) -> Iterable[str | None]:
+    # Objects that others refer to, and that no copy of those may copy too.
+    kept: list[Any] = [t, t.loss, t.optimizer, t.events, t.checkpointer, t.train_loader, *t.val_loaders.values()]
+    for model in (t.raw_model, t.ema_model):
+        kept += [] if model is None else [model, *model.modules(), *model.parameters()]
+    memo = {id(x): x for x in kept}
+    # Taken anew: what was saved has the buffers' mean over ranks.
+    yield _of_module("model", t.raw_model)
+    yield _of_optimizer(t, state["optimizer"])
+    if t.scheduler is not None:
+        yield _of_object("lr_scheduler", t.scheduler, state["scheduler"], memo)
+    for name, callback in t.callbacks.items():
+        if name in state["callbacks"]:
+            yield _of_object(f"callbacks.{name}", callback, state["callbacks"][name], memo)
+    for name, metric in t.val_metrics.objects().items():
+        if name in state.get("metric_objects", {}):
+            yield _of_object(f"metrics.{name}", metric, state["metric_objects"][name], memo)
+
+
+# --- objects with state_dict and load_state_dict ---------------------------------------------------------------------
+
+
+def _of_object(what: str, thing: Any, state: Any, kept: Mapping[int, Any]) -> str | None:
+    """What is wrong with the state of an object; None if nothing is, or if it cannot be tried on a copy."""
+    who = f"{what} ({type(thing).__name__})"
+    if not callable(getattr(thing, "load_state_dict", None)):
+        return f"{who} has state_dict() but no load_state_dict(), so its state would be lost; add one, or remove both"
+    if _nbytes(state) > _COPIED:
+        return None
+    try:
+        twin = copy.deepcopy(thing, dict(kept))
+    except Exception:  # noqa: BLE001  it has a lock, a file or the like
+        return None
+    try:
+        twin.load_state_dict(as_read(state))
+        restored = twin.state_dict()
+    except Exception as error:  # noqa: BLE001  a user's code fails in its own way
+        return f"{who}: load_state_dict() fails on what state_dict() gave: {type(error).__name__}: {error}"
+    # What changes by itself, such as a clock, says nothing.
+    return _changed(who, state, restored, thing.state_dict())
+
+
+def _of_optimizer(t: Trainer, state: Mapping[str, Any]) -> str | None:
+    who = f"optimizer ({type(t.optimizer).__name__})"
+    if _nbytes(state) > _COPIED:
+        return None
+    try:
+        twin = _twin(t.optimizer, {id(p): p for p in t.raw_model.parameters()})
+    except Exception:  # noqa: BLE001  as above
+        return None
+    try:
+        restore_optimizer_state(twin, t.raw_model, as_read(state))
+        restored = named_optimizer_state(twin, t.raw_model)
+    except Exception as error:  # noqa: BLE001  as above
+        return f"{who}: load_state_dict() fails on what state_dict() gave: {type(error).__name__}: {error}"
+    return _changed(who, state, restored, named_optimizer_state(t.optimizer, t.raw_model))
+
+
+def _twin(optimizer: Any, memo: dict[int, Any]) -> Any:
+    """A copy of an optimizer over the same parameters, with its own attributes, which torch's copy leaves out."""
+    twin = object.__new__(type(optimizer))
+    memo[id(optimizer)] = twin
+    for value in vars(optimizer).values():
+        if isinstance(value, torch.optim.Optimizer) and id(value) not in memo:
+            _twin(value, memo)
+    twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(optimizer).items()})
+    return twin
+
+
+def _changed(who: str, before: Any, restored: Any, again: Any) -> str | None:
+    path = _difference(before, restored, again)
+    if path is None:
+        return None
+    return f"{who}: load_state_dict() does not restore {path or 'its state'} as state_dict() gave it"
+
+
+def _difference(before: Any, restored: Any, again: Any, path: str = "") -> str | None:
+    """Where `restored` is not `before`, of what is the same in `again`; None if it is nowhere."""
+    if isinstance(before, Mapping) and isinstance(again, Mapping):
+        for key in before.keys() & again.keys():
+            below = f"{path}.{key}".lstrip(".")
+            if not isinstance(restored, Mapping) or key not in restored:
+                return below
+            if (found := _difference(before[key], restored[key], again[key], below)) is not None:
+                return found
+        return None
+    if isinstance(before, list | tuple) and isinstance(again, list | tuple) and len(before) == len(again):
+        if not isinstance(restored, list | tuple) or len(restored) != len(before):
+            return path
+        triples = enumerate(zip(before, restored, again, strict=True))
+        return next((d for i, three in triples if (d := _difference(*three, f"{path}.{i}")) is not None), None)
+    return path if _same(before, again) and not _same(before, restored) else None
+
+
+def _same(a: Any, b: Any) -> bool:
+    try:
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            return _equal(a, b)
+        if hasattr(a, "dtype") and hasattr(a, "shape"):  # NumPy's
+            return bool(a.dtype == b.dtype and a.shape == b.shape and ((a == b) | ((a != a) & (b != b))).all())
+        return bool(a == b or (a != a and b != b))
+    except Exception:  # noqa: BLE001  what cannot be compared is not called different
+        return True
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Of sharded tensors this rank's parts; NaN is equal to NaN."""
+    if a is b:
+        return True
+    with torch.no_grad():
+        a, b = parallel.local_parts([a, b])
+        if a.shape != b.shape or a.dtype != b.dtype or a.is_meta or b.is_meta:
+            return a.is_meta or b.is_meta
+        if a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.device == b.device:
+            return True
+        b = b.to(a.device)
+        return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return sum(part.nbytes for part in parallel.local_parts([value]))
+    if isinstance(value, Mapping):
+        return sum(map(_nbytes, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_nbytes, value))
+    return getattr(value, "nbytes", 0) if hasattr(value, "dtype") else 0
+
+
+# --- modules ----------------------------------------------------------------------------------------------------------
+
+
+def _of_module(what: str, module: nn.Module) -> str | None:
+    """What is wrong with the state dict of a module; None where nothing is."""
+    if loads_by_name(module):
+        return None  # its state dict is its parameters and buffers themselves, and load_state_dict copies them
+    who = f"{what} ({type(module).__name__})"
+    read, lost = as_read(module.state_dict()), list[str]()
+    small = _nbytes([*module.parameters(), *module.buffers()]) <= _COPIED
+    twin = None if is_sharded(module) else _copied(module, whole=small)
+    handles = _watch(module, twin or module, lost) if twin is None or not small else []
+    if twin is not None and small:
+        _spoil(twin)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that copying to the meta device copies nothing
+            result = (twin or module).load_state_dict(read)
+    except Exception as error:  # noqa: BLE001  a user's hook fails in its own way
+        if twin is not None and not small and "meta" in str(error).lower():
+            return None  # a hook looks at values, which this copy does not have
+        reason = " ".join(str(error).split())
+        return f"{who}: load_state_dict() fails on what state_dict() gave: {type(error).__name__}: {reason}"
+    finally:
+        for handle in handles:
+            handle.remove()
+    if twin is not None and small:
+        lost += _unlike(module, twin)
+    # With `strict=False` of its own a class may leave out what it does not find.
+    missing = {name for name in getattr(result, "missing_keys", None) or () if name not in lost}
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    lost += sorted(missing & trained)
+    if not lost:
+        return None
+    rest = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+    return f"{who}: load_state_dict() does not restore {lost[0]}{rest} to the value that state_dict() was taken of"
+
+
+def _copied(module: nn.Module, *, whole: bool) -> nn.Module | None:
+    """A copy, with values or on the meta device; None where it cannot be copied."""
+    memo: dict[int, Any] = {}
+    if not whole:
+        for tensor in (*module.parameters(), *module.buffers()):
+            empty = torch.empty_like(tensor, device="meta")
+            memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception:  # noqa: BLE001  it has a lock, a tensor with a history, or the like
+        return None
+
+
+@torch.no_grad()
+def _spoil(module: nn.Module) -> None:
+    """Other values into all that is trained: what load_state_dict leaves out then shows."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.copy_((parameter == 0).to(parameter.dtype))
+
+
+def _unlike(module: nn.Module, twin: nn.Module) -> list[str]:
+    theirs = dict([*twin.named_parameters(), *twin.named_buffers()])
+    own = [*module.named_parameters(), *module.named_buffers()]
+    return [name for name, tensor in own if name in theirs and not _equal(tensor, theirs[name])]
+
+
+def _watch(module: nn.Module, loaded: nn.Module, lost: list[str]) -> list[Any]:
+    """Compare each value that `loaded` is about to take with that of `module`; a module itself keeps its own."""
+    parts = dict(module.named_modules())
+
+    def compare(own: nn.Module) -> Any:
+        def hook(state: dict[str, Any], prefix: str, *_: Any) -> None:
+            for name, tensor in (*own._parameters.items(), *own._buffers.items()):
+                value = state.get(prefix + name)
+                if tensor is None or not isinstance(value, Tensor) or value.shape != tensor.shape:
+                    continue  # load_state_dict says so itself
+                if not _equal(tensor.detach(), placed_as(tensor, value).to(tensor.dtype)):
+                    lost.append(prefix + name)
+                if loaded is module:
+                    state[prefix + name] = tensor.detach()
+
+        return hook
+
+    return [part._register_load_state_dict_pre_hook(compare(parts[name])) for name, part in loaded.named_modules()]
