@@ -30,7 +30,11 @@ class SavePretrained:
     def on_fit_end(self, trainer: Any, event: Any) -> None:
         if trainer.world.rank:
             return
-        _, weights = trainer.best_weights()
+        from torch import Tensor
+
+        _, state = trainer.best_weights()
+        # Their files have tensors alone: extra state of another kind is in the checkpoint.
+        weights = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         if self.path is not None:
             trainer.raw_model.save_pretrained(self.path, state_dict=weights)
             return

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from raytrainer.config import Experiment
-from raytrainer.errors import CheckpointError
+from raytrainer.errors import CheckpointCorrupt, CheckpointError
 from raytrainer.parallel import World
 from raytrainer.state import restore_module, tensors_of
 from raytrainer.trainer import Trainer, evaluation, snapshot, verify
@@ -648,6 +649,36 @@ def test_weights_of_a_run_begin_another(model: Any, ema: float | None, tmp_path:
     assert differences(dict(second.raw_model.state_dict()), dict(source.state_dict())) == []
     if second.ema_model is not None:
         assert differences(dict(second.ema_model.state_dict()), dict(source.state_dict())) == []
+
+
+class Plain(nn.Module):
+    """What `Renames` and `Normed` were in an older version."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)
+
+
+class Normed(Body):
+    def __init__(self) -> None:
+        super().__init__()
+        parametrizations.weight_norm(self.a)
+
+
+@pytest.mark.parametrize("model", [Renames, Normed])
+def test_weights_under_the_names_of_an_older_version(model: Any, tmp_path: Path) -> None:
+    older = Plain()
+    if model is Normed:
+        nn.utils.weight_norm(older.a)
+    save_file(older.state_dict(), tmp_path / "model.safetensors")
+    trainer = Trainer(case(model))
+    assert "tensors taken" in trainer.init_from(str(tmp_path / "model.safetensors"))
+    own: Any = trainer.raw_model
+    assert differences([own.a.weight, own.b.bias], [older.a.weight, older.b.bias]) == []
+    del (broken := older.state_dict())["b.bias"]
+    save_file(broken, tmp_path / "broken.safetensors")
+    with pytest.raises(CheckpointCorrupt, match="lacks"):
+        trainer.init_from(str(tmp_path / "broken.safetensors"))
 
 
 def begun(world: World, folder: Path) -> tuple[float, Any]:

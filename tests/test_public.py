@@ -24,7 +24,7 @@ PUBLIC = {
         Composition Experiment FitResult Outcome Trainer __version__ check compose errors launch
     """,
     "raytrainer.checkpoint": """
-        CheckpointInfo Checkpointer Weights copy_out find_weights fit take take_in taken_in unread
+        CheckpointInfo Checkpointer EXTRA_STATE Weights as_read copy_out find_weights fit take take_in taken_in unread
     """,
     "raytrainer.config": """
         CONFIG_MODULE CONFIG_NAME CheckpointConfig ClusterConfig Composition DataConfig EarlyStopping

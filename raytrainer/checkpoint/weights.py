@@ -3,6 +3,7 @@ folder of Hugging Face's. Their names are known before anything is read, and not
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -100,6 +101,10 @@ def fit(model: nn.Module, shapes: dict[str, Shape], options: InitFrom) -> Match:
         exclude=options.exclude,
         tied=[group for group in groups.values() if len(group) > 1],
     )
+    if found.problem and options.strict and not options.exclude:
+        theirs = {names.renamed(name, options.mapping or {}): name for name in shapes}
+        if _accepts(model, {name: shapes[source] for name, source in theirs.items()}):
+            return Match(theirs, [], [])
     taken = {name: found.taken[alias[name]] for name in own if alias.get(name) in found.taken}
     return replace(found, taken=taken)
 
@@ -107,6 +112,25 @@ def fit(model: nn.Module, shapes: dict[str, Shape], options: InitFrom) -> Match:
 def shapes_of(state: Mapping[str, Any]) -> dict[str, Shape]:
     """The names and shapes of a state dict's tensors, without the extra state of modules."""
     return {n: tuple(t.shape) for n, t in state.items() if isinstance(t, Tensor) and not is_extra_state(n)}
+
+
+def _accepts(model: nn.Module, shapes: Mapping[str, Shape]) -> bool:
+    """Whether the model's own `load_state_dict`, by hooks or versions, takes all of other names than it gives now.
+
+    Parametrised weight norm takes those of the weight norm before it, for one. It is tried without memory.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {}
+    for tensor in tensors:
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    try:
+        extra = {name: value for name, value in model.state_dict().items() if is_extra_state(name)}
+        state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        copy.deepcopy(model, memo).load_state_dict({**state, **extra}, strict=True)
+    except Exception:  # noqa: BLE001  it does not, or cannot be copied
+        return False
+    return True
 
 
 def take(model: nn.Module, weights: Weights, options: InitFrom) -> tuple[dict[str, Any], str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -96,13 +97,17 @@ def take_weights(model: nn.Module, world: World, find: Callable[[], Weights], op
     if isinstance(answer[0], RaytrainerError):
         raise answer[0]
     line, shapes, others = answer[0]
-    state = model.state_dict()
-    by_name = loads_by_name(model)
+    own_state, by_name = model.state_dict(), loads_by_name(model)
+    state: Any = own_state
+    if not by_name and not own_state.keys() >= shapes.keys():
+        # The names of another version, which the model's hooks know: they would take its own names for given too.
+        state = OrderedDict((name, value) for name, value in own_state.items() if is_extra_state(name))
+        state._metadata = OrderedDict()
     with torch.no_grad():
         for name, (shape, dtype) in shapes.items():
-            own = state[name]
+            own = own_state.get(name)
             device = own.device if isinstance(own, Tensor) else world.device
-            if not is_extra_state(name):
+            if isinstance(own, Tensor) and not is_extra_state(name):
                 shape, dtype = own.shape, own.dtype
             if world.rank == 0:
                 value = taken.pop(name).to(device, dtype).contiguous()
@@ -110,7 +115,7 @@ def take_weights(model: nn.Module, world: World, find: Callable[[], Weights], op
                 value = torch.empty(shape, dtype=dtype, device=device)
             if world.distributed:
                 dist.broadcast(value, src=0)
-            if by_name:  # the state dict has the model's own tensors
+            if own is not None and by_name:  # the state dict has the model's own tensors
                 own.copy_(placed_as(own, value))
             else:
                 state[name] = placed_as(own, value)
