@@ -66,7 +66,7 @@ DEFINED = {
     """,
     "raytrainer.callbacks": "SavePretrained",
     "raytrainer.losses": "CrossEntropy MeanSquaredError TokenCrossEntropy",
-    "raytrainer.names": "Match few match matching",
+    "raytrainer.names": "Match few is_extra_state match matching renamed",
 }
 
 
