@@ -10,27 +10,32 @@ import sys
 import threading
 from types import FrameType
 
+from raytrainer import streams
+
 
 def _leave(number: int, frame: FrameType | None) -> None:
     # Nothing is started yet: no exception, which an import in progress would swallow or turn into another.
-    os.write(2, b"raytrainer: stopped\n")
+    with contextlib.suppress(OSError):  # nobody reads any more
+        os.write(2, b"raytrainer: stopped\n")
     os._exit(128 + number)
 
 
 def entry() -> None:
     """Runs the command line and ends the process with its exit code."""
-    with contextlib.suppress(RuntimeError, ValueError):  # stderr is closed
+    streams.protect()
+    with contextlib.suppress(RuntimeError, ValueError):
         faulthandler.enable()  # a crash of native code says where it was
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, _leave)
     from raytrainer.cli import main
 
     code = main()
     # A question to Ray that nobody answered is still in its native code, which the end of the interpreter would crash.
     if any(thread.name == "ray-probe" for thread in threading.enumerate()):
-        with contextlib.suppress(OSError):  # nobody reads any more
-            sys.stdout.flush()
-            sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 

@@ -1,6 +1,6 @@
 """The command line: Hydra's own, with verbs in front. Imports neither torch, ray nor mlflow until something runs.
 
-Exit codes: 0 finished, 1 failed, 2 refused before it started, 130 interrupted, 143 stopped.
+Exit codes: 0 finished, 1 failed, 2 refused before it started, 129 hung up, 130 interrupted, 143 stopped.
 """
 
 from __future__ import annotations
@@ -75,9 +75,6 @@ def _guarded(call: Callable[[], int]) -> int:
         return 130
     except SystemExit as end:  # argparse has shown something, or Hydra found an option's argument to be wrong
         return 2 if end.code else 0
-    except BrokenPipeError:  # `raytrainer --cfg job | head`
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  or Python complains at its exit
-        return 141
 
 
 def _verb(verb: str, rest: list[str], *, dry: bool) -> int:

@@ -24,7 +24,7 @@ RaytrainerError
 │   ├── ClusterUnreachable   no answer
 │   ├── ClusterDenied        it refuses the credentials, or what they may do
 │   └── JobExists            it has a job of this id already
-└── Stopped                  ended from outside; carries the exit code (130 interrupted, 143 stopped)
+└── Stopped                  ended from outside; carries the exit code (129 hung up, 130 interrupted, 143 stopped)
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ class JobExists(ClusterError):
 
 
 class Stopped(RaytrainerError):
-    """Ended from outside, with the exit code that says how (130 interrupted, 143 stopped)."""
+    """Ended from outside, with the exit code that says how (129 hung up, 130 interrupted, 143 stopped)."""
 
     def __init__(self, message: str, *, exit_code: int = 130) -> None:
         self.exit_code = exit_code

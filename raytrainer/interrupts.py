@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM of the launching process: the first asks training to stop, a second forces the end."""
+"""Ctrl-C, SIGTERM and SIGHUP of the launching process: the first asks training to stop, a second forces the end."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from types import FrameType, TracebackType
 
 from raytrainer.errors import Stopped
 
-_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
-_NAMES = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped by SIGTERM"}
+_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+_NAMES = {
+    signal.SIGINT: "interrupted",
+    signal.SIGTERM: "stopped by SIGTERM",
+    signal.SIGHUP: "stopped by SIGHUP (its terminal was closed)",
+}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -18,13 +22,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interrupts:
-    """A context in which both signals raise `Interrupted` in the main thread, or are only noted while `deferred`.
+    """A context in which these signals raise `Interrupted` in the main thread, or are only noted while `deferred`.
 
-    What leaves the context is `Stopped`.
+    What leaves the context is `Stopped`. A SIGHUP that was ignored at the start, as `nohup` does, stays ignored.
 
     Attributes:
         count: How many came.
-        exit_code: 130 or 143 once one came, by the first; else None.
+        exit_code: 130, 143 or 129 once one came, by the first; else None.
         deferred: True: the first is noted, not raised; the second is raised all the same.
     """
 
@@ -44,6 +48,8 @@ class Interrupts:
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _EXIT_CODES:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue
             before = signal.signal(number, self._take)
             self._before.setdefault(number, before)
 
@@ -77,6 +83,8 @@ class Interrupts:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         which = signal.Signals(number)
+        if which == signal.SIGHUP and self.requested:
+            return  # a closed terminal sends several: the shell does, then the kernel. Nobody insists by it
         self.count += 1
         if self.exit_code is None:
             self.exit_code, self.reason = _EXIT_CODES[which], _NAMES[which]

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
+from raytrainer import streams
+
 # Begins a line of a worker's output that is a message for the launching process, not text for a person.
 MARK = "\x1eraytrainer "
 _EVERY_S = 5.0  # without a terminal: at most one progress line in so many seconds
@@ -90,8 +92,8 @@ class Display:
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
-        self.live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._stream = stream or sys.stderr  # None: it was closed
+        self.live = streams.is_terminal(self._stream) and os.environ.get("TERM") != "dumb"
         self._shown = ""
         self._block: list[str] = []
         self._lock = threading.RLock()
@@ -122,7 +124,7 @@ class Display:
         with self._lock:
             block = self._block
             self._clear()
-            print(text, file=self._stream, flush=True)
+            streams.write(self._stream, text + "\n")
             if block:
                 self.draw(block)
             if self.also is not None:
@@ -145,8 +147,7 @@ class Display:
             # Each line is written over the old one, so that nothing flickers, and the cursor waits below the last: what
             # is typed (^C) or printed after us stays out of the block. It is never hidden, so never left hidden.
             text = self._start() + "".join(f"{line}\x1b[K\n" for line in kept) + "\x1b[J"
-            self._stream.write(text)
-            self._stream.flush()
+            streams.write(self._stream, text)
             self._shown, self._block = "", kept
 
     def size(self) -> tuple[int, int]:
@@ -163,15 +164,13 @@ class Display:
         """Takes the live part away."""
         with self._lock:
             self._clear()
-            self._stream.flush()
 
     def _progress(self, line: str, last: bool) -> None:
         if self.live:
             with self._lock:
                 self._clear()
                 self._shown = line[: self.size()[0] - 1]
-                self._stream.write(self._shown)
-                self._stream.flush()
+                streams.write(self._stream, self._shown)
         elif last or time.monotonic() - self._last_line >= _EVERY_S:
             self._last_line = time.monotonic()
             self.say(line)
@@ -186,7 +185,7 @@ class Display:
 
     def _clear(self) -> None:
         if self._shown or self._block:
-            self._stream.write(self._start() + ("\x1b[J" if self._block else "\x1b[K"))
+            streams.write(self._stream, self._start() + ("\x1b[J" if self._block else "\x1b[K"))
             self._shown, self._block = "", []
 
 

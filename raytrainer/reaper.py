@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Iterable
 
 # Reading ends when every writer of the pipe is gone, SIGKILL included; a line before that is a farewell.
-_SCRIPT = 'trap "" INT TERM; read -r farewell || kill -KILL "$@"'
+_SCRIPT = 'trap "" INT TERM HUP; read -r farewell || kill -KILL "$@"'
 
 
 class Reaper:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raytrainer import config, environment, errors, mlflow_model
+from raytrainer import config, environment, errors, mlflow_model, streams
 from raytrainer.errors import CheckpointNotFound
 from raytrainer.progress import Reporter, to_line
 from raytrainer.storage import Storage
@@ -141,6 +141,7 @@ def on_ray(job: Mapping[str, Any]) -> dict[str, Any]:
 
 def hello(rank: int, label: str = "") -> None:
     """Tells the launching process who prints the lines that follow."""
+    streams.take_any_text()
     _say({"kind": "hello", "rank": rank, "label": label, "pid": os.getpid(), "host": socket.gethostname()})
 
 

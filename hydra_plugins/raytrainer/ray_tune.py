@@ -13,6 +13,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from raytrainer import streams
 from raytrainer.errors import ConfigError, RaytrainerError, Stopped
 from raytrainer.sweep.settings import KEY, Settings
 
@@ -52,7 +53,7 @@ class RayTuneSweeper(Sweeper):
         try:
             return self._search(arguments)
         except Stopped as stopped:
-            print(f"stopped: {stopped}", file=sys.stderr)
+            streams.write(sys.stderr, f"stopped: {stopped}\n")
             raise SystemExit(stopped.exit_code) from None
         except RaytrainerError as error:
             raise CompactHydraException(str(error)) from error  # which Hydra prints without a trace
@@ -93,7 +94,7 @@ class RayTuneSweeper(Sweeper):
             config=OmegaConf.to_yaml(self._config),
             verbose=self._config.hydra.verbose is True,
         )
-        print(ended.text, flush=True)
+        streams.write(sys.stdout, ended.text + "\n")
         if ended.exit_code > 1:
             raise SystemExit(ended.exit_code)
         if ended.cause is not None:

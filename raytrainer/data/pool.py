@@ -22,8 +22,9 @@ from raytrainer.errors import DataError
 def _serve(connection: Connection, parents: list[Connection], make: Callable[[int], Any]) -> None:
     for end in parents:  # came along with the fork; open here, they would hide the parent's death
         end.close()
-    # Ctrl-C reaches the whole group, and what to do about it is the parent's decision; its handlers are not ours.
+    # Ctrl-C, or a closed terminal's SIGHUP, reaches the whole group, and what to do about it is the parent's decision; its handlers are not ours.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)  # a forked OpenMP pool hangs, and the cores belong to the step
     while True:

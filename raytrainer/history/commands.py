@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from raytrainer import provenance
+from raytrainer import provenance, streams
 from raytrainer.config.checks import seconds
 from raytrainer.errors import ConfigError, nearest
 from raytrainer.history.listing import STATUSES
@@ -193,6 +193,8 @@ def _logs(given: argparse.Namespace) -> int:
     try:
         for line in logs.lines(given.id, rank=given.rank, follow=given.follow, say=_say):
             print(json.dumps({"line": line}) if given.json else line, flush=given.follow)
+            if streams.is_lost(sys.stdout):  # `logs -f ID | head`
+                break
     except KeyboardInterrupt:
         _say(f"not following any more; it goes on. {provenance.program()} stop {given.id} stops it")
         return 130

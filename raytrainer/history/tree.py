@@ -279,6 +279,8 @@ def _run(folder: _Folder, arguments: Sequence[str]) -> int:
         # A terminal's Ctrl-C reaches it too; what is sent to this process alone is passed on.
         before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
         before[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            before[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: child.send_signal(signal.SIGHUP))
     try:
         code = child.wait()
         return code if code >= 0 else 128 - code

@@ -157,7 +157,7 @@ class Outcome:
 
     Attributes:
         status: FINISHED, FAILED or KILLED.
-        exit_code: 0, 1, 130 or 143.
+        exit_code: 0, 1, 129, 130 or 143.
         record: The run.
         where: E.g. `local Ray, 2 workers on CPU`.
         result: What `FitResult` holds; None if training did not end by itself.

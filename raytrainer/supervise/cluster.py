@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 import os
+import signal
 import socket
 import threading
 from collections.abc import Iterator, Mapping
@@ -126,13 +127,19 @@ def stop() -> None:
 
 @contextlib.contextmanager
 def _our_signals() -> Iterator[None]:
-    """Keeps `ray.init` from setting a SIGTERM handler of its own, which ends the process in the middle of things."""
+    """Keeps `ray.init` from setting a SIGTERM handler of its own, which ends the process in the middle of things.
+
+    What it starts is in the process group of the terminal, as this process is, and has SIGHUP blocked: a terminal that is
+    closed would kill the workers before their last checkpoint. One that comes meanwhile is taken afterwards.
+    """
     set_handler = ray._private.utils.set_sigterm_handler
     ray._private.utils.set_sigterm_handler = lambda handler: None
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         yield
     finally:
         ray._private.utils.set_sigterm_handler = set_handler
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def find_cluster(address: str) -> None:

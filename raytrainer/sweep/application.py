@@ -68,7 +68,7 @@ class Ended:
     """How a sweep ended.
 
     Attributes:
-        exit_code: 0; 1 where no trial has a value; 130 or 143 by a signal.
+        exit_code: 0; 1 where no trial has a value; 129, 130 or 143 by a signal.
         cause: Of an exit code other than 0.
         text: The last words of it.
         results: What `optimization_results.yaml` has; None without a value.
@@ -127,7 +127,7 @@ def search(
                 raise ConfigError(f"is in use: {error}", key="hydra.sweep.dir", value=folder) from error
             ledger = _opened(storage, asked, parameters, fixed)
             storage.write_bytes(MULTIRUN, config.encode())
-            output = held.enter_context(Path(folder, OUTPUT).open("a", encoding="utf-8"))
+            output = held.enter_context(Path(folder, OUTPUT).open("a", encoding="utf-8", errors="backslashreplace"))
             sweep = _Sweep(
                 jobs, asked, parameters, fixed, storage, ledger, lock, interrupts, output, subfolder, verbose
             )
