@@ -10,7 +10,7 @@ import sys
 import threading
 from types import FrameType
 
-from raytrainer import streams
+from raytrainer import proxies, streams
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
@@ -23,6 +23,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 def entry() -> None:
     """Runs the command line and ends the process with its exit code."""
     streams.protect()
+    proxies.exempt_loopback()
     with contextlib.suppress(RuntimeError, ValueError):
         faulthandler.enable()  # a crash of native code says where it was
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -22,7 +22,7 @@ import pytest
 # A module imports only from layers below its own. Those of one layer do not know each other; the files of a package
 # (data/, models/, ...) are one module here.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "git", "streams"),
+    ("errors", "git", "proxies", "streams"),
     (
         "config",
         "storage",
@@ -101,7 +101,7 @@ LAZY: dict[str, tuple[str, ...]] = {
 
 # Variables of Ray that users set and several places honour; every other one, and whatever of Ray is private, is in
 # one module.
-HONOURED = re.compile(r"RAY_(ADDRESS|API_SERVER_ADDRESS|AUTH_\w+)")
+HONOURED = re.compile(r"RAY_(ADDRESS|TMPDIR|API_SERVER_ADDRESS|AUTH_\w+)")
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 import certifi
 import requests
 from requests.auth import AuthBase
-from requests.utils import get_environ_proxies, select_proxy
 
+from raytrainer import proxies
 from raytrainer.cluster.auth import Token, denied
 from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, ConfigError
 from raytrainer.run import in_background
@@ -155,6 +155,7 @@ class Connection:
                 timeout=(_CONNECT_S, read_s),
                 # With each request: given to the session, a variable of the environment would go before it.
                 verify=self._verify,
+                proxies=proxies.exemptions() and {"no_proxy": proxies.exemptions()["no_proxy"]},
                 # Another address is not the one that was given, and the token is not for it.
                 allow_redirects=False,
                 stream=stream,
@@ -194,8 +195,8 @@ class Connection:
 
     def proxy(self) -> str | None:
         """Of the environment, for this address."""
-        found = select_proxy(self.address, get_environ_proxies(self.address))
-        return str(found) if found else None
+        found = proxies.proxy_of(self.address)
+        return found[1] if found else None
 
     # --- what went wrong ------------------------------------------------------------------------------------------
 
@@ -227,6 +228,7 @@ class Connection:
         if status in (502, 503, 504):
             raise ClusterUnreachable(
                 f"{self.address} answers {status}: the proxy there has no answer from Ray's dashboard"
+                f"{proxies.hint(self.address)}"
             )
         kind = NotThere if status == 404 else ClusterError
         # Of a proxy it is a page.
@@ -234,14 +236,17 @@ class Connection:
         raise kind(f"{self.address} answers {status}: {self._without_token(words) or response.reason}")
 
     def _explained(self, failure: Exception, read_s: float) -> ClusterError:
+        found = self._without_proxy(failure, read_s)
+        if hint := proxies.hint(self.address):
+            found.args = (f"{found}{hint}",)
+        return found
+
+    def _without_proxy(self, failure: Exception, read_s: float) -> ClusterError:
+        """What went wrong, but for what the environment's proxy may have to do with it."""
         root = _root(failure)
         name = f"{self._host}:{self._port}"
         if isinstance(failure, requests.exceptions.ProxyError):
-            proxy = urlsplit(self.proxy() or "").hostname
-            return ClusterUnreachable(
-                f"{self.address} is asked by way of the proxy {proxy} of this environment, which does not take us there: "
-                f"NO_PROXY={self._host} leaves it out"
-            )
+            return ClusterUnreachable(f"{self.address} cannot be reached: its proxy does not take us there")
         if isinstance(root, ssl.SSLError):
             return self._tls_explained(root)
         if isinstance(root, socket.gaierror):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from raytrainer import environment, provenance, streams
+from raytrainer import environment, provenance, proxies, streams
 from raytrainer.config import Composition, Experiment, from_text
 from raytrainer.errors import ConfigError, RaytrainerError, Refused, Stopped
 from raytrainer.provenance import Provenance
@@ -244,5 +244,6 @@ def _folder() -> Path:
 
 if __name__ == "__main__":
     streams.protect()
+    proxies.exempt_loopback()
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
     sys.exit(main())

@@ -26,6 +26,7 @@ from raytrainer.preflight.resources import (
     this_machine,
     uses_gpu,
 )
+from raytrainer.preflight.temporary import check_temporary
 
 __all__ = [
     "FirstBatch",
@@ -38,6 +39,7 @@ __all__ = [
     "check_reach",
     "check_resources",
     "check_storage",
+    "check_temporary",
     "check_tracking",
     "is_elsewhere",
     "is_free_beside_ray",

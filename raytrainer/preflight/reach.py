@@ -12,6 +12,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from raytrainer.config import Experiment, texts_of
 from raytrainer.errors import StorageError, TrackingError
+from raytrainer.preflight.temporary import check_temporary
 from raytrainer.storage import Storage
 from raytrainer.tracking import redacted
 
@@ -37,11 +38,11 @@ def check_tracking(probe: Callable[[str], None], uri: str, required: bool) -> li
 
 
 def check_environment(e: Experiment, environ: Mapping[str, str]) -> list[str]:
-    """Variables that would send the run elsewhere than the config says."""
+    """Variables that would send the run elsewhere than the config says, or name a temporary directory that is of no use."""
     if e.cluster.kind == "local" and (address := environ.get("RAY_ADDRESS")):
         own = f"RAY_ADDRESS={address} is set and cluster=local starts a Ray of its own on this machine; "
         return [own + "use cluster=existing for that cluster, or unset RAY_ADDRESS"]
-    return []
+    return check_temporary(e, environ)
 
 
 def is_elsewhere(e: Experiment, is_here: Callable[[str], bool] | None = None) -> bool:

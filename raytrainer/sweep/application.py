@@ -8,6 +8,7 @@ import contextlib
 import inspect
 import itertools
 import json
+import os
 import re
 import sys
 import time
@@ -20,7 +21,7 @@ from typing import Any, Protocol, TextIO, cast
 import yaml
 from ray import cloudpickle, tune
 
-from raytrainer import supervise
+from raytrainer import preflight, supervise
 from raytrainer.config import ClusterConfig, Experiment, Parameter, locate, parse_space
 from raytrainer.config.checks import seconds
 from raytrainer.config.schema import SweepConfig
@@ -118,6 +119,8 @@ def search(
                 key="hydra/sweeper",
                 value="ray_tune",
             )
+        if asked.address is None:
+            preflight.refuse(preflight.check_temporary(Experiment(cluster=ClusterConfig(kind="local")), os.environ))
         _probe(jobs, parameters, fixed)
         with Interrupts() as interrupts, contextlib.ExitStack() as held:
             storage = Storage(str(folder))

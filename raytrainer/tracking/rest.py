@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from raytrainer import proxies
 from raytrainer.errors import TrackingUnreachable
 from raytrainer.tracking.server import Rejected, StoredRun, denied, redacted, with_fix, without_secrets
 
@@ -43,6 +44,8 @@ class Rest:
     def __init__(self, uri: str, *, timeout_s: float = 10) -> None:
         self._uri, self._timeout_s = uri, timeout_s
         self._base = redacted(uri).rstrip("/")
+        through = urllib.request.ProxyHandler(None if proxies.proxy_of(self._base) else {})
+        self._opener = urllib.request.build_opener(through, urllib.request.HTTPSHandler(context=_tls(self._base)))
         self._headers = {"Content-Type": "application/json", **_credentials(uri)}
 
     def search(self, where: str, limit: int) -> list[StoredRun]:
@@ -66,17 +69,20 @@ class Rest:
         url, data = f"{self._base}/api/2.0/mlflow/{endpoint}", json.dumps(body).encode()
         request = urllib.request.Request(url, data, self._headers)  # noqa: S310  `is_plain` has seen the scheme
         try:
-            with urllib.request.urlopen(request, timeout=self._timeout_s, context=_tls(self._base)) as answer:  # noqa: S310
+            with self._opener.open(request, timeout=self._timeout_s) as answer:
                 found = json.load(answer)
         except urllib.error.HTTPError as error:
             with error:
                 if error.code in (401, 403):
                     raise denied(self._uri, error.code) from None
+                hint = proxies.hint(self._base)
                 kind = Rejected if error.code in (400, 404, 413, 422) else TrackingUnreachable
-                raise kind(f"the tracking server {self._base} answers {error.code} {error.reason}") from None
+                raise kind(f"the tracking server {self._base} answers {error.code} {error.reason}{hint}") from None
         except (OSError, ValueError) as error:  # ValueError: no JSON, or an address that is none
             reason = with_fix(without_secrets(str(getattr(error, "reason", None) or error), self._uri))
-            raise TrackingUnreachable(f"the tracking server {self._base} cannot be used: {reason}") from None
+            raise TrackingUnreachable(
+                f"the tracking server {self._base} cannot be used: {reason}{proxies.hint(self._base)}"
+            ) from None
         if not isinstance(found, dict):
             raise TrackingUnreachable(f"the tracking server {self._base} does not answer as MLflow does")
         return found

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from raytrainer import proxies
 from raytrainer.errors import TrackingDenied, TrackingError, TrackingUnreachable
 from raytrainer.tracking.database import check_schema, check_writable, create, is_sqlite, schema_problem
 from raytrainer.tracking.spool import Row
@@ -260,7 +261,9 @@ def check_tracking(tracking_uri: str) -> None:
     thread.start()
     thread.join(CHECK_SECONDS)
     if thread.is_alive():
-        raise TrackingUnreachable(f"the tracking server {redacted(tracking_uri)} gave no answer in {CHECK_SECONDS} s")
+        raise TrackingUnreachable(
+            f"the tracking server {redacted(tracking_uri)} gave no answer in {CHECK_SECONDS} s{proxies.hint(tracking_uri)}"
+        )
     if problem:
         raise problem[0]
 
@@ -325,6 +328,7 @@ class _Settings:
             # Read once, when MLflow is imported; with it on, that writes C's environment.
             "MLFLOW_DISABLE_TELEMETRY": "true",
         }
+        values |= proxies.exemptions()  # also in a worker of somebody's cluster, whose environment is not ours
         if not self._saved:
             self._saved = {name: os.environ.get(name) for name in values}
         for name in _USERS:
@@ -365,7 +369,7 @@ def _translated(error: Exception, uri: str) -> TrackingError:
             return RunGone(f"{name}: {reason}")
         if status in (400, 413, 422):
             return Rejected(f"{name}: {reason}")
-    return TrackingUnreachable(f"the tracking server {name} cannot be used: {reason}")
+    return TrackingUnreachable(f"the tracking server {name} cannot be used: {reason}{proxies.hint(uri)}")
 
 
 def denied(uri: str, status: int) -> TrackingDenied:
@@ -373,7 +377,7 @@ def denied(uri: str, status: int) -> TrackingDenied:
     given = [key for key in (*_SECRETS, "MLFLOW_TRACKING_USERNAME") if os.environ.get(key)]
     return TrackingDenied(
         f"the tracking server {redacted(uri)} answers {status} to the credentials given"
-        f" ({', '.join(given) if given else 'none: MLFLOW_TRACKING_TOKEN or _USERNAME and _PASSWORD are not set'})"
+        f" ({', '.join(given) if given else 'none: MLFLOW_TRACKING_TOKEN or _USERNAME and _PASSWORD are not set'}){proxies.hint(uri)}"
     )
 
 
@@ -418,7 +422,7 @@ def without_secrets(text: str, uri: str) -> str:
     """A text that may quote the address or a header."""
     secrets = [os.environ.get(key) for key in _SECRETS]
     password = urlsplit(uri).password
-    for secret in (*secrets, password, unquote(password) if password else None):
+    for secret in (*secrets, password, unquote(password) if password else None, *proxies.passwords()):
         if secret:
             text = text.replace(secret, "***")
     return text

@@ -276,7 +276,7 @@ def test_a_proxy_of_the_environment_that_is_not_there(monkeypatch: pytest.Monkey
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setenv("http_proxy", f"http://anna:hers@127.0.0.1:{taken.getsockname()[1]}")
         said = told("http://ray.example.com:8265")
-    assert "by way of the proxy 127.0.0.1" in said
+    assert "through the proxy http://127.0.0.1" in said
     assert "NO_PROXY=ray.example.com" in said
     assert "hers" not in said
 

@@ -1,0 +1,101 @@
+"""The directory for temporary files: an embedded Ray has its sockets, logs and session there, and fails in odd ways without."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from raytrainer.config import Experiment
+
+_SOCKET_BYTES = 107  # the longest path of a Unix socket on Linux, less its final zero
+# What Ray puts behind the directory, the process's number apart.
+_SESSION = "/ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
+_LEAST_BYTES = 20 * 2**20  # the logs of Ray's processes, and a little more
+
+
+def check_temporary(e: Experiment, environ: Mapping[str, str]) -> list[str]:
+    """What is wrong with the temporary directory of an embedded Ray, or of a compiled model; a sentence with the fix.
+
+    Args:
+        e: The experiment.
+        environ: The environment, which may name the directory.
+    """
+    problems = []
+    if e.cluster.kind == "local":
+        problems += _check_of_ray(environ)
+    if e.trainer.compile and e.cluster.kind in ("local", "inline") and not problems:
+        problems += _check_of_compiler(environ)
+    return problems
+
+
+def _check_of_ray(environ: Mapping[str, str]) -> list[str]:
+    # As Ray reads them: an empty one counts.
+    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in environ), None)
+    text = environ[name] if name is not None else "/tmp"  # noqa: S108  it is Ray's choice
+    folder, shown = Path(text), f"{name}={text}" if name is not None else text
+    other = f"{name}=/tmp, or another short path on a local disk" if name else "RAY_TMPDIR=DIR names another directory"
+    if not text.startswith("/"):
+        return [f"{shown} is no absolute path, and Ray keeps its sockets and logs there: {other}"]
+    length = len(os.fsencode(text.rstrip("/") + _SESSION.format(pid=os.getpid())))
+    if length > _SOCKET_BYTES:
+        most = _SOCKET_BYTES - (length - len(os.fsencode(text.rstrip("/"))))
+        return [
+            (
+                f"{shown} is too long: Ray's sockets in it would have paths of {length} bytes, and {_SOCKET_BYTES} are possible;"
+                f" it may have at most {most} bytes: {other}"
+            )
+        ]
+    if not folder.exists():
+        return [f"{shown} does not exist, and Ray keeps its sockets and logs there: mkdir -p {text}, or {other}"]
+    if not folder.is_dir():
+        return [f"{shown} is not a directory, and Ray keeps its sockets and logs there: {other}"]
+    own = folder / "ray"
+    if (own.exists() or own.is_symlink()) and not own.is_dir():
+        return [f"{own} is not a directory, and Ray would keep its sockets and logs there: remove it, or {other}"]
+    place = own if own.is_dir() else folder
+    try:
+        with tempfile.TemporaryDirectory(prefix=".raytrainer-", dir=place):
+            pass
+    except OSError as error:
+        if place == own and isinstance(error, PermissionError):
+            return [
+                (
+                    f"{own} belongs to {_owner(own)} and cannot be written, and Ray would keep its sockets and logs there:"
+                    f" chmod 1777 {own} by its owner, or RAY_TMPDIR=DIR names another directory"
+                )
+            ]
+        return [f"{shown} cannot be written ({error.strerror}), and Ray keeps its sockets and logs in {place}: {other}"]
+    free = os.statvfs(place)
+    if free.f_bavail * free.f_frsize < _LEAST_BYTES:
+        return [
+            (
+                f"{shown} has {free.f_bavail * free.f_frsize / 2**20:.1f} MiB left, and Ray's logs need"
+                f" {_LEAST_BYTES / 2**20:.0f} MiB: {other}"
+            )
+        ]
+    return []
+
+
+def _check_of_compiler(environ: Mapping[str, str]) -> list[str]:
+    """Compiled code is loaded from a file, which a file system may forbid."""
+    name = next((name for name in ("TORCHINDUCTOR_CACHE_DIR", "TMPDIR") if environ.get(name)), None)
+    text = environ[name] if name is not None else "/tmp"  # noqa: S108  Python's choice
+    folder = next(parent for parent in (Path(text).absolute(), *Path(text).absolute().parents) if parent.exists())
+    if not os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        return []
+    shown = f"{name}={text}" if name else text
+    return [
+        (
+            f"{shown} is on a file system from which no code can be loaded (noexec), and trainer.compile keeps its code there:"
+            " TORCHINDUCTOR_CACHE_DIR=DIR names another directory, trainer.compile=false does without"
+        )
+    ]
+
+
+def _owner(path: Path) -> str:
+    try:
+        return path.owner()
+    except (KeyError, OSError):  # a number without a name
+        return f"user {path.stat().st_uid}"
