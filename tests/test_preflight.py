@@ -416,6 +416,13 @@ def test_a_recorded_mode_that_contradicts_its_metric_goes_on_and_is_not_done_aga
     assert run.check(composition, Record("old", f"{Path.cwd()}/runs/old")).startswith("inline")
 
 
+def test_a_launch_says_which_value_is_the_best() -> None:
+    assert launching.best_words(experiment()) == "the highest val/accuracy is the best (checkpoint.mode=max)"
+    lowest = experiment("checkpoint.monitor=val/mine", "checkpoint.mode=min")
+    assert launching.best_words(lowest) == "the lowest val/mine is the best (checkpoint.mode=min)"
+    assert launching.best_words(compose(["experiment=smoke"]).experiment) is None  # val/loss
+
+
 def test_weights_to_begin_with(in_tmp: Path) -> None:
     from safetensors.torch import save_file
 

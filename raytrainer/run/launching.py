@@ -11,7 +11,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 from raytrainer import preflight, tracking, worker
-from raytrainer.config import Composition, Experiment, check_modes, mode_problem, settled
+from raytrainer.config import (
+    CheckpointConfig,
+    Composition,
+    Experiment,
+    check_modes,
+    checkpoint_mode,
+    mode_problem,
+    settled,
+)
 from raytrainer.errors import ConfigError, PreflightError, StorageError, StorageLocked, TrackingError
 from raytrainer.interrupts import Interrupts
 from raytrainer.progress import Display
@@ -161,6 +169,8 @@ def launch(
             with Logs(storage, display) as logs:
                 logs.mark("checked")
                 display.say(f"{record.name}: {where}")
+                if told := best_words(e):
+                    display.say(told)
                 if record.attempts > 1 and (problem := mode_problem(e, objects=True)):
                     display.say(f"warning: {problem}. This run keeps the mode that it was recorded with.")
                 outcome = Driver(composition, record, storage, display, logs, lock, interrupts, argv, where).run()
@@ -204,6 +214,14 @@ def _runs_of(uri: str) -> Callable[[str], str | None]:
         return None
 
     return look_up
+
+
+def best_words(e: Experiment) -> str | None:
+    """Which value is kept as the best, of a metric that somebody has chosen: its mode may be derived from its name."""
+    if e.evaluate is not None or not e.data.val_sets or e.checkpoint.monitor == CheckpointConfig().monitor:
+        return None
+    highest = "highest" if checkpoint_mode(e) == "max" else "lowest"
+    return f"the {highest} {e.checkpoint.monitor} is the best (checkpoint.mode={checkpoint_mode(e)})"
 
 
 def refuse_existing(e: Experiment, storage: Storage) -> None:
