@@ -4,6 +4,8 @@ begun, nothing left, all within seconds.
 
 from __future__ import annotations
 
+import functools
+import re
 import signal
 import time
 from pathlib import Path
@@ -44,6 +46,12 @@ def stopped(run: Launch, number: signal.Signals, *, group: bool = False) -> Ende
     return ended
 
 
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    (line,) = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(line, 16) >> (number - 1) & 1)
+
+
 def assert_killed(folder: Path, name: str = "run") -> None:
     assert Runs(folder).status(name) == "KILLED"
     assert record(folder, name)["status"] == "KILLED"
@@ -56,7 +64,9 @@ def test_while_composing(number: signal.Signals, tmp_path: Path) -> None:
     draw = seeded(f"composing, {number.name}")
     for _ in range(3):
         with launch(tmp_path, *LONG, store=False, fresh=True) as run:
-            time.sleep(draw.uniform(0.05, 0.6))
+            # Until then it is Python that starts, which takes as long as the machine is slow.
+            run.until("it answers signals", functools.partial(catches, run.pid, SIGTERM))
+            time.sleep(draw.uniform(0, 0.4))
             stopped(run, number, group=number == SIGINT)
     assert not (tmp_path / "runs").exists()
 

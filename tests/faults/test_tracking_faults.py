@@ -92,8 +92,8 @@ def test_dies_in_the_middle(server: MlflowServer, tmp_path: Path) -> None:
         run.wait().exits(0)
     proxy.close()
     gaps = [b.time - a.time for a, b in itertools.pairwise(steps_of(run.steps))]
-    # A call that waited for a server in trouble would take its timeout; nothing here comes near.
-    assert max(gaps) < 2.0
+    # A call that waited for a server in trouble would take its timeout, ten seconds; nothing here comes near.
+    assert max(gaps) < 5.0
     assert statistics.median(gaps[90:]) < 2 * statistics.median(gaps[:19]) + 0.02
     runs = Runs(tmp_path, tmp_path / "db")
     assert [step for step, _ in runs.rows("run")["train/loss"]] == list(range(1, 287))

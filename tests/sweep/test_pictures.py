@@ -20,6 +20,7 @@ from raytrainer.config import Parameter
 from raytrainer.sweep import pictures
 from raytrainer.sweep.ledger import Mode, Report, Status, Trial
 from raytrainer.sweep.pictures import parameters_png, progress_png
+from tests.promises import slowness
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -259,7 +260,8 @@ def test_a_thousand_trials_are_drawn_in_two_seconds() -> None:
         metric="m",
         mode="max",
     )
-    assert time.process_time() - began < 4  # 0.7 s alone
+    took = time.process_time() - began
+    assert took < 4 or took < 4 * slowness()  # 0.7 s alone
 
 
 def test_the_same_sweep_gives_the_same_picture() -> None:

@@ -19,6 +19,7 @@ from raytrainer.tracking.fleet import PARENT_TAG
 from raytrainer.tracking.sender import LOCAL_ID_TAG
 from raytrainer.tracking.server import Server
 from raytrainer.tracking.spool import SegmentWriter, Spool, line
+from tests.promises import Within, slowness
 from tests.tracking.fakes import FakeRun, FakeServer
 
 ROOT = Path(__file__).parents[2]
@@ -232,17 +233,19 @@ def test_a_hanging_server_holds_up_nobody(tmp_path: Path, server: FakeServer) ->
     of = fleet(server)
     seconds = []
     for number in range(30):
-        began, cpu = time.perf_counter(), time.thread_time()
+        within, cpu = Within(5.0), time.thread_time()
         of.open(tmp_path / str(number), "n", params={"lr": "0.1"}, tags={})
         of.finish(tmp_path / str(number), "FINISHED")
         seconds.append((time.thread_time() - cpu) / 2)
-        assert time.perf_counter() - began < 5.0
+        within.check()
         if not number:
             assert hanging.wait(10)
-    assert sorted(seconds)[15] < 0.002  # half a millisecond; of the processor, because tests share theirs
-    began = time.perf_counter()
+    median = sorted(seconds)[15]
+    # Half a millisecond; of the processor, because tests share theirs.
+    assert median < 0.002 or median < 0.002 * slowness()
+    within = Within(1.0)
     assert not of.close(0.1)
-    assert time.perf_counter() - began < 1.0
+    within.check()
     go_on.set()
     # The thread that was left behind begins with no other trial.
     until(lambda: not any(thread.name == "tracking-fleet" for thread in threading.enumerate()))

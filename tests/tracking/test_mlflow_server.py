@@ -40,6 +40,7 @@ from raytrainer.tracking.spool import Row, Spool
 from tests import forkserver
 from tests.launches import empty_store
 from tests.outside.ports import free_port
+from tests.promises import Within
 
 ROOT = Path(__file__).parents[2]
 SLOW_S = 30.0
@@ -313,12 +314,12 @@ def test_a_server_that_takes_30_seconds_a_call(server: MlflowServer, proxy: Prox
     tracker = MlflowTracker(run.run_id, proxy.uri, tmp_path, flush_interval_s=0.1, system_metrics=False)
     tracker.log_metrics({"a": 0.0}, 0)
     until(lambda: any(path.endswith("log-batch") for path in proxy.paths))
-    start = time.monotonic()
+    within = Within(10.0)
     for step in range(1, 400):
         tracker.log_metrics({"a": float(step)}, step)
-    until(lambda: Spool(tmp_path).size() > 400 * 20, 5.0)  # on disk, though the sender sits in a call
+    until(lambda: Spool(tmp_path).size() > 400 * 20, SLOW_S / 2)  # on disk, though the sender sits in a call
     tracker.close(timeout_s=1.0)
-    assert time.monotonic() - start < 10
+    within.check()
     assert Spool(tmp_path).pending()
     assert not server.counts(run.run_id)
     proxy.ended.set()
@@ -341,11 +342,11 @@ def test_a_server_that_is_away_when_it_starts_while_it_trains_and_when_it_ends(
         begin(uri, tmp_path / "required")
     offline = begin(uri, tmp_path / "offline", required=False, params={"p": "1"}, tags={"t": "x"})
     worker = MlflowTracker(offline.run_id, uri, tmp_path / "offline", ship=False, system_metrics=False)
-    start = time.perf_counter()
+    within = Within(2.0)
     for step in range(1, 1000):
         live.log_metrics({"a": float(step)}, step)
         worker.log_metrics({"a": float(step - 1)}, step - 1)
-    assert (time.perf_counter() - start) / 2000 < 1e-3  # a call, in seconds
+    within.check()  # 1 ms a call
     before.set_tags({"late": "1"})
     before.log_text("hello", "logs/x.txt")
     worker.close()
