@@ -141,6 +141,8 @@ class Server:
             program: What stands before the arguments: `-m` and a module, `-c` and code, or the path of a script.
             out, err: The files that its output replaces.
         """
+        for file in (out, err):
+            file.write_bytes(b"")  # there when this returns, whenever the child comes to open it
         connection = socket.socket(socket.AF_UNIX, _KIND)
         connection.connect(self._address)
         request = {

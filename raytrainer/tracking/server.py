@@ -4,6 +4,7 @@ Every call is short, is never retried by MLflow itself, and fails with one of ou
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import re
@@ -256,6 +257,9 @@ def check_tracking(tracking_uri: str) -> None:
         except Exception as error:  # noqa: BLE001  # handed to the caller's thread, which raises it
             problem.append(error)
 
+    # The import takes seconds on a slow machine, which are not the server's.
+    with _request_settings(10):
+        importlib.import_module("mlflow.tracking")
     # In a thread, because neither a database driver's connect nor a name lookup has a timeout of ours.
     thread = threading.Thread(target=probe, name="tracking-check", daemon=True)
     thread.start()
