@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from raytrainer.errors import ConfigError, DataError, PreflightError
 from raytrainer.isolated import Ended
 from raytrainer.preflight import first_batch, objects, trial_step
 from raytrainer.preflight.first_batch import Verdict, verdict_of, why_not_tried
+from raytrainer.run import driver, launching
+from raytrainer.storage import Storage
 from tests.training import images, node
 
 # --- what a user may bring --------------------------------------------------------------------------------------------
@@ -331,6 +334,64 @@ def test_check_tries_it_and_a_launch_only_when_it_is_told_to(in_tmp: Path, monke
     assert not (in_tmp / "runs" / "one").exists()
     run.check(composed("preflight.first_batch=false"))
     assert trials == ["tried"] * 2
+
+
+class Trial:
+    """Stands for the process of a trial; a launch with `cluster=inline` for one beside a Ray that starts."""
+
+    def __init__(self, verdict: Verdict | None) -> None:
+        self.verdict, self.closed = verdict, False
+
+    def wait(self, timeout_s: float) -> Verdict | None:
+        return self.verdict
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_what_the_trial_beside_ray_refuses_is_not_recorded(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = Trial(Verdict("refused", "The first batch fails."))
+    monkeypatch.setattr(launching, "_trial_beside_ray", lambda *_: trial)
+    monkeypatch.setattr(driver.Driver, "_inline", lambda *_: pytest.fail("started"))
+    c = composed("cluster.kind=inline", f"tracking.tracking_uri=sqlite:///{in_tmp}/mlflow.db")
+    with pytest.raises(PreflightError, match="The first batch fails"):
+        run.launch(c)
+    assert trial.closed
+    assert not (in_tmp / "runs/one/run.json").exists()
+    assert not (in_tmp / "runs/one/config.yaml").exists()
+    assert not (in_tmp / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize("verdict", [None, Verdict("unknown", "it crashed"), Verdict("passed", "loss 1")])
+def test_nobody_waits_for_a_trial_longer_than_for_ray(verdict: Verdict | None, in_tmp: Path) -> None:
+    attempt = driver.Driver.__new__(driver.Driver)
+    attempt.trial = trial = Trial(verdict)  # type: ignore[assignment]
+    attempt._ray_is_up = threading.Event()
+    attempt.storage, attempt.composition = Storage(in_tmp / "one"), composed()
+    attempt.record = run.Record("one", "", created="")
+    if verdict is None:
+        attempt._ray_is_up.set()
+    attempt._admit()
+    assert trial.closed
+    assert sorted(p.name for p in (in_tmp / "one").iterdir()) == ["config.yaml", "run.json"]
+
+
+def test_beside_ray_it_needs_a_free_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_batch, "this_machine", lambda: preflight.Resources(8.0))
+    for load, free in ((0.5, True), (5.5, False)):
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, load, load))
+        assert first_batch.is_free_beside_ray() is free
+    started: list[str] = []
+    monkeypatch.setattr(preflight, "is_free_beside_ray", lambda: True)
+    monkeypatch.setattr(first_batch.FirstBatch, "start", lambda self: started.append("started"))
+    record = run.Record("one", "", created="", attempts=1)
+    trial = launching._trial_beside_ray(composed(), record, False)
+    assert trial is not None
+    trial.close()
+    for changed in ("cluster.kind=inline", "preflight.first_batch=false", "preflight.first_batch=true"):
+        assert launching._trial_beside_ray(composed(changed), record, False) is None
+    assert launching._trial_beside_ray(composed(), run.Record("one", "", created="", attempts=2), False) is None
+    assert started == ["started"]
 
 
 def test_the_whole_way_through_a_process_of_its_own(in_tmp: Path) -> None:

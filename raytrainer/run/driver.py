@@ -15,11 +15,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from raytrainer import preflight, provenance, tracking, worker
 from raytrainer.config import Composition, checkpoint_mode, flattened
-from raytrainer.errors import ClusterLost, RaytrainerError, Stopped, StorageError, StorageGone, WorkerError
+from raytrainer.errors import (
+    ClusterLost,
+    PreflightError,
+    RaytrainerError,
+    Stopped,
+    StorageError,
+    StorageGone,
+    WorkerError,
+)
 from raytrainer.interrupts import Interrupted, Interrupts
 from raytrainer.progress import Display
 from raytrainer.run.logs import Logs
-from raytrainer.run.record import Outcome, Record, StopAsked, begin_tags, end_tags, job_tags, tracking_uri
+from raytrainer.run.record import CONFIG, Outcome, Record, StopAsked, begin_tags, end_tags, job_tags, tracking_uri
 from raytrainer.run.session import ray_session
 from raytrainer.run.waiting import Waiting
 from raytrainer.storage import Lock, Storage
@@ -31,6 +39,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _GRACE_S, _ABANDON_S = 5.0, 3.0  # from a first Ctrl-C or SIGTERM until the workers are ended without a checkpoint
+_TRIAL_S = 4.0  # from here until the run is recorded, whatever the trial of its first batch has found
 _OPEN_S = 30.0  # importing mlflow and making a database, on a busy machine
 _CLOSE_S, _CLOSE_STOPPED_S = 30.0, 3.0  # how long the tracking server is waited for at the end
 
@@ -49,10 +58,12 @@ class Driver:
         interrupts: Interrupts,
         argv: Sequence[str],
         where: str,
+        trial: preflight.FirstBatch | None = None,
     ) -> None:
         self.composition, self.e, self.record, self.storage = composition, composition.experiment, record, storage
         self.display, self.logs, self.lock, self.interrupts = display, logs, lock, interrupts
         self.argv, self.where = list(argv), where
+        self.trial, self._ray_is_up = trial, threading.Event()
         # The driver sends the metrics where it reads the disk that the worker writes them to: the worker then never
         # imports mlflow, which would cost it 1.3 s.
         self.ship_here = storage.is_local
@@ -61,7 +72,11 @@ class Driver:
         self.stop_asked = StopAsked(storage, record.job.get("submission_id"))
 
     def run(self) -> Outcome:
-        """Trains, and closes everything whatever happens."""
+        """Trains, and closes everything whatever happens.
+
+        Raises:
+            PreflightError: The trial of the first batch has refused the run, which is not recorded.
+        """
         shipper: tracking.Shipper | None = None
         result: Mapping[str, Any] | None = None
         error: BaseException | None = None
@@ -70,6 +85,7 @@ class Driver:
         try:
             with self._ray() as start_training:
                 self.logs.mark("ray_up")
+                self._ray_is_up.set()
                 run = opening.result()
                 self.logs.mark("mlflow_up")
                 self.record = replace(self.record, run_id=run.run_id)
@@ -83,6 +99,11 @@ class Driver:
             error = self.interrupts.stopped()
         except Exception as failed:  # noqa: BLE001  whatever it is, the run is closed truthfully, then it is told
             error = failed
+        self._ray_is_up.set()
+        if self._is_refused(opening):
+            self.display.close()
+            assert error is not None
+            raise error
         self.interrupts.deferred = True
         outcome = self._outcome(result, error)
         self.display.close()
@@ -115,9 +136,32 @@ class Driver:
             self.display.say(f"warning: the run's own record does not have its end: {failed}")
         return replace(outcome, record=self.record)
 
+    # --- the trial of the first batch -----------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Record the run, unless the trial of its first batch refuses it before Ray is up: nobody waits for it longer.
+
+        Raises:
+            PreflightError: It would fail at its first step.
+        """
+        if self.trial is None:  # it was recorded before
+            return
+        deadline, verdict = time.monotonic() + _TRIAL_S, None
+        while verdict is None and not self._ray_is_up.is_set() and time.monotonic() < deadline:
+            verdict = self.trial.wait(0.05)
+        self.trial.close()
+        if verdict is not None:
+            verdict.refuse()
+        self.storage.write_bytes(CONFIG, self.composition.text.encode())
+        self.record.write(self.storage)
+
+    def _is_refused(self, opening: Future[tracking.Run]) -> bool:
+        return self.trial is not None and opening.done() and isinstance(opening.exception(), PreflightError)
+
     # --- the run in MLflow ----------------------------------------------------------------------------------------
 
     def _open_run(self) -> tracking.Run:
+        self._admit()
         origin = provenance.collect(self.argv, Path.cwd())
         self.storage.write_bytes(provenance.FILE, origin.to_json())
         e, record = self.e, self.record

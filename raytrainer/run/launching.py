@@ -163,8 +163,12 @@ def launch(
                 job=dict(job or {}),
                 resolved=resolved_nodes(composition),
             ).begun(launched)
-            storage.write_bytes(CONFIG, composition.text.encode())
-            record.write(storage)
+            trial = _trial_beside_ray(composition, record, gpu)
+            if trial is None:  # else it is recorded when the trial has not refused it
+                storage.write_bytes(CONFIG, composition.text.encode())
+                record.write(storage)
+            else:
+                held.callback(trial.close)
             storage = storage.anchored()  # whoever deletes it from now on does not get a part of it back
             with Logs(storage, display) as logs:
                 logs.mark("checked")
@@ -173,9 +177,26 @@ def launch(
                     display.say(told)
                 if record.attempts > 1 and (problem := mode_problem(e, objects=True)):
                     display.say(f"warning: {problem}. This run keeps the mode that it was recorded with.")
-                outcome = Driver(composition, record, storage, display, logs, lock, interrupts, argv, where).run()
+                driver = Driver(composition, record, storage, display, logs, lock, interrupts, argv, where, trial)
+                outcome = driver.run()
     seconds = max(0.0, outcome.record.ended - launched)
     return replace(outcome, seconds=seconds, length=_reached_limit(e, outcome.result))
+
+
+def _trial_beside_ray(composition: Composition, record: Record, gpu: bool) -> preflight.FirstBatch | None:
+    """The trial of a new run's first batch, started where a core is free while Ray starts; None elsewhere."""
+    e = composition.experiment
+    wanted = e.preflight.first_batch == "auto" and e.cluster.kind == "local" and e.evaluate is None
+    if (
+        not wanted
+        or record.attempts > 1
+        or not preflight.is_free_beside_ray()
+        or preflight.why_not_tried(e) is not None
+    ):
+        return None
+    trial = preflight.FirstBatch(composition.text, e, gpu=gpu, beside_ray=True)
+    trial.start()
+    return trial
 
 
 def _reached_limit(e: Experiment, result: Mapping[str, Any] | None) -> str:
