@@ -219,6 +219,9 @@ class _OneBatch:
         finally:
             batches.close()
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
 
 def _check_samples(e: Experiment, trainer: Trainer) -> None:
     """A metric needs a sample on each rank."""
@@ -264,6 +267,7 @@ def _train(trainer: Trainer, most_tflop: float) -> None:
 
 def _evaluate(trainer: Trainer) -> None:
     whole = all(loader.steps_per_epoch == 1 for loader in trainer.val_loaders.values())
+    loaders = trainer.val_loaders
     trainer.val_loaders = {name: _OneBatch(one) for name, one in trainer.val_loaders.items()}  # type: ignore[misc]
     compute = trainer.val_metrics.compute
 
@@ -278,7 +282,10 @@ def _evaluate(trainer: Trainer) -> None:
             raise _Partial(f"metrics over one batch: {type(error).__name__}: {error}") from None
 
     trainer.val_metrics.compute = computed  # type: ignore[method-assign]
-    trainer._evaluate_and_note(0)
+    try:
+        trainer._evaluate_and_note(0)
+    finally:
+        trainer.val_loaders, trainer.val_metrics.compute = loaders, compute  # type: ignore[method-assign]
 
 
 def _save_and_restore(trainer: Trainer) -> None:
