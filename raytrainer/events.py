@@ -6,9 +6,13 @@ A hook that none has costs a step nothing.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
+
+from raytrainer.errors import ConfigError
 
 Hook = Callable[[Any, Any], None]
 
@@ -80,6 +84,44 @@ class Artifact:
 
 
 HOOKS = ("on_fit_start", "on_step_end", "on_log", "on_eval_end", "on_checkpoint", "on_artifact", "on_fit_end")
+
+
+def check_hooks(listener: Any, key: str) -> None:
+    """Checks the hooks of a callback, or of its class: a misspelt one would never be called.
+
+    Args:
+        listener: The object, or its class.
+        key: Of the configuration, for the error.
+
+    Raises:
+        ConfigError: It has none of the hooks; one that is nearly called like a hook; or one that cannot be called with
+            (trainer, event).
+    """
+    kind = listener if isinstance(listener, type) else type(listener)
+    if not any(hasattr(listener, hook) for hook in HOOKS):
+        raise ConfigError("has none of the hooks", key=key, value=kind.__name__, choices=HOOKS)
+    for name in sorted(n for n in dir(listener) if n.startswith("on_") and callable(getattr(listener, n, None))):
+        if name not in HOOKS:
+            if close := get_close_matches(name, HOOKS, n=1, cutoff=0.8):
+                raise ConfigError(
+                    f"has a method {name}, which is never called. Did you mean {close[0]}?",
+                    key=key,
+                    value=kind.__name__,
+                )
+            continue
+        given = ("self", "trainer", "event") if isinstance(listener, type) else ("trainer", "event")
+        try:
+            inspect.signature(getattr(listener, name)).bind(*given)
+        except ValueError:  # no signature
+            continue
+        except TypeError as error:
+            if isinstance(inspect.getattr_static(kind, name, None), staticmethod | classmethod):
+                continue
+            raise ConfigError(
+                f"has a hook {name} that cannot be called as {name}(trainer, event): {error}",
+                key=key,
+                value=kind.__name__,
+            ) from error
 
 
 class Events:

@@ -151,7 +151,15 @@ def _output(model: Model, batch: Any, input: Field, keywords: Sequence[str] = ()
         raise ConfigError("needs batches that are dicts", key="loss.keywords", value=list(keywords))
     further = {name: _take(batch, "keywords", name, position=0) for name in keywords}
     output = model(_take(batch, "input", input, position=0), **further)
-    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if logits is None and isinstance(output, Mapping):
+        logits = output.get("logits")
+    if not isinstance(logits, Tensor):
+        raise ConfigError(
+            f"returned a {type(output).__name__}, and the loss needs a tensor, or an object or dict with the tensor `logits`. "
+            "For another output write a loss of your own",
+            key="model",
+        )
     # Softmax in half precision loses what the loss is about.
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 

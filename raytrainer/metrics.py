@@ -12,6 +12,11 @@ from torch import Tensor
 
 from raytrainer.errors import ConfigError
 
+BAD_WEIGHT = (
+    "returned {given} below 0, infinite or NaN. 'weight' is the number of samples or tokens that the mean 'loss' is over; "
+    "return 0 where nothing counts"
+)
+
 _FOLD = 4096  # rows kept one by one before they are summed: bounds memory, and never waits for the device
 
 
@@ -23,12 +28,13 @@ class WeightedMeans:
 
     Attributes:
         weight: What this process and the others added up to the last `reduce`, without what a checkpoint brought.
+        empty: Whether nothing had any weight at the last `reduce`, so that there is no mean.
     """
 
     def __init__(self, device: torch.device, all_reduce: Callable[[Tensor], Tensor]) -> None:
         self._device, self._all_reduce = device, all_reduce
         self._names: list[str] = []
-        self.weight = 0.0
+        self.weight, self.empty = 0.0, True
         self._clear()
 
     def _clear(self) -> None:
@@ -36,6 +42,10 @@ class WeightedMeans:
         self._weights: list[Tensor | float] = []
         self._sums: Tensor | None = None  # [len(names) + 1], float64: of the rows before, then their weight
         self._loaded: Tensor | None = None  # 0-d, float64: the weight of what a checkpoint brought
+        self._bad = torch.zeros(
+            (), dtype=torch.float64, device=self._device
+        )  # 0-d: how many weights were below 0 or NaN
+        self._bad_folded = self._bad  # of those in `_sums`
 
     def add(self, values: Mapping[str, Tensor], weight: Tensor | float) -> None:
         """Adds 0-d tensors, each a mean over `weight` samples or tokens.
@@ -57,18 +67,26 @@ class WeightedMeans:
         self._weights.append(weight)
         if len(self._rows) == _FOLD:
             self._sums = self._folded()
+            self._bad_folded = self._bad
             self._rows, self._weights = [], []
 
     def reduce(self, *flags: float) -> tuple[dict[str, float], list[float]]:
-        """The means over all ranks since the last call, and `flags` summed over ranks; waits for the device once."""
+        """The means over all ranks since the last call, and `flags` summed over ranks; waits for the device once.
+
+        Raises:
+            ConfigError: On all ranks: a weight on some rank was below 0 or NaN.
+        """
         head = self._folded()
         added = head[-1:] if self._loaded is None else head[-1:] - self._loaded
         tail = torch.tensor(flags, dtype=torch.float64).to(self._device)
-        reduced = self._all_reduce(torch.cat([head, added, tail])).tolist()
-        *sums, weight, self.weight = reduced[: len(head) + 1]
+        reduced = self._all_reduce(torch.cat([head, added, self._bad.reshape(1), tail])).tolist()
+        *sums, weight, self.weight, bad = reduced[: len(head) + 2]
+        self.empty = weight == 0
         means = {n: s / weight if weight else float("nan") for n, s in zip(self._names, sums, strict=True)}
         self._clear()
-        return means, reduced[len(head) + 1 :]
+        if bad:
+            raise ConfigError(BAD_WEIGHT.format(given="a weight that is"), key="loss")
+        return means, reduced[len(head) + 2 :]
 
     def nonfinite(self) -> Tensor:
         """Whether one of this rank's sums is NaN or infinite: a 0-d bool tensor on the device."""
@@ -80,6 +98,8 @@ class WeightedMeans:
             empty = torch.zeros(len(self._names) + 1, dtype=torch.float64, device=self._device)
             return empty if self._sums is None else self._sums
         weights = self._weight_column()
+        # Only here: the host does not know a device's weights, and each step asking for them would wait.
+        self._bad = self._bad_folded + (~(weights >= 0) | weights.isinf()).sum()
         # A row of weight 0 (an empty slice's stand-in) adds nothing, also where its loss is not finite.
         rows = torch.where(weights > 0, torch.stack(self._rows).double(), 0.0)
         sums = torch.cat([(rows * weights).sum(0), weights.sum(0)])

@@ -70,7 +70,7 @@ def test_frozen_by_pattern() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "close"), [("3.weigth", "3.weight"), ("4.*", r"3.\*, 1.\*, 0.\*"), ("x", "0.bias, 0.weight, 1.bias")]
+    ("pattern", "close"), [("3.weigth", "3.weight"), ("4.*", r"0.\*, 1.\*, 3.\*"), ("x", "0.bias, 0.weight, 1.bias")]
 )
 def test_a_pattern_that_freezes_nothing(pattern: str, close: str) -> None:
     with pytest.raises(ConfigError, match=f"trainer.freeze={re.escape(pattern)} matches no name .*; valid: {close}"):
@@ -102,7 +102,7 @@ def test_a_weight_decay_taken_as_a_keyword_of_any_name() -> None:
 
 def test_an_optimizer_without_weight_decay_gets_the_parameters() -> None:
     model = net()
-    optimizer = build_optimizer(torch.optim.LBFGS, model)
+    optimizer = build_optimizer(torch.optim.Rprop, model)
     assert len(optimizer.param_groups) == 1
     assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
 
@@ -245,7 +245,7 @@ def test_a_schedulers_state_is_json_and_goes_on() -> None:
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        (partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=2), "wants a metric"),
+        (partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=2), r"ReduceLROnPlateau.step\(\) needs metrics"),
         (partial(cast("Any", Cosine), warmup=3), "unexpected keyword argument 'warmup'"),
         (torch.optim.lr_scheduler.StepLR, "step_size"),
     ],

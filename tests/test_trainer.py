@@ -189,6 +189,8 @@ class DeviceReader(TorchDispatchMode):
 
 def step_without_host(e: Experiment) -> None:
     trainer = Trainer(e)
+    # A weight on the CPU may be read, there is no device to wait for: this is the way of an accelerator.
+    trainer._gradients.zero_weights.reads_cpu = False
     batches = trainer.train_loader.batches(0, 3)
     trainer.train_step(next(batches))  # makes the optimizer's state
     for batch in batches:

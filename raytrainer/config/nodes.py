@@ -22,7 +22,7 @@ from raytrainer.errors import ConfigError, nearest
 
 # Node → the arguments that raytrainer itself supplies when it calls the target.
 SUPPLIED: Mapping[str, tuple[str, ...]] = {
-    "optimizer": ("params", "model"),
+    "optimizer": ("params", "model", "system"),
     "lr_scheduler": ("optimizer",),
     "sweep.scheduler": ("metric", "mode", "time_attr", "hyperparam_mutations", "custom_explore_fn"),
     "sweep.search_alg": ("metric", "mode", "space"),

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from raytrainer.errors import ConfigError
 from raytrainer.optim.groups import Factory, arguments
+from raytrainer.optim.protocols import check_scheduler
 
 
 class Curve(Protocol):
@@ -123,13 +124,7 @@ def build_scheduler(factory: Factory, optimizer: Optimizer, total_steps: int | N
     try:
         if "optimizer" in accepted:
             scheduler = factory(optimizer)
-            if isinstance(scheduler, ReduceLROnPlateau):
-                raise ConfigError(
-                    "wants a metric at each step; use a curve of the step",
-                    key="lr_scheduler",
-                    value="ReduceLROnPlateau",
-                    choices=("constant", "linear", "cosine", "wsd"),
-                )
+            check_scheduler(scheduler)
             return cast("LRScheduler", scheduler)
         curve: Curve = factory if "step" in accepted else factory()
     except (TypeError, ValueError) as error:

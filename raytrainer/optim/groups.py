@@ -14,6 +14,7 @@ from torch.optim import SGD, Optimizer
 
 from raytrainer.errors import ConfigError
 from raytrainer.names import matching
+from raytrainer.optim.protocols import check_optimizer
 from raytrainer.sharding import is_sharded
 
 Factory = Callable[..., Any]
@@ -42,6 +43,15 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
             module.eval()
 
 
+def has_sparse_gradients(model: nn.Module) -> set[torch.Tensor]:
+    """The parameters of embeddings with `sparse=True`."""
+    return {
+        module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad
+    }
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The trainable parameters in at most two groups: matrices and kernels, which decay, and vectors, which do not.
 
@@ -62,8 +72,20 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not found:
-        raise ConfigError("the model has no trainable parameter", key="model")
+        raise ConfigError(
+            "has no trainable parameter: it has no parameters at all, or all of them have requires_grad=False or are in "
+            "trainer.freeze",
+            key="model",
+        )
     return found
+
+
+def apart(parameters: Iterable[nn.Parameter], model: nn.Module) -> list[list[nn.Parameter]]:
+    """The model's parameters, then the loss's: those may be sharded and these are not, and torch steps through a group at
+    once. No empty list."""
+    own, parameters = {id(p) for p in model.parameters()}, list(parameters)
+    parts = [[p for p in parameters if id(p) in own], [p for p in parameters if id(p) not in own]]
+    return [part for part in parts if part]
 
 
 def grouped(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -76,29 +98,68 @@ def grouped(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dic
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(factory: Factory, model: nn.Module) -> Optimizer:
-    """The optimizer of `model`'s parameters.
+def build_optimizer(factory: Factory, model: nn.Module, system: nn.Module | None = None) -> Optimizer:
+    """The optimizer of all that is trained.
 
     Args:
         factory: Called with the parameters alone, so everything else is bound: `partial(torch.optim.AdamW, lr=1e-3)`.
             Its `weight_decay`, bound or by default, is that of the matrices; one that has none gets a plain list. One
-            that has an argument `model` gets the model instead, and makes its own groups.
+            that has an argument `model` gets the model instead, and makes its own groups; with an argument `system`
+            it gets the model and the loss as one module too.
         model: As it is trained: wrapped, sharded and on its device.
+        system: The model and the loss as one module, where the loss has parameters.
 
     Raises:
-        ConfigError: The optimizer refuses a value, or nothing is trainable.
+        ConfigError: The optimizer refuses a value, is none, or leaves out the loss; or nothing is trainable.
     """
+    system = model if system is None else system
+    parameters = trainable(system)
     try:
-        if "model" in arguments(factory):
-            return cast("Optimizer", factory(model=model))
-        weight_decay = _bound(factory, "weight_decay")
-        groups = parameter_groups(model, 0.0 if weight_decay is None else weight_decay)
-        params: list[Any] = groups if weight_decay is not None else [p for group in groups for p in group["params"]]
-        optimizer = cast("Optimizer", factory(params))
+        accepted = arguments(factory)
+        if "model" in accepted:
+            further = {"system": system} if "system" in accepted else {}
+            optimizer = factory(model=model, **further)
+        else:
+            weight_decay = _bound(factory, "weight_decay")
+            parts = apart(parameters.values(), model)
+            groups = [group for part in parts for group in grouped(part, weight_decay or 0.0)]
+            params: list[Any] = groups
+            if weight_decay is None:
+                lists = [[p for group in grouped(part, 0.0) for p in group["params"]] for part in parts]
+                params = lists[0] if len(lists) == 1 else [{"params": part} for part in lists]
+            optimizer = factory(params)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"is refused by its constructor: {error}", key="optimizer") from error
-    mend_fused_sgd(optimizer)
-    return optimizer
+    check_optimizer(optimizer, parameters)
+    if system is not model:
+        _check_loss_is_in(optimizer, parameters, model)
+    made = cast("Optimizer", optimizer)
+    _unfuse(made, system)
+    mend_fused_sgd(made)
+    return made
+
+
+def _check_loss_is_in(optimizer: Any, parameters: dict[str, nn.Parameter], model: nn.Module) -> None:
+    inside = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    inside |= {id(p) for p in model.parameters()}
+    if left := [name for name, p in parameters.items() if id(p) not in inside]:
+        kind = type(optimizer).__name__
+        raise ConfigError(
+            f"makes its groups from the argument `model`, and leaves out the loss's parameter {left[0]}. Give {kind} an argument "
+            "`system`, which has the parameters of both, or exclude the loss's with trainer.freeze=[loss.*]",
+            key="optimizer",
+            value=kind,
+        )
+
+
+def _unfuse(optimizer: Optimizer, system: nn.Module) -> None:
+    """Fused optimizers know neither sparse gradients nor complex parameters: those groups are not fused."""
+    sparse = has_sparse_gradients(system)
+    for group in optimizer.param_groups:
+        if group.get("fused") and any(p.is_complex() or p in sparse for p in group["params"]):
+            group["fused"] = False
+            # Or a gradient scaler would leave it to `step` to skip one.
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
 
 
 def mend_fused_sgd(optimizer: Optimizer) -> None:

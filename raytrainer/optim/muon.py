@@ -13,7 +13,7 @@ from torch.optim import AdamW, Optimizer
 
 from raytrainer.errors import ConfigError
 from raytrainer.names import matching
-from raytrainer.optim.groups import grouped, trainable
+from raytrainer.optim.groups import apart, grouped, trainable
 from raytrainer.sharding import placed_as, whole
 
 # Of the quintic Newton-Schulz step: the steepest at zero that stays bounded. It takes singular values to about
@@ -48,6 +48,7 @@ class Muon(Optimizer):
             (Liu et al. 2025, arXiv:2502.16982).
         adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: Of the rest; what has fewer than two dimensions never decays.
         muon_params, adamw_params: Patterns of names (`names.matching`) that are the one's or the other's all the same.
+        system: The model and the loss as one module, where the loss has parameters: these are AdamW's.
 
     Raises:
         ConfigError: A value that cannot be; a pattern that matches nothing; nothing that is trained is left for Muon.
@@ -69,6 +70,7 @@ class Muon(Optimizer):
         adamw_weight_decay: float = 0.01,
         muon_params: Sequence[str] = (),
         adamw_params: Sequence[str] = (),
+        system: nn.Module | None = None,
     ) -> None:
         _check("lr", lr, lr >= 0, "at least 0")
         _check("momentum", momentum, 0 <= momentum < 1, "at least 0 and below 1")
@@ -76,11 +78,12 @@ class Muon(Optimizer):
         _check("ns_steps", ns_steps, 1 <= ns_steps < 100, "from 1 to 99")
         _check("ns_dtype", ns_dtype, ns_dtype in _DTYPES, "one of these", _DTYPES)
         _check("adjust_lr_fn", adjust_lr_fn, adjust_lr_fn in _SCALES, "one of these", _SCALES)
-        matrices, rest = split(model, muon_params, adamw_params)
+        matrices, rest = split(model, muon_params, adamw_params, system)
         adamw: AdamW | None = None
         if rest:
             beta1, beta2 = adamw_betas
-            adamw = AdamW(grouped(rest, adamw_weight_decay), adamw_lr, (beta1, beta2), adamw_eps, fused=True)
+            groups = [group for part in apart(rest, model) for group in grouped(part, adamw_weight_decay)]
+            adamw = AdamW(groups, adamw_lr, (beta1, beta2), adamw_eps, fused=True)
         first = {
             "params": matrices,
             "use_muon": True,
@@ -163,7 +166,10 @@ def orthogonal(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.bflo
 
 
 def split(
-    model: nn.Module, muon_params: Sequence[str] = (), adamw_params: Sequence[str] = ()
+    model: nn.Module,
+    muon_params: Sequence[str] = (),
+    adamw_params: Sequence[str] = (),
+    system: nn.Module | None = None,
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """What is trained: Muon's parameters and AdamW's, as `Muon` says.
 
@@ -172,8 +178,9 @@ def split(
     """
     kernels = {id(m.weight) for m in model.modules() if _is_plain_convolution(m)}
     outer = {id(p) for m in _outer_modules(model) for p in m.parameters(recurse=False)}
-    parameters = trainable(model)
-    theirs = {n for n, p in parameters.items() if (p.ndim == 2 or id(p) in kernels) and id(p) not in outer}
+    parameters = trainable(model if system is None else system)
+    own = {id(p) for p in model.parameters()}
+    theirs = {n for n, p in parameters.items() if id(p) in own - outer and (p.ndim == 2 or id(p) in kernels)}
     asked = matching(muon_params, parameters, "optimizer.muon_params")
     refused = matching(adamw_params, parameters, "optimizer.adamw_params")
     if both := sorted(asked & refused):

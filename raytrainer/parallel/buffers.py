@@ -27,7 +27,7 @@ def mean_buffers(model: nn.Module, world: World) -> dict[str, Tensor]:
                 dist.all_reduce(b)
                 b /= world.size
             else:
-                dist.broadcast(b, src=0)
+                _broadcast(b)
     return buffers
 
 
@@ -69,6 +69,24 @@ def holding_mean_buffers(model: nn.Module, world: World) -> Iterator[None]:
     finally:
         for buffers, name, buffer in held:
             buffers[name] = buffer
+
+
+@torch.no_grad()
+def broadcast_state(module: nn.Module, world: World) -> None:
+    """Gives every rank the parameters and buffers that rank 0 has."""
+    if world.distributed:
+        for t in (*module.parameters(), *module.buffers()):
+            _broadcast(t)
+
+
+def _broadcast(tensor: Tensor) -> None:
+    """In place. As bytes where a backend may not know the type (int16, complex numbers)."""
+    if tensor.dtype in (torch.float32, torch.float64):
+        dist.broadcast(tensor, src=0)
+    elif tensor.numel():
+        whole = tensor.detach().contiguous()
+        dist.broadcast(whole.view(-1).view(torch.uint8), src=0)
+        tensor.copy_(whole)
 
 
 def load_buffers(model: nn.Module, values: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from raytrainer.errors import ConfigError
+from raytrainer.parallel.reduction import unused_parameters
 from raytrainer.parallel.world import World
 from raytrainer.sharding import is_sharded
 
@@ -27,16 +29,43 @@ def replicate(model: nn.Module, world: World, *, find_unused_parameters: bool = 
     Buffers are not broadcast at each step: every rank keeps its own batch statistics, and `averaged_buffers` gives
     the mean of all to evaluation and export.
     """
-    if not world.distributed:
+    # DDP refuses a model that is not trained, as under a loss that is.
+    if not world.distributed or not any(p.requires_grad for p in model.parameters()):
         return model
     options: dict[str, Any] = {_SYNC_BUFFERS: False}
-    return DistributedDataParallel(
-        model,
-        device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        find_unused_parameters=find_unused_parameters,
-        **options,
-    )
+    try:
+        return DistributedDataParallel(
+            model,
+            device_ids=[world.device.index] if world.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=find_unused_parameters,
+            **options,
+        )
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"cannot replicate this model over several workers: {error}. Train it with scaling.num_workers=1, or "
+            "change the model",
+            key="trainer.strategy",
+            value="ddp",
+        ) from error
+
+
+def check_reduced(model: nn.Module) -> None:
+    """Call it after the backward pass of a step's last micro-batch. It costs nothing, and waits for nothing.
+
+    A rank whose loss leaves out a parameter never finishes DDP's reduction. The other ranks wait in theirs for it,
+    and this one would meet them in its next collective, with other data. So it is said here, by the rank that knows.
+
+    Raises:
+        ConfigError: A trained parameter has got no gradient on this rank.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return
+    try:
+        model._check_reducer_finalized()
+    except RuntimeError as error:
+        unused = [name for name, p in model.module.named_parameters() if p.requires_grad and p.grad is None]
+        raise unused_parameters(unused) from error
 
 
 def synchronise(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from raytrainer.config import Experiment, build, check_targets, factory, locate
 from raytrainer.errors import CheckpointError, ConfigError, RaytrainerError, StorageError
-from raytrainer.events import HOOKS
+from raytrainer.events import check_hooks
 from raytrainer.preflight.first_batch import targets_of
 from raytrainer.preflight.resources import least_workers, through_ray
 from raytrainer.tracking import redacted
@@ -38,9 +38,8 @@ def check_objects(e: Experiment) -> None:
     _check_optimizer(e)
     for name, node in e.callbacks.items():
         target = locate(f"callbacks.{name}", node["_target_"]) if node else None
-        # A misspelt hook would never be called. What a function returns is not known here.
-        if isinstance(target, type) and not any(hasattr(target, hook) for hook in HOOKS):
-            raise ConfigError("has none of the hooks", key=f"callbacks.{name}", value=target.__name__, choices=HOOKS)
+        if isinstance(target, type):  # what a function returns is not known here
+            check_hooks(target, f"callbacks.{name}")
     for name, node in e.metrics.items():
         target = locate(f"metrics.{name}", node["_target_"]) if node else None
         lacks = [method for method in ("update", "compute", "reset") if not hasattr(target, method)]
@@ -119,7 +118,7 @@ def _check_optimizer(e: Experiment) -> None:
     if model is not None:
         from raytrainer.optim import freeze
 
-        freeze(model, e.trainer.freeze)
+        freeze(_with_loss(model, e), e.trainer.freeze)
     if not e.optimizer or not target.startswith(_OURS_TO_TRY) or (target == _MUON and model is None):
         return
     import torch
@@ -146,6 +145,20 @@ def _check_optimizer(e: Experiment) -> None:
 
 _OURS_TO_TRY = ("torch.optim.", "raytrainer.optim.")
 _MUON = "raytrainer.optim.Muon"
+
+
+def _with_loss(model: Any, e: Experiment) -> Any:
+    """The model with the loss's parameters beside its own, where the loss can be made on the meta device too."""
+    import torch
+
+    from raytrainer.trainer.system import stateful_part, together
+
+    try:
+        with torch.device("meta"):
+            loss = build(e.loss or {})
+    except Exception:  # noqa: BLE001  as for the model
+        return model
+    return together(model, stateful_part(loss))
 
 
 def unbuilt_model(e: Experiment) -> Any:

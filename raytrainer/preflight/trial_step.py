@@ -34,6 +34,7 @@ from raytrainer.preflight.objects import unbuilt_model
 from raytrainer.preflight.resources import least_workers
 from raytrainer.storage import Storage
 from raytrainer.trainer import Trainer, evaluation
+from raytrainer.trainer.system import stateful_part, together
 
 PARAMETERS = 50_000_000
 """The largest model that is tried: with its gradients and Adam's averages it takes 0.8 GB."""
@@ -236,9 +237,9 @@ def _train(trainer: Trainer, most_tflop: float) -> None:
     batch = next(trainer.train_loader.batches(0, 1))
 
     def make() -> tuple[nn.Module, Any]:
-        model = trainer.precision.convert(build(e.model or {}))
-        freeze(model, e.trainer.freeze)
-        return model, build(e.loss or {})
+        model, loss = trainer.precision.convert(build(e.model or {})), build(e.loss or {})
+        freeze(together(model, stateful_part(loss)), e.trainer.freeze)
+        return model, loss
 
     data = map_tensors(trainer.prepare(batch.micro[0].data), lambda tensor: tensor.to("meta"))
     tflop = (model_flops(make, data) or 0.0) * len(batch.micro) / 1e12

@@ -24,9 +24,11 @@ from raytrainer.data import Loader
 from raytrainer.errors import CheckpointError, CheckpointNotFound, ConfigError, StorageError
 from raytrainer.events import EvalEnd
 from raytrainer.metrics import Monitor, Names, WeightedMeans, summarised
+from raytrainer.optim.protocols import evaluation_weights
 from raytrainer.parallel import World
 from raytrainer.state import restore_object
-from raytrainer.trainer import snapshot
+from raytrainer.trainer import outputs, snapshot
+from raytrainer.trainer.system import modules_of, stateful_part, together
 
 if TYPE_CHECKING:
     from raytrainer.trainer.loop import Trainer
@@ -49,7 +51,13 @@ def evaluate(t: Trainer) -> dict[str, float]:
     model = t.raw_model if t.ema_model is None else t.ema_model
     snapshot.follow(t)
     found: dict[str, float] = {}
-    with _evaluating(model), parallel.averaged_buffers(model, t.world), t.example.watching(model):
+    everything = together(model, t.loss_state)
+    with (
+        evaluation_weights(t.optimizer),
+        _evaluating(model, t.loss),
+        parallel.averaged_buffers(everything, t.world),
+        t.example.watching(model),
+    ):
         for name, loader in t.val_loaders.items():
             prefix = f"val/{name}/" if name else "val/"
             values = {prefix + key: value for key, value in _over(t, model, loader, prefix).items()}
@@ -64,12 +72,15 @@ def _over(t: Trainer, model: nn.Module, loader: Loader, prefix: str) -> dict[str
         for batch in batches:
             for micro in batch.micro:
                 with t.precision.autocast():
-                    values = dict(t.loss(model, t.prepare(micro.data)))
+                    values = outputs.entries(t.loss(model, t.prepare(micro.data)), t.world.device, training=False)
                 t.val_metrics.update(predictions(values), micro.size, values)
-                weight = values.pop("weight", None)
-                means.add(values, micro.size if weight is None else weight * (1 if micro.size else 0))
+                weight = outputs.weight_of(values.pop("weight", micro.size))
+                if values:  # a loss may return predictions for `metrics` alone
+                    means.add(values, weight if micro.size else 0.0)
+    reduced = means.reduce()[0]
     metrics = t.val_metrics.compute()
-    found = {**t.names.apart(summarised(t.loss, means.reduce()[0]), metrics, "loss_", prefix), **metrics}
+    own = summarised(t.loss, reduced) if reduced else {}
+    found = {**t.names.apart(own, metrics, "loss_", prefix), **metrics}
     if not found:
         raise ConfigError(
             "returned neither `loss` nor any other figure in evaluation, and there is nothing in metrics: return "
@@ -80,12 +91,14 @@ def _over(t: Trainer, model: nn.Module, loader: Loader, prefix: str) -> dict[str
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it the model is in eval(); after it its modules' modes and all random states are as before."""
+def _evaluating(model: nn.Module, loss: Any) -> Iterator[None]:
+    """Within it the model and the loss are in eval(); after it all modules' modes and random states are as before."""
     kept = seeds.random_state()
     # Each module's own: a part that a model keeps in eval() for good (a frozen backbone) must stay there.
-    modes = {module: module.training for module in model.modules()}
+    modes = {module: module.training for module in modules_of(model, loss)}
     model.eval()
+    if (part := loss if isinstance(loss, nn.Module) else stateful_part(loss)) is not None:
+        part.eval()
     try:
         yield
     finally:
@@ -177,10 +190,12 @@ class Metrics:
     ) -> None:
         self._world, self._metrics = world, {name: build(node) for name, node in nodes.items() if node}
         for name, metric in self._metrics.items():
-            if lacks := [
-                method for method in ("update", "compute", "reset") if not callable(getattr(metric, method, None))
-            ]:
-                raise ConfigError(f"builds a {type(metric).__name__}, which has no {lacks[0]}()", key=f"metrics.{name}")
+            if lacks := [m for m in ("update", "compute", "reset") if not callable(getattr(metric, m, None))]:
+                raise ConfigError(
+                    f"builds a {type(metric).__name__}, which has no {lacks[0]}(). A metric has update(preds, target), "
+                    "compute() and reset()",
+                    key=f"metrics.{name}",
+                )
             if hasattr(metric, "to"):
                 metric.to(world.device)
         for name, loader in loaders.items() if self._metrics else ():

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from raytrainer import parallel, seeds
 from raytrainer.batches import map_tensors
@@ -23,15 +23,28 @@ from raytrainer.checkpoint import Checkpointer, CheckpointInfo, find_weights, un
 from raytrainer.config import Experiment, InitFrom, build, checkpoint_mode, early_stopping_mode, factory
 from raytrainer.data import Batch, Loader
 from raytrainer.errors import ConfigError, NonFiniteLoss
-from raytrainer.events import HOOKS, Artifact, CheckpointSaved, EvalEnd, Events, FitEnd, FitStart, Logged
+from raytrainer.events import (
+    Artifact,
+    CheckpointSaved,
+    EvalEnd,
+    Events,
+    FitEnd,
+    FitStart,
+    Logged,
+    check_hooks,
+)
 from raytrainer.metrics import OWN_NAMES, Monitor, Names, Throughput, WeightedMeans, summarised
 from raytrainer.optim import build_optimizer, build_scheduler
+from raytrainer.optim.protocols import enter_training, evaluation_weights
 from raytrainer.parallel import Precision, World
 from raytrainer.state import restore_module, unchanged
-from raytrainer.trainer import evaluation, snapshot
+from raytrainer.trainer import evaluation, outputs, snapshot
 from raytrainer.trainer.example import ExampleRecorder
+from raytrainer.trainer.explained import explained
+from raytrainer.trainer.gradients import Gradients
 from raytrainer.trainer.model import build_model, take_weights
 from raytrainer.trainer.profile import recorded
+from raytrainer.trainer.system import build_loss, check_apart, stateful_part, together
 from raytrainer.trainer.utilisation import Utilisation
 from raytrainer.trainer.verify import verify
 
@@ -105,17 +118,18 @@ class Trainer:
         deterministic = device.type == "cpu" if options.deterministic is None else options.deterministic
         parallel.set_determinism(deterministic, device, options.num_threads)
         self.precision = Precision(options.precision, device)
-        # EMA: a second copy of the weights, moved a little towards the trained ones at every step.
-        self.raw_model, self.ema_model = build_model(e, self.world, self.precision)
-        self.loss: Callable[[nn.Module, Any], Mapping[str, Tensor]] = build(_node(e.loss))
+        self.loss = build_loss(e)
+        self.loss_state = stateful_part(self.loss)  # the module with the loss's parameters and buffers, if it has any
+        if self.loss_state is not None:
+            self.precision.convert(self.loss_state).to(device)
+        # EMA: a second copy of the model's weights, moved a little towards the trained ones at every step.
+        self.raw_model, self.ema_model = build_model(e, self.world, self.precision, self.loss_state)
+        self.system = together(self.raw_model, self.loss_state)
+        if self.loss_state is not None:
+            parallel.broadcast_state(self.loss_state, self.world)
         self.callbacks: dict[str, Any] = {k: build(v) for k, v in e.callbacks.items() if v}
         for name, callback in self.callbacks.items():
-            if not any(callable(getattr(callback, hook, None)) for hook in HOOKS):
-                raise ConfigError(
-                    f"builds a {type(callback).__name__}, which has none of the hooks",
-                    key=f"callbacks.{name}",
-                    choices=HOOKS,
-                )
+            check_hooks(callback, f"callbacks.{name}")
         self.events = Events([*listeners, *self.callbacks.values()])
 
         self.names = Names(_log.warning if self.world.rank == 0 else lambda sentence: None)
@@ -128,7 +142,8 @@ class Trainer:
         self.val_metrics = evaluation.Metrics(e.metrics, self.val_loaders, self.world, self.names)
         self.total_steps = self._total_steps()
 
-        self.optimizer = build_optimizer(factory(_node(e.optimizer)), self.raw_model)
+        self.optimizer = build_optimizer(factory(_node(e.optimizer)), self.raw_model, self.system)
+        enter_training(self.optimizer)
         self.scheduler = (
             build_scheduler(factory(e.lr_scheduler), self.optimizer, self.total_steps) if e.lr_scheduler else None
         )
@@ -137,7 +152,11 @@ class Trainer:
             self.model = parallel.replicate(
                 self.raw_model, self.world, find_unused_parameters=options.find_unused_parameters
             )
-        self._parameters = [p for p in self.raw_model.parameters() if p.requires_grad]
+        self._gradients = Gradients(self.model, self.raw_model, self.system, self.world, self.precision.scaler, options)
+        self._parameters = self._gradients.parameters
+        self._averages = bool(self.ema_model) and all(
+            p.is_floating_point() or p.is_complex() for p in self.raw_model.parameters()
+        )
         self._graphs = device.type == "cuda" and options.compile in ("reduce-overhead", "max-autotune")
 
         self.step = 0  # optimizer steps done = batches consumed = the position in the data
@@ -166,6 +185,7 @@ class Trainer:
         self.throughput = Throughput()
         self._utilisation = Utilisation(self)
         self._counts_tokens = False  # the loss gives a weight of its own
+        self._checked = False  # what shows only once the loss was called
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
@@ -180,7 +200,7 @@ class Trainer:
         options = self.experiment.trainer
         if self.step == 0:
             seeds.seed_everything("train", self.experiment.seed, self.world.rank)
-        size, trained = (sum(p.numel() for p in several) for several in (self.raw_model.parameters(), self._parameters))
+        size, trained = (sum(p.numel() for p in several) for several in (self.system.parameters(), self._parameters))
         per_epoch = self.train_loader.steps_per_epoch
         self.events.fit_start(self, FitStart(self.step, self.total_steps, per_epoch, self.world.size, size, trained))
         reason = self._out_of_patience() or "finished"
@@ -232,7 +252,10 @@ class Trainer:
         """One optimizer step over this rank's part of the global batch `batch`.
 
         The gradient is that of the mean over the *global* weight: micro-batches and ranks of uneven sizes add up to
-        what one process gives on the whole batch. Nothing here waits for the device.
+        what one process gives on the whole batch, and those of weight 0 add nothing. Nothing here waits for the device.
+
+        Raises:
+            ConfigError: The loss, the model or the optimizer does something that cannot be trained.
         """
         self.optimizer.zero_grad(set_to_none=True)
         last, counted = len(batch.micro) - 1, []
@@ -244,36 +267,29 @@ class Trainer:
         for i, micro in enumerate(batch.micro):
             with parallel.synchronise(self.model, last=i == last):
                 with self.precision.autocast():
-                    values = dict(self.loss(self.model, self.prepare(micro.data)))
+                    values = outputs.entries(self.loss(self.model, self.prepare(micro.data)), self.world.device)
                 evaluation.predictions(values)  # at once: logits may be the largest tensor there is
                 weight: Tensor | float = micro.size
                 if "weight" in values:
-                    # Whole numbers too: in float32 their quotients below would cost a float64 run its digits.
-                    weight = values.pop("weight").detach().double() * (1 if micro.size else 0)
+                    given = outputs.weight_of(values.pop("weight"))
+                    weight = given if micro.size else 0.0
                     counted.append(weight)
-                # DDP and FSDP take the mean over ranks: times their number it is a sum.
-                share = weight * (self.world.size / batch.global_size)
-                loss = values["loss"] if isinstance(share, float) and share == 1.0 else values["loss"] * share
-                (self.precision.scaler.scale(loss) if self.precision.scaler else loss).backward()
+                self._gradients.add(values["loss"], weight, batch.global_size)
             self.window.add(values, weight)
-        if self.precision.scaler is not None:
-            self.precision.scaler.unscale_(self.optimizer)
         self._counts_tokens = bool(counted)
-        if counted:
-            # The weight is known only after the forward passes: the sum above was over global_size, make it over it.
-            total = self.world.all_reduce(torch.stack(counted).sum())
-            gradients = parallel.local_parts(p.grad for p in self._parameters if p.grad is not None)
-            torch._foreach_mul_(
-                gradients, torch.where(total > 0, batch.global_size / total, 0.0).to(gradients[0].dtype)
-            )
-        if (limit := self.experiment.trainer.max_grad_norm) is not None:
-            nn.utils.clip_grad_norm_(self._parameters, limit, foreach=True)
-        if self.precision.scaler is not None:
-            self.precision.scaler.step(self.optimizer)
-            self.precision.scaler.update()
-        else:
-            self.optimizer.step()
-        self._lr = self.optimizer.param_groups[0]["lr"]
+        if not self._checked:
+            check_apart(self.raw_model, self.loss_state)
+            self._checked = True
+        try:
+            self._gradients.finish(self.optimizer, counted, batch.global_size)
+            if self.precision.scaler is not None:
+                self.precision.scaler.step(self.optimizer)
+                self.precision.scaler.update()
+            else:
+                self.optimizer.step()
+        except RuntimeError as error:
+            raise explained(error, self.optimizer) from error
+        self._lr = self.optimizer.param_groups[0].get("lr", math.nan)
         if self.scheduler is not None:
             self.scheduler.step()
         if self.ema_model is not None:
@@ -282,6 +298,11 @@ class Trainer:
                 averages, weights = map(
                     parallel.local_parts, (self.ema_model.parameters(), self.raw_model.parameters())
                 )
+                if not self._averages:  # whole numbers have no mean: they are never trained, and stay as they are
+                    floating = [a.is_floating_point() or a.is_complex() for a in averages]
+                    averages, weights = (
+                        [t for t, is_ in zip(ts, floating, strict=True) if is_] for ts in (averages, weights)
+                    )
                 torch._foreach_lerp_(averages, weights, 1 - decay)
         self.step += 1
         self.throughput.add(batch.global_size)
@@ -388,12 +409,14 @@ class Trainer:
         if self.checkpointer is not None and (found := self.checkpointer.list()):
             info = self.checkpointer.best() or found[-1]
             kept, other = ("model", "ema") if self.ema_model is None else ("ema", "model")
-            shared, _ = self.checkpointer.load(info, {"optimizer": unread, other: unread})
+            unwanted = dict.fromkeys(("optimizer", "loss", "training", other), unread)
+            shared, _ = self.checkpointer.load(info, unwanted)
             return info.step, shared[kept]
         model = self.raw_model if self.ema_model is None else self.ema_model
-        state = model.state_dict()
-        for name, value in state.items():
-            state[name] = value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        with evaluation_weights(self.optimizer):
+            state = model.state_dict()
+            for name, value in state.items():
+                state[name] = value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
         return self.step, state
 
     def example_batches(self) -> Iterator[Batch]:
@@ -405,8 +428,9 @@ class Trainer:
     def _log(self, batch: Batch, over: bool) -> str | None:
         """Reduces the window over all ranks and tells it; the reason to end, where any rank has one."""
         means, (stop, timed_out) = self.window.reduce(float(self._should_stop()), float(over))
-        own = self.names.apart(summarised(self.loss, means), OWN_NAMES, "loss_", "train/")
-        metrics = {f"train/{k}": v for k, v in own.items()}
+        # Where no sample had any weight there is no mean, and no NaN to stop for.
+        own = {} if self.window.empty else summarised(self.loss, means)
+        metrics = {f"train/{k}": v for k, v in self.names.apart(own, OWN_NAMES, "loss_", "train/").items()}
         metrics["train/lr"] = float(self._lr)
         metrics["train/samples_per_second"] = rate = self.throughput.rate()
         if self._counts_tokens:
@@ -414,7 +438,7 @@ class Trainer:
         metrics.update(self._utilisation.metrics(batch, rate))
         metrics["epoch"] = float(batch.epoch)
         self._tell(batch.epoch, metrics)
-        if not math.isfinite(means["loss"]):
+        if not self.window.empty and not math.isfinite(means["loss"]):
             if self.experiment.trainer.nonfinite == "stop":
                 raise self._nonfinite(f"loss became {means['loss']}")
             if self.world.rank == 0:
@@ -522,10 +546,13 @@ class Trainer:
         for number, batch in enumerate(batches):
             if number == 0 and self.model is not self.raw_model:
                 random = seeds.random_state()
-                with unchanged(self.raw_model):
+                with unchanged(self.system):
                     with self.precision.autocast():
-                        loss = self.loss(self.model, self.prepare(batch.micro[-1].data))["loss"]
+                        returned = self.loss(self.model, self.prepare(batch.micro[-1].data))
+                        loss = outputs.entries(returned, self.world.device)["loss"]
+                    outputs.check_gradient(loss)
                     loss.backward()
+                    parallel.check_reduced(self.model)
                 self.optimizer.zero_grad(set_to_none=True)
                 seeds.set_random_state(random)
             yield batch

@@ -7,11 +7,12 @@ import copy
 import functools
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from raytrainer import parallel, seeds
 from raytrainer.checkpoint import Weights, take
@@ -22,14 +23,23 @@ from raytrainer.optim import freeze
 from raytrainer.parallel import Precision, World
 from raytrainer.sharding import placed_as
 from raytrainer.state import loads_by_name, restore_module
+from raytrainer.trainer.system import together
 
 
-def build_model(e: Experiment, world: World, precision: Precision) -> tuple[nn.Module, nn.Module | None]:
+def build_model(
+    e: Experiment, world: World, precision: Precision, loss: nn.Module | None = None
+) -> tuple[nn.Module, nn.Module | None]:
     """The model, and with `trainer.ema_decay` its copy for the average. Every rank calls it.
+
+    Args:
+        e: The experiment.
+        world: This process among all.
+        precision: Of `trainer.precision`.
+        loss: The module with the loss's state, for `trainer.freeze`.
 
     Raises:
         ConfigError: A constructor refuses a value, or a class that `fsdp.wrap` or `trainer.activation_checkpointing`
-            names is not in the model.
+            names is not in the model; the model is no `nn.Module`, is lazy, or cannot be copied for the average.
     """
     options, sharded = e.trainer, e.trainer.strategy == "fsdp" and world.distributed
 
@@ -37,19 +47,22 @@ def build_model(e: Experiment, world: World, precision: Precision) -> tuple[nn.M
         # Every rank draws the same initial weights; from the first step on each has random states of its own.
         seeds.seed_everything("model", e.seed)
         assert e.model is not None  # the configuration's own check
-        made: nn.Module = build(e.model)
-        return made
+        made = build(e.model)
+        check_module(made, "model", str(e.model.get("_target_")))
+        return cast("nn.Module", made)
+
+    def placed() -> nn.Module:
+        if not sharded:
+            return precision.convert(make()).to(world.device)
+        return precision.convert(fsdp.build_on_first_rank(make, world, meta=e.fsdp.meta_init))
 
     if sharded:
         from raytrainer.parallel import fsdp
-
-        model = precision.convert(fsdp.build_on_first_rank(make, world, meta=e.fsdp.meta_init))
-    else:
-        model = precision.convert(make()).to(world.device)
-    freeze(model, options.freeze)
+    model = placed()
+    freeze(together(model, loss), options.freeze)
     if options.channels_last and not sharded:  # FSDP wants its parameters contiguous: there it is the inputs alone
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    average = copy.deepcopy(model).requires_grad_(False) if options.ema_decay else None
+    average = _copied(model, placed) if options.ema_decay else None
     units = parallel.find_units(model, e.fsdp.wrap, "fsdp.wrap") if sharded else []
     # What is recomputed is inside of what is compiled, and that inside of what is sharded.
     _checkpoint_activations(model, options.activation_checkpointing)
@@ -70,6 +83,53 @@ def build_model(e: Experiment, world: World, precision: Precision) -> tuple[nn.M
         if average is not None:
             shard(average, parallel.find_units(average, e.fsdp.wrap, "fsdp.wrap"))
     return model, average
+
+
+def check_module(made: Any, key: str, target: str) -> None:
+    """
+    Raises:
+        ConfigError: What the target gives is no `nn.Module`, or one whose shapes only a first batch decides.
+    """
+    if not isinstance(made, nn.Module):
+        raise ConfigError(
+            f"gives a {type(made).__name__}, and must give a torch.nn.Module", key=f"{key}._target_", value=target
+        )
+    lazy = [
+        name
+        for name, t in (*made.named_parameters(), *made.named_buffers())
+        if isinstance(t, UninitializedParameter | UninitializedBuffer)
+    ]
+    if lazy:
+        module = made.get_submodule(lazy[0].rpartition(".")[0])
+        raise ConfigError(
+            f"has a lazy module: {lazy[0]} ({type(module).__name__}) has no shape before its first batch, and the optimizer "
+            "and checkpoints need it. Give the sizes (nn.Linear(in_features, …) instead of nn.LazyLinear), or call the "
+            "module once with an example batch at the end of the constructor",
+            key=key,
+            value=target,
+        )
+
+
+def _copied(model: nn.Module, build_again: Callable[[], nn.Module]) -> nn.Module:
+    """A second model of the same values, for the average: a copy, else built once more.
+
+    Raises:
+        ConfigError: Neither can be done.
+    """
+    try:
+        return copy.deepcopy(model).requires_grad_(False)
+    except Exception as error:  # noqa: BLE001  a lock, a generator or a tensor of a graph among its attributes
+        reason = f"{type(error).__name__}: {error}"
+    try:
+        average = build_again()
+        average.load_state_dict(model.state_dict())
+        return average.requires_grad_(False)
+    except Exception as error:
+        raise ConfigError(
+            f"needs a second copy of the model, and {type(model).__name__} cannot be copied ({reason}) or built again "
+            f"({type(error).__name__}: {error}). Give it a __deepcopy__, or set trainer.ema_decay=null",
+            key="trainer.ema_decay",
+        ) from error
 
 
 def take_weights(model: nn.Module, world: World, find: Callable[[], Weights], options: InitFrom) -> str:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from raytrainer import parallel, seeds
 from raytrainer.optim import mend_fused_sgd
+from raytrainer.optim.protocols import evaluation_weights, has_modes
+from raytrainer.sharding import placed_as
 from raytrainer.state import (
     extra_state,
     named_optimizer_state,
@@ -27,19 +30,29 @@ if TYPE_CHECKING:
     from raytrainer.data import Loader
     from raytrainer.trainer.loop import Trainer
 
+_log = logging.getLogger("raytrainer.trainer")
+
 
 def shared(t: Trainer) -> dict[str, Any]:
     """Model, optimizer, scheduler, scaler, EMA, position, metrics, best value, callbacks. Every rank calls it."""
     # Each as its own state_dict gives it, hooks and all; buffers as the mean over ranks.
-    with parallel.holding_mean_buffers(t.raw_model, t.world):
-        model, ema = t.raw_model.state_dict(), None
+    with parallel.holding_mean_buffers(t.system, t.world):
+        ema: Any = None
         if t.ema_model is not None:
             follow(t)
             ema = t.ema_model.state_dict()
+        # `model` and `loss` are what is evaluated and exported. Where that is not what is trained, that is kept beside it:
+        # computed from the other it would differ in the last bits.
+        with evaluation_weights(t.optimizer):
+            model = t.raw_model.state_dict()
+            loss = None if t.loss_state is None else t.loss_state.state_dict()
+            for saved in (model, loss or {}) if has_modes(t.optimizer) else ():
+                saved.update({k: v.detach().clone() for k, v in saved.items() if isinstance(v, Tensor)})
+    training = {name: p.detach() for name, p in t.system.named_parameters() if p.requires_grad}
     state: dict[str, Any] = {
         "step": t.step,
         "model": model,
-        "optimizer": named_optimizer_state(t.optimizer, t.raw_model),
+        "optimizer": named_optimizer_state(t.optimizer, t.system),
         "scheduler": t.scheduler.state_dict() if t.scheduler is not None else None,
         "scaler": t.precision.scaler.state_dict() if t.precision.scaler is not None else None,
         "metrics": t.metrics,
@@ -56,7 +69,13 @@ def shared(t: Trainer) -> dict[str, Any]:
         "callbacks": {k: c.state_dict() for k, c in t.callbacks.items() if hasattr(c, "state_dict")},
     }
     # What few have. Rank 0's too.
-    further = {"ema": ema, "metric_objects": t.val_metrics.state_dict(), "datasets": _datasets(t)}
+    further = {
+        "ema": ema,
+        "loss": loss,
+        "training": training if has_modes(t.optimizer) else {},
+        "metric_objects": t.val_metrics.state_dict(),
+        "datasets": _datasets(t),
+    }
     return {**state, **{name: value for name, value in further.items() if value}}
 
 
@@ -76,18 +95,31 @@ def follow(t: Trainer) -> None:
         set_extra_state(t.ema_model, extra_state(t.raw_model))
 
 
+def _with_untrained_loss(t: Trainer, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The optimizer's state of a checkpoint from before losses were trained: the loss's parameters begin without one."""
+    _log.warning(
+        "The checkpoint has no state of the loss, so the loss's parameters and buffers have their initial values."
+    )
+    names = {id(p): name for name, p in t.system.named_parameters()}
+    groups = list(saved["groups"])
+    for own in t.optimizer.param_groups[len(groups) :]:  # the loss's groups are the last ones
+        settings = {key: value for key, value in own.items() if key != "params"}
+        groups.append({**settings, "names": [names[id(p)] for p in own["params"]]})
+    return {**saved, "groups": groups}
+
+
 def local(t: Trainer) -> dict[str, Any]:
     """Random states, this rank's own batch statistics, the open log window, the place in an iterable."""
     state = {
         "random": seeds.random_state(),
-        "buffers": dict(t.raw_model.named_buffers()),
+        "buffers": dict(t.system.named_buffers()),
         "window": t.window.state_dict(),
         "data": t.train_loader.state_dict(),
     }
     # Of one rank it is in the model's state dict. As buffers, it may differ from rank to rank.
     if not t.world.distributed:
         return state
-    return {**state, "extra_state": extra_state(t.raw_model), "datasets": _datasets(t)}
+    return {**state, "extra_state": extra_state(t.system), "datasets": _datasets(t)}
 
 
 def template(t: Trainer) -> dict[str, Any] | None:
@@ -104,6 +136,7 @@ def template(t: Trainer) -> dict[str, Any] | None:
         "ema": shards(tensors_of(t.ema_model.state_dict()).items()) if t.ema_model is not None else {},
         # Of a parameter's state some tensors are of its shape, as Adam's averages.
         "optimizer": {"state": shards(t.raw_model.named_parameters())},
+        "training": shards(t.raw_model.named_parameters()) if has_modes(t.optimizer) else {},
     }
 
 
@@ -130,14 +163,23 @@ def restore(
         CheckpointCorrupt: An object does not take its state; the message names the object.
     """
     restore_module(t.raw_model, state["model"], source)
+    optimizer = state["optimizer"]
+    if t.loss_state is not None:
+        if state.get("loss"):
+            restore_module(t.loss_state, state["loss"], f"{source}: loss")
+        else:
+            optimizer = _with_untrained_loss(t, optimizer)
     # A constructor may call a setting of some groups by a longer name: `adamw_lr` is the `lr` of Muon's other groups.
     wanted = [
         {k: v for k, v in group.items() if any(name == k or name.endswith(f"_{k}") for name in changed)}
         for group in t.optimizer.param_groups
     ]
     rates = [group.get("initial_lr", group["lr"]) for group in t.optimizer.param_groups]
-    restore_optimizer_state(t.optimizer, t.raw_model, state["optimizer"])
+    restore_optimizer_state(t.optimizer, t.system, optimizer)
     mend_fused_sgd(t.optimizer)
+    for name, p in t.system.named_parameters() if state.get("training") else ():
+        if name in state["training"]:
+            p.data.copy_(placed_as(p.data, state["training"][name]))
     if t.scheduler is not None:
         restore_object("lr_scheduler", t.scheduler, state["scheduler"], source)
     _change_settings(t, wanted, rates)
@@ -161,8 +203,8 @@ def restore(
     if t._objective is not t.best and "objective" in state:
         t._objective.load_state_dict(state["objective"])
     if own is not None:
-        parallel.load_buffers(t.raw_model, own["buffers"])
-        set_extra_state(t.raw_model, own.get("extra_state", {}))
+        parallel.load_buffers(t.system, own["buffers"])
+        set_extra_state(t.system, own.get("extra_state", {}))
         t.window.load_state_dict(own["window"])
         if not t.train_loader.keeps_dataset_state:
             t.train_loader.load_state_dict(own["data"])

@@ -13,6 +13,7 @@ from raytrainer.config import build
 from raytrainer.data import Batch
 from raytrainer.flops import model_flops, peak_flops
 from raytrainer.optim import freeze
+from raytrainer.trainer.system import stateful_part, together
 
 if TYPE_CHECKING:
     from raytrainer.trainer.loop import Trainer
@@ -44,9 +45,11 @@ class Utilisation:
         t, micro = self._trainer, batch.micro[0]
 
         def make() -> tuple[nn.Module, Any]:
-            model = t.precision.convert(build(_node(t.experiment.model)))
-            freeze(model, t.experiment.trainer.freeze)
-            return model, build(_node(t.experiment.loss))
+            model, loss = t.precision.convert(build(_node(t.experiment.model))), build(_node(t.experiment.loss))
+            if (part := stateful_part(loss)) is not None:
+                t.precision.convert(part)
+            freeze(together(model, part), t.experiment.trainer.freeze)
+            return model, loss
 
         t.throughput.pause()
         kept = seeds.random_state()

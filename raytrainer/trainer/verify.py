@@ -51,11 +51,13 @@ def verify(t: Trainer, state: Mapping[str, Any]) -> None:
 def _problems(t: Trainer, state: Mapping[str, Any]) -> Iterable[str | None]:
     # Objects that others refer to, and that no copy of those may copy too.
     kept: list[Any] = [t, t.loss, t.optimizer, t.events, t.checkpointer, t.train_loader, *t.val_loaders.values()]
-    for model in (t.raw_model, t.ema_model):
+    for model in (t.raw_model, t.ema_model, t.loss_state):
         kept += [] if model is None else [model, *model.modules(), *model.parameters()]
     memo = {id(x): x for x in kept}
     # Taken anew: what was saved has the buffers' mean over ranks.
     yield _of_module("model", t.raw_model)
+    if t.loss_state is not None:
+        yield _of_module("loss", t.loss_state)
     yield _of_optimizer(t, state["optimizer"])
     if t.scheduler is not None:
         yield _of_object("lr_scheduler", t.scheduler, state["scheduler"], memo)
@@ -95,15 +97,15 @@ def _of_optimizer(t: Trainer, state: Mapping[str, Any]) -> str | None:
     if _nbytes(state) > _COPIED:
         return None
     try:
-        twin = _twin(t.optimizer, {id(p): p for p in t.raw_model.parameters()})
+        twin = _twin(t.optimizer, {id(p): p for p in t.system.parameters()})
     except Exception:  # noqa: BLE001  as above
         return None
     try:
-        restore_optimizer_state(twin, t.raw_model, as_read(state))
-        restored = named_optimizer_state(twin, t.raw_model)
+        restore_optimizer_state(twin, t.system, as_read(state))
+        restored = named_optimizer_state(twin, t.system)
     except Exception as error:  # noqa: BLE001  as above
         return f"{who}: load_state_dict() fails on what state_dict() gave: {type(error).__name__}: {error}"
-    return _changed(who, state, restored, named_optimizer_state(t.optimizer, t.raw_model))
+    return _changed(who, state, restored, named_optimizer_state(t.optimizer, t.system))
 
 
 def _twin(optimizer: Any, memo: dict[int, Any]) -> Any:

@@ -1,0 +1,120 @@
+"""What a loss returns, brought into one form: numbers on the device, or an error that names the entry and the fix."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raytrainer.errors import ConfigError
+from raytrainer.metrics import BAD_WEIGHT
+
+_EXAMPLE = "return {'loss': loss}, and further numbers under names of their own"
+
+
+def entries(returned: Any, device: torch.device, *, training: bool = True) -> dict[str, Any]:
+    """A loss's entries by name: each a 0-d tensor, but for `weight` (0-d or a number), `preds` and `target`.
+
+    Numbers, NumPy's scalars and tensors of one element are taken as what they stand for. It never waits for the device.
+
+    Args:
+        returned: What the loss has returned.
+        device: Where the entries are wanted.
+        training: Whether a gradient follows, for which `loss` is needed.
+
+    Raises:
+        ConfigError: It is no mapping, `loss` is missing or has no gradient, or an entry is not one number.
+    """
+    if not isinstance(returned, Mapping):
+        raise ConfigError(f"returned {_described(returned)} instead of a dict: {_EXAMPLE}", key="loss")
+    values = dict(returned)
+    for name, value in values.items():
+        if isinstance(value, Tensor) and not value.ndim and value.device == device and isinstance(name, str):
+            continue  # as it should be: nothing to do in each step
+        if name in ("preds", "target"):
+            continue
+        values[_name(name)] = _number(name, value, device)
+    loss = values.get("loss")
+    if loss is None:
+        if training:
+            have = ", ".join(map(str, values)) or "nothing"
+            raise ConfigError(f"returned no entry 'loss', only {have}: {_EXAMPLE}", key="loss")
+    elif not loss.is_floating_point():
+        raise ConfigError(
+            f"returned a 'loss' of type {loss.dtype}; it must be a real floating-point number (of a complex one take .abs() "
+            "or .real)",
+            key="loss",
+        )
+    return values
+
+
+def weight_of(value: Any) -> Tensor | float:
+    """The entry `weight` as float64, or as the plain number that it is.
+
+    Raises:
+        ConfigError: A number below 0, or NaN.
+    """
+    if isinstance(value, Tensor):
+        # Whole numbers too: in float32 their quotients would cost a float64 run its digits.
+        return value.detach().double()
+    check_weight(value)
+    return float(value)
+
+
+def check_weight(value: float) -> None:
+    """
+    Raises:
+        ConfigError: It is below 0, infinite or NaN.
+    """
+    if not 0 <= value < float("inf"):
+        raise ConfigError(BAD_WEIGHT.format(given=f"the weight {value:g}, which is"), key="loss")
+
+
+def check_gradient(loss: Tensor) -> None:
+    """
+    Raises:
+        ConfigError: The loss has no gradient.
+    """
+    if not loss.requires_grad:
+        raise ConfigError(
+            "returned a 'loss' without a gradient, so nothing could be trained: it was computed under torch.no_grad(), "
+            "detached (.detach(), .item(), .numpy()), or from nothing that is trained. Return the tensor itself",
+            key="loss",
+        )
+
+
+def _name(name: Any) -> str:
+    if not isinstance(name, str):
+        raise ConfigError(
+            f"returned an entry whose name is {name!r}: names must be text, as in {{'loss': loss}}", key="loss"
+        )
+    return name
+
+
+def _number(name: str, value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_sparse:
+        value = value.reshape(())
+        return value if value.device == device else value.to(device)
+    if isinstance(value, np.generic | np.ndarray) and value.size == 1 and value.dtype.kind in "biuf":
+        value = value.item()
+    if isinstance(value, numbers.Real):
+        # A fill, not a copy: a copy from the host's memory would wait.
+        return float(value) if name == "weight" else torch.full((), float(value), dtype=torch.float64, device=device)
+    fix = "leave the entry out where there is no value" if value is None else "take its mean or sum"
+    if name not in ("loss", "weight"):
+        fix += "; tensors for `metrics` belong under 'preds' and 'target'"
+    raise ConfigError(
+        f"returned {_described(value)} for '{name}'; each entry must be one number (a 0-d tensor): {fix}", key="loss"
+    )
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    if isinstance(value, np.ndarray):
+        return f"an array of shape {list(value.shape)}"
+    return "None" if value is None else f"a {type(value).__name__}"

@@ -1,0 +1,122 @@
+"""What is trained: the model, and the loss where it has parameters or buffers of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from raytrainer import seeds
+from raytrainer.config import Experiment, build
+from raytrainer.errors import ConfigError
+
+PREFIX = "loss"
+
+Loss = Callable[[nn.Module, Any], Mapping[str, Tensor]]
+
+
+class System(nn.Module):
+    """The model and the loss under one set of names: the model's as they are, the loss's after `loss.`.
+
+    It is what the optimizer, `trainer.freeze`, buffers and counts see. Neither is called through it.
+
+    Args:
+        model: The model, not wrapped.
+        loss: `stateful_part` of the loss.
+    """
+
+    def __init__(self, model: nn.Module, loss: nn.Module) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        memo = set() if memo is None else memo
+        yield from self.model.named_modules(memo, prefix, remove_duplicate)
+        yield from self.loss.named_modules(memo, f"{prefix}.{PREFIX}" if prefix else PREFIX, remove_duplicate)
+
+
+def together(model: nn.Module, loss: nn.Module | None) -> nn.Module:
+    """The `System` of both, or the model itself where the loss has no state.
+
+    Raises:
+        ConfigError: The model has a parameter or buffer of the same name as one of the loss.
+    """
+    if loss is None:
+        return model
+    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    for name, _ in (*loss.named_parameters(prefix=PREFIX), *loss.named_buffers(prefix=PREFIX)):
+        if name in own:
+            raise ConfigError(
+                f"has a tensor that would be called {name} in checkpoints and patterns, and so has the model. Rename the "
+                "model's attribute `loss`",
+                key="loss",
+            )
+    return System(model, loss)
+
+
+def build_loss(e: Experiment) -> Loss:
+    """The loss, its initial values drawn from the experiment's seed.
+
+    Raises:
+        ConfigError: It cannot be called.
+    """
+    seeds.seed_everything("loss", e.seed)
+    loss = build(e.loss or {})
+    if not callable(loss):
+        raise ConfigError(
+            f"gives a {type(loss).__name__}, which cannot be called with (model, batch). For a function use "
+            "loss._partial_=true",
+            key="loss",
+            value=(e.loss or {}).get("_target_"),
+        )
+    made: Loss = loss
+    return made
+
+
+def stateful_part(loss: Any) -> nn.Module | None:
+    """The module that holds the loss's parameters and buffers: the loss itself, or the modules among its attributes (of
+    an object) or bound arguments (of a function). None where there are none."""
+    if isinstance(loss, nn.Module):
+        return loss if _has_state(loss) else None
+    if isinstance(loss, partial):
+        held = {**{str(i): value for i, value in enumerate(loss.args)}, **loss.keywords}
+        if isinstance(owner := getattr(loss.func, "__self__", None), nn.Module):
+            held["function"] = owner
+    elif isinstance(owner := getattr(loss, "__self__", None), nn.Module):
+        return owner if _has_state(owner) else None
+    else:
+        held = getattr(loss, "__dict__", {})
+    modules = {name: value for name, value in held.items() if isinstance(value, nn.Module) and _has_state(value)}
+    return nn.ModuleDict(modules) if modules else None
+
+
+def _has_state(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
+
+
+def modules_of(model: nn.Module, loss: Any) -> list[nn.Module]:
+    """All modules of both, those of a loss without state too: they have a mode."""
+    found = list(model.modules())
+    part = loss if isinstance(loss, nn.Module) else stateful_part(loss)
+    return found if part is None else [*found, *part.modules()]
+
+
+def check_apart(model: nn.Module, loss: nn.Module | None) -> None:
+    """Call it once the loss was called: one that keeps the model as an attribute has taken its parameters over.
+
+    Raises:
+        ConfigError: The model is among the loss's modules.
+    """
+    if loss is None or not any(module is model for module in loss.modules()):
+        return
+    name = next(name for name, module in loss.named_modules() if module is model)
+    raise ConfigError(
+        f"keeps the model as its attribute {name}, so the model's parameters would be the loss's too. Take the model from "
+        "the arguments of forward, or keep it in a list or a weakref",
+        key="loss",
+        value=type(loss).__name__,
+    )
