@@ -1,25 +1,41 @@
-"""Faults 26 and 27: Ctrl-C and SIGTERM at every stage of a launch: 130 or 143, KILLED, a checkpoint where training had
-begun, nothing left, all within seconds.
+"""Faults 26 and 27: Ctrl-C and SIGTERM at every stage of a launch, and a terminal that is closed: 130, 143 or 129, KILLED,
+a checkpoint where training had begun, nothing left, all within seconds.
 """
 
 from __future__ import annotations
 
 import functools
+import os
+import pty
 import re
+import select
 import signal
+import threading
 import time
 from pathlib import Path
-from signal import SIGINT, SIGTERM
+from signal import SIGHUP, SIGINT, SIGTERM
 
 import pytest
 
-from tests.launches import Ended, Launch, Runs, checkpoints, launch, observed, record, seeded, steps_of, summary
+from tests.launches import (
+    Ended,
+    Launch,
+    Runs,
+    checkpoints,
+    empty_store,
+    launch,
+    observed,
+    record,
+    seeded,
+    steps_of,
+    summary,
+)
 from tests.promises import Within
 
 pytestmark = pytest.mark.slow
 
 END_S = 20.0  # twice what is promised: a machine may be busy
-CODES = {SIGINT: 130, SIGTERM: 143}
+CODES = {SIGINT: 130, SIGTERM: 143, SIGHUP: 129}
 # Where both signals go the same way, SIGTERM is for the night: others here and in test_cluster_faults.py send it too.
 BOTH = [(SIGINT, True), pytest.param(SIGTERM, False, marks=pytest.mark.nightly)]
 LONG = [
@@ -55,7 +71,7 @@ def catches(pid: int, number: signal.Signals) -> bool:
 def assert_killed(folder: Path, name: str = "run") -> None:
     assert Runs(folder).status(name) == "KILLED"
     assert record(folder, name)["status"] == "KILLED"
-    assert Runs(folder).tags(name)["raytrainer.exit_code"] in {"130", "143"}
+    assert Runs(folder).tags(name)["raytrainer.exit_code"] in {"129", "130", "143"}
 
 
 @pytest.mark.parametrize("number", [SIGINT, SIGTERM])
@@ -105,6 +121,50 @@ def test_inline(number: signal.Signals, group: bool, tmp_path: Path) -> None:
         run.reaches(12)
         stopped(run, number, group=group)
     assert checkpoints(tmp_path, "run")[-1].step == steps_of(run.steps)[-1].step
+    assert_killed(tmp_path)
+
+
+# Takes a terminal, as a shell does for the program in its foreground.
+ON_TERMINAL = """
+import os, sys
+terminal = os.open(sys.argv[1], os.O_RDWR)
+for number in range(3):
+    os.dup2(terminal, number)
+os.execv(sys.executable, [sys.executable, "-m", "raytrainer", *sys.argv[2:]])
+"""
+
+
+def test_a_terminal_that_is_closed(tmp_path: Path) -> None:
+    """The hangup goes to Ray's processes too, and nobody takes the output any more: the last checkpoint is saved all the same."""
+    (tmp_path / "mlflow.db").write_bytes(empty_store())
+    ours, its = pty.openpty()
+    shown, gone = bytearray(), threading.Event()
+
+    def show() -> None:
+        while not gone.is_set():
+            if select.select([ours], [], [], 0.1)[0]:
+                shown.extend(os.read(ours, 65536))
+
+    reading = threading.Thread(target=show)
+    reading.start()
+    arguments = [os.ttyname(its), *LONG, TWO, "checkpoint.every_n_steps=100000", *observed(0.02)]
+    with launch(tmp_path, *arguments, program=("-c", ON_TERMINAL), fresh=True) as run:
+        try:
+            run.reaches(23)
+        except AssertionError as error:
+            raise AssertionError(shown.decode(errors="replace")) from error
+        finally:
+            gone.set()
+            reading.join()
+            os.close(its)
+            within = Within(END_S)
+            os.close(ours)  # the kernel sends SIGHUP, and each write fails from now on
+        ended = run.wait(3 * END_S)
+        run.nothing_left(END_S)
+        within.check(shown.decode(errors="replace"))
+    assert ended.code == CODES[SIGHUP], shown.decode(errors="replace")
+    last = [steps_of(run.steps, rank)[-1].step for rank in range(2)]
+    assert last[0] == last[1] == checkpoints(tmp_path, "run")[-1].step
     assert_killed(tmp_path)
 
 
