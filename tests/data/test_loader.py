@@ -58,6 +58,11 @@ class ByBatch:
         return {"x": np.asarray(indices) * 2.0, "y": np.asarray(indices)}
 
 
+def data_processes() -> list[Any]:
+    """Those of a loader that run: other tests of this process may keep some of their own."""
+    return [child for child in multiprocessing.active_children() if child.name.startswith("raytrainer-data")]
+
+
 class Named(NamedTuple):
     x: torch.Tensor
     y: torch.Tensor
@@ -248,7 +253,7 @@ def test_a_killed_process_is_an_error_that_says_so() -> None:
 
     with pytest.raises(DataError, match=r"Suicidal: a data process ended by itself \(SIGKILL; .*memory"):
         list(Loader(Suicidal(), global_batch_size=10, num_workers=2).batches(0, 10))
-    assert multiprocessing.active_children() == []
+    assert data_processes() == []
 
 
 def test_a_batch_that_cannot_be_sent_is_an_error() -> None:
@@ -266,7 +271,7 @@ def test_closing_ends_threads_and_processes(way: dict[str, Any], dataset: Callab
         next(batches)
     batches.close()
     assert threading.active_count() == before
-    assert multiprocessing.active_children() == []
+    assert data_processes() == []
 
 
 def test_closing_does_not_wait_for_a_slow_process() -> None:
@@ -279,7 +284,7 @@ def test_closing_does_not_wait_for_a_slow_process() -> None:
     batches = Loader(Slow(), global_batch_size=5, num_workers=2).batches()
     next(batches)
     batches.close()
-    assert multiprocessing.active_children() == []
+    assert data_processes() == []
 
 
 def test_processes_end_with_their_parent() -> None:
