@@ -99,7 +99,9 @@ def check_hooks(listener: Any, key: str) -> None:
     """
     kind = listener if isinstance(listener, type) else type(listener)
     if not any(hasattr(listener, hook) for hook in HOOKS):
-        raise ConfigError("has none of the hooks", key=key, value=kind.__name__, choices=HOOKS)
+        if isinstance(listener, type):
+            raise ConfigError("has none of the hooks", key=key, value=kind.__name__, choices=HOOKS)
+        raise ConfigError(f"builds a {kind.__name__}, which has none of the hooks", key=key, choices=HOOKS)
     for name in sorted(n for n in dir(listener) if n.startswith("on_") and callable(getattr(listener, n, None))):
         if name not in HOOKS:
             if close := get_close_matches(name, HOOKS, n=1, cutoff=0.8):
