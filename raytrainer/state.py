@@ -146,22 +146,38 @@ def set_extra_state(module: nn.Module, values: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def unchanged(module: nn.Module) -> Iterator[None]:
-    """Undo on exit what a forward pass within it changes: buffers, and state that hooks or extra state stand for."""
-    buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
-    state: Any = None
-    if not loads_by_name(module):
-        state = module.state_dict()
-        for name, value in state.items():
-            state[name] = value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+def unchanged(*modules: nn.Module | None, other: Any = None) -> Iterator[None]:
+    """Undo on exit what a forward pass within it changes: buffers, and state that hooks or extra state stand for.
+
+    Args:
+        modules: Each on its own; None is left out.
+        other: An object whose state is that of its `state_dict` and `load_state_dict`.
+    """
+    kept = [(module, _copied_state(module)) for module in modules if module is not None]
+    before = copy.deepcopy(other.state_dict()) if hasattr(other, "load_state_dict") else None
     yield
-    if state is not None:
-        # A module that does not take its state back is refused at the first save, on all ranks at once.
+    for module, (state, buffers) in kept:
+        if state is not None:
+            # A module that does not take its state back is refused at the first save, on all ranks at once.
+            with contextlib.suppress(CheckpointCorrupt):
+                restore_module(module, state, "the state of before")
+        with torch.no_grad():
+            for name, b in module.named_buffers():
+                b.copy_(buffers[name])
+    if before is not None:
         with contextlib.suppress(CheckpointCorrupt):
-            restore_module(module, state, "the state of before")
-    with torch.no_grad():
-        for name, b in module.named_buffers():
-            b.copy_(buffers[name])
+            restore_object("loss", other, before, "the state of before")
+
+
+def _copied_state(module: nn.Module) -> tuple[Any, dict[str, Tensor]]:
+    """Copies of the state dict (None where parameters and buffers are all of it), and of the buffers."""
+    buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
+    if loads_by_name(module):
+        return None, buffers
+    state = module.state_dict()
+    for name, value in state.items():
+        state[name] = value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+    return state, buffers
 
 
 def loads_by_name(module: nn.Module) -> bool:

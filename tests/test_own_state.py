@@ -315,6 +315,41 @@ class Momentum(torch.optim.SGD):
         super().load_state_dict({k: v for k, v in state.items() if k != "turns"})
 
 
+class Warming:
+    """A loss that is no module, and is scaled by how often it was called in training."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, model: Any, batch: Any) -> dict[str, Tensor]:
+        self.calls += int(torch.is_grad_enabled())
+        logits = model(batch["image"])
+        return {"loss": nn.functional.cross_entropy(logits, batch["label"]) * (1 + 0.1 * self.calls)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.calls = state["calls"]
+
+
+class WarmingModule(nn.Module):
+    """The same as a module that has no tensor, but extra state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Warming()
+
+    def get_extra_state(self) -> Any:
+        return self.inner.state_dict()
+
+    def set_extra_state(self, state: Any) -> None:
+        self.inner.load_state_dict(state)
+
+    def forward(self, model: Any, batch: Any) -> dict[str, Tensor]:
+        return self.inner(model, batch)
+
+
 # -- 4 + 4 steps are 8 ------------------------------------------------------------------------------------------------
 
 
@@ -382,6 +417,7 @@ def all_halves(world: World, cases: list[Experiment], folder: Path) -> list[list
 def test_on_two_ranks(tmp_path: Path) -> None:
     cases = [case(model) for model in (Clones, Adds, Extra, Parametrized, Wrapped)]
     cases += [case(model, trainer__ema_decay=0.9) for model in (Renames, ExtraTensor)]
+    cases += [case(loss=node(Warming)), case(Wrapped, loss=node(WarmingModule))]
     for found in ranks.run(2, all_halves, cases, tmp_path):
         assert found == [[]] * len(cases)
 
@@ -409,6 +445,11 @@ def test_of_other_objects(tmp_path: Path) -> None:
     e = case(Body, optimizer=node(Momentum, lr=0.05), callbacks={"keeps": node(Keeps)})
     e.data.train, e.metrics = node(Rows, rows=40), {"highest": node(Highest)}
     assert halves(World(), e, tmp_path) == []
+
+
+@pytest.mark.parametrize("loss", [Warming, WarmingModule])
+def test_of_a_loss(loss: Any, tmp_path: Path) -> None:
+    assert halves(World(), case(loss=node(loss)), tmp_path) == []
 
 
 # -- the mean over ranks ----------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ from raytrainer.trainer.explained import explained
 from raytrainer.trainer.gradients import Gradients
 from raytrainer.trainer.model import build_model, take_weights
 from raytrainer.trainer.profile import recorded
-from raytrainer.trainer.system import build_loss, check_apart, stateful_part, together
+from raytrainer.trainer.system import build_loss, check_apart, stateful_part, together, with_state_dict
 from raytrainer.trainer.utilisation import Utilisation
 from raytrainer.trainer.verify import verify
 
@@ -120,6 +120,7 @@ class Trainer:
         self.precision = Precision(options.precision, device)
         self.loss = build_loss(e)
         self.loss_state = stateful_part(self.loss)  # the module with the loss's parameters and buffers, if it has any
+        self.loss_object = with_state_dict(self.loss, self.loss_state)
         if self.loss_state is not None:
             self.precision.convert(self.loss_state).to(device)
         # EMA: a second copy of the model's weights, moved a little towards the trained ones at every step.
@@ -546,7 +547,7 @@ class Trainer:
         for number, batch in enumerate(batches):
             if number == 0 and self.model is not self.raw_model:
                 random = seeds.random_state()
-                with unchanged(self.system):
+                with unchanged(self.raw_model, self.loss_state, other=self.loss_object):
                     with self.precision.autocast():
                         returned = self.loss(self.model, self.prepare(batch.micro[-1].data))
                         loss = outputs.entries(returned, self.world.device)["loss"]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from raytrainer import parallel, seeds
+from raytrainer.errors import CheckpointCorrupt
 from raytrainer.optim import mend_fused_sgd
 from raytrainer.optim.protocols import evaluation_weights, has_modes
 from raytrainer.sharding import placed_as
@@ -72,6 +73,7 @@ def shared(t: Trainer) -> dict[str, Any]:
     further = {
         "ema": ema,
         "loss": loss,
+        "loss_object": t.loss_object.state_dict() if t.loss_object is not None else None,
         "training": training if has_modes(t.optimizer) else {},
         "metric_objects": t.val_metrics.state_dict(),
         "datasets": _datasets(t),
@@ -157,7 +159,8 @@ def restore(
         own: Of `local`; None where another number of ranks wrote the checkpoint.
         source: Where they are from, for errors.
         changed: Settings of the optimizer that keep the values that they have now.
-        evaluating: Leave out the state of metrics and datasets: for an evaluation they may be others.
+        evaluating: Leave out the state of metrics and datasets, and of a loss that does not take it: for an evaluation they may be
+            others.
 
     Raises:
         CheckpointCorrupt: An object does not take its state; the message names the object.
@@ -187,6 +190,13 @@ def restore(
         t.precision.scaler.load_state_dict(state["scaler"])
     if t.ema_model is not None:
         restore_module(t.ema_model, state["ema"], source)
+    if state.get("loss_object") and t.loss_object is not None:
+        try:
+            restore_object("loss", t.loss_object, state["loss_object"], source)
+        except CheckpointCorrupt as error:
+            if not evaluating:
+                raise
+            _log.warning("The evaluation's loss has its initial state: %s", error)
     for name, callback in t.callbacks.items():
         if name in state["callbacks"]:
             restore_object(f"callbacks.{name}", callback, state["callbacks"][name], source)

@@ -95,7 +95,13 @@ def stateful_part(loss: Any) -> nn.Module | None:
 
 
 def _has_state(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
+    tensors = (*module.parameters(), *module.buffers())
+    return bool(tensors) or any(type(m).get_extra_state is not nn.Module.get_extra_state for m in module.modules())
+
+
+def with_state_dict(loss: Any, part: nn.Module | None) -> Any:
+    """The loss if it is an object with a `state_dict` of its own that `part`, its `stateful_part`, does not give."""
+    return loss if loss is not part and callable(getattr(loss, "state_dict", None)) else None
 
 
 def modules_of(model: nn.Module, loss: Any) -> list[nn.Module]:

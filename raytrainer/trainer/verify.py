@@ -58,6 +58,8 @@ def _problems(t: Trainer, state: Mapping[str, Any]) -> Iterable[str | None]:
     yield _of_module("model", t.raw_model)
     if t.loss_state is not None:
         yield _of_module("loss", t.loss_state)
+    if state.get("loss_object"):
+        yield _of_object("loss", t.loss, state["loss_object"], {k: v for k, v in memo.items() if k != id(t.loss)})
     yield _of_optimizer(t, state["optimizer"])
     if t.scheduler is not None:
         yield _of_object("lr_scheduler", t.scheduler, state["scheduler"], memo)
