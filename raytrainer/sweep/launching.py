@@ -52,7 +52,6 @@ def check(
     Raises:
         Refused: What does not hold.
     """
-    where = run.check(plan.example, record, first_batch=first_batch, say=say)
     s = plan.experiment.sweep
     check_search(s.search_alg, plan.parameters)
     scheduler = make_scheduler(
@@ -64,7 +63,8 @@ def check(
         search=s.search_alg,
     )
     check_bounded(scheduler, s.search_alg, s.num_samples)
-    return where
+    # Last: it may try a batch, which takes seconds, and what is wrong with the sweep is known without.
+    return run.check(plan.example, record, first_batch=first_batch, say=say)
 
 
 def in_words(plan: Plan) -> str:
