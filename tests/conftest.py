@@ -83,6 +83,19 @@ def _test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _imported_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Modules that a test imports from a temporary folder are forgotten: another test's `mine.py` is another module."""
+    before = set(sys.modules)
+    yield
+    folder = str(tmp_path_factory.getbasetemp())
+    for name in sys.modules.keys() - before:
+        values = getattr(sys.modules[name], "__dict__", {})  # not by attribute: a lazy module would import what it names
+        places = [values.get("__file__"), *(values.get("__path__") or ())]
+        if any(str(place).startswith(folder) for place in places):
+            del sys.modules[name]
+
+
+@pytest.fixture(autouse=True)
 def _process_settings() -> Iterator[None]:
     """A Trainer sets the threads and the determinism of its process: those of one test are not the next one's."""
     before = _torch_settings()
