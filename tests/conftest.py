@@ -89,7 +89,8 @@ def _imported_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     yield
     folder = str(tmp_path_factory.getbasetemp())
     for name in sys.modules.keys() - before:
-        values = getattr(sys.modules[name], "__dict__", {})  # not by attribute: a lazy module would import what it names
+        # Not by attribute: a lazy module would import what it names.
+        values = getattr(sys.modules[name], "__dict__", {})
         places = [values.get("__file__"), *(values.get("__path__") or ())]
         if any(str(place).startswith(folder) for place in places):
             del sys.modules[name]
