@@ -34,9 +34,13 @@ pytestmark = pytest.mark.usefixtures("in_tmp")
 def data_here(in_tmp: Path) -> None:
     """What the choices of `data` that are of the user's own files look for, by the names that they have."""
     for split in ("train", "val"):
-        (in_tmp / "images" / split).mkdir(parents=True)
+        # As many as a batch at least: fewer are refused. Nothing is decoded before a start.
+        folder = in_tmp / "images" / split / "cat"
+        folder.mkdir(parents=True)
+        for number in range(1024):
+            (folder / f"{number}.jpg").touch()
     with TokenWriter(in_tmp / "train.tokens", vocab_size=256, separator=None, tokenizer="none") as writer:
-        writer.add([[1, 2, 3]], 3)
+        writer.add([[1] * 65_536], 65_536)
 
 
 def composed(file: Path) -> Composition:
