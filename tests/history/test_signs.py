@@ -190,7 +190,11 @@ def test_a_job_that_runs_is_alive_whatever_its_claim_says(storage: Storage, stat
     [
         (FakeJob("x", "STOPPED"), "KILLED", "its job x was stopped"),
         (FakeJob("x", "FAILED", "supervisor\n died"), "FAILED", "its job x failed: supervisor died"),
-        (FakeJob("x", "FAILED", exit_code=1), "FAILED", "its job x failed: Ray does not say why"),
+        (
+            FakeJob("x", "FAILED", exit_code=1),
+            "FAILED",
+            "its job x failed: exit code 1; the last lines of its log say why",
+        ),
         (FakeJob("x", "SUCCEEDED"), "FINISHED", "its job x succeeded, which MLflow was not told"),
         (FakeJob("x", "FAILED", exit_code=143), "KILLED", "its job x ended with exit code 143: it was asked to"),
         (FakeJob("x", "FAILED", exit_code=130), "KILLED", "its job x ended with exit code 130: it was asked to"),
