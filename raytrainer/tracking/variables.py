@@ -59,7 +59,7 @@ def _of_uri(uri: str | None, given: Mapping[str, str]) -> list[str]:
     source = _URI if given.get(_URI) == uri else "tracking.tracking_uri"
     shown = f"{source}={redacted(uri)}"
     scheme, rest = urlsplit(uri).scheme.partition("+")[0].lower(), uri.partition("://")[2]
-    if re.search(r"\s", uri):
+    if re.search(r"\s", uri) and scheme != "sqlite":  # a folder may have one in its name
         return [f"{shown} has a space in it; write {_FORMS}"]
     if scheme in ("http", "https"):
         return [] if urlsplit(uri).hostname else [f"{shown} names no host; write {_FORMS}"]

@@ -81,3 +81,7 @@ def test_they_are_refused_before_a_start(in_tmp: Path, monkeypatch: pytest.Monke
         "MLFLOW_TRACKING_URI",
         "MLFLOW_HTTP_REQUEST_TIMEOUT",
     ]
+
+
+def test_a_database_in_a_folder_with_a_space_in_its_name_is_fine() -> None:
+    assert odd_values({}, "sqlite:////home/you/my runs/mlflow.db") == []
