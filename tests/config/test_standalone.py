@@ -77,7 +77,8 @@ def test_it_composes_to_the_same_experiment(
     again = compose(["experiment=best"], in_tmp / "best")
     assert same(again.experiment, before)
     assert (again.experiment.name or "").startswith("best-")
-    assert again.experiment.sweep == SweepConfig()
+    # Nothing of the sweep is left; its mode is the derived one, of the metric that checkpoints go by.
+    assert again.experiment.sweep == SweepConfig(mode=again.experiment.checkpoint.mode)
 
 
 def test_it_is_one_file_that_needs_nothing_else(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
