@@ -14,6 +14,7 @@ import functools
 import gc
 import importlib
 import json
+import logging
 import os
 import re
 import runpy
@@ -257,6 +258,9 @@ def main() -> None:
     sys.path[:] = path
     for name in PRELOADED:
         importlib.import_module(name)
+    # mlflow.pytorch configures the root logger when it is imported, for errors alone. A launch does not import it.
+    logging.root.handlers.clear()
+    logging.root.setLevel(logging.WARNING)
     gc.collect()
     gc.freeze()  # a collection in a child does not copy the pages of what all have in common
     request = serve(socket.socket(fileno=int(sys.argv[1])))

@@ -178,6 +178,6 @@ def test_a_block_keeps_its_input_alone() -> None:
 
 def test_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"activation_checkpointing=true finds no blocks .*; valid: Linear, ReLU, Seq"
+        ConfigError, match=r"activation_checkpointing=true finds no blocks .*; valid: ReLU, Linear, Seq"
     ):
         Trainer(experiment(trainer={"activation_checkpointing": True}))

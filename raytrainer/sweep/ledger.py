@@ -414,7 +414,7 @@ class _Sink:
         self._every_s = every_s
         self._dirty, self._closing = threading.Event(), threading.Event()
         self._failure: StorageError | None = None
-        self._warned = False
+        self._warned, self._warning = False, threading.Lock()
         self._thread = threading.Thread(target=self._saving, name="raytrainer-ledger", daemon=True)
         self._thread.start()
 
@@ -468,9 +468,10 @@ class _Sink:
                 self._failure = error
                 self._closing.set()
                 return
-            if not self._warned:
-                _log.warning("the sweep's ledger is kept in memory until it can be saved: %s", error)
-            self._warned = True
+            with self._warning:  # the thread may have failed by the same just now
+                if not self._warned:
+                    _log.warning("the sweep's ledger is kept in memory until it can be saved: %s", error)
+                self._warned = True
             self._dirty.set()
 
     def _final(self, error: StorageError) -> bool:

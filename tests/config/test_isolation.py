@@ -69,7 +69,8 @@ def test_another_applications_state_is_as_it_was(application: Any) -> None:
     assert hydra_compose("app", ["x=2"]).x == 2
 
 
-def test_a_process_without_hydra_has_none_after_it() -> None:
+def test_a_process_without_hydra_has_none_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(ConfigStore.instance().repo, "experiment_schema.yaml", raising=False)  # our own command line's
     known = {kind for kind in KINDS if kind in Singleton._instances}
     compose(["experiment=smoke"])
     assert {kind for kind in KINDS if kind in Singleton._instances} == known

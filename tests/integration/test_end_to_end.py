@@ -29,6 +29,7 @@ MODEL_NAME = "digits-model"
 NUMBER = r"[\d.,e+-]+"
 SHAPES = [
     r"resnet-\d{8}-\d{6}-[0-9a-f]{4}: local Ray, 2 workers on CPU",
+    r"the highest val/accuracy is the best \(checkpoint\.mode=max\)",
     r"training 308,074 parameters",
     rf"epoch \d+/\d+  step \d+/\d+  loss {NUMBER}  lr {NUMBER}  {NUMBER} samples/s  [\d:]+ left",
     rf"epoch \d+  step \d+  val/loss {NUMBER}  val/accuracy {NUMBER}",

@@ -100,7 +100,7 @@ def best_command(plan: Plan, trial: Trial) -> list[str]:
         ["--config-dir=my conf", "experiment=mine", "seed=7"],
         ["--config-dir=my conf", "experiment=mine", "seed=7", "optimizer.lr=interval(0.01,0.1)"],
         ["hydra.searchpath=['file://my conf']", "experiment=mine", "seed=7"],
-        ["--config-dir=my conf", "experiment=other,mlp", "sweep=grid", "seed=7"],
+        ["--config-dir=my conf", "experiment=other,mlp", "sweep=grid", "sweep.metric=val/loss", "seed=7"],
         [
             "experiment=mlp",
             "sweep=asha",

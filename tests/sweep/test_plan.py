@@ -48,7 +48,7 @@ def test_one_config_for_each_combination_of_group_choices() -> None:
 def test_the_name_says_what_it_is_of() -> None:
     assert (plan(LR).experiment.name or "").startswith("mlp-random-")
     assert (plan("model=mlp,resnet_digits", choice="grid").experiment.name or "").startswith("mlp-grid-")
-    several = plan(choice="grid", of="mlp,smoke")
+    several = plan("sweep.metric=val/loss", choice="grid", of="mlp,smoke")
     assert (several.experiment.name or "").startswith("sweep-grid-")
     assert plan(LR, "name=mine").experiment.name == "mine"
 
