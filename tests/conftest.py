@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", "Head", "S3", "Postgres", "Mlflow", "Nginx")
 
-# Variables that would aim a test at somebody's server or cluster.
+# Variables that would aim a test at somebody's server or cluster, or that a library sets for good when it is used.
 FOREIGN = ("AWS_", "MLFLOW_", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_", "RAY_RUNTIME_ENV", "HYDRA_")
+FOREIGN += ("TORCHINDUCTOR_", "TRITON_")
 QUIET = {
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -247,8 +248,6 @@ def _running(server: T) -> Iterator[T]:
 
 # --- how the suite is divided -----------------------------------------------------------------------------------------
 
-# Servers that take seconds to start: the files that use one are tested by one process of pytest-xdist, which has it.
-SHARED = ("head", "mlflow_server", "postgres")
 SLOW_S, QUICK_S = 20.0, 0.2  # what a test is thought to take, marked `slow` or not
 
 
@@ -256,33 +255,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shard", metavar="I/N", help="Run only part I of N of the files, for instance 1/3.")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist adds the groups to the names of the tests
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Divide the tests by files, into groups for the processes of pytest-xdist and into shards; the longest come first,
-    so that the processes end at about the same time."""
+    """Order the tests by files, the longest first, so that the processes of pytest-xdist (`--dist loadfile`) end at about
+    the same time; and leave out the files of other shards."""
     _skip_without_gpu(items)
-    group_of: dict[str, str] = {}
+    by_file: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
-        file = item.nodeid.partition("::")[0]
-        server = next((name for name in SHARED if name in getattr(item, "fixturenames", ())), None)
-        group_of[file] = server or group_of.get(file, file)
-    cost: dict[str, float] = defaultdict(float)
-    groups = [group_of[item.nodeid.partition("::")[0]] for item in items]
-    for item, group in zip(items, groups, strict=True):
-        item.add_marker(pytest.mark.xdist_group(group))
-        cost[group] += SLOW_S if item.get_closest_marker("slow") else QUICK_S
-    order = sorted(cost, key=lambda group: (-cost[group], group))
+        by_file[item.nodeid.partition("::")[0]].append(item)
+    cost = {
+        file: sum(SLOW_S if item.get_closest_marker("slow") else QUICK_S for item in tests)
+        for file, tests in by_file.items()
+    }
+    order = sorted(cost, key=lambda file: (-cost[file], file))
     if shard := config.getoption("--shard"):
         part, count = map(int, shard.split("/"))
         mine = shares(order, cost, count)[part - 1]
-        elsewhere = [item for item, group in zip(items, groups, strict=True) if group not in mine]
-        config.hook.pytest_deselected(items=elsewhere)
-        order = [group for group in order if group in mine]
-    by_group: dict[str, list[pytest.Item]] = {group: [] for group in order}
-    for item, group in zip(items, groups, strict=True):
-        if group in by_group:
-            by_group[group].append(item)
-    items[:] = [item for group in order for item in by_group[group]]
+        config.hook.pytest_deselected(items=[item for file in order if file not in mine for item in by_file[file]])
+        order = [file for file in order if file in mine]
+    items[:] = [item for file in order for item in by_file[file]]
 
 
 def pytest_collection_finish() -> None:
@@ -291,14 +282,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def shares(groups: Sequence[str], cost: Mapping[str, float], count: int) -> list[set[str]]:
-    """Divide groups, the most expensive first, into `count` shares of about the same cost."""
+def shares(files: Sequence[str], cost: Mapping[str, float], count: int) -> list[set[str]]:
+    """Divide files, the most expensive first, into `count` shares of about the same cost."""
     shares: list[set[str]] = [set() for _ in range(count)]
     totals = [0.0] * count
-    for group in groups:
+    for file in files:
         least = totals.index(min(totals))
-        shares[least].add(group)
-        totals[least] += cost[group]
+        shares[least].add(file)
+        totals[least] += cost[file]
     return shares
 
 

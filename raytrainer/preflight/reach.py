@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
 from raytrainer.config import Experiment, texts_of
-from raytrainer.errors import StorageError, TrackingError
+from raytrainer.errors import StorageError, TrackingDenied, TrackingError, TrackingUnreachable
 from raytrainer.preflight.temporary import check_temporary
 from raytrainer.storage import Storage
 from raytrainer.tracking import redacted
@@ -32,8 +32,10 @@ def check_tracking(probe: Callable[[str], None], uri: str, required: bool) -> li
         return []
     try:
         probe(uri)
-    except TrackingError as error:
+    except (TrackingUnreachable, TrackingDenied) as error:
         return [f"{error}; tracking.required=false trains all the same and keeps the metrics until it answers"]
+    except TrackingError as error:  # it answers, and cannot take this run
+        return [str(error)]
     return []
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from raytrainer import preflight, tracking, worker
@@ -28,6 +29,7 @@ from raytrainer.run.logs import Logs
 from raytrainer.run.record import CONFIG, Outcome, Record, resolved_nodes, tracking_uri, written_storage_path
 from raytrainer.run.session import cluster_resources
 from raytrainer.storage import Storage, redacted
+from raytrainer.storage.lock import claims, named
 
 
 def check(
@@ -96,13 +98,21 @@ def _checked(composition: Composition, record: Record | None) -> tuple[str, bool
         available, where = preflight.this_machine(), "this machine"
     uri = tracking_uri(e, record.tracking_uri if record else "")
     odd = tracking.odd_values(os.environ, uri)
+    # A run that goes on has its experiment.
+    name = experiment_name(composition) if record is None else None
     preflight.refuse(
         [
             *preflight.check_environment(e, os.environ),
             *preflight.check_resources(e, available, where),
             *preflight.check_reach(e, uri),
             *unusable,
-            *(odd or preflight.check_tracking(tracking.check_tracking, uri, e.tracking.required)),
+            *(
+                odd
+                or preflight.check_tracking(
+                    partial(tracking.check_tracking, experiment_name=name), uri, e.tracking.required
+                )
+            ),
+            *([] if record is None else _in_use(storage)),
         ]
     )
     gpu = preflight.uses_gpu(e, available)
@@ -181,6 +191,12 @@ def launch(
                 outcome = driver.run()
     seconds = max(0.0, outcome.record.ended - launched)
     return replace(outcome, seconds=seconds, length=_reached_limit(e, outcome.result))
+
+
+def _in_use(storage: Storage) -> list[str]:
+    """That another process of this machine goes on with the run."""
+    held = (claim for claim in claims(storage.child("lock")) if claim.held and claim.is_here and claim.lives)
+    return [f"{storage.display} is in use by {named(claim.owner)}" for claim in held]
 
 
 def _trial_beside_ray(composition: Composition, record: Record, gpu: bool) -> preflight.FirstBatch | None:

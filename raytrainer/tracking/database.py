@@ -197,6 +197,25 @@ def _schema(path: Path, mode: str) -> Schema:
     return Schema(frozenset(tables), None if row is None else str(row[0]), int(runs))
 
 
+def read_experiment(tracking_uri: str, name: str) -> tuple[str, str] | None:
+    """An experiment's id and lifecycle stage (`active` or `deleted`); None where the database has none of this name.
+
+    Raises:
+        TrackingUnreachable: The database cannot be read.
+    """
+    path = sqlite_path(tracking_uri)
+    schema = read_schema(path)
+    if schema is None or "experiments" not in schema.tables:
+        return None
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=_BUSY_S)) as connection:
+            query = "SELECT experiment_id, lifecycle_stage FROM experiments WHERE name = ?"
+            row = connection.execute(query, (name,)).fetchone()
+    except sqlite3.Error as error:
+        raise _unusable(path, error) from error
+    return None if row is None else (str(row[0]), str(row[1]))
+
+
 def create(tracking_uri: str) -> None:
     """Create the database if there is none. Several processes may do so at once: all find the same, complete one.
 

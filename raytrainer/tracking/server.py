@@ -19,7 +19,14 @@ from urllib.parse import unquote, urlsplit
 
 from raytrainer import proxies
 from raytrainer.errors import TrackingDenied, TrackingError, TrackingUnreachable
-from raytrainer.tracking.database import check_schema, check_writable, create, is_sqlite, schema_problem
+from raytrainer.tracking.database import (
+    check_schema,
+    check_writable,
+    create,
+    is_sqlite,
+    read_experiment,
+    schema_problem,
+)
 from raytrainer.tracking.spool import Row
 
 CHECK_SECONDS = 14  # of the 15 promised
@@ -134,11 +141,7 @@ class Server:
             with self._call() as client:
                 found = client.get_experiment_by_name(name)
             if found is not None:
-                if found.lifecycle_stage != "active":
-                    raise Rejected(
-                        f"the experiment {name!r} is deleted in MLflow: choose another tracking.experiment_name,"
-                        f" or `mlflow experiments restore --experiment-id {found.experiment_id}`"
-                    )
+                _refuse_deleted(name, found.experiment_id, found.lifecycle_stage)
                 return self._experiments.setdefault(name, str(found.experiment_id))
             try:
                 with self._call() as client:
@@ -213,10 +216,14 @@ class Server:
         with self._call() as client:
             client.set_terminated(run_id, status, end_time)
 
-    def probe(self) -> None:
-        """The cheapest call that needs the server, its database and the credentials."""
+    def probe(self, experiment_name: str | None = None) -> None:
+        """The cheapest call that needs the server, its database and the credentials; and whether an experiment of this
+        name is deleted, which is `Rejected`."""
         with self._call() as client:
             client.search_experiments(max_results=1)
+            found = None if experiment_name is None else client.get_experiment_by_name(experiment_name)
+        if experiment_name is not None and found is not None:
+            _refuse_deleted(experiment_name, found.experiment_id, found.lifecycle_stage)
 
     @contextmanager
     def _call(self) -> Iterator[Any]:
@@ -233,16 +240,23 @@ class Server:
                 raise _translated(error, self.uri) from None
 
 
-def check_tracking(tracking_uri: str) -> None:
+def check_tracking(tracking_uri: str, experiment_name: str | None = None) -> None:
     """Whether runs can be logged there, within 15 seconds. A SQLite file is not created by asking.
+
+    Args:
+        tracking_uri: http(s), or a database URL.
+        experiment_name: Of a new run's experiment, which may exist or not.
 
     Raises:
         TrackingUnreachable: No answer, or no store that MLflow can use.
         TrackingDenied: 401 or 403, at the first answer.
+        TrackingError: The experiment is deleted.
     """
     scheme = urlsplit(tracking_uri).scheme
     if is_sqlite(tracking_uri):
         check_writable(tracking_uri)
+        if experiment_name is not None and (found := read_experiment(tracking_uri, experiment_name)):
+            _refuse_deleted(experiment_name, *found)
         return
     if scheme in ("", "file"):
         raise TrackingUnreachable(
@@ -253,7 +267,7 @@ def check_tracking(tracking_uri: str) -> None:
 
     def probe() -> None:
         try:
-            Server(tracking_uri, timeout_s=10).probe()
+            Server(tracking_uri, timeout_s=10).probe(experiment_name)
         except Exception as error:  # noqa: BLE001  # handed to the caller's thread, which raises it
             problem.append(error)
 
@@ -270,6 +284,14 @@ def check_tracking(tracking_uri: str) -> None:
         )
     if problem:
         raise problem[0]
+
+
+def _refuse_deleted(name: str, experiment_id: str, stage: str) -> None:
+    if stage != "active":
+        raise Rejected(
+            f"the experiment {name!r} is deleted in MLflow: choose another tracking.experiment_name,"
+            f" or `mlflow experiments restore --experiment-id {experiment_id}`"
+        )
 
 
 def redacted(uri: str) -> str:
