@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 T = TypeVar("T", "Head", "S3", "Postgres", "Mlflow", "Nginx")
 
 # Variables that would aim a test at somebody's server or cluster, or that a library sets for good when it is used.
-FOREIGN = ("AWS_", "MLFLOW_", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_", "RAY_RUNTIME_ENV", "HYDRA_")
-FOREIGN += ("TORCHINDUCTOR_", "TRITON_")
+FOREIGN = (
+    *("AWS_", "MLFLOW_", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_", "RAY_RUNTIME_ENV", "HYDRA_"),
+    *("TORCHINDUCTOR_", "TRITON_"),
+)
 QUIET = {
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -4,6 +4,8 @@ forks a child for each launch. `tests/launches.py` says which launches are start
 The child is what `python -m raytrainer ARGUMENTS` is: a session of its own with its own working directory, environment,
 output and `sys.path`, without other threads, and with the interpreter's usual signal handlers and exit. Two things differ:
 its modules are imported already, and the variables that a library reads on import are those of the server.
+
+The processes of a Ray that such a launch starts, its workers among them, are forked too: see `CLIENT`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,16 +51,75 @@ PRELOADED = (
     ),
     *(f"raytrainer.{name}" for name in ("data", "models", "losses", "optim", "metrics", "preflight", "tracking")),
 )
+# What Ray's workers and its other processes import, less Ray: its library reads variables that the raylet sets for each
+# worker when it is loaded.
+PRELOADED_FOR_RAY = (
+    *("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "pandas", "pyarrow.fs"),
+    *("pyarrow.parquet", "pyarrow.compute", "sklearn.datasets", "aiohttp", "requests", "jsonschema", "pydantic"),
+    *(
+        "google.protobuf.descriptor",
+        "hydra",
+        "omegaconf",
+        "psutil",
+        "yaml",
+        "packaging.version",
+        "fsspec",
+        "tensorboardX",
+    ),
+    *(
+        f"raytrainer.{name}"
+        for name in ("checkpoint", "trainer", "data", "models", "losses", "optim", "metrics", "callbacks")
+    ),
+)
 # Variables that Python, the C library or a preloaded package reads when it starts or is imported. A launch that wants
-# another value than the server's needs an interpreter of its own.
+# another value than the server's needs an interpreter of its own. (The raylet alone reads RAY_memory_….)
 _READ_ON_IMPORT = re.compile(
-    r"(PYTHON(?!PATH$)|RAY_|TUNE_|OMP_|MKL_|KMP_|GOMP_|OPENBLAS_|TORCH|PYTORCH_|CUDA_|ARROW_|LC_|LD_|MALLOC_)\w*"
+    r"(PYTHON(?!PATH$)|RAY_(?!memory_)|TUNE_|OMP_|MKL_|KMP_|GOMP_|OPENBLAS_|TORCH|PYTORCH_|CUDA_|ARROW_|LC_|LD_|MALLOC_)\w*"
     r"|LANG|LANGUAGE|TZ|HOME|TMPDIR|MLFLOW_(?!TRACKING_)\w*"
 )
 
 
 _KIND = socket.SOCK_SEQPACKET  # a message is received whole, and alone
 _LONGEST = 2**20
+
+# What the Ray of a forked launch takes for the interpreter, and so do the jobs of a cluster. It has the server fork a
+# process that runs the script, and lives as long as that: whoever looks for processes that are left, or kills them, finds
+# it in the session where the other would be, and the other ends with it. Other scripts get a new interpreter.
+CLIENT = """\
+#!{python} -IS
+import json, os, signal, socket, sys
+is_named = sys.argv[1] == "ray::Agent"
+if is_named:
+    del sys.argv[1]
+program, arguments = sys.argv[1:3], sys.argv[3:]
+if program != ["-m", "raytrainer.cluster.entry"]:
+    arguments = sys.argv[1:]
+    while arguments and arguments[0] in ("-u", "-S", "-s"):
+        del arguments[0]
+    program, arguments = arguments[:1], arguments[1:]
+    if not program or "/ray/" not in program[0]:
+        os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+    if "/agent" in program[0] and not is_named:  # it is known by its title, which only Ray's own process can change
+        os.execv({python!r}, [{python!r}, "-IS", __file__, "ray::Agent", *sys.argv[1:]])
+connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+connection.connect({address!r})
+request = {{
+    "program": program,
+    "arguments": arguments,
+    "folder": os.getcwd(),
+    "environment": dict(os.environ),
+    "priority": os.getpriority(os.PRIO_PROCESS, 0),
+    "blocked": list(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, []))),
+}}
+socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2])
+child = int(connection.recv(64))
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, lambda number, frame: os.kill(child, number))
+code = int(connection.recv(64) or b"1")
+if code < 0:
+    os.kill(os.getpid(), -code)
+sys.exit(code)
+"""
 
 
 class Forked:
@@ -100,19 +162,32 @@ class Forked:
 
 
 class Server:
-    """The server of this process. It ends with this process, however that ends."""
+    """The servers of this process, one for launches and one for the processes of a Ray. They end with this process,
+    however that ends.
+
+    Attributes:
+        python: The file of `CLIENT`: what `fork_rays_processes` takes.
+    """
 
     def __init__(self) -> None:
         self.environment = dict(os.environ)
         self._folder = Path(tempfile.mkdtemp(prefix="forkserver-"))
         self._log = self._folder / "log"
-        self._address = str(self._folder / "socket")
-        with socket.socket(socket.AF_UNIX, _KIND) as listener, self._log.open("wb") as log:
-            listener.bind(self._address)
+        self._address = str(self._folder / "launches")
+        python = self._folder / "python"
+        python.write_text(CLIENT.format(python=sys.executable, address=str(self._folder / "ray")))
+        python.chmod(0o755)
+        self.python = str(python)
+        self._processes = [self._begin(kind) for kind in ("launches", "ray")]
+        atexit.register(self.end)
+
+    def _begin(self, kind: str) -> subprocess.Popen[bytes]:
+        with socket.socket(socket.AF_UNIX, _KIND) as listener, self._log.open("ab") as log:
+            listener.bind(str(self._folder / kind))
             listener.listen(64)
             # Its output is a file, as a launch's is: the children keep its `sys.stdout`, with that buffering.
-            self._process = subprocess.Popen(
-                [sys.executable, __file__, str(listener.fileno())],
+            return subprocess.Popen(
+                [sys.executable, __file__, kind, str(listener.fileno())],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -120,7 +195,6 @@ class Server:
                 pass_fds=[listener.fileno()],
                 env={name: value for name, value in self.environment.items() if name != "PYTHONPATH"},
             )
-        atexit.register(self.end)
 
     def can_start(self, environment: Mapping[str, str]) -> bool:
         """Return whether a child with these variables is what a new interpreter would be."""
@@ -153,6 +227,7 @@ class Server:
             "out": str(out),
             "err": str(err),
             "environment": dict(environment),
+            "python": self.python,
         }
         connection.sendall(json.dumps(request).encode())
         pid = b""
@@ -163,10 +238,12 @@ class Server:
         return Forked(connection, int(pid))
 
     def end(self) -> None:
-        """End the server; its children go on."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        """End the servers; their children go on."""
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.close()
+        for process in self._processes:
+            process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -200,15 +277,25 @@ def serve(listener: socket.socket) -> dict[str, Any] | None:
         if listener not in ready:
             continue
         connection, _ = listener.accept()
-        request: dict[str, Any] = json.loads(connection.recv(_LONGEST))
+        message, files, _, _ = socket.recv_fds(connection, _LONGEST, 3)
+        if not message:  # who asked was killed
+            connection.close()
+            continue
+        request: dict[str, Any] = json.loads(message)
         pid = os.fork()
         if pid == 0:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             waits.close()
-            for own in (listener, woken, wakes, connection, *children.values()):
+            for own in (listener, woken, wakes, *children.values()):
                 own.close()
+            if files:
+                _become_worker(request, files, connection)
+            else:
+                connection.close()
             return request
+        for file in files:
+            os.close(file)
         children[pid] = connection
         with contextlib.suppress(OSError):  # whoever asked is gone
             connection.sendall(str(pid).encode())
@@ -224,17 +311,62 @@ def _tell_ends(children: dict[int, socket.socket]) -> None:
                 connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
 
 
+def _become_worker(request: Mapping[str, Any], files: Sequence[int], client: socket.socket) -> None:
+    """Give this process what its client has from the raylet, and end it with its client."""
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    os.setpgid(0, 0)  # the raylet kills the group of a worker that has ended
+    os.setpriority(os.PRIO_PROCESS, 0, request["priority"])
+    signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
+
+    def watch() -> None:
+        client.recv(1)  # it sends nothing more: it has ended
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="forkserver-client", daemon=True).start()
+
+
+def _run_worker(context: Any, arguments: list[str], language: Any) -> None:
+    """In place of Ray's `RuntimeEnvContext.exec_worker`, which replaces the process by a new interpreter."""
+    sys.modules["ray._private.utils"].update_envs(context.env_vars)
+    sys.argv[:] = arguments
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    main.__file__ = arguments[0]
+    exec(compile(Path(arguments[0]).read_bytes(), arguments[0], "exec"), vars(main))
+
+
+class _Sys:
+    """`sys` as Ray's services see it, with another interpreter."""
+
+    def __init__(self, executable: str) -> None:
+        self.executable = executable
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys, name)
+
+
+def fork_rays_processes(python: str) -> None:
+    """The processes of a Ray that this process starts from now on are forked, by the server of `Server.python`."""
+    services = importlib.import_module("ray._private.services")
+    services.sys = _Sys(python)  # type: ignore[attr-defined]
+
+
 def become(request: Mapping[str, Any], path: Sequence[str]) -> None:
-    """Run the launch of a request in this process, with `path` as what is always in `sys.path`."""
-    os.setsid()
+    """Run the launch, or the worker, of a request in this process, with `path` as what is always in `sys.path`."""
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    write = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-    for number, name, how in ((0, os.devnull, os.O_RDONLY), (1, request["out"], write), (2, request["err"], write)):
-        file = os.open(name, how, 0o666)
-        os.dup2(file, number)
-        os.close(file)
+    if "out" in request:
+        os.setsid()
+        write = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        for number, name, how in ((0, os.devnull, os.O_RDONLY), (1, request["out"], write), (2, request["err"], write)):
+            file = os.open(name, how, 0o666)
+            os.dup2(file, number)
+            os.close(file)
+        fork_rays_processes(request["python"])
+    else:
+        importlib.import_module("ray._private.runtime_env.context").RuntimeEnvContext.exec_worker = _run_worker
     program, arguments = request["program"], request["arguments"]
     first = {"-m": request["folder"], "-c": ""}.get(program[0], str(Path(program[0]).parent))
     sys.path[:] = [first, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *path]
@@ -256,14 +388,14 @@ def become(request: Mapping[str, Any], path: Sequence[str]) -> None:
 def main() -> None:
     path = sys.path[1:]  # less the directory of this file
     sys.path[:] = path
-    for name in PRELOADED:
+    for name in PRELOADED if sys.argv[1] == "launches" else PRELOADED_FOR_RAY:
         importlib.import_module(name)
     # mlflow.pytorch configures the root logger when it is imported, for errors alone. A launch does not import it.
     logging.root.handlers.clear()
     logging.root.setLevel(logging.WARNING)
     gc.collect()
     gc.freeze()  # a collection in a child does not copy the pages of what all have in common
-    request = serve(socket.socket(fileno=int(sys.argv[1])))
+    request = serve(socket.socket(fileno=int(sys.argv[2])))
     if request is not None:
         become(request, path)
 

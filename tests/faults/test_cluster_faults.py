@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import forkserver
 from tests.launches import (
     ENDS_S,
     OUTSIDE,
@@ -43,7 +44,7 @@ class RayCluster:
     def __init__(self, folder: Path, cpus: int) -> None:
         self.log = folder / "cluster.log"
         self.process = subprocess.Popen(
-            [sys.executable, str(OUTSIDE / "cluster.py"), str(cpus)],
+            [sys.executable, str(OUTSIDE / "cluster.py"), str(cpus), forkserver.server().python],
             cwd=folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

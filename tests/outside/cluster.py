@@ -1,5 +1,5 @@
 """A Ray cluster of one node for tests, as `ray start` makes it, which answers what runs on it:
-`python cluster.py CPUS` prints its address, then a JSON line for each line on stdin, and ends with stdin.
+`python cluster.py CPUS PYTHON` (as `forked_ray.py`) prints its address, then a JSON line for each line on stdin, and ends with stdin.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 from typing import TextIO
 
 import ray
+from forked_ray import fork
 from ray.cluster_utils import Cluster
 
 
@@ -45,4 +46,5 @@ def main(cpus: int) -> None:
 
 
 if __name__ == "__main__":
+    fork(sys.argv[2])
     main(int(sys.argv[1]))

@@ -29,6 +29,7 @@ from raytrainer.sweep import engine
 from raytrainer.sweep.engine import Listener, Search
 from raytrainer.sweep.ledger import Ledger, Trial
 from raytrainer.sweep.search import TRIAL
+from tests import forkserver
 from tests.training import node
 
 pytestmark = pytest.mark.slow
@@ -107,6 +108,7 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("COUNTS", str(told))
         cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["_"]))
         supervise.prepare(embedded=True)
+        forkserver.fork_rays_processes(forkserver.server().python)
         supervise.start_embedded(2, 0)
         try:
             yield told
