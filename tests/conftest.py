@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pytest
 from hypothesis import settings
 
+from tests.forkserver import is_read_on_import
+
 if TYPE_CHECKING:
     from raytrainer.storage import Storage
     from tests.outside.head import Head
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", "Head", "S3", "Postgres", "Mlflow", "Nginx")
 
+AT_START = frozenset(os.environ)
 # Variables that would aim a test at somebody's server or cluster, or that a library sets for good when it is used.
 FOREIGN = (
     *("AWS_", "MLFLOW_", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_", "RAY_RUNTIME_ENV", "HYDRA_"),
@@ -74,9 +77,14 @@ def _session_environment() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _module_environment() -> None:
-    """For the fixtures of a module: what one before has left (mlflow writes its address there) is gone, and for good."""
-    for name in [name for name in os.environ if name.startswith(FOREIGN) and name not in QUIET]:
-        del os.environ[name]
+    """For the fixtures of a module: what one before has left (mlflow writes its address there) is gone, and for good. So is
+    what keeps launches from being forked: a Ray that was started in this process has set variables of its own."""
+    left = [
+        name for name in os.environ if name.startswith(FOREIGN) or (is_read_on_import(name) and name not in AT_START)
+    ]
+    for name in left:
+        if name not in QUIET:
+            del os.environ[name]
 
 
 @pytest.fixture(autouse=True)

@@ -122,6 +122,11 @@ sys.exit(code)
 """
 
 
+def is_read_on_import(name: str) -> bool:
+    """Return whether a variable of this name is read only once, by a new interpreter."""
+    return _READ_ON_IMPORT.fullmatch(name) is not None
+
+
 class Forked:
     """A launch that the server started: the part of `subprocess.Popen` that tests use."""
 
@@ -198,7 +203,7 @@ class Server:
 
     def can_start(self, environment: Mapping[str, str]) -> bool:
         """Return whether a child with these variables is what a new interpreter would be."""
-        names = {name for name in {*environment, *self.environment} if _READ_ON_IMPORT.fullmatch(name)}
+        names = {name for name in {*environment, *self.environment} if is_read_on_import(name)}
         return all(environment.get(name) == self.environment.get(name) for name in names)
 
     def start(
@@ -219,7 +224,6 @@ class Server:
         for file in (out, err):
             file.write_bytes(b"")  # there when this returns, whenever the child comes to open it
         connection = socket.socket(socket.AF_UNIX, _KIND)
-        connection.connect(self._address)
         request = {
             "program": list(program),
             "arguments": list(arguments),
@@ -229,9 +233,10 @@ class Server:
             "environment": dict(environment),
             "python": self.python,
         }
-        connection.sendall(json.dumps(request).encode())
         pid = b""
-        with contextlib.suppress(ConnectionResetError):
+        with contextlib.suppress(ConnectionError):  # a server that has ended
+            connection.connect(self._address)
+            connection.sendall(json.dumps(request).encode())
             pid = connection.recv(64)
         if not pid:
             raise RuntimeError(f"The fork server did not start a child:\n{self._log.read_text(errors='replace')}")

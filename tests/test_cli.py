@@ -537,7 +537,7 @@ def rows(database: Path, query: str) -> list[tuple[object, ...]]:
 @pytest.mark.slow
 def test_a_sweep_inline_and_a_resume(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_SECRET", "hunter2")
-    quick = ["experiment=smoke", "cluster=inline", "trainer.max_steps=4"]
+    quick = ["experiment=smoke", "cluster=inline", "trainer.max_steps=4", "tracking.log_model=false"]
     said = process("-m", *quick, "optimizer.lr=0.1,0.01", "tracking.experiment_name=${oc.env:A_SECRET}")
     assert said.code == 0, said.err
     assert said.out.count("outcome  finished, 4 steps") == 2

@@ -10,7 +10,7 @@ import sys
 from typing import TextIO
 
 import ray
-from forked_ray import fork
+from forked_ray import fork  # type: ignore[import-not-found]  # the directory of this file is on the path
 from ray.cluster_utils import Cluster
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from tests import forkserver
 from tests.outside.ports import free_port
 from tests.outside.servers import START_S, Server
 
@@ -41,12 +40,11 @@ class _Node(Server):
     def start_with(
         self, options: Sequence[str], cpus: int, home: Path, secrets: Mapping[str, str], ready: Callable[[], bool]
     ) -> None:
-        programs, python = Path(sys.executable).parent, Path(forkserver.server().python)
+        programs = Path(sys.executable).parent
         ports = ("dashboard-agent-listen-", "dashboard-agent-grpc-", "metrics-export-")
         self.begin(
             [
-                *(sys.executable, str(Path(__file__).with_name("forked_ray.py")), str(python)),
-                *("start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"),
+                *(str(programs / "ray"), "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"),
                 *(f"--num-cpus={cpus}", "--num-gpus=0", f"--object-store-memory={100 * 2**20}"),
                 *(f"--{name}port={free_port()}" for name in ports),
                 f"--temp-dir={self.session}",
@@ -55,7 +53,7 @@ class _Node(Server):
             ready,
             environment={
                 "HOME": str(home),
-                "PATH": os.pathsep.join([str(python.parent), str(programs), os.environ.get("PATH", "")]),
+                "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}",
                 "RAY_AUTH_MODE": "token",
                 **secrets,
             },
