@@ -82,30 +82,27 @@ _READ_ON_IMPORT = re.compile(
 _KIND = socket.SOCK_SEQPACKET  # a message is received whole, and alone
 _LONGEST = 2**20
 
-# What the Ray of a forked launch takes for the interpreter, and so do the jobs of a cluster. It has the server fork a
-# process that runs the script, and lives as long as that: whoever looks for processes that are left, or kills them, finds
-# it in the session where the other would be, and the other ends with it. Other scripts get a new interpreter.
+# What the Ray of a forked launch takes for the interpreter. It has the server fork a process that runs the script, and
+# lives as long as that: whoever looks for processes that are left, or kills them, finds it in the session where the other
+# would be, and the other ends with it. Other scripts get a new interpreter.
 CLIENT = """\
 #!{python} -IS
 import json, os, signal, socket, sys
 is_named = sys.argv[1] == "ray::Agent"
 if is_named:
     del sys.argv[1]
-program, arguments = sys.argv[1:3], sys.argv[3:]
-if program != ["-m", "raytrainer.cluster.entry"]:
-    arguments = sys.argv[1:]
-    while arguments and arguments[0] in ("-u", "-S", "-s"):
-        del arguments[0]
-    program, arguments = arguments[:1], arguments[1:]
-    if not program or "/ray/" not in program[0]:
-        os.execv({python!r}, [{python!r}, *sys.argv[1:]])
-    if "/agent" in program[0] and not is_named:  # it is known by its title, which only Ray's own process can change
-        os.execv({python!r}, [{python!r}, "-IS", __file__, "ray::Agent", *sys.argv[1:]])
+arguments = sys.argv[1:]
+while arguments and arguments[0] in ("-u", "-S", "-s"):
+    del arguments[0]
+if not arguments or "/ray/" not in arguments[0]:
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+if "/agent" in arguments[0] and not is_named:  # it is known by its title, which only Ray's own process can change
+    os.execv({python!r}, [{python!r}, "-IS", __file__, "ray::Agent", *sys.argv[1:]])
 connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 connection.connect({address!r})
 request = {{
-    "program": program,
-    "arguments": arguments,
+    "program": arguments[:1],
+    "arguments": arguments[1:],
     "folder": os.getcwd(),
     "environment": dict(os.environ),
     "priority": os.getpriority(os.PRIO_PROCESS, 0),

@@ -1,5 +1,5 @@
 """A Ray cluster of one node for tests, as `ray start` makes it, which answers what runs on it:
-`python cluster.py CPUS PYTHON` (as `forked_ray.py`) prints its address, then a JSON line for each line on stdin, and ends with stdin.
+`python cluster.py CPUS PYTHON` prints its address, then a JSON line for each line on stdin, and ends with stdin.
 """
 
 from __future__ import annotations
@@ -7,10 +7,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 from typing import TextIO
 
 import ray
-from forked_ray import fork  # type: ignore[import-not-found]  # the directory of this file is on the path
 from ray.cluster_utils import Cluster
 
 
@@ -31,6 +31,15 @@ def own_output() -> TextIO:
     return answers
 
 
+def fork_rays_processes(python: str) -> None:
+    """As `tests.forkserver` does it, which this process does not have on its path."""
+    sys.path.append(str(Path(__file__).parents[2]))
+    from tests import forkserver
+
+    sys.path.pop()
+    forkserver.fork_rays_processes(python)
+
+
 def main(cpus: int) -> None:
     answers = own_output()
     cluster = Cluster(
@@ -46,5 +55,5 @@ def main(cpus: int) -> None:
 
 
 if __name__ == "__main__":
-    fork(sys.argv[2])
+    fork_rays_processes(sys.argv[2])  # its `Server.python`
     main(int(sys.argv[1]))

@@ -33,6 +33,7 @@ from raytrainer.sweep.ledger import WORST, Ledger, Mode, Report, Trial
 from raytrainer.sweep.reporting import as_number
 from raytrainer.sweep.search import RUN, TRIAL
 from raytrainer.sweep.settings import Settings
+from tests import forkserver
 from tests.launches import OUTSIDE, Ended, launch, launched
 
 APP = (str(OUTSIDE / "hydra_app" / "app.py"),)
@@ -259,7 +260,7 @@ def test_ctrl_c_leaves_nothing_and_a_sweep_goes_on(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[tuple[str, Callable[[], Any]]]:
     """The address of a Ray cluster that runs, and what asks it for what runs on it."""
-    program = [sys.executable, str(OUTSIDE / "cluster.py"), "2"]
+    program = [sys.executable, str(OUTSIDE / "cluster.py"), "2", forkserver.server().python]
     with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
