@@ -63,9 +63,9 @@ def check_reduced(model: nn.Module) -> None:
         return
     try:
         model._check_reducer_finalized()
-    except RuntimeError as error:
+    except RuntimeError:
         unused = [name for name, p in model.module.named_parameters() if p.requires_grad and p.grad is None]
-        raise unused_parameters(unused) from error
+        raise unused_parameters(unused) from None  # torch says the same of its own arguments, which nobody can set here
 
 
 def synchronise(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
