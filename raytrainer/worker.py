@@ -134,7 +134,9 @@ def on_ray(job: Mapping[str, Any]) -> dict[str, Any]:
         device, node = ray.train.torch.get_device(), context.get_node_rank()
         world = World(rank, context.get_world_size(), context.get_local_rank(), device, node)
         found = Job(**job)
-        return run(found, world, emit=_say, should_stop=_stop.is_set, report=_report if found.reports else _no_report)
+        result = run(found, world, emit=_say, should_stop=_stop.is_set, report=_report if found.reports else _no_report)
+        _say({"kind": "end"})  # the launching process waits for it: all lines before it have arrived then
+        return result
     except BaseException as error:  # a script's sys.exit() is no end of the process, and has a traceback
         raise described(error, rank) from error
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import pytest
 import ray
 from ray.train import FailureConfig
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.exceptions import WorkerGroupError
 
+from raytrainer import supervise
 from raytrainer.errors import WorkerError
+from raytrainer.progress import to_line
 from raytrainer.supervise import Retries, first_error
 
 
@@ -88,3 +93,23 @@ def test_the_same_error_without_a_step_in_between_ends_the_run() -> None:
     assert policy.make_decision(error) == FailureDecision.RAISE
     step[0] = 6
     assert policy.make_decision(error) == FailureDecision.RETRY
+
+
+def test_the_last_lines_of_the_ranks_are_waited_for() -> None:
+    """Ray's log monitor brings them late; a process that was replaced by another of its rank is not waited for."""
+    lines: list[tuple[int | None, str]] = []
+    output = supervise.WorkerOutput(lambda rank, message: None, lambda rank, line: lines.append((rank, line)))
+
+    def printed(pid: int, *said: str | dict[str, Any]) -> None:
+        output._take({"ip": "here", "pid": pid, "lines": [s if isinstance(s, str) else to_line(s) for s in said]})
+
+    assert not output.wait_for_end(0.0), "nobody has said hello"
+    printed(1, {"kind": "hello", "rank": 0, "label": ""})
+    printed(2, {"kind": "hello", "rank": 1, "label": ""})
+    printed(3, {"kind": "hello", "rank": 1, "label": ""}, {"kind": "end"})
+    assert not output.wait_for_end(0.0), "rank 0 has not ended"
+    late = threading.Timer(0.1, printed, (1, "the last line", {"kind": "end"}))
+    late.start()
+    assert output.wait_for_end(30.0)
+    late.join()
+    assert lines == [(0, "the last line")]

@@ -35,10 +35,11 @@ from raytrainer.tracking.database import lost_database
 from raytrainer.tracking.spool import spool_of
 
 if TYPE_CHECKING:
-    from raytrainer.supervise import SupervisedTrainer
+    from raytrainer.supervise import SupervisedTrainer, WorkerOutput
 
 T = TypeVar("T")
 _GRACE_S, _ABANDON_S = 5.0, 3.0  # from a first Ctrl-C or SIGTERM until the workers are ended without a checkpoint
+_OUTPUT_S = 5.0  # for the last lines of the workers to arrive
 _TRIAL_S = 4.0  # from here until the run is recorded, whatever the trial of its first batch has found
 _OPEN_S = 30.0  # importing mlflow and making a database, on a busy machine
 _CLOSE_S, _CLOSE_STOPPED_S = 30.0, 3.0  # how long the tracking server is waited for at the end
@@ -297,9 +298,9 @@ class Driver:
 
         with (
             ray_session(e, self.interrupts) as available,
-            supervise.WorkerOutput(self.logs.message, self.logs.text),
+            supervise.WorkerOutput(self.logs.message, self.logs.text) as output,
         ):
-            yield lambda job: self._on_ray(job, available)
+            yield lambda job: self._on_ray(job, available, output)
 
     def _inline(self, job: worker.Job) -> Mapping[str, Any]:
         self.interrupts.deferred = True  # the first signal lets the step end; a second one raises
@@ -320,7 +321,7 @@ class Driver:
             self.interrupts.ask("stopped by request")
         return self.interrupts.requested
 
-    def _on_ray(self, job: worker.Job, available: preflight.Resources) -> Mapping[str, Any]:
+    def _on_ray(self, job: worker.Job, available: preflight.Resources, output: WorkerOutput) -> Mapping[str, Any]:
         from raytrainer import supervise
 
         e, scaling, gpu = self.e, self.e.scaling, preflight.uses_gpu(self.e, available)
@@ -373,6 +374,7 @@ class Driver:
                 trainer.abandon(done, _ABANDON_S)
         if "error" in box:
             raise box["error"]
+        output.wait_for_end(_OUTPUT_S)
         return box["result"]  # type: ignore[no-any-return]
 
     def _stop_workers(self, done: threading.Event) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,6 +30,9 @@ class WorkerOutput:
         self._on_message, self._on_text = on_message, on_text
         self._ranks: dict[tuple[Any, Any], int] = {}
         self._labels: dict[tuple[Any, Any], str] = {}
+        self._newest: dict[int, tuple[Any, Any]] = {}  # the process that was the last to say that it is a rank
+        self._ended: set[tuple[Any, Any]] = set()
+        self._changed = threading.Condition()
 
     def __enter__(self) -> WorkerOutput:
         global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
@@ -42,6 +46,22 @@ class WorkerOutput:
         ray._private.worker.print_to_stdstream = self._ray_print
         global_worker_stdstream_dispatcher.remove_handler("raytrainer")
 
+    def wait_for_end(self, timeout_s: float) -> bool:
+        """Wait for what the ranks printed before their end. Ray's log monitor reads their files now and then, and on a busy
+        machine seconds later.
+
+        Args:
+            timeout_s: Seconds, after which the rest is left out.
+
+        Returns:
+            Whether all of it has arrived.
+        """
+        with self._changed:
+            return self._changed.wait_for(self._is_complete, timeout_s)
+
+    def _is_complete(self) -> bool:
+        return 0 in self._newest and self._ended.issuperset(self._newest.values())
+
     def _take(self, data: Mapping[str, Any]) -> None:
         source = (data.get("ip"), data.get("pid"))
         for line in data.get("lines", ()):
@@ -50,6 +70,12 @@ class WorkerOutput:
                     label = self._labels.get(source)
                     self._on_text(self._ranks.get(source), f"[{label}] {line}" if label else line)
                 continue
+            if message["kind"] == "end":
+                with self._changed:
+                    self._ended.add(source)
+                    self._changed.notify_all()
+                continue
             if message["kind"] == "hello":
                 self._ranks[source], self._labels[source] = message["rank"], message["label"]
+                self._newest[message["rank"]] = source
             self._on_message(self._ranks.get(source), message)
