@@ -65,7 +65,7 @@ def check_reduced(model: nn.Module) -> None:
         model._check_reducer_finalized()
     except RuntimeError:
         unused = [name for name, p in model.module.named_parameters() if p.requires_grad and p.grad is None]
-        raise unused_parameters(unused) from None  # torch says the same of its own arguments, which nobody can set here
+        raise unused_parameters(unused) from None  # torch's message names an argument that users cannot set
 
 
 def synchronise(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:

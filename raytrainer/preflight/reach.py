@@ -34,7 +34,7 @@ def check_tracking(probe: Callable[[str], None], uri: str, required: bool) -> li
         probe(uri)
     except (TrackingUnreachable, TrackingDenied) as error:
         return [f"{error}; tracking.required=false trains all the same and keeps the metrics until it answers"]
-    except TrackingError as error:  # it answers, and cannot take this run
+    except TrackingError as error:  # the server answers and refuses this run: not requiring it would not help
         return [str(error)]
     return []
 

@@ -51,6 +51,8 @@ def check(
         Refused: What does not hold.
     """
     where, gpu = _checked(composition, record)
+    if record is not None:
+        preflight.refuse(_in_use(composition.experiment))
     if first_batch:
         try_first_batch(composition, gpu, say)
     return where
@@ -98,7 +100,7 @@ def _checked(composition: Composition, record: Record | None) -> tuple[str, bool
         available, where = preflight.this_machine(), "this machine"
     uri = tracking_uri(e, record.tracking_uri if record else "")
     odd = tracking.odd_values(os.environ, uri)
-    # A run that goes on has its experiment.
+    # A resumed run already has its experiment in MLflow.
     name = experiment_name(composition) if record is None else None
     preflight.refuse(
         [
@@ -112,7 +114,6 @@ def _checked(composition: Composition, record: Record | None) -> tuple[str, bool
                     partial(tracking.check_tracking, experiment_name=name), uri, e.tracking.required
                 )
             ),
-            *([] if record is None else _in_use(storage)),
         ]
     )
     gpu = preflight.uses_gpu(e, available)
@@ -193,10 +194,11 @@ def launch(
     return replace(outcome, seconds=seconds, length=_reached_limit(e, outcome.result))
 
 
-def _in_use(storage: Storage) -> list[str]:
-    """That another process of this machine goes on with the run."""
-    held = (claim for claim in claims(storage.child("lock")) if claim.held and claim.is_here and claim.lives)
-    return [f"{storage.display} is in use by {named(claim.owner)}" for claim in held]
+def _in_use(e: Experiment) -> list[str]:
+    """The problem that another process of this machine is running the run, in the words of the lock."""
+    lock = Storage(storage_path(e)).child(e.name or "").child("lock")
+    held = (claim for claim in claims(lock) if claim.held and claim.is_here and claim.lives)
+    return [f"{lock.display} is in use by {named(claim.owner)}" for claim in held]
 
 
 def _trial_beside_ray(composition: Composition, record: Record, gpu: bool) -> preflight.FirstBatch | None:

@@ -468,7 +468,7 @@ class _Sink:
                 self._failure = error
                 self._closing.set()
                 return
-            with self._warning:  # the thread may have failed by the same just now
+            with self._warning:  # the saving thread may report the same failure at this moment
                 if not self._warned:
                     _log.warning("the sweep's ledger is kept in memory until it can be saved: %s", error)
                 self._warned = True

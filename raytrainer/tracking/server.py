@@ -217,13 +217,13 @@ class Server:
             client.set_terminated(run_id, status, end_time)
 
     def probe(self, experiment_name: str | None = None) -> None:
-        """The cheapest call that needs the server, its database and the credentials; and whether an experiment of this
-        name is deleted, which is `Rejected`."""
+        """Make the cheapest call that needs the server, its database and the credentials. An experiment of this name that
+        is deleted is `Rejected`."""
         with self._call() as client:
             client.search_experiments(max_results=1)
-            found = None if experiment_name is None else client.get_experiment_by_name(experiment_name)
-        if experiment_name is not None and found is not None:
-            _refuse_deleted(experiment_name, found.experiment_id, found.lifecycle_stage)
+            experiment = None if experiment_name is None else client.get_experiment_by_name(experiment_name)
+        if experiment_name is not None and experiment is not None:
+            _refuse_deleted(experiment_name, experiment.experiment_id, experiment.lifecycle_stage)
 
     @contextmanager
     def _call(self) -> Iterator[Any]:
@@ -255,8 +255,8 @@ def check_tracking(tracking_uri: str, experiment_name: str | None = None) -> Non
     scheme = urlsplit(tracking_uri).scheme
     if is_sqlite(tracking_uri):
         check_writable(tracking_uri)
-        if experiment_name is not None and (found := read_experiment(tracking_uri, experiment_name)):
-            _refuse_deleted(experiment_name, *found)
+        if experiment_name is not None and (id_and_stage := read_experiment(tracking_uri, experiment_name)):
+            _refuse_deleted(experiment_name, *id_and_stage)
         return
     if scheme in ("", "file"):
         raise TrackingUnreachable(
