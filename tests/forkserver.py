@@ -96,7 +96,7 @@ while arguments and arguments[0] in ("-u", "-S", "-s"):
     del arguments[0]
 if not arguments or "/ray/" not in arguments[0]:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
-if "/agent" in arguments[0] and not is_named:  # it is known by its title, which only Ray's own process can change
+if "/agent" in arguments[0] and not is_named:  # raytrainer finds the agents by the word Agent in their command line
     os.execv({python!r}, [{python!r}, "-IS", __file__, "ray::Agent", *sys.argv[1:]])
 connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 connection.connect({address!r})
@@ -280,7 +280,7 @@ def serve(listener: socket.socket) -> dict[str, Any] | None:
             continue
         connection, _ = listener.accept()
         message, files, _, _ = socket.recv_fds(connection, _LONGEST, 3)
-        if not message:  # who asked was killed
+        if not message:  # the client was killed
             connection.close()
             continue
         request: dict[str, Any] = json.loads(message)
@@ -323,7 +323,7 @@ def _become_worker(request: Mapping[str, Any], files: Sequence[int], client: soc
     signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
 
     def watch() -> None:
-        client.recv(1)  # it sends nothing more: it has ended
+        client.recv(1)  # returns when the client has ended: it sends nothing more
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="forkserver-client", daemon=True).start()
@@ -331,6 +331,7 @@ def _become_worker(request: Mapping[str, Any], files: Sequence[int], client: soc
 
 def _run_worker(context: Any, arguments: list[str], language: Any) -> None:
     """In place of Ray's `RuntimeEnvContext.exec_worker`, which replaces the process by a new interpreter."""
+    assert (context.command_prefix, context.py_executable) == ([], sys.executable), "a worker with a program of its own"
     sys.modules["ray._private.utils"].update_envs(context.env_vars)
     sys.argv[:] = arguments
     main = sys.modules["__main__"] = types.ModuleType("__main__")

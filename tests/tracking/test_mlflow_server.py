@@ -194,16 +194,23 @@ def test_plain_http_finds_what_mlflows_client_finds(server: MlflowServer, tmp_pa
     assert lookup.find_own_dir(uri, trial.run_id) == "/x/many/trials/0003"
 
 
-def test_an_answer_that_is_lost_is_sent_again_and_swallowed(server: MlflowServer, proxy: Proxy, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["lost", "late"])
+def test_a_batch_without_an_answer_is_sent_again_and_stored_once(
+    how: str, server: MlflowServer, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = begin(f"http://127.0.0.1:{server.port}", tmp_path)
-    lost = iter([True])
-    proxy.loses = lambda path: path.endswith("log-batch") and next(lost, False)
+    first = iter([True])
+    if how == "lost":
+        proxy.loses = lambda path: path.endswith("log-batch") and next(first, False)
+    else:
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "8")  # a slow machine answers the others within it
+        proxy.delay = lambda path: 10.0 if path.endswith("log-batch") and next(first, False) else 0.0
     tracker = MlflowTracker(run.run_id, proxy.uri, tmp_path, flush_interval_s=0.1, system_metrics=False)
     for step in range(1200):
         tracker.log_metrics({"a": float("inf"), "b": step / 3}, step)
     tracker.close()
     until(lambda: len(server.counts(run.run_id)) == 2400)
-    # The first batch reached the database twice: its sender did not know of the first time.
+    # The first batch reached the database twice.
     assert sum(path.endswith("log-batch") for path in proxy.paths) >= 4
     assert server.counts(run.run_id) == expected("ab", 1200)
 
