@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pytest
 from hypothesis import settings
 
-from tests.forkserver import is_read_on_import
+from tests.forkserver import is_read_on_import, use_environment
 
 if TYPE_CHECKING:
     from raytrainer.storage import Storage
@@ -70,21 +70,27 @@ def _session_environment() -> Iterator[None]:
     """For the fixtures of a module or session, which come before those of a test."""
     with pytest.MonkeyPatch.context() as patch:
         _clean(patch)
+        use_environment({name: value for name, value in os.environ.items() if name not in _left_behind()})
         patch.setattr(socket.socket, "connect", _refusing(socket.socket.connect))
         patch.setattr(socket.socket, "connect_ex", _refusing(socket.socket.connect_ex))
         yield
+
+
+def _left_behind() -> list[str]:
+    """The variables that would aim a test at somebody's server, or keep a launch from being forked."""
+    return [
+        name
+        for name in os.environ
+        if name not in QUIET and (name.startswith(FOREIGN) or (is_read_on_import(name) and name not in AT_START))
+    ]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _module_environment() -> None:
     """For the fixtures of a module: what one before has left (mlflow writes its address there) is gone, and for good. So is
     what keeps launches from being forked: a Ray that was started in this process has set variables of its own."""
-    left = [
-        name for name in os.environ if name.startswith(FOREIGN) or (is_read_on_import(name) and name not in AT_START)
-    ]
-    for name in left:
-        if name not in QUIET:
-            del os.environ[name]
+    for name in _left_behind():
+        del os.environ[name]
 
 
 @pytest.fixture(autouse=True)

@@ -172,7 +172,7 @@ class Server:
     """
 
     def __init__(self) -> None:
-        self.environment = dict(os.environ)
+        self.environment = dict(_environment or os.environ)
         self._folder = Path(tempfile.mkdtemp(prefix="forkserver-"))
         self._log = self._folder / "log"
         self._address = str(self._folder / "launches")
@@ -247,6 +247,15 @@ class Server:
         for process in self._processes:
             process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+_environment: dict[str, str] = {}
+
+
+def use_environment(environment: Mapping[str, str]) -> None:
+    """Start the servers with these variables, whenever that is. A Ray or a library that is used before the first launch
+    leaves variables behind, and a server with them could start no ordinary launch."""
+    _environment.update(environment)
 
 
 @functools.cache
