@@ -72,9 +72,10 @@ PRELOADED_FOR_RAY = (
     ),
 )
 # Variables that Python, the C library or a preloaded package reads when it starts or is imported. A launch that wants
-# another value than the server's needs an interpreter of its own. (The raylet alone reads RAY_memory_….)
+# another value than the server's needs an interpreter of its own. (The raylet alone reads RAY_memory_…, and a token is read
+# when it is needed.)
 _READ_ON_IMPORT = re.compile(
-    r"(PYTHON(?!PATH$)|RAY_(?!memory_)|TUNE_|OMP_|MKL_|KMP_|GOMP_|OPENBLAS_|TORCH|PYTORCH_|CUDA_|ARROW_|LC_|LD_|MALLOC_)\w*"
+    r"(PYTHON(?!PATH$)|RAY_(?!memory_|AUTH_TOKEN)|TUNE_|OMP_|MKL_|KMP_|GOMP_|OPENBLAS_|TORCH|PYTORCH_|CUDA_|ARROW_|LC_|LD_|MALLOC_)\w*"
     r"|LANG|LANGUAGE|TZ|HOME|TMPDIR|MLFLOW_(?!TRACKING_)\w*"
 )
 
@@ -84,7 +85,7 @@ _LONGEST = 2**20
 
 # What the Ray of a forked launch takes for the interpreter. It has the server fork a process that runs the script, and
 # lives as long as that: whoever looks for processes that are left, or kills them, finds it in the session where the other
-# would be, and the other ends with it. Other scripts get a new interpreter.
+# would be, and the other ends with it. So does a job's driver, `python -m raytrainer.…`. Other programs get a new interpreter.
 CLIENT = """\
 #!{python} -IS
 import json, os, signal, socket, sys
@@ -94,15 +95,17 @@ if is_named:
 arguments = sys.argv[1:]
 while arguments and arguments[0] in ("-u", "-S", "-s"):
     del arguments[0]
-if not arguments or "/ray/" not in arguments[0]:
+module = arguments[1] if arguments[:1] == ["-m"] else ""
+if not arguments or not (module.startswith("raytrainer.") or "/ray/" in arguments[0]):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 if "/agent" in arguments[0] and not is_named:  # raytrainer finds the agents by the word Agent in their command line
     os.execv({python!r}, [{python!r}, "-IS", __file__, "ray::Agent", *sys.argv[1:]])
 connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 connection.connect({address!r})
+words = 2 if module else 1
 request = {{
-    "program": arguments[:1],
-    "arguments": arguments[1:],
+    "program": arguments[:words],
+    "arguments": arguments[words:],
     "folder": os.getcwd(),
     "environment": dict(os.environ),
     "priority": os.getpriority(os.PRIO_PROCESS, 0),
@@ -167,12 +170,15 @@ class Server:
     """The servers of this process, one for launches and one for the processes of a Ray. They end with this process,
     however that ends.
 
+    Args:
+        environment: Their variables.
+
     Attributes:
         python: The file of `CLIENT`: what `fork_rays_processes` takes.
     """
 
-    def __init__(self) -> None:
-        self.environment = dict(_environment or os.environ)
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self.environment = dict(environment)
         self._folder = Path(tempfile.mkdtemp(prefix="forkserver-"))
         self._log = self._folder / "log"
         self._address = str(self._folder / "launches")
@@ -261,7 +267,7 @@ def use_environment(environment: Mapping[str, str]) -> None:
 @functools.cache
 def server() -> Server:
     """The server of this process, started by the first launch that wants it."""
-    return Server()
+    return Server(_environment or os.environ)
 
 
 # --- the server's side ------------------------------------------------------------------------------------------------
@@ -340,12 +346,30 @@ def _become_worker(request: Mapping[str, Any], files: Sequence[int], client: soc
 
 def _run_worker(context: Any, arguments: list[str], language: Any) -> None:
     """In place of Ray's `RuntimeEnvContext.exec_worker`, which replaces the process by a new interpreter."""
-    assert (context.command_prefix, context.py_executable) == ([], sys.executable), "a worker with a program of its own"
+    prefix = list(context.command_prefix)
+    if prefix and (prefix[0], prefix[2:]) == ("cd", ["&&"]):  # to what a job is submitted with
+        os.chdir(prefix[1])
+        prefix = []
+    assert (prefix, context.py_executable) == ([], sys.executable), (
+        f"a worker with a program of its own: {vars(context)}"
+    )
     sys.modules["ray._private.utils"].update_envs(context.env_vars)
-    sys.argv[:] = arguments
-    main = sys.modules["__main__"] = types.ModuleType("__main__")
-    main.__file__ = arguments[0]
-    exec(compile(Path(arguments[0]).read_bytes(), arguments[0], "exec"), vars(main))
+    if places := context.env_vars.get("PYTHONPATH"):
+        sys.path[:0] = places.split(os.pathsep)
+        _forget_own()
+    _run(*_divided(arguments))
+
+
+def _forget_own() -> None:
+    """A job brings its own copy of the package, which is tested too: it is imported from there."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "raytrainer"]:
+        del sys.modules[name]
+
+
+def _divided(words: list[str]) -> tuple[list[str], list[str]]:
+    """The program (`-m` and a module, `-c` and code, or a path) and its arguments, of an interpreter's command line."""
+    count = 2 if words[0] in ("-m", "-c") else 1
+    return words[:count], words[count:]
 
 
 class _Sys:
@@ -384,6 +408,12 @@ def become(request: Mapping[str, Any], path: Sequence[str]) -> None:
     sys.path[:] = [first, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *path]
     sys.orig_argv[:] = [sys.executable, *program, *arguments]
     importlib.invalidate_caches()
+    if program[0] == "-m" and "out" not in request:
+        _forget_own()
+    _run(program, arguments)
+
+
+def _run(program: Sequence[str], arguments: Sequence[str]) -> None:
     if program[0] == "-m":
         sys.argv[1:] = arguments
         runpy.run_module(program[1], run_name="__main__", alter_sys=True)

@@ -111,10 +111,8 @@ def test_a_variable_that_is_read_on_import_needs_a_new_interpreter() -> None:
         assert not server().can_start({**own, name: "1"}), name
 
 
-def test_a_server_that_cannot_import_says_so(monkeypatch: pytest.MonkeyPatch, in_tmp: Path) -> None:
-    monkeypatch.setenv("PYTHONHOME", "/nowhere")
-    broken = Server()
-    monkeypatch.delenv("PYTHONHOME")
+def test_a_server_that_cannot_import_says_so(in_tmp: Path) -> None:
+    broken = Server({**os.environ, "PYTHONHOME": "/nowhere"})
     with pytest.raises(RuntimeError, match="fork server"):
         broken.start(("-m", "looks"), (), in_tmp, in_tmp / "out", in_tmp / "err", {})
     broken.end()

@@ -158,7 +158,7 @@ def test_no_secret_is_anywhere(whole: Whole, head: Head) -> None:
 def test_whoever_follows_may_go_and_the_verbs_go_on(submit: Callable[..., Any], in_tmp: Path, head: Head) -> None:
     with submit("long", *LONG) as started:
         started.until("it trains", lambda: "epoch 1" in started.output().out)
-        started.process.send_signal(signal.SIGINT)
+        started.signal(signal.SIGINT)
         ended = started.wait().exits(130)
         assert "long goes on at " in ended.err
         assert driven(head)
