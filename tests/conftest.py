@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pytest
 from hypothesis import settings
 
-from tests.forkserver import is_read_on_import, use_environment
+from tests import forkserver
+from tests.forkserver import is_read_on_import
 
 if TYPE_CHECKING:
     from raytrainer.storage import Storage
@@ -57,12 +58,23 @@ def _clean(patch: pytest.MonkeyPatch) -> None:
         patch.setenv(name, value)
 
 
-def pytest_configure() -> None:
-    """Whoever runs the tests in the background, or under `nohup`, ignores signals that launches would inherit."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Settle which servers fork launches. Whoever runs the tests in the background, or under `nohup`, ignores signals that launches would inherit."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    started_by = getattr(config, "workerinput", {}).get("forkserver")
+    forkserver.use(
+        {**{name: value for name, value in os.environ.items() if name not in _left_behind()}, **QUIET},
+        Path(started_by) if started_by else None,
+    )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """The processes of pytest-xdist share one server of launches."""
+    node.workerinput["forkserver"] = str(forkserver.server().folder)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -70,7 +82,6 @@ def _session_environment() -> Iterator[None]:
     """For the fixtures of a module or session, which come before those of a test."""
     with pytest.MonkeyPatch.context() as patch:
         _clean(patch)
-        use_environment({name: value for name, value in os.environ.items() if name not in _left_behind()})
         patch.setattr(socket.socket, "connect", _refusing(socket.socket.connect))
         patch.setattr(socket.socket, "connect_ex", _refusing(socket.socket.connect_ex))
         yield

@@ -20,6 +20,7 @@ import logging
 import os
 import re
 import runpy
+import select
 import selectors
 import shutil
 import signal
@@ -36,7 +37,8 @@ from typing import Any
 # What a launch on this machine imports; `raytrainer.__main__` is run, not imported.
 PRELOADED = (
     *("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor"),  # by optimizers and by DDP
-    *("ray", "ray.train.torch", "ray.tune", "hydra", "pyarrow.fs", "pyarrow.parquet", "sklearn.datasets"),
+    *("ray", "ray.train.torch", "ray.tune", "ray.dag.compiled_dag_node", "ray.dashboard.optional_deps"),
+    *("hydra", "pyarrow.fs", "pyarrow.parquet", "sklearn.datasets"),
     *(
         "mlflow",
         "mlflow.pytorch",
@@ -82,6 +84,7 @@ _READ_ON_IMPORT = re.compile(
 
 _KIND = socket.SOCK_SEQPACKET  # a message is received whole, and alone
 _LONGEST = 2**20
+_SERVERS = ("ray", "launches")
 
 # What the Ray of a forked launch takes for the interpreter. It has the server fork a process that runs the script, and
 # lives as long as that: whoever looks for processes that are left, or kills them, finds it in the session where the other
@@ -108,6 +111,7 @@ request = {{
     "arguments": arguments[words:],
     "folder": os.getcwd(),
     "environment": dict(os.environ),
+    "python": __file__,
     "priority": os.getpriority(os.PRIO_PROCESS, 0),
     "blocked": list(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, []))),
 }}
@@ -119,6 +123,18 @@ code = int(connection.recv(64) or b"1")
 if code < 0:
     os.kill(os.getpid(), -code)
 sys.exit(code)
+"""
+
+# `ray ARGUMENTS` whose processes are forked, given where `tests` is and what `fork_rays_processes` takes.
+_RAY = """\
+import sys
+sys.path.append(sys.argv.pop(1))
+from tests import forkserver
+sys.path.pop()
+forkserver.fork_rays_processes(sys.argv.pop(1))
+sys.argv[0] = "ray"
+from ray.scripts.scripts import main
+main()
 """
 
 
@@ -167,40 +183,49 @@ class Forked:
 
 
 class Server:
-    """The servers of this process, one for launches and one for the processes of a Ray. They end with this process,
-    however that ends.
+    """Two servers, one for launches and one for the processes of a Ray. They import when they are first asked, and end with
+    the process that started them, however that ends.
 
     Args:
         environment: Their variables.
+        folder: Of servers that another process has started; None starts them.
 
     Attributes:
+        folder: What `folder` is in other processes that use them.
         python: The file of `CLIENT`: what `fork_rays_processes` takes.
+        ray: The words of the command `ray` whose processes are forked.
     """
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str], folder: Path | None = None) -> None:
         self.environment = dict(environment)
-        self._folder = Path(tempfile.mkdtemp(prefix="forkserver-"))
-        self._log = self._folder / "log"
-        self._address = str(self._folder / "launches")
-        python = self._folder / "python"
-        python.write_text(CLIENT.format(python=sys.executable, address=str(self._folder / "ray")))
-        python.chmod(0o755)
-        self.python = str(python)
-        self._processes = [self._begin(kind) for kind in ("launches", "ray")]
-        atexit.register(self.end)
+        self.folder = folder or Path(tempfile.mkdtemp(prefix="forkserver-"))
+        self.python = str(self.folder / "python")
+        self.ray = [sys.executable, "-c", _RAY, str(Path(__file__).parents[1]), self.python]
+        self._log = self.folder / "log"
+        self._process: subprocess.Popen[bytes] | None = None
+        if folder is None:
+            self._begin()
+            atexit.register(self.end)
 
-    def _begin(self, kind: str) -> subprocess.Popen[bytes]:
-        with socket.socket(socket.AF_UNIX, _KIND) as listener, self._log.open("ab") as log:
-            listener.bind(str(self._folder / kind))
-            listener.listen(64)
+    def _begin(self) -> None:
+        python = Path(self.python)
+        python.write_text(CLIENT.format(python=sys.executable, address=str(self.folder / "ray")))
+        python.chmod(0o755)
+        with contextlib.ExitStack() as files:
+            log = files.enter_context(self._log.open("ab"))
+            listeners = [files.enter_context(socket.socket(socket.AF_UNIX, _KIND)) for _ in _SERVERS]
+            for name, listener in zip(_SERVERS, listeners, strict=True):
+                listener.bind(str(self.folder / name))
+                listener.listen(64)
+            numbers = [listener.fileno() for listener in listeners]
             # Its output is a file, as a launch's is: the children keep its `sys.stdout`, with that buffering.
-            return subprocess.Popen(
-                [sys.executable, __file__, kind, str(listener.fileno())],
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, *map(str, numbers)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                pass_fds=[listener.fileno()],
+                pass_fds=numbers,
                 env={name: value for name, value in self.environment.items() if name != "PYTHONPATH"},
             )
 
@@ -238,7 +263,7 @@ class Server:
         }
         pid = b""
         with contextlib.suppress(ConnectionError):  # a server that has ended
-            connection.connect(self._address)
+            connection.connect(str(self.folder / "launches"))
             connection.sendall(json.dumps(request).encode())
             pid = connection.recv(64)
         if not pid:
@@ -246,28 +271,29 @@ class Server:
         return Forked(connection, int(pid))
 
     def end(self) -> None:
-        """End the servers; their children go on."""
-        for process in self._processes:
+        """End the servers, if they are this process's own; their children go on."""
+        process, self._process = self._process, None
+        if process is not None:
             assert process.stdin is not None
             process.stdin.close()
-        for process in self._processes:
             process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
-_environment: dict[str, str] = {}
+_use: dict[str, Any] = {}
 
 
-def use_environment(environment: Mapping[str, str]) -> None:
-    """Start the servers with these variables, whenever that is. A Ray or a library that is used before the first launch
-    leaves variables behind, and a server with them could start no ordinary launch."""
-    _environment.update(environment)
+def use(environment: Mapping[str, str], folder: Path | None = None) -> None:
+    """Settle what `server` returns: servers with these variables, and those of `folder`, if another process has started
+    them. A Ray or a library that is used before the first launch leaves variables behind, and servers with those could start
+    no ordinary launch."""
+    _use.update(environment=dict(environment), folder=folder)
 
 
 @functools.cache
 def server() -> Server:
-    """The server of this process, started by the first launch that wants it."""
-    return Server(_environment or os.environ)
+    """The servers of this process, started by the first launch that wants them unless there are some: see `use`."""
+    return Server(_use.get("environment", os.environ), _use.get("folder"))
 
 
 # --- the server's side ------------------------------------------------------------------------------------------------
@@ -324,7 +350,10 @@ def _tell_ends(children: dict[int, socket.socket]) -> None:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 return
-            with children.pop(pid) as connection, contextlib.suppress(OSError):
+            connection = children.pop(pid, None)
+            if connection is None:  # the other server
+                continue
+            with connection, contextlib.suppress(OSError):
                 connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
 
 
@@ -400,9 +429,9 @@ def become(request: Mapping[str, Any], path: Sequence[str]) -> None:
             file = os.open(name, how, 0o666)
             os.dup2(file, number)
             os.close(file)
-        fork_rays_processes(request["python"])
     else:
         importlib.import_module("ray._private.runtime_env.context").RuntimeEnvContext.exec_worker = _run_worker
+    fork_rays_processes(request["python"])
     program, arguments = request["program"], request["arguments"]
     first = {"-m": request["folder"], "-c": ""}.get(program[0], str(Path(program[0]).parent))
     sys.path[:] = [first, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *path]
@@ -430,16 +459,30 @@ def _run(program: Sequence[str], arguments: Sequence[str]) -> None:
 def main() -> None:
     path = sys.path[1:]  # less the directory of this file
     sys.path[:] = path
-    for name in PRELOADED if sys.argv[1] == "launches" else PRELOADED_FOR_RAY:
+    for_ray, for_launches = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
+    ready, _, _ = select.select([for_ray, for_launches, sys.stdin], [], [])
+    if sys.stdin in ready:  # nobody asked
+        return
+    _prepare(PRELOADED_FOR_RAY)
+    if os.fork() == 0:
+        for_ray.close()
+        _prepare(PRELOADED)
+        request = serve(for_launches)
+    else:
+        for_launches.close()
+        request = serve(for_ray)
+    if request is not None:
+        become(request, path)
+
+
+def _prepare(modules: Sequence[str]) -> None:
+    for name in modules:
         importlib.import_module(name)
     # mlflow.pytorch configures the root logger when it is imported, for errors alone. A launch does not import it.
     logging.root.handlers.clear()
     logging.root.setLevel(logging.WARNING)
     gc.collect()
     gc.freeze()  # a collection in a child does not copy the pages of what all have in common
-    request = serve(socket.socket(fileno=int(sys.argv[2])))
-    if request is not None:
-        become(request, path)
 
 
 if __name__ == "__main__":

@@ -239,7 +239,7 @@ def _reader() -> Any:
                 command = process.cmdline()
             except psutil.Error:
                 continue
-            if not any(part.endswith("/monitor.py") for part in command[:4]):
+            if not any(part.endswith("/monitor.py") for part in command):
                 continue
             options = dict(part.removeprefix("--").partition("=")[::2] for part in command if part.startswith("--"))
             if options.get("gcs-address", "").rpartition(":")[2] != gcs_address.rpartition(":")[2]:

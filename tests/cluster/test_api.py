@@ -27,6 +27,7 @@ from raytrainer.cluster.connection import Connection
 from raytrainer.cluster.facts import impossible
 from raytrainer.cluster.request import Request
 from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, ConfigError, JobExists
+from tests import forkserver
 from tests.cluster.test_connection import saying, serving
 from tests.cluster.test_through_tls import documented
 from tests.launches import OUTSIDE
@@ -378,7 +379,13 @@ def test_a_cluster_that_grows(tmp_path: Path) -> None:
     """Ray's own autoscaler, with fake machines: 1 CPU now, and at most 1 + 1 + 2 more."""
     port = free_port()
     with subprocess.Popen(
-        [sys.executable, str(OUTSIDE / "autoscaling.py"), str(tmp_path / "gate"), str(port)],
+        [
+            sys.executable,
+            str(OUTSIDE / "autoscaling.py"),
+            json.dumps(forkserver.server().ray),
+            str(tmp_path / "gate"),
+            str(port),
+        ],
         cwd=tmp_path,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests import forkserver
 from tests.launches import OUTSIDE, Runs, launch, launched
 from tests.promises import Within
 
@@ -32,7 +33,7 @@ class Growing:
     def __init__(self, folder: Path) -> None:
         self.gate, self.log = folder / "gate", folder / "cluster.log"
         self.process = subprocess.Popen(
-            [sys.executable, str(OUTSIDE / "autoscaling.py"), str(self.gate)],
+            [sys.executable, str(OUTSIDE / "autoscaling.py"), json.dumps(forkserver.server().ray), str(self.gate)],
             cwd=folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -126,11 +126,13 @@ def test_inline(number: signal.Signals, group: bool, tmp_path: Path) -> None:
 
 # Takes a terminal, as a shell does for the program in its foreground.
 ON_TERMINAL = """
-import os, sys
-terminal = os.open(sys.argv[1], os.O_RDWR)
+import os, runpy, sys
+terminal = os.open(sys.argv.pop(1), os.O_RDWR)
 for number in range(3):
     os.dup2(terminal, number)
-os.execv(sys.executable, [sys.executable, "-m", "raytrainer", *sys.argv[2:]])
+sys.stdout.reconfigure(line_buffering=True)
+sys.path.insert(0, os.getcwd())
+runpy.run_module("raytrainer", run_name="__main__", alter_sys=True)
 """
 
 
@@ -148,7 +150,7 @@ def test_a_terminal_that_is_closed(tmp_path: Path) -> None:
     reading = threading.Thread(target=show)
     reading.start()
     arguments = [os.ttyname(its), *LONG, TWO, "checkpoint.every_n_steps=100000", *observed(0.02)]
-    with launch(tmp_path, *arguments, program=("-c", ON_TERMINAL), fresh=True) as run:
+    with launch(tmp_path, *arguments, program=("-c", ON_TERMINAL)) as run:
         try:
             run.reaches(23)
         except AssertionError as error:

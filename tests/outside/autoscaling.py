@@ -1,5 +1,6 @@
 """A Ray cluster of one CPU that grows, with Ray's own autoscaler and its fake machines (processes on this one):
-`python autoscaling.py GATE [PORT]`, with a dashboard where there is a port for it, prints its address, then a JSON line with what it has for each line on stdin.
+`python autoscaling.py RAY GATE [PORT]`, with a dashboard where there is a port for it, prints its address, then a JSON line
+with what it has for each line on stdin. RAY is a JSON list, the words of the command `ray`.
 
 Each node is added only when the file GATE is there. A line `hold` takes everything that the cluster can have, in the
 name of another run; `release` lets it go. It ends with stdin.
@@ -49,9 +50,9 @@ class Cluster(AutoscalingCluster):  # type: ignore[misc]
     """Ray's, less its `ray stop --force`, which ends every Ray on the machine, whoever it belongs to; and its defaults
     are in a file that is not in Ray's wheel."""
 
-    def __init__(self, gate: Path, dashboard_port: str | None = None) -> None:
+    def __init__(self, ray_command: list[str], gate: Path, dashboard_port: str | None = None) -> None:
         super().__init__({"CPU": 1}, dict(NODE_TYPES), autoscaler_v2=True, max_workers=3, idle_timeout_minutes=0.05)
-        self.gate, self.dashboard_port = gate, dashboard_port
+        self.ray_command, self.gate, self.dashboard_port = ray_command, gate, dashboard_port
         self.address = f"{ray.util.get_node_ip_address()}:{free_port()}"
 
     def _generate_config(
@@ -108,7 +109,7 @@ class Cluster(AutoscalingCluster):  # type: ignore[misc]
             "GATE": str(self.gate),
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+            [*self.ray_command, "start", "--head", "--block"]
             + [f"--{name}={value}" for name, value in options.items()],
             env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
@@ -147,9 +148,9 @@ def own_output() -> TextIO:
     return answers
 
 
-def main(gate: Path, dashboard_port: str | None = None) -> None:
+def main(ray_command: list[str], gate: Path, dashboard_port: str | None = None) -> None:
     answers = own_output()
-    cluster = Cluster(gate, dashboard_port)
+    cluster = Cluster(ray_command, gate, dashboard_port)
     cluster.start()
     connect(cluster.address, 60)
     print(cluster.address, file=answers, flush=True)
@@ -168,4 +169,4 @@ def main(gate: Path, dashboard_port: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    main(json.loads(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

@@ -24,17 +24,6 @@ from tests.outside.ports import free_port
 from tests.outside.servers import START_S, Server
 
 _END_S = 60.0  # of `ray start`, which ends all that it has started
-# `ray ARGUMENTS` whose processes are forked; the first argument is what `tests.forkserver.Server.python` is.
-_RAY = """
-import sys
-sys.path.append(sys.argv.pop(1))
-from tests import forkserver
-sys.path.pop()
-forkserver.fork_rays_processes(sys.argv.pop(1))
-sys.argv[0] = "ray"
-from ray.scripts.scripts import main
-main()
-"""
 
 
 class _Node(Server):
@@ -52,14 +41,14 @@ class _Node(Server):
     def start_with(
         self, options: Sequence[str], cpus: int, home: Path, secrets: Mapping[str, str], ready: Callable[[], bool]
     ) -> None:
-        programs, python = Path(sys.executable).parent, forkserver.server().python
+        programs = Path(sys.executable).parent
         (self.folder / "bin").mkdir(exist_ok=True)
         with suppress(FileExistsError):
-            (self.folder / "bin/python").symlink_to(python)  # what a job's command names
+            (self.folder / "bin/python").symlink_to(forkserver.server().python)  # what a job's command names
         ports = ("dashboard-agent-listen-", "dashboard-agent-grpc-", "metrics-export-")
         self.begin(
             [
-                *(sys.executable, "-c", _RAY, str(Path(__file__).parents[2]), python),
+                *forkserver.server().ray,
                 *("start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"),
                 *(f"--num-cpus={cpus}", "--num-gpus=0", f"--object-store-memory={100 * 2**20}"),
                 *(f"--{name}port={free_port()}" for name in ports),
