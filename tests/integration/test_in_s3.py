@@ -72,8 +72,8 @@ def test_a_run_whose_worker_and_then_driver_are_killed(in_s3: str, tmp_path: Pat
     common = ["experiment=mlp", "model.dropout=0.3", "tracking.log_model=false", "trainer.max_epochs=6"]
     common += ["trainer.log_every_n_steps=5", "checkpoint.every_n_steps=7"]
     # As many threads as a worker of one CPU has: their number decides the order of sums.
-    one = {"OMP_NUM_THREADS": "1"}
-    launched(here, *common, "name=run", "cluster=inline", *reads(str(here / "data")), environment=one).exits(0)
+    one = ["cluster=inline", "trainer.num_threads=1"]
+    launched(here, *common, "name=run", *one, *reads(str(here / "data"))).exits(0)
 
     # Of its own, since what its metrics wait in is below the machine's temporary directory.
     name = f"run-{uuid.uuid4().hex[:8]}"
