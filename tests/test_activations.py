@@ -15,7 +15,7 @@ from raytrainer.models import ResNet
 from raytrainer.parallel import World, checkpoint_activations, find_units
 from raytrainer.trainer import Trainer
 from tests import ranks
-from tests.training import differences, experiment, fitted, node, weights
+from tests.training import compiling, differences, experiment, fitted, node, weights
 
 
 class Part(nn.Module):
@@ -130,14 +130,16 @@ def test_nothing_changes_on_ranks() -> None:
         assert differences(got, expected) == []
 
 
-def test_it_goes_with_compile() -> None:
-    if not any(map(shutil.which, ("g++", "clang++", "c++"))):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.nightly)])
+def test_it_goes_with_compile(backend: str) -> None:
+    if backend == "inductor" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         pytest.skip("torch.compile needs a C++ compiler: g++ or clang++")
     plain = blocks(False, max_steps=2, ema_decay=None)
     plain.model, plain.data.micro_batch_size = node(Quiet), None
     expected = run(World(), plain)
     plain.trainer.compile = plain.trainer.activation_checkpointing = True
-    got = run(World(), plain)
+    with compiling(backend):
+        got = run(World(), plain)
     for series, wanted in zip(got[:2], expected[:2], strict=True):
         assert series == pytest.approx(wanted, rel=1e-5)
     for name, value in expected[2].items():

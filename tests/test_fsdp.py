@@ -120,7 +120,8 @@ def curves(world: World, cases: list[Experiment]) -> list[list[dict[int, float]]
     return found
 
 
-def test_it_is_equal_to_one_process_and_to_ddp() -> None:
+@pytest.mark.parametrize("steps_on_four", [20, pytest.param(100, marks=pytest.mark.nightly)])
+def test_it_is_equal_to_one_process_and_to_ddp(steps_on_four: int) -> None:
     def exact(steps: int, **fsdp: Any) -> Experiment:
         # Epochs of 7 batches and one of 6 samples, on 4 ranks 1 or 2 of them.
         e = stack(
@@ -136,7 +137,7 @@ def test_it_is_equal_to_one_process_and_to_ddp() -> None:
     cases = {
         2: [exact(100), single(), with_strategy(single(), "ddp"), eager],
         4: [
-            exact(100),
+            exact(steps_on_four),
             single(),
             single(reshard_after_forward=False),
             single(reshard_after_forward=2),
@@ -486,20 +487,22 @@ def test_ranks_may_use_different_parts_of_a_unit() -> None:
         assert got == pytest.approx(expected, rel=1e-5)
 
 
-def compiled(world: World, e: Experiment) -> tuple[dict[int, float], dict[int, float], int]:
+def compiled(world: World, e: Experiment, backend: str) -> tuple[dict[int, float], dict[int, float], int]:
     """The losses without and with torch.compile, and how many graphs it made."""
     from torch._dynamo.utils import counters
 
     plain = losses(world, [e])[0]
     counters.clear()
     e.trainer.compile = True
-    return plain, losses(world, [e])[0], counters["stats"]["unique_graphs"]
+    with training.compiling(backend):
+        return plain, losses(world, [e])[0], counters["stats"]["unique_graphs"]
 
 
-def test_it_compiles_unit_by_unit() -> None:
-    if not any(map(shutil.which, ("g++", "clang++", "c++"))):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.nightly)])
+def test_it_compiles_unit_by_unit(backend: str) -> None:
+    if backend == "inductor" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         pytest.skip("torch.compile needs a C++ compiler: g++ or clang++")
-    for plain, got, graphs in ranks.run(2, compiled, stack(max_steps=3, activation_checkpointing=True)):
+    for plain, got, graphs in ranks.run(2, compiled, stack(max_steps=3, activation_checkpointing=True), backend):
         assert got == pytest.approx(plain, rel=1e-5)
         assert graphs > 0
 

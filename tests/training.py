@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -102,6 +104,15 @@ def fitted(e: Experiment, world: World | None = None, **options: Any) -> tuple[T
 
 def weights(trainer: Trainer) -> dict[str, Tensor]:
     return {name: t.detach().clone() for name, t in trainer.raw_model.state_dict().items()}
+
+
+@contextmanager
+def compiling(backend: str) -> Iterator[None]:
+    """`trainer.compile=true` compiles with this backend of torch. "aot_eager" has all of it but the C++ compiler, which
+    takes most of the time."""
+    real = torch.compile
+    with mock.patch.object(torch, "compile", lambda function, mode: real(function, backend=backend)):
+        yield
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
