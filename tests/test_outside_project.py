@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.launches import launched
+from tests.launches import Ended, launch, launched
 
 PACKAGE = '''
 """Everything that a user brings: a model, a loss, a dataset, a callback, a collate function and a curve."""
@@ -120,9 +119,9 @@ def project(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return in_tmp
 
 
-def by_console_script(*arguments: str) -> subprocess.CompletedProcess[str]:
-    program = [str(Path(sys.executable).with_name("raytrainer"))]
-    return subprocess.run([*program, *arguments], capture_output=True, text=True, timeout=150, check=False)
+def by_console_script(folder: Path, *arguments: str) -> Ended:
+    with launch(folder, *arguments, program=[str(Path(sys.executable).with_name("raytrainer"))]) as started:
+        return started.wait()
 
 
 def witnesses(project: Path) -> dict[str, list[int]]:
@@ -146,16 +145,14 @@ def test_on_two_workers_with_config_dir(project: Path) -> None:
 @pytest.mark.slow
 def test_inline_by_searchpath_and_console_script(project: Path) -> None:
     where = f"hydra.searchpath=[file://{project}/conf]"
-    done = by_console_script(where, "experiment=mine", "cluster=inline", "name=one", "model.width=4")
-    assert done.returncode == 0, done.stderr
-    assert "outcome  finished, 12 steps" in done.stdout
-    assert "raytrainer resume one trainer.max_epochs=…" in done.stdout
+    done = by_console_script(project, where, "experiment=mine", "cluster=inline", "name=one", "model.width=4").exits(0)
+    assert "outcome  finished, 12 steps" in done.out
+    assert "raytrainer resume one trainer.max_epochs=…" in done.out
     assert list(witnesses(project)) == ["witness-0-1"]
 
     # Going on needs neither the search path nor the conf: the run has its whole config. The callback's state goes on.
     (project / "conf").rename(project / "moved")
-    done = by_console_script("resume", "one", "trainer.max_epochs=4")
-    assert done.returncode == 0, done.stderr
+    by_console_script(project, "resume", "one", "trainer.max_epochs=4").exits(0)
     assert witnesses(project)["witness-0-1"][1:] == [16, 16]
 
 

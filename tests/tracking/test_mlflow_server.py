@@ -46,6 +46,24 @@ ROOT = Path(__file__).parents[2]
 SLOW_S = 30.0
 
 
+# `mlflow ARGUMENTS`. The command starts the server as a program of its own; here it becomes that program, which has to
+# import what reads the command's variables anew.
+SERVER = """
+import os, runpy, sys
+from mlflow import cli, server
+
+def become(command, extra_env, **how):
+    os.environ.update(extra_env)
+    for name in [name for name in sys.modules if name.startswith("mlflow.server")]:
+        del sys.modules[name]
+    sys.argv[:] = command[2:]
+    runpy.run_module("uvicorn", run_name="__main__", alter_sys=True)
+
+server._exec_cmd = become
+cli.cli()
+"""
+
+
 class MlflowServer:
     def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, free_port()
@@ -59,8 +77,7 @@ class MlflowServer:
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         out, log = self.folder / "server.out", self.folder / "server.log"
-        # The command, which is here forked, starts the server itself as a program of its own.
-        self._process = forkserver.server().start(("-m", "mlflow"), command, self.folder, out, log, environment)
+        self._process = forkserver.server().start(("-c", SERVER), command, self.folder, out, log, environment)
         deadline = time.monotonic() + 120
         while True:
             with suppress(OSError):
