@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks import report
 from raytrainer.storage import Storage
-from raytrainer.sweep.ledger import Ledger, Trial
+from raytrainer.sweep.journal import Trial, TrialJournal
 
 ROOT = Path(__file__).resolve().parents[1]
 SPACE = ["optimizer.lr=tag(log,interval(1e-4,1e-1))", "model.width=64,128"]
@@ -82,9 +82,9 @@ def watch(pid: int, rss: list[tuple[float, float]], done: threading.Event) -> No
 def ours(
     arguments: Sequence[str], folder: Path, rss: list[tuple[float, float]] | None = None
 ) -> tuple[float, list[Trial]]:
-    """Seconds of the whole command, and the trials as its ledger has them."""
+    """Seconds of the whole command, and the trials as its journal has them."""
     seconds = command(["raytrainer", "-m", *arguments, "sweep.max_concurrent_trials=2", "name=bench"], folder, rss)
-    return seconds, list(Ledger.open(Storage(str(folder / "runs/bench"))).trials.values())
+    return seconds, list(TrialJournal.open(Storage(str(folder / "runs/bench"))).trials.values())
 
 
 def by_raytrainer(folder: Path, count: int) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class Job:
         label: Who this is in the logs, where it is not the only one: a trial of a sweep.
         forward_env, env_file: As `environment.provide`: what the config's references may need here.
         reports: On Ray Train: whether each evaluation is reported to the controller, in whose process a trial waits.
-        settled: Whether an evaluation is reported only when the checkpoints before it are committed: somebody may then
+        wait_for_commit: Whether an evaluation is reported only when the checkpoints before it are committed: somebody may then
             take the newest of them elsewhere, or put another in its place.
         objective, objective_mode: By what the best checkpoint is kept, where that is not `checkpoint.monitor`.
         best_at_once: As `trainer.Objective`.
@@ -94,7 +94,7 @@ class Job:
     forward_env: Sequence[str] = ()
     env_file: str | None = None
     reports: bool = False
-    settled: bool = False
+    wait_for_commit: bool = False
     objective: str = ""
     objective_mode: str = ""
     best_at_once: bool = False
@@ -246,7 +246,7 @@ def run(
         # What was logged before a checkpoint is not logged again after it: it is on disk first.
         before_commit=tracker.flush if isinstance(tracker, MlflowTracker) else None,
     )
-    before = [checkpointer.wait] if job.settled else []
+    before = [checkpointer.wait] if job.wait_for_commit else []
     if isinstance(tracker, MlflowTracker):  # what was logged until then is on disk
         before.append(tracker.flush)
     listeners = [_Tracking(tracker), Reporter(emit)] if world.rank == 0 else []

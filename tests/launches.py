@@ -29,7 +29,7 @@ import psutil
 
 from raytrainer.checkpoint import Checkpointer, CheckpointInfo
 from raytrainer.storage import Storage
-from raytrainer.sweep import Ledger, Trial
+from raytrainer.sweep import Trial, TrialJournal
 from tests import forkserver
 from tests.promises import Within
 
@@ -258,8 +258,8 @@ def steps_of(folder: Path, rank: int = 0) -> list[Step]:
 
 
 def trials(folder: Path, name: str = "sweep") -> dict[str, Trial]:
-    """What a sweep's ledger says of its trials, by their ids; empty before there is one."""
-    return Ledger.open(Storage(folder / "runs" / name)).trials
+    """What a sweep's journal says of its trials, by their ids; empty before there is one."""
+    return TrialJournal.open(Storage(folder / "runs" / name)).trials
 
 
 class Seen(NamedTuple):

@@ -33,7 +33,7 @@ PUBLIC = {
         build check_keys check_modes check_sweep check_targets checkpoint_mode compose composed_keys derive_modes
         early_stopping_mode experiment_of explain factory flattened
         from_hydra from_text group_names holds_password key_of locate looks_secret mode_problem new_name parameters_of
-        parse_space quiet refuse_settings_of_no_sweep register_schema resolved settled sweep_mode texts_of validate
+        parse_space quiet refuse_settings_of_no_sweep register_schema resolved with_modes sweep_mode texts_of validate
         with_number_keys with_values written_space
     """,
     "raytrainer.data": """
@@ -50,10 +50,10 @@ PUBLIC = {
         Entry Lock Storage redacted
     """,
     "raytrainer.sweep": """
-        GridSearch Ledger Plan RandomSearch Report SweepOutcome Trial check in_words launch make_plan report summary
+        GridSearch TrialJournal Plan RandomSearch Report SweepOutcome Trial check in_words launch make_plan report summary
     """,
     "raytrainer.tracking": """
-        Fleet MlflowTracker NullTracker Run Shipper Tracker check_tracking default_tracking_uri
+        ChildRunUploader MlflowTracker NullTracker Run Shipper Tracker check_tracking default_tracking_uri
         find_own_dir find_run_dir odd_values open_run recorded_run_id redacted register_model replay
     """,
 }

@@ -458,7 +458,7 @@ def _composition(cfg: DictConfig, overrides: tuple[str, ...], choices: tuple[tup
     return Composition(experiment, OmegaConf.to_yaml(cfg), overrides, choices)
 
 
-def settled(composition: Composition) -> Composition:
+def with_modes(composition: Composition) -> Composition:
     """The same with each mode written out that follows from an object of the section `metrics`: who reads the text later
     need not have its library.
     """

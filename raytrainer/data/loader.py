@@ -16,13 +16,13 @@ from torch import Tensor
 
 from raytrainer.batches import move
 from raytrainer.data.agreement import Agreement, Progress, agree_on_length, in_group_of
-from raytrainer.data.ahead import DeviceCopy, ahead, gather, while_warm
 from raytrainer.data.columns import Column, MappedColumn
 from raytrainer.data.datasets import columns_of, name_of
 from raytrainer.data.fetch import Collate, Fetcher, collate, describe, uncollated, wrapped
 from raytrainer.data.order import Indices
 from raytrainer.data.plan import Plan, Step
 from raytrainer.data.pool import WorkerPool
+from raytrainer.data.prefetch import DeviceCopy, gather, prefetched, while_warm
 from raytrainer.data.stream import Stream
 from raytrainer.errors import ConfigError, DataError, RaytrainerError
 
@@ -342,7 +342,7 @@ class Loader:
     def _copied(self, source: Generator[_Made, None, None], depth: int) -> Generator[_Made, None, None]:
         """`source` worked ahead in a thread (with `depth`), and its data on their way to the device there."""
         if self.device.type != "cuda":
-            moved = ahead(source, depth) if depth else source
+            moved = prefetched(source, depth) if depth else source
             try:
                 for made in moved:
                     yield self._on_device(made)
@@ -358,7 +358,7 @@ class Loader:
             finally:
                 source.close()
 
-        moving = ahead(started(), depth) if depth else started()
+        moving = prefetched(started(), depth) if depth else started()
         try:
             for step, micro in moving:
                 yield step, [copier.finish(*data) for data in micro]

@@ -3,7 +3,7 @@
     finding     which run an ID means               listing    list: mine or all, the newest first
     again       resume and rerun: what is launched  status     status: one run, all that is known of it
     tree        rerun: the code that it ran with    logs       logs: of driver and ranks, now and afterwards
-    signs       whether a run's driver lives        stopping   stop: and waiting until all is free
+    liveness    whether a run's driver lives        stopping   stop: and waiting until all is free
     reconcile   closing runs that are surely dead   jobs       a shared cluster, as the verbs need it
     trained     whose checkpoints a verb reads       evaluating evaluate: one of them validated
     exporting   export: its weights and config      pruning    prune: what nobody needs any more

@@ -13,7 +13,7 @@ from raytrainer.history.changes import check_changes
 from raytrainer.history.finding import find, trial_of
 from raytrainer.run import FIXED, Record
 from raytrainer.storage import Storage, redacted
-from raytrainer.sweep.ledger import Ledger, Mode
+from raytrainer.sweep.journal import Mode, TrialJournal
 from raytrainer.sweep.lineage import best_parameters
 from raytrainer.sweep.plan import Plan
 
@@ -124,7 +124,7 @@ def trial_composition(number: str, record: Record, storage: Storage) -> Composit
     Raises:
         RunNotFound: There is no such trial.
     """
-    plan, trials = Plan.read(storage), Ledger.open(storage).trials
+    plan, trials = Plan.read(storage), TrialJournal.open(storage).trials
     if number not in trials:
         raise RunNotFound(
             f"{record.name} has no trial {number}; it has {', '.join(nearest(number, trials, 5)) or 'none'}"

@@ -205,12 +205,12 @@ def _stop(given: argparse.Namespace) -> int:
     from raytrainer.history import stopping
 
     try:
-        halt = stopping.Stopper(given.id, force=given.force, timeout_s=given.timeout, say=_say).stop()
+        result = stopping.Stopper(given.id, force=given.force, timeout_s=given.timeout, say=_say).stop()
     except KeyboardInterrupt:
         _say(f"not waiting any more; what {given.id} was asked stands")
         return 130
-    print(json.dumps(halt.to_json(), indent=1) if given.json else stopping.text(halt, provenance.program()))
-    return 0 if halt.done else 1
+    print(json.dumps(result.to_json(), indent=1) if given.json else stopping.text(result, provenance.program()))
+    return 0 if result.done else 1
 
 
 def _export(given: argparse.Namespace) -> int:

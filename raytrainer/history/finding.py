@@ -20,7 +20,7 @@ from raytrainer.tracking.server import StoredRun
 
 
 @dataclass(frozen=True)
-class Sent:
+class SubmittedRun:
     """What was submitted from here, as it was sent.
 
     Attributes:
@@ -39,7 +39,7 @@ class Sent:
 
 
 @dataclass(frozen=True)
-class Known:
+class RunHandle:
     """A run, and where what is known of it comes from.
 
     Attributes:
@@ -54,7 +54,7 @@ class Known:
     storage: Storage | None
     stored: StoredRun | None = None
     trial: str | None = None
-    sent: Sent | None = None
+    sent: SubmittedRun | None = None
 
     @property
     def coming(self) -> str | None:
@@ -95,7 +95,7 @@ def find(identifier: str, root: Path | None = None) -> tuple[Record, Storage]:
     raise RunNotFound(f"{identifier}: its directory {known.record.run_dir} is gone, or cannot be read from here")
 
 
-def look_up(identifier: str, root: Path | None = None) -> Known:
+def look_up(identifier: str, root: Path | None = None) -> RunHandle:
     """The run of an ID, as far as it is known: its directory may be gone, or not reachable from here.
 
     Raises:
@@ -112,13 +112,13 @@ def look_up(identifier: str, root: Path | None = None) -> Known:
     names = []
     for record, storage in records(root):
         if identifier in (record.run_id, record.job.get("submission_id")):
-            return with_sent(Known(record, storage), root)
+            return with_sent(RunHandle(record, storage), root)
         names.append(record.name)
     for sent in submitted(root):
         if identifier == sent.record.name:
-            return reached(Known(sent.record, None, sent=sent))
+            return reached(RunHandle(sent.record, None, sent=sent))
         if identifier == sent.record.job.get("submission_id"):
-            found = reached(Known(sent.record, None, sent=sent))  # of which the directory may tell an earlier job
+            found = reached(RunHandle(sent.record, None, sent=sent))  # of which the directory may tell an earlier job
             return replace(found, record=replace(found.record, job=sent.record.job))
         names.append(sent.record.name)
     uri = tracking_uri_here()
@@ -132,22 +132,22 @@ def look_up(identifier: str, root: Path | None = None) -> Known:
     )
 
 
-def with_sent(known: Known, root: Path) -> Known:
+def with_sent(known: RunHandle, root: Path) -> RunHandle:
     """The same with what was submitted of this run from here."""
     storage = Storage(root / SUBMITTED / known.record.name)
     with suppress(StorageError):
         record = Record.read(storage)
-        if record is not None and (sent := Sent(record, storage)).is_of(known.record):
+        if record is not None and (sent := SubmittedRun(record, storage)).is_of(known.record):
             return replace(known, sent=sent)
     return known
 
 
-def from_tracking(stored: StoredRun, uri: str) -> Known:
+def from_tracking(stored: StoredRun, uri: str) -> RunHandle:
     """A run that MLflow tells of, with its directory's record where that can be read."""
     return reached(as_stored(stored, uri))
 
 
-def reached(known: Known) -> Known:
+def reached(known: RunHandle) -> RunHandle:
     """The same with its directory and the record there, where that can be read from here."""
     if known.storage is not None:
         return known
@@ -159,7 +159,7 @@ def reached(known: Known) -> Known:
     return known if own is None else replace(known, record=own, storage=storage)
 
 
-def as_stored(stored: StoredRun, uri: str) -> Known:
+def as_stored(stored: StoredRun, uri: str) -> RunHandle:
     """A run by what MLflow tells of it alone."""
     tags = stored.tags
     trial = stored.name.rpartition(".")[2] if lookup.SWEEP_TAG in tags else None
@@ -176,7 +176,7 @@ def as_stored(stored: StoredRun, uri: str) -> Known:
         launched=float(tags.get(LAUNCHED_TAG) or 0.0),
         seconds=float(tags.get(SECONDS_TAG) or 0.0),
     )
-    return Known(record, None, stored, trial)
+    return RunHandle(record, None, stored, trial)
 
 
 _CHOICE = "raytrainer.choice."
@@ -187,15 +187,15 @@ def trial_of(identifier: str, record: Record) -> str | None:
     """The number of the trial of this sweep that an ID names, `NAME.0007` or the trial's run id in MLflow; or None.
 
     Raises:
-        StorageError: The sweep's ledger cannot be read.
+        StorageError: The sweep's journal cannot be read.
     """
     if record.kind != "sweep" or identifier in (record.name, record.run_id):
         return None
     if number := _numbered(identifier, record):
         return number
-    from raytrainer.sweep.ledger import Ledger
+    from raytrainer.sweep.journal import TrialJournal
 
-    trials = Ledger.open(record.storage).trials.values()
+    trials = TrialJournal.open(record.storage).trials.values()
     return next((trial.id for trial in trials if trial.run_id == identifier), None)
 
 
@@ -216,10 +216,10 @@ def records(root: Path) -> Iterator[tuple[Record, Storage]]:
             yield record, storage
 
 
-def submitted(root: Path) -> Iterator[Sent]:
+def submitted(root: Path) -> Iterator[SubmittedRun]:
     """What was submitted from here, as it was sent."""
     for record, storage in records(root / SUBMITTED):
-        yield Sent(record, storage)
+        yield SubmittedRun(record, storage)
 
 
 def tracking_uri_here() -> str | None:
@@ -238,7 +238,7 @@ def tracking_uri_of(record: Record) -> str | None:
     return record.tracking_uri or None
 
 
-def with_tracking(known: Known) -> Known:
+def with_tracking(known: RunHandle) -> RunHandle:
     """The same with what MLflow says of it.
 
     Raises:
@@ -262,14 +262,14 @@ def _place(run_dir: str) -> str:
     return run_dir.partition("?")[0].rstrip("/")
 
 
-def _by_name(identifier: str, root: Path) -> Known | None:
+def _by_name(identifier: str, root: Path) -> RunHandle | None:
     for name in (identifier, identifier.rpartition(".")[0]):
         if not name or not (root / name).is_dir():
             continue
         storage = Storage(root / name)
         record = Record.read(storage)
         if record is not None and name == identifier:
-            return Known(record, storage)
+            return RunHandle(record, storage)
         if record is not None and (number := _numbered(identifier, record)):
-            return Known(record, storage, trial=number)
+            return RunHandle(record, storage, trial=number)
     return None

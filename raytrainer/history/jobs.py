@@ -10,7 +10,7 @@ from typing import Protocol
 
 from raytrainer.config import from_text
 from raytrainer.errors import RaytrainerError
-from raytrainer.history.finding import Known
+from raytrainer.history.finding import RunHandle
 
 GOING = ("PENDING", "RUNNING")
 
@@ -64,7 +64,7 @@ class Clusters:
         self.silent: dict[str, str] = {}
         self._told: set[str] = set()
 
-    def of(self, known: Known) -> Cluster | None:
+    def of(self, known: RunHandle) -> Cluster | None:
         """The one that has a run's job; None where it has none.
 
         Raises:
@@ -75,14 +75,14 @@ class Clusters:
         ca_file, token_file = _access(known)
         return self._connect(known.cluster_address, ca_file, token_file)
 
-    def jobs_of(self, known: Known) -> tuple[Job | None, list[Job]]:
+    def jobs_of(self, known: RunHandle) -> tuple[Job | None, list[Job]]:
         """A run's job, and the other jobs that are attempts at the same run; None where its cluster does not know it
         or does not answer."""
         found = [job for _, job in self._attempts(known)]
         mine = next((job for job in found if job.submission_id == known.submission_id), None)
         return mine, [job for job in found if job is not mine]
 
-    def attempt(self, known: Known) -> tuple[Known, Job | None]:
+    def attempt(self, known: RunHandle) -> tuple[RunHandle, Job | None]:
         """The run as its job the one that goes, of all attempts at it, and that job; where none goes, the run as it is."""
         found = self._attempts(known)
         mine = next((job for _, job in found if job.submission_id == known.submission_id), None)
@@ -94,7 +94,7 @@ class Clusters:
                 return replace(known, record=replace(known.record, job={**known.record.job, **place})), job
         return known, mine
 
-    def ended_before_it_began(self, known: Known) -> Job | None:
+    def ended_before_it_began(self, known: RunHandle) -> Job | None:
         """The job that was sent from here to go on with a run, and ended without the run's record knowing of it."""
         coming = known.coming
         if coming is None:
@@ -102,7 +102,7 @@ class Clusters:
         job = next((job for _, job in self._attempts(known) if job.submission_id == coming), None)
         return job if job is not None and job.status not in GOING else None
 
-    def all_of(self, known: Known) -> Sequence[Job]:
+    def all_of(self, known: RunHandle) -> Sequence[Job]:
         """All jobs of the cluster that a run is, or was, on; none where it does not answer."""
         address = known.cluster_address
         if address is None:
@@ -115,7 +115,7 @@ class Clusters:
                     self.silent[address] = str(error)
         return self._lists.get(address, ())
 
-    def silence_of(self, known: Known) -> str | None:
+    def silence_of(self, known: RunHandle) -> str | None:
         """Why a run's cluster could not be asked, in words; None where it could, or there is none."""
         found = [address for address in _addresses(known) if address in self.silent]
         return f"the cluster {found[0]} could not be asked: {self.silent[found[0]]}" if found else None
@@ -127,12 +127,12 @@ class Clusters:
                 self._told.add(address)
                 say(f"the cluster {address} could not be asked: {why}")
 
-    def forget(self, known: Known) -> None:
+    def forget(self, known: RunHandle) -> None:
         """Asks a run's cluster again."""
         for address in _addresses(known):
             self._lists.pop(address, None)
 
-    def _attempts(self, known: Known) -> list[tuple[str, Job]]:
+    def _attempts(self, known: RunHandle) -> list[tuple[str, Job]]:
         """The jobs that are attempts at a run, with the addresses of their clusters: of its record's, and of the one that
         it was last sent to from here."""
         found: dict[tuple[str, str], Job] = {}
@@ -146,12 +146,12 @@ class Clusters:
         return [(address, job) for (address, _), job in found.items()]
 
 
-def never_sent(known: Known) -> str:
+def never_sent(known: RunHandle) -> str:
     """In words, of a job that its cluster has answered not to have."""
     return f"{known.cluster_address} has no job {known.submission_id}: it was not sent, or the cluster was started anew since"
 
 
-def _addresses(known: Known) -> dict[str, Known]:
+def _addresses(known: RunHandle) -> dict[str, RunHandle]:
     """Where jobs of a run may be: address → the run with its job there."""
     found = {}
     if known.submission_id is not None and known.cluster_address is not None:
@@ -161,7 +161,7 @@ def _addresses(known: Known) -> dict[str, Known]:
     return found
 
 
-def _access(known: Known) -> tuple[str | None, str | None]:
+def _access(known: RunHandle) -> tuple[str | None, str | None]:
     """`cluster.ca_file` and `cluster.token_file`, as the run was submitted with."""
     text = None
     if known.sent is not None and known.sent.record.job.get("cluster_address") == known.cluster_address:

@@ -17,11 +17,11 @@ from raytrainer import provenance, tracking
 from raytrainer.cluster.ending import ending_of
 from raytrainer.errors import StorageError, TrackingError
 from raytrainer.history import finding
-from raytrainer.history.facts import Facts, facts_of
-from raytrainer.history.finding import Known, Sent, reached
+from raytrainer.history.finding import RunHandle, SubmittedRun, reached
 from raytrainer.history.jobs import GOING, Clusters, Job, never_sent
+from raytrainer.history.liveness import Verdict
 from raytrainer.history.reconcile import close_dead, look_at
-from raytrainer.history.signs import Verdict
+from raytrainer.history.run_summary import RunSummary, facts_of
 from raytrainer.progress import duration
 from raytrainer.run import SUBMITTED, Record, in_background
 from raytrainer.storage import Storage
@@ -41,7 +41,7 @@ def list_runs(
     limit: int = 30,
     say: Callable[[str], None] = lambda text: None,
     clusters: Clusters | None = None,
-) -> list[Facts]:
+) -> list[RunSummary]:
     """Runs and sweeps by their start, the newest first.
 
     Args:
@@ -53,7 +53,7 @@ def list_runs(
     """
     clusters, root = clusters or Clusters(), Path.cwd() / "runs"
     uri = finding.tracking_uri_here()
-    found: list[Facts] = []
+    found: list[RunSummary] = []
     if uri is not None:
         try:
             found = _from_mlflow(uri, None if everyone else provenance.user(), status, limit, clusters, say)
@@ -71,7 +71,7 @@ def list_runs(
 
 def _from_mlflow(
     uri: str, user: str | None, status: str | None, limit: int, clusters: Clusters, say: Callable[[str], None]
-) -> list[Facts]:
+) -> list[RunSummary]:
     found = lookup.search_runs(uri, limit=_MOST_RUNNING, user=user, status="RUNNING")
     root = Path.cwd() / "runs"
     looked = look_at([finding.with_sent(finding.as_stored(run, uri), root) for run in found], clusters)
@@ -84,7 +84,7 @@ def _from_mlflow(
     if status in ("PENDING", "REFUSED", "UNKNOWN"):  # of jobs alone
         return []
 
-    def facts(run: StoredRun) -> Facts:
+    def facts(run: StoredRun) -> RunSummary:
         # Of one that has ended MLflow knows all that a list shows: its directory need not be read.
         known, verdict = by_id.get(run.run_id, (None, None))
         return facts_of(finding.as_stored(run, uri)) if known is None else _as_it_goes(known, verdict)
@@ -92,7 +92,7 @@ def _from_mlflow(
     return [facts(run) for run in lookup.search_runs(uri, limit=limit, user=user, status=status)]
 
 
-def _as_it_goes(known: Known, verdict: Verdict | None) -> Facts:
+def _as_it_goes(known: RunHandle, verdict: Verdict | None) -> RunSummary:
     """With the job that goes; one that was sent from here is added later."""
     facts, going = facts_of(known, verdict), verdict.going if verdict is not None else None
     if (
@@ -108,7 +108,7 @@ def _as_it_goes(known: Known, verdict: Verdict | None) -> Facts:
 
 def _from_disk(
     root: Path, asked: str | None, told: Collection[str], status: str | None, clusters: Clusters
-) -> list[Facts]:
+) -> list[RunSummary]:
     """Those that MLflow does not have, or not any more; all where it could not be asked.
 
     Args:
@@ -119,12 +119,12 @@ def _from_disk(
         clusters: Those that may know of jobs.
     """
     there = []
-    doubtful: dict[str, Known] = {}
+    doubtful: dict[str, RunHandle] = {}
     for record, storage in finding.records(root):
         if not _is_in(asked, record):
-            there.append(Known(record, storage))
+            there.append(RunHandle(record, storage))
         elif record.run_id not in told and status in (None, record.status):
-            doubtful[record.run_id or ""] = Known(record, storage)
+            doubtful[record.run_id or ""] = RunHandle(record, storage)
     if asked is not None and doubtful:
         # Not told of since it is another user's or too old for the list; or since its run in MLflow was deleted.
         with suppress(TrackingError):
@@ -141,17 +141,17 @@ def _is_in(asked: str | None, record: Record) -> bool:
     return record.tracking_uri == tracking.redacted(asked)
 
 
-def _judged(facts: Facts, verdict: Verdict | None) -> Facts:
+def _judged(facts: RunSummary, verdict: Verdict | None) -> RunSummary:
     """A dead one as what it is, though nobody could be told."""
     if verdict is None or verdict.life != "dead":
         return facts
     return replace(facts, status=verdict.status, cause=verdict.cause, ended=verdict.when)
 
 
-def _with_submitted(found: list[Facts], root: Path, clusters: Clusters) -> list[Facts]:
+def _with_submitted(found: list[RunSummary], root: Path, clusters: Clusters) -> list[RunSummary]:
     """With what was submitted from here and has not come so far that MLflow knows it: its cluster says how it is."""
     for sent in finding.submitted(root):
-        known = Known(sent.record, None, sent=sent)
+        known = RunHandle(sent.record, None, sent=sent)
         if known.submission_id is None:
             continue
         if any(_is_past(known, facts) for facts in found):
@@ -169,13 +169,13 @@ def _with_submitted(found: list[Facts], root: Path, clusters: Clusters) -> list[
     return found
 
 
-def _has_gone_on(sent: Sent) -> bool:
+def _has_gone_on(sent: SubmittedRun) -> bool:
     """Whether the run's own record tells of an attempt after the job that was sent: MLflow alone does not say so."""
-    known = reached(Known(sent.record, None, sent=sent))
+    known = reached(RunHandle(sent.record, None, sent=sent))
     return known.storage is not None and known.coming is None
 
 
-def _is_past(known: Known, facts: Facts) -> bool:
+def _is_past(known: RunHandle, facts: RunSummary) -> bool:
     """Whether what was sent has become the run that is shown, which may be another attempt by now; not another's run of
     the same name elsewhere."""
     if facts.name != known.record.name or facts.cluster_address != known.cluster_address:
@@ -185,18 +185,18 @@ def _is_past(known: Known, facts: Facts) -> bool:
     return finding.number_of(facts.submission_id) >= finding.number_of(known.submission_id)
 
 
-def _record_of(facts: Facts) -> Record:
+def _record_of(facts: RunSummary) -> Record:
     return Record(facts.name, facts.run_dir, facts.run_id)
 
 
-def _with_others(found: list[Facts], root: Path, clusters: Clusters) -> list[Facts]:
+def _with_others(found: list[RunSummary], root: Path, clusters: Clusters) -> list[RunSummary]:
     """With what anybody has submitted to the clusters that are known here, and MLflow does not know yet."""
-    places: dict[str, Known] = {}
+    places: dict[str, RunHandle] = {}
     address = os.environ.get("RAY_API_SERVER_ADDRESS", "").rstrip("/")
     if address.startswith(("http://", "https://")):
-        places[address] = Known(Record("", "", job={"cluster_address": address}), None)
-    here = [Known(sent.record, None, sent=sent) for sent in finding.submitted(root)]
-    here += [Known(record, storage) for record, storage in finding.records(root)]
+        places[address] = RunHandle(Record("", "", job={"cluster_address": address}), None)
+    here = [RunHandle(sent.record, None, sent=sent) for sent in finding.submitted(root)]
+    here += [RunHandle(record, storage) for record, storage in finding.records(root)]
     for known in sorted(here, key=lambda known: known.record.created, reverse=True):
         if known.cluster_address is not None:
             places.setdefault(known.cluster_address, known)
@@ -213,7 +213,9 @@ def _with_others(found: list[Facts], root: Path, clusters: Clusters) -> list[Fac
                 continue
             if any((f.submission_id, f.cluster_address) == place for f in found):
                 continue
-            known = Known(Record(name, "", job={"submission_id": job.submission_id, "cluster_address": address}), None)
+            known = RunHandle(
+                Record(name, "", job={"submission_id": job.submission_id, "cluster_address": address}), None
+            )
             is_it = [f.name == name and f.cluster_address == address for f in found]  # a name means one run there
             if any(is_it):
                 found = [as_attempt(f, known, job) if same else f for f, same in zip(found, is_it, strict=True)]
@@ -223,7 +225,7 @@ def _with_others(found: list[Facts], root: Path, clusters: Clusters) -> list[Fac
     return found
 
 
-def as_attempt(facts: Facts, known: Known, job: Job) -> Facts:
+def as_attempt(facts: RunSummary, known: RunHandle, job: Job) -> RunSummary:
     """A run that goes on, or soon will, as a job that its directory and MLflow may not know of."""
     return replace(
         facts,
@@ -238,7 +240,7 @@ def as_attempt(facts: Facts, known: Known, job: Job) -> Facts:
     )
 
 
-def facts_of_job(known: Known, job: Job | None, clusters: Clusters) -> Facts:
+def facts_of_job(known: RunHandle, job: Job | None, clusters: Clusters) -> RunSummary:
     """A run of which there is nothing yet but its job."""
     facts = facts_of(known)
     if job is None:
@@ -250,7 +252,7 @@ def facts_of_job(known: Known, job: Job | None, clusters: Clusters) -> Facts:
     return replace(facts, status=end.status, started=job.started, ended=job.ended, cause=end.cause)
 
 
-def with_failed_job(facts: Facts, job: Job) -> Facts:
+def with_failed_job(facts: RunSummary, job: Job) -> RunSummary:
     """A run that is there, and the job that was to go on with it but never had it: refused, or dead before it began.
 
     The status stays the run's own. A later attempt makes this disappear.
@@ -263,7 +265,9 @@ def with_failed_job(facts: Facts, job: Job) -> Facts:
     return replace(facts, cause=f"{end.status}: job {job.submission_id}: {cause}", last_job=last)
 
 
-def table(runs: Sequence[Facts], *, users: bool = False, now: float | None = None, width: int | None = None) -> str:
+def table(
+    runs: Sequence[RunSummary], *, users: bool = False, now: float | None = None, width: int | None = None
+) -> str:
     """The runs as lines of text, as wide as the terminal; for a file nothing is cut."""
     if not runs:
         return "no runs"
@@ -302,7 +306,7 @@ def table(runs: Sequence[Facts], *, users: bool = False, now: float | None = Non
     return "\n".join(line.rstrip()[:width] for line in lines)
 
 
-def progress(facts: Facts) -> str:
+def progress(facts: RunSummary) -> str:
     """`30/132`, or of a sweep `12 trials: 3 running, 9 finished`."""
     if facts.kind == "sweep":
         told = ", ".join(f"{count} {status}" for status, count in sorted(facts.trials.items()))

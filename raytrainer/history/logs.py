@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
 from raytrainer.errors import ConfigError, RunNotFound, StorageError
-from raytrainer.history.finding import Known, look_up, tracking_uri_of, with_tracking
+from raytrainer.history.finding import RunHandle, look_up, tracking_uri_of, with_tracking
 from raytrainer.history.jobs import GOING, Clusters
 from raytrainer.history.reconcile import verdict_of
 from raytrainer.storage import Storage
@@ -133,7 +133,7 @@ def _of_rank(found: Iterable[str], rank: int | None) -> Iterator[str]:
             yield line[match.end() :]
 
 
-def _kept(known: Known, name: str, say: Callable[[str], None]) -> Iterator[str]:
+def _kept(known: RunHandle, name: str, say: Callable[[str], None]) -> Iterator[str]:
     """What the driver left at its end: beside the checkpoints, or in MLflow."""
     if known.storage is not None:
         try:

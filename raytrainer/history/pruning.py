@@ -16,10 +16,10 @@ import yaml
 
 from raytrainer.errors import CheckpointError, RaytrainerError, StorageError, StorageLocked
 from raytrainer.history import finding, tree
-from raytrainer.history.finding import Known
+from raytrainer.history.finding import RunHandle
 from raytrainer.history.jobs import Clusters
+from raytrainer.history.liveness import LIMIT_S, LOCK, Liveness, Verdict
 from raytrainer.history.reconcile import look_at
-from raytrainer.history.signs import LIMIT_S, LOCK, Signs, Verdict
 from raytrainer.run import CONFIG, Record
 from raytrainer.storage import Storage
 from raytrainer.sweep.plan import Plan
@@ -135,17 +135,17 @@ def prune(
     return found
 
 
-def _all(root: Path) -> Iterator[Known]:
+def _all(root: Path) -> Iterator[RunHandle]:
     names = set()
     for record, storage in finding.records(root):
         names.add(record.name)
-        yield finding.with_sent(Known(record, storage), root)
+        yield finding.with_sent(RunHandle(record, storage), root)
     for sent in finding.submitted(root):
         if sent.record.name not in names:
-            yield finding.reached(Known(sent.record, None, sent=sent))
+            yield finding.reached(RunHandle(sent.record, None, sent=sent))
 
 
-def _untouchable(known: Known, verdict: Verdict, clusters: Clusters, older_than_s: float) -> str | None:
+def _untouchable(known: RunHandle, verdict: Verdict, clusters: Clusters, older_than_s: float) -> str | None:
     """Why nothing of a run is deleted; None where it surely has ended."""
     if known.trial is not None:
         return "it is a trial; its sweep is pruned as a whole"
@@ -155,15 +155,15 @@ def _untouchable(known: Known, verdict: Verdict, clusters: Clusters, older_than_
         return verdict.why
     if known.storage.is_local and known.storage.local_path.is_symlink():
         return "its directory is a link to another place"
-    signs = Signs.read(known.storage)
-    if not signs.readable or signs.now is None:
+    liveness = Liveness.read(known.storage)
+    if not liveness.readable or liveness.now is None:
         return "its directory cannot be written from here"
     if (silence := clusters.silence_of(known)) and (known.record.status == "RUNNING" or known.coming):
         return silence
-    last = max([signs.written or 0.0, *(claim.beat for claim in signs.claims)])
-    if known.record.status == "RUNNING" and signs.now - last < LIMIT_S:
+    last = max([liveness.written or 0.0, *(claim.beat for claim in liveness.claims)])
+    if known.record.status == "RUNNING" and liveness.now - last < LIMIT_S:
         return "it died a moment ago; its workers may still be there"  # they outlive a killed driver by seconds
-    if signs.now - last < older_than_s:
+    if liveness.now - last < older_than_s:
         return "it has not ended long enough ago"
     return None
 
@@ -213,7 +213,7 @@ def _mode(record: Record, storage: Storage) -> str:
     return str(found)
 
 
-def _delete(known: Known, items: Sequence[Item], keep: int, told: Pruned) -> list[Item]:
+def _delete(known: RunHandle, items: Sequence[Item], keep: int, told: Pruned) -> list[Item]:
     """Deletes what of `items` can still go, now that nobody can begin to go on with the run; what was deleted."""
     storage, record = known.storage, known.record
     assert storage is not None

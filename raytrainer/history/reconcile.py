@@ -1,4 +1,4 @@
-"""Runs that MLflow believes to be running, and are not: told from the living by `signs`, and closed with the truth."""
+"""Runs that MLflow believes to be running, and are not: told from the living by `liveness`, and closed with the truth."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 
 from raytrainer import tracking
 from raytrainer.errors import RaytrainerError, StorageError, StorageLocked, TrackingError
-from raytrainer.history.finding import Known, reached, tracking_uri_of
+from raytrainer.history.finding import RunHandle, reached, tracking_uri_of
 from raytrainer.history.jobs import Clusters
-from raytrainer.history.signs import LOCK, Signs, Verdict, judge
+from raytrainer.history.liveness import LOCK, Liveness, Verdict, judge
 from raytrainer.run import Record, in_background
 from raytrainer.run.record import SECONDS_TAG
 from raytrainer.storage.lock import withdraw
@@ -27,17 +27,17 @@ _REPLAY_S = 5.0  # for sending what a dead driver left in its spool
 _LOOK_S = 4.0  # for looking at all runs: one whose disk or cluster takes longer is left as it is
 
 
-def verdict_of(known: Known, clusters: Clusters) -> Verdict:
+def verdict_of(known: RunHandle, clusters: Clusters) -> Verdict:
     """Whether a run's driver lives; looks at its directory, and asks its cluster if it has one."""
     job, others = clusters.jobs_of(known)
-    signs, record = Signs.read(known.storage), known.record
-    if known.storage is not None and signs.readable:
+    liveness, record = Liveness.read(known.storage), known.record
+    if known.storage is not None and liveness.readable:
         # Read after the claims: a driver that ends writes its record, then gives up its claim.
         record = Record.read(known.storage) or record
-    return judge(record, signs, job, others)
+    return judge(record, liveness, job, others)
 
 
-def look_at(runs: Sequence[Known], clusters: Clusters) -> list[tuple[Known, Verdict]]:
+def look_at(runs: Sequence[RunHandle], clusters: Clusters) -> list[tuple[RunHandle, Verdict]]:
     """`verdict_of` each of them, at once and in bounded time; with what could be read of its directory."""
     looking = [in_background(partial(_look, known, clusters), "look") for known in runs]
     wait(looking, timeout=_LOOK_S)
@@ -51,12 +51,12 @@ def look_at(runs: Sequence[Known], clusters: Clusters) -> list[tuple[Known, Verd
     return found
 
 
-def _look(known: Known, clusters: Clusters) -> tuple[Known, Verdict]:
+def _look(known: RunHandle, clusters: Clusters) -> tuple[RunHandle, Verdict]:
     known = reached(known)
     return known, verdict_of(known, clusters)
 
 
-def close_dead(runs: Iterable[tuple[Known, Verdict]], clusters: Clusters, say: Callable[[str], None]) -> set[str]:
+def close_dead(runs: Iterable[tuple[RunHandle, Verdict]], clusters: Clusters, say: Callable[[str], None]) -> set[str]:
     """Closes those whose driver is surely dead, and says so; returns the names of those that were.
 
     A run that cannot be closed, because its store or its directory cannot be written from here, stays as it is.
@@ -75,7 +75,7 @@ def close_dead(runs: Iterable[tuple[Known, Verdict]], clusters: Clusters, say: C
     return closed
 
 
-def close(known: Known, verdict: Verdict, clusters: Clusters) -> bool:
+def close(known: RunHandle, verdict: Verdict, clusters: Clusters) -> bool:
     """Ends a dead run in MLflow and in its record; False: it was not dead, or somebody has closed it.
 
     Under the run's own lock, so that nobody begins to go on with it meanwhile, and asking once more: whoever was thought
@@ -89,10 +89,10 @@ def close(known: Known, verdict: Verdict, clusters: Clusters) -> bool:
         return _tell(known, record, verdict, clusters)
     if uri := tracking_uri_of(record):
         lookup.reach(uri)  # a second or more, in which nobody should be kept from going on with the run
-    signs = Signs.read(storage)
-    for claim in signs.claims:
+    liveness = Liveness.read(storage)
+    for claim in liveness.claims:
         # One of a job's driver that was killed is not old yet, and its cluster knows better.
-        if claim in signs.dead or claim in verdict.gone:
+        if claim in liveness.dead or claim in verdict.gone:
             withdraw(storage.child(LOCK), claim)
     try:
         with storage.lock(LOCK, {"run": f"{record.name}, being closed"}):
@@ -110,7 +110,7 @@ def close(known: Known, verdict: Verdict, clusters: Clusters) -> bool:
         return False
 
 
-def _tell(known: Known, record: Record, verdict: Verdict, clusters: Clusters) -> bool:
+def _tell(known: RunHandle, record: Record, verdict: Verdict, clusters: Clusters) -> bool:
     uri, run_id = tracking_uri_of(record), record.run_id
     if uri is None or run_id is None:
         return False
@@ -129,7 +129,7 @@ def _tell(known: Known, record: Record, verdict: Verdict, clusters: Clusters) ->
     return told
 
 
-def _end(known: Known, verdict: Verdict) -> float:
+def _end(known: RunHandle, verdict: Verdict) -> float:
     """When a dead run ended, in seconds since the epoch: by its last sign of life."""
     last = known.stored.logged if known.stored is not None else None
     return verdict.when or last or time.time()
@@ -142,7 +142,7 @@ def _close_trials(uri: str, sweep: str, ended: float) -> None:
         lookup.close_run(uri, trial.run_id, status, f"its sweep {sweep} died", ended)
 
 
-def _keep_log(known: Known, uri: str, run_id: str, clusters: Clusters) -> None:
+def _keep_log(known: RunHandle, uri: str, run_id: str, clusters: Clusters) -> None:
     """The job's log into the run, where there is none: it goes with the head node, and the driver could not keep it."""
     with suppress(RaytrainerError, OSError):
         cluster = clusters.of(known)

@@ -11,12 +11,12 @@ from typing import Any
 from raytrainer import provenance, tracking
 from raytrainer.cluster.ending import ending_of, one_line
 from raytrainer.errors import RaytrainerError, StorageError, TrackingError
-from raytrainer.history.facts import Facts, Saved, checkpoints, facts_of
-from raytrainer.history.finding import Known, look_up, with_tracking
+from raytrainer.history.finding import RunHandle, look_up, with_tracking
 from raytrainer.history.jobs import GOING, Clusters, Job
 from raytrainer.history.listing import ago, as_attempt, facts_of_job, progress, with_failed_job
+from raytrainer.history.liveness import Verdict
 from raytrainer.history.reconcile import close_dead, verdict_of
-from raytrainer.history.signs import Verdict
+from raytrainer.history.run_summary import RunSummary, Saved, checkpoints, facts_of
 from raytrainer.progress import duration
 from raytrainer.tracking.sender import LOCAL_PREFIX
 
@@ -36,7 +36,7 @@ class Status:
         next: Commands that make sense now.
     """
 
-    facts: Facts
+    facts: RunSummary
     checkpoints: Sequence[Saved]
     mlflow: str | None
     job: tuple[str, str] | None
@@ -159,7 +159,7 @@ def text(status: Status, now: float | None = None) -> str:
     return "\n".join(f"{name:<8} {line}".rstrip() for name, line in rows)
 
 
-def _best_of(saved: Sequence[Saved], known: Known, facts: Facts) -> Facts:
+def _best_of(saved: Sequence[Saved], known: RunHandle, facts: RunSummary) -> RunSummary:
     """By its checkpoints, of a run that has not told MLflow."""
     values = [(s.metric, s.step) for s in saved if s.metric is not None and s.metric == s.metric]
     config = known.storage.read_if_exists("config.yaml") if known.storage is not None else None
@@ -172,7 +172,7 @@ def _best_of(saved: Sequence[Saved], known: Known, facts: Facts) -> Facts:
     return replace(facts, monitor=flat.get("checkpoint.monitor"), best=best, best_step=step)
 
 
-def _page(known: Known) -> str | None:
+def _page(known: RunHandle) -> str | None:
     """As the summary of a launch shows it."""
     uri = known.record.tracking_uri
     if not uri.startswith(("http://", "https://")) or known.stored is None:
@@ -181,7 +181,7 @@ def _page(known: Known) -> str | None:
     return f"{tracking.redacted(uri).rstrip('/')}/#/experiments/{stored.experiment_id}/runs/{stored.run_id}"
 
 
-def _waits(known: Known, job: Job | None, clusters: Clusters) -> str | None:
+def _waits(known: RunHandle, job: Job | None, clusters: Clusters) -> str | None:
     """What a job that waits is waiting for."""
     if job is None or job.status != "PENDING":
         return None
@@ -192,7 +192,7 @@ def _waits(known: Known, job: Job | None, clusters: Clusters) -> str | None:
         return str(error)
 
 
-def _next(facts: Facts, saved: Sequence[Saved], program: str) -> list[str]:
+def _next(facts: RunSummary, saved: Sequence[Saved], program: str) -> list[str]:
     name = facts.name
     if facts.status in ("RUNNING", "PENDING", "UNKNOWN"):
         return [f"{program} logs -f {name}", *([f"{program} stop {name}"] if facts.kind != "trial" else [])]

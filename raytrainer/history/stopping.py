@@ -18,8 +18,8 @@ from raytrainer import provenance
 from raytrainer.errors import ConfigError, RaytrainerError, StorageError, TrackingError
 from raytrainer.history.finding import look_up, with_tracking
 from raytrainer.history.jobs import GOING, Clusters, Job, never_sent
+from raytrainer.history.liveness import Liveness, Verdict
 from raytrainer.history.reconcile import close, verdict_of
-from raytrainer.history.signs import Signs, Verdict
 from raytrainer.progress import duration
 from raytrainer.run import STOP, Record
 from raytrainer.storage.lock import Claim, process_start
@@ -32,7 +32,7 @@ _SECOND_S, _KILL_S = 10.0, 16.0  # with force: from the first signal until the s
 
 
 @dataclass(frozen=True)
-class Halt:
+class StopResult:
     """How a stop went.
 
     Attributes:
@@ -87,7 +87,7 @@ class Stopper:
         self.began = time.monotonic()
         self.deadline = self.began + timeout_s
 
-    def stop(self) -> Halt:
+    def stop(self) -> StopResult:
         """Stops it, waits, and says what became of it.
 
         Raises:
@@ -99,13 +99,13 @@ class Stopper:
         self.clusters.tell(self.say)
         if job is not None and job.status in GOING:
             return self._stop_job(job)
-        signs = Signs.read(self.known.storage)
+        liveness = Liveness.read(self.known.storage)
         # Its own: another command may hold the directory for the moment that closing a dead run takes.
-        mine = [c for c in signs.claims if c.is_here and c.lives and c.owner.get("run") == self.name]
-        if mine and (halt := self._stop_process(mine[0])) is not None:
-            return halt
-        if signs.here is not None or signs.elsewhere:
-            return self._stop_elsewhere(signs)
+        mine = [c for c in liveness.claims if c.is_here and c.lives and c.owner.get("run") == self.name]
+        if mine and (result := self._stop_process(mine[0])) is not None:
+            return result
+        if liveness.here is not None or liveness.elsewhere:
+            return self._stop_elsewhere(liveness)
         verdict, silence = verdict_of(self.known, self.clusters), self.clusters.silence_of(self.known)
         has_ended = verdict.life == "dead" or (self._status() != "RUNNING" and self.known.storage is None)
         # Whoever declares a run dead must know more than that nobody could be asked.
@@ -131,7 +131,7 @@ class Stopper:
 
     # --- a process of this machine --------------------------------------------------------------------------------
 
-    def _stop_process(self, claim: Claim) -> Halt | None:
+    def _stop_process(self, claim: Claim) -> StopResult | None:
         """None: its process is not ours to signal."""
         pid = int(claim.owner["pid"])
         try:
@@ -151,7 +151,7 @@ class Stopper:
             )
             return None
 
-    def _wait_for(self, pid: int, process: int, family: dict[tuple[int, float], psutil.Process]) -> Halt:
+    def _wait_for(self, pid: int, process: int, family: dict[tuple[int, float], psutil.Process]) -> StopResult:
         began, signals = time.monotonic(), 1
         while left := [p for p in family.values() if _lives(p)]:
             waited = time.monotonic() - began
@@ -173,7 +173,7 @@ class Stopper:
         count = len(family)
         return self._after_death(f"its {count} processes are gone" if count > 1 else "its process is gone")
 
-    def _after_death(self, told: str) -> Halt:
+    def _after_death(self, told: str) -> StopResult:
         """Of a driver that was killed nobody has told the end."""
         with suppress(TrackingError):
             self.known = with_tracking(replace(self.known, stored=None))
@@ -185,8 +185,8 @@ class Stopper:
 
     # --- a driver on another machine ------------------------------------------------------------------------------
 
-    def _stop_elsewhere(self, signs: Signs) -> Halt:
-        owner = next((c.owner for c in (signs.here, *signs.elsewhere) if c is not None), {})
+    def _stop_elsewhere(self, liveness: Liveness) -> StopResult:
+        owner = next((c.owner for c in (liveness.here, *liveness.elsewhere) if c is not None), {})
         where = f"process {owner.get('pid', '?')} on {owner.get('host', 'another machine')}"
         self._ask_by_file()
         self.say(f"{self.name}: asked {where} to end after a last checkpoint, by the file {STOP} in its directory")
@@ -205,7 +205,7 @@ class Stopper:
 
     # --- a job ----------------------------------------------------------------------------------------------------
 
-    def _stop_job(self, job: Job) -> Halt:
+    def _stop_job(self, job: Job) -> StopResult:
         cluster = self.clusters.of(self.known)
         assert cluster is not None
         asked = job.status == "RUNNING" and not self.force and self._asked_by_file(job.submission_id)
@@ -278,21 +278,21 @@ class Stopper:
                 return (Record.read(self.known.storage) or self.known.record).status
         return self.known.stored.status if self.known.stored is not None else self.known.record.status
 
-    def _halt(self, done: bool, told: str, *, asked: bool = False) -> Halt:
-        return Halt(self.name, self._status(), done, told, time.monotonic() - self.began, asked)
+    def _halt(self, done: bool, told: str, *, asked: bool = False) -> StopResult:
+        return StopResult(self.name, self._status(), done, told, time.monotonic() - self.began, asked)
 
     def _where(self) -> str:
         host = self.known.stored.tags.get("raytrainer.host") if self.known.stored is not None else None
         return "" if host is None else f"; it was launched on {host}"
 
 
-def text(halt: Halt, program: str) -> str:
+def text(result: StopResult, program: str) -> str:
     """As lines for a person."""
-    if not halt.done:
-        following = "status" if halt.asked else "stop --force"
-        told = f"{halt.name} is not stopped after {duration(halt.seconds)}: {halt.told}"
-        return f"{told}\nnext     {program} {following} {halt.name}"
-    return f"{halt.name} is stopped ({halt.status}) after {duration(halt.seconds)}: {halt.told}"
+    if not result.done:
+        following = "status" if result.asked else "stop --force"
+        told = f"{result.name} is not stopped after {duration(result.seconds)}: {result.told}"
+        return f"{told}\nnext     {program} {following} {result.name}"
+    return f"{result.name} is stopped ({result.status}) after {duration(result.seconds)}: {result.told}"
 
 
 @contextmanager

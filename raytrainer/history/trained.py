@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from raytrainer.config import with_values
 from raytrainer.errors import ConfigError, RunNotFound
 from raytrainer.history.again import trial_composition
-from raytrainer.history.facts import checkpoints
 from raytrainer.history.finding import find, trial_of
+from raytrainer.history.run_summary import checkpoints
 from raytrainer.run import CONFIG, Record
 from raytrainer.storage import Storage
-from raytrainer.sweep.ledger import Ledger
+from raytrainer.sweep.journal import TrialJournal
 from raytrainer.sweep.plan import Plan
 
 
@@ -54,7 +54,7 @@ def trained(identifier: str, checkpoint: str) -> Trained:
         # The best checkpoint of a trial is that of the sweep's metric.
         best_by = {"checkpoint.monitor": plan.metric, "checkpoint.mode": plan.mode}
         text = with_values(trial_composition(number, record, storage).text, best_by)
-        run_id = Ledger.open(storage).trials[number].run_id
+        run_id = TrialJournal.open(storage).trials[number].run_id
         found = Trained(f"{record.name}.{number}", text, storage.child(f"trials/{number}"), run_id, record, storage)
     elif record.kind == "sweep":
         raise ConfigError(f"{record.name} is a sweep; name one of its trials: {record.name}.0001")

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from raytrainer import git, provenance, tracking
 from raytrainer.errors import ConfigError, RaytrainerError, TrackingError
-from raytrainer.history.finding import Known, look_up, tracking_uri_here, tracking_uri_of, with_tracking
+from raytrainer.history.finding import RunHandle, look_up, tracking_uri_here, tracking_uri_of, with_tracking
 from raytrainer.provenance import Provenance
 from raytrainer.storage.lock import machine, process_start
 from raytrainer.tracking.server import Server
@@ -70,7 +70,7 @@ def rerun_there(
         return _run(folder, [identifier, *arguments])
 
 
-def recorded(known: Known) -> Provenance | None:
+def recorded(known: RunHandle) -> Provenance | None:
     """Where a run comes from, by its directory, else by MLflow; None where neither says so."""
     if known.storage is not None:
         data = known.storage.read_if_exists(provenance.FILE)
@@ -134,7 +134,7 @@ class _Folder:
 
 
 @contextmanager
-def _tree(known: Known, then: Provenance, say: Callable[[str], None]) -> Iterator[_Folder]:
+def _tree(known: RunHandle, then: Provenance, say: Callable[[str], None]) -> Iterator[_Folder]:
     """The commit and the patch in a working tree below ./runs, removed again whatever happens."""
     here, name = Path.cwd(), known.record.name
     top = Path(_git(here, "rev-parse", "--show-toplevel").strip("\n"))

@@ -19,7 +19,7 @@ from raytrainer.config import (
     check_modes,
     checkpoint_mode,
     mode_problem,
-    settled,
+    with_modes,
 )
 from raytrainer.errors import ConfigError, PreflightError, StorageError, StorageLocked, TrackingError
 from raytrainer.interrupts import Interrupts
@@ -67,7 +67,7 @@ def try_first_batch(composition: Composition, gpu: bool, say: Callable[[str], No
     e = composition.experiment
     reason = preflight.why_not_tried(e)
     if reason is None:
-        verdict = preflight.FirstBatch(settled(composition).text, e, gpu=gpu).run()
+        verdict = preflight.FirstBatch(with_modes(composition).text, e, gpu=gpu).run()
     else:
         verdict = preflight.Verdict("skipped", reason)
     verdict.refuse()
@@ -152,7 +152,7 @@ def launch(
     where, gpu = _checked(composition, record)
     if e.preflight.first_batch is True and e.cluster.kind != "inline":
         try_first_batch(composition, gpu, display.say)
-    composition = settled(composition)
+    composition = with_modes(composition)
     with Interrupts() as interrupts:
         storage = Storage(storage_path(e)).child(e.name or "")
         with ExitStack() as held:

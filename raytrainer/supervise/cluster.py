@@ -45,7 +45,7 @@ ENVIRONMENT = {
     # embedded Ray has no dashboard for.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_enable_metrics_collection": "0",
-    # Tune prints the stack of every failed trial, and adds loggers that write each result three times; the ledger and
+    # Tune prints the stack of every failed trial, and adds loggers that write each result three times; the journal and
     # the table have them.
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",

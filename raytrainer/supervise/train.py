@@ -47,7 +47,7 @@ _COLLATERAL = (
 class Retries(DefaultFailurePolicy):  # type: ignore[misc]
     """Ray Train's own budgets, less what no retry can mend.
 
-    A worker that raised something hopeless ends the run at once, and so does the same error twice without a step in
+    A worker that raised a non-retryable error ends the run at once, and so does the same error twice without a step in
     between. `on_retry` is told of each restart.
     """
 

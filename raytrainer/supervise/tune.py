@@ -80,7 +80,7 @@ class TrialController(TuneController):  # type: ignore[misc]
             search_alg.waited_for = self._live_trials
 
     def checkpoint(self, force: bool = False, wait: bool = False) -> None:
-        """Nothing: Tune would pickle its trials and the searcher, again and again. Ours is the ledger."""
+        """Nothing: Tune would pickle its trials and the searcher, again and again. Ours is the journal."""
 
     @property
     def _max_pending_trials(self) -> int:
@@ -127,7 +127,7 @@ class TrialController(TuneController):  # type: ignore[misc]
         self._schedule_trial_actor(trial)
 
     def _process_trial_failure(self, trial: Any, exception: BaseException) -> None:
-        # Tune writes the exception as a pickle beside the trial; the ledger has it as a line.
+        # Tune writes the exception as a pickle beside the trial; the journal has it as a line.
         self._on_death(trial.trial_id, death(exception), full_words(exception))
         super()._process_trial_failure(trial, exception)
         self._has_errored = False  # of one trial: the others go on

@@ -1,6 +1,6 @@
-"""Sweeps: many trials of one experiment, drawn by a searcher, pruned by a scheduler of Ray Tune and kept in a ledger.
+"""Sweeps: many trials of one experiment, drawn by a searcher, pruned by a scheduler of Ray Tune and kept in a journal.
 
-    plan        what a sweep is, composed and checked      ledger     what its trials did, append-only
+    plan        what a sweep is, composed and checked      journal     what its trials did, append-only
     space       its parameters, as Tune takes them         search     what draws their values
     engine      Tune's loop, and who is told               schedule   what stops, pauses and clones trials
     driver      one attempt: Ray, MLflow, the status       trial      what runs in a trial's process
@@ -13,7 +13,7 @@ Of a sweep over any other Hydra application (`hydra/sweeper=ray_tune`):
     settings    its `hydra.sweeper.*`                   application  one attempt, from beginning to end
     function    what runs in a trial's process          reporting    `report`, which applications call
 
-Names are imported when they are first used: the plan and the ledger need neither Ray nor torch.
+Names are imported when they are first used: the plan and the journal need neither Ray nor torch.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from raytrainer.sweep.journal import Report, Trial, TrialJournal
     from raytrainer.sweep.launching import check, in_words, launch
-    from raytrainer.sweep.ledger import Ledger, Report, Trial
     from raytrainer.sweep.outcome import SweepOutcome, summary
     from raytrainer.sweep.plan import Plan, make_plan
     from raytrainer.sweep.reporting import report
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GridSearch",
-    "Ledger",
     "Plan",
     "RandomSearch",
     "Report",
     "SweepOutcome",
     "Trial",
+    "TrialJournal",
     "check",
     "in_words",
     "launch",
@@ -47,12 +47,12 @@ __all__ = [
 
 _HOMES = {
     "GridSearch": "search",
-    "Ledger": "ledger",
+    "TrialJournal": "journal",
     "Plan": "plan",
     "RandomSearch": "search",
-    "Report": "ledger",
+    "Report": "journal",
     "SweepOutcome": "outcome",
-    "Trial": "ledger",
+    "Trial": "journal",
     "check": "launching",
     "in_words": "launching",
     "launch": "launching",

@@ -33,7 +33,7 @@ from raytrainer.storage import Lock, Storage
 from raytrainer.sweep import results, schedule
 from raytrainer.sweep.engine import Listener, Search
 from raytrainer.sweep.function import ENDS_S, PRINTED, FunctionProcess, Shared
-from raytrainer.sweep.ledger import Ledger, Mode, Trial
+from raytrainer.sweep.journal import Mode, Trial, TrialJournal
 from raytrainer.sweep.settings import DIRECTIONS, KEY, Settings
 from raytrainer.sweep.table import Board, final_table, ranked
 
@@ -128,11 +128,11 @@ def search(
                 lock = held.enter_context(storage.lock("lock", {"run": str(folder)}))
             except StorageLocked as error:
                 raise ConfigError(f"is in use: {error}", key="hydra.sweep.dir", value=folder) from error
-            ledger = _opened(storage, asked, parameters, fixed)
+            journal = _opened(storage, asked, parameters, fixed)
             storage.write_bytes(MULTIRUN, config.encode())
             output = held.enter_context(Path(folder, OUTPUT).open("a", encoding="utf-8", errors="backslashreplace"))
             sweep = _Sweep(
-                jobs, asked, parameters, fixed, storage, ledger, lock, interrupts, output, subfolder, verbose
+                jobs, asked, parameters, fixed, storage, journal, lock, interrupts, output, subfolder, verbose
             )
             return sweep.run()
 
@@ -147,7 +147,7 @@ class _Sweep:
         parameters: Sequence[Parameter],
         fixed: Sequence[str],
         storage: Storage,
-        ledger: Ledger,
+        journal: TrialJournal,
         lock: Lock,
         interrupts: Interrupts,
         output: TextIO,
@@ -155,7 +155,7 @@ class _Sweep:
         verbose: bool,
     ) -> None:
         self._settings, self._parameters, self._fixed = settings, parameters, fixed
-        self._storage, self._ledger, self._lock, self._interrupts = storage, ledger, lock, interrupts
+        self._storage, self._journal, self._lock, self._interrupts = storage, journal, lock, interrupts
         self._output, self._subfolder, self._verbose = output, subfolder, verbose
         self._mode = cast(Mode, DIRECTIONS[settings.direction])
         self._display = Display()
@@ -182,7 +182,7 @@ class _Sweep:
             mode=self._mode,
             seed=settings.seed,
             evaluations=_ENDLESS,
-            ledger=ledger,
+            journal=journal,
             overrides_of=lambda values: [p.override(values[p.key]) for p in parameters if p.key in values],
             may_change=lambda key: True,
             listener=Listener(self._started, lambda trial: None, self._ended, self._display.say),
@@ -211,7 +211,7 @@ class _Sweep:
         Raises:
             RaytrainerError: It could not go on; what it did until then is kept.
         """
-        self._ledger.begin({**_about(self._settings, self._parameters, self._fixed), "argv": sys.argv})
+        self._journal.begin({**_about(self._settings, self._parameters, self._fixed), "argv": sys.argv})
         error: BaseException | None = None
         reason = "finished"
         try:
@@ -224,20 +224,20 @@ class _Sweep:
         self._interrupts.deferred = True
         if self._board is not None:
             self._board.close()
-        for trial in self._ledger.trials.values():
+        for trial in self._journal.trials.values():
             if trial.status == "running":
-                self._ledger.end(trial.id, "stopped", self._interrupts.reason or "the sweep ended before it")
+                self._journal.end(trial.id, "stopped", self._interrupts.reason or "the sweep ended before it")
         with contextlib.suppress(StorageError):  # what Tune keeps, which nobody reads
             self._storage.delete("tune")
         found = self._results()
-        if self._ledger.trials:
+        if self._journal.trials:
             results.write_tables(
                 self._storage,
-                trials=list(self._ledger.trials.values()),
+                trials=list(self._journal.trials.values()),
                 keys=[p.key for p in self._parameters],
                 mode=self._mode,
             )
-        self._ledger.close()
+        self._journal.close()
         if error is not None:
             if type(error).__module__.partition(".")[0] == "ray":
                 error = ClusterLost(f"Ray: {type(error).__name__}: {' '.join(str(error).split())[:500]}")
@@ -290,7 +290,7 @@ class _Sweep:
             keys=[p.key for p in self._parameters],
             total=total,
             at_once=limit,
-            trials=[t for t in self._ledger.trials.values() if t.status not in ("running", "stopped")],
+            trials=[t for t in self._journal.trials.values() if t.status not in ("running", "stopped")],
             time_budget_s=self._config.time_budget_s,
         )
         self._interrupts.deferred = True  # a signal is heeded between two decisions, where Ray's calls are whole
@@ -339,7 +339,7 @@ class _Sweep:
     # --- the end --------------------------------------------------------------------------------------------------
 
     def _best(self) -> Trial | None:
-        finished = [t for t in self._ledger.trials.values() if t.status == "finished"]
+        finished = [t for t in self._journal.trials.values() if t.status == "finished"]
         return next(iter(ranked(finished, self._mode)), None)
 
     def _results(self) -> dict[str, Any] | None:
@@ -354,7 +354,7 @@ class _Sweep:
         return found
 
     def _told(self, reason: str, found: dict[str, Any] | None) -> Ended:
-        trials, killed = list(self._ledger.trials.values()), self._interrupts.requested
+        trials, killed = list(self._journal.trials.values()), self._interrupts.requested
         counts, best = Counter(t.status for t in trials), self._best()
         told = ", ".join(f"{counts[s]} {s}" for s in ("finished", "pruned", "failed", "stopped") if counts[s])
         word = "stopped" if killed else "failed" if best is None else "finished"
@@ -409,24 +409,26 @@ def _about(settings: Settings, parameters: Sequence[Parameter], fixed: Sequence[
     return same
 
 
-def _opened(storage: Storage, settings: Settings, parameters: Sequence[Parameter], fixed: Sequence[str]) -> Ledger:
-    ledger = Ledger.open(storage)
-    if not ledger.trials:
-        return ledger
+def _opened(
+    storage: Storage, settings: Settings, parameters: Sequence[Parameter], fixed: Sequence[str]
+) -> TrialJournal:
+    journal = TrialJournal.open(storage)
+    if not journal.trials:
+        return journal
     place = storage.local_path
     if not settings.resume:
         raise ConfigError(
-            f"has a sweep of {len(ledger.trials)} trials; {KEY}.resume=true goes on with it, another one starts a new",
+            f"has a sweep of {len(journal.trials)} trials; {KEY}.resume=true goes on with it, another one starts a new",
             key="hydra.sweep.dir",
             value=place,
         )
     for name, value in _about(settings, parameters, fixed).items():
-        if ledger.attempts[-1].get(name) != value:
+        if journal.attempts[-1].get(name) != value:
             what = {"parameters": "other parameters", "fixed": "other overrides", "direction": "another direction"}[
                 name
             ]
             raise ConfigError(f"has a sweep with {what}, which cannot go on", key="hydra.sweep.dir", value=place)
-    return ledger
+    return journal
 
 
 def _probe(jobs: Jobs, parameters: Sequence[Parameter], fixed: Sequence[str]) -> None:

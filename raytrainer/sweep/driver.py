@@ -36,7 +36,7 @@ from raytrainer.run import (
 )
 from raytrainer.storage import Lock, Storage
 from raytrainer.sweep import results
-from raytrainer.sweep.ledger import ERROR, Ledger, Mode, Trial
+from raytrainer.sweep.journal import ERROR, Mode, Trial, TrialJournal
 from raytrainer.sweep.outcome import Status, SweepOutcome
 from raytrainer.sweep.plan import Plan
 from raytrainer.sweep.table import Board, ranked
@@ -76,13 +76,13 @@ class SweepDriver:
         logs: Logs,
         lock: Lock,
         interrupts: Interrupts,
-        ledger: Ledger,
+        journal: TrialJournal,
         argv: Sequence[str],
         where: str,
     ) -> None:
         self.plan, self.e, self.record, self.storage = plan, plan.experiment, record, storage
         self.display, self.logs, self.lock, self.interrupts = display, logs, lock, interrupts
-        self.ledger, self.argv, self.where = ledger, list(argv), where
+        self.journal, self.argv, self.where = journal, list(argv), where
         self.spool_dir = spool_of(storage)
         self.mode = cast(Mode, plan.mode)
         self._uri = tracking_uri(self.e, record.tracking_uri)
@@ -93,13 +93,13 @@ class SweepDriver:
         self._parent: str | None = None
         self._offline: str | None = None  # the sweep's run, while no server could be reached
         self._of_spool: dict[Path, str] = {}  # whose a spool is
-        self._known: set[str] = set()  # trials that the fleet has
-        # Where trials spool on this machine, the fleet sends it; on others their processes must.
+        self._known: set[str] = set()  # trials that the uploader has
+        # Where trials spool on this machine, the uploader sends it; on others their processes must.
         self._ship = not (storage.is_local or self.e.cluster.kind == "local")
-        self._fleet: tracking.Fleet | None = None
+        self._uploader: tracking.ChildRunUploader | None = None
         self._board: Board | None = None
         self._waiting: Waiting | None = None
-        ended = [t for t in ledger.trials.values() if t.status not in ("running", "stopped")]
+        ended = [t for t in journal.trials.values() if t.status not in ("running", "stopped")]
         self._kept = ranked(ended, self.mode)[: self.e.sweep.num_to_keep]
         self._gone: list[Trial] = []  # whose checkpoints were deleted, maybe before its process wrote its last one
         # Deleting what is no more wanted takes its time on a slow disk.
@@ -111,7 +111,7 @@ class SweepDriver:
         reason: str | None = None
         self.interrupts.deferred = True  # what is begun here is ended below
         opening = in_background(self._open_run, "mlflow-open")
-        self._fleet = tracking.Fleet(
+        self._uploader = tracking.ChildRunUploader(
             self._uri,
             self.record.experiment_name,
             parent=self._parent_run,
@@ -156,7 +156,7 @@ class SweepDriver:
             self.record = self.record.closed(outcome.status, time.time())
         cause = outcome.cause if outcome.status != "FINISHED" else None
         self.record = replace(self.record, status=outcome.status, cause=cause or "")
-        for write in (self.ledger.close, lambda: self.record.write(self.storage)):
+        for write in (self.journal.close, lambda: self.record.write(self.storage)):
             try:
                 write()
             except StorageError as failed:
@@ -167,12 +167,12 @@ class SweepDriver:
 
     def _catch_up(self) -> None:
         """What trials took over from others, where all was killed before they reported: they go on from it."""
-        for trial in self.ledger.trials.values():
+        for trial in self.journal.trials.values():
             if trial.status in ("running", "stopped"):
                 found = taken_in(self._trial_dir(trial).child("checkpoints"))
                 if found is not None and found not in trial.inherited[-1:]:
                     own = found["parameters"]
-                    self.ledger.inherit(trial.id, found["from"], found["evaluation"], own, self.plan.overrides_of(own))
+                    self.journal.inherit(trial.id, found["from"], found["evaluation"], own, self.plan.overrides_of(own))
 
     def _search(self, available: preflight.Resources) -> str:
         import ray
@@ -198,7 +198,7 @@ class SweepDriver:
             mode=self.mode,
             seed=e.seed,
             evaluations=self.plan.evaluations,
-            ledger=self.ledger,
+            journal=self.journal,
             overrides_of=self.plan.overrides_of,
             may_change=may_change(self.plan),
             listener=Listener(self._started, self._reported, self._ended, self.display.say),
@@ -234,7 +234,7 @@ class SweepDriver:
             keys=[p.key for p in self.plan.parameters],
             total=search.total,
             at_once=limit,
-            trials=[t for t in self.ledger.trials.values() if t.status not in ("running", "stopped")],
+            trials=[t for t in self.journal.trials.values() if t.status not in ("running", "stopped")],
             time_budget_s=e.sweep.time_budget_s,
         )
         wanted = {resource: share * workers for resource, share in each.items()}
@@ -277,7 +277,7 @@ class SweepDriver:
         if self._stopping:
             return
         self._stopping = True
-        running = sum(trial.status == "running" for trial in self.ledger.trials.values())
+        running = sum(trial.status == "running" for trial in self.journal.trials.values())
         trials = f" {running} trial{'' if running == 1 else 's'}, which can go on from the last checkpoint"
         self.display.say(f"{why}: stopping{trials if running else ''}")
 
@@ -296,26 +296,26 @@ class SweepDriver:
     def _adopt(self) -> None:
         """What an earlier attempt had no time to send, of every trial that has a run: also of one that this attempt may
         never come to."""
-        assert self._fleet is not None
-        for trial in self.ledger.trials.values():
+        assert self._uploader is not None
+        for trial in self.journal.trials.values():
             if trial.run_id is not None:
                 spool = spool_of(self._trial_dir(trial))
                 self._of_spool[spool] = trial.id
-                if self._fleet.adopt(spool, trial.run_id):
+                if self._uploader.adopt(spool, trial.run_id):
                     self._known.add(trial.id)
 
     def _started(self, trial: Trial) -> None:
-        self.ledger.note_run(trial.id, self._open_trial(trial))
+        self.journal.note_run(trial.id, self._open_trial(trial))
         if self._board is not None:
             self._board.start(trial)
 
     def _open_trial(self, trial: Trial) -> str:
-        assert self._fleet is not None
+        assert self._uploader is not None
         self.storage.check_there()
         spool = spool_of(self._trial_dir(trial))
         self._of_spool[spool] = trial.id
         self._known.add(trial.id)
-        return self._fleet.open(
+        return self._uploader.open(
             spool,
             f"{self.record.name}.{trial.id}",
             params={_name(key): str(value) for key, value in trial.parameters.items()},
@@ -339,7 +339,7 @@ class SweepDriver:
         self._retain(trial)
 
     def _finish_run(self, trial: Trial) -> None:
-        assert self._fleet is not None
+        assert self._uploader is not None
         if trial.id not in self._known:  # this attempt did not come to it
             self._open_trial(trial)
         best = trial.best(self.mode)
@@ -355,7 +355,7 @@ class SweepDriver:
             with contextlib.suppress(StorageError):  # the cause is told all the same
                 texts[ERROR] = self.storage.read_bytes(trial.error).decode(errors="replace")
         spool = spool_of(self._trial_dir(trial))
-        self._fleet.finish(spool, _IN_MLFLOW[trial.status], trial.cause, tags=tags, metrics=metrics, texts=texts)
+        self._uploader.finish(spool, _IN_MLFLOW[trial.status], trial.cause, tags=tags, metrics=metrics, texts=texts)
 
     def _retain(self, ended: Trial) -> None:
         """Deletes the checkpoints of a trial that ended and is not, or no more, among the best `sweep.num_to_keep`."""
@@ -376,11 +376,11 @@ class SweepDriver:
         return self.storage.child(f"trials/{trial.id}")
 
     def _run_made(self, spool_dir: Path, run_id: str) -> None:
-        """MLflow has made a trial's run; told by the fleet's thread."""
+        """MLflow has made a trial's run; told by the uploader's thread."""
         with contextlib.suppress(
             StorageError, AssertionError, KeyError
-        ):  # the ledger is full, or closed: the tag has it too
-            self.ledger.note_run(self._of_spool[spool_dir], run_id)
+        ):  # the journal is full, or closed: the tag has it too
+            self.journal.note_run(self._of_spool[spool_dir], run_id)
 
     # --- MLflow ---------------------------------------------------------------------------------------------------
 
@@ -428,7 +428,7 @@ class SweepDriver:
         return run
 
     def _parent_run(self) -> str | None:
-        """The sweep's run in MLflow; asked by the fleet's thread, which makes it where there was no server at first."""
+        """The sweep's run in MLflow; asked by the uploader's thread, which makes it where there was no server at first."""
         if self._parent is None and self._offline is not None:
             try:
                 tracking.replay(self.spool_dir, self._offline, self._uri, timeout_s=_MAKE_S)
@@ -437,20 +437,20 @@ class SweepDriver:
         return self._parent
 
     def _stop_the_rest(self, error: BaseException | None) -> BaseException | None:
-        """Trials that Tune did not end are stopped, and can go on: their runs in MLflow say so, also where the ledger
-        cannot. Returns why the sweep failed, which may be the ledger."""
+        """Trials that Tune did not end are stopped, and can go on: their runs in MLflow say so, also where the journal
+        cannot. Returns why the sweep failed, which may be the journal."""
         cause = str(error) if error is not None else "the sweep's time is over"
-        for trial in self.ledger.trials.values():
+        for trial in self.journal.trials.values():
             if trial.status == "running":
                 try:
-                    self.ledger.end(trial.id, "stopped", cause)
+                    self.journal.end(trial.id, "stopped", cause)
                 except StorageError as failed:
                     trial.status, trial.cause, trial.ended = "stopped", cause, time.time()
                     error = error or failed
                 if trial.run_id is not None:
                     self._finish_run(trial)
         try:
-            self.ledger.save()
+            self.journal.save()
         except StorageError as failed:
             error = error or failed
         return error
@@ -459,7 +459,7 @@ class SweepDriver:
         # Somebody waits for the end of a stopped sweep; what is not told in that time stays in the spools.
         stopped = outcome.status == "KILLED"
         patience = _CLOSE_STOPPED_S if stopped else _CLOSE_S
-        assert self._fleet is not None
+        assert self._uploader is not None
         with contextlib.suppress(StorageError):  # pickles that nobody reads
             self.storage.delete(_OF_TUNE)
         if outcome.trials:
@@ -478,7 +478,7 @@ class SweepDriver:
                     tell(run, outcome)
                 except (RaytrainerError, OSError) as failed:  # the rest is told all the same
                     self.display.say(f"warning: MLflow was not told everything: {type(failed).__name__}: {failed}")
-        done = self._fleet.close(patience if run is not None or opening.done() else 0.0)
+        done = self._uploader.close(patience if run is not None or opening.done() else 0.0)
         if run is None:
             return outcome
         self.record = record = self.record.closed(outcome.status, time.time(), outcome.cause)
@@ -566,14 +566,14 @@ class SweepDriver:
                 metric=self.plan.metric,
                 mode=self.mode,
             )
-        except Exception as error:  # noqa: BLE001  drawing may fail in many ways; the ledger has what was drawn
+        except Exception as error:  # noqa: BLE001  drawing may fail in many ways; the journal has what was drawn
             self.logs.text_of("driver", "".join(traceback.format_exception(error)))
             self.display.say(f"warning: not all results were written: {type(error).__name__}: {error}")
 
     # --- the end --------------------------------------------------------------------------------------------------
 
     def _outcome(self, reason: str | None, error: BaseException | None) -> SweepOutcome:
-        trials = list(self.ledger.trials.values())
+        trials = list(self.journal.trials.values())
         base = SweepOutcome("FINISHED", 0, self.record, self.where, self.plan, trials)
         if self.interrupts.requested:
             code = self.interrupts.exit_code or 130
@@ -584,8 +584,10 @@ class SweepDriver:
             trace = error.traceback if isinstance(error, WorkerError) else None
             found = " ".join(str(error).split())[:500]  # others' may have many lines
             cause = str(error) if isinstance(error, RaytrainerError) else f"{type(error).__name__}: {found}"
-            hopeless = isinstance(error, ConfigError)
-            return replace(base, status="FAILED", exit_code=1, cause=cause, traceback=trace, resumable=not hopeless)
+            non_retryable = isinstance(error, ConfigError)
+            return replace(
+                base, status="FAILED", exit_code=1, cause=cause, traceback=trace, resumable=not non_retryable
+            )
         note = None if reason == "finished" else f"{reason} reached"
         failed = [t for t in trials if t.status == "failed"]
         allowed = self.e.sweep.allow_failed

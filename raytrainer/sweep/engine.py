@@ -1,4 +1,4 @@
-"""The trials of a sweep from the first draw to the last end: Tune decides, the ledger keeps, whoever listens is told.
+"""The trials of a sweep from the first draw to the last end: Tune decides, the journal keeps, whoever listens is told.
 Knows neither experiments nor MLflow: any Hydra application's trials are run by it too."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from raytrainer import supervise
 from raytrainer.config import Parameter, SweepConfig
 from raytrainer.errors import ConfigError
 from raytrainer.sweep import schedule, search
-from raytrainer.sweep.ledger import Ledger, Mode, Report, Status, Trial
+from raytrainer.sweep.journal import Mode, Report, Status, Trial, TrialJournal
 
 _LONGEST = 500  # characters of a cause; all of it is in the file beside the trial
 
@@ -49,7 +49,7 @@ class Search:
         mode: Of the objective.
         seed: Of the draws, where `config.seed` is null.
         evaluations: How often a trial reports, where it is known.
-        ledger: What earlier attempts did, and where this one is written.
+        journal: What earlier attempts did, and where this one is written.
         overrides_of: Parameters → the overrides that set them.
         may_change: Whether a key may change in the middle of a trial.
         listener: Who is told.
@@ -67,16 +67,16 @@ class Search:
         mode: Mode,
         seed: int,
         evaluations: int | None,
-        ledger: Ledger,
+        journal: TrialJournal,
         overrides_of: Callable[[Mapping[str, Any]], list[str]],
         may_change: Callable[[str], bool],
         listener: Listener,
         needs_value: bool = False,
     ) -> None:
         self._config, self._parameters, self._mode = config, list(parameters), mode
-        self._ledger, self._overrides_of, self._listener = ledger, overrides_of, listener
+        self._journal, self._overrides_of, self._listener = journal, overrides_of, listener
         self._needs_value = needs_value
-        trials = list(ledger.trials.values())
+        trials = list(journal.trials.values())
         drawn = len(trials)
         seed = seed if config.seed is None else config.seed
         distinct = not schedule.parts_ways(config.scheduler)
@@ -102,7 +102,7 @@ class Search:
             parameters,
             mode=mode,
             total=self.total,
-            ledger=ledger,
+            journal=journal,
             overrides_of=overrides_of,
             on_draw=self._started,
         )
@@ -136,7 +136,7 @@ class Search:
         Raises:
             ConfigError: A trial failed by what every other would fail by, too; or the scheduler needs to know how many
                 trials there will be.
-            Exception: What the ledger, a listener, the searcher or the scheduler raised, as it is.
+            Exception: What the journal, a listener, the searcher or the scheduler raised, as it is.
         """
         schedule.check_bounded(self.scheduler, self._config.search_alg, self._config.num_samples)
         pauses = schedule.pauses(self.scheduler)
@@ -176,19 +176,19 @@ class Search:
 
     def trial_of(self, tune_id: str) -> Trial | None:
         found = self._draws.trial_of(tune_id)
-        return None if found is None else self._ledger.trials[found]
+        return None if found is None else self._journal.trials[found]
 
     def _started(self, trial: Trial) -> None:
         self._listener.start(trial)
 
     def reported(self, trial: Trial, result: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
-        """A result: what it says goes into the ledger, what it inherited first."""
+        """A result: what it says goes into the journal, what it inherited first."""
         if "report" not in result:
             return
         found = json.loads(result["report"])
         if inherited := found.get("inherited"):
             own = {p.key: parameters[p.key] for p in self._parameters if p.key in parameters}
-            self._ledger.inherit(trial.id, inherited["from"], inherited["evaluation"], own, self._overrides_of(own))
+            self._journal.inherit(trial.id, inherited["from"], inherited["evaluation"], own, self._overrides_of(own))
         report = Report(
             evaluation=found["evaluation"],
             step=found["step"],
@@ -198,7 +198,7 @@ class Search:
             interim=bool(found.get("interim")),
             seconds=result.get(_SECONDS),
         )
-        self._ledger.report(trial.id, report)
+        self._journal.report(trial.id, report)
         self._listener.report(trial)
 
     def ended(self, trial: Trial, result: Mapping[str, Any]) -> None:
@@ -212,7 +212,7 @@ class Search:
         if self._needs_value and end["status"] != "failed" and values and not any(map(math.isfinite, values)):
             end = {"status": "failed", "cause": f"diverged: all of its {len(values)} values are nan or infinite"}
         self._end(trial, end["status"], end.get("cause"), end.get("traceback"))
-        if end.get("hopeless"):
+        if end.get("non_retryable"):
             self._hopeless = ConfigError(end["cause"].partition(": ")[2])
 
     def failed(self, trial: Trial, tune_id: str) -> None:
@@ -225,7 +225,7 @@ class Search:
 
     def _end(self, trial: Trial, status: Status, cause: str | None, trace: str | None = None) -> None:
         cause = None if cause is None else _line(cause)
-        self._ledger.end(trial.id, status, cause, trace=trace if status == "failed" else None)
+        self._journal.end(trial.id, status, cause, trace=trace if status == "failed" else None)
         self._listener.end(trial)
 
     def _died(self, tune_id: str, cause: str, trace: str) -> None:

@@ -26,7 +26,7 @@ from raytrainer.config import Parameter
 from raytrainer.environment import put_back
 from raytrainer.errors import WorkerError
 from raytrainer.progress import to_line
-from raytrainer.sweep.ledger import Mode, worst
+from raytrainer.sweep.journal import Mode, worst
 from raytrainer.sweep.reporting import as_number, described, listening
 from raytrainer.sweep.search import TRIAL
 

@@ -26,13 +26,13 @@ from raytrainer.run import (
 )
 from raytrainer.storage import Storage
 from raytrainer.sweep.driver import SweepDriver, may_change
-from raytrainer.sweep.ledger import Ledger, Mode, Trial
+from raytrainer.sweep.journal import Mode, Trial, TrialJournal
 from raytrainer.sweep.outcome import SweepOutcome
 from raytrainer.sweep.plan import Plan
 from raytrainer.sweep.schedule import check_bounded, make_scheduler, parts_ways
 from raytrainer.sweep.search import check_search, total_of
 
-_FAILURES = "max_trial_failures"  # what an attempt permitted, in the ledger
+_FAILURES = "max_trial_failures"  # what an attempt permitted, in the journal
 
 
 def check(
@@ -75,29 +75,29 @@ def in_words(plan: Plan) -> str:
     return f"{count}sweep={plan.choice} over {', '.join(p.key for p in plan.parameters)}"
 
 
-def to_retry(plan: Plan, ledger: Ledger) -> list[Trial]:
+def to_retry(plan: Plan, journal: TrialJournal) -> list[Trial]:
     """The failed trials that an attempt tries again: where it permits more failures than the one before it. Those whose
     parameters made them diverge would do it again."""
-    before = ledger.attempts[-1].get(_FAILURES, 0) if ledger.attempts else None
+    before = journal.attempts[-1].get(_FAILURES, 0) if journal.attempts else None
     if before is None or plan.experiment.sweep.max_trial_failures <= before:
         return []
-    return [t for t in ledger.trials.values() if t.status == "failed" and not t.diverged]
+    return [t for t in journal.trials.values() if t.status == "failed" and not t.diverged]
 
 
-def resume_words(plan: Plan, ledger: Ledger) -> str:
+def resume_words(plan: Plan, journal: TrialJournal) -> str:
     """What an attempt does with what is there.
 
     Raises:
         ConfigError: There are more trials than it is to have.
     """
-    trials, total = list(ledger.trials.values()), plan.total
+    trials, total = list(journal.trials.values()), plan.total
     if total is not None and total < len(trials):
         raise ConfigError(
             f"is less than the {len(trials)} trials that were drawn; more can be added, none taken away",
             key="sweep.num_samples",
             value=total,
         )
-    retried = len(to_retry(plan, ledger))
+    retried = len(to_retry(plan, journal))
     open_ = sum(t.status in ("running", "stopped") for t in trials)
     failed = sum(t.status == "failed" and not t.diverged for t in trials) - retried
     kept = len(trials) - open_ - retried
@@ -147,8 +147,8 @@ def launch(
             if record is None:
                 refuse_existing(e, storage)  # again, now that nobody else can make it
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            ledger = Ledger.open(storage)
-            resumption = None if record is None else resume_words(plan, ledger)
+            journal = TrialJournal.open(storage)
+            resumption = None if record is None else resume_words(plan, journal)
             written = written_storage_path(plan.first)
             old = record or Record(e.name or "", storage.display, created=now, kind="sweep", storage_path=written)
             record = replace(
@@ -162,11 +162,11 @@ def launch(
             plan.write(storage)
             record.write(storage)
             storage = storage.anchored()  # whoever deletes it from now on does not get a part of it back
-            retried = to_retry(plan, ledger)
+            retried = to_retry(plan, journal)
             info = {"attempt": record.attempts, "argv": list(argv), "created": now}
-            ledger.begin({**info, _FAILURES: e.sweep.max_trial_failures})
+            journal.begin({**info, _FAILURES: e.sweep.max_trial_failures})
             for trial in retried:
-                ledger.reopen(trial.id)
+                journal.reopen(trial.id)
             with Logs(storage, display) as logs:
                 logs.mark("checked")
                 display.say(f"{record.name}: {in_words(plan)}, {where}")
@@ -174,5 +174,7 @@ def launch(
                     display.say(resumption)
                     if problem := mode_problem(e, objects=True, sweep=True):
                         display.say(f"warning: {problem}. This sweep keeps the mode that it was recorded with.")
-                outcome = SweepDriver(plan, record, storage, display, logs, lock, interrupts, ledger, argv, where).run()
+                outcome = SweepDriver(
+                    plan, record, storage, display, logs, lock, interrupts, journal, argv, where
+                ).run()
     return replace(outcome, seconds=max(0.0, outcome.record.ended - launched))

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raytrainer.sweep.ledger import Mode, Report, Trial
+from raytrainer.sweep.journal import Mode, Report, Trial
 
 
 @dataclass(frozen=True)
-class Stretch:
+class ParameterSegment:
     """A part of a training: its parameters, those of `trial`, and the step that it ended at."""
 
     trial: str
@@ -21,8 +21,8 @@ class Stretch:
 
 def parameters_at(trial: Trial, report: Report | None) -> dict[str, Any]:
     """A trial's parameters when it made a report of its own; None: its latest."""
-    era = _era(trial, report)
-    return trial.before[era][1] if era < len(trial.before) else trial.parameters
+    index = _segment_index(trial, report)
+    return trial.before[index][1] if index < len(trial.before) else trial.parameters
 
 
 def best_parameters(trial: Trial, mode: Mode) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def best_parameters(trial: Trial, mode: Mode) -> dict[str, Any]:
     return parameters_at(trial, trial.best(mode))
 
 
-def stretches(trial: Trial, report: Report, trials: Iterable[Trial]) -> list[Stretch]:
+def parameter_segments(trial: Trial, report: Report, trials: Iterable[Trial]) -> list[ParameterSegment]:
     """What led to a report, the first first; one that is followed by the same parameters is one with it.
 
     Args:
@@ -38,15 +38,15 @@ def stretches(trial: Trial, report: Report, trials: Iterable[Trial]) -> list[Str
         trials: All of the sweep.
     """
     named = {one.id: one for one in trials}
-    found: list[Stretch] = []
+    found: list[ParameterSegment] = []
     while True:
         values = parameters_at(trial, report)
         if not found or dict(found[0].parameters) != values:
-            found.insert(0, Stretch(trial.id, values, report.step))
-        era = _era(trial, report)
-        if era == 0:
+            found.insert(0, ParameterSegment(trial.id, values, report.step))
+        index = _segment_index(trial, report)
+        if index == 0:
             return found
-        exploit, count = trial.inherited[era - 1], trial.before[era - 1][0]
+        exploit, count = trial.inherited[index - 1], trial.before[index - 1][0]
         source = named.get(exploit["from"])
         # It may have had that evaluation more than once, having taken over another's in between.
         until = trial.reports[count].time
@@ -56,7 +56,7 @@ def stretches(trial: Trial, report: Report, trials: Iterable[Trial]) -> list[Str
         trial, report = source, of[-1]
 
 
-def _era(trial: Trial, report: Report | None) -> int:
+def _segment_index(trial: Trial, report: Report | None) -> int:
     """How many of `inherited` came before a report."""
     if report is None:
         return len(trial.before)

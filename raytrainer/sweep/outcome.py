@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Literal, cast
 
 from raytrainer.run import Record, took
-from raytrainer.sweep.ledger import Mode, Trial
-from raytrainer.sweep.lineage import parameters_at, stretches
+from raytrainer.sweep.journal import Mode, Trial
+from raytrainer.sweep.lineage import parameter_segments, parameters_at
 from raytrainer.sweep.plan import Plan
 from raytrainer.sweep.table import command_line, final_table, ranked, schedule_text
 
@@ -83,7 +83,7 @@ def summary(outcome: SweepOutcome, program: str) -> str:
         rows.append(("best", f"{plan.metric} {report.value:.4g} at step {report.step} of trial {best[0].id}"))
         overrides = plan.overrides_of(parameters_at(best[0], report))
         rows.append(("", command_line(program, plan.options, plan.fixed, overrides)))
-        if len(path := stretches(best[0], report, outcome.trials)) > 1:
+        if len(path := parameter_segments(best[0], report, outcome.trials)) > 1:
             rows.append(("", f"schedule: {schedule_text(path)}; trained under all of it, the command has the last"))
         if outcome.weights is not None:
             rows.append(("weights", outcome.weights))

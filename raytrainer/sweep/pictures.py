@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from raytrainer.sweep.ledger import Mode, Trial
+from raytrainer.sweep.journal import Mode, Trial
 from raytrainer.sweep.lineage import best_parameters
 from raytrainer.sweep.table import ranked, short_names, written
 

@@ -23,8 +23,8 @@ from raytrainer.config import (
     key_of,
     new_name,
     parse_space,
-    settled,
     sweep_mode,
+    with_modes,
 )
 from raytrainer.errors import ConfigError, StorageError
 from raytrainer.storage import Storage
@@ -214,7 +214,7 @@ def _planned(parameters: list[Parameter], fixed: list[str], choice: str, config_
             stem = "sweep" if several else dict(composition.choices).get("experiment", "run")
             named.append(f"name={new_name(f'{stem}-{choice}')}")
             composition = _composed([*named, *chosen], parameters, config_dir)
-        compositions[" ".join(sorted(chosen))] = settled(composition)
+        compositions[" ".join(sorted(chosen))] = with_modes(composition)
     options = () if config_dir is None else (f"--config-dir={Path(config_dir).absolute()}",)
     plan = Plan(choice, tuple(fixed), tuple(parameters), compositions, options)
     check_plan(plan)

@@ -1,4 +1,4 @@
-"""What a sweep leaves beside its ledger: the table of its trials for other programs, its best as an experiment that can be
+"""What a sweep leaves beside its journal: the table of its trials for other programs, its best as an experiment that can be
 run, and two pictures; in the sweep's directory, and as artifacts."""
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from raytrainer.config.standalone import as_experiment
 from raytrainer.storage import Storage
 from raytrainer.sweep import pictures as draw
-from raytrainer.sweep.ledger import Mode, Trial
-from raytrainer.sweep.lineage import best_parameters, parameters_at, stretches
+from raytrainer.sweep.journal import Mode, Trial
+from raytrainer.sweep.lineage import best_parameters, parameter_segments, parameters_at
 from raytrainer.sweep.table import ranked, schedule_text, short_names, written
 
 if TYPE_CHECKING:
@@ -157,6 +157,6 @@ def _about(trial: Trial, trials: Sequence[Trial], sweep: str | None, metric: str
         + ", ".join(f"{names[key]} {written(value)}" for key, value in parameters.items()),
         "python -m raytrainer --config-dir=… experiment=best runs it, given the directory that holds experiment/.",
     ]
-    if len(path := stretches(trial, best, trials)) > 1:
+    if len(path := parameter_segments(trial, best, trials)) > 1:
         told.append(f"Trained under a schedule, of which these are the last parameters: {schedule_text(path)}.")
     return told

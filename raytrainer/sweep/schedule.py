@@ -1,5 +1,5 @@
 """Which trials go on: Tune's schedulers, whose time is the number of evaluations. Built from the config, told again of
-what a ledger holds where their kind allows it. Read in ray 2.60 (`ray/tune/schedulers`).
+what a journal holds where their kind allows it. Read in ray 2.60 (`ray/tune/schedulers`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from raytrainer.config import Parameter, bind, factory, locate
 from raytrainer.config.nodes import SUPPLIED
 from raytrainer.errors import ConfigError
 from raytrainer.supervise import METRIC
-from raytrainer.sweep.ledger import Mode, Trial, worst
+from raytrainer.sweep.journal import Mode, Trial, worst
 from raytrainer.sweep.search import RUN, TRIAL, GridSearch, RandomSearch
 from raytrainer.sweep.space import domain, nearest, points
 
@@ -37,7 +37,7 @@ _LISTED = 1000  # a range of so many values is perturbed to a neighbour; a longe
 _DEFAULTS: Mapping[type, Mapping[str, Any]] = {
     # Without an endless slice it pauses trials while it knows too little, and each pause writes a checkpoint.
     MedianStoppingRule: {"grace_period": 1, "min_time_slice": math.inf},
-    # Its log of exploits is in the ledger.
+    # Its log of exploits is in the journal.
     PopulationBasedTraining: {"perturbation_interval": 1, "log_config": False},
 }
 
@@ -236,13 +236,13 @@ def is_full_length(scheduler: TrialScheduler, evaluation: int) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Earlier:
-    """What a scheduler sees of a trial of the ledger."""
+    """What a scheduler sees of a trial of the journal."""
 
     trial_id: str
 
 
 def replay(scheduler: TrialScheduler, trials: Sequence[Trial]) -> str | None:
-    """Tells a new scheduler of what the trials of a ledger reported. Those that go on are recognised by the id in their
+    """Tells a new scheduler of what the trials of a journal reported. Those that go on are recognised by the id in their
     config when Tune adds them.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Which trials a sweep has: `Draws` hands Tune the unfinished ones of the ledger, then new ones of any searcher of Tune,
+"""Which trials a sweep has: `Draws` hands Tune the unfinished ones of the journal, then new ones of any searcher of Tune,
 which is told of all that ended. Read in ray 2.60 (`ray/tune/search`).
 """
 
@@ -21,7 +21,7 @@ from ray.tune.search.sample import Categorical, Domain, Integer
 from raytrainer.config import Parameter, bind, build, locate
 from raytrainer.config.nodes import SUPPLIED
 from raytrainer.errors import ConfigError
-from raytrainer.sweep.ledger import WORST, Ledger, Mode, Status, Trial, worst
+from raytrainer.sweep.journal import WORST, Mode, Status, Trial, TrialJournal, worst
 from raytrainer.sweep.space import alias, decoded, encoded, tune_space
 
 __all__ = [
@@ -364,8 +364,8 @@ def tell(search: Translated, trials: Sequence[Trial], mode: Mode) -> str | None:
 
 
 class Draws(Searcher):  # type: ignore[misc]
-    """Gives Tune the trials of a sweep: those of the ledger that have not come to their end, then new ones until there
-    are `total`, and keeps the ledger's record of what was drawn.
+    """Gives Tune the trials of a sweep: those of the journal that have not come to their end, then new ones until there
+    are `total`, and keeps the journal's record of what was drawn.
 
     A trial's config is `{TRIAL: id, RUN: its run in MLflow or "", **parameters}`. The searcher is told of each
     trial's best value when it ends; of one that diverged the worst of all, so that it learns to stay away; of one that
@@ -375,10 +375,10 @@ class Draws(Searcher):  # type: ignore[misc]
         search: Draws new ones.
         parameters: The space.
         mode: Of the objective.
-        total: Of trials, those of the ledger among them; None: as many as the searcher draws.
-        ledger: Begun.
+        total: Of trials, those of the journal among them; None: as many as the searcher draws.
+        journal: Begun.
         overrides_of: Parameters → the overrides that set them.
-        on_draw: Called with each trial that is handed out, when the ledger has it.
+        on_draw: Called with each trial that is handed out, when the journal has it.
     """
 
     def __init__(
@@ -388,7 +388,7 @@ class Draws(Searcher):  # type: ignore[misc]
         *,
         mode: Mode,
         total: int | None,
-        ledger: Ledger,
+        journal: TrialJournal,
         overrides_of: Callable[[Mapping[str, Any]], list[str]],
         on_draw: Callable[[Trial], None] = lambda trial: None,
         clock: Callable[[], float] = time.time,
@@ -396,13 +396,13 @@ class Draws(Searcher):  # type: ignore[misc]
         super().__init__()
         self.total = total
         self._search, self._parameters, self._mode = search, list(parameters), mode
-        self._ledger, self._overrides_of, self._on_draw, self._clock = ledger, overrides_of, on_draw, clock
-        self._waiting = deque(trial for trial in ledger.trials.values() if trial.status in _WAITING)
+        self._journal, self._overrides_of, self._on_draw, self._clock = journal, overrides_of, on_draw, clock
+        self._waiting = deque(trial for trial in journal.trials.values() if trial.status in _WAITING)
         self._ids: dict[str, str] = {}  # Tune's of a trial → ours
         self._drawn_here: set[str] = set()  # Tune's ids that the searcher knows
         if isinstance(search.inner, _OwnSearch):
-            search.inner.drawn = len(ledger.trials)
-        values = [report.value for trial in ledger.trials.values() for report in trial.reports]
+            search.inner.drawn = len(journal.trials)
+        values = [report.value for trial in journal.trials.values() for report in trial.reports]
         self._least = _worst_of(values, mode)
 
     def set_search_properties(
@@ -419,21 +419,21 @@ class Draws(Searcher):  # type: ignore[misc]
         """The next trial's config; `FINISHED`, or None where the searcher wants to see others end first.
 
         Raises:
-            StorageError: The ledger cannot be written.
+            StorageError: The journal cannot be written.
         """
         if self._waiting:
             trial = self._waiting.popleft()
-            self._ledger.reopen(trial.id)
+            self._journal.reopen(trial.id)
         else:
-            if self.total is not None and len(self._ledger.trials) >= self.total:
+            if self.total is not None and len(self._journal.trials) >= self.total:
                 return self.FINISHED
             values = self._search.suggest(trial_id)
             if values is None or values == self.FINISHED:
                 return values
             self._drawn_here.add(trial_id)
-            number = max((int(id_) for id_ in self._ledger.trials), default=0) + 1
+            number = max((int(id_) for id_ in self._journal.trials), default=0) + 1
             trial = Trial(f"{number:04d}", values, self._overrides_of(values), self._clock())
-            self._ledger.start(trial)
+            self._journal.start(trial)
         self._ids[trial_id] = trial.id
         self._on_draw(trial)
         return {TRIAL: trial.id, RUN: trial.run_id or "", **trial.parameters}
@@ -446,7 +446,7 @@ class Draws(Searcher):  # type: ignore[misc]
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
         if trial_id not in self._ids:
             return
-        trial = self._ledger.trials[self._ids[trial_id]]
+        trial = self._journal.trials[self._ids[trial_id]]
         # Tune tells a searcher before it tells the callback that writes how the trial ended.
         end = json.loads(result["end"]) if result and "end" in result else {}
         if result:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raytrainer.progress import Display, duration
-from raytrainer.sweep.ledger import Mode, Trial
-from raytrainer.sweep.lineage import Stretch, best_parameters, parameters_at
+from raytrainer.sweep.journal import Mode, Trial
+from raytrainer.sweep.lineage import ParameterSegment, best_parameters, parameters_at
 
 _DRAW_S = 0.25  # between two drawings of the live table
 _SUMMARY_S = 30.0  # without a terminal: between two lines on the sweep as a whole
@@ -215,12 +215,15 @@ def command_line(program: str, options: Sequence[str], fixed: Sequence[str], ove
     return shlex.join([*shlex.split(program), *words])
 
 
-def schedule_text(stretches: Sequence[Stretch]) -> str:
+def schedule_text(parameter_segments: Sequence[ParameterSegment]) -> str:
     """What a population's trial was trained with, one after the other, e.g. `lr 0.01 to step 22, 0.012 to step 44`."""
-    keys = [k for k in stretches[-1].parameters if len({repr(s.parameters.get(k)) for s in stretches}) > 1]
-    names = short_names(stretches[-1].parameters)
+    keys = [
+        k for k in parameter_segments[-1].parameters if len({repr(s.parameters.get(k)) for s in parameter_segments}) > 1
+    ]
+    names = short_names(parameter_segments[-1].parameters)
     told = [
-        " ".join(f"{names[k]} {written(s.parameters.get(k))}" for k in keys) + f" to step {s.step}" for s in stretches
+        " ".join(f"{names[k]} {written(s.parameters.get(k))}" for k in keys) + f" to step {s.step}"
+        for s in parameter_segments
     ]
     return ", ".join(told)
 

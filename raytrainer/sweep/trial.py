@@ -25,14 +25,14 @@ from raytrainer import worker
 from raytrainer.config import Parameter
 from raytrainer.errors import ConfigError, NonFiniteLoss, WorkerError
 from raytrainer.storage import Storage
-from raytrainer.sweep.ledger import Mode, worst
+from raytrainer.sweep.journal import Mode, worst
 from raytrainer.sweep.plan import choices_of
 from raytrainer.sweep.reuse import as_found
 from raytrainer.sweep.search import RUN, TRIAL
 from raytrainer.tracking.spool import spool_of
 
 # By these every other trial would fail, too.
-_HOPELESS = ("ConfigError: sweep.metric=", "ConfigError: storage_path=")
+_NON_RETRYABLE = ("ConfigError: sweep.metric=", "ConfigError: storage_path=")
 _SOURCE = "trial.json"  # beside a checkpoint that Tune carries: whose it is
 _DRAIN_S = 10.0  # for what is still to be sent when a process ends
 _ENDS_S = 30.0  # a stopped trial has so long for its own cleaning up; its workers are killed in so long
@@ -102,7 +102,7 @@ class Shared:
             env_file=self.env_file,
             reports=self.workers > 1,
             # Workers are killed when their trial is stopped: what is reported must be committed.
-            settled=self.pauses or self.workers > 1,
+            wait_for_commit=self.pauses or self.workers > 1,
             objective=self.metric,
             objective_mode=self.mode,
             best_at_once=self.workers > 1,
@@ -232,7 +232,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
             else:
                 end = {"status": "failed", "cause": failed.cause, "traceback": failed.traceback, "diverged": diverged}
                 # Every other trial would fail by it, too.
-                end["hopeless"] = failed.cause.startswith(_HOPELESS)
+                end["non_retryable"] = failed.cause.startswith(_NON_RETRYABLE)
                 self._messages.put(self._ended(end, None))
             traceback.clear_frames(error.__traceback__)  # they hold the model
         finally:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from raytrainer.tracking.child_runs import ChildRunUploader
 from raytrainer.tracking.database import default_tracking_uri
-from raytrainer.tracking.fleet import Fleet
 from raytrainer.tracking.lookup import find_own_dir, find_run_dir, register_model
 from raytrainer.tracking.runs import Run, open_run
 from raytrainer.tracking.sender import Shipper, recorded_run_id, replay
@@ -18,7 +18,7 @@ from raytrainer.tracking.tracker import MlflowTracker
 from raytrainer.tracking.variables import odd_values
 
 __all__ = [
-    "Fleet",
+    "ChildRunUploader",
     "MlflowTracker",
     "NullTracker",
     "Run",

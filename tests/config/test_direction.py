@@ -18,8 +18,8 @@ from raytrainer.config import (
     early_stopping_mode,
     from_text,
     mode_problem,
-    settled,
     sweep_mode,
+    with_modes,
     with_values,
 )
 from raytrainer.config.direction import by_name
@@ -190,7 +190,7 @@ def test_a_mode_by_an_object_is_written_out_before_a_start() -> None:
         ["experiment=mlp", "checkpoint.monitor=val/mine", f"+metrics.mine._target_={COST['_target_']}"]
     )
     assert mode_in(composition.text) is None
-    assert mode_in(settled(composition).text) == "min"
+    assert mode_in(with_modes(composition).text) == "min"
 
 
 def test_what_was_recorded_with_the_wrong_mode_keeps_it() -> None:

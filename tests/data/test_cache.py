@@ -167,7 +167,7 @@ def test_pages_from_a_disk_are_asked_for_in_a_thread(
     monkeypatch.setattr(MappedColumn, "page_in", noted)
     assert_same(mapped, memory)
     assert asked == []
-    monkeypatch.setattr("raytrainer.data.ahead._HICCUP_S", -1e9)  # as if every batch were slow
+    monkeypatch.setattr("raytrainer.data.prefetch._HICCUP_S", -1e9)  # as if every batch were slow
     assert_same(mapped, memory)
     assert asked[:5] == [(False, 16)] * 5  # five columns of the fourth batch
 

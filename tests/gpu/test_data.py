@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from raytrainer.data import Arrays, Loader
-from raytrainer.data.ahead import DeviceCopy
+from raytrainer.data.prefetch import DeviceCopy
 
 pytestmark = pytest.mark.gpu
 

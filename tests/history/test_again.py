@@ -12,7 +12,7 @@ from raytrainer.config import compose, group_names
 from raytrainer.errors import ConfigError, RunNotFound
 from raytrainer.run import Record
 from raytrainer.storage import Storage
-from raytrainer.sweep import Ledger, Plan, Trial, make_plan
+from raytrainer.sweep import Plan, Trial, TrialJournal, make_plan
 from raytrainer.tracking.server import StoredRun
 
 RUN_ID = "0123456789abcdef0123456789abcdef"
@@ -166,12 +166,12 @@ def swept(in_tmp: Path) -> Record:
     record = Record(plan.experiment.name or "", storage.uri, RUN_ID, "sqlite:////x.db", "mlp", kind="sweep")
     plan.write(storage)
     record.write(storage)
-    ledger = Ledger.open(storage)
-    ledger.begin({})
+    journal = TrialJournal.open(storage)
+    journal.begin({})
     for number, (rate, model) in enumerate([(0.1, "mlp"), (0.0123, "resnet_digits")], start=1):
         values = {"optimizer.lr": rate, "model": model}
-        ledger.start(Trial(f"{number:04d}", values, plan.overrides_of(values), 1.0, run_id=TRIAL_ID * number))
-    ledger.close()
+        journal.start(Trial(f"{number:04d}", values, plan.overrides_of(values), 1.0, run_id=TRIAL_ID * number))
+    journal.close()
     return record
 
 

@@ -16,9 +16,9 @@ from raytrainer.config import compose
 from raytrainer.history.again import to_resume
 from raytrainer.history.commands import outcome_json
 from raytrainer.history.evaluating import to_evaluate
-from raytrainer.history.facts import Facts, facts_of
-from raytrainer.history.finding import Known
+from raytrainer.history.finding import RunHandle
 from raytrainer.history.listing import list_runs
+from raytrainer.history.run_summary import RunSummary, facts_of
 from raytrainer.history.status import status_of, text
 from raytrainer.progress import duration
 from raytrainer.run import Outcome, Record, summary
@@ -77,12 +77,12 @@ def forget_connections() -> None:
     _tracking_store_registry._get_store_with_resolved_uri.cache_clear()
 
 
-def told(store: Store, outcome: Outcome) -> list[Facts]:
+def told(store: Store, outcome: Outcome) -> list[RunSummary]:
     """What everybody says of the run but its launch."""
     record = Record.read(Storage(Path("runs/one").absolute()))
     assert record is not None
     (listed,) = [facts for facts in list_runs() if facts.name == "one"]
-    return [status_of("one").facts, listed, facts_of(Known(record, Storage(Path("runs/one").absolute())))]
+    return [status_of("one").facts, listed, facts_of(RunHandle(record, Storage(Path("runs/one").absolute())))]
 
 
 def agree(store: Store, outcome: Outcome, *, step: int, best: tuple[float, int] | None, seconds: float) -> None:

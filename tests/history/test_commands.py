@@ -17,10 +17,10 @@ from raytrainer import cli
 from raytrainer.config import compose
 from raytrainer.history import commands, logs, stopping
 from raytrainer.history.commands import Parser, outcome_json
-from raytrainer.history.stopping import Halt
+from raytrainer.history.stopping import StopResult
 from raytrainer.run import Outcome, Record
 from raytrainer.sweep import SweepOutcome
-from raytrainer.sweep.ledger import Report, Trial
+from raytrainer.sweep.journal import Report, Trial
 from tests.history.past import Store, claim, of_here
 from tests.history.test_listing import METRICS, TAGS
 
@@ -99,8 +99,8 @@ def test_stop(two: Store, run: Run, monkeypatch: pytest.MonkeyPatch, done: bool)
         def __init__(self, identifier: str, **options: Any) -> None:
             given.update(options, id=identifier)
 
-        def stop(self) -> Halt:
-            return Halt("one", "KILLED" if done else "RUNNING", done, "as told", 2.0)
+        def stop(self) -> StopResult:
+            return StopResult("one", "KILLED" if done else "RUNNING", done, "as told", 2.0)
 
     monkeypatch.setattr(stopping, "Stopper", Stopper)
     said = run("stop", "one", "--force", "--timeout=7")

@@ -13,7 +13,7 @@ from raytrainer.config import compose, group_names
 from raytrainer.errors import ConfigError, RunNotFound
 from raytrainer.run import Record
 from raytrainer.storage import Storage
-from raytrainer.sweep import Ledger, Trial, make_plan
+from raytrainer.sweep import Trial, TrialJournal, make_plan
 from tests.history import past
 
 RUN_ID = "0123456789abcdef0123456789abcdef"
@@ -99,10 +99,10 @@ def test_a_trial_of_a_sweep(in_tmp: Path) -> None:
     overrides = ["experiment=mlp", "name=search", "sweep=random", "optimizer.lr=interval(0.1,0.3)"]
     plan = make_plan(overrides, choice="random", space={}, groups=group_names())
     plan.write(storage)
-    ledger, values = Ledger.open(storage), {"optimizer.lr": 0.2}
-    ledger.begin({})
-    ledger.start(Trial("0001", values, plan.overrides_of(values), 1.0, run_id="1" * 32))
-    ledger.close()
+    journal, values = TrialJournal.open(storage), {"optimizer.lr": 0.2}
+    journal.begin({})
+    journal.start(Trial("0001", values, plan.overrides_of(values), 1.0, run_id="1" * 32))
+    journal.close()
     saved(storage.child("trials/0001"))
     e = history.to_evaluate("search.0001", []).experiment
     assert e.evaluate is not None

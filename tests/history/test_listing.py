@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from raytrainer.history import listing
-from raytrainer.history.facts import Facts
 from raytrainer.history.finding import look_up
 from raytrainer.history.jobs import Clusters
 from raytrainer.history.listing import list_runs, table
+from raytrainer.history.run_summary import RunSummary
 from raytrainer.history.status import status_of
 from raytrainer.run import SUBMITTED, Record
 from raytrainer.storage import Storage
-from raytrainer.sweep.ledger import Ledger, Report, Trial
+from raytrainer.sweep.journal import Report, Trial, TrialJournal
 from tests.history.past import ADDRESS, FakeCluster, FakeJob, Store, claim, of_here, record
 from tests.history.test_reconcile import killed
 
@@ -33,7 +33,7 @@ TAGS = {
 METRICS = {"train/loss": [(10, 0.5), (30, 0.2)], "val/accuracy": [(22, 0.97)], "system/cpu": [(999, 1.0)]}
 
 
-def names(found: list[Facts]) -> list[str]:
+def names(found: list[RunSummary]) -> list[str]:
     return [facts.name for facts in found]
 
 
@@ -118,20 +118,20 @@ def test_one_that_cannot_be_looked_at_says_so(store: Store) -> None:
 
 
 def test_a_sweeps_trials_are_below_it(store: Store) -> None:
-    """Of one that runs its ledger knows how far it is, of one that has ended MLflow."""
+    """Of one that runs its journal knows how far it is, of one that has ended MLflow."""
     _, storage = store.add(
         "sweep", kind="sweep", status="RUNNING", tags={"raytrainer.sweep.metric": "val/loss"}, started=2000.0
     )
     claim(storage, **of_here(os.getpid()))
-    ledger = Ledger.open(storage)
-    ledger.begin({})
+    journal = TrialJournal.open(storage)
+    journal.begin({})
     for number, value in (("0001", 0.5), ("0002", 0.25), ("0003", None)):
         store.add_trial("sweep", number)
-        ledger.start(Trial(number, {}, [], 1.0))
+        journal.start(Trial(number, {}, [], 1.0))
         if value is not None:
-            ledger.report(number, Report(1, 10, value, {"val/loss": value}, 1.0))
-            ledger.end(number, "finished")
-    ledger.close()
+            journal.report(number, Report(1, 10, value, {"val/loss": value}, 1.0))
+            journal.end(number, "finished")
+    journal.close()
     ended = {
         "raytrainer.trials.finished": "7",
         "raytrainer.trials.failed": "1",
@@ -275,8 +275,10 @@ def test_a_run_that_mlflow_does_not_have_yet_is_listed_beside_the_others(store: 
 
 def test_a_table_is_as_wide_as_its_terminal(store: Store) -> None:
     found = [
-        Facts("a", "run", "FAILED", started=0.0, step=3, total_steps=9, cause="x" * 300, where="local Ray, 2 workers"),
-        Facts("longer", "run", "FINISHED", started=3000.0, cause="not an error", user="me", monitor="m", best=0.5),
+        RunSummary(
+            "a", "run", "FAILED", started=0.0, step=3, total_steps=9, cause="x" * 300, where="local Ray, 2 workers"
+        ),
+        RunSummary("longer", "run", "FINISHED", started=3000.0, cause="not an error", user="me", monitor="m", best=0.5),
     ]
     lines = table(found, now=3600.0, width=100).splitlines()
     assert lines[0].split("  ")[0] == "NAME"
@@ -288,7 +290,7 @@ def test_a_table_is_as_wide_as_its_terminal(store: Store) -> None:
     assert "USER" in table(found, users=True)
     assert len(table(found).splitlines()[1]) > 300  # a file has all of it
     assert table([]) == "no runs"
-    assert json.dumps(Facts("a", "run", "FAILED", best=float("nan")).to_json())
+    assert json.dumps(RunSummary("a", "run", "FAILED", best=float("nan")).to_json())
 
 
 def test_no_cluster_is_asked_for_runs_that_have_none(store: Store) -> None:

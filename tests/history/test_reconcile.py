@@ -15,9 +15,9 @@ import pytest
 from raytrainer import tracking
 from raytrainer.errors import StorageLocked
 from raytrainer.history import reconcile
-from raytrainer.history.finding import Known, look_up, with_tracking
+from raytrainer.history.finding import RunHandle, look_up, with_tracking
 from raytrainer.history.jobs import Clusters
-from raytrainer.history.signs import LIMIT_S, Signs, Verdict
+from raytrainer.history.liveness import LIMIT_S, Liveness, Verdict
 from raytrainer.run import Record
 from raytrainer.storage import Storage
 from raytrainer.tracking.server import Server
@@ -34,7 +34,7 @@ def killed() -> dict[str, Any]:
     return who
 
 
-def look(name: str, clusters: Clusters) -> tuple[Known, Verdict]:
+def look(name: str, clusters: Clusters) -> tuple[RunHandle, Verdict]:
     known = with_tracking(look_up(name))
     return known, reconcile.verdict_of(known, clusters)
 
@@ -220,13 +220,13 @@ def test_one_that_takes_too_long_to_look_at_is_left_as_it_is(store: Store, monke
 
     over = threading.Event()
 
-    def read(storage: Storage | None) -> Signs:
+    def read(storage: Storage | None) -> Liveness:
         if storage is not None and storage.uri.endswith("two"):
             over.wait(60)
-        return signs(storage)
+        return liveness(storage)
 
-    signs = Signs.read
-    monkeypatch.setattr(Signs, "read", read)
+    liveness = Liveness.read
+    monkeypatch.setattr(Liveness, "read", read)
     monkeypatch.setattr(reconcile, "_LOOK_S", 0.5)
     found = [verdict for _, verdict in reconcile.look_at([look_up("one"), look_up("two")], Clusters())]
     over.set()

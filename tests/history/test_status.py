@@ -14,7 +14,7 @@ from raytrainer.history.status import status_of, text
 from raytrainer.run import SUBMITTED, Record
 from raytrainer.storage import Storage
 from raytrainer.sweep import make_plan
-from raytrainer.sweep.ledger import Ledger, Report, Trial
+from raytrainer.sweep.journal import Report, Trial, TrialJournal
 from tests.history.past import ADDRESS, FakeCluster, Store, claim, of_here, record
 from tests.history.test_listing import METRICS, TAGS
 from tests.history.test_reconcile import killed
@@ -138,13 +138,13 @@ def sweep(store: Store) -> Storage:
         groups={"experiment"},
     )
     plan.write(storage)
-    ledger = Ledger.open(storage)
-    ledger.begin({})
-    ledger.start(Trial("0001", {"optimizer.lr": 0.1}, ["optimizer.lr=0.1"], 1.0, "f" * 32))
-    ledger.report("0001", Report(1, 10, 0.5, {}, 1.0))
-    ledger.report("0001", Report(2, 20, 0.25, {}, 1.0))
-    ledger.end("0001", "pruned", "by the scheduler")
-    ledger.close()
+    journal = TrialJournal.open(storage)
+    journal.begin({})
+    journal.start(Trial("0001", {"optimizer.lr": 0.1}, ["optimizer.lr=0.1"], 1.0, "f" * 32))
+    journal.report("0001", Report(1, 10, 0.5, {}, 1.0))
+    journal.report("0001", Report(2, 20, 0.25, {}, 1.0))
+    journal.end("0001", "pruned", "by the scheduler")
+    journal.close()
     return storage
 
 

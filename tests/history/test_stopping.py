@@ -19,7 +19,7 @@ import pytest
 
 from raytrainer.errors import ConfigError, RaytrainerError
 from raytrainer.history import stopping
-from raytrainer.history.stopping import Halt, Stopper, text
+from raytrainer.history.stopping import Stopper, StopResult, text
 from raytrainer.run import STOP, SUBMITTED, Record, StopAsked
 from raytrainer.storage import Storage
 from tests.history.past import ADDRESS, FakeCluster, Store, claim, of_here
@@ -81,21 +81,21 @@ def test_asked_and_waited_for_with_all_it_started(store: Store) -> None:
     made, storage = store.add("one", status="RUNNING")
     said: list[str] = []
     with driver(storage) as (process, worker):
-        halt = Stopper("one", say=said.append).stop()
+        result = Stopper("one", say=said.append).stop()
         assert gone(process.pid)
         assert gone(worker)
-    assert (halt.done, halt.status, halt.told) == (True, "KILLED", "its 2 processes are gone")
+    assert (result.done, result.status, result.told) == (True, "KILLED", "its 2 processes are gone")
     assert said == [f"one: asked process {process.pid} to end after a last checkpoint"]
-    assert text(halt, "raytrainer") == "one is stopped (KILLED) after 0:00: its 2 processes are gone"
+    assert text(result, "raytrainer") == "one is stopped (KILLED) after 0:00: its 2 processes are gone"
     assert store.status(made.run_id)[0] == "KILLED"  # which its record said, and nobody had told MLflow
 
 
 def test_what_outlives_its_driver_is_waited_for_and_said(store: Store) -> None:
     _, storage = store.add("one", status="RUNNING")
     with driver(storage, worker_stays=True) as (_, worker):
-        halt = Stopper("one", timeout_s=1.0).stop()
-        assert (halt.done, halt.told) == (False, f"1 of its processes are still there: {worker}")
-        assert text(halt, "raytrainer").splitlines()[1] == "next     raytrainer stop --force one"
+        result = Stopper("one", timeout_s=1.0).stop()
+        assert (result.done, result.told) == (False, f"1 of its processes are still there: {worker}")
+        assert text(result, "raytrainer").splitlines()[1] == "next     raytrainer stop --force one"
 
 
 def test_one_that_does_not_hear_is_killed_with_force_only(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,10 +106,10 @@ def test_one_that_does_not_hear_is_killed_with_force_only(store: Store, monkeypa
         assert not Stopper("one", timeout_s=1.0).stop().done
         assert process.poll() is None
         said: list[str] = []
-        halt = Stopper("one", force=True, say=said.append).stop()
+        result = Stopper("one", force=True, say=said.append).stop()
         assert gone(process.pid)
         assert gone(worker)
-    assert (halt.done, halt.status) == (True, "KILLED")
+    assert (result.done, result.status) == (True, "KILLED")
     assert (storage.local_path / "got").read_text() == "3"  # one of the first stop, two of the second
     assert "one: still there; ending it without a checkpoint" in said
     assert store.status(made.run_id) == ("KILLED", "killed by stop --force")
@@ -119,11 +119,11 @@ def test_a_later_process_with_its_number_is_left_alone(store: Store) -> None:
     made, storage = store.add("one", status="RUNNING")
     with driver(storage, deaf=True) as (process, _):
         claim(storage, **{**of_here(process.pid), "started": "1"})
-        halt = Stopper("one").stop()
+        result = Stopper("one").stop()
         time.sleep(0.1)  # it would have heard by now
         assert (storage.local_path / "got").read_text() == "0"
         assert process.poll() is None
-    assert halt.done
+    assert result.done
     assert store.status(made.run_id)[0] == "FAILED"
 
 
@@ -131,10 +131,10 @@ def test_a_command_that_closes_the_run_is_no_driver(store: Store) -> None:
     _, storage = store.add("one", status="RUNNING")
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         name = claim(storage, **of_here(other.pid), owner={"run": "one, being closed"})
-        halt = Stopper("one", sleep=at_look(2, lambda: storage.delete(f"lock/{name}.json")), timeout_s=60).stop()
+        result = Stopper("one", sleep=at_look(2, lambda: storage.delete(f"lock/{name}.json")), timeout_s=60).stop()
         assert other.poll() is None
         other.kill()
-    assert halt.seconds < 60
+    assert result.seconds < 60
 
 
 # --- another machine ----------------------------------------------------------------------------------------------------
@@ -162,8 +162,8 @@ def test_another_machines_driver_is_asked_by_a_file(store: Store) -> None:
         storage.delete(f"lock/{name}.json")
 
     said: list[str] = []
-    halt = Stopper("one", say=said.append, sleep=at_look(3, end)).stop()
-    assert (halt.done, halt.status) == (True, "KILLED")
+    result = Stopper("one", say=said.append, sleep=at_look(3, end)).stop()
+    assert (result.done, result.status) == (True, "KILLED")
     assert said == [
         "one: asked process 4242 on elsewhere to end after a last checkpoint, by the file stop in its directory"
     ]
@@ -172,8 +172,8 @@ def test_another_machines_driver_is_asked_by_a_file(store: Store) -> None:
 def test_another_machines_driver_that_does_not_hear(store: Store) -> None:
     _, storage = store.add("one", status="RUNNING")
     claim(storage)
-    halt = Stopper("one", timeout_s=0.05, sleep=lambda _: time.sleep(0.02)).stop()
-    assert (halt.done, halt.told) == (
+    result = Stopper("one", timeout_s=0.05, sleep=lambda _: time.sleep(0.02)).stop()
+    assert (result.done, result.told) == (
         False,
         "process 4242 on elsewhere still has its directory; on elsewhere: kill -9 4242",
     )
@@ -200,9 +200,9 @@ def test_a_job_ends_by_itself_after_a_checkpoint(store: Store, job: tuple[Record
             replace(made, status="KILLED").write(storage)
             store.client.set_terminated(made.run_id, "KILLED")
 
-    halt = Stopper("one", clusters=cluster.clusters(), sleep=at_look(2, end)).stop()
-    assert (halt.done, halt.status) == (True, "KILLED")
-    assert halt.told == "its job one is FAILED, and what it held is free"
+    result = Stopper("one", clusters=cluster.clusters(), sleep=at_look(2, end)).stop()
+    assert (result.done, result.status) == (True, "KILLED")
+    assert result.told == "its job one is FAILED, and what it held is free"
     assert "stop" not in cluster.asked
     assert cluster.asked.count("held_by") == 3
 
@@ -215,8 +215,8 @@ def test_a_job_that_does_not_hear_is_stopped_by_ray(
     cluster = FakeCluster()
     cluster.add("one")
     said: list[str] = []
-    halt = Stopper("one", clusters=cluster.clusters(), say=said.append, sleep=lambda _: time.sleep(0.01)).stop()
-    assert (halt.done, halt.status) == (True, "KILLED")
+    result = Stopper("one", clusters=cluster.clusters(), say=said.append, sleep=lambda _: time.sleep(0.01)).stop()
+    assert (result.done, result.status) == (True, "KILLED")
     assert said == [
         "one: asked its job to end after a last checkpoint",
         "one: stopping the job one, which did not end",
@@ -231,8 +231,8 @@ def test_a_job_that_cannot_save_is_stopped_at_once(store: Store, job: tuple[Reco
     if how == "unreachable":
         job[1].delete("run.json")
     said: list[str] = []
-    halt = Stopper("one", force=how == "force", clusters=cluster.clusters(), say=said.append).stop()
-    assert halt.done
+    result = Stopper("one", force=how == "force", clusters=cluster.clusters(), say=said.append).stop()
+    assert result.done
     assert said[-1] == "one: stopping the job one"
     assert not job[1].exists("stop")
     assert ("cannot be written from here" in said[0]) == (how == "unreachable")
@@ -241,18 +241,18 @@ def test_a_job_that_cannot_save_is_stopped_at_once(store: Store, job: tuple[Reco
 def test_gpus_that_are_held_after_the_end_are_said(store: Store, job: tuple[Record, Storage]) -> None:
     cluster = FakeCluster(holds=[{"GPU": 2.0, "CPU": 1.0}] * 1000)
     cluster.add("one")
-    halt = Stopper(
+    result = Stopper(
         "one", force=True, timeout_s=0.05, clusters=cluster.clusters(), sleep=lambda _: time.sleep(0.02)
     ).stop()
-    assert (halt.done, halt.told) == (False, "its job is STOPPED, and still holds 2 GPU, 1 CPU")
+    assert (result.done, result.told) == (False, "its job is STOPPED, and still holds 2 GPU, 1 CPU")
 
 
 def test_the_resubmission_is_what_is_stopped(store: Store, job: tuple[Record, Storage]) -> None:
     cluster = FakeCluster()
     cluster.add("one", "FAILED")
     cluster.add("one--2", "PENDING", metadata={"raytrainer.name": "one"})
-    halt = Stopper("one", clusters=cluster.clusters()).stop()
-    assert (halt.done, cluster.jobs["one--2"].status) == (True, "STOPPED")
+    result = Stopper("one", clusters=cluster.clusters()).stop()
+    assert (result.done, cluster.jobs["one--2"].status) == (True, "STOPPED")
 
 
 # --- one that has ended, or cannot be reached ---------------------------------------------------------------------------
@@ -260,8 +260,8 @@ def test_the_resubmission_is_what_is_stopped(store: Store, job: tuple[Record, St
 
 def test_one_that_had_ended(store: Store) -> None:
     store.add("one", status="FINISHED")
-    halt = Stopper("one").stop()
-    assert (halt.done, halt.status, halt.told) == (True, "FINISHED", "it had ended")
+    result = Stopper("one").stop()
+    assert (result.done, result.status, result.told) == (True, "FINISHED", "it had ended")
 
 
 @pytest.mark.parametrize("state", ["PENDING", "FAILED"])
@@ -270,21 +270,21 @@ def test_a_job_of_which_there_is_no_run_yet(in_tmp: Path, state: str) -> None:
     sent.write(Storage(in_tmp / "runs" / SUBMITTED / "one"))
     cluster = FakeCluster()
     cluster.add("one", state)
-    halt = Stopper("one", clusters=cluster.clusters()).stop()
+    result = Stopper("one", clusters=cluster.clusters()).stop()
     if state == "PENDING":
-        assert (halt.done, halt.status) == (True, "KILLED")
-        assert halt.told == "its job one is STOPPED, and what it held is free"
+        assert (result.done, result.status) == (True, "KILLED")
+        assert result.told == "its job one is STOPPED, and what it held is free"
     else:
-        assert (halt.done, halt.status, halt.told) == (True, "FAILED", "its job one had ended: FAILED")
+        assert (result.done, result.status, result.told) == (True, "FAILED", "its job one had ended: FAILED")
 
 
 def test_one_that_had_died(store: Store) -> None:
     made, storage = store.add("one", status="RUNNING")
     claim(storage, **killed())
-    halt = Stopper("one").stop()
-    assert halt.done
-    assert halt.told.startswith("it was not running any more (process ")
-    assert halt.told.endswith(" is gone), and is closed as FAILED")
+    result = Stopper("one").stop()
+    assert result.done
+    assert result.told.startswith("it was not running any more (process ")
+    assert result.told.endswith(" is gone), and is closed as FAILED")
     assert store.status(made.run_id)[0] == "FAILED"
 
 
@@ -304,8 +304,8 @@ def test_a_trial_ends_with_its_sweep(store: Store) -> None:
 
 
 def test_what_is_printed_for_programs() -> None:
-    halt = Halt("one", "KILLED", True, "gone", 1.5)
-    assert halt.to_json() == {
+    result = StopResult("one", "KILLED", True, "gone", 1.5)
+    assert result.to_json() == {
         "name": "one",
         "status": "KILLED",
         "done": True,
@@ -392,11 +392,11 @@ def test_a_job_that_ray_cannot_end_yet_has_been_asked(in_tmp: Path, monkeypatch:
     said: list[str] = []
     stopper = Stopper("one", timeout_s=0.1, clusters=cluster.clusters(), say=said.append)
     stopper.sleep = lambda _: time.sleep(0.01)
-    halt = stopper.stop()
+    result = stopper.stop()
     told = "its job one is asked to end, and does as soon as its driver gets what it waits for"
-    assert (halt.done, halt.asked, halt.told) == (False, True, told)
+    assert (result.done, result.asked, result.told) == (False, True, told)
     assert said == ["one: stopping the job one", f"one: {told}"]
-    assert text(halt, "raytrainer").splitlines()[1] == "next     raytrainer status one"
+    assert text(result, "raytrainer").splitlines()[1] == "next     raytrainer status one"
 
 
 def test_a_resume_that_waits_at_another_cluster_is_what_is_stopped(store: Store) -> None:
@@ -405,6 +405,6 @@ def test_a_resume_that_waits_at_another_cluster_is_what_is_stopped(store: Store)
     sent("one", Path.cwd(), run_dir=made.run_dir, run_id=made.run_id, attempts=1, job=elsewhere)
     cluster = FakeCluster()
     cluster.add("one--2", "PENDING")
-    halt = Stopper("one", clusters=cluster.clusters()).stop()
-    assert (halt.done, halt.status, cluster.jobs["one--2"].status) == (True, "FAILED", "STOPPED")
-    assert halt.told == "its job one--2 is STOPPED, and what it held is free"
+    result = Stopper("one", clusters=cluster.clusters()).stop()
+    assert (result.done, result.status, cluster.jobs["one--2"].status) == (True, "FAILED", "STOPPED")
+    assert result.told == "its job one--2 is STOPPED, and what it held is free"

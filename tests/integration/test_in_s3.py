@@ -17,7 +17,7 @@ import pytest
 from raytrainer.checkpoint import Checkpointer
 from raytrainer.data import Digits
 from raytrainer.storage import Storage
-from raytrainer.sweep import Ledger, Trial
+from raytrainer.sweep import Trial, TrialJournal
 from tests.launches import (
     ENDS_S,
     Runs,
@@ -122,16 +122,16 @@ def test_a_sweep_whose_driver_is_killed(s3: S3, in_s3: str, tmp_path: Path) -> N
     sweep += ["trainer.log_every_n_steps=5", "checkpoint.min_interval_s=0", *observed_trials(0.05)]
     environment = {"AWS_ENDPOINT_URL": ""}
 
-    def ledger() -> dict[str, Trial]:
-        return Ledger.open(Storage(place).child(name)).trials
+    def journal() -> dict[str, Trial]:
+        return TrialJournal.open(Storage(place).child(name)).trials
 
     with launch(tmp_path, *sweep, environment=environment) as run:
-        run.until("a trial has ended", lambda: any(t.status == "finished" for t in ledger().values()))
-        before = ledger()
+        run.until("a trial has ended", lambda: any(t.status == "finished" for t in journal().values()))
+        before = journal()
         run.kill()
         run.nothing_left(ENDS_S)
     launched(tmp_path, "resume", name, environment=environment).exits(0)
-    after, runs = ledger(), Runs(tmp_path)
+    after, runs = journal(), Runs(tmp_path)
     assert list(after) == ["0001", "0002", "0003"]
     assert {trial.status for trial in after.values()} == {"finished"}
     for trial in before.values():

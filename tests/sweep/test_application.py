@@ -29,7 +29,7 @@ from raytrainer.storage import Storage
 from raytrainer.sweep import application, function, report
 from raytrainer.sweep.application import Jobs, search
 from raytrainer.sweep.function import FunctionProcess, Shared
-from raytrainer.sweep.ledger import WORST, Ledger, Mode, Report, Trial
+from raytrainer.sweep.journal import WORST, Mode, Report, Trial, TrialJournal
 from raytrainer.sweep.reporting import as_number
 from raytrainer.sweep.search import RUN, TRIAL
 from raytrainer.sweep.settings import Settings
@@ -41,7 +41,7 @@ SWEEPER = ("-m", "hydra/sweeper=ray_tune", "hydra.sweep.dir=swept")
 
 
 def trials_in(folder: Path) -> list[Trial]:
-    return list(Ledger.open(Storage(folder)).trials.values())
+    return list(TrialJournal.open(Storage(folder)).trials.values())
 
 
 def noted(file: Path) -> list[dict[str, Any]]:
@@ -61,7 +61,7 @@ class Sweep:
     Attributes:
         folder: Where it was launched.
         ended: How.
-        trials: By the ledger.
+        trials: By the journal.
         calls: What the application noted, by the number of the job.
     """
 
@@ -119,7 +119,7 @@ def test_what_the_function_returns_is_the_objective(mixed: Sweep) -> None:
             assert (trial.status, only.value) == ("finished", mixed.calls[int(trial.id) - 1]["value"])
 
 
-def test_the_results_are_the_best_of_the_ledger(mixed: Sweep) -> None:
+def test_the_results_are_the_best_of_the_journal(mixed: Sweep) -> None:
     found = yaml.safe_load((mixed.folder / "swept/optimization_results.yaml").read_text())
     valued = [t for t in mixed.trials if t.status == "finished" and math.isfinite(t.reports[0].value)]
     best = min(valued, key=lambda trial: trial.reports[0].value)
@@ -418,10 +418,10 @@ def test_a_function_that_cannot_travel(tmp_path: Path) -> None:
 
 def test_a_folder_with_a_sweep_is_not_gone_on_with_by_accident(tmp_path: Path) -> None:
     x = Parameter("x", "choice", (1, 2), ("1", "2"))
-    ledger = Ledger.open(Storage(tmp_path / "swept"))
-    ledger.begin(application._about(Settings(), [x], ["n=3"]))
-    ledger.start(Trial("0001", {"x": 1}, ["x=1"], 0.0))
-    ledger.close()
+    journal = TrialJournal.open(Storage(tmp_path / "swept"))
+    journal.begin(application._about(Settings(), [x], ["n=3"]))
+    journal.start(Trial("0001", {"x": 1}, ["x=1"], 0.0))
+    journal.close()
     assert "hydra.sweeper.resume=true goes on with it" in refused(tmp_path, "x=1,2", "n=3")
     assert "other parameters" in refused(tmp_path, "x=1,2,3", "n=3", resume=True)
     assert "other overrides" in refused(tmp_path, "x=1,2", "n=4", resume=True)

@@ -1,5 +1,5 @@
 """An attempt at a sweep without Ray: what is told of trials when a disk, a server or a person ends it early.
-The trials are a script's; the ledger, the spools and the thread that sends them are the real ones.
+The trials are a script's; the journal, the spools and the thread that sends them are the real ones.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from raytrainer.run import Logs, Record
 from raytrainer.storage import Storage
 from raytrainer.sweep import Plan, driver, make_plan, pictures
 from raytrainer.sweep.driver import SweepDriver
-from raytrainer.sweep.ledger import Ledger, Report, Status, Trial
+from raytrainer.sweep.journal import Report, Status, Trial, TrialJournal
 from raytrainer.sweep.outcome import SweepOutcome
 from tests.promises import Within
 from tests.tracking.fakes import FakeServer
@@ -54,19 +54,19 @@ class Acting(SweepDriver):
         return self.script(self)
 
     def starts(self, *, run: bool = True) -> Trial:
-        number = len(self.ledger.trials) + 1
+        number = len(self.journal.trials) + 1
         trial = Trial(f"{number:04d}", {"optimizer.lr": number / 10}, [f"optimizer.lr={number / 10}"], time.time())
-        self.ledger.start(trial)
+        self.journal.start(trial)
         self._started(trial)
         return trial
 
     def reports(self, trial: Trial, *values: float) -> None:
         for value in values:
             n = len(trial.reports) + 1
-            self.ledger.report(trial.id, Report(n, 10 * n, value, {"val/loss": value}, time.time()))
+            self.journal.report(trial.id, Report(n, 10 * n, value, {"val/loss": value}, time.time()))
 
     def ends(self, trial: Trial, status: Status = "finished", cause: str | None = None) -> None:
-        self.ledger.end(trial.id, status, cause)
+        self.journal.end(trial.id, status, cause)
         self._ended(trial)
 
 
@@ -85,14 +85,14 @@ class Place:
         before = Record.read(self.storage) or Record("sweep", self.storage.uri, experiment_name="exp", kind="sweep")
         record = replace(before, attempts=before.attempts + 1)
         plan = self.plan.with_overrides(["tracking.required=false", *overrides])
-        ledger = Ledger.open(self.storage)
-        ledger.begin({})
+        journal = TrialJournal.open(self.storage)
+        journal.begin({})
         with (
             Interrupts() as interrupts,
             Logs(self.storage, display) as logs,
             self.storage.lock("lock", {"run": "sweep"}) as lock,
         ):
-            one = Acting(plan, record, self.storage, display, logs, lock, interrupts, ledger, [], "here")
+            one = Acting(plan, record, self.storage, display, logs, lock, interrupts, journal, [], "here")
             one.script = script
             return one.run()
 
@@ -115,16 +115,18 @@ def place(tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Place:
     monkeypatch.setattr(pictures, "progress_png", lambda *_, **__: b"png")
     monkeypatch.setattr(pictures, "parameters_png", lambda *_, **__: b"png")
     monkeypatch.setattr(tracking, "open_run", functools.partial(tracking.open_run, server=found.server))
-    fleet = functools.partial(tracking.Fleet, server=found.server)
-    monkeypatch.setattr(tracking, "Fleet", lambda *args, **more: fleet(*args, **{**more, "interval_s": 0.01}))
+    uploader = functools.partial(tracking.ChildRunUploader, server=found.server)
+    monkeypatch.setattr(
+        tracking, "ChildRunUploader", lambda *args, **more: uploader(*args, **{**more, "interval_s": 0.01})
+    )
     monkeypatch.setattr("raytrainer.tracking.sender.Server", lambda *_, **__: found.server)
-    monkeypatch.setattr("raytrainer.tracking.fleet._LAST_PAUSE_S", 0.01)
-    monkeypatch.setattr("raytrainer.tracking.fleet._BACKOFF_S", (0.05, 0.2))
+    monkeypatch.setattr("raytrainer.tracking.child_runs._LAST_PAUSE_S", 0.01)
+    monkeypatch.setattr("raytrainer.tracking.child_runs._BACKOFF_S", (0.05, 0.2))
     return found
 
 
 def ended(of: Place) -> dict[str, str]:
-    return {trial.id: trial.status for trial in Ledger.open(of.storage).trials.values()}
+    return {trial.id: trial.status for trial in TrialJournal.open(of.storage).trials.values()}
 
 
 def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
@@ -166,7 +168,7 @@ def test_a_ledger_that_cannot_be_written_fails_the_sweep_and_every_run_is_told(
         def full(data: bytes) -> None:
             raise StorageFull("no space at ledger.jsonl")
 
-        monkeypatch.setattr(sweep.ledger._sink, "append", full)
+        monkeypatch.setattr(sweep.journal._sink, "append", full)
         sweep.reports(second, 0.4)
         return "finished"
 
@@ -190,8 +192,8 @@ def killed(place: Place, *after: Callable[[Acting], None]) -> None:
         until(lambda: len([run for run in place.server.runs.values() if run.name != "sweep"]) == 2)
         for one in after:
             one(sweep)
-        sweep._fleet._abandon.set()  # type: ignore[union-attr]
-        sweep._fleet._closing.set()  # type: ignore[union-attr]
+        sweep._uploader._abandon.set()  # type: ignore[union-attr]
+        sweep._uploader._closing.set()  # type: ignore[union-attr]
         raise Killed
 
     with pytest.raises(Killed):
@@ -241,7 +243,7 @@ def test_mlflow_away_at_the_start_has_it_all_soon_after_it_is_back(place: Place)
 
 
 def test_mlflow_away_at_the_start_and_back_at_the_end(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raytrainer.tracking.fleet._BACKOFF_S", (60.0, 60.0))
+    monkeypatch.setattr("raytrainer.tracking.child_runs._BACKOFF_S", (60.0, 60.0))
     place.server.down = True
 
     def script(sweep: Acting) -> str:
@@ -358,7 +360,7 @@ def test_what_was_taken_over_before_all_was_killed_is_written_down(place: Place,
     take_in(tmp_path / "carried", place.storage.child("trials/0002/checkpoints"), note)
 
     def script(sweep: Acting) -> str:
-        first, second = sweep.ledger.trials.values()
+        first, second = sweep.journal.trials.values()
         assert (first.parameters, first.inherited) == ({"optimizer.lr": 0.1}, [])
         assert (second.parameters, second.overrides) == ({"optimizer.lr": 0.7}, ["optimizer.lr=0.7"])
         assert second.inherited == [note]

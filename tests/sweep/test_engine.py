@@ -27,7 +27,7 @@ from raytrainer.errors import ConfigError, StorageError, WorkerError
 from raytrainer.storage import Storage
 from raytrainer.sweep import engine
 from raytrainer.sweep.engine import Listener, Search
-from raytrainer.sweep.ledger import Ledger, Trial
+from raytrainer.sweep.journal import Trial, TrialJournal
 from raytrainer.sweep.search import TRIAL
 from tests import forkserver
 from tests.training import node
@@ -85,8 +85,8 @@ class Counts(tune.Trainable):  # type: ignore[misc]
             "report": json.dumps(report),
             "done": False,
         }
-        if does == "hopeless":
-            end = {"status": "failed", "cause": "ConfigError: sweep.metric=x is not logged", "hopeless": True}
+        if does == "non_retryable":
+            end = {"status": "failed", "cause": "ConfigError: sweep.metric=x is not logged", "non_retryable": True}
             return {"objective": value, "training_iteration": self._done, "end": json.dumps(end), "done": True}
         if self._done == REPORTS:
             return {**result, "end": json.dumps({"status": "finished"}), "done": True}
@@ -134,15 +134,15 @@ class Sweep:
     on_end: Callable[[], None] = lambda: None
 
     def run(self) -> str:
-        self.ledger = Ledger.open(Storage(self.folder))
-        self.ledger.begin({})
+        self.journal = TrialJournal.open(Storage(self.folder))
+        self.journal.begin({})
         search = Search(
             self.config,
             parameters=[X],
             mode="max",
             seed=3,
             evaluations=REPORTS,
-            ledger=self.ledger,
+            journal=self.journal,
             overrides_of=lambda values: [X.override(values["x"])],
             may_change=lambda key: True,
             listener=Listener(self._start, lambda trial: self.on_report(), self._end, self.said.append),
@@ -158,7 +158,7 @@ class Sweep:
                 between=self._between,
             )
         finally:
-            self.ledger.close()
+            self.journal.close()
 
     def _between(self, waits: bool) -> None:
         self.between()
@@ -176,7 +176,7 @@ class Sweep:
 
     @property
     def trials(self) -> dict[str, Trial]:
-        return Ledger.open(Storage(self.folder)).trials
+        return TrialJournal.open(Storage(self.folder)).trials
 
     @property
     def pids(self) -> set[int]:
@@ -270,10 +270,10 @@ def test_a_sweep_goes_on_as_if_it_had_never_been_away(sweep: Callable[..., Sweep
     undisturbed.run()
     one = sweep(num_samples=3, limit=1)
     one.run()
-    ledger = Ledger.open(Storage(one.folder))
-    ledger.begin({})
-    ledger.reopen("0002")  # as one that a killed driver leaves
-    ledger.close()
+    journal = TrialJournal.open(Storage(one.folder))
+    journal.begin({})
+    journal.reopen("0002")  # as one that a killed driver leaves
+    journal.close()
     again = sweep()
     assert again.run() == "finished"
     assert again.started == ["0002", "0004", "0005"]
@@ -319,7 +319,7 @@ def test_a_trial_without_a_value_that_is_a_number_has_failed(sweep: Callable[...
 
 
 def test_what_all_would_fail_by_ends_it(sweep: Callable[..., Sweep]) -> None:
-    one = sweep({"0002": "hopeless"}, limit=1)
+    one = sweep({"0002": "non_retryable"}, limit=1)
     with pytest.raises(ConfigError, match=r"^sweep\.metric=x is not logged$"):
         one.run()
     assert [trial.status for trial in one.trials.values()] == ["finished", "failed"]
@@ -361,7 +361,7 @@ def test_what_is_raised_while_a_trial_is_written_down_ends_it_as_what_it_is(
     sweep: Callable[..., Sweep], where: str
 ) -> None:
     def fails() -> None:
-        raise StorageError("the ledger is on a disk that is gone")
+        raise StorageError("the journal is on a disk that is gone")
 
     one = sweep(limit=1)
     setattr(one, where, fails)

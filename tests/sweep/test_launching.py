@@ -12,8 +12,8 @@ import pytest
 from raytrainer.errors import ConfigError
 from raytrainer.run import Record
 from raytrainer.storage import Storage
+from raytrainer.sweep.journal import Report, Status, Trial, TrialJournal
 from raytrainer.sweep.launching import resume_words, to_retry
-from raytrainer.sweep.ledger import Ledger, Report, Status, Trial
 from raytrainer.sweep.outcome import SweepOutcome, summary
 
 
@@ -25,9 +25,9 @@ def plan(total: int | None = 6, failures: int = 0) -> Any:
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
+def journal(tmp_path: Path) -> TrialJournal:
     """Of an attempt that had six trials: two finished, one stopped, two failed and one diverged."""
-    found = Ledger.open(Storage(tmp_path))
+    found = TrialJournal.open(Storage(tmp_path))
     found.begin({"max_trial_failures": 0})
     ends: list[Status] = ["finished", "finished", "stopped", "failed", "failed", "failed"]
     for number, status in enumerate(ends, 1):
@@ -39,29 +39,29 @@ def ledger(tmp_path: Path) -> Ledger:
     return found
 
 
-def test_what_going_on_does(ledger: Ledger) -> None:
-    words = resume_words(plan(total=10), ledger)
+def test_what_going_on_does(journal: TrialJournal) -> None:
+    words = resume_words(plan(total=10), journal)
     assert words == (
         "going on: 5 trials have ended and are kept, 1 goes on, 4 more are drawn; "
         "sweep.max_trial_failures=1 would try the 2 that failed again"
     )
-    words = resume_words(plan(failures=1), ledger)
+    words = resume_words(plan(failures=1), journal)
     assert words == "going on: 3 trials have ended and are kept, 1 goes on, 2 that failed are tried again"
-    assert "what was not drawn yet is drawn" in resume_words(plan(total=None), ledger)
+    assert "what was not drawn yet is drawn" in resume_words(plan(total=None), journal)
 
 
-def test_fewer_trials_than_there_are_already(ledger: Ledger) -> None:
+def test_fewer_trials_than_there_are_already(journal: TrialJournal) -> None:
     with pytest.raises(ConfigError, match=r"^sweep\.num_samples=5 is less than the 6 trials that were drawn"):
-        resume_words(plan(total=5), ledger)
+        resume_words(plan(total=5), journal)
 
 
-def test_failed_trials_are_tried_again_where_more_failures_are_permitted(ledger: Ledger) -> None:
+def test_failed_trials_are_tried_again_where_more_failures_are_permitted(journal: TrialJournal) -> None:
     """Not one whose parameters made it diverge; and not again at the next resume with the same."""
-    assert to_retry(plan(), ledger) == []
-    assert [trial.id for trial in to_retry(plan(failures=1), ledger)] == ["0004", "0005"]
-    ledger.attempts.append({"max_trial_failures": 1})
-    assert to_retry(plan(failures=1), ledger) == []
-    assert len(to_retry(plan(failures=2), ledger)) == 2
+    assert to_retry(plan(), journal) == []
+    assert [trial.id for trial in to_retry(plan(failures=1), journal)] == ["0004", "0005"]
+    journal.attempts.append({"max_trial_failures": 1})
+    assert to_retry(plan(failures=1), journal) == []
+    assert len(to_retry(plan(failures=2), journal)) == 2
 
 
 @pytest.mark.parametrize(

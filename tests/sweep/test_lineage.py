@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from raytrainer.storage import Storage
-from raytrainer.sweep.ledger import Ledger, Report, Trial
-from raytrainer.sweep.lineage import best_parameters, parameters_at, stretches
+from raytrainer.sweep.journal import Report, Trial, TrialJournal
+from raytrainer.sweep.lineage import best_parameters, parameter_segments, parameters_at
 from raytrainer.sweep.table import final_table, schedule_text
 
 
@@ -18,29 +18,29 @@ def population(tmp_path: Path) -> list[Trial]:
     """0001 takes over 0002 after evaluation 2, 0002 takes over that 0001 after 3; the best value is before the last
     change. As a resumed sweep reads it."""
     clock = itertools.count(1.0)
-    ledger = Ledger.open(Storage(tmp_path), clock=lambda: next(clock))
-    ledger.begin({})
+    journal = TrialJournal.open(Storage(tmp_path), clock=lambda: next(clock))
+    journal.begin({})
 
     def report(number: str, evaluation: int, value: float) -> None:
-        ledger.report(number, Report(evaluation, 10 * evaluation, value, {}, next(clock)))
+        journal.report(number, Report(evaluation, 10 * evaluation, value, {}, next(clock)))
 
     for number, rate in (("0001", 0.1), ("0002", 0.2)):
-        ledger.start(Trial(number, {"optimizer.lr": rate, "model.width": 8}, [], next(clock)))
+        journal.start(Trial(number, {"optimizer.lr": rate, "model.width": 8}, [], next(clock)))
     for evaluation in (1, 2):
         report("0001", evaluation, 0.1)
         report("0002", evaluation, 0.5)
-    ledger.inherit("0001", "0002", 2, {"optimizer.lr": 0.24, "model.width": 8}, [])
+    journal.inherit("0001", "0002", 2, {"optimizer.lr": 0.24, "model.width": 8}, [])
     report("0001", 3, 0.7)
     report("0002", 3, 0.4)
-    ledger.inherit("0002", "0001", 3, {"optimizer.lr": 0.3, "model.width": 8}, [])
+    journal.inherit("0002", "0001", 3, {"optimizer.lr": 0.3, "model.width": 8}, [])
     report("0002", 4, 0.9)
     report("0001", 4, 0.3)
-    ledger.inherit("0002", "0001", 4, {"optimizer.lr": 0.2, "model.width": 8}, [])
+    journal.inherit("0002", "0001", 4, {"optimizer.lr": 0.2, "model.width": 8}, [])
     report("0002", 5, 0.6)
     for number in ("0001", "0002"):
-        ledger.end(number, "finished")
-    ledger.close()
-    return list(Ledger.open(Storage(tmp_path)).trials.values())
+        journal.end(number, "finished")
+    journal.close()
+    return list(TrialJournal.open(Storage(tmp_path)).trials.values())
 
 
 def test_the_parameters_are_those_at_the_report(population: list[Trial]) -> None:
@@ -57,7 +57,7 @@ def test_the_parameters_are_those_at_the_report(population: list[Trial]) -> None
 def test_the_weights_were_trained_under_the_parameters_of_those_they_come_from(population: list[Trial]) -> None:
     best = population[1].best("max")
     assert best is not None
-    found = stretches(population[1], best, population)
+    found = parameter_segments(population[1], best, population)
     assert [(s.trial, s.parameters["optimizer.lr"], s.step) for s in found] == [
         ("0002", 0.2, 20),
         ("0001", 0.24, 30),
@@ -66,4 +66,4 @@ def test_the_weights_were_trained_under_the_parameters_of_those_they_come_from(p
     assert schedule_text(found) == "lr 0.2 to step 20, lr 0.24 to step 30, lr 0.3 to step 40"
     # What was never changed has no schedule.
     untouched = Trial("0003", {"optimizer.lr": 0.1}, [], 1.0, reports=[Report(1, 10, 0.5, {}, 2.0)])
-    assert len(stretches(untouched, untouched.reports[0], population)) == 1
+    assert len(parameter_segments(untouched, untouched.reports[0], population)) == 1

@@ -12,7 +12,7 @@ from raytrainer import cli, run
 from raytrainer.config import Composition
 from raytrainer.run import Record
 from raytrainer.sweep import Plan, SweepOutcome, Trial, summary
-from raytrainer.sweep.ledger import Report
+from raytrainer.sweep.journal import Report
 from tests.launches import OUTSIDE
 
 MINE = """

@@ -18,7 +18,7 @@ import pytest
 
 from raytrainer.config import Parameter
 from raytrainer.sweep import pictures
-from raytrainer.sweep.ledger import Mode, Report, Status, Trial
+from raytrainer.sweep.journal import Mode, Report, Status, Trial
 from raytrainer.sweep.pictures import parameters_png, progress_png
 from tests.promises import slowness
 

@@ -18,7 +18,7 @@ from raytrainer.config.schema import SweepConfig
 from raytrainer.errors import StorageError
 from raytrainer.storage import Storage
 from raytrainer.sweep import results
-from raytrainer.sweep.ledger import Report, Status, Trial
+from raytrainer.sweep.journal import Report, Status, Trial
 from raytrainer.sweep.plan import Plan, make_plan
 
 pytestmark = pytest.mark.usefixtures("in_tmp")

@@ -21,7 +21,7 @@ from raytrainer.config import Parameter
 from raytrainer.errors import ConfigError
 from raytrainer.supervise import METRIC
 from raytrainer.sweep import RandomSearch
-from raytrainer.sweep.ledger import Mode, Report, Trial, worst
+from raytrainer.sweep.journal import Mode, Report, Trial, worst
 from raytrainer.sweep.schedule import make_scheduler, pauses, replay
 from raytrainer.sweep.search import RUN, TRIAL
 
@@ -124,7 +124,7 @@ def test_time_is_counted_in_evaluations() -> None:
     assert made("median", grace_period=3)._grace_period == 3
     assert made("pbt")._perturbation_interval == 1
     assert made("pbt", perturbation_interval=4)._perturbation_interval == 4
-    assert not made("pbt")._log_config, "the ledger has it"
+    assert not made("pbt")._log_config, "the journal has it"
     with pytest.raises(ConfigError, match=r"grace_period=10 is more than the 9 evaluations of a trial"):
         made("asha", grace_period=10)
 
@@ -241,7 +241,7 @@ def test_what_cannot_change_in_a_trial_is_refused() -> None:
 
 
 class Life:
-    """Trials that report in turn to a scheduler, in Tune's order of calls, and what a ledger would have of them."""
+    """Trials that report in turn to a scheduler, in Tune's order of calls, and what a journal would have of them."""
 
     def __init__(self, scheduler: Any, values: list[list[float]], mode: Mode, attempt: str) -> None:
         self.scheduler, self.values, self.mode, self.attempt = scheduler, values, mode, attempt
@@ -283,7 +283,7 @@ class Life:
             self.scheduler.on_trial_add(Controller(), self.tunes[n])
 
     def restart(self, scheduler: Any) -> str | None:
-        """Another process goes on, with what the ledger has of a driver that was killed (or stopped: trial 1)."""
+        """Another process goes on, with what the journal has of a driver that was killed (or stopped: trial 1)."""
         self.scheduler, self.attempt, self.tunes = scheduler, self.attempt + "+", {}
         running = [trial for trial in self.trials if trial.status == "running"]
         for trial in running:

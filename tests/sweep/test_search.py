@@ -24,7 +24,7 @@ from raytrainer.errors import ConfigError
 from raytrainer.storage import Storage
 from raytrainer.supervise import METRIC
 from raytrainer.sweep import RandomSearch
-from raytrainer.sweep.ledger import WORST, Ledger, Mode, Report, Status, Trial
+from raytrainer.sweep.journal import WORST, Mode, Report, Status, Trial, TrialJournal
 from raytrainer.sweep.search import RUN, TRIAL, Draws, Translated, check_search, grid_size, make_search, tell, total_of
 from raytrainer.sweep.space import decoded, domain, encoded, nearest, tune_space
 
@@ -51,7 +51,7 @@ needs_optuna = pytest.mark.skipif(importlib.util.find_spec("optuna") is None, re
 
 
 class Sweep:
-    """Draws with a ledger, driven by hand as Tune does."""
+    """Draws with a journal, driven by hand as Tune does."""
 
     def __init__(
         self,
@@ -64,9 +64,9 @@ class Sweep:
         seed: int = 7,
     ) -> None:
         self.parameters = [LR, WIDTH] if parameters is None else parameters
-        self.ledger = Ledger.open(Storage(path))
-        self.ledger.begin({})
-        trials = list(self.ledger.trials.values())
+        self.journal = TrialJournal.open(Storage(path))
+        self.journal.begin({})
+        trials = list(self.journal.trials.values())
         if isinstance(node, Searcher):
             self.search = Translated(node, self.parameters)
         else:
@@ -78,7 +78,7 @@ class Sweep:
             self.parameters,
             mode=mode,
             total=total,
-            ledger=self.ledger,
+            journal=self.journal,
             overrides_of=lambda values: [p.override(values[p.key]) for p in self.parameters],
             on_draw=lambda trial: self.handed_out.append(trial.id),
         )
@@ -101,20 +101,20 @@ class Sweep:
         mode = self.draws._mode
         told = value if math.isfinite(value) else (WORST if mode == "min" else -WORST)
         self.draws.on_trial_result(self.tune_id(id), {METRIC: told, "training_iteration": evaluation})
-        self.ledger.report(id, Report(evaluation, evaluation, value, {}, 0.0))
+        self.journal.report(id, Report(evaluation, evaluation, value, {}, 0.0))
 
     def end(self, id: str, status: Status = "finished", *, cause: str | None = None, diverged: bool = False) -> None:  # noqa: A002
-        last = self.ledger.trials[id].reports[-1:]
+        last = self.journal.trials[id].reports[-1:]
         result: dict[str, Any] = {METRIC: WORST, "training_iteration": 1}
         if last:
             result = {METRIC: last[0].value, "training_iteration": last[0].evaluation}
         if status != "pruned":
             result["end"] = json.dumps({"status": status, "cause": cause, "diverged": diverged})
         self.draws.on_trial_complete(self.tune_id(id), result)
-        self.ledger.end(id, status, cause)
+        self.journal.end(id, status, cause)
 
     def close(self) -> None:
-        self.ledger.close()
+        self.journal.close()
 
 
 class Recorder(Searcher):  # type: ignore[misc]
@@ -269,8 +269,8 @@ def test_random_draws_of_a_finite_space_are_each_combination_once(tmp_path: Path
     assert [tuple(c[p.key] for p in space) for c in again.suggest(50)] == drawn[:50]
     again.close()
     on = Sweep(tmp_path / "b", parameters=space)
-    for trial in list(on.ledger.trials):
-        on.ledger.end(trial, "finished")
+    for trial in list(on.journal.trials):
+        on.journal.end(trial, "finished")
     on.close()
     on = Sweep(tmp_path / "b", parameters=space)
     assert [tuple(c[p.key] for p in space) for c in on.suggest(30)] == drawn[50:80]
@@ -296,7 +296,7 @@ def test_so_many_trials_and_no_more(tmp_path: Path) -> None:
     assert sweep.draws.trial_of("tune-1") == "0002"
     assert sweep.draws.trial_of("tune-7") is None
     sweep.close()
-    found = Ledger.open(Storage(tmp_path)).trials
+    found = TrialJournal.open(Storage(tmp_path)).trials
     for config, trial in zip(configs, found.values(), strict=True):
         assert trial.parameters == {key: config[key] for key in ("optimizer.lr", "model.width")}
         assert trial.overrides == [f"optimizer.lr={config['optimizer.lr']!r}", f"model.width={config['model.width']}"]
@@ -311,7 +311,7 @@ def test_a_sweep_that_goes_on_draws_what_it_would_have_drawn(tmp_path: Path, nod
     first.report("0001", 0.5)
     first.end("0001")
     first.report("0002", 0.5)
-    first.ledger.end("0002", "stopped", "interrupted")
+    first.journal.end("0002", "stopped", "interrupted")
     first.end("0004", "failed", cause="OSError: no")
     first.close()
     # 0002 was stopped, 0003 and 0005 were running: they go on first.
@@ -319,7 +319,7 @@ def test_a_sweep_that_goes_on_draws_what_it_would_have_drawn(tmp_path: Path, nod
     assert second.suggest(20) == [*(whole[n] for n in (1, 2, 4)), *whole[5:]]
     assert second.handed_out == ["0002", "0003", "0005", "0006", "0007", "0008"]
     assert second.lost is None
-    assert {t.status for t in second.ledger.trials.values() if t.id in second.handed_out} == {"running"}
+    assert {t.status for t in second.journal.trials.values() if t.id in second.handed_out} == {"running"}
     second.close()
     assert Sweep(tmp_path / "parts", node, parameters=space, total=6).suggest(20) == whole[1:3] + whole[4:]
 
@@ -327,7 +327,7 @@ def test_a_sweep_that_goes_on_draws_what_it_would_have_drawn(tmp_path: Path, nod
 def test_a_trial_goes_on_with_what_an_exploit_left_it(tmp_path: Path) -> None:
     first = Sweep(tmp_path, total=1)
     first.suggest(1)
-    first.ledger.inherit("0001", "0002", 1, {"optimizer.lr": 0.05, "model.width": 64}, ["optimizer.lr=0.05"])
+    first.journal.inherit("0001", "0002", 1, {"optimizer.lr": 0.05, "model.width": 64}, ["optimizer.lr=0.05"])
     first.close()
     (config,) = Sweep(tmp_path, total=1).suggest(5)
     assert (config["optimizer.lr"], config["model.width"]) == (0.05, 64)
@@ -349,7 +349,7 @@ def test_what_a_searcher_draws_is_put_into_the_space(tmp_path: Path) -> None:
     assert sweep.draws.suggest("later") is None, "it waits for others"
     with pytest.raises(ConfigError, match=r"model\.width Recorder drew no value of it"):
         sweep.draws.suggest("later")
-    assert list(sweep.ledger.trials) == ["0001", "0002"]
+    assert list(sweep.journal.trials) == ["0001", "0002"]
 
 
 def test_parameters_may_be_called_trial_and_run(tmp_path: Path) -> None:
@@ -514,15 +514,15 @@ def test_others_search_the_whole_space(tmp_path: Path, node: dict[str, Any]) -> 
         told = WORST if math.isnan(value) else value
         result = {METRIC: told, "training_iteration": 1, "hyperband_info": {"budget": 1}}
         sweep.draws.on_trial_result(sweep.tune_id(id_), result)
-        sweep.ledger.report(id_, Report(1, 1, value, {}, 0.0))
+        sweep.journal.report(id_, Report(1, 1, value, {}, 0.0))
         sweep.draws.on_trial_complete(sweep.tune_id(id_), result)
-        sweep.ledger.end(id_, "finished")
+        sweep.journal.end(id_, "finished")
     assert sweep.suggest(1) == []
-    assert len({config.parameters["optimizer.lr"] for config in sweep.ledger.trials.values()}) > 20
+    assert len({config.parameters["optimizer.lr"] for config in sweep.journal.trials.values()}) > 20
 
 
 @needs_optuna
-def test_optuna_is_told_of_the_ledger(tmp_path: Path) -> None:
+def test_optuna_is_told_of_the_journal(tmp_path: Path) -> None:
     first = Sweep(tmp_path, OPTUNA, parameters=ALL, total=12)
     for config in first.suggest(12):
         value = (math.log10(config["optimizer.lr"]) + 2) ** 2
@@ -535,7 +535,7 @@ def test_optuna_is_told_of_the_ledger(tmp_path: Path) -> None:
     study = told.search.inner._ot_study
     assert [t.state.name for t in study.trials].count("COMPLETE") == 11
     assert [t.state.name for t in study.trials].count("FAIL") == 1
-    best = min(t.best("min").value for t in told.ledger.trials.values() if t.status == "finished")  # type: ignore[union-attr]
+    best = min(t.best("min").value for t in told.journal.trials.values() if t.status == "finished")  # type: ignore[union-attr]
     assert study.best_value == best
     # With what it was told it draws something else than without, and than at its first beginning.
     blank = make_search(OPTUNA, ALL, seed=7, drawn=12)
@@ -544,7 +544,7 @@ def test_optuna_is_told_of_the_ledger(tmp_path: Path) -> None:
     unknowing = [blank.suggest(f"t{n}") for n in range(8)]
     rates = [c["optimizer.lr"] for c in configs]
     assert rates != [c["optimizer.lr"] for c in unknowing]
-    assert not set(rates) & {t.parameters["optimizer.lr"] for t in list(told.ledger.trials.values())[:12]}
+    assert not set(rates) & {t.parameters["optimizer.lr"] for t in list(told.journal.trials.values())[:12]}
     assert sum(1e-3 < rate < 1e-1 for rate in rates) >= 6, "near what did well"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from raytrainer.progress import Display
-from raytrainer.sweep.ledger import Report, Status, Trial
+from raytrainer.sweep.journal import Report, Status, Trial
 from raytrainer.sweep.table import Board, command_line, final_table, ranked, short_names, trial_line, written
 from tests.terminal import Terminal, attach
 

@@ -30,7 +30,7 @@ from raytrainer.errors import WorkerError
 from raytrainer.run import Record
 from raytrainer.storage import Storage
 from raytrainer.sweep import trial
-from raytrainer.sweep.ledger import WORST
+from raytrainer.sweep.journal import WORST
 from raytrainer.sweep.search import RUN, TRIAL
 from raytrainer.sweep.trial import Shared, TrialProcess
 from raytrainer.tracking.sender import LOCAL_ID_TAG
@@ -280,7 +280,7 @@ def test_a_metric_that_is_not_there_is_told_with_those_that_are(process: Callabl
     assert found["status"] == "failed"
     assert "sweep.metric=val/acuracy" in found["cause"]
     assert "val/accuracy" in found["cause"]
-    assert found["hopeless"]
+    assert found["non_retryable"]
 
 
 def test_a_metric_that_is_logged_too_late_is_told_so(process: Callable[..., Process]) -> None:
@@ -429,8 +429,18 @@ def test_workers_that_may_be_paused_have_a_checkpoint_of_each_evaluation() -> No
 
 def test_workers_that_are_killed_with_their_trial_have_written_what_they_reported() -> None:
     one, two = (shared(workers=workers).job(config(1)) for workers in (1, 2))
-    assert (one.objective, one.objective_mode, one.best_at_once, one.settled) == ("val/accuracy", "max", False, False)
-    assert (two.objective, two.objective_mode, two.best_at_once, two.settled) == ("val/accuracy", "max", True, True)
+    assert (one.objective, one.objective_mode, one.best_at_once, one.wait_for_commit) == (
+        "val/accuracy",
+        "max",
+        False,
+        False,
+    )
+    assert (two.objective, two.objective_mode, two.best_at_once, two.wait_for_commit) == (
+        "val/accuracy",
+        "max",
+        True,
+        True,
+    )
 
 
 def test_a_stopped_trial_keeps_its_best_weights(
@@ -474,7 +484,7 @@ def test_a_disk_that_is_each_nodes_own_is_refused(process: Callable[..., Process
     """What a trial would leave there nobody would find: it fails by it as every other would."""
     record = Record("sweep", "", created="2026-01-01T00:00:00+00:00", attempts=1)
     said = process(shared(mark=record.mark), config(1)).steps()
-    assert (end(said)["status"], end(said)["hopeless"]) == ("failed", True)
+    assert (end(said)["status"], end(said)["non_retryable"]) == ("failed", True)
     assert f"ConfigError: storage_path={Path('runs').absolute()} is not the same place on" in end(said)["cause"]
     record.write(Storage(Path("runs/sweep").absolute()))
     assert end(process(shared(mark=record.mark), config(2)).steps())["status"] == "finished"

@@ -22,7 +22,7 @@ _MEMORY_BYTES_A_S = 200e6
 _HICCUP_S = 0.002
 
 
-def ahead(source: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
+def prefetched(source: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
     """The items of `source`, made in a thread that keeps up to `depth` of them ready.
 
     What `source` raises is raised here. Closing this generator ends the thread: at once while it waits, and after the

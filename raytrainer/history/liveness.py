@@ -37,11 +37,11 @@ from raytrainer.tracking.runs import Status
 
 LIMIT_S = 300.0  # thirty heartbeats
 LOCK = "lock"
-_BEAT_S = 10.0  # between two signs of life
+_BEAT_S = 10.0  # between two liveness of life
 
 
 @dataclass(frozen=True)
-class Signs:
+class Liveness:
     """What a run's directory shows.
 
     Attributes:
@@ -57,7 +57,7 @@ class Signs:
     readable: bool = True
 
     @classmethod
-    def read(cls, storage: Storage | None) -> Signs:
+    def read(cls, storage: Storage | None) -> Liveness:
         """Looks; of another machine's claims the age is learnt by writing a file and deleting it again."""
         if storage is None:
             return cls(readable=False)
@@ -100,7 +100,7 @@ class Signs:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What follows from the signs.
+    """What follows from the liveness.
 
     Attributes:
         life: `alive`, `dead`, or `unsure`, which is treated as alive.
@@ -123,24 +123,24 @@ class Verdict:
     gone: Sequence[Claim] = ()
 
 
-def judge(record: Record, signs: Signs, job: Job | None = None, others: Sequence[Job] = ()) -> Verdict:
+def judge(record: Record, liveness: Liveness, job: Job | None = None, others: Sequence[Job] = ()) -> Verdict:
     """Whether the driver of a run lives. Pure: the rule above, in its order.
 
     Args:
         record: Of the run, its status as its directory has it.
-        signs: Of its directory.
+        liveness: Of its directory.
         job: What the cluster says of its job; None where there is none, or it does not know it or does not answer.
         others: Other jobs of the same run, an attempt at it each.
     """
-    if (claim := signs.here) is not None:
+    if (claim := liveness.here) is not None:
         return Verdict("alive", f"process {claim.owner.get('pid')} of this machine has it")
     if job is not None and job.status in GOING:
         return Verdict("alive", f"its job {job.submission_id} is {job.status}", going=job)
     if going := next((other for other in others if other.status in GOING), None):
         return Verdict("alive", f"the job {going.submission_id} goes on with it", going=going)
     ended = [one for one in (job, *others) if one is not None]
-    gone = [claim for claim in signs.elsewhere if any(_ended_with(claim, one) for one in ended)]
-    if left := [claim for claim in signs.elsewhere if claim not in gone]:
+    gone = [claim for claim in liveness.elsewhere if any(_ended_with(claim, one) for one in ended)]
+    if left := [claim for claim in liveness.elsewhere if claim not in gone]:
         return Verdict("alive", f"{_named(left[0])} has it")
     if job is not None and job.exit_code != REFUSED:  # one that was refused never had the run
         status, cause = _end_of_job(job)
@@ -148,18 +148,18 @@ def judge(record: Record, signs: Signs, job: Job | None = None, others: Sequence
             status = record.status  # type: ignore[assignment]
         why = f"its job {job.submission_id} {job.status}"
         return Verdict("dead", why, status, cause, job.ended, by_job=True, gone=gone)
-    if not signs.readable:
+    if not liveness.readable:
         return Verdict("unsure", "its directory cannot be read from here")
-    last = signs.last
-    when = last.beat if last is not None else signs.written
+    last = liveness.last
+    when = last.beat if last is not None else liveness.written
     if record.status != "RUNNING":
         why = f"it ended as {record.status}, which MLflow was not told"
         return Verdict("dead", why, record.status, why, when)  # type: ignore[arg-type]
     if last is not None:
         what = f"{_named(last)} is gone" if last.is_here else f"no sign of life from {_named(last)}"
-        since = f" for {duration(signs.now - last.beat)}" if signs.now is not None and not last.is_here else ""
+        since = f" for {duration(liveness.now - last.beat)}" if liveness.now is not None and not last.is_here else ""
         return Verdict("dead", what + since, "FAILED", f"its driver died: {what}{since}", when)
-    if signs.is_settled():
+    if liveness.is_settled():
         return Verdict("dead", "nobody has its directory", "FAILED", "its driver died: nobody has its directory", when)
     return Verdict("unsure", "nobody has its directory yet; it may be starting")
 

@@ -47,13 +47,13 @@ class _Child:
     due: float = 0.0
 
 
-class Fleet:
+class ChildRunUploader:
     """Child runs of a parent run, made and kept by a daemon thread.
 
     `open` and `finish` write a small file and return: within milliseconds, whatever the server does, and without an
     error. What they say, and what trials log with `MlflowTracker(…, ship=False)`, is in MLflow exactly once when the
     server takes it, rows before the status, and in the spool until then. A trial's spool is deleted when its run has
-    ended and MLflow has all of it, so a spool that is there has something to tell: a later fleet `adopt`s it.
+    ended and MLflow has all of it, so a spool that is there has something to tell: a later uploader `adopt`s it.
 
     An outage is said once, and tried again after a second, then twice as long, up to a minute; after 401 or 403 nothing
     more is tried until `close`. A run that was deleted by hand is said once and tried again likewise, while the others
@@ -99,7 +99,7 @@ class Fleet:
         self._delay_s = 0.0
         self._denied = False
         self._closing, self._abandon = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._loop, name="tracking-fleet", daemon=True)
+        self._thread = threading.Thread(target=self._loop, name="tracking-uploader", daemon=True)
         self._thread.start()
 
     def open(
@@ -230,7 +230,7 @@ class Fleet:
             try:
                 with child.spool.note_lock():
                     note = change(child.unsaved or child.spool.note())
-                    # The sweep's ledger has what it says, and a disk may take milliseconds in which no trial starts.
+                    # The sweep's journal has what it says, and a disk may take milliseconds in which no trial starts.
                     child.spool.write_note(note, durable=False)
                     child.unsaved = None
             except StorageError as error:

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from raytrainer.errors import StorageFull, TrackingDenied, TrackingUnreachable
-from raytrainer.tracking import Fleet, default_tracking_uri, open_run
-from raytrainer.tracking.fleet import PARENT_TAG
+from raytrainer.tracking import ChildRunUploader, default_tracking_uri, open_run
+from raytrainer.tracking.child_runs import PARENT_TAG
 from raytrainer.tracking.sender import LOCAL_ID_TAG
 from raytrainer.tracking.server import Server
 from raytrainer.tracking.spool import SegmentWriter, Spool, line
@@ -34,9 +34,9 @@ def server() -> FakeServer:
     return FakeServer()
 
 
-def fleet(server: FakeServer, **options: object) -> Fleet:
+def uploader(server: FakeServer, **options: object) -> ChildRunUploader:
     arguments = {"parent": lambda: "sweep", "interval_s": 0.005, "server": server, **options}
-    return Fleet("http://tracking.example", "exp", **arguments)  # type: ignore[arg-type]
+    return ChildRunUploader("http://tracking.example", "exp", **arguments)  # type: ignore[arg-type]
 
 
 def rows(spool_dir: Path, steps: range, time_ms: int = 1000) -> None:
@@ -47,7 +47,7 @@ def rows(spool_dir: Path, steps: range, time_ms: int = 1000) -> None:
     writer.close()
 
 
-def trial(of: Fleet, spool_dir: Path, steps: range = range(3), **options: object) -> str:
+def trial(of: ChildRunUploader, spool_dir: Path, steps: range = range(3), **options: object) -> str:
     run_id = of.open(spool_dir, spool_dir.name, params={"lr": "0.1"}, tags={"trial": spool_dir.name}, **options)  # type: ignore[arg-type]
     rows(spool_dir, steps)
     of.finish(spool_dir, "FINISHED", tags={"pruned": "true"}, metrics={"best/loss": (0.0, 0, 1.0)})
@@ -75,7 +75,7 @@ def test_a_trial_costs_three_requests_and_leaves_nothing_behind(tmp_path: Path, 
     created: dict[Path, str] = {}
     threads = threading.active_count()
     # Nothing is sent before the end: the first round is the last.
-    of = fleet(server, interval_s=60.0, on_created=created.__setitem__)
+    of = uploader(server, interval_s=60.0, on_created=created.__setitem__)
     for name in "ab":
         assert trial(of, tmp_path / name).startswith("offline-")
     assert threading.active_count() == threads + 1
@@ -90,7 +90,7 @@ def test_a_trial_costs_three_requests_and_leaves_nothing_behind(tmp_path: Path, 
 
 
 def test_a_trial_is_seen_while_it_runs(tmp_path: Path, server: FakeServer) -> None:
-    of = fleet(server)
+    of = uploader(server)
     of.open(tmp_path / "a", "a", params={"lr": "0.1"}, tags={"trial": "a"})
     until(lambda: server.runs and server.runs["run0"].params)
     run = server.runs["run0"]
@@ -123,8 +123,8 @@ def test_a_trial_is_seen_while_it_runs(tmp_path: Path, server: FakeServer) -> No
 def test_a_process_that_never_closes_its_spool_holds_the_end_back_for_a_moment(
     tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raytrainer.tracking.fleet._WRITER_S", 0.05)
-    of = fleet(server)
+    monkeypatch.setattr("raytrainer.tracking.child_runs._WRITER_S", 0.05)
+    of = uploader(server)
     of.open(tmp_path / "a", "a", params={}, tags={})
     writer = SegmentWriter(Spool(tmp_path / "a"), 1 << 20)
     of.finish(tmp_path / "a", "KILLED")
@@ -145,9 +145,9 @@ FAILURES = [*(("lost", at) for at in range(12)), *(("unacknowledged", at) for at
 def test_once_whatever_request_fails(
     tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch, how: str, at: int
 ) -> None:
-    monkeypatch.setattr("raytrainer.tracking.fleet._LAST_PAUSE_S", 0.01)
+    monkeypatch.setattr("raytrainer.tracking.child_runs._LAST_PAUSE_S", 0.01)
     failed = fail_at(server, at, how, TrackingUnreachable("gone"))
-    of = fleet(server, interval_s=60.0)
+    of = uploader(server, interval_s=60.0)
     for name in "abc":
         trial(of, tmp_path / name)
     assert of.close()
@@ -162,12 +162,12 @@ def test_once_whatever_request_fails(
 def test_once_whenever_the_driver_is_killed(tmp_path: Path, server: FakeServer, how: str, at: int) -> None:
     failed = fail_at(server, at, how, Killed())
     ids: dict[Path, str] = {}
-    of = fleet(server, interval_s=60.0)
+    of = uploader(server, interval_s=60.0)
     for name in "abc":
         ids[tmp_path / name] = trial(of, tmp_path / name)
     assert not of.close()
     assert len(failed) == 1
-    again = fleet(server)
+    again = uploader(server)
     # A resume knows the ids from its own record, and cannot know what was told.
     for folder, run_id in ids.items():
         again.adopt(folder, run_id)
@@ -183,13 +183,13 @@ def test_once_whenever_the_driver_is_killed(tmp_path: Path, server: FakeServer, 
 def test_once_whenever_the_driver_is_killed_between_two_files(
     tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    of = fleet(server, interval_s=60.0)
+    of = uploader(server, interval_s=60.0)
     run_id = trial(of, tmp_path / "a")
     count = iter(range(100))
 
     def dying(real: Callable[..., object]) -> Callable[..., object]:
         def change(*args: object, **options: object) -> object:
-            if threading.current_thread().name == "tracking-fleet" and next(count) == at:
+            if threading.current_thread().name == "tracking-uploader" and next(count) == at:
                 raise Killed
             return real(*args, **options)
 
@@ -200,7 +200,7 @@ def test_once_whenever_the_driver_is_killed_between_two_files(
             patch.setattr(Path, name, dying(getattr(Path, name)))
         of.close()
     assert next(count) > at  # it died there
-    again = fleet(server)
+    again = uploader(server)
     again.adopt(tmp_path / "a", run_id)
     assert again.close()
     assert [whole(run) for run in server.runs.values()] == [True]
@@ -230,7 +230,7 @@ def test_a_hanging_server_holds_up_nobody(tmp_path: Path, server: FakeServer) ->
         go_on.wait(60)
 
     server.before = hang
-    of = fleet(server)
+    of = uploader(server)
     seconds = []
     for number in range(30):
         within, cpu = Within(5.0), time.thread_time()
@@ -248,7 +248,7 @@ def test_a_hanging_server_holds_up_nobody(tmp_path: Path, server: FakeServer) ->
     within.check()
     go_on.set()
     # The thread that was left behind begins with no other trial.
-    until(lambda: not any(thread.name == "tracking-fleet" for thread in threading.enumerate()))
+    until(lambda: not any(thread.name == "tracking-uploader" for thread in threading.enumerate()))
     assert len(server.runs) <= 1
 
 
@@ -256,15 +256,15 @@ def test_the_thread_does_not_hold_up_the_end_of_the_process(tmp_path: Path) -> N
     code = f"""
         import threading, time
         from pathlib import Path
-        from raytrainer.tracking import Fleet
+        from raytrainer.tracking import ChildRunUploader
         from tests.tracking.fakes import FakeServer
         server, called = FakeServer(), threading.Event()
         def hang(name):
             called.set()
             time.sleep(600)
         server.before = hang
-        fleet = Fleet("http://x", "e", parent=lambda: "p", interval_s=0.01, server=server)
-        fleet.open(Path({str(tmp_path)!r}, "a"), "a", params={{}}, tags={{}})
+        uploader = ChildRunUploader("http://x", "e", parent=lambda: "p", interval_s=0.01, server=server)
+        uploader.open(Path({str(tmp_path)!r}, "a"), "a", params={{}}, tags={{}})
         called.wait(60)
         print("end", flush=True)
         """
@@ -278,9 +278,9 @@ def test_the_thread_does_not_hold_up_the_end_of_the_process(tmp_path: Path) -> N
 def test_an_outage_and_its_end_are_said_once(
     tmp_path: Path, server: FakeServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raytrainer.tracking.fleet._BACKOFF_S", (0.005, 0.01))
+    monkeypatch.setattr("raytrainer.tracking.child_runs._BACKOFF_S", (0.005, 0.01))
     server.down = True
-    of = fleet(server)
+    of = uploader(server)
     for name in "abc":
         trial(of, tmp_path / name)
     until(lambda: len(server.calls) > 5)
@@ -301,7 +301,7 @@ def test_refused_credentials_are_tried_once_more_at_the_end(
         raise TrackingDenied("401")
 
     server.before = deny
-    of = fleet(server)
+    of = uploader(server)
     for name in "abc":
         trial(of, tmp_path / name)
     until(lambda: caplog.messages)
@@ -311,7 +311,7 @@ def test_refused_credentials_are_tried_once_more_at_the_end(
     assert len(server.calls) == 2
     assert len(caplog.messages) == 1
     server.before = lambda name: None
-    again = fleet(server)
+    again = uploader(server)
     for name in "abc":
         note = Spool(tmp_path / name).note()
         assert note is not None
@@ -323,8 +323,8 @@ def test_refused_credentials_are_tried_once_more_at_the_end(
 def test_a_run_that_is_deleted_by_hand_is_said_once_and_stops_no_other(
     tmp_path: Path, server: FakeServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raytrainer.tracking.fleet._BACKOFF_S", (0.005, 0.01))
-    of = fleet(server)
+    monkeypatch.setattr("raytrainer.tracking.child_runs._BACKOFF_S", (0.005, 0.01))
+    of = uploader(server)
     of.open(tmp_path / "a", "a", params={"lr": "0.1"}, tags={"trial": "a"})
     until(lambda: server.runs)
     server.runs["run0"].active = False
@@ -347,7 +347,7 @@ def test_a_trial_that_goes_on_without_its_run_gets_a_new_one(
 ) -> None:
     """MLflow's database was deleted, or the sweep's runs were, before the sweep went on."""
     created: dict[Path, str] = {}
-    of = fleet(server, on_created=created.__setitem__)
+    of = uploader(server, on_created=created.__setitem__)
     server.add("old").active = False
     for name, run_id in (("a", "old"), ("b", "of a lost database")):
         assert of.open(tmp_path / name, name, params={"lr": "0.1"}, tags={"trial": name}, run_id=run_id) == run_id
@@ -369,7 +369,7 @@ def test_children_wait_for_their_parent(tmp_path: Path, server: FakeServer) -> N
         asked.set()
         return parents[0] if parents else None
 
-    of = fleet(server, parent=parent)
+    of = uploader(server, parent=parent)
     trial(of, tmp_path / "a")
     assert asked.wait(10)
     assert server.calls == []
@@ -385,11 +385,11 @@ def test_children_wait_for_their_parent(tmp_path: Path, server: FakeServer) -> N
 
 
 def test_without_a_parent_nothing_is_made_and_all_is_kept(tmp_path: Path, server: FakeServer) -> None:
-    of = fleet(server, parent=lambda: None)
+    of = uploader(server, parent=lambda: None)
     run_id = trial(of, tmp_path / "a")
     assert not of.close()  # which does not wait for what cannot come
     assert server.calls == []
-    again = fleet(server)
+    again = uploader(server)
     again.adopt(tmp_path / "a", run_id)
     assert again.close()
     assert [whole(run) for run in server.runs.values()] == [True]
@@ -398,7 +398,7 @@ def test_without_a_parent_nothing_is_made_and_all_is_kept(tmp_path: Path, server
 @pytest.mark.parametrize("by", ["local", "real"])
 def test_a_run_goes_on(tmp_path: Path, server: FakeServer, by: str) -> None:
     created: dict[Path, str] = {}
-    of = fleet(server, on_created=created.__setitem__)
+    of = uploader(server, on_created=created.__setitem__)
     local = trial(of, tmp_path / "a")
     until(lambda: not (tmp_path / "a").exists() and (by == "local" or tmp_path / "a" in created))
     run_id = local if by == "local" else created.pop(tmp_path / "a")
@@ -421,7 +421,7 @@ def test_a_run_goes_on(tmp_path: Path, server: FakeServer, by: str) -> None:
 
 
 def test_a_trial_that_is_tried_again_at_once_is_one_run(tmp_path: Path, server: FakeServer) -> None:
-    of = fleet(server, interval_s=60.0)
+    of = uploader(server, interval_s=60.0)
     run_id = trial(of, tmp_path / "a")
     of.open(tmp_path / "a", "a", params={"lr": "0.1"}, tags={"trial": "a"}, run_id=run_id)
     note = Spool(tmp_path / "a").note()
@@ -437,7 +437,7 @@ def test_a_trial_that_is_tried_again_at_once_is_one_run(tmp_path: Path, server: 
 
 
 def test_nothing_to_adopt(tmp_path: Path, server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
-    of = fleet(server)
+    of = uploader(server)
     of.adopt(tmp_path / "none", "run0")
     of.finish(tmp_path / "none", "FINISHED")
     (tmp_path / "lost").mkdir()
@@ -455,7 +455,7 @@ def test_what_mlflow_refuses_is_left_out_alone(
     tmp_path: Path, server: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.refuses = {"bad+", "system/cpu", "bad tag"}
-    of = fleet(server, interval_s=60.0)
+    of = uploader(server, interval_s=60.0)
     of.open(tmp_path / "a", "a", params={"lr": "0.1", "bad+": "1", "wd": "0"}, tags={})
     rows(tmp_path / "a", range(3))
     of.finish(tmp_path / "a", "FINISHED", tags={"bad tag": "1", "pruned": "true"})
@@ -470,15 +470,15 @@ def test_what_mlflow_refuses_is_left_out_alone(
 def test_a_full_disk_keeps_what_is_to_be_told_in_memory(
     tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("raytrainer.tracking.fleet._BACKOFF_S", (0.005, 0.01))
+    monkeypatch.setattr("raytrainer.tracking.child_runs._BACKOFF_S", (0.005, 0.01))
     tried = threading.Event()
 
     def full(self: Spool, note: object, **_: object) -> None:
-        if threading.current_thread().name == "tracking-fleet":
+        if threading.current_thread().name == "tracking-uploader":
             tried.set()
         raise StorageFull("no space")
 
-    of = fleet(server)
+    of = uploader(server)
     with monkeypatch.context() as patch:
         patch.setattr(Spool, "write_note", full)
         for name in "abc":
@@ -493,13 +493,13 @@ def test_a_full_disk_keeps_what_is_to_be_told_in_memory(
 def test_the_thread_survives_a_bug_and_a_callback_that_fails(
     tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("raytrainer.tracking.fleet._BACKOFF_S", (0.005, 0.01))
+    monkeypatch.setattr("raytrainer.tracking.child_runs._BACKOFF_S", (0.005, 0.01))
     failed = fail_at(server, 2, "lost", ZeroDivisionError("a bug"))
 
     def note(spool_dir: Path, run_id: str) -> None:
-        raise OSError("the ledger is full")
+        raise OSError("the journal is full")
 
-    of = fleet(server, on_created=note)
+    of = uploader(server, on_created=note)
     for name in "ab":
         trial(of, tmp_path / name)
     until(lambda: not any(tmp_path.iterdir()))
@@ -507,7 +507,7 @@ def test_the_thread_survives_a_bug_and_a_callback_that_fails(
     assert failed
     assert [whole(run) for run in server.runs.values()] == [True, True]
     assert sum("a bug" in message for message in caplog.messages) == 1
-    assert sum("ledger" in message for message in caplog.messages) == 2
+    assert sum("journal" in message for message in caplog.messages) == 2
 
 
 def _bare(uri: str, trials: int) -> float:
@@ -532,7 +532,7 @@ def test_many_trials_on_a_real_store(tmp_path: Path, caplog: pytest.LogCaptureFi
     """Whole and once in the database, deleted from the disk, and the last ones as cheap as the first."""
     uri = default_tracking_uri(tmp_path)
     parent = open_run(uri, "sweeps", "sweep", params={}, tags={})
-    of = Fleet(uri, "sweeps", parent=lambda: parent.run_id, interval_s=0.01)
+    of = ChildRunUploader(uri, "sweeps", parent=lambda: parent.run_id, interval_s=0.01)
     folder = tmp_path / "trials"
     folder.mkdir()
     costs, open_files = [], []
@@ -575,11 +575,11 @@ def test_many_trials_on_a_real_store(tmp_path: Path, caplog: pytest.LogCaptureFi
 def test_a_run_and_an_experiment_that_are_deleted_in_a_real_store(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raytrainer.tracking.fleet._BACKOFF_S", (0.02, 0.05))
+    monkeypatch.setattr("raytrainer.tracking.child_runs._BACKOFF_S", (0.02, 0.05))
     uri = default_tracking_uri(tmp_path)
     parent = open_run(uri, "sweeps", "sweep", params={}, tags={})
     created: dict[Path, str] = {}
-    of = Fleet(uri, "sweeps", parent=lambda: parent.run_id, interval_s=0.01, on_created=created.__setitem__)
+    of = ChildRunUploader(uri, "sweeps", parent=lambda: parent.run_id, interval_s=0.01, on_created=created.__setitem__)
     for name in "ab":
         of.open(tmp_path / name, name, params={}, tags={})
     until(lambda: len(created) == 2)

@@ -134,9 +134,9 @@ def worst(mode: Mode) -> float:
     return WORST if mode == "min" else -WORST
 
 
-class Ledger:
+class TrialJournal:
     """The record of one sweep over all its attempts, written by the process that owns the sweep's directory, from any
-    of its threads. Made by `Ledger.open`.
+    of its threads. Made by `TrialJournal.open`.
 
     Locally a line is with the operating system when a method returns, so that a killed process loses nothing; it is on
     the disk within about a second, which is what a power cut can lose. At a URI, where nothing can be appended to, the
@@ -162,7 +162,7 @@ class Ledger:
             self._read(raw, number)
 
     @classmethod
-    def open(cls, storage: Storage, *, clock: Callable[[], float] = time.time) -> Ledger:
+    def open(cls, storage: Storage, *, clock: Callable[[], float] = time.time) -> TrialJournal:
         """What is recorded below `storage`. Nothing is written before `begin`: a running sweep's can be read, too.
 
         A last line without its end, which a killed writer leaves, is dropped.
@@ -329,7 +329,7 @@ class Ledger:
                 self._apply(kind, line)
                 return
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise StorageError(f"{self._where}, line {number}: not a line of a sweep's ledger ({error!r})") from error
+            raise StorageError(f"{self._where}, line {number}: not a line of a sweep's journal ({error!r})") from error
         if version > FORMAT:
             raise StorageError(f"{self._where} has format {version}, this version reads {FORMAT}")
         self.attempts.append(attempt)
@@ -415,7 +415,7 @@ class _Sink:
         self._dirty, self._closing = threading.Event(), threading.Event()
         self._failure: StorageError | None = None
         self._warned, self._warning = False, threading.Lock()
-        self._thread = threading.Thread(target=self._saving, name="raytrainer-ledger", daemon=True)
+        self._thread = threading.Thread(target=self._saving, name="raytrainer-journal", daemon=True)
         self._thread.start()
 
     def append(self, data: bytes) -> None:
@@ -470,7 +470,7 @@ class _Sink:
                 return
             with self._warning:  # the saving thread may report the same failure at this moment
                 if not self._warned:
-                    _log.warning("the sweep's ledger is kept in memory until it can be saved: %s", error)
+                    _log.warning("the sweep's journal is kept in memory until it can be saved: %s", error)
                 self._warned = True
             self._dirty.set()
 

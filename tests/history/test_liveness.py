@@ -16,7 +16,7 @@ import pytest
 from pyarrow import fs
 
 from raytrainer.errors import StorageError
-from raytrainer.history.signs import LIMIT_S, Signs, judge
+from raytrainer.history.liveness import LIMIT_S, Liveness, judge
 from raytrainer.run import Record
 from raytrainer.storage import Storage
 from tests.history.past import FakeJob, claim, of_here
@@ -50,7 +50,7 @@ def old(storage: Storage, name: str = "run.json") -> None:
 def test_alive_but_silent(storage: Storage, process: subprocess.Popen[bytes]) -> None:
     claim(storage, **of_here(process.pid), age_s=30 * 86400)
     old(storage)
-    verdict = judge(RUN, Signs.read(storage))
+    verdict = judge(RUN, Liveness.read(storage))
     assert (verdict.life, verdict.why) == ("alive", f"process {process.pid} of this machine has it")
 
 
@@ -59,7 +59,7 @@ def test_dead(storage: Storage, process: subprocess.Popen[bytes]) -> None:
     process.kill()
     process.wait()
     claim(storage, **who, owner={"host": "here"}, age_s=20)
-    verdict = judge(RUN, Signs.read(storage))
+    verdict = judge(RUN, Liveness.read(storage))
     assert (verdict.life, verdict.status) == ("dead", "FAILED")
     assert verdict.cause == f"its driver died: process {process.pid} on here is gone"
     written = (storage.local_path / "lock" / ("a" * 32 + ".json")).stat().st_mtime
@@ -70,26 +70,26 @@ def test_a_zombie_is_dead(storage: Storage, process: subprocess.Popen[bytes]) ->
     claim(storage, **of_here(process.pid))
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    assert judge(RUN, Signs.read(storage)).life == "dead"
+    assert judge(RUN, Liveness.read(storage)).life == "dead"
 
 
 def test_a_number_that_is_anothers_now(storage: Storage) -> None:
     claim(storage, **{**of_here(os.getpid()), "started": "1"})
-    verdict = judge(RUN, Signs.read(storage))
+    verdict = judge(RUN, Liveness.read(storage))
     assert (verdict.life, verdict.status) == ("dead", "FAILED")
 
 
 def test_an_end_that_mlflow_was_not_told(storage: Storage) -> None:
     for status in ("FINISHED", "FAILED", "KILLED"):
-        verdict = judge(Record("x", "/x", status=status), Signs.read(storage))
+        verdict = judge(Record("x", "/x", status=status), Liveness.read(storage))
         assert (verdict.life, verdict.status) == ("dead", status)
         assert verdict.cause == f"it ended as {status}, which MLflow was not told"
 
 
 def test_nobody_and_a_record_that_is_new_or_old(storage: Storage) -> None:
-    assert judge(RUN, Signs.read(storage)).life == "unsure"
+    assert judge(RUN, Liveness.read(storage)).life == "unsure"
     old(storage)
-    verdict = judge(RUN, Signs.read(storage))
+    verdict = judge(RUN, Liveness.read(storage))
     assert (verdict.life, verdict.cause) == ("dead", "its driver died: nobody has its directory")
 
 
@@ -99,7 +99,7 @@ def test_nobody_and_a_record_that_is_new_or_old(storage: Storage) -> None:
 @pytest.mark.parametrize(("age_s", "life"), [(0, "alive"), (LIMIT_S - 20, "alive"), (LIMIT_S + 20, "dead")])
 def test_another_machine_by_the_age_of_its_claim(storage: Storage, age_s: float, life: str) -> None:
     claim(storage, age_s=age_s)
-    verdict = judge(RUN, Signs.read(storage))
+    verdict = judge(RUN, Liveness.read(storage))
     assert verdict.life == life
     if life == "dead":
         assert (
@@ -171,7 +171,7 @@ def test_clocks_that_differ_decide_nothing(tmp_path: Path, off: timedelta, age_s
     storage = Storage("x", filesystem=files)
     RUN.write(storage)
     claim(storage)
-    assert judge(RUN, Signs.read(storage)).life == life
+    assert judge(RUN, Liveness.read(storage)).life == life
 
 
 # --- jobs ---------------------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ JOB = {"job": "x"}
 @pytest.mark.parametrize("status", ["PENDING", "RUNNING"])
 def test_a_job_that_runs_is_alive_whatever_its_claim_says(storage: Storage, status: str) -> None:
     claim(storage, owner=JOB, age_s=30 * 86400)
-    assert judge(RUN, Signs.read(storage), FakeJob("x", status)).life == "alive"
+    assert judge(RUN, Liveness.read(storage), FakeJob("x", status)).life == "alive"
 
 
 @pytest.mark.parametrize(
@@ -205,11 +205,11 @@ def test_a_job_that_ended_is_dead_and_with_it_its_claim(
 ) -> None:
     name = claim(storage, owner=JOB)  # fresh: a killed driver's is for a while
     job.started, job.ended = time.time() - 60, time.time()
-    for signs in (Signs.read(storage), Signs.read(None)):
-        verdict = judge(RUN, signs, job)
+    for liveness in (Liveness.read(storage), Liveness.read(None)):
+        verdict = judge(RUN, liveness, job)
         assert (verdict.life, verdict.status, verdict.cause, verdict.when) == ("dead", status, cause, job.ended)
         assert verdict.by_job
-        assert [one.name for one in verdict.gone] == ([name] if signs.readable else [])
+        assert [one.name for one in verdict.gone] == ([name] if liveness.readable else [])
 
 
 @pytest.mark.parametrize(
@@ -230,38 +230,38 @@ def test_a_job_of_the_same_name_elsewhere_proves_nothing(
     claim(storage, owner={**JOB, "since": since}, age_s=beat_s)
     job = FakeJob("x", "FAILED", exit_code=exit_code, started=now - began_s)
     job.ended = None if ended_s is None else now - ended_s
-    verdict = judge(RUN, Signs.read(storage), job)
+    verdict = judge(RUN, Liveness.read(storage), job)
     assert (verdict.life, verdict.why) == ("alive", "process 4242 on elsewhere has it")
 
 
 def test_a_refused_job_says_nothing_where_nothing_can_be_read() -> None:
-    verdict = judge(RUN, Signs.read(None), FakeJob("x", "FAILED", exit_code=2, ended=7.0))
+    verdict = judge(RUN, Liveness.read(None), FakeJob("x", "FAILED", exit_code=2, ended=7.0))
     assert verdict.life == "unsure"
 
 
 def test_the_record_knows_better_how_a_job_went(storage: Storage) -> None:
-    verdict = judge(Record("x", "/x", status="FINISHED"), Signs.read(storage), FakeJob("x", "SUCCEEDED"))
+    verdict = judge(Record("x", "/x", status="FINISHED"), Liveness.read(storage), FakeJob("x", "SUCCEEDED"))
     assert verdict.status == "FINISHED"
 
 
 def test_a_run_that_another_goes_on_with_is_alive(storage: Storage) -> None:
     """After its job ended: a resubmission, a resume on another machine, or one here."""
     ended = FakeJob("x", "FAILED")
-    assert judge(RUN, Signs.read(storage), ended, [FakeJob("x--2", "PENDING")]).life == "alive"
-    assert judge(RUN, Signs.read(storage), ended, [FakeJob("x--2", "FAILED")]).life == "dead"
+    assert judge(RUN, Liveness.read(storage), ended, [FakeJob("x--2", "PENDING")]).life == "alive"
+    assert judge(RUN, Liveness.read(storage), ended, [FakeJob("x--2", "FAILED")]).life == "dead"
     name = claim(storage, owner={"run": "x"})
-    assert judge(RUN, Signs.read(storage), ended).life == "alive"
+    assert judge(RUN, Liveness.read(storage), ended).life == "alive"
     storage.delete(f"lock/{name}.json")
     claim(storage, **of_here(os.getpid()), owner=JOB)
-    assert judge(RUN, Signs.read(storage), ended).life == "alive"
+    assert judge(RUN, Liveness.read(storage), ended).life == "alive"
 
 
 def test_a_job_that_its_cluster_does_not_know_says_nothing(storage: Storage) -> None:
     name = claim(storage, owner=JOB)
-    assert judge(RUN, Signs.read(storage), None).life == "alive"
+    assert judge(RUN, Liveness.read(storage), None).life == "alive"
     storage.delete(f"lock/{name}.json")
     claim(storage, owner=JOB, age_s=LIMIT_S + 10)
-    assert judge(RUN, Signs.read(storage), None).life == "dead"
+    assert judge(RUN, Liveness.read(storage), None).life == "dead"
 
 
 # --- what cannot be read ------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def test_a_job_that_its_cluster_does_not_know_says_nothing(storage: Storage) -> 
 def test_what_cannot_be_read_is_no_sign_of_death(tmp_path: Path) -> None:
     for storage in (None, Storage(tmp_path / "file" / "x")):
         (tmp_path / "file").write_text("")
-        verdict = judge(RUN, Signs.read(storage))
+        verdict = judge(RUN, Liveness.read(storage))
         assert (verdict.life, verdict.why) == ("unsure", "its directory cannot be read from here")
 
 
@@ -283,4 +283,4 @@ def test_a_storage_that_cannot_be_written_does_not_tell_the_time(
         raise StorageError("read only")
 
     monkeypatch.setattr(Storage, "write_bytes", refuse)
-    assert judge(RUN, Signs.read(storage)).life == "alive"
+    assert judge(RUN, Liveness.read(storage)).life == "alive"

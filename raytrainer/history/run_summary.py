@@ -14,11 +14,11 @@ from datetime import UTC, datetime
 from typing import Any, cast
 
 from raytrainer.errors import RunNotFound, StorageError
-from raytrainer.history.finding import Known
-from raytrainer.history.signs import Verdict
+from raytrainer.history.finding import RunHandle
+from raytrainer.history.liveness import Verdict
 from raytrainer.run.record import ATTEMPTS_TAG, LAUNCHED_TAG, SECONDS_TAG, STEP_TAG, Record
 from raytrainer.storage import Storage
-from raytrainer.sweep.ledger import Ledger, Mode
+from raytrainer.sweep.journal import Mode, TrialJournal
 from raytrainer.sweep.plan import Plan
 from raytrainer.sweep.table import ranked
 from raytrainer.tracking.runs import CAUSE_TAG
@@ -28,7 +28,7 @@ _MANIFEST = re.compile(r"step-(\d+)(\.\d+)?")
 
 
 @dataclass(frozen=True)
-class Facts:
+class RunSummary:
     """A run or sweep, as far as it is known.
 
     Attributes:
@@ -95,7 +95,7 @@ class Saved:
     created: str
 
 
-def facts_of(known: Known, verdict: Verdict | None = None) -> Facts:
+def facts_of(known: RunHandle, verdict: Verdict | None = None) -> RunSummary:
     """What is known of a run, put together; nothing is asked that was not asked before, its directory apart."""
     if known.trial is not None and known.storage is not None:
         return _of_trial(known, known.storage, known.trial)
@@ -107,7 +107,7 @@ def facts_of(known: Known, verdict: Verdict | None = None) -> Facts:
     ended = (stored.ended if stored is not None else record.ended or None) if status != "RUNNING" else None
     if verdict is not None and verdict.life == "unsure":
         cause = f"uncertain whether it lives: {verdict.why}"
-    return Facts(
+    return RunSummary(
         name=f"{record.name}.{known.trial}" if known.trial else record.name,
         kind="trial" if known.trial else record.kind,
         status=status,
@@ -166,7 +166,7 @@ def _seconds_of(record: Record, stored: StoredRun | None, started: float | None,
     return max(0.0, (time.time() if ended is None else ended) - started)
 
 
-def _of_run(known: Known, stored: StoredRun | None) -> dict[str, Any]:
+def _of_run(known: RunHandle, stored: StoredRun | None) -> dict[str, Any]:
     record = known.record
     if stored is None:
         if record.step is not None and record.status != "RUNNING":
@@ -195,15 +195,15 @@ def _of_run(known: Known, stored: StoredRun | None) -> dict[str, Any]:
     }
 
 
-def _of_trial(known: Known, storage: Storage, number: str) -> Facts:
-    """As its sweep's ledger has it, which is told before MLflow is."""
-    trials, name = Ledger.open(storage).trials, f"{known.record.name}.{number}"
+def _of_trial(known: RunHandle, storage: Storage, number: str) -> RunSummary:
+    """As its sweep's journal has it, which is told before MLflow is."""
+    trials, name = TrialJournal.open(storage).trials, f"{known.record.name}.{number}"
     if number not in trials:
         raise RunNotFound(f"{known.record.name} has no trial {number}")
     trial, tags = trials[number], known.stored.tags if known.stored is not None else {}
     plan = Plan.read(storage)
     best = trial.best(cast(Mode, plan.mode))
-    return Facts(
+    return RunSummary(
         name,
         "trial",
         _IN_MLFLOW[trial.status],
@@ -231,7 +231,7 @@ _IN_MLFLOW = {
 }
 
 
-def _of_sweep(known: Known, tags: Mapping[str, str]) -> dict[str, Any]:
+def _of_sweep(known: RunHandle, tags: Mapping[str, str]) -> dict[str, Any]:
     metric, mode = tags.get("raytrainer.sweep.metric"), tags.get("raytrainer.sweep.mode", "min")
     value = tags.get("raytrainer.best_value")
     trials = {k.rpartition(".")[2]: int(v) for k, v in tags.items() if k.startswith("raytrainer.trials.")}
@@ -239,9 +239,9 @@ def _of_sweep(known: Known, tags: Mapping[str, str]) -> dict[str, Any]:
     best_step, best_trial = _number(tags.get("raytrainer.best_step")), tags.get("raytrainer.best_trial")
     running = known.stored is None or known.stored.status == "RUNNING"
     if running and known.storage is not None and known.storage.is_local:
-        # MLflow is told of the whole at the sweep's end; its ledger knows at once.
+        # MLflow is told of the whole at the sweep's end; its journal knows at once.
         with suppress(StorageError):
-            found = Ledger.open(known.storage).trials.values()
+            found = TrialJournal.open(known.storage).trials.values()
             trials = dict(Counter(trial.status for trial in found))
             first = next(iter(ranked(found, cast(Mode, mode))), None)  # as the sweep's own table and end have it
             report = None if first is None else first.best(cast(Mode, mode))

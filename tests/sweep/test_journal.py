@@ -1,4 +1,4 @@
-"""The ledger: every value comes back as it was, a kill loses nothing, and what cannot be read or written is said."""
+"""The journal: every value comes back as it was, a kill loses nothing, and what cannot be read or written is said."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from pyarrow import fs
 
 from raytrainer.errors import StorageError, StorageFull
 from raytrainer.storage import Storage
-from raytrainer.sweep import ledger as module
-from raytrainer.sweep.ledger import Ledger, Report, Trial
+from raytrainer.sweep import journal as module
+from raytrainer.sweep.journal import Report, Trial, TrialJournal
 
 NUMBERS = st.one_of(st.floats(allow_nan=True, allow_infinity=True), st.integers(-(2**80), 2**80))
 
@@ -53,40 +53,40 @@ def path(storage: Storage) -> Path:
     return storage.local_path / "ledger.jsonl"
 
 
-def begun(storage: Storage) -> Ledger:
-    ledger = Ledger.open(storage)
-    ledger.begin({"argv": ["-m", "x=1,2"]})
-    return ledger
+def begun(storage: Storage) -> TrialJournal:
+    journal = TrialJournal.open(storage)
+    journal.begin({"argv": ["-m", "x=1,2"]})
+    return journal
 
 
-def report_until_refused(ledger: Ledger) -> None:
+def report_until_refused(journal: TrialJournal) -> None:
     """What the saving thread saw is said by a call soon after."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        ledger.report("0001", report(1))
+        journal.report("0001", report(1))
 
 
 def test_everything_comes_back_as_it_was(storage: Storage) -> None:
-    ledger = Ledger.open(storage, clock=lambda: 7.0)
-    ledger.begin({"argv": ["-m", "x=é", os.fsdecode(b"\xff")], "path": Path("/a"), "loss": math.inf})
-    ledger.start(
+    journal = TrialJournal.open(storage, clock=lambda: 7.0)
+    journal.begin({"argv": ["-m", "x=é", os.fsdecode(b"\xff")], "path": Path("/a"), "loss": math.inf})
+    journal.start(
         Trial("0001", {"lr": 0.1, "n": 3, "b": True, "none": None, "s": "nan", "x": math.nan}, ["lr=0.1"], 1.5)
     )
-    ledger.start(trial("0002", lr=-0.0))
-    ledger.report("0001", Report(1, 10, math.nan, {"val/loss": math.nan, "a": -math.inf, "count": 3}, 2.5))
-    ledger.report("0002", Report(1, 10, 0.1 + 0.2, {"val/loss": 0.1 + 0.2}, 2.5))
-    ledger.report("0002", Report(2, 20, 0.0, {}, 2.5, interim=True))
-    ledger.note_run("0001", "offline-1")
-    ledger.note_run("0001", "abc")
-    ledger.inherit("0001", "0002", 1, {"lr": 0.12}, ["lr=0.12"])
-    ledger.end("0001", "failed", "NonFiniteLoss: the loss is nan", trace="Traceback of the first try")
-    assert ledger.trials["0001"].error == "trials/0001/error.txt"
-    ledger.end("0002", "failed", "ValueError: \ud800", trace="Traceback\nValueError: \ud800")
-    ledger.reopen("0001")
-    ledger.close()
-    ledger.close()
+    journal.start(trial("0002", lr=-0.0))
+    journal.report("0001", Report(1, 10, math.nan, {"val/loss": math.nan, "a": -math.inf, "count": 3}, 2.5))
+    journal.report("0002", Report(1, 10, 0.1 + 0.2, {"val/loss": 0.1 + 0.2}, 2.5))
+    journal.report("0002", Report(2, 20, 0.0, {}, 2.5, interim=True))
+    journal.note_run("0001", "offline-1")
+    journal.note_run("0001", "abc")
+    journal.inherit("0001", "0002", 1, {"lr": 0.12}, ["lr=0.12"])
+    journal.end("0001", "failed", "NonFiniteLoss: the loss is nan", trace="Traceback of the first try")
+    assert journal.trials["0001"].error == "trials/0001/error.txt"
+    journal.end("0002", "failed", "ValueError: \ud800", trace="Traceback\nValueError: \ud800")
+    journal.reopen("0001")
+    journal.close()
+    journal.close()
 
-    again = Ledger.open(storage)
+    again = TrialJournal.open(storage)
     assert list(again.trials) == ["0001", "0002"]
     assert again.attempts == [{"time": 7.0, "argv": ["-m", "x=é", os.fsdecode(b"\xff")], "path": "/a", "loss": "inf"}]
     first, second = again.trials.values()
@@ -102,7 +102,7 @@ def test_everything_comes_back_as_it_was(storage: Storage) -> None:
     assert (second.status, second.ended, second.error) == ("failed", 7.0, "trials/0002/error.txt")
     assert storage.read_bytes("trials/0002/error.txt") == b"Traceback\nValueError: ?"
     # What the writer has in memory is what the reader finds (compared as text, since NaN is not NaN).
-    assert repr(again.trials) == repr(ledger.trials)
+    assert repr(again.trials) == repr(journal.trials)
 
 
 @given(
@@ -113,12 +113,12 @@ def test_everything_comes_back_as_it_was(storage: Storage) -> None:
 def test_any_parameter_and_metric_survives(
     tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any], metrics: dict[str, Any], value: float
 ) -> None:
-    storage = Storage(tmp_path_factory.mktemp("ledger"))
-    ledger = begun(storage)
-    ledger.start(Trial("0001", values, [], 0.0))
-    ledger.report("0001", Report(1, 1, value, metrics, 0.0))
-    ledger.close()
-    found = Ledger.open(storage).trials["0001"]
+    storage = Storage(tmp_path_factory.mktemp("journal"))
+    journal = begun(storage)
+    journal.start(Trial("0001", values, [], 0.0))
+    journal.report("0001", Report(1, 1, value, metrics, 0.0))
+    journal.close()
+    found = TrialJournal.open(storage).trials["0001"]
     assert found.parameters.keys() == values.keys()
     assert all(same(found.parameters[key], values[key]) for key in values)
     assert all(same(found.reports[0].metrics[key], metrics[key]) for key in metrics)
@@ -127,64 +127,64 @@ def test_any_parameter_and_metric_survives(
 
 def test_numpys_scalars_become_numbers(storage: Storage) -> None:
     float32: Any = np.float32
-    ledger = begun(storage)
-    ledger.start(trial(n=np.int64(3), lr=np.float64(0.1)))
-    ledger.report("0001", Report(1, 1, float32(0.5), {"a": float32(math.nan)}, 0.0))
-    ledger.close()
-    found = Ledger.open(storage).trials["0001"]
+    journal = begun(storage)
+    journal.start(trial(n=np.int64(3), lr=np.float64(0.1)))
+    journal.report("0001", Report(1, 1, float32(0.5), {"a": float32(math.nan)}, 0.0))
+    journal.close()
+    found = TrialJournal.open(storage).trials["0001"]
     assert found.parameters == {"n": 3, "lr": 0.1}
     assert (found.reports[0].value, str(found.reports[0].metrics["a"])) == (0.5, "nan")
 
 
 def test_a_second_attempt_goes_on_in_the_same_file(storage: Storage) -> None:
-    ledger = begun(storage)
-    ledger.start(trial(lr=0.1))
-    ledger.report("0001", report(1))
-    ledger.close()
-    ledger = begun(storage)
-    ledger.reopen("0001")
-    ledger.report("0001", report(2))
-    ledger.start(trial("0002", lr=0.2))
-    ledger.close()
-    again = Ledger.open(storage)
+    journal = begun(storage)
+    journal.start(trial(lr=0.1))
+    journal.report("0001", report(1))
+    journal.close()
+    journal = begun(storage)
+    journal.reopen("0001")
+    journal.report("0001", report(2))
+    journal.start(trial("0002", lr=0.2))
+    journal.close()
+    again = TrialJournal.open(storage)
     assert len(again.attempts) == 2
     assert [r.evaluation for r in again.trials["0001"].reports] == [1, 2]
     assert list(again.trials) == ["0001", "0002"]
 
 
 def test_an_evaluation_done_again_takes_the_place_of_the_first(storage: Storage) -> None:
-    ledger = begun(storage)
-    ledger.start(trial(lr=0.1))
+    journal = begun(storage)
+    journal.start(trial(lr=0.1))
     for evaluation in (1, 2, 3, 4):
-        ledger.report("0001", report(evaluation, 1.0))
-    ledger.reopen("0001")  # from the checkpoint of evaluation 2
-    ledger.report("0001", report(3, 2.0))
+        journal.report("0001", report(evaluation, 1.0))
+    journal.reopen("0001")  # from the checkpoint of evaluation 2
+    journal.report("0001", report(3, 2.0))
     expected = [(1, 1.0), (2, 1.0), (3, 2.0)]
-    assert [(r.evaluation, r.value) for r in ledger.trials["0001"].reports] == expected
+    assert [(r.evaluation, r.value) for r in journal.trials["0001"].reports] == expected
     # An exploit takes weights of a trial that is behind: what this one reported before stays.
-    ledger.inherit("0001", "0002", 1, {"lr": 0.2}, ["lr=0.2"])
-    ledger.report("0001", report(2, 3.0))
-    ledger.report("0001", report(2, 4.0))
+    journal.inherit("0001", "0002", 1, {"lr": 0.2}, ["lr=0.2"])
+    journal.report("0001", report(2, 3.0))
+    journal.report("0001", report(2, 4.0))
     expected += [(2, 4.0)]
-    assert [(r.evaluation, r.value) for r in ledger.trials["0001"].reports] == expected
-    ledger.close()
-    assert [(r.evaluation, r.value) for r in Ledger.open(storage).trials["0001"].reports] == expected
+    assert [(r.evaluation, r.value) for r in journal.trials["0001"].reports] == expected
+    journal.close()
+    assert [(r.evaluation, r.value) for r in TrialJournal.open(storage).trials["0001"].reports] == expected
 
 
 def test_a_torn_last_line_is_dropped_and_written_over(storage: Storage, path: Path) -> None:
-    ledger = begun(storage)
-    ledger.start(trial(lr=0.1))
-    ledger.close()
+    journal = begun(storage)
+    journal.start(trial(lr=0.1))
+    journal.close()
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"kind":"report","id":"0001","evaluation":1')
-    reader, writer = Ledger.open(storage), Ledger.open(storage)
+    reader, writer = TrialJournal.open(storage), TrialJournal.open(storage)
     assert path.read_bytes() != whole, "opening writes nothing"
     assert reader.trials["0001"].reports == []
     writer.begin({})
     writer.report("0001", report(1))
     writer.close()
     assert path.read_bytes().startswith(whole + b'{"kind":"begin"')
-    assert [r.evaluation for r in Ledger.open(storage).trials["0001"].reports] == [1]
+    assert [r.evaluation for r in TrialJournal.open(storage).trials["0001"].reports] == [1]
 
 
 @pytest.mark.parametrize(
@@ -203,36 +203,36 @@ def test_a_torn_last_line_is_dropped_and_written_over(storage: Storage, path: Pa
     ],
 )
 def test_a_broken_line_is_named(storage: Storage, path: Path, broken: str) -> None:
-    ledger = begun(storage)
-    ledger.start(trial(lr=0.1))
-    ledger.close()
+    journal = begun(storage)
+    journal.start(trial(lr=0.1))
+    journal.close()
     path.write_bytes(path.read_bytes() + broken.encode() + b'\n{"kind":"reopen","id":"0001","time":1}\n')
     with pytest.raises(StorageError, match=rf"{path}, line 3: not a line"):
-        Ledger.open(storage)
+        TrialJournal.open(storage)
 
 
-def test_another_file_is_no_ledger(storage: Storage, path: Path) -> None:
+def test_another_file_is_no_journal(storage: Storage, path: Path) -> None:
     path.parent.mkdir()
     path.write_text('{"kind":"else"}\n')
     with pytest.raises(StorageError, match="line 1"):
-        Ledger.open(storage)
+        TrialJournal.open(storage)
 
 
 def test_later_versions(storage: Storage, path: Path) -> None:
-    ledger = begun(storage)
-    ledger.start(trial(lr=0.1))
-    ledger.close()
+    journal = begun(storage)
+    journal.start(trial(lr=0.1))
+    journal.close()
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"kind":"mood","id":"0001"}\n{"kind":"reopen","id":"0001","time":1,"new":2}\n')
-    assert list(Ledger.open(storage).trials) == ["0001"]
+    assert list(TrialJournal.open(storage).trials) == ["0001"]
     path.write_bytes(whole + b'{"kind":"begin","version":2,"time":1,"info":{}}\n')
     with pytest.raises(StorageError, match=r"has format 2, this version reads 1"):
-        Ledger.open(storage)
+        TrialJournal.open(storage)
 
 
 def test_no_space_is_said_and_leaves_whole_lines(storage: Storage, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ledger = begun(storage)
-    ledger.start(trial(lr=0.1))
+    journal = begun(storage)
+    journal.start(trial(lr=0.1))
     write = os.write
 
     def full(descriptor: int, data: bytes) -> int:
@@ -243,15 +243,15 @@ def test_no_space_is_said_and_leaves_whole_lines(storage: Storage, path: Path, m
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", full)
         with pytest.raises(StorageFull, match=rf"no space at {path}"):
-            ledger.report("0001", report(1))
-        assert ledger.trials["0001"].reports == []
+            journal.report("0001", report(1))
+        assert journal.trials["0001"].reports == []
         # A line that cannot even be taken back is, before the next.
         patch.setattr(os, "ftruncate", lambda *_: full(0, b""))
         with pytest.raises(StorageFull):
-            ledger.report("0001", report(1))
-    ledger.report("0001", report(2))
-    ledger.close()
-    assert [r.evaluation for r in Ledger.open(storage).trials["0001"].reports] == [2]
+            journal.report("0001", report(1))
+    journal.report("0001", report(2))
+    journal.close()
+    assert [r.evaluation for r in TrialJournal.open(storage).trials["0001"].reports] == [2]
 
 
 def test_a_disk_that_loses_what_it_took_is_said_by_the_next_call(
@@ -264,21 +264,21 @@ def test_a_disk_that_loses_what_it_took_is_said_by_the_next_call(
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(module, "_SYNC_S", 0.0)
-    ledger = begun(storage)
+    journal = begun(storage)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lost)
-        ledger.start(trial(lr=0.1))
+        journal.start(trial(lr=0.1))
         assert failed.wait(30)
         with pytest.raises(StorageError, match="Input/output"):
-            report_until_refused(ledger)
+            report_until_refused(journal)
     # A later fsync that succeeds says nothing of what the first has lost.
     with pytest.raises(StorageError, match="Input/output"):
-        ledger.close()
+        journal.close()
 
 
 def test_two_writers_are_refused(storage: Storage) -> None:
     begun(storage).close()
-    first, second = Ledger.open(storage), Ledger.open(storage)
+    first, second = TrialJournal.open(storage), TrialJournal.open(storage)
     first.begin({})
     with pytest.raises(StorageError, match="another process has written it"):
         second.begin({})
@@ -286,22 +286,22 @@ def test_two_writers_are_refused(storage: Storage) -> None:
 
 
 def test_threads_write_whole_lines(storage: Storage) -> None:
-    ledger = begun(storage)
+    journal = begun(storage)
     for n in range(4):
-        ledger.start(trial(f"{n}"))
+        journal.start(trial(f"{n}"))
 
     def work(id: str) -> None:  # noqa: A002
         for evaluation in range(1, 101):
-            ledger.report(id, report(evaluation))
-            ledger.note_run(id, f"run-{evaluation}")
+            journal.report(id, report(evaluation))
+            journal.note_run(id, f"run-{evaluation}")
 
     threads = [threading.Thread(target=work, args=(f"{n}",)) for n in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    ledger.close()
-    found = Ledger.open(storage).trials
+    journal.close()
+    found = TrialJournal.open(storage).trials
     assert [len(t.reports) for t in found.values()] == [100] * 4
     assert {t.run_id for t in found.values()} == {"run-100"}
 
@@ -310,12 +310,12 @@ def test_a_killed_writer_loses_nothing_that_it_was_told_is_written(storage: Stor
     program = """
         import sys
         from raytrainer.storage import Storage
-        from raytrainer.sweep.ledger import Ledger, Report, Trial
-        ledger = Ledger.open(Storage(sys.argv[1]))
-        ledger.begin({})
-        ledger.start(Trial("0001", {}, [], 0.0))
+        from raytrainer.sweep.journal import TrialJournal, Report, Trial
+        journal = TrialJournal.open(Storage(sys.argv[1]))
+        journal.begin({})
+        journal.start(Trial("0001", {}, [], 0.0))
         for n in range(1, 10**6):
-            ledger.report("0001", Report(n, n, 0.5, {"a": 1.0}, 0.0))
+            journal.report("0001", Report(n, n, 0.5, {"a": 1.0}, 0.0))
             print(n, flush=True)
     """
     writer = subprocess.Popen(
@@ -330,7 +330,7 @@ def test_a_killed_writer_loses_nothing_that_it_was_told_is_written(storage: Stor
     writer.stdout.close()
     writer.wait()
     told_last = max([200, *(int(line) for line in rest.splitlines() if line)])
-    found = Ledger.open(storage).trials["0001"].reports
+    found = TrialJournal.open(storage).trials["0001"].reports
     assert [r.evaluation for r in found] == list(range(1, len(found) + 1))
     assert len(found) >= told_last
 
@@ -361,53 +361,53 @@ def remote(tmp_path: Path) -> Flaky:
 
 
 def test_an_object_store_gets_the_whole_file_now_and_then(remote: Flaky, monkeypatch: pytest.MonkeyPatch) -> None:
-    ledger = begun(remote)
-    ledger.start(trial(lr=0.1))
+    journal = begun(remote)
+    journal.start(trial(lr=0.1))
     assert len(uploads) == 2
     for evaluation in range(1, 201):
-        ledger.report("0001", report(evaluation))
+        journal.report("0001", report(evaluation))
     assert len(uploads) == 2, "not an upload a line"
-    ledger.close()
+    journal.close()
     assert len(uploads) == 3
-    assert len(Ledger.open(remote).trials["0001"].reports) == 200
+    assert len(TrialJournal.open(remote).trials["0001"].reports) == 200
     monkeypatch.setattr(module, "_UPLOAD_S", 0.01)
-    ledger = begun(remote)
+    journal = begun(remote)
     uploaded.clear()
-    ledger.report("0001", report(201))
+    journal.report("0001", report(201))
     assert uploaded.wait(30), "without a close"
-    assert len(Ledger.open(remote).trials["0001"].reports) == 201
-    ledger.close()
+    assert len(TrialJournal.open(remote).trials["0001"].reports) == 201
+    journal.close()
 
 
 def test_an_object_store_has_what_a_resume_must_know_when_it_is_told(remote: Flaky) -> None:
     """A killed driver loses no id: another trial would get it, and the checkpoints and the run of the first."""
 
     def there() -> Any:
-        return Ledger.open(remote).trials
+        return TrialJournal.open(remote).trials
 
-    ledger = begun(remote)
-    ledger.start(trial(lr=0.1))
+    journal = begun(remote)
+    journal.start(trial(lr=0.1))
     assert list(there()) == ["0001"]
-    ledger.note_run("0001", "offline-1")
+    journal.note_run("0001", "offline-1")
     assert there()["0001"].run_id == "offline-1"
-    ledger.report("0001", report(1))
-    ledger.inherit("0001", "0001", 1, {"lr": 0.2}, ["lr=0.2"])
+    journal.report("0001", report(1))
+    journal.inherit("0001", "0001", 1, {"lr": 0.2}, ["lr=0.2"])
     assert (there()["0001"].parameters, len(there()["0001"].reports)) == ({"lr": 0.2}, 1)
-    ledger.end("0001", "stopped")
+    journal.end("0001", "stopped")
     assert there()["0001"].status == "stopped"
-    ledger.reopen("0001")
+    journal.reopen("0001")
     assert there()["0001"].status == "running"
-    ledger.report("0001", report(2))
-    ledger.save()
+    journal.report("0001", report(2))
+    journal.save()
     assert len(there()["0001"].reports) == 2
-    ledger.close()
+    journal.close()
 
 
 def test_an_object_store_that_fails_for_a_while_loses_nothing(
     remote: Flaky, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(module, "_UPLOAD_S", 0.01)
-    ledger = begun(remote)
+    journal = begun(remote)
     remote.error = OSError("503 slow down")
     warned, log = threading.Event(), module._log.warning
 
@@ -416,30 +416,30 @@ def test_an_object_store_that_fails_for_a_while_loses_nothing(
         warned.set()
 
     monkeypatch.setattr(module._log, "warning", warning)
-    ledger.start(trial(lr=0.1))
-    ledger.report("0001", report(1))
+    journal.start(trial(lr=0.1))
+    journal.report("0001", report(1))
     assert warned.wait(30)
     uploaded.clear()
     remote.error = None
     assert uploaded.wait(30)
-    ledger.close()
+    journal.close()
     assert len([m for m in caplog.messages if "kept in memory" in m]) == 1
-    assert len(Ledger.open(remote).trials["0001"].reports) == 1
-    ledger = begun(remote)
+    assert len(TrialJournal.open(remote).trials["0001"].reports) == 1
+    journal = begun(remote)
     remote.error = OSError("503 slow down")
-    ledger.end("0001", "finished")
+    journal.end("0001", "finished")
     with pytest.raises(StorageError, match="503"):
-        ledger.close()
+        journal.close()
     remote.error = None
-    ledger = begun(remote)
+    journal = begun(remote)
     remote.error = OSError(errno.ENOSPC, "full")
     with pytest.raises(StorageFull):
-        report_until_refused(ledger)
+        report_until_refused(journal)
     remote.error = None
-    ledger = begun(remote)
+    journal = begun(remote)
     remote.error = OSError(errno.ENOSPC, "full")
     with pytest.raises(StorageFull):
-        ledger.end("0001", "finished")
+        journal.end("0001", "finished")
 
 
 def test_a_line_is_cheap_and_synced_apart(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,14 +451,14 @@ def test_a_line_is_cheap_and_synced_apart(storage: Storage, monkeypatch: pytest.
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", noting)
-    ledger = begun(storage)
-    ledger.start(trial(lr=0.1))
+    journal = begun(storage)
+    journal.start(trial(lr=0.1))
     before = len(synced)
     for evaluation in range(1, 101):
-        ledger.report("0001", report(evaluation))
-    ledger.end("0001", "finished")
+        journal.report("0001", report(evaluation))
+    journal.end("0001", "finished")
     assert threading.current_thread().name not in synced[before:], "nobody waits for the disk"
-    ledger.close()
+    journal.close()
     assert synced[-1] == threading.current_thread().name
 
 
@@ -488,10 +488,10 @@ def test_a_trial_that_diverged() -> None:
 
 
 def test_lines_are_plain_json(storage: Storage, path: Path) -> None:
-    ledger = begun(storage)
-    ledger.start(trial(x=math.inf))
-    ledger.report("0001", report(1, math.nan))
-    ledger.close()
+    journal = begun(storage)
+    journal.start(trial(x=math.inf))
+    journal.report("0001", report(1, math.nan))
+    journal.close()
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
@@ -503,35 +503,35 @@ def test_lines_are_plain_json(storage: Storage, path: Path) -> None:
 def test_how_long_a_trial_trained(storage: Storage) -> None:
     """Neither the time in which the sweep was away counts, nor that in which a trial waits for its place."""
     now = 20.0
-    ledger = Ledger.open(storage, clock=lambda: now)
-    ledger.begin({})
-    ledger.start(trial())
-    assert ledger.trials["0001"].took(now=20.0) == 7.5
-    ledger.report("0001", replace(report(1), seconds=2.0))  # at 101.0; it had waited
-    ledger.close()
+    journal = TrialJournal.open(storage, clock=lambda: now)
+    journal.begin({})
+    journal.start(trial())
+    assert journal.trials["0001"].took(now=20.0) == 7.5
+    journal.report("0001", replace(report(1), seconds=2.0))  # at 101.0; it had waited
+    journal.close()
     now = 500.0
-    ledger = Ledger.open(storage, clock=lambda: now)
-    one = ledger.trials["0001"]
+    journal = TrialJournal.open(storage, clock=lambda: now)
+    one = journal.trials["0001"]
     assert one.took() == 2.0
-    ledger.begin({})
-    ledger.reopen("0001")
+    journal.begin({})
+    journal.reopen("0001")
     assert one.took(now=503.0) == 5.0
-    ledger.report("0001", replace(report(2), seconds=3.5, time=504.0))
+    journal.report("0001", replace(report(2), seconds=3.5, time=504.0))
     assert one.took(now=505.0) == 6.5
     now = 600.0
-    ledger.end("0001", "stopped")
-    ledger.close()
-    assert one.took() == Ledger.open(storage).trials["0001"].took() == 5.5
+    journal.end("0001", "stopped")
+    journal.close()
+    assert one.took() == TrialJournal.open(storage).trials["0001"].took() == 5.5
 
 
 def test_how_long_a_trial_took_that_has_not_reported(storage: Storage) -> None:
     now = 20.0
-    ledger = Ledger.open(storage, clock=lambda: now)
-    ledger.begin({})
-    ledger.start(trial())
+    journal = TrialJournal.open(storage, clock=lambda: now)
+    journal.begin({})
+    journal.start(trial())
     now = 500.0
-    ledger.reopen("0001")
+    journal.reopen("0001")
     now = 503.0
-    ledger.end("0001", "failed", "ValueError: no")
-    ledger.close()
-    assert Ledger.open(storage).trials["0001"].took() == 3.0
+    journal.end("0001", "failed", "ValueError: no")
+    journal.close()
+    assert TrialJournal.open(storage).trials["0001"].took() == 3.0
