@@ -15,7 +15,7 @@ import sqlite3
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -117,10 +117,14 @@ def check_writable(tracking_uri: str) -> None:
         raise _unusable(path, error) from error
 
 
-def check_schema(tracking_uri: str) -> None:
+def check_schema(tracking_uri: str, *, sleep: Callable[[float], None] = time.sleep) -> None:
     """Check that an existing database has the schema of the installed MLflow.
 
     A schema that another process is migrating at this moment is waited for.
+
+    Args:
+        tracking_uri: Of a SQLite database.
+        sleep: Waits for the given number of seconds; for tests.
 
     Raises:
         TrackingUnreachable: It has another schema, or the file is no database of MLflow.
@@ -135,7 +139,7 @@ def check_schema(tracking_uri: str) -> None:
         if not is_mlflows or schema == before or time.monotonic() > deadline:
             break
         before = schema
-        time.sleep(_CHANGE_S)
+        sleep(_CHANGE_S)
     problem = schema_problem(f"sqlite:///{path}", schema.revision) if is_mlflows else _foreign(path, schema)
     if is_mlflows and not schema.runs:
         problem += "; it holds no run, so it can also be deleted"

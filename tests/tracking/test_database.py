@@ -186,7 +186,7 @@ def test_a_database_without_a_run_may_also_be_deleted(path: Path, monkeypatch: p
         check_tracking(f"sqlite:///{path}")
 
 
-def test_a_migration_under_way_is_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_migration_under_way_is_waited_for(path: Path) -> None:
     head, known = database.known_revisions()
     steps = iter([*sorted(known - {head})[:3], head])
     execute(path, f"UPDATE alembic_version SET version_num = '{next(steps)}'")
@@ -194,8 +194,7 @@ def test_a_migration_under_way_is_waited_for(path: Path, monkeypatch: pytest.Mon
     def migrate(seconds: float) -> None:
         execute(path, f"UPDATE alembic_version SET version_num = '{next(steps)}'")
 
-    monkeypatch.setattr(time, "sleep", migrate)
-    database.check_schema(f"sqlite:///{path}")
+    database.check_schema(f"sqlite:///{path}", sleep=migrate)
 
 
 def test_another_schema_on_a_database_server_is_told_alike() -> None:
