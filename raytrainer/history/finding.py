@@ -1,4 +1,4 @@
-"""Which run an ID means: a name, an MLflow run id or a Ray submission id, below `./runs` or in the tracking store."""
+"""Find the run that an ID names: a name, an MLflow run id or a Ray submission id, in `./runs` or in the tracking store."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from raytrainer.tracking.server import StoredRun
 
 @dataclass(frozen=True)
 class SubmittedRun:
-    """What was submitted from here, as it was sent.
+    """A run that was submitted from this directory, as it was sent.
 
     Attributes:
-        record: Of the run, with the last job that it was sent as.
-        storage: The directory that has the record and the config.
+        record: The run record, with the last job that the run was sent as.
+        storage: The directory with the record and the config.
     """
 
     record: Record
     storage: Storage
 
     def is_of(self, record: Record) -> bool:
-        """Whether a record of this name is of the same run, and not of one elsewhere that has its name."""
+        """Return whether a record of this name belongs to the same run, and not to another one with that name."""
         if self.record.run_id is not None and self.record.run_id == record.run_id:
             return True
         return _place(self.record.run_dir) == _place(record.run_dir)
@@ -40,14 +40,14 @@ class SubmittedRun:
 
 @dataclass(frozen=True)
 class RunHandle:
-    """A run, and where what is known of it comes from.
+    """A run, and where to find it.
 
     Attributes:
-        record: Its directory's own; else the submission's from here; else made of what MLflow says.
-        storage: Its directory; None where that is gone, not made yet, or not to be read from here.
-        stored: What MLflow says; None where it was not asked, or does not know the run.
-        trial: The number of the trial that was meant, of a sweep.
-        sent: What was submitted of it from here, where something was: an attempt that its directory may not know of yet.
+        record: From the run directory; else from the submission; else built from what MLflow says.
+        storage: The run directory; None if it is gone, does not exist yet or cannot be read from here.
+        stored: The MLflow run; None if MLflow was not asked or does not know it.
+        trial: The number of the trial that the ID names, if the run is a sweep.
+        sent: The submission from this directory, if there is one. Its attempt may not be in the run directory yet.
     """
 
     record: Record
@@ -58,7 +58,7 @@ class RunHandle:
 
     @property
     def coming(self) -> str | None:
-        """The job of an attempt that was sent from here and that its record does not tell of yet."""
+        """The job of an attempt that was submitted from here and is not in the run record yet."""
         there = None if self.sent is None else self.sent.record.job.get("submission_id")
         if self.sent is None or there is None:
             return None
@@ -76,16 +76,16 @@ class RunHandle:
 
 
 def number_of(submission_id: str) -> int:
-    """Which attempt a job is: NAME is the first, NAME--3 the third."""
+    """Return the number of the attempt that a job is: NAME is the first, NAME--3 the third."""
     number = submission_id.rpartition("--")[2]
     return int(number) if number != submission_id and number.isdecimal() else 1
 
 
 def find(identifier: str, root: Path | None = None) -> tuple[Record, Storage]:
-    """The run of an ID, of whose directory it has all: below `./runs`, else wherever the tracking store says it is.
+    """Return the record and the directory of a run, from `./runs` or from where the tracking store says it is.
 
     Raises:
-        RunNotFound: There is none; the nearest names are told.
+        RunNotFound: There is no such run, or its directory cannot be read. The message lists the nearest names.
     """
     known = look_up(identifier, root)
     if known.storage is not None:
@@ -96,10 +96,10 @@ def find(identifier: str, root: Path | None = None) -> tuple[Record, Storage]:
 
 
 def look_up(identifier: str, root: Path | None = None) -> RunHandle:
-    """The run of an ID, as far as it is known: its directory may be gone, or not reachable from here.
+    """Return the handle of a run. Its directory may be gone, or not readable from here.
 
     Raises:
-        RunNotFound: There is none; the nearest names are told.
+        RunNotFound: There is no such run. The message lists the nearest names.
     """
     root = root or Path.cwd() / "runs"
     if not re.fullmatch(NAME_PATTERN, identifier):
@@ -118,7 +118,7 @@ def look_up(identifier: str, root: Path | None = None) -> RunHandle:
         if identifier == sent.record.name:
             return reached(RunHandle(sent.record, None, sent=sent))
         if identifier == sent.record.job.get("submission_id"):
-            found = reached(RunHandle(sent.record, None, sent=sent))  # of which the directory may tell an earlier job
+            found = reached(RunHandle(sent.record, None, sent=sent))  # its directory may still name an earlier job
             return replace(found, record=replace(found.record, job=sent.record.job))
         names.append(sent.record.name)
     uri = tracking_uri_here()
@@ -133,7 +133,7 @@ def look_up(identifier: str, root: Path | None = None) -> RunHandle:
 
 
 def with_sent(known: RunHandle, root: Path) -> RunHandle:
-    """The same with what was submitted of this run from here."""
+    """Add the submission of this run from this directory, if there is one."""
     storage = Storage(root / SUBMITTED / known.record.name)
     with suppress(StorageError):
         record = Record.read(storage)
@@ -143,24 +143,24 @@ def with_sent(known: RunHandle, root: Path) -> RunHandle:
 
 
 def from_tracking(stored: StoredRun, uri: str) -> RunHandle:
-    """A run that MLflow tells of, with its directory's record where that can be read."""
+    """Return the handle of an MLflow run, with the record of its directory if that can be read."""
     return reached(as_stored(stored, uri))
 
 
 def reached(known: RunHandle) -> RunHandle:
-    """The same with its directory and the record there, where that can be read from here."""
+    """Add the run directory and its record, if it can be read from here."""
     if known.storage is not None:
         return known
     try:
         storage = known.record.storage
         own = Record.read(storage)
-    except StorageError:  # a disk or bucket that this machine does not reach
+    except StorageError:  # a disk or bucket that this machine cannot read
         own = None
     return known if own is None else replace(known, record=own, storage=storage)
 
 
 def as_stored(stored: StoredRun, uri: str) -> RunHandle:
-    """A run by what MLflow tells of it alone."""
+    """Return the handle of a run from its MLflow run alone."""
     tags = stored.tags
     trial = stored.name.rpartition(".")[2] if lookup.SWEEP_TAG in tags else None
     record = Record(
@@ -184,7 +184,7 @@ _JOB = ("submission_id", "cluster_address", "content")
 
 
 def trial_of(identifier: str, record: Record) -> str | None:
-    """The number of the trial of this sweep that an ID names, `NAME.0007` or the trial's run id in MLflow; or None.
+    """Return the number of the trial that an ID names, or None. The ID is `NAME.0007` or the trial's MLflow run id.
 
     Raises:
         StorageError: The sweep's journal cannot be read.
@@ -205,7 +205,7 @@ def _numbered(identifier: str, record: Record) -> str | None:
 
 
 def records(root: Path) -> Iterator[tuple[Record, Storage]]:
-    """Those of all runs in a directory; another run's damage is not this one's."""
+    """Yield the records of all runs in a directory. A record that cannot be read is skipped."""
     for path in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")) if root.is_dir() else ():
         storage = Storage(path)
         try:
@@ -217,13 +217,13 @@ def records(root: Path) -> Iterator[tuple[Record, Storage]]:
 
 
 def submitted(root: Path) -> Iterator[SubmittedRun]:
-    """What was submitted from here, as it was sent."""
+    """Yield the runs that were submitted from this directory."""
     for record, storage in records(root / SUBMITTED):
         yield SubmittedRun(record, storage)
 
 
 def tracking_uri_here() -> str | None:
-    """The tracking store of this directory: MLFLOW_TRACKING_URI, else ./mlflow.db; None where there is neither."""
+    """Return the tracking store of this directory: MLFLOW_TRACKING_URI, else ./mlflow.db; None if there is neither."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or None
     if uri is None and not (Path.cwd() / "mlflow.db").exists():
         return None
@@ -231,7 +231,7 @@ def tracking_uri_here() -> str | None:
 
 
 def tracking_uri_of(record: Record) -> str | None:
-    """The store of a run, with the credentials of this environment where it is the same one."""
+    """Return the tracking store of a run, with the credentials of MLFLOW_TRACKING_URI if that is the same store."""
     here = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
     if here and tracking.redacted(here) == record.tracking_uri:
         return here
@@ -239,15 +239,15 @@ def tracking_uri_of(record: Record) -> str | None:
 
 
 def with_tracking(known: RunHandle) -> RunHandle:
-    """The same with what MLflow says of it.
+    """Add the MLflow run.
 
     Raises:
-        TrackingError: It cannot be asked.
+        TrackingError: The tracking store does not answer.
     """
     uri, run_id, record = tracking_uri_of(known.record), known.record.run_id, known.record
     if known.stored is not None or uri is None:
         return known
-    if run_id is None:  # what was submitted has none yet, and its directory may not be reachable from here
+    if run_id is None:  # a submitted run has no MLflow run yet, and its directory may not be readable from here
         stored = lookup.find_launched(uri, record.name, _place(record.run_dir), known.submission_id)
         if stored is None:
             return known
@@ -258,7 +258,7 @@ def with_tracking(known: RunHandle) -> RunHandle:
 
 
 def _place(run_dir: str) -> str:
-    """A run's directory without the options of its storage."""
+    """Return a run directory without the options of its storage URI."""
     return run_dir.partition("?")[0].rstrip("/")
 
 

@@ -1,21 +1,21 @@
-"""Whether a run's driver lives, by the claim that it holds on the run's directory and the job that it may be.
+"""Whether the driver of a run is alive, judged from the leases on the run directory and from the run's job.
 
-A run that says RUNNING is taken for dead only if nothing that could be its driver can be alive:
+A run that says RUNNING is declared dead only when nothing that could be its driver can be alive:
 
-- **A claim of a process of this machine** (its number, its start in ticks since boot, the boot and the process
-  namespace are in it) says it exactly: the process is there, or it is gone, also where its number is another's now. How
-  long it has been silent does not matter.
-- **A claim of another machine** is renewed every 10 s. One that was not for `LIMIT_S`, by the storage's own clock on both
-  sides, is of a dead driver: whoever lost touch for so long ends by itself when it sees that its claim is gone. Neither
-  this machine's clock nor the other's takes part.
-- **No claim**: the driver has given it up, so the record says how it ended. If the record says RUNNING and is not new,
-  nobody is there.
-- **A job** that the cluster says is waiting or running is alive, whatever its claim says. One that has ended is dead,
-  unless another submission or another owner goes on with the run. A claim that names it is its driver's if it was made
-  while the job ran and has shown no life since its end: the same address may mean another cluster by now, with another
-  job of the same name. Here clocks take part, the cluster's and the storage's: where they differ by more than a beat, the
-  claim's age decides. One that the cluster does not know, or that refused to begin, says nothing: then the claim decides.
-- **What cannot be read** (the directory, the cluster) is no sign of death.
+- **A lease of a process on this machine** is exact. It holds the process id, its start time in ticks since boot, the boot
+  id and the process namespace, so a reused process id is not mistaken for the driver. Its age does not matter.
+- **A lease of another machine** is renewed every 10 s. After `LIMIT_S` without a heartbeat its driver is dead, because a
+  driver that lost contact for so long ends itself when it sees that its lease is gone. Both times come from the storage's
+  clock, never from this machine's or the other's.
+- **No lease**: the driver has released it, so the record has the final status. If the record says RUNNING and is not
+  new, no driver exists.
+- **A job** that the cluster reports as pending or running is alive, whatever its lease says. A job that has ended is
+  dead, unless another submission or another owner continues the run. A lease that names the job belongs to its driver if
+  it was taken while the job ran and has no heartbeat after the job's end, because the same address may now be another
+  cluster with another job of the same name. This compares the cluster's clock with the storage's; if they differ by
+  more than a heartbeat, the age of the lease decides. A job that the cluster does not know, or that was refused, says
+  nothing, and the lease decides.
+- **What cannot be read** (the directory, the cluster) is no evidence of death.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from raytrainer.tracking.runs import Status
 
 LIMIT_S = 300.0  # thirty heartbeats
 LOCK = "lock"
-_BEAT_S = 10.0  # between two liveness of life
+_BEAT_S = 10.0  # between two heartbeats
 
 
 @dataclass(frozen=True)
 class Liveness:
-    """What a run's directory shows.
+    """What the run directory says about its driver.
 
     Attributes:
-        claims: On it, the driver's among them.
-        now: The time by the storage's clock; None where it could not be learnt.
-        written: When the record was written, by the same clock.
-        readable: Whether it could be looked at.
+        claims: All leases on the directory, the driver's among them.
+        now: The current time of the storage's clock, in seconds since the epoch; None if it is unknown.
+        written: When the run record was written, by the same clock.
+        readable: Whether the directory could be read.
     """
 
     claims: Sequence[Claim] = ()
@@ -58,7 +58,10 @@ class Liveness:
 
     @classmethod
     def read(cls, storage: Storage | None) -> Liveness:
-        """Looks; of another machine's claims the age is learnt by writing a file and deleting it again."""
+        """Read the leases in a run directory.
+
+        If another machine has a lease, its age is measured by writing a file and deleting it again.
+        """
         if storage is None:
             return cls(readable=False)
         try:
@@ -72,26 +75,26 @@ class Liveness:
 
     @property
     def here(self) -> Claim | None:
-        """The claim of a process of this machine that lives."""
+        """The lease of a process on this machine that is alive, if there is one."""
         return next((c for c in self.claims if c.is_here and c.lives), None)
 
     @property
     def elsewhere(self) -> list[Claim]:
-        """Claims of other machines that may live."""
+        """The leases of other machines whose owners may be alive."""
         return [c for c in self.claims if not c.is_here and not self._is_old(c.beat)]
 
     @property
     def dead(self) -> list[Claim]:
-        """Claims of drivers that died."""
+        """The leases whose owners are dead."""
         return [c for c in self.claims if (not c.lives if c.is_here else self._is_old(c.beat))]
 
     @property
     def last(self) -> Claim | None:
-        """The claim with the last sign of life."""
+        """The lease with the newest heartbeat, if there is any."""
         return max(self.claims, key=lambda c: c.beat, default=None)
 
     def is_settled(self) -> bool:
-        """Whether the record is not just being written by a driver that starts."""
+        """Return whether the record is old enough that no driver can just be starting."""
         return self.written is not None and self._is_old(self.written)
 
     def _is_old(self, when: float) -> bool:
@@ -100,17 +103,17 @@ class Liveness:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What follows from the liveness.
+    """Whether the driver is alive, and how we know.
 
     Attributes:
         life: `alive`, `dead`, or `unsure`, which is treated as alive.
-        why: In words.
-        status: Of a dead one: how it ended.
-        cause: Of a dead one: why, for its records.
-        when: Of a dead one: its last sign of life, in seconds since the epoch; None where unknown.
-        by_job: Whether the cluster says so.
-        going: Of one that lives by its job: that job.
-        gone: Of one whose job has ended: the claims that its driver left.
+        why: The reason, as text.
+        status: The final status of a run whose driver is dead.
+        cause: Why its driver died, for the records.
+        when: The last heartbeat of a dead driver, in seconds since the epoch; None if it is unknown.
+        by_job: Whether the cluster decided it.
+        going: The job that keeps the run alive, if a job does.
+        gone: The leases that the driver of an ended job left behind.
     """
 
     life: Literal["alive", "dead", "unsure"]
@@ -124,13 +127,13 @@ class Verdict:
 
 
 def judge(record: Record, liveness: Liveness, job: Job | None = None, others: Sequence[Job] = ()) -> Verdict:
-    """Whether the driver of a run lives. Pure: the rule above, in its order.
+    """Decide whether the driver of a run is alive, by the rule above. It reads and writes nothing.
 
     Args:
-        record: Of the run, its status as its directory has it.
-        liveness: Of its directory.
-        job: What the cluster says of its job; None where there is none, or it does not know it or does not answer.
-        others: Other jobs of the same run, an attempt at it each.
+        record: The run record from the run directory.
+        liveness: What the run directory says.
+        job: The run's job; None if it has none, or if the cluster does not know the job or does not answer.
+        others: Other jobs of the same run, one for each further attempt.
     """
     if (claim := liveness.here) is not None:
         return Verdict("alive", f"process {claim.owner.get('pid')} of this machine has it")
@@ -142,7 +145,7 @@ def judge(record: Record, liveness: Liveness, job: Job | None = None, others: Se
     gone = [claim for claim in liveness.elsewhere if any(_ended_with(claim, one) for one in ended)]
     if left := [claim for claim in liveness.elsewhere if claim not in gone]:
         return Verdict("alive", f"{_named(left[0])} has it")
-    if job is not None and job.exit_code != REFUSED:  # one that was refused never had the run
+    if job is not None and job.exit_code != REFUSED:  # a refused job never started the run
         status, cause = _end_of_job(job)
         if record.status != "RUNNING":
             status = record.status  # type: ignore[assignment]
@@ -177,7 +180,7 @@ def _end_of_job(job: Job) -> tuple[Status, str]:
 
 
 def _ended_with(claim: Claim, job: Job) -> bool:
-    """Whether a claim is of the driver of a job that has ended."""
+    """Return whether a lease belongs to the driver of a job that has ended."""
     if claim.owner.get("job") != job.submission_id or job.ended is None or job.exit_code == REFUSED:
         return False
     try:
@@ -193,7 +196,7 @@ def _named(claim: Claim) -> str:
 
 
 def _clock(storage: Storage) -> float | None:
-    """The storage's own time, by the date of a file; None where it takes none."""
+    """Return the storage's own time, from the date of a new file; None if it cannot be written."""
     name = f"{uuid.uuid4().hex}.probe"
     place = storage.child(LOCK)
     try:

@@ -1,4 +1,4 @@
-"""Runs that MLflow believes to be running, and are not: told from the living by `liveness`, and closed with the truth."""
+"""Close runs that MLflow lists as RUNNING although their driver is dead, with their true final status."""
 
 from __future__ import annotations
 

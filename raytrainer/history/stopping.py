@@ -1,4 +1,4 @@
-"""`stop ID`: asks a run to end after a last checkpoint, wherever it runs, and waits until all that it held is free."""
+"""`stop ID`: ask a run to save a last checkpoint and end, wherever it runs, and wait until its resources are free."""
 
 from __future__ import annotations
 
@@ -27,20 +27,21 @@ from raytrainer.storage.lock import Claim, process_start
 TIMEOUT_S = 120.0
 # A driver looks for the object every 2 s, gives its workers 8 s for a checkpoint and MLflow 6 s for the end.
 _GRACE_S = 30.0
-_PLACED_S = 10.0  # that a job which waits may take to end before it is said that it cannot yet
-_SECOND_S, _KILL_S = 10.0, 16.0  # with force: from the first signal until the second, and until all are killed
+_PLACED_S = 10.0  # how long a pending job may take to end before the user is told that it cannot end yet
+_SECOND_S, _KILL_S = 10.0, 16.0  # with --force: from the first signal to the second, and to SIGKILL
 
 
 @dataclass(frozen=True)
 class StopResult:
-    """How a stop went.
+    """The result of a stop.
 
     Attributes:
-        status: Of the run, now.
-        done: Whether it has ended and nothing of it is left.
-        told: What ended, or what is left, in words.
-        seconds: How long that took.
-        asked: Whether what is left has been told to end, and nothing more can be done about it.
+        name: The run.
+        status: The run's status after the stop.
+        done: Whether the run has ended and none of its processes or jobs is left.
+        told: What ended, or what is left, as text.
+        seconds: How long the stop took.
+        asked: Whether what is left was asked to end, and nothing more can be done.
     """
 
     name: str
@@ -55,18 +56,18 @@ class StopResult:
 
 
 class Stopper:
-    """One stop.
+    """Stops one run.
 
     Args:
-        identifier: Which run.
-        force: End it without a checkpoint where it does not end by itself in time.
-        timeout_s: The longest to wait.
-        say: Told what is done.
-        clusters, sleep: For tests.
+        identifier: The run's name, MLflow run id or submission id.
+        force: End the run without a checkpoint if it does not end in time.
+        timeout_s: The longest time to wait, in seconds.
+        say: Receives a line about each step of the stop.
+        clusters, sleep: Replaced in tests.
 
     Raises:
         RunNotFound: There is no such run.
-        ConfigError: It is a trial.
+        ConfigError: The ID names a trial, which ends with its sweep.
     """
 
     def __init__(
@@ -88,10 +89,10 @@ class Stopper:
         self.deadline = self.began + timeout_s
 
     def stop(self) -> StopResult:
-        """Stops it, waits, and says what became of it.
+        """Stop the run and wait for its end.
 
         Raises:
-            RaytrainerError: It cannot be reached from here.
+            RaytrainerError: The run cannot be reached from here.
         """
         with suppress(TrackingError):
             self.known = with_tracking(self.known)
@@ -100,7 +101,7 @@ class Stopper:
         if job is not None and job.status in GOING:
             return self._stop_job(job)
         liveness = Liveness.read(self.known.storage)
-        # Its own: another command may hold the directory for the moment that closing a dead run takes.
+        # Only the run's own lease: another command may hold the directory briefly while it closes a dead run.
         mine = [c for c in liveness.claims if c.is_here and c.lives and c.owner.get("run") == self.name]
         if mine and (result := self._stop_process(mine[0])) is not None:
             return result
@@ -108,7 +109,7 @@ class Stopper:
             return self._stop_elsewhere(liveness)
         verdict, silence = verdict_of(self.known, self.clusters), self.clusters.silence_of(self.known)
         has_ended = verdict.life == "dead" or (self._status() != "RUNNING" and self.known.storage is None)
-        # Whoever declares a run dead must know more than that nobody could be asked.
+        # A cluster that does not answer is no proof that the run is dead.
         if silence is not None and (self.known.coming is not None or not has_ended):
             raise RaytrainerError(
                 f"{self.name} is not stopped: {silence}; so it is not known whether its job {self.known.coming or self.known.submission_id} runs"
@@ -132,10 +133,10 @@ class Stopper:
     # --- a process of this machine --------------------------------------------------------------------------------
 
     def _stop_process(self, claim: Claim) -> StopResult | None:
-        """None: its process is not ours to signal."""
+        """Signal a process on this machine. Returns None if we may not signal it."""
         pid = int(claim.owner["pid"])
         try:
-            # A descriptor stays with the process that had the number when it was opened: only then is it compared.
+            # The descriptor belongs to one process, even if its id is reused later. So open it first, then compare.
             with _descriptor(pid) as process:
                 if process_start(pid) != claim.started:
                     raise ProcessLookupError
@@ -174,7 +175,7 @@ class Stopper:
         return self._after_death(f"its {count} processes are gone" if count > 1 else "its process is gone")
 
     def _after_death(self, told: str) -> StopResult:
-        """Of a driver that was killed nobody has told the end."""
+        """Record the end of a driver that may have been killed before it could do so."""
         with suppress(TrackingError):
             self.known = with_tracking(replace(self.known, stored=None))
         verdict = verdict_of(self.known, self.clusters)
@@ -217,7 +218,7 @@ class Stopper:
             cluster.stop(job.submission_id)
             job = self._wait_for_job(job, min(self.deadline, time.monotonic() + _PLACED_S))
         told = f"its job {job.submission_id} is asked to end, and does as soon as its driver gets what it waits for"
-        if job.status == "PENDING":  # Ray has no way to end a driver that it has not placed
+        if job.status == "PENDING":  # Ray cannot end a job whose driver is not placed yet
             self.say(f"{self.name}: {told}")
         if job.status in GOING:
             job = self._wait_for_job(job, self.deadline)
@@ -257,9 +258,9 @@ class Stopper:
     # --- the end --------------------------------------------------------------------------------------------------
 
     def _closed(self, verdict: Verdict) -> str | None:
-        """Tells MLflow of an end that nobody has told; returns what was said, None where it was known."""
+        """Record the end of the run if nothing has recorded it; return a sentence about it, or None if it was recorded."""
         stored = self.known.stored
-        if stored is None and self.known.storage is None:  # there is no more of it than a job
+        if stored is None and self.known.storage is None:  # the run is no more than a job
             self.known = replace(self.known, record=replace(self.known.record, status=verdict.status))
             return None
         if self._status() != "RUNNING" and (stored is None or stored.status != "RUNNING"):
@@ -287,7 +288,7 @@ class Stopper:
 
 
 def text(result: StopResult, program: str) -> str:
-    """As lines for a person."""
+    """Return the result as lines for the terminal."""
     if not result.done:
         following = "status" if result.asked else "stop --force"
         told = f"{result.name} is not stopped after {duration(result.seconds)}: {result.told}"
@@ -297,7 +298,7 @@ def text(result: StopResult, program: str) -> str:
 
 @contextmanager
 def _descriptor(pid: int) -> Iterator[int]:
-    """A process by a descriptor, which no later process with its number can take over."""
+    """Open a process as a descriptor, which stays with that process even if its id is reused."""
     file = os.pidfd_open(pid)
     try:
         yield file
@@ -306,7 +307,7 @@ def _descriptor(pid: int) -> Iterator[int]:
 
 
 def _family(pid: int) -> dict[tuple[int, float], psutil.Process]:
-    """A process and all below it, Ray's own and its workers, by number and start."""
+    """Return a process and all its descendants, by process id and start time."""
     found: dict[tuple[int, float], psutil.Process] = {}
     with suppress(psutil.Error):
         driver = psutil.Process(pid)
