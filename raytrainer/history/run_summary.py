@@ -1,4 +1,4 @@
-"""What is told of one run, in a list and alone: from MLflow where it is asked, else from the run's directory."""
+"""The summary of a run that `list` and `status` show: from MLflow if it was asked, else from the run directory."""
 
 from __future__ import annotations
 
@@ -29,22 +29,21 @@ _MANIFEST = re.compile(r"step-(\d+)(\.\d+)?")
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A run or sweep, as far as it is known.
+    """What is known of a run, sweep or trial. Values that are not known are None.
 
     Attributes:
-        status: MLflow's; of a job that has no run there PENDING while it waits, REFUSED where its cluster's side found
-            what cannot work, UNKNOWN where its cluster does not answer.
-        where: In words, e.g. `local Ray, 2 workers on CPU`, or the address of its cluster.
-        started, ended: Seconds since the epoch: of the first attempt's launch, and of the last one's end.
-        seconds: For which it went on: over all attempts from launch to end, until now of one that runs. Of a trial those
-            for which it trained.
-        step, total_steps: Optimizer steps done, and to do.
-        monitor, best, best_step: The metric that is watched, its best value, and where that was; of a sweep the best trial's,
-            whose number is `best_trial`.
-        trials: Of a sweep: status → how many.
-        cause: Why it ended as it did; of one that runs, what is uncertain about it.
-        last_job: Of a run whose last job ended before it had the run: its `submission_id`, `status` and `cause`.
-        life: Of one that says RUNNING: `alive`, `dead` or `unsure`.
+        status: The status in MLflow. A job without an MLflow run is PENDING while it waits, REFUSED if the cluster side
+            refused it, and UNKNOWN if its cluster does not answer.
+        where: A description such as `local Ray, 2 workers on CPU`, or the address of the cluster.
+        started, ended: Start of the first attempt and end of the last one, in seconds since the epoch.
+        seconds: Duration of all attempts together, up to now for a running one. For a trial, the time in which it trained.
+        step, total_steps: Optimizer steps done, and planned.
+        monitor, best, best_step: The monitored metric, its best value, and the step of that value. For a sweep, those of
+            the best trial, whose number is `best_trial`.
+        trials: Number of trials by status, for a sweep.
+        cause: Why the run ended as it did. For a running one, what is uncertain about it.
+        last_job: `submission_id`, `status` and `cause` of the last job, if that ended before it started the run.
+        life: `alive`, `dead` or `unsure`, for a run that says RUNNING.
     """
 
     name: str
@@ -74,7 +73,7 @@ class RunSummary:
     last_job: Mapping[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON: times in ISO 8601, UTC; a number that JSON lacks is null."""
+        """Return plain JSON values. Times are ISO 8601 in UTC; a number that JSON cannot express is null."""
         found: dict[str, Any] = {**self.__dict__, "trials": dict(self.trials)}
         for key in ("started", "ended"):
             found[key] = None if found[key] is None else _iso(found[key])
@@ -87,7 +86,7 @@ class RunSummary:
 
 @dataclass(frozen=True)
 class Saved:
-    """A committed checkpoint, by its manifest alone: nothing of it is read, and nothing verified."""
+    """A committed checkpoint as its manifest describes it. Its files are neither read nor verified."""
 
     name: str
     step: int
@@ -96,7 +95,7 @@ class Saved:
 
 
 def facts_of(known: RunHandle, verdict: Verdict | None = None) -> RunSummary:
-    """What is known of a run, put together; nothing is asked that was not asked before, its directory apart."""
+    """Return the summary of a run. It reads the run directory, and makes no request to MLflow or to a cluster."""
     if known.trial is not None and known.storage is not None:
         return _of_trial(known, known.storage, known.trial)
     record, stored = known.record, known.stored
@@ -130,10 +129,10 @@ def facts_of(known: RunHandle, verdict: Verdict | None = None) -> RunSummary:
 
 
 def checkpoints(storage: Storage) -> list[Saved]:
-    """The committed checkpoints in a run's directory, the oldest first.
+    """Return the committed checkpoints in a run directory, the oldest first.
 
     Raises:
-        StorageError: It cannot be read.
+        StorageError: The directory cannot be read.
     """
     found = []
     place = storage.child("checkpoints")
@@ -142,7 +141,7 @@ def checkpoints(storage: Storage) -> list[Saved]:
         data = place.read_if_exists(f"{entry.name}/manifest.json") if match else None
         if match is None or data is None:
             continue
-        with suppress(ValueError, AttributeError):  # damaged: resume says so
+        with suppress(ValueError, AttributeError):  # damaged: `resume` reports it
             manifest = json.loads(data)
             metric = manifest.get("metric")
             value = float(metric) if isinstance(metric, int | float) else None
@@ -151,8 +150,8 @@ def checkpoints(storage: Storage) -> list[Saved]:
 
 
 def _seconds_of(record: Record, stored: StoredRun | None, started: float | None, ended: float | None) -> float | None:
-    """For how long all attempts went on, by MLflow where that was asked, else by the record. Of a version that did not
-    note it: from the start of the first to the end of the last."""
+    """Return the duration of all attempts, from MLflow if it was asked, else from the run record. For runs of versions that
+    did not record it: the time from the start of the first attempt to the end of the last."""
     tags = stored.tags if stored is not None else {}
     before = _real(tags.get(SECONDS_TAG)) if stored is not None else record.seconds or None
     launched = _real(tags.get(LAUNCHED_TAG)) if stored is not None else record.launched or None
@@ -180,10 +179,10 @@ def _of_run(known: RunHandle, stored: StoredRun | None) -> dict[str, Any]:
         return {"step": max(steps, default=None)}
     tags = stored.tags
     best, monitor = tags.get("raytrainer.monitor.best"), tags.get("raytrainer.monitor")
-    # Metrics of the machine count their samples, not steps.
+    # System metrics count their samples, not steps.
     steps = [step for key, (_, step) in stored.metrics.items() if key.startswith(("train/", "val/"))]
     told = _number(tags.get(STEP_TAG)) if stored.status != "RUNNING" else None
-    evaluates = "raytrainer.evaluates" in tags  # of the run that it evaluates it knows nothing but the checkpoint
+    evaluates = "raytrainer.evaluates" in tags  # an evaluation knows only the checkpoint of its run
     return {
         "step": max(steps, default=None) if told is None else told,
         "total_steps": None
@@ -196,7 +195,7 @@ def _of_run(known: RunHandle, stored: StoredRun | None) -> dict[str, Any]:
 
 
 def _of_trial(known: RunHandle, storage: Storage, number: str) -> RunSummary:
-    """As its sweep's journal has it, which is told before MLflow is."""
+    """Return the summary of a trial from the trial journal, which is newer than MLflow."""
     trials, name = TrialJournal.open(storage).trials, f"{known.record.name}.{number}"
     if number not in trials:
         raise RunNotFound(f"{known.record.name} has no trial {number}")
@@ -239,11 +238,11 @@ def _of_sweep(known: RunHandle, tags: Mapping[str, str]) -> dict[str, Any]:
     best_step, best_trial = _number(tags.get("raytrainer.best_step")), tags.get("raytrainer.best_trial")
     running = known.stored is None or known.stored.status == "RUNNING"
     if running and known.storage is not None and known.storage.is_local:
-        # MLflow is told of the whole at the sweep's end; its journal knows at once.
+        # MLflow gets these values at the end of the sweep; the trial journal has them at once.
         with suppress(StorageError):
             found = TrialJournal.open(known.storage).trials.values()
             trials = dict(Counter(trial.status for trial in found))
-            first = next(iter(ranked(found, cast(Mode, mode))), None)  # as the sweep's own table and end have it
+            first = next(iter(ranked(found, cast(Mode, mode))), None)  # the order of the sweep's own table
             report = None if first is None else first.best(cast(Mode, mode))
             best, best_step = (None, None) if report is None else (report.value, report.step)
             best_trial = first.id if first is not None else None
@@ -254,7 +253,7 @@ def _where(tags: Mapping[str, str], address: str | None) -> str | None:
     where = tags.get("raytrainer.where")
     if address is None:
         return where
-    # On the cluster the driver finds Ray at `auto`, which says nothing here.
+    # On the cluster the driver connects to `auto`, which means nothing on this machine.
     rest = where.partition(", ")[2] if where else ""
     return f"{address}, {rest}" if rest else address
 

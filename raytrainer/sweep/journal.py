@@ -1,15 +1,15 @@
-"""The sweep's own record: which trials were drawn, what each reported and how it ended; append-only JSON lines.
-What a sweep resumes from and what its tables are made of. Neither Ray nor torch is imported.
+"""The trial journal: append-only JSON lines with each trial's parameters, reports and end.
+A sweep resumes from it, and its tables show it. This module imports neither Ray nor torch.
 
-    {"kind": "begin", "version": 1, "time": …, "info": {…}}                        an attempt at the sweep
+    {"kind": "begin", "version": 1, "time": …, "info": {…}}                        an attempt of the sweep
     {"kind": "start", "id": "0001", "time": …, "parameters": {…}, "overrides": […]}
     {"kind": "report", "id": "0001", "evaluation": 1, "step": 100, "value": 0.5, "time": …, "seconds": 1.5, "metrics": {…}}
     {"kind": "inherit", "id": "0001", "from": "0002", "evaluation": 1, "time": …, "parameters": {…}, "overrides": […]}
     {"kind": "run", "id": "0001", "run_id": "…"}
-    {"kind": "end", "id": "0001", "time": …, "status": "finished", "cause": null}      and "error": a file, if it failed
+    {"kind": "end", "id": "0001", "time": …, "status": "finished", "cause": null}      and "error", a file name, if it failed
     {"kind": "reopen", "id": "0001", "time": …}
 
-NaN and infinities are `"nan"`, `"inf"` and `"-inf"` among numbers, and `{"float": "nan"}` among parameters.
+NaN and infinity are written as `"nan"`, `"inf"` and `"-inf"` for numbers, and as `{"float": "nan"}` for parameters.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ _log = logging.getLogger("raytrainer.sweep")
 
 @dataclass(frozen=True)
 class Report:
-    """What a trial reported at one evaluation.
+    """The report of a trial after one evaluation.
 
     Attributes:
-        evaluation: Its number, from 1.
+        evaluation: The number of the evaluation, from 1.
         step: Optimizer steps done.
-        value: The sweep's metric; NaN or infinite where the trial diverged.
+        value: The sweep's metric; NaN or infinite if the trial diverged.
         metrics: All metrics of the evaluation, by name.
         time: Seconds since the epoch.
-        interim: Whether the value is for the scheduler alone: what a function of another application reports before it
-            returns its value.
-        seconds: Of training since the report before, or since the trial began or went on; None: not known.
+        interim: Whether the value is for the scheduler only. A function of a Hydra application reports such values before
+            it returns its final value.
+        seconds: Training time since the previous report, or since the trial started or continued; None if unknown.
     """
 
     evaluation: int
@@ -68,22 +68,22 @@ class Report:
 
 @dataclass
 class Trial:
-    """A trial and all that is known of it.
+    """A trial of a sweep.
 
     Attributes:
-        id: `0001`, `0002`, …: its directory's name, in the order in which they were drawn.
-        parameters: Key → value, as drawn, or as an exploit left them.
-        overrides: The same as Hydra's overrides.
-        started: Seconds since the epoch; `ended` likewise.
-        run_id: Its run in MLflow, or the id made for it while there is no server.
-        reports: In order.
-        cause: Why it failed, was pruned or stopped; one line.
-        error: The file with the traceback of one that failed, below the sweep's directory.
-        seconds: For which it trained, until its last report or its end: not those in which it waited for its place, or its
-            sweep was away. None: not known.
-        since: When what is not in `seconds` yet began.
-        inherited: What population based training copied into it: `evaluation`, `from` and `parameters` of each.
-        before: For each of these, how many reports there were, and the parameters until then.
+        id: `0001`, `0002`, … in the order in which trials are sampled; also the name of the trial's directory.
+        parameters: Key → value, as sampled or as the last exploit set them.
+        overrides: The parameters as Hydra overrides.
+        started, ended: Seconds since the epoch.
+        run_id: The MLflow run, or a local id while the server has not created one.
+        reports: In the order of evaluations.
+        cause: One line that says why the trial failed, was pruned or was stopped.
+        error: The file with a failed trial's traceback, relative to the sweep's directory.
+        seconds: Training time up to the last report or the end, without the time in which the trial was paused or the sweep
+            was stopped; None if unknown.
+        since: Start of the training time that is not in `seconds` yet, in seconds since the epoch.
+        inherited: What population based training copied into the trial: `evaluation`, `from` and `parameters`.
+        before: For each entry of `inherited`, the number of reports and the parameters before it.
     """
 
     id: str
@@ -103,7 +103,7 @@ class Trial:
 
     @property
     def diverged(self) -> bool:
-        """Whether it failed since its loss or its value was no longer a finite number, which its parameters did."""
+        """Whether the trial failed because its loss or its value became NaN or infinite."""
         if self.status != "failed":
             return False
         if self.reports and not math.isfinite(self.reports[-1].value):
@@ -111,8 +111,8 @@ class Trial:
         return self.cause is not None and NonFiniteLoss.__name__ in self.cause.partition(":")[0]
 
     def took(self, now: float | None = None) -> float | None:
-        """Seconds for which it trained; of one that runs or of which no seconds are known, with those of the clock until
-        it ended, or until `now`."""
+        """Return the training time in seconds. For a running trial, or if no training time is known, add the wall time up to
+        the end or up to `now`."""
         if self.status != "running" and self.seconds is not None:
             return self.seconds
         until = now if self.ended is None else self.ended
@@ -122,7 +122,7 @@ class Trial:
         return (self.seconds or 0.0) + max(0.0, until - since)
 
     def best(self, mode: Mode) -> Report | None:
-        """The report with the best value, the earliest of equals; None where no value is finite, or all are interim."""
+        """Return the report with the best value, the earliest if several are equal; None if no final value is finite."""
         finite = [report for report in self.reports if math.isfinite(report.value) and not report.interim]
         if not finite:
             return None
@@ -130,23 +130,22 @@ class Trial:
 
 
 def worst(mode: Mode) -> float:
-    """What a scheduler is told where a value is NaN or infinite: worse than any other, and a number."""
+    """Return the number that a scheduler gets for NaN or infinity. It is worse than every other value."""
     return WORST if mode == "min" else -WORST
 
 
 class TrialJournal:
-    """The record of one sweep over all its attempts, written by the process that owns the sweep's directory, from any
-    of its threads. Made by `TrialJournal.open`.
+    """The journal of one sweep over all its attempts. Open it with `TrialJournal.open`.
 
-    Locally a line is with the operating system when a method returns, so that a killed process loses nothing; it is on
-    the disk within about a second, which is what a power cut can lose. At a URI, where nothing can be appended to, the
-    whole file is uploaded: before a method returns that says which trials there are, whose they are in MLflow and which
-    have ended, so that no id is given twice; for reports at most every 5 s, which is what a killed process can lose.
-    `begin`, `save` and `close` wait until everything is there.
+    The process that holds the sweep's lock writes it, from any thread. On a local disk the operating system has a line
+    when a method returns, so a killed process loses nothing; a power cut can lose the last second. In an object store,
+    which cannot append, the whole file is uploaded. Methods that start, end or reopen a trial or set its MLflow run wait
+    for the upload, so that no trial id is used twice. Reports are uploaded at most every 5 s, which a killed process can
+    lose. `begin`, `save` and `close` wait until everything is stored.
 
     Attributes:
-        trials: All of them by id, in the order in which they were drawn, as the file has them.
-        attempts: What each `begin` was given, and its `time`.
+        trials: All trials by id, in the order in which they were sampled.
+        attempts: The `info` and the `time` of each `begin`.
     """
 
     def __init__(self, storage: Storage, data: bytes | None, clock: Callable[[], float]) -> None:
@@ -163,20 +162,23 @@ class TrialJournal:
 
     @classmethod
     def open(cls, storage: Storage, *, clock: Callable[[], float] = time.time) -> TrialJournal:
-        """What is recorded below `storage`. Nothing is written before `begin`: a running sweep's can be read, too.
+        """Read the journal in a sweep's directory. Nothing is written before `begin`, so a running sweep can be read.
 
-        A last line without its end, which a killed writer leaves, is dropped.
+        An incomplete last line, which a killed writer leaves behind, is dropped.
 
         Raises:
-            StorageError: A line that is none of ours, with its number; or a format later than this version's.
+            StorageError: A line is invalid (the message has its number), or the format is newer than this version.
         """
         return cls(storage, storage.read_if_exists(FILE), clock)
 
     def begin(self, info: Mapping[str, Any]) -> None:
-        """An attempt at the sweep: its argv, versions and the like, as plain JSON. Comes before all that follow.
+        """Record a new attempt of the sweep. Call it before any other method that writes.
+
+        Args:
+            info: The command line, versions and so on, as plain JSON.
 
         Raises:
-            StorageFull: No space; here and from every method that writes, whose line is then not recorded.
+            StorageFull: The disk is full. Every method that writes can raise it; its line is then not recorded.
             StorageError: The file cannot be written, or another process has written it since it was read.
         """
         with self._lock:
@@ -190,7 +192,7 @@ class TrialJournal:
             self.attempts.append({"time": now, **info})
 
     def start(self, trial: Trial) -> None:
-        """A trial was drawn. The object itself becomes `trials[id]`."""
+        """Record a new trial. The object itself becomes `trials[id]`."""
         line = {"kind": "start", "id": trial.id, "time": trial.started, **_drawn(trial.parameters, trial.overrides)}
         with self._lock:
             self._append(line if trial.run_id is None else {**line, "run_id": trial.run_id})
@@ -198,8 +200,8 @@ class TrialJournal:
             self._settle()
 
     def report(self, id: str, report: Report) -> None:  # noqa: A002  the trial's, as everywhere
-        """An evaluation. One with a number that the trial has had (it went on from an earlier checkpoint, or began
-        anew) takes the place of that and of those after it, but of none from before an exploit."""
+        """Record an evaluation. If the trial continued from an earlier checkpoint and repeats an evaluation, the new report
+        replaces that one and those after it, but none from before the last exploit."""
         numbers = {"evaluation": report.evaluation, "step": report.step, "value": report.value, "time": report.time}
         rest: dict[str, Any] = {"interim": True} if report.interim else {}
         if report.seconds is not None:
@@ -216,7 +218,7 @@ class TrialJournal:
         parameters: Mapping[str, Any],
         overrides: list[str],
     ) -> None:
-        """A trial took over another's weights, those of its `evaluation`, and goes on with these parameters."""
+        """Record that a trial copied the weights of `source` at `evaluation` and continues with these parameters."""
         line = {"kind": "inherit", "id": id, "from": source, "evaluation": evaluation, "time": self._clock()}
         with self._lock:
             self._append({**line, **_drawn(parameters, overrides)})
@@ -224,7 +226,7 @@ class TrialJournal:
             self._settle()
 
     def end(self, id: str, status: Status, cause: str | None = None, *, trace: str | None = None) -> None:  # noqa: A002
-        """A trial ended: how, in one line why, and the whole traceback, which becomes a file beside the trial."""
+        """Record the end of a trial: its status, the cause in one line, and the traceback, which becomes a file."""
         error = None if trace is None else self._keep(f"trials/{id}/{ERROR}", trace)
         with self._lock:
             now = self._clock()
@@ -242,15 +244,15 @@ class TrialJournal:
         return name
 
     def note_run(self, id: str, run_id: str) -> None:  # noqa: A002
-        """The trial's run in MLflow."""
+        """Record the trial's MLflow run."""
         with self._lock:
             self._append({"kind": "run", "id": id, "run_id": run_id})
             first, self.trials[id].run_id = self.trials[id].run_id is None, run_id
-            if first:  # what comes later is found by it
+            if first:  # a resumed sweep finds the run by this line
                 self._settle()
 
     def reopen(self, id: str) -> None:  # noqa: A002
-        """A trial that had not come to its end goes on, or one that failed is tried again."""
+        """Record that a trial continues, or that a failed one is tried again."""
         with self._lock:
             now = self._clock()
             self._append({"kind": "reopen", "id": id, "time": now})
@@ -258,19 +260,19 @@ class TrialJournal:
             self._settle()
 
     def save(self) -> None:
-        """Waits until everything is on the disk, or uploaded."""
+        """Wait until everything is on disk or uploaded."""
         with self._lock:
             if self._sink is not None:
                 self._sink.sync()
 
     def close(self) -> None:
-        """Waits until everything is on the disk, or uploaded. Again: nothing."""
+        """Save everything and close the file. A second call does nothing."""
         with self._lock:
             if self._sink is not None:
                 sink, self._sink = self._sink, None
                 sink.close()
 
-    # What the lines mean, to the writer and to the reader alike
+    # The meaning of each line, for writing and for reading
 
     def _start(self, trial: Trial) -> None:
         self.trials[trial.id] = trial
@@ -357,7 +359,7 @@ class TrialJournal:
             self.trials[line["id"]].run_id = line["run_id"]
         elif kind == "reopen":
             self._reopen(line["id"], line["time"])
-        # Anything else is a later version's, which has raised the format if it cannot be left out.
+        # Ignore other kinds: a later version that needs them raises the format.
 
 
 def _drawn(parameters: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -373,7 +375,7 @@ def _restored(value: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """A number as it was written; those that JSON lacks are texts."""
+    """Return a number from its JSON form. NaN and infinity are strings."""
     if isinstance(value, str):
         return float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -384,13 +386,13 @@ def _number(value: Any) -> Any:
 def _line(fields: dict[str, Any]) -> bytes:
     try:
         text = _ENCODER.encode(fields)
-    except ValueError:  # a NaN or an infinity: rare, and looking for them in every line would double its cost
+    except ValueError:  # NaN or infinity. Checking every line for them would double its cost.
         text = _ENCODER.encode(_strict(fields))
     return text.encode() + b"\n"
 
 
 def _scalar(value: Any) -> Any:
-    """NumPy's scalars as Python's numbers, and anything else (a path among the facts of an attempt) as its text."""
+    """Return NumPy scalars as Python numbers, and any other object, such as a path, as text."""
     return value.item() if hasattr(value, "item") else str(value)
 
 
@@ -408,7 +410,7 @@ def _strict(value: Any) -> Any:
 
 
 class _Sink:
-    """Where the lines go, and the thread that saves them for good now and then."""
+    """Receives the lines, and saves them durably from a background thread."""
 
     def __init__(self, every_s: float) -> None:
         self._every_s = every_s
@@ -425,17 +427,17 @@ class _Sink:
         self._dirty.set()
 
     def sync(self) -> None:
-        """Saves what was appended.
+        """Save all appended lines.
 
         Raises:
-            StorageError: It cannot be, or could not be before.
+            StorageError: They cannot be saved, or an earlier save failed for good.
         """
         if self._failure is not None:
             raise self._failure
         self._save()
 
     def settle(self) -> None:
-        """After a line that a killed process must not lose."""
+        """Save a line that a killed process must not lose."""
         raise NotImplementedError
 
     def _save(self) -> None:
@@ -459,7 +461,7 @@ class _Sink:
             self._try()
 
     def _try(self) -> None:
-        """Saves; a failure that may pass is said once, and the thread tries again."""
+        """Save. A temporary failure is logged once, and the thread tries again."""
         try:
             self._save()
             self._warned = False
@@ -479,7 +481,7 @@ class _Sink:
 
 
 class _LocalFile(_Sink):
-    """One descriptor that appends, one write a line. What a write that failed has left of a line is taken back."""
+    """Appends with one write for each line. A line that was written only in part is removed again."""
 
     def __init__(self, storage: Storage, size: int, whole: bytes) -> None:
         self._path = storage.local_path / FILE
@@ -513,7 +515,7 @@ class _LocalFile(_Sink):
         self._end, self._torn = self._end + len(data), False
 
     def settle(self) -> None:
-        """Nothing: it is the kernel's."""
+        """Do nothing: the operating system already has the line."""
 
     def _save(self) -> None:
         with storage_errors(self._path):
@@ -526,11 +528,11 @@ class _LocalFile(_Sink):
             os.close(self._descriptor)
 
     def _final(self, error: StorageError) -> bool:
-        return True  # what the kernel could not write it has dropped: another fsync would lie
+        return True  # the kernel drops data that it could not write, so another fsync would succeed without it
 
 
 class _RemoteFile(_Sink):
-    """The whole file in memory, uploaded when there is something new."""
+    """Keeps the whole file in memory and uploads it when it has changed."""
 
     def __init__(self, storage: Storage, size: int, whole: bytes) -> None:
         del size
@@ -544,7 +546,7 @@ class _RemoteFile(_Sink):
 
     def settle(self) -> None:
         if self._failure is None and time.monotonic() < self._away_until:
-            return  # nobody waits again and again for a storage that is away
+            return  # do not wait again and again for storage that does not answer
         self._try()
         if self._failure is not None:
             raise self._failure
@@ -559,4 +561,4 @@ class _RemoteFile(_Sink):
                 self._uploaded = len(data)
 
     def _final(self, error: StorageError) -> bool:
-        return isinstance(error, StorageFull)  # anything else may pass; nothing is lost while this process lives
+        return isinstance(error, StorageFull)  # other failures are temporary; nothing is lost while this process runs

@@ -1,5 +1,5 @@
-"""Which parameters a trial's value was reached with, where population based training changed them on the way: those at
-the report, and before them those of the trials whose weights it took over."""
+"""The parameters that led to a trial's value when population based training changed them during the trial: those at the
+report, and before them those of the trials whose weights it copied."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from raytrainer.sweep.journal import Mode, Report, Trial
 
 @dataclass(frozen=True)
 class ParameterSegment:
-    """A part of a training: its parameters, those of `trial`, and the step that it ended at."""
+    """A part of a training with constant parameters.
+
+    Attributes:
+        trial: The trial that trained it.
+        parameters: The parameters, by key.
+        step: The optimizer step at which the segment ended.
+    """
 
     trial: str
     parameters: Mapping[str, Any]
@@ -20,22 +26,23 @@ class ParameterSegment:
 
 
 def parameters_at(trial: Trial, report: Report | None) -> dict[str, Any]:
-    """A trial's parameters when it made a report of its own; None: its latest."""
+    """Return the trial's parameters at one of its reports, or its latest parameters if `report` is None."""
     index = _segment_index(trial, report)
     return trial.before[index][1] if index < len(trial.before) else trial.parameters
 
 
 def best_parameters(trial: Trial, mode: Mode) -> dict[str, Any]:
-    """Those that a trial's best value was reported with; its latest where it has none."""
+    """Return the parameters of the trial's best value, or its latest parameters if it has no value."""
     return parameters_at(trial, trial.best(mode))
 
 
 def parameter_segments(trial: Trial, report: Report, trials: Iterable[Trial]) -> list[ParameterSegment]:
-    """What led to a report, the first first; one that is followed by the same parameters is one with it.
+    """Return the segments that led to a report, in their order. Neighbours with equal parameters are merged.
 
     Args:
-        trial: Whose report it is.
-        trials: All of the sweep.
+        trial: The trial that made the report.
+        report: The report.
+        trials: All trials of the sweep.
     """
     named = {one.id: one for one in trials}
     found: list[ParameterSegment] = []
@@ -48,7 +55,7 @@ def parameter_segments(trial: Trial, report: Report, trials: Iterable[Trial]) ->
             return found
         exploit, count = trial.inherited[index - 1], trial.before[index - 1][0]
         source = named.get(exploit["from"])
-        # It may have had that evaluation more than once, having taken over another's in between.
+        # The source may have reported that evaluation twice, if it copied another trial in between.
         until = trial.reports[count].time
         of = [r for r in source.reports if r.evaluation == exploit["evaluation"] and r.time <= until] if source else []
         if source is None or not of:
@@ -57,7 +64,7 @@ def parameter_segments(trial: Trial, report: Report, trials: Iterable[Trial]) ->
 
 
 def _segment_index(trial: Trial, report: Report | None) -> int:
-    """How many of `inherited` came before a report."""
+    """Return how many entries of `inherited` are older than a report."""
     if report is None:
         return len(trial.before)
     place = next(i for i, one in enumerate(trial.reports) if one is report)

@@ -1,5 +1,5 @@
-"""The MLflow runs of many trials, kept by one thread of the driver that nobody waits for.
-Trials write to their spools; here their runs are made, filled and ended, each in as few requests as MLflow allows.
+"""Upload the MLflow runs of a sweep's trials in a background thread of the driver.
+Trials write to their spools. This thread creates, fills and ends their child runs, with as few requests as MLflow allows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from raytrainer.tracking.spool import RunNote, Spool
 PARENT_TAG = "mlflow.parentRunId"
 
 _BACKOFF_S = (1.0, 60.0)  # first and last delay, doubling between
-_WRITER_S = 5.0  # how long the end of a run is held back for a process that has its spool open
+_WRITER_S = 5.0  # how long the end of a run waits for a process that still has its spool open
 _LAST_TRIES = 3
 _LAST_PAUSE_S = 0.2  # between rounds at the end
 
@@ -32,46 +32,46 @@ logger = logging.getLogger("raytrainer.tracking")
 
 @dataclass(eq=False)
 class _Child:
-    """A trial's run that MLflow does not have whole; what it is to become is in its spool's note."""
+    """A child run that is not completely in MLflow yet. Its spool's note says what is missing."""
 
     spool: Spool
     run_id: str
     name: str
     fresh: bool = False
-    reached: bool = False  # MLflow has taken something for it
+    reached: bool = False  # MLflow has accepted something for this run
     ended: float | None = None  # on the monotonic clock
-    unsaved: RunNote | None = None  # a note that the disk did not take
+    unsaved: RunNote | None = None  # a note that could not be written to disk
     sender: Sender | None = None
     announced: bool = False
-    delay_s: float = 0.0  # after failures of its own
+    delay_s: float = 0.0  # after failures of this run alone
     due: float = 0.0
 
 
 class ChildRunUploader:
-    """Child runs of a parent run, made and kept by a daemon thread.
+    """Creates and uploads the child runs of a parent run, in a daemon thread.
 
-    `open` and `finish` write a small file and return: within milliseconds, whatever the server does, and without an
-    error. What they say, and what trials log with `MlflowTracker(…, ship=False)`, is in MLflow exactly once when the
-    server takes it, rows before the status, and in the spool until then. A trial's spool is deleted when its run has
-    ended and MLflow has all of it, so a spool that is there has something to tell: a later uploader `adopt`s it.
+    `open` and `finish` write a small file and return within milliseconds. They raise no error, whatever the server does.
+    Their content, and what trials log with `MlflowTracker(…, ship=False)`, reaches MLflow exactly once, metrics before the
+    status. Until then it is in the spool. A spool is deleted when its run has ended and is complete in MLflow. A spool
+    that is left therefore has something to upload, and a later uploader can `adopt` it.
 
-    An outage is said once, and tried again after a second, then twice as long, up to a minute; after 401 or 403 nothing
-    more is tried until `close`. A run that was deleted by hand is said once and tried again likewise, while the others
-    go on. Memory is that of the runs which are not ended and sent; one file is open at a time.
+    An outage is logged once. The uploader tries again after one second and doubles the delay up to a minute. After 401 or
+    403 it does not try again until `close`. A run that a person deleted is logged once and tried again in the same way,
+    while the other runs continue. Memory grows with the runs that are not complete yet; one file is open at a time.
 
     Args:
-        tracking_uri: http(s), or a database URL with an absolute path.
-        experiment_name: Of the children; created if need be.
-        parent: The parent's id in MLflow, or None while there is none yet: children are made only then. Asked by the
-            thread until it is known.
-        artifact_root: As `open_run`.
-        interval_s: Seconds between looks at the spools.
-        on_created: Called by the thread with a spool's directory and the run's id in MLflow, once it is known; for a
-            child that is opened again, again.
-        server: For tests; made from `tracking_uri` otherwise.
+        tracking_uri: An http(s) address, or a database URL with an absolute path.
+        experiment_name: The MLflow experiment of the child runs, which is created if it does not exist.
+        parent: Returns the parent's MLflow run id, or None while there is none. The thread calls it until it returns an
+            id, and creates child runs only after that.
+        artifact_root: As in `open_run`.
+        interval_s: Seconds between two rounds over the spools.
+        on_created: The thread calls it with a spool directory and the MLflow run id as soon as the id is known, and
+            again for a child run that is opened again.
+        server: Replaced in tests; by default it is made from `tracking_uri`.
 
     Attributes:
-        cpu_s: Processor seconds that the thread has used.
+        cpu_s: CPU seconds that the thread has used.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class ChildRunUploader:
         self._artifact_root = artifact_root or default_artifact_root(tracking_uri)
         self._ask_parent, self._parent_id = parent, ""
         self._on_created = on_created
-        # A request may take a minute, because nobody waits for it.
+        # A request may take a minute, because no caller waits for it.
         self._server = server or Server(tracking_uri, timeout_s=60)
         self._tags = source_tags()
         self._lock = threading.Lock()
@@ -111,22 +111,23 @@ class ChildRunUploader:
         tags: Mapping[str, str],
         run_id: str | None = None,
     ) -> str:
-        """A trial begins, or goes on; call it before the trial's process writes. Returns the id for `MlflowTracker`.
+        """Open the child run of a trial that starts or continues. Call it before the trial's process writes its spool.
 
         Args:
-            spool_dir: The trial's own; it is created.
-            run_name: What MLflow lists.
-            params: Flat names and values. Of a run that goes on only those it does not have.
-            tags: Set at every opening.
-            run_id: The run to go on with, real or local, which is then what is returned; it is RUNNING again. One that
-                MLflow does not have any more is continued in a new run, which `on_created` tells.
+            spool_dir: The trial's spool directory, which is created.
+            run_name: The name that MLflow shows.
+            params: Flat parameter names and values. For a run that continues, only those that it lacks are logged.
+            tags: Set each time the run is opened.
+            run_id: The MLflow run or local id to continue with; its status becomes RUNNING again. If MLflow no longer has
+                the run, a new one continues it, and `on_created` receives its id.
 
         Returns:
-            A local id (`offline-…`) of a new run: `on_created` tells the real one.
+            The run id for `MlflowTracker`: `run_id`, or a local id (`offline-…`) for a new run, whose MLflow run id
+            `on_created` receives later.
         """
         child = _Child(Spool(spool_dir), run_id or f"{LOCAL_PREFIX}{uuid.uuid4().hex}", run_name, fresh=run_id is None)
         parent = {PARENT_TAG: self._parent_id} if self._parent_id else {}
-        before = {} if child.fresh else {CAUSE_TAG: ""}  # of an attempt before this one
+        before = {} if child.fresh else {CAUSE_TAG: ""}  # of the attempt before this one
         note = RunNote(
             child.run_id,
             self._experiment_name,
@@ -143,13 +144,12 @@ class ChildRunUploader:
         return child.run_id
 
     def adopt(self, spool_dir: Path, run_id: str) -> bool:
-        """Goes on with what an earlier process left in a spool: sends it, and ends the run if it was to be ended.
+        """Upload what an earlier process left in a spool, and end the run if that process wanted to end it.
 
-        `finish` may follow, where the earlier process had no time for it; `open` takes its place. Without a directory
-        there is nothing to do.
+        `finish` may follow if the earlier process could not call it. `open` makes this call unnecessary.
 
         Returns:
-            Whether there is something to go on with.
+            Whether there is anything to upload; False if the directory does not exist.
         """
         spool = Spool(spool_dir)
         if not spool.root.is_dir():
@@ -164,7 +164,7 @@ class ChildRunUploader:
             return False
         child = _Child(spool, run_id, note.run_name if note else "")
         if note is not None and note.end_time is not None:
-            child.ended = -_WRITER_S  # long ago: its writer is dead
+            child.ended = -_WRITER_S  # long ago, because its writer is dead
         with self._lock:
             self._children[spool.root] = child
         return True
@@ -180,16 +180,18 @@ class ChildRunUploader:
         ended: float | None = None,
         texts: Mapping[str, str] | None = None,
     ) -> None:
-        """A trial has ended; rows that its process still writes come before the status. Unknown ones are left alone.
+        """Set the final status of a trial. Metrics that its process still writes are uploaded before the status.
+
+        A spool that was neither opened nor adopted is ignored.
 
         Args:
-            spool_dir: As opened or adopted.
-            status: How it ended.
-            cause: In a line, as the tag `raytrainer.cause`; None removes nothing.
-            tags: Further ones.
-            metrics: Value, step, and time in seconds since the epoch; the same again changes nothing.
-            ended: When, in seconds since the epoch; default: now.
-            texts: Files that become artifacts of it: name → contents.
+            spool_dir: The directory that was opened or adopted.
+            status: The final status.
+            cause: One line for the tag `raytrainer.cause`; None leaves the tag as it is.
+            tags: Further tags.
+            metrics: Name → (value, step, time in seconds since the epoch). Logging the same again changes nothing.
+            ended: The end, in seconds since the epoch; default: now.
+            texts: Text artifacts: file name → content.
         """
         with self._lock:
             child = self._children.get(Path(spool_dir))
@@ -205,10 +207,10 @@ class ChildRunUploader:
         self._write(child, lambda old: merged(old, note))
 
     def close(self, timeout_s: float = 30.0) -> bool:
-        """Sends what is there, then ends the thread. Returns whether MLflow has all; the rest stays in the spools.
+        """Upload what is left, then end the thread. Return whether everything is in MLflow; the rest stays in the spools.
 
         Args:
-            timeout_s: The longest to wait. A thread that hangs in a call is left behind, and dies with the process.
+            timeout_s: The longest time to wait, in seconds. A thread that hangs in a request ends with the process.
         """
         self._closing.set()
         self._thread.join(timeout_s)
@@ -230,7 +232,7 @@ class ChildRunUploader:
             try:
                 with child.spool.note_lock():
                     note = change(child.unsaved or child.spool.note())
-                    # The sweep's journal has what it says, and a disk may take milliseconds in which no trial starts.
+                    # No fsync, which can take milliseconds in which no trial starts: the trial journal has the same content.
                     child.spool.write_note(note, durable=False)
                     child.unsaved = None
             except StorageError as error:
@@ -246,7 +248,7 @@ class ChildRunUploader:
         while not self._closing.wait(self._delay_s or self._interval_s):
             if not self._denied:
                 self._try()
-        # The last tries: a lost answer must not leave rows behind, a dead server must not cost the sweep's end.
+        # The last tries: a lost answer must not lose metrics, and a dead server must not delay the end of the sweep.
         failures = 0
         while not self._abandon.is_set() and failures < _LAST_TRIES:
             well = self._try()
@@ -273,7 +275,7 @@ class ChildRunUploader:
         return well
 
     def _send_all(self) -> bool:
-        """One round over the children; whether all went well. What concerns the server and not one child is raised."""
+        """Upload each child run once. Return whether all succeeded; raise errors that concern the whole server."""
         well = True
         with self._lock:
             children = list(self._children.values())
@@ -285,7 +287,7 @@ class ChildRunUploader:
             try:
                 if self._send(child):
                     with self._lock:
-                        # It may have been opened again in between.
+                        # The run may have been opened again meanwhile.
                         if self._children.get(child.spool.root) is child:
                             del self._children[child.spool.root]
                 child.delay_s, child.reached = 0.0, True
@@ -298,7 +300,7 @@ class ChildRunUploader:
             except Exception as error:
                 if isinstance(error, TrackingDenied | TrackingUnreachable) and not isinstance(error, Undescribed):
                     raise
-                # Whatever is wrong with one child, the others and the thread live.
+                # A problem with one child run must not stop the others or the thread.
                 well = False
                 self._put_off(child, type(error).__name__, error)
         return well
@@ -309,8 +311,8 @@ class ChildRunUploader:
         child.due = time.monotonic() + child.delay_s
 
     def _renewed(self, child: _Child, error: RunGone) -> bool:
-        """Whether a trial that goes on gets a new run, since MLflow has lost the one from before this attempt. One that is
-        deleted by hand while it runs is left to whoever did that."""
+        """Give a trial a new run if MLflow lost its run before this attempt; return whether it did. A run that a person
+        deletes while it is running gets no new one."""
         if child.fresh or child.reached:
             return False
         gone, new = child.run_id, f"{LOCAL_PREFIX}{uuid.uuid4().hex}"
@@ -327,7 +329,7 @@ class ChildRunUploader:
         return True
 
     def _send(self, child: _Child) -> bool:
-        """Whether the child's run has ended and is whole."""
+        """Upload one child run. Return whether it has ended and is complete in MLflow."""
         if (unsaved := child.unsaved) is not None:
             self._write(child, lambda old: old or unsaved)
             if child.unsaved is not None:
@@ -354,7 +356,7 @@ class ChildRunUploader:
             return
         try:
             self._on_created(spool_dir, run_id)
-        except Exception as error:  # noqa: BLE001  # the caller's own, which must not stop the sending
+        except Exception as error:  # noqa: BLE001  # an error in the caller's function must not stop the upload
             logger.warning("the id of the run %s cannot be noted: %s", run_id, error)
 
     def _parent(self) -> str | None:
