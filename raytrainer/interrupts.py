@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP of the launching process: the first asks training to stop, a second forces the end."""
+"""Handle Ctrl-C, SIGTERM and SIGHUP in the driver: the first asks training to stop, a second forces the end."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ _NAMES = {
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised where a signal finds the main thread, which may be in anybody's code: `except Exception` there must not
-    take it for a failure of its own. Outside of `Interrupts` it is `Stopped`."""
+    """Raised in the main thread by a signal. It is a KeyboardInterrupt, so that `except Exception` in any code that is
+    running at that moment does not catch it. `Interrupts` turns it into `Stopped`."""
 
 
 class Interrupts:
-    """A context in which these signals raise `Interrupted` in the main thread, or are only noted while `deferred`.
+    """A context in which these signals raise `Interrupted` in the main thread, or are only recorded while `deferred`.
 
-    What leaves the context is `Stopped`. A SIGHUP that was ignored at the start, as `nohup` does, stays ignored.
+    The context raises `Stopped` to its caller. A SIGHUP that was ignored at the start, as by `nohup`, stays ignored.
 
     Attributes:
-        count: How many came.
-        exit_code: 130, 143 or 129 once one came, by the first; else None.
-        deferred: True: the first is noted, not raised; the second is raised all the same.
+        count: The number of signals received.
+        exit_code: 130, 143 or 129 by the first signal; None before it.
+        reason: The first signal, as text.
+        deferred: If True, the first signal is only recorded. A second one is raised in any case.
     """
 
     def __init__(self) -> None:
@@ -44,7 +45,7 @@ class Interrupts:
         return self
 
     def install(self) -> None:
-        """Sets the handlers (again: libraries set their own). Only a main thread can; another leaves signals alone."""
+        """Set the handlers, again if a library has replaced them. Does nothing outside the main thread, which alone may."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _EXIT_CODES:
@@ -63,18 +64,18 @@ class Interrupts:
             raise self.stopped() from None
 
     def ask(self, reason: str, exit_code: int = 143) -> None:
-        """As a first signal that is noted: somebody asked by another way."""
+        """Record a request to stop that came by another way than a signal."""
         self.count += 1
         if self.exit_code is None:
             self.exit_code, self.reason = exit_code, reason
 
     def check(self) -> None:
-        """Raises `Interrupted` for a signal that was noted while `deferred`."""
+        """Raise `Interrupted` for a signal that was recorded while `deferred`."""
         if self.requested:
             raise Interrupted(self.reason)
 
     def stopped(self) -> Stopped:
-        """The error that tells the first signal."""
+        """Return the error for the first signal."""
         return Stopped(self.reason, exit_code=self.exit_code or 130)
 
     @property
@@ -84,7 +85,7 @@ class Interrupts:
     def _take(self, number: int, frame: FrameType | None) -> None:
         which = signal.Signals(number)
         if which == signal.SIGHUP and self.requested:
-            return  # a closed terminal sends several: the shell does, then the kernel. Nobody insists by it
+            return  # a closed terminal sends several, from the shell and from the kernel; a second one is no request to force the end
         self.count += 1
         if self.exit_code is None:
             self.exit_code, self.reason = _EXIT_CODES[which], _NAMES[which]

@@ -1,7 +1,8 @@
-"""Run one function in a process of its own that can be ended at any time: for user code that may hang, crash or take memory.
+"""Run one function in a separate process that can be killed at any time: for user code that may hang, crash or use too
+much memory.
 
-The process starts fresh, as a worker does, in the same directory and with the same variables. It has a private TMPDIR,
-no GPU and no process group, and it ends with everything that it has started: at its time limit, or when its parent is gone.
+The process is a new interpreter, as a worker is, with the same directory and environment variables. It has a private
+TMPDIR, no GPU and no process group. At its time limit, or when its parent ends, it is killed with all its descendants.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from typing import Any
 
 _ROOT = str(Path(__file__).resolve().parent.parent)
 _REQUEST, _RESULT, _OUTPUT = "request.json", "result.json", "output.txt"
-# `-c`: its `sys.path` begins with the current directory, as a worker's; our own place comes last, so that nothing that is
-# installed beside us hides a module of the standard library.
+# With `-c`, `sys.path` begins with the current directory, as in a worker. Our own directory comes last, so that packages
+# installed beside ours cannot hide a module of the standard library.
 _BOOT = "import sys; sys.path.append(sys.argv[-1]); from raytrainer import isolated; isolated._serve(*sys.argv[1:3])"
-# What says which rank of a group a process is: in this one, a group of its own would wait for the others.
+# Variables that name a rank. User code that sees them would create a process group and wait for other ranks.
 _GROUP = (
     "RANK",
     "LOCAL_RANK",
@@ -47,10 +48,10 @@ class Ended:
     """How an isolated process ended.
 
     Attributes:
-        value: What the function returned; None where it did not return.
-        problem: Why there is no value, in words: a time limit, a signal, an exception; None where there is one.
-        timed_out: Whether it was ended at its time limit.
-        output: The last lines that it printed.
+        value: The function's return value; None if it did not return.
+        problem: Why there is no value, as text: the time limit, a signal or an exception; None if there is one.
+        timed_out: Whether the process was killed at its time limit.
+        output: The last lines that the process printed.
     """
 
     value: Any = None
@@ -60,20 +61,20 @@ class Ended:
 
 
 class Isolated:
-    """A process that calls `function(**request)` and hands back what it returns.
+    """A process that calls `function(**request)` and returns the result.
 
     Args:
-        function: `package.module:name`; its result must be JSON.
-        request: Its keyword arguments, as JSON.
-        path: Directories in front of the process's own `sys.path`.
-        environment: Variables on top of this process's; None removes one.
-        niceness: Added to this process's.
-        threads: Of OpenMP and of BLAS.
-        memory: The most bytes of private memory, where the platform can limit it; None: no limit.
+        function: `package.module:name`. Its result must be JSON.
+        request: The keyword arguments, as JSON.
+        path: Directories to put in front of the process's `sys.path`.
+        environment: Environment variables beside those of this process; None removes one.
+        niceness: Added to the niceness of this process.
+        threads: The number of OpenMP and BLAS threads.
+        memory: The limit of private memory in bytes, on platforms that support one; None for no limit.
 
     Attributes:
-        folder: Its private directory, which is its TMPDIR too.
-        environment: Its variables; they may be changed until it starts.
+        folder: The process's private directory, which is also its TMPDIR.
+        environment: The process's environment variables. They can be changed until it starts.
     """
 
     def __init__(
@@ -109,14 +110,14 @@ class Isolated:
         self.close()
 
     def start(self) -> None:
-        """Starts the process. What the function needs as files may be in `folder` by now."""
+        """Start the process. Files that the function needs can be put into `folder` before."""
         asked = {"function": self._function, "request": dict(self._request), **self._options}
         (self.folder / _REQUEST).write_text(json.dumps(asked))
         environment = {k: v for k, v in {**os.environ, **self.environment}.items() if v is not None}
         with (self.folder / _OUTPUT).open("wb") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _BOOT, str(self.folder / _REQUEST), str(self.folder / _RESULT), _ROOT],
-                stdin=subprocess.PIPE,  # its end is how the process learns that this one is gone
+                stdin=subprocess.PIPE,  # the process ends when this pipe is closed
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -124,7 +125,7 @@ class Isolated:
             )
 
     def wait(self, timeout_s: float) -> Ended | None:
-        """How it ended; None while it still runs after `timeout_s`."""
+        """Return how the process ended, or None if it still runs after `timeout_s` seconds."""
         deadline = time.monotonic() + timeout_s
         while self._ended is None and self._process is not None:
             if _has_ended(self._process):
@@ -137,7 +138,7 @@ class Isolated:
         return self._ended
 
     def run(self, timeout_s: float) -> Ended:
-        """Starts it, and waits for its end or for its time limit; nothing of it is left afterwards."""
+        """Run the process to its end or its time limit in seconds. Nothing of it is left afterwards."""
         try:
             self.start()
             ended = self.wait(timeout_s)
@@ -148,7 +149,7 @@ class Isolated:
             self.close()
 
     def close(self) -> None:
-        """Ends the process with all that it has started, and removes its folder."""
+        """Kill the process and its descendants, and delete its folder."""
         self._end()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -156,11 +157,11 @@ class Isolated:
         process = self._process
         if process is None or process.returncode is not None:
             return
-        # A grandchild may have left the process group; while its parent lives it is still found below it.
+        # A descendant may have left the process group, but while its parent is alive it is still in the process tree.
         for descendant in _descendants(process.pid):
             with contextlib.suppress(Exception):
                 descendant.kill()
-        # Not yet waited for, so the number of the group is still its own.
+        # The process was not waited for yet, so its group id cannot belong to another group.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -182,7 +183,7 @@ class Isolated:
 
 
 def _has_ended(process: subprocess.Popen[bytes]) -> bool:
-    """Whether it has, without collecting it: its number, and that of its group, stay taken."""
+    """Return whether the process has ended, without reaping it, so that its process and group ids are not reused."""
     return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
@@ -210,7 +211,7 @@ def _descendants(pid: int) -> list[Any]:
 
 
 def _serve(request: str, result: str) -> None:
-    """The whole life of an isolated process."""
+    """Run the function and write its result: the main function of an isolated process."""
     sys.argv[1:] = []
     _end_with_parent()
     asked = json.loads(Path(request).read_text())
@@ -220,19 +221,19 @@ def _serve(request: str, result: str) -> None:
     try:
         module, _, name = asked["function"].partition(":")
         answer["value"] = getattr(importlib.import_module(module), name)(**asked["request"])
-    except BaseException as error:  # noqa: BLE001  whatever it is, the parent is told
+    except BaseException as error:  # noqa: BLE001  the parent process gets every error
         answer["problem"] = f"{type(error).__name__}: {error}"
         traceback.print_exc()
-    # Renamed into place: a process that is ended meanwhile has no half an answer.
+    # Renamed into place, so that a process that is killed meanwhile leaves no partial result.
     Path(f"{result}.part").write_text(json.dumps(answer))
     Path(f"{result}.part").rename(result)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # a thread of the user's code must not keep it
+    os._exit(0)  # a thread of user code must not keep the process alive
 
 
 def _end_with_parent() -> None:
-    """Ends the process group when the other end of standard input is gone; the code that runs here reads nothing."""
+    """Kill the process group when the parent closes standard input. The function itself reads an empty input."""
     lifeline = os.dup(0)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -249,7 +250,7 @@ def _end_with_parent() -> None:
 def _be_modest(niceness: int, memory: int | None) -> None:
     with contextlib.suppress(OSError):
         os.nice(niceness)
-    # When the machine runs out of memory, this process goes first, and not the run beside it.
+    # If the machine runs out of memory, the kernel kills this process first, and not the run beside it.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     if memory is not None:

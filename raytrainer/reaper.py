@@ -1,19 +1,20 @@
-"""Kills processes when this one is gone, however it ended: for those that would stay, or stay too long."""
+"""Kill processes when this process ends, even by SIGKILL: for processes that would otherwise stay."""
 
 from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterable
 
-# Reading ends when every writer of the pipe is gone, SIGKILL included; a line before that is a farewell.
+# `read` returns when every writer of the pipe has ended, even by SIGKILL. A line before that cancels the kill.
 _SCRIPT = 'trap "" INT TERM HUP; read -r farewell || kill -KILL "$@"'
 
 
 class Reaper:
-    """A shell that waits, from now on until `dismiss`, with 1 MB of memory and no CPU.
+    """A shell that waits until this process ends or calls `dismiss`. It needs 1 MB of memory and no CPU.
 
     Args:
-        pids: Processes that live as long as this one does: a number that was free for another would be killed.
+        pids: The processes to kill. They must live as long as this process does, because an id that another process
+            reuses would be killed too.
     """
 
     def __init__(self, pids: Iterable[int]) -> None:
@@ -25,5 +26,5 @@ class Reaper:
         )
 
     def dismiss(self) -> None:
-        """It goes, and kills nobody."""
+        """End the shell without killing anything."""
         self._shell.communicate(b"farewell\n")

@@ -1,5 +1,5 @@
-"""A lock that names its owner and needs no more of a storage than files: a claim each, and a listing.
-It works the same on a local disk, a shared mount and an object store, and outlives a killed owner by little."""
+"""A lock on a directory that names its owner. It needs only files and a listing, so it works the same on a local disk, a
+shared mount and an object store. Soon after its owner is killed, others can take it."""
 
 from __future__ import annotations
 
@@ -32,15 +32,19 @@ _CLAIM = re.compile(r"[0-9a-f]{32}\.json")
 
 
 class Lock:
-    """One claim on a directory. Each contender writes a claim under a name of its own, then looks at the others'
-    (Lamport's bakery): who has announced itself first is seen by the later one, so at most one holds. A stale claim
-    is deleted by whoever finds it; as no name is ever used twice, that cannot delete another's.
+    """A lease on a directory, as a context manager or with `acquire` and `release`.
 
-    Stale is a claim of a process that is gone (same machine since its boot, same process namespace), or one whose
-    heartbeat is older than `limit_s`, by the storage's own clock.
+    Each contender writes a lease file with a unique name and then lists the leases of the others, as in Lamport's bakery
+    algorithm. The later of two contenders always sees the earlier one, so at most one holds the lock. Whoever finds a
+    stale lease deletes it. Names are never reused, so this cannot delete another owner's lease.
 
-    Use it as a context manager, or with `acquire` and `release`. StorageLocked names the owner: its fields, host, pid
-    and since when.
+    A lease is stale if its process has ended (on the same machine since its boot, in the same process namespace), or if
+    its heartbeat is older than `limit_s` by the storage's own clock.
+
+    Args:
+        directory: The directory for the lease files.
+        owner: What an error says about the owner; `host`, `pid` and `since` are added.
+        limit_s: The age, in seconds, at which another machine's lease is stale.
     """
 
     def __init__(self, directory: Storage, owner: Mapping[str, str], *, limit_s: float = 60.0) -> None:
@@ -66,7 +70,12 @@ class Lock:
         self.release()
 
     def acquire(self) -> Lock:
-        """Take it, or raise StorageLocked at once (after some seconds where two ask at the same moment)."""
+        """Take the lock.
+
+        Raises:
+            StorageLocked: Another process holds it; the message names that process. It is raised at once, or after some
+                seconds if two processes ask at the same moment.
+        """
         claim = {"owner": self._owner, "machine": self._machine, "started": self._started}
         self._content = json.dumps(claim, indent=1).encode()
         self._directory.write_bytes(f"{self._name}.json", self._content)
@@ -75,13 +84,13 @@ class Lock:
             while True:
                 rivals = self._rivals()
                 for rival in rivals:
-                    # Of two that ask at once the lower name waits for the other to decide; the higher gives up.
+                    # Of two contenders, the one with the lower name waits for the decision of the other, which gives up.
                     if rival.held or rival.name < self._name or time.monotonic() > deadline:
                         raise StorageLocked(f"{self._directory.display} is in use by {named(rival.owner)}")
                 if not rivals:
                     break
                 time.sleep(_POLL_S)
-            # A second file rather than another content: a name that is replaced while a rival lists might escape it.
+            # A second file, not new content: a rival's listing could miss a file that is replaced meanwhile.
             self._directory.write_bytes(f"{self._name}.held", b"")
         except BaseException:
             self._remove(self._name)
@@ -92,7 +101,7 @@ class Lock:
         return self
 
     def release(self) -> None:
-        """Give it up; nothing if it was not held."""
+        """Release the lock. Does nothing if it is not held."""
         if self._thread is None:
             return
         self._stop.set()
@@ -101,8 +110,12 @@ class Lock:
         self._remove(self._name)
 
     def check(self) -> None:
-        """StorageLocked if another took this claim for stale and removed it (after a long loss of contact); StorageGone if
-        the whole directory is not there any more."""
+        """Check that the lock is still held.
+
+        Raises:
+            StorageLocked: Another process took over, after this one had no contact with the storage for too long.
+            StorageGone: The whole directory was deleted or moved.
+        """
         if self._is_gone():
             raise StorageGone(
                 f"The run's directory {self._directory.local_path.parent} is gone: it was deleted or moved while the run was "
@@ -116,12 +129,12 @@ class Lock:
         self._directory.delete(f"{name}.json")
 
     def _rivals(self) -> list[Claim]:
-        """The live claims of others; stale ones are removed on the way."""
+        """Return the live leases of others, and remove stale ones."""
         found = {claim.name: claim for claim in claims(self._directory)}
         mine = found.pop(self._name, None)
         rivals = []
         for claim in found.values():
-            # Both times are the storage's own, of our claim and of that one: no clock of ours takes part.
+            # Both times come from the storage's clock, so this machine's clock does not matter.
             age = mine.beat - claim.beat if mine is not None else 0.0
             if not claim.lives if claim.is_here else age > self._limit_s:
                 _log.warning("taking over the stale lock of %s", named(claim.owner))
@@ -135,19 +148,19 @@ class Lock:
             try:
                 if not self._touch():
                     self._lost = True
-                    if self._is_gone():  # `check` says so
+                    if self._is_gone():  # `check` raises it
                         return
                     _log.error("the lock %s was taken over by another", self._directory.display)
                     return
-            except StorageError as exc:  # the next beat may get through; a takeover is seen then
+            except StorageError as exc:  # the next heartbeat may succeed, or show a takeover
                 _log.warning("no heartbeat for the lock: %s", exc)
 
     def _is_gone(self) -> bool:
-        """Whether the directory that the lock is of was deleted, rather than the claim."""
+        """Return whether the locked directory was deleted, and not only the lease."""
         return self._directory.is_local and not self._directory.local_path.parent.is_dir()
 
     def _touch(self) -> bool:
-        """Renew the claim's time; False if it is gone."""
+        """Renew the lease. Return False if it is gone."""
         claim = f"{self._name}.json"
         if self._directory.is_local:
             try:
@@ -165,14 +178,14 @@ class Lock:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What a contender for a lock, or its owner, has written.
+    """The lease of a lock's owner, or of a contender.
 
     Attributes:
-        name: Of its file, used once.
-        held: Whether it has the lock, rather than asks for it.
-        owner: As given to `Lock`, with `host`, `pid` and `since`.
-        machine, started: Of its process: see `machine` and `process_start`.
-        beat: When it last showed life, in seconds since the epoch by the storage's clock; 0.0 where unknown.
+        name: The unique name of its file.
+        held: Whether its process holds the lock, or only asks for it.
+        owner: The owner as given to `Lock`, with `host`, `pid` and `since`.
+        machine, started: What `machine` and `process_start` return for its process.
+        beat: The last heartbeat, in seconds since the epoch by the storage's clock; 0.0 if it is unknown.
     """
 
     name: str
@@ -184,38 +197,38 @@ class Claim:
 
     @property
     def is_here(self) -> bool:
-        """Whether its process is, or was, one of this machine's: then it is known whether it lives."""
+        """Whether its process belongs to this machine, so that `lives` is exact."""
         return self.machine is not None and self.machine == machine()
 
     @property
     def lives(self) -> bool:
-        """Whether its process, one of this machine's, is there: a later one with its number is another."""
+        """Whether its process on this machine is alive. A later process with the same id does not count."""
         pid = self.owner.get("pid", "")
         return pid.isdecimal() and process_start(int(pid)) == self.started is not None
 
 
 def claims(directory: Storage) -> list[Claim]:
-    """All that is written in a lock's directory, stale ones too; nothing is changed."""
+    """Return all leases in a lock's directory, stale ones included. Nothing is changed."""
     entries = {entry.name: entry for entry in directory.list()}
     found = []
     for name in (entry.removesuffix(".json") for entry in entries if _CLAIM.fullmatch(entry)):
         data = directory.read_if_exists(f"{name}.json")
-        if data is not None:  # else given up since the listing
+        if data is not None:  # else it was released since the listing
             held = f"{name}.held" in entries
             found.append(_parse(name, data, held=held, beat=entries[f"{name}.json"].mtime))
     return found
 
 
 def withdraw(directory: Storage, claim: Claim) -> None:
-    """Removes a claim whose process is known to be dead by another way, before it is old."""
+    """Remove a lease whose process is known to be dead, before the lease is stale."""
     for kind in ("held", "json"):
         directory.delete(f"{claim.name}.{kind}")
 
 
 @cache
 def machine() -> str | None:
-    """This machine since its boot and this process namespace, within which process numbers mean something; None where
-    it cannot be known."""
+    """Return an id of this machine, this boot and this process namespace, within which a process id is meaningful; None if
+    the platform does not provide it."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -224,19 +237,19 @@ def machine() -> str | None:
 
 
 def process_start(pid: int) -> str | None:
-    """When a process of this machine started, in clock ticks since boot: with its number it names one process. None if
-    there is none (a zombie, which only waits to be reaped, counts as none)."""
+    """Return when a process on this machine started, in clock ticks since boot. With the process id it identifies one
+    process. None if the process does not exist or is a zombie."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
-    # The second field, the command in parentheses, may hold anything: count from its last parenthesis.
+    # The second field, the command in parentheses, may contain any character, so split after its last parenthesis.
     fields = text.rpartition(")")[2].split()
     return None if fields[0] in ("Z", "X") else fields[19]
 
 
 def _parse(name: str, data: bytes, *, held: bool, beat: float) -> Claim:
-    """A claim; one that cannot be read is a live stranger's, judged by its age alone."""
+    """Parse a lease. One that cannot be parsed counts as alive until its age makes it stale."""
     try:
         claim = json.loads(data)
         owner = {str(key): str(value) for key, value in claim["owner"].items()}
@@ -246,6 +259,6 @@ def _parse(name: str, data: bytes, *, held: bool, beat: float) -> Claim:
 
 
 def named(owner: Mapping[str, str]) -> str:
-    """An owner in words, e.g. `NAME (host HOST, pid 12, since …)`."""
+    """Return an owner as text, e.g. `NAME (host HOST, pid 12, since …)`."""
     rest = ", ".join(f"{key} {value}" for key, value in owner.items() if key != "run")
     return f"{owner.get('run', 'another process')} ({rest})" if rest else owner.get("run", "another process")
