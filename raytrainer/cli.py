@@ -285,9 +285,7 @@ def _hydra(
 
     def without_m(choice: str | None) -> ConfigError:
         meant = shlex.join([*before, "-m", *arguments])
-        return ConfigError(
-            f"is of many trials, which -m runs: {provenance.program()} {meant}", key="sweep", value=choice
-        )
+        return ConfigError(f"needs -m (multirun). Run: {provenance.program()} {meant}", key="sweep", value=choice)
 
     def known() -> list[str]:
         return config.composed_keys(overrides, parsed.config_dir)

@@ -318,7 +318,7 @@ def test_a_sweep_without_m_is_refused_with_the_command_that_was_meant(here: Run,
     asked = ("experiment=mlp", "optimizer.lr=interval(0.1,1)", "sweep=asha")
     meant = "-m experiment=mlp 'optimizer.lr=interval(0.1,1)' sweep=asha"
     reason = refused(here(*asked))
-    assert reason.startswith("sweep is of many trials, which -m runs: ")
+    assert reason.startswith("sweep needs -m (multirun). Run: ")
     assert reason.endswith(f"python -m raytrainer {meant}")
     assert refused(here("check", *asked)).endswith(f"python -m raytrainer check {meant}")
     assert refused(here(*asked, "--dry-run")).endswith(f"python -m raytrainer --dry-run {meant}")

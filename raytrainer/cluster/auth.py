@@ -86,7 +86,7 @@ def denied(
     # Ray's own words; anybody else's 403 is not about the token.
     if status == 403 and "token" not in said.lower():
         return ClusterDenied(
-            f"{address} answers 403 Forbidden, and it is not Ray that does: a proxy in front of it does not let us in"
+            f"{address} answers 403 Forbidden, and it is not Ray that does: a proxy in front of it denies access"
         )
     if status == 401:
         return ClusterDenied(
@@ -101,7 +101,9 @@ def denied(
 def _of_file(path: Path, key: str | None) -> Token:
     shown = f"{key}={path}" if key else str(path)
     if key and len(path.parts) == 1 and len(path.name) >= _LEAST_TOKEN and not path.exists():
-        raise ConfigError(f"{key} is no file that is there: the path of one that holds the token, not the token itself")
+        raise ConfigError(
+            f"{key} is not an existing file: give the path of a file that holds the token, not the token itself"
+        )
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             # Of what was opened: a path may lead elsewhere by now.

@@ -367,7 +367,7 @@ class Kubectl:
             )
         if "(Forbidden)" in said or "forbidden" in said:
             return ClusterDenied(
-                f"Kubernetes does not let us{where}: {first}. It takes get, list, create, patch and delete of "
+                f"Kubernetes denies permission{where}: {first}. It takes get, list, create, patch and delete of "
                 f"rayjobs.ray.io and configmaps, and get and list of pods and pods/log; "
                 f"kubectl auth can-i create rayjobs.ray.io --namespace={self.namespace} asks"
             )

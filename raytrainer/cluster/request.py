@@ -533,7 +533,7 @@ def _pinned_text(composition: Composition) -> str:
         if names and key in ("token_file", "ca_file"):  # of this machine, there as here
             if not Path(value).expanduser().exists():
                 raise ConfigError(
-                    f"is no file that is there: {min(names)} must be the path of one", key=f"cluster.{key}"
+                    f"is not an existing file: {min(names)} must be the path of one", key=f"cluster.{key}"
                 )
             values[f"cluster.{key}"] = value
     return with_values(composition.text, values)

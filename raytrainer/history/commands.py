@@ -18,7 +18,7 @@ from raytrainer.errors import ConfigError, nearest
 from raytrainer.history.listing import STATUSES
 
 _ABOUT = {
-    "list": "Runs and sweeps, the newest first. Those that say RUNNING and are surely dead are closed on the way.",
+    "list": "Runs and sweeps, the newest first. Runs marked RUNNING whose driver is dead are marked FAILED.",
     "status": "All that is known of a run: where, how far, its best value, what it waits for, what to do next.",
     "logs": "What a run printed. Ctrl-C while following stops nothing.",
     "stop": "Ask a run to end after a last checkpoint, and wait until all that it held is free.",

@@ -156,15 +156,17 @@ def judge(record: Record, liveness: Liveness, job: Job | None = None, others: Se
     last = liveness.last
     when = last.beat if last is not None else liveness.written
     if record.status != "RUNNING":
-        why = f"it ended as {record.status}, which MLflow was not told"
+        why = f"it ended as {record.status}, but MLflow does not have the status"
         return Verdict("dead", why, record.status, why, when)  # type: ignore[arg-type]
     if last is not None:
-        what = f"{_named(last)} is gone" if last.is_here else f"no sign of life from {_named(last)}"
+        what = f"{_named(last)} is gone" if last.is_here else f"no heartbeat from {_named(last)}"
         since = f" for {duration(liveness.now - last.beat)}" if liveness.now is not None and not last.is_here else ""
         return Verdict("dead", what + since, "FAILED", f"its driver died: {what}{since}", when)
     if liveness.is_settled():
-        return Verdict("dead", "nobody has its directory", "FAILED", "its driver died: nobody has its directory", when)
-    return Verdict("unsure", "nobody has its directory yet; it may be starting")
+        return Verdict(
+            "dead", "no process holds its lock", "FAILED", "its driver died: no process holds its lock", when
+        )
+    return Verdict("unsure", "no process holds its lock yet; it may be starting")
 
 
 def _end_of_job(job: Job) -> tuple[Status, str]:
@@ -172,7 +174,7 @@ def _end_of_job(job: Job) -> tuple[Status, str]:
     if job.status == "STOPPED":
         return "KILLED", f"{name} was stopped"
     if job.status == "SUCCEEDED" or job.exit_code == 0:
-        return "FINISHED", f"{name} succeeded, which MLflow was not told"
+        return "FINISHED", f"{name} succeeded, but MLflow does not have the status"
     end = ending_of(job)
     if end.status == "KILLED":
         return "KILLED", f"{name} ended with exit code {job.exit_code}: it was asked to"

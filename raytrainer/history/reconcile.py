@@ -69,7 +69,7 @@ def close_dead(runs: Iterable[tuple[RunHandle, Verdict]], clusters: Clusters, sa
         try:
             if close(known, verdict, clusters):
                 closed.add(name)
-                say(f"{name} was RUNNING and is not: {verdict.why}; it is closed as {verdict.status}")
+                say(f"{name} is marked {verdict.status}: its driver is dead ({verdict.why})")
         except (RaytrainerError, OSError) as error:
             say(f"{name} is not running ({verdict.why}), and could not be closed: {error}")
     return closed

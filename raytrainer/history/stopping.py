@@ -268,9 +268,9 @@ class Stopper:
         try:
             if close(self.known, verdict, self.clusters):
                 self.known = replace(self.known, record=replace(self.known.record, status=verdict.status))
-                return f"it was not running any more ({verdict.why}), and is closed as {verdict.status}"
+                return f"its driver was dead already ({verdict.why}); it is marked {verdict.status}"
         except RaytrainerError as error:
-            self.say(f"warning: MLflow was not told: {error}")
+            self.say(f"warning: could not update MLflow: {error}")
         return None
 
     def _status(self) -> str:

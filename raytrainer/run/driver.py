@@ -121,10 +121,10 @@ class Driver:
             finally:
                 self.interrupts.deferred = True
         except Interrupted:
-            self.display.say(f"forced: what MLflow was not told is in {self.spool_dir}; resume sends it")
+            self.display.say(f"Forced exit. Unsent metrics are in {self.spool_dir}; resume uploads them.")
         except (RaytrainerError, OSError) as failed:
             # The run ended as it did; only the telling went wrong, and the record below still has the status.
-            self.display.say(f"warning: MLflow was not told everything: {type(failed).__name__}: {failed}")
+            self.display.say(f"warning: MLflow does not have everything: {type(failed).__name__}: {failed}")
         if not self.record.ended:  # nobody could be told
             self.record = self._ended(outcome)
         # A second signal, or a server that is gone, may have changed how it ended since.
@@ -134,7 +134,7 @@ class Driver:
         except StorageGone:  # which is its cause
             outcome = replace(outcome, gone=True)
         except StorageError as failed:
-            self.display.say(f"warning: the run's own record does not have its end: {failed}")
+            self.display.say(f"warning: could not write the final status to the run record: {failed}")
         return replace(outcome, record=self.record)
 
     # --- the trial of the first batch -----------------------------------------------------------------------------
@@ -225,7 +225,9 @@ class Driver:
         tags = {**end_tags(record), **_best_tags(record)}
         if not run.finish(outcome.status, outcome.cause, tags=tags, ended=record.ended, timeout_s=patience):  # type: ignore[arg-type]
             if self.spool_dir.is_dir():
-                self.display.say(f"MLflow does not have all of it yet; the rest is in {self.spool_dir}")
+                self.display.say(
+                    f"MLflow does not have everything yet. Unsent metrics are in {self.spool_dir}; resume uploads them."
+                )
         elif gone := lost_database(run.tracking_uri):
             self.display.say(
                 f"warning: MLflow's database {gone} was deleted while the run was going on; resume {self.record.name} "

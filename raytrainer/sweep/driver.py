@@ -145,7 +145,7 @@ class SweepDriver:
             outcome = self._close(opening, outcome)
         except Interrupted:  # a second signal
             outcome = self._outcome(reason, error)
-            self.display.say(f"forced: what MLflow was not told is in {self.storage.uri}; resume sends it")
+            self.display.say(f"Forced exit. Unsent metrics are in {self.storage.uri}; resume uploads them.")
         except (RaytrainerError, OSError) as failed:
             outcome = self._outcome(reason, error or failed)
             self.display.say(f"warning: not everything was written: {type(failed).__name__}: {failed}")
@@ -160,7 +160,7 @@ class SweepDriver:
             try:
                 write()
             except StorageError as failed:
-                self.display.say(f"warning: the sweep's own record does not have its end: {failed}")
+                self.display.say(f"warning: could not write the final status to the sweep's record: {failed}")
         return replace(outcome, record=self.record)
 
     # --- trials ---------------------------------------------------------------------------------------------------
@@ -477,7 +477,7 @@ class SweepDriver:
                 try:
                     tell(run, outcome)
                 except (RaytrainerError, OSError) as failed:  # the rest is told all the same
-                    self.display.say(f"warning: MLflow was not told everything: {type(failed).__name__}: {failed}")
+                    self.display.say(f"warning: MLflow does not have everything: {type(failed).__name__}: {failed}")
         done = self._uploader.close(patience if run is not None or opening.done() else 0.0)
         if run is None:
             return outcome
@@ -488,9 +488,11 @@ class SweepDriver:
             )
             done = told and done
         except (RaytrainerError, OSError) as failed:
-            self.display.say(f"warning: MLflow was not told the end: {type(failed).__name__}: {failed}")
+            self.display.say(f"warning: MLflow does not have the final status: {type(failed).__name__}: {failed}")
         if not done:
-            self.display.say(f"MLflow does not have all of it yet; the rest is in {self.storage.uri}; resume sends it")
+            self.display.say(
+                f"MLflow does not have everything yet. Unsent metrics are in {self.storage.uri}; resume uploads them."
+            )
         if run.offline and (made := tracking.recorded_run_id(self.spool_dir)):
             self.record = replace(self.record, run_id=made)
         command = run.ui_command and f"{provenance.interpreter()} -m {run.ui_command}"

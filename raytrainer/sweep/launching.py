@@ -93,7 +93,7 @@ def resume_words(plan: Plan, journal: TrialJournal) -> str:
     trials, total = list(journal.trials.values()), plan.total
     if total is not None and total < len(trials):
         raise ConfigError(
-            f"is less than the {len(trials)} trials that were drawn; more can be added, none taken away",
+            f"is less than the {len(trials)} trials that were sampled; trials can be added, but not removed",
             key="sweep.num_samples",
             value=total,
         )
@@ -105,7 +105,9 @@ def resume_words(plan: Plan, journal: TrialJournal) -> str:
     parts += [f"{open_} {'goes' if open_ == 1 else 'go'} on"] if open_ else []
     parts += [f"{retried} that failed {'is' if retried == 1 else 'are'} tried again"] if retried else []
     if total is None or total > len(trials):
-        parts.append("what was not drawn yet is drawn" if total is None else f"{total - len(trials)} more are drawn")
+        parts.append(
+            "the remaining trials will be sampled" if total is None else f"{total - len(trials)} more will be sampled"
+        )
     told = "going on: " + ", ".join(parts)
     if failed and not retried:
         more = plan.experiment.sweep.max_trial_failures + 1

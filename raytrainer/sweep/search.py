@@ -357,7 +357,7 @@ def tell(search: Translated, trials: Sequence[Trial], mode: Mode) -> str | None:
             search.add_evaluated_point(trial.parameters, value, error)
         except (KeyError, ValueError, ConfigError):
             refused += 1
-    return f"{name} was not told of {refused} trials, which are not in the space as it is now" if refused else None
+    return f"{name} did not get {refused} trials, which are outside the current search space" if refused else None
 
 
 # --- the trials -----------------------------------------------------------------------------------------------------

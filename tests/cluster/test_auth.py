@@ -101,7 +101,7 @@ def test_what_is_no_token(file: Path, tmp_path: Path) -> None:
     assert "RAY_AUTH_TOKEN holds" in told("", {"RAY_AUTH_TOKEN": f"{SECRET} x"})
     # A token where its file belongs.
     assert SECRET not in told(SECRET)
-    assert "the path of one" in told(SECRET)
+    assert "the path of a file" in told(SECRET)
     assert SECRET not in told("", {"RAY_AUTH_TOKEN_PATH": SECRET})
 
 

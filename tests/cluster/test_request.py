@@ -393,7 +393,7 @@ def test_files_of_this_machine_may_be_referred_to(in_tmp: Path, monkeypatch: pyt
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(in_tmp / "token"))
     asked = composition("cluster.token_file=${oc.env:RAY_AUTH_TOKEN_PATH}")
     said = refusal(lambda: built(asked, environ=os.environ))
-    assert said == "cluster.token_file is no file that is there: RAY_AUTH_TOKEN_PATH must be the path of one"
+    assert said == "cluster.token_file is not an existing file: RAY_AUTH_TOKEN_PATH must be the path of one"
     (in_tmp / "token").write_text("a-token-of-a-cluster")
     assert f"token_file: {in_tmp}/token" in text_of(built(asked, environ=os.environ))
 

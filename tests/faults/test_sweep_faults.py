@@ -280,7 +280,7 @@ def test_nobody_waits_for_mlflow(server: MlflowServer, tmp_path: Path) -> None:
         proxy.ended.set()  # who still waits for an answer gets none
         ended = run.wait().exits(0)
         run.nothing_left()
-    assert "resume sends it" in ended.err
+    assert "resume uploads them" in ended.err
     assert "pruned" in {trial.status for trial in trials(tmp_path).values()}
     assert record(tmp_path, "sweep")["status"] == "FINISHED"
     before = trials(tmp_path)

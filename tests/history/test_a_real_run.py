@@ -53,7 +53,7 @@ def test_a_run_whose_driver_is_killed_is_closed_by_the_next_look(in_tmp: Path) -
         started.kill()
     assert Runs(in_tmp).status("one") == "RUNNING"
     done = launched(in_tmp, "list")
-    assert done.err.startswith(f"raytrainer: one was RUNNING and is not: process {started.pid} on ")
+    assert done.err.startswith(f"raytrainer: one is marked FAILED: its driver is dead (process {started.pid} on ")
     assert [line.split()[:2] for line in done.out.splitlines()[1:]] == [["one", "FAILED"]]
     assert Runs(in_tmp).status("one") == record(in_tmp, "one")["status"] == "FAILED"
     assert Runs(in_tmp).tags("one")["raytrainer.cause"].startswith("its driver died: process ")

@@ -83,14 +83,14 @@ def test_an_end_that_mlflow_was_not_told(storage: Storage) -> None:
     for status in ("FINISHED", "FAILED", "KILLED"):
         verdict = judge(Record("x", "/x", status=status), Liveness.read(storage))
         assert (verdict.life, verdict.status) == ("dead", status)
-        assert verdict.cause == f"it ended as {status}, which MLflow was not told"
+        assert verdict.cause == f"it ended as {status}, but MLflow does not have the status"
 
 
 def test_nobody_and_a_record_that_is_new_or_old(storage: Storage) -> None:
     assert judge(RUN, Liveness.read(storage)).life == "unsure"
     old(storage)
     verdict = judge(RUN, Liveness.read(storage))
-    assert (verdict.life, verdict.cause) == ("dead", "its driver died: nobody has its directory")
+    assert (verdict.life, verdict.cause) == ("dead", "its driver died: no process holds its lock")
 
 
 # --- another machine --------------------------------------------------------------------------------------------------
@@ -102,9 +102,7 @@ def test_another_machine_by_the_age_of_its_claim(storage: Storage, age_s: float,
     verdict = judge(RUN, Liveness.read(storage))
     assert verdict.life == life
     if life == "dead":
-        assert (
-            verdict.cause == f"its driver died: no sign of life from process 4242 on elsewhere for 5:{age_s - 300:02g}"
-        )
+        assert verdict.cause == f"its driver died: no heartbeat from process 4242 on elsewhere for 5:{age_s - 300:02g}"
     assert [e.name for e in storage.list("lock")] == ["a" * 32 + ".held", "a" * 32 + ".json"]  # nothing is left of us
 
 
@@ -195,7 +193,7 @@ def test_a_job_that_runs_is_alive_whatever_its_claim_says(storage: Storage, stat
             "FAILED",
             "its job x failed: exit code 1; the last lines of its log say why",
         ),
-        (FakeJob("x", "SUCCEEDED"), "FINISHED", "its job x succeeded, which MLflow was not told"),
+        (FakeJob("x", "SUCCEEDED"), "FINISHED", "its job x succeeded, but MLflow does not have the status"),
         (FakeJob("x", "FAILED", exit_code=143), "KILLED", "its job x ended with exit code 143: it was asked to"),
         (FakeJob("x", "FAILED", exit_code=130), "KILLED", "its job x ended with exit code 130: it was asked to"),
     ],

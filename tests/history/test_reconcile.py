@@ -57,7 +57,7 @@ def test_a_killed_driver(store: Store) -> None:
     assert found.status == "FAILED"
     assert storage.list("lock") == []
     assert len(said) == 1
-    assert said[0].startswith("one was RUNNING and is not: process ")
+    assert said[0].startswith("one is marked FAILED: its driver is dead (process ")
     assert reconcile.close_dead([look("one", clusters)], clusters, said.append) == set()
 
 
@@ -184,7 +184,7 @@ def test_a_job_that_went_well_and_could_not_tell(store: Store) -> None:
     cluster.add("one", "SUCCEEDED", exit_code=0)
     clusters = cluster.clusters()
     assert reconcile.close_dead([look("one", clusters)], clusters, print) == {"one"}
-    assert store.status(made.run_id) == ("FINISHED", "its job one succeeded, which MLflow was not told")
+    assert store.status(made.run_id) == ("FINISHED", "its job one succeeded, but MLflow does not have the status")
 
 
 def test_a_cluster_that_is_gone(store: Store) -> None:

@@ -283,8 +283,8 @@ def test_one_that_had_died(store: Store) -> None:
     claim(storage, **killed())
     result = Stopper("one").stop()
     assert result.done
-    assert result.told.startswith("it was not running any more (process ")
-    assert result.told.endswith(" is gone), and is closed as FAILED")
+    assert result.told.startswith("its driver was dead already (process ")
+    assert result.told.endswith(" is gone); it is marked FAILED")
     assert store.status(made.run_id)[0] == "FAILED"
 
 

@@ -42,16 +42,16 @@ def journal(tmp_path: Path) -> TrialJournal:
 def test_what_going_on_does(journal: TrialJournal) -> None:
     words = resume_words(plan(total=10), journal)
     assert words == (
-        "going on: 5 trials have ended and are kept, 1 goes on, 4 more are drawn; "
+        "going on: 5 trials have ended and are kept, 1 goes on, 4 more will be sampled; "
         "sweep.max_trial_failures=1 would try the 2 that failed again"
     )
     words = resume_words(plan(failures=1), journal)
     assert words == "going on: 3 trials have ended and are kept, 1 goes on, 2 that failed are tried again"
-    assert "what was not drawn yet is drawn" in resume_words(plan(total=None), journal)
+    assert "the remaining trials will be sampled" in resume_words(plan(total=None), journal)
 
 
 def test_fewer_trials_than_there_are_already(journal: TrialJournal) -> None:
-    with pytest.raises(ConfigError, match=r"^sweep\.num_samples=5 is less than the 6 trials that were drawn"):
+    with pytest.raises(ConfigError, match=r"^sweep\.num_samples=5 is less than the 6 trials that were sampled"):
         resume_words(plan(total=5), journal)
 
 

@@ -471,7 +471,7 @@ def test_what_is_lost_of_a_history_is_said() -> None:
     assert said == "Recorder cannot be told of the 6 trials that have ended: it learns anew"
     other = Parameter("dropout", "interval", low=0.0, high=1.0)
     said = tell(Translated(Learner(), [LR, other]), history(), "min")
-    assert said == "Learner was not told of 5 trials, which are not in the space as it is now"
+    assert said == "Learner did not get 5 trials, which are outside the current search space"
     assert tell(Translated(RandomSearch(), [LR]), history(), "min") is None
 
 
