@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
 import ray
 from ports import free_port  # type: ignore[import-not-found]  # beside this script
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FakeMultiNodeProvider
@@ -119,7 +120,17 @@ class Cluster(AutoscalingCluster):  # type: ignore[misc]
     def shutdown(self) -> None:
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(20)
+        self._end_monitors()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _end_monitors(self) -> None:
+        """Ray leaves the log monitors of the nodes that it has removed. They have our variable."""
+        for process in psutil.process_iter():
+            try:
+                if process.pid != os.getpid() and process.environ().get("GATE") == str(self.gate):
+                    process.kill()
+            except psutil.Error:
+                continue
 
 
 def connect(address: str, within_s: float) -> None:
