@@ -21,7 +21,6 @@ import pytest
 from hypothesis import settings
 
 from tests import forkserver
-from tests.forkserver import is_read_on_import
 
 if TYPE_CHECKING:
     from raytrainer.storage import Storage
@@ -59,7 +58,8 @@ def _clean(patch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Settle which servers fork launches. Whoever runs the tests in the background, or under `nohup`, ignores signals that launches would inherit."""
+    """Restore the signals that a shell ignores for a background job or under `nohup`, since launches would inherit that.
+    Then choose the servers that fork launches."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
@@ -92,7 +92,8 @@ def _left_behind() -> list[str]:
     return [
         name
         for name in os.environ
-        if name not in QUIET and (name.startswith(FOREIGN) or (is_read_on_import(name) and name not in AT_START))
+        if name not in QUIET
+        and (name.startswith(FOREIGN) or (forkserver.is_read_on_import(name) and name not in AT_START))
     ]
 
 

@@ -120,8 +120,7 @@ def curves(world: World, cases: list[Experiment]) -> list[list[dict[int, float]]
     return found
 
 
-@pytest.mark.parametrize("steps_on_four", [20, pytest.param(100, marks=pytest.mark.nightly)])
-def test_it_is_equal_to_one_process_and_to_ddp(steps_on_four: int) -> None:
+def test_it_is_equal_to_one_process_and_to_ddp() -> None:
     def exact(steps: int, **fsdp: Any) -> Experiment:
         # Epochs of 7 batches and one of 6 samples, on 4 ranks 1 or 2 of them.
         e = stack(
@@ -137,7 +136,7 @@ def test_it_is_equal_to_one_process_and_to_ddp(steps_on_four: int) -> None:
     cases = {
         2: [exact(100), single(), with_strategy(single(), "ddp"), eager],
         4: [
-            exact(steps_on_four),
+            exact(100),
             single(),
             single(reshard_after_forward=False),
             single(reshard_after_forward=2),

@@ -117,14 +117,14 @@ class Stopper:
         if verdict.life == "dead":
             closed = self._closed(verdict)
             state = f"its job {job.submission_id} had ended: {job.status}" if job is not None else "it had ended"
-            return self._halt(True, closed or state)
+            return self._result(True, closed or state)
         if has_ended:
-            return self._halt(True, "it had ended")
+            return self._result(True, "it had ended")
         if self.known.submission_id is not None and self.known.storage is None and self.known.stored is None:
             raise RaytrainerError(f"there is nothing of {self.name} to stop: {never_sent(self.known)}")
         if self.force:
             cause = "declared dead by stop --force"
-            return self._halt(True, self._closed(Verdict("dead", verdict.why, "KILLED", cause)) or verdict.why)
+            return self._result(True, self._closed(Verdict("dead", verdict.why, "KILLED", cause)) or verdict.why)
         raise RaytrainerError(
             f"{self.name} cannot be reached ({verdict.why}), so it is not known whether it runs"
             f"{self._where()}; where you know that it does not: stop --force {self.name} closes it"
@@ -169,12 +169,12 @@ class Stopper:
                         one.kill()
             if time.monotonic() > self.deadline:
                 names = ", ".join(str(p.pid) for p in left[:5])
-                return self._halt(False, f"{len(left)} of its processes are still there: {names}")
+                return self._result(False, f"{len(left)} of its processes are still there: {names}")
             self.sleep(0.1)
         count = len(family)
         return self._after_death(f"its {count} processes are gone" if count > 1 else "its process is gone")
 
-    def _after_death(self, told: str) -> StopResult:
+    def _after_death(self, message: str) -> StopResult:
         """Record the end of a driver that may have been killed before it could do so."""
         with suppress(TrackingError):
             self.known = with_tracking(replace(self.known, stored=None))
@@ -182,7 +182,7 @@ class Stopper:
         if verdict.life == "dead":
             by_force = verdict.status == "FAILED" and self.force
             self._closed(replace(verdict, status="KILLED", cause="killed by stop --force") if by_force else verdict)
-        return self._halt(True, told)
+        return self._result(True, message)
 
     # --- a driver on another machine ------------------------------------------------------------------------------
 
@@ -194,10 +194,10 @@ class Stopper:
         while (verdict := verdict_of(self.known, self.clusters)).life == "alive":
             if time.monotonic() > self.deadline:
                 force = f"; on {owner.get('host', 'that machine')}: kill -9 {owner.get('pid', '?')}"
-                return self._halt(False, f"{where} still has its directory{force}")
+                return self._result(False, f"{where} still has its directory{force}")
             self.sleep(1.0)
             self.clusters.forget(self.known)
-        return self._halt(True, self._closed(verdict) or f"{where} has given up its directory")
+        return self._result(True, self._closed(verdict) or f"{where} has given up its directory")
 
     def _ask_by_file(self, job: str | None = None) -> None:
         assert self.known.storage is not None
@@ -223,18 +223,18 @@ class Stopper:
         if job.status in GOING:
             job = self._wait_for_job(job, self.deadline)
         if job.status == "PENDING":
-            return self._halt(False, told, asked=True)
+            return self._result(False, told, asked=True)
         if job.status == "RUNNING":
-            return self._halt(False, f"its job {job.submission_id} is still {job.status}")
+            return self._result(False, f"its job {job.submission_id} is still {job.status}")
         while held := cluster.held_by(job.submission_id):
             if time.monotonic() > self.deadline:
-                return self._halt(False, f"its job is {job.status}, and still holds {_amounts(held)}")
+                return self._result(False, f"its job is {job.status}, and still holds {_amounts(held)}")
             self.sleep(0.5)
         self.clusters.forget(self.known)
         verdict = verdict_of(self.known, self.clusters)
         if verdict.life == "dead":
             self._closed(verdict)
-        return self._halt(True, f"its job {job.submission_id} is {job.status}, and what it held is free")
+        return self._result(True, f"its job {job.submission_id} is {job.status}, and what it held is free")
 
     def _asked_by_file(self, job: str) -> bool:
         if self.known.storage is None:
@@ -279,8 +279,8 @@ class Stopper:
                 return (Record.read(self.known.storage) or self.known.record).status
         return self.known.stored.status if self.known.stored is not None else self.known.record.status
 
-    def _halt(self, done: bool, told: str, *, asked: bool = False) -> StopResult:
-        return StopResult(self.name, self._status(), done, told, time.monotonic() - self.began, asked)
+    def _result(self, done: bool, message: str, *, asked: bool = False) -> StopResult:
+        return StopResult(self.name, self._status(), done, message, time.monotonic() - self.began, asked)
 
     def _where(self) -> str:
         host = self.known.stored.tags.get("raytrainer.host") if self.known.stored is not None else None
