@@ -73,13 +73,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """The processes of pytest-xdist share one server of launches."""
+    """Share one fork server among the processes of pytest-xdist."""
     node.workerinput["forkserver"] = str(forkserver.server().folder)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _session_environment() -> Iterator[None]:
-    """For the fixtures of a module or session, which come before those of a test."""
+    """Set up the environment for the fixtures of a session or module, which run before those of a test."""
     with pytest.MonkeyPatch.context() as patch:
         _clean(patch)
         patch.setattr(socket.socket, "connect", _refusing(socket.socket.connect))
@@ -88,7 +88,7 @@ def _session_environment() -> Iterator[None]:
 
 
 def _left_behind() -> list[str]:
-    """The variables that would aim a test at somebody's server, or keep a launch from being forked."""
+    """Return variables that would direct a test to a real server, or prevent a launch from being forked."""
     return [
         name
         for name in os.environ
@@ -99,15 +99,15 @@ def _left_behind() -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _module_environment() -> None:
-    """For the fixtures of a module: what one before has left (mlflow writes its address there) is gone, and for good. So is
-    what keeps launches from being forked: a Ray that was started in this process has set variables of its own."""
+    """Remove variables that earlier modules left behind. MLflow stores its address in one, and a Ray that ran in this process
+    sets variables that prevent launches from being forked."""
     for name in _left_behind():
         del os.environ[name]
 
 
 @pytest.fixture(autouse=True)
 def _test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Again for each test: what one leaves in the environment is not the next one's."""
+    """Reset the environment for each test."""
     _clean(monkeypatch)
 
 

@@ -1,11 +1,11 @@
-"""Launches without the seconds in which a new interpreter imports torch, Ray and MLflow: a server has imported them, and
-forks a child for each launch. `tests/launches.py` says which launches are started so, and which by a new interpreter.
+"""Fork launches from a server that has imported torch, Ray and MLflow. This saves the seconds that a new interpreter needs
+for these imports. `tests/launches.py` decides which launches are forked and which get a new interpreter.
 
-The child is what `python -m raytrainer ARGUMENTS` is: a session of its own with its own working directory, environment,
-output and `sys.path`, without other threads, and with the interpreter's usual signal handlers and exit. Two things differ:
-its modules are imported already, and the variables that a library reads on import are those of the server.
+The child behaves as `python -m raytrainer ARGUMENTS`. It has its own session, working directory, environment, output and
+`sys.path`, no other threads, and the interpreter's default signal handlers. Two things differ: its modules are already
+imported, and variables that a library reads on import have the server's values.
 
-The processes of a Ray that such a launch starts, its workers among them, are forked too: see `CLIENT`.
+All processes of the child's Ray, such as its workers, are forked too: see `CLIENT`.
 """
 
 from __future__ import annotations
@@ -73,22 +73,22 @@ PRELOADED_FOR_RAY = (
         for name in ("checkpoint", "trainer", "data", "models", "losses", "optim", "metrics", "callbacks")
     ),
 )
-# Variables that Python, the C library or a preloaded package reads when it starts or is imported. A launch that wants
-# another value than the server's needs an interpreter of its own. (The raylet alone reads RAY_memory_…, and a token is read
-# when it is needed.)
+# Variables that Python, the C library or a preloaded package reads once, at its start or import. A launch with another value
+# than the server's needs a new interpreter. Exceptions: only the raylet reads RAY_memory_…, and a token is read when needed.
 _READ_ON_IMPORT = re.compile(
     r"(PYTHON(?!PATH$)|RAY_(?!memory_|AUTH_TOKEN)|TUNE_|OMP_|MKL_|KMP_|GOMP_|OPENBLAS_|TORCH|PYTORCH_|CUDA_|ARROW_|LC_|LD_|MALLOC_)\w*"
     r"|LANG|LANGUAGE|TZ|HOME|TMPDIR|MLFLOW_(?!TRACKING_|S3_)\w*"
 )
 
 
-_KIND = socket.SOCK_SEQPACKET  # a message is received whole, and alone
+_KIND = socket.SOCK_SEQPACKET  # keeps the boundaries of messages
 _LONGEST = 2**20
 _SERVERS = ("ray", "launches")
 
-# What the Ray of a forked launch takes for the interpreter. It has the server fork a process that runs the script, and
-# lives as long as that: whoever looks for processes that are left, or kills them, finds it in the session where the other
-# would be, and the other ends with it. So does a job's driver, `python -m raytrainer.…`. Other programs get a new interpreter.
+# Ray runs this file instead of the interpreter. It asks the server to fork a process for Ray's script or for a job's driver
+# (`python -m raytrainer.…`), and then waits for that process. A test that looks for leftover processes, or kills one, finds
+# this client in the session where the real process would be, and the forked process ends with its client. Any other program
+# runs in a new interpreter.
 CLIENT = """\
 #!{python} -IS
 import json, os, signal, socket, sys
@@ -125,7 +125,7 @@ if code < 0:
 sys.exit(code)
 """
 
-# `ray ARGUMENTS` whose processes are forked, given where `tests` is and what `fork_rays_processes` takes.
+# `ray ARGUMENTS` with forked processes. The first two arguments are the repository's root and `Server.python`.
 _RAY = """\
 import sys
 sys.path.append(sys.argv.pop(1))
@@ -183,17 +183,17 @@ class Forked:
 
 
 class Server:
-    """Two servers, one for launches and one for the processes of a Ray. They import when they are first asked, and end with
-    the process that started them, however that ends.
+    """Two fork servers: one for launches and one for the processes of a Ray. They import at the first request, and end with
+    the process that started them, even if that is killed.
 
     Args:
-        environment: Their variables.
-        folder: Of servers that another process has started; None starts them.
+        environment: The servers' environment variables.
+        folder: The folder of servers that another process has started; None to start servers.
 
     Attributes:
-        folder: What `folder` is in other processes that use them.
-        python: The file of `CLIENT`: what `fork_rays_processes` takes.
-        ray: The words of the command `ray` whose processes are forked.
+        folder: The folder to pass to other processes that use these servers.
+        python: The file with `CLIENT`, for `fork_rays_processes`.
+        ray: The command `ray` with forked processes, as a list of words.
     """
 
     def __init__(self, environment: Mapping[str, str], folder: Path | None = None) -> None:
@@ -284,15 +284,15 @@ _use: dict[str, Any] = {}
 
 
 def use(environment: Mapping[str, str], folder: Path | None = None) -> None:
-    """Settle what `server` returns: servers with these variables, and those of `folder`, if another process has started
-    them. A Ray or a library that is used before the first launch leaves variables behind, and servers with those could start
-    no ordinary launch."""
+    """Choose what `server` returns: the servers in `folder` if another process has started them, else new ones with these
+    variables. They must be known before the first test: a test that uses Ray leaves variables behind, and servers with
+    those variables could not fork an ordinary launch."""
     _use.update(environment=dict(environment), folder=folder)
 
 
 @functools.cache
 def server() -> Server:
-    """The servers of this process, started by the first launch that wants them unless there are some: see `use`."""
+    """Return the servers that `use` has chosen. The first call starts them if no other process has."""
     return Server(_use.get("environment", os.environ), _use.get("folder"))
 
 
@@ -340,18 +340,18 @@ def serve(listener: socket.socket) -> dict[str, Any] | None:
         for file in files:
             os.close(file)
         children[pid] = connection
-        with contextlib.suppress(OSError):  # whoever asked is gone
+        with contextlib.suppress(OSError):  # the client has ended
             connection.sendall(str(pid).encode())
 
 
 def _tell_ends(children: dict[int, socket.socket]) -> None:
-    with contextlib.suppress(ChildProcessError):  # there are no more
+    with contextlib.suppress(ChildProcessError):  # no children are left
         while True:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 return
             connection = children.pop(pid, None)
-            if connection is None:  # the other server
+            if connection is None:  # the server for launches, which is not a request's child
                 continue
             with connection, contextlib.suppress(OSError):
                 connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
@@ -374,9 +374,9 @@ def _become_worker(request: Mapping[str, Any], files: Sequence[int], client: soc
 
 
 def _run_worker(context: Any, arguments: list[str], language: Any) -> None:
-    """In place of Ray's `RuntimeEnvContext.exec_worker`, which replaces the process by a new interpreter."""
+    """Run a worker in this process. It replaces Ray's `RuntimeEnvContext.exec_worker`, which starts a new interpreter."""
     prefix = list(context.command_prefix)
-    if prefix and (prefix[0], prefix[2:]) == ("cd", ["&&"]):  # to what a job is submitted with
+    if prefix and (prefix[0], prefix[2:]) == ("cd", ["&&"]):  # the working directory that a job was submitted with
         os.chdir(prefix[1])
         prefix = []
     assert (prefix, context.py_executable) == ([], sys.executable), (
@@ -390,13 +390,13 @@ def _run_worker(context: Any, arguments: list[str], language: Any) -> None:
 
 
 def _forget_own() -> None:
-    """A job brings its own copy of the package, which is tested too: it is imported from there."""
+    """Forget the preloaded raytrainer, so that a job imports the copy that was submitted with it."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "raytrainer"]:
         del sys.modules[name]
 
 
 def _divided(words: list[str]) -> tuple[list[str], list[str]]:
-    """The program (`-m` and a module, `-c` and code, or a path) and its arguments, of an interpreter's command line."""
+    """Split an interpreter's command line into the program (`-m` and a module, `-c` and code, or a path) and its arguments."""
     count = 2 if words[0] in ("-m", "-c") else 1
     return words[:count], words[count:]
 
@@ -461,7 +461,7 @@ def main() -> None:
     sys.path[:] = path
     for_ray, for_launches = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
     ready, _, _ = select.select([for_ray, for_launches, sys.stdin], [], [])
-    if sys.stdin in ready:  # nobody asked
+    if sys.stdin in ready:  # there was no request
         return
     _prepare(PRELOADED_FOR_RAY)
     if os.fork() == 0:

@@ -70,7 +70,7 @@ def process(*arguments: str, timeout_s: float = 120, module: bool = True) -> Sai
 
 
 def forked(*arguments: str) -> Said:
-    """The same without the seconds that a new interpreter imports for. It leaves nothing of its own in the directory."""
+    """Run a command line in a forked process, which needs no imports. Its output files are not in the current directory."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         program = ("-m", "raytrainer")

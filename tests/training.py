@@ -108,8 +108,8 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
 
 @contextmanager
 def compiling(backend: str) -> Iterator[None]:
-    """`trainer.compile=true` compiles with this backend of torch. "aot_eager" has all of it but the C++ compiler, which
-    takes most of the time."""
+    """Make `trainer.compile=true` use this backend of torch.compile. "aot_eager" does everything except generating and
+    compiling C++ code, which takes most of the time."""
     real = torch.compile
     with mock.patch.object(torch, "compile", lambda function, mode: real(function, backend=backend)):
         yield

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 NAME = "digits é"  # not a run's name: the directory's, so that every path in the output has more than letters
 MODEL_NAME = "digits-model"
-EPOCHS = 15  # of the experiment's 30: they are enough for what it promises, and half of the time
+EPOCHS = 15  # half of the experiment's 30; the accuracy that it promises is reached
 STEPS = 11 * EPOCHS
 # Everything that a launch may say on stderr when it is no terminal. Whatever Ray adds is a new shape.
 NUMBER = r"[\d.,e+-]+"

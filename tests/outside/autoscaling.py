@@ -124,7 +124,7 @@ class Cluster(AutoscalingCluster):  # type: ignore[misc]
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _end_monitors(self) -> None:
-        """Ray leaves the log monitors of the nodes that it has removed. They have our variable."""
+        """Kill the log monitors of removed nodes, which Ray leaves running. They have the variable GATE."""
         for process in psutil.process_iter():
             try:
                 if process.pid != os.getpid() and process.environ().get("GATE") == str(self.gate):

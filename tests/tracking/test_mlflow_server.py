@@ -46,8 +46,8 @@ ROOT = Path(__file__).parents[2]
 SLOW_S = 30.0
 
 
-# `mlflow ARGUMENTS`. The command starts the server as a program of its own; here it becomes that program, which has to
-# import what reads the command's variables anew.
+# `mlflow ARGUMENTS` in one process. The command would start the server as a second program. Here the process itself becomes
+# the server, and imports again the modules that read the variables which the command has set.
 SERVER = """
 import os, runpy, sys
 from mlflow import cli, server
