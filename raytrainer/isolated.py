@@ -170,11 +170,11 @@ class Isolated:
 
     def _result(self) -> Ended:
         try:
-            found = json.loads((self.folder / _RESULT).read_text())
+            result = json.loads((self.folder / _RESULT).read_text())
         except (OSError, ValueError):
             assert self._process is not None
             return Ended(problem=_death(self._process), output=self._output())
-        return Ended(found.get("value"), found.get("problem"), output=self._output())
+        return Ended(result.get("value"), result.get("problem"), output=self._output())
 
     def _output(self, lines: int = 30) -> str:
         with contextlib.suppress(OSError):

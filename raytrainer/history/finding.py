@@ -107,8 +107,8 @@ def look_up(identifier: str, root: Path | None = None) -> RunHandle:
             f"{identifier!r} is neither a run's name nor an MLflow run id (nor a submission id): a name has letters, "
             "digits, dots, dashes and underscores"
         )
-    if (found := _by_name(identifier, root)) is not None:
-        return with_sent(found, root)
+    if (handle := _by_name(identifier, root)) is not None:
+        return with_sent(handle, root)
     names = []
     for record, storage in records(root):
         if identifier in (record.run_id, record.job.get("submission_id")):
@@ -118,8 +118,8 @@ def look_up(identifier: str, root: Path | None = None) -> RunHandle:
         if identifier == sent.record.name:
             return reached(RunHandle(sent.record, None, sent=sent))
         if identifier == sent.record.job.get("submission_id"):
-            found = reached(RunHandle(sent.record, None, sent=sent))  # its directory may still name an earlier job
-            return replace(found, record=replace(found.record, job=sent.record.job))
+            handle = reached(RunHandle(sent.record, None, sent=sent))  # its directory may still name an earlier job
+            return replace(handle, record=replace(handle.record, job=sent.record.job))
         names.append(sent.record.name)
     uri = tracking_uri_here()
     stored = None if uri is None else lookup.find_run(uri, identifier)
@@ -172,7 +172,7 @@ def as_stored(stored: StoredRun, uri: str) -> RunHandle:
         choices={k.removeprefix(_CHOICE): v for k, v in tags.items() if k.startswith(_CHOICE)},
         storage_path=stored.params.get("storage_path", ""),
         kind="sweep" if trial or tags.get("raytrainer.kind") == "sweep" else "run",
-        job={k: found for k in _JOB if (found := tags.get(f"raytrainer.{k}"))},
+        job={k: value for k in _JOB if (value := tags.get(f"raytrainer.{k}"))},
         launched=float(tags.get(LAUNCHED_TAG) or 0.0),
         seconds=float(tags.get(SECONDS_TAG) or 0.0),
     )

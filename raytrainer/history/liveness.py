@@ -65,13 +65,13 @@ class Liveness:
         if storage is None:
             return cls(readable=False)
         try:
-            found = claims(storage.child(LOCK))
-            if any(c.is_here and c.lives for c in found):
-                return cls(found)
+            leases = claims(storage.child(LOCK))
+            if any(c.is_here and c.lives for c in leases):
+                return cls(leases)
             written = next((e.mtime for e in storage.list() if e.name == "run.json"), None)
         except StorageError:
             return cls(readable=False)
-        return cls(found, _clock(storage), written)
+        return cls(leases, _clock(storage), written)
 
     @property
     def here(self) -> Claim | None:

@@ -213,7 +213,7 @@ def _mode(record: Record, storage: Storage) -> str:
     return str(found)
 
 
-def _delete(known: RunHandle, items: Sequence[Item], keep: int, told: Pruned) -> list[Item]:
+def _delete(known: RunHandle, items: Sequence[Item], keep: int, pruned: Pruned) -> list[Item]:
     """Deletes what of `items` can still go, now that nobody can begin to go on with the run; what was deleted."""
     storage, record = known.storage, known.record
     assert storage is not None
@@ -232,7 +232,7 @@ def _delete(known: RunHandle, items: Sequence[Item], keep: int, told: Pruned) ->
                     if _delete_one(storage, item):
                         deleted.append(item)
                 except (RaytrainerError, OSError) as error:
-                    told.failed[f"{record.name}/{item.path}"] = str(error)
+                    pruned.failed[f"{record.name}/{item.path}"] = str(error)
             return deleted
     except StorageLocked as error:
         raise StorageError(f"somebody has it: {error}") from error

@@ -74,14 +74,14 @@ class RunSummary:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values. Times are ISO 8601 in UTC; a number that JSON cannot express is null."""
-        found: dict[str, Any] = {**self.__dict__, "trials": dict(self.trials)}
+        values: dict[str, Any] = {**self.__dict__, "trials": dict(self.trials)}
         for key in ("started", "ended"):
-            found[key] = None if found[key] is None else _iso(found[key])
+            values[key] = None if values[key] is None else _iso(values[key])
         if self.best is not None and not math.isfinite(self.best):
-            found["best"] = None
+            values["best"] = None
         if self.seconds is not None:
-            found["seconds"] = round(self.seconds, 3)
-        return found
+            values["seconds"] = round(self.seconds, 3)
+        return values
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def checkpoints(storage: Storage) -> list[Saved]:
     Raises:
         StorageError: The directory cannot be read.
     """
-    found = []
+    saved_checkpoints = []
     place = storage.child("checkpoints")
     for entry in place.list():
         match = _MANIFEST.fullmatch(entry.name)
@@ -145,8 +145,8 @@ def checkpoints(storage: Storage) -> list[Saved]:
             manifest = json.loads(data)
             metric = manifest.get("metric")
             value = float(metric) if isinstance(metric, int | float) else None
-            found.append(Saved(entry.name, int(match[1]), value, str(manifest.get("created", ""))))
-    return sorted(found, key=lambda saved: saved.step)
+            saved_checkpoints.append(Saved(entry.name, int(match[1]), value, str(manifest.get("created", ""))))
+    return sorted(saved_checkpoints, key=lambda saved: saved.step)
 
 
 def _seconds_of(record: Record, stored: StoredRun | None, started: float | None, ended: float | None) -> float | None:
@@ -240,9 +240,9 @@ def _of_sweep(known: RunHandle, tags: Mapping[str, str]) -> dict[str, Any]:
     if running and known.storage is not None and known.storage.is_local:
         # MLflow gets these values at the end of the sweep; the trial journal has them at once.
         with suppress(StorageError):
-            found = TrialJournal.open(known.storage).trials.values()
-            trials = dict(Counter(trial.status for trial in found))
-            first = next(iter(ranked(found, cast(Mode, mode))), None)  # the order of the sweep's own table
+            all_trials = TrialJournal.open(known.storage).trials.values()
+            trials = dict(Counter(trial.status for trial in all_trials))
+            first = next(iter(ranked(all_trials, cast(Mode, mode))), None)  # the order of the sweep's own table
             report = None if first is None else first.best(cast(Mode, mode))
             best, best_step = (None, None) if report is None else (report.value, report.step)
             best_trial = first.id if first is not None else None

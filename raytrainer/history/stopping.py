@@ -217,13 +217,13 @@ class Stopper:
             self.say(f"{self.name}: stopping the job {job.submission_id}" + (", which did not end" if asked else ""))
             cluster.stop(job.submission_id)
             job = self._wait_for_job(job, min(self.deadline, time.monotonic() + _PLACED_S))
-        told = f"its job {job.submission_id} is asked to end, and does as soon as its driver gets what it waits for"
+        message = f"its job {job.submission_id} is asked to end, and does as soon as its driver gets what it waits for"
         if job.status == "PENDING":  # Ray cannot end a job whose driver is not placed yet
-            self.say(f"{self.name}: {told}")
+            self.say(f"{self.name}: {message}")
         if job.status in GOING:
             job = self._wait_for_job(job, self.deadline)
         if job.status == "PENDING":
-            return self._result(False, told, asked=True)
+            return self._result(False, message, asked=True)
         if job.status == "RUNNING":
             return self._result(False, f"its job {job.submission_id} is still {job.status}")
         while held := cluster.held_by(job.submission_id):
@@ -291,8 +291,8 @@ def text(result: StopResult, program: str) -> str:
     """Return the result as lines for the terminal."""
     if not result.done:
         following = "status" if result.asked else "stop --force"
-        told = f"{result.name} is not stopped after {duration(result.seconds)}: {result.told}"
-        return f"{told}\nnext     {program} {following} {result.name}"
+        message = f"{result.name} is not stopped after {duration(result.seconds)}: {result.told}"
+        return f"{message}\nnext     {program} {following} {result.name}"
     return f"{result.name} is stopped ({result.status}) after {duration(result.seconds)}: {result.told}"
 
 
@@ -308,13 +308,13 @@ def _descriptor(pid: int) -> Iterator[int]:
 
 def _family(pid: int) -> dict[tuple[int, float], psutil.Process]:
     """Return a process and all its descendants, by process id and start time."""
-    found: dict[tuple[int, float], psutil.Process] = {}
+    processes: dict[tuple[int, float], psutil.Process] = {}
     with suppress(psutil.Error):
         driver = psutil.Process(pid)
         for process in (driver, *driver.children(recursive=True)):
             with suppress(psutil.Error):
-                found[process.pid, process.create_time()] = process
-    return found
+                processes[process.pid, process.create_time()] = process
+    return processes
 
 
 def _lives(process: psutil.Process) -> bool:

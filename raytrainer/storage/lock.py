@@ -130,10 +130,10 @@ class Lock:
 
     def _rivals(self) -> list[Claim]:
         """Return the live leases of others, and remove stale ones."""
-        found = {claim.name: claim for claim in claims(self._directory)}
-        mine = found.pop(self._name, None)
+        leases = {claim.name: claim for claim in claims(self._directory)}
+        mine = leases.pop(self._name, None)
         rivals = []
-        for claim in found.values():
+        for claim in leases.values():
             # Both times come from the storage's clock, so this machine's clock does not matter.
             age = mine.beat - claim.beat if mine is not None else 0.0
             if not claim.lives if claim.is_here else age > self._limit_s:
@@ -210,13 +210,13 @@ class Claim:
 def claims(directory: Storage) -> list[Claim]:
     """Return all leases in a lock's directory, stale ones included. Nothing is changed."""
     entries = {entry.name: entry for entry in directory.list()}
-    found = []
+    leases = []
     for name in (entry.removesuffix(".json") for entry in entries if _CLAIM.fullmatch(entry)):
         data = directory.read_if_exists(f"{name}.json")
         if data is not None:  # else it was released since the listing
             held = f"{name}.held" in entries
-            found.append(_parse(name, data, held=held, beat=entries[f"{name}.json"].mtime))
-    return found
+            leases.append(_parse(name, data, held=held, beat=entries[f"{name}.json"].mtime))
+    return leases
 
 
 def withdraw(directory: Storage, claim: Claim) -> None:

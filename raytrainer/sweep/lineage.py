@@ -45,21 +45,21 @@ def parameter_segments(trial: Trial, report: Report, trials: Iterable[Trial]) ->
         trials: All trials of the sweep.
     """
     named = {one.id: one for one in trials}
-    found: list[ParameterSegment] = []
+    segments: list[ParameterSegment] = []
     while True:
         values = parameters_at(trial, report)
-        if not found or dict(found[0].parameters) != values:
-            found.insert(0, ParameterSegment(trial.id, values, report.step))
+        if not segments or dict(segments[0].parameters) != values:
+            segments.insert(0, ParameterSegment(trial.id, values, report.step))
         index = _segment_index(trial, report)
         if index == 0:
-            return found
+            return segments
         exploit, count = trial.inherited[index - 1], trial.before[index - 1][0]
         source = named.get(exploit["from"])
         # The source may have reported that evaluation twice, if it copied another trial in between.
         until = trial.reports[count].time
         of = [r for r in source.reports if r.evaluation == exploit["evaluation"] and r.time <= until] if source else []
         if source is None or not of:
-            return found
+            return segments
         trial, report = source, of[-1]
 
 
