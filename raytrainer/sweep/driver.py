@@ -36,12 +36,12 @@ from raytrainer.run import (
 )
 from raytrainer.storage import Lock, Storage
 from raytrainer.sweep import results
-from raytrainer.sweep.journal import ERROR, Mode, Trial, TrialJournal
+from raytrainer.sweep.journal import ERROR, Mode, Report, Trial, TrialJournal
 from raytrainer.sweep.outcome import Status, SweepOutcome
 from raytrainer.sweep.plan import Plan
 from raytrainer.sweep.table import Board, ranked
 from raytrainer.tracking.keys import metric_key
-from raytrainer.tracking.spool import spool_of
+from raytrainer.tracking.spool import Spool, last_logged, spool_of
 
 _OPEN_S = 30.0  # importing mlflow and making a database, on a busy machine
 _CLOSE_S, _CLOSE_STOPPED_S = 60.0, 3.0  # how long the tracking server is waited for at the end
@@ -88,6 +88,7 @@ class SweepDriver:
         self._uri = tracking_uri(self.e, record.tracking_uri)
         self._stop_asked = StopAsked(storage, record.job.get("submission_id"))
         self._stopping = False  # and it was said
+        self._may_pause = False  # whether the scheduler pauses trials
         self._at_once = 1  # trials
         self._best_metric = metric_key(f"best/{plan.metric}")
         self._parent: str | None = None
@@ -206,7 +207,7 @@ class SweepDriver:
         )
         for note in search.notes:
             self.display.say(note)
-        may_pause = pauses(search.scheduler)
+        self._may_pause = pauses(search.scheduler)
         shared = Shared(
             texts={key: c.text for key, c in self.plan.compositions.items()},
             parameters=self.plan.parameters,
@@ -223,7 +224,7 @@ class SweepDriver:
             retries=e.sweep.max_trial_failures > 0,
             forward_env=e.cluster.forward_env,
             env_file=e.cluster.env_file,
-            pauses=may_pause,
+            pauses=self._may_pause,
             mark=self.record.mark,
         )
         self._board = Board(
@@ -443,6 +444,7 @@ class SweepDriver:
         for trial in self.journal.trials.values():
             if trial.status == "running":
                 try:
+                    self._record_last_evaluation(trial)
                     self.journal.end(trial.id, "stopped", cause)
                 except StorageError as failed:
                     trial.status, trial.cause, trial.ended = "stopped", cause, time.time()
@@ -454,6 +456,25 @@ class SweepDriver:
         except StorageError as failed:
             error = error or failed
         return error
+
+    def _record_last_evaluation(self, trial: Trial) -> None:
+        """Add the evaluation that a trial logged and was stopped before it could report, so that the journal has what MLflow
+        has. A trial waits after each report, so there is at most one.
+
+        Not with a scheduler that pauses trials: the report may also have had the weights that the trial copied. And not for
+        `train/…`, which is logged more often than it is reported. Nor for a trial whose spool is on another machine.
+        """
+        key = metric_key(self.plan.metric)
+        if self._may_pause or key.startswith("train/"):
+            return
+        logged = last_logged(Spool(spool_of(self._trial_dir(trial))), key)
+        if logged is None:
+            return
+        at, step, metrics = logged
+        last = trial.reports[-1] if trial.reports else None
+        if last is None or step > last.step:
+            number = 1 if last is None else last.evaluation + 1
+            self.journal.report(trial.id, Report(number, step, metrics[key], metrics, at))
 
     def _close(self, opening: Future[tracking.Run], outcome: SweepOutcome) -> SweepOutcome:
         # Somebody waits for the end of a stopped sweep; what is not told in that time stays in the spools.

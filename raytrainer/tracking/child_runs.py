@@ -345,7 +345,8 @@ class ChildRunUploader:
             sender = child.sender = Sender(child.spool, child.run_id, self._server, tags=tags, fresh=child.fresh)
         wait = child.ended is not None and time.monotonic() < child.ended + _WRITER_S and not self._closing.is_set()
         try:
-            return sender.send_and_end(self._abandon.is_set, wait_for_writer=wait)
+            keep = child.ended is None  # until `finish`, the owner of the trial may read its last evaluation
+            return sender.send_and_end(self._abandon.is_set, wait_for_writer=wait, keep_newest=keep)
         finally:
             if sender.real_id is not None and not child.announced:
                 child.announced = True

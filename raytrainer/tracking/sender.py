@@ -123,7 +123,9 @@ class Sender:
                 self._spool.drop_note(note)
             return self._send_all(run_id, state, stop)
 
-    def send_and_end(self, stop: Callable[[], bool] = lambda: False, *, wait_for_writer: bool = False) -> bool:
+    def send_and_end(
+        self, stop: Callable[[], bool] = lambda: False, *, wait_for_writer: bool = False, keep_newest: bool = False
+    ) -> bool:
         """As `send`, in as few requests as there can be; returns whether the run has ended, and its spool is deleted.
 
         What the note says of parameters and tags goes along with the first rows; how the run ended goes last, and then
@@ -132,6 +134,7 @@ class Sender:
         Args:
             stop: As `send`.
             wait_for_writer: Leave the end untold while a process has a segment open, which may get more rows.
+            keep_newest: Do not delete the newest segment after it is sent, so that `last_logged` can still read it.
 
         Raises:
             TrackingError: As `send`.
@@ -140,11 +143,12 @@ class Sender:
             run_id = self._resolve(state)
             note = self._spool.note()
             if note is None:
-                self._send_all(run_id, state, stop)
+                self._send_all(run_id, state, stop, keep_newest=keep_newest)
                 return False
             if note.status == "RUNNING":
                 self._server.set_running(run_id)
-            self._send_all(run_id, state, stop, *self._untold(run_id, note), self._untold_rows(note))
+            untold = (*self._untold(run_id, note), self._untold_rows(note))
+            self._send_all(run_id, state, stop, *untold, keep_newest=keep_newest)
             self._described = note
             if note.end_time is None:
                 self._spool.drop_note(note)
@@ -187,14 +191,18 @@ class Sender:
         tags: Mapping[str, str] | None = None,
         params: Mapping[str, str] | None = None,
         rows: Sequence[Row] = (),
+        *,
+        keep_newest: bool = False,
     ) -> int:
         """Rows, then artifacts; what a note says goes with the first batch. Returns the rows that MLflow took."""
         sent, along = 0, (tags or {}, params or {}, rows)
-        for segment in self._spool.segments():
+        segments = self._spool.segments()
+        for segment in segments:
             while not stop():
                 batch = read_batch(segment, state.acked.get(segment.path.name, 0))
                 if batch.end == state.acked.get(segment.path.name, 0):
-                    discard_if_finished(segment, batch.end)
+                    if not (keep_newest and segment is segments[-1]):
+                        discard_if_finished(segment, batch.end)
                     break
                 sent += self._send_batch(segment, batch, run_id, state, *along)
                 along = ({}, {}, ())

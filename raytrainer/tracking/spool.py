@@ -390,6 +390,24 @@ def read_batch(segment: Segment, offset: int) -> Batch:
     return Batch(rows, tags, dropped, broken, end)
 
 
+def last_logged(spool: Spool, key: str) -> tuple[float, int, dict[str, float]] | None:
+    """The newest line that has a value of `key`: seconds since the epoch, the step, and all metrics of the line. None if no
+    segment has one. Segments that are sent and have no writer may be gone.
+
+    Raises:
+        StorageError: A segment cannot be read.
+    """
+    for segment in reversed(spool.segments()):
+        with storage_errors(segment.path):
+            lines = segment.path.read_bytes().split(b"\n")
+        for raw in reversed(lines[:-1]):  # what follows the last newline was being written
+            with suppress(ValueError, TypeError, AttributeError):
+                kind, *fields = json.loads(raw)
+                if kind == "m" and key in fields[2]:
+                    return fields[0] / 1000, int(fields[1]), {name: float(value) for name, value in fields[2].items()}
+    return None
+
+
 def discard_if_finished(segment: Segment, acked: int) -> bool:
     """Deletes a segment whose whole lines are all sent and that has no writer."""
     with storage_errors(segment.path), segment.path.open("rb") as file:

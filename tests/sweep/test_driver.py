@@ -30,6 +30,7 @@ from raytrainer.sweep import Plan, driver, make_plan, pictures
 from raytrainer.sweep.driver import SweepDriver
 from raytrainer.sweep.journal import Report, Status, Trial, TrialJournal
 from raytrainer.sweep.outcome import SweepOutcome
+from raytrainer.tracking.spool import SegmentWriter, Spool, line, spool_of
 from tests.promises import Within
 from tests.tracking.fakes import FakeServer
 
@@ -104,7 +105,7 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Place:
+def place(tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     found = Place(Storage(tmp_path / "sweep"), plan)
 
     @contextmanager
@@ -122,7 +123,11 @@ def place(tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Place:
     monkeypatch.setattr("raytrainer.tracking.sender.Server", lambda *_, **__: found.server)
     monkeypatch.setattr("raytrainer.tracking.child_runs._LAST_PAUSE_S", 0.01)
     monkeypatch.setattr("raytrainer.tracking.child_runs._BACKOFF_S", (0.05, 0.2))
-    return found
+    yield found
+    # A stopped sweep does not wait for the thread that opens its run; that thread must not reach the next test's server.
+    for thread in threading.enumerate():
+        if thread.name == "mlflow-open":
+            thread.join(60)
 
 
 def ended(of: Place) -> dict[str, str]:
@@ -332,6 +337,50 @@ def test_a_stopped_sweep_leaves_its_results_and_nothing_of_tunes(place: Place) -
     assert "tune" not in left
     (parent,) = [run for run in place.server.runs.values() if run.name == "sweep"]
     assert {"sweep/trials.csv", "sweep/progress.png"} <= parent.artifacts.keys()
+
+
+def logs(sweep: Acting, trial: Trial, *lines: tuple[int, dict[str, float]]) -> None:
+    """As the trial's process, which is killed then."""
+    spool = Spool(spool_of(sweep._trial_dir(trial)))
+    writer = SegmentWriter(spool, 1_000_000)
+    for step, metrics in lines:
+        writer.append(line("m", 1000 * step, step, metrics))
+    writer.close()
+
+
+@pytest.mark.parametrize("reported", [0, 1])
+def test_an_evaluation_that_a_stopped_trial_could_not_report_is_recorded(place: Place, reported: int) -> None:
+    """Also where MLflow has it already."""
+
+    def script(sweep: Acting) -> str:
+        trial = sweep.starts()
+        sweep.reports(trial, *[0.5] * reported)
+        logs(sweep, trial, (10, {"val/loss": 1.0, "val/accuracy": 0.5}), (15, {"train/loss": 1.0}))
+        logs(sweep, trial, (20, {"val/loss": 0.5, "val/accuracy": 0.75}), (25, {"train/loss": 0.5}))
+        until(lambda: any(row.step == 25 for run in place.server.runs.values() for row in run.rows))
+        return interrupted(sweep)
+
+    assert place.attempt(script).status == "KILLED"
+    (trial,) = TrialJournal.open(place.storage).trials.values()
+    last = trial.reports[-1]
+    assert (last.evaluation, last.step, last.value, last.time) == (reported + 1, 20, 0.75, 20.0)
+    assert last.metrics == {"val/loss": 0.5, "val/accuracy": 0.75}
+    assert trial.status == "stopped"
+    (run,) = [run for run in place.server.runs.values() if run.name == "sweep.0001"]
+    assert run.tags["raytrainer.best_value"] == "0.75"
+    assert not list(place.storage.local_path.glob("trials/*/spool"))
+
+
+def test_what_was_reported_is_not_recorded_twice(place: Place) -> None:
+    def script(sweep: Acting) -> str:
+        trial = sweep.starts()
+        sweep.reports(trial, 0.5)
+        logs(sweep, trial, (10, {"val/loss": 1.0, "val/accuracy": 0.5}), (15, {"train/loss": 1.0}))
+        return interrupted(sweep)
+
+    place.attempt(script)
+    (trial,) = TrialJournal.open(place.storage).trials.values()
+    assert [report.value for report in trial.reports] == [0.5]
 
 
 def test_pictures_of_a_stopped_sweep_hold_up_nobody(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
