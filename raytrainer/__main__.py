@@ -10,7 +10,7 @@ import sys
 import threading
 from types import FrameType
 
-from raytrainer import proxies, streams
+from raytrainer import garbage, proxies, streams
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
@@ -30,6 +30,7 @@ def entry() -> None:
         signal.signal(number, _leave)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
         signal.signal(signal.SIGHUP, _leave)
+    garbage.collect_less()
     from raytrainer.cli import main
 
     code = main()

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raytrainer import config, environment, errors, mlflow_model, streams
+from raytrainer import config, environment, errors, garbage, mlflow_model, streams
 from raytrainer.errors import CheckpointNotFound
 from raytrainer.progress import Reporter, to_line
 from raytrainer.storage import Storage
@@ -210,12 +210,14 @@ def run(
         later: Given what is left to do when training is over and nobody should wait for it: a save in flight that is
             no more wanted, the last metrics on their way to the server.
     """
+    garbage.collect_less()
     import torch
     import torch.distributed as dist
 
     from raytrainer.checkpoint import Checkpointer
     from raytrainer.trainer import Objective, Trainer, evaluation
 
+    garbage.collect_as_usual()
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)  # what a model allocates without naming a device goes there too
     environment.provide(job.forward_env, job.env_file)

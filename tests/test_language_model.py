@@ -20,9 +20,12 @@ def evaluated(world: World, e: Experiment) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_it_beats_a_unigram_and_a_bigram_model() -> None:
+@pytest.mark.parametrize("layers", [2, pytest.param(3, marks=pytest.mark.nightly)])
+def test_it_beats_a_unigram_and_a_bigram_model(layers: int) -> None:
+    """Also with a layer less than the experiment has."""
     steps = ["trainer.max_steps=80", "trainer.eval_every_n_steps=80", "data.val.max_bytes=40000"]
-    e = compose(["experiment=transformer", "trainer.num_threads=1", *steps]).experiment
+    model = f"model.num_layers={layers}"
+    e = compose(["experiment=transformer", "trainer.num_threads=1", model, *steps]).experiment
     assert e.scaling.num_workers == 2
     train, val = (build(node or {}).tokens for node in (e.data.train, e.data.val))
     assert (len(train), len(val)) == (2_000_000, 40_000)

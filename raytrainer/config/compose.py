@@ -198,27 +198,25 @@ def from_hydra(cfg: DictConfig, overrides: Sequence[str] | None = None) -> Compo
     from hydra.core.hydra_config import HydraConfig
     from hydra.core.utils import setup_globals
 
+    own = cfg.copy()
+    OmegaConf.set_struct(own, False)
     if "hydra" not in cfg:
-        return _of_running(cfg, overrides)
+        return _of_running(own, overrides)
     with borrowed():
         HydraConfig.instance().set_config(cfg)
-        cfg = cfg.copy()
-        OmegaConf.set_struct(cfg, False)
-        cfg.pop("hydra")
+        own.pop("hydra")
         setup_globals()
-        return _of_running(cfg, overrides)
+        return _of_running(own, overrides)
 
 
 def _of_running(cfg: DictConfig, overrides: Sequence[str] | None) -> Composition:
-    """A composed config whose `hydra` node HydraConfig has."""
+    """A composed config, which is changed, and whose `hydra` node HydraConfig has."""
     from hydra.core.hydra_config import HydraConfig
 
     choices = _choices(HydraConfig.get().runtime)
     if overrides is None:  # unresolved: `optimizer.lr=${x}` is an override, not an interpolation of Hydra's list
         task: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
         overrides = [str(o) for o in task]
-    cfg = cfg.copy()
-    OmegaConf.set_struct(cfg, False)
     try:
         cfg.name = new_name(choices.get("experiment", "run")) if cfg.get("name") is None else cfg.name
         _fix_times(cfg)
@@ -229,7 +227,7 @@ def _of_running(cfg: DictConfig, overrides: Sequence[str] | None) -> Composition
         raise unresolved(_failing(cfg), error) from error
     composition = _composition(cfg, tuple(overrides), tuple(sorted(choices.items())))
     with _standing_in(cfg):
-        resolvers.check_same(cfg)
+        resolvers.check_same(cfg, composition.text)
     check_modes(composition.experiment)  # not of a saved config: it goes on with what was recorded
     return composition
 
@@ -335,12 +333,19 @@ def register_schema() -> None:
     """
     from hydra.core.config_store import ConfigStore
 
+    ConfigStore.instance().store(name=SCHEMA, node=_schema_node(), provider="raytrainer")
+
+
+@functools.cache
+def _schema_node() -> DictConfig:
+    """The defaults of the schema. The store copies them, here and for each composition."""
     node = OmegaConf.create(defaults())
     for name in OPEN:
         section = OmegaConf.select(node, name)
         if section is not None:  # null takes a whole mapping, and Hydra asks for a + in front of one key of it
             OmegaConf.set_struct(section, False)
-    ConfigStore.instance().store(name=SCHEMA, node=node, provider="raytrainer")
+    assert isinstance(node, DictConfig)
+    return node
 
 
 def new_name(experiment: str) -> str:

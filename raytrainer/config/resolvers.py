@@ -37,13 +37,17 @@ def load_for(text: str) -> None:
         ) from error
 
 
-def check_same(cfg: DictConfig) -> None:
-    """Refuses a resolver of the user's own that gives another value each time: every process resolves for itself.
+def check_same(cfg: DictConfig, text: str) -> None:
+    """Refuse a resolver of the user's own that gives another value each time: every process resolves for itself.
+
+    Args:
+        cfg: The composed config.
+        text: The same as YAML.
 
     Raises:
         ConfigError: Naming the first key whose value differs.
     """
-    if not _own(OmegaConf.to_yaml(cfg)):
+    if not _own(text):
         return
     values = []
     for _ in range(2):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from raytrainer import preflight
+from raytrainer import garbage, preflight
 from raytrainer.config import Experiment
 from raytrainer.interrupts import Interrupts
 
@@ -39,6 +39,7 @@ def ray_session(e: Experiment, interrupts: Interrupts, *, all_of_it: bool = Fals
             available = cluster_resources(e, all_of_it=all_of_it)
         interrupts.install()  # Ray's core sets a handler of SIGTERM below Python's, which prints its stack
         interrupts.check()
+        garbage.collect_as_usual()
         yield available
     finally:
         interrupts.deferred = True

@@ -4,11 +4,11 @@ Driven by hand as Tune does, without a Ray; through the real command in tests/in
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import sys
 import threading
@@ -34,6 +34,7 @@ from raytrainer.sweep.journal import WORST
 from raytrainer.sweep.search import RUN, TRIAL
 from raytrainer.sweep.trial import Shared, TrialProcess
 from raytrainer.tracking.sender import LOCAL_ID_TAG
+from tests import ranks, training
 from tests.launches import OUTSIDE, assert_equal_states
 from tests.promises import Within
 from tests.tracking.fakes import FakeServer
@@ -153,13 +154,14 @@ SLOW += ["data.global_batch_size=8", "data.prefetch=0", "trainer.max_epochs=null
 OBSERVED = ["+callbacks.observed._target_=probes.Observed"]
 
 
-def in_new_process(of: Shared, first: dict[str, Any]) -> list[dict[str, Any]]:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_alone, of, first).result()
+def in_new_process(of: Shared, first: dict[str, Any], backend: str | None = None) -> list[dict[str, Any]]:
+    with ProcessPoolExecutor(1, mp_context=ranks.new_processes()) as pool:
+        return pool.submit(_alone, of, first, backend).result()
 
 
-def _alone(of: Shared, first: dict[str, Any]) -> list[dict[str, Any]]:
-    return Process(of, first).steps()
+def _alone(of: Shared, first: dict[str, Any], backend: str | None) -> list[dict[str, Any]]:
+    with contextlib.nullcontext() if backend is None else training.compiling(backend):
+        return Process(of, first).steps()
 
 
 # --- nothing is carried over -----------------------------------------------------------------------------------------
@@ -200,17 +202,19 @@ def fewer() -> Iterator[None]:
 
 
 @pytest.mark.slow
-def test_what_was_compiled_for_others_is_not_seen(process: Callable[..., Process], fewer: None) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.nightly)])
+def test_what_was_compiled_for_others_is_not_seen(process: Callable[..., Process], fewer: None, backend: str) -> None:
     """After so many trials torch compiles no more: the next would be trained otherwise."""
     of = shared("trainer.compile=true", "trainer.max_epochs=1")
-    expected = reports(in_new_process(of, config(99)))
+    expected = reports(in_new_process(of, config(99), backend))
     Storage(of.run_dir).delete("trials/0099")
-    one = process(of, config(1))
-    one.steps()
-    for number in range(2, torch._dynamo.config.recompile_limit + 2):
-        one.then(config(number))
-    torch._dynamo.utils.counters.clear()
-    assert reports(one.then(config(99))) == expected
+    with training.compiling(backend):
+        one = process(of, config(1))
+        one.steps()
+        for number in range(2, torch._dynamo.config.recompile_limit + 2):
+            one.then(config(number))
+        torch._dynamo.utils.counters.clear()
+        assert reports(one.then(config(99))) == expected
     assert torch._dynamo.utils.counters["frames"]["ok"]
 
 

@@ -527,7 +527,7 @@ def _bare(uri: str, trials: int) -> float:
     return (time.thread_time() - began) / trials
 
 
-@pytest.mark.parametrize("block", [10, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("block", [10, pytest.param(50, marks=pytest.mark.nightly)])
 def test_many_trials_on_a_real_store(tmp_path: Path, caplog: pytest.LogCaptureFixture, block: int) -> None:
     """Whole and once in the database, deleted from the disk, and the last ones as cheap as the first."""
     uri = default_tracking_uri(tmp_path)
