@@ -68,9 +68,10 @@ PRELOADED_FOR_RAY = (
         "fsspec",
         "tensorboardX",
     ),
+    *("pydantic.json_schema", "pydantic.deprecated.class_validators", "rich.panel", "tqdm.auto", "wcwidth", "click"),
     *(
         f"raytrainer.{name}"
-        for name in ("checkpoint", "trainer", "data", "models", "losses", "optim", "metrics", "callbacks")
+        for name in ("checkpoint", "trainer", "data", "models", "losses", "optim", "metrics", "callbacks", "worker")
     ),
 )
 # Variables that Python, the C library or a preloaded package reads once, at its start or import. A launch with another value

@@ -69,12 +69,12 @@ def process(*arguments: str, timeout_s: float = 120, module: bool = True) -> Sai
     return Said(done.returncode, done.stdout, done.stderr)
 
 
-def forked(*arguments: str) -> Said:
+def forked(*arguments: str, timeout_s: float = 120) -> Said:
     """Run a command line in a forked process, which needs no imports. Its output files are not in the current directory."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         program = ("-m", "raytrainer")
-        code = forkserver.server().start(program, arguments, Path.cwd(), out, err, os.environ).wait(120)
+        code = forkserver.server().start(program, arguments, Path.cwd(), out, err, os.environ).wait(timeout_s)
         return Said(code, out.read_text(), err.read_text())
 
 
@@ -195,13 +195,13 @@ def test_an_mlflow_that_does_not_answer_is_refused_in_time(here: Run, in_tmp: Pa
 @pytest.mark.slow
 def test_a_cluster_that_is_not_there_is_refused_in_time() -> None:
     """`ray.init` alone takes seven minutes to say so."""
-    said = process("check", "experiment=mlp", "cluster=existing", "cluster.address=127.0.0.1:9", timeout_s=30)
+    said = forked("check", "experiment=mlp", "cluster=existing", "cluster.address=127.0.0.1:9", timeout_s=30)
     assert refused(said).startswith("cluster.address=127.0.0.1:9 is no running Ray cluster: nothing answers there")
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         address = f"cluster.address=127.0.0.1:{silent.getsockname()[1]}"
-        said = process("check", "experiment=mlp", "cluster=existing", address, timeout_s=45)
+        said = forked("check", "experiment=mlp", "cluster=existing", address, timeout_s=45)
     assert said.code == 2
     assert "is no running Ray cluster: what listens there does not answer as Ray does" in said.err
 

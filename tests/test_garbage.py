@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gc
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
 
-from raytrainer import garbage
+from raytrainer import __main__, garbage, worker
+from raytrainer.parallel import World
 
 
 @pytest.fixture(autouse=True)
@@ -35,31 +34,29 @@ def test_what_somebody_else_has_set_stays() -> None:
     assert gc.get_threshold() == (5_000, 3, 3)
 
 
-def test_the_program_imports_with_less_and_trains_as_usual(tmp_path: object) -> None:
-    """The thresholds when each of these is imported or called."""
-    code = """
-import gc, sys
-from raytrainer import __main__, worker
-seen = []
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name == "torch":
-            seen.append(gc.get_threshold()[0])
-sys.meta_path.insert(0, Finder())
-train = worker.config.experiment_of
-def trains(*args):
-    seen.append(gc.get_threshold()[0])
-    raise SystemExit(0)
-worker.config.experiment_of = trains
-try:
-    __main__.entry()
-finally:
-    print(seen)
-"""
-    arguments = ["experiment=mlp", "cluster=inline", "trainer.max_steps=1", f"storage_path={tmp_path}/runs"]
-    uri = f"tracking.tracking_uri=sqlite:///{tmp_path}/mlflow.db"
-    ended = subprocess.run(
-        [sys.executable, "-c", code, *arguments, uri], cwd=str(tmp_path), capture_output=True, text=True, timeout=120
-    )
-    first, *_, last = ended.stdout.strip().splitlines()[-1].strip("[]").split(", ")
-    assert (int(first), int(last)) == (garbage._LESS[0], garbage._AS_USUAL[0]), ended.stderr
+def test_the_program_imports_with_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def main() -> int:
+        seen.append(gc.get_threshold()[0])
+        return 0
+
+    monkeypatch.setattr("raytrainer.cli.main", main)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with pytest.raises(SystemExit):
+        __main__.entry()
+    assert seen == [garbage._LESS[0]]
+
+
+def test_a_worker_trains_as_usual(usual: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reached(Exception):
+        pass
+
+    def reached(*_: object) -> None:
+        raise Reached
+
+    garbage.collect_less()
+    monkeypatch.setattr("raytrainer.config.experiment_of", reached)
+    with pytest.raises(Reached):
+        worker.run(worker.Job(text="", run_dir="/nowhere"), World(), emit=lambda message: None)
+    assert gc.get_threshold() == usual
