@@ -1,5 +1,5 @@
-"""Nested state to a directory and back: sharded, checksummed, committed by a manifest, written behind the training loop.
-Nothing in a checkpoint is a pickle: tensors are in safetensors files, everything else is JSON."""
+"""Save a nested state to a directory and read it back: sharded, checksummed, and committed by a manifest.
+A checkpoint has no pickles: tensors are in safetensors files, everything else is JSON."""
 
 from __future__ import annotations
 

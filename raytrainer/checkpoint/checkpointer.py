@@ -1,5 +1,5 @@
 """`Checkpointer`: save, find and load the checkpoints of one run.
-A save costs the training loop one copy in memory; a thread writes it, agrees with the other ranks, and commits."""
+A save delays the training loop by one copy in memory. A thread writes the copy, coordinates the ranks, and commits."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _log = logging.getLogger("raytrainer.checkpoint")
 
 
 class Checkpointer:
-    """The checkpoints below `storage`, one directory a step, each committed by its manifest or ignored.
+    """The checkpoints below `storage`: one directory per step. A directory without a manifest is ignored.
 
     Args:
-        storage: The run's own place for checkpoints; nothing outside it is written or deleted.
-        rank: This process's rank among `world_size` that save and load together.
-        world_size: More than one needs `group`.
-        num_to_keep: How many of the last steps stay; the best one stays besides. None: all.
+        storage: The run's own storage for checkpoints. Nothing outside it is written or deleted.
+        rank: The rank of this process among the `world_size` processes that save and load together.
+        world_size: The number of these processes; more than one needs `group`.
+        num_to_keep: How many of the last steps are kept, in addition to the best one. None keeps all.
         mode: `max` or `min`: which metric is the best.
-        async_save: Write in a thread; False: `save` returns when it is committed.
-        group: A gloo process group of all ranks that nothing else uses: the thread's own.
-        before_commit: Called on rank 0 in the writing thread just before a checkpoint comes to be: for what must be as
-            durable as the checkpoint, since a run that goes on from it does not do it again. It must not raise.
-        on_commit: Called on every rank with each checkpoint when it is committed, in the writing thread.
+        async_save: Write in a thread. If false, `save` returns when the checkpoint is committed.
+        group: A gloo process group of all ranks, used only by the writing thread.
+        before_commit: Called on rank 0 in the writing thread just before a commit, to make durable what belongs to the
+            checkpoint, because a run that continues from the checkpoint does not repeat it. It must not raise.
+        on_commit: Called on every rank in the writing thread with each checkpoint after its commit.
     """
 
     def __init__(
@@ -68,19 +68,17 @@ class Checkpointer:
     def save(
         self, step: int, shared: Mapping[str, Any], local: Mapping[str, Any], *, metric: float | None = None
     ) -> float:
-        """Save a state; every rank calls it with the same step. Returns the seconds it held the caller up.
+        """Save a state. Every rank calls it with the same step. Return the seconds for which the caller was blocked.
+
+        A held state of another step is written and committed first. An error of the previous save's thread is raised
+        here on every rank: StorageFull, StorageError or CheckpointError. Earlier checkpoints are unaffected.
 
         Args:
             step: Optimizer steps done.
-            shared: Nested dicts, the same on every rank: plain tensors are written once, DTensors each its shard. Leaves
-                are tensors or JSON values (tuples, int keys and non-finite floats too).
-            local: Such a state of this rank's own.
-            metric: The monitored value; rank 0's counts.
-
-        A state that is held is written first, and waited for, unless it is of the same step.
-
-        What the thread of the save before ran into is raised here, on every rank: StorageFull, StorageError,
-        CheckpointError. The checkpoints before that one are untouched.
+            shared: Nested dicts, the same on every rank. Plain tensors are written once; of a DTensor, each rank writes
+                its shard. Leaves are tensors or JSON values, and also tuples, int keys and non-finite floats.
+            local: A state of the same form that belongs to this rank.
+            metric: The monitored value; only rank 0's is used.
         """
         began = time.perf_counter()
         if self._held is not None and self._held[0] != step:
@@ -92,18 +90,20 @@ class Checkpointer:
         return time.perf_counter() - began
 
     def hold(self, step: int, shared: Mapping[str, Any], local: Mapping[str, Any], *, metric: float | None) -> float:
-        """Copy a state as `save` does, but write it only when `write_held` or a `save` of another step is called. A state
-        that was held before is dropped. Arguments, result and errors are those of `save`."""
+        """Copy a state as `save` does, but write it only when `write_held`, or `save` with another step, is called.
+
+        A state that was held before is dropped. Arguments, result and errors are those of `save`.
+        """
         began = time.perf_counter()
         self._held = self._take(step, shared, local, metric)
         return time.perf_counter() - began
 
     def drop_held(self) -> None:
-        """Forget the state that is held: a better one follows."""
+        """Drop the held state, because a better one follows."""
         self._held = None
 
     def write_held(self) -> None:
-        """Write the state that is held, if there is one, and wait until it is committed; every rank calls it."""
+        """Write the held state, if there is one, and wait for the commit. Every rank calls it."""
         if self._held is not None:
             held, self._held = self._held, None
             self._start(*held)
@@ -115,10 +115,10 @@ class Checkpointer:
         if step < 0:
             raise ValueError(f"step={step}: steps count from 0")
         self.wait()
-        self._held = None  # its memory is what is written to now
+        self._held = None  # the new snapshot overwrites its memory
         try:
             return step, metric, self._snapshot.take(shared, local), None
-        except Exception as exc:  # noqa: BLE001  the other ranks are told of it by the thread, then it is raised
+        except Exception as exc:  # noqa: BLE001  the thread reports it to the other ranks, then raises it
             return step, metric, {}, exc
 
     def _start(self, step: int, metric: float | None, contents: files.Contents, failure: BaseException | None) -> None:
@@ -128,7 +128,7 @@ class Checkpointer:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the save in flight is committed, and raise what it ran into."""
+        """Wait for the commit of the current save, and raise its error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -137,7 +137,7 @@ class Checkpointer:
             raise failure
 
     def close(self) -> None:
-        """`wait`, then give the memory back. A state that is still held is lost."""
+        """Call `wait`, then free the memory. A state that is still held is lost."""
         try:
             self.wait()
         finally:
@@ -149,7 +149,7 @@ class Checkpointer:
             info = self._write(step, metric, contents, failure)
             if self._on_commit is not None:
                 self._on_commit(info)
-        except BaseException as exc:  # noqa: BLE001  raised by the next save or wait
+        except BaseException as exc:  # noqa: BLE001  the next `save` or `wait` raises it
             self._failure = exc
 
     def _write(
@@ -181,7 +181,8 @@ class Checkpointer:
             written = self._ranks.together(write)
             manifest = self._ranks.first(commit)
         except Exception:
-            # Free the space at once; but what is committed stays, though another rank was lost before it heard of it.
+            # Free the space at once, unless the checkpoint was committed and only another rank was lost before it got
+            # the answer.
             if self._ranks.rank == 0 and not done:
                 self._tidy(lambda: files.delete(self._storage, directory))
             raise
@@ -198,14 +199,14 @@ class Checkpointer:
         return self._info(directory, manifest)
 
     def _claim(self, step: int) -> str:
-        """A directory that nobody else writes to, not even a worker of an earlier attempt that is still about."""
+        """Create a directory to which no other process writes, not even a leftover worker of an earlier attempt."""
         again = 0
         while not self._storage.create_dir(name := manifests.directory_name(step, again)):
             again += 1
         return name
 
     def _tidy(self, action: Callable[[], None]) -> None:
-        # What is saved is saved: that something old could not be deleted is said, and does not fail the save.
+        # The new checkpoint is already saved, so a failure to delete an old one is only logged.
         try:
             action()
         except StorageError as exc:
@@ -214,19 +215,21 @@ class Checkpointer:
     # -- finding -------------------------------------------------------------------------------------------------
 
     def list(self) -> list[CheckpointInfo]:
-        """The committed checkpoints by step, their files not read. One that an unknown format version wrote raises."""
+        """Return the committed checkpoints by step, without reading their files. An unknown format version raises."""
         return [self._info(item.name, item.manifest) for item in files.committed(self._scan()) if item.manifest]
 
     def latest(self, *, verify: bool = True) -> CheckpointInfo | None:
-        """The newest checkpoint whose files all have their checksums; None if there is none at all. Corrupt ones are
-        skipped with a warning that names the file; where every one is corrupt, CheckpointCorrupt: training must not
-        start from nothing in silence. With a group every rank calls it, each reads its share, all get the same answer.
+        """Return the newest checkpoint whose files match their checksums; None if there are no checkpoints.
+
+        Corrupt checkpoints are skipped with a warning that names the file. If all are corrupt, CheckpointCorrupt is
+        raised, because training must not silently start from scratch. With a group, every rank calls it, each verifies
+        its share of the files, and all get the same result.
         """
         self.wait()
         problems = []
         for item in reversed(self._ranks.first(self._scan)):
             if item.manifest is None and item.problem is None:
-                continue  # a save that did not finish
+                continue  # an unfinished save
             problem = None if item.problem is None else str(item.problem)
             if item.manifest is not None:
                 problem = self._problem(item.name, item.manifest) if verify else None
@@ -243,24 +246,31 @@ class Checkpointer:
         return None
 
     def best(self) -> CheckpointInfo | None:
-        """The one with the best metric, also among those that `take_in` has put aside; NaN, infinite or no metric is
-        never the best."""
+        """Return the checkpoint with the best metric, including those that `take_in` has put aside.
+
+        A checkpoint whose metric is NaN, infinite or missing is never the best.
+        """
         item = files.best([*files.put_aside(self._storage), *files.committed(self._scan())], self._mode)
         return self._info(item.name, item.manifest) if item is not None and item.manifest is not None else None
 
     def load(
         self, info: CheckpointInfo, template: Mapping[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """Read a checkpoint, verified if `latest` has not done so: (shared, this rank's local).
+        """Read a checkpoint: the shared state and this rank's local state. Verify it unless `latest` has done so.
 
         Args:
             info: From `list`, `latest` or `best`.
-            template: Nested like `shared`: its tensors and DTensors are filled in place and returned, whatever sharding
-                the checkpoint was written with. A function in it, `(dtype, shape) -> tensor`, makes those of its place
-                and of all below it. What it lacks is allocated on the CPU.
+            template: Nested like `shared`. Its tensors and DTensors are filled in place and returned, however the
+                checkpoint was sharded. A function `(dtype, shape) -> tensor` in it makes all tensors at and below its
+                position. Tensors without a template are allocated on the CPU.
 
-        The local state is None if another number of ranks wrote the checkpoint. CheckpointNotFound if it is gone,
-        CheckpointCorrupt if it does not verify, CheckpointError if a tensor of the template has another shape or type.
+        Returns:
+            (shared, local). `local` is None if another number of ranks wrote the checkpoint.
+
+        Raises:
+            CheckpointNotFound: It no longer exists.
+            CheckpointCorrupt: Its files do not match their checksums.
+            CheckpointError: A tensor of the template has another shape or dtype.
         """
         self.wait()
         place = f"{info.name}/{manifests.NAME}"
@@ -286,7 +296,7 @@ class Checkpointer:
         return found
 
     def _problem(self, name: str, manifest: Manifest) -> str | None:
-        """What is wrong with the files, of which each rank reads its share."""
+        """Verify the files; each rank reads its share. Return the problem, or None."""
 
         def check() -> str | None:
             share = sorted(manifest.files)[self._ranks.rank :: self._ranks.world_size]

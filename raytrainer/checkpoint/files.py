@@ -1,5 +1,5 @@
-"""The files of one checkpoint: what a rank writes, what the directory holds, and how a state is read from it.
-`shared.json` and `shared-RANK.safetensors` are one state for all ranks, `local-RANK.*` each rank's own."""
+"""The files of one checkpoint: what each rank writes, what a directory contains, and how a state is read.
+`shared.json` and `shared-RANK.safetensors` hold one state for all ranks; `local-RANK.*` holds a rank's own state."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Contents = dict[str, tuple[bytes | memoryview, ...]]
 
 
 class Snapshot:
-    """A rank's state as it was at a call, in memory of its own: the caller may go on changing it."""
+    """A copy of a rank's state in its own memory, so that the caller may change the original."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._buffers = {"shared": tensors.Buffer(), "local": tensors.Buffer()}
 
     def take(self, shared: Mapping[str, Any], local: Mapping[str, Any]) -> Contents:
-        """Copy both states. What it returns is valid until the next call."""
+        """Copy both states. The result is valid until the next call."""
         contents: Contents = {}
         for kind, state in (("shared", shared), ("local", local)):
             text, named = tree.flatten(state)
@@ -54,13 +54,13 @@ class Snapshot:
         return contents
 
     def clear(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         for buffer in self._buffers.values():
             buffer.clear()
 
 
 def write(storage: Storage, directory: str, contents: Contents) -> dict[str, tuple[int, str]]:
-    """Write and sync the files; their sizes and SHA-256, hashed on the way."""
+    """Write and sync the files. Return their sizes and SHA-256 hashes, computed while writing."""
     written = {}
     for name, parts in contents.items():
         digest, size = hashlib.sha256(), 0
@@ -77,7 +77,7 @@ def write(storage: Storage, directory: str, contents: Contents) -> dict[str, tup
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint's directory: its manifest, or the problem with it; neither where a save is unfinished."""
+    """A checkpoint directory with its manifest, or with the manifest's problem. An unfinished save has neither."""
 
     name: str
     order: tuple[int, int]
@@ -89,7 +89,7 @@ Finds = list[Found]
 
 
 def scan(storage: Storage) -> list[Found]:
-    """Every directory that is one of ours by its name, oldest step first."""
+    """Return all directories whose names are checkpoint names, oldest step first."""
     found = []
     for entry in storage.list():
         order = manifests.directory_order(entry.name)
@@ -112,23 +112,22 @@ def scan(storage: Storage) -> list[Found]:
 
 
 def committed(found: list[Found]) -> list[Found]:
-    """Those with a valid manifest; of several saves of a step the last."""
+    """Return those with a valid manifest. If a step was saved several times, only its last save is returned."""
     return list({item.order[0]: item for item in found if item.manifest is not None}.values())
 
 
-ASIDE = (
-    "aside"  # a folder beside the checkpoints: the best one from before another run's was taken in, not to resume from
-)
+# The folder beside the checkpoints for the best one from before `take_in`. Runs never resume from it.
+ASIDE = "aside"
 
 
 def put_aside(storage: Storage) -> list[Found]:
-    """The committed checkpoints in `ASIDE`, under names relative to `storage`."""
+    """Return the committed checkpoints in `ASIDE`, with names relative to `storage`."""
     found = committed(scan(storage.child(ASIDE)))
     return [replace(item, name=f"{ASIDE}/{item.name}") for item in found]
 
 
 def best(found: list[Found], mode: str) -> Found | None:
-    """The one with the best finite metric; of equals the first."""
+    """Return the checkpoint with the best finite metric; the first if several are equal."""
     measured = [(item.manifest.metric, item) for item in found if item.manifest and item.manifest.metric is not None]
     finite = [(metric, item) for metric, item in measured if math.isfinite(metric)]
     if not finite:
@@ -137,8 +136,11 @@ def best(found: list[Found], mode: str) -> Found | None:
 
 
 def retain(storage: Storage, newest: str, *, num_to_keep: int | None, mode: str, corrupt: set[str]) -> None:
-    """After the commit of `newest`: delete what is neither it, nor among the `num_to_keep` last steps, nor the best;
-    and whatever older saves left unfinished. What a newer format wrote is left alone."""
+    """Delete checkpoints after the commit of `newest`.
+
+    `newest`, the `num_to_keep` last steps, the best one, and any that a newer format version wrote are kept. Older
+    saves that are unfinished or corrupt are deleted too.
+    """
     found = scan(storage)
     valid = committed([item for item in found if item.name not in corrupt])
     kept = {item.name for item in (valid if num_to_keep is None else valid[-num_to_keep:])}
@@ -156,7 +158,7 @@ def retain(storage: Storage, newest: str, *, num_to_keep: int | None, mode: str,
 
 
 def delete(storage: Storage, directory: str) -> None:
-    """Delete a checkpoint, the manifest first, so that what a kill leaves is no checkpoint."""
+    """Delete a checkpoint, its manifest first, so that an interrupted deletion leaves no valid checkpoint."""
     if manifests.directory_order(directory) is None:
         raise CheckpointError(f"{directory!r} is not a checkpoint's directory")
     if not storage.is_local or not (storage.local_path / directory).is_symlink():
@@ -172,14 +174,20 @@ class _Request:
 
 
 def unread(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """For a template: the tensors of its place, and of all below it, get a shape alone, and nothing of them is read."""
+    """Return a tensor with a shape but no values.
+
+    As a function in a template, it prevents reading the tensors at and below its position.
+    """
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def read(storage: Storage, directory: str, manifest: Manifest, kind: str, template: Any) -> dict[str, Any]:
-    """A state: `kind` is `shared`, or `local-RANK` for a rank's own. Tensors of `template`, nested alike, are filled in
-    place, DTensors with their shards; a function in it makes the tensors of its place, and of all below it, from dtype
-    and shape. What it lacks is allocated on the CPU."""
+    """Read a state. `kind` is `shared`, or `local-RANK` for a rank's own state.
+
+    Tensors in `template`, which is nested like the state, are filled in place, DTensors with their shards. A function
+    in it makes all tensors at and below its position from dtype and shape. Tensors without a template are allocated on
+    the CPU.
+    """
     try:
         return _read(storage, directory, manifest, kind, template)
     except CheckpointCorrupt as exc:
@@ -224,7 +232,7 @@ def _read(storage: Storage, directory: str, manifest: Manifest, kind: str, templ
 
 
 def _target(name: str, dtype: str, shape: tuple[int, ...], leaf: Any, chunks: list[tensors.Chunk]) -> torch.Tensor:
-    # What the files hold is checked before memory is allocated for what the text claims.
+    # Check the content of the files before allocating memory for what the JSON claims.
     if any(tree.dtype_name(chunk.dtype) != dtype or chunk.shape != shape for chunk in chunks):
         raise CheckpointCorrupt(f"{name}: its files do not hold {dtype} {list(shape)}")
     if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):

@@ -1,5 +1,5 @@
-"""The manifest, which makes a directory a checkpoint: written last, it lists every file with size and SHA-256.
-A directory without one is what a killed save left; one that does not verify is said to be corrupt."""
+"""The manifest of a checkpoint. It is written last and lists every file with its size and SHA-256 hash.
+A directory without a manifest is an unfinished save. A checkpoint that does not match its manifest is corrupt."""
 
 from __future__ import annotations
 
@@ -25,8 +25,15 @@ _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A committed checkpoint. `metric` is the monitored value (None if there was none, NaN if it was), `world_size` the
-    number of ranks that wrote it, `created` UTC in ISO 8601. Order is by `step`, never by time."""
+    """A committed checkpoint. Checkpoints are ordered by `step`, never by time.
+
+    Attributes:
+        step: Optimizer steps done.
+        path: The directory, as a path or a URI without credentials.
+        metric: The monitored value, which may be NaN; None if there was none.
+        world_size: The number of ranks that wrote it.
+        created: UTC time in ISO 8601.
+    """
 
     step: int
     path: str
@@ -36,14 +43,14 @@ class CheckpointInfo:
 
     @property
     def name(self) -> str:
-        """The directory's own name."""
+        """The name of the directory."""
         place = self.path.partition("?")[0] if "://" in self.path else self.path
         return place.rpartition("/")[2]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a manifest says. `files` maps a name to (bytes, SHA-256 in hex); `digest` is its own checksum."""
+    """The content of a manifest. `files` maps names to (bytes, SHA-256 in hex); `digest` is its own checksum."""
 
     step: int
     metric: float | None
@@ -54,18 +61,18 @@ class Manifest:
 
 
 def directory_name(step: int, again: int = 0) -> str:
-    """`step-000000120`, and `step-000000120.1` for a second save of the same step."""
+    """Return `step-000000120`, or `step-000000120.1` for the second save of the same step."""
     return f"step-{step:09d}" + (f".{again}" if again else "")
 
 
 def directory_order(name: str) -> tuple[int, int] | None:
-    """(step, which save of it) of a directory's name; None if it is not one of ours."""
+    """Return (step, number of the save) for a directory name; None if it is not a checkpoint name."""
     match = _DIRECTORY.fullmatch(name)
     return (int(match[1]), int(match[2] or 0)) if match else None
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The manifest as it is written, its own checksum included."""
+    """Return the manifest as JSON, with its own checksum."""
     body = {
         "format": "raytrainer-checkpoint",
         "version": FORMAT_VERSION,
@@ -76,12 +83,16 @@ def encode(manifest: Manifest) -> bytes:
         "torch": str(torch.__version__),
         "files": {name: {"size": size, "sha256": digest} for name, (size, digest) in sorted(manifest.files.items())},
     }
-    plain = json.loads(tree.flatten(body)[0])  # a NaN metric becomes JSON
+    plain = json.loads(tree.flatten(body)[0])  # converts a NaN metric to valid JSON
     return json.dumps({**plain, "checksum": _checksum(plain)}, indent=1).encode()
 
 
 def decode(data: bytes, where: str) -> Manifest:
-    """Read a manifest. CheckpointCorrupt if its checksum or form is wrong, or its version is not one that is read."""
+    """Parse a manifest.
+
+    Raises:
+        CheckpointCorrupt: Its checksum or form is wrong, or its version is not supported (`UnknownVersion`).
+    """
     try:
         plain = json.loads(data)
         if plain.get("format") != "raytrainer-checkpoint":
@@ -110,8 +121,12 @@ def decode(data: bytes, where: str) -> Manifest:
 
 
 def verify(storage: Storage, directory: str, manifest: Manifest, names: list[str]) -> None:
-    """Compare the files `names` with the manifest. CheckpointCorrupt names the first that is missing, has another size,
-    or another checksum; StorageError where reading itself fails."""
+    """Compare the files `names` with the manifest.
+
+    Raises:
+        CheckpointCorrupt: A file is missing, or has another size or checksum. The message names the first one.
+        StorageError: Remote storage cannot be read.
+    """
     listed = {entry.name: entry.size for entry in storage.list(directory)}
     for name in names:
         size, expected = manifest.files[name]
@@ -126,7 +141,7 @@ def verify(storage: Storage, directory: str, manifest: Manifest, names: list[str
                 while block := file.read(_BLOCK):
                     digest.update(block)
         except StorageError as exc:
-            # A disk that cannot read a file has lost it; a network may get it the next time.
+            # A file that a local disk cannot read is lost. On a network, a later attempt may succeed.
             if storage.is_local:
                 raise CheckpointCorrupt(str(exc)) from exc
             raise
@@ -135,7 +150,7 @@ def verify(storage: Storage, directory: str, manifest: Manifest, names: list[str
 
 
 class UnknownVersion(CheckpointCorrupt):
-    """A version that is not read: never skipped in silence, as that would lose the newest state."""
+    """An unsupported format version. It is never skipped silently, because that would lose the newest state."""
 
 
 def _no_tensors(name: str, dtype: str, shape: tuple[int, ...], template: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A checkpoint carried from one run's storage to another's, as population based training does with its best trials."""
+"""Copy a checkpoint from one run's storage to another's. Population based training does this with its best trials."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from raytrainer.checkpoint.manifest import CheckpointInfo
 from raytrainer.errors import CheckpointNotFound
 from raytrainer.storage import Storage
 
-_NOTE = "taken_in.json"  # beside the checkpoints: where the first of them came from
+_NOTE = "taken_in.json"  # beside the checkpoints: says where the first of them came from
 
 
 def copy_out(storage: Storage, directory: Path) -> CheckpointInfo:
-    """Copies the newest committed checkpoint below `storage` into the local `directory`, under its own name.
+    """Copy the newest committed checkpoint below `storage` into the local `directory`, under the same name.
 
     Raises:
         CheckpointNotFound: There is none.
@@ -33,19 +33,19 @@ def copy_out(storage: Storage, directory: Path) -> CheckpointInfo:
 def take_in(
     directory: Path, storage: Storage, note: Mapping[str, Any] | None = None, *, mode: str | None = None
 ) -> None:
-    """Makes the checkpoint in the local `directory` the only one below `storage` that is gone on from.
+    """Make the checkpoint in the local `directory` the only one below `storage` from which a run continues.
 
-    Killed on the way it leaves that checkpoint uncommitted, never a mixture: the manifest comes last.
+    The manifest is copied last, so an interruption leaves that checkpoint uncommitted and never mixes two.
 
     Args:
-        directory: As `copy_out` has left it.
-        storage: Of the run that goes on with it.
-        note: Plain JSON that `taken_in` finds from the moment in which the checkpoint is committed.
-        mode: `max` or `min`: the best of the checkpoints that are there is put aside, where `Checkpointer.best` finds it.
-            None: all of them are deleted.
+        directory: The directory that `copy_out` filled.
+        storage: The storage of the run that continues from the checkpoint.
+        note: Plain JSON that `taken_in` returns once the checkpoint is committed.
+        mode: `max` or `min`: keep the best of the existing checkpoints aside, where `Checkpointer.best` finds it. None:
+            delete all of them.
 
     Raises:
-        CheckpointNotFound: `directory` has none.
+        CheckpointNotFound: `directory` has no checkpoint.
     """
     source = Storage(str(directory))
     found = Checkpointer(source).list()
@@ -62,7 +62,7 @@ def take_in(
 
 
 def _copy(source: Storage, name: str, storage: Storage, new: str) -> None:
-    """Copies a checkpoint; its manifest comes last."""
+    """Copy a checkpoint, its manifest last."""
     for file in source.list(name):
         if file.name != manifests.NAME:
             with source.open_read(f"{name}/{file.name}") as read, storage.open_write(f"{new}/{file.name}") as write:
@@ -72,7 +72,7 @@ def _copy(source: Storage, name: str, storage: Storage, new: str) -> None:
 
 
 def _put_aside(storage: Storage, mode: str) -> None:
-    """Keeps the best checkpoint below `storage` in a place of its own, and none that is worse."""
+    """Keep the best checkpoint below `storage` in `ASIDE`, and delete worse ones there."""
     winner = files.best([*files.put_aside(storage), *files.committed(files.scan(storage))], mode)
     if winner is None or winner.name.startswith(f"{files.ASIDE}/"):
         return
@@ -85,9 +85,9 @@ def _put_aside(storage: Storage, mode: str) -> None:
 
 
 def taken_in(storage: Storage) -> dict[str, Any] | None:
-    """The note of the last checkpoint that was taken in below `storage`, also when others have followed it.
+    """Return the note of the last checkpoint that was taken in below `storage`, even if later checkpoints exist.
 
-    That of one which never was committed is deleted.
+    A note whose checkpoint was never committed is deleted.
     """
     data = storage.read_if_exists(_NOTE)
     if data is None:

@@ -1,5 +1,5 @@
-"""The ranks of a checkpoint doing a thing together, so that what fails on one is raised on all and none waits for ever.
-It goes over a process group of its own, as the writer's thread uses it beside the training loop's collectives."""
+"""Run an action on all ranks of a checkpoint. An error on one rank is raised on all, so that no rank waits forever.
+It uses its own process group, because the writing thread runs beside the training loop's collectives."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from raytrainer.errors import CheckpointCorrupt, CheckpointError, StorageError, 
 
 T = TypeVar("T")
 
-# What keeps its kind on the ranks that are told of it.
+# The error types that are kept when the error is raised on the other ranks.
 _KINDS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (StorageFull, StorageError, CheckpointCorrupt)}
 
 
 class Ranks:
-    """Rank `rank` of `world_size`; `group` may be None where there is only one."""
+    """Rank `rank` of `world_size`. `group` may be None if there is only one rank."""
 
     def __init__(self, rank: int, world_size: int, group: Any) -> None:
         if not 0 <= rank < world_size or (world_size > 1 and group is None):
@@ -23,7 +23,7 @@ class Ranks:
         self.rank, self.world_size, self._group = rank, world_size, group
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, on every rank. Picklable; it comes from processes of this very job."""
+        """Return every rank's value, on every rank. Values are pickled, and come only from processes of this job."""
         if self._group is None:
             return [value]
         import torch.distributed as dist
@@ -36,12 +36,12 @@ class Ranks:
         return answers
 
     def together(self, action: Callable[[], T]) -> list[T]:
-        """Do something on every rank and share the results; if it fails on one, raise on all."""
+        """Run an action on every rank and return all results. If it fails on one rank, raise on all."""
         result: Any = None
         failure: Exception | None = None
         try:
             result = action()
-        except Exception as exc:  # noqa: BLE001  raised below, when the others know
+        except Exception as exc:  # noqa: BLE001  raised below, after the other ranks know of it
             failure = exc
         kind = next((kind.__name__ for kind in type(failure).__mro__ if kind.__name__ in _KINDS), "CheckpointError")
         message = None if failure is None else str(failure) or type(failure).__name__
@@ -54,7 +54,7 @@ class Ranks:
         return [result for result, _, _ in answers]
 
     def first(self, action: Callable[[], T]) -> T:
-        """Do something on rank 0 alone; its result, or its failure, on all."""
+        """Run an action on rank 0 only. Return its result, or raise its error, on all ranks."""
         results: list[Any] = self.together(lambda: action() if self.rank == 0 else None)
         answer: T = results[0]
         return answer

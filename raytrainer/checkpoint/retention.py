@@ -1,4 +1,4 @@
-"""Which checkpoints of a run that has ended nobody needs any more, and deleting them. During a run `files.retain` does it."""
+"""Find and delete the superfluous checkpoints of a run that has ended. During a run, `files.retain` does this."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from raytrainer.storage import Storage
 
 @dataclass(frozen=True)
 class Surplus:
-    """What can go of a run's checkpoints, by the names of their directories.
+    """The superfluous checkpoints of a run, as names of directories.
 
     Attributes:
-        old: Beyond the last and the best.
-        unfinished: Saves that never came to be.
-        kept: The last and the best.
+        old: Committed checkpoints that are neither among the last nor the best.
+        unfinished: Saves that were never committed.
+        kept: The last ones and the best.
     """
 
     old: tuple[str, ...] = ()
@@ -25,11 +25,12 @@ class Surplus:
 
 
 def surplus(storage: Storage, *, mode: str, keep: int = 1) -> Surplus:
-    """What of the checkpoints below `storage` is neither among the `keep` last ones nor the best. One that is corrupt, or that
-    a newer format wrote, is left alone.
+    """Find the checkpoints below `storage` that are neither among the `keep` last ones nor the best.
+
+    Checkpoints that are corrupt or that a newer format version wrote are left unchanged.
 
     Raises:
-        StorageError: It cannot be looked at.
+        StorageError: The storage cannot be read.
     """
     if keep < 1:
         raise ValueError(f"keep={keep}: the last one always stays")
@@ -44,10 +45,10 @@ def surplus(storage: Storage, *, mode: str, keep: int = 1) -> Surplus:
 
 
 def verify(storage: Storage, name: str) -> None:
-    """Reads a whole checkpoint and compares it with its checksums.
+    """Read a whole checkpoint and compare it with its checksums.
 
     Raises:
-        CheckpointCorrupt, StorageError: It is not what was written, or cannot be read.
+        CheckpointCorrupt, StorageError: It does not match its checksums, or cannot be read.
     """
     place = f"{name}/{manifests.NAME}"
     manifest = manifests.decode(storage.read_bytes(place), storage.where(place))
@@ -55,7 +56,7 @@ def verify(storage: Storage, name: str) -> None:
 
 
 def delete(storage: Storage, name: str) -> None:
-    """Deletes a checkpoint's directory, its manifest first, so that what a kill leaves is no checkpoint.
+    """Delete a checkpoint's directory, its manifest first, so that an interrupted deletion leaves no valid checkpoint.
 
     Raises:
         StorageError: It cannot be deleted.

@@ -1,5 +1,5 @@
-"""A nested state as JSON, with its tensors taken out under names, and back again, exactly.
-Tuples, non-string keys, non-finite floats and what else JSON lacks (values.py) are objects with one `$` key."""
+"""Convert a nested state to JSON with its tensors extracted by name, and restore it exactly.
+Tuples, non-string keys, non-finite floats and other types that JSON lacks (values.py) become objects with a `$` key."""
 
 from __future__ import annotations
 
@@ -20,9 +20,13 @@ _FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def flatten(state: Mapping[str, Any]) -> tuple[bytes, dict[str, torch.Tensor]]:
-    """The JSON text of `state` and its tensors by name: the path of keys, joined by `/` (RFC 6901's escapes).
+    """Return the JSON text of `state`, and its tensors by name.
 
-    CheckpointError names the path of a value that is neither a tensor, nor JSON, nor one of the types in values.py.
+    A name is the path of keys, joined by `/` with the escapes of RFC 6901.
+
+    Raises:
+        CheckpointError: A value is neither a tensor, nor JSON, nor one of the types in values.py. The message has its
+            path.
     """
     tensors: dict[str, torch.Tensor] = {}
     tree = _encode(state, (), tensors)
@@ -30,7 +34,11 @@ def flatten(state: Mapping[str, Any]) -> tuple[bytes, dict[str, torch.Tensor]]:
 
 
 def restore(data: bytes, read: TensorReader, template: Any = None) -> dict[str, Any]:
-    """The state that `flatten` wrote; `read` supplies each tensor. CheckpointCorrupt where it is not of that form."""
+    """Return the state that `flatten` wrote; `read` supplies each tensor.
+
+    Raises:
+        CheckpointCorrupt: The data does not have this form.
+    """
     try:
         state = _decode(json.loads(data), read, template)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as exc:
@@ -41,13 +49,13 @@ def restore(data: bytes, read: TensorReader, template: Any = None) -> dict[str, 
 
 
 def as_read(state: Any) -> Any:
-    """What a checkpoint would give back of a state: as `restore` does of `flatten`, the tensors being the same ones."""
+    """Return a state as it would be read back from a checkpoint, with the same tensors."""
     text, tensors = flatten({"": state})
     return restore(text, lambda name, *_: tensors[name])[""]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`float32` for torch.float32."""
+    """Return the name of a dtype: `float32` for torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -58,7 +66,7 @@ def _encode(value: Any, path: tuple[Any, ...], tensors: dict[str, torch.Tensor])
         return value
     if (known := values.encode(value)) is not None:
         kind, content, about = known
-        # At the same path: a state dict's tensors are called the same, whatever kind of dict it is.
+        # Keep the path, so that a state dict's tensors have the same names whatever kind of dict it is.
         node = {kind: _encode(content, path, tensors)}
         return node if about is None else {**node, "of": _encode(about, (*path, "of"), tensors)}
     if isinstance(value, Mapping):
@@ -68,7 +76,7 @@ def _encode(value: Any, path: tuple[Any, ...], tensors: dict[str, torch.Tensor])
     if isinstance(value, list | tuple):
         items = [_encode(item, (*path, i), tensors) for i, item in enumerate(value)]
         return items if isinstance(value, list) else {"$tuple": items}
-    if isinstance(value, float):  # NumPy's float64 is one
+    if isinstance(value, float):  # includes NumPy's float64
         number = float(value)
         return number if math.isfinite(number) else {"$float": repr(number)}
     raise CheckpointError(
@@ -81,7 +89,8 @@ def _named(value: torch.Tensor, path: tuple[Any, ...], tensors: dict[str, torch.
     name = "/".join(str(key).replace("~", "~0").replace("/", "~1") for key in path)
     if name in ("", "__metadata__"):
         raise CheckpointError(f"a tensor of the state may not be called {name!r}; rename its key")
-    # Keys of two types may be written alike, as 1 and "1". No path has "~~" of itself, since "~" is escaped.
+    # Keys of different types may have the same text, such as 1 and "1". No path contains "~~" itself, because "~" is
+    # escaped.
     path_name, number = name, 2
     while name in tensors:
         name, number = f"{path_name}~~{number}", number + 1

@@ -1,5 +1,5 @@
-"""The types that a checkpoint holds besides tensors and what JSON has: how each is written, and read without a pickle.
-A type is encoded as a list of plain values, arrays as tensors, which the tree of the state (tree.py) then encodes."""
+"""Types that a checkpoint can hold besides tensors and JSON types, and how each is written and read without pickle.
+A value becomes plain values, and arrays become tensors. The tree of the state (tree.py) then encodes both."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HELD = (
 )
 HELD_AS_KEYS = "None, bool, int, float, complex, str, bytes, a date, or a tuple or frozenset of them"
 
-# The only factories of a defaultdict that are written: of no other could the code be found again without a pickle.
+# The only defaultdict factories that can be written. Other factories could not be found again without pickle.
 _FACTORIES: dict[str, Callable[[], Any] | None] = {
     "": None,
     **{kind.__name__: kind for kind in (bool, int, float, complex, str, bytes, list, tuple, dict, set)},
@@ -31,10 +31,10 @@ Encoded = tuple[str, Any, Any]
 
 
 def encode(value: Any) -> Encoded | None:
-    """How a value is written, in other values; None if it is of no type that is known here."""
+    """Return a value in terms of other values; None if its type is not known here."""
     if isinstance(value, OrderedDict):
         metadata = getattr(value, "_metadata", None)
-        if metadata is not None:  # torch's own: it tells a module which of its versions wrote its state
+        if metadata is not None:  # a torch state dict: the metadata tells each module which version wrote its state
             return "$state_dict", dict(value), dict(metadata)
         return ("$ordered", dict(value), None) if type(value) is OrderedDict else None
     if (encoder := _ENCODERS.get(type(value))) is not None:
@@ -45,7 +45,11 @@ def encode(value: Any) -> Encoded | None:
 
 
 def decode(kind: str, content: Any, about: Any) -> Any:
-    """The value of which `encode` gave this. ValueError, TypeError, KeyError or AttributeError where it is not so."""
+    """Return the value that `encode` converted.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: The content does not have the form that `encode` returns.
+    """
     return KINDS[kind](content, about)
 
 
@@ -62,13 +66,13 @@ def _encode_array(value: np.ndarray[Any, Any]) -> Encoded | None:
         return None
     try:
         return "$array", torch.from_numpy(np.require(value, requirements=["C", "W"])), None
-    except (TypeError, ValueError):  # text, dates, another byte order: torch has no type for them
+    except (TypeError, ValueError):  # torch has no dtype for text, dates and other byte orders
         return "$array", _text(value.tobytes()), [value.dtype.str, list(value.shape)]
 
 
 def _decode_array(content: Any, about: Any) -> Any:
     if isinstance(content, torch.Tensor):
-        return content if content.is_meta else content.numpy()  # on the meta device: nobody wants its values
+        return content if content.is_meta else content.numpy()  # a tensor on the meta device has no values to convert
     dtype, shape = about
     return np.frombuffer(_bytes(content), dtype=_plain_type(dtype)).reshape(shape).copy()
 

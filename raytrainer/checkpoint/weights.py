@@ -1,5 +1,5 @@
-"""Weights from wherever they are: a run, a checkpoint of one, a safetensors file, a state dict saved by torch, or a
-folder of Hugging Face's. Their names are known before anything is read, and nothing is unpickled but tensors."""
+"""Load weights from a run, a checkpoint, a safetensors file, a state dict saved by torch, or a Hugging Face folder.
+The names of tensors are known before the tensors are read, and only tensors are unpickled."""
 
 from __future__ import annotations
 
@@ -28,43 +28,48 @@ from raytrainer.storage import Storage, redacted
 
 _PICKLES = (".bin", ".pt", ".pth")
 _FILES = (".safetensors", *_PICKLES)
-# What a folder of Hugging Face's holds, the best first; an index lists the files of a model that is in several.
+# The files of a Hugging Face folder, best first. An index lists the files of a model that is split into several.
 _IN_FOLDER = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-_MAX_HEADER = 100_000_000  # bytes, the format's own limit
+_MAX_HEADER = 100_000_000  # bytes, the limit of the format
 EXTRA_STATE = "raytrainer.extra_state"
 """The key in a safetensors file's metadata of extra state that is no tensor: the JSON of checkpoint/tree.py."""
 
 
 class Weights(Protocol):
-    """A model's state dict somewhere."""
+    """A model's state dict in a file or checkpoint."""
 
     @property
     def place(self) -> str:
-        """Where, for a person."""
+        """The location, for messages."""
 
     def shapes(self) -> dict[str, Shape] | None:
-        """The names and shapes, without reading the tensors; None where that cannot be had cheaply."""
+        """Return names and shapes without reading the tensors; None if that is expensive."""
 
     def read(self) -> dict[str, Any]:
-        """All of it, on the CPU; extra state of modules in the form that they gave it."""
+        """Return the whole state dict on the CPU. Modules' extra state has the form in which they returned it."""
 
 
 def find_weights(source: str, storage_path: str, look_up: Callable[[str], str | None] = lambda _: None) -> Weights:
-    """Where weights are, without reading them.
+    """Find weights without reading them.
 
     Args:
-        source: A path or URI of a `.safetensors`, `.pt`, `.pth` or `.bin` file, of an index of several (`….index.json`),
-            or of a folder of Hugging Face's; of a run's directory (its best checkpoint, else its last; the averaged
-            weights, EMA, where it has them) or of one checkpoint of it. Or a run's name, a trial's, or an ID for `look_up`.
-        storage_path: Where runs are by name; of its credentials a URI of the same place makes use.
-        look_up: The directory of a run by an ID that is no name there, or None.
+        source: A path or URI of one of these:
+
+            - a `.safetensors`, `.pt`, `.pth` or `.bin` file, or an index of several files (`….index.json`)
+            - a Hugging Face folder
+            - a run directory: its best checkpoint, else its last; the averaged weights (EMA), if it has them
+            - one checkpoint of a run
+
+            Or the name of a run or a trial, or an ID for `look_up`.
+        storage_path: Where runs are found by name. A URI on the same storage uses its credentials.
+        look_up: Returns the directory of a run for an ID that is not the name of a run there, or None.
 
     Raises:
-        CheckpointNotFound: There is nothing of the kind.
-        StorageError: The place cannot be asked.
+        CheckpointNotFound: Nothing of these kinds exists there.
+        StorageError: The storage cannot be read.
     """
     sweep, _, trial = source.rpartition(".")
     if "://" in source or Path(source).is_absolute() or Path(source).exists():
@@ -84,9 +89,10 @@ def find_weights(source: str, storage_path: str, look_up: Callable[[str], str | 
 
 
 def fit(model: nn.Module, shapes: dict[str, Shape], options: InitFrom) -> Match:
-    """Which of a source's tensors the model takes, by `options` (`names.match`).
+    """Match the tensors of a source to those of the model, by `options` (`names.match`).
 
-    A model that PEFT has put adapters into takes the weights of the model below: what the adapters add is no part of it.
+    A model with PEFT adapters takes the weights of the model below the adapters. The tensors of the adapters are
+    ignored.
     """
     own, shapes = shapes_of(model.state_dict()), {n: shape for n, shape in shapes.items() if not is_extra_state(n)}
     alias = _without_adapters(model, own, shapes)
@@ -110,14 +116,15 @@ def fit(model: nn.Module, shapes: dict[str, Shape], options: InitFrom) -> Match:
 
 
 def shapes_of(state: Mapping[str, Any]) -> dict[str, Shape]:
-    """The names and shapes of a state dict's tensors, without the extra state of modules."""
+    """Return the names and shapes of a state dict's tensors, without the extra state of modules."""
     return {n: tuple(t.shape) for n, t in state.items() if isinstance(t, Tensor) and not is_extra_state(n)}
 
 
 def _accepts(model: nn.Module, shapes: Mapping[str, Shape]) -> bool:
-    """Whether the model's own `load_state_dict`, by hooks or versions, takes all of other names than it gives now.
+    """Return whether the model's own `load_state_dict` accepts all of these names, although they differ from its own.
 
-    Parametrised weight norm takes those of the weight norm before it, for one. It is tried without memory.
+    It may do so by hooks or versions: parametrised weight norm, for example, accepts the names of the older weight
+    norm. The test uses meta tensors, which need no memory.
     """
     tensors = [*model.parameters(), *model.buffers()]
     memo: dict[int, Any] = {}
@@ -128,18 +135,18 @@ def _accepts(model: nn.Module, shapes: Mapping[str, Shape]) -> bool:
         extra = {name: value for name, value in model.state_dict().items() if is_extra_state(name)}
         state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         copy.deepcopy(model, memo).load_state_dict({**state, **extra}, strict=True)
-    except Exception:  # noqa: BLE001  it does not, or cannot be copied
+    except Exception:  # noqa: BLE001  the model does not accept them, or cannot be copied
         return False
     return True
 
 
 def take(model: nn.Module, weights: Weights, options: InitFrom) -> tuple[dict[str, Any], str]:
-    """What `fit` says of `weights`, read: by the model's names and in its shapes what it takes; and that in words.
+    """Read `weights` and return what `fit` selects, with the model's names and shapes, and a description in words.
 
-    The extra state of modules (`get_extra_state`) comes along where the source has it under the module's name.
+    The extra state of modules (`get_extra_state`) is included if the source has it under the module's name.
 
     Raises:
-        CheckpointCorrupt: They cannot be read, or are not what was asked for.
+        CheckpointCorrupt: The weights cannot be read, or do not match.
     """
     found = weights.read()
     match = fit(model, shapes_of(found), options)
@@ -161,16 +168,16 @@ def take(model: nn.Module, weights: Weights, options: InitFrom) -> tuple[dict[st
 
 
 def _without_adapters(model: nn.Module, own: dict[str, Shape], shapes: dict[str, Shape]) -> dict[str, str]:
-    """Name of each tensor → its name in the model that PEFT's adapters were put into; the adapters' own left out."""
+    """Return each tensor's name in the model below PEFT's adapters. The adapters' own tensors are left out."""
     prefix = getattr(getattr(model, "base_model", None), "prefix", None)
     outer = "base_model.model."
     adapted = hasattr(model, "peft_config") and isinstance(prefix, str)
-    if not adapted or any(name.startswith(outer) for name in shapes):  # the source is such a model too
+    if not adapted or any(name.startswith(outer) for name in shapes):  # not adapted, or the source is adapted too
         return {name: name for name in own}
     found = {}
     for name in own:
         if f".{prefix}" not in name:
-            # What is trained beside the adapters is there twice: as it was, and as it is trained.
+            # PEFT keeps two copies of a module that is trained besides the adapters: the original and the trained one.
             plain = name.removeprefix(outer).replace(".base_layer.", ".").replace(".original_module.", ".")
             begin, saved, end = plain.partition(".modules_to_save.")
             found[name] = f"{begin}.{end.partition('.')[2]}" if saved else plain
@@ -178,7 +185,7 @@ def _without_adapters(model: nn.Module, own: dict[str, Shape], shapes: dict[str,
 
 
 def _at(place: str, storage_path: str) -> Weights | None:
-    """What is at a path or URI; None if nothing of the kind."""
+    """Return the weights at a path or URI; None if there are none."""
     place = place.rstrip("/")
     parent, name = _parent(place)
     if place.endswith((*_FILES, ".index.json")) or ("://" not in place and Path(place).is_file()):
@@ -199,7 +206,7 @@ def _at(place: str, storage_path: str) -> Weights | None:
 
 
 def _parent(place: str) -> tuple[str, str]:
-    """A path or URI → what it is in, and its name there."""
+    """Split a path or URI into its parent and its name there."""
     if "://" not in place:
         parent, _, name = place.rpartition("/")
         return parent or "/", name
@@ -212,7 +219,7 @@ def _parent(place: str) -> tuple[str, str]:
 class _Checkpoint:
     checkpoints: Checkpointer
     last: CheckpointInfo
-    best: bool  # whether the run's best is meant, of which its last tells
+    best: bool  # whether to use the run's best checkpoint, which its last checkpoint names
     storage_path: str
 
     @property
@@ -227,12 +234,13 @@ class _Checkpoint:
         return self._weights(shared)
 
     def _chosen(self) -> CheckpointInfo:
-        # What is best depends on checkpoint.mode, which only the trainer knew: the last checkpoint notes the best step.
+        # The best checkpoint depends on checkpoint.mode, which only the trainer knew, so the last checkpoint records
+        # its step.
         step = self._outline(self.last).get("best", {}).get("step") if self.best else None
         return next((i for i in self.checkpoints.list() if i.step == step), self.last)
 
     def _outline(self, info: CheckpointInfo) -> dict[str, Any]:
-        """Its state with tensors that have a shape and no values."""
+        """Return the state with tensors that have shapes but no values."""
         text = Storage.shown_as(info.path, self.storage_path).read_bytes("shared.json")
         return tree.restore(text, lambda name, dtype, shape, leaf: unread(torch.float32, shape))
 
@@ -270,7 +278,7 @@ class _File:
         return found
 
     def _extra(self, file: str) -> dict[str, Any]:
-        """Extra state that is no tensor, which `export` writes into the file's metadata."""
+        """Return extra state that is not a tensor, which `export` writes into the file's metadata."""
         text = self._entries(file).get("__metadata__", {}).get(EXTRA_STATE)
         return {} if text is None else tree.restore(text.encode(), lambda name, *_: self._no_tensor(name))
 
@@ -278,7 +286,7 @@ class _File:
         raise CheckpointCorrupt(f"{self.place} has a tensor {name} in its metadata")
 
     def _files(self) -> Iterator[tuple[str, list[str] | None]]:
-        """The files, with the names that each has; None: all that are in it."""
+        """Yield each file with the names that it holds; None for all names in it."""
         if not self.name.endswith(".index.json"):
             yield self.name, None
             return
@@ -326,7 +334,7 @@ class _File:
             if self.folder.is_local:
                 return load_file(self.folder.local_path / file)
             return load(self.folder.read_bytes(file))
-        except Exception as error:  # the library has several, and all mean the same
+        except Exception as error:  # the library raises several types, with the same meaning
             raise CheckpointCorrupt(f"{self.folder.where(file)} cannot be read as weights: {error}") from error
 
     def _unpickled(self, file: str, device: str) -> dict[str, Any]:
@@ -336,7 +344,7 @@ class _File:
         )
         try:
             loaded: Any = torch.load(opened, map_location=device, weights_only=True)
-        except Exception as error:  # a file of another kind fails in any way
+        except Exception as error:  # a file of another kind may raise any error
             raise CheckpointCorrupt(f"{where} cannot be read as weights: {error}") from error
         for name in ("state_dict", "model"):
             if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):

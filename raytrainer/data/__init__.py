@@ -1,6 +1,6 @@
-"""pyarrow tables and datasets → batches: order, shard, gather, prefetch, device; the position is one integer.
+"""Datasets and the loader: from pyarrow tables and other sources to batches on the device, at an integer position.
 
-Public names are loaded when first used: a configuration may name one without paying for the others.
+Public names are loaded on first use, so that a configuration pays only for the ones that it names.
 """
 
 from __future__ import annotations

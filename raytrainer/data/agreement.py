@@ -1,6 +1,6 @@
-"""What the ranks must agree on about their data: how long a dataset is, and where an epoch of a stream ends.
+"""Check that all ranks agree about their data: the length of a dataset, and the end of a stream's epoch.
 
-Without it a rank whose data ends earlier leaves the others waiting in a collective until that is aborted.
+Otherwise a rank whose data ends early would leave the others waiting in a collective until it is aborted.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from raytrainer.errors import DataError
 
 
 def in_group_of(world_size: int) -> bool:
-    """Whether this process is one of `world_size` that can talk to each other."""
+    """Return whether this process is in a default process group of `world_size` processes."""
     return world_size > 1 and dist.is_available() and dist.is_initialized() and dist.get_world_size() == world_size
 
 
 def agree_on_length(name: str, length: int, is_stream: bool, world_size: int, device: torch.device) -> None:
-    """Compares a dataset's length over all ranks; every rank calls it.
+    """Compare a dataset's length over all ranks. Every rank calls it.
 
     Args:
-        name: Of the dataset, for the message.
-        length: Samples of a map-style dataset; of a stream the batches that it announces, -1 for none.
-        is_stream: Whether it is one.
-        world_size: Of the default process group.
-        device: Where that group's tensors are.
+        name: The name of the dataset, for messages.
+        length: The samples of a map-style dataset; for a stream, the batches that it announces, or -1 for none.
+        is_stream: Whether the dataset is a stream.
+        world_size: The size of the default process group.
+        device: The device of that group's tensors.
 
     Raises:
-        DataError: They differ.
+        DataError: The lengths or kinds differ.
     """
     own = torch.tensor([int(is_stream), length], device=device)
     gathered = [torch.empty_like(own) for _ in range(world_size)]
@@ -52,7 +52,7 @@ def agree_on_length(name: str, length: int, is_stream: bool, world_size: int, de
 
 @dataclass(frozen=True)
 class Progress:
-    """A batch of this rank: the samples of the epoch that were read up to it, all of them if it ends the epoch."""
+    """A batch of this rank. `samples` counts the samples of the epoch read so far; all of them if it ends the epoch."""
 
     epoch: int
     global_size: int
@@ -61,28 +61,28 @@ class Progress:
 
 
 class Agreement:
-    """Compares each batch of a stream over all ranks, in the order in which training takes them. Every rank makes it.
+    """Compares each batch of a stream over all ranks, in training order. Every rank creates one.
 
     Args:
-        name: Of the dataset, for messages.
-        sharded: Whether each rank reads a part of its own.
-        world_size: Of the default process group.
+        name: The name of the dataset, for messages.
+        sharded: Whether each rank reads its own part.
+        world_size: The size of the default process group.
     """
 
     def __init__(self, name: str, sharded: bool, world_size: int) -> None:
         self._name, self._sharded, self._world_size = name, sharded, world_size
-        # Through host memory: it must not wait for the device.
+        # Use host memory, so that the comparison does not wait for the device.
         self._group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
     def check(self, progress: Progress | None, failure: Exception | None) -> None:
-        """Returns where all ranks have the same batch; one that has none says why.
+        """Return if all ranks have the same batch. Every rank calls it.
 
         Args:
-            progress: Of this rank.
-            failure: What its stream raised instead.
+            progress: This rank's batch; None if it has none.
+            failure: The error that its stream raised instead.
 
         Raises:
-            DataError: Batches differ, or another rank failed.
+            DataError: The batches differ, or another rank failed.
             Exception: `failure`.
         """
         own = torch.tensor([-1, -1, -1, 0], dtype=torch.int64)

@@ -1,7 +1,7 @@
-"""Arrow files that are read through a memory map: written in record batches of one size, so that a row's place is a sum.
+"""Memory-mapped Arrow files, written in record batches of equal size so that the position of a row can be computed.
 
-Opening reads the footer and three batches' headers; what a batch of training needs is paged in by the kernel, and shared
-by all processes of a machine.
+Opening a file reads the footer and the headers of three batches. The kernel pages in what a training batch needs, and
+all processes of a machine share these pages.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from raytrainer.data.columns import MappedColumn
 from raytrainer.data.layout import Layout
 from raytrainer.errors import DataError
 
-BATCH_BYTES = 16 * 2**20  # of a record batch, and so of the memory that a conversion takes
+BATCH_BYTES = 16 * 2**20  # size of a record batch, and therefore of the memory that a conversion needs
 
 
 class MappedTable:
-    """Columns of any Arrow type in a memory-mapped file, read by the row."""
+    """Columns of any Arrow type in a memory-mapped file, read row by row."""
 
     def __init__(self, path: Path) -> None:
         self._reader, _ = _open(path)
         self._per_batch = self._reader.get_batch(0).num_rows
 
     def take(self, rows: pa.Array) -> pa.Table:
-        """The rows (int64 `[n]`) as slices of the map."""
+        """Return the rows (int64 `[n]`) as slices of the map."""
         places = (divmod(row, self._per_batch) for row in rows.to_pylist())
         return pa.Table.from_batches([self._reader.get_batch(number).slice(at, 1) for number, at in places])
 
 
 def rows_per_batch(row_bytes: float) -> int:
-    """How many rows of so many bytes a record batch has: a power of two, at most 2**20."""
+    """Return how many rows of `row_bytes` bytes a record batch has: a power of two, at most 2**20."""
     return 1 << min(20, max(0, int(BATCH_BYTES / max(row_bytes, 1))).bit_length() - 1 if row_bytes < BATCH_BYTES else 0)
 
 
 class NumbersWriter:
-    """Writes columns of numbers for `map_numbers`; memory for one record batch.
+    """Writes columns of numbers for `map_numbers`. It needs memory for one record batch.
 
     Args:
-        path: The file.
-        layouts: By column.
+        path: The file to write.
+        layouts: The layout of each column, by name.
     """
 
     def __init__(self, path: Path, layouts: Mapping[str, Layout]) -> None:
@@ -57,7 +57,7 @@ class NumbersWriter:
         self._filled = 0
 
     def write(self, table: pa.Table, where: str) -> None:
-        """Rows of the source; `where` they are, for messages."""
+        """Write rows of the source. `where` is their location, for messages."""
         at = 0
         while at < table.num_rows:
             part = table.slice(at, self.per_batch - self._filled)
@@ -92,8 +92,8 @@ class TableWriter:
     """Writes columns of any Arrow type for `MappedTable`.
 
     Args:
-        path: The file.
-        row_bytes: What a row takes, about.
+        path: The file to write.
+        row_bytes: The approximate size of a row, in bytes.
     """
 
     def __init__(self, path: Path, row_bytes: float) -> None:
@@ -104,8 +104,8 @@ class TableWriter:
         self._filled = 0
 
     def write(self, table: pa.Table, where: str) -> None:
-        """Rows of the source; `where` they are, for messages."""
-        # An Arrow file cannot have a dictionary that changes from batch to batch.
+        """Write rows of the source. `where` is their location, for messages."""
+        # The dictionaries of an Arrow file must not change from batch to batch, so store the values.
         for number, field in enumerate(table.schema):
             if pa.types.is_dictionary(field.type):
                 table = table.set_column(number, field.name, table.column(number).cast(field.type.value_type))
@@ -136,10 +136,15 @@ class TableWriter:
 
 
 def map_numbers(path: Path, columns: Mapping[str, tuple[str, Iterable[int]]], rows: int) -> dict[str, MappedColumn]:
-    """The columns of a file of `NumbersWriter`'s: by name the numpy type and the shape of a row.
+    """Map the columns of a file that `NumbersWriter` wrote.
+
+    Args:
+        path: The file.
+        columns: By name, the numpy type and the shape of a row.
+        rows: The number of rows.
 
     Raises:
-        DataError: It is no Arrow file.
+        DataError: It is not an Arrow file.
     """
     reader, mapping = _open(path)
     count, per_batch = reader.num_record_batches, reader.get_batch(0).num_rows
@@ -147,7 +152,8 @@ def map_numbers(path: Path, columns: Mapping[str, tuple[str, Iterable[int]]], ro
     origin: int = pa.py_buffer(mapping).address
 
     def start(batch: int, column: str) -> int:
-        # The last buffer is the numbers; those before it are the places of nulls, which there are none of.
+        # The last buffer holds the numbers. The buffers before it hold validity bits, which are unused because there
+        # are no nulls.
         address: int = reader.get_batch(batch).column(column).buffers()[-1].address
         return address - origin
 
@@ -164,7 +170,7 @@ def map_numbers(path: Path, columns: Mapping[str, tuple[str, Iterable[int]]], ro
 
 def _open(path: Path) -> tuple[pa.ipc.RecordBatchFileReader, mmap.mmap]:
     try:
-        # Not pyarrow.memory_map, which asks the kernel to page in what it is asked for.
+        # pyarrow.memory_map is not used, because it asks the kernel to page in every range that is read.
         with path.open("rb") as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return pa.ipc.open_file(pa.BufferReader(pa.py_buffer(mapping))), mapping
@@ -173,7 +179,7 @@ def _open(path: Path) -> tuple[pa.ipc.RecordBatchFileReader, mmap.mmap]:
 
 
 def _arrow_type(layout: Layout) -> pa.DataType:
-    # A byte for each boolean, as torch has them.
+    # One byte per boolean, as in torch.
     number = pa.from_numpy_dtype(np.uint8 if layout.dtype == np.bool_ else layout.dtype)
     return pa.fixed_shape_tensor(number, list(layout.shape)) if layout.shape else number
 

@@ -1,5 +1,5 @@
-"""What is done to whole batches of images on their device: random crop and flip, whose draws depend on (seed, epoch, sample)
-alone, and the way from bytes to normalised numbers."""
+"""Augment whole batches of images on their device: random crop and flip, and normalisation.
+Random draws depend only on (seed, epoch, sample)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from raytrainer.data.order import hash64
 from raytrainer.errors import ConfigError, DataError, nearest
 from raytrainer.seeds import mix
 
-_WHOLE_TABLE = (
-    1 << 20
-)  # up to so many pixels all crops are kept as one table: small images, whose batches are mostly calls
+# Up to this many pixels, one table holds all crops. For small images, the number of calls dominates the time.
+_WHOLE_TABLE = 1 << 20
 
 
 def sample_bits(samples: Tensor, *key: int | str) -> npt.NDArray[np.uint64]:
-    """64 random bits a sample, uint64 `[n]`, from a hash of `key` and the sample's number alone.
+    """Return 64 random bits per sample, uint64 `[n]`, from a hash of `key` and the sample's number only.
 
-    On the host, where the samples' numbers are: a handful of numpy calls on so few numbers costs a tenth of the kernels
-    that a GPU would be asked for, and the draws are the same on every device.
+    They are computed on the host, where the sample numbers are. A few numpy calls on so few numbers cost a tenth of the
+    GPU kernels for the same, and the draws are equal on every device.
     """
     return hash64(samples.numpy().view(np.uint64), mix(*key))
 
@@ -35,16 +34,16 @@ def _on(device: torch.device, numbers: npt.NDArray[np.int64]) -> Tensor:
 
 
 class RandomCropFlip:
-    """Pad with zeros, crop to the old size at a random place, and mirror half of the images.
+    """Pad with zeros, crop to the old size at a random position, and mirror half of the images.
 
     Args:
-        padding: Pixels on each side, so that the image moves by up to this many in each direction.
-        flip: Mirror left and right with probability 0.5.
+        padding: Pixels on each side, so that the image moves by at most this many pixels in each direction.
+        flip: Whether to mirror left and right with probability 0.5.
         key: The entry of the batch that holds the images `[n, channels, height, width]`; a position for tuples.
 
     Raises:
-        ConfigError: A negative padding.
-        DataError: (when called) a batch without `key`, or images of another shape.
+        ConfigError: The padding is negative.
+        DataError: (when called) The batch has no entry `key`, or its images have another shape.
     """
 
     def __init__(self, padding: int, flip: bool, key: str | int = "image") -> None:
@@ -54,7 +53,7 @@ class RandomCropFlip:
         self._kept: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def __call__(self, data: Any, samples: Tensor, epoch: int, seed: int) -> Any:
-        """The batch with its images replaced: a new dict, tuple or list of the same kind."""
+        """Return the batch with its images replaced: a new dict, tuple or list of the same kind."""
         images = self._images(data)
         moved = self.apply(images, samples, epoch, seed)
         if isinstance(data, dict):
@@ -62,7 +61,7 @@ class RandomCropFlip:
         return type(data)(moved if i == self.key else part for i, part in enumerate(data))
 
     def apply(self, images: Tensor, samples: Tensor, epoch: int, seed: int) -> Tensor:
-        """Images `[n, c, h, w]` moved and mirrored as drawn for `samples` `[n]`; a copy of the same dtype."""
+        """Return the images `[n, c, h, w]` moved and mirrored as drawn for `samples` `[n]`; a copy of equal dtype."""
         n, channels, height, width = images.shape
         draw = (sample_bits(samples, "crop-flip", seed, epoch) >> np.uint64(33)).view(np.int64)
         pixel = self._pixels(draw, height, width, images.device).unsqueeze(1).expand(n, channels, -1)
@@ -70,7 +69,7 @@ class RandomCropFlip:
         return padded.view(n, channels, -1).gather(2, pixel).view(n, channels, height, width)
 
     def _pixels(self, draw: npt.NDArray[np.int64], height: int, width: int, device: torch.device) -> Tensor:
-        """Which pixel of the padded image each one of the new image is, int64 `[n, h * w]`."""
+        """Return the index in the padded image of each pixel of the new image, int64 `[n, h * w]`."""
         span = 2 * self.padding + 1
         tables = self._kept.get((height, width, device))
         if tables is None:
@@ -108,14 +107,14 @@ class RandomCropFlip:
 
 
 class Normalize:
-    """From uint8 images to float32 of about mean 0 and variance 1: `(pixel / 255 - mean) / std`.
+    """Convert uint8 images to float32 with mean 0 and variance 1, approximately: `(pixel / 255 - mean) / std`.
 
     Args:
-        mean, std: Of each channel, pixels being in [0, 1]; by default ImageNet's.
+        mean, std: Per channel, for pixels in [0, 1]; by default ImageNet's.
         key: The entry of the batch that holds the images `[n, channels, height, width]`.
 
     Raises:
-        ConfigError: Not one `mean` and one `std` above 0 for each channel.
+        ConfigError: `mean` and `std` have different lengths, or a `std` is not above 0.
     """
 
     def __init__(
@@ -134,7 +133,7 @@ class Normalize:
     def __call__(self, data: Any, samples: Tensor, epoch: int, seed: int) -> Any:
         images = data[self.key]
         kept = self._kept.get(images.device)
-        if kept is None:  # as one product and one sum
+        if kept is None:  # computed as one product and one sum
             kept = (1 / (255 * self._std)).to(images.device), (-self._mean / self._std).to(images.device)
             self._kept[images.device] = kept
         return {**data, self.key: (images * kept[0]).add_(kept[1])}

@@ -1,4 +1,5 @@
-"""A directory of converted data: each made once however many ask, and there by a rename when it is whole."""
+"""A directory of converted data. Each conversion is made only once, even if several processes need it.
+A rename makes it visible when it is complete."""
 
 from __future__ import annotations
 
@@ -24,12 +25,12 @@ _log = logging.getLogger(__name__)
 
 
 class Cache:
-    """What was made of one `source`, in `folder`: a directory named by a hash of it.
+    """The conversion of one `source`: a directory in `folder`, named by a hash of the source.
 
     Args:
-        folder: A directory of this machine; made where it is missing.
-        source: What decides the content, JSON-able: it is written beside it. Of another source, or another format of
-            ours, is another cache.
+        folder: A directory on this machine, created if it does not exist.
+        source: Everything that decides the content, JSON-serialisable. It is stored beside the content. Another source,
+            or another version of raytrainer's format, has another cache.
     """
 
     def __init__(self, folder: Path, source: Mapping[str, Any]) -> None:
@@ -39,7 +40,7 @@ class Cache:
         self.path = folder / hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def find(self) -> dict[str, Any] | None:
-        """What `make`'s `write` returned, where it was made and is whole."""
+        """Return the result of `make`'s `write` if the conversion exists and is complete; else None."""
         try:
             record: dict[str, Any] = json.loads((self.path / _RECORD).read_bytes())
             sizes = {name: (self.path / name).stat().st_size for name in record["files"]}
@@ -48,21 +49,21 @@ class Cache:
         return record["content"] if (record["source"], record["files"]) == (self._source, sizes) else None
 
     def make(self, write: Callable[[Path], dict[str, Any]], needed: int) -> dict[str, Any]:
-        """As `find`, after making it; of several processes one does, and the others wait.
+        """Make the conversion and return what `find` returns. Of several processes, one converts and the others wait.
 
         Args:
-            write: Puts the files into the directory that it is given, and returns what is to be known of them.
-            needed: The bytes that they take, about.
+            write: Writes the files into the directory that it receives, and returns what `find` is to return.
+            needed: The approximate size of the files, in bytes.
 
         Raises:
             ConfigError: The directory cannot be used.
-            DataError: There is not enough space for it.
+            DataError: There is not enough space.
         """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             return self._make(write, needed)
         except OSError as error:
-            if error.errno == errno.ENOSPC:  # more came out than was expected, or somebody else took it
+            if error.errno == errno.ENOSPC:  # the files are larger than expected, or another process used the space
                 raise self._no_space(needed) from error
             raise ConfigError(f"{error.strerror}: {error.filename or self._folder}", key="cache") from error
 
@@ -71,7 +72,7 @@ class Cache:
         while True:
             try:
                 with Storage(self._folder).lock(f"{self.path.name}.lock", {"run": "the conversion"}) as lock:
-                    # Another may have made it since we looked.
+                    # Another process may have made it in the meantime.
                     return self.find() or self._written(write, needed, lock.check)
             except StorageLocked as held:
                 if not told:
@@ -91,7 +92,8 @@ class Cache:
     def _written(
         self, write: Callable[[Path], dict[str, Any]], needed: int, check: Callable[[], None]
     ) -> dict[str, Any]:
-        for left in self._folder.glob(f"{self.path.name}.*.part"):  # of a conversion that was killed: we have the lock
+        # Left by a conversion that was killed, because this process holds the lock.
+        for left in self._folder.glob(f"{self.path.name}.*.part"):
             shutil.rmtree(left, ignore_errors=True)
         if needed > shutil.disk_usage(self._folder).free:
             raise self._no_space(needed)
@@ -105,7 +107,7 @@ class Cache:
             for place in [*part.iterdir(), part]:
                 _sync(place)
             check()
-            if self.path.exists():  # not whole, or it would have been found
+            if self.path.exists():  # incomplete, otherwise `find` would have returned it
                 shutil.rmtree(self.path)
             part.rename(self.path)
             _sync(self._folder)
@@ -115,10 +117,10 @@ class Cache:
 
 
 def cache_folder(chosen: str | Path) -> Path:
-    """The directory that `cache=` names; of `auto` the user's own: `$XDG_CACHE_HOME/raytrainer`, else ~/.cache/raytrainer.
+    """Return the directory for `cache=`. For `auto` it is `$XDG_CACHE_HOME/raytrainer`, else ~/.cache/raytrainer.
 
     Raises:
-        ConfigError: A URI: there is no memory map of what is far away.
+        ConfigError: The value is a URI, which cannot be memory-mapped.
     """
     if str(chosen) == "auto":
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "raytrainer"
@@ -130,7 +132,7 @@ def cache_folder(chosen: str | Path) -> Path:
 
 
 def _sync(place: Path) -> None:
-    """A crash of the machine leaves what was written, or no cache."""
+    """Sync a file or directory, so that a crash of the machine leaves a complete cache or none."""
     handle = os.open(place, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Datasets held as columns, from which a batch is one gather a column, and the digits that every machine has."""
+"""Datasets held as columns, from which a batch is one gather per column, and a digits dataset without download."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ Transform = Callable[[Any, Tensor, int, int], Any]
 class ColumnDataset:
     """A map-style dataset of dicts whose numeric columns are tensors `[length, ...]`.
 
-    Subclasses set `tensors` (by name, all of one length; a `MappedColumn` in place of a tensor is read by the row). With `transform`, each micro-batch is passed through it on
-    the device: `transform(data, samples, epoch, seed)`, see `raytrainer.data.RandomCropFlip`.
+    Subclasses set `tensors` (by name, all of one length). A `MappedColumn` instead of a tensor is read row by row. With
+    `transform`, each micro-batch is passed through it on the device: `transform(data, samples, epoch, seed)`; see
+    `raytrainer.data.RandomCropFlip`.
     """
 
     tensors: dict[str, Any]
-    columnar = True  # False: there is more in a sample than `tensors` holds, and it is read sample by sample
+    columnar = True  # False: a sample has more than `tensors`, so it is read sample by sample
 
     def __init__(self, transform: Transform | None = None) -> None:
         self.transform = transform
@@ -52,14 +53,14 @@ class ColumnDataset:
 
 
 class Arrays(ColumnDataset):
-    """Columns given as numpy arrays or tensors, used without a copy.
+    """Columns from numpy arrays or tensors, used without a copy.
 
     Args:
         columns: By name, `[length, ...]` each.
         transform: See `ColumnDataset`.
 
     Raises:
-        ConfigError: No columns, no rows, lengths that differ, or a column that is not numeric.
+        ConfigError: There are no columns or no rows, the lengths differ, or a column is not numeric.
     """
 
     def __init__(self, columns: Mapping[str, npt.ArrayLike | Tensor], transform: Transform | None = None) -> None:
@@ -79,14 +80,14 @@ def _tensor(name: str, values: npt.ArrayLike | Tensor) -> Tensor:
         return values
     array = np.asarray(values)
     try:
-        # A read-only array is copied, since torch would let it be written to.
+        # Copy a read-only array, because torch would allow writes to it.
         return torch.from_numpy(array if array.flags.writeable else array.copy())
     except TypeError as error:
         raise ConfigError(f"column {name!r} has dtype {array.dtype}, and torch has no such tensors") from error
 
 
 def columns_of(dataset: Any) -> dict[str, Column] | tuple[Column, ...] | None:
-    """The columns from which whole batches are gathered, or None for a dataset that is read sample by sample."""
+    """Return the columns from which whole batches are gathered; None for a dataset that is read sample by sample."""
     if isinstance(dataset, ColumnDataset):
         return dataset.tensors if dataset.columnar else None
     if type(dataset) is torch.utils.data.TensorDataset:
@@ -96,7 +97,7 @@ def columns_of(dataset: Any) -> dict[str, Column] | tuple[Column, ...] | None:
 
 @cache
 def _digits() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    # The package's own file, found without importing it: `import sklearn.datasets` takes more than a second.
+    # Find the package's file without importing it, because `import sklearn.datasets` takes more than a second.
     spec = importlib.util.find_spec("sklearn")
     if spec is None or not spec.submodule_search_locations:
         raise DataError("Digits reads scikit-learn's data file, and scikit-learn is not installed")
@@ -111,16 +112,17 @@ def _digits() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
 class Digits(ColumnDataset):
     """Handwritten digits: 1,797 grey images of 8x8, from scikit-learn's installed files (UCI, Alpaydin 1998).
 
-    Samples are `{"image": float32 [1, 8, 8], "label": int64 []}`, the pixels with mean 0 and variance 1 over the
-    training split. The split is fixed and stratified: of each class, in file order, every fifth to validation.
+    Samples are `{"image": float32 [1, 8, 8], "label": int64 []}`. The pixels have mean 0 and variance 1 over the
+    training split. The split is fixed and stratified: in each class, in file order, every fifth image is for
+    validation.
 
     Args:
         split: `train` (1,437 images) or `val` (360).
         transform: See `ColumnDataset`.
 
     Raises:
-        ConfigError: Another split.
-        DataError: scikit-learn, or its file, is not there.
+        ConfigError: The split is unknown.
+        DataError: scikit-learn or its data file is missing.
     """
 
     def __init__(self, split: Literal["train", "val"] = "train", transform: Transform | None = None) -> None:
@@ -138,12 +140,15 @@ class Digits(ColumnDataset):
 def stratified_split(
     labels: npt.NDArray[np.int64], held_out: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Rows `(kept, held out)`, both ascending: `held_out` rows, spread evenly over the classes and within each."""
+    """Return the rows `(kept, held out)`, both ascending.
+
+    The `held_out` rows are spread evenly over the classes, and evenly within each class.
+    """
     by_class = np.argsort(labels, kind="stable")
     picked = by_class[(np.arange(held_out) * len(labels)) // held_out]
     return np.setdiff1d(np.arange(len(labels)), picked), np.sort(picked)
 
 
 def name_of(dataset: Any) -> str:
-    """How messages call a dataset."""
+    """Return the name of a dataset for messages."""
     return type(dataset).__qualname__

@@ -1,6 +1,6 @@
-"""From sample numbers to one batch of tensors, for datasets that are read sample by sample in Python.
+"""Read samples by number and collate them, for datasets that are read sample by sample in Python.
 
-Random transforms that draw from the global generators are made a function of (seed, epoch, sample) too.
+Random transforms that draw from the global generators also become a function of (seed, epoch, sample).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Collate = Callable[[list[Any]], Any]
 
 
 def collate(samples: list[Any], collate_fn: Collate | None) -> Any:
-    """One batch of `samples`: torch's `default_collate`, with tuples kept as tuples, unless `collate_fn` is given."""
+    """Collate `samples` with `collate_fn`, or with torch's `default_collate`, which here keeps tuples as tuples."""
     if collate_fn is not None:
         return as_tensors(collate_fn(samples))
     batch = default_collate(samples)
@@ -44,7 +44,10 @@ def wrapped(dataset: Any, where: str, error: Exception) -> DataError:
 def uncollated(
     dataset: Any, rows: list[Any], samples: Indices, error: Exception, collate_fn: Collate | None
 ) -> DataError:
-    """The error of samples that do not make a batch: says so where one is None, or where the default has no rule."""
+    """Return the error for samples that cannot be collated.
+
+    It explains the cases in which a sample is None or the default collate function has no rule.
+    """
     missing = [number for number, row in zip(samples.tolist(), rows, strict=False) if row is None]
     if missing:
         return DataError(
@@ -62,29 +65,32 @@ def uncollated(
 class Fetcher:
     """Reads batches of a map-style dataset.
 
-    `isolated` finds out whether the dataset, or `collate_fn`, draws from the global generators of Python, numpy or
-    torch. One that does is read sample by sample from then on, each seeded with its (seed, epoch, sample), so that the
-    draw is the same whoever reads it; and the generators are left as they were, for the model to draw from.
+    `isolated` detects whether the dataset or `collate_fn` draws from the global generators of Python, numpy or torch.
+    If so, the dataset is from then on read sample by sample, each sample seeded with its (seed, epoch, sample). The
+    draws are then the same in any process, and the generators keep their state for the model.
 
     Raises:
-        DataError: (all methods) the dataset or `collate_fn` raised; names the sample.
+        DataError: (all methods) The dataset or `collate_fn` raised an error; the message names the sample.
     """
 
     def __init__(self, dataset: Any, collate_fn: Collate | None, seed: int) -> None:
         self.dataset, self.collate_fn, self.seed = dataset, collate_fn, seed
         self.draws = False
         self._read_batch = getattr(dataset, "read_batch", None)
-        # A collate_fn is given samples, and the batches of columns are whole.
+        # A collate_fn receives samples, but column datasets return whole batches.
         whole = collate_fn is not None and columns_of(dataset) is not None
         self._by_batch = callable(getattr(dataset, "__getitems__", None)) and not whole
 
     def __call__(self, samples: Indices, epoch: int) -> Any:
-        """The batch, read as it comes; only right where `draws` is known to be False, or in the generators' owner."""
+        """Read a batch without restoring the global generators.
+
+        This is correct only if `draws` is known to be False, or in the process or thread that owns the generators.
+        """
         if self._read_batch is not None:
             return self._told(samples, epoch)
         if self.draws and hasattr(self.dataset, "__getitem__"):
             return self._seeded(samples, epoch)
-        if self.draws:  # it can only be read by the batch: then its draws depend on where the batch begins
+        if self.draws:  # the dataset reads only whole batches, so its draws depend on where a batch begins
             _seed(mix("batch", self.seed, epoch, int(samples[0])))
         if not self._by_batch:
             return self._collate(self._each(samples), samples)
@@ -97,7 +103,7 @@ class Fetcher:
         return as_tensors(batch)
 
     def _told(self, samples: Indices, epoch: int) -> Any:
-        """From a dataset that is told epoch and seed, and draws by them: it may be read in any thread."""
+        """Read from a dataset that receives epoch and seed and draws from them. Any thread may read it."""
         assert self._read_batch is not None
         try:
             batch = self._read_batch(samples, epoch, self.seed)
@@ -108,7 +114,7 @@ class Fetcher:
         return as_tensors(batch) if self.collate_fn is None else self._collate(batch, samples)
 
     def isolated(self, samples: Indices, epoch: int) -> Any:
-        """The batch, with the global generators as before."""
+        """Read a batch and leave the global generators unchanged."""
         before = _generators()
         try:
             batch = self(samples, epoch)
@@ -124,7 +130,7 @@ class Fetcher:
         dataset, rows, number = self.dataset, [], -1
         try:
             for number in samples.tolist():
-                rows.append(dataset[number])  # not a comprehension: `number` names the sample that failed
+                rows.append(dataset[number])  # not a comprehension, so that `number` names the sample that failed
         except Exception as error:
             raise wrapped(dataset, f"sample {number}", error) from error
         return rows
@@ -134,7 +140,8 @@ class Fetcher:
         for position in range(len(samples)):
             _seed(mix("sample", self.seed, epoch, int(samples[position])))
             rows += self._each(samples[position : position + 1])
-        # collate_fn may draw too (mixing images of a batch): that depends on the batch, so on the ranks' share of it.
+        # collate_fn may also draw (to mix images of a batch). Its draws depend on the batch, and so on this rank's part
+        # of it.
         _seed(mix("collate", self.seed, epoch, int(samples[0])))
         return self._collate(rows, samples)
 
@@ -148,7 +155,7 @@ class Fetcher:
 def _seed(number: int) -> None:
     random.seed(number)
     np.random.seed(number & 0xFFFFFFFF)
-    # Not torch.manual_seed, which would reach for the devices: data are made on the host.
+    # torch.manual_seed would also seed the devices, but data are prepared on the host.
     torch.default_generator.manual_seed(number)
 
 

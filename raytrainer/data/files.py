@@ -1,4 +1,4 @@
-"""The files that a path, a directory, a glob or a URI of pyarrow's names, in the order of their paths."""
+"""Find the files that a path, a directory, a glob or a pyarrow URI names, sorted by path."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ PARQUET = (".parquet", ".parq", ".pq")
 def find_files(
     path: str, suffixes: tuple[str, ...] = PARQUET, kind: str = "Parquet file"
 ) -> tuple[pafs.FileSystem, list[pafs.FileInfo]]:
-    """The file system of `path` and its files, sorted by their paths: of a directory those with one of `suffixes`.
+    """Return the file system of `path` and its files, sorted by path.
+
+    In a directory, only files with one of `suffixes` count.
 
     Raises:
-        DataError: There is none, or the place cannot be read.
+        DataError: There are no files, or the location cannot be read.
     """
     head, wildcard = _split_glob(path)
     shown = redacted(path)
@@ -61,12 +63,13 @@ def find_files(
 
 
 def check_local(path: str, suffixes: tuple[str, ...] = (), kind: str = "") -> None:
-    """Whether a path of this machine is there, up to its first wildcard; of a URI nothing is asked.
+    """Check that a local path exists, up to its first wildcard. URIs are not checked.
 
-    With `suffixes`, whether it has a file at all: the first one that is found is enough, in a folder of millions too.
+    With `suffixes`, also check that it contains a file. The search stops at the first one, so it is fast even with
+    millions of files.
 
     Raises:
-        DataError: It is not there, or there is no such file.
+        DataError: The path or a matching file does not exist.
     """
     head, wildcard = _split_glob(path)
     if "://" in head:
@@ -88,15 +91,16 @@ def _has_file(base: Path, wildcard: list[str], suffixes: tuple[str, ...]) -> boo
             below[:] = [name for name in below if not name.startswith((".", "_"))]
             if any(name.lower().endswith(suffixes) and not name.startswith((".", "_")) for name in files):
                 return True
-        if visited == _MOST_FOLDERS:  # links in a circle, or a place too large to be looked through before a start
+        # Links may form a cycle, or the directory is too large to search before the run starts.
+        if visited == _MOST_FOLDERS:
             return True
     return False
 
 
 def _split_glob(path: str) -> tuple[str, list[str]]:
-    """The part of a path before its first wildcard, and the parts from there on."""
+    """Split a path into the part before its first wildcard, and the remaining parts."""
     options = ""
-    if "://" in path:  # a question mark in a URI begins its options, `s3://bucket/*.parquet?region=…`
+    if "://" in path:  # in a URI, a question mark begins the options: `s3://bucket/*.parquet?region=…`
         path, mark, options = path.partition("?")
         options = mark + options
     parts = path.split("/")

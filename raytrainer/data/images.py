@@ -1,6 +1,6 @@
-"""Encoded images (JPEG, PNG, …) of Parquet files or folders, decoded by Pillow in threads or in data processes.
+"""Encoded images (JPEG, PNG, …) from Parquet files or folders, decoded by Pillow in threads or in data processes.
 
-A batch is uint8, a quarter of what its numbers become on the device.
+A batch is uint8, a quarter of the size of its float32 numbers on the device.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ R = TypeVar("R")
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _MOST_THREADS = 16
-_TRIES = 10  # at a random crop that fits
-_pools: dict[int, ThreadPoolExecutor] = {}  # by process: a fork has none of its parent's threads
+_TRIES = 10  # attempts to find a random crop that fits
+_pools: dict[int, ThreadPoolExecutor] = {}  # by process id, because a fork has none of its parent's threads
 
 
 def in_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """`function` of each item, in order, in as many threads as there are CPUs; in a data process in its own thread, since
-    there are as many of those as were asked for."""
+    """Apply `function` to each item, in as many threads as there are CPUs. Return the results in order.
+
+    A data process uses only its own thread, because the user chose the number of data processes.
+    """
     if multiprocessing.parent_process() is not None:
         return [function(item) for item in items]
     pool = _pools.get(os.getpid())
@@ -49,21 +51,22 @@ def in_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
 
 
 class ImageFolder:
-    """Images in folders, one a class: samples `{"image": bytes, "label": int}`, for `EncodedImages`.
+    """Images in one folder per class: samples `{"image": bytes, "label": int}`, for `EncodedImages`.
 
-    The label of an image is the place of its folder's name among all, sorted (`classes`).
+    The label of an image is the index of its folder's name in the sorted names (`classes`).
 
     Args:
-        path: A directory, a glob or a URI, as of `raytrainer.data.ParquetDataset`.
+        path: A directory, a glob or a URI, as in `raytrainer.data.ParquetDataset`.
 
     Raises:
-        DataError: No image is there; when read, a file that cannot be.
+        DataError: There are no images. On reading: a file cannot be read.
     """
 
     def __init__(self, path: str | Path) -> None:
         self._filesystem, found = find_files(str(path), SUFFIXES, "image")
         self.path = redacted(str(path))
-        self._files = pa.array([entry.path for entry in found], pa.large_string())  # a tenth of Python's own
+        # An Arrow array takes a tenth of the memory of Python strings.
+        self._files = pa.array([entry.path for entry in found], pa.large_string())
         folders = [entry.path.rpartition("/")[0].rpartition("/")[2] for entry in found]
         names, labels = np.unique(np.array(folders), return_inverse=True)
         self.classes: list[str] = names.tolist()
@@ -71,7 +74,7 @@ class ImageFolder:
 
     @staticmethod
     def check_source(path: str) -> None:
-        """See docs/data.md."""
+        """Check the source before the run starts; see docs/data.md."""
         check_local(path, SUFFIXES, "image")
 
     def __len__(self) -> int:
@@ -88,33 +91,34 @@ class ImageFolder:
             raise DataError(f"{file}: {error}") from error
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        return in_threads(self.__getitem__, indices)  # they are round trips, where files are far away
+        return in_threads(self.__getitem__, indices)  # remote files need one round trip each
 
     def where(self, index: int) -> str:
-        """The file of a sample, for messages."""
+        """Return the file of a sample, for messages."""
         return str(self._files[index % len(self)])
 
 
 class EncodedImages:
-    """Images of a dataset, decoded, cut and scaled as they are read: uint8 `[3, height, width]`, RGB.
+    """Images of a dataset, decoded, cropped and scaled when they are read: uint8 `[3, height, width]`, RGB.
 
-    What is random depends on (seed, epoch, sample) alone. The other entries of a sample are collated as they are.
+    Random choices depend only on (seed, epoch, sample). The other entries of a sample are collated unchanged.
 
     Args:
-        dataset: With `__len__` and `__getitems__` (or `__getitem__`) that gives dicts: `ImageFolder`, `ParquetDataset`.
-        size: Height and width of the result, or both.
-        crop: `center`: the shorter edge is scaled to `resize` pixels, and the middle is kept. `random`: a random part of
-            the image is scaled (Szegedy et al. 2014, arXiv:1409.4842; torchvision's RandomResizedCrop).
+        dataset: Has `__len__` and `__getitems__` (or `__getitem__`) and returns dicts: `ImageFolder`, `ParquetDataset`.
+        size: Height and width of the result, or one number for both.
+        crop: `center`: scale the shorter edge to `resize` pixels and keep the middle. `random`: scale a random part of
+            the image (Szegedy et al. 2014, arXiv:1409.4842; torchvision's RandomResizedCrop).
         resize: For `center`; None for 8/7 of `size`: 256 for 224.
-        scale: For `random`: the least and the most of the image's area.
-        ratio: For `random`: the least and the most of width / height.
-        flip: Mirror left and right with probability 0.5.
-        key: The entry that holds the encoded bytes, or a dict with `bytes` as Hugging Face's files have it.
-        transform: For whole batches on the device, see `raytrainer.data.ColumnDataset`: `raytrainer.data.Normalize`.
+        scale: For `random`: the smallest and largest part of the image's area.
+        ratio: For `random`: the smallest and largest width / height.
+        flip: Whether to mirror left and right with probability 0.5.
+        key: The entry that holds the encoded bytes, or a dict with `bytes`, as in Hugging Face's files.
+        transform: For whole batches on the device, e.g. `raytrainer.data.Normalize`; see
+            `raytrainer.data.ColumnDataset`.
 
     Raises:
-        ConfigError: A value that cannot be; Pillow is not installed.
-        DataError: When read: an image that Pillow cannot decode, with its file and row.
+        ConfigError: A value is invalid, or Pillow is not installed.
+        DataError: On reading: Pillow cannot decode an image. The message has its file and row.
     """
 
     def __init__(
@@ -148,7 +152,7 @@ class EncodedImages:
 
     @staticmethod
     def check_source(dataset: Any, key: str = "image") -> None:
-        """Whether the dataset's node has such an entry; see docs/data.md."""
+        """Check that the dataset's config node has the entry `key`; see docs/data.md."""
         kind = str(dataset.get("_target_")).rpartition(".")[2] if isinstance(dataset, dict) else ""
         names: Sequence[str] = ("image", "label") if kind == "ImageFolder" else ()
         if kind == "ParquetDataset":
@@ -162,7 +166,7 @@ class EncodedImages:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """A sample as the first epoch of seed 0 has it."""
+        """Return a sample as in the first epoch with seed 0."""
         return {name: value[0] for name, value in self.read_batch(np.array([index]), 0, 0).items()}
 
     @property
@@ -170,7 +174,7 @@ class EncodedImages:
         return self.transform
 
     def read_batch(self, samples: Indices, epoch: int, seed: int) -> dict[str, Any]:
-        """The samples (int64 `[n]`) as one batch; see docs/data.md."""
+        """Return the samples (int64 `[n]`) as one batch; see docs/data.md."""
         numbers = samples.tolist()
         by_batch = hasattr(self.dataset, "__getitems__")
         rows = self.dataset.__getitems__(numbers) if by_batch else [self.dataset[number] for number in numbers]
@@ -194,7 +198,7 @@ class EncodedImages:
         return str(where(index)) if callable(where) else f"{name_of(self.dataset)}, sample {index}"
 
     def _draws(self, samples: Indices, epoch: int, seed: int) -> npt.NDArray[np.float64] | None:
-        """Numbers in [0, 1), a row for each sample: whether it is mirrored, and four for each try at a crop."""
+        """Return numbers in [0, 1), one row per sample: one for mirroring, and four for each attempt at a crop."""
         if self.crop != "random" and not self.flip:
             return None
         count = 1 + (4 * _TRIES if self.crop == "random" else 0)
@@ -218,7 +222,10 @@ class EncodedImages:
         return pixels.transpose(2, 0, 1)
 
     def _center_box(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """What is in the middle when the shorter edge has `resize` pixels, in pixels of the image: left, top, right, bottom."""
+        """Return the middle of the image as left, top, right and bottom, in pixels of the image.
+
+        In the result, the shorter edge of the image has `resize` pixels.
+        """
         pixel = min(width, height) / self.resize
         left, top = (width - pixel * self.width) / 2, (height - pixel * self.height) / 2
         return left, top, left + pixel * self.width, top + pixel * self.height
@@ -233,7 +240,7 @@ class EncodedImages:
             if 0 < w <= width and 0 < h <= height:
                 left, top = int(x * (width - w + 1)), int(y * (height - h + 1))
                 return left, top, left + w, top + h
-        # None fits a very long image: the largest part in its middle whose shape is allowed.
+        # No crop fits a very long image, so take the largest part in its middle with an allowed shape.
         shape = min(max(width / height, exp(self.ratio[0])), exp(self.ratio[1]))
         across, down = min(width, height * shape), min(height, width / shape)
         return (width - across) / 2, (height - down) / 2, (width + across) / 2, (height + down) / 2

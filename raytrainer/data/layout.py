@@ -1,4 +1,4 @@
-"""How an Arrow column of fixed-size numbers becomes an array: its type, the shape of a row, and the copy itself."""
+"""The conversion of an Arrow column of fixed-size numbers to an array: its type, the shape of a row, and the copy."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pyarrow as pa
 
 from raytrainer.errors import ConfigError, DataError
 
-# torch has these types in name, but few of its operations take them.
+# torch defines these types, but few of its operations support them.
 _WIDER = {"uint16": "int32", "uint32": "int64", "uint64": "int64"}
 
 
 class Layout:
-    """How a column of Arrow type `kind` becomes an array: the type of its numbers and the shape of a row."""
+    """The conversion of a column of Arrow type `kind` to an array: the type of its numbers and the shape of a row."""
 
     def __init__(self, kind: pa.DataType, number: pa.DataType, shape: tuple[int, ...]) -> None:
         self.kind, self.shape = kind, shape
@@ -63,12 +63,12 @@ def _view(numbers: pa.Array) -> npt.NDArray[Any]:
         width = numbers.type.byte_width
         data = np.frombuffer(numbers.buffers()[1], dtype=np.uint8)
         return data[numbers.offset * width : (numbers.offset + len(numbers)) * width]
-    values: npt.NDArray[Any] = numbers.to_numpy(zero_copy_only=False)  # only booleans are copied
+    values: npt.NDArray[Any] = numbers.to_numpy(zero_copy_only=False)  # only booleans are copied here
     return values
 
 
 def layout_of(kind: pa.DataType, wanted: tuple[int, ...] | None, name: str) -> Layout | None:
-    """None for a column that stays Arrow's."""
+    """Return the layout of a column; None if the column stays an Arrow column."""
     shape: list[int] = []
     number, free = kind, False
     while True:

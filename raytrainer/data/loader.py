@@ -1,6 +1,7 @@
-"""The batches of a dataset, in order, on the device, from any position: gathered here, in a thread or in processes.
+"""`Loader`: the batches of a dataset, in order, on the device, from any position.
 
-Where they are made is a matter of speed alone: the same batches come, bit for bit, whatever is chosen.
+Batches are made in the calling thread, in another thread or in processes. This choice affects only the speed; the
+batches are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ RESIDENT_BYTES = 256 * 2**20
 
 @dataclass(slots=True)
 class MicroBatch:
-    """`data` on the device; `size` samples of it count: 0 for the stand-in of a rank that has none of the batch."""
+    """`data` is on the device. `size` of its samples count; 0 if it is a placeholder for a rank without samples."""
 
     data: Any
     size: int
@@ -42,7 +43,7 @@ class MicroBatch:
 
 @dataclass(slots=True)
 class Batch:
-    """What a rank gets of global batch `index`; `global_size` samples on all ranks together."""
+    """A rank's part of global batch `index`, which has `global_size` samples on all ranks together."""
 
     index: int
     epoch: int
@@ -55,31 +56,34 @@ _Made = tuple[Step, list[Any]]  # a step, and the data of each of its micro-batc
 
 
 class Loader:
-    """Batches of a map-style dataset, an iterable one, or columns.
+    """Batches of a map-style dataset, an iterable, or columns.
 
-    Which samples batch `k` holds is a function of `seed`, `k` and the dataset's length alone; rank `r` of `w` takes
-    samples `b*r//w` to `b*(r+1)//w` of a batch of `b`, cut into the same number of micro-batches on all ranks.
+    The samples of batch `k` depend only on `seed`, `k` and the dataset's length. Rank `r` of `w` takes samples `b*r//w`
+    to `b*(r+1)//w` of a batch of `b`, cut into the same number of micro-batches on all ranks.
 
     Args:
-        dataset: With `__len__` and `__getitem__` or `__getitems__`; a column dataset of `raytrainer.data`; or an
-            iterable, better with `state_dict` and `load_state_dict`. docs/data.md says what each is asked.
+        dataset: Has `__len__` and `__getitem__` or `__getitems__`; or is a column dataset of `raytrainer.data`; or is
+            an iterable, preferably with `state_dict` and `load_state_dict`. docs/data.md describes what each must
+            provide.
         global_batch_size: Samples in a batch, on all ranks together.
-        micro_batch_size: The most samples in a micro-batch of one rank; None for all at once.
-        seed: Decides the order, the augmentation, and what the dataset draws from global generators.
-        rank, world_size: Whose part this is.
-        shuffle: A new order each epoch; otherwise the dataset's. Iterables have their own.
-        drop_last: Leave out an epoch's last batch where it is not full.
-        collate_fn: From a list of samples to a batch; None for torch's `default_collate`.
-        num_workers: Processes for slow Python transforms; 0 for a thread. Columns and iterables need none.
-        prefetch: Batches made ahead (by each process); 0 makes each in the calling thread, when it is asked for.
-        device: Where batches are wanted.
-        resident: Keep a column dataset on the device: `auto` up to 256 MB (a memory map not), True always, False never.
-        key: Where the dataset is from, for messages.
-        pad_empty: Give a rank without samples one of the batch's, with size 0, so that its collectives take part.
+        micro_batch_size: The maximum number of samples in a micro-batch of one rank; None for a single micro-batch.
+        seed: Determines the order, the augmentation, and what the dataset draws from global generators.
+        rank, world_size: The rank whose part is loaded, and the number of ranks.
+        shuffle: Use a new order in each epoch, otherwise the dataset's order. Iterables always have their own.
+        drop_last: Leave out an epoch's last batch if it is not full.
+        collate_fn: Converts a list of samples to a batch; None for torch's `default_collate`.
+        num_workers: Processes for slow Python transforms; 0 for a thread. Columns and iterables do not use them.
+        prefetch: Batches to prefetch (per process); 0 makes each in the calling thread when it is requested.
+        device: The device of the batches.
+        resident: Whether to keep a column dataset on the device: True, False, or `auto` for up to 256 MB without memory
+            maps.
+        pad_empty: Give a rank without samples one sample of the batch, with size 0, so that it joins the collectives.
+        key: The config key of the dataset, for messages.
 
     Raises:
-        ConfigError: An argument that cannot be; a dataset that is neither map-style nor iterable.
-        DataError: A dataset without samples. While iterating: what the dataset raised, naming it and the sample.
+        ConfigError: An argument is invalid, or the dataset is neither map-style nor iterable.
+        DataError: The dataset has no samples. While iterating: the dataset raised an error; the message names the
+            dataset and the sample.
     """
 
     def __init__(
@@ -120,7 +124,7 @@ class Loader:
         self.device = torch.device(device)
         self._transform = getattr(dataset, "transform_batch", None)
         self._position: dict[str, Any] = {}
-        self._dataset_states: dict[int, Any] = {}  # by step, where batches are made ahead of the one that trains
+        self._dataset_states: dict[int, Any] = {}  # by step, if batches are prefetched
         self._columns = columns_of(dataset) if collate_fn is None else None
         self._stream: Stream | None = None
         self._plan: Plan | None = None
@@ -172,7 +176,7 @@ class Loader:
         if self._columns is not None:
             columns = list(self._columns.values() if isinstance(self._columns, dict) else self._columns)
             if resident == "auto":
-                # A map is for data that are not to be in memory as a whole.
+                # Data in a memory map are meant to stay out of memory as a whole.
                 tensors = [column for column in columns if isinstance(column, Tensor)]
                 small = sum(column.nbytes for column in tensors) <= RESIDENT_BYTES
                 self._resident = len(tensors) == len(columns) and small
@@ -195,35 +199,38 @@ class Loader:
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Batches in an epoch; of an iterable what its `__len__` announces, None without one."""
+        """Batches in an epoch; for an iterable, those that its `__len__` announces, or None without one."""
         return self._plan.steps_per_epoch if self._plan else self._announced
 
     def state_dict(self) -> dict[str, Any]:
-        """The position of an iterable as of the last batch that was yielded. Of a map-style dataset its own state as of
-        that batch, if it has `state_dict` and `load_state_dict`; else empty."""
+        """Return the position of an iterable after the last batch that was yielded.
+
+        For a map-style dataset with `state_dict` and `load_state_dict`, return its own state after that batch; else an
+        empty dict.
+        """
         if self.keeps_dataset_state and not self._position:
             return {"dataset": copy.deepcopy(self.dataset.state_dict())}
         return self._position
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Makes the next `batches(start)` go on from there, where `start` is the batch after it."""
+        """Make the next `batches(start)` continue from this state, where `start` is the batch after it."""
         if not self.keeps_dataset_state:
             self._position = dict(state)
         elif "dataset" in state:
             self.dataset.load_state_dict(copy.deepcopy(state["dataset"]))
 
     def one_epoch(self) -> Generator[Batch, None, None]:
-        """All samples once, from the first; of an iterable nothing of the epoch after it is read."""
+        """Yield all samples once, from the first. Of an iterable, nothing of the next epoch is read."""
         if self._plan is not None:
             return self.batches(0, self._plan.steps_per_epoch)
         return self._from_stream(0, None, one_epoch=True)
 
     def batches(self, start: int = 0, stop: int | None = None, *, alone: bool = False) -> Generator[Batch, None, None]:
-        """Batch `start`, `start + 1`, … across epochs, until `stop`; closing it ends its thread and processes.
+        """Yield batch `start`, `start + 1`, … across epochs, until `stop`. Closing it ends its thread and processes.
 
-        A start costs the same wherever it is, except for an iterable without the state of that position, which is
-        read from its beginning. Every rank takes the same batches of an iterable, since they compare them; with `alone`
-        this rank takes some that the others do not.
+        A start costs the same at every position, except for an iterable without a state for that position, which is
+        read from its beginning. Every rank takes the same batches of an iterable, because the ranks compare them. With
+        `alone`, this rank may take batches that the others do not.
         """
         if self._stream is not None:
             yield from self._from_stream(start, stop, alone=alone)
@@ -232,14 +239,14 @@ class Loader:
             try:
                 for step, micro in made:
                     batch = self._finished(step, micro)
-                    if step.index in self._dataset_states:  # rows are read ahead: the dataset is further than this
+                    if step.index in self._dataset_states:  # prefetching has moved the dataset past this batch
                         self._position = {"dataset": self._dataset_states.pop(step.index)}
                     yield batch
             finally:
                 made.close()
 
     def _made(self, start: int, stop: int | None) -> Generator[_Made, None, None]:
-        """The data on the device, by the way that suits the dataset."""
+        """Yield the data on the device, in the way that suits the dataset."""
         if self._columns is not None:
             steps = self._steps(start, stop)
             if self._mapped:
@@ -248,7 +255,7 @@ class Loader:
                 return self._gathered(steps)
             return self._copied(self._gathered(steps), self.prefetch)
         if self.num_workers:
-            # On the CPU the processes are far enough ahead: one more thread would only hand on.
+            # On the CPU, the processes already prefetch, so another thread would only pass batches on.
             return self._copied(self._pooled(start, stop), 1 if self.device.type == "cuda" else 0)
         return self._read_rows(start, stop)
 
@@ -273,8 +280,11 @@ class Loader:
             yield step, micro
 
     def _from_map(self, steps: Iterator[Step]) -> Generator[_Made, None, None]:
-        """While the pages are in memory, on the CPU, here: a copy of them takes less than a hand-over between threads.
-        Where they come from a disk, in a thread."""
+        """Gather from a memory map.
+
+        On the CPU, while the pages are in memory, gather in the calling thread, because a copy takes less time than a
+        hand-over between threads. If pages come from a disk, gather in another thread.
+        """
         if self.device.type == "cuda":
 
             def both() -> Generator[_Made, None, None]:
@@ -315,8 +325,8 @@ class Loader:
             for step in steps:
                 yield read(step, fetcher)
 
-        # The first batch is read here, to see whether the dataset draws from the global generators. One that does
-        # cannot be read in a thread, where it would draw between the model's own draws.
+        # Read the first batch in this thread to detect whether the dataset draws from the global generators. Such a
+        # dataset cannot be read in another thread, because its draws would mix with the model's.
         for step in steps:
             yield self._on_device(isolated(step))
             if self.prefetch and not fetcher.draws:
@@ -340,7 +350,7 @@ class Loader:
             results.close()
 
     def _copied(self, source: Generator[_Made, None, None], depth: int) -> Generator[_Made, None, None]:
-        """`source` worked ahead in a thread (with `depth`), and its data on their way to the device there."""
+        """Prefetch `source` in a thread (with `depth`), and start its copies to the device there."""
         if self.device.type != "cuda":
             moved = prefetched(source, depth) if depth else source
             try:
@@ -414,12 +424,12 @@ class Loader:
     def _agreed(
         self, following: Callable[[], Batch | None], counts: dict[int, int], agreement: Agreement
     ) -> Batch | None:
-        """The next batch, where all ranks have it; None after the last, which they have agreed on before."""
+        """Return the next batch if all ranks have it; None after the last one, on which they have already agreed."""
         batch, failure = None, None
         try:
             if (batch := following()) is None:
                 return None
-        except Exception as error:  # noqa: BLE001  raised by the agreement, once the others know
+        except Exception as error:  # noqa: BLE001  the agreement raises it after the other ranks know of it
             failure = error
         progress = None
         if batch is not None:
@@ -428,7 +438,7 @@ class Loader:
         return batch
 
     def _check_announced(self, step: Step) -> None:
-        """Says once that an epoch is not as long as the iterable's own `__len__` said."""
+        """Log once if an epoch's length differs from the iterable's `__len__`."""
         if step.ends_epoch and self._announced and step.epoch == 0 and not self._compared:
             self._compared = True
             if step.index + 1 != self._announced:
@@ -475,7 +485,7 @@ def _at_least(name: str, value: int, least: int) -> None:
 
 
 def _is_map_style(dataset: Any, key: str) -> bool:
-    if isinstance(dataset, torch.utils.data.IterableDataset):  # it has a __getitem__, which only raises
+    if isinstance(dataset, torch.utils.data.IterableDataset):  # its __getitem__ only raises
         return False
     if hasattr(dataset, "__len__") and (hasattr(dataset, "__getitem__") or hasattr(dataset, "__getitems__")):
         return True

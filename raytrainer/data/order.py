@@ -1,6 +1,6 @@
-"""Which samples a batch holds: a function of seed, epoch and dataset length alone, never of who asks.
+"""The samples of each batch: a function of seed, epoch and dataset length only, independent of ranks and processes.
 
-Any position is reached at the same cost, in memory that does not grow with the dataset.
+Any position is reached at the same cost, with memory that does not grow with the dataset.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from raytrainer.seeds import mix
 
 Indices = npt.NDArray[np.int64]
 
-_WHOLE = 1 << 16  # up to here an epoch is permuted at once (3 ms at most); beyond it, block by block
-_BLOCK = 1 << 15  # 2 ms a block, so that no step waits long for the next one
+_WHOLE = 1 << 16  # up to this length, an epoch is permuted at once (3 ms at most); longer ones are permuted in blocks
+_BLOCK = 1 << 15  # 2 ms per block, so that no step waits long for the next block
 _ROUNDS = 8
 _GOLDEN, _MIX1, _MIX2 = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 _U30, _U27, _U31 = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
 def hash64(x: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64]:
-    """A number for each of `x`, uint64 of its shape: SplitMix64 (Steele, Lea, Flood 2014), the one after x from `key`."""
+    """Hash each number of `x` to uint64: output x of SplitMix64 (Steele, Lea, Flood 2014) from the state `key`."""
     x = x * _GOLDEN
     x += np.uint64(key)
     x ^= x >> _U30
@@ -33,11 +33,12 @@ def hash64(x: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64]:
 
 
 class EpochOrder:
-    """The order of one epoch: `take(start, stop)` gives the samples at those positions, int64 `[stop - start]`.
+    """The order of one epoch. `take(start, stop)` returns the samples at those positions, int64 `[stop - start]`.
 
-    Small datasets: the positions sorted by a 64-bit hash of (seed, epoch, position). Large ones: a keyed bijection of
-    [0, length), a Feistel network over the next power of two with cycle walking (Black and Rogaway 2002), computed in
-    blocks. Both are integer arithmetic written out here, so that no upgrade of numpy changes a run's order.
+    For small datasets, the positions are sorted by a 64-bit hash of (seed, epoch, position). For large ones, a keyed
+    bijection of [0, length) is computed in blocks: a Feistel network over the next power of two with cycle walking
+    (Black and Rogaway 2002). Both use integer arithmetic that is written out here, so that a new numpy release cannot
+    change a run's order.
     """
 
     def __init__(self, seed: int, epoch: int, length: int, shuffle: bool) -> None:
@@ -47,7 +48,7 @@ class EpochOrder:
         self._blocks: dict[int, Indices] = {}
         if shuffle and length <= _WHOLE:
             positions = np.arange(length, dtype=np.uint64)
-            # The hash of no two positions is the same, as each of its steps can be undone: any sort gives this order.
+            # Each step of the hash is invertible, so no two hashes are equal and any sort gives the same order.
             self._whole = np.argsort(hash64(positions, self._keys[0])).astype(np.int64, copy=False)
 
     def __len__(self) -> int:
@@ -65,7 +66,7 @@ class EpochOrder:
 
     def _block(self, block: int) -> Indices:
         if block not in self._blocks:
-            if len(self._blocks) > 1:  # reading goes forward: the one before this is all that can be asked for again
+            if len(self._blocks) > 1:  # reading goes forward, so only the previous block can be needed again
                 self._blocks = {b: kept for b, kept in self._blocks.items() if b == block - 1}
             begin = block * _BLOCK
             self._blocks[block] = self._permute(np.arange(begin, min(begin + _BLOCK, self.length), dtype=np.uint64))
@@ -74,7 +75,8 @@ class EpochOrder:
     def _permute(self, x: npt.NDArray[np.uint64]) -> Indices:
         x = self._feistel(x)
         outside = np.flatnonzero(x >= self.length)
-        while outside.size:  # less than half of the domain is outside: a few turns, each over half of the one before
+        # Less than half of the domain is outside, so few rounds are needed, each on half as many as the one before.
+        while outside.size:
             x[outside] = self._feistel(x[outside])
             outside = outside[x[outside] >= self.length]
         return x.astype(np.int64)
@@ -96,20 +98,20 @@ class EpochOrder:
 
 
 def epoch_order(seed: int, epoch: int, length: int, shuffle: bool) -> EpochOrder:
-    """The order of epoch `epoch` of a dataset of `length` samples."""
+    """Return the order of epoch `epoch` of a dataset of `length` samples."""
     return EpochOrder(seed, epoch, length, shuffle)
 
 
 def rank_slice(length: int, rank: int, world_size: int) -> slice:
-    """The part of a batch of `length` samples that `rank` of `world_size` takes; uneven where it does not divide."""
+    """Return the part of a batch of `length` samples for `rank` of `world_size`. Parts may differ in length by one."""
     return slice(length * rank // world_size, length * (rank + 1) // world_size)
 
 
 def steps_per_epoch(length: int, global_batch_size: int, drop_last: bool) -> int:
-    """Batches in an epoch.
+    """Return the number of batches in an epoch.
 
     Raises:
-        ConfigError: `drop_last` leaves none.
+        ConfigError: `drop_last` leaves no batch.
     """
     if not drop_last:
         return -(-length // global_batch_size)
@@ -124,13 +126,13 @@ def steps_per_epoch(length: int, global_batch_size: int, drop_last: bool) -> int
 
 
 def micro_slices(length: int, largest: int, micro_batch_size: int | None) -> list[slice]:
-    """How a rank's `length` samples are cut into micro-batches of at most `micro_batch_size`, as even as can be.
+    """Cut a rank's `length` samples into micro-batches of at most `micro_batch_size`, as evenly as possible.
 
     Args:
         length: Samples of this rank.
-        largest: Samples of the rank that has most. All ranks cut into the same number, because a sharded model
-            gathers its weights in each: a short rank's last slices can be empty.
-        micro_batch_size: None for all at once.
+        largest: Samples of the rank that has the most. All ranks cut into the same number of slices, because a sharded
+            model gathers its weights for each of them. The slices of a rank with fewer samples may be empty.
+        micro_batch_size: None for a single micro-batch.
     """
     count = 1 if micro_batch_size is None else max(1, -(-largest // micro_batch_size))
     return [slice(length * i // count, length * (i + 1) // count) for i in range(count)]

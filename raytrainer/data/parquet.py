@@ -1,7 +1,7 @@
-"""Parquet files, directories, globs and URIs as a dataset of columns, through pyarrow.
+"""Parquet files, directories, globs and URIs as a dataset of columns, read through pyarrow.
 
-Fixed-size numeric columns are decoded once, into memory or into an Arrow file that is mapped into it; a batch is then one
-gather a column.
+Fixed-size numeric columns are decoded once, into memory or into a memory-mapped Arrow file. A batch is then one gather
+per column.
 """
 
 from __future__ import annotations
@@ -31,32 +31,34 @@ from raytrainer.storage.files import redacted
 
 IN_MEMORY_BYTES = 2**30
 """Up to this size, decoded, `cache="auto"` keeps the data in memory: each worker has its own copy then."""
-_PEEKED_FILES = 16  # of which a check before a start reads the footers
+_PEEKED_FILES = 16  # `check_source` reads the footers of at most this many files
 _NUMBERS, _TABLE = "numbers.arrow", "table.arrow"
 
 
 class ParquetDataset(ColumnDataset):
     """Rows of Parquet files, in the order of the files' sorted paths.
 
-    Numbers, booleans, fixed-size lists and binaries of them (`[k]`, nested `[j, k]`, `arrow.fixed_shape_tensor`), and
-    lists that `reshape` names, become tensors `[rows, ...]`: unsigned 16 and 32 bits as the next larger signed type,
-    fixed-size binaries as uint8. Other columns (strings, binaries, lists of any length) stay Arrow's; with one of them
-    selected, samples are read one by one and go through `data.collate_fn`.
+    These columns become tensors `[rows, ...]`: numbers, booleans, fixed-size lists and binaries of them (`[k]`, nested
+    `[j, k]`, `arrow.fixed_shape_tensor`), and lists that `reshape` names. Unsigned 16 and 32 bit integers become the
+    next larger signed type, and fixed-size binaries become uint8. Other columns (strings, binaries, lists of any
+    length) stay Arrow columns. If one of them is selected, samples are read one by one and passed through
+    `data.collate_fn`.
 
     Args:
-        path: A file, a directory (all Parquet files below it; names that begin with `.` or `_` are left out), a glob
-            (`*`, `?`, `[…]`, `**`), or a URI of one of them that pyarrow knows (`s3://`, `gs://`, `abfs://`,
-            `file://`). A relative path is taken from the current directory.
-        columns: The names to read; None for all.
+        path: A file, a directory (all Parquet files below it, except names that begin with `.` or `_`), a glob (`*`,
+            `?`, `[…]`, `**`), or a URI of one of them that pyarrow supports (`s3://`, `gs://`, `abfs://`, `file://`). A
+            relative path is relative to the current directory.
+        columns: The names of the columns to read; None for all.
         reshape: By column, the shape of one row's value, `{"image": [1, 8, 8]}`.
         transform: See `raytrainer.data.ColumnDataset`.
-        cache: A directory for the data as Arrow files, made of them once and mapped into memory; None keeps them in
-            memory; "auto" does up to 1 GiB, and has larger ones in `$XDG_CACHE_HOME/raytrainer` (~/.cache/raytrainer).
+        cache: A directory for the data as Arrow files, which are made once and mapped into memory. None keeps the data
+            in memory. "auto" keeps up to 1 GiB in memory, and larger data in `$XDG_CACHE_HOME/raytrainer`
+            (~/.cache/raytrainer).
 
     Raises:
-        ConfigError: A column, or a shape, that the files do not have; a cache that cannot be.
-        DataError: No file, no rows, a file that cannot be read or differs in its types, a column with nulls, no space
-            for the cache.
+        ConfigError: The files do not have a column or a shape, or the cache cannot be used.
+        DataError: There are no files or no rows, a file cannot be read or has other types, a column has nulls, or there
+            is no space for the cache.
     """
 
     def __init__(
@@ -92,7 +94,7 @@ class ParquetDataset(ColumnDataset):
     def check_source(
         path: str, columns: Sequence[str] | None = None, reshape: Mapping[str, Sequence[int]] | None = None
     ) -> int | None:
-        """The rows, from the footers of a few files; see docs/data.md."""
+        """Return the number of rows, from the footers of a few files; see docs/data.md."""
         check_local(path)
         return None if "://" in path else _Source(path, columns, reshape or {}).peek()
 
@@ -116,19 +118,19 @@ class ParquetDataset(ColumnDataset):
         return [{name: column[i] for name, column in values.items()} for i in range(len(picked))]
 
     def where(self, index: int) -> str:
-        """The file of a sample and its row there, for messages."""
+        """Return the file of a sample and its row there, for messages."""
         file = bisect_right(self._ends, index)
         return f"{self.files[file]}, row {index - (self._ends[file - 1] if file else 0)}"
 
 
 class _Source:
-    """The files of a path. `open` reads their footers and finds out what becomes of each column.
+    """The files of a path. `open` reads their footers and decides how each column is converted.
 
     Attributes:
         shown: The path, for messages.
-        files: Their paths.
-        counts: Rows of each (after `open`).
-        bytes: What the rows take when they are decoded; of columns that stay Arrow's what their pages say.
+        files: The paths of the files.
+        counts: Rows of each file (after `open`).
+        bytes: The size of the decoded rows; for columns that stay Arrow columns, the size that their pages declare.
     """
 
     def __init__(self, path: str, columns: Sequence[str] | None, reshape: Mapping[str, Sequence[int]]) -> None:
@@ -141,19 +143,19 @@ class _Source:
         self.bytes = 0
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides what is read, without reading it."""
+        """Return what decides which data is read, without reading it."""
         return {
-            "path": self.shown if "://" in self.shown else "",  # two servers may each have such a bucket
+            "path": self.shown if "://" in self.shown else "",  # two servers may have buckets with the same name
             "files": [(entry.path, entry.size, entry.mtime_ns) for entry in self._entries],
             "columns": None if self._columns is None else list(self._columns),
             "reshape": self._shapes,
         }
 
     def peek(self) -> int | None:
-        """Checks the first files as `open` does all; the number of rows, None where there are more files.
+        """Check the first files as `open` checks all. Return the number of rows; None if there are more files.
 
         Raises:
-            ConfigError, DataError: As `open`.
+            ConfigError, DataError: As in `open`.
         """
         some = self.files[:_PEEKED_FILES]
         self._read_footers(some)
@@ -167,7 +169,7 @@ class _Source:
             with self._opened(file) as opened:
                 return opened.schema_arrow, opened.metadata
 
-        with ThreadPoolExecutor(min(16, len(files))) as pool:  # they are round trips, where files are far away
+        with ThreadPoolExecutor(min(16, len(files))) as pool:  # remote files need one round trip each
             schemas, footers = zip(*pool.map(footer, files), strict=True)
         first: pa.Schema = schemas[0]
         names = list(first.names if self._columns is None else self._columns)
@@ -187,7 +189,7 @@ class _Source:
         self.bytes = sum(self.counts) * sum(x.row_bytes for x in self._layouts.values()) + self._other_bytes
 
     def read(self) -> tuple[dict[str, Tensor], pa.Table | None]:
-        """The columns of numbers, and the others, in memory."""
+        """Read the numeric columns and the other columns into memory."""
         arrays = {name: np.empty((sum(self.counts), *x.shape), x.dtype) for name, x in self._layouts.items()}
         others, row = [], 0
         for table, where in self._tables(None):
@@ -201,7 +203,7 @@ class _Source:
         return tensors, pa.concat_tables(others) if others else None
 
     def convert(self, folder: Path) -> dict[str, Any]:
-        """The same in Arrow files, in memory for a few record batches; returns what is to be known to open them."""
+        """Convert the columns to Arrow files, using memory for a few record batches. Return what opening them needs."""
         numbers = NumbersWriter(folder / _NUMBERS, self._layouts) if self._layouts else None
         row_bytes = self._other_bytes / sum(self.counts)
         others = TableWriter(folder / _TABLE, row_bytes) if self._others else None
@@ -217,7 +219,7 @@ class _Source:
         return {"counts": self.counts, "numbers": columns, "table": bool(self._others)}
 
     def _tables(self, rows: int | None) -> Iterator[tuple[pa.Table, str]]:
-        """All rows, at most `rows` at a time (None: a row group), and where they are, for messages."""
+        """Yield all rows, at most `rows` at a time (None: one row group), and their location, for messages."""
         names = [*self._layouts, *self._others]
         for file in self.files:
             with self._opened(file) as opened:
@@ -252,19 +254,19 @@ class _Source:
 
 
 def local_columns(path: str, columns: Sequence[str] | None) -> list[str]:
-    """The names that a `ParquetDataset` of these arguments gives; none where they cannot be known here and now."""
+    """Return the column names of a `ParquetDataset` with these arguments; empty if they cannot be read now."""
     if columns is not None:
         return list(columns)
     if "://" in path:
         return []
     try:
         return list(pq.read_schema(_Source(path, None, {}).files[0]).names)
-    except (DataError, OSError, pa.ArrowException):  # which the dataset's own check says
+    except (DataError, OSError, pa.ArrowException):  # the dataset's own check reports the error
         return []
 
 
 def _bytes_of(footer: pq.FileMetaData, names: Sequence[str]) -> int:
-    """What the pages of columns take in a file, decompressed."""
+    """Return the decompressed size of the pages of columns in a file."""
     groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
     chunks = (group.column(number) for group in groups for number in range(group.num_columns))
     return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in names)

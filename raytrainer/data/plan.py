@@ -1,6 +1,6 @@
-"""From one integer, the position, to the samples that this rank reads: the whole order promise in one place.
+"""The samples that this rank reads at a position, which is one integer. This module defines the whole sample order.
 
-Pure and cheap to copy into another process, which then needs to be told nothing but positions.
+A plan has no side effects and is cheap to copy into another process, which then needs only positions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from raytrainer.data.order import EpochOrder, Indices, epoch_order, micro_slices
 
 @dataclass(slots=True)
 class Step:
-    """What batch `index` is. `micro` holds (samples, how many of them count) for each micro-batch of this rank."""
+    """Batch `index`. `micro` holds (samples, how many of them count) for each micro-batch of this rank."""
 
     index: int
     epoch: int
@@ -25,14 +25,17 @@ class Step:
 def cut(
     size: int, rank: int, world_size: int, micro_batch_size: int | None, pad_empty: bool = True
 ) -> list[tuple[int, int]]:
-    """(begin, end) in a global batch of `size` samples of each micro-batch of `rank`; empty ones with `pad_empty`."""
+    """Return (begin, end) in a global batch of `size` samples for each micro-batch of `rank`.
+
+    Empty micro-batches are included only with `pad_empty`.
+    """
     mine = rank_slice(size, rank, world_size)
     slices = micro_slices(mine.stop - mine.start, -(-size // world_size), micro_batch_size)
     return [(mine.start + s.start, mine.start + s.stop) for s in slices if pad_empty or s.stop > s.start]
 
 
 class Plan:
-    """The batches of a map-style dataset of `length` samples; see `raytrainer.data.Loader` for the arguments."""
+    """The batches of a map-style dataset of `length` samples. For the arguments, see `raytrainer.data.Loader`."""
 
     def __init__(
         self,

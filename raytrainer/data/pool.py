@@ -1,6 +1,6 @@
 """Processes for datasets with slow Python transforms: each makes every n-th batch and sends it through shared memory.
 
-Why not torch's DataLoader: it is to be told positions only, to be seeded by sample, and to end at once.
+torch's DataLoader is not used, because data processes need only positions, are seeded by sample, and must end at once.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
-import torch.multiprocessing  # registers how tensors travel between processes
+import torch.multiprocessing  # registers how tensors are sent between processes
 
 from raytrainer.errors import DataError
 
 
 def _serve(connection: Connection, parents: list[Connection], make: Callable[[int], Any]) -> None:
-    for end in parents:  # came along with the fork; open here, they would hide the parent's death
+    for end in parents:  # inherited by the fork; if left open here, they would hide the parent's death
         end.close()
-    # Ctrl-C, or a closed terminal's SIGHUP, reaches the whole group, and what to do about it is the parent's decision; its handlers are not ours.
+    # Ctrl-C, and SIGHUP from a closed terminal, reach the whole process group, and the parent decides what to do. The
+    # parent's own signal handlers must not run here.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)  # a forked OpenMP pool hangs, and the cores belong to the step
+    torch.set_num_threads(1)  # a forked OpenMP pool hangs, and training needs the cores
     while True:
         try:
             index = connection.recv()
-        except EOFError:  # the parent closed its end, or is gone
+        except EOFError:  # the parent closed its end or has died
             return
         answer: tuple[Any, Exception | None, str]
         try:
@@ -47,26 +48,26 @@ def _serve(connection: Connection, parents: list[Connection], make: Callable[[in
 
 
 class WorkerPool:
-    """`num_workers` processes that call `make(index)`; started when a generator of `run` is, ended when it closes.
+    """`num_workers` processes that call `make(index)`. Each generator of `run` starts them, and ends them on close.
 
     Args:
-        make: From a batch's number to its data; a copy of it lives in each process.
+        make: Returns the data of a batch by its number. Each process has its own copy.
         num_workers: At least 1.
-        depth: Batches that each process works ahead, at least 1.
-        name: What messages call the dataset.
+        depth: Batches that each process prefetches, at least 1.
+        name: The name of the dataset in messages.
     """
 
     def __init__(self, make: Callable[[int], Any], num_workers: int, depth: int, name: str) -> None:
         self.make, self.num_workers, self.depth, self.name = make, num_workers, max(1, depth), name
 
     def run(self, start: int, stop: int | None) -> Generator[tuple[int, Any], None, None]:
-        """`(index, make(index))` in order, from `start` until `stop`.
+        """Yield `(index, make(index))` in order, from `start` to `stop`.
 
         Raises:
             DataError: A process died.
-            Exception: What `make` raised, with the process's traceback as a note.
+            Exception: The error of `make`, with the process's traceback as a note.
         """
-        # Forked: a start in tenths of milliseconds instead of seconds, and nothing has to be pickled.
+        # A fork starts in tenths of milliseconds instead of seconds, and nothing has to be pickled.
         context = multiprocessing.get_context("fork")
         workers: list[tuple[Any, Connection]] = []
         try:
@@ -79,7 +80,7 @@ class WorkerPool:
                     daemon=True,
                 )
                 process.start()
-                theirs.close()  # so that the death of the process is the end of the pipe
+                theirs.close()  # so that the pipe ends when the process dies
                 workers.append((process, ours))
             waiting: deque[int] = deque()
             upcoming = start
@@ -94,7 +95,7 @@ class WorkerPool:
                 yield index, self._receive(workers[index % self.num_workers])
         finally:
             for process, _ in workers:
-                process.kill()  # it holds nothing that would have to be put away
+                process.kill()  # it holds nothing that needs cleanup
             for process, connection in workers:
                 process.join()
                 connection.close()

@@ -1,4 +1,4 @@
-"""A thread that works ahead of the loop, and the copies to the device that it makes there."""
+"""A thread that prefetches batches for the training loop, and their copies to the device."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from raytrainer.data.columns import Column, take
 T = TypeVar("T")
 
 _END = object()
-# Slower than this, a batch from a memory map came from a disk: a tenth of what memory copies, and a thread's slice.
+# If a batch from a memory map is slower than this, it came from a disk: a tenth of the speed of memory copies, plus the
+# length of a thread's time slice.
 _MEMORY_BYTES_A_S = 200e6
 _HICCUP_S = 0.002
 
 
 def prefetched(source: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
-    """The items of `source`, made in a thread that keeps up to `depth` of them ready.
+    """Yield the items of `source`, made in a thread that keeps up to `depth` of them ready.
 
-    What `source` raises is raised here. Closing this generator ends the thread: at once while it waits, and after the
-    item in work where it does not (a thread cannot be broken off; it is not waited for longer than a second).
+    An error of `source` is raised here. Closing this generator ends the thread: at once if it is waiting, else after
+    the current item, because a thread cannot be interrupted. Closing waits for at most a second.
     """
     slots = threading.Semaphore(depth)
     ready: SimpleQueue[Any] = SimpleQueue()
@@ -65,8 +66,11 @@ def prefetched(source: Generator[T, None, None], depth: int) -> Generator[T, Non
 
 
 def while_warm(source: Generator[tuple[Any, list[Any]], None, None]) -> Generator[tuple[Any, list[Any]], None, bool]:
-    """Batches (something, and a list of dicts or tuples of tensors) of `source` until three together came so slowly that a
-    disk must have been waited for. Its value is True if there are no more."""
+    """Yield batches of `source` until three in a row were so slow that they must have been read from a disk.
+
+    A batch is any object with a list of dicts or tuples of tensors. The generator returns True if `source` is
+    exhausted.
+    """
     slow = 0
     while slow < 3:
         began = time.perf_counter()
@@ -81,9 +85,9 @@ def while_warm(source: Generator[tuple[Any, list[Any]], None, None]) -> Generato
 
 
 class DeviceCopy:
-    """Copies batches to a CUDA device from pinned memory on a stream of its own, beside the training step.
+    """Copies batches from pinned memory to a CUDA device on its own stream, in parallel with the training step.
 
-    `start` is called where the batch is made, `finish` where it is used; between them the copy is on its way.
+    Call `start` where the batch is made and `finish` where it is used. The copy runs in between.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -107,18 +111,21 @@ class DeviceCopy:
         current.wait_event(event)
         for tensor in tensors(moved):
             if tensor.device.type == "cuda":
-                tensor.record_stream(current)  # its memory is the side stream's: not to be reused before we are done
+                # The side stream owns the memory, which must not be reused before the current stream is done.
+                tensor.record_stream(current)
         return moved
 
 
 def _can_be_recorded(data: Any) -> bool:
-    """Whether all memory of a batch is in dense tensors that we see. Of any other it cannot be said to the allocator
-    that another stream uses it, so it must be copied on the stream that does."""
+    """Return whether all memory of a batch is in dense tensors that we can find.
+
+    For other memory, the allocator cannot be informed that another stream uses it, so it must be copied on that stream.
+    """
     return all(is_dense(part) if isinstance(part, Tensor) else not moves_itself(part) for part in parts(data))
 
 
 def gather(columns: Any, rows: Tensor, pinned: bool = False) -> Any:
-    """The `rows` (int64 `[n]`, on the columns' device) of each column, as a dict or tuple like `columns`."""
+    """Return the `rows` (int64 `[n]`, on the columns' device) of each column, as a dict or tuple like `columns`."""
 
     def one(column: Column) -> Tensor:
         if not pinned:

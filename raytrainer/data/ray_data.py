@@ -1,6 +1,6 @@
-"""Rows of a Ray Data pipeline, for preprocessing that outgrows one machine: split over the ranks as it streams.
+"""Rows of a Ray Data pipeline, split over the ranks as they stream, for preprocessing that needs more than one machine.
 
-It gives up the order promise: which rows a batch holds is Ray's business.
+The order of samples is not reproducible, because Ray decides which rows a batch holds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from raytrainer.seeds import mix
 
 
 def _ray() -> Any:
-    """Ray, in a process that has a cluster: a worker of Ray Train, a trial of a sweep."""
+    """Return the `ray` module, in a process that has a cluster: a Ray Train worker or a trial of a sweep."""
     import ray
     import ray.data
 
@@ -31,24 +31,24 @@ def _ray() -> Any:
 
 
 class RayDataset:
-    """An iterable over the rows of a `ray.data.Dataset`: dicts of tensors (numbers) and of what else Ray gives.
+    """An iterable over the rows of a `ray.data.Dataset`: dicts of tensors (for numbers) and of Ray's other values.
 
-    The ranks share one execution an epoch, and each gets as many rows (up to as many as there are ranks are left out).
-    A resumed run goes on in the epoch in which it stopped, after as many rows as it had read; which those are depends on
-    the pipeline.
+    The ranks share one execution per epoch, and each gets the same number of rows. At most as many rows as there are
+    ranks are left out. A resumed run continues in the epoch in which it stopped, after as many rows as it had read.
+    Which rows these are depends on the pipeline.
 
     Args:
         dataset: The pipeline, or a function that makes it (`_partial_: true`; only rank 0 calls it).
-        path: In its place, Parquet files as `ray.data.read_parquet` takes them.
-        shuffle_rows: Rows of each rank from which the next are drawn at random; 0 for the order in which they come. The
-            more, the better the shuffle, and the later the first batch.
-        seed: Of those draws.
+        path: Instead of `dataset`: Parquet files, as `ray.data.read_parquet` accepts them.
+        shuffle_rows: The size of each rank's buffer from which the next rows are drawn at random; 0 for no shuffling. A
+            larger buffer shuffles better, but delays the first batch.
+        seed: The seed of these draws.
         reshape: By column, the shape of one row's value, `{"image": [1, 8, 8]}`.
         transform: See `raytrainer.data.ColumnDataset`.
 
     Raises:
-        ConfigError: Not one of `dataset` and `path`; there is no Ray cluster here.
-        DataError: (when read) `dataset` is no `ray.data.Dataset`.
+        ConfigError: Both or neither of `dataset` and `path` are set, or there is no Ray cluster.
+        DataError: (when read) `dataset` is not a `ray.data.Dataset`.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class RayDataset:
         return iter(self.shard(0, 1))
 
     def shard(self, rank: int, world_size: int) -> _Shard:
-        """The rows of one rank. All ranks call it: they read from one execution, which rank 0 starts."""
+        """Return the rows of one rank. All ranks call it and read from one execution, which rank 0 starts."""
         if world_size == 1:
             return self._shard(self._pipeline().iterator(), rank, world_size)
         pickle = self._ray.cloudpickle
@@ -109,12 +109,12 @@ class RayDataset:
 
 
 class _Shard:
-    """What one rank reads. Its state is the number of rows given out on all ranks, in this epoch.
+    """The rows that one rank reads. Its state is the number of rows yielded on all ranks in this epoch.
 
     Args:
-        read: From an epoch to its batches, each a dict of arrays.
-        world_size: How many ranks read as much.
-        shapes: By column, of one row's value.
+        read: Returns the batches of an epoch, each a dict of arrays.
+        world_size: The number of ranks, which all read the same number of rows.
+        shapes: By column, the shape of one row's value.
     """
 
     def __init__(
@@ -139,10 +139,10 @@ class _Shard:
             for row in range(first, count):
                 self._given += 1
                 yield {name: column[row] for name, column in columns.items()}
-        self._given = 0  # the next epoch begins at the start
+        self._given = 0  # the next epoch starts from the beginning
 
     def _column(self, name: str, values: Any) -> Any:
-        """A tensor `[rows, ...]` of numbers; anything else as it is."""
+        """Convert numbers to a tensor `[rows, ...]`; return anything else unchanged."""
         if values.dtype == object and isinstance(values[0], np.ndarray | list) and name in self._shapes:
             values = np.stack(values)
         if values.dtype.kind not in "biuf":

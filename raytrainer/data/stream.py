@@ -1,4 +1,4 @@
-"""Batches of an iterable dataset: no order promise, but an exact position, kept as the dataset's own state.
+"""Batches of an iterable dataset. Their order is up to the dataset, but the position is exact: the dataset's own state.
 
 Every rank reads the same stream and keeps its slice of each batch, unless the dataset can `shard` itself.
 """
@@ -21,7 +21,7 @@ State = dict[str, Any]
 
 
 class Stream:
-    """See `raytrainer.data.Loader`; `run` gives a step, the samples of each of its micro-batches, and the state."""
+    """The batches of an iterable. For the arguments, see `raytrainer.data.Loader`."""
 
     def __init__(
         self,
@@ -42,7 +42,8 @@ class Stream:
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.world_size, self.pad_empty = rank, world_size, pad_empty
         mine = rank_slice(global_batch_size, rank, world_size)
-        # A shard's end is not known to the other ranks, so its last, short batch cannot be shared: full ones only.
+        # Other ranks do not know where a shard ends, so its last, short batch cannot be shared: only full batches
+        # count.
         self._wanted = mine.stop - mine.start if self.sharded else global_batch_size
         self._least = self._wanted if drop_last or self.sharded else 1
         if self._wanted == 0:
@@ -59,7 +60,7 @@ class Stream:
 
     @property
     def announced(self) -> int | None:
-        """Batches in an epoch, from the iterable's own `__len__` (samples; of a shard its own); None without one."""
+        """The batches in an epoch, from the `__len__` (in samples) of the shard or iterable; None without one."""
         for dataset, size in ((self.dataset, self._wanted), (self._whole, self.global_batch_size)):
             try:
                 length = len(dataset)
@@ -69,11 +70,19 @@ class Stream:
         return None
 
     def run(self, start: int, saved: State | None) -> Generator[tuple[Step, list[list[Any]], State, int], None, None]:
-        """Batches from `start` on, for ever, and the samples of the epoch that this rank has read for them. `saved` is the
-        state that came with batch `start - 1`; without it, what comes before `start` is read and thrown away.
+        """Yield batches from `start` on, without end.
+
+        Args:
+            start: The number of the first batch.
+            saved: The state that was yielded with batch `start - 1`. Without it, everything before `start` is read and
+                discarded.
+
+        Yields:
+            The step, the samples of each of its micro-batches, the state after it, and the number of the epoch's
+            samples that this rank has read so far.
 
         Raises:
-            DataError: The dataset raised, or an epoch of it has no batch.
+            DataError: The dataset raised an error, or an epoch has no batch.
         """
         index, epoch, place, ended = 0, 0, 0, False
         if saved and saved["index"] == start and self.stateful:
@@ -84,13 +93,14 @@ class Stream:
         self._used = True
         stream = self._open(epoch)
         rows = self._read(stream, place)
-        if ended and len(rows) < self._least:  # it was restored at its end, and now found out
+        if ended and len(rows) < self._least:  # the state was saved at the end of an epoch, which shows only now
             stream = self._open(epoch)
             rows = self._read(stream, place)
         while True:
             if len(rows) < self._least:
                 raise self._too_few(len(rows), epoch)
-            state = self._snapshot()  # before reading on: to know whether an epoch ends, one batch more has to be read
+            # Take the state before reading on, because one more batch must be read to know whether the epoch ends.
+            state = self._snapshot()
             following = self._read(stream, place + 1)
             ends = len(following) < self._least
             if index >= start:
@@ -108,7 +118,7 @@ class Stream:
             rows = following
 
     def _too_few(self, count: int, epoch: int) -> DataError:
-        """Of an epoch without a batch."""
+        """Return the error for an epoch without a batch."""
         if count == 0 and (epoch > 0 or self._exhausted or self._is_iterator):
             return DataError(
                 f"{self.name}: epoch {epoch} gave no samples, though the iterable has been read before. It can be iterated "
@@ -143,7 +153,7 @@ class Stream:
         return rows
 
     def _snapshot(self) -> Any:
-        # A copy, since a dataset may well return what it goes on changing.
+        # Copy the state, because a dataset may return an object that it changes later.
         return copy.deepcopy(self.dataset.state_dict()) if self.stateful else None
 
     def _step(self, index: int, epoch: int, place: int, rows: list[Any], ends: bool) -> tuple[Step, list[list[Any]]]:
@@ -154,7 +164,7 @@ class Stream:
         step = Step(index, epoch, size, ends, [])
         micro = []
         for begin, end in cut(size, self.rank, self.world_size, self.micro_batch_size, self.pad_empty):
-            # An empty slice gets one sample of the batch as a stand-in, which counts for nothing.
+            # An empty slice gets one sample of the batch as a placeholder, with size 0.
             one, past = (begin, end) if end > begin else (offset, offset + 1)
             step.micro.append((numbers[one:past], end - begin))
             micro.append(rows[one - offset : past - offset])

@@ -1,4 +1,4 @@
-"""Text that every machine has: the Python standard library's own sources, byte by byte."""
+"""Text that needs no download: the sources of the Python standard library, as bytes."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from raytrainer.data.tokens import TokenWindows
 from raytrainer.errors import ConfigError, DataError
 from raytrainer.seeds import mix
 
-# Not text (tables), not everywhere (Debian packs tests apart), or not the library's.
+# Tables instead of text, directories that not every installation has (Debian packages tests separately), and other
+# packages.
 _LEFT_OUT = {"encodings", "pydoc_data", "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_HELD_OUT = 10  # one file in so many is for validation
-_BETWEEN = b"\0"  # files; no source holds it
+_HELD_OUT = 10  # one file in this many is for validation
+_BETWEEN = b"\0"  # between files; no source contains it
 
 
 class PythonSources(TokenWindows):
-    """The sources of the standard library that this Python runs with, as bytes: ids below 256, a 0 after each file.
+    """The sources of this Python's standard library as bytes: ids below 256, and a 0 after each file.
 
-    Files come in the order of a hash of their names, which also says whose split each is: a bounded part is of all
-    sorts, and a file that one machine lacks moves no other. Another release of Python has somewhat other text.
+    Files are ordered by a hash of their names, which also decides the split of each file. A limited part is therefore a
+    mixture, and a file that is missing on one machine does not move the others. The text depends on the Python release.
 
     Args:
         split: `train` (nine files in ten) or `val`.
-        seq_len: Bytes in a window; see `raytrainer.data.TokenDataset` for the samples.
-        max_bytes: At most so many, the last file cut; None for all, about 10 MB in both splits.
-        folder: Where the sources are; None: where this Python has its own.
+        seq_len: Bytes in a window; for the samples, see `raytrainer.data.TokenDataset`.
+        max_bytes: The maximum number of bytes; the last file is cut. None for all, about 10 MB in both splits.
+        folder: The directory of the sources; None for this Python's own.
 
     Raises:
-        ConfigError: Another split; a bound below 2.
-        DataError: There are no sources: some installations have them compiled, or in an archive.
+        ConfigError: The split is unknown, or the limit is below 2.
+        DataError: There are no sources, because some installations have them compiled or in an archive.
     """
 
     def __init__(
@@ -65,9 +66,9 @@ class PythonSources(TokenWindows):
 
 
 def _sources(root: Path) -> Iterator[str]:
-    """The names of the sources below `root`, with `/`, in any order."""
+    """Yield the names of the sources below `root`, with `/`, in any order."""
     for folder, below, files in os.walk(root):
         below[:] = [name for name in below if name not in _LEFT_OUT]
         inside = Path(folder).relative_to(root)
-        # _sysconfigdata: how this one Python was built.
+        # _sysconfigdata describes how this Python was built.
         yield from ((inside / f).as_posix() for f in files if f.endswith(".py") and not f.startswith("_sysconfigdata"))

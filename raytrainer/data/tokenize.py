@@ -1,6 +1,6 @@
-"""Text, JSON lines or Parquet to a file of tokens, with any tokenizer.json: `python -m raytrainer.data.tokenize --help`.
+"""Convert text, JSON lines or Parquet to a file of tokens: `python -m raytrainer.data.tokenize --help`.
 
-The file is what `raytrainer.data.TokenDataset` reads. It is there when it is whole, and not before.
+Any tokenizer.json works. `raytrainer.data.TokenDataset` reads the file, which appears only when it is complete.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from raytrainer.storage.files import redacted
 FORMATS = ("text", "jsonl", "parquet")
 _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".parq": "parquet", ".pq": "parquet"}
 _COMPRESSED = {".gz", ".bz2", ".zst", ".lz4"}
-# What the usual tokenizers have for the end of a document.
+# The end-of-document tokens of common tokenizers.
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 2_000_000, 10_000
 
@@ -42,21 +42,23 @@ def tokenize(
     separator: str | None = None,
     progress: bool = False,
 ) -> TokenFile:
-    """Writes the tokens of all documents to one file, in the order of the sources, and returns its head.
+    """Write the tokens of all documents to one file, in the order of the sources. Return the header of the file.
 
     Args:
-        sources: Files, directories (all files below, sorted; hidden ones left out) and URIs of both that pyarrow knows
-            (`s3://`, `gs://`, `abfs://`). `.gz`, `.bz2`, `.zst` and `.lz4` are unpacked.
-        output: The file to write; one that is there is replaced when the new one is whole.
+        sources: Files, directories (all files below them, sorted, except hidden ones) and URIs of both that pyarrow
+            supports (`s3://`, `gs://`, `abfs://`). `.gz`, `.bz2`, `.zst` and `.lz4` files are decompressed.
+        output: The file to write. An existing file is replaced when the new one is complete.
         tokenizer: A `tokenizer.json` of Hugging Face's tokenizers.
         column: The field of a JSON line, or the column of a Parquet file, that holds the text.
-        kind: `text` (a file is a document), `jsonl` or `parquet`; None: by each file's suffix, `text` for any other.
-        separator: The token after each document; `none` for none; None: the first of the usual ones that there is.
-        progress: Tell standard error every two seconds how far it is.
+        kind: `text` (a file is a document), `jsonl` or `parquet`. None decides by each file's suffix, `text` for
+            unknown ones.
+        separator: The token after each document; `none` for no token. None uses the first usual one that the tokenizer
+            has.
+        progress: Whether to print progress to standard error every two seconds.
 
     Raises:
-        ConfigError: tokenizers is not installed; a tokenizer, separator or place to write that cannot be used.
-        DataError: A source that is not there or cannot be read; a document without text; no documents at all.
+        ConfigError: tokenizers is not installed, or the tokenizer, separator or output cannot be used.
+        DataError: A source does not exist or cannot be read, a document has no text, or there are no documents.
     """
     if kind is not None and kind not in FORMATS:
         raise ConfigError("is unknown", key="--format", value=kind, choices=FORMATS)
@@ -91,7 +93,7 @@ def _said(head: TokenFile) -> str:
 
 
 def _load(path: Path) -> tuple[Any, str]:
-    """The tokenizer, and the SHA-256 of its file."""
+    """Return the tokenizer, and the SHA-256 of its file."""
     try:
         import tokenizers
     except ImportError as error:
@@ -105,7 +107,7 @@ def _load(path: Path) -> tuple[Any, str]:
         return tokenizers.Tokenizer.from_buffer(data), hashlib.sha256(data).hexdigest()
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", key="--tokenizer", value=str(path)) from error
-    except Exception as error:  # its own errors are of no particular type
+    except Exception as error:  # tokenizers raises a plain Exception
         raise ConfigError(f"is no tokenizer.json: {error}", key="--tokenizer", value=str(path)) from error
 
 
@@ -121,7 +123,7 @@ def _separator(wanted: str | None, vocabulary: dict[str, int]) -> int | None:
 
 
 def _files(source: str) -> Iterator[tuple[pafs.FileSystem, str]]:
-    """The files of a source, sorted by path, each with its file system."""
+    """Yield the files of a source with their file system, sorted by path."""
     shown = redacted(source)
     try:
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", source):
@@ -208,7 +210,7 @@ def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Exit codes: 0 done, 1 failed, 2 refused before it started."""
+    """Run the command. Exit codes: 0 success, 1 failed, 2 refused before it started."""
     parser = argparse.ArgumentParser(
         prog="python -m raytrainer.data.tokenize",
         description="Tokenizes documents into one file for raytrainer.data.TokenDataset.",

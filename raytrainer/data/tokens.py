@@ -1,6 +1,6 @@
-"""Streams of tokens as datasets of windows, and their files: one page of JSON, then the ids, read through a memory map.
+"""Streams of tokens as datasets of windows, and their files: a page of JSON, then the ids, read through a memory map.
 
-Opening a file costs the same whatever its length: the operating system reads the pages that batches touch.
+Opening a file costs the same whatever its length, because the operating system reads only the pages that batches use.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ IGNORED = -100
 _PAGE = 4096
 _FORMAT = "raytrainer tokens 1"
 _COPY = "copy.tokens"
-_BLOCK = 16 << 20  # bytes read from a server at once
+_BLOCK = 16 << 20  # bytes per read from a server
 _TYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 
 class TokenWindows:
-    """A stream of token ids cut into windows, each a sample: `{"input_ids": [seq_len], "labels": [seq_len]}`, int64.
+    """A stream of token ids cut into windows. Samples: `{"input_ids": [seq_len], "labels": [seq_len]}`, int64.
 
-    The labels are the ids that follow, so that over all samples every token but the first is predicted once. The last
-    window is filled up with inputs of 0 and labels of -100, which do not count. Documents are not kept apart: a window
-    may hold the end of one and the beginning of the next.
+    The labels are the ids that follow, so over all samples every token but the first is predicted once. The last window
+    is padded with inputs of 0 and labels of -100, which do not count. Documents are not separated: a window may hold
+    the end of one and the beginning of the next.
 
     Args:
-        tokens: All ids, 1-d, of an unsigned type; a memory map is read only where a batch needs it.
+        tokens: All ids, 1-d, of an unsigned type. A memory map is read only where a batch needs it.
         seq_len: Tokens in a window.
 
     Raises:
         ConfigError: `seq_len` is below 1.
-        DataError: Fewer than two tokens.
+        DataError: There are fewer than two tokens.
     """
 
     def __init__(self, tokens: Ids, seq_len: int) -> None:
@@ -64,7 +64,8 @@ class TokenWindows:
         self._whole: Ids = np.lib.stride_tricks.as_strided(
             tokens, (whole, seq_len + 1), (seq_len * step, step), writeable=False
         )
-        self._rest: Ids = tokens[whole * seq_len :]  # with the last token of the window before: 1 means nothing is left
+        # It includes the last token of the previous window, so a length of 1 means that nothing is left.
+        self._rest: Ids = tokens[whole * seq_len :]
 
     def __len__(self) -> int:
         return len(self._whole) + (len(self._rest) > 1)
@@ -82,7 +83,7 @@ class TokenWindows:
         ids = torch.from_numpy(windows)
         batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
         if not whole.all():
-            # Of its own, since the two overlap in `ids`.
+            # Copy both, because they overlap in `ids`.
             last, rest = torch.from_numpy(~whole), torch.from_numpy(self._rest.astype(np.int64))
             batch = {name: values.clone() for name, values in batch.items()}
             batch["input_ids"][last] = torch.nn.functional.pad(rest[:-1], (0, self.seq_len - len(rest) + 1))
@@ -92,15 +93,15 @@ class TokenWindows:
 
 @dataclass(frozen=True)
 class TokenFile:
-    """What the head of a file of tokens says.
+    """The header of a file of tokens.
 
     Attributes:
-        dtype: Of an id: `uint16` or `uint32`, little-endian.
-        vocab_size: Ids are below it.
-        separator: The id after each document; None: they follow each other directly.
+        dtype: The type of an id: `uint16` or `uint32`, little-endian.
+        vocab_size: All ids are below it.
+        separator: The id after each document; None if there is none.
         tokenizer: SHA-256 of the tokenizer's file.
-        tokens, documents: How many.
-        bytes: Of the texts, in UTF-8.
+        tokens, documents: The number of each.
+        bytes: The size of the texts in UTF-8.
     """
 
     dtype: str
@@ -113,7 +114,7 @@ class TokenFile:
 
     @property
     def bytes_per_token(self) -> float:
-        """The mean, separators among the tokens: what `TokenCrossEntropy` needs for bits a byte."""
+        """The mean, with separators counted as tokens. `TokenCrossEntropy` needs it for bits per byte."""
         return self.bytes / self.tokens
 
 
@@ -121,17 +122,17 @@ class TokenDataset(TokenWindows):
     """The windows of a file that `python -m raytrainer.data.tokenize` made, or of a part of it.
 
     Args:
-        path: The file, on this machine or a file system that all workers share; or a URI of it that pyarrow knows
+        path: The file, on this machine or on a file system that all workers share; or its URI that pyarrow supports
             (`s3://`, `gs://`, `abfs://`), which each machine copies once.
-        seq_len: Tokens in a window; see `TokenWindows` for the samples.
-        begin, end: Which part of the stream, as fractions of its tokens: `end: 0.99` to train on and `begin: 0.99` to
-            validate on share no token.
-        vocab_size: The model's; a file with larger ids is refused.
-        cache: Of a URI the directory for the copy; "auto" is `$XDG_CACHE_HOME/raytrainer` (~/.cache/raytrainer).
+        seq_len: Tokens in a window; for the samples, see `TokenWindows`.
+        begin, end: The part of the stream, as fractions of its tokens. Training with `end: 0.99` and validation with
+            `begin: 0.99` share no token.
+        vocab_size: The model's vocabulary size. A file with larger ids is refused.
+        cache: The directory for the copy of a URI; "auto" is `$XDG_CACHE_HOME/raytrainer` (~/.cache/raytrainer).
 
     Raises:
-        ConfigError: A part that is none, or a vocabulary larger than the model's.
-        DataError: The file is not there, not of this kind, or not whole.
+        ConfigError: The part is invalid, or the file's vocabulary is larger than the model's.
+        DataError: The file does not exist, is not a file of tokens, or is incomplete.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class TokenDataset(TokenWindows):
     def check_source(
         path: str, seq_len: int, begin: float = 0.0, end: float = 1.0, vocab_size: int | None = None
     ) -> int | None:
-        """The number of windows; see docs/data.md."""
+        """Return the number of windows; see docs/data.md."""
         _check_part(begin, end)
         if "://" in path:
             return None
@@ -174,7 +175,7 @@ def _check_vocabulary(head: TokenFile, vocab_size: int | None, path: str) -> Non
 
 
 def _copied(uri: str, cache: str | Path) -> Path:
-    """The file of a URI on this machine's disk, where it can be mapped into memory."""
+    """Copy the file of a URI to this machine's disk, where it can be memory-mapped. Return the path."""
     filesystem, found = find_files(uri, (), "file of tokens")
     if len(found) != 1:
         raise DataError(f"{redacted(uri)}: are {len(found)} files, and one is wanted")
@@ -201,7 +202,7 @@ def _copied(uri: str, cache: str | Path) -> Path:
 
 def _mapped(path: Path) -> tuple[TokenFile, Ids]:
     try:
-        # One open file for both: a new one may be moved to the path meanwhile.
+        # Read both from one open file, because a new file may be moved to the path in between.
         with path.open("rb") as file:
             page, size = file.read(_PAGE), file.seek(0, os.SEEK_END)
             head = _parsed(page, size, path)
@@ -225,14 +226,14 @@ def _parsed(page: bytes, size: int, path: Path) -> TokenFile:
 
 
 class TokenWriter:
-    """Writes a file of tokens beside its place, and moves it there when it is whole.
+    """Writes a file of tokens under a temporary name, and renames it when it is complete.
 
-    As a context manager: leaving it by an exception leaves nothing behind. Two that write the same file do not meet;
-    the last to finish stays.
+    Use it as a context manager. After an exception it leaves no file. Two writers of the same file do not conflict; the
+    last to finish replaces the other's file.
 
     Args:
-        path: The file's place.
-        vocab_size, separator, tokenizer: See `TokenFile`. Ids are uint16 where they fit, else uint32.
+        path: The path of the file.
+        vocab_size, separator, tokenizer: See `TokenFile`. Ids are uint16 if they fit, else uint32.
     """
 
     def __init__(self, path: Path, *, vocab_size: int, separator: int | None, tokenizer: str) -> None:
@@ -244,7 +245,7 @@ class TokenWriter:
         self._file.write(b" " * _PAGE)
 
     def add(self, documents: Sequence[Sequence[int]], size: int) -> None:
-        """Adds documents of token ids, whose texts have `size` bytes together."""
+        """Add documents of token ids. `size` is the total size of their texts in bytes."""
         end = [] if self.head.separator is None else [self.head.separator]
         ids = np.concatenate([np.array([*document, *end], self._dtype) for document in documents])
         self._file.write(ids.tobytes())

@@ -1,5 +1,5 @@
-"""Where runs keep their files: a local directory or a URI, read and written alike, and locked by the run that owns it.
-Errors are StorageError with the place in them, StorageFull where there is no space left."""
+"""The storage of runs: a local directory or a URI with the same interface, and a lock for the run that owns it.
+Errors are StorageError with the location in the message, or StorageFull if there is no space left."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""One class, `Storage`: the files below an absolute local path or a URI that pyarrow knows (s3, gs, abfs, hdfs, file).
-Local files are written with the standard library, atomically and synced; pyarrow is imported for URIs alone."""
+"""`Storage`: the files below an absolute local path or a URI that pyarrow supports (s3, gs, abfs, hdfs, file).
+Local files are written with the standard library, atomically and synced. Only URIs import pyarrow."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 _SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "file")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _CHECK_S = 30.0
-_READS = 20  # of an object that changes meanwhile
+_READS = 20  # attempts to read an object that changes while it is read
 _SECRET = re.compile(r"key|secret|token|sas|sig|password|credential", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One name in a listing. `size` in bytes (0 for a directory), `mtime` in seconds since 1970 (0.0 where unknown)."""
+    """One name in a listing. `size` in bytes (0 for a directory), `mtime` in seconds since 1970 (0.0 if unknown)."""
 
     name: str
     is_dir: bool
@@ -41,8 +41,10 @@ class Entry:
 
 
 class Storage:
-    """The files below one root. Names are relative to it, with `/` between parts; `..`, `.`, empty parts, absolute
-    names and NUL are refused with a StorageError, so that no name leaves the root.
+    """The files below one root.
+
+    Names are relative to the root, with `/` between parts. A StorageError refuses `..`, `.`, empty parts, absolute
+    names and NUL, so no name can leave the root.
 
     Args:
         uri: An absolute local path, or a URI (`s3://bucket/prefix?region=...`, gs, abfs, hdfs, file).
@@ -80,24 +82,27 @@ class Storage:
 
     @property
     def is_local(self) -> bool:
-        """Whether the root is a directory of this machine (a shared mount included)."""
+        """Whether the root is a directory on this machine (including a shared mount)."""
         return self._local is not None
 
     @property
     def local_path(self) -> Path:
-        """The root as a path; StorageError for a URI."""
+        """The root as a path. Raises StorageError for a URI."""
         if self._local is None:
             raise StorageError(f"{self.display} is not a local directory")
         return self._local
 
     @property
     def display(self) -> str:
-        """The URI without user, password and secret-looking query values: what messages and logs may show."""
+        """The URI without user, password and secret-looking query values, for messages and logs."""
         return redacted(self.uri)
 
     @classmethod
     def shown_as(cls, display: str, root: str) -> Storage:
-        """The storage of which `display` is kept: with the user, password and query of `root`, where it is that or below."""
+        """Return the storage for a recorded `display`.
+
+        If it is `root` or below it, it gets the user, password and query of `root`.
+        """
         shown, whole = urlsplit(display), urlsplit(root)
         known, path = urlsplit(redacted(root)), whole.path.rstrip("/")
         if not shown.scheme:
@@ -108,13 +113,13 @@ class Storage:
         return cls(urlunsplit(shown._replace(netloc=whole.netloc, query=whole.query)))
 
     def for_ray(self) -> dict[str, Any]:
-        """What Ray calls `storage_path` and `storage_filesystem`; its dashboard shows the first."""
+        """Return Ray's `storage_path` and `storage_filesystem`. Ray's dashboard shows the former."""
         if self.display == self.uri:
             return {"storage_path": self.uri}
         return {"storage_path": self._key(""), "storage_filesystem": self._filesystem()}
 
     def child(self, name: str) -> Storage:
-        """The storage below `name` (one or more parts)."""
+        """Return the storage below `name` (one or more parts)."""
         parts = _parts(name)
         if not parts:
             return self
@@ -131,8 +136,11 @@ class Storage:
         return below
 
     def anchored(self, at: Storage | None = None) -> Storage:
-        """The same storage, which writes nothing any more once the local directory `at` (default: its own) is gone, and so
-        never makes a part of it again: StorageGone. A directory that is not there now, and a URI, have no anchor."""
+        """Return the same storage, which writes nothing once the local directory `at` (default: its own) is deleted.
+
+        Writes then raise StorageGone and never create a part of the directory again. A directory that does not exist
+        now, and a URI, have no anchor.
+        """
         anchor = (at or self)._local
         found = self.child("")
         if self._local is not None and anchor is not None and anchor.is_dir():
@@ -141,7 +149,7 @@ class Storage:
         return found
 
     def check_there(self) -> None:
-        """StorageGone if the directory that this is anchored to is not there any more."""
+        """Raise StorageGone if the directory to which this storage is anchored no longer exists."""
         if self._anchor is not None and not self._anchor.is_dir():
             raise StorageGone(
                 f"The run's directory {self._anchor} is gone: it was deleted or moved while the run was going on"
@@ -152,7 +160,7 @@ class Storage:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def where(self, rel: str) -> str:
-        """`rel` in full, as messages show it."""
+        """Return `rel` as a full path or URI, for messages."""
         if self._local is not None:
             return str(self._local.joinpath(*_parts(rel)))
         url = urlsplit(self.display)
@@ -161,21 +169,21 @@ class Storage:
     # -- reading -------------------------------------------------------------------------------------------------
 
     def exists(self, rel: str = "") -> bool:
-        """Whether a file or directory is there."""
+        """Return whether a file or directory exists."""
         with self._errors(rel):
             if self._local is not None:
                 return os.path.lexists(self._path(rel))
             return bool(self._info(rel).type.name != "NotFound")
 
     def read_bytes(self, rel: str) -> bytes:
-        """A whole file; StorageError if there is none."""
+        """Read a whole file. Raises StorageError if it does not exist."""
         data = self.read_if_exists(rel)
         if data is None:
             raise StorageError(f"{self.where(rel)}: no such file")
         return data
 
     def read_if_exists(self, rel: str) -> bytes | None:
-        """A whole file, or None if there is none."""
+        """Read a whole file; None if it does not exist."""
         with self._errors(rel):
             try:
                 if self._local is None:
@@ -186,8 +194,11 @@ class Storage:
                 return None
 
     def _read_object(self, rel: str) -> bytes | None:
-        """A whole object. A stream asks first how long it is, then for so many bytes: of one that was replaced in between
-        that is a part, and of one that was deleted an error of any kind."""
+        """Read a whole object.
+
+        A stream first requests the length and then that many bytes. If the object is replaced in between, it returns
+        only a part. If the object is deleted, it raises any kind of error.
+        """
         for left in reversed(range(_READS)):
             data: bytes | None = None
             try:
@@ -207,12 +218,12 @@ class Storage:
 
     @contextmanager
     def open_read(self, rel: str) -> Iterator[BinaryIO]:
-        """A file with `read`, `readinto` and `seek`, unbuffered where that is cheaper for large reads."""
+        """Open a file with `read`, `readinto` and `seek`. It is unbuffered if that is cheaper for large reads."""
         with self._errors(rel), self._open_read(rel) as file:
             yield file
 
     def list(self, rel: str = "") -> list[Entry]:
-        """The names directly below `rel`, sorted; none if it does not exist."""
+        """Return the entries directly below `rel`, sorted by name; empty if it does not exist."""
         with self._errors(rel):
             if self._local is not None:
                 return _list_local(self._path(rel))
@@ -240,15 +251,18 @@ class Storage:
     # -- writing -------------------------------------------------------------------------------------------------
 
     def write_bytes(self, rel: str, data: bytes) -> None:
-        """Write a whole file: readers see the old or the new content, never a part. Local: temporary file beside,
-        fsync, rename, fsync of the directory."""
+        """Write a whole file. Readers see the old or the new content, never a part.
+
+        Local: a temporary file beside it, fsync, rename, and fsync of the directory.
+        """
         if self._local is None:
             _to_its_end(lambda: self._write_object(rel, data))
             return
         path = self._path(rel, file=True)
         with self._errors(rel):
             self._make_parent(path)
-            # A short name of its own: the target's may already be as long as the file system allows.
+            # Use a short name, because the target's name may already have the longest length that the file system
+            # allows.
             beside = path.with_name(f".{uuid.uuid4().hex}.tmp")
             try:
                 with beside.open("xb") as file:
@@ -262,7 +276,7 @@ class Storage:
             _sync_directory(path.parent)
 
     def _write_object(self, rel: str, data: bytes) -> None:
-        # An object appears when it is complete; where there are directories, a rename makes it so.
+        # An object appears only when it is complete. A file system with directories needs a rename for that.
         moves = self._has_directories()
         target = f"{rel}.{uuid.uuid4().hex}.tmp" if moves else rel
         with self.open_write(target) as file:
@@ -273,7 +287,10 @@ class Storage:
 
     @contextmanager
     def open_write(self, rel: str) -> Iterator[BinaryIO]:
-        """A new file to write in pieces, synced to disk at the end. Not atomic: commit it by another file's name."""
+        """Open a new file for writing in pieces. It is synced to disk at the end.
+
+        This is not atomic: write another file last to commit it.
+        """
         with self._errors(rel):
             if self._local is not None:
                 path = self._path(rel, file=True)
@@ -291,8 +308,11 @@ class Storage:
                     yield cast(BinaryIO, file)
 
     def create_dir(self, rel: str) -> bool:
-        """Claim a new directory; False if the name is taken. Atomic on a local file system. An object store has no
-        directories: there it only says whether something has that prefix."""
+        """Create a directory. Return False if the name is taken.
+
+        This is atomic on a local file system. An object store has no directories, so there it only checks whether any
+        object has that prefix.
+        """
         with self._errors(rel):
             if self._local is None:
                 return not self.list(rel) and self._info(rel).type.name == "NotFound"
@@ -305,13 +325,13 @@ class Storage:
             return True
 
     def sync_dir(self, rel: str) -> None:
-        """Make the names in a local directory durable; nothing to do on an object store."""
+        """Make the names in a local directory durable. Does nothing on an object store."""
         with self._errors(rel):
             if self._local is not None:
                 _sync_directory(self._path(rel))
 
     def upload_tree(self, local_dir: str | os.PathLike[str], rel: str) -> None:
-        """Copy a local directory to `rel`, file by file (not atomic)."""
+        """Copy a local directory to `rel`, file by file. This is not atomic."""
         source = Path(local_dir).absolute()
         with self._errors(rel):
             if self._local is not None:
@@ -324,14 +344,17 @@ class Storage:
                 fs.copy_files(str(source), self._key(rel), fs.LocalFileSystem(), self._filesystem())
 
     def delete(self, rel: str) -> None:
-        """Delete a file or a tree; nothing if there is none. The root itself and anything that a symbolic link leads
-        out of it are refused; a link at `rel` is unlinked, never followed."""
+        """Delete a file or a tree. Does nothing if it does not exist.
+
+        The root itself, and any path that a symbolic link leads out of the root, are refused. A link at `rel` is
+        unlinked, never followed.
+        """
         if not _parts(rel):
             raise StorageError(f"{self.display}: refusing to delete the root")
         with self._errors(rel):
             if self._local is None:
                 info = self._info(rel)
-                with suppress(FileNotFoundError):  # another was faster
+                with suppress(FileNotFoundError):  # another process has just deleted it
                     if info.type.name == "Directory":
                         self._filesystem().delete_dir(self._key(rel))
                     elif info.type.name != "NotFound":
@@ -351,9 +374,11 @@ class Storage:
                 path.unlink(missing_ok=True)
 
     def check_writable(self) -> None:
-        """Write and delete a small probe; StorageError (or StorageFull) says why not. Creates no directory: where the
-        root does not exist yet, the nearest directory above it is probed. A server that takes a connection and does not
-        answer is given up after 30 s; a client's own patience is minutes."""
+        """Write and delete a small probe file. Raises StorageError (or StorageFull) with the reason if that fails.
+
+        It creates no directory: if the root does not exist yet, it probes the nearest existing parent. It gives up
+        after 30 s if a server accepts the connection but does not answer, because clients would wait for minutes.
+        """
         if self._local is None:
             problems: list[BaseException] = []
             asked = _thread(self._probe, problems)
@@ -384,12 +409,13 @@ class Storage:
         self.delete(probe)
 
     def lock(self, rel: str, owner: Mapping[str, str], *, limit_s: float = 60.0) -> Lock:
-        """Own this storage (or the part that `rel` names) while the returned lock is entered.
+        """Return a lock on this storage, or on the part that `rel` names.
 
         Args:
             rel: The lock's name, a small directory.
-            owner: Who asks, e.g. `{"run": NAME}`: named in the StorageLocked of all others.
-            limit_s: A claim without a sign of life for so long is stale (of this machine's processes it is known).
+            owner: The owner, e.g. `{"run": NAME}`, which the StorageLocked of others names.
+            limit_s: The age in seconds at which a lease without a heartbeat is stale. Of processes on this machine, the
+                lock knows whether they are alive.
         """
         from raytrainer.storage.lock import Lock
 
@@ -408,7 +434,7 @@ class Storage:
         if self._fs is None:
             from pyarrow import fs
 
-            # Connecting is put off to the first use: it may ask the network (an S3 bucket's region).
+            # Connect on first use, because this may need the network (for an S3 bucket's region).
             try:
                 self._fs, base = fs.FileSystem.from_uri(self.uri)
             except (OSError, ValueError) as exc:
@@ -441,8 +467,10 @@ class Storage:
 
 
 def _to_its_end(action: Callable[[], None]) -> None:
-    """Runs it where no signal's handler can raise: a stream that is dropped half written is closed, not aborted, and
-    what it has by then becomes the object."""
+    """Run an action in a thread, in which no signal handler can raise.
+
+    A stream that is dropped half-written is closed instead of aborted, and the bytes so far become the object.
+    """
     if threading.current_thread() is not threading.main_thread():
         action()
         return
@@ -460,19 +488,19 @@ def _to_its_end(action: Callable[[], None]) -> None:
 
 
 def _thread(action: Callable[[], None], problems: list[BaseException]) -> threading.Thread:
-    """A thread to run it; what it raises is in `problems` in the end."""
+    """Return a thread that runs an action and appends its exception to `problems`."""
 
     def run() -> None:
         try:
             action()
-        except BaseException as error:  # noqa: BLE001  raised again by who waits
+        except BaseException as error:  # noqa: BLE001  the waiting thread raises it
             problems.append(error)
 
     return threading.Thread(target=run, name="raytrainer-storage", daemon=True)
 
 
 def _parts(rel: str, *, file: bool = False) -> tuple[str, ...]:
-    """The parts of a relative name; a file's cannot be the root."""
+    """Return the parts of a relative name. The name of a file cannot be empty."""
     if rel == "" and not file:
         return ()
     parts = tuple(rel.split("/"))
@@ -488,7 +516,7 @@ def _list_local(path: Path) -> list[Entry]:
             for name in names:
                 try:
                     info = name.stat(follow_symlinks=False)
-                except FileNotFoundError:  # deleted since the directory was read
+                except FileNotFoundError:  # deleted after the directory was read
                     continue
                 is_dir = stat.S_ISDIR(info.st_mode)
                 entries.append(Entry(name.name, is_dir, 0 if is_dir else info.st_size, info.st_mtime))
@@ -501,7 +529,7 @@ def _sync_directory(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
-    except OSError as exc:  # some network and user-space file systems have no fsync of directories
+    except OSError as exc:  # some network and user-space file systems cannot fsync directories
         if exc.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -509,11 +537,12 @@ def _sync_directory(path: Path) -> None:
 
 
 def redacted(uri: str) -> str:
-    """A path or URI without user, password and secret-looking query values."""
+    """Return a path or URI without user, password and secret-looking query values."""
     if _SCHEME.match(uri) is None:
         return uri
     url = urlsplit(uri)
-    # Azure's `abfs://container@account` is a place, not a secret: only what has a password loses its user.
+    # Azure's `abfs://container@account` is a location, not a secret, so the user is removed only if there is a
+    # password.
     user, at, host = url.netloc.rpartition("@")
     netloc = host if at and ":" in user else url.netloc
     query = [(key, "***" if _SECRET.search(key) else value) for key, value in parse_qsl(url.query)]

@@ -1,6 +1,5 @@
-"""Where a run's metrics, tags and artifacts go: a protocol of four methods, and MLflow behind it, off the step's path.
-Importing this imports neither mlflow nor torch.
-"""
+"""Trackers: the protocol that training uses, and MLflow behind it, which never delays a training step.
+Importing this package imports neither mlflow nor torch."""
 
 from __future__ import annotations
 
@@ -39,23 +38,23 @@ __all__ = [
 
 @runtime_checkable
 class Tracker(Protocol):
-    """What training needs of a tracker. No method may fail or block for the sake of a server."""
+    """The methods that training needs from a tracker. No method may fail or block because of a server."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Values of one step, plain numbers. Costs microseconds."""
+        """Log the values of one step as plain numbers. A call takes microseconds."""
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Texts that describe the run; a later value replaces an earlier one."""
+        """Set texts that describe the run. A later value replaces an earlier one."""
 
     def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
-        """A file or directory, which the caller may delete at once."""
+        """Log a file or directory. The caller may delete it as soon as the call returns."""
 
     def close(self) -> None:
-        """Returns when what was logged is safe; further calls are dropped."""
+        """Return when everything that was logged is safe. Later calls are ignored."""
 
 
 class NullTracker:
-    """Keeps nothing: ranks other than the first, and runs without tracking."""
+    """A tracker that keeps nothing, for ranks other than 0 and for runs without tracking."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         pass

@@ -1,7 +1,7 @@
-"""The SQLite file behind a `sqlite:///` tracking URI: created exactly once, and checked without importing MLflow.
+"""Create the SQLite file behind a `sqlite:///` tracking URI exactly once, and check it without importing MLflow.
 
-MLflow creates its schema by some seventy migrations without a lock: of several first launches in a folder all but one
-would fail, and a launch that is killed meanwhile would leave half a database.
+MLflow creates its schema with about seventy migrations and without a lock. If several processes start in one folder for
+the first time, all but one would fail. A process that is killed meanwhile would leave an incomplete database.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from pathlib import Path
 
 from raytrainer.errors import ConfigError, TrackingUnreachable
 
-_LOCK_S = 60.0  # a creation takes about two seconds; whoever holds the lock for longer is stopped, or hangs
+_LOCK_S = 60.0  # creating a database takes about 2 s; a process that holds the lock longer is stopped or hangs
 _BUSY_S = 10.0  # MLflow's own writes take milliseconds
-_CHANGE_S, _MIGRATION_S = 0.5, 20.0  # a schema that does not change for so long is not being migrated
+_CHANGE_S, _MIGRATION_S = 0.5, 20.0  # a schema that does not change for this long is not being migrated
 
 
 @dataclass(frozen=True)
 class Schema:
-    """What a database says of itself.
+    """The schema of a database.
 
     Attributes:
         tables: The names of its tables.
-        revision: Of MLflow's schema; None where it has none.
-        runs: How many runs it holds.
+        revision: The revision of MLflow's schema; None if it has none.
+        runs: The number of runs in it.
     """
 
     tables: frozenset[str]
@@ -48,12 +48,12 @@ class Schema:
 
 
 def is_sqlite(tracking_uri: str) -> bool:
-    """Whether a tracking URI names a SQLite file."""
+    """Return whether a tracking URI names a SQLite file."""
     return re.match(r"sqlite(\+\w+)?:", tracking_uri) is not None
 
 
 def lost_database(tracking_uri: str) -> Path | None:
-    """The file of a SQLite store that is not there, though the store was used; None of any other store."""
+    """Return the file of a SQLite store if it no longer exists; None if it exists or the store is not SQLite."""
     if not tracking_uri.startswith("sqlite:"):
         return None
     path = sqlite_path(tracking_uri)
@@ -61,14 +61,15 @@ def lost_database(tracking_uri: str) -> Path | None:
 
 
 def sqlite_path(tracking_uri: str) -> Path:
-    """The file of a `sqlite:///` URL, absolute."""
+    """Return the absolute path of the file in a `sqlite:///` URL."""
     return Path(re.sub(r"^sqlite(\+\w+)?:///", "", tracking_uri).split("?")[0]).absolute()
 
 
 def default_tracking_uri(root: Path) -> str:
-    """The SQLite store in a directory: `sqlite:////ABS/mlflow.db`."""
+    """Return the URI of the SQLite store in a directory: `sqlite:////ABS/mlflow.db`."""
     path = root.absolute() / "mlflow.db"
-    # SQLAlchemy 2.1 unquotes the path, MLflow and SQLAlchemy 2.0 do not: a quoted one means two different files.
+    # SQLAlchemy 2.1 unquotes the path, but MLflow and SQLAlchemy 2.0 do not. A quoted path would name two different
+    # files.
     if re.search(r"\?|%[0-9A-Fa-f]{2}", str(path)):
         raise ConfigError(
             f"a path with a question mark or a %-escape cannot be in a database URL: {path};"
@@ -79,17 +80,18 @@ def default_tracking_uri(root: Path) -> str:
 
 
 def default_artifact_root(tracking_uri: str) -> str | None:
-    """Beside a SQLite store, `ABS/mlartifacts` as a file URI; None leaves it to the server."""
+    """Return the file URI of `mlartifacts` beside a SQLite store; None for a server, which chooses its own root."""
     if not is_sqlite(tracking_uri):
         return None
     return (sqlite_path(tracking_uri).parent / "mlartifacts").as_uri()
 
 
 def check_writable(tracking_uri: str) -> None:
-    """Check that a run can be logged into the file, which is not created by that.
+    """Check that a run can be logged into the database file. This does not create the file.
 
     Raises:
-        TrackingUnreachable: It cannot, and why: permissions, another schema, another program's file, a lock.
+        TrackingUnreachable: It cannot be written; the message names the reason (permissions, another schema, a file of
+            another program, or a lock).
     """
     path = sqlite_path(tracking_uri)
     if path.is_dir():
@@ -99,7 +101,8 @@ def check_writable(tracking_uri: str) -> None:
         )
     folder = next(parent for parent in path.parents if parent.exists())
     try:
-        # SQLite writes a journal beside the file. Permissions do not tell all: root may write to /proc, which takes nothing.
+        # SQLite writes a journal beside the file. The permissions alone are not enough: root may write to /proc, but no
+        # file can be created there.
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
@@ -111,7 +114,7 @@ def check_writable(tracking_uri: str) -> None:
     check_schema(tracking_uri)
     try:
         with contextlib.closing(sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)) as connection:
-            connection.execute("BEGIN IMMEDIATE")  # needs what a write needs, and writes nothing
+            connection.execute("BEGIN IMMEDIATE")  # needs the same permissions and locks as a write, but writes nothing
             connection.execute("ROLLBACK")
     except sqlite3.Error as error:
         raise _unusable(path, error) from error
@@ -120,14 +123,14 @@ def check_writable(tracking_uri: str) -> None:
 def check_schema(tracking_uri: str, *, sleep: Callable[[float], None] = time.sleep) -> None:
     """Check that an existing database has the schema of the installed MLflow.
 
-    A schema that another process is migrating at this moment is waited for.
+    While another process migrates the schema, wait for it, at most 20 s.
 
     Args:
-        tracking_uri: Of a SQLite database.
-        sleep: Waits for the given number of seconds; for tests.
+        tracking_uri: The URI of a SQLite database.
+        sleep: Waits for a number of seconds. Replaced in tests.
 
     Raises:
-        TrackingUnreachable: It has another schema, or the file is no database of MLflow.
+        TrackingUnreachable: The database has another schema, or the file is not an MLflow database.
     """
     path, deadline = sqlite_path(tracking_uri), time.monotonic() + _MIGRATION_S
     before: Schema | None = None
@@ -147,11 +150,11 @@ def check_schema(tracking_uri: str, *, sleep: Callable[[float], None] = time.sle
 
 
 def schema_problem(shown: str, revision: str | None) -> str:
-    """Why the installed MLflow cannot use a database of another schema, and the fix; a sentence.
+    """Return one sentence that says why the installed MLflow cannot use a database with another schema, and the fix.
 
     Args:
         shown: The database's URI, without a password.
-        revision: Of the schema that the database has; None: it has none.
+        revision: The revision of the database's schema; None if it has none.
     """
     head, known = known_revisions()
     installed = f"MLflow {_mlflow_version()} (schema {head})"
@@ -172,10 +175,10 @@ def schema_problem(shown: str, revision: str | None) -> str:
 
 
 def read_schema(path: Path) -> Schema | None:
-    """The schema of a database; None where there is no file.
+    """Return the schema of a database; None if the file does not exist.
 
     Raises:
-        TrackingUnreachable: The file is no SQLite database, or is locked or unreadable.
+        TrackingUnreachable: The file is not a SQLite database, or it is locked or unreadable.
     """
     if not path.exists():
         return None
@@ -185,13 +188,14 @@ def read_schema(path: Path) -> Schema | None:
         except sqlite3.OperationalError as error:
             if "locked" in str(error) or not os.access(path, os.W_OK):
                 raise
-            return _schema(path, "rw")  # a transaction of a process that was killed must be rolled back first
+            return _schema(path, "rw")  # SQLite must first roll back the transaction of a process that was killed
     except sqlite3.Error as error:
         raise _unusable(path, error) from error
 
 
 def _schema(path: Path, mode: str) -> Schema:
-    # Never opened otherwise: closing any other handle would drop the locks that SQLite holds in this process.
+    # Open the file only through SQLite. Closing any other descriptor of it would drop the locks that SQLite holds in
+    # this process.
     connection = sqlite3.connect(f"{path.as_uri()}?mode={mode}", uri=True, timeout=_BUSY_S)
     with contextlib.closing(connection):
         tables = {str(name) for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -202,7 +206,7 @@ def _schema(path: Path, mode: str) -> Schema:
 
 
 def read_experiment(tracking_uri: str, name: str) -> tuple[str, str] | None:
-    """An experiment's id and lifecycle stage (`active` or `deleted`); None where the database has none of this name.
+    """Return the id and lifecycle stage (`active` or `deleted`) of an experiment; None if it does not exist.
 
     Raises:
         TrackingUnreachable: The database cannot be read.
@@ -221,9 +225,10 @@ def read_experiment(tracking_uri: str, name: str) -> tuple[str, str] | None:
 
 
 def create(tracking_uri: str) -> None:
-    """Create the database if there is none. Several processes may do so at once: all find the same, complete one.
+    """Create the database if it does not exist. Several processes may do so at once: all get the same one.
 
-    It is made under another name and then given its own, so that nobody ever sees half of it, however this ends.
+    The file is created under a temporary name and then renamed, so that no process sees an incomplete database, even if
+    this process is killed.
     """
     path = sqlite_path(tracking_uri)
     if _is_there(path):
@@ -232,7 +237,7 @@ def create(tracking_uri: str) -> None:
     with _lock(path.parent) as is_locked:
         if _is_there(path):
             return
-        if is_locked:  # nobody else is at work: what is there is of a creation that was killed
+        if is_locked:  # no other process is creating the database, so these files are left from one that was killed
             for leftover in path.parent.glob(f".{path.name}.new-*"):
                 leftover.unlink(missing_ok=True)
         new = path.with_name(f".{path.name}.new-{uuid.uuid4().hex}")
@@ -245,7 +250,7 @@ def create(tracking_uri: str) -> None:
 
 
 def _is_there(path: Path) -> bool:
-    """Whether there is something that must not be replaced."""
+    """Return whether the file exists and is not empty, so that it must not be replaced."""
     try:
         return path.stat().st_size > 0
     except FileNotFoundError:
@@ -253,7 +258,7 @@ def _is_there(path: Path) -> bool:
 
 
 def _make(path: Path, artifact_root: str | None) -> None:
-    """A database of MLflow with its default experiment."""
+    """Create an MLflow database with its default experiment."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     store = SqlAlchemyStore(f"sqlite:///{path}", artifact_root)
@@ -261,7 +266,7 @@ def _make(path: Path, artifact_root: str | None) -> None:
 
 
 def _publish(new: Path, path: Path) -> None:
-    """Gives a finished file its name, unless another process was faster."""
+    """Give a finished file its final name, unless another process was faster."""
     try:
         os.link(new, path)
         return
@@ -276,9 +281,10 @@ def _publish(new: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[bool]:
-    """Holds the folder against other creations; False: this file system has no locks, or another holds it for too long.
+    """Lock the folder against other processes that create a database.
 
-    The lock is on the folder itself and leaves no file.
+    The lock is on the folder itself and leaves no file. Yields False if the file system has no locks, or if another
+    process holds the lock for too long.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -296,16 +302,17 @@ def _locked(descriptor: int) -> bool:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 return False
-        except OSError:  # NFS wants a descriptor to write through; the new name is given by one process alone anyway
+        except OSError:
+            # NFS needs a writable descriptor for a lock. Without the lock, `_publish` still gives the name only once.
             return False
         time.sleep(0.05)
 
 
 @lru_cache(maxsize=1)
 def known_revisions() -> tuple[str, frozenset[str]]:
-    """The schema revision that the installed MLflow expects, and all that it knows.
+    """Return the schema revision that the installed MLflow expects, and all revisions that it knows.
 
-    Read from its migration scripts: importing MLflow takes a second, and a launch does that beside other things.
+    They are read from MLflow's migration scripts, because importing MLflow takes a second.
     """
     spec = importlib.util.find_spec("mlflow")
     assert spec is not None
@@ -328,7 +335,7 @@ def _head() -> str:
 def _mlflow_version() -> str:
     try:
         return version("mlflow")
-    except PackageNotFoundError:  # another distribution of it
+    except PackageNotFoundError:  # MLflow is installed by another distribution, such as mlflow-skinny
         return "here"
 
 

@@ -1,4 +1,4 @@
-"""The keys under which metrics are in MLflow, which takes fewer names than users give: one key for each name."""
+"""Map each metric name to a unique MLflow key, because MLflow accepts fewer names than users may choose."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _LONGEST = 250
 
 
 class MetricKeys:
-    """Gives each metric name its key. Two names never share one: the later name gets a number at its end.
+    """The keys of all metric names. Two names never share a key: the later name gets a number at its end.
 
-    Of names that arrive together, those that MLflow takes as they are come first.
+    Among names that are added together, those that MLflow accepts unchanged come first.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class MetricKeys:
         self._names: dict[str, str] = {}
 
     def add(self, names: Iterable[str]) -> list[str]:
-        """Gives new names their keys; returns a sentence for each whose key is another."""
+        """Assign keys to new names. Return one sentence for each name whose key differs from it."""
         new = dict.fromkeys(name for name in names if name not in self._keys)
         return [said for name in sorted(new, key=lambda name: metric_key(name) != name) if (said := self._added(name))]
 
@@ -42,10 +42,13 @@ class MetricKeys:
 
 
 def metric_key(name: str) -> str:
-    """The nearest name that MLflow takes: letters, digits, `_ - . : /` and spaces, a clean relative path, 250 long."""
+    """Return the nearest name that MLflow accepts.
+
+    It is a clean relative path of letters, digits, spaces and `_ - . : /`, with at most 250 characters.
+    """
     text = str(name)
     key = re.sub(r"[^\w\-./: ]", "_", text)
-    if key != text:  # letters with separate accents are one letter each, as they look
+    if key != text:  # compose letters and separate accents into single letters, which MLflow accepts
         key = re.sub(r"[^\w\-./: ]", "_", unicodedata.normalize("NFC", text))
     parts = [part for part in key.split("/") if part not in ("", ".", "..")]
     return "/".join(parts)[:_LONGEST].rstrip("/") or "_"

@@ -1,5 +1,5 @@
-"""Questions to a tracking store that are not part of logging a run: which runs there are, where one is, what it left;
-and two answers for it: a dead run's end, and a registered model."""
+"""Queries to a tracking store that are not part of logging a run: search runs, and find the directory of a run.
+It also ends the MLflow run of a dead driver and registers models."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from raytrainer.tracking.server import Server, StoredRun
 RUN_DIR_TAG = "raytrainer.run_dir"
 SUBMISSION_TAG = "raytrainer.submission_id"
 SWEEP_TAG = "raytrainer.sweep"
-_AT_ONCE = 100  # ids in a question
-# Runs and sweeps have it, the trials of a sweep have not.
+_AT_ONCE = 100  # run ids in one query
+# Runs and sweeps have this tag; the trials of a sweep do not.
 _OWN_TAG = "raytrainer.where"
 
 
 def search_runs(
     tracking_uri: str, *, limit: int, user: str | None = None, status: str | None = None, sweep: str | None = None
 ) -> list[StoredRun]:
-    """Runs and sweeps of ours, or the trials of one sweep, the newest first.
+    """Return runs and sweeps of raytrainer, or the trials of one sweep, newest first.
 
     Args:
-        tracking_uri: Where.
-        limit: The most that are returned.
-        user: Only those of this user.
-        status: Only those with this status of MLflow's.
-        sweep: The name of the sweep whose trials are meant.
+        tracking_uri: The tracking store.
+        limit: The maximum number of runs.
+        user: Return only runs of this user.
+        status: Return only runs with this MLflow status.
+        sweep: The name of a sweep, to return its trials.
 
     Raises:
-        TrackingUnreachable, TrackingDenied: The store cannot be asked.
+        TrackingUnreachable, TrackingDenied: The store cannot be queried.
     """
     where = [f"tags.`{_OWN_TAG}` LIKE '%'" if sweep is None else f"tags.`{SWEEP_TAG}` = '{_quoted(sweep)}'"]
     if user is not None:
@@ -44,10 +44,10 @@ def search_runs(
 
 
 def find_run(tracking_uri: str, identifier: str) -> StoredRun | None:
-    """The run of ours with this MLflow id, name (the newest of it) or Ray submission id.
+    """Return the run of raytrainer with this MLflow id, name (the newest with the name) or Ray submission id.
 
     Raises:
-        TrackingUnreachable, TrackingDenied: The store cannot be asked.
+        TrackingUnreachable, TrackingDenied: The store cannot be queried.
     """
     name = _quoted(identifier)
     for where in (
@@ -62,10 +62,10 @@ def find_run(tracking_uri: str, identifier: str) -> StoredRun | None:
 
 
 def missing(tracking_uri: str, run_ids: Iterable[str]) -> set[str]:
-    """Those of these ids of MLflow's that the store has no run of any more, or only a deleted one.
+    """Return those of these MLflow run ids whose run was deleted or is not in the store.
 
     Raises:
-        TrackingUnreachable, TrackingDenied: The store cannot be asked.
+        TrackingUnreachable, TrackingDenied: The store cannot be queried.
     """
     asked = sorted(set(run_ids))
     there = set[str]()
@@ -77,18 +77,18 @@ def missing(tracking_uri: str, run_ids: Iterable[str]) -> set[str]:
 
 
 def find_launched(tracking_uri: str, name: str, run_dir: str, submission_id: str | None) -> StoredRun | None:
-    """The run of ours of which no id in MLflow is known: the newest of this name, or of this job, in this directory.
+    """Return a run whose MLflow id is not known: the newest run of this job or with this name, in this directory.
 
-    Another's run may have both, at another cluster and in another place.
+    The directory must match, because a run on another cluster may have the same name and the same submission id.
 
     Args:
-        tracking_uri: Where.
-        name: The run's.
-        run_dir: Its storage, without options.
-        submission_id: Of its job.
+        tracking_uri: The tracking store.
+        name: The name of the run.
+        run_dir: The storage of the run, without options.
+        submission_id: The submission id of its job, if it has one.
 
     Raises:
-        TrackingUnreachable, TrackingDenied: The store cannot be asked.
+        TrackingUnreachable, TrackingDenied: The store cannot be queried.
     """
     asked = [f"attributes.run_name = '{_quoted(name)}'"]
     if submission_id is not None:
@@ -101,27 +101,27 @@ def find_launched(tracking_uri: str, name: str, run_dir: str, submission_id: str
 
 
 def find_run_dir(tracking_uri: str, identifier: str) -> str | None:
-    """The storage of a run, found as by `find_run`; of a trial its sweep's. None: no run of ours.
+    """Return the storage of a run, found as in `find_run`, or of a trial's sweep; None if nothing is found.
 
     Raises:
-        TrackingUnreachable, TrackingDenied: The store cannot be asked.
+        TrackingUnreachable, TrackingDenied: The store cannot be queried.
     """
     found = find_run(tracking_uri, identifier)
     return None if found is None else run_dir_of(found)
 
 
 def find_own_dir(tracking_uri: str, identifier: str) -> str | None:
-    """As `find_run_dir`, but of a trial its own directory, which has its checkpoints.
+    """Return the same as `find_run_dir`, but for a trial its own directory, which holds its checkpoints.
 
     Raises:
-        TrackingUnreachable, TrackingDenied: The store cannot be asked.
+        TrackingUnreachable, TrackingDenied: The store cannot be queried.
     """
     found = find_run(tracking_uri, identifier)
     return None if found is None else found.tags[RUN_DIR_TAG]
 
 
 def run_dir_of(run: StoredRun) -> str:
-    """Where its record is: of a trial the sweep's directory."""
+    """Return the directory that holds the run record; for a trial, the sweep's directory."""
     place = run.tags[RUN_DIR_TAG]
     if SWEEP_TAG not in run.tags:
         return place
@@ -130,10 +130,10 @@ def run_dir_of(run: StoredRun) -> str:
 
 
 def reach(tracking_uri: str) -> None:
-    """Gets ready for telling the store something: what follows takes no import and no first connection.
+    """Connect to the store, so that later calls need no import and no first connection.
 
     Raises:
-        TrackingUnreachable, TrackingDenied: It cannot be told anything.
+        TrackingUnreachable, TrackingDenied: The store cannot be used.
     """
     Server(tracking_uri).probe()
 
@@ -141,21 +141,24 @@ def reach(tracking_uri: str) -> None:
 def close_run(
     tracking_uri: str, run_id: str, status: Status, cause: str, ended: float, tags: Mapping[str, str] | None = None
 ) -> bool:
-    """Ends a run whose own process cannot any more; False: it has ended, or is gone.
+    """Set the final status of a run whose own driver is dead.
 
     Args:
-        tracking_uri: Where.
-        run_id: MLflow's.
-        status: How it ended.
-        cause: Why, in a line.
-        ended: When, in seconds since the epoch.
-        tags: Further ones.
+        tracking_uri: The tracking store.
+        run_id: The MLflow run id.
+        status: The final status.
+        cause: The reason, in one line.
+        ended: The end, in seconds since the epoch.
+        tags: Further tags to set.
+
+    Returns:
+        False if the run has already ended or does not exist.
 
     Raises:
-        TrackingError: The store cannot be told.
+        TrackingError: The store cannot be written.
     """
     server = Server(tracking_uri)
-    # Asked again: whoever was thought dead may have told its end in between.
+    # Query again: a driver that was considered dead may have ended its run in the meantime.
     found = server.search(f"attributes.run_id = '{_quoted(run_id)}'", 1)
     if not found or found[0].status != "RUNNING":
         return False
@@ -165,10 +168,10 @@ def close_run(
 
 
 def register_model(tracking_uri: str, run_id: str, folder: str, name: str) -> str:
-    """Registers the model in `folder` of the run's artifacts as a new version of `name`; returns the version.
+    """Register the model in `folder` of the run's artifacts as a new version of `name`. Return the version.
 
     Raises:
-        TrackingError: The store has no such artifact, or no registry.
+        TrackingError: The store has no such artifact, or no model registry.
     """
     return Server(tracking_uri, timeout_s=30).create_model_version(run_id, folder, name)
 
@@ -177,9 +180,9 @@ def _search(tracking_uri: str, where: str, limit: int) -> list[StoredRun]:
     if is_sqlite(tracking_uri):
         schema = read_schema(sqlite_path(tracking_uri))
         if schema is None or schema.is_empty:
-            return []  # MLflow would create it, and a question leaves nothing behind
+            return []  # MLflow would create the database, but a query must not change anything
     if is_plain(tracking_uri):
-        # MLflow's client may know of more ways to say who we are (.netrc, a plugin's headers).
+        # MLflow's client may find further credentials (.netrc, headers from a plugin).
         with suppress(TrackingDenied):
             return Rest(tracking_uri).search(where, limit)
     return Server(tracking_uri).search(where, limit)

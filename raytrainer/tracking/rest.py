@@ -1,6 +1,5 @@
-"""Searching a tracking server by plain HTTP: a listing cannot wait the second or more that importing mlflow takes.
-Reads alone; what needs more of MLflow (a plugin's authentication, workspaces) is left to its own client.
-"""
+"""Search a tracking server over plain HTTP, because importing mlflow would delay a listing by a second or more.
+It only reads. Features that need MLflow (authentication by a plugin, workspaces) are left to MLflow's own client."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from raytrainer import proxies
 from raytrainer.errors import TrackingUnreachable
 from raytrainer.tracking.server import Rejected, StoredRun, denied, redacted, with_fix, without_secrets
 
-# With one of these set, or another scheme, MLflow's own client is asked.
+# If one of these is set, or the address has another scheme, MLflow's own client is used.
 _NOT_PLAIN = (
     "MLFLOW_TRACKING_AUTH",
     "MLFLOW_TRACKING_AWS_SIGV4",
@@ -29,16 +28,16 @@ _NOT_PLAIN = (
 
 
 def is_plain(uri: str) -> bool:
-    """Whether `Rest` can ask the server of this address as MLflow's client would."""
+    """Return whether `Rest` can query the server at this address in the same way as MLflow's client."""
     return uri.startswith(("http://", "https://")) and not any(os.environ.get(name) for name in _NOT_PLAIN)
 
 
 class Rest:
-    """A tracking server's REST interface, as far as searching goes. Raises as `Server` does.
+    """The search part of a tracking server's REST interface. It raises the same errors as `Server`.
 
     Args:
-        uri: http(s), which may hold user and password.
-        timeout_s: Of one request.
+        uri: An http(s) address, which may contain a user and a password.
+        timeout_s: The timeout of one request, in seconds.
     """
 
     def __init__(self, uri: str, *, timeout_s: float = 10) -> None:
@@ -49,7 +48,7 @@ class Rest:
         self._headers = {"Content-Type": "application/json", **_credentials(uri)}
 
     def search(self, where: str, limit: int) -> list[StoredRun]:
-        """As `Server.search`."""
+        """Search runs as `Server.search` does."""
         experiments: list[str] = []
         token: str | None = None
         while token != "":
@@ -67,7 +66,7 @@ class Rest:
 
     def _post(self, endpoint: str, body: dict[str, Any]) -> dict[str, Any]:
         url, data = f"{self._base}/api/2.0/mlflow/{endpoint}", json.dumps(body).encode()
-        request = urllib.request.Request(url, data, self._headers)  # noqa: S310  `is_plain` has seen the scheme
+        request = urllib.request.Request(url, data, self._headers)  # noqa: S310  `is_plain` has checked the scheme
         try:
             with self._opener.open(request, timeout=self._timeout_s) as answer:
                 found = json.load(answer)
@@ -78,7 +77,7 @@ class Rest:
                 hint = proxies.hint(self._base)
                 kind = Rejected if error.code in (400, 404, 413, 422) else TrackingUnreachable
                 raise kind(f"the tracking server {self._base} answers {error.code} {error.reason}{hint}") from None
-        except (OSError, ValueError) as error:  # ValueError: no JSON, or an address that is none
+        except (OSError, ValueError) as error:  # ValueError: the answer is not JSON, or the address is invalid
             reason = with_fix(without_secrets(str(getattr(error, "reason", None) or error), self._uri))
             raise TrackingUnreachable(
                 f"the tracking server {self._base} cannot be used: {reason}{proxies.hint(self._base)}"
@@ -101,14 +100,17 @@ def _stored(run: dict[str, Any]) -> StoredRun:
         ended=end / 1e3 if end else None,
         params={str(p["key"]): str(p.get("value", "")) for p in data.get("params", [])},
         tags={str(t["key"]): str(t.get("value", "")) for t in data.get("tags", [])},
-        # A number that JSON lacks comes as a text.
+        # NaN and infinity, which JSON does not have, arrive as text.
         metrics={str(m["key"]): (float(m["value"]), int(m.get("step", 0))) for m in metrics},
         logged=max((int(m.get("timestamp", 0)) for m in metrics), default=0) / 1e3 or None,
     )
 
 
 def _credentials(uri: str) -> dict[str, str]:
-    """As MLflow takes them: from its variables, else its file; here also from the address."""
+    """Return the authorization header: user and password, else the token.
+
+    User and password come from the address, else from MLflow's variables, else from its credentials file.
+    """
     user, password = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD")
     file = Path.home() / ".mlflow" / "credentials"
     if not (user and password) and file.exists():
@@ -128,7 +130,7 @@ def _credentials(uri: str) -> dict[str, str]:
 def _tls(base: str) -> ssl.SSLContext | None:
     if not base.startswith("https://"):
         return None
-    # What requests, and so MLflow, looks at.
+    # The variables that requests reads, and therefore MLflow.
     bundle = next(
         (
             os.environ[name]

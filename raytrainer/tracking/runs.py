@@ -1,6 +1,5 @@
-"""The driver's side of a run: opened before training starts, closed with the true status whatever happens.
-With a spool, what MLflow cannot be told is written down there, and told later.
-"""
+"""The driver's side of an MLflow run: open it before training starts, and set its true final status in every case.
+With a spool, everything that MLflow cannot receive now is kept on disk and sent later."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from raytrainer.tracking.spool import RunNote, Spool
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 CAUSE_TAG = "raytrainer.cause"
-CONTINUES_TAG = "raytrainer.continues"  # of a run that goes on in place of one that is gone: the id of that one
+CONTINUES_TAG = "raytrainer.continues"  # on a run that continues a deleted one: the deleted run's id
 
 logger = logging.getLogger("raytrainer.tracking")
 
@@ -42,26 +41,27 @@ def open_run(
     spool_dir: Path | None = None,
     server: Calls | None = None,
 ) -> Run:
-    """Creates the run, or sets an existing one running again; creates the experiment and the database if need be.
+    """Create a run, or set an existing one to RUNNING again. Create the experiment and the database if necessary.
 
     Args:
-        tracking_uri: http(s), or a database URL with an absolute path.
-        experiment_name: Created with `artifact_root` where it does not exist.
-        run_name: What MLflow lists.
-        params: Flat names and values; cut at 6,000 characters. Of a reopened run only those it does not have.
-        tags: Set on every opening.
-        artifact_root: An absolute path or URI; default: beside a SQLite store, the server's own otherwise.
-        required: False: a server that cannot be used is a warning, and the run is described in the spool. Its `run_id`
-            is then a local one (`offline-…`), good for `MlflowTracker` and `replay`, which make the real run as soon as
-            the server answers (tag `raytrainer.offline_id`; `recorded_run_id` has its id).
-        run_id: The run to go on with, real or local. One that is deleted, or of which the store knows nothing any more,
-            is continued in a new run, which is said.
-        started: When the first attempt began, in seconds since the epoch; default: now.
-        spool_dir: The run's spool, where what cannot be sent later is kept. Needed where `required` is false.
+        tracking_uri: An http(s) address, or a database URL with an absolute path.
+        experiment_name: Created with `artifact_root` if it does not exist.
+        run_name: The name that MLflow shows.
+        params: Flat parameter names and values, cut at 6,000 characters. A reopened run gets only those that it lacks.
+        tags: Set each time the run is opened.
+        artifact_root: An absolute path or URI. By default, a folder beside a SQLite store, else the server's own.
+        required: If false, a server that cannot be used causes only a warning, and the run is described in the spool.
+            Its `run_id` is then a local id (`offline-…`). `MlflowTracker` and `replay` accept it and create the MLflow
+            run as soon as the server answers, with the tag `raytrainer.offline_id`. `recorded_run_id` then returns the
+            MLflow run id.
+        run_id: The run to continue, as an MLflow run id or a local id. If the run was deleted or the store does not
+            know it, a new run continues it, and a warning says so.
+        started: The start of the first attempt, in seconds since the epoch; default: now.
+        spool_dir: The run's spool, which keeps what cannot be sent. Needed if `required` is false.
 
     Raises:
-        TrackingUnreachable, TrackingDenied: Where `required`.
-        TrackingError: The experiment is deleted.
+        TrackingUnreachable, TrackingDenied: The server cannot be used, and `required` is true.
+        TrackingError: The experiment was deleted.
     """
     calls = server or Server(tracking_uri)
     spool = None if spool_dir is None else Spool(spool_dir)
@@ -86,14 +86,14 @@ def open_run(
 
 
 class Run:
-    """A run that is open.
+    """An open run.
 
     Attributes:
-        run_id: MLflow's, or a local one: `offline`.
-        experiment_id: Empty while offline.
-        tracking_uri: As given.
+        run_id: The MLflow run id, or a local id if the run is `offline`.
+        experiment_id: The MLflow experiment id; empty while offline.
+        tracking_uri: The URI as passed.
 
-    With a spool no method fails for want of the server; without, they raise `TrackingError`.
+    With a spool, no method fails because of the server. Without one, they raise `TrackingError`.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Run:
 
     @property
     def url(self) -> str:
-        """The run's page, or the tracking URI of a store without a server; no credentials in it."""
+        """The run's web page, or the tracking URI of a store without a server. It contains no credentials."""
         base = redacted(self.tracking_uri).rstrip("/")
         if not base.startswith(("http://", "https://")) or self.offline:
             return base
@@ -125,29 +125,29 @@ class Run:
 
     @property
     def ui_command(self) -> str | None:
-        """The command that shows a store without a server; None where there is one."""
+        """The command that shows a store without a server; None if there is a server."""
         if self.tracking_uri.startswith(("http://", "https://")):
             return None
         return f"mlflow ui --backend-store-uri {shlex.quote(redacted(self.tracking_uri))}"
 
     def hurry(self, timeout_s: float) -> None:
-        """From now on a call waits no longer for the server than this."""
+        """Set the timeout of all later calls, in seconds."""
         self._server = self._server.with_timeout(max(1, int(timeout_s)))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self._tell(RunNote(self.run_id, *self._names, tags=dict(tags)))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, time: float) -> None:
-        """Values at a step; of the same time (seconds since the epoch) they may be told again."""
+        """Log values at a step. Logging them again with the same time (seconds since the epoch) changes nothing."""
         rows = {key: [value, round(1000 * time), step] for key, value in metrics.items()}
         self._tell(RunNote(self.run_id, *self._names, metrics=rows))
 
     def log_params(self, params: Mapping[str, str]) -> None:
-        """Those that the run does not have yet; a parameter is written once."""
+        """Log the parameters that the run does not have yet. MLflow stores each parameter only once."""
         self._tell(RunNote(self.run_id, *self._names, params=dict(params)))
 
     def log_text(self, text: str, path: str) -> None:
-        """A text as the artifact `path`; what could not be decoded when it was read is the same bytes again."""
+        """Log a text as the artifact `path`. Bytes that could not be decoded when the text was read are restored."""
         folder, _, name = path.rpartition("/")
         with tempfile.TemporaryDirectory() as directory:
             file = Path(directory, name)
@@ -155,7 +155,7 @@ class Run:
             self.log_artifact(file, folder or None)
 
     def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
-        """A file, or a directory under its own name, into `folder` of the run's artifacts."""
+        """Log a file, or a directory under its own name, into `folder` of the run's artifacts."""
         source = Path(path)
         if self._direct():
             try:
@@ -180,18 +180,19 @@ class Run:
         ended: float | None = None,
         timeout_s: float = 30.0,
     ) -> bool:
-        """Tells the terminal status, then sends what is left in the spool.
+        """Set the final status, then send what is left in the spool.
 
         Args:
-            status: How it ended.
-            cause: In a line, as the tag `raytrainer.cause`. Of a run that finished, None takes away what was said before
-                it: by somebody who took it for dead, say.
-            tags: Further ones.
-            ended: When, in seconds since the epoch; default: now.
-            timeout_s: Of each call, and no new try after it: a server that hangs costs up to twice this.
+            status: The final status.
+            cause: One line for the tag `raytrainer.cause`. For a FINISHED run, None clears the tag, because a
+                process that considered the run dead may have set it.
+            tags: Further tags.
+            ended: The end, in seconds since the epoch; default: now.
+            timeout_s: The timeout of each call, in seconds. There is no retry after it, so a server that hangs costs at
+                most twice this time.
 
         Returns:
-            Whether MLflow has everything; otherwise the spool does, and `replay` sends it.
+            Whether everything is in MLflow. If not, the rest is in the spool, and `replay` sends it.
         """
         deadline = time.monotonic() + timeout_s
         server = self._server.with_timeout(max(1, int(timeout_s)))
@@ -203,8 +204,8 @@ class Run:
         if self._spool is None:
             apply_note(server, self.run_id, note)
             return True
-        # Written down first: the status is not lost if this process is killed now. And told first, past the lock of a
-        # sender that hangs in a call.
+        # Write the note first, so that the status is not lost if this process is killed now. Send it before `replay`,
+        # without the send lock, because an uploader may hold that lock in a call that hangs.
         note = self._keep(self._spool, note)
         try:
             if not self.offline:
@@ -224,11 +225,15 @@ class Run:
     def _has_cause(self, server: Calls) -> bool:
         try:
             return not self.offline and bool(server.run(self.run_id).tags.get(CAUSE_TAG))
-        except TrackingError:  # what follows says so
+        except TrackingError:  # the next call reports the error
             return False
 
     def _direct(self) -> bool:
-        """What is kept goes first, so that no later value is overtaken, and nobody waits for a hanging server twice."""
+        """Return whether a call may go directly to the server.
+
+        It may not while the spool has content: an older value must not overwrite a newer one, and a server that hangs
+        should be waited for only once.
+        """
         if self.offline:
             return False
         return self._spool is None or not (self._spool.note_path.exists() or any(self._spool.artifacts()))
@@ -257,10 +262,10 @@ class Run:
 
 
 def _open(server: Calls, note: RunNote, spool: Spool | None) -> str:
-    """The experiment's id; `note.run_id` is the run's when this returns, and MLflow says what the note says."""
+    """Open the run and apply the note. Set `note.run_id` to the MLflow run id, and return the experiment's id."""
     old = None if spool is None else spool.note()
     if old is not None:
-        # The status that an earlier attempt could not tell is no longer true; the rest is.
+        # An earlier attempt's status that could not be sent is no longer true. Everything else in its note still is.
         told = merged(replace(old, status=None, end_time=None), note)
         note.params, note.tags, note.start_time = told.params, told.tags, told.start_time
     existing = note.run_id
@@ -271,7 +276,7 @@ def _open(server: Calls, note: RunNote, spool: Spool | None) -> str:
     state = _state(server, existing) if existing else None
     if state is not None:
         if state.tags.get(CAUSE_TAG):
-            note.tags[CAUSE_TAG] = ""  # of an attempt before this one
+            note.tags[CAUSE_TAG] = ""  # clears the cause of the previous attempt
         server.set_running(existing)
         note.run_id, experiment_id = existing, state.experiment_id
     else:
@@ -294,7 +299,7 @@ def _open(server: Calls, note: RunNote, spool: Spool | None) -> str:
 
 
 def _state(server: Calls, run_id: str) -> RunState | None:
-    """What MLflow has of a run; None where the run is deleted, or not known at all."""
+    """Return the state of a run in MLflow; None if the run was deleted or is not known."""
     try:
         state = server.run(run_id)
     except RunGone:
@@ -303,7 +308,7 @@ def _state(server: Calls, run_id: str) -> RunState | None:
 
 
 def merged(old: RunNote | None, new: RunNote) -> RunNote:
-    """Both, the later one over the earlier; but parameters, and when the run started, stay as they were."""
+    """Merge two notes. Later values replace earlier ones, except for parameters and the start time."""
     if old is None:
         return new
     return replace(
@@ -319,7 +324,7 @@ def merged(old: RunNote | None, new: RunNote) -> RunNote:
 
 
 def source_tags() -> dict[str, str]:
-    """Who and what made a run, where MLflow's pages look for it."""
+    """Return the tags from which MLflow's pages show the user and the source of a run."""
     return {"mlflow.user": provenance.user(), "mlflow.source.name": "raytrainer", "mlflow.source.type": "LOCAL"}
 
 

@@ -1,5 +1,5 @@
-"""From the spool to MLflow, exactly once: what was acknowledged is never sent again, what might have been is sent equal.
-The one place that decides which rows go: see `Sender.send`.
+"""Send a spool to MLflow exactly once: acknowledged rows are never sent again, rows without an answer are repeated.
+`Sender.send` is the only place that decides which rows are sent.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ LOCAL_PREFIX = "offline-"
 LOCAL_ID_TAG = "raytrainer.offline_id"
 DROPPED_TAG = "raytrainer.dropped_rows"
 
-_BACKOFF_S = (1.0, 60.0)  # first and last delay, doubling between
+_BACKOFF_S = (1.0, 60.0)  # first and last delay in seconds, doubling between
 _LAST_TRIES = 3
 
 logger = logging.getLogger("raytrainer.tracking")
 
 
 class Calls(Protocol):
-    """The part of `Server` that sending needs."""
+    """The methods of `Server` that sending needs."""
 
     def with_timeout(self, timeout_s: int) -> Calls: ...
     def log_batch(
@@ -58,31 +58,31 @@ class Calls(Protocol):
 
 
 class Busy(TrackingError):
-    """Another process sends this spool now."""
+    """Another process is sending this spool."""
 
 
 class Undescribed(TrackingUnreachable):
-    """A run that was opened without a server cannot be made: its note is missing, or not there yet."""
+    """A run that was opened without a server cannot be created, because its note is missing or not written yet."""
 
 
 class Awaited(Undescribed):
-    """A run that another process is to make is not there yet."""
+    """The run that another process has to create does not exist yet."""
 
 
 class Sender:
-    """Sends one run's spool; what it holds between calls and is not on disk spares requests, no more.
+    """Sends the spool of one run. What it keeps in memory between calls only saves requests.
 
     Args:
-        spool: The directory.
-        run_id: The run, or the id that was made for it while no server could be reached.
-        server: Where to.
-        tags: Of the run, if it is this sender that creates it, beside the note's.
-        fresh: The local id was made by this process and given to no other sender: no run of it can exist yet.
-        awaited: Another process makes the run of the local id, and tells all but what is logged: the run's experiment
-            and that one's artifact root, to find it by.
+        spool: The spool.
+        run_id: The MLflow run id, or the local id of a run that was opened without a server.
+        server: The tracking server.
+        tags: Tags for the run, in addition to the note's, if this sender creates it.
+        fresh: Whether this process made the local id and passed it to no other sender. No MLflow run can have it yet.
+        awaited: Set if another process creates the run of the local id and sends everything except what is logged. It
+            holds the experiment's name and artifact root, by which the run is found.
 
     Attributes:
-        real_id: MLflow's id of the run, once it is known.
+        real_id: The MLflow run id, once it is known.
     """
 
     def __init__(
@@ -98,22 +98,26 @@ class Sender:
         self._spool, self._run_id, self._server = spool, run_id, server
         self._tags = dict(tags or {})
         self._fresh, self._awaited = fresh, awaited
-        self._no_rows = self._no_params = False  # this sender made the run, and sent it none yet
-        self._described: RunNote | None = None  # the note whose parameters and tags are told
-        self._ended: RunNote | None = None  # the note whose end is told
+        self._no_rows = self._no_params = False  # whether this sender created the run and has sent it none
+        self._described: RunNote | None = None  # the note whose parameters and tags were sent
+        self._ended: RunNote | None = None  # the note whose final status was sent
         self._warned: set[str] = set()
         self.real_id = None if run_id.startswith(LOCAL_PREFIX) else run_id
 
     def send(self, stop: Callable[[], bool] = lambda: False) -> int:
-        """Everything that is there, in order; returns the rows that MLflow took. Ends early when `stop()` is true.
+        """Send the whole spool in order, and return the number of rows that MLflow accepted.
 
-        A row goes unless its step is at or below the floor of its key: the last step that MLflow had before the first
-        row of the same attempt was sent, which is fixed on disk before that. So a restarted worker that trains the same
-        steps again adds nothing twice, and a row that was sent and not acknowledged is sent again as it was.
+        It stops early when `stop()` is true.
+
+        A row is sent unless its step is at or below the floor of its key. The floor is the last step that MLflow had
+        before the first row of the same attempt was sent, and it is written to disk before that row is sent. A
+        restarted worker that repeats steps therefore logs nothing twice, and a row that was sent but not acknowledged
+        is sent again unchanged.
 
         Raises:
-            Busy: Another sender has the lock.
-            TrackingUnreachable, TrackingDenied, RunGone: As `Server`; what was acknowledged until then is kept.
+            Busy: Another sender holds the lock.
+            TrackingUnreachable, TrackingDenied, RunGone: As in `Server`. Rows acknowledged before the error stay
+                acknowledged.
         """
         with self._alone() as state:
             run_id = self._resolve(state)
@@ -126,18 +130,21 @@ class Sender:
     def send_and_end(
         self, stop: Callable[[], bool] = lambda: False, *, wait_for_writer: bool = False, keep_newest: bool = False
     ) -> bool:
-        """As `send`, in as few requests as there can be; returns whether the run has ended, and its spool is deleted.
+        """Send everything like `send`, in as few requests as possible, and end the run.
 
-        What the note says of parameters and tags goes along with the first rows; how the run ended goes last, and then
-        nothing is left that could be sent twice.
+        The note's parameters and tags are sent with the first rows. The final status is sent last; after it, nothing is
+        left that could be sent twice.
 
         Args:
-            stop: As `send`.
-            wait_for_writer: Leave the end untold while a process has a segment open, which may get more rows.
+            stop: As in `send`.
+            wait_for_writer: Do not send the final status while a process has a segment open, because it may add rows.
             keep_newest: Do not delete the newest segment after it is sent, so that `last_logged` can still read it.
 
+        Returns:
+            Whether the run has ended and its spool is deleted.
+
         Raises:
-            TrackingError: As `send`.
+            TrackingError: As in `send`.
         """
         with self._alone() as state:
             run_id = self._resolve(state)
@@ -169,7 +176,7 @@ class Sender:
             yield self._spool.state()
 
     def _untold(self, run_id: str, note: RunNote) -> tuple[dict[str, str], dict[str, str]]:
-        """Tags and parameters of the note that MLflow may not have."""
+        """Return the tags and parameters of the note that MLflow may not have."""
         if note == self._described:
             return {}, {}
         old = self._described
@@ -194,7 +201,7 @@ class Sender:
         *,
         keep_newest: bool = False,
     ) -> int:
-        """Rows, then artifacts; what a note says goes with the first batch. Returns the rows that MLflow took."""
+        """Send the note's content with the first rows, then artifacts. Return the number of accepted rows."""
         sent, along = 0, (tags or {}, params or {}, rows)
         segments = self._spool.segments()
         for segment in segments:
@@ -245,7 +252,8 @@ class Sender:
 
     @staticmethod
     def _above_floor(rows: list[Row], floor: dict[str, int]) -> list[Row]:
-        # System metrics count from 0 in each attempt and are never measured twice: they go on after their node's floor.
+        # The steps of system metrics start at 0 in each attempt and are never measured twice, so they continue after
+        # the floor of their node.
         base: dict[str, int] = {}
         for key, step in floor.items():
             if key.startswith(SYSTEM_PREFIX):
@@ -261,7 +269,11 @@ class Sender:
     def _log(
         self, run_id: str, rows: Sequence[Row], tags: Mapping[str, str], params: Mapping[str, str]
     ) -> tuple[int, int]:
-        """Returns how many rows, and how many tags and parameters, MLflow refuses for what they are; the others go."""
+        """Log one batch. If MLflow rejects it because of its content, find the entries at fault and log the others.
+
+        Returns:
+            The number of rejected rows, and the number of rejected tags and parameters.
+        """
         if not (rows or tags or params):
             return 0, 0
         self._no_rows, self._no_params = self._no_rows and not rows, self._no_params and not params
@@ -287,7 +299,7 @@ class Sender:
         shutil.rmtree(artifact.entry)
 
     def _resolve(self, state: State) -> str:
-        """The real run of an id that was made without a server, created now if it is not yet."""
+        """Return the MLflow run id. For a local id, create the run if it does not exist."""
         if not self._run_id.startswith(LOCAL_PREFIX):
             return self._run_id
         if state.run_id is None and self._awaited:
@@ -301,7 +313,8 @@ class Sender:
             if note is None:
                 raise Undescribed(f"{self._spool.root} has no description of the run {self._run_id}")
             experiment = self._server.experiment(note.experiment_name, note.artifact_root)
-            # It may exist: created by a sender that died before it wrote so, or did not get the answer.
+            # The run may exist: a sender may have created it and died before it recorded the id, or it may not have
+            # received the answer.
             if not self._fresh:
                 state.run_id = self._server.find_run(experiment, LOCAL_ID_TAG, note.run_id)
             self._fresh = False
@@ -316,15 +329,15 @@ class Sender:
 
 
 def _node_of(key: str) -> str:
-    """The node of a system metric: `node-1` of `system/node-1/disk_usage_percentage`, empty of rank 0's."""
+    """Return the node of a system metric: `node-1` for `system/node-1/disk_usage_percentage`, empty for node 0."""
     return key.removeprefix(SYSTEM_PREFIX).rpartition("/")[0]
 
 
 def apply_note(server: Calls, run_id: str, note: RunNote) -> None:
-    """Makes MLflow say what the note says. Parameters are written once: those that it has already stay.
+    """Apply a note to the run in MLflow. MLflow stores each parameter once, so existing parameters stay unchanged.
 
     Raises:
-        RunGone: The run is deleted.
+        RunGone: The run was deleted.
     """
     if note.params:
         known = server.run(run_id).params
@@ -346,10 +359,10 @@ def apply_note(server: Calls, run_id: str, note: RunNote) -> None:
 
 
 def _check_active(server: Calls, run_id: str) -> None:
-    """A deleted run refuses everything, whatever it is.
+    """Check that the run was not deleted. A deleted run rejects every call, whatever its content.
 
     Raises:
-        RunGone: It is deleted.
+        RunGone: The run was deleted.
     """
     if not server.run(run_id).active:
         raise RunGone(f"the MLflow run {run_id} is deleted") from None
@@ -358,7 +371,7 @@ def _check_active(server: Calls, run_id: str) -> None:
 def _parts(
     rows: Sequence[Row], tags: Mapping[str, str], params: Mapping[str, str]
 ) -> Iterator[tuple[Sequence[Row], Mapping[str, str], Mapping[str, str]]]:
-    """Each kind for itself; a single kind in halves."""
+    """Split a batch: by kind if it has several kinds, otherwise in halves."""
     if sum(map(bool, (rows, tags, params))) > 1:
         yield from ((rows, {}, {}), ([], tags, {}), ([], {}, params))
         return
@@ -368,19 +381,20 @@ def _parts(
 
 
 class Shipper:
-    """A thread that sends a spool while it grows, here or in another process than the one that writes it.
+    """An uploader: a thread that sends a spool while it grows. Another process may write the spool.
 
-    It says once when the server cannot be used and once when it can again, waits twice as long after each failure, up
-    to a minute, and gives up after 401, 403 or the run's deletion, until it is closed: then it tries a last time.
+    It logs once when the server cannot be used and once when the server is back. After each failure it doubles the
+    delay, up to a minute. After 401, 403 or the deletion of the run it stops until it is closed, and then tries one
+    last time.
 
     Args:
         spool_dir: The run's spool.
-        run_id: As `Sender`.
-        tracking_uri: Where to.
-        interval_s: Seconds between looks at the spool.
-        awaited_in: The experiment in which another process makes the run of a local id, and ends it: only what is
-            logged is sent here, and goes on to be sent after `close`, as long as this process lives.
-        server: For tests; made from `tracking_uri` otherwise.
+        run_id: As in `Sender`.
+        tracking_uri: The tracking server.
+        interval_s: Seconds between two checks of the spool.
+        awaited_in: The experiment in which another process creates and ends the run of a local id. This uploader then
+            sends only what is logged, and continues after `close` for as long as the process lives.
+        server: Replaced in tests; by default it is made from `tracking_uri`.
     """
 
     def __init__(
@@ -396,7 +410,8 @@ class Shipper:
         self._spool, self._interval_s = Spool(spool_dir), interval_s
         awaited = None if awaited_in is None else (awaited_in, default_artifact_root(tracking_uri))
         self._notes = awaited is None
-        # A request may take a minute, because nobody waits for it: a server that needs 30 s a call is used as it is.
+        # A request may take a minute, because no caller waits for it. A slow server that needs 30 s for a call still
+        # works.
         server = server or Server(tracking_uri, timeout_s=60)
         self._sender = Sender(self._spool, run_id, server, awaited=awaited)
         self._closing, self._abandon = threading.Event(), threading.Event()
@@ -406,11 +421,11 @@ class Shipper:
         self._thread.start()
 
     def close(self, *, drain: bool = True, timeout_s: float = 30.0) -> bool:
-        """Ends the thread. Returns whether everything was sent; what was not stays in the spool for `replay`.
+        """End the thread. Return whether everything was sent; the rest stays in the spool for `replay`.
 
         Args:
-            drain: Try to send what is there first; otherwise only the call under way is waited for.
-            timeout_s: The longest to wait. A thread that hangs in a call is left behind, and dies with the process.
+            drain: Whether to try to send the rest first. If false, only the current call may finish.
+            timeout_s: The longest time to wait, in seconds. A thread that hangs in a call ends with the process.
         """
         if not drain:
             self._abandon.set()
@@ -427,7 +442,8 @@ class Shipper:
         while not self._closing.wait(self._delay_s or self._interval_s):
             if not self._given_up:
                 self._send()
-        # The last tries: a single lost answer must not leave rows behind, a dead server must not cost the run's end.
+        # The last tries: one lost answer must not leave rows behind, and a dead server must not delay the end of the
+        # run.
         for _ in range(_LAST_TRIES):
             if self._abandon.is_set() or self._send() or self._given_up:
                 break
@@ -443,14 +459,15 @@ class Shipper:
             return True
         except Busy:
             self._delay_s = 0.0
-        except Awaited:  # it will be, or is waited for in vain since the server is away, which is said where it is made
+        except Awaited:
+            # The run will exist later. If the server is down, the process that creates the run reports it.
             self._delay_s = _longer(self._delay_s)
         except (TrackingDenied, RunGone) as error:
             if not self._given_up:
                 logger.warning("%s. No more is sent; metrics are kept in %s", error, self._spool.root)
             self._given_up = True
         except Exception as error:  # noqa: BLE001
-            # Whatever happens to tracking, training goes on: the thread lives, says what it was, and tries again.
+            # A tracking error must not stop training: the thread continues, logs the error and tries again.
             if not self._down:
                 kept = (
                     "" if isinstance(error, StorageGone) else f". Metrics are kept in {self._spool.root} until it can"
@@ -462,8 +479,10 @@ class Shipper:
 
 
 class _Leftovers:
-    """What was not sent when its `Shipper` was closed; one thread tries again as long as the process lives, which for a
-    process of trials is longer than a trial."""
+    """Spools that were not fully sent when their `Shipper` was closed.
+
+    One thread tries them again while the process lives, because a trial process lives longer than one trial.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -493,7 +512,7 @@ class _Leftovers:
             except (TrackingDenied, RunGone) as error:
                 logger.warning("%s. No more is sent of %s", error, spool.root)
                 over = True
-            except Exception as error:  # noqa: BLE001  said when it was closed; the next one has its turn
+            except Exception as error:  # noqa: BLE001  already logged at close; continue with the next spool
                 logger.debug("%s is kept: %s", spool.root, error)
                 failed = True
             delay_s = _longer(delay_s) if failed else _BACKOFF_S[0] if not over else 0.0
@@ -513,12 +532,14 @@ def _longer(delay_s: float) -> float:
 def replay(
     spool_dir: Path, run_id: str, tracking_uri: str, *, timeout_s: float = 30.0, server: Calls | None = None
 ) -> int:
-    """Sends what a worker left, and what the driver could not say; returns the rows sent. For the driver, at the end.
+    """Send what workers left in the spool and what the driver could not send. Return the number of rows sent.
 
-    Three tries; no new one, and no new batch, after `timeout_s` seconds.
+    The driver calls it at the end of a run. It tries three times, and starts no new try and no new batch after
+    `timeout_s` seconds.
 
     Raises:
-        TrackingError: Not everything could be sent. It stays in the spool, and another `replay` goes on from there.
+        TrackingError: Not everything could be sent. The rest stays in the spool, and another `replay` continues from
+            there.
     """
     spool = Spool(spool_dir)
     if not spool.pending():
@@ -530,7 +551,8 @@ def replay(
         try:
             sent = sender.send(lambda: time.monotonic() > deadline)
         except (Busy, TrackingUnreachable) as error:
-            # A sender of a worker that was just killed in a call goes with its process; a live one may take longer.
+            # A worker that was killed during a call releases its lock when its process ends. A live sender may take
+            # longer.
             tries += not isinstance(error, Busy)
             if tries >= _LAST_TRIES or time.monotonic() + 1.0 >= deadline:
                 raise
@@ -542,5 +564,5 @@ def replay(
 
 
 def recorded_run_id(spool_dir: Path) -> str | None:
-    """The real run that `replay` or a shipper made for one that was opened without a server."""
+    """Return the MLflow run id of a run that was opened without a server; None if it has none yet."""
     return Spool(spool_dir).state().run_id

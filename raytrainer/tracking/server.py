@@ -1,5 +1,5 @@
-"""A tracking server, as the rest of the package sees it: the only module that imports mlflow, and does so when called.
-Every call is short, is never retried by MLflow itself, and fails with one of our errors, with no secret in its message.
+"""Calls to a tracking server. Only this module imports mlflow, and only when a call needs it.
+Every call is short and is not retried by MLflow itself. It fails with one of our errors, whose message has no secret.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from raytrainer.tracking.database import (
 )
 from raytrainer.tracking.spool import Row
 
-CHECK_SECONDS = 14  # of the 15 promised
-MAX_PARAM = 6000  # characters, as MLflow's validation has them
+CHECK_SECONDS = 14  # below the 15 s that `check_tracking` promises
+MAX_PARAM = 6000  # characters, the limit of MLflow's validation
 MAX_TAG = 8000
 MAX_KEY = 250
 
@@ -39,16 +39,16 @@ _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 
 class Rejected(TrackingError):
-    """The server understood the call and refuses its content."""
+    """The server understood the call and rejects its content."""
 
 
 class RunGone(TrackingError):
-    """The run was deleted, or never was."""
+    """The run was deleted or never existed."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What MLflow holds of a run. `steps`: the last step of each metric."""
+    """The state of a run in MLflow. `steps` holds the last step of each metric."""
 
     run_id: str
     experiment_id: str
@@ -60,12 +60,12 @@ class RunState:
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run as a search tells of it.
+    """A run as returned by a search.
 
     Attributes:
-        status: MLflow's: RUNNING, FINISHED, FAILED, KILLED, SCHEDULED.
-        started, ended, logged: Seconds since the epoch; `logged` is the time of its last metric.
-        metrics: Key → the last value, and its step.
+        status: MLflow's status: RUNNING, FINISHED, FAILED, KILLED or SCHEDULED.
+        started, ended, logged: Seconds since the epoch; `logged` is the time of the last metric.
+        metrics: Key → (last value, its step).
     """
 
     run_id: str
@@ -84,14 +84,14 @@ class Server:
     """Calls to one tracking URI.
 
     Args:
-        uri: http(s), or a database URL.
-        timeout_s: Of one request, unless the user set MLFLOW_HTTP_REQUEST_TIMEOUT.
+        uri: An http(s) address, or a database URL.
+        timeout_s: The timeout of one request in seconds, unless the user has set MLFLOW_HTTP_REQUEST_TIMEOUT.
 
     Every method raises:
-        TrackingUnreachable: No answer, or one of a server in trouble (5xx, 429); worth another try.
-        TrackingDenied: 401 or 403; not worth one.
-        Rejected: The content is refused.
-        RunGone: No such run.
+        TrackingUnreachable: The server does not answer, or has a temporary problem (5xx, 429). A retry may succeed.
+        TrackingDenied: The answer is 401 or 403. A retry cannot succeed.
+        Rejected: The server rejects the content.
+        RunGone: The run does not exist.
     """
 
     def __init__(self, uri: str, *, timeout_s: int = 10) -> None:
@@ -105,10 +105,10 @@ class Server:
     def log_batch(
         self, run_id: str, rows: Sequence[Row], tags: Mapping[str, str], params: Mapping[str, str] | None = None
     ) -> None:
-        """Rows that MLflow has already (same key, step, time and value) are swallowed by it.
+        """Log rows, tags and parameters. MLflow ignores rows that it already has (same key, step, time and value).
 
-        Long parameters are cut at 6,000 characters; one that differs from what was logged is `Rejected`. One request,
-        or as many as MLflow's limits want.
+        Long parameters are cut at 6,000 characters. A parameter whose value differs from the logged one raises
+        `Rejected`. The call is one request, or several if MLflow's limits require that.
         """
         with self._call() as client:
             from mlflow.entities import Metric, Param, RunTag
@@ -122,7 +122,7 @@ class Server:
             )
 
     def log_artifact(self, run_id: str, path: Path, folder: str | None) -> None:
-        """Uploads a file, or a directory under its own name."""
+        """Upload a file, or a directory under its own name."""
         with self._call() as client:
             if path.is_dir():
                 client.log_artifacts(run_id, str(path), f"{folder}/{path.name}" if folder else path.name)
@@ -134,7 +134,10 @@ class Server:
             return _run_state(client.get_run(run_id))
 
     def experiment(self, name: str, artifact_root: str | None) -> str:
-        """The id of the experiment, created if need be; two that create it at once get the same. Asked for once."""
+        """Return the id of the experiment, and create it if necessary. The id is cached.
+
+        Processes that create it at the same time get the same id.
+        """
         if name in self._experiments:
             return self._experiments[name]
         for _ in range(2):
@@ -148,7 +151,7 @@ class Server:
                     created = str(client.create_experiment(name, artifact_location=artifact_root))
                 return self._experiments.setdefault(name, created)
             except Rejected:
-                continue  # made by another process in between
+                continue  # another process has just created it
         raise Rejected(f"MLflow refuses to create the experiment {name!r}")
 
     def create_run(self, experiment_id: str, name: str, tags: Mapping[str, str], start_time: int | None) -> str:
@@ -157,21 +160,21 @@ class Server:
             with self._call() as client:
                 return str(client.create_run(experiment_id, start_time, cut, name).info.run_id)
         except TrackingError:
-            self._experiments.clear()  # it may have been deleted: ask again before the next
+            self._experiments.clear()  # the experiment may have been deleted, so look it up again next time
             raise
 
     def find_run(self, experiment_id: str, tag: str, value: str) -> str | None:
-        """A run with this tag; the names and values here are our own, so that quoting is no matter."""
+        """Return a run with this tag. Tags and values are raytrainer's own, so they need no quoting."""
         with self._call() as client:
             found = client.search_runs([experiment_id], f"tags.`{tag}` = '{value}'", max_results=1)
         return str(found[0].info.run_id) if found else None
 
     def search(self, where: str, limit: int) -> list[StoredRun]:
-        """Runs of all experiments that are not deleted, the newest first.
+        """Return runs of all experiments that are not deleted, newest first.
 
         Args:
-            where: In MLflow's language of filters.
-            limit: The most that are returned.
+            where: A filter in MLflow's search syntax.
+            limit: The maximum number of runs.
         """
         with self._call() as client:
             everywhere, token = [], None
@@ -183,17 +186,17 @@ class Server:
             return [_stored_run(run) for run in found]
 
     def artifacts(self, run_id: str, folder: str) -> list[str]:
-        """The paths of the files directly in a folder of the run's artifacts."""
+        """Return the paths of the files directly in a folder of the run's artifacts."""
         with self._call() as client:
             return [str(entry.path) for entry in client.list_artifacts(run_id, folder or None) if not entry.is_dir]
 
     def read_artifact(self, run_id: str, path: str) -> bytes:
-        """A whole file of the run's artifacts."""
+        """Return the content of a file of the run's artifacts."""
         with self._call() as client, tempfile.TemporaryDirectory() as folder:
             return Path(client.download_artifacts(run_id, path, folder)).read_bytes()
 
     def create_model_version(self, run_id: str, folder: str, name: str) -> str:
-        """A new version of the registered model `name`, created if need be, from a folder of the run's artifacts."""
+        """Create a version of the registered model `name` from a folder of the run's artifacts. Return the version."""
         with self._call() as client:
             from mlflow.exceptions import MlflowException
 
@@ -212,13 +215,15 @@ class Server:
             client.update_run(run_id, status="RUNNING")
 
     def set_terminated(self, run_id: str, status: str, end_time: int) -> None:
-        """`end_time` in milliseconds: given always, because a reopened run keeps its old one."""
+        """Set the final status and the end in milliseconds. A reopened run would otherwise keep its old end."""
         with self._call() as client:
             client.set_terminated(run_id, status, end_time)
 
     def probe(self, experiment_name: str | None = None) -> None:
-        """Make the cheapest call that needs the server, its database and the credentials. An experiment of this name that
-        is deleted is `Rejected`."""
+        """Make the cheapest call that needs the server, its database and the credentials.
+
+        Raises `Rejected` if the experiment of this name was deleted.
+        """
         with self._call() as client:
             client.search_experiments(max_results=1)
             experiment = None if experiment_name is None else client.get_experiment_by_name(experiment_name)
@@ -235,22 +240,22 @@ class Server:
             except TrackingError:
                 raise
             except Exception as error:  # noqa: BLE001
-                # Any library below (requests, SQLAlchemy, an artifact store's) may raise here. The original is not
-                # chained: it quotes URLs and headers.
+                # Any library below (requests, SQLAlchemy, an artifact store's client) may raise here. The original
+                # error is not chained, because it quotes URLs and headers.
                 raise _translated(error, self.uri) from None
 
 
 def check_tracking(tracking_uri: str, experiment_name: str | None = None) -> None:
-    """Whether runs can be logged there, within 15 seconds. A SQLite file is not created by asking.
+    """Check within 15 seconds that runs can be logged to the store. This does not create a SQLite file.
 
     Args:
-        tracking_uri: http(s), or a database URL.
-        experiment_name: Of a new run's experiment, which may exist or not.
+        tracking_uri: An http(s) address, or a database URL.
+        experiment_name: The experiment of a new run, which need not exist.
 
     Raises:
-        TrackingUnreachable: No answer, or no store that MLflow can use.
-        TrackingDenied: 401 or 403, at the first answer.
-        TrackingError: The experiment is deleted.
+        TrackingUnreachable: The server does not answer, or MLflow cannot use the store.
+        TrackingDenied: The first answer is 401 or 403.
+        TrackingError: The experiment was deleted.
     """
     scheme = urlsplit(tracking_uri).scheme
     if is_sqlite(tracking_uri):
@@ -268,13 +273,13 @@ def check_tracking(tracking_uri: str, experiment_name: str | None = None) -> Non
     def probe() -> None:
         try:
             Server(tracking_uri, timeout_s=10).probe(experiment_name)
-        except Exception as error:  # noqa: BLE001  # handed to the caller's thread, which raises it
+        except Exception as error:  # noqa: BLE001  passed to the caller's thread, which raises it
             problem.append(error)
 
-    # The import takes seconds on a slow machine, which are not the server's.
+    # Import before the time limit starts, because the import alone takes seconds on a slow machine.
     with _request_settings(10):
         importlib.import_module("mlflow.tracking")
-    # In a thread, because neither a database driver's connect nor a name lookup has a timeout of ours.
+    # Use a thread, because database drivers and name lookups do not respect our timeout.
     thread = threading.Thread(target=probe, name="tracking-check", daemon=True)
     thread.start()
     thread.join(CHECK_SECONDS)
@@ -295,7 +300,7 @@ def _refuse_deleted(name: str, experiment_id: str, stage: str) -> None:
 
 
 def redacted(uri: str) -> str:
-    """The URI without the user and password in it."""
+    """Return the URI without its user and password."""
     parts = urlsplit(uri)
     if "@" not in parts.netloc:
         return uri
@@ -307,7 +312,7 @@ def _client(uri: str) -> Any:
         check_schema(uri)
     from mlflow.tracking import MlflowClient
 
-    # Creating a database tells of each of its ~70 migrations, at INFO on stderr; what fails there, our error says.
+    # MLflow logs each of the ~70 migrations of a new database at INFO on stderr. Our own error reports a failure.
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if is_sqlite(uri):
@@ -316,11 +321,11 @@ def _client(uri: str) -> Any:
 
 
 class _Settings:
-    """The environment that MLflow reads at each call, while any of our calls is under way in this process.
+    """Environment variables that MLflow reads at each call, set while any of our calls runs in this process.
 
-    In Python's view of it alone. Calls are made by threads, and what a thread writes into C's environment moves it
-    under native code that reads it at that moment, as a start of Ray does for hundreds of variables: with glibc before
-    2.41 that can be a segmentation fault.
+    They change only Python's view of the environment. Calls are made by threads, and `putenv` may move the C
+    environment while native code reads it. A start of Ray, for example, reads hundreds of variables. With glibc before
+    2.41 that can cause a segmentation fault.
     """
 
     def __init__(self) -> None:
@@ -347,14 +352,14 @@ class _Settings:
             self._saved = {}
             return
         values = {
-            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # 7 by default, about 4 minutes; retrying is the sender's
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # 7 by default, about 4 minutes; the sender retries
             "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(self._timeouts)),
             "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
             "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-            # Read once, when MLflow is imported; with it on, that writes C's environment.
+            # MLflow reads this once, on import. Its telemetry would write to the C environment.
             "MLFLOW_DISABLE_TELEMETRY": "true",
         }
-        values |= proxies.exemptions()  # also in a worker of somebody's cluster, whose environment is not ours
+        values |= proxies.exemptions()  # needed in a worker of another cluster too, whose environment we do not set
         if not self._saved:
             self._saved = {name: os.environ.get(name) for name in values}
         for name in _USERS:
@@ -364,12 +369,12 @@ class _Settings:
             _show(name, value)
 
 
-# Settings that are the user's where they are set.
+# If the user has set these variables, their values are kept.
 _USERS = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_DISABLE_TELEMETRY")
 
 
 def _show(name: str, value: str | None) -> None:
-    """What Python's code in this process finds in `os.environ`; None: nothing. `putenv` is not called."""
+    """Set what Python code in this process finds in `os.environ`; None removes the variable. `putenv` is not called."""
     python: dict[bytes, bytes] = os.environ._data  # type: ignore[attr-defined]
     if value is None:
         python.pop(os.fsencode(name), None)
@@ -399,7 +404,7 @@ def _translated(error: Exception, uri: str) -> TrackingError:
 
 
 def denied(uri: str, status: int) -> TrackingDenied:
-    """The error for an answer of 401 or 403: which variables were set, never what they hold."""
+    """Return the error for an answer of 401 or 403. It names the variables that were set, never their values."""
     given = [key for key in (*_SECRETS, "MLFLOW_TRACKING_USERNAME") if os.environ.get(key)]
     return TrackingDenied(
         f"the tracking server {redacted(uri)} answers {status} to the credentials given"
@@ -411,12 +416,12 @@ def _status(error: Exception, uri: str) -> int | None:
     from mlflow.exceptions import MlflowException, RestException
 
     if isinstance(error, RestException) and error.get_http_status_code() == 500 and uri.startswith("http"):
-        # MLflow keeps the body's error code alone, and takes one that it does not know (a gateway's) for a 500; a real
-        # 500 is never a RestException. So ask once more, for the status.
+        # MLflow keeps only the error code from the body and treats an unknown one (a gateway's) as 500. A real 500
+        # never raises RestException. So ask again for the HTTP status.
         return _asked_status(uri)
     if isinstance(error, MlflowException):
         return int(error.get_http_status_code())
-    # requests' HTTPError, of uploads.
+    # Uploads raise HTTPError from requests.
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
 
@@ -434,7 +439,7 @@ def _asked_status(uri: str) -> int | None:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause in a line: `[Errno 111] Connection refused` rather than four wrappings of it."""
+    """Return the innermost cause in one line: `[Errno 111] Connection refused` instead of four wrappers around it."""
     seen = {id(error)}
     inner = error
     while (deeper := inner.__cause__ or inner.__context__) is not None and id(deeper) not in seen:
@@ -445,7 +450,7 @@ def _reason(error: BaseException) -> str:
 
 
 def without_secrets(text: str, uri: str) -> str:
-    """A text that may quote the address or a header."""
+    """Remove secrets from a text that may quote the address or a header."""
     secrets = [os.environ.get(key) for key in _SECRETS]
     password = urlsplit(uri).password
     for secret in (*secrets, password, unquote(password) if password else None, *proxies.passwords()):
@@ -455,7 +460,7 @@ def without_secrets(text: str, uri: str) -> str:
 
 
 def with_fix(reason: str) -> str:
-    """A reason, and where it is a certificate of an unknown authority, what makes it known."""
+    """Return the reason; if a certificate's authority is unknown, with the setting that makes it known."""
     if "self-signed certificate" in reason or "unable to get local issuer certificate" in reason:
         return f"{reason}; MLFLOW_TRACKING_SERVER_CERT_PATH=FILE names the authority that signed its certificate"
     return reason
@@ -466,7 +471,7 @@ def _cut(text: str, limit: int) -> str:
 
 
 def _run_state(run: Any) -> RunState:
-    # `data.metrics` has the values alone; the protocol message has the steps with them.
+    # `data.metrics` has only the values; the protocol message also has the steps.
     return RunState(
         run_id=run.info.run_id,
         experiment_id=run.info.experiment_id,

@@ -1,13 +1,14 @@
-"""What is recorded and not yet in MLflow, as files of one run's spool directory that survive the death of any process.
-Only formats and their invariants live here: no thread, no network.
+"""The spool of a run: files with everything that MLflow does not have yet. They survive the death of any process.
+This module defines only the formats and their invariants. It has no threads and uses no network.
 
-    metrics-000001-4f1c09aa.jsonl   a segment: one JSON array a line; written by one attempt, named by its 8 hex digits
-    state.json                      what the sender has acknowledged; replaced atomically, by the holder of send.lock only
-    run.json                        what the driver could not tell MLflow yet (see `RunNote`)
+    metrics-000001-4f1c09aa.jsonl   a segment: one JSON array per line; the 8 hex digits name the attempt that wrote it
+    state.json                      what MLflow has acknowledged; only the holder of send.lock replaces it, atomically
+    run.json                        what the driver could not send to MLflow yet (see `RunNote`)
     artifacts/                      copies of files to upload, one directory each
 
-A segment's first line is `["segment", 1]` (the format's version), then `["m", time in ms, step, {key: value}]`,
-`["t", {tag: value}]` and `["dropped", rows]`. Time is fixed here, so sending a line twice gives the same rows.
+A segment's first line is `["segment", 1]` (the format's version). Further lines are
+`["m", time in ms, step, {key: value}]`, `["t", {tag: value}]` and `["dropped", rows]`. Each line holds its time, so
+sending a line twice produces the same rows.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from raytrainer.errors import StorageError, StorageFull, StorageGone
 from raytrainer.storage import Storage
 
 FORMAT = 1
-MAX_ROWS = 1000  # MLflow's limits of one log_batch call: metrics, tags, and bytes of a request (1 MB) with a margin
+MAX_ROWS = 1000  # MLflow's limits for one log_batch call: metrics, tags, and bytes of a request (1 MB) with a margin
 MAX_TAGS = 100
 MAX_BATCH_BYTES = 400_000
 
@@ -40,9 +41,10 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 def spool_of(place: Storage) -> Path:
-    """Where the metrics of a run, sweep or trial wait for MLflow: with it, or on this machine where that is elsewhere.
+    """Return the spool directory of a run, sweep or trial: in its directory if that is local, else on this machine.
 
-    There it is a person's own, and the place's: another user, or another storage, may have a run of the same name.
+    On this machine, the path depends on the user and on the storage, because another user or another storage may have a
+    run with the same name.
     """
     if place.is_local:
         return place.local_path / "spool"
@@ -51,7 +53,7 @@ def spool_of(place: Storage) -> Path:
 
 
 class Row(NamedTuple):
-    """One metric: `time` in milliseconds since the epoch."""
+    """One metric value; `time` is in milliseconds since the epoch."""
 
     key: str
     value: float
@@ -60,7 +62,7 @@ class Row(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Whole lines of a segment, up to byte `end`. `broken` counts lines that are no JSON of ours."""
+    """Whole lines of a segment, up to byte `end`. `broken` counts lines that cannot be parsed."""
 
     rows: list[Row]
     tags: dict[str, str]
@@ -70,7 +72,7 @@ class Batch(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A file of lines; `attempt` is the writer that made it, one a process start."""
+    """A file of lines. `attempt` identifies the writer that created it; each start of a process is another writer."""
 
     path: Path
     number: int
@@ -78,7 +80,7 @@ class Segment(NamedTuple):
 
 
 class Artifact(NamedTuple):
-    """A file or directory to upload into `folder` of the run's artifacts; `entry` is deleted afterwards."""
+    """A file or directory to upload into `folder` of the run's artifacts. `entry` is deleted after the upload."""
 
     entry: Path
     path: Path
@@ -87,13 +89,13 @@ class Artifact(NamedTuple):
 
 @dataclass
 class State:
-    """The sender's memory.
+    """What the sender remembers.
 
     Attributes:
-        acked: Bytes of each segment that are in MLflow.
-        floors: For each attempt the last step of each key that MLflow had before the attempt's first row was sent.
-        dropped: Rows given up, over all attempts.
-        run_id: The real run of one that was opened without a server.
+        acked: For each segment, the number of bytes that are in MLflow.
+        floors: For each attempt, the last step of each key that MLflow had before the attempt's first row was sent.
+        dropped: The number of lost rows, over all attempts.
+        run_id: The MLflow run id of a run that was opened without a server.
     """
 
     acked: dict[str, int] = field(default_factory=dict)
@@ -105,10 +107,10 @@ class State:
 
 @dataclass
 class RunNote:
-    """What MLflow should say of the run, applied when it can be reached. Applying it twice changes nothing.
+    """Changes to a run, applied when MLflow can be reached. Applying them twice changes nothing.
 
-    `run_id` may be an id made without a server; times are milliseconds since the epoch. `status` is RUNNING for a run that
-    goes on after it ended, and one with an `end_time` otherwise. `metrics` are values with their time and step.
+    `run_id` may be a local id. Times are in milliseconds since the epoch. `status` is RUNNING for a run that continues
+    after it ended; otherwise it comes with an `end_time`. `metrics` maps keys to values with their time and step.
     """
 
     run_id: str
@@ -129,8 +131,7 @@ class RunNote:
 
 
 class Spool:
-    """The directory. Nothing is created before `create` or the first write, and nothing any more once the directory that
-    it is in, a run's, is gone."""
+    """The spool directory. It is created by `create` or the first write, unless its parent was deleted."""
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
@@ -140,7 +141,7 @@ class Spool:
         """Make the directory.
 
         Raises:
-            StorageGone: The one that it is in was there, and is not any more.
+            StorageGone: The parent directory existed earlier and no longer does.
         """
         if self._is_in_place and not self.root.parent.is_dir():
             raise StorageGone(
@@ -153,7 +154,7 @@ class Spool:
     # Segments
 
     def segments(self) -> list[Segment]:
-        """All segments, in the order in which their rows happened."""
+        """Return all segments, in the order in which their rows were logged."""
         return sorted(self._segments(), key=lambda segment: (segment.number, segment.attempt))
 
     def _segments(self) -> Iterator[Segment]:
@@ -162,17 +163,17 @@ class Spool:
                 yield Segment(self.root / name, int(match[1]), match[2])
 
     def size(self) -> int:
-        """Bytes on disk: segments, and files waiting for upload."""
+        """Return the bytes on disk: segments, and files waiting for upload."""
         total = sum(_size(segment.path) for segment in self._segments())
         for folder, _, names in os.walk(self.root / "artifacts"):
             total += sum(_size(Path(folder, name)) for name in names)
         return total
 
     def pending(self, *, notes: bool = True) -> bool:
-        """Whether there is anything to send.
+        """Return whether there is anything to send.
 
         Args:
-            notes: Whether what the driver has to say counts.
+            notes: Whether the driver's note counts.
         """
         if (notes and self.note_path.exists()) or any(self.artifacts()):
             return True
@@ -189,7 +190,7 @@ class Spool:
         return State() if data is None else State(**data)
 
     def write_state(self, state: State) -> None:
-        """Also forgets segments that are gone; the caller holds the lock."""
+        """Write the state without segments that no longer exist. The caller holds the lock."""
         segments = list(self._segments())
         names, attempts = {segment.path.name for segment in segments}, {segment.attempt for segment in segments}
         state.acked = {name: offset for name, offset in state.acked.items() if name in names}
@@ -205,33 +206,33 @@ class Spool:
         return None if data is None else RunNote(**data)
 
     def write_note(self, note: RunNote, *, durable: bool = True) -> None:
-        """The caller holds `note_lock` from reading to writing. `durable`: through a power cut, not only a kill."""
+        """Write the note; if `durable`, so that it survives a power cut. The caller holds `note_lock` since reading."""
         self.create()
         _replace(self.note_path, asdict(note), durable)
 
     def drop_note(self, applied: RunNote) -> None:
-        """Deletes the note unless it says more by now."""
+        """Delete the note, unless it was changed after `applied` was read."""
         with self.note_lock():
             if self.note() == applied:
                 self.note_path.unlink(missing_ok=True)
 
     def remove(self, told: RunNote) -> bool:
-        """Deletes everything, unless the note says more than `told` by now or there is something to send."""
+        """Delete everything unless the note differs from `told` or something is unsent. Return whether it did."""
         with self.note_lock():
             if self.note() != told or self.segments() or any(self.artifacts()):
                 return False
             shutil.rmtree(self.root / "artifacts", ignore_errors=True)
             for name in ("state.json", "send.lock", "run.lock"):
                 (self.root / name).unlink(missing_ok=True)
-            # Last: as long as it is there, another sender goes on from here.
+            # Delete the note last: while it exists, another sender continues from here.
             self.note_path.unlink()
-            with suppress(OSError):  # left to whoever put something else into it
+            with suppress(OSError):  # the directory is kept if another process put something into it
                 self.root.rmdir()
         return True
 
     @contextmanager
     def note_lock(self) -> Iterator[None]:
-        """Held for the moment of a change, by driver and sender."""
+        """Hold the note's lock while the driver or a sender changes the note."""
         self.create()
         with storage_errors(self.root), (self.root / "run.lock").open("ab") as file:
             _flock(file.fileno(), wait=True)
@@ -240,7 +241,7 @@ class Spool:
     # Artifacts
 
     def add_artifact(self, path: Path, folder: str | None) -> None:
-        """Copies a file or directory, so that the caller may delete its own at once."""
+        """Copy a file or directory, so that the caller may delete its own copy at once."""
         home = self.root / "artifacts"
         partial = home / f".{uuid.uuid4().hex}"
         with storage_errors(path):
@@ -256,29 +257,29 @@ class Spool:
                 raise
 
     def artifacts(self) -> Iterator[Artifact]:
-        """Those that are complete, oldest first."""
+        """Yield the artifacts that were copied completely, oldest first."""
         for name in sorted(name for name in _names(self.root / "artifacts") if name[0] != "."):
             entry = self.root / "artifacts" / name
             for payload in _names(entry / "payload"):
                 folder = json.loads((entry / "folder.json").read_text(encoding="utf-8"))
                 yield Artifact(entry, entry / "payload" / payload, folder)
 
-    # Who sends
+    # Sending
 
     @contextmanager
     def lock(self) -> Iterator[bool]:
-        """Whether this caller alone sends now; the kernel lets go when a process dies."""
+        """Yield whether this caller alone may send now. The kernel releases the lock when the process dies."""
         self.create()
         with storage_errors(self.root), (self.root / "send.lock").open("ab") as file:
             yield _flock(file.fileno())
 
 
 class SegmentWriter:
-    """Appends whole lines to the attempt's segments, durably. One writer, one thread.
+    """Appends whole lines to the attempt's segments, durably. There is one writer, used by one thread at a time.
 
     Args:
-        spool: Where.
-        segment_bytes: The size after which a new segment begins, so that the sent ones can be deleted.
+        spool: The spool.
+        segment_bytes: The size after which a new segment begins, so that sent segments can be deleted.
     """
 
     def __init__(self, spool: Spool, segment_bytes: int) -> None:
@@ -288,13 +289,14 @@ class SegmentWriter:
         self._begin()
 
     def append(self, data: bytes) -> None:
-        """Writes lines and waits for the disk. On an error nothing of `data` is left behind.
+        """Write lines and wait for the disk. After an error, no part of `data` is left in the file.
 
         Raises:
-            StorageFull: No space.
-            StorageError: Anything else that the file system says.
+            StorageFull: No space is left.
+            StorageError: Any other error of the file system.
         """
-        # A file system without locks lets a sender take a live segment for a dead one, and delete it once it is sent.
+        # On a file system without locks, a sender may take an open segment for a finished one and delete it after
+        # sending.
         if self._end >= self._segment_bytes or not self._path.exists():
             before = self._descriptor
             self._begin()
@@ -309,7 +311,7 @@ class SegmentWriter:
         self._end += len(data)
 
     def close(self) -> None:
-        """An empty segment is deleted; from now on a full one may be, once it is sent."""
+        """Close the segment. An empty one is deleted; any other may be deleted once it is sent."""
         if self._descriptor >= 0:
             if self._end <= _HEADER_BYTES:
                 self._path.unlink(missing_ok=True)
@@ -324,7 +326,7 @@ class SegmentWriter:
         with storage_errors(path):
             descriptor = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o644)
             try:
-                # Locked before it gets its name: a segment that a sender can see and lock has no writer.
+                # Lock the file before it gets its name, so that a segment that a sender can see and lock has no writer.
                 _flock(descriptor)
                 _write(descriptor, _HEADER)
                 os.fsync(descriptor)
@@ -338,7 +340,7 @@ class SegmentWriter:
 
 
 def line(*fields: Any) -> bytes:
-    """A line of a segment. NaN and infinities are written as Python's json does, which our reader takes."""
+    """Return a line of a segment. NaN and infinities are written as Python's json writes and reads them."""
     return json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
 
 
@@ -347,9 +349,9 @@ _HEADER_BYTES = len(_HEADER)
 
 
 def read_batch(segment: Segment, offset: int) -> Batch:
-    """Whole lines from `offset`, within the limits of one call (a single line may exceed them).
+    """Read whole lines from `offset`, within the limits of one call (a single line may exceed them).
 
-    A last line without its newline is being written, or was when its writer died: it is left.
+    A last line without a newline is incomplete, because its writer is still writing or has died. It is not read.
 
     Raises:
         StorageError: The segment has another format version.
@@ -391,8 +393,9 @@ def read_batch(segment: Segment, offset: int) -> Batch:
 
 
 def last_logged(spool: Spool, key: str) -> tuple[float, int, dict[str, float]] | None:
-    """The newest line that has a value of `key`: seconds since the epoch, the step, and all metrics of the line. None if no
-    segment has one. Segments that are sent and have no writer may be gone.
+    """Return the newest line that has a value of `key`: seconds since the epoch, the step, and all metrics of the line.
+
+    Returns None if no segment has one. Segments that are sent and have no writer may already be deleted.
 
     Raises:
         StorageError: A segment cannot be read.
@@ -400,7 +403,7 @@ def last_logged(spool: Spool, key: str) -> tuple[float, int, dict[str, float]] |
     for segment in reversed(spool.segments()):
         with storage_errors(segment.path):
             lines = segment.path.read_bytes().split(b"\n")
-        for raw in reversed(lines[:-1]):  # what follows the last newline was being written
+        for raw in reversed(lines[:-1]):  # a line without a newline is incomplete
             with suppress(ValueError, TypeError, AttributeError):
                 kind, *fields = json.loads(raw)
                 if kind == "m" and key in fields[2]:
@@ -409,7 +412,7 @@ def last_logged(spool: Spool, key: str) -> tuple[float, int, dict[str, float]] |
 
 
 def discard_if_finished(segment: Segment, acked: int) -> bool:
-    """Deletes a segment whose whole lines are all sent and that has no writer."""
+    """Delete a segment that has no writer and whose whole lines are all sent. Return whether it was deleted."""
     with storage_errors(segment.path), segment.path.open("rb") as file:
         if not _flock(file.fileno()):
             return False
@@ -422,7 +425,7 @@ def discard_if_finished(segment: Segment, acked: int) -> bool:
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """The file system's errors as ours, with the path."""
+    """Convert errors of the file system to ours, with the path."""
     try:
         yield
     except OSError as error:

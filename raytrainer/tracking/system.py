@@ -1,6 +1,5 @@
-"""What one node does while it trains: CPU, memory, disk, network, GPU, under the names that MLflow's own page shows.
-Sampled here, because MLflow's monitors need `import mlflow` (1.3 s) in the worker.
-"""
+"""Sample CPU, memory, disk, network and GPU use of a node, under the names that MLflow's own page shows.
+MLflow's monitors are not used, because they need `import mlflow` (1.3 s) in the worker."""
 
 from __future__ import annotations
 
@@ -10,17 +9,17 @@ import time
 from typing import Any
 
 _PREFIX = "system/"
-_LEAST_S = 0.2  # the kernel counts CPU time in ticks of 10 ms: over less than this a percentage is noise
+_LEAST_S = 0.2  # the kernel counts CPU time in ticks of 10 ms, so a percentage over a shorter time is noise
 
 logger = logging.getLogger("raytrainer.tracking")
 
 
 class SystemSampler:
-    """A sample is a reading of counters: about a millisecond. Without psutil or NVML its part is left out.
+    """Reads system counters; one sample takes about a millisecond. Without psutil or NVML, their metrics are left out.
 
     Args:
-        node: The number of this node in the run. Node 0 is rank 0's, and has the plain names (`system/…`); the others
-            have theirs below `system/node-1/`, `system/node-2/`, …
+        node: The number of this node in the run. Node 0 is rank 0's node and uses the plain names (`system/…`). The
+            other nodes use `system/node-1/`, `system/node-2/`, …
     """
 
     def __init__(self, node: int = 0) -> None:
@@ -32,7 +31,7 @@ class SystemSampler:
             self._network = self._psutil.net_io_counters()
 
     def sample(self) -> dict[str, float]:
-        """Percentages, megabytes (1e6 bytes; of the network since the start) and watts."""
+        """Return percentages, watts and megabytes (1e6 bytes; network traffic is counted from the start)."""
         values = {**self._host(), **self._gpus()}
         return {self._prefix + key: round(value, 1) for key, value in values.items()}
 
@@ -56,16 +55,16 @@ class SystemSampler:
         return values
 
     def _cpu_utilization(self) -> dict[str, float]:
-        """The busy share of all cores since the sample before; nothing where that is less than `_LEAST_S` ago."""
-        # Not psutil.cpu_percent(): that compares with the last call *of the same thread*, and gives 0 in a new one. The
-        # thread that writes a checkpoint takes samples too, and there is a new one for each checkpoint.
+        """Return the busy share of all cores since the previous sample; nothing if that is less than `_LEAST_S` ago."""
+        # psutil.cpu_percent() compares with the previous call *in the same thread* and returns 0 in a new one. The
+        # thread that writes a checkpoint also takes samples, and each checkpoint starts a new thread.
         (then, before), now, times = self._cpu, time.monotonic(), self._psutil.cpu_times()
         if now - then < _LEAST_S:
             return {}
         self._cpu = (now, times)
-        # A counter may go backwards by a tick.
+        # A counter may decrease by one tick.
         spent = {name: max(0.0, value - getattr(before, name)) for name, value in times._asdict().items()}
-        # Linux counts the time of guests in `user` and `nice` already.
+        # Linux already includes the time of guests in `user` and `nice`.
         total = sum(spent.values()) - spent.get("guest", 0.0) - spent.get("guest_nice", 0.0)
         idle = spent["idle"] + spent.get("iowait", 0.0)
         return {"cpu_utilization_percentage": 100 * (total - idle) / total} if total > 0 else {}
@@ -83,7 +82,7 @@ class SystemSampler:
                 limit = self._nvml.nvmlDeviceGetEnforcedPowerLimit(device) / 1000
                 values[f"gpu_{index}_power_usage_percentage"] = 100 * watts / limit
             except self._nvml.NVMLError as error:
-                logger.debug("GPU %d: %s", index, error)  # some cards do not tell their power
+                logger.debug("GPU %d: %s", index, error)  # some cards do not report their power
         return values
 
 

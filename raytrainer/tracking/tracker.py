@@ -1,6 +1,5 @@
-"""The tracker that a rank uses: a queue for the training loop, a thread that puts it on disk, and one that sends it.
-The loop pays microseconds, whatever the disk and the server do.
-"""
+"""The tracker that a rank uses: a queue for the training loop, a thread that writes to disk, and a thread that sends.
+A call from the training loop takes microseconds, however slow the disk and the server are."""
 
 from __future__ import annotations
 
@@ -19,9 +18,9 @@ from raytrainer.tracking.sender import Shipper, replay
 from raytrainer.tracking.spool import SegmentWriter, Spool, line
 from raytrainer.tracking.system import SystemSampler
 
-_TICK_S = 0.5  # a row is on disk after this and a write
+_TICK_S = 0.5  # a row is on disk after this time and one write
 _QUEUE_ENTRIES = 100_000  # calls of log_metrics between two ticks
-_MEMORY_BYTES = 8 * 2**20  # lines that the disk does not take
+_MEMORY_BYTES = 8 * 2**20  # for lines that could not be written to disk yet
 _SEGMENT_BYTES = 4 * 2**20
 _KEY_BYTES = 250
 _FIRST_SYSTEM_S = 1.0
@@ -30,22 +29,22 @@ logger = logging.getLogger("raytrainer.tracking")
 
 
 class MlflowTracker:
-    """Metrics, tags and artifacts of one run, on disk within a second and in MLflow when it answers.
+    """Logs metrics, tags and artifacts of one run: to disk within a second, and to MLflow when the server answers.
 
-    No method fails or waits for the server. What does not fit is dropped, newest first, because what is on disk is
-    never given up: counted, said once, and added to the run's tag `raytrainer.dropped_rows`.
+    No method fails or waits because of the server. If there is no room, the newest rows are dropped, and rows on disk
+    are kept. Dropped rows are counted, reported once, and added to the run's tag `raytrainer.dropped_rows`.
 
     Args:
-        run_id: The MLflow run, or the id that `open_run` made without a server.
-        tracking_uri: Absolute: a worker has another current directory.
+        run_id: The MLflow run id, or the local id that `open_run` made without a server.
+        tracking_uri: Must be absolute, because a worker has another current directory.
         spool_dir: The run's own directory on a disk that outlives the process.
         flush_interval_s: Seconds between batches to MLflow.
-        max_spool_bytes: The most that is kept on disk, artifacts included.
-        system_metrics: CPU, memory, disk, network and GPU of this node as `system/…`.
-        node: The number of this node in the run, for the names of its system metrics; as `SystemSampler`.
-        system_interval_s: Seconds between two samples of them.
-        ship: Whether this process sends. False never imports mlflow (1.3 s): a `Shipper` or `replay` elsewhere sends.
-        awaited_in: As `Shipper`.
+        max_spool_bytes: The maximum size of the spool in bytes, artifacts included.
+        system_metrics: Whether to log CPU, memory, disk, network and GPU use of this node as `system/…`.
+        node: The number of this node in the run, for the names of its system metrics, as in `SystemSampler`.
+        system_interval_s: Seconds between two samples of system metrics.
+        ship: Whether this process sends. If false, it never imports mlflow (1.3 s), and another process must send.
+        awaited_in: As in `Shipper`.
 
     Raises:
         StorageError: The spool cannot be written at all.
@@ -68,9 +67,9 @@ class MlflowTracker:
         self._run_id, self._tracking_uri, self._max_spool_bytes = run_id, tracking_uri, max_spool_bytes
         self._spool = Spool(spool_dir)
         self._queue: deque[tuple[Any, ...]] = deque()
-        self._refused = 0  # rows that found the queue full; only callers count up
+        self._refused = 0  # rows refused because the queue was full; only callers increase it
         self._refused_before = 0
-        self._lines: deque[tuple[bytes, int]] = deque()  # what the disk has not taken: lines and their rows
+        self._lines: deque[tuple[bytes, int]] = deque()  # not yet on disk: lines with their numbers of rows
         self._line_bytes = 0
         self._dropped = 0
         self._said: set[str] = set()
@@ -89,11 +88,11 @@ class MlflowTracker:
             self._shipper = Shipper(spool_dir, run_id, tracking_uri, interval_s=flush_interval_s, awaited_in=awaited_in)
         self._thread = threading.Thread(target=self._loop, name="tracking-spool", daemon=True)
         self._thread.start()
-        # A process that ends without close() still puts its last half second on disk.
+        # A process that ends without close() still writes its last half second to disk.
         atexit.register(self._flush)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Values of one step, plain numbers; NaN and infinities too (MLflow keeps ±inf as ±1.8e308)."""
+        """Log the values of one step as plain numbers, also NaN and infinities (MLflow stores ±inf as ±1.8e308)."""
         if self._closed or len(self._queue) >= _QUEUE_ENTRIES:
             self._refused += len(metrics)
             return
@@ -106,7 +105,7 @@ class MlflowTracker:
         self._queue.append(("t", dict(tags)))
 
     def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
-        """Copies a file or directory to the spool, at once, and uploads the copy into `folder` later."""
+        """Copy a file or directory to the spool at once, and upload the copy into `folder` later."""
         source = Path(path)
         try:
             size = sum(file.stat().st_size for file in ([source] if source.is_file() else source.rglob("*")))
@@ -118,19 +117,19 @@ class MlflowTracker:
             logger.warning("the artifact %s is left out: %s", source, error)
 
     def flush(self) -> None:
-        """Puts on disk what was logged until now, and waits for it; from any thread, never an error of the disk.
+        """Write everything logged so far to disk and wait for it. Any thread may call it; disk errors are only logged.
 
-        For checkpoints: a run that is killed and goes on from one does not log again what came before it.
+        Call it before a checkpoint: a run that continues from a checkpoint does not log the steps before it again.
         """
         if not self._closed:
             self._flush()
 
     def close(self, *, ship: bool | None = None, timeout_s: float = 30.0) -> None:
-        """Puts everything on disk, then sends it; what is not sent in time stays for `replay`.
+        """Write everything to disk, then send it. What is not sent in time stays for `replay`.
 
         Args:
-            ship: False: leave the sending to another process. Default: as the tracker was made.
-            timeout_s: The longest to wait for the server.
+            ship: False leaves the sending to another process. By default, the tracker's own `ship` decides.
+            timeout_s: The longest time to wait for the server, in seconds.
         """
         if self._closed:
             return
@@ -151,7 +150,7 @@ class MlflowTracker:
                 logger.warning("%s; the rest is kept in %s", error, self._spool.root)
 
     def _loop(self) -> None:
-        # Polling, not waiting on the queue: a put then never wakes this thread in the middle of a step.
+        # Poll instead of waiting on the queue, so that a put never wakes this thread in the middle of a step.
         while not self._stop.wait(_TICK_S):
             self._flush()
 
@@ -170,7 +169,7 @@ class MlflowTracker:
 
     def _sample(self, last: bool) -> None:
         if self._system is None:
-            self._system = SystemSampler(self._node)  # here, not in the constructor: NVML may take a while
+            self._system = SystemSampler(self._node)  # not in the constructor, because NVML may take a while
         elif last or time.monotonic() >= self._system_due:
             self._encode(("m", time.time_ns() // 1_000_000, self._system_step, self._system.sample()))
             self._system_step += 1
@@ -209,7 +208,7 @@ class MlflowTracker:
             self._lines.clear()
             self._line_bytes = 0
         lines = [data for data, _ in self._lines]
-        # The count of what was dropped goes along, beyond the bound: it is a line.
+        # The count of dropped rows is written even beyond the size limit, because it is only one line.
         dropped = self._dropped
         if dropped and (lines or last):
             lines.append(line("dropped", dropped))

@@ -1,4 +1,4 @@
-"""The `MLFLOW_*` variables of the environment: each is honoured, or refused by its name before anything starts."""
+"""Check the `MLFLOW_*` environment variables: each is used, or refused by name before anything starts."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _IGNORED = {
 
 
 def odd_values(environ: Mapping[str, str], uri: str | None) -> list[str]:
-    """What is wrong with the variables, and with the tracking URI: a sentence each, without a secret.
+    """Return what is wrong with the variables and the tracking URI: one sentence per problem, without secrets.
 
     Args:
-        environ: The environment. A variable that is empty or blank counts as not set.
-        uri: `tracking.tracking_uri` as it is resolved; None: the default store.
+        environ: The environment. An empty or blank variable counts as not set.
+        uri: The resolved `tracking.tracking_uri`; None for the default store.
     """
     given = {name: value.strip() for name, value in environ.items() if name.startswith("MLFLOW_") and value.strip()}
     problems = _of_uri(uri, given)
@@ -59,7 +59,7 @@ def _of_uri(uri: str | None, given: Mapping[str, str]) -> list[str]:
     source = _URI if given.get(_URI) == uri else "tracking.tracking_uri"
     shown = f"{source}={redacted(uri)}"
     scheme, rest = urlsplit(uri).scheme.partition("+")[0].lower(), uri.partition("://")[2]
-    if re.search(r"\s", uri) and scheme != "sqlite":  # a folder may have one in its name
+    if re.search(r"\s", uri) and scheme != "sqlite":  # a folder's name may contain a space
         return [f"{shown} has a space in it; write {_FORMS}"]
     if scheme in ("http", "https"):
         return [] if urlsplit(uri).hostname else [f"{shown} names no host; write {_FORMS}"]
