@@ -1,4 +1,4 @@
-"""How far a cluster can grow, by the configuration of its autoscaler; whoever has that, from wherever."""
+"""How far a cluster can grow, from its autoscaler's configuration, wherever that comes from."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-HEAD = "node:__internal_head__"  # a resource that the head node alone has
+HEAD = "node:__internal_head__"  # a resource that only the head node has
 
 
 @dataclass(frozen=True)
 class Growth:
-    """The nodes that a cluster's autoscaler can add to those that are there.
+    """The nodes that a cluster's autoscaler can add to the present ones.
 
     Attributes:
-        nodes: What each has.
-        most: How many of them at a time.
-        known: False where the autoscaler does not say: KubeRay's runs beside Ray, in a container of its own.
+        nodes: The resources of each.
+        most: How many of them it can add at a time.
+        known: False if the autoscaler's limit is unknown: KubeRay's runs beside Ray, in a separate container.
     """
 
     nodes: tuple[Mapping[str, float], ...] = ()
@@ -25,13 +25,13 @@ class Growth:
 
 
 def addable(config: Mapping[str, Any], there: Sequence[Mapping[str, float]]) -> Growth | None:
-    """What an autoscaler's configuration allows beyond the nodes that are there.
+    """Return what an autoscaler's configuration allows beyond the present nodes.
 
     Args:
-        config: As a `ray up` file, its node types' resources filled in.
-        there: What each living node has, the head included.
+        config: As a `ray up` file, with the resources of its node types filled in.
+        there: The resources of each live node, including the head.
     """
-    most = int(config["max_workers"] if config.get("max_workers") is not None else 2)  # Ray's default
+    most = int(config["max_workers"] if config.get("max_workers") is not None else 2)  # Ray's default is 2
     left = {}
     for name, kind in config["available_node_types"].items():
         limit = kind.get("max_workers")
@@ -40,7 +40,7 @@ def addable(config: Mapping[str, Any], there: Sequence[Mapping[str, float]]) -> 
     for node in there:
         if HEAD in node:
             continue
-        # A node does not say of which type it is: one with the same CPUs and GPUs is.
+        # A node does not say which type it has, so it counts as a type with the same CPUs and GPUs.
         for name in left:
             wanted = config["available_node_types"][name]["resources"]
             if left[name] and all(node.get(k, 0) == wanted.get(k, 0) for k in ("CPU", "GPU")):

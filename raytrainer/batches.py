@@ -1,7 +1,7 @@
-"""The tensors of a batch, whatever holds them: one walk that moves, casts and pins them, and finds them.
+"""The tensors of a batch in any container: one traversal that moves, casts, pins or finds them.
 
-A batch is what a dataset or `data.collate_fn` returns, so its type is the user's. Not `torch.utils._pytree`: that one
-takes a `UserDict` or a dataclass for a leaf unless each class is registered, for the whole process, beforehand.
+A batch is what a dataset or `data.collate_fn` returns, so its type is the user's. `torch.utils._pytree` is not used,
+because it treats a `UserDict` or a dataclass as a leaf unless each class is first registered for the whole process.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from raytrainer.errors import ConfigError
 
 Change = Callable[[Tensor], Tensor]
 
-_VALUES = frozenset({type(None), bool, int, float, complex, str, bytes})  # the most frequent, and never a container
-# Code, not data: what hangs on it is not a part of the batch. A dataset may hold gigabytes.
+_VALUES = frozenset({type(None), bool, int, float, complex, str, bytes})  # the most frequent types, never containers
+# Code, not data: its attributes are not part of the batch. A dataset may hold gigabytes.
 _CODE = (
     type,
     types.ModuleType,
@@ -39,12 +39,12 @@ _CODE = (
 
 
 def map_tensors(data: Any, change: Change) -> Any:
-    """The same structure with `change` applied to each tensor. Containers are copied and keep their types.
+    """Return the same structure with `change` applied to each tensor. Containers are copied and keep their types.
 
     Args:
         data: Dicts, lists, tuples, named tuples, any other mapping, dataclasses and other objects, in any nesting; an
-            object's tensors are those in its attributes. Everything else stays as it is.
-        change: Called once for each tensor, however often the batch refers to it.
+            object's tensors are those in its attributes. Everything else is unchanged.
+        change: Called once for each tensor, even if the batch refers to it several times.
 
     Raises:
         ConfigError: An object holds tensors and cannot be copied.
@@ -53,17 +53,17 @@ def map_tensors(data: Any, change: Change) -> Any:
 
 
 def as_tensors(data: Any) -> Any:
-    """The same structure with numeric numpy arrays as tensors of the same memory."""
+    """Return the same structure with numeric numpy arrays as tensors that share their memory."""
     return _Walk(lambda tensor: tensor, arrays=True)(data)
 
 
 def cast(data: Any, dtype: torch.dtype) -> Any:
-    """The same structure with floating-point tensors in `dtype`."""
+    """Return the same structure with floating-point tensors in `dtype`."""
     return map_tensors(data, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
 def move(data: Any, device: torch.device, *, non_blocking: bool = False) -> Any:
-    """The same structure on `device`. An object with `to(device)` moves itself.
+    """Return the same structure on `device`. An object with `to(device)` moves itself.
 
     Raises:
         ConfigError: An object holds tensors and cannot be moved.
@@ -76,7 +76,7 @@ def move(data: Any, device: torch.device, *, non_blocking: bool = False) -> Any:
 
 
 def pin(data: Any) -> Any:
-    """The same structure in pinned host memory, as far as it can be; an object with `pin_memory()` pins itself."""
+    """Return the same structure in pinned host memory if possible. An object with `pin_memory()` pins itself."""
 
     def itself(value: Any) -> Any:
         pinned = value.pin_memory() if callable(getattr(value, "pin_memory", None)) else None
@@ -89,22 +89,22 @@ def pin(data: Any) -> Any:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor is one block of memory: neither sparse nor nested."""
+    """Return whether a tensor is one block of memory: neither sparse nor nested."""
     return tensor.layout is torch.strided and not tensor.is_nested
 
 
 def tensors(data: Any) -> Iterator[Tensor]:
-    """Each tensor that a batch holds, once."""
+    """Yield each tensor of a batch, once."""
     return (part for part in parts(data) if isinstance(part, Tensor))
 
 
 def parts(data: Any) -> Iterator[Any]:
-    """Each object of a batch, once: containers, tensors, and what other objects have as attributes."""
+    """Yield each object of a batch, once: containers, tensors, and the attributes of other objects."""
     yield from _parts(data, {})
 
 
 def moves_itself(value: Any) -> bool:
-    """Whether an object has a `to(device)` of its own that is to be used: a graph, a packed sequence."""
+    """Return whether an object has its own `to(device)`, as a graph or a packed sequence has."""
     return not isinstance(value, Tensor | Mapping | type) and callable(getattr(value, "to", None))
 
 
@@ -126,7 +126,7 @@ def _parts(value: Any, seen: dict[int, Any]) -> Iterator[Any]:
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    """What an object holds in its `__dict__` and its slots, by name."""
+    """Return the contents of an object's `__dict__` and slots, by name."""
     found: dict[str, Any] = dict(getattr(value, "__dict__", None) or {})
     for kind in type(value).__mro__:
         slots = kind.__dict__.get("__slots__", ())
@@ -142,8 +142,8 @@ class _Walk:
     """One pass over a batch.
 
     Args:
-        change: As of `map_tensors`.
-        itself: What is done with an object that has `to(device)` as a whole; None: its tensors are changed one by one.
+        change: As in `map_tensors`.
+        itself: Converts an object that has `to(device)` as a whole; None: its tensors are changed one by one.
         arrays: Whether numeric numpy arrays become tensors.
     """
 
@@ -175,7 +175,7 @@ class _Walk:
         return self._other(value)
 
     def _keep(self, value: Any, new: Any) -> Any:
-        # Before its parts are walked: one of them may refer to it.
+        # Stored before its parts are visited, because one of them may refer to it.
         self._done[id(value)] = (value, new)
         return new
 
@@ -195,13 +195,13 @@ class _Walk:
         if isinstance(value, set | frozenset):
             return self._keep(value, _made(type(value), [self(item) for item in value]))
         if self._arrays:
-            # Arrays become tensors in what is declared to be data; an object may use its own as arrays.
+            # Only arrays in declared data become tensors; other objects may use theirs as arrays.
             if not any(hasattr(type(value), name) for name in ("__dataclass_fields__", "__attrs_attrs__")):
                 return value
         elif next(tensors(value), None) is None:
             return value
         apply = getattr(value, "apply", None)
-        if callable(apply) and moves_itself(value):  # graphs of torch_geometric, tensordict: in place, or a new one
+        if callable(apply) and moves_itself(value):  # torch_geometric, tensordict: in place, or a new one
             new = _copied(value)
             applied = new.apply(self)
             return self._keep(value, new if applied is None else applied)
@@ -210,7 +210,7 @@ class _Walk:
     def _tuple(self, value: Any) -> Any:
         items = [self(item) for item in value]
         if all(new is old for new, old in zip(items, value, strict=True)):
-            return value  # also a torch.Size, and whatever else is a tuple of plain values
+            return value  # also a torch.Size, and any other tuple of plain values
         return type(value)._make(items) if hasattr(value, "_make") else _made(type(value), items)
 
     def _mapping(self, value: Any) -> Any:
@@ -226,7 +226,7 @@ class _Walk:
             changed = self(item)
             if changed is not item:
                 try:
-                    object.__setattr__(new, name, changed)  # a frozen dataclass refuses its own way
+                    object.__setattr__(new, name, changed)  # a frozen dataclass refuses its own setattr
                 except (AttributeError, TypeError) as error:
                     raise _unmovable(value, f"its attribute {name!r} cannot be set ({error})") from error
         return new
@@ -255,9 +255,9 @@ def _made(kind: Any, items: Iterable[Any]) -> Any:
 
 def _moved_by_itself(value: Any, device: torch.device, non_blocking: bool) -> Any:
     try:
-        # Some move in place and return nothing: then the caller's own object must not be the one that moves.
+        # Some move in place and return nothing, which must not move the caller's own object.
         own = copy.copy(value)
-    except Exception:  # noqa: BLE001  what cannot be copied can still move
+    except Exception:  # noqa: BLE001  an object that cannot be copied can still move
         own = value
     try:
         try:
@@ -267,7 +267,7 @@ def _moved_by_itself(value: Any, device: torch.device, non_blocking: bool) -> An
                 raise
             moved = own.to(device)
     except Exception as error:
-        if next(tensors(value), None) is None:  # a `to` of another meaning: of a date to a time zone
+        if next(tensors(value), None) is None:  # a `to` with another meaning, e.g. of a date to a time zone
             return value
         raise _unmovable(value, f"its to({device}) raises {type(error).__name__}: {error}") from error
     return own if moved is None else moved

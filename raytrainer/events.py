@@ -1,7 +1,7 @@
-"""The one protocol by which the training loop tells what happened: progress, tracking, checkpoints, user callbacks.
+"""The single protocol by which the training loop reports events: to progress, tracking, checkpoints and user callbacks.
 
-A listener is any object with some of the hooks below; each is called as `hook(trainer, event)` in the loop's thread.
-A hook that none has costs a step nothing.
+A listener is any object with some of the hooks below; each is called as `hook(trainer, event)` in the loop's thread. A
+hook that no listener has costs a step nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ Hook = Callable[[Any, Any], None]
 
 @dataclass(frozen=True, slots=True)
 class FitStart:
-    """Training begins, or goes on at `step`. `total_steps` is None where only time ends it; of the model's `parameters`
-    the `trainable` ones get a gradient."""
+    """Training begins, or continues at `step`.
+
+    `total_steps` is None if only time ends it. Of the model's `parameters`, the `trainable` ones get a gradient.
+    """
 
     step: int
     total_steps: int | None
@@ -58,7 +60,7 @@ class EvalEnd:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSaved:
-    """A checkpoint is handed to the writer; it exists once its manifest is committed."""
+    """A checkpoint was handed to the writer; it is valid once its manifest is committed."""
 
     step: int
     metric: float | None
@@ -77,7 +79,7 @@ class FitEnd:
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """A file or folder that belongs to the run's records, from `Trainer.log_artifact`."""
+    """A file or folder for the run's artifacts, from `Trainer.log_artifact`."""
 
     path: str
     folder: str | None = None
@@ -87,15 +89,15 @@ HOOKS = ("on_fit_start", "on_step_end", "on_log", "on_eval_end", "on_checkpoint"
 
 
 def check_hooks(listener: Any, key: str) -> None:
-    """Checks the hooks of a callback, or of its class: a misspelt one would never be called.
+    """Check the hooks of a callback, or of its class, because a misspelt hook would never be called.
 
     Args:
         listener: The object, or its class.
-        key: Of the configuration, for the error.
+        key: The configuration key, for the error.
 
     Raises:
-        ConfigError: It has none of the hooks; one that is nearly called like a hook; or one that cannot be called with
-            (trainer, event).
+        ConfigError: It has none of the hooks, a method whose name is nearly a hook's, or a hook that cannot be called
+            with (trainer, event).
     """
     kind = listener if isinstance(listener, type) else type(listener)
     if not any(hasattr(listener, hook) for hook in HOOKS):
@@ -114,7 +116,7 @@ def check_hooks(listener: Any, key: str) -> None:
         given = ("self", "trainer", "event") if isinstance(listener, type) else ("trainer", "event")
         try:
             inspect.signature(getattr(listener, name)).bind(*given)
-        except ValueError:  # no signature
+        except ValueError:  # it has no signature
             continue
         except TypeError as error:
             if isinstance(inspect.getattr_static(kind, name, None), staticmethod | classmethod):
@@ -127,7 +129,7 @@ def check_hooks(listener: Any, key: str) -> None:
 
 
 class Events:
-    """Calls each hook of each listener, in the order given; the lists are made once."""
+    """Calls each hook of each listener, in the given order. The lists are built once."""
 
     def __init__(self, listeners: Iterable[Any]) -> None:
         listeners = list(listeners)
@@ -139,7 +141,7 @@ class Events:
         self._call("on_fit_start", trainer, event)
 
     def step_end(self, trainer: Any, step: int, epoch: int) -> None:
-        # The event is made only for a listener: this is called at every step.
+        # The event is created only if there is a listener, because this is called at every step.
         if self._hooks["on_step_end"]:
             self._call("on_step_end", trainer, StepEnd(step, epoch))
 

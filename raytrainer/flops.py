@@ -1,4 +1,4 @@
-"""Model FLOP utilisation: the floating-point operations that a model needs, against those that its device could do."""
+"""Model FLOP utilisation: the floating-point operations that a model needs, relative to its device's peak."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 _log = logging.getLogger("raytrainer.flops")
 
-# Dense peaks in TFLOP/s, from the vendors' data sheets (figures "with sparsity" are twice these): of bfloat16 and float16
-# on matrix units, of TF32 on them, and of float32. The first name that is in the device's counts.
+# Dense peaks in TFLOP/s, from the vendors' data sheets (figures "with sparsity" are twice these): for bfloat16 and
+# float16 on matrix units, for TF32 on them, and for float32. The first name that occurs in the device's name is used.
 _PEAKS: tuple[tuple[str, float, float, float], ...] = (
     ("B200", 2250.0, 1125.0, 75.0),
     ("H200", 989.4, 494.7, 66.9),
@@ -32,19 +32,19 @@ _PEAKS: tuple[tuple[str, float, float, float], ...] = (
 
 
 def peak_flops(device: torch.device, precision: str, tflops: float | None = None) -> float | None:
-    """What one device could do in a second; None where that is not known.
+    """Return the peak of one device in FLOP/s; None if it is unknown.
 
     Args:
-        device: That of a worker.
+        device: The device of a worker.
         precision: `trainer.precision`.
-        tflops: `trainer.peak_tflops`, which wins over the table; 0 switches the figure off.
+        tflops: `trainer.peak_tflops`, which overrides the table; 0 disables the figure.
     """
     if tflops is not None:
         return tflops * 1e12
     if device.type != "cuda" or precision == "64-true":
         return None
     name = torch.cuda.get_device_name(device)
-    if "MIG" in name:  # a part of one
+    if "MIG" in name:  # a part of a GPU
         return None
     found = next((peaks for part, *peaks in _PEAKS if re.search(rf"\b{part}\b", name)), None)
     if found is None:
@@ -58,23 +58,23 @@ def peak_flops(device: torch.device, precision: str, tflops: float | None = None
 def model_flops(
     make: Callable[[], tuple[nn.Module, Callable[[nn.Module, Any], Mapping[str, Tensor]]]], batch: Any
 ) -> float | None:
-    """Floating-point operations of one forward and backward over `batch`; None where the model does not say.
+    """Return the floating-point operations of one forward and backward over `batch`; None if they cannot be counted.
 
-    Matrix products, convolutions and attention are counted, a multiplication and addition as two, after Chowdhery et al.
-    2022 (arXiv:2204.02311, appendix B): attention over the whole square, and nothing for what activation checkpointing
-    computes again. The model is made once more on the meta device, where nothing is computed and nothing takes memory,
+    Matrix products, convolutions and attention are counted, a multiplication and addition as two, after Chowdhery et
+    al. 2022 (arXiv:2204.02311, appendix B): attention over the whole square, and nothing for what activation
+    checkpointing recomputes. The model is built again on the meta device, which needs neither computation nor memory,
     so that neither compiling nor sharding changes the figure.
 
     Args:
-        make: Makes the model and the loss, for the device of the context.
-        batch: On the meta device.
+        make: Builds the model and the loss, on the device of the context.
+        batch: A batch on the meta device.
     """
     try:
         with torch.device("meta"):
             model, loss = make()
         with FlopCounterMode(display=False) as counter:
             loss(model, batch)["loss"].backward()
-    except Exception as error:  # noqa: BLE001  models are the user's, and this one figure is not worth a run
+    except Exception as error:  # noqa: BLE001  models are the user's, and this figure is not worth failing a run
         _log.info("no train/mfu: the model does not run on the meta device: %s: %s", type(error).__name__, error)
         return None
     return float(counter.get_total_flops()) or None

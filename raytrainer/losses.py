@@ -1,5 +1,5 @@
-"""The reference losses: callables `(model, batch) -> {"loss": ..., ...}`, which is all that a loss has to be.
-They take their tensors from a dict by key or from a tuple by position, and never bring a value to the host.
+"""The reference losses. A loss is any callable `(model, batch) -> {"loss": ..., ...}`.
+These take tensors from a dict by key or from a tuple by position, and never bring a value to the host.
 """
 
 from __future__ import annotations
@@ -15,26 +15,27 @@ from torch.nn import functional as F
 
 from raytrainer.errors import ConfigError
 
-Model = Callable[..., Any]  # gives a tensor, or an object that has it as `logits` (Hugging Face's ModelOutput)
+Model = Callable[..., Any]  # returns a tensor, or an object that has it as `logits` (Hugging Face's ModelOutput)
 Field = str | int
 
-_LARGEST_EXPONENT = math.log(sys.float_info.max)  # above it math.exp raises
+_LARGEST_EXPONENT = math.log(sys.float_info.max)  # above it, math.exp raises
 
 
 class CrossEntropy:
-    """Classification: the mean cross entropy over the samples, and the accuracy; for `metrics` the logits as `preds` and
-    class indices as `target`.
+    """Classification: the mean cross entropy over the samples, and the accuracy.
+
+    For `metrics`, it returns the logits as `preds` and class indices as `target`.
 
     Args:
-        input: Where the batch has the model's input: a key of a dict; a position, if the batch is a tuple (a key
-            then means the first).
-        target: The same for the target (a key means the second of a tuple): class indices `[N]` (or `[N, ...]` for
-            logits `[N, C, ...]`), or probabilities of the logits' shape.
+        input: Where the batch has the model's input: a key of a dict, or a position if the batch is a tuple (a key then
+            means the first entry).
+        target: The same for the target (a key means the second entry of a tuple): class indices `[N]` (or `[N, ...]`
+            for logits `[N, C, ...]`), or probabilities in the logits' shape.
         label_smoothing: The part of the target spread over all classes (Szegedy et al. 2015, arXiv:1512.00567).
-        keywords: Further entries of a dict that the model is given, by their names (`attention_mask`).
+        keywords: Further entries of a dict, which are passed to the model as keyword arguments (`attention_mask`).
 
     Raises:
-        ConfigError: `label_smoothing` is not in [0, 1], or, when called, the batch has no such entry.
+        ConfigError: `label_smoothing` is not in [0, 1], or, when called, the batch lacks an entry.
     """
 
     def __init__(
@@ -63,14 +64,14 @@ class CrossEntropy:
 
 
 class MeanSquaredError:
-    """Regression: the mean squared difference over all values of all samples; for `metrics` `preds` and `target`.
+    """Regression: the mean squared difference over all values of all samples; for `metrics`, `preds` and `target`.
 
     Args:
         input: Where the batch has the model's input, as in `CrossEntropy`.
         target: The same for the target: `[N, ...]`, the shape of the prediction; a last dimension of 1 may be missing.
 
     Raises:
-        ConfigError: When called: the batch has no such entry, or the shapes differ (which would broadcast silently).
+        ConfigError: When called, the batch lacks an entry, or the shapes differ (which would broadcast silently).
     """
 
     def __init__(self, input: Field = "input", target: Field = "target") -> None:  # noqa: A002
@@ -92,21 +93,23 @@ class MeanSquaredError:
 
 
 class TokenCrossEntropy:
-    """Language modelling: the mean cross entropy over the tokens that count, with their number as the weight, so that
-    the mean over micro-batches and ranks is one over all tokens however they are spread. For `metrics` the logits as
-    `preds` `[N*T, V]` and all `target`s `[N*T]`: a metric needs the same `ignore_index`.
+    """Language modelling: the mean cross entropy over the tokens that count, with their number as the weight.
+
+    The mean over micro-batches and ranks is thus the mean over all tokens, however they are distributed. For `metrics`,
+    it returns the logits as `preds` `[N*T, V]` and all targets as `target` `[N*T]`: a metric needs the same
+    `ignore_index`.
 
     Args:
         input: Where the batch has the token ids `[N, T]`, as in `CrossEntropy`.
-        target: The same for the targets `[N, T]`, aligned with the logits `[N, T, V]`: whoever makes the batch has
-            shifted them by one.
-        ignore_index: Targets that do not count (padding, a prompt). With none that counts the loss is 0.
+        target: The same for the targets `[N, T]`, aligned with the logits `[N, T, V]`: the batch must already have them
+            shifted by one.
+        ignore_index: Targets that do not count (padding, a prompt). If none counts, the loss is 0.
         keywords: As in `CrossEntropy`.
-        bytes_per_token: Bytes of text for each token, on average: 1 where tokens are bytes; of a token file,
-            `raytrainer.data.tokenize` prints it. None: no bits a byte.
+        bytes_per_token: The mean number of bytes of text per token: 1 if tokens are bytes; for a token file,
+            `raytrainer.data.tokenize` prints it. None: `bits_per_byte` is not computed.
 
     Raises:
-        ConfigError: `bytes_per_token` is not above 0; when called: the batch has no such entry.
+        ConfigError: `bytes_per_token` is not above 0; when called, the batch lacks an entry.
     """
 
     def __init__(
@@ -127,8 +130,8 @@ class TokenCrossEntropy:
         logits = _output(model, batch, self.input, self.keywords).flatten(0, -2)
         counted = target != self.ignore_index
         weight = counted.sum().to(logits.dtype)
-        # A mean by hand: torch's own is NaN where nothing counts, and asking whether anything does would wait for
-        # the device.
+        # Computed by hand, because torch's mean is NaN if nothing counts, and checking for that would wait for the
+        # device.
         mean_over = weight.clamp(min=1)
         loss = F.cross_entropy(logits, target, ignore_index=self.ignore_index, reduction="sum") / mean_over
         preds = logits.detach()
@@ -136,8 +139,7 @@ class TokenCrossEntropy:
         return {"loss": loss, "weight": weight, "accuracy": right / mean_over, "preds": preds, "target": target}
 
     def summary(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Of the mean over all tokens, in nats: its perplexity, and the bits for a byte of text, which is comparable
-        between tokenizers."""
+        """Return the perplexity for the mean loss, in nats, and the bits per byte, which compare between tokenizers."""
         loss = means["loss"]
         found = {"perplexity": math.inf if loss > _LARGEST_EXPONENT else math.exp(loss)}
         if self.bytes_per_token is not None:
@@ -146,7 +148,7 @@ class TokenCrossEntropy:
 
 
 def _output(model: Model, batch: Any, input: Field, keywords: Sequence[str] = ()) -> Tensor:  # noqa: A002
-    """What the model gives for its entry of the batch, in at least single precision."""
+    """Return the model's output for its entry of the batch, in at least single precision."""
     if keywords and not isinstance(batch, Mapping):
         raise ConfigError("needs batches that are dicts", key="loss.keywords", value=list(keywords))
     further = {name: _take(batch, "keywords", name, position=0) for name in keywords}
@@ -160,7 +162,7 @@ def _output(model: Model, batch: Any, input: Field, keywords: Sequence[str] = ()
             "For another output write a loss of your own",
             key="model",
         )
-    # Softmax in half precision loses what the loss is about.
+    # Softmax in half precision would be too imprecise.
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
@@ -170,7 +172,7 @@ def _take(batch: Any, role: str, field: Field, *, position: int) -> Tensor:
             value: Tensor = batch[field]
             return value
         raise ConfigError("is not in a batch", key=f"loss.{role}", value=field, choices=[str(key) for key in batch])
-    if isinstance(field, str) and isinstance(named := getattr(batch, field, None), Tensor):  # a dataclass, a graph
+    if isinstance(field, str) and isinstance(named := getattr(batch, field, None), Tensor):  # a dataclass or a graph
         return named
     index = field if isinstance(field, int) else position
     if not isinstance(batch, Sequence) or not -len(batch) <= index < len(batch):

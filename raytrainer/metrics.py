@@ -1,4 +1,4 @@
-"""Means on the device: a step adds to them without waiting, a log reduces them over all workers in one transfer."""
+"""Means on the device: a step adds to them without waiting, and a log reduces them over all workers in one transfer."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ BAD_WEIGHT = (
     "return 0 where nothing counts"
 )
 
-_FOLD = 4096  # rows kept one by one before they are summed: bounds memory, and never waits for the device
+_FOLD = 4096  # rows kept before they are summed, which limits memory without waiting for the device
 
 
 class WeightedMeans:
-    """Weighted means, kept as one row an `add` on the device and summed in float64 when they are asked for.
+    """Weighted means, kept on the device as one row per `add` and summed in float64 when they are read.
 
-    Every rank must add the same names in the same order, which a rank without samples does with weight 0. The rows
-    are what a checkpoint keeps, so that the sums of a resumed run are added up in the same order.
+    Every rank must add the same names in the same order; a rank without samples adds them with weight 0. A checkpoint
+    saves the rows, so that a resumed run adds up its sums in the same order.
 
     Attributes:
-        weight: What this process and the others added up to the last `reduce`, without what a checkpoint brought.
-        empty: Whether nothing had any weight at the last `reduce`, so that there is no mean.
+        weight: The weight that all ranks added up to the last `reduce`, without the weight loaded from a checkpoint.
+        empty: Whether the weight was 0 at the last `reduce`, so that there is no mean.
     """
 
     def __init__(self, device: torch.device, all_reduce: Callable[[Tensor], Tensor]) -> None:
@@ -40,18 +40,18 @@ class WeightedMeans:
     def _clear(self) -> None:
         self._rows: list[Tensor] = []  # each [len(names)]
         self._weights: list[Tensor | float] = []
-        self._sums: Tensor | None = None  # [len(names) + 1], float64: of the rows before, then their weight
-        self._loaded: Tensor | None = None  # 0-d, float64: the weight of what a checkpoint brought
+        self._sums: Tensor | None = None  # [len(names) + 1], float64: the sums of earlier rows, then their weight
+        self._loaded: Tensor | None = None  # 0-d, float64: the weight that a checkpoint had
         self._bad = torch.zeros(
             (), dtype=torch.float64, device=self._device
-        )  # 0-d: how many weights were below 0 or NaN
-        self._bad_folded = self._bad  # of those in `_sums`
+        )  # 0-d: number of weights below 0, infinite or NaN
+        self._bad_folded = self._bad  # those in `_sums`
 
     def add(self, values: Mapping[str, Tensor], weight: Tensor | float) -> None:
-        """Adds 0-d tensors, each a mean over `weight` samples or tokens.
+        """Add 0-d tensors, each a mean over `weight` samples or tokens.
 
         Raises:
-            ConfigError: Other names than those since the last `reduce`.
+            ConfigError: The names differ from those since the last `reduce`.
         """
         if not self._rows and self._sums is None:
             self._names = list(values)
@@ -61,7 +61,7 @@ class WeightedMeans:
                 "the same entries in the same order",
                 key="loss",
             )
-        # A copy, in one operation: the next step may write over a compiled model's outputs.
+        # A copy, in one operation, because the next step may overwrite a compiled model's outputs.
         row = [v.detach() for v in values.values()]
         self._rows.append(torch.stack(row) if row else torch.zeros(0, device=self._device))
         self._weights.append(weight)
@@ -71,10 +71,10 @@ class WeightedMeans:
             self._rows, self._weights = [], []
 
     def reduce(self, *flags: float) -> tuple[dict[str, float], list[float]]:
-        """The means over all ranks since the last call, and `flags` summed over ranks; waits for the device once.
+        """Return the means over all ranks since the last call, and `flags` summed over ranks; wait for the device once.
 
         Raises:
-            ConfigError: On all ranks: a weight on some rank was below 0 or NaN.
+            ConfigError: On all ranks, if a weight on some rank was below 0, infinite or NaN.
         """
         head = self._folded()
         added = head[-1:] if self._loaded is None else head[-1:] - self._loaded
@@ -89,24 +89,24 @@ class WeightedMeans:
         return means, reduced[len(head) + 2 :]
 
     def nonfinite(self) -> Tensor:
-        """Whether one of this rank's sums is NaN or infinite: a 0-d bool tensor on the device."""
+        """Return whether one of this rank's sums is NaN or infinite: a 0-d bool tensor on the device."""
         return ~torch.isfinite(self._folded()).all()
 
     def _folded(self) -> Tensor:
-        """All sums and the weight: float64 [len(names) + 1]."""
+        """Return all sums and the weight: float64 [len(names) + 1]."""
         if not self._rows:
             empty = torch.zeros(len(self._names) + 1, dtype=torch.float64, device=self._device)
             return empty if self._sums is None else self._sums
         weights = self._weight_column()
-        # Only here: the host does not know a device's weights, and each step asking for them would wait.
+        # Checked only here: the host does not know weights on a device, and asking in each step would wait.
         self._bad = self._bad_folded + (~(weights >= 0) | weights.isinf()).sum()
-        # A row of weight 0 (an empty slice's stand-in) adds nothing, also where its loss is not finite.
+        # A row of weight 0 (a stand-in for an empty slice) adds nothing, even if its loss is not finite.
         rows = torch.where(weights > 0, torch.stack(self._rows).double(), 0.0)
         sums = torch.cat([(rows * weights).sum(0), weights.sum(0)])
         return sums if self._sums is None else self._sums + sums
 
     def _weight_column(self) -> Tensor:
-        """Float64 [rows, 1]."""
+        """Return the weights as float64 [rows, 1]."""
         if any(isinstance(w, Tensor) for w in self._weights):
             column = [torch.as_tensor(w, dtype=torch.float64, device=self._device) for w in self._weights]
             return torch.stack(column).unsqueeze(1)
@@ -131,7 +131,7 @@ class WeightedMeans:
 
 
 def summarised(loss: Any, means: Mapping[str, float]) -> dict[str, float]:
-    """The means, and what the loss's own `summary(means)` makes of them, if it has one (perplexity of a loss)."""
+    """Return the means, and the results of the loss's own `summary(means)` if it has one (such as perplexity)."""
     summary = getattr(loss, "summary", None)
     return dict(means) if summary is None else {**means, **summary(means)}
 
@@ -141,7 +141,7 @@ OWN_NAMES = ("lr", "samples_per_second", "tokens_per_second", "mfu")
 
 
 class Names:
-    """Keeps figures of one name from two sources apart: the one of lower rank is logged under another name.
+    """Distinguishes figures of one name from two sources: the one with lower priority is logged under another name.
 
     Args:
         say: Called with a sentence, once for each name.
@@ -151,13 +151,13 @@ class Names:
         self._say, self._said = say, set[str]()
 
     def apart(self, values: Mapping[str, Any], taken: Container[str], prefix: str, shown: str = "") -> dict[str, Any]:
-        """The values under names that are not taken.
+        """Return the values under names that are not taken.
 
         Args:
-            values: By name.
+            values: Name → value.
             taken: The names of the other source.
-            prefix: Stands before a name that is taken; with none, or where that is taken too, a number stands after it.
-            shown: What stands before all names where they are logged, for messages.
+            prefix: Put before a name that is taken. If it is empty or the result is taken, too, a number is appended.
+            shown: The prefix of all names in the log, for messages.
         """
         apart: dict[str, Any] = {}
         for name, value in values.items():
@@ -179,10 +179,10 @@ class Names:
 
 
 class Throughput:
-    """Samples a second between logs, by a clock that only goes forward; evaluation and saving are left out.
+    """Samples per second between logs, by a monotonic clock, without the time for evaluation and saving.
 
     Attributes:
-        seconds: Between the last two calls of `rate`.
+        seconds: The time between the last two calls of `rate`.
     """
 
     def __init__(self) -> None:
@@ -203,7 +203,7 @@ class Throughput:
             self._paused_at = None
 
     def rate(self) -> float:
-        """Samples a second since the last call."""
+        """Return the samples per second since the last call."""
         now = time.perf_counter()
         self.seconds = max(now - self._since, 1e-9)
         rate = self._samples / self.seconds
@@ -212,9 +212,9 @@ class Throughput:
 
 
 class Monitor:
-    """The best value of a metric so far, its step, and for how many values in a row there was none better.
+    """The best value of a metric so far, its step, and the number of values since then that were not better.
 
-    NaN is never best and counts as no improvement. `min_delta` is the least gain that counts.
+    NaN is never best and counts as no improvement. `min_delta` is the gain that a better value must exceed.
     """
 
     def __init__(self, metric: str, mode: str, min_delta: float = 0.0) -> None:
@@ -225,7 +225,7 @@ class Monitor:
         self.without_gain = 0
 
     def update(self, metrics: Mapping[str, float], step: int) -> None:
-        """Takes the metric's value out of an evaluation's; one without it changes nothing."""
+        """Read the metric from an evaluation's metrics; without it, nothing changes."""
         if self.metric not in metrics:
             return
         value = metrics[self.metric]
@@ -246,5 +246,5 @@ class Monitor:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if (state.get("metric", self.metric), state.get("mode", self.mode)) != (self.metric, self.mode):
-            return  # the best value of another metric, of a run that goes on with this one: it says nothing here
+            return  # a resumed run may have another metric, for which the old best value is meaningless
         self.value, self.step, self.without_gain = state["value"], state["step"], int(state["without_gain"])

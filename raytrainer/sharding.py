@@ -1,6 +1,7 @@
-"""Sharded models and tensors (FSDP2, DTensor), for code that is to work on whole and on sharded ones alike.
+"""Sharded modules and tensors (FSDP2, DTensor), for code that handles whole and sharded ones alike.
 
-Their modules are looked up, not imported: where nobody has imported them, which takes half a second, there are none.
+The modules of FSDP2 and DTensor are looked up, not imported, because importing them takes half a second. If nothing
+has imported them, nothing is sharded.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 
 def is_sharded(value: Any) -> bool:
-    """Whether a module is FSDP2's, or a tensor a DTensor."""
+    """Return whether a module is FSDP2's, or a tensor a DTensor."""
     if isinstance(value, nn.Module):
         fsdp = sys.modules.get("torch.distributed.fsdp")
         return fsdp is not None and isinstance(value, fsdp.FSDPModule)
@@ -24,19 +25,19 @@ def is_sharded(value: Any) -> bool:
 
 @torch.no_grad()
 def local_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This rank's part of each tensor, sharing its memory: what is elementwise needs no more, and costs less on it."""
+    """Return this rank's part of each tensor, sharing its memory, which suffices for elementwise operations."""
     found: list[Any] = [t.detach() for t in tensors]
     return [t.to_local() if is_sharded(t) else t for t in found]
 
 
 def whole(tensor: Any) -> Tensor:
-    """All of a tensor, on every rank; of a sharded one every rank calls it."""
+    """Return the whole tensor on every rank. If it is sharded, every rank must call it."""
     found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
     return found
 
 
 def placed_as(own: Any, value: Tensor) -> Tensor:
-    """`value`, which every rank has whole, as `own` is: of a sharded one this rank's shard. Nothing is sent."""
+    """Return `value`, which is whole on every rank, placed like `own`, as a shard if that is sharded. Sends nothing."""
     if not is_sharded(own) or is_sharded(value):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -45,7 +46,7 @@ def placed_as(own: Any, value: Tensor) -> Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Frees what a forward without a backward leaves gathered; the model's parameters are the sharded ones again."""
+    """Free what a forward without a backward leaves gathered, so that the parameters are the sharded ones again."""
     modules: Iterable[Any] = model.modules()
     for module in modules:
         if is_sharded(module):

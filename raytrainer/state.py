@@ -1,6 +1,6 @@
 """Weights and optimizer state under their parameters' names, so that a checkpoint does not depend on their order.
 
-An optimizer numbers its parameters by group; names survive another grouping, DDP's prefix and another framework.
+An optimizer numbers its parameters by group. Names remain valid with other groups, DDP's prefix or another framework.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from raytrainer.sharding import is_sharded, placed_as
 
 
 def named_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
-    """`optimizer.state_dict()` with names for numbers: `{"state": {name: …}, "groups": [{"names": […], …}]}`.
+    """Return `optimizer.state_dict()` with names for numbers: `{"state": {name: …}, "groups": [{"names": […], …}]}`.
 
-    Where an optimizer has more, that too: `other`, state of no parameter; `rest`, further entries of the state dict;
-    `unlike`, the tensors of a parameter's state whose type is not the parameter's, which torch would convert.
+    If an optimizer has more, so has the result: `other`, state that belongs to no parameter; `rest`, further entries of
+    the state dict; `unlike`, the keys of tensors in a parameter's state whose type differs from the parameter's, which
+    torch would convert.
     """
     names = {id(p): n for n, p in model.named_parameters()}
     state = optimizer.state_dict()
@@ -47,17 +48,17 @@ def named_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) ->
 
 
 def _unlike(parameter: Tensor, values: Any) -> list[Any]:
-    """The keys of tensors that torch's `load_state_dict` would give the parameter's type. A `step` it leaves alone."""
+    """Return the keys of tensors that torch's `load_state_dict` would convert to the parameter's type; never `step`."""
     if not isinstance(values, Mapping) or not parameter.is_floating_point():
         return []
     return [k for k, v in values.items() if isinstance(v, Tensor) and k != "step" and v.dtype != parameter.dtype]
 
 
 def restore_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Load what `named_optimizer_state` gave, through the optimizer's own `load_state_dict`.
+    """Load the result of `named_optimizer_state` through the optimizer's own `load_state_dict`.
 
     Raises:
-        CheckpointCorrupt: Its parameters are not this model's, or their groups differ; or the optimizer refuses it.
+        CheckpointCorrupt: The parameters or groups differ from this model's, or the optimizer rejects the state.
     """
     parameters = dict(model.named_parameters())
     names = {id(p): n for n, p in parameters.items()}
@@ -73,7 +74,7 @@ def restore_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, 
         number += len(wanted)
         state.update({i: saved["state"][n] for i, n in zip(numbers, wanted, strict=True) if n in saved["state"]})
         values = {k: tuple(v) if isinstance(own.get(k), tuple) else v for k, v in group.items() if k != "names"}
-        # How the steps are computed is this process's: shards may have no fused ones.
+        # How to compute steps depends on this process: there may be no fused ones for shards.
         how = {k: own[k] for k in ("fused", "foreach") if k in own}
         new_groups.append({**values, **how, "params": numbers})
     try:
@@ -89,7 +90,7 @@ def restore_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, 
 
 
 def restore_object(what: str, thing: Any, state: Any, source: str) -> None:
-    """Give an object of the user's its state, through its `load_state_dict`.
+    """Restore the state of a user's object through its `load_state_dict`.
 
     Raises:
         CheckpointCorrupt: It fails; the message names `what`, a key of the configuration.
@@ -105,18 +106,18 @@ def restore_object(what: str, thing: Any, state: Any, source: str) -> None:
 def restore_module(module: nn.Module, state: Mapping[str, Any], source: str) -> None:
     """Load a state dict into a module through its own `load_state_dict`, with all hooks and extra state.
 
-    Into a sharded module (FSDP2) whole tensors and shards alike: each is placed as the module's own tensor is, after
+    A sharded module (FSDP2) takes whole tensors and shards alike: each is placed like the module's own tensor, after
     the module's hooks have seen it. Every rank calls it.
 
     Args:
-        module: Built as the one of which the state is.
-        state: What its `state_dict()` gave, perhaps read from a checkpoint. Without torch's `_metadata`, of which the
-            modules' versions are part, those of `module` are assumed.
-        source: Where the state is from, for the error.
+        module: A module built like the one that was saved.
+        state: The result of its `state_dict()`, perhaps read from a checkpoint. If torch's `_metadata`, which includes
+            the modules' versions, is missing, that of `module` is used.
+        source: Where the state comes from, for the error.
 
     Raises:
-        CheckpointCorrupt: The module does not take it. Where names or shapes differ, the message has the first few of
-            each, and a module that loads by name alone is as it was before.
+        CheckpointCorrupt: The module rejects it. If names or shapes differ, the message has the first few of each, and
+            a module that loads only by name is unchanged.
     """
     if loads_by_name(module) and (problem := _difference(module, state)):
         raise CheckpointCorrupt(f"{source} {problem}")
@@ -127,19 +128,19 @@ def restore_module(module: nn.Module, state: Mapping[str, Any], source: str) -> 
             module.load_state_dict(state)
     except Exception as error:
         reason = f"cannot be loaded into {type(module).__name__}: {type(error).__name__}: {error}"
-        # torch lists every name that differs; the first few of them are enough.
+        # torch lists every name that differs; the first few are enough.
         problem = _difference(module, state) if type(error) is RuntimeError and "Missing key(s)" in str(error) else ""
         raise CheckpointCorrupt(f"{source} {problem or reason}") from error
 
 
 def extra_state(module: nn.Module) -> dict[str, Any]:
-    """What the `get_extra_state` of each part of a module gives, by the part's name; copies, for `set_extra_state`."""
+    """Return copies of what each part's `get_extra_state` returns, by the part's name, for `set_extra_state`."""
     parts = ((name, m) for name, m in module.named_modules() if _overrides(m, "set_extra_state"))
     return {name: copy.deepcopy(m.get_extra_state()) for name, m in parts if _overrides(m, "get_extra_state")}
 
 
 def set_extra_state(module: nn.Module, values: Mapping[str, Any]) -> None:
-    """Give each part of a module the extra state that `extra_state` took from it, or from one built alike."""
+    """Restore the extra state that `extra_state` returned for this module, or for one built alike."""
     for name, part in module.named_modules():
         if name in values and _overrides(part, "set_extra_state"):
             part.set_extra_state(values[name])
@@ -147,18 +148,18 @@ def set_extra_state(module: nn.Module, values: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def unchanged(*modules: nn.Module | None, other: Any = None) -> Iterator[None]:
-    """Undo on exit what a forward pass within it changes: buffers, and state that hooks or extra state stand for.
+    """Undo on exit what a forward pass changes: buffers, and state behind hooks or extra state.
 
     Args:
-        modules: Each on its own; None is left out.
-        other: An object whose state is that of its `state_dict` and `load_state_dict`.
+        modules: Modules, each restored separately; None is ignored.
+        other: An object whose state `state_dict` returns and `load_state_dict` restores.
     """
     kept = [(module, _copied_state(module)) for module in modules if module is not None]
     before = copy.deepcopy(other.state_dict()) if hasattr(other, "load_state_dict") else None
     yield
     for module, (state, buffers) in kept:
         if state is not None:
-            # A module that does not take its state back is refused at the first save, on all ranks at once.
+            # A module that rejects its own state is refused at the first save, on all ranks at once.
             with contextlib.suppress(CheckpointCorrupt):
                 restore_module(module, state, "the state of before")
         with torch.no_grad():
@@ -170,7 +171,7 @@ def unchanged(*modules: nn.Module | None, other: Any = None) -> Iterator[None]:
 
 
 def _copied_state(module: nn.Module) -> tuple[Any, dict[str, Tensor]]:
-    """Copies of the state dict (None where parameters and buffers are all of it), and of the buffers."""
+    """Return copies of the state dict (None if it has only parameters and buffers), and of the buffers."""
     buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
     if loads_by_name(module):
         return None, buffers
@@ -181,15 +182,15 @@ def _copied_state(module: nn.Module) -> tuple[Any, dict[str, Tensor]]:
 
 
 def loads_by_name(module: nn.Module) -> bool:
-    """Whether `state_dict` gives, and `load_state_dict` fills, each parameter and buffer under its own name alone.
+    """Return whether `state_dict` and `load_state_dict` handle each parameter and buffer only under its own name.
 
-    False where a class or a hook has a part in it: values may then have other names and forms, or be no tensors.
+    False if a class or a hook takes part: values may then have other names and forms, or not be tensors.
     """
     return not any(_has_own_state(m) for m in module.modules())
 
 
 def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Those entries of a state dict that are tensors, not a module's extra state of another kind."""
+    """Return the tensors of a state dict, without a module's extra state of other types."""
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
@@ -213,25 +214,25 @@ def _has_own_state(module: nn.Module) -> bool:
     if any(_overrides(module, method) for method in _METHODS):
         return True
     hooks = [hook for name in _HOOKS for hook in getattr(module, name).values()]
-    # FSDP2's own put the sharded parameters in place.
+    # FSDP2's own hooks only install the sharded parameters.
     return any(not str(getattr(hook, "__module__", "")).startswith("torch.distributed.") for hook in map(_inner, hooks))
 
 
 def _overrides(module: nn.Module, method: str) -> bool:
     owner = next(kind for kind in type(module).__mro__ if method in vars(kind))
-    # Batch norm's own only adds what a very old version lacks.
+    # Batch norm's own method only adds what a very old version lacks.
     return owner is not nn.Module and not owner.__module__.startswith(
         ("torch.nn.modules.batchnorm", "torch.distributed.")
     )
 
 
 def _inner(hook: Any) -> Any:
-    """A hook without the object that torch puts around it."""
+    """Return a hook without torch's wrapper."""
     return getattr(hook, "hook", hook)
 
 
 def _difference(module: nn.Module, state: Mapping[str, Any]) -> str:
-    """How the names and shapes of a state differ from the module's own, as the end of a sentence; empty if not."""
+    """Return how a state's names and shapes differ from the module's, as the end of a sentence; empty if equal."""
     own, given = tensors_of(module.state_dict()), tensors_of(state)
     return match({n: tuple(t.shape) for n, t in own.items()}, {n: tuple(t.shape) for n, t in given.items()}).problem
 
@@ -248,7 +249,7 @@ def _with_metadata(state: Mapping[str, Any], module: nn.Module) -> Mapping[str, 
 
 @contextlib.contextmanager
 def _placing_shards(module: nn.Module) -> Iterator[None]:
-    """Within it the sharded parameters of `module` take whole tensors too, after its own hooks."""
+    """Let the sharded parameters of `module` load whole tensors within the context, after its own hooks."""
     sharded = module.modules() if is_sharded(module) else ()
     handles = [
         part._register_load_state_dict_pre_hook(_place_shards, with_module=True)

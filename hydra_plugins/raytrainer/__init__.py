@@ -1,1 +1,1 @@
-"""Hydra finds its plugins in packages of this namespace, in any application: importing one must cost nothing."""
+"""Hydra searches this namespace for plugins in every application, so importing its packages must cost nothing."""

@@ -1,5 +1,5 @@
-"""A Hydra application's task function as jobs of a sweep: composed, and run in whatever process, as Hydra's launchers do.
-Hydra does not import a plugin's module with a `_` before it is used.
+"""A Hydra application's task function as jobs of a sweep: composed and run in any process, as by Hydra's launchers.
+Hydra does not import a plugin module whose name begins with `_` before it is used.
 """
 
 from __future__ import annotations
@@ -27,16 +27,15 @@ _log = logging.getLogger("raytrainer.sweep")
 
 @dataclass(frozen=True)
 class HydraJobs:
-    """The jobs of one application. In another process, an instance that was pickled makes itself at home when it is
-    first called.
+    """The jobs of one application. A pickled instance sets up Hydra in another process when it is loaded.
 
     Attributes:
-        task: The application's function, or where it is found.
+        task: The application's function, or a reference to it.
         context: Hydra's config loader and callbacks.
         config: The master config.
-        name: Of the function, for messages.
-        state: Hydra's singletons, the config store among them.
-        main: What the script itself defines: `_target_: __main__.Model` finds it in another process too.
+        name: The function's name, for messages.
+        state: Hydra's singletons, including the config store.
+        main: What the script itself defines, so that `_target_: __main__.Model` also works in another process.
     """
 
     task: Any
@@ -48,16 +47,16 @@ class HydraJobs:
 
     @classmethod
     def of(cls, task: TaskFunction, context: HydraContext, config: DictConfig) -> HydraJobs:
-        """The jobs of the application that runs in this process."""
+        """Return the jobs of the application that runs in this process."""
         name = getattr(task, "__name__", type(task).__name__)
         return cls(_Reference.to(task) or task, context, config, name)
 
     def __call__(self, number: int, overrides: Sequence[str]) -> Any:
-        """Runs a job; returns what the function returns, and raises what it raises.
+        """Run a job. Return what the function returns, and raise what it raises.
 
         Args:
-            number: Of the trial, from 0.
-            overrides: Of the task.
+            number: The number of the trial, from 0.
+            overrides: Overrides of the task's config.
         """
         task = self.task.function if isinstance(self.task, _Reference) else self.task
         returned = run_job(
@@ -69,12 +68,12 @@ class HydraJobs:
         )
         if returned.status is JobStatus.FAILED:
             error = returned._return_value
-            _log.error("%s() failed", self.name, exc_info=error)  # while the log is the job's own
+            _log.error("%s() failed", self.name, exc_info=error)  # here it still goes to the job's own log
             raise error
         return returned.return_value
 
     def compose(self, number: int, overrides: Sequence[str]) -> DictConfig:
-        """A job's config."""
+        """Return a job's config."""
         config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
         with open_dict(config):
             config.hydra.job.id = f"{config.hydra.job.name}_{number}"
@@ -82,23 +81,23 @@ class HydraJobs:
         return config
 
     def check(self, overrides: Sequence[str]) -> None:
-        """Composes a job, for the errors of it."""
+        """Compose a job, to raise its errors."""
         self.compose(0, overrides)
 
     def subfolder(self, number: int, overrides: Sequence[str]) -> str:
-        """Where a job's output is, below the sweep's folder."""
+        """Return the folder of a job's output, relative to the sweep's folder."""
         return str(self.compose(number, overrides).hydra.sweep.subdir)
 
     def is_group(self, name: str) -> bool:
-        """Whether a name is a config group."""
+        """Return whether a name is a config group."""
         return bool(self.context.config_loader.get_group_options(name, results_filter=ObjectType.CONFIG))
 
     def keeping(self, wanted: Callable[[Any], bool]) -> HydraJobs:
-        """The same with those parts of the script alone."""
+        """Return a copy that keeps only the wanted parts of the script."""
         return replace(self, main={name: part for name, part in _of_main().items() if wanted(part)})
 
     def __getstate__(self) -> dict[str, Any]:
-        # One pickle: what is in several of them is in the other process one thing, too.
+        # One pickle, so that an object that several of them share is also one object in the other process.
         return {**self.__dict__, "state": Singleton.get_state(), "main": self.main or _of_main()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -113,7 +112,7 @@ class HydraJobs:
 
 @dataclass(frozen=True)
 class _Reference:
-    """Where a function is found. `hydra.main` leaves its own in the module: ours is `depth` wrappers below it."""
+    """Where to find a function. `hydra.main` leaves its wrapper in the module; ours is `depth` wrappers below it."""
 
     module: str
     qualname: str
@@ -121,7 +120,7 @@ class _Reference:
 
     @classmethod
     def to(cls, task: Any) -> _Reference | None:
-        """None for what is in the script, or in no module: it travels by value."""
+        """Return a reference, or None for a function of the script or without a module, which is pickled by value."""
         module, qualname = getattr(task, "__module__", None), getattr(task, "__qualname__", None)
         if module in (None, "__main__") or qualname is None or "<locals>" in qualname:
             return None
@@ -146,7 +145,7 @@ def _named(module: str, qualname: str) -> Any:
 
 
 def _of_main() -> dict[str, Any]:
-    """What a `_target_` or an annotation may call by name; no data, which may be large."""
+    """Return what a `_target_` or an annotation may name, but not data, which may be large."""
     kinds = (inspect.isclass, inspect.isroutine, inspect.ismodule)
     return {
         name: part
@@ -156,7 +155,7 @@ def _of_main() -> dict[str, Any]:
 
 
 def split(params: Mapping[str, Any], arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """`hydra.sweeper.params`: what is one value as overrides, and the sweeps. The command line wins over both."""
+    """Split `hydra.sweeper.params` into overrides for single values, and sweeps. The command line overrides both."""
     parser = OverridesParser.create()
     given = {o.get_key_element().lstrip("+~") for o in parser.parse_overrides(list(arguments))}
     fixed, space = [], {}
@@ -175,7 +174,7 @@ def _is_plain(content: Any) -> bool:
 
 
 def _is_sweep(parser: OverridesParser, override: str) -> bool:
-    """Also what cannot be read: whoever reads it as a sweep says why."""
+    """Return whether an override is a sweep; True if it cannot be parsed, because the sweep's parser explains why."""
     try:
         return bool(parser.parse_override(override).is_sweep_override())
     except HydraException:
@@ -183,5 +182,5 @@ def _is_sweep(parser: OverridesParser, override: str) -> bool:
 
 
 def folder_of(config: DictConfig) -> Path:
-    """The sweep's folder. Looked up here once, which keeps the time in its name for all jobs."""
+    """Return the sweep's folder. It is resolved only once, here, so that all jobs have the same time in its name."""
     return Path(str(config.hydra.sweep.dir)).absolute()

@@ -1,4 +1,4 @@
-"""`hydra/sweeper=ray_tune`: Hydra's multirun as a search by Ray Tune, for raytrainer's experiments and any application's."""
+"""`hydra/sweeper=ray_tune`: Hydra's multirun as a Ray Tune search, for raytrainer's experiments and any application."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from raytrainer import streams
 from raytrainer.errors import ConfigError, RaytrainerError, Stopped
 from raytrainer.sweep.settings import KEY, Settings
 
-# Plain values: Hydra executes this module outside of sys.modules, where dataclasses cannot look up annotations.
+# Plain values, because Hydra executes this module outside sys.modules, where dataclasses cannot resolve annotations.
 DEFAULTS: Mapping[str, Any] = asdict(Settings())
 _HYDRAS = {"_target_": "hydra_plugins.raytrainer.ray_tune.RayTuneSweeper", "_recursive_": False, "_convert_": "all"}
 _BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
-# What a setting is called in an experiment of ours.
+# The names of settings in an experiment of raytrainer.
 _IN_EXPERIMENTS = {
     "direction": "sweep.mode",
     "params": "sweep.space",
@@ -32,10 +32,10 @@ _IN_EXPERIMENTS = {
 
 
 class RayTuneSweeper(Sweeper):
-    """Runs what `-m` gives as the trials of a sweep.
+    """Runs the jobs of `-m` as the trials of a sweep.
 
     Args:
-        settings: `hydra.sweeper`, as `raytrainer.sweep.settings.Settings` has them.
+        settings: `hydra.sweeper`, with the fields of `raytrainer.sweep.settings.Settings`.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -45,7 +45,7 @@ class RayTuneSweeper(Sweeper):
         self._context, self._task, self._config = hydra_context, task_function, config
 
     def sweep(self, arguments: list[str]) -> Any:
-        # An application that has its own idea of a trial says so by an attribute of its task function.
+        # An application that defines trials itself has an attribute `sweep` on its task function.
         own = getattr(self._task, "sweep", None)
         if own is not None:
             self._refuse_settings()
@@ -56,7 +56,7 @@ class RayTuneSweeper(Sweeper):
             streams.write(sys.stderr, f"stopped: {stopped}\n")
             raise SystemExit(stopped.exit_code) from None
         except RaytrainerError as error:
-            raise CompactHydraException(str(error)) from error  # which Hydra prints without a trace
+            raise CompactHydraException(str(error)) from error  # Hydra prints it without a traceback
 
     def _refuse_settings(self) -> None:
         for name, value in self._settings.items():
@@ -80,7 +80,7 @@ class RayTuneSweeper(Sweeper):
             )
         found = jobs.HydraJobs.of(self._task, self._context, self._config)
         params = self._settings.get("params")
-        if isinstance(params, dict):  # instantiating has resolved it, secrets too
+        if isinstance(params, dict):  # instantiating it has resolved interpolations, including secrets
             params = written_space(self._config, f"{KEY}.params")
         fixed, space = jobs.split(params, arguments) if isinstance(params, dict) else ([], {})
         ended = application.search(
@@ -105,7 +105,7 @@ class RayTuneSweeper(Sweeper):
 ConfigStore.instance().store(
     group="hydra/sweeper",
     name="ray_tune",
-    # Not a struct: a setting that does not exist comes to us, and is refused with those that do.
+    # Not a struct, so that an unknown setting reaches us, and the error lists the valid ones.
     node=OmegaConf.create({**_HYDRAS, **DEFAULTS}, flags={"struct": False}),
     provider="raytrainer",
 )

@@ -1,6 +1,6 @@
-"""The Ray Jobs API of a shared cluster: what it has and who holds it, a job sent, looked at, read and stopped.
+"""The Ray Jobs API of a shared cluster: capacity and holders of resources; submit, inspect, read and stop jobs.
 
-Plain HTTP: nothing here imports ray or torch, but for a submission, which is left to Ray's own client (`upload`).
+It uses plain HTTP and imports neither ray nor torch, except to submit a job, which uses Ray's own client (`upload`).
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ if TYPE_CHECKING:
     from raytrainer.cluster.request import Request
 
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
-_TASKS = {"state": "RUNNING", "type": "NORMAL_TASK"}  # the others hold nothing that is not their actor's
-_LAST_S = 1.0  # Ray knows of a process's end by its connection's, when the kernel has still to take back its memory
-_LOG_S = 30.0  # of a long log
+_TASKS = {"state": "RUNNING", "type": "NORMAL_TASK"}  # tasks of actors hold only what their actor holds
+_LAST_S = 1.0  # Ray sees a process end when its connection closes; the kernel may free its memory a little later
+_LOG_S = 30.0  # for a long log
 _READ_S = 5.0
-_AUTOSCALER_BYTES = 2**22  # of its log: what it is set to is near the beginning
+_AUTOSCALER_BYTES = 2**22  # of its log; the settings are near the beginning
 
 
 @dataclass(frozen=True)
 class JobInfo:
-    """A job as Ray tells of it.
+    """A job as the Ray Jobs API reports it.
 
     Attributes:
-        submission_id: Its own.
+        submission_id: The id under which it was submitted.
         status: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED.
-        message: Why, in Ray's words; of a failed one with the end of its log.
-        metadata: As it was submitted with.
+        message: Ray's explanation of the status; for a failed job it includes the end of the log.
+        metadata: The metadata given at submission.
         started, ended: Seconds since the epoch.
-        exit_code: Of its driver, once that has ended.
+        exit_code: The driver's exit code, once the driver has ended.
     """
 
     submission_id: str
@@ -61,7 +61,7 @@ class JobInfo:
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> JobInfo:
-        """From the entry of the Jobs API."""
+        """Parse an entry of the Jobs API."""
         started, ended = row.get("start_time"), row.get("end_time")
         return cls(
             submission_id=row["submission_id"],
@@ -75,14 +75,14 @@ class JobInfo:
 
 
 class Jobs:
-    """The jobs of a cluster. Each call but `submit` and `tail` has its answer, or its error, within some seconds.
+    """The jobs of a cluster. Each call except `submit` and `tail` returns or raises within some seconds.
 
     Args:
-        address: http(s)://host[:port][/path] of its dashboard.
+        address: The dashboard's address, http(s)://host[:port][/path].
         ca_file, token_file: As `cluster.ca_file` and `cluster.token_file`.
 
     Raises:
-        ConfigError: A certificate or a token that cannot be used, and why.
+        ConfigError: A certificate or a token cannot be used; the message says why.
     """
 
     def __init__(self, address: str, *, ca_file: str | None = None, token_file: str | None = None) -> None:
@@ -92,45 +92,45 @@ class Jobs:
     # --- a job ----------------------------------------------------------------------------------------------------
 
     def info(self, submission_id: str) -> JobInfo | None:
-        """What there is of a job; None where the cluster knows none of this id.
+        """Return a job's state; None if the cluster knows no job with this id.
 
         Raises:
-            ClusterError: It cannot be asked, or refuses us; as of every call here.
+            ClusterError: The cluster cannot be reached or refuses the request. Every method here may raise it.
         """
         row = self._row(submission_id)
         return None if row is None else JobInfo.of(row)
 
     def list(self) -> builtins.list[JobInfo]:
-        """All jobs that were submitted, the ended ones too; drivers that came another way are none."""
+        """Return all submitted jobs, including ended ones, but not drivers that were started without a submission."""
         return [JobInfo.of(row) for row in self._rows() if row.get("submission_id")]
 
     def stop(self, submission_id: str) -> None:
-        """Asks for a job's end: Ray sends its driver SIGTERM, and SIGKILL three seconds later.
+        """Ask Ray to stop a job. Ray sends its driver SIGTERM, and SIGKILL three seconds later.
 
-        One that waits for its driver's resources ends when it has got them: Ray cannot be asked for more.
+        A job that still waits for its driver's resources ends only when it gets them; Ray offers no other way.
         """
         self._connection.request("POST", f"/api/jobs/{_path(submission_id)}/stop")
 
     def logs(self, submission_id: str) -> str:
-        """All that its driver has printed by now."""
+        """Return everything that its driver has printed so far."""
         try:
             found = self._connection.get(f"/api/jobs/{_path(submission_id)}/logs", dict, read_s=_LOG_S)
             return str(found.get("logs") or "")
         except (NotThere, ClusterUnreachable, ClusterDenied):
             raise
         except ClusterError as error:
-            # So it answers where not all of it is UTF-8, and where the driver's node is gone.
+            # Ray answers with an error if the log is not valid UTF-8 or if the driver's node is gone.
             with suppress(ClusterError):
                 node = (self._row(submission_id) or {}).get("driver_node_id")
                 text = self._log_file(node, f"job-driver-{submission_id}.log", read_s=_LOG_S)
-                return text.replace("\r\n", "\n").replace("\r", "\n")  # as the other way gives it
+                return text.replace("\r\n", "\n").replace("\r", "\n")  # as the Jobs API returns it
             raise ClusterError(
                 f"{self.address} cannot give the log of job {submission_id}: the node of its driver is gone, or does not "
                 "answer"
             ) from error
 
     def tail(self, submission_id: str) -> Iterator[str]:
-        """What its driver prints, in pieces, from the beginning until the job has ended."""
+        """Yield what its driver prints, in pieces, from the beginning until the job has ended."""
         from raytrainer.cluster.follow import follow
 
         return follow(
@@ -141,7 +141,7 @@ class Jobs:
         )
 
     def held_by(self, submission_id: str) -> dict[str, float]:
-        """What a job still has: resources, and the number of its `processes` that are there; empty: nothing."""
+        """Return what a job still holds: resources, and as `processes` the number of live ones. Empty if nothing."""
         row = self._row(submission_id)
         if row is None:
             return {}
@@ -164,7 +164,7 @@ class Jobs:
         return held
 
     def explain_waiting(self, submission_id: str) -> str:
-        """What a job waits for, who holds it, and whether it can come at all; a sentence."""
+        """Return, as text, what a job waits for, who holds it, and whether the cluster can ever provide it."""
         job = self._known(submission_id)
         found, rows = self._facts()
         asked = tables.asked_by(submission_id, rows)
@@ -177,14 +177,14 @@ class Jobs:
         )
 
     def facts(self) -> ClusterFacts:
-        """What the cluster has, may have, and who holds it."""
+        """Return the cluster's resources, those it may add, and who holds them."""
         return self._facts()[0]
 
     def _facts(self) -> tuple[ClusterFacts, Tables]:
         get, state = self._connection.get, self._connection.state
         version = get("/api/version", dict).get("ray_version") or ""
         bare = ClusterFacts(self.address, version, None, ())
-        if bare.version_problem() is not None:  # its tables are others, too
+        if bare.version_problem() is not None:  # the tables of other versions differ, too
             return bare, Tables()
         asks: dict[str, Callable[[], Any]] = {
             "metadata": lambda: get("/api/v0/cluster_metadata", dict),
@@ -203,7 +203,7 @@ class Jobs:
             raise ClusterError(f"{self.address} has ray {version}, whose tables raytrainer cannot read") from error
 
     def _autoscaler_log(self, rows: Tables) -> str | None:
-        """The beginning of what the cluster's autoscaler has logged; None: it cannot be read."""
+        """Return the beginning of the log of the cluster's autoscaler; None if it cannot be read."""
         head = next((node for node in rows.nodes if node["state"] == "ALIVE" and node.get("is_head_node")), None)
         if head is None:
             return None
@@ -212,23 +212,23 @@ class Jobs:
         return None
 
     def _log_file(self, node: str | None, name: str, most: int | None = None, read_s: float = _READ_S) -> str:
-        """A file of a node's logs, or the first `most` bytes of it."""
+        """Return a file of a node's logs, or its first `most` bytes."""
         asked = {"node_id": node, "filename": name, "lines": -1, "timeout": int(read_s)}
         return self._connection.content("/api/v0/logs/file", most, read_s, **asked).decode(errors="replace")
 
     # --- a submission ---------------------------------------------------------------------------------------------
 
     def submit(self, request: Request, staged: Path) -> str:
-        """Sends a request: uploads what the cluster has not got, and starts the job; returns its id.
+        """Send a request: upload the packages that the cluster lacks, and start the job. Return the job's id.
 
         Args:
-            request: What is sent.
-            staged: An empty folder, for the packages.
+            request: The request.
+            staged: An empty folder for the packages.
 
         Raises:
-            JobExists: The cluster has a job of this id, also where two are sent at once.
-            ConfigError: A variable that Ray's tools would take another cluster's address from; a file that cannot be
-                read any more; or a package or runtime environment that Ray does not take.
+            JobExists: The cluster has a job with this id, possibly one submitted at the same moment.
+            ConfigError: An environment variable would send Ray's tools to another cluster, a file cannot be read any
+                more, or Ray rejects a package or the runtime environment.
         """
         check_environment(self.address)
         runtime_env = request.stage(staged)
@@ -244,13 +244,13 @@ class Jobs:
                 resources=request.resources,
             )
         except ClusterUnreachable:
-            # The answer may be what was lost.
+            # Only the answer may have been lost, and the job started.
             there = self.info(request.submission_id)
             if there is None or dict(there.metadata) != dict(request.metadata):
                 raise
             return there.submission_id
 
-    # --- as the dashboard has it ----------------------------------------------------------------------------------
+    # --- the dashboard's own rows ---------------------------------------------------------------------------------
 
     def _known(self, submission_id: str) -> JobInfo:
         found = self.info(submission_id)
@@ -262,7 +262,7 @@ class Jobs:
         try:
             found = self._connection.get(f"/api/jobs/{_path(submission_id)}", dict)
         except NotThere as error:
-            if "does not exist" in str(error):  # Ray's words: what else answers 404 is no dashboard
+            if "does not exist" in str(error):  # Ray's wording; any other 404 does not come from a dashboard
                 return None
             raise
         return found if found.get("submission_id") == submission_id else None
@@ -272,10 +272,10 @@ class Jobs:
 
 
 def check_environment(address: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Variables from which Ray's own tools take another address than the one that is given.
+    """Check that no environment variable makes Ray's own tools use another address than `address`.
 
     Raises:
-        ConfigError: There is one.
+        ConfigError: RAY_API_SERVER_ADDRESS or RAY_ADDRESS names another address.
     """
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         given = environ.get(name, "").rstrip("/")
@@ -288,7 +288,7 @@ def check_environment(address: str, environ: Mapping[str, str] = os.environ) -> 
 
 
 def _at_once(asks: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
-    """Several answers, in the time of the slowest."""
+    """Make several requests in parallel and return their answers by name."""
     coming = {name: in_background(ask, "ray-jobs") for name, ask in asks.items()}
     return {name: future.result() for name, future in coming.items()}
 

@@ -1,6 +1,6 @@
-"""The token of a shared cluster: where it comes from, who else may read it, and what it means when it is refused.
+"""The token of a shared cluster: where it is found, which file permissions it needs, and what a refusal means.
 
-Its value is in a header of each request and nowhere else: in no message, no log, no environment of another process.
+Its value is in a header of each request and nowhere else: not in a message, a log or another process's environment.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from pathlib import Path
 
 from raytrainer.errors import ClusterDenied, ConfigError
 
-_LEAST_TOKEN = 16  # what is shorter, and no file, is a name with a mistake
+_LEAST_TOKEN = 16  # a shorter value that is not a file is a mistyped path
 _ASK = "`ray get-auth-token` on its head node prints the one it has"
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token, and the name of what it was found in."""
+    """A token and the name of its source."""
 
     source: str
     value: str = field(repr=False)
 
 
 def find_token(token_file: str | None = None, environ: Mapping[str, str] = os.environ) -> Token | None:
-    """The token to send: of `token_file`, else the one that Ray itself would take; None where there is none.
+    """Return the token to send: from `token_file`, else the one that Ray itself would use; None if there is none.
 
-    Ray's client sends none unless its process has RAY_AUTH_MODE=token. Here one that is given is sent, so that the
-    variable need not be set, and be inherited by whatever is started.
+    Ray's client sends a token only if its process has RAY_AUTH_MODE=token. This module sends a token whenever one is
+    set, so the variable is not needed and child processes do not inherit it.
 
     Raises:
-        ConfigError: A file that others may read, that is empty or cannot be read, or what is no token; or
-            RAY_AUTH_MODE=token and there is none.
+        ConfigError: The token's file is readable by others, empty or unreadable; the value is not a token; or
+            RAY_AUTH_MODE=token is set and no token exists.
     """
     if token_file is not None:
         return _of_file(Path(token_file).expanduser(), "cluster.token_file")
@@ -60,15 +60,15 @@ def find_token(token_file: str | None = None, environ: Mapping[str, str] = os.en
 def denied(
     address: str, status: int, said: str, scheme: str, token: Token | None, environ: Mapping[str, str] = os.environ
 ) -> ClusterDenied:
-    """What a refusal means, and the way out.
+    """Return an error that explains a refusal and how to fix it.
 
     Args:
-        address: Of the cluster.
+        address: The cluster's address.
         status: 401 or 403.
         said: The text of the answer.
-        scheme: What it asks for in `WWW-Authenticate`; empty: nothing, as Ray does.
-        token: The one that was sent.
-        environ: The environment, which may be the reason that none was.
+        scheme: The scheme in the header `WWW-Authenticate`; empty if the header is missing, as in Ray's answers.
+        token: The token that was sent.
+        environ: The environment, which may be why no token was sent.
     """
     if scheme and not scheme.lower().startswith("bearer"):
         return ClusterDenied(
@@ -83,7 +83,7 @@ def denied(
             f"{address} wants a token ({status}), and {why}: cluster.token_file=PATH, RAY_AUTH_TOKEN or "
             f"RAY_AUTH_TOKEN_PATH; {_ASK}"
         )
-    # Ray's own words; anybody else's 403 is not about the token.
+    # Ray's own 403 mentions the token; a 403 without it comes from a proxy.
     if status == 403 and "token" not in said.lower():
         return ClusterDenied(
             f"{address} answers 403 Forbidden, and it is not Ray that does: a proxy in front of it denies access"
@@ -106,7 +106,7 @@ def _of_file(path: Path, key: str | None) -> Token:
         )
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
-            # Of what was opened: a path may lead elsewhere by now.
+            # Check the open file, because the path may point to another file by now.
             if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
                 quoted = shlex.quote(str(path))
                 raise ConfigError(f"{shown} is a token that others can read or change: chmod 600 {quoted}")
@@ -119,7 +119,7 @@ def _of_file(path: Path, key: str | None) -> Token:
 
 
 def _checked(source: str, value: str) -> Token:
-    # What a header cannot hold would be quoted in the error of whoever refuses it.
+    # An HTTP client quotes an invalid header value in its error message, and would thus print the token.
     if not re.fullmatch(r"[\x21-\x7e]+", value):
         raise ConfigError(f"{source} holds something else than a token: one word of ASCII; {_ASK}")
     return Token(source, value)

@@ -1,4 +1,4 @@
-"""HTTP to a cluster's dashboard: each request is bounded in time, and each failure is a sentence with its way out."""
+"""HTTP to a cluster's dashboard. Each request has a time limit, and each error says what failed and how to fix it."""
 
 from __future__ import annotations
 
@@ -23,28 +23,29 @@ from raytrainer.run import in_background
 T = TypeVar("T")
 
 _CONNECT_S, _READ_S = 4.0, 5.0
-# More than the two together: a name that no server knows, and a host with several dead addresses, take no socket's time.
+# Added to both limits together, because socket timeouts cover neither a name lookup nor several dead addresses of a
+# host.
 _MORE_S = 0.5
 _PROBE_S = 1.5
-# How a TLS client names an answer that is no TLS.
+# OpenSSL's names for an answer that is not TLS.
 _NO_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG")
 _GONE = (ConnectionResetError, BrokenPipeError, http.client.RemoteDisconnected)
 
 
 class NotThere(ClusterError):
-    """It answers that there is no such thing (404)."""
+    """The server answers 404."""
 
 
 class Connection:
-    """The dashboard at an address.
+    """A connection to the dashboard at an address.
 
     Args:
         address: http(s)://host[:port][/path].
-        ca_file: A file or directory of certificates that are trusted for it; None: the usual ones.
+        ca_file: A file or directory of certificates to trust for it; None: the usual ones.
         token: Sent with each request.
 
     Raises:
-        ConfigError: `ca_file` is not there, holds no certificate, or has no meaning for this address.
+        ConfigError: `ca_file` does not exist, holds no certificate, or is given for an http address.
     """
 
     def __init__(self, address: str, ca_file: str | None = None, token: Token | None = None) -> None:
@@ -56,20 +57,20 @@ class Connection:
         self._tls = _trusting(ca_file, self.address) if ca_file is not None else None
         self._verify = str(Path(ca_file).expanduser()) if ca_file is not None else True
         self._session = requests.Session()
-        # An object, since requests would take a password of ~/.netrc for the host instead.
+        # An auth object, because without one requests would send a password from ~/.netrc for the host.
         self._session.auth = _Bearer(token)
 
     def get(self, path: str, kind: type[T], read_s: float = _READ_S, **params: Any) -> T:
-        """The JSON of an answer.
+        """Return the JSON of an answer.
 
         Args:
-            path: With a / in front.
-            kind: What it is: dict or list.
-            read_s: How long may pass without a byte.
+            path: The path, with a leading /.
+            kind: The expected type: dict or list.
+            read_s: The longest time without a byte, in seconds.
             params: The query.
 
         Raises:
-            ClusterError: No answer, a refusal, or one that is no dashboard's.
+            ClusterError: There is no answer, the request is refused, or the answer does not come from a dashboard.
         """
         try:
             found = self.request("GET", path, read_s=read_s, params=params).json()
@@ -80,7 +81,7 @@ class Connection:
         return found
 
     def content(self, path: str, most: int | None = None, read_s: float = _READ_S, **params: Any) -> bytes:
-        """The bytes of an answer, or the first `most` of them; else as `get`."""
+        """Return the bytes of an answer, or its first `most` bytes. Otherwise as `get`."""
         answer = self.request("GET", path, read_s=read_s, params=params, stream=True)
         try:
             with answer:
@@ -90,11 +91,11 @@ class Connection:
         raise self._explained(failure, read_s)
 
     def state(self, what: str, **filters: str) -> list[dict[str, Any]]:
-        """Entries of Ray's tables (`actors`, `nodes`, …), at most 10,000.
+        """Return the entries of one of Ray's state tables (`actors`, `nodes`, …), at most 10,000.
 
         Args:
-            what: Which table.
-            filters: Field → the value that it has; behind a `!`, that it has not.
+            what: The table.
+            filters: Field → the value that it must have, or after a `!`, must not have.
         """
         keys, values = list(filters), [value.removeprefix("!") for value in filters.values()]
         signs = ["!=" if value.startswith("!") else "=" for value in filters.values()]
@@ -126,23 +127,23 @@ class Connection:
         stream: bool = False,
         ok: Collection[int] = (),
     ) -> requests.Response:
-        """An answer with a status of 2xx, or of `ok`.
+        """Send a request and return an answer with status 2xx or a status in `ok`.
 
         Args:
             method: GET, PUT, POST, …
-            path: With a / in front.
-            read_s: How long may pass without a byte.
-            data: What is sent; of a stream each block is bounded in time, and the whole is not.
-            body: What is sent as JSON.
+            path: The path, with a leading /.
+            read_s: The longest time without a byte, in seconds.
+            data: The bytes to send. For a stream, each block has a time limit, but the whole has none.
+            body: An object to send as JSON.
             params: The query.
-            stream: Whether the caller reads the answer's body, by and by.
-            ok: Further statuses that the caller knows what to do with.
+            stream: Whether the caller reads the answer's body in pieces.
+            ok: Further statuses that the caller handles.
 
         Raises:
-            NotThere: 404.
-            ClusterError: No answer, or another refusal.
+            NotThere: The server answers 404.
+            ClusterError: There is no answer, or the request is refused.
         """
-        # What is uploaded takes as long as it takes: of that each block has its time.
+        # An upload has no limit for the whole, only the socket's limit for each block.
         bound = _CONNECT_S + read_s + _MORE_S if data is None and not stream else None
 
         def ask() -> requests.Response:
@@ -153,10 +154,10 @@ class Connection:
                 data=data,
                 json=body,
                 timeout=(_CONNECT_S, read_s),
-                # With each request: given to the session, a variable of the environment would go before it.
+                # Passed with each request, because environment variables take precedence over the session's value.
                 verify=self._verify,
                 proxies=proxies.exemptions() and {"no_proxy": proxies.exemptions()["no_proxy"]},
-                # Another address is not the one that was given, and the token is not for it.
+                # A redirect leads to an address that the user did not give, and the token is not meant for it.
                 allow_redirects=False,
                 stream=stream,
             )
@@ -170,42 +171,42 @@ class Connection:
                 failure = error
             except (requests.RequestException, OSError, http.client.HTTPException, ValueError) as error:
                 failure = error
-                # A connection that was kept, and that the other side has closed meanwhile.
+                # The server has closed a kept-alive connection meanwhile.
                 if method == "GET" and attempt == 1 and isinstance(_root(error), _GONE):
                     continue
             break
-        # Outside of the clause: what the library raised has the request in it, with its header.
+        # Raised outside the except clause, because the library's error holds the request with its token header.
         raise self._explained(failure, read_s)
 
     def denied(self, status: int, said: str, scheme: str) -> ClusterDenied:
-        """As `auth.denied`, of this address and token."""
+        """Return the error of `auth.denied` for this address and token."""
         return denied(self.address, status, said, scheme, self.token)
 
     def ssl_context(self) -> ssl.SSLContext | None:
-        """For another library's connection; None where there is no TLS."""
+        """Return a TLS context for another library's connection; None for an http address."""
         if not self._is_tls:
             return None
-        # As requests has it, which asks certifi and not the system.
+        # The same certificates as in requests, which uses certifi and not the system's.
         usual = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or certifi.where()
         return self._tls or _trusting(usual, self.address)
 
     def headers(self) -> dict[str, str]:
-        """For another library's connection."""
+        """Return the headers for another library's connection."""
         return {"Authorization": f"Bearer {self.token.value}"} if self.token is not None else {}
 
     def proxy(self) -> str | None:
-        """Of the environment, for this address."""
+        """Return the environment's proxy for this address; None if there is none."""
         found = proxies.proxy_of(self.address)
         return found[1] if found else None
 
-    # --- what went wrong ------------------------------------------------------------------------------------------
+    # --- errors ---------------------------------------------------------------------------------------------------
 
     def checked(self, response: requests.Response) -> requests.Response:
-        """An answer with a status of 2xx.
+        """Return an answer if its status is 2xx.
 
         Raises:
-            NotThere: 404.
-            ClusterError: Another refusal.
+            NotThere: The status is 404.
+            ClusterError: The request is refused.
         """
         status = response.status_code
         if 200 <= status < 300:
@@ -231,7 +232,7 @@ class Connection:
                 f"{proxies.hint(self.address)}"
             )
         kind = NotThere if status == 404 else ClusterError
-        # Of a proxy it is a page.
+        # A proxy answers with an HTML page.
         words = "" if said.lstrip().startswith("<") else last_line(said)
         raise kind(f"{self.address} answers {status}: {self._without_token(words) or response.reason}")
 
@@ -242,7 +243,7 @@ class Connection:
         return found
 
     def _without_proxy(self, failure: Exception, read_s: float) -> ClusterError:
-        """What went wrong, but for what the environment's proxy may have to do with it."""
+        """Return an error that explains a failure, without the hint about the environment's proxy."""
         root = _root(failure)
         name = f"{self._host}:{self._port}"
         if isinstance(failure, requests.exceptions.ProxyError):
@@ -279,7 +280,7 @@ class Connection:
             return ClusterUnreachable(f"{self.address}: no TLS connection ({error.reason or error})")
         code, said = error.verify_code, error.verify_message
         known = f"cluster.ca_file={self._ca_file}" if self._ca_file is not None else "what this machine trusts"
-        # The codes of OpenSSL's X509_V_ERR_….
+        # The codes are OpenSSL's X509_V_ERR_….
         why = {
             9: "is not valid yet: is the clock of this machine right?",
             10: "has expired: it must be renewed there (or the clock of this machine is wrong)",
@@ -297,9 +298,9 @@ class Connection:
         return ClusterUnreachable(f"{self.address} speaks {scheme}: cluster.address={scheme}://{other}{also}")
 
     def _has_tls(self) -> bool:
-        """Whether TLS is spoken there, whoever's certificate it has."""
+        """Return whether the server speaks TLS, with any certificate."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is sent
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # safe, because nothing is sent
 
         def ask() -> bool:
             with socket.create_connection((self._host, self._port), timeout=_PROBE_S) as plain:
@@ -329,16 +330,16 @@ class _Bearer(AuthBase):
 
 
 def within(seconds: float | None, ask: Callable[[], T]) -> T:
-    """The result of `ask`, which may wait for something that no timeout of a socket bounds.
+    """Return the result of `ask`, which may wait for something that no socket timeout limits.
 
     Raises:
-        TimeoutError: Of concurrent.futures: it is not there yet.
+        TimeoutError: There is no result after `seconds` seconds.
     """
     return in_background(ask, "ray-jobs").result(seconds)
 
 
 def last_line(text: str) -> str:
-    """Of a traceback what was raised; of anything else its last words."""
+    """Return the last line of a text, which in a traceback is the exception, without unprintable characters."""
     lines = [line.strip() for line in text.splitlines() if line.strip(" .^")]
     found = lines[-1] if lines else ""
     return "".join(c if c.isprintable() else " " for c in found)[:500]
@@ -361,7 +362,7 @@ def _trusting(ca_file: str, address: str) -> ssl.SSLContext:
 
 
 def _root(error: BaseException) -> BaseException:
-    """What was raised first: requests wraps urllib3, which wraps the socket's, in causes, reasons and arguments."""
+    """Return the original error, which requests and urllib3 wrap as cause, reason or argument."""
     seen = set[int]()
     while id(error) not in seen:
         seen.add(id(error))

@@ -1,6 +1,6 @@
 """How a job of a shared cluster ended: the run's status, the exit code, and the cause in one line.
 
-Ray and KubeRay quote the end of a job's log in its message. The cause is the line in it that the entrypoint printed for it.
+Ray and KubeRay quote the end of a job's log in its message. The entrypoint prints the cause as one line of that log.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import re
 from dataclasses import dataclass
 from typing import Protocol
 
-REFUSED = 2  # the exit code of an entrypoint that found what cannot work, and started nothing
-# The exit codes by which the entrypoint says how the run ended: with any other one its driver was killed.
+REFUSED = 2  # the exit code of an entrypoint that refused the run and started nothing
+# The exit codes by which the entrypoint says how the run ended. With any other exit code its driver was killed.
 STATUSES = {0: "FINISHED", 1: "FAILED", REFUSED: "REFUSED", 129: "KILLED", 130: "KILLED", 143: "KILLED"}
 _MOST = 500  # characters of a cause
-_FEW = 3  # lines: a sentence of Ray's that is wrapped; more are a traceback
+_FEW = 3  # lines: a wrapped sentence from Ray; more lines are a traceback
 
 _SAID = re.compile(r"raytrainer: (?:refused|failed|stopped): (.+)")
-_ROW = re.compile(r"cause    (.+)")  # of a summary
+_ROW = re.compile(r"cause    (.+)")  # in a summary
 _LOG = ", last available logs"
 _ERROR = re.compile(r"(?:[\w.]+(?:Error|Exception)|ERROR)\b.*")
 
@@ -38,9 +38,9 @@ class Ending:
 
     Attributes:
         status: FINISHED, FAILED, KILLED or REFUSED.
-        exit_code: Of the command that submitted it.
-        cause: Why it did not finish, in one line; None where it did.
-        told: Whether the entrypoint said how the run ended. Otherwise its driver was killed, or never started.
+        exit_code: The exit code for the command that submitted the job.
+        cause: One line that says why the job did not finish; None if it finished.
+        told: Whether the entrypoint reported how the run ended. Otherwise its driver was killed or never started.
     """
 
     status: str
@@ -50,7 +50,7 @@ class Ending:
 
 
 def ending_of(job: Ended) -> Ending:
-    """Return how a job ended that is neither PENDING nor RUNNING."""
+    """Return how a job ended. The job must be neither PENDING nor RUNNING."""
     if job.status == "SUCCEEDED":
         return Ending("FINISHED", 0)
     if job.status == "STOPPED":
@@ -62,7 +62,7 @@ def ending_of(job: Ended) -> Ending:
 
 
 def one_line(message: str) -> str:
-    """Return a job's message without its log; of a long one the first line, and the last error that it quotes."""
+    """Return a job's message without its log. Of a long message, keep the first line and the last error in it."""
     head, _, _ = message.partition(_LOG)
     lines = [" ".join(line.split()) for line in head.splitlines() if line.strip()]
     if len(lines) <= _FEW:
@@ -72,7 +72,7 @@ def one_line(message: str) -> str:
 
 
 def _said(message: str) -> str | None:
-    """The cause that the entrypoint printed last."""
+    """Return the cause that the entrypoint printed last."""
     lines = message.splitlines()
     for pattern in (_SAID, _ROW):
         said = [match[1].strip() for line in lines if (match := pattern.search(line))]

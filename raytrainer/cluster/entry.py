@@ -1,6 +1,6 @@
-"""What runs as a job's driver on a shared cluster: `python -m raytrainer.cluster.entry`, the same words for every run.
+"""The driver of a job on a shared cluster. Its command is `python -m raytrainer.cluster.entry` for every run.
 
-What to run comes as files beside the code, in the package `raytrainer_request`; nothing of it is in a command line.
+The request comes as files beside the code, in the package `raytrainer_request`, so no command line contains any of it.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from raytrainer.storage import Storage, redacted
 from raytrainer.storage.lock import claims, withdraw
 
 REQUEST = "raytrainer_request"
-MOUNTED = "RAYTRAINER_REQUEST"  # a variable: where the files of a request are that came as a Kubernetes ConfigMap
+MOUNTED = "RAYTRAINER_REQUEST"  # a variable: the directory of a request's files that come in a Kubernetes ConfigMap
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What was submitted.
+    """A request as its driver reads it.
 
     Attributes:
         kind: `run` or `sweep`.
         argv: The command line, for the records.
         config: `Composition.text` of a run.
         choices: Its group choices.
-        plan: Of a sweep: what `sweep.json` holds.
-        changed: Optimizer settings that a resume has given.
-        job: Address, submission_id and content, for the run's record; `resumes` where it goes on with a run that is
-            there; `replaces`, an earlier job of the same that is known to be dead.
-        forward_env, env_file: As `environment.provide`.
+        plan: For a sweep, the content of `sweep.json`.
+        changed: Optimizer settings that were given with `resume`.
+        job: Address, submission_id and content, for the run record; `resumes` if the job continues an existing run;
+            `replaces`, an earlier job of the same run that is known to be dead.
+        forward_env, env_file: As in `environment.provide`.
         origin: The submitting machine's `Provenance`, as JSON.
     """
 
@@ -58,7 +58,7 @@ class Asked:
 
     @classmethod
     def read(cls, folder: Path) -> Asked:
-        """What the files of a request say."""
+        """Read the files of a request."""
         found: Mapping[str, Any] = json.loads((folder / "request.json").read_text())
         known = {name: found[name] for name in cls.__dataclass_fields__ if name in found}
         origin = folder / provenance.FILE
@@ -74,12 +74,12 @@ class Asked:
 
     @property
     def place(self) -> dict[str, str]:
-        """`Record.job`."""
+        """The value of `Record.job`."""
         return {name: self.job[name] for name in ("submission_id", "cluster_address", "content") if name in self.job}
 
 
 def main() -> int:
-    """Runs what was submitted; returns the exit code that the same command has on a laptop."""
+    """Run the request. Return the exit code that the same command has on a laptop."""
     try:
         return run(Asked.read(_folder()))
     except Refused as error:
@@ -94,7 +94,7 @@ def main() -> int:
 
 
 def _say_end(how: str, error: RaytrainerError) -> None:
-    """Print how it ended, and last the cause in one line: Ray keeps the last ten lines, of which `ending` reads it."""
+    """Print how the run ended, and last the cause in one line, because Ray keeps only the last ten lines."""
     first, *more = str(error).splitlines() or [type(error).__name__]
     if more:
         print(f"raytrainer: {how}:", *(f"  {line}" for line in (first, *more)), sep="\n", file=sys.stderr)
@@ -107,8 +107,8 @@ def _say(text: str) -> None:
 
 
 def run(asked: Asked) -> int:
-    """Runs a request here, in the middle of the cluster."""
-    # The first line of the log, before what takes seconds to import.
+    """Run a request in this process, which is on the cluster."""
+    # Printed before the imports, which take seconds, so that the log starts at once.
     print(f"raytrainer: job {asked.job.get('submission_id')} on {platform.node()}", flush=True)
     environment.provide(asked.forward_env, asked.env_file)
     if asked.origin is not None:
@@ -148,16 +148,16 @@ def _sweep(asked: Asked) -> int:
 
 
 def here(e: Experiment) -> None:
-    """The experiment as it is launched from within the cluster. What is logged, the text, still says how it was sent."""
+    """Change the experiment's cluster to the one that this process is on. The logged config keeps the original."""
     e.cluster.kind, e.cluster.address = "existing", "auto"
-    e.cluster.runtime_env = {}  # the job's own, which its workers inherit
+    e.cluster.runtime_env = {}  # the job has it already, and its workers inherit it
 
 
 def _earlier(composition: Composition, asked: Asked) -> Record | None:
-    """The record of the run that this goes on with: of `resume`, or of an earlier attempt at the same request.
+    """Return the record of the run that this job continues, after `resume` or an earlier attempt at the same request.
 
     Raises:
-        ConfigError: The name belongs to something else.
+        ConfigError: The name belongs to another run.
     """
     e, job = composition.experiment, asked.job
     storage = Storage(e.storage_path or "").child(e.name or "")
@@ -174,8 +174,8 @@ def _earlier(composition: Composition, asked: Asked) -> Record | None:
     return record
 
 
-_CLAIM_S = 80.0  # by then a claim without a sign of life is stale
-_BEAT_S = 15.0  # a driver that lives shows it more often
+_CLAIM_S = 80.0  # after this time a lease without a heartbeat is stale
+_BEAT_S = 15.0  # a live driver renews its lease more often
 
 
 def _wait_for_claims(
@@ -187,15 +187,17 @@ def _wait_for_claims(
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Waits until the claims of earlier drivers of the same are gone: of the attempt that this replaces, and of this same
-    job where a cluster starts it anew. Their cluster says that they are dead, and one that is not still has the node.
+    """Wait until earlier drivers of this run have no lease.
+
+    Those are the drivers of the attempt that this job replaces, and of this same job if the cluster restarts it. The
+    cluster says that they are dead; if one still lives, it still has its node.
 
     Args:
-        record: Of the run.
-        lock: The directory of claims.
-        jobs: Submission ids.
-        say: Told what is waited for.
-        sleep, clock: For tests.
+        record: The run record.
+        lock: The directory of leases.
+        jobs: The submission ids of those drivers.
+        say: Receives a line that says what is waited for.
+        sleep, clock: Replaced in tests.
     """
     began, told, beats = clock(), False, dict[str, tuple[float, float]]()
     while theirs := [c for c in claims(lock) if c.owner.get("job") in jobs]:
@@ -207,7 +209,7 @@ def _wait_for_claims(
             if not claim.lives if claim.is_here else now - since >= _BEAT_S:
                 withdraw(lock, claim)
         if now - began > _CLAIM_S:
-            return  # the launch says who has it
+            return  # then the launch raises an error that names the owner
         if not told and now - began > 1.0:
             say(f"{record.name}: an earlier driver has its directory; waiting until that is sure to be gone")
             told = True
@@ -218,9 +220,11 @@ _CODES = {"FINISHED": 0, "FAILED": 1, "KILLED": 143}
 
 
 def _ended(record: Record, asked: Asked) -> int | None:
-    """The exit code of a run that has ended, where this is the same request once more: a cluster that tries again whatever
-    was no success, or that has forgotten the job. None: there is something to do."""
-    # Of a driver that was killed somebody else has told the end, by what its cluster said: that is no end of the request.
+    """Return the exit code of a run that has ended, if this request only repeats it; None if there is work to do.
+
+    Some clusters repeat every job that fails, and a restarted cluster forgets its jobs.
+    """
+    # Another process marked the run of a killed driver FAILED; that does not end the request.
     if asked.job.get("replaces") and record.status == "FAILED":
         return None
     is_the_same = record.job.get("submission_id") == asked.job.get("submission_id") or not asked.job.get("resumes")
@@ -231,7 +235,7 @@ def _ended(record: Record, asked: Asked) -> int | None:
 
 
 def _folder() -> Path:
-    """Where Ray, or Kubernetes, has put the request's files."""
+    """Return the directory in which Ray or Kubernetes has put the request's files."""
     if mounted := os.environ.get(MOUNTED):
         return Path(mounted)
     found = importlib.util.find_spec(REQUEST)

@@ -1,6 +1,6 @@
-"""What a cluster is, has and may have, and who holds it; what can never run there, and what is waited for. Asks nobody.
+"""The capacity of a cluster and the holders of its resources; what can never run there, and what a job waits for.
 
-`run.waiting` and `supervise` know the same of a cluster that this process has joined.
+This module makes no requests. `run.waiting` and `supervise` do the same for a cluster that this process has joined.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from importlib.metadata import metadata
 from raytrainer.config import Experiment
 from raytrainer.preflight import Resources, amount, check_resources, least_workers, per_worker, uses_gpu
 
-_HOLDERS = 5  # that are named
+_HOLDERS = 5  # named at most
 _EPSILON = 1e-9  # 3 × 0.1 is 0.30000000000000004
 
 
 @dataclass(frozen=True)
 class Holder:
-    """A job, or a driver outside of any, and what it holds.
+    """A job, or a driver without a job, and the resources that it holds.
 
     Attributes:
-        name: The run's, else the submission id, else where the driver is.
-        user: Who submitted it, where that is known.
-        submission_id: None: it is no job.
-        resources: All that it holds.
+        name: The name of the run, else the submission id, else the driver's place.
+        user: Who submitted it, if known.
+        submission_id: None for a driver without a job.
+        resources: All resources that it holds.
         started: Seconds since the epoch.
     """
 
@@ -40,19 +40,19 @@ class Holder:
 
 @dataclass(frozen=True)
 class ClusterFacts:
-    """A cluster as it is now.
+    """The current state of a cluster.
 
     Attributes:
-        address: Its own.
-        ray_version: Of its head.
-        python_version: Of its head; None: an old one that does not say.
-        nodes: What each living node has.
-        free: What nobody holds of that, in the same order.
-        addable: What each node has that its autoscaler can add.
-        most_addable: How many of those at a time.
-        endless: It has an autoscaler that does not say how far it goes.
-        holders: Who holds something.
-        head: The address of its head node, as its own machines know it; None: not known.
+        address: The cluster's address.
+        ray_version: The version on its head node.
+        python_version: The version on its head node; None for an old Ray that does not report it.
+        nodes: The resources of each live node.
+        free: The free resources of each node, in the same order.
+        addable: The resources of each node that its autoscaler can add.
+        most_addable: How many of those nodes it can have at a time.
+        endless: Whether it has an autoscaler whose limit is unknown.
+        holders: The jobs and drivers that hold resources.
+        head: The address of its head node within the cluster; None if unknown.
     """
 
     address: str
@@ -76,11 +76,11 @@ class ClusterFacts:
 
     @property
     def resources(self) -> Resources:
-        """All that there can be."""
+        """The most that the cluster can have."""
         return Resources.of_nodes(self.nodes, self.addable, self.most_addable, self.endless)
 
     def version_problem(self) -> str | None:
-        """Why raytrainer cannot run there: another Ray or Python than it is made for."""
+        """Return why raytrainer cannot run there because of the Ray or Python version; None if it can."""
         ours = metadata("raytrainer")
         ray = next(one for one in ours.get_all("Requires-Dist") or () if re.match(r"ray\b", one))
         for name, has, needs in (
@@ -97,7 +97,7 @@ class ClusterFacts:
         return None
 
     def other_versions(self, ray: str, python: str) -> list[str]:
-        """Where it has others than those given, of here, that will do as a rule; a sentence each."""
+        """Return a sentence for each version that differs from the local one but usually works."""
         found = [("ray", self.ray_version, ray)] if self.ray_version != ray else []
         if self.python_version is not None and _numbers(self.python_version)[:2] != _numbers(python)[:2]:
             found.append(("Python", self.python_version, python))
@@ -106,7 +106,7 @@ class ClusterFacts:
         ]
 
     def problems(self, e: Experiment) -> list[str]:
-        """What a run asks for and the cluster can never have, with all nodes that it can add; a sentence each."""
+        """Return a sentence for each demand of a run that the cluster can never meet, even after adding all nodes."""
         found = check_resources(e, self.resources, f"the cluster at {self.address}")
         driver = {name: share for name, share in (e.cluster.driver_resources or {}).items() if share}
         if found or not driver:
@@ -126,12 +126,12 @@ def explain_waiting(
     leave_out: str | None = None,
     now: float | None = None,
 ) -> str:
-    """What is waited for: `for 4 GPUs: 2 of 8 GPUs free; resnet-a (anna) holds 6 GPUs for 3 h`.
+    """Return what a job waits for: `for 4 GPUs: 2 of 8 GPUs free; resnet-a (anna) holds 6 GPUs for 3 h`.
 
     Args:
-        demands: What is asked for: bundles that are wanted at once, each on one node.
-        facts: Of the cluster.
-        leave_out: The job that asks, by its submission id.
+        demands: Lists of bundles; the bundles of a list are wanted at once, each on one node.
+        facts: The state of the cluster.
+        leave_out: The submission id of the job that waits.
         now: Seconds since the epoch.
     """
     if reason := next(filter(None, (impossible(bundles, facts) for bundles in demands)), None):
@@ -158,7 +158,7 @@ def explain_waiting(
 
 
 def impossible(bundles: Sequence[Mapping[str, float]], facts: ClusterFacts) -> str | None:
-    """Why the cluster can never have what is asked for, with all nodes that it can add; None where it can."""
+    """Return why the cluster can never provide the bundles, even with all nodes that it can add; None if it can."""
     most = facts.resources
     if most.endless:
         return None
@@ -176,7 +176,7 @@ def impossible(bundles: Sequence[Mapping[str, float]], facts: ClusterFacts) -> s
 
 
 def total_of(several: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The sum of some resources, by name."""
+    """Return the sum of several sets of resources, by name."""
     found: dict[str, float] = {}
     for one in several:
         for name, share in one.items():
@@ -189,7 +189,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _fits(bundles: Sequence[Mapping[str, float]], free: Sequence[Mapping[str, float]]) -> bool:
-    """Whether each bundle has its place on a node, the largest placed first."""
+    """Return whether each bundle fits on a node if the largest are placed first."""
     left = [dict(node) for node in free]
     for bundle in sorted(bundles, key=lambda b: (b.get("GPU", 0.0), b.get("CPU", 0.0), sum(b.values())), reverse=True):
         for node in left:

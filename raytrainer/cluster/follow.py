@@ -1,4 +1,4 @@
-"""A job's log while it grows: by the Jobs API's websocket, from where a lost connection has left it."""
+"""Follow a job's log while it grows, over the Jobs API's websocket, and continue after a lost connection."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from raytrainer.cluster.connection import Connection
 from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable
 
 _CONNECT_S = 10.0
-_HEARTBEAT_S = 15.0  # what does not answer so long is lost; a proxy keeps a connection on which something passes
+_HEARTBEAT_S = 15.0  # a connection that is silent for longer is lost; the traffic keeps a proxy from closing it
 _AGAIN_S = (0.2, 0.5, 1.0, 2.0, 5.0)  # between two attempts
-_PATIENCE_S = 120.0  # with a cluster that does not answer
+_PATIENCE_S = 120.0  # how long the cluster may not answer
 
 
 def follow(
@@ -25,22 +25,23 @@ def follow(
     whole: Callable[[], str],
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[str]:
-    """The log in pieces, from its beginning until the job has ended; nothing of it twice.
+    """Yield the log in pieces, from its beginning until the job has ended, without repeating any part.
 
     Args:
-        connection: To the cluster.
-        submission_id: The job's.
-        has_ended: Whether the job has; asked each time a connection has ended.
-        whole: All of the log. Where no websocket comes through, as with a proxy that does not upgrade, it is all there is.
-        sleep: For tests.
+        connection: The connection to the cluster.
+        submission_id: The job's id.
+        has_ended: Returns whether the job has ended; called each time a connection has ended.
+        whole: Returns the whole log. It is the only source if no websocket gets through, for instance because a proxy
+            does not upgrade connections.
+        sleep: Replaced in tests.
 
     Raises:
-        ClusterError: The cluster has not answered for two minutes, or refuses us.
+        ClusterError: The cluster has not answered for two minutes, or refuses the request.
     """
     told, failures, answered = 0, 0, time.monotonic()
     while True:
         try:
-            position = 0  # each connection begins at the beginning
+            position = 0  # the server sends the log from the beginning on each connection
             for piece in _pieces(connection, submission_id):
                 failures = 0
                 new, position = piece[max(0, told - position) :], position + len(piece)
@@ -48,15 +49,15 @@ def follow(
                 if new:
                     yield new
         except (aiohttp.ClientError, OSError, TimeoutError):
-            pass  # what it means is said by the requests that follow
+            pass  # the requests below show what it means
         text = ""
         try:
-            ended = has_ended()  # first: after its end nothing is added
+            ended = has_ended()  # asked before the log is read, because a job that has ended adds nothing to its log
             try:
                 text = whole()
             except (ClusterUnreachable, ClusterDenied):
                 raise
-            except ClusterError:  # with the node that it was on, its log is gone
+            except ClusterError:  # the log was lost with its node
                 pass
             answered = time.monotonic()
         except ClusterUnreachable:
@@ -73,7 +74,7 @@ def follow(
 
 
 def _pieces(connection: Connection, submission_id: str) -> Iterator[str]:
-    """What one connection gives."""
+    """Yield the messages of one connection."""
     loop = asyncio.new_event_loop()
     try:
         session = loop.run_until_complete(_session(connection))

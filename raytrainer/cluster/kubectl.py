@@ -1,6 +1,6 @@
-"""Kubernetes through `kubectl`, which has whatever a cluster wants for its login: sent, looked at, read, deleted.
+"""Kubernetes through `kubectl`, which handles every cluster's login: send, inspect, read and delete runs.
 
-Every call is bounded in time, and what kubectl says is said in our words. Its messages as of kubectl 1.32.
+Every call has a time limit, and kubectl's errors are explained. Its messages are those of kubectl 1.32.
 """
 
 from __future__ import annotations
@@ -33,31 +33,31 @@ from raytrainer.cluster.kuberay import (
 from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, ConfigError
 
 _ANSWER_S = 30.0
-_AGAIN_S, _PATIENCE_S = 2.0, 120.0  # between two looks at a job that is followed; with a server that does not answer
+_AGAIN_S, _PATIENCE_S = 2.0, 120.0  # between two checks of a followed job; how long the server may not answer
 _GOING = ("PENDING", "RUNNING")
-_EXIT_CODE = re.compile(r"failed with exit code (-?\d+)")  # Ray's words
+_EXIT_CODE = re.compile(r"failed with exit code (-?\d+)")  # Ray's wording
 _OLD = re.compile(r'strict decoding error: unknown field "([^"]+)"')
 
 
 @dataclass(frozen=True)
 class RayJobStatus:
-    """What Kubernetes has of a run.
+    """The state of a run in Kubernetes.
 
     Attributes:
-        name: The run's.
-        object: The RayJob's.
-        submission_id: The Ray job's.
-        content: The digest of what was asked for.
-        deployment: KubeRay's word for where it is: Initializing, Running, Complete, Failed, Suspended, Retrying, …
-        job: Ray's: PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED; empty before there is one.
-        message: Why, where it says so.
-        suspended: Whether it waits for Kueue to let it go.
-        started, ended: Seconds since the epoch; None before.
-        dashboard: The address of Ray's dashboard within Kubernetes; empty before.
-        queue: Kueue's, that it is in.
-        cluster: The name of its RayCluster: each of KubeRay's own tries has another.
-        exit_code: Of the driver, as far as Ray's message tells it.
-        metadata: Of the Ray job.
+        name: The name of the run.
+        object: The name of the RayJob.
+        submission_id: The id of the Ray job.
+        content: The digest of the request.
+        deployment: KubeRay's state: Initializing, Running, Complete, Failed, Suspended, Retrying, …
+        job: Ray's status: PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED; empty before the Ray job exists.
+        message: The reason for the state, if there is one.
+        suspended: Whether it waits for Kueue to admit it.
+        started, ended: Seconds since the epoch; None until then.
+        dashboard: The address of Ray's dashboard within Kubernetes; empty until it is known.
+        queue: The Kueue queue, if it has one.
+        cluster: The name of its RayCluster, which differs between KubeRay's own retries.
+        exit_code: The driver's exit code, if Ray's message contains it.
+        metadata: The metadata of the Ray job.
     """
 
     name: str
@@ -78,17 +78,17 @@ class RayJobStatus:
 
     @property
     def status(self) -> str:
-        """In Ray's words: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
+        """The status in Ray's words: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
         if self.deployment == "Complete":
             return self.job or "SUCCEEDED"
         if self.deployment in ("Failed", "ValidationFailed"):
             return "FAILED"
-        # Without a status of the job its submitter is being started; one that KubeRay tries again has the old one's.
+        # Without a job status, its submitter is still starting. A retried job keeps the status of its last try.
         return "RUNNING" if self.deployment == "Running" and self.job not in ("", "PENDING") else "PENDING"
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> RayJobStatus:
-        """From the object as Kubernetes has it."""
+        """Parse a RayJob object from Kubernetes."""
         meta, spec, status = found["metadata"], found.get("spec") or {}, found.get("status") or {}
         notes = meta.get("annotations") or {}
         reason, message = status.get("reason") or "", status.get("message") or ""
@@ -125,25 +125,25 @@ class Kubectl:
     """One namespace of one Kubernetes cluster.
 
     Attributes:
-        context: Of kubectl's configuration; None: its current one.
-        namespace: Where the runs are.
+        context: A context of kubectl's configuration; None: its current one.
+        namespace: The namespace of the runs.
     """
 
     context: str | None
     namespace: str
 
     def apply(self, config_map: Document, job: Document) -> bool:
-        """Sends a run; False where the same one is there already, also if somebody sends it at this moment.
+        """Send a run. Return False if the same run exists already, possibly sent at the same moment.
 
         Raises:
-            ConfigError: Another run of this name is there, or what is sent is not accepted.
-            ClusterError: Kubernetes cannot be asked, or refuses us.
+            ConfigError: Another run has this name, or Kubernetes rejects the run.
+            ClusterError: Kubernetes cannot be reached, or denies access.
         """
         name, content = job["metadata"]["name"], job["metadata"]["annotations"][CONTENT]
         if self._is_there(name, content):
             return False
-        # One manager of fields for each content: the server then takes the same again for nothing new, and another
-        # for a conflict, whichever comes first.
+        # Each content has its own field manager, so the server accepts the same content again without a change and
+        # reports a conflict for other content, whichever comes first.
         manager = f"raytrainer-{config_map['metadata']['name'].rpartition('-')[2]}"
         try:
             said = self._run(
@@ -153,7 +153,7 @@ class Kubectl:
         except (ClusterError, ConfigError) as error:
             with contextlib.suppress(ClusterError):
                 there = self.status(name)
-                if there is None or there.content != content:  # ours came first, and its job did not come
+                if there is None or there.content != content:  # our ConfigMap was created, but its job was not
                     self._run("delete", "configmap", config_map["metadata"]["name"], "--ignore-not-found")
             if isinstance(error, _Conflict) and self._is_there(name, content):
                 return False
@@ -162,16 +162,16 @@ class Kubectl:
         return True
 
     def status(self, name: str) -> RayJobStatus | None:
-        """What there is of a RayJob; None where there is none."""
+        """Return the state of a RayJob; None if it does not exist."""
         found = self._run("get", "rayjob", name, "--ignore-not-found", "-o", "json")
         return RayJobStatus.of(json.loads(found)) if found.strip() else None
 
     def runs(self) -> list[RayJobStatus]:
-        """Every run of raytrainer's in the namespace."""
+        """Return all of raytrainer's runs in the namespace."""
         return [RayJobStatus.of(one) for one in self._items("rayjobs", _selector(MANAGED))]
 
     def waiting(self, name: str) -> list[str]:
-        """Why pods of a run do not run: `POD: ImagePullBackOff: …`; one line for several with the same reason."""
+        """Return why pods of a run do not run: `POD: ImagePullBackOff: …`, one line for each reason."""
         reasons: dict[str, str] = {}
         for pod in self._items("pods", f"{JOB}={name}"):
             status = pod.get("status") or {}
@@ -189,7 +189,7 @@ class Kubectl:
         return [f"{pod}: {' '.join(reason.split())[:300].rstrip(': ')}" for reason, pod in reasons.items()]
 
     def held(self, submission_id: str) -> dict[str, float]:
-        """What the pods of a run have, those that have ended left out: CPU, GPU, memory in bytes."""
+        """Return what the pods of a run that have not ended hold: CPU, GPU, memory in bytes."""
         found: dict[str, float] = {}
         for pod in self._items("pods", _selector(MANAGED)):
             mine = (pod["metadata"].get("annotations") or {}).get(SUBMISSION) == submission_id
@@ -202,7 +202,7 @@ class Kubectl:
         return found
 
     def current_context(self) -> str:
-        """The one that kubectl takes where none is named.
+        """Return kubectl's current context.
 
         Raises:
             ConfigError: It has none.
@@ -216,33 +216,33 @@ class Kubectl:
             ) from error
 
     def delete(self, name: str, within_s: float = 120.0) -> list[str]:
-        """Deletes a run and waits until it and its pods, with what they hold, are gone; those that are not by then."""
+        """Delete a run and wait until its RayJob and pods are gone. Return the names of those that remain."""
         self._run("delete", "rayjob", name, "--ignore-not-found", "--wait=false")
         self._run("delete", "configmap", "-l", f"{JOB}={name}", "--ignore-not-found", "--wait=false")
         deadline = time.monotonic() + within_s
         while True:
             left = [pod["metadata"]["name"] for pod in self._items("pods", f"{JOB}={name}")]
-            if not left and self.status(name) is not None:  # it waits for what KubeRay still does with it
+            if not left and self.status(name) is not None:  # it stays until KubeRay has finished with it
                 left = [f"rayjob {name}"]
             if not left or time.monotonic() >= deadline:
                 return left
             time.sleep(1.0)
 
     def logs(self, name: str, follow: bool = False) -> Iterator[str]:
-        """The lines that a run's driver has printed, from the pod that submitted it.
+        """Yield the lines that a run's driver has printed, from the log of the pod that submitted it.
 
         Args:
-            name: The RayJob's.
-            follow: Whether to go on until the job ends.
+            name: The name of the RayJob.
+            follow: Whether to continue until the job ends.
 
         Raises:
-            ClusterError: There are none: it has not begun, or its pods are gone.
+            ClusterError: There is no log: the run has not begun, or its pods are gone.
         """
         command = [*self._command(), "logs", f"job/{name}", "--tail=-1", *(["--follow"] if follow else [])]
         with self._started(command, stdin=subprocess.DEVNULL) as process:
             assert process.stdout is not None
             assert process.stderr is not None
-            # Nobody hears from a server that takes the connection and never answers.
+            # kubectl waits forever for a server that accepts the connection and never answers.
             timer = threading.Timer(_ANSWER_S, process.kill) if not follow else None
             if timer is not None:
                 timer.start()
@@ -274,11 +274,11 @@ class Kubectl:
         )
 
     def _own(self, said: Mapping[str, Any], config_map: Document, job: Document) -> None:
-        """Makes the ConfigMap the RayJob's: Kubernetes then deletes it with it, whoever does that."""
+        """Make the RayJob the owner of the ConfigMap, so that Kubernetes always deletes both together."""
         uid = next((one["metadata"]["uid"] for one in said.get("items", []) if one.get("kind") == "RayJob"), None)
         owner = {"apiVersion": job["apiVersion"], "kind": "RayJob", "name": job["metadata"]["name"], "uid": uid}
         patch = json.dumps({"metadata": {"ownerReferences": [owner]}})
-        # The run is there; that a small object outlives it is not worth a word.
+        # The run was sent. A small object that outlives it is not worth a warning.
         with contextlib.suppress(ClusterError, ConfigError):
             self._run("patch", "configmap", config_map["metadata"]["name"], "--type=merge", f"--patch={patch}")
 
@@ -294,7 +294,7 @@ class Kubectl:
         command = [*self._command(), f"--request-timeout={_ANSWER_S:g}s", *arguments]
         with self._started(command, stdin=subprocess.PIPE if send is not None else subprocess.DEVNULL) as process:
             try:
-                # It makes several requests: longer than each, and what it starts for a login may ask a person.
+                # Longer than one request: kubectl makes several, and its login plugin may ask a person.
                 out, said = process.communicate(send, timeout=2 * _ANSWER_S)
             except subprocess.TimeoutExpired:
                 process.kill()
@@ -323,11 +323,11 @@ class Kubectl:
 
     @property
     def where(self) -> str:
-        """For the end of a sentence."""
+        """Context and namespace, for the end of a message."""
         return f" (context {self.context or 'of kubectl, the current one'}, namespace {self.namespace})"
 
     def _explained(self, said: str, code: int) -> ClusterError | ConfigError:
-        """What kubectl says, in our words."""
+        """Return an error that explains kubectl's message."""
         lines = [line for line in said.splitlines() if line.strip() and not re.match(r"[EWI]\d{4} ", line)]
         first = " ".join((lines or [f"exit code {code}"])[0].removeprefix("error: ").split())[:500]
         where = self.where
@@ -382,10 +382,10 @@ class Kubectl:
 
 
 class RayJobs:
-    """The runs of a namespace as the verbs see those of a Jobs API: by submission id, in Ray's words.
+    """The runs of a namespace, with the interface of `Jobs`: by submission id, with Ray's statuses.
 
     Args:
-        address: As `address_of` makes it.
+        address: An address from `address_of`.
     """
 
     def __init__(self, address: str) -> None:
@@ -396,14 +396,14 @@ class RayJobs:
         return self.kubectl.runs()
 
     def send(self, config_map: Document, job: Document, *, instead_of: RayJobStatus | None = None) -> bool:
-        """Sends a run; False: the same is there already.
+        """Send a run. Return False if the same run exists already.
 
         Args:
-            config_map, job: As `kuberay.documents` makes them.
-            instead_of: An attempt at the run that has ended, and whose object has the name: it is deleted.
+            config_map, job: As `kuberay.documents` returns them.
+            instead_of: An ended attempt at the run, whose object has the name; it is deleted first.
 
         Raises:
-            ConfigError, ClusterError: As `Kubectl.apply`; or the ended one cannot be deleted.
+            ConfigError, ClusterError: As `Kubectl.apply`; or the ended attempt cannot be deleted.
         """
         if instead_of is not None and (left := self.kubectl.delete(instead_of.object)):
             raise ClusterError(
@@ -413,13 +413,13 @@ class RayJobs:
         return self.kubectl.apply(config_map, job)
 
     def info(self, submission_id: str) -> RayJobStatus:
-        """What there is of a run's job; STOPPED where somebody has deleted it."""
+        """Return the state of a run's job; STOPPED if its RayJob was deleted."""
         found = self._find(submission_id)
         gone = RayJobStatus(submission_id, "", submission_id, deployment="Complete", job="STOPPED")
         return found or replace(gone, message="its RayJob is not there any more")
 
     def stop(self, submission_id: str) -> None:
-        """Deletes it: KubeRay ends a job in no other way."""
+        """Delete the RayJob, because KubeRay offers no other way to end a job."""
         if (found := self._find(submission_id)) is not None:
             self.kubectl.delete(found.object, within_s=0)
 
@@ -430,8 +430,10 @@ class RayJobs:
         return "".join(f"{line}\n" for line in self.kubectl.logs(self._known(submission_id).object))
 
     def tail(self, submission_id: str) -> Iterator[str]:
-        """What its driver prints, in lines, until the job has ended or is deleted; of each of KubeRay's tries from its
-        beginning."""
+        """Yield the lines that its driver prints, until the job has ended or is deleted.
+
+        If KubeRay retries the job, it yields the lines of each try from its beginning.
+        """
         cluster, shown, is_whole, lost = "", 0, False, None
         while True:
             try:
@@ -447,7 +449,7 @@ class RayJobs:
                 cluster, shown, is_whole = job.cluster, 0, False
             if job.status == "RUNNING" or (job.object and not goes and not is_whole):
                 is_whole = False
-                # There may be none: the submitter's pod is still made, or gone already.
+                # There may be no log, because the submitter's pod is not running yet or is gone.
                 with contextlib.suppress(ClusterError), contextlib.closing(self._lines(job, follow=goes)) as lines:
                     for line in itertools.islice(lines, shown, None):
                         shown += 1
@@ -483,7 +485,7 @@ SCHEME = "kubernetes"
 
 
 def address_of(context: str, namespace: str) -> str:
-    """What a run's record says of where its job is: `kubernetes://CONTEXT/NAMESPACE`."""
+    """Return the address for the run record: `kubernetes://CONTEXT/NAMESPACE`."""
     return f"{SCHEME}://{quote(context, safe='')}/{quote(namespace, safe='')}"
 
 
@@ -501,4 +503,4 @@ _AWAY = (
 
 
 class _Conflict(ClusterError):
-    """Another manager has set fields that we set."""
+    """Another field manager has set fields that we set."""

@@ -1,7 +1,7 @@
-"""A run on Kubernetes: the `RayJob` of the KubeRay operator, and the ConfigMap with what is asked for, as plain data.
+"""A run on Kubernetes as plain data: the `RayJob` for the KubeRay operator, and the ConfigMap with the request's files.
 
-Nothing is uploaded: the image has the code, the two documents are all that is sent. Field by field as
-KubeRay 1.6 documents them (ray.io/v1); token authentication wants 1.5.1 or later.
+Nothing is uploaded: the image contains the code, and only these two documents are sent. The fields follow the
+documentation of KubeRay 1.6 (ray.io/v1); token authentication needs 1.5.1 or later.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from raytrainer.config import Experiment
 from raytrainer.errors import ConfigError
 
 NAME, CONTENT, SUBMISSION = "raytrainer.dev/name", "raytrainer.dev/content", "raytrainer.dev/submission-id"
-JOB = "raytrainer.dev/job"  # on the pods: the RayJob that they are of
+JOB = "raytrainer.dev/job"  # a label of pods: their RayJob
 MANAGED = {"app.kubernetes.io/managed-by": "raytrainer"}
 QUEUE = "kueue.x-k8s.io/queue-name"
-_LONGEST_NAME = 47  # of a RayJob: KubeRay makes names of services of it
+_LONGEST_NAME = 47  # of a RayJob, because KubeRay derives the names of services from it
 _LONGEST_LABEL = 63
-_FILES_BYTES = 2**20  # what a ConfigMap holds
+_FILES_BYTES = 2**20  # the limit of a ConfigMap
 _FILES_AT = "/etc/raytrainer"
-_USER = 1000  # of the image; not root
-_TTL_S = 30  # the cluster stays so long after the job: its last lines are on their way
+_USER = 1000  # the image's user, not root
+_TTL_S = 30  # how long the cluster stays after the job, so that its last log lines arrive
 _IDLE_S = 60
-# Of a pod whose workers do not say what they need.
+# For a pod whose workers have no resources set.
 _CPU_POD = {"cpu": "1", "memory": "4Gi"}
 _GPU_POD = {"cpu": "4", "memory": "16Gi"}
 _HEAD = {"cpu": "2", "memory": "8Gi"}
@@ -59,19 +59,19 @@ def documents(
     content: str,
     workers: tuple[int, int] | None = None,
 ) -> tuple[Document, Document]:
-    """The ConfigMap with the request's files, and the RayJob.
+    """Return the ConfigMap with the request's files, and the RayJob.
 
     Args:
-        e: The experiment, whose `scaling` and `cluster` say what is asked for.
-        submission_id: Of the Ray job.
+        e: The experiment, whose `scaling` and `cluster` say what to request.
+        submission_id: The id of the Ray job.
         entrypoint: Its command.
-        files: What the entrypoint reads: name → content.
-        job_metadata, runtime_env: Of the Ray job; shown to everyone.
+        files: The files for the entrypoint: name → content.
+        job_metadata, runtime_env: For the Ray job; visible to all users.
         content: The digest that decides whether two requests are the same.
         workers: The least and the most training processes at a time; None: those of one run. A sweep has more.
 
     Raises:
-        ConfigError: Something that a RayJob cannot be, with the key and the way out.
+        ConfigError: A setting is not possible in a RayJob; the message names the key and the fix.
     """
     c, name = e.cluster, object_name(e.name or "")
     if c.image is None:
@@ -105,7 +105,7 @@ def documents(
     labels = {**MANAGED, NAME: _label(e.name or ""), JOB: name}
     notes = {NAME: e.name or "", CONTENT: content, SUBMISSION: submission_id}
     pods = {"labels": labels, "annotations": {SUBMISSION: submission_id}}
-    # Another content is another ConfigMap: what a job that runs has read stays as it was.
+    # Another content gets another ConfigMap, so that the files of a running job never change.
     config_map = _config_map(f"{name}-{_short(content)}", c.namespace, labels, notes, files)
     job = {
         "apiVersion": "ray.io/v1",
@@ -126,7 +126,7 @@ def documents(
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": _TTL_S,
             "backoffLimit": c.retries,
-            # Kueue lets it go; nothing else should.
+            # Only Kueue may resume it.
             **({"suspend": True} if c.queue else {}),
             "rayClusterSpec": _cluster(e, config_map["metadata"]["name"], pods, workers or _workers(e)),
         },
@@ -135,22 +135,22 @@ def documents(
 
 
 def to_text(*found: Document) -> str:
-    """The documents as a YAML stream, for `kubectl` and for people."""
+    """Return documents as a YAML stream, for `kubectl` and for people."""
     return yaml.dump_all(found, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
 
 
 def object_name(run: str) -> str:
-    """The name of a run's objects: lower-case letters, digits and `-`, a letter first, at most 47. Two runs have two."""
+    """Return a unique object name for a run: at most 47 lower-case letters, digits and `-`, the first a letter."""
     name = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")
     name = name if name[:1].isalpha() else f"run-{name}".rstrip("-")
-    # One that ends as those that are made does could be the one made of another.
+    # A run's name that ends like a generated one could equal the generated name of another run.
     if name == run and len(name) <= _LONGEST_NAME and not re.search("-[0-9a-f]{8}$", run):
         return name
     return f"{name[: _LONGEST_NAME - 9].rstrip('-')}-{_short(run)}"
 
 
 def wants_gpu(e: Experiment) -> bool:
-    """`scaling.use_gpu`, with `auto` decided by what is asked for: there is no cluster yet to look at."""
+    """Return `scaling.use_gpu`; for `auto`, whether the config requests GPUs, because no cluster exists yet."""
     s = e.scaling
     asked = bool(
         s.accelerator_type or (s.resources_per_worker or {}).get("GPU") or _gpu_of(e.cluster.pod_resources or {})
@@ -159,10 +159,10 @@ def wants_gpu(e: Experiment) -> bool:
 
 
 def quantity(text: str) -> float:
-    """A Kubernetes quantity: `500m` → 0.5, `8Gi` → 2^33.
+    """Parse a Kubernetes quantity: `500m` → 0.5, `8Gi` → 2^33.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The text is not a quantity.
     """
     match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)([A-Za-z]*)", text)
     if match is None or match[2] not in _SUFFIXES:
@@ -182,7 +182,7 @@ def _cluster(e: Experiment, config_map: str, pods: Document, workers: tuple[int,
     least, most = _bounds(e, workers, fit)
     grows = least < most
     return {
-        "rayVersion": metadata.version("ray"),  # the image's too: constraints.txt has it
+        "rayVersion": metadata.version("ray"),  # the same as in the image, by constraints.txt
         "authOptions": {"mode": "token"},
         "enableInTreeAutoscaling": grows,
         **(
@@ -197,7 +197,7 @@ def _cluster(e: Experiment, config_map: str, pods: Document, workers: tuple[int,
             else {}
         ),
         "headGroupSpec": {
-            # No work but the driver's: what trains goes to the workers' pods.
+            # The head's pod runs only the driver; workers run in the workers' pods.
             "rayStartParams": {"num-cpus": "0"},
             "template": {
                 "metadata": dict(pods),
@@ -212,7 +212,7 @@ def _cluster(e: Experiment, config_map: str, pods: Document, workers: tuple[int,
                         ports={"gcs-server": 6379, "dashboard": 8265, "client": 10001},
                     ),
                     volumes=[{"name": "request", "configMap": {"name": config_map}}],
-                    # The autoscaler, beside the head, adds and removes pods.
+                    # The autoscaler runs in the head's pod, and adds and removes pods.
                     uses_kubernetes=grows,
                 ),
             },
@@ -223,7 +223,7 @@ def _cluster(e: Experiment, config_map: str, pods: Document, workers: tuple[int,
                 "replicas": least,
                 "minReplicas": least,
                 "maxReplicas": most,
-                # Whole CPUs, rounded down: KubeRay rounds up.
+                # Whole CPUs, rounded down, because KubeRay would round up.
                 "rayStartParams": {"num-cpus": str(max(1, math.floor(quantity(pod["cpu"]))))},
                 "template": {
                     "metadata": dict(pods),
@@ -235,7 +235,7 @@ def _cluster(e: Experiment, config_map: str, pods: Document, workers: tuple[int,
 
 
 def _pod(e: Experiment) -> tuple[dict[str, str], int]:
-    """What a worker's pod has, and how many workers fit into it."""
+    """Return the resources of a worker's pod, and how many workers fit into it."""
     c, gpu = e.cluster, wants_gpu(e)
     each = preflight.per_worker(e, gpu)
     if other := sorted(set(each) - {"CPU", "GPU", "memory"}):
@@ -261,7 +261,7 @@ def _pod(e: Experiment) -> tuple[dict[str, str], int]:
             raise ConfigError(
                 "is no quantity of Kubernetes: 4, 500m, 64Gi", key=f"cluster.pod_resources.{name}", value=amount
             ) from None
-    # Ray has whole CPUs of a pod, one at least.
+    # Ray counts the whole CPUs of a pod, at least one.
     rays = {"CPU": max(1.0, math.floor(has["cpu"])), "memory": has["memory"], "GPU": has.get(_gpu_of(pod) or "", 0.0)}
     fit = min((int(rays[name] / amount + 1e-9) for name, amount in each.items() if amount), default=1)
     if fit < 1:
@@ -276,7 +276,7 @@ def _pod(e: Experiment) -> tuple[dict[str, str], int]:
 
 
 def _bounds(e: Experiment, workers: tuple[int, int], fit: int) -> tuple[int, int]:
-    """The least and the most pods."""
+    """Return the least and the most number of pods."""
     c, (least, most) = e.cluster, (math.ceil(n / fit) for n in workers)
     low = least if c.min_pods is None else c.min_pods
     high = max(most, low) if c.max_pods is None else c.max_pods
@@ -290,7 +290,7 @@ def _bounds(e: Experiment, workers: tuple[int, int], fit: int) -> tuple[int, int
     if not c.queue:
         return low, high
     if c.min_pods is not None and low < high:
-        # Kueue reserves what a job has, once, and refuses one that grows by itself.
+        # Kueue reserves a job's resources once, and refuses a job that grows by itself.
         raise ConfigError(
             f"is fewer than the {high} at most, and a job of Kueue (cluster.queue={c.queue}) has all its pods from the "
             "beginning: leave it out",
@@ -301,7 +301,7 @@ def _bounds(e: Experiment, workers: tuple[int, int], fit: int) -> tuple[int, int
 
 
 def _head(e: Experiment) -> dict[str, str]:
-    """Of the driver, that is of the head's pod."""
+    """Return the resources of the head's pod, which runs the driver."""
     asked = e.cluster.driver_resources or {}
     if other := sorted(set(asked) - {"CPU", "memory"}):
         raise ConfigError(
@@ -316,7 +316,7 @@ def _head(e: Experiment) -> dict[str, str]:
 
 
 def _submitter(e: Experiment) -> Document:
-    """The pod that submits the job and prints what it prints; KubeRay gives it its command."""
+    """Return the pod that submits the job and prints its log; KubeRay sets its command."""
     container = {
         "name": "ray-job-submitter",
         "image": e.cluster.image,
@@ -334,9 +334,9 @@ def _pod_spec(
     return {
         "restartPolicy": "Never",
         **({"serviceAccountName": e.cluster.service_account} if e.cluster.service_account else {}),
-        # What trains has no business with Kubernetes itself.
+        # Training code must not access the Kubernetes API.
         "automountServiceAccountToken": uses_kubernetes,
-        # A service called mlflow would set MLFLOW_PORT, one called ray RAY_PORT.
+        # Otherwise a service named mlflow would set MLFLOW_PORT, and one named ray RAY_PORT.
         "enableServiceLinks": False,
         "securityContext": dict(_POD_SECURITY),
         "containers": [container],
@@ -358,12 +358,12 @@ def _container(
         "image": e.cluster.image,
         **({"ports": [{"name": n, "containerPort": port} for n, port in ports.items()]} if ports else {}),
         **({"env": env} if env else {}),
-        # By reference: their values are in no manifest.
+        # By reference, so that no manifest contains the values.
         **({"envFrom": [{"secretRef": {"name": s}} for s in e.cluster.secrets]} if e.cluster.secrets else {}),
-        # The same, so that what it has is what it gets: Ray counts the limits.
+        # Requests equal limits, because Ray counts the limits.
         "resources": {"requests": dict(resources), "limits": dict(resources)},
         "securityContext": dict(_CONTAINER_SECURITY),
-        # Ray's object store and NCCL share memory between processes: 64 MB, which is what a container has, is too little.
+        # Ray's object store and NCCL share memory between processes; a container's default of 64 MB is too little.
         "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}, *(mounts or [])],  # noqa: S108
     }
 
@@ -395,7 +395,7 @@ def _config_map(
 
 
 def _check_shell(value: Any, key: str) -> None:
-    """KubeRay puts these into a shell's command line within double quotes, where `$` and a backtick mean something."""
+    """Check for `$` and backticks, because KubeRay puts these values within double quotes into a shell command."""
     if isinstance(value, Mapping):
         for name, below in value.items():
             _check_shell(str(name), key)
@@ -408,12 +408,12 @@ def _check_shell(value: Any, key: str) -> None:
 
 
 def _gpu_of(pod: Mapping[str, str]) -> str | None:
-    """The name of a pod's GPUs, as Ray looks for it."""
+    """Return the name of a pod's GPU resource, found as Ray finds it."""
     return next((name for name in pod if name.endswith("gpu")), None)
 
 
 def _label(run: str) -> str:
-    """A run's name as a label's value."""
+    """Return a run's name as a label's value."""
     valid = len(run) <= _LONGEST_LABEL and re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", run)
     return run if valid else object_name(run)
 
@@ -427,14 +427,14 @@ def _written(cpus: float) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Texts of several lines as they are, so that the config in the ConfigMap can be read."""
+    """Writes texts of several lines as blocks, so that people can read the config in the ConfigMap."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    # What begins as a number does may be one to another reader of YAML, who knows `1e3`: it is quoted.
+    # Quoted if it begins like a number, because another YAML parser may read `1e3` as one.
     style = "|" if "\n" in text else "'" if text[:1] in "0123456789+-." else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 

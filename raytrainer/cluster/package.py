@@ -1,5 +1,7 @@
-"""What goes along to a shared cluster: the launching directory as git sees it, less data, secrets and what `.rayignore`
-names. The same contents are the same package to Ray, whose workers then have it already.
+"""The code that is sent to a shared cluster.
+
+It consists of the files that git sees in the launching directory, without data, secrets and files in `.rayignore`. Ray
+identifies a package by its contents, so workers that already have it do not download it again.
 """
 
 from __future__ import annotations
@@ -23,22 +25,22 @@ from raytrainer.errors import ConfigError
 from raytrainer.provenance import may_hold_secrets
 
 IGNORE = ".rayignore"
-# Left out unless .rayignore has it with a ! in front; in gitignore's syntax.
+# Left out unless a line of .rayignore includes it with a leading !; in the syntax of .gitignore.
 DATA = (
     *("*.pt", "*.pth", "*.ckpt", "*.safetensors", "*.onnx", "*.gguf"),
     *("*.parquet", "*.arrow", "*.feather", "*.npy", "*.npz", "*.h5", "*.hdf5", "*.tfrecord", "*.lmdb"),
 )
-RECORDS = ("/runs/", "/mlruns/", "/mlartifacts/", "/mlflow.db*", "/wandb/")  # of a launching directory, too
-# Left out always: Ray leaves out the first four itself, the others are what tools keep beside the code.
+RECORDS = ("/runs/", "/mlruns/", "/mlartifacts/", "/mlflow.db*", "/wandb/")  # records of runs in a launching directory
+# Always left out: Ray itself leaves out the first four; tools keep the others beside the code.
 _NEVER = {
     *(".git", ".venv", "venv", "__pycache__"),
     *(".hg", ".svn", ".tox", ".nox", "node_modules", ".ipynb_checkpoints"),
     *(".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", ".DS_Store"),
 }
-# They have done their work here; Ray would apply them again, to files that git tracks too.
+# They are applied here. Ray would apply them again, and also to files that git tracks.
 _IGNORE_FILES = {".gitignore", IGNORE}
 _SECRET_FOLDERS = {".aws", ".azure", ".docker", ".gnupg", ".kube", ".ssh"}
-# Never sent from a checkout of theirs: they are of the image, or of cluster.runtime_env.
+# Never sent, even from a source checkout: they belong to the image or to cluster.runtime_env.
 _OF_THE_IMAGE = {"ray", "torch", "mlflow", "hydra", "omegaconf", "pyarrow", "numpy", "sklearn", "matplotlib", "psutil"}
 _MOST_FILES = 100_000
 _IMPORT = re.compile(rb"^[ \t]*(?:from[ \t]+(\w+)|import[ \t]+(\w[^#\n;(]*))", re.MULTILINE)
@@ -46,14 +48,14 @@ _IMPORT = re.compile(rb"^[ \t]*(?:from[ \t]+(\w+)|import[ \t]+(\w[^#\n;(]*))", r
 
 @dataclass(frozen=True)
 class File:
-    """One file of a package.
+    """A file of a package.
 
     Attributes:
-        name: Relative, with `/` between parts.
+        name: The path relative to the package, with `/` between parts.
         size: In bytes.
-        sha256: Of its content, in hexadecimal.
-        executable: Whether its owner may run it.
-        source: Where it is.
+        sha256: The hash of its content, in hexadecimal.
+        executable: Whether its owner may execute it.
+        source: Its path on this machine.
     """
 
     name: str
@@ -68,10 +70,10 @@ class Package:
     """Files that are sent together.
 
     Attributes:
-        root: What they are relative to.
+        root: The directory that names are relative to.
         entries: Sorted by name.
-        left_out: What is of the tree and stays here, with the reason: `data` or `secret`.
-        imports: The top-level modules that its Python files name in an import.
+        left_out: The names that are not sent, with the reason: `data` or `secret`.
+        imports: The top-level modules that its Python files import.
     """
 
     root: Path
@@ -81,24 +83,24 @@ class Package:
 
     @property
     def files(self) -> tuple[tuple[str, int], ...]:
-        """Name and bytes of each."""
+        """The name and the size in bytes of each file."""
         return tuple((one.name, one.size) for one in self.entries)
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """The total size in bytes."""
         return sum(one.size for one in self.entries)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over names, modes and contents; times do not matter, nor where it is."""
+        """SHA-256 over names, modes and contents, but not over times and locations."""
         found = hashlib.sha256()
         for one in self.entries:
             found.update(f"{one.name}\0{'x' if one.executable else '-'}\0{one.sha256}\n".encode())
         return found.hexdigest()
 
     def table(self, most: int = 10) -> str:
-        """The largest entries, directories of many small files as one, and the total; what was left out and why."""
+        """Return a table of the largest files or directories, the total, and what was left out and why."""
         lines = [f"{_bytes(size):>10}  {name}" for name, size in _largest(self.files, most)]
         lines.append(f"{_bytes(self.size):>10}  in {_count(len(self.entries), 'file')} of {self.root}")
         for why, words in (("data", f"data; !NAME in {IGNORE} brings one along"), ("secret", "may hold secrets")):
@@ -109,10 +111,10 @@ class Package:
         return "\n".join(lines)
 
     def stage(self, folder: Path) -> None:
-        """Puts the files into a folder that is not there yet: what Ray makes its package of.
+        """Put the files into a new folder, from which Ray makes its package.
 
         Raises:
-            ConfigError: One cannot be read any more.
+            ConfigError: A file cannot be read any more.
         """
         folder.mkdir(parents=True)
         for one in self.entries:
@@ -121,13 +123,13 @@ class Package:
             try:
                 try:
                     os.link(one.source, target)
-                except OSError:  # another disk, or a file of somebody else
+                except OSError:  # another disk, or another user's file
                     shutil.copy2(one.source, target)
             except OSError as error:
                 raise ConfigError(f"{one.source} cannot be read any more: {error.strerror}") from error
 
     def with_files(self, more: Iterable[Path]) -> Package:
-        """The same with further files at its root."""
+        """Return a copy of the package with further files at its root."""
         entries, imports = {one.name: one for one in self.entries}, set(self.imports)
         for path in more:
             entries[path.name], found = _read(path.name, path)
@@ -137,7 +139,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Module:
-    """Code that is not below the launching directory, by the name that it is imported as."""
+    """Code outside the launching directory, with the name under which it is imported."""
 
     name: str
     package: Package
@@ -150,17 +152,17 @@ def collect(
     leave_out: Sequence[str] = (),
     secrets: Collection[Path] = (),
 ) -> Package:
-    """The files of a tree that go along.
+    """Return the files of a tree that are sent.
 
     Args:
         root: The tree.
-        limit_mb: The most that they may have, in millions of bytes; None: any.
-        leave_out: Further patterns than `DATA`.
-        secrets: Files that never go along, whatever their names.
+        limit_mb: The largest total size, in millions of bytes; None: unlimited.
+        leave_out: Further patterns beside `DATA`.
+        secrets: Files that are never sent, whatever their names.
 
     Raises:
-        ConfigError: More than the limit, a link that leads out of the tree and of the repository that it is in, a file
-            that cannot be read: naming them and the fix.
+        ConfigError: The files exceed the limit, a link leads out of the tree and its repository, or a file cannot be
+            read. The message names the files and the fix.
     """
     root = root.resolve()
     top = _git(root, "rev-parse", "--show-toplevel")
@@ -174,7 +176,7 @@ def collect(
         raise _refusal(unnamed, "has a name that is no UTF-8")
     sizes = {}
     for name, path in tree.found.items():
-        with contextlib.suppress(OSError):  # what cannot be read is told below, all of it at once
+        with contextlib.suppress(OSError):  # unreadable files are reported below, all together
             sizes[name] = path.stat().st_size
     if limit_mb is not None:
         check_limit(sizes.items(), limit_mb)
@@ -193,10 +195,10 @@ def collect(
 
 
 def check_limit(files: Iterable[tuple[str, int]], limit_mb: float) -> None:
-    """Refuses more than `limit_mb` millions of bytes.
+    """Refuse more than `limit_mb` millions of bytes.
 
     Raises:
-        ConfigError: Naming the largest, and the fix.
+        ConfigError: The files exceed the limit; the message names the largest and the fix.
     """
     files = list(files)
     total = sum(size for _, size in files)
@@ -211,16 +213,18 @@ def check_limit(files: Iterable[tuple[str, int]], limit_mb: float) -> None:
 
 
 def elsewhere(names: Iterable[str], root: Path, limit_mb: float | None = None) -> tuple[list[Module], list[Path]]:
-    """The code that is imported from neither the tree at `root` nor an installation, so that it must be sent too: from a
-    checkout that is installed with `pip install -e`, or from PYTHONPATH.
+    """Return the code that must be sent although it is outside the tree at `root`.
+
+    It is imported from neither the tree nor an installation, but for instance from a checkout installed with `pip
+    install -e`, or from PYTHONPATH.
 
     Args:
-        names: Top-level modules, whose own imports are looked at too.
+        names: Top-level modules; the modules that they import are searched, too.
         root: The tree that is sent.
-        limit_mb: As `collect`.
+        limit_mb: As in `collect`.
 
     Returns:
-        Packages of Python, and single files.
+        Python packages, and single files.
     """
     modules, single, seen, left = dict[str, Module](), dict[str, Path](), set[str](), sorted(set(names))
     while left:
@@ -238,11 +242,11 @@ def elsewhere(names: Iterable[str], root: Path, limit_mb: float | None = None) -
     return [modules[name] for name in sorted(modules)], [single[name] for name in sorted(single)]
 
 
-# --- what is in a tree ------------------------------------------------------------------------------------------------
+# --- the files of a tree ----------------------------------------------------------------------------------------------
 
 
 class _Tree:
-    """What is found below a root, and what is left out of it."""
+    """The files below a root that are sent, and those that are left out."""
 
     def __init__(self, root: Path, inside: Path, leave_out: Sequence[str], secrets: Collection[Path]) -> None:
         self.root, self.inside, self._secrets = root, inside, secrets
@@ -251,15 +255,15 @@ class _Tree:
         self.found: dict[str, Path] = {}
         self.left_out: dict[str, str] = {}
         self.outside: list[str] = []
-        self._followed: list[Path] = []  # directories that links led to, and whose files are being added
+        self._followed: list[Path] = []  # directories behind links whose files are being added
 
     def add_all(self, folder: Path, prefix: str, *, fall_back: bool = False) -> None:
-        """Adds the files of a folder, as `prefix` and their names in it."""
+        """Add the files of a folder, with `prefix` before their names."""
         for name in _listed(folder, prefix, self._prunes, fall_back):
             self._add(f"{prefix}{name}", folder / name)
 
     def add_named(self) -> None:
-        """Adds what .rayignore names with a ! in front, though git ignores it."""
+        """Add what .rayignore includes with a leading !, even if git ignores it."""
         for line in _lines(self.root / IGNORE):
             name = line[1:].strip().strip("/")
             if line.startswith("!") and not re.search(r"[*?\[\\]|(^|/)\.\.(/|$)", name) and name not in self.found:
@@ -287,7 +291,7 @@ class _Tree:
 
     def _add_link(self, name: str, path: Path) -> None:
         target = Path(os.path.realpath(path))
-        if not target.exists():  # it leads nowhere here too
+        if not target.exists():  # a link that is broken here, too
             return
         if self._stays(name, is_dir=target.is_dir(), path=None if target.is_dir() else target):
             return
@@ -305,7 +309,7 @@ class _Tree:
             self.found[name] = target
 
     def _stays(self, name: str, *, is_dir: bool = False, path: Path | None = None) -> bool:
-        """Whether what has this name is left out; remembers the reason where that needs a word."""
+        """Return whether a name is left out. The reason is recorded if the user should see it."""
         parts = PurePosixPath(name).parts
         if _NEVER & set(parts) or parts[-1] in _IGNORE_FILES or parts[-1].endswith(".pyc"):
             return True
@@ -327,13 +331,15 @@ class _Tree:
 
 
 class _Ignored:
-    """Which files a tree's ignore files leave out, as git reads them: the last line that fits decides, those of a deeper
-    file before those above, and what is in a directory that is left out stays out.
+    """The rules of a tree's ignore files, as git reads them.
+
+    The last line that matches decides, a deeper file takes precedence over those above, and everything in an ignored
+    directory stays ignored.
 
     Args:
         root: The tree.
         file: The name of the ignore files.
-        first: Lines before all of them.
+        first: Lines that precede all of them.
     """
 
     def __init__(self, root: Path, file: str, first: Sequence[str] = ()) -> None:
@@ -368,13 +374,13 @@ class _Ignored:
 
 
 def _listed(folder: Path, prefix: str, prunes: Callable[[str], bool], fall_back: bool) -> Iterator[str]:
-    """What git tracks of a folder, and what it does not and does not ignore; without git all but what .gitignore says.
+    """Yield the files of a folder that git tracks or does not ignore; without git, those that .gitignore does not name.
 
     Args:
-        folder: Where.
-        prefix: What the folder is called, with a / behind.
-        prunes: Says of a directory, by its whole name, whether nothing of it is wanted.
-        fall_back: Whether a folder that git ignores is looked at all the same.
+        folder: The folder.
+        prefix: The folder's name in the package, with a trailing /.
+        prunes: Returns for a directory's full name whether none of its files are wanted.
+        fall_back: Whether to list a folder that git ignores as if there were no git.
     """
     listed = _git(folder, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
     ignored = listed == b"" and _git(folder, "check-ignore", "-q", ".") is not None
@@ -416,13 +422,13 @@ def _lines(file: Path) -> list[str]:
 
 
 def _git(folder: Path, *arguments: str) -> bytes | None:
-    """What git prints; None where it says no, or is not there."""
+    """Return git's output; None if git fails or is not installed."""
     answer = git.run(folder, *arguments, time_limit_s=60)
     return answer.out if answer.ok and not answer.is_cut else None
 
 
 def _read(name: str, path: Path) -> tuple[File, set[str]]:
-    """A file as an entry, and the top-level modules that it imports."""
+    """Return a file as an entry, and the top-level modules that it imports."""
     with path.open("rb") as file:
         status = os.fstat(file.fileno())
         if name.endswith(".py"):
@@ -434,7 +440,7 @@ def _read(name: str, path: Path) -> tuple[File, set[str]]:
 
 
 def _imported(source: bytes) -> set[str]:
-    """The top-level modules that a source names at the beginning of lines; some of a text's may be among them."""
+    """Return the top-level modules of imports at line starts, including text that only looks like an import."""
     found = set()
     for after_from, after_import in _IMPORT.findall(source):
         for name in [after_from] if after_from else after_import.split(b","):
@@ -443,7 +449,7 @@ def _imported(source: bytes) -> set[str]:
 
 
 def _places(name: str, root: Path) -> Iterator[Path]:
-    """Where a top-level module is imported from, what the tree, an installation or the image has left out."""
+    """Yield where a top-level module is imported from, unless that is the tree, an installation or the image."""
     if name in sys.stdlib_module_names or name in _OF_THE_IMAGE or name in ("__main__", "__future__"):
         return
     try:
@@ -454,7 +460,7 @@ def _places(name: str, root: Path) -> Iterator[Path]:
         return
     for place in spec.submodule_search_locations or [spec.origin or ""]:
         path = Path(place).resolve()
-        # A line of text that only reads like an import can name any directory.
+        # Text that only looks like an import can name any directory.
         if spec.origin is None and not any(path.glob("*.py")):
             continue
         of_the_tree = path in ((root / name).resolve(), (root / path.name).resolve())
@@ -463,7 +469,7 @@ def _places(name: str, root: Path) -> Iterator[Path]:
 
 
 def _is_certificate(path: Path) -> bool:
-    """Whether a PEM file holds certificates alone, which are for everyone."""
+    """Return whether a PEM file holds only certificates, which are public."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -480,7 +486,7 @@ def _is_text(name: str) -> bool:
 
 
 def _data_of(name: str, data: GitIgnoreSpec) -> str:
-    """What is told of data that is left out: the directory at the root that is all data, else the file."""
+    """Return the name to report for data that is left out: the top-level directory if it is all data, else the file."""
     top, slash, _ = name.partition("/")
     return f"{top}/" if slash and data.match_file(f"{top}/") else name
 
@@ -492,7 +498,7 @@ def _refusal(names: Sequence[str], why: str) -> ConfigError:
 
 
 def _largest(files: Iterable[tuple[str, int]], most: int) -> list[tuple[str, int]]:
-    """The largest files, and directories as one where what is in them is small against them; with `…` for the rest."""
+    """Return the largest files, or their directory if each is small compared to it, and `…` for the rest."""
     files = list(files)
     entries: dict[str, tuple[int, list[tuple[str, int]]]] = {}
 

@@ -1,6 +1,8 @@
-"""All of a submission as one frozen value: built without asking anybody, shown by `--dry-run`, then sent as it is.
+"""A complete submission as one frozen value, which is sent unchanged or printed by `--dry-run`.
 
-`prepare` looks at this machine (its files, git, who we are), `build` at its arguments and the paths in them.
+Building it makes no requests to a cluster.
+
+`prepare` inspects this machine (files, git, the user); `build` uses only its arguments and the paths in them.
 """
 
 from __future__ import annotations
@@ -40,14 +42,14 @@ from raytrainer.sweep import Plan
 
 ENTRYPOINT = "python -m raytrainer.cluster.entry"
 _LONGEST_ID = 100
-_LEAST_SECRET = 8  # a shorter value of a variable is a word, and may be anywhere
-_SEARCHED_BYTES = 2**23  # of a file that goes along, for secrets
-_PLACEHOLDER = re.compile(r"[{<\[][^{}<>\[\]\n]*[}>\]]|…|\*{3,}")  # in place of a password, in a patch
-_SHOWN_BYTES = 2**16  # of a file, by --dry-run
-_PATCH_BYTES = 2**18  # of a patch, where the files go into a ConfigMap of 1 MiB
-# How it is sent and followed, and not what is run.
+_LEAST_SECRET = 8  # a shorter value may be a common word that occurs anywhere
+_SEARCHED_BYTES = 2**23  # of each file that is sent, searched for secrets
+_PLACEHOLDER = re.compile(r"[{<\[][^{}<>\[\]\n]*[}>\]]|…|\*{3,}")  # stands for a password in a patch
+_SHOWN_BYTES = 2**16  # of a file, printed by --dry-run
+_PATCH_BYTES = 2**18  # of a patch, if the files go into a ConfigMap of 1 MiB
+# Settings for sending and following a job, which do not change what runs.
 _OF_THE_SENDING = ("address", "context", "wait", "retries", "package_limit_mb", "ca_file", "token_file")
-# Variables of the tools themselves, for addresses and names: what they say here is fixed, since they say other things there.
+# The tools' own variables for addresses and names. Their local values are sent, because they differ on the cluster.
 _FIXED = {"MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"}
 _VARIABLE = re.compile(r"\$\{oc\.env:\s*([A-Za-z_]\w*)\s*(,?)")
 
@@ -58,19 +60,19 @@ class Request:
 
     Attributes:
         kind: `run` or `sweep`.
-        name: The run's.
-        address: The cluster's.
-        submission_id: The job's: the run's name, `NAME--2` for the second attempt.
+        name: The name of the run.
+        address: The address of the cluster.
+        submission_id: The id of the job: the run's name, `NAME--2` for the second attempt.
         entrypoint: Its command, the same for every run.
-        environment: Names of variables that the run needs; their values are on the cluster's side.
-        runtime_env: Ray's, with digests in place of what `stage` makes.
-        metadata: Of the job: shown to everyone.
-        resources: What the driver reserves.
-        files: Name → content of what the entrypoint reads.
+        environment: Names of variables that the run needs; the cluster provides their values.
+        runtime_env: Ray's runtime environment, with digests in place of the paths that `stage` creates.
+        metadata: The metadata of the job, visible to all users.
+        resources: The resources that the driver reserves.
+        files: The files for the entrypoint: name → content.
         content: The digest that decides whether two requests are the same.
-        package: The launching directory; None: the cluster's image, or a URI, has the code.
-        modules: Code that is elsewhere, each imported by its name.
-        asked: What is to be run.
+        package: The launching directory; None if the cluster's image or a URI provides the code.
+        modules: Code from other directories, each with its import name.
+        asked: The run or sweep.
     """
 
     kind: str
@@ -93,7 +95,7 @@ class Request:
         return self.asked.experiment
 
     def to_text(self) -> str:
-        """All of it as YAML; on Kubernetes the manifest that would be applied."""
+        """Return the whole request as YAML; for Kubernetes, the manifest that would be applied."""
         if self.experiment.cluster.kind == "kuberay":
             return kuberay.to_text(*self.manifest())
         shown: dict[str, Any] = {
@@ -108,14 +110,14 @@ class Request:
         return kuberay.to_text(shown)
 
     def table(self) -> str:
-        """What is uploaded, by size; empty where nothing is."""
+        """Return a table of the uploads by size; empty if there are none."""
         packages = [*([self.package] if self.package else []), *(one.package for one in self.modules)]
         return "\n".join(one.table() for one in packages)
 
     def stage(self, folder: Path) -> dict[str, Any]:
-        """Puts what is uploaded into a directory, a package each; returns the runtime environment with their paths.
+        """Put the uploads into a directory, one folder per package. Return the runtime environment with their paths.
 
-        The request's own files are a package of theirs: another config does not make the code another one.
+        The request's own files are a separate package, so that another config does not change the code's package.
 
         Raises:
             ConfigError: A file cannot be read any more.
@@ -135,11 +137,11 @@ class Request:
         return env
 
     def again(self, attempt: int, *, replaces: str | None = None) -> Request:
-        """The same as another job.
+        """Return the same request as another job.
 
         Args:
-            attempt: Its number, which its id ends with.
-            replaces: The id of an earlier one that is known to be dead: what it still claims is this one's.
+            attempt: The attempt's number, with which the job's id ends.
+            replaces: The id of an earlier job that is known to be dead; the new job may remove its lease.
         """
         identifier = submission_id(self.name, attempt)
         told = json.loads(self.files["request.json"])
@@ -148,10 +150,10 @@ class Request:
         return replace(self, submission_id=identifier, files=files)
 
     def manifest(self) -> tuple[kuberay.Document, kuberay.Document]:
-        """The ConfigMap and the RayJob.
+        """Return the ConfigMap and the RayJob.
 
         Raises:
-            ConfigError: Something that a RayJob cannot be.
+            ConfigError: A setting is not possible in a RayJob.
         """
         return kuberay.documents(
             self.experiment,
@@ -165,7 +167,7 @@ class Request:
         )
 
     def differences(self, metadata: Mapping[str, str]) -> list[str]:
-        """Which parts of a job of the same name, by its metadata, are others: config, package, runtime_env, driver."""
+        """Return which parts differ from those in a job's metadata: config, package, runtime_env, driver."""
         then = dict(part.partition("=")[::2] for part in metadata.get("raytrainer.parts", "").split())
         now = dict(part.partition("=")[::2] for part in self.metadata["raytrainer.parts"].split())
         return [name for name in now if now[name] != then.get(name)]
@@ -180,16 +182,16 @@ def prepare(
     resumes: bool = False,
     attempt: int = 1,
 ) -> Request:
-    """The request for a run or sweep, launched in `folder` (the current directory).
+    """Return the request for a run or sweep, launched in `folder` (default: the current directory).
 
     Args:
-        asked: What is to be run; its `cluster` says where.
+        asked: The run or sweep; its `cluster` says where it runs.
         argv: The command line, for the records.
-        folder: The launching directory, whose files go along.
-        changed, resumes, attempt: As `build`.
+        folder: The launching directory, whose files are sent.
+        changed, resumes, attempt: As in `build`.
 
     Raises:
-        ConfigError: What cannot be sent, and how it can.
+        ConfigError: Something cannot be sent; the message names the fix.
     """
     folder = folder or Path.cwd()
     runtime_env = checked_runtime_env(asked.experiment.cluster.runtime_env)
@@ -197,12 +199,12 @@ def prepare(
     context, token = c.context, None
     if c.kind == "job":
         package, modules, runtime_env = _packages(asked, runtime_env, folder)
-        with suppress(ConfigError):  # whoever speaks with the cluster says so
+        with suppress(ConfigError):  # the connection to the cluster reports it
             token = find_token(c.token_file)
         for one in (*([package] if package is not None else []), *(one.package for one in modules)):
             _check_package(one, _secrets(c, os.environ, token))
     elif context is None:
-        # Which one that is will change; without kubectl the manifest can still be shown.
+        # The current context may change later. Without kubectl, the manifest can still be printed.
         with suppress(ConfigError, ClusterError):
             context = Kubectl(None, c.namespace).current_context()
     return build(
@@ -238,24 +240,24 @@ def build(
     resumes: bool = False,
     attempt: int = 1,
 ) -> Request:
-    """The request, of its arguments alone.
+    """Return the request, from the arguments alone.
 
     Args:
-        asked: What is to be run.
+        asked: The run or sweep.
         argv: The command line, for the records.
-        package, modules: What goes along.
-        runtime_env: The user's, as `checked_runtime_env` gives it.
+        package, modules: The code that is sent.
+        runtime_env: The user's runtime environment, from `checked_runtime_env`.
         origin: Commit, patch and versions.
-        user: Who asks.
-        environ: The variables of this process: none of their values may be sent, unless the name says it is no secret.
-        token: The cluster's, which may not be sent either.
-        context: Of kubectl's configuration, where that is how it is sent.
-        changed: As `run.launch`.
-        resumes: Whether it goes on with a run that is there.
-        attempt: From 1: how often this run has been submitted, this time included.
+        user: The user who submits it.
+        environ: The variables of this process. A value may be sent only if its variable's name does not look secret.
+        token: The cluster's token, which must not be sent either.
+        context: The context of kubectl's configuration, if kubectl sends it.
+        changed: As in `run.launch`.
+        resumes: Whether it continues an existing run.
+        attempt: How often this run has been submitted, including this time.
 
     Raises:
-        ConfigError: A secret would be sent, or a variable is referred to that would not be there.
+        ConfigError: A secret would be sent, or the config refers to a variable that the cluster lacks.
     """
     e, kind = asked.experiment, "sweep" if isinstance(asked, Plan) else "run"
     c, name = e.cluster, e.name or ""
@@ -284,7 +286,7 @@ def build(
     }
     content = _digest(parts)
     if c.kind == "kuberay":
-        # The image has the code, and a ConfigMap not much room.
+        # The image has the code, and a ConfigMap has little room.
         address = address_of(context or "", c.namespace)
         sent, origin = dict(runtime_env), origin.cut(_PATCH_BYTES)
     else:
@@ -341,10 +343,10 @@ def build(
 
 
 def submission_id(name: str, attempt: int) -> str:
-    """A job's id: the run's name, and `NAME--2` for its second attempt; at most 100 characters.
+    """Return a job's id: the run's name, and `NAME--2` for its second attempt; at most 100 characters.
 
     Raises:
-        ConfigError: A name that is another run's second attempt.
+        ConfigError: The name looks like the id of another run's later attempt.
     """
     if re.search(r"--\d+$", name):
         raise ConfigError(
@@ -362,7 +364,7 @@ def submission_id(name: str, attempt: int) -> str:
 
 
 def checked_runtime_env(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A runtime environment as Ray takes it: files of requirements are read, defaults filled in.
+    """Return a runtime environment as Ray parses it: requirement files are read, defaults are filled in.
 
     Raises:
         ConfigError: Ray refuses it.
@@ -373,7 +375,7 @@ def checked_runtime_env(given: Mapping[str, Any]) -> dict[str, Any]:
 
     known = {key for key in RuntimeEnv.known_fields if not key.startswith("_")} | {"nsight", "rocprof_sys"}
     for key, value in given.items():
-        if key not in known and (close := nearest(key, known)):  # anything else may be a plugin's
+        if key not in known and (close := nearest(key, known)):  # other keys may belong to a plugin
             raise ConfigError("is no field of Ray's", key=f"cluster.runtime_env.{key}", choices=close)
         if key == "env_vars" and isinstance(value, dict):
             for name, text in value.items():
@@ -383,14 +385,14 @@ def checked_runtime_env(given: Mapping[str, Any]) -> dict[str, Any]:
                     )
     try:
         found = RuntimeEnv(**given).to_dict()
-    except Exception as error:  # jsonschema's own, ValueError, TypeError: whatever it is, Ray does not take it
+    except Exception as error:  # jsonschema's errors, ValueError, TypeError: Ray refuses it
         said = str(getattr(error, "message", None) or error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(f"is refused by Ray: {said[0]}", key="cluster.runtime_env") from error
     return {key: value for key, value in found.items() if not key.startswith("_ray")}
 
 
 def problems(request: Request) -> tuple[list[str], list[str]]:
-    """What the cluster could not reach, for which a submission is refused; and what it may miss, which is only told."""
+    """Return the reasons to refuse a submission, because the cluster cannot reach something, and the warnings."""
     refused, told = list[str](), list[str]()
     sent = [name for name, _ in request.package.files] if request.package else []
     asked = request.asked
@@ -403,10 +405,10 @@ def problems(request: Request) -> tuple[list[str], list[str]]:
 
 
 def _readable_token(e: Experiment) -> list[str]:
-    """A token that others on its way can read; a sentence."""
+    """Return a warning, as a list, if the token could be read on its way to the cluster."""
     address, token = e.cluster.address or "", None
     if e.cluster.kind == "job" and address.startswith("http://") and preflight.is_elsewhere(e):
-        with suppress(ConfigError):  # whoever speaks with the cluster says so
+        with suppress(ConfigError):  # the connection to the cluster reports it
             token = find_token(e.cluster.token_file)
     if token is None:
         return []
@@ -414,13 +416,13 @@ def _readable_token(e: Experiment) -> list[str]:
     return [f"{said}: https://, through a proxy, unless the network is trusted (docs/clusters.md has one for nginx)"]
 
 
-# --- what goes along --------------------------------------------------------------------------------------------------
+# --- what is sent -----------------------------------------------------------------------------------------------------
 
 
 def _packages(
     asked: Composition | Plan, runtime_env: Mapping[str, Any], folder: Path
 ) -> tuple[Package | None, list[Module], dict[str, Any]]:
-    """The tree, code that is elsewhere, and what is left of the runtime environment."""
+    """Return the tree's package, the code from other directories, and the rest of the runtime environment."""
     e, env = asked.experiment, dict(runtime_env)
     for key in ("container", "image_uri"):
         if key in env:
@@ -433,7 +435,7 @@ def _packages(
     limit, given, excludes = e.cluster.package_limit_mb, env.pop("working_dir", None), env.pop("excludes", None) or []
     root = folder if given is None or "://" in given else folder / given
     package = None
-    if given is not None and ("://" in given or root.is_file()):  # a URI, or an archive: Ray takes care of both
+    if given is not None and ("://" in given or root.is_file()):  # a URI or an archive, which Ray handles itself
         env["working_dir"] = given if "://" in given else str(root)
     else:
         c = e.cluster
@@ -471,7 +473,7 @@ def _packages(
 
 
 def _targets(asked: Composition | Plan) -> Iterator[tuple[str, str]]:
-    """Key and value of every `_target_`."""
+    """Yield the key and value of every `_target_`."""
     for composition in asked.compositions.values() if isinstance(asked, Plan) else [asked]:
         for key, value in texts_of(asdict(composition.experiment), ""):
             if key.endswith("._target_"):
@@ -479,7 +481,7 @@ def _targets(asked: Composition | Plan) -> Iterator[tuple[str, str]]:
 
 
 def _check_sent(named: Mapping[str, str], package: Package) -> None:
-    """Code of the tree that a `_target_` names and that stays here: the workers could not import it."""
+    """Check that the code of the tree that a `_target_` names is sent; otherwise workers could not import it."""
     sent = {name for name, _ in package.files}
     for key, target in named.items():
         parts = target.split(".")
@@ -495,7 +497,7 @@ def _check_sent(named: Mapping[str, str], package: Package) -> None:
 
 
 def _storage_below(e: Experiment, root: Path) -> list[str]:
-    """A pattern for the runs themselves, where they are in the tree."""
+    """Return a pattern for the run directories if they are in the tree."""
     try:
         path = Storage(e.storage_path or "").local_path
     except StorageError:
@@ -504,12 +506,12 @@ def _storage_below(e: Experiment, root: Path) -> list[str]:
     return ["/" + re.sub(r"([*?\[\]\\])", r"\\\1", path.relative_to(root.resolve()).as_posix()) + "/"] if below else []
 
 
-# --- what may not -----------------------------------------------------------------------------------------------------
+# --- what must not be sent --------------------------------------------------------------------------------------------
 
 
 def _pinned(asked: Composition | Plan) -> Composition | Plan:
-    """The same with texts that mean there what they mean here: addresses and names that variables of this machine give,
-    where those hold no secret."""
+    """Return the same with addresses and names from this machine's variables written out, unless they hold a secret.
+    Its texts then mean the same on the cluster."""
     if isinstance(asked, Plan):
         found = {key: replace(c, text=_pinned_text(c)) for key, c in asked.compositions.items()}
         return replace(asked, compositions=found)
@@ -526,11 +528,11 @@ def _pinned_text(composition: Composition) -> str:
         if set(_variables(written)) <= _FIXED and not holds_password(str(value)):
             values[f"tracking.{key}"] = value
     for key, value in asdict(e.cluster).items():
-        # Ray has what the runtime environment stands for; no reference in it is to a secret.
+        # Ray receives the runtime environment resolved, and the config refuses references to secrets in it.
         names = set(_variables((raw.get("cluster") or {}).get(key)))
         if names and not any(looks_secret(name) for name in names):
             values[f"cluster.{key}"] = value
-        if names and key in ("token_file", "ca_file"):  # of this machine, there as here
+        if names and key in ("token_file", "ca_file"):  # a path of this machine that is also valid there
             if not Path(value).expanduser().exists():
                 raise ConfigError(
                     f"is not an existing file: {min(names)} must be the path of one", key=f"cluster.{key}"
@@ -552,7 +554,7 @@ def _check_references(text: str, forward_env: Sequence[str], environ: Mapping[st
 
 
 def _secrets(c: ClusterConfig, environ: Mapping[str, str], token: Token | None) -> dict[str, str]:
-    """What may not be sent: where it is from → the value. A path is no secret, whatever the variable is called."""
+    """Return the values that must not be sent, by their source. A path is never a secret."""
     found = {
         name: value
         for name, value in environ.items()
@@ -567,13 +569,13 @@ def _secrets(c: ClusterConfig, environ: Mapping[str, str], token: Token | None) 
 
 
 def _check_package(package: Package, secrets: Mapping[str, str]) -> None:
-    """That no secret's value is in a file that goes along. Of a large one the beginning is looked at."""
+    """Check that no file that is sent contains a secret's value. Only the beginning of a large file is searched."""
     wanted = {name: value.encode() for name, value in secrets.items()}
     for entry in package.entries if wanted else ():
         try:
             with entry.source.open("rb") as file:
                 content = file.read(_SEARCHED_BYTES)
-        except OSError:  # told when it is sent
+        except OSError:  # sending it reports the error
             continue
         for name, value in wanted.items():
             if value in content:
@@ -584,7 +586,7 @@ def _check_package(package: Package, secrets: Mapping[str, str]) -> None:
 
 
 def _check_secrets(request: Request, secrets: Mapping[str, str]) -> None:
-    """That no secret's value is in what is sent, whichever way it came there."""
+    """Check that nothing that is sent contains a secret's value, wherever it came from."""
     places = {name: content.decode(errors="replace") for name, content in request.files.items()}
     places |= {
         "the runtime environment": json.dumps(request.runtime_env),
@@ -612,11 +614,11 @@ def _variables(node: Any) -> list[str]:
 
 
 def _of_the_run(compositions: Sequence[Mapping[str, Any]], plan: Mapping[str, Any] | None) -> Any:
-    """The configs without how they are sent."""
+    """Return the configs without the settings for sending them."""
     plain = asdict(ClusterConfig())
     usual = {f"cluster.{key}": plain[key] for key in _OF_THE_SENDING}
     texts = [{**one, "text": with_values(one["text"], usual)} for one in compositions]
-    # What its overrides have set is in the texts.
+    # The texts already contain what the fixed overrides have set.
     return {**{key: value for key, value in (plan or {}).items() if key != "fixed"}, "compositions": texts}
 
 
@@ -629,7 +631,7 @@ def _mark(name: str, digest: str) -> str:
 
 
 def _workers(plan: Plan) -> tuple[int, int]:
-    """The least and the most training processes at a time."""
+    """Return the least and the most training processes at a time."""
     each = preflight.least_workers(plan.experiment)
     trials = plan.experiment.sweep.max_concurrent_trials or plan.total or 1
     return each, each * trials

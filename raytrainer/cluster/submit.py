@@ -1,6 +1,7 @@
-"""From a request to a job on a shared cluster: sent once however often it is asked for, followed, sent again if it dies.
+"""Turn a request into a job on a shared cluster: send it, follow it, and send it again if its driver dies.
 
-Whoever follows a job can go at any time: nothing here keeps it alive, and nothing of it is lost.
+A repeated command does not send the same request twice. A process that follows a job can end at any time; the job
+continues, and nothing is lost.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from raytrainer.sweep import Plan
 
 GOING = ("PENDING", "RUNNING")
 _LOOK_S, _TELL_S = 0.25, 10.0
-_PATIENCE_S, _AGAIN_S = 120.0, 2.0  # with a cluster that does not answer
+_PATIENCE_S, _AGAIN_S = 120.0, 2.0  # how long the cluster may not answer; between two tries
 _ATTEMPT = re.compile(r".*--(\d+)")
 
 Asked = Composition | Plan
@@ -42,16 +43,16 @@ Job = JobInfo | RayJobStatus
 
 @dataclass(frozen=True)
 class Submission:
-    """What became of a submission.
+    """The result of a submission.
 
     Attributes:
-        name: The run's.
-        submission_id: Of its job; the last one where it was sent several times.
-        address: The cluster's.
-        status: PENDING or RUNNING: it goes on there, and nobody follows it any more; FINISHED, FAILED, KILLED; REFUSED:
-            the cluster's side found what cannot work.
-        exit_code: For the command that submitted it.
-        sent: False: the same was there already.
+        name: The name of the run.
+        submission_id: The id of its job; of the last one if it was sent several times.
+        address: The address of the cluster.
+        status: PENDING or RUNNING if the job continues and this process no longer follows it; FINISHED, FAILED or
+            KILLED; REFUSED if the driver on the cluster refused the run.
+        exit_code: The exit code for the command that submitted it.
+        sent: False if the same job existed already.
         cause: Why it did not finish.
     """
 
@@ -67,7 +68,7 @@ class Submission:
         return asdict(self)
 
     def text(self, program: str) -> str:
-        """The last words: what is known, and what to type next."""
+        """Return the summary: what is known, and what to type next."""
         words = {"PENDING": "submitted", "REFUSED": "refused", "KILLED": "stopped"}
         rows = [("outcome", words.get(self.status, self.status.lower()) + ("" if self.sent else ", submitted before"))]
         if self.cause:
@@ -93,26 +94,26 @@ def launch(
     out: TextIO,
     folder: Path | None = None,
 ) -> Submission:
-    """Submits a run or sweep and follows it to its end, unless `cluster.wait` is false.
+    """Submit a run or sweep and follow it to its end, unless `cluster.wait` is false.
 
     Args:
-        asked: What is to be run; its `cluster` says where.
+        asked: The run or sweep; its `cluster` says where it runs.
         argv: The command line, for the records.
-        record: The run to go on with; None: a new one.
-        changed: As `run.launch`.
-        say: Told what happens here.
-        out: Takes what the job prints.
+        record: The run to continue; None: a new one.
+        changed: As in `run.launch`.
+        say: Receives lines that say what happens here.
+        out: Receives what the job prints.
         folder: The launching directory; None: the current one.
 
     Raises:
         Refused: Nothing was sent.
-        ClusterError: The cluster cannot be asked any more; what was sent goes on.
+        ClusterError: The cluster cannot be reached any more; a job that was sent continues.
     """
     folder = folder or Path.cwd()
     request = prepared(asked, argv, record=record, changed=changed, say=say, folder=folder)
     cluster, wait = connect(request), request.experiment.cluster.wait
     if not wait and request.experiment.cluster.kind == "job":
-        preflight.check_objects(request.experiment)  # nobody looks at what the job would say
+        preflight.check_objects(request.experiment)  # checked here, because nobody follows the job's own messages
     with Interrupts() as interrupts:
         sender = _Sender(request, cluster, record, say, folder)
         try:
@@ -128,11 +129,11 @@ def launch(
 
 
 def check(asked: Asked, argv: Sequence[str], *, record: Record | None = None, say: Callable[[str], None]) -> str:
-    """All that can be known before a submission; sends nothing. Returns where it would run, in words.
+    """Check everything that can be checked before a submission, and send nothing. Return where it would run, as text.
 
     Raises:
-        Refused: What does not hold.
-        ClusterError: The cluster cannot be asked.
+        Refused: A check has failed.
+        ClusterError: The cluster cannot be reached.
     """
     request = prepared(asked, argv, record=record, say=say, folder=Path.cwd())
     preflight.check_objects(request.experiment)
@@ -153,10 +154,10 @@ def prepared(
     say: Callable[[str], None],
     folder: Path,
 ) -> Request:
-    """The request, unless there is something that the cluster could not reach; what it may miss is told.
+    """Return the request. Warn about files that the cluster may lack.
 
     Raises:
-        Refused: What cannot be sent, and how it can.
+        Refused: Something cannot be sent, or the cluster could not reach it; the message names the fix.
     """
     attempt = 1 if record is None else record.attempts + 1
     request = requests.prepare(asked, argv, folder=folder, changed=changed, resumes=record is not None, attempt=attempt)
@@ -169,7 +170,7 @@ def prepared(
 
 
 def connect(request: Request) -> Jobs | RayJobs:
-    """What the request is for."""
+    """Return the client for the request's cluster."""
     c = request.experiment.cluster
     if c.kind == "kuberay":
         return RayJobs(request.address)
@@ -178,7 +179,7 @@ def connect(request: Request) -> Jobs | RayJobs:
 
 
 class _Sender:
-    """One request on its way; `request` is what was sent last."""
+    """Sends a request, again if necessary; `request` is the last one that was sent."""
 
     def __init__(
         self, request: Request, cluster: Jobs | RayJobs, record: Record | None, say: Callable[[str], None], folder: Path
@@ -187,10 +188,10 @@ class _Sender:
         self.is_sent = self.is_sending = False
 
     def send(self) -> bool:
-        """Sends it; False: the same is there already.
+        """Send the request. Return False if the same job exists already.
 
         Raises:
-            ConfigError: Another of this name is there.
+            ConfigError: Another job has this name.
         """
         while True:
             last = self._last_attempt()
@@ -198,7 +199,7 @@ class _Sender:
                 self.is_sent = True
                 return False
             number = max(_number(last) + 1 if last is not None else 1, self._first)
-            # What did not tell how it ended may have left its claim on the run's directory.
+            # A job that ended without a report may have left its lease on the run directory.
             self.request = self.request.again(number, replaces=last.submission_id if last and _is_mute(last) else None)
             if isinstance(self.cluster, RayJobs):
                 if self._apply(self.cluster, last):
@@ -206,7 +207,7 @@ class _Sender:
                 continue
             try:
                 self._submit(self.cluster)
-            except JobExists:  # somebody sends the same at this moment
+            except JobExists:  # another process sends the same at this moment
                 if self.cluster.info(self.request.submission_id) is not None and self._last_attempt() == last:
                     raise ConfigError(
                         f"is the id of a job at {self.request.address} that is none of raytrainer's; give another name",
@@ -217,7 +218,7 @@ class _Sender:
             return True
 
     def looked_at(self, *, sent: bool) -> Submission:
-        """How it is now, without waiting for anything."""
+        """Return the current result without waiting."""
         if sent:
             return self.submission("PENDING", 0, sent=True)
         job = self._job()
@@ -227,7 +228,7 @@ class _Sender:
         return self.submission(status, code, sent=False, cause=cause)
 
     def follow(self, out: TextIO, *, sent: bool) -> Submission:
-        """Shows what the job prints, to its end; sends it again where its driver was killed."""
+        """Show what the job prints until it ends; send it again if its driver was killed."""
         left, used = self.request.experiment.cluster.retries, 0
         while True:
             job = self._followed(out)
@@ -242,7 +243,7 @@ class _Sender:
             self.say(f"{died} died: {cause}; submitting it again ({used} of {left})")
             self.request = self.request.again(_number_of(died) + 1, replaces=died)
             try:
-                # Whether the cluster has room is no question: a node that died will come again.
+                # Not checked for capacity: the cluster will replace a node that died.
                 self._submit(self.cluster, checked=True)
             except JobExists:
                 self.say(f"{self.request.submission_id} is there already: another command follows the run, too")
@@ -262,15 +263,15 @@ class _Sender:
         return max(mine, key=_number, default=None)
 
     def _is_it(self, job: Job) -> bool:
-        """Whether a job of this name is the one that is asked for; else, whether there may be another.
+        """Return whether a job of this name is the requested one; False if another one may be started.
 
         Raises:
-            ConfigError: It is of other content, and is in the way.
+            ConfigError: The job has other content and blocks the name.
         """
         name, going = self.request.name, job.status in GOING
         same = job.metadata.get("raytrainer.content") == self.request.content
         if not going and (self.record is not None or job.exit_code == REFUSED):
-            return False  # what goes on after its end is another job, and of what was refused there is nothing
+            return False  # an ended job is continued by a new one, and a refused job has started nothing
         if same and not going and _is_mute(job):
             return False
         if same:
@@ -313,7 +314,7 @@ class _Sender:
             try:
                 cluster.submit(request, Path(folder))
             except (Interrupted, JobExists):
-                raise  # of an interrupt nobody knows whether it came before or after
+                raise  # after an interrupt it is unknown whether the job was sent
             except BaseException:
                 self.is_sent = cluster_has(cluster, request.submission_id)
                 raise
@@ -321,13 +322,13 @@ class _Sender:
         self.say(f"{request.name}: submitted to {request.address} as job {request.submission_id}")
 
     def _remember(self) -> None:
-        """Before it is sent: also if we die in between, the verbs here ask the cluster for it."""
+        """Write the submission record before sending, so that the verbs here find the job even if this process dies."""
         e, r = self.request.experiment, self.request
         known = self.record or Record(r.name, "", created=datetime.now(UTC).isoformat(timespec="seconds"), kind=r.kind)
         job = {"submission_id": r.submission_id, "cluster_address": r.address, "content": r.content}
         uri = tracking.redacted(tracking_uri(e))
         place = Storage(self.folder / "runs" / SUBMITTED / r.name)
-        place.write_bytes(CONFIG, r.files["config.yaml"])  # with how the cluster is reached
+        place.write_bytes(CONFIG, r.files["config.yaml"])  # it also says how to reach the cluster
         written = written_storage_path(r.asked.first if isinstance(r.asked, Plan) else r.asked)
         known = replace(known, run_dir=self._storage().display, storage_path=written, job=job)
         replace(known, tracking_uri=known.tracking_uri or uri).write(place)
@@ -336,18 +337,18 @@ class _Sender:
         return Storage(self.request.experiment.storage_path or "").child(self.request.name)
 
     def _is_to_stop(self) -> bool:
-        """Whether somebody has asked the run to end, which its driver did not live to heed."""
+        """Return whether a stop was requested that the driver did not live to handle."""
         try:
             return self._storage().exists(STOP)
-        except StorageError:  # which is not to be reached from here
+        except StorageError:  # this machine cannot reach the storage
             return False
 
     def _followed(self, out: TextIO) -> Job | None:
-        """Its end; None: the cluster does not know it any more."""
+        """Follow the job and return it after its end; None if the cluster no longer knows it."""
         due = time.monotonic() + _TELL_S
         while (job := self._job()) is not None and job.status == "PENDING":
             if time.monotonic() >= due:
-                with suppress(ClusterUnreachable):  # by the next time it may answer
+                with suppress(ClusterUnreachable):  # it may answer the next time
                     self.say(f"{self.request.name} waits: {self.cluster.explain_waiting(job.submission_id)}")
                 due = time.monotonic() + _TELL_S
             time.sleep(_LOOK_S)
@@ -356,12 +357,12 @@ class _Sender:
         for piece in self.cluster.tail(job.submission_id):
             out.write(piece)
             out.flush()
-        while (job := self._job()) is not None and job.status in GOING:  # its log ends a moment before it does
+        while (job := self._job()) is not None and job.status in GOING:  # its log ends a moment before the job
             time.sleep(_LOOK_S)
         return job
 
     def _job(self) -> Job | None:
-        """What the cluster says of it, with patience for one that does not answer."""
+        """Return the job's current state. If the cluster does not answer, try again for some time."""
         began, told = time.monotonic(), False
         while True:
             try:
@@ -376,7 +377,7 @@ class _Sender:
 
 
 def cluster_has(cluster: Jobs, submission_id: str) -> bool:
-    """Whether a job came through of which the answer was lost; True where that is not known."""
+    """Return whether a job whose answer was lost was accepted; True if that is unknown."""
     try:
         return cluster.info(submission_id) is not None
     except ClusterError:
@@ -384,10 +385,10 @@ def cluster_has(cluster: Jobs, submission_id: str) -> bool:
 
 
 def _check_cluster(request: Request, cluster: Jobs, say: Callable[[str], None]) -> None:
-    """That the cluster can run it at all, when all of it is free and it has grown.
+    """Check that the whole cluster, with all nodes that it can add, could run the request.
 
     Raises:
-        PreflightError: It cannot.
+        PreflightError: It could not.
     """
     facts = cluster.facts()
     if problem := facts.version_problem():
@@ -396,7 +397,7 @@ def _check_cluster(request: Request, cluster: Jobs, say: Callable[[str], None]) 
     asked = [composition.experiment for composition in compositions]
     found = [problem for e in asked for problem in facts.problems(e)]
     if facts.head is not None and not preflight.is_this_machine(facts.head):
-        # Also behind an address on loopback, which may be a forwarded port.
+        # Also for a loopback address, which may be a forwarded port.
         found += [problem for e in asked for problem in preflight.check_reach(e, tracking_uri(e), lambda host: False)]
     preflight.refuse(list(dict.fromkeys(found)))
     for text in facts.other_versions(metadata.version("ray"), platform.python_version()):
@@ -413,7 +414,7 @@ def _number_of(submission_id: str) -> int:
 
 
 def _end(job: Job | None) -> tuple[str, int, str | None]:
-    """Of a job that has ended: the run's status, our exit code, and why it did not finish."""
+    """Return, for a job that has ended, the run's status, our exit code, and why it did not finish."""
     if job is None:
         return "FAILED", 1, "its cluster does not know it any more: the head was started anew"
     end = ending_of(job)
@@ -421,11 +422,13 @@ def _end(job: Job | None) -> tuple[str, int, str | None]:
 
 
 def _is_mute(job: Job) -> bool:
-    """Of a job that has ended: whether nobody told how the run did, since its driver or supervisor was killed, or its
-    environment could not be set up. The same could go well another time."""
+    """Return whether a job ended without a report of how the run ended. Another try may succeed.
+
+    Its driver or supervisor was killed, or its environment could not be set up.
+    """
     return job.status == "FAILED" and not ending_of(job).told
 
 
 def _had_no_environment(job: Job) -> bool:
-    """Whether its packages could not be installed, which is not mended by trying at once again."""
+    """Return whether its packages could not be installed, which an immediate retry does not fix."""
     return job.exit_code is None and job.message.lower().startswith("runtime_env setup failed")

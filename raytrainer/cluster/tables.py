@@ -1,6 +1,4 @@
-"""Ray's tables, as its dashboard shows them, read: what a cluster has, what a job holds, what it asks for. Nothing here
-asks anybody.
-"""
+"""Parse Ray's state tables: a cluster's capacity, what a job holds, and what it waits for. It makes no requests."""
 
 from __future__ import annotations
 
@@ -17,21 +15,21 @@ from raytrainer.cluster.facts import ClusterFacts, Holder, total_of
 
 Row = Mapping[str, Any]
 
-# Of a job's supervisor: the actor that starts its driver, and holds what the driver reserves.
+# The name of a job's supervisor: the actor that starts its driver and holds the driver's resources.
 SUPERVISOR = "_ray_internal_job_actor_"
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Rows as the dashboard gives them: all of them, or those that are about one job.
+    """Rows as the dashboard returns them: all of them, or those of one job.
 
     Attributes:
-        nodes: Of all states.
-        actors: Also dead ones, whose processes may be there still.
-        groups: Placement groups of all states.
-        tasks: Those that run.
-        jobs: Submissions, and drivers outside of them.
-        workers: Processes that live, drivers included.
+        nodes: In all states.
+        actors: Including dead ones, whose processes may still exist.
+        groups: Placement groups in all states.
+        tasks: Running ones.
+        jobs: Submissions, and drivers without a submission.
+        workers: Live processes, including drivers.
     """
 
     nodes: Sequence[Row] = ()
@@ -44,7 +42,7 @@ class Tables:
 
 @dataclass
 class _Held:
-    """Resources by who holds them (a driver's job id, or SUPERVISOR and the submission's), and by node."""
+    """Resources by holder (a driver's job id, or SUPERVISOR with the submission id) and by node."""
 
     by_job: dict[str, dict[str, float]] = field(default_factory=dict)
     by_node: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -56,12 +54,12 @@ class _Held:
 
 
 def read(address: str, ray_version: str, python_version: str | None, tables: Tables, log: str | None) -> ClusterFacts:
-    """The facts that are in the tables.
+    """Return the facts that the tables contain.
 
     Args:
-        address, ray_version, python_version: As `ClusterFacts`.
-        tables: Of this moment.
-        log: What the autoscaler has logged; None: it cannot be read, and what it can add is not known.
+        address, ray_version, python_version: As in `ClusterFacts`.
+        tables: The current tables.
+        log: The autoscaler's log; None if it cannot be read, so that it is unknown what the autoscaler can add.
     """
     held = _held(tables)
     alive = [node for node in tables.nodes if node["state"] == "ALIVE"]
@@ -79,17 +77,17 @@ def read(address: str, ray_version: str, python_version: str | None, tables: Tab
         free=free,
         addable=growth.nodes if growth is not None else (),
         most_addable=growth.most if growth is not None else 0,
-        endless=growth is None or not nodes,  # one that is being started has none
+        endless=growth is None or not nodes,  # a cluster that is starting has no nodes yet
         holders=_holders(held.by_job, tables.jobs),
         head=next((node.get("node_ip") for node in alive if node.get("is_head_node")), None),
     )
 
 
 def held_by(submission_id: str, tables: Tables) -> dict[str, float]:
-    """What a submission has: CPUs, GPUs and the like, and the number of its `processes`; empty: nothing."""
+    """Return what a submission holds: CPUs, GPUs and others, and the number of its `processes`. Empty if nothing."""
     jobs = _jobs_of(submission_id, tables.jobs)
     living = {worker["worker_id"] for worker in tables.workers}
-    # A task that was killed is said to run for a quarter of a minute.
+    # Ray reports a killed task as running for about 15 s.
     tables = replace(tables, tasks=[task for task in tables.tasks if task["worker_id"] in living])
     found = _held(tables).by_job
     held = total_of(found[job] for job in jobs if job in found)
@@ -99,8 +97,7 @@ def held_by(submission_id: str, tables: Tables) -> dict[str, float]:
 
 
 def asked_by(submission_id: str, tables: Tables) -> list[list[dict[str, float]]]:
-    """What a submission asks for and has not got: the bundles that its driver, each placement group and each actor want
-    at once."""
+    """Return what a submission waits for: lists of bundles that a driver, placement group or actor wants at once."""
     jobs = _jobs_of(submission_id, tables.jobs)
     found = [
         [dict(bundle["unit_resources"]) for bundle in group["bundles"] if not bundle["node_id"]]
@@ -121,7 +118,7 @@ def _processes(jobs: set[str], tables: Tables) -> int:
     return sum(
         (worker["node_id"], worker["pid"]) in places
         or worker["worker_id"] in ids
-        # A driver's id is its job's, filled up.
+        # A driver's worker id is its job id, padded with `f`.
         or (worker["worker_type"] == "DRIVER" and worker["worker_id"].rstrip("f") in {job.rstrip("f") for job in jobs})
         for worker in tables.workers
     )
@@ -132,7 +129,7 @@ def _held(tables: Tables) -> _Held:
     for group in tables.groups:
         if group["state"] != "REMOVED":
             for bundle in group["bundles"]:
-                if bundle["node_id"]:  # it has its place
+                if bundle["node_id"]:  # it is placed
                     found.add(group["creator_job_id"], bundle["node_id"], bundle["unit_resources"])
     for actor in tables.actors:
         if actor["state"] == "ALIVE" and not _in_group(actor):
@@ -144,12 +141,12 @@ def _held(tables: Tables) -> _Held:
 
 
 def _in_group(row: Row) -> bool:
-    """Whether what it holds is a placement group's, which is counted as a whole."""
+    """Return whether the row's resources belong to a placement group, which is counted as a whole."""
     return row["placement_group_id"] is not None or any("_group_" in name for name in row["required_resources"] or {})
 
 
 def _job_of(actor: Row) -> str:
-    """The job id; of a supervisor, whose own is that of Ray's agent, its name."""
+    """Return an actor's job id, or a supervisor's name, because a supervisor has the job id of Ray's agent."""
     return str(actor["name"] if (actor["name"] or "").startswith(SUPERVISOR) else actor["job_id"])
 
 
@@ -174,7 +171,7 @@ def _holders(by_job: Mapping[str, Mapping[str, float]], jobs: Sequence[Row]) -> 
 
 def _holder(row: Row, resources: Mapping[str, float]) -> Holder:
     metadata, driver = row.get("metadata") or {}, row.get("driver_info") or {}
-    # Not its command line: others' may hold secrets.
+    # Without the command line, which may hold another user's secrets.
     place = f"a driver on {driver['node_ip_address']} (process {driver['pid']})" if driver else f"job {row['job_id']}"
     submission, started = row.get("submission_id"), row.get("start_time")
     return Holder(
@@ -187,19 +184,22 @@ def _holder(row: Row, resources: Mapping[str, float]) -> Holder:
 
 
 def plain(text: str, most: int = 500) -> str:
-    """A text of somebody else's for a terminal, which takes some characters for commands."""
+    """Return another user's text without control characters, which a terminal would interpret."""
     return "".join(c if c.isprintable() else " " for c in text)[:most].strip()
 
 
-# --- what can be added ------------------------------------------------------------------------------------------------
+# --- what the autoscaler can add ----------------------------------------------------------------------------------
 
 _V1, _V2 = "StandardAutoscaler: {", "Using Autoscaling Config:"
 _STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", re.MULTILINE)
 
 
 def _growth(log: str, there: Sequence[Mapping[str, float]]) -> Growth | None:
-    """What an autoscaler can add, by the configuration that it began with, which the dashboard shows in its log alone.
-    None: it is not there, or not as Ray 2.60's autoscalers write it. The rest of it may hold secrets."""
+    """Return what an autoscaler can add, from its initial configuration; None if the log lacks it.
+
+    The dashboard shows the configuration only in the autoscaler's log. None is also returned if its format is not that
+    of Ray 2.60. The rest of the configuration may hold secrets.
+    """
     first, second = log.rfind(_V1), log.rfind(_V2)
     found: Any
     try:

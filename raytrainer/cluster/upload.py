@@ -1,5 +1,6 @@
-"""Sending a job with Ray's own client, which makes, names and uploads its packages; each of its requests goes the way of
-`connection`. Imports ray: only a submission comes here.
+"""Submit a job with Ray's own client, which builds, names and uploads the packages, over our `connection`.
+
+Importing it imports ray, so import it only to submit a job.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from ray.job_submission import JobSubmissionClient
 from raytrainer.cluster.connection import Connection
 from raytrainer.errors import ClusterError, ConfigError, JobExists
 
-_SUBMIT_S = 60.0  # the dashboard waits half a minute for the agent that starts the driver
+_SUBMIT_S = 60.0  # the dashboard waits up to half a minute for the agent that starts the driver
 _PARTS = {"CPU": "entrypoint_num_cpus", "GPU": "entrypoint_num_gpus", "memory": "entrypoint_memory"}
 
 
@@ -27,22 +28,22 @@ def submit(
     metadata: Mapping[str, str],
     resources: Mapping[str, float],
 ) -> str:
-    """Uploads what the cluster has not got of a runtime environment, and starts a job; returns its id.
+    """Upload the parts of a runtime environment that the cluster lacks, and start a job. Return the job's id.
 
     Args:
-        connection: To the cluster.
-        submission_id: The job's.
+        connection: The connection to the cluster.
+        submission_id: The job's id.
         entrypoint: Its command.
-        runtime_env: Ray's, with paths of this machine.
-        metadata: Of the job.
-        resources: What its driver reserves.
+        runtime_env: Ray's runtime environment, with paths on this machine.
+        metadata: The job's metadata.
+        resources: The resources that its driver reserves.
 
     Raises:
-        JobExists: A job of this id is there, also if it came at this moment.
-        ConfigError: Ray's client does not take it.
-        ClusterError: The cluster cannot be asked, or refuses it.
+        JobExists: A job with this id exists, possibly one submitted at the same moment.
+        ConfigError: Ray's client rejects the job.
+        ClusterError: The cluster cannot be reached or refuses the job.
     """
-    for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):  # they tell of each package
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):  # they log each package
         logging.getLogger(name).setLevel(logging.WARNING)
     own = {_PARTS[name]: share for name, share in resources.items() if name in _PARTS}
     if "entrypoint_memory" in own:
@@ -60,26 +61,26 @@ def submit(
         )
     except (ClusterError, ConfigError):
         raise
-    except (ValueError, TypeError, RuntimeError, OSError) as error:  # it judges packages and runtime environments
+    except (ValueError, TypeError, RuntimeError, OSError) as error:  # it validates packages and runtime environments
         raise ConfigError(f"cannot be sent: {error}", key="cluster.runtime_env") from error
 
 
 class _Client(JobSubmissionClient):  # type: ignore[misc]
-    """Ray's client on our connection, which bounds its requests in time and explains what they come to."""
+    """Ray's client over our connection, which limits the duration of each request and explains failures."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        # With a header of its own it looks for no token; what it would send is not sent.
+        # With a header set, Ray's client does not look for a token. `connection` sends its own headers instead.
         super().__init__(connection.address, headers={"Authorization": ""})
 
     def _do_request(
         self, method: str, endpoint: str, *, data: bytes | None = None, json_data: Any = None, **_: Any
     ) -> requests.Response:
         if method == "POST" and endpoint == "/api/jobs/":
-            # 400 and 500: that a job is there comes as the traceback of whoever found it.
+            # 400 and 500: an existing job is reported as the server's traceback.
             answer = self._connection.request(method, endpoint, body=json_data, read_s=_SUBMIT_S, ok=(400, 500))
             if answer.status_code >= 400 and "already exists" in answer.text:
                 raise JobExists(f"{self._connection.address} has a job {json_data['submission_id']} already")
             return self._connection.checked(answer)
-        # 404: a package that is not there yet.
+        # 404: a package that is not uploaded yet.
         return self._connection.request(method, endpoint, data=data, body=json_data, ok=(404,))

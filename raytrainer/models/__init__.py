@@ -1,5 +1,6 @@
-"""The reference models. Each takes and returns plain tensors, and is an example of what `model._target_` can be:
-any importable `nn.Module` is as good.
+"""The reference models, examples for `model._target_`, which can be any importable `nn.Module`.
+
+Each takes and returns plain tensors.
 """
 
 from __future__ import annotations

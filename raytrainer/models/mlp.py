@@ -12,13 +12,13 @@ class MLP(nn.Module):
 
     Args:
         in_features: Values in one sample; an input of any shape `[N, ...]` is flattened to `[N, in_features]`.
-        num_classes: Values that come out: `[N, num_classes]`.
+        num_classes: Number of outputs: `[N, num_classes]`.
         width: Units in each hidden layer.
-        depth: Hidden layers; 0 makes a linear model.
+        depth: Number of hidden layers; 0 makes a linear model.
         dropout: The probability with which a hidden unit is dropped in training.
 
     Raises:
-        ConfigError: A size that makes no network.
+        ConfigError: A size or `dropout` is out of range.
     """
 
     def __init__(
@@ -46,6 +46,6 @@ class MLP(nn.Module):
         self.head = nn.Linear(features, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[N, ...]` to logits `[N, num_classes]`."""
+        """Map `[N, ...]` to logits `[N, num_classes]`."""
         logits: Tensor = self.head(self.hidden(x.flatten(1)))
         return logits

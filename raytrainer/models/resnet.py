@@ -1,5 +1,7 @@
-"""Residual networks for images (He et al. 2015, arXiv:1512.03385), with batch or group normalisation and a stem for
-large or for small images. The parameters are named as in torchvision, so that published weights load.
+"""Residual networks for images (He et al. 2015, arXiv:1512.03385).
+
+They have batch or group normalisation, and a stem for large or for small images. Parameters have torchvision's names,
+so that published weights load.
 """
 
 from __future__ import annotations
@@ -17,21 +19,22 @@ Norm = Literal["batch", "group"]
 
 
 class ResNet(nn.Module):
-    """Images `[N, in_channels, H, W]` to logits `[N, num_classes]`.
+    """A residual network from images `[N, in_channels, H, W]` to logits `[N, num_classes]`.
 
     Args:
-        block: `basic` (two 3x3 convolutions) or `bottleneck` (1x1, 3x3, 1x1; four times as many channels come out).
-        layers: Blocks in each stage; each stage after the first halves the image and doubles the channels.
-        num_classes: Logits.
+        block: `basic` (two 3x3 convolutions) or `bottleneck` (1x1, 3x3, 1x1; the output has four times as many
+            channels).
+        layers: Number of blocks in each stage; each stage after the first halves the image and doubles the channels.
+        num_classes: Number of logits.
         in_channels: Channels of an image.
         width: Channels of the first stage.
-        stem: `imagenet` quarters the image before the first stage (7x7 convolution and pooling), `small` leaves its
-            size as it is (3x3 convolution), as for CIFAR or digits.
-        norm: `batch`, or `group` (Wu and He 2018, arXiv:1803.08494), which does not mix samples: results then do not
+        stem: `imagenet` quarters the image before the first stage (7x7 convolution and pooling); `small` keeps its size
+            (3x3 convolution), as for CIFAR or digits.
+        norm: `batch`, or `group` (Wu and He 2018, arXiv:1803.08494), which does not mix samples, so that results do not
             depend on how a batch is split over workers.
 
     Raises:
-        ConfigError: An unknown block, stem or norm, or a size that makes no network.
+        ConfigError: The block, stem or norm is unknown, or a size is out of range.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class ResNet(nn.Module):
         self.apply(_initialise)
 
     def forward(self, image: Tensor) -> Tensor:
-        """`[N, in_channels, H, W]` to logits `[N, num_classes]`."""
+        """Map `[N, in_channels, H, W]` to logits `[N, num_classes]`."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(image))))
         for name in self.stages:
             x = getattr(self, name)(x)
@@ -86,7 +89,7 @@ class ResNet(nn.Module):
 
 
 class _Residual(nn.Module):
-    """What both blocks share: the shortcut, projected where the shape changes."""
+    """The common part of both blocks: the shortcut, projected if the shape changes."""
 
     expansion: int
 
@@ -102,7 +105,7 @@ class _Residual(nn.Module):
 
 
 class BasicBlock(_Residual):
-    """`[N, in_channels, H, W]` to `[N, channels, H/stride, W/stride]`."""
+    """A block from `[N, in_channels, H, W]` to `[N, channels, H/stride, W/stride]`."""
 
     expansion = 1
 
@@ -121,7 +124,7 @@ class BasicBlock(_Residual):
 
 
 class Bottleneck(_Residual):
-    """`[N, in_channels, H, W]` to `[N, 4 * channels, H/stride, W/stride]`; the 3x3 convolution takes the stride."""
+    """A block from `[N, in_channels, H, W]` to `[N, 4 * channels, H/stride, W/stride]`, with the stride in the 3x3."""
 
     expansion = 4
 
@@ -143,10 +146,10 @@ class Bottleneck(_Residual):
 
 
 def normalisation(norm: Norm, channels: int) -> nn.Module:
-    """A layer over `channels`. Group norm takes as many groups as divide them, at most 32 of at least two channels."""
+    """Return a layer over `channels`. Group norm has the most groups, up to 32, with at least two channels each."""
     if norm == "batch":
         return nn.BatchNorm2d(channels)
-    # One channel a group would be instance norm, which is 0 everywhere on an image of one pixel.
+    # Groups of one channel would be instance norm, which is 0 everywhere on an image of one pixel.
     groups = max(g for g in range(1, min(32, max(1, channels // 2)) + 1) if channels % g == 0)
     return nn.GroupNorm(groups, channels)
 
@@ -155,8 +158,8 @@ def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, (BasicBlock, Bottleneck)):
-        # Each block begins as the identity (Goyal et al. 2017, arXiv:1706.02677, 5.1). `apply` goes bottom up, so
-        # this comes after the norm's own initialisation.
+        # Each block begins as the identity (Goyal et al. 2017, arXiv:1706.02677, 5.1). `apply` visits children first,
+        # so this comes after the norm's own initialisation.
         last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
         assert isinstance(last, (nn.BatchNorm2d, nn.GroupNorm))
         nn.init.zeros_(last.weight)
@@ -170,33 +173,33 @@ def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:
 def resnet18(
     num_classes: int, *, in_channels: int = 3, width: int = 64, stem: Stem = "imagenet", norm: Norm = "batch"
 ) -> ResNet:
-    """18 layers; 11,689,512 parameters with 1,000 classes. The arguments are those of `ResNet`."""
+    """Build a ResNet with 18 layers; 11,689,512 parameters with 1,000 classes. The arguments are those of `ResNet`."""
     return ResNet("basic", (2, 2, 2, 2), num_classes, in_channels=in_channels, width=width, stem=stem, norm=norm)
 
 
 def resnet34(
     num_classes: int, *, in_channels: int = 3, width: int = 64, stem: Stem = "imagenet", norm: Norm = "batch"
 ) -> ResNet:
-    """34 layers; 21,797,672 parameters with 1,000 classes. The arguments are those of `ResNet`."""
+    """Build a ResNet with 34 layers; 21,797,672 parameters with 1,000 classes. The arguments are those of `ResNet`."""
     return ResNet("basic", (3, 4, 6, 3), num_classes, in_channels=in_channels, width=width, stem=stem, norm=norm)
 
 
 def resnet50(
     num_classes: int, *, in_channels: int = 3, width: int = 64, stem: Stem = "imagenet", norm: Norm = "batch"
 ) -> ResNet:
-    """50 layers; 25,557,032 parameters with 1,000 classes. The arguments are those of `ResNet`."""
+    """Build a ResNet with 50 layers; 25,557,032 parameters with 1,000 classes. The arguments are those of `ResNet`."""
     return ResNet("bottleneck", (3, 4, 6, 3), num_classes, in_channels=in_channels, width=width, stem=stem, norm=norm)
 
 
 def resnet101(
     num_classes: int, *, in_channels: int = 3, width: int = 64, stem: Stem = "imagenet", norm: Norm = "batch"
 ) -> ResNet:
-    """101 layers; 44,549,160 parameters with 1,000 classes. The arguments are those of `ResNet`."""
+    """Build a ResNet with 101 layers; 44,549,160 parameters with 1,000 classes. The arguments are those of `ResNet`."""
     return ResNet("bottleneck", (3, 4, 23, 3), num_classes, in_channels=in_channels, width=width, stem=stem, norm=norm)
 
 
 def resnet152(
     num_classes: int, *, in_channels: int = 3, width: int = 64, stem: Stem = "imagenet", norm: Norm = "batch"
 ) -> ResNet:
-    """152 layers; 60,192,808 parameters with 1,000 classes. The arguments are those of `ResNet`."""
+    """Build a ResNet with 152 layers; 60,192,808 parameters with 1,000 classes. The arguments are those of `ResNet`."""
     return ResNet("bottleneck", (3, 8, 36, 3), num_classes, in_channels=in_channels, width=width, stem=stem, norm=norm)

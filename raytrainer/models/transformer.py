@@ -1,5 +1,6 @@
-"""A decoder-only transformer (Vaswani et al. 2017, arXiv:1706.03762) that is Llama's or GPT-2's by its options.
-The parameters are named as in Hugging Face's Llama, so that such weights load.
+"""A decoder-only transformer (Vaswani et al. 2017, arXiv:1706.03762): Llama's or GPT-2's, depending on its options.
+
+Parameters have the names of Hugging Face's Llama, so that its weights load.
 """
 
 from __future__ import annotations
@@ -21,34 +22,35 @@ INIT_STD = 0.02  # GPT-2's (Radford et al. 2019)
 
 
 class Transformer(nn.Module):
-    """Token ids `[N, T]`, int64, to logits `[N, T, vocab_size]`; position `t` sees the ids up to `t`.
+    """A transformer from token ids `[N, T]`, int64, to logits `[N, T, vocab_size]`; position `t` sees ids up to `t`.
 
-    Each block adds attention and then a feed-forward layer to its input, each of them after a normalisation (pre-norm).
+    Each block adds attention and then a feed-forward layer to its input, each after a normalisation (pre-norm).
 
     Args:
-        vocab_size: Ids, and logits.
-        dim: Values of a position between blocks.
-        num_layers: Blocks.
-        num_heads: Heads of attention, each of `dim / num_heads` values.
-        num_kv_heads: Heads of keys and values, each shared by a group of query heads (Ainslie et al. 2023,
-            arXiv:2305.13245); None: as many as `num_heads`.
-        hidden_dim: Values inside a feed-forward layer; None: 4 times `dim`, and 8/3 times for `swiglu`, which has three
-            matrices and so about the same size, in whole multiples of 64.
-        norm: `rms` (Zhang and Sennrich 2019, arXiv:1910.07467) or `layer` (with a bias where `bias` is).
+        vocab_size: Number of token ids, and of logits.
+        dim: Values per position between blocks.
+        num_layers: Number of blocks.
+        num_heads: Number of attention heads, each with `dim / num_heads` values.
+        num_kv_heads: Number of heads for keys and values, each shared by a group of query heads (Ainslie et al. 2023,
+            arXiv:2305.13245); None: `num_heads`.
+        hidden_dim: Values inside a feed-forward layer; None: 4 times `dim`, or for `swiglu`, which has three matrices,
+            8/3 times (about the same size), rounded up to a multiple of 64.
+        norm: `rms` (Zhang and Sennrich 2019, arXiv:1910.07467) or `layer` (with a bias if `bias` is set).
         feedforward: `swiglu` (Shazeer 2020, arXiv:2002.05202) or `gelu`, in the tanh form of GPT-2.
         positions: `rotary` (Su et al. 2021, arXiv:2104.09864), or `learned`, one vector for each up to `max_seq_len`.
-        max_seq_len: The longest sequence of `learned` positions. Rotary ones have no limit.
+        max_seq_len: The longest sequence with `learned` positions. Rotary ones have no limit.
         rope_theta: The base of the rotary wavelengths.
-        bias: Of linear layers and layer norms.
-        tied: The output matrix is the embedding (Press and Wolf 2016, arXiv:1608.05859).
-        dropout: Of the embedding, of attention weights, and of what each block adds.
-        norm_eps: Under the root of a normalisation.
+        bias: Whether linear layers and layer norms have a bias.
+        tied: Whether the output matrix is the embedding (Press and Wolf 2016, arXiv:1608.05859).
+        dropout: The probability for the embedding, attention weights, and the outputs that each block adds.
+        norm_eps: Added under the root of a normalisation.
 
     Raises:
-        ConfigError: An unknown choice, a size that makes no network; when called: a sequence longer than `max_seq_len`.
+        ConfigError: A choice is unknown, or a size is out of range; when called, a sequence is longer than
+            `max_seq_len`.
     """
 
-    _no_split_modules = ("Block",)  # the unit of sharding and of activation checkpointing, as Hugging Face says it
+    _no_split_modules = ("Block",)  # Hugging Face's attribute for the unit of sharding and of activation checkpointing
 
     def __init__(
         self,
@@ -101,8 +103,11 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws the initial weights: normal with a standard deviation of 0.02, and of 0.02 / sqrt(2 * num_layers) where
-        a block adds to its input, so that the sum does not grow with the depth (Radford et al. 2019, 2.3)."""
+        """Draw the initial weights from a normal distribution with a standard deviation of 0.02.
+
+        For matrices whose output a block adds to its input, it is 0.02 / sqrt(2 * num_layers), so that the sum does not
+        grow with depth (Radford et al. 2019, 2.3).
+        """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
@@ -111,7 +116,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=INIT_STD / math.sqrt(2 * len(self.layers)) if adds else INIT_STD)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """`[N, T]` to logits `[N, T, vocab_size]`."""
+        """Map `[N, T]` to logits `[N, T, vocab_size]`."""
         x = self.embed_tokens(input_ids)
         if self.embed_positions is not None:
             length, limit = input_ids.shape[1], self.embed_positions.num_embeddings
@@ -125,13 +130,13 @@ class Transformer(nn.Module):
         x = self.dropout(x)
         for layer in self.layers:
             x = layer(x)
-        # No module of its own with the same parameter: meta initialisation and state dicts would have to know of it.
+        # Not a second module with the same parameter, which meta initialisation and state dicts would have to handle.
         logits: Tensor = F.linear(self.norm(x), (self.lm_head or self.embed_tokens).weight)
         return logits
 
 
 class Block(nn.Module):
-    """`[N, T, dim]` to the same shape: attention and a feed-forward layer, each added to what it is given."""
+    """A block from `[N, T, dim]` to the same shape: attention and a feed-forward layer, each added to its input."""
 
     def __init__(
         self, attention: Attention, mlp: nn.Module, norms: tuple[nn.Module, nn.Module], dropout: float
@@ -148,7 +153,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention of grouped heads: `[N, T, dim]` to the same shape. `rope_theta` None: without rotary positions."""
+    """Causal attention with grouped heads: `[N, T, dim]` to the same shape; rotary unless `rope_theta` is None."""
 
     def __init__(
         self, dim: int, num_heads: int, num_kv_heads: int, *, rope_theta: float | None, bias: bool, dropout: float
@@ -203,11 +208,11 @@ class GELU(nn.Module):
 
 
 def rotary_tables(length: int, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine `[length, head_dim / 2]` of position times frequency, where frequency i is theta^(-2i/head_dim).
+    """Return cosine and sine `[length, head_dim / 2]` of position times frequency i, theta^(-2i/head_dim).
 
-    On the device of `like`, in float32 at least: bfloat16 has no numbers between 256 and 258. They are made anew in each
-    forward, a few small kernels, and so are neither rounded by bf16-true, nor empty after meta initialisation, nor cast
-    by FSDP, nor averaged over ranks, nor in a checkpoint, as buffers would be.
+    They are on the device of `like`, in float32 at least, because bfloat16 has no numbers between 256 and 258. Each
+    forward pass computes them again, in a few small kernels. As buffers they would be rounded by bf16-true, empty after
+    meta initialisation, cast by FSDP, averaged over ranks, and saved in checkpoints.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=dtype, device=like.device) / head_dim)
@@ -216,7 +221,7 @@ def rotary_tables(length: int, head_dim: int, theta: float, like: Tensor) -> tup
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x` `[..., T, head_dim]` with value i and i + head_dim/2 turned as a pair, in the tables' precision."""
+    """Return `x` `[..., T, head_dim]` with values i and i + head_dim/2 rotated as a pair, in the tables' precision."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 

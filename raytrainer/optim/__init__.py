@@ -1,4 +1,4 @@
-"""Which parameters are trained and in which groups, Muon, and learning-rate curves as pure functions of the step."""
+"""Parameter groups and freezing, Muon, and learning-rate curves as pure functions of the step."""
 
 from raytrainer.optim.curves import WSD, Constant, Cosine, Curve, Linear, build_scheduler
 from raytrainer.optim.groups import build_optimizer, freeze, mend_fused_sgd, parameter_groups

@@ -1,5 +1,5 @@
 """Learning-rate curves as pure functions of the step and the length of the run.
-A curve gives the factor of the base learning rate, so a resumed run needs nothing but its step to go on.
+A curve returns the factor for the base learning rate, so a resumed run needs only its step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from raytrainer.optim.protocols import check_scheduler
 
 
 class Curve(Protocol):
-    """The factor of the base learning rate at `step` (from 0) of a run of `total_steps` (None: not known)."""
+    """The factor for the base learning rate at `step` (from 0) of a run of `total_steps` (None: unknown)."""
 
     def __call__(self, step: int, total_steps: int | None, /) -> float: ...
 
@@ -27,11 +27,11 @@ class Constant:
     """Warm-up, then 1.
 
     Args:
-        warmup_steps: Steps in which the factor rises in a line, from `1 / (warmup_steps + 1)`, to 1: a number of
-            steps, or a fraction of the run if below 1.
+        warmup_steps: Steps in which the factor rises linearly from `1 / (warmup_steps + 1)` to 1: a number of steps, or
+            a fraction of the run if below 1.
 
     Raises:
-        ConfigError: A negative number, or a fraction of steps.
+        ConfigError: The number is negative, or neither whole nor a fraction below 1.
     """
 
     warmup_steps: float = 0
@@ -45,7 +45,7 @@ class Constant:
 
 @dataclass(frozen=True, kw_only=True)
 class _Decay:
-    """What the falling curves share. Warm-up as in `Constant`; 1 at its end; `min_factor` from `total_steps` on."""
+    """The common part of the falling curves: warm-up as in `Constant`, then from 1 to `min_factor` at `total_steps`."""
 
     warmup_steps: float = 0
     min_factor: float = 0.0
@@ -67,16 +67,16 @@ class _Decay:
         return self.min_factor + (1 - self.min_factor) * self._shape((step - start) / (total - start))
 
     def _start(self, warmup: int, total: int) -> int:
-        """The step from which it falls."""
+        """Return the step from which the curve falls."""
         return warmup
 
     def _shape(self, progress: float) -> float:
-        """From 1 at progress 0 to 0 at progress 1."""
+        """Return a value that falls from 1 at progress 0 to 0 at progress 1."""
         raise NotImplementedError
 
 
 class Linear(_Decay):
-    """Warm-up, then a line down to `min_factor`."""
+    """Warm-up, then a linear decrease to `min_factor`."""
 
     def _shape(self, progress: float) -> float:
         return 1 - progress
@@ -91,8 +91,10 @@ class Cosine(_Decay):
 
 @dataclass(frozen=True, kw_only=True)
 class WSD(_Decay):
-    """Warm-up, stable, decay (Hu et al. 2024, arXiv:2404.06395): 1 until the last `decay_fraction` of the run, then a
-    line down to `min_factor`. A run can be made longer from a checkpoint taken before the decay.
+    """Warm-up, stable, decay (Hu et al. 2024, arXiv:2404.06395).
+
+    The factor is 1 until the last `decay_fraction` of the run, then it decreases linearly to `min_factor`. A run can be
+    extended from a checkpoint taken before the decay.
     """
 
     decay_fraction: float = 0.2
@@ -109,16 +111,16 @@ class WSD(_Decay):
 
 
 def build_scheduler(factory: Factory, optimizer: Optimizer, total_steps: int | None) -> LRScheduler:
-    """The scheduler of `optimizer`, to be stepped once after every optimizer step.
+    """Build the scheduler of `optimizer`, to be stepped once after every optimizer step.
 
     Args:
-        factory: Takes an `optimizer`: a torch scheduler with everything else bound. Takes a `step`: itself a curve,
-            `(step, total_steps) -> factor`. Otherwise it is called and gives a curve: `partial(Cosine, ...)`.
-        optimizer: Its present learning rates are the base.
-        total_steps: Optimizer steps in the whole run, also when it resumes; None where the data's length is unknown.
+        factory: If it takes an `optimizer`, a torch scheduler with everything else bound. If it takes a `step`, a curve
+            itself, `(step, total_steps) -> factor`. Otherwise it is called and returns a curve: `partial(Cosine, ...)`.
+        optimizer: Its current learning rates are the base.
+        total_steps: Optimizer steps in the whole run, also when it resumes; None if the data's length is unknown.
 
     Raises:
-        ConfigError: The curve needs a length that is not known, or refuses a value; a scheduler that wants a metric.
+        ConfigError: The curve needs an unknown length or refuses a value, or a scheduler needs a metric.
     """
     accepted = arguments(factory)
     try:
@@ -129,13 +131,13 @@ def build_scheduler(factory: Factory, optimizer: Optimizer, total_steps: int | N
         curve: Curve = factory if "step" in accepted else factory()
     except (TypeError, ValueError) as error:
         raise ConfigError(f"is refused by its constructor: {error}", key="lr_scheduler") from error
-    # A function, not the object: LambdaLR puts an object's fields into its state, and would write them back over the
-    # values that a resume was given.
+    # A function, because LambdaLR saves an object's fields in its state, and loading them would overwrite values that
+    # were given with `resume`.
     return LambdaLR(optimizer, lambda step: curve(step, total_steps))
 
 
 def _warmup(step: int, warmup: int) -> float:
-    # Never 0, so that the first step is not wasted, and 1 for the first time after exactly `warmup` steps.
+    # Never 0, so that the first step is not wasted; 1 is first reached after exactly `warmup` steps.
     return min(1.0, (step + 1) / (warmup + 1))
 
 

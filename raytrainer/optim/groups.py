@@ -21,14 +21,14 @@ Factory = Callable[..., Any]
 
 
 def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
-    """Keeps what the patterns name as it is: parameters get no gradient, and so no optimizer state.
+    """Freeze what the patterns match: parameters get no gradient, and so no optimizer state.
 
-    A batch norm whose `running_mean` is among the names normalises by its statistics as they are, in training too
-    (`eval()`). Dropout goes on.
+    A batch norm whose `running_mean` matches uses its running statistics in training, too (`eval()`). Dropout stays
+    active.
 
     Args:
-        model: As it was built: before it is wrapped or sharded.
-        patterns: Of the names of parameters and buffers, as `names.matching`.
+        model: The model before it is wrapped or sharded.
+        patterns: Patterns of names of parameters and buffers, as in `names.matching`.
 
     Raises:
         ConfigError: A pattern matches nothing.
@@ -44,7 +44,7 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
 
 
 def has_sparse_gradients(model: nn.Module) -> set[torch.Tensor]:
-    """The parameters of embeddings with `sparse=True`."""
+    """Return the parameters of embeddings with `sparse=True`."""
     return {
         module.weight
         for module in model.modules()
@@ -53,9 +53,9 @@ def has_sparse_gradients(model: nn.Module) -> set[torch.Tensor]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters in at most two groups: matrices and kernels, which decay, and vectors, which do not.
+    """Return the trainable parameters in at most two groups: matrices and kernels, and vectors, which do not decay.
 
-    Everything of fewer than two dimensions is a bias or a norm's scale; pulling those to zero regularises nothing
+    A parameter with fewer than two dimensions is a bias or a norm's scale; pulling those to zero does not regularise
     (He et al. 2018, arXiv:1812.01187, 3.1).
 
     Raises:
@@ -65,7 +65,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that get a gradient, by name.
+    """Return the parameters that get a gradient, by name.
 
     Raises:
         ConfigError: There are none.
@@ -81,15 +81,20 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def apart(parameters: Iterable[nn.Parameter], model: nn.Module) -> list[list[nn.Parameter]]:
-    """The model's parameters, then the loss's: those may be sharded and these are not, and torch steps through a group at
-    once. No empty list."""
+    """Return the model's parameters and the loss's as two lists, without empty ones.
+
+    The former may be sharded and the latter are not, and torch updates a whole group at once.
+    """
     own, parameters = {id(p) for p in model.parameters()}, list(parameters)
     parts = [[p for p in parameters if id(p) in own], [p for p in parameters if id(p) not in own]]
     return [part for part in parts if part]
 
 
 def grouped(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Those of two dimensions and more, then the others, which do not decay; no empty group."""
+    """Return a group of parameters with at least two dimensions, and one of the others, which do not decay.
+
+    Empty groups are omitted.
+    """
     parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -99,18 +104,19 @@ def grouped(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dic
 
 
 def build_optimizer(factory: Factory, model: nn.Module, system: nn.Module | None = None) -> Optimizer:
-    """The optimizer of all that is trained.
+    """Build the optimizer of everything that is trained.
 
     Args:
-        factory: Called with the parameters alone, so everything else is bound: `partial(torch.optim.AdamW, lr=1e-3)`.
-            Its `weight_decay`, bound or by default, is that of the matrices; one that has none gets a plain list. One
-            that has an argument `model` gets the model instead, and makes its own groups; with an argument `system`
-            it gets the model and the loss as one module too.
-        model: As it is trained: wrapped, sharded and on its device.
-        system: The model and the loss as one module, where the loss has parameters.
+        factory: Called with only the parameters, so everything else is bound: `partial(torch.optim.AdamW, lr=1e-3)`.
+            Its `weight_decay`, bound or by default, applies to the matrices; one without that argument gets a plain
+            list. One with an argument `model` gets the model instead, and makes its own groups; with an argument
+            `system` it also gets the model and the loss as one module.
+        model: The model as it is trained: wrapped, sharded and on its device.
+        system: The model and the loss as one module, if the loss has parameters.
 
     Raises:
-        ConfigError: The optimizer refuses a value, is none, or leaves out the loss; or nothing is trainable.
+        ConfigError: The constructor refuses a value, the result is not an optimizer or leaves out the loss, or nothing
+            is trainable.
     """
     system = model if system is None else system
     parameters = trainable(system)
@@ -153,21 +159,22 @@ def _check_loss_is_in(optimizer: Any, parameters: dict[str, nn.Parameter], model
 
 
 def _unfuse(optimizer: Optimizer, system: nn.Module) -> None:
-    """Fused optimizers know neither sparse gradients nor complex parameters: those groups are not fused."""
+    """Disable `fused` for groups with sparse gradients or complex parameters, which fused optimizers do not support."""
     sparse = has_sparse_gradients(system)
     for group in optimizer.param_groups:
         if group.get("fused") and any(p.is_complex() or p in sparse for p in group["params"]):
             group["fused"] = False
-            # Or a gradient scaler would leave it to `step` to skip one.
+            # Otherwise a gradient scaler would rely on `step` to skip a step.
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
 
 
 def mend_fused_sgd(optimizer: Optimizer) -> None:
-    """Goes around three faults of torch's fused SGD (2.13); for a new optimizer, and for one whose state was loaded.
+    """Work around three faults of torch's fused SGD (2.13), for a new optimizer and for one whose state was loaded.
 
-    On the CPU it leaves parameters in half precision where they are (pytorch#191763), and of shards it knows nothing:
-    those groups are not fused. Where a gradient scaler skips the very first step, which is usual, it leaves the momentum
-    unwritten memory: zeros instead, from which the first real step gives the same (without dampening, that is).
+    On the CPU it does not update parameters in half precision (pytorch#191763), and it does not support shards, so
+    those groups are not fused. If a gradient scaler skips the very first step, which is usual, it leaves the momentum
+    in uninitialised memory. Zeros are set instead, from which the first real step gives the same result (without
+    dampening).
     """
     if not isinstance(optimizer, SGD):
         return
@@ -176,7 +183,7 @@ def mend_fused_sgd(optimizer: Optimizer) -> None:
             continue
         if any(is_sharded(p) for p in group["params"]):
             group["fused"] = False
-            # Or a gradient scaler would leave it to `step` to skip one.
+            # Otherwise a gradient scaler would rely on `step` to skip a step.
             optimizer._step_supports_amp_scaling = False
         elif any(p.device.type == "cpu" and p.dtype in (torch.bfloat16, torch.float16) for p in group["params"]):
             group["fused"] = False
@@ -186,7 +193,7 @@ def mend_fused_sgd(optimizer: Optimizer) -> None:
 
 
 def arguments(factory: Factory) -> dict[str, inspect.Parameter]:
-    """The parameters of a callable's signature."""
+    """Return the parameters of a callable's signature."""
     try:
         return dict(inspect.signature(factory).parameters)
     except ValueError:  # a builtin without a signature
@@ -194,7 +201,7 @@ def arguments(factory: Factory) -> dict[str, inspect.Parameter]:
 
 
 def _bound(factory: Factory, name: str) -> float | None:
-    """What the factory will use for `name`, bound or its own default; None where it has none."""
+    """Return the value that the factory will use for `name`, bound or its default; None if there is none."""
     if isinstance(factory, partial) and name in factory.keywords:
         return float(factory.keywords[name])
     parameter = arguments(factory).get(name)

@@ -1,5 +1,7 @@
-"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum, made orthogonal, for the hidden matrices of a
-model, and AdamW for the rest of it, as one optimizer with one state dict."""
+"""Muon for the hidden matrices of a model and AdamW for the rest, as one optimizer with one state dict.
+
+Muon orthogonalises the momentum (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+"""
 
 from __future__ import annotations
 
@@ -16,42 +18,42 @@ from raytrainer.names import matching
 from raytrainer.optim.groups import apart, grouped, trainable
 from raytrainer.sharding import placed_as, whole
 
-# Of the quintic Newton-Schulz step: the steepest at zero that stays bounded. It takes singular values to about
-# [0.7, 1.2], not to 1, which costs nothing (the post above).
+# Coefficients of the quintic Newton-Schulz step: the steepest at zero that stays bounded. It brings singular values to
+# about [0.7, 1.2], not to 1, which costs nothing (the post above).
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _EPS = 1e-7
-_BATCH = 1 << 26  # values that are made orthogonal at once: more only takes memory
+_BATCH = 1 << 26  # values that are orthogonalised at once; more would only need more memory
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class Muon(Optimizer):
     """Muon for hidden matrices, AdamW for everything else that is trained. Schedulers scale the rates of both.
 
-    Muon's are the parameters of two dimensions, and the kernels of convolutions (without groups, not transposed) as the
-    matrix `[out, in * height * width]`; without embeddings and the output layer, which is what the model's
-    `get_output_embeddings()` says, else its last module with a matrix, unless that is in a
-    `ModuleList`.
+    Muon's parameters are those with two dimensions, and the kernels of convolutions (without groups, not transposed) as
+    the matrix `[out, in * height * width]`, except embeddings and the output layer. The output layer is the result of
+    the model's `get_output_embeddings()`, else its last module with a matrix, unless that is in a `ModuleList`.
 
-    Under FSDP2 a rank keeps its shard of the momentum, and the whole matrix is gathered to be made orthogonal: the
-    update is that of an unsharded model. Under DDP each rank computes the same.
+    Under FSDP2 a rank keeps its shard of the momentum, and the whole matrix is gathered to be orthogonalised: the
+    update equals that of an unsharded model. Under DDP each rank computes the same.
 
     Args:
-        model: What is trained; sharded, if it is to be.
-        lr: Of the matrices: the size of an update, whatever the gradient's.
+        model: The trained model, already sharded if it is to be.
+        lr: For the matrices: the size of an update, whatever the gradient's size.
         momentum: The weight of the past in the gradient's running mean.
-        nesterov: Look ahead along it.
-        weight_decay: Of the matrices, decoupled: times `lr`.
-        ns_steps: Newton-Schulz iterations.
-        ns_dtype: Of these, `bfloat16` or `float32`.
-        adjust_lr_fn: As torch.optim.Muon's: `original` makes the update `sqrt(max(1, rows / columns))` larger,
-            `match_rms_adamw` times `0.2 * sqrt(max(rows, columns))`, with which AdamW's `lr` and `weight_decay` fit
-            (Liu et al. 2025, arXiv:2502.16982).
-        adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: Of the rest; what has fewer than two dimensions never decays.
-        muon_params, adamw_params: Patterns of names (`names.matching`) that are the one's or the other's all the same.
-        system: The model and the loss as one module, where the loss has parameters: these are AdamW's.
+        nesterov: Whether to use Nesterov momentum.
+        weight_decay: For the matrices, decoupled: multiplied by `lr`.
+        ns_steps: Number of Newton-Schulz iterations.
+        ns_dtype: The type for these, `bfloat16` or `float32`.
+        adjust_lr_fn: As in torch.optim.Muon: `original` multiplies the update by `sqrt(max(1, rows / columns))`,
+            `match_rms_adamw` by `0.2 * sqrt(max(rows, columns))`, so that AdamW's `lr` and `weight_decay` fit (Liu et
+            al. 2025, arXiv:2502.16982).
+        adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: For the rest; parameters with fewer than two dimensions
+            never decay.
+        muon_params, adamw_params: Patterns of names (`names.matching`) that override the choice between the two.
+        system: The model and the loss as one module, if the loss has parameters: AdamW trains those.
 
     Raises:
-        ConfigError: A value that cannot be; a pattern that matches nothing; nothing that is trained is left for Muon.
+        ConfigError: A value is invalid, a pattern matches nothing, or no trained parameter is left for Muon.
     """
 
     def __init__(
@@ -110,7 +112,7 @@ class Muon(Optimizer):
             if group["use_muon"]:
                 self._step_muon(group)
         if self._adamw is not None:
-            # Its groups and state are ours, which load_state_dict puts others in place of.
+            # Its groups and state are ours, which load_state_dict may have replaced.
             self._adamw.param_groups = [group for group in self.param_groups if not group["use_muon"]]
             self._adamw.state = self.state
             self._adamw.step()
@@ -146,10 +148,10 @@ _SCALES: dict[str, Callable[[int, int], float]] = {
 
 
 def orthogonal(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """About the nearest (semi-)orthogonal matrix `U V^T` to each `U S V^T` of `[number, rows, columns]`, in `dtype`.
+    """Return about the nearest (semi-)orthogonal matrix `U V^T` to each `U S V^T` of `[number, rows, columns]`.
 
-    By a Newton-Schulz iteration, whose singular values are between 0.7 and 1.2 after 5 steps, if they were not less than
-    about a thousandth of the largest.
+    The result is in `dtype`. After 5 steps of the Newton-Schulz iteration, the singular values are between 0.7 and 1.2,
+    except those that were less than about a thousandth of the largest.
     """
     a, b, c = _COEFFICIENTS
     tall = matrices.size(1) > matrices.size(2)
@@ -171,7 +173,7 @@ def split(
     adamw_params: Sequence[str] = (),
     system: nn.Module | None = None,
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """What is trained: Muon's parameters and AdamW's, as `Muon` says.
+    """Return Muon's and AdamW's parameters, chosen as `Muon` describes.
 
     Raises:
         ConfigError: As `Muon`.
@@ -199,12 +201,12 @@ def split(
 
 
 def _is_plain_convolution(module: nn.Module) -> bool:
-    # With groups the kernel is not one matrix, and a transposed one's first dimension is not its output's.
+    # With groups the kernel is not one matrix, and the first dimension of a transposed kernel is not its output.
     return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1
 
 
 def _outer_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """The embeddings, and the output layer."""
+    """Yield the embeddings and the output layer."""
     yield from (m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
     said: Any = getattr(model, "get_output_embeddings", None)
     if callable(said) and isinstance(found := said(), nn.Module):
@@ -212,12 +214,12 @@ def _outer_modules(model: nn.Module) -> Iterator[nn.Module]:
         return
     blocks = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, nn.ModuleList))
     with_matrix = [(n, m) for n, m in model.named_modules() if any(p.ndim >= 2 for p in m.parameters(recurse=False))]
-    # Where the last is one of many blocks, the output layer is an embedding used again.
+    # If the last one is in a list of blocks, the output layer is a reused embedding.
     yield from (m for n, m in with_matrix[-1:] if not n.startswith(blocks))
 
 
 def _batches(params: Sequence[Tensor]) -> Iterator[tuple[tuple[int, int], list[int]]]:
-    """Matrices of one shape, by their numbers, so many that they fit together."""
+    """Yield matrices of one shape by their numbers, as many at a time as fit together."""
     found: dict[tuple[int, int], list[int]] = {}
     for i, p in enumerate(params):
         found.setdefault((p.shape[0], math.prod(p.shape[1:])), []).append(i)

@@ -1,5 +1,8 @@
-"""What an optimizer and a learning-rate scheduler must support, checked when they are built; and optimizers with a mode of
-their own for training and for evaluation (Defazio et al. 2024, arXiv:2405.15682, "schedule-free")."""
+"""What an optimizer and a learning-rate scheduler must support, checked when they are built.
+
+Some optimizers have separate modes for training and evaluation ("schedule-free", Defazio et al. 2024,
+arXiv:2405.15682).
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,11 @@ _SCHEDULER = ("step", "state_dict", "load_state_dict")
 
 
 def check_optimizer(optimizer: Any, trained: dict[str, nn.Parameter]) -> None:
-    """
+    """Check an optimizer.
+
     Raises:
-        ConfigError: It is not an optimizer, needs a closure, or has parameters that are not of the model.
+        ConfigError: It is not an optimizer, needs a closure, or has parameters that are not trained ones of the model
+            or the loss.
     """
     kind = type(optimizer).__name__
     if lacking := [name for name in _OPTIMIZER if not hasattr(optimizer, name)]:
@@ -47,9 +52,10 @@ def check_optimizer(optimizer: Any, trained: dict[str, nn.Parameter]) -> None:
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """
+    """Check a learning-rate scheduler.
+
     Raises:
-        ConfigError: Its `step` needs an argument, or it lacks a method.
+        ConfigError: It lacks a method, or its `step` needs an argument.
     """
     kind = type(scheduler).__name__
     if lacking := [name for name in _SCHEDULER if not callable(getattr(scheduler, name, None))]:
@@ -69,7 +75,7 @@ def check_scheduler(scheduler: Any) -> None:
 
 
 def required_arguments(method: Any) -> list[str]:
-    """Names of the parameters of a bound method that have no default."""
+    """Return the names of a bound method's parameters that have no default."""
     try:
         parameters = inspect.signature(method).parameters.values()
     except (TypeError, ValueError):
@@ -79,22 +85,22 @@ def required_arguments(method: Any) -> list[str]:
 
 
 def has_modes(optimizer: Any) -> bool:
-    """Whether the optimizer must be told of training and evaluation, as schedule-free ones: `train()` and `eval()`."""
+    """Return whether the optimizer has `train()` and `eval()` modes, like schedule-free ones."""
     return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 
 def enter_training(optimizer: Any) -> None:
-    """Call it before the first step, and before a checkpoint is restored."""
+    """Set the training mode. Call it before the first step, and before a checkpoint is restored."""
     if has_modes(optimizer):
         optimizer.train()
 
 
 @contextlib.contextmanager
 def evaluation_weights(optimizer: Any) -> Iterator[None]:
-    """Within it the parameters are those to evaluate and to export; after it those to train, to the last bit.
+    """Set the evaluation and export weights within the context, and the same training weights again after it.
 
-    Of most optimizers these are the same. `eval()` and `train()` of the others are inverse to each other only up to
-    rounding, so the trained parameters are kept beside.
+    For most optimizers they are the same. For the others, `eval()` and `train()` are inverse only up to rounding, so
+    copies of the training weights are kept.
     """
     if not has_modes(optimizer):
         yield
@@ -110,7 +116,7 @@ def evaluation_weights(optimizer: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def training_weights(optimizer: Any) -> list[Tensor]:
-    """Copies of the parameters, in the optimizer's order."""
+    """Return copies of the parameters, in the optimizer's order."""
     return [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
 
 

@@ -1,7 +1,7 @@
-"""What one process is among many: its rank and device, precision, DDP or FSDP2, and the buffers that differ by rank.
+"""Distributed training in one process of many: rank, device, precision, DDP or FSDP2, and buffers that differ by rank.
 
-Knows torch.distributed, not Ray: whoever starts the processes has made the default process group already. `fsdp` is
-imported by whom it is for: it takes half a second.
+It uses torch.distributed, not Ray, and expects that the default process group exists. Import `fsdp` only where it is
+needed, because that takes half a second.
 """
 
 from __future__ import annotations

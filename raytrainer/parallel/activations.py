@@ -1,5 +1,7 @@
-"""`trainer.activation_checkpointing`: a block keeps its inputs only, and its backward pass computes the rest once more
-(Chen et al. 2016, arXiv:1604.06174)."""
+"""`trainer.activation_checkpointing`: a block keeps only its inputs, and its backward pass recomputes the rest.
+
+After Chen et al. 2016, arXiv:1604.06174.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 
 def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:
-    """From now on these modules recompute, in place; neither results nor names in the state dict change.
+    """Make these modules recompute their activations, in place. Results and names in the state dict do not change.
 
-    Dropout draws the same again. Batch norm takes the batch into its running statistics once. What else changes its own
-    buffers in the forward pass (spectral norm) would do so twice.
+    Dropout draws the same values again. Batch norm adds a batch to its running statistics once. Other modules that
+    change their buffers in the forward pass (spectral norm) do so twice.
     """
     for block in blocks:
         kind: Any = type(block)
@@ -27,8 +29,10 @@ def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:
 
 @functools.cache
 def _recomputed(kind: type[Any]) -> type[Any]:
-    """A class, as FSDP2 makes one: a module around a block would change every name in it. One for all blocks of a class,
-    or they would no longer be repeated ones (`find_units`)."""
+    """Return a subclass, as FSDP2 does, because a wrapper module would change every name in the block.
+
+    All blocks of a class share it; otherwise they would no longer be repeated blocks for `find_units`.
+    """
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind.__name__, (_Recomputed, kind), names)
 
@@ -40,7 +44,7 @@ class _Recomputed(nn.Module):
         return checkpoint(self._computed, *args, use_reentrant=False, **kwargs)
 
     def _computed(self, *args: Any, **kwargs: Any) -> Any:
-        # Within a backward pass it is the second time. (A compiled block takes statistics once in any case.)
+        # Within a backward pass this is the second call. (A compiled block updates its statistics once in any case.)
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             return super().forward(*args, **kwargs)
         with _statistics_kept(self):
@@ -49,7 +53,7 @@ class _Recomputed(nn.Module):
 
 @contextlib.contextmanager
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Within it batch norms compute as ever, and their running statistics stay as they are."""
+    """Keep the running statistics of batch norms unchanged within the context, while they compute as usual."""
     kept = [(m, m.momentum, m.num_batches_tracked) for m in block.modules() if isinstance(m, _NormBase)]
     for m, _, _ in kept:
         m.momentum, m.num_batches_tracked = 0.0, None

@@ -1,4 +1,4 @@
-"""Buffers that differ by rank, as batch statistics do: their mean over ranks, for evaluation and the checkpoint."""
+"""Buffers that differ by rank, such as batch statistics: their mean over ranks, for evaluation and the checkpoint."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from raytrainer.parallel.world import World
 
 
 def mean_buffers(model: nn.Module, world: World) -> dict[str, Tensor]:
-    """Copies of the model's buffers: floating-point ones as the mean over all ranks, others as rank 0 has them; under
-    each of their names, as in a state dict.
+    """Return copies of the model's buffers under all their names, as in a state dict.
 
-    Batch norm's running mean over ranks is the running mean of the whole batch; of the running variance it leaves out
-    the variance between the ranks' means, which for shuffled data is of order 1/batch.
+    Floating-point ones are the mean over all ranks, others are from rank 0.
+
+    The mean of batch norm's running means is the running mean of the whole batch. The mean of the running variances
+    lacks the variance between the ranks' means, which for shuffled data is of order 1/batch.
     """
     buffers = {name: b.detach().clone() for name, b in model.named_buffers(remove_duplicate=False)}
     if world.distributed:
@@ -33,7 +34,7 @@ def mean_buffers(model: nn.Module, world: World) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def averaged_buffers(model: nn.Module, world: World) -> Iterator[None]:
-    """Within it the model has `mean_buffers`; after it each rank's own again, untouched by evaluation."""
+    """Give the model `mean_buffers` within the context, and each rank's own buffers again after it."""
     if not world.distributed or not any(True for _ in model.buffers()):
         yield
         return
@@ -47,10 +48,10 @@ def averaged_buffers(model: nn.Module, world: World) -> Iterator[None]:
 
 @contextlib.contextmanager
 def holding_mean_buffers(model: nn.Module, world: World) -> Iterator[None]:
-    """Within it the model holds `mean_buffers`, for its state dict: what is taken of it then stays the mean after it.
+    """Let the model hold `mean_buffers` within the context, for its state dict, which keeps the means after it.
 
-    Other tensors stand in the model for as long, and no value of its own is written. So hooks that copy, rename or
-    compute with buffers do so with the means. A collective where there is more than one rank: every rank calls it.
+    Other tensors replace the buffers meanwhile, and no own value is overwritten. So hooks that copy, rename or compute
+    with buffers use the means. It is a collective if there is more than one rank: every rank calls it.
     """
     if not world.distributed:
         yield
@@ -73,14 +74,14 @@ def holding_mean_buffers(model: nn.Module, world: World) -> Iterator[None]:
 
 @torch.no_grad()
 def broadcast_state(module: nn.Module, world: World) -> None:
-    """Gives every rank the parameters and buffers that rank 0 has."""
+    """Give every rank the parameters and buffers of rank 0."""
     if world.distributed:
         for t in (*module.parameters(), *module.buffers()):
             _broadcast(t)
 
 
 def _broadcast(tensor: Tensor) -> None:
-    """In place. As bytes where a backend may not know the type (int16, complex numbers)."""
+    """Broadcast in place, as bytes if a backend may not support the type (int16, complex numbers)."""
     if tensor.dtype in (torch.float32, torch.float64):
         dist.broadcast(tensor, src=0)
     elif tensor.numel():

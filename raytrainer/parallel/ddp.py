@@ -1,4 +1,4 @@
-"""`trainer.strategy=ddp`: every rank has the whole model. And when gradients are reduced, of either strategy."""
+"""`trainer.strategy=ddp`: every rank has the whole model. It also controls when gradients are reduced, for FSDP too."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from raytrainer.parallel.reduction import unused_parameters
 from raytrainer.parallel.world import World
 from raytrainer.sharding import is_sharded
 
-# torch 2.13 renamed the argument and warns of the old name at every worker's start.
+# torch 2.13 renamed the argument, and warns about the old name whenever a worker starts.
 _SYNC_BUFFERS = next(
     name
     for name in ("forward_sync_buffers", "broadcast_buffers")
@@ -24,12 +24,12 @@ _SYNC_BUFFERS = next(
 
 
 def replicate(model: nn.Module, world: World, *, find_unused_parameters: bool = False) -> nn.Module:
-    """The model wrapped in DDP where there is more than one rank; else itself.
+    """Return the model wrapped in DDP, or the model itself if there is only one rank.
 
-    Buffers are not broadcast at each step: every rank keeps its own batch statistics, and `averaged_buffers` gives
-    the mean of all to evaluation and export.
+    Buffers are not broadcast at each step: every rank keeps its own batch statistics, and evaluation and export use the
+    mean over all ranks (`averaged_buffers`).
     """
-    # DDP refuses a model that is not trained, as under a loss that is.
+    # DDP refuses a model without trained parameters, for instance if only the loss is trained.
     if not world.distributed or not any(p.requires_grad for p in model.parameters()):
         return model
     options: dict[str, Any] = {_SYNC_BUFFERS: False}
@@ -51,13 +51,13 @@ def replicate(model: nn.Module, world: World, *, find_unused_parameters: bool = 
 
 
 def check_reduced(model: nn.Module) -> None:
-    """Call it after the backward pass of a step's last micro-batch. It costs nothing, and waits for nothing.
+    """Check DDP's reduction after the backward pass of a step's last micro-batch. It costs nothing and never waits.
 
-    A rank whose loss leaves out a parameter never finishes DDP's reduction. The other ranks wait in theirs for it,
-    and this one would meet them in its next collective, with other data. So it is said here, by the rank that knows.
+    A rank whose loss leaves out a parameter never finishes DDP's reduction. The other ranks wait for it in theirs, and
+    this rank would join them in its next collective, with other data. So the rank that detects it raises the error.
 
     Raises:
-        ConfigError: A trained parameter has got no gradient on this rank.
+        ConfigError: A trained parameter has no gradient on this rank.
     """
     if not isinstance(model, DistributedDataParallel):
         return
@@ -69,10 +69,10 @@ def check_reduced(model: nn.Module) -> None:
 
 
 def synchronise(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
-    """DDP reduces gradients only in the backward of a step's last micro-batch.
+    """Return a context in which DDP reduces gradients only in the backward of a step's last micro-batch.
 
-    FSDP reduces and scatters them in each, since whole gradients, kept from one to the next, are the memory that it is
-    there to save; of hybrid sharding's replicas the sums wait for the last.
+    FSDP reduces and scatters them in each, because keeping whole gradients would use the memory that it is meant to
+    save. With hybrid sharding, only the sums over replicas wait for the last micro-batch.
     """
     if last:
         return contextlib.nullcontext()

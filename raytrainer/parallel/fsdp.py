@@ -1,6 +1,6 @@
 """`trainer.strategy=fsdp`: parameters, gradients and optimizer state sharded over the ranks by torch's FSDP2.
 
-Every rank but the first builds the model without memory (on the meta device) and gets its shards from the first.
+All ranks except the first build the model without memory (on the meta device) and receive their shards from the first.
 """
 
 from __future__ import annotations
@@ -24,20 +24,22 @@ from raytrainer.sharding import is_sharded
 
 _log = logging.getLogger("raytrainer.parallel")
 
-# The types of gathered parameters and of the sums of gradients, where they are not the parameters' own.
+# The types of gathered parameters and of summed gradients, if they differ from the parameters' own.
 _MIXED = {"bf16-mixed": ("bfloat16", "float32"), "16-mixed": ("float16", "float32")}
 
 
 def build_on_first_rank(make: Callable[[], nn.Module], world: World, *, meta: bool = True) -> nn.Module:
-    """A model with its values on rank 0, and on the others with shapes alone; random states then are rank 0's on all.
+    """Return a model with values on rank 0, and with only shapes on the others.
+
+    All ranks then have rank 0's random states.
 
     Args:
-        make: Builds it, seeded.
-        world: This process's place.
-        meta: False: all ranks build it whole. So do those whose model cannot be built without values.
+        make: Builds the model, with its seed.
+        world: This process among all.
+        meta: False: all ranks build it with values. They also do if it cannot be built without values.
     """
     model = make() if world.rank == 0 or not meta else _without_values(make)
-    # What is built next draws as it would after a model with values.
+    # What is built next draws the same random numbers as after a model with values.
     state: list[Any] = [seeds.random_state() if world.rank == 0 else None]
     dist.broadcast_object_list(state, src=0, device=torch.device("cpu") if world.device.type == "cpu" else world.device)
     seeds.set_random_state(state[0])
@@ -57,14 +59,14 @@ def _without_values(make: Callable[[], nn.Module]) -> nn.Module:
         if not loose:
             return model
         reason = f"{loose[0]} is a tensor that is neither a parameter nor a buffer"
-    except Exception as error:  # noqa: BLE001  a constructor that looks at values fails in its own way
+    except Exception as error:  # noqa: BLE001  a constructor that uses values may raise anything
         reason = f"{type(error).__name__}: {error}"
     _log.warning("the model cannot be built on the meta device, and is built whole on every worker: %s", reason)
     return make()
 
 
 def make_mesh(world: World, replicas: int) -> DeviceMesh:
-    """All ranks in a row, or `replicas` rows of them: shards are within a row, whose ranks are neighbours."""
+    """Return a mesh of all ranks in a row, or in `replicas` rows. Shards stay within a row of neighbouring ranks."""
     if replicas == 1:
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
     if world.size % replicas:
@@ -76,17 +78,17 @@ def make_mesh(world: World, replicas: int) -> DeviceMesh:
 
 
 def precision_policy(precision: str, options: FSDPConfig, own: torch.dtype) -> MixedPrecisionPolicy:
-    """The types of gathered parameters and of the sums of gradients, of `trainer.precision` unless `fsdp` has them.
+    """Return the types of gathered parameters and summed gradients, from `trainer.precision` unless `fsdp` sets them.
 
     Args:
         precision: `trainer.precision`.
         options: The section `fsdp`.
-        own: The parameters' type, which is that of the shards.
+        own: The parameters' own type, which the shards have.
     """
     param, reduce = _MIXED.get(precision, (None, None))
 
     def other(name: str | None) -> torch.dtype | None:
-        # Where nothing changes FSDP is told nothing: it would still pass over the inputs of each unit.
+        # None if nothing changes, because FSDP would otherwise still traverse the inputs of each unit.
         dtype: torch.dtype = getattr(torch, name) if name else own
         return None if dtype == own else dtype
 
@@ -105,27 +107,27 @@ def shard(
     reshard_after_forward: bool | int | None = None,
     find_unused_parameters: bool = False,
 ) -> None:
-    """Shards `model` in place, with the values that it has on rank 0. Every rank calls it.
+    """Shard `model` in place, with its values from rank 0. Every rank calls it.
 
-    One unit after the other gets its values whole, on the device, and keeps its shards: there is never more than one
-    whole unit in a device's memory, as in the forward pass.
+    The units receive their whole values on the device one by one, and keep only their shards. So a device never holds
+    more than one whole unit, as in the forward pass.
 
     Args:
-        model: Built alike on all ranks, but for values.
-        units: Modules that are gathered as one; what is in none of them is one more.
-        world: This process's place.
-        mesh: Of `make_mesh`.
-        policy: Of `precision_policy`.
-        reshard_after_forward: Of `fully_shard`.
-        find_unused_parameters: Some get no gradient in some steps, not the same ones on every rank.
+        model: The model, equal on all ranks except for values.
+        units: Modules that are each gathered as a whole; everything outside them is one more unit.
+        world: This process among all.
+        mesh: From `make_mesh`.
+        policy: From `precision_policy`.
+        reshard_after_forward: As in `fully_shard`.
+        find_unused_parameters: Whether some parameters get no gradient in some steps, and different ones on each rank.
 
     Raises:
         ConfigError: Two units share a parameter, or FSDP refuses one.
     """
-    # The running statistics of batch norms are no parameters, and all of a batch norm must be of one type.
+    # Running statistics are buffers, which FSDP does not convert, and all tensors of a batch norm must have one type.
     norms = {m for m in model.modules() if isinstance(m, _BatchNorm)} if policy.param_dtype is not None else set()
     units = {*units, *norms, model}
-    # Inner ones before those around them.
+    # Inner units before those that contain them.
     order = [m for m in reversed(list(model.modules())) if m in units]
     _check_shared(model, order)
     send = _Sender(model, world)
@@ -146,11 +148,11 @@ def shard(
 
 
 class _Sender:
-    """Puts real tensors into a model, with rank 0's values, module by module. Tied parameters stay tied."""
+    """Fills a model with real tensors that have rank 0's values, module by module. Tied parameters stay tied."""
 
     def __init__(self, model: nn.Module, world: World) -> None:
         self._world = world
-        # Every place of a parameter or buffer; the tensor is kept, or its number would be given to another.
+        # Every place of a parameter or buffer. The tensor is kept, because its id could otherwise be reused.
         self._places: dict[int, tuple[Tensor, list[tuple[dict[str, Any], str]]]] = {}
         for module in model.modules():
             for slots in (module._parameters, module._buffers):
@@ -160,9 +162,9 @@ class _Sender:
 
     @torch.no_grad()
     def __call__(self, module: nn.Module) -> None:
-        """All of `module` that is not there yet."""
+        """Fill everything in `module` that is not filled yet."""
         for tensor in [*module.parameters(), *module.buffers()]:
-            if id(tensor) not in self._places:  # made here before, or sharded already
+            if id(tensor) not in self._places:  # already filled here, or sharded
                 continue
             value, places = self._places.pop(id(tensor))
             made: Tensor = torch.empty(value.shape, dtype=value.dtype, device=self._world.device)
@@ -176,7 +178,7 @@ class _Sender:
 
 
 def _check_shared(model: nn.Module, order: Sequence[nn.Module]) -> None:
-    """FSDP gathers a parameter with one unit, so no other can have it too."""
+    """Check that no two units share a parameter, because FSDP gathers a parameter with one unit."""
     owner: dict[nn.Module, nn.Module] = {}
     for unit in order:
         for module in unit.modules():
@@ -194,7 +196,10 @@ def _check_shared(model: nn.Module, order: Sequence[nn.Module]) -> None:
 
 
 def like(reference: Tensor) -> Callable[[torch.dtype, tuple[int, ...]], Tensor]:
-    """For what is read: gives a tensor sharded as `reference` where its shape is the same, else a whole one (CPU)."""
+    """Return a function that allocates a tensor to read into: sharded as `reference` if the shape is equal, else whole.
+
+    A whole tensor is on the CPU.
+    """
     assert is_sharded(reference)
 
     def allocate(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Micro-batches of weight 0: nothing of theirs enters the gradient, also where it is NaN."""
+"""Micro-batches of weight 0: nothing of theirs enters the gradient, even if it is NaN."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ _COUNTS = contextlib.nullcontext()
 
 
 class ZeroWeights:
-    """Sets the gradients of a backward pass to 0 where the micro-batch has weight 0.
+    """Sets the gradients of a backward pass to 0 if the micro-batch has weight 0.
 
-    Multiplying the loss by its weight is not enough: the mean over nothing is NaN, and so are its derivatives, and
-    0 * NaN is NaN. So each gradient is replaced before it is added to the others (of the micro-batches before, or of
-    the other ranks by DDP and FSDP).
+    Multiplying the loss by its weight is not enough: the mean over nothing is NaN, its derivatives are NaN, and 0 * NaN
+    is NaN. So each gradient is replaced before it is added to those of earlier micro-batches or, by DDP and FSDP, of
+    other ranks.
 
-    On an accelerator the weight is not known to the host, and asking for it would wait for the device. There every
-    gradient of a weighted loss passes `torch.where`. On the CPU the weight is simply read, and a micro-batch that
-    counts costs nothing.
+    On an accelerator the host does not know the weight, and asking for it would wait for the device. There every
+    gradient of a weighted loss passes through `torch.where`. On the CPU the weight is simply read, and a micro-batch
+    that counts costs nothing.
 
     Args:
         model: The trained model as it is called: sharded, wrapped in DDP, or itself.
         parameters: Everything that is trained.
 
     Attributes:
-        reads_cpu: Whether weights on the CPU are read. Tests switch it off, to take the accelerator's way.
+        reads_cpu: Whether weights on the CPU are read. Tests set it to False to use the accelerator's way.
     """
 
     def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
         self.reads_cpu = True
         self._model = model
-        # The gradients of shards appear only after they are reduced over ranks: those are masked before that.
+        # Gradients of shards exist only after the reduction over ranks, so they are masked before it.
         self._parameters = [p for p in parameters if not is_sharded(p)]
         self._zero: Tensor | None = None  # 0-d bool: whether the micro-batch in its backward pass has weight 0
         self._hooked = self._reduces = False
 
     def known(self, weight: Tensor | float) -> float | None:
-        """The weight where the host knows it: a number, or a tensor on the CPU."""
+        """Return the weight if the host knows it: a number, or a tensor on the CPU."""
         if not isinstance(weight, Tensor):
             return weight
         return float(weight) if weight.device.type == "cpu" and self.reads_cpu else None
 
     def masked(self, weight: Tensor | float, known: float | None) -> contextlib.AbstractContextManager[None]:
-        """The context for the backward pass of a micro-batch with this weight; `known` as the method says."""
+        """Return the context for the backward pass of a micro-batch of this weight, given the result of `known`."""
         if known is None:
             assert isinstance(weight, Tensor)
             return self._masked(weight <= 0, keep=True)
@@ -60,10 +60,11 @@ class ZeroWeights:
 
     @contextlib.contextmanager
     def _masked(self, zero: Tensor, keep: bool) -> Iterator[None]:
-        """
+        """Mask the gradients within the context.
+
         Args:
-            zero: Whether there is nothing to keep.
-            keep: Leave the hooks in place, because the next micro-batch needs them too.
+            zero: Whether the weight is 0; a 0-d bool tensor.
+            keep: Whether the hooks stay, because the next micro-batch needs them, too.
         """
         self._mask_reductions()
         self._zero = zero
@@ -80,7 +81,7 @@ class ZeroWeights:
         return None if self._zero is None else _without(gradient, self._zero)
 
     def _mask_reductions(self) -> None:
-        """From now on FSDP's gradients pass `_Reduction`. FSDP reduces after each micro-batch."""
+        """Make FSDP's gradients pass through `_Reduction` from now on, because FSDP reduces after each micro-batch."""
         if self._reduces or not is_sharded(self._model):
             return
         self._reduces = True
@@ -91,7 +92,7 @@ class ZeroWeights:
 
 
 class _Reduction:
-    """FSDP's own reduction, over gradients that are 0 where the rank's micro-batch has weight 0."""
+    """FSDP's own reduction, with the gradients set to 0 if the rank's micro-batch has weight 0."""
 
     def __init__(self, weights: ZeroWeights) -> None:
         self._weights = weights

@@ -1,4 +1,4 @@
-"""`trainer.precision`: the type of parameters, inputs and products, and the gradient scaler of half precision."""
+"""`trainer.precision`: the types of parameters, inputs and products, and the gradient scaler for half precision."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class Precision:
-    """`32-true`, `64-true`, `bf16-true` (parameters and inputs of that type), `bf16-mixed`, `16-mixed` (autocast; the
-    latter with a gradient scaler)."""
+    """The mode of `trainer.precision`.
+
+    `32-true`, `64-true` and `bf16-true` have parameters and inputs in that type. `bf16-mixed` and `16-mixed` use
+    autocast, the latter with a gradient scaler.
+    """
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.dtype = _DTYPES.get(name, torch.float32)
@@ -30,9 +33,9 @@ class Precision:
         return torch.autocast(self._device, dtype=self._autocast)
 
     def convert(self, model: nn.Module) -> nn.Module:
-        """The model with its floating-point parameters and buffers in that type, in place.
+        """Convert the model's floating-point parameters and buffers to that type, in place, and return the model.
 
-        Not `model.to(dtype)`, which makes complex buffers (rotary embeddings) real.
+        `model.to(dtype)` would make complex buffers (rotary embeddings) real.
         """
         for t in (*model.parameters(), *model.buffers()):
             if t.is_floating_point():
@@ -42,5 +45,5 @@ class Precision:
         return model
 
     def cast(self, data: Any) -> Any:
-        """Floating-point tensors of a batch in the model's type; everything else as it is."""
+        """Return a batch with its floating-point tensors in the model's type; everything else is unchanged."""
         return batches.cast(data, self.dtype)

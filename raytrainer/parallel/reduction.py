@@ -1,4 +1,4 @@
-"""Gradients of parameters outside of DDP and FSDP, as the mean over all ranks: those of a loss with parameters."""
+"""The mean over all ranks of gradients outside DDP and FSDP: those of a loss with parameters."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from raytrainer.parallel.world import World
 
 
 class MeanGradients:
-    """Replaces gradients by their mean over ranks, in one collective for each type, after the last backward pass of a step.
+    """Replaces gradients by their mean over ranks after the last backward pass of a step, in one collective per dtype.
 
-    The loss is not wrapped in DDP: two reducers could start their collectives in another order on each rank.
+    The loss is not wrapped in DDP, because two reducers could start their collectives in different orders on different
+    ranks.
 
-    A parameter that no rank has used keeps no gradient, so that the optimizer skips it, as in one process. Which ones
-    are used is agreed upon in the first step; with `find_unused_parameters` in each, which waits for the device.
+    A parameter that no rank has used keeps no gradient, so that the optimizer skips it, as in one process. The ranks
+    agree in the first step which ones are used; with `find_unused_parameters` in each step, which waits for the device.
 
     Args:
-        parameters: By name. Their values become those of rank 0.
+        parameters: Name → parameter.
         world: This process among all.
         find_unused_parameters: `trainer.find_unused_parameters`.
     """
@@ -31,9 +32,10 @@ class MeanGradients:
         self._used: dict[str, bool] | None = None
 
     def __call__(self) -> None:
-        """
+        """Replace the gradients by their mean.
+
         Raises:
-            ConfigError: A parameter has a gradient on some ranks or in some steps only, and
+            ConfigError: A parameter has a gradient only on some ranks or in some steps, and
                 `trainer.find_unused_parameters` is false.
         """
         own = {name: p.grad is not None for name, p in self._parameters.items()}
@@ -62,7 +64,7 @@ class MeanGradients:
 
 
 def unused_parameters(names: list[str]) -> ConfigError:
-    """The error for parameters that got no gradient on this rank, in words of the configuration."""
+    """Return the error for parameters that got no gradient on this rank, in terms of the configuration."""
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     which = (
         f"The loss of this rank did not use {shown}" if names else "The loss of this rank did not use some parameters"

@@ -1,4 +1,4 @@
-"""The blocks that a model is made of: what is sharded as one, and what is recomputed as one in the backward pass."""
+"""The units of a model: the blocks that are sharded as a whole, or recomputed as a whole in the backward pass."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def find_units(model: nn.Module, classes: Sequence[str] | None, key: str) -> list[nn.Module]:
-    """Modules of these classes, outer ones first.
+    """Return the modules of some classes, outer ones first.
 
     Args:
-        model: Where they are looked for; itself is none.
-        classes: Names of classes, bare (`Block`) or dotted (`mypackage.nets.Block`). None: those that the model itself
-            names in `_no_split_modules`, as Hugging Face's do; else its repeated blocks: what is in a `ModuleList` or
-            `Sequential`, has parts, and is there at least twice, the outermost of such.
-        key: Of the configuration, for the error.
+        model: The model to search; it is never a unit itself.
+        classes: Names of classes, plain (`Block`) or dotted (`mypackage.nets.Block`). None: those that the model itself
+            lists in `_no_split_modules`, as Hugging Face's models do, else its repeated blocks: modules in a
+            `ModuleList` or `Sequential` with submodules, of a class that occurs at least twice, only the outermost
+            ones.
+        key: The configuration key, for the error.
 
     Raises:
-        ConfigError: No module is of such a class.
+        ConfigError: No module has such a class.
     """
     below = [module for module in model.modules() if module is not model]
     if classes is None:
         named = [str(name) for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()]
-        # Of a family of models each names the blocks of all.
+        # Each model of a family may list the blocks of the whole family.
         found = [module for module in below if type(module).__name__ in named]
         return found or _repeated(model)
     for name in classes:

@@ -1,4 +1,4 @@
-"""One process among many: its rank and device, and the settings of it that repetition depends on."""
+"""One process among many: its rank and device, and its settings that affect reproducibility."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class World:
-    """The place of this process. The default is a process alone, on the CPU.
+    """The place of this process. The default is a single process on the CPU.
 
     Attributes:
-        node: The number of its node; rank 0's is node 0.
+        node: The number of its node; rank 0 is on node 0.
     """
 
     rank: int = 0
@@ -30,23 +30,24 @@ class World:
         return self.size > 1
 
     def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-        """Sums `tensor` over all ranks, in place; without a second rank it is returned as it is."""
+        """Sum `tensor` over all ranks, in place; with a single rank, return it unchanged."""
         if self.distributed:
             dist.all_reduce(tensor, op)
         return tensor
 
 
 def set_determinism(deterministic: bool, device: torch.device, num_threads: int | None) -> None:
-    """Settings of the whole process that bit-for-bit repetition depends on.
+    """Set the process-wide options for bit-for-bit repetition.
 
-    The number of threads is part of it: a convolution's sums differ between 1 and 2 threads.
+    The number of threads is one of them: a convolution's sums differ between 1 and 2 threads.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not deterministic
         if deterministic:
-            # cuBLAS wants a fixed workspace for repeatable sums; read when its first handle is made.
+            # cuBLAS needs a fixed workspace for repeatable sums. It reads the variable when its first handle is
+            # created.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     # Deterministic mode also fills fresh memory, which only hides bugs and costs a pass over every new tensor.

@@ -1,6 +1,6 @@
-"""What can be known before anything starts: pure checks over an experiment and what probes found.
+"""All checks before a run starts: pure checks over an experiment and the results of probes.
 
-Each check gives the problems it sees, as sentences with the key, the value and the way out; `PreflightError` has all.
+Each check returns its problems as sentences with the key, the value and the fix; `PreflightError` has them all.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ __all__ = [
 
 
 def refuse(problems: list[str]) -> None:
-    """Raises what was found.
+    """Raise the problems, if there are any.
 
     Raises:
         PreflightError: `problems` is not empty.

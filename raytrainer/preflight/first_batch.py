@@ -1,7 +1,7 @@
-"""`preflight.first_batch`: whether the first batch of a run is tried before it starts, and what that says about the run.
+"""`preflight.first_batch`: whether the first batch of a run is tried before the start, and what the result means.
 
-The trial (trial_step.py) runs in a process of its own with a time limit. Only what the run itself would surely raise is a
-refusal; a trial that takes too long, runs out of memory, crashes, or needs a GPU says nothing.
+The probe (trial_step.py) runs in a separate process with a time limit. Only an error that the run itself would surely
+raise is a refusal. A probe that takes too long, runs out of memory, crashes, or needs a GPU proves nothing.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from raytrainer.isolated import Ended, Isolated
 from raytrainer.preflight.reach import is_elsewhere
 from raytrainer.preflight.resources import this_machine, through_ray
 
-_TFLOP, _TFLOP_BESIDE_RAY = 0.5, 0.05  # a minute, and a few seconds, of a slow core
+_TFLOP, _TFLOP_BESIDE_RAY = 0.5, 0.05  # about a minute, and a few seconds, of a slow core
 _NICE_BESIDE_RAY = 10
-_RAY_NEEDS = 2.0  # cores that are busy while Ray starts: this process, and Ray's own
-# Other people's trackers and hubs: a trial records nothing there, and downloads nothing.
+_RAY_NEEDS = 2.0  # cores that are busy while Ray starts: this process, and Ray's own processes
+# For other trackers and hubs: the probe records nothing there, and downloads nothing.
 _QUIET: dict[str, str | None] = {
     "MLFLOW_RUN_ID": None,
     "WANDB_MODE": "disabled",
@@ -37,25 +37,25 @@ _QUIET: dict[str, str | None] = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the trial of a first batch says.
+    """The result of the first-batch probe.
 
     Attributes:
-        kind: `passed`, `refused`, `unknown` (the trial could not tell) or `skipped` (there was none).
-        text: A sentence for the user; empty where there is nothing to say.
+        kind: `passed`, `refused`, `unknown` (the probe could not tell) or `skipped` (there was no probe).
+        text: A sentence for the user; may be empty.
     """
 
     kind: str
     text: str
 
     def words(self) -> str:
-        """One line for the terminal."""
+        """Return one line for the terminal."""
         if self.kind == "passed":
             return f"first batch: {self.text}"
         what = "was not tried" if self.kind == "skipped" else "could not be judged here"
         return f"first batch {what}: {self.text}" if self.text else ""
 
     def refuse(self) -> None:
-        """Raise the refusal, where it is one.
+        """Raise the refusal, if it is one.
 
         Raises:
             PreflightError: The run would fail at its first step.
@@ -65,13 +65,14 @@ class Verdict:
 
 
 class FirstBatch:
-    """The trial of a run's first batch.
+    """The first-batch probe of a run.
 
     Args:
         text: `Composition.text`.
         e: Its experiment.
         gpu: Whether the run will use GPUs.
-        beside_ray: Whether Ray starts meanwhile: then it takes one core at low priority, and only small models.
+        beside_ray: Whether Ray starts at the same time. The probe then uses one core at low priority, and tries only
+            small models.
     """
 
     def __init__(self, text: str, e: Experiment, *, gpu: bool, beside_ray: bool = False) -> None:
@@ -92,21 +93,21 @@ class FirstBatch:
         self._process.start()
 
     def wait(self, timeout_s: float) -> Verdict | None:
-        """The verdict; None while there is none yet."""
+        """Return the verdict; None if there is none yet after `timeout_s`."""
         ended = self._process.wait(timeout_s)
         return None if ended is None else verdict_of(ended)
 
     def run(self) -> Verdict:
-        """The verdict, `unknown` after `preflight.first_batch_timeout_s`; no process is left."""
+        """Return the verdict, `unknown` after `preflight.first_batch_timeout_s`. No process is left running."""
         return verdict_of(self._process.run(self._limit_s))
 
     def close(self) -> None:
-        """Ends it, wherever it is."""
+        """End the probe in any state."""
         self._process.close()
 
 
 def verdict_of(ended: Ended) -> Verdict:
-    """What the end of the process says: only its own answer can be a refusal."""
+    """Return what the end of the process means. Only the probe's own answer can be a refusal."""
     if ended.problem is None and isinstance(ended.value, dict):
         return Verdict(str(ended.value["verdict"]), str(ended.value["text"]))
     hint = "; preflight.first_batch_timeout_s gives it more time" if ended.timed_out else ""
@@ -114,7 +115,7 @@ def verdict_of(ended: Ended) -> Verdict:
 
 
 def why_not_tried(e: Experiment) -> str | None:
-    """Why no process is started for the trial, in words: `` where the user wants none; None where there is no reason."""
+    """Return why the probe is not started: "" if the user does not want it, None if it can be started."""
     if e.preflight.first_batch is False:
         return ""
     if keys := through_ray(e):
@@ -130,7 +131,7 @@ def why_not_tried(e: Experiment) -> str | None:
 
 
 def is_free_beside_ray() -> bool:
-    """Whether a core is free while Ray starts, so that the launch does not become slower."""
+    """Return whether a core is free while Ray starts, so that the probe does not slow down the launch."""
     try:
         busy = os.getloadavg()[0]
     except OSError:
@@ -139,7 +140,7 @@ def is_free_beside_ray() -> bool:
 
 
 def targets_of(e: Experiment) -> Iterator[tuple[str, str]]:
-    """Every text of the nodes that may name an object of Python, with its dotted key."""
+    """Yield every text in the nodes that may name a Python object, with its dotted key."""
     sections: dict[str, Any] = {name: getattr(e, name) for name in ("model", "loss", "optimizer", "lr_scheduler")}
     sections |= {"callbacks": e.callbacks, "metrics": e.metrics, "data.collate_fn": e.data.collate_fn, **e.data.sets}
     for key, node in sections.items():
@@ -162,7 +163,7 @@ def _values_of_data(e: Experiment) -> Iterator[tuple[str, Any]]:
 
 
 def _path_of_workers(e: Experiment) -> list[str]:
-    """What Ray puts on its workers' `sys.path`; inline it is this process's own."""
+    """Return what Ray adds to its workers' `sys.path`; inline, this process's own path."""
     if e.cluster.kind == "inline" or e.debug:
         return [folder for folder in sys.path if folder]
     script = str(Path(os.path.realpath(sys.argv[0])).parent)

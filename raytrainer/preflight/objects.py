@@ -1,5 +1,7 @@
-"""What an experiment names, tried as far as it costs little: targets and their arguments, the optimizer, patterns of names,
-the weights that it begins with, and the data on this machine."""
+"""Check the objects that an experiment names, as far as that is cheap.
+
+These are targets and their arguments, the optimizer, name patterns, the initial weights, and the data on this machine.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,15 @@ from raytrainer.tracking import redacted
 
 
 def check_objects(e: Experiment) -> None:
-    """Every `_target_` against its signature; the optimizer and its curve are made for one small weight.
+    """Check every `_target_` against its signature, and build the optimizer and its curve for one small weight.
 
-    Those two cost nothing to make and judge their own values (`lr=-1`), which no signature says. A model or a dataset
-    may be large: theirs are told when a worker makes them, but for what a dataset's `check_source` sees here. Where patterns name parameters, the model is made without
-    memory, on the meta device, if it can be.
+    Building those two costs nothing, and their constructors check values (`lr=-1`) that a signature does not show. A
+    model or a dataset may be large, so its errors are reported when a worker builds it, except those that a dataset's
+    `check_source` finds here. If patterns name parameters, the model is built on the meta device, without memory, if
+    possible.
 
     Raises:
-        ConfigError: The first that would be refused.
+        ConfigError: The first object that would be refused.
     """
     check_targets(e)
     _check_main(e)
@@ -38,20 +41,20 @@ def check_objects(e: Experiment) -> None:
     _check_optimizer(e)
     for name, node in e.callbacks.items():
         target = locate(f"callbacks.{name}", node["_target_"]) if node else None
-        if isinstance(target, type):  # what a function returns is not known here
+        if isinstance(target, type):  # a function's result is unknown here
             check_hooks(target, f"callbacks.{name}")
     for name, node in e.metrics.items():
         target = locate(f"metrics.{name}", node["_target_"]) if node else None
         lacks = [method for method in ("update", "compute", "reset") if not hasattr(target, method)]
         if isinstance(target, type) and lacks and target.__module__.partition(".")[0] != "torchmetrics":
             raise ConfigError(f"has no {lacks[0]}(), which a metric has", key=f"metrics.{name}", value=target.__name__)
-        # Their classes take any keyword, and refuse a misspelt one only when they are made.
+        # Classes of torchmetrics accept any keyword, and refuse a misspelt one only when they are built.
         if node and str(node["_target_"]).startswith("torchmetrics."):
             build(node)
 
 
 def _check_main(e: Experiment) -> None:
-    """What the launching program defines itself exists in no other process."""
+    """Check that no target is in `__main__`, because no other process has what the launching program defines."""
     if e.debug or e.cluster.kind == "inline":
         return
     for key, target in targets_of(e):
@@ -67,7 +70,7 @@ def _check_main(e: Experiment) -> None:
 
 
 def _check_sources(e: Experiment) -> None:
-    """Where workers are on this machine: whether the data are, as far as a dataset's class can tell without reading them."""
+    """If workers run on this machine, check that the data exist, as far as a dataset's class can tell cheaply."""
     if not (e.debug or e.cluster.kind in ("inline", "local")):
         return
     for set_key, set_node in e.data.sets.items():
@@ -82,7 +85,7 @@ def _check_sources(e: Experiment) -> None:
                 )
             except (RaytrainerError, OSError, ValueError) as error:
                 raise ConfigError(f"cannot be used: {error}", key=key) from error
-        # Decoding images changes no number of samples; of other datasets around a dataset nothing is known.
+        # Decoding images keeps the number of samples; what other wrappers of a dataset do is unknown.
         decodes = str(set_node["_target_"]).rpartition(".")[2] == "EncodedImages"
         count = samples.get(f"{set_key}.dataset" if decodes else set_key)
         if isinstance(count, int):
@@ -90,7 +93,7 @@ def _check_sources(e: Experiment) -> None:
 
 
 def _check_samples(e: Experiment, key: str, samples: int) -> None:
-    """As many as the training loop asks for when it begins."""
+    """Check the number of samples as the training loop does when it begins."""
     from raytrainer.data.order import steps_per_epoch
 
     if samples == 0:
@@ -105,7 +108,7 @@ def _check_samples(e: Experiment, key: str, samples: int) -> None:
 
 
 def _nodes(key: str, node: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A `_target_` node, and those among its arguments."""
+    """Yield a `_target_` node, and those among its arguments."""
     if isinstance(node, dict) and "_target_" in node:
         yield key, node
         for name, below in node.items():
@@ -125,15 +128,15 @@ def _check_optimizer(e: Experiment) -> None:
 
     from raytrainer.optim import build_optimizer, build_scheduler
 
-    # A matrix, since torch's Muon takes nothing else; ours looks for the model's own.
-    with torch.random.fork_rng(devices=[]):  # its first values are drawn: a check leaves the caller's generator alone
+    # A matrix, because torch's Muon accepts nothing else; our Muon uses the model's own parameters.
+    with torch.random.fork_rng(devices=[]):  # a check must not change the caller's generator
         small = torch.nn.Linear(2, 2, bias=False)
     optimizer = build_optimizer(factory(e.optimizer), model if target == _MUON else small)
     if e.lr_scheduler and str(e.lr_scheduler["_target_"]).startswith(_OURS_TO_TRY):
         scheduler = build_scheduler(factory(e.lr_scheduler), optimizer, e.trainer.max_steps or 1_000_000)
-        length = getattr(scheduler, "total_steps", None)  # of OneCycleLR, which raises when it is stepped further
+        length = getattr(scheduler, "total_steps", None)  # OneCycleLR has it, and raises when it is stepped further
         t = e.trainer
-        alone = t.max_steps is not None and t.max_epochs is None and t.max_time is None  # else it may end before
+        alone = t.max_steps is not None and t.max_epochs is None and t.max_time is None  # else it may end earlier
         if alone and isinstance(length, int) and length < (t.max_steps or 0):
             raise ConfigError(
                 f"ends after {length} steps, and the run has trainer.max_steps={t.max_steps}; set "
@@ -148,7 +151,7 @@ _MUON = "raytrainer.optim.Muon"
 
 
 def _with_loss(model: Any, e: Experiment) -> Any:
-    """The model with the loss's parameters beside its own, where the loss can be made on the meta device too."""
+    """Return the model together with the loss's parameters if the loss, too, can be built on the meta device."""
     import torch
 
     from raytrainer.trainer.system import stateful_part, together
@@ -162,28 +165,28 @@ def _with_loss(model: Any, e: Experiment) -> Any:
 
 
 def unbuilt_model(e: Experiment) -> Any:
-    """The experiment's model on the meta device: its modules, names and shapes, without memory or values.
+    """Return the experiment's model on the meta device: its modules, names and shapes, without memory or values.
 
-    None where it cannot be made so, as one that reads its weights in its constructor, or that asks for a value.
+    None if it cannot be built there, for instance because its constructor reads weights or uses a value.
     """
     import torch
 
     try:
         with torch.device("meta"):
             return build(e.model or {})
-    except Exception:  # noqa: BLE001  whether it can be built at all is told by the worker that builds it
+    except Exception:  # noqa: BLE001  the worker that builds it reports whether it can be built at all
         return None
 
 
 def check_init_from(e: Experiment, look_up: Callable[[str], str | None] = lambda _: None) -> None:
-    """Whether there are weights where `init_from` says, and those of this model as far as their names tell.
+    """Check that `init_from` names existing weights, and that their names and shapes fit this model.
 
     Args:
         e: The experiment.
-        look_up: As `checkpoint.find_weights`.
+        look_up: As in `checkpoint.find_weights`.
 
     Raises:
-        ConfigError: There is nothing of the kind; or what is there does not fit.
+        ConfigError: There are no weights, or they do not fit.
     """
     if e.init_from is None:
         return
@@ -203,7 +206,7 @@ def check_init_from(e: Experiment, look_up: Callable[[str], str | None] = lambda
         problem = fit(model, shapes, e.init_from).problem
     except ConfigError:
         raise
-    except Exception:  # noqa: BLE001  a state dict that asks for values has none here: the worker that reads them says
+    except Exception:  # noqa: BLE001  a state dict that needs values; the worker that loads reports it
         return
     if problem:
         advice = (

@@ -1,4 +1,4 @@
-"""What a run needs around it, and whether it reaches it: storage, tracking, variables, and files that only one machine has."""
+"""Check that a run can reach what it needs: storage, tracking, variables, and files that only one machine has."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raytrainer.tracking import redacted
 
 
 def check_storage(check_writable: Callable[[], None], path: str) -> list[str]:
-    """An unwritable `storage_path`."""
+    """Return a problem if `storage_path` is not writable."""
     try:
         check_writable()
     except StorageError as error:
@@ -27,20 +27,20 @@ def check_storage(check_writable: Callable[[], None], path: str) -> list[str]:
 
 
 def check_tracking(probe: Callable[[str], None], uri: str, required: bool) -> list[str]:
-    """An unreachable or refusing tracking server; nothing where `tracking.required=false`."""
+    """Return a problem if the tracking server is unreachable or refuses; none if `tracking.required=false`."""
     if not required:
         return []
     try:
         probe(uri)
     except (TrackingUnreachable, TrackingDenied) as error:
         return [f"{error}; tracking.required=false trains all the same and keeps the metrics until it answers"]
-    except TrackingError as error:  # the server answers and refuses this run: not requiring it would not help
+    except TrackingError as error:  # the server refuses this run, and not requiring it would not help
         return [str(error)]
     return []
 
 
 def check_environment(e: Experiment, environ: Mapping[str, str]) -> list[str]:
-    """Variables that would send the run elsewhere than the config says, or name a temporary directory that is of no use."""
+    """Return problems of variables that would send the run elsewhere, and of the temporary directory."""
     if e.cluster.kind == "local" and (address := environ.get("RAY_ADDRESS")):
         own = f"RAY_ADDRESS={address} is set and cluster=local starts a Ray of its own on this machine; "
         return [own + "use cluster=existing for that cluster, or unset RAY_ADDRESS"]
@@ -48,11 +48,11 @@ def check_environment(e: Experiment, environ: Mapping[str, str]) -> list[str]:
 
 
 def is_elsewhere(e: Experiment, is_here: Callable[[str], bool] | None = None) -> bool:
-    """Whether a run's processes are on other machines than this one.
+    """Return whether a run's processes are on other machines than this one.
 
     Args:
         e: The experiment.
-        is_here: Says whether a host is this machine; None: `is_this_machine`.
+        is_here: Returns whether a host is this machine; None: `is_this_machine`.
     """
     kind, address = e.cluster.kind, e.cluster.address or ""
     if kind == "kuberay":
@@ -64,7 +64,7 @@ def is_elsewhere(e: Experiment, is_here: Callable[[str], bool] | None = None) ->
 
 
 def is_this_machine(host: str) -> bool:
-    """Whether a name or address is this machine's: on loopback, or of one of its interfaces."""
+    """Return whether a name or address belongs to this machine: to loopback, or to one of its interfaces."""
     import psutil
 
     try:
@@ -76,12 +76,12 @@ def is_this_machine(host: str) -> bool:
 
 
 def check_reach(e: Experiment, tracking_uri: str, is_here: Callable[[str], bool] | None = None) -> list[str]:
-    """Storage, weights and tracking that only this machine has, of a run that is on others.
+    """Return problems if a run on other machines uses storage, weights or tracking that only this machine has.
 
     Args:
         e: The experiment.
-        tracking_uri: Where its MLflow run will be, absolute.
-        is_here: As `is_elsewhere`.
+        tracking_uri: The absolute URI of its tracking server.
+        is_here: As in `is_elsewhere`.
     """
     if not is_elsewhere(e, is_here):
         return []
@@ -98,7 +98,7 @@ def check_reach(e: Experiment, tracking_uri: str, is_here: Callable[[str], bool]
             f"storage_path={Storage(e.storage_path or '').display} has an endpoint_override={endpoint} that is this "
             f"machine, and {where}: give the address that they reach"
         )
-    # A run's name is none: only an existing file was made absolute.
+    # The name of a run is not a path: only an existing file was made absolute.
     source = e.init_from.source if e.init_from else None
     if source and (path := _local_path(source)) and path.startswith("/") and not _is_below(path, shared):
         problems.append(
@@ -116,11 +116,11 @@ def check_reach(e: Experiment, tracking_uri: str, is_here: Callable[[str], bool]
 
 
 def local_files(e: Experiment, sent: Collection[str] = ()) -> list[str]:
-    """What a run that is on other machines may miss there: files of this one that its nodes name. A sentence each.
+    """Return a sentence for each local file that a node names and that a run on other machines may lack.
 
     Args:
         e: The experiment.
-        sent: Relative paths of the files that go along.
+        sent: Relative paths of the files that are sent.
     """
     found = []
     sections = {name: getattr(e, name) for name in ("model", "loss", "optimizer", "lr_scheduler", "callbacks")}
@@ -129,7 +129,7 @@ def local_files(e: Experiment, sent: Collection[str] = ()) -> list[str]:
         path = Path(value)
         try:
             there = (path.is_absolute() or "/" in value or "." in value) and path.exists()
-        except (OSError, ValueError):  # too long, or with a NUL: no path
+        except (OSError, ValueError):  # a text that is too long or has a NUL is not a path
             continue
         relative = os.path.normpath(value)
         goes = any(name == relative or name.startswith(f"{relative}/") for name in sent)
@@ -139,7 +139,7 @@ def local_files(e: Experiment, sent: Collection[str] = ()) -> list[str]:
 
 
 def _local_path(text: str) -> str | None:
-    """A path or `file://` URI as a path; None for any other URI."""
+    """Return a path or `file://` URI as a path; None for any other URI."""
     try:
         return str(Storage(text).local_path)
     except StorageError:

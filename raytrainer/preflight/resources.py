@@ -1,4 +1,4 @@
-"""What a run asks for, and what a machine or a cluster has: CPUs, GPUs, memory, and whether each worker finds room."""
+"""What a run needs, and what a machine or a cluster has: CPUs, GPUs, memory, and whether each worker fits on a node."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from raytrainer.config import Experiment
 
 @dataclass(frozen=True)
 class Resources:
-    """What a cluster has in all: CPUs, GPUs, memory in bytes, and custom resources.
+    """The total resources of a cluster: CPUs, GPUs, memory in bytes, and custom resources.
 
     Attributes:
-        nodes: What each of its nodes has; (): it is one machine.
-        more: What each node has that its autoscaler can add to them.
-        most_more: How many of those at a time.
-        endless: It grows, and does not say how far.
+        nodes: The resources of each node; () for one machine.
+        more: The resources of each node that its autoscaler can add.
+        most_more: How many of those nodes it can have at a time.
+        endless: Whether it grows without a known limit.
     """
 
     cpus: float
@@ -33,7 +33,7 @@ class Resources:
 
     @classmethod
     def of_ray(cls, found: Mapping[str, float]) -> Resources:
-        """From `ray.cluster_resources()`."""
+        """Return the resources in the result of `ray.cluster_resources()`."""
         known = ("CPU", "GPU", "memory")
         return cls(
             found.get("CPU", 0),
@@ -50,14 +50,14 @@ class Resources:
         most_more: int = 0,
         endless: bool = False,
     ) -> Resources:
-        """From what each node has, and may have that can be added: the sums are of all that there can be."""
+        """Return the resources of nodes and of nodes that can be added. The sums include the latter."""
         nodes, more = tuple(nodes), tuple(more)
         sums: dict[str, float] = {}
         for name in {name for node in (*nodes, *more) for name in node}:
             added = sorted((node.get(name, 0.0) for node in more), reverse=True)
             sums[name] = sum(node.get(name, 0.0) for node in nodes) + sum(added[:most_more])
         found = cls.of_ray(sums)
-        if any("memory" not in node for node in more):  # a node type that says nothing of it: not known
+        if any("memory" not in node for node in more):  # a node type that does not state its memory
             found = replace(found, memory=None)
         return replace(found, nodes=nodes, more=more, most_more=most_more, endless=endless)
 
@@ -65,14 +65,14 @@ class Resources:
         return {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory}.get(name, (self.other or {}).get(name, 0.0))
 
     def places(self, each: Mapping[str, float], strategy: str = "PACK") -> int:
-        """How many workers it has room for, each on one node: what two nodes have together is no room for one.
+        """Return how many workers it has room for, each on one node; resources of two nodes cannot be combined.
 
         Args:
             each: The resources of a worker.
             strategy: Ray's placement strategy.
         """
         wanted = {name: share for name, share in each.items() if share}
-        # A node type that can be added says nothing of its memory, as a rule.
+        # A node type that can be added usually does not state its memory.
         added = sorted((_room(node, wanted, unknown=("memory",)) for node in self.more), reverse=True)[: self.most_more]
         rooms = [*(_room(node, wanted) for node in self.nodes), *added]
         if strategy == "STRICT_PACK":
@@ -81,7 +81,7 @@ class Resources:
 
 
 def this_machine() -> Resources:
-    """The CPUs that this process may use (its affinity and its cgroup's quota) and the memory of the machine."""
+    """Return the CPUs that this process may use (affinity and cgroup quota), and the machine's GPUs and memory."""
     import psutil
 
     cpus = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -89,7 +89,7 @@ def this_machine() -> Resources:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         if quota != "max":
             cpus = min(cpus, max(1.0, float(int(quota) // int(period))))
-    except (OSError, ValueError):  # no cgroup v2 here
+    except (OSError, ValueError):  # there is no cgroup v2
         pass
     return Resources(cpus, float(_gpus()), float(psutil.virtual_memory().total), _gpu_kinds())
 
@@ -101,7 +101,7 @@ def _gpus() -> int:
 
 
 def _gpu_kinds(driver: Path = Path("/proc/driver/nvidia/gpus")) -> dict[str, float]:
-    """Ray's resource of each word in the GPUs' names: `accelerator_type:H100` of "NVIDIA H100 80GB HBM3"."""
+    """Return Ray's resource for each word in the GPUs' names: `accelerator_type:H100` for "NVIDIA H100 80GB HBM3"."""
     if not _gpus():
         return {}
     told = "".join(file.read_text() for file in driver.glob("*/information"))
@@ -109,21 +109,24 @@ def _gpu_kinds(driver: Path = Path("/proc/driver/nvidia/gpus")) -> dict[str, flo
     if not names:
         import torch
 
-        # Asking CUDA makes a context on a GPU, which costs a second and some of the memory that the workers want.
+        # Asking CUDA creates a context on a GPU, which takes a second and some of the memory that the workers need.
         names = [torch.cuda.get_device_name(i) for i in range(_gpus())]
     return {f"accelerator_type:{word}": 1.0 for name in names for word in name.replace("-", " ").split()}
 
 
 def _room(node: Mapping[str, float], wanted: Mapping[str, float], unknown: tuple[str, ...] = ()) -> int:
-    """How many times a node has what is wanted."""
+    """Return how many times a node has the wanted resources."""
     asked = {name: share for name, share in wanted.items() if name in node or name not in unknown}
-    # A hair more, since 0.3 / 0.1 is 2.9999999999999996.
+    # A small tolerance, because 0.3 / 0.1 is 2.9999999999999996.
     return min((int(node.get(name, 0.0) / share + 1e-9) for name, share in asked.items()), default=1_000_000)
 
 
 def uses_gpu(e: Experiment, available: Resources) -> bool:
-    """`scaling.use_gpu`, with `auto` decided: as `scaling.resources_per_worker.GPU` has it, else yes where every worker
-    can have one."""
+    """Return whether the workers use GPUs.
+
+    `scaling.use_gpu=auto` follows `scaling.resources_per_worker.GPU` if it is set; otherwise it is true if every worker
+    can have a GPU.
+    """
     wanted, share = e.scaling.use_gpu, (e.scaling.resources_per_worker or {}).get("GPU")
     if wanted != "auto":
         return bool(wanted)
@@ -136,7 +139,10 @@ def least_workers(e: Experiment) -> int:
 
 
 def per_worker(e: Experiment, gpu: bool) -> dict[str, float]:
-    """The resources of one worker, as Ray Train asks for them: one CPU, and a GPU, unless said otherwise."""
+    """Return the resources of one worker, as Ray Train requests them.
+
+    The default is one GPU if GPUs are used, else one CPU.
+    """
     asked = dict(e.scaling.resources_per_worker or {})
     if gpu:
         asked.setdefault("GPU", 1.0)
@@ -146,7 +152,7 @@ def per_worker(e: Experiment, gpu: bool) -> dict[str, float]:
 
 
 def check_resources(e: Experiment, available: Resources, where: str) -> list[str]:
-    """More workers, GPUs or memory than there are or, where a cluster grows, than there can be."""
+    """Return problems if the run needs more workers, GPUs or memory than the cluster has or can add."""
     if available.endless:
         return []
     problems = []
@@ -175,13 +181,13 @@ def check_resources(e: Experiment, available: Resources, where: str) -> list[str
 
 
 def through_ray(e: Experiment) -> list[str]:
-    """The keys of the data sets that a Ray cluster reads and prepares."""
+    """Return the keys of the data sets that a Ray cluster reads and prepares."""
     targets = ("raytrainer.data.RayDataset", "raytrainer.data.ray_data.RayDataset")
     return [key for key, node in e.data.sets.items() if node.get("_target_") in targets]
 
 
 def _check_ray_data(e: Experiment, each: Mapping[str, float], available: Resources, most_has: str) -> list[str]:
-    """Workers that take all CPUs: the tasks that prepare their data would wait for one for ever."""
+    """Check that workers leave a CPU free; otherwise the tasks that prepare their data would wait forever."""
     keys, count, share = through_ray(e), least_workers(e), each.get("CPU", 0.0)
     if not keys or available.cpus - share * count >= 1:
         return []
@@ -192,11 +198,11 @@ def _check_ray_data(e: Experiment, each: Mapping[str, float], available: Resourc
 
 
 def _check_nodes(e: Experiment, each: Mapping[str, float], available: Resources, where: str) -> list[str]:
-    """What is enough in all, and not on any one node."""
+    """Check that the workers fit on single nodes, because a total that suffices may be spread over several."""
     if not (available.nodes or available.more):
         return []
     count, kind, strategy = least_workers(e), e.scaling.accelerator_type, e.scaling.placement_strategy
-    # As Ray Train asks for a kind of accelerator: a trace of it on each node.
+    # Ray Train requests an accelerator type as a tiny amount on each node.
     places = available.places({**each, **({f"accelerator_type:{kind}": 0.001} if kind else {})}, strategy)
     if places >= count:
         return []
@@ -217,7 +223,7 @@ def _no_fit(e: Experiment, name: str, has: float) -> str:
 
 
 def amount(name: str, count: float) -> str:
-    """A resource in words: `2 CPUs`, `1 GPU`, `18.6 GiB of memory`."""
+    """Return a resource as text: `2 CPUs`, `1 GPU`, `18.6 GiB of memory`."""
     if name == "memory":
         return f"{count / 2**30:.1f} GiB of memory"
     return f"{count:g} {name}" + ("s" if name in ("CPU", "GPU") and count != 1 else "")

@@ -1,4 +1,7 @@
-"""The directory for temporary files: an embedded Ray has its sockets, logs and session there, and fails in odd ways without."""
+"""Check the directory for temporary files.
+
+An embedded Ray keeps its sockets, logs and session there, and an unusable one causes obscure errors.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,14 @@ from pathlib import Path
 
 from raytrainer.config import Experiment
 
-_SOCKET_BYTES = 107  # the longest path of a Unix socket on Linux, less its final zero
-# What Ray puts behind the directory, the process's number apart.
+_SOCKET_BYTES = 107  # the longest path of a Unix socket on Linux, without its final zero byte
+# The path that Ray appends to the directory; only the process id varies in length.
 _SESSION = "/ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
 _LEAST_BYTES = 20 * 2**20  # the logs of Ray's processes, and a little more
 
 
 def check_temporary(e: Experiment, environ: Mapping[str, str]) -> list[str]:
-    """What is wrong with the temporary directory of an embedded Ray, or of a compiled model; a sentence with the fix.
+    """Return what is wrong with the temporary directory of an embedded Ray or a compiled model, with the fix.
 
     Args:
         e: The experiment.
@@ -31,9 +34,9 @@ def check_temporary(e: Experiment, environ: Mapping[str, str]) -> list[str]:
 
 
 def _check_of_ray(environ: Mapping[str, str]) -> list[str]:
-    # As Ray reads them: an empty one counts.
+    # As Ray reads them: an empty one counts, too.
     name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in environ), None)
-    text = environ[name] if name is not None else "/tmp"  # noqa: S108  it is Ray's choice
+    text = environ[name] if name is not None else "/tmp"  # noqa: S108  Ray's default
     folder, shown = Path(text), f"{name}={text}" if name is not None else text
     other = f"{name}=/tmp, or another short path on a local disk" if name else "RAY_TMPDIR=DIR names another directory"
     if not text.startswith("/"):
@@ -79,9 +82,9 @@ def _check_of_ray(environ: Mapping[str, str]) -> list[str]:
 
 
 def _check_of_compiler(environ: Mapping[str, str]) -> list[str]:
-    """Compiled code is loaded from a file, which a file system may forbid."""
+    """Check that code can be loaded from the compiler's directory, which a `noexec` file system forbids."""
     name = next((name for name in ("TORCHINDUCTOR_CACHE_DIR", "TMPDIR") if environ.get(name)), None)
-    text = environ[name] if name is not None else "/tmp"  # noqa: S108  Python's choice
+    text = environ[name] if name is not None else "/tmp"  # noqa: S108  Python's default
     folder = next(parent for parent in (Path(text).absolute(), *Path(text).absolute().parents) if parent.exists())
     if not os.statvfs(folder).f_flag & os.ST_NOEXEC:
         return []
@@ -97,5 +100,5 @@ def _check_of_compiler(environ: Mapping[str, str]) -> list[str]:
 def _owner(path: Path) -> str:
     try:
         return path.owner()
-    except (KeyError, OSError):  # a number without a name
+    except (KeyError, OSError):  # a user id without a name
         return f"user {path.stat().st_uid}"

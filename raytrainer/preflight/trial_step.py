@@ -1,7 +1,7 @@
-"""The first batch of a run, tried on the CPU in a process of its own: the real data, model, loss, optimizer and schedule.
+"""The first-batch probe: one step of a run on the CPU in a separate process, with the real objects and data.
 
-`try_step` is what that process calls. It uses the training loop itself, so that it refuses exactly what the first step
-would refuse. It writes no checkpoint and no metric outside of its private directory, and calls no callback.
+That process calls `try_step`. It uses the training loop itself, so it refuses exactly what the first step would refuse.
+It writes checkpoints and metrics only to its private directory, and calls no callback.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from raytrainer.trainer.system import stateful_part, together
 
 PARAMETERS = 50_000_000
 """The largest model that is tried: with its gradients and Adam's averages it takes 0.8 GB."""
-_PARAMETERS_SAVED = 5_000_000  # the largest whose checkpoint is written and read again
+_PARAMETERS_SAVED = 5_000_000  # the size of the largest model whose checkpoint is written and read again
 
-# What says nothing about the run: this process has one CPU where the run may have a GPU, a group, a network and memory.
+# Errors that prove nothing about the run, which may have a GPU, a process group, a network and more memory.
 _ONLY_HERE = re.compile(
     r"not implemented for|not supported on cpu|cuda|cudnn|triton|nvidia|nccl|\bhip\b|xformers|flash.?att|bitsandbytes"
     r"|process group|torch\.distributed|ray\.(train|init)|offline|huggingface\.co"
@@ -55,7 +55,7 @@ class _Skipped(Exception):
 
 
 class _Partial(Exception):
-    """One batch of a validation set is not enough to say."""
+    """One batch of a validation set is not enough to decide."""
 
 
 def try_step(text: str, *, gpu: bool, elsewhere: bool, most_tflop: float) -> dict[str, str]:
@@ -64,8 +64,8 @@ def try_step(text: str, *, gpu: bool, elsewhere: bool, most_tflop: float) -> dic
     Args:
         text: `Composition.text`.
         gpu: Whether the run will use GPUs.
-        elsewhere: Whether it will be on other machines, where data may be that are not here.
-        most_tflop: The most 10¹² floating-point operations that the step may take.
+        elsewhere: Whether it will run on other machines, which may have data that this one lacks.
+        most_tflop: The limit for the step, in 10¹² floating-point operations.
 
     Returns:
         `verdict`: `passed`, `refused`, `unknown` or `skipped`; and `text`, a sentence.
@@ -82,7 +82,7 @@ def try_step(text: str, *, gpu: bool, elsewhere: bool, most_tflop: float) -> dic
 
 
 def judged(error: BaseException, *, elsewhere: bool = False) -> dict[str, str]:
-    """What an exception of the trial says about the run: `refused` only where the run would surely raise it too."""
+    """Return what an exception of the probe means for the run: `refused` only if the run would surely raise it, too."""
     chain = list(_chain(error))
     root = chain[-1]
     words = f"{type(root).__name__}: {str(root).strip() or '(no message)'}".splitlines()[0][:500]
@@ -99,7 +99,7 @@ def judged(error: BaseException, *, elsewhere: bool = False) -> dict[str, str]:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The exception, and those that it was raised from."""
+    """Yield the exception, and those that caused it."""
     seen: set[int] = set()
     one: BaseException | None = error
     while one is not None and id(one) not in seen:
@@ -111,7 +111,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _only_here(error: BaseException) -> bool:
     if isinstance(error, NotImplementedError | MemoryError | TimeoutError | ConnectionError | NonFiniteLoss | _Partial):
         return True
-    if isinstance(error, OSError):  # of a file that is missing, on the very machine of the run, we are sure
+    if isinstance(error, OSError):  # only a missing file is certain, because the probe is on the machine of the run
         missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
         return not (missing and error.filename is not None)
     return _ONLY_HERE.search(str(error)) is not None
@@ -122,7 +122,7 @@ def _is_of_data(error: BaseException) -> bool:
 
 
 def _place(error: BaseException) -> str:
-    """Where the user's own code raised it, as ` in my_model.py:12`."""
+    """Return where the user's own code raised it, as ` in my_model.py:12`."""
     foreign = (sysconfig.get_path("stdlib"), str(Path(__file__).resolve().parent.parent))
     frames = traceback.extract_tb(error.__traceback__)
     own = [
@@ -138,7 +138,7 @@ def _place(error: BaseException) -> str:
 
 
 def _tried(text: str, *, gpu: bool, elsewhere: bool, most_tflop: float) -> float:
-    """The loss of the step."""
+    """Try the step and return its loss, or the evaluation's."""
     e = config.experiment_of(text)
     if not elsewhere:
         environment.provide(e.cluster.forward_env, e.cluster.env_file)
@@ -164,7 +164,7 @@ def _tried(text: str, *, gpu: bool, elsewhere: bool, most_tflop: float) -> float
 
 
 def _importable(e: Experiment) -> None:
-    """What the launching process imported from a `sys.path` of its own is missing in the workers too."""
+    """Check that every target can be imported in a new process, like a worker, which lacks changes of `sys.path`."""
     try:
         check_targets(e)
     except ConfigError as error:
@@ -175,7 +175,7 @@ def _importable(e: Experiment) -> None:
 
 
 def _simplify(e: Experiment, gpu: bool) -> None:
-    """Leaves out what is not for one process on a CPU, and what writes elsewhere."""
+    """Remove what does not work in one process on a CPU, and what writes to other places."""
     e.callbacks, e.init_from = {}, None
     e.trainer.compile, e.trainer.strategy, e.trainer.profile, e.trainer.num_threads = False, "ddp", None, None
     e.data.num_workers, e.data.prefetch = min(e.data.num_workers, 1), min(e.data.prefetch, 1)
@@ -185,7 +185,7 @@ def _simplify(e: Experiment, gpu: bool) -> None:
 
 @contextlib.contextmanager
 def _group_of_one(e: Experiment) -> Iterator[None]:
-    """On Ray there is a process group: a loss that uses it must find one."""
+    """Create a process group within the context if the run has one on Ray, because the loss may use it."""
     if e.cluster.kind != "inline" and not e.debug and not dist.is_initialized():
         with contextlib.suppress(Exception):
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
@@ -197,7 +197,7 @@ def _group_of_one(e: Experiment) -> Iterator[None]:
 
 
 class _FirstRank(Trainer):
-    """A process alone that reads the batches of rank 0 of many."""
+    """A trainer in a single process that reads the batches of rank 0 of many."""
 
     def _loader(self, dataset: Any, key: str, *, shuffle: bool = False, drop_last: bool = False) -> Loader:
         alone, self.world = self.world, World(0, least_workers(self.experiment))
@@ -225,7 +225,7 @@ class _OneBatch:
 
 
 def _check_samples(e: Experiment, trainer: Trainer) -> None:
-    """A metric needs a sample on each rank."""
+    """Check that a validation set has a sample for each rank, which a metric needs."""
     workers = least_workers(e)
     for name, loader in trainer.val_loaders.items() if any(e.metrics.values()) else ():
         if loader.length is not None and loader.length < workers:
@@ -290,7 +290,7 @@ def _evaluate(trainer: Trainer) -> None:
 
 
 def _save_and_restore(trainer: Trainer) -> None:
-    """What a checkpoint cannot hold, or give back, is found at the first save otherwise."""
+    """Save and restore a checkpoint, which finds state that cannot be saved or restored before the run's first save."""
     trainer.checkpointer = Checkpointer(Storage(Path(tempfile.gettempdir(), "checkpoints")), async_save=False)
     trainer.save()
     trainer.checkpointer.wait()

@@ -1,5 +1,7 @@
 """The training loop: `Trainer` trains an experiment in one process of many; `FitResult` says how it ended.
-Knows neither Ray nor MLflow."""
+
+It imports neither Ray nor MLflow.
+"""
 
 from __future__ import annotations
 

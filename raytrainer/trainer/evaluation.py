@@ -1,6 +1,6 @@
-"""The evaluation of a `Trainer`: over all of each validation set, on all ranks, what the loss gives and the `metrics`.
+"""Evaluate a `Trainer` on each whole validation set, on all ranks: the figures of the loss, and the `metrics`.
 
-Each sample counts once, and training goes on after it as if there had been none.
+Each sample counts once, and the evaluation does not change the training.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ if TYPE_CHECKING:
     from raytrainer.trainer.loop import Trainer
 
 _log = logging.getLogger("raytrainer.trainer")
-_LONGEST_VECTOR = 1000  # values of a vector that are logged one by one
+_LONGEST_VECTOR = 1000  # of a vector; longer ones are not logged
 
 
 @torch.no_grad()
 def evaluate(t: Trainer) -> dict[str, float]:
-    """The metrics of the validation set as `val/NAME`; of several sets as `val/SET/NAME`. Every rank calls it.
+    """Return the metrics as `val/NAME`, or with several validation sets as `val/SET/NAME`. Every rank calls it.
 
-    The weights are the EMA's where there is one, batch statistics the mean over ranks.
+    It uses the EMA's weights if there are any, and the mean of the batch statistics over ranks.
 
     Raises:
-        ConfigError: There is no validation set, or something in `metrics` does not fit the loss or the data.
+        ConfigError: There is no validation set, or an entry of `metrics` does not fit the loss or the data.
     """
     if not t.val_loaders:
         raise ConfigError("is not set: there is nothing to evaluate on", key="data.val")
@@ -75,7 +75,7 @@ def _over(t: Trainer, model: nn.Module, loader: Loader, prefix: str) -> dict[str
                     values = outputs.entries(t.loss(model, t.prepare(micro.data)), t.world.device, training=False)
                 t.val_metrics.update(predictions(values), micro.size, values)
                 weight = outputs.weight_of(values.pop("weight", micro.size))
-                if values:  # a loss may return predictions for `metrics` alone
+                if values:  # a loss may return only predictions for `metrics`
                     means.add(values, weight if micro.size else 0.0)
     reduced = means.reduce()[0]
     metrics = t.val_metrics.compute()
@@ -92,9 +92,9 @@ def _over(t: Trainer, model: nn.Module, loader: Loader, prefix: str) -> dict[str
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module, loss: Any) -> Iterator[None]:
-    """Within it the model and the loss are in eval(); after it all modules' modes and random states are as before."""
+    """Set the model and the loss to eval() within the context; restore all modes and random states after it."""
     kept = seeds.random_state()
-    # Each module's own: a part that a model keeps in eval() for good (a frozen backbone) must stay there.
+    # The mode of each module, because a part that is always in eval(), such as a frozen backbone, must stay so.
     modes = {module: module.training for module in modules_of(model, loss)}
     model.eval()
     if (part := loss if isinstance(loss, nn.Module) else stateful_part(loss)) is not None:
@@ -109,28 +109,28 @@ def _evaluating(model: nn.Module, loss: Any) -> Iterator[None]:
 
 
 def predictions(values: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Takes `preds` and `target` out of what a loss has returned; None where it has not both."""
+    """Remove `preds` and `target` from a loss's result and return them; None unless it has both."""
     found = values.pop("preds", None), values.pop("target", None)
     return None if found[0] is None or found[1] is None else found
 
 
 def of_checkpoint(t: Trainer, wanted: str, group: Any = None) -> dict[str, Any]:
-    """The evaluation of a checkpoint, in the state that it was written in; told to the listeners. Every rank calls it.
+    """Evaluate a checkpoint in the state in which it was written, and report it to the listeners. Every rank calls it.
 
     Args:
-        t: Built for this, with the checkpoints of the run.
+        t: A trainer built for this, with the checkpoints of the run.
         wanted: `best`, `last`, or a step.
-        group: As `Checkpointer`.
+        group: As in `Checkpointer`.
 
     Returns:
-        As `FitResult`, in plain values; and the `checkpoint`.
+        The fields of `FitResult` as plain values, and the `checkpoint`.
 
     Raises:
         CheckpointNotFound: There is no such checkpoint (any more).
     """
     info = _restored(t, wanted, Ranks(t.world.rank, t.world.size, group))
     metrics = t.evaluate()
-    t.best = Monitor(t.best.metric, checkpoint_mode(t.experiment))  # of what is evaluated here
+    t.best = Monitor(t.best.metric, checkpoint_mode(t.experiment))  # for the metrics of this evaluation
     t.best.update(metrics, info.step)
     per_epoch = t.train_loader.steps_per_epoch
     epoch = info.step // per_epoch if per_epoch else 0
@@ -141,14 +141,14 @@ def of_checkpoint(t: Trainer, wanted: str, group: Any = None) -> dict[str, Any]:
 
 
 def _restored(t: Trainer, wanted: str, ranks: Ranks) -> CheckpointInfo:
-    """Restores the wanted checkpoint. The run may still train, and delete it meanwhile: then the one that is it now."""
+    """Restore the wanted checkpoint. If the run deletes it meanwhile, because it still trains, choose again."""
     checkpoints = t.checkpointer
     assert checkpoints is not None
     tried: set[str] = set()
     while True:
         info = ranks.first(lambda: _chosen(checkpoints, wanted))
         try:
-            # Read on all ranks before any goes on: to restore they may need one another.
+            # All ranks finish reading before any restores, because ranks may need each other to restore.
             states: list[Any] = []
             ranks.together(lambda: states.append(checkpoints.load(info, snapshot.template(t))))  # noqa: B023  called at once
             snapshot.restore(t, *states[0], source=info.path, evaluating=True)
@@ -171,18 +171,20 @@ def _chosen(checkpoints: Checkpointer, wanted: str) -> CheckpointInfo:
 
 
 class Metrics:
-    """The objects of section `metrics`, which see each sample of a validation set once: torchmetrics, or any object with
-    `update(preds, target)`, `compute()` and `reset()` that reduces over ranks by itself in `compute`.
+    """The objects of section `metrics`, which see each sample of a validation set once.
+
+    They are metrics of torchmetrics, or objects with `update(preds, target)`, `compute()` and `reset()` whose `compute`
+    reduces over ranks itself.
 
     Args:
-        nodes: NAME → `_target_` node; null leaves one out.
-        loaders: Of the validation sets.
+        nodes: NAME → `_target_` node; null omits the metric.
+        loaders: The loaders of the validation sets.
         world: This process among all.
-        names: Keeps those apart of which two metrics give the same.
+        names: Distinguishes results of two metrics that have the same name.
 
     Raises:
-        ConfigError: A set has fewer samples than there are ranks: a metric's state has a form, which it takes from the
-            first samples that it sees, so each rank needs one.
+        ConfigError: A set has fewer samples than there are ranks. Each rank needs one, because a metric's state gets
+            its shape from the first samples.
     """
 
     def __init__(
@@ -210,12 +212,12 @@ class Metrics:
         self._seen = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of those that have one, by name, as between two evaluations."""
+        """Return the states of the metrics that have one, by name, as between two evaluations."""
         states = {name: m.state_dict() for name, m in self._metrics.items() if callable(getattr(m, "state_dict", None))}
         return {name: state for name, state in states.items() if state}
 
     def load_state_dict(self, state: Mapping[str, Any], source: str = "the state") -> None:
-        """Give each its state; CheckpointCorrupt names the one that does not take it."""
+        """Restore the state of each metric. CheckpointCorrupt names a metric that rejects its state."""
         for name in state.keys() & self._metrics.keys():
             restore_object(f"metrics.{name}", self._metrics[name], state[name], source)
 
@@ -224,12 +226,12 @@ class Metrics:
         return self._metrics
 
     def update(self, found: tuple[Any, Any] | None, size: int, others: Mapping[str, Any]) -> None:
-        """Shows a micro-batch to all metrics.
+        """Update all metrics with a micro-batch.
 
         Args:
-            found: As `predictions`.
-            size: Of its samples those that count: with 0 it is another rank's, and left out.
-            others: What else the loss has returned.
+            found: The result of `predictions`.
+            size: The number of its samples that count. With 0 they belong to another rank, and are ignored.
+            others: The other entries that the loss has returned.
         """
         if not self._metrics:
             return
@@ -244,10 +246,10 @@ class Metrics:
             self._seen = True
 
     def compute(self) -> dict[str, float]:
-        """The values over all ranks, the same on each; of a metric that gives a dict `NAME_KEY`, of a vector `NAME_0`, …"""
+        """Return the values over all ranks, equal on each: `NAME_KEY` for a metric's dict, `NAME_0`, … for a vector."""
         if not self._metrics:
             return {}
-        # Before they speak to one another: a rank that has seen nothing would have states of another form.
+        # Before any communication, because a rank that has seen no sample would have states of another shape.
         seen = self._world.all_reduce(torch.tensor(float(self._seen), device=self._world.device))
         if int(seen) < self._world.size:
             raise _too_few("data.val", int(seen), self._world.size)
@@ -259,12 +261,12 @@ class Metrics:
                 self._skipped.add(name)
                 if self._world.rank == 0:
                     _log.warning("metrics.%s: these results are no numbers and are not logged: %s", name, skipped)
-        self.reset()  # what they keep may be every prediction
+        self.reset()  # their state may hold every prediction
         return self._agreed(values)
 
     def _agreed(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The values, equal to the last bit on all ranks, since decisions follow from them."""
-        # First whether there are as many everywhere, under the same names: reduced together they must be.
+        """Return the values, equal to the last bit on all ranks, because decisions depend on them."""
+        # First compare the number and names of the values, because all ranks must reduce the same ones together.
         which = float(zlib.crc32("\n".join(values).encode()))
         same_names = torch.tensor([which, -which], dtype=torch.float64, device=self._world.device)
         high_low = self._world.all_reduce(same_names, dist.ReduceOp.MAX).tolist()
@@ -290,13 +292,13 @@ class Metrics:
 
 
 def numbers_of(name: str, value: Any) -> tuple[dict[str, float], list[str]]:
-    """What a metric's `compute` gave as numbers, and the names in a dict that are none and are left out.
+    """Return a metric's result as numbers, and the names of a dict's entries that are not numbers.
 
-    A vector becomes `NAME_0`, `NAME_1`, …. In a dict with `classes`, the classes of its vectors in order (torchmetrics'
-    MeanAveragePrecision), an entry's numbers are called after those, and a `…_per_class` of -1 is one that is off.
+    A vector becomes `NAME_0`, `NAME_1`, …. If a dict has `classes`, the classes of its vectors in order (torchmetrics'
+    MeanAveragePrecision), the numbers are named after the classes, and a `…_per_class` of -1 is disabled and ignored.
 
     Raises:
-        ConfigError: There is no number in it.
+        ConfigError: It contains no number.
     """
     if not isinstance(value, Mapping):
         numbers = _expanded(name, value)
@@ -318,7 +320,7 @@ def numbers_of(name: str, value: Any) -> tuple[dict[str, float], list[str]]:
             if entry.numel() == 1 and float(entry) == -1:
                 continue
             entry = entry.reshape(-1)
-        # What MLflow takes as a name.
+        # Only characters that MLflow allows in a name.
         key = re.sub(r"[^\w.\- ]", "_", f"{name}_{old}")
         try:
             numbers = numbers_of(key, entry)[0] if isinstance(entry, Mapping) else _expanded(key, entry, classes)
@@ -334,7 +336,7 @@ def numbers_of(name: str, value: Any) -> tuple[dict[str, float], list[str]]:
 
 
 def _expanded(name: str, value: Any, classes: list[int] | None = None) -> dict[str, float] | None:
-    """A number, or each of a vector; None for anything else."""
+    """Return a number, or each number of a vector, by name; None for any other value."""
     try:
         if not isinstance(value, Tensor):
             value = torch.as_tensor(value)
@@ -353,7 +355,7 @@ def _expanded(name: str, value: Any, classes: list[int] | None = None) -> dict[s
 
 
 def _classes(value: Any) -> list[int] | None:
-    """Class numbers, as an integer tensor of one dimension or none; None for anything else."""
+    """Return class numbers from an integer tensor with at most one dimension; None for any other value."""
     if isinstance(value, Tensor) and value.ndim < 2 and not (value.is_floating_point() or value.is_complex()):
         return [int(label) for label in value.reshape(-1).tolist()]
     return None

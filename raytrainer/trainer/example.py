@@ -1,6 +1,6 @@
-"""What the model is called with: its first inputs and outputs in an evaluation, kept for an export after training.
+"""The model's first inputs and outputs in an evaluation, kept for an export after training.
 
-The export must not call the loss again: a loss with a collective would wait for ranks that have ended.
+The export must not call the loss again, because a loss with a collective would wait for ranks that have ended.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from raytrainer.batches import map_tensors
 
 _MOST_BYTES = 64 * 2**20
-_ROWS = 2  # of an output, of which only the form matters; of its first dimension none is left when it is a batch's
+_ROWS = 2  # rows of an output that are kept; an export needs only its form, not the size of the batch
 
 
 @dataclass
@@ -25,8 +25,8 @@ class Example:
 
     Attributes:
         args, kwargs: Its arguments.
-        output: What it returned; of each tensor the first rows.
-        too_large: Whether the arguments took too much memory to be kept.
+        output: What it returned; only the first rows of each tensor.
+        too_large: Whether the arguments needed too much memory to be kept.
     """
 
     args: tuple[Any, ...]
@@ -35,7 +35,7 @@ class Example:
     too_large: bool = False
 
     def on_cpu(self) -> dict[str, Any]:
-        """The same on the CPU and in float32, which every consumer can run."""
+        """Return the call on the CPU and in float32, which every consumer can run."""
 
         def plain(tensor: Tensor) -> Tensor:
             return tensor.cpu().float() if tensor.is_floating_point() else tensor.cpu()
@@ -48,19 +48,19 @@ class Example:
 
 
 class ExampleRecorder:
-    """Keeps the first call of a model that it watches; nothing waits for the device, and later calls cost nothing."""
+    """Keeps the first call of a model that it watches. It never waits for the device, and later calls cost nothing."""
 
     def __init__(self) -> None:
         self.example: Example | None = None
 
     @contextlib.contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Within it the next call of `model` is recorded, unless one was before."""
+        """Record the next call of `model` within the context, unless one was recorded before."""
         if self.example is not None:
             yield
             return
         compiled = getattr(model, "_compiled_call_impl", None)
-        if compiled is not None:  # a hook would be compiled too, and the model a second time without it
+        if compiled is not None:  # a hook would be compiled, too, and the model a second time without it
 
             def call(*args: Any, **kwargs: Any) -> Any:
                 output = compiled(*args, **kwargs)

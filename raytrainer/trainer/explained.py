@@ -1,4 +1,4 @@
-"""Errors of torch in an optimizer's step that have a key of the configuration as their cause, in its words."""
+"""Explain torch's errors in an optimizer's step that a configuration key has caused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from raytrainer.errors import ConfigError
 
 
 def explained(error: RuntimeError, optimizer: Any) -> Exception:
-    """A ConfigError for what torch says of sparse gradients and complex parameters; else the error itself."""
+    """Return a ConfigError for torch's errors about sparse gradients and complex parameters, else the error itself."""
     text, kind = str(error), type(optimizer).__name__
     if "sparse" in text.lower():
         return ConfigError(

@@ -1,4 +1,4 @@
-"""The gradients of a step: those of all micro-batches and ranks add up to that of the mean over the global batch."""
+"""The gradients of a step: over all micro-batches and ranks they add up to that of the mean over the global batch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from raytrainer.trainer import outputs
 
 
 class Gradients:
-    """Backward passes, and what happens to their sum before the optimizer's step. Nothing here waits for the device.
+    """Backward passes, and the work between them and the optimizer's step. Nothing here waits for the device.
 
     Args:
-        model: As it is called: wrapped in DDP, sharded, or itself.
-        raw_model: Without DDP.
-        system: The model and the loss, with all that is trained.
+        model: The model as it is called: wrapped in DDP, sharded, or itself.
+        raw_model: The model without DDP.
+        system: The model and the loss, with everything that is trained.
         world: This process among all.
-        scaler: Of half precision, or None.
+        scaler: The gradient scaler for half precision, or None.
         options: Section `trainer`.
     """
 
@@ -54,26 +54,26 @@ class Gradients:
                 key="trainer.precision",
                 value=options.precision,
             )
-        self._sparse: bool | None = None  # whether some gradient is sparse; not known before the first step
+        self._sparse: bool | None = None  # whether some gradient is sparse; unknown before the first step
 
     def add(self, loss: Tensor, weight: Tensor | float, global_size: int) -> None:
-        """The backward pass of a micro-batch.
+        """Do the backward pass of a micro-batch.
 
         Args:
             loss: Its mean, 0-d.
-            weight: What the mean is over.
-            global_size: Samples of the whole batch.
+            weight: The weight of the mean.
+            global_size: Number of samples in the global batch.
 
         Raises:
-            ConfigError: The loss has no gradient, or the weight is below 0 or NaN.
+            ConfigError: The loss has no gradient, or the weight is below 0, infinite or NaN.
         """
         known = self.zero_weights.known(weight)
         if known is not None:
             outputs.check_weight(known)
         if known == 0 and not loss.requires_grad and not self._world.distributed:
-            return  # a loss may return a plain 0 where nothing counts
+            return  # a loss may return a plain 0 if no sample counts
         outputs.check_gradient(loss)
-        # DDP and FSDP take the mean over ranks: times their number it is a sum.
+        # DDP and FSDP take the mean over ranks; multiplied by their number it is a sum.
         share = weight * (self._world.size / global_size)
         if not isinstance(share, float) or share != 1.0:
             loss = loss * share
@@ -81,15 +81,15 @@ class Gradients:
             (self._scaler.scale(loss) if self._scaler is not None else loss).backward()
 
     def finish(self, optimizer: torch.optim.Optimizer, weights: Sequence[Tensor | float], global_size: int) -> None:
-        """What follows the last micro-batch: the mean over ranks, the scale, clipping.
+        """Finish the gradients after the last micro-batch: the mean over ranks, the scale, clipping.
 
         Args:
-            optimizer: Whose step comes next.
-            weights: Of the micro-batches, where the loss returns them; empty if they are numbers of samples.
-            global_size: As `add`.
+            optimizer: The optimizer that does the next step.
+            weights: The weights of the micro-batches if the loss returns them; empty if they are numbers of samples.
+            global_size: As in `add`.
 
         Raises:
-            ConfigError: This rank's loss has left out a parameter.
+            ConfigError: The loss on this rank has left out a parameter.
         """
         parallel.check_reduced(self._model)
         if self._mean is not None:
@@ -99,12 +99,12 @@ class Gradients:
         if self._sparse is None:
             self._sparse = any(p.grad is not None and p.grad.layout is not torch.strided for p in self.parameters)
         if weights:
-            # A weight is known only after the forward passes: the sum was over global_size, now it is over the weights.
+            # Weights are known only after the forward passes, so divide now by their sum instead of global_size.
             total = self._world.all_reduce(self._summed(weights))
             self._multiply(torch.where(total > 0, global_size / total, 0.0))
         if self._limit is not None:
             if self._sparse or self._mixed:
-                # torch's function takes neither sparse gradients, nor shards and whole ones together.
+                # torch's function supports neither sparse gradients, nor shards and whole tensors together.
                 values = self._values(local=False)
                 kinds = [[v for v in values if parallel.is_sharded(v) is sharded] for sharded in (True, False)]
                 norms = [whole(nn.utils.get_total_norm(kind)).double() for kind in kinds if kind]
@@ -124,7 +124,7 @@ class Gradients:
             torch._foreach_mul_(gradients, factor.to(gradients[0].dtype.to_real()))
 
     def _values(self, local: bool = True) -> list[Tensor]:
-        """The gradients, of shards this rank's part; of sparse ones the values, each place once."""
+        """Return the gradients: this rank's part of shards, and the values of sparse ones, with each index once."""
         if self._sparse:
             for p in self.parameters:
                 if p.grad is not None and p.grad.is_sparse:

@@ -1,6 +1,6 @@
 """The training loop: batch → forward → loss → backward → clip → step, with evaluation, checkpoints and exact resume.
 
-Knows neither Ray nor MLflow: it takes a `World` and listeners, and tells them what happens (events.py).
+It imports neither Ray nor MLflow. It takes a `World` and listeners, and reports events to them (events.py).
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ class FitResult:
 
 @dataclass(frozen=True)
 class Objective:
-    """By which metric the best checkpoint is kept, where that is not `checkpoint.monitor`: of a trial its sweep's.
+    """The metric of the best checkpoint if it is not `checkpoint.monitor`; for a trial, the sweep's metric.
 
     Attributes:
-        metric: One of an evaluation, or `train/…` as last logged before it.
+        metric: A metric of the evaluation, or `train/…` as last logged before it.
         mode: `max` or `min`.
-        at_once: Whether the best is written as soon as it is evaluated, since this process may be killed at any time.
+        at_once: Whether the best is written as soon as it is evaluated, because this process may be killed at any time.
     """
 
     metric: str
@@ -89,15 +89,16 @@ class Trainer:
     """Trains one experiment in one process of `world`.
 
     Args:
-        experiment: What to train; alone in a notebook: `Trainer(compose(["experiment=mlp"]).experiment).fit()`.
+        experiment: What to train. In a notebook: `Trainer(compose(["experiment=mlp"]).experiment).fit()`.
         world: The place of this process among all.
-        checkpointer: Where checkpoints go and come from; None: none are written.
+        checkpointer: Writes and reads checkpoints; None: none are written.
         listeners: Objects with hooks of events.py, called before the experiment's own callbacks.
-        should_stop: Asked at every log; once it is true on any rank, all end after the same step, with a checkpoint.
-        report: Called with this trainer and whether training ends, after each evaluation and at the end: the last thing
-            of a step, its checkpoint handed over; and again at the beginning of a run that goes on from just there. What
-            it raises ends training there.
-        objective: By what the best checkpoint is kept; None: `checkpoint.monitor`.
+        should_stop: Called at every log. Once it returns True on any rank, all ranks end after the same step, with a
+            checkpoint.
+        report: Called with this trainer and whether training ends, after each evaluation and at the end. It is the last
+            action of a step, after the checkpoint was handed over, and is repeated at the start of a run that resumes
+            from that step. An exception from it ends training.
+        objective: The metric of the best checkpoint; None: `checkpoint.monitor`.
     """
 
     def __init__(
@@ -176,27 +177,27 @@ class Trainer:
         )
         self._evaluated_at = self._saved_at = self._logged_at = 0
         self._saved_when = self._began = time.monotonic()
-        self._elapsed = 0.0  # seconds of training before this process's
-        self._verified = False  # whether what is saved can be restored, which the first save shows
+        self._elapsed = 0.0  # seconds of training before this process
+        self._verified = False  # whether the first save of this process has been checked
         self._lr: Any = 0.0
         self._extra: dict[str, float] = {}
-        self._own_names = {"epoch", "checkpoint/stall_seconds"}  # of metrics that are not a callback's
-        self.example = ExampleRecorder()  # of all ranks alike, for the export after training
+        self._own_names = {"epoch", "checkpoint/stall_seconds"}  # names of metrics that do not belong to a callback
+        self.example = ExampleRecorder()  # the same on all ranks, for the export after training
         self.window = WeightedMeans(device, self.world.all_reduce)
         self.throughput = Throughput()
         self._utilisation = Utilisation(self)
-        self._counts_tokens = False  # the loss gives a weight of its own
-        self._checked = False  # what shows only once the loss was called
+        self._counts_tokens = False  # whether the loss returns a weight
+        self._checked = False  # whether the checks after the first call of the loss are done
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
     def fit(self) -> FitResult:
-        """Trains to the end, from the checkpoint that `restore` loaded or from the beginning.
+        """Train to the end, from the checkpoint that `restore` loaded or from the beginning.
 
         Raises:
             NonFiniteLoss: The loss of a logged window is not finite (`trainer.nonfinite=stop`).
             DataError: A sample cannot be read.
-            CheckpointError, StorageError: A checkpoint could not be written; the ones before it stay valid.
+            CheckpointError, StorageError: A checkpoint could not be written; earlier ones stay valid.
         """
         options = self.experiment.trainer
         if self.step == 0:
@@ -206,7 +207,7 @@ class Trainer:
         self.events.fit_start(self, FitStart(self.step, self.total_steps, per_epoch, self.world.size, size, trained))
         reason = self._out_of_patience() or "finished"
         if self.step and self._evaluated_at == self.step:
-            # Whoever took the report may have been killed after the checkpoint, and before it was heard of.
+            # The process may have been killed after the checkpoint was written and before the report was received.
             self._report(self, self.step == self.total_steps or reason != "finished")
         self._began = time.monotonic() - self._elapsed
         batches = self.train_loader.batches(self.step, self.step if reason != "finished" else self.total_steps)
@@ -222,14 +223,14 @@ class Trainer:
                     if last or self.step % options.log_every_n_steps == 0:
                         over = options.max_time is not None and time.monotonic() - self._began >= options.max_time
                         reason = self._log(batch, over) or reason
-                    # An end that came from outside leaves time for a checkpoint, not for one evaluation more.
+                    # A stop request leaves time for a checkpoint, but not for another evaluation.
                     if self._evaluation_due(batch.ends_epoch, last or reason == "max_time"):
                         self._evaluate_and_note(batch.epoch)
                         reason = self._out_of_patience() or reason
                     ends = last or reason != "finished"
                     if self._checkpoint_due(batch.ends_epoch, ends):
                         self.save()
-                    elif self._is_best():  # checkpoint.min_interval_s is not over: it is kept in memory until then
+                    elif self._is_best():  # checkpoint.min_interval_s is not over, so it stays in memory until then
                         self.save(hold=True)
                     if ends or self._evaluated_at == self.step:
                         self._report(self, ends)
@@ -250,26 +251,27 @@ class Trainer:
         return result
 
     def train_step(self, batch: Batch) -> None:
-        """One optimizer step over this rank's part of the global batch `batch`.
+        """Do one optimizer step over this rank's part of the global batch `batch`.
 
-        The gradient is that of the mean over the *global* weight: micro-batches and ranks of uneven sizes add up to
-        what one process gives on the whole batch, and those of weight 0 add nothing. Nothing here waits for the device.
+        The gradient is that of the mean over the *global* weight: micro-batches and ranks of uneven sizes add up to the
+        gradient of one process on the whole batch, and those of weight 0 add nothing. Nothing here waits for the
+        device.
 
         Raises:
-            ConfigError: The loss, the model or the optimizer does something that cannot be trained.
+            ConfigError: The loss, the model or the optimizer cannot be trained.
         """
         self.optimizer.zero_grad(set_to_none=True)
         last, counted = len(batch.micro) - 1, []
         if self._graphs and last:
-            # A CUDA graph leaves gradients in memory that its next replay overwrites (torch#169545): they are added to
-            # memory of their own.
+            # A CUDA graph leaves gradients in memory that its next replay overwrites (torch#169545), so they are added
+            # to separate tensors.
             for p in self._parameters:
                 p.grad = torch.zeros_like(p)
         for i, micro in enumerate(batch.micro):
             with parallel.synchronise(self.model, last=i == last):
                 with self.precision.autocast():
                     values = outputs.entries(self.loss(self.model, self.prepare(micro.data)), self.world.device)
-                evaluation.predictions(values)  # at once: logits may be the largest tensor there is
+                evaluation.predictions(values)  # dropped at once, because logits may be the largest tensor
                 weight: Tensor | float = micro.size
                 if "weight" in values:
                     given = outputs.weight_of(values.pop("weight"))
@@ -299,7 +301,7 @@ class Trainer:
                 averages, weights = map(
                     parallel.local_parts, (self.ema_model.parameters(), self.raw_model.parameters())
                 )
-                if not self._averages:  # whole numbers have no mean: they are never trained, and stay as they are
+                if not self._averages:  # integers have no mean; they are never trained and stay unchanged
                     floating = [a.is_floating_point() or a.is_complex() for a in averages]
                     averages, weights = (
                         [t for t, is_ in zip(ts, floating, strict=True) if is_] for ts in (averages, weights)
@@ -309,13 +311,13 @@ class Trainer:
         self.throughput.add(batch.global_size)
 
     def evaluate(self) -> dict[str, float]:
-        """The metrics of all validation sets (evaluation.py); training is as it was before."""
+        """Return the metrics of all validation sets (evaluation.py). The training is not changed."""
         return evaluation.evaluate(self)
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """For callbacks: figures that go out with the next log, under their own names. Call it on every rank.
+        """Log figures of a callback with the next log, under their own names. Call it on every rank.
 
-        A name that a figure of raytrainer's has (`train/lr`, `val/loss`, `epoch`) is logged as `callback/NAME`.
+        A name that raytrainer uses itself (`train/lr`, `val/loss`, `epoch`) is logged as `callback/NAME`.
 
         Raises:
             ConfigError: A value is not a number.
@@ -327,21 +329,21 @@ class Trainer:
                 raise ConfigError(f"Trainer.log: {name!r} is not a number, but {value!r:.80}: {error}") from error
 
     def log_artifact(self, path: str, folder: str | None = None) -> None:
-        """For callbacks: a file or folder for the run's records (kept from rank 0)."""
+        """Add a callback's file or folder to the run's artifacts. Only rank 0's is kept."""
         self.events.artifact(self, Artifact(path, folder))
 
     # --- state ----------------------------------------------------------------------------------------------------
 
     def save(self, *, hold: bool = False) -> None:
-        """Hands the whole state to the checkpointer; returns once it is copied, before it is written.
+        """Hand the whole state to the checkpointer. Return once it is copied, before it is written.
 
         Args:
-            hold: Whether it is written later: with the next checkpoint, unless a better state comes before that.
+            hold: Whether to write it later: with the next checkpoint, unless a better state comes before that.
 
         Raises:
             NonFiniteLoss: A loss since the last log, or a weight, is not finite on some rank, and
                 `trainer.nonfinite=stop`: such a state must not become the newest checkpoint.
-            CheckpointError: An object's state cannot be saved, or (after this process's first save) not be restored.
+            CheckpointError: An object's state cannot be saved, or (after this process's first save) cannot be restored.
         """
         if self.checkpointer is None or self.step == self._saved_at:
             return
@@ -370,12 +372,12 @@ class Trainer:
         self.events.checkpoint(self, CheckpointSaved(self.step, metric, stall))
 
     def restore(self, info: CheckpointInfo, changed: Iterable[str] = ()) -> None:
-        """Puts everything back as it was at `info`: the next step is the one that followed it.
+        """Restore the state at `info`. The next step is the one that followed it.
 
         Args:
-            info: From the checkpointer.
-            changed: Settings of the optimizer (`lr`, `weight_decay`) whose values in the experiment are the ones to go
-                on with, instead of the checkpoint's.
+            info: A checkpoint from the checkpointer.
+            changed: Settings of the optimizer (`lr`, `weight_decay`) for which the experiment's values replace the
+                checkpoint's.
 
         Raises:
             CheckpointCorrupt: It does not verify, or belongs to another model.
@@ -385,15 +387,16 @@ class Trainer:
         snapshot.restore(self, *state, source=str(info.path), changed=changed)
 
     def init_from(self, given: InitFrom | str, look_up: Callable[[str], str | None] = lambda _: None) -> str:
-        """Takes the weights alone from a run, a checkpoint, a file or a folder; returns what it took, in a line. Every rank
-        calls it, and the first one reads.
+        """Load only the weights from a run, a checkpoint, a file or a folder. Return a line that says what was loaded.
+
+        Every rank calls it, and the first one reads.
 
         Args:
             given: As the key `init_from`.
-            look_up: As `checkpoint.find_weights`.
+            look_up: As in `checkpoint.find_weights`.
 
         Raises:
-            CheckpointError: There are none, they cannot be read, or they are not what was asked for.
+            CheckpointError: There are no weights, they cannot be read, or they do not match the request.
         """
         options = InitFrom(source=given) if isinstance(given, str) else given
         source, storage = options.source or "", self.experiment.storage_path or "runs"
@@ -403,9 +406,11 @@ class Trainer:
         return words
 
     def best_weights(self) -> tuple[int, dict[str, Any]]:
-        """(step, state dict on the CPU, extra state of modules included) of the best committed checkpoint, else as they are now; the EMA's if any.
+        """Return the step and the weights of the best committed checkpoint, or the current ones if there is none.
 
-        A checkpoint's batch statistics are the mean over ranks, which this process alone does not have.
+        They are a state dict on the CPU, with the modules' extra state; the EMA's if there is one.
+
+        A checkpoint has the mean of the batch statistics over ranks, which this process alone cannot compute.
         """
         if self.checkpointer is not None and (found := self.checkpointer.list()):
             info = self.checkpointer.best() or found[-1]
@@ -421,15 +426,15 @@ class Trainer:
         return self.step, state
 
     def example_batches(self) -> Iterator[Batch]:
-        """Validation batches (of the first set; else training ones) from the first."""
+        """Return batches of the first validation set, or without one of the training set, from the first on."""
         return next(iter(self.val_loaders.values()), self.train_loader).batches(0, 1, alone=True)
 
     # --- parts of the loop ----------------------------------------------------------------------------------------
 
     def _log(self, batch: Batch, over: bool) -> str | None:
-        """Reduces the window over all ranks and tells it; the reason to end, where any rank has one."""
+        """Reduce the window over all ranks and log it. Return the reason to end, if any rank has one."""
         means, (stop, timed_out) = self.window.reduce(float(self._should_stop()), float(over))
-        # Where no sample had any weight there is no mean, and no NaN to stop for.
+        # If no sample had any weight, there is no mean, and no NaN to stop for.
         own = {} if self.window.empty else summarised(self.loss, means)
         metrics = {f"train/{k}": v for k, v in self.names.apart(own, OWN_NAMES, "loss_", "train/").items()}
         metrics["train/lr"] = float(self._lr)
@@ -448,9 +453,9 @@ class Trainer:
         return "stopped" if stop else "max_time" if timed_out else None
 
     def _tell(self, epoch: int, metrics: dict[str, float]) -> None:
-        """The metrics, and what callbacks gave to `log`, to all listeners."""
+        """Report the metrics, and those that callbacks gave to `log`, to all listeners."""
         self._own_names.update(metrics)
-        system = {name for name in self._extra if name.startswith("system/")}  # the machine's figures are called so
+        system = {name for name in self._extra if name.startswith("system/")}  # the machine's figures have these names
         metrics.update(self.names.apart(self._extra, self._own_names | system, "callback/"))
         self._extra.clear()
         self.metrics.update(metrics)
@@ -464,9 +469,9 @@ class Trainer:
         )
 
     def _nonfinite_state(self) -> tuple[bool, bool]:
-        """Whether a loss since the last log, or a weight, is NaN or infinite, on any rank."""
-        # The weights too: a gradient may overflow under a finite loss, and shows in the loss only a step later.
-        # A rank's shard may be empty, and all of them: those of a new head alone, which has fewer classes than ranks.
+        """Return whether a loss since the last log, and whether a weight, is NaN or infinite on any rank."""
+        # Weights are checked too: a gradient may overflow under a finite loss, and the loss shows it only a step later.
+        # A rank's shards may all be empty, if only a new head with fewer classes than ranks is trained.
         weights = [part for part in parallel.local_parts(self._parameters) if part.numel()]
         finite = [norm.isfinite() for norm in torch._foreach_norm(weights, math.inf)] if weights else []
         bad = ~torch.stack(finite).all() if finite else torch.zeros((), dtype=torch.bool, device=self.world.device)
@@ -493,7 +498,7 @@ class Trainer:
         self.events.eval_end(self, EvalEnd(self.step, epoch, metrics))
 
     def _check_monitors(self, metrics: Mapping[str, float]) -> None:
-        """A name that no evaluation gives would leave the run without a best checkpoint, in silence."""
+        """Check that an evaluation has the monitored metrics; else the run would silently have no best checkpoint."""
         for key, monitor in (("checkpoint.monitor", self.best), ("trainer.early_stopping.monitor", self._progress)):
             if monitor.metric not in metrics:
                 raise ConfigError(
@@ -520,11 +525,11 @@ class Trainer:
         return due and not self._saved_lately()
 
     def _is_best(self) -> bool:
-        """Whether the evaluation after this step is the best so far."""
+        """Return whether the evaluation after this step is the best so far."""
         return self._evaluated_at == self.step and self._objective.step == self.step
 
     def _saved_lately(self) -> bool:
-        """Whether the last checkpoint is younger than `checkpoint.min_interval_s`: rank 0's clock decides for all."""
+        """Return whether the last checkpoint is younger than `checkpoint.min_interval_s`, by rank 0's clock."""
         interval = self.experiment.checkpoint.min_interval_s
         if not interval:
             return False
@@ -532,16 +537,16 @@ class Trainer:
         return not bool(self.world.all_reduce(torch.tensor(float(late), device=self.world.device)))
 
     def prepare(self, data: Any) -> Any:
-        """A batch as the model takes it: in its type and memory format."""
+        """Return a batch in the model's type and memory format."""
         data = self.precision.cast(data)
         if self.experiment.trainer.channels_last:
             data = map_tensors(data, lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
         return data
 
     def _warmed_up(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches, after one forward and backward of the first that is then undone.
+        """Yield the same batches, after one forward and backward of the first that is then undone.
 
-        DDP orders its gradient buckets anew after its first backward, which changes the order of sums: without this a
+        DDP rebuilds its gradient buckets after its first backward, which changes the order of sums. Without this, a
         resumed run is not bit-equal on 3 or more ranks (gloo; conv net with batch norm and dropout).
         """
         for number, batch in enumerate(batches):
@@ -585,7 +590,7 @@ class Trainer:
         )
 
     def _total_steps(self) -> int | None:
-        """The first of `trainer.max_steps` and `max_epochs` to be reached, in steps; None where only time ends the run."""
+        """Return the smaller of `trainer.max_steps` and `max_epochs`, in steps; None if only time ends the run."""
         t, per_epoch = self.experiment.trainer, self.train_loader.steps_per_epoch
         if t.max_epochs is None:
             return t.max_steps
@@ -599,7 +604,7 @@ class Trainer:
         return steps if t.max_steps is None else min(t.max_steps, steps)
 
     def _recording(self) -> contextlib.AbstractContextManager[None]:
-        """What the model is called with in training, where there is no evaluation to see it in."""
+        """Record a call of the model in training, if there is no evaluation to record it in."""
         evaluates = self.val_loaders and self.experiment.trainer.eval_every_n_steps != 0
         if evaluates or self.example.example is not None:
             return contextlib.nullcontext()
@@ -611,5 +616,5 @@ class Trainer:
 
 
 def _node(node: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    assert node is not None  # the configuration's own check
+    assert node is not None  # the configuration check ensures it
     return node

@@ -1,5 +1,4 @@
-"""The model of a `Trainer`: built from the seed, in its precision, on its device or sharded over those of all ranks; and
-the weights of another in it."""
+"""The model of a `Trainer`: built from the seed, converted, and placed or sharded; and loading weights into it."""
 
 from __future__ import annotations
 
@@ -29,24 +28,24 @@ from raytrainer.trainer.system import together
 def build_model(
     e: Experiment, world: World, precision: Precision, loss: nn.Module | None = None
 ) -> tuple[nn.Module, nn.Module | None]:
-    """The model, and with `trainer.ema_decay` its copy for the average. Every rank calls it.
+    """Build the model and, with `trainer.ema_decay`, its copy for the average. Every rank calls it.
 
     Args:
         e: The experiment.
         world: This process among all.
-        precision: Of `trainer.precision`.
+        precision: The precision from `trainer.precision`.
         loss: The module with the loss's state, for `trainer.freeze`.
 
     Raises:
-        ConfigError: A constructor refuses a value, or a class that `fsdp.wrap` or `trainer.activation_checkpointing`
-            names is not in the model; the model is no `nn.Module`, is lazy, or cannot be copied for the average.
+        ConfigError: A constructor refuses a value; a class in `fsdp.wrap` or `trainer.activation_checkpointing` is not
+            in the model; or the model is not an `nn.Module`, is lazy, or cannot be copied for the average.
     """
     options, sharded = e.trainer, e.trainer.strategy == "fsdp" and world.distributed
 
     def make() -> nn.Module:
-        # Every rank draws the same initial weights; from the first step on each has random states of its own.
+        # Every rank draws the same initial weights. From the first step on, each rank has its own random states.
         seeds.seed_everything("model", e.seed)
-        assert e.model is not None  # the configuration's own check
+        assert e.model is not None  # the configuration check ensures it
         made = build(e.model)
         check_module(made, "model", str(e.model.get("_target_")))
         return cast("nn.Module", made)
@@ -60,14 +59,14 @@ def build_model(
         from raytrainer.parallel import fsdp
     model = placed()
     freeze(together(model, loss), options.freeze)
-    if options.channels_last and not sharded:  # FSDP wants its parameters contiguous: there it is the inputs alone
+    if options.channels_last and not sharded:  # FSDP needs contiguous parameters; with it only the inputs change
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = _copied(model, placed) if options.ema_decay else None
     units = parallel.find_units(model, e.fsdp.wrap, "fsdp.wrap") if sharded else []
-    # What is recomputed is inside of what is compiled, and that inside of what is sharded.
+    # The order is: recomputed parts inside compiled ones, and those inside sharded ones.
     _checkpoint_activations(model, options.activation_checkpointing)
     if options.compile:
-        # FSDP's hooks are not to be compiled: they are around each unit, and in between is little to gain.
+        # FSDP's hooks must not be compiled. They surround each unit, and little is gained between units.
         for part in units or [model]:
             part.compile(mode="default" if options.compile is True else options.compile)
     if sharded:
@@ -86,9 +85,10 @@ def build_model(
 
 
 def check_module(made: Any, key: str, target: str) -> None:
-    """
+    """Check the module that a `_target_` has built.
+
     Raises:
-        ConfigError: What the target gives is no `nn.Module`, or one whose shapes only a first batch decides.
+        ConfigError: It is not an `nn.Module`, or has shapes that only a first batch decides.
     """
     if not isinstance(made, nn.Module):
         raise ConfigError(
@@ -111,14 +111,14 @@ def check_module(made: Any, key: str, target: str) -> None:
 
 
 def _copied(model: nn.Module, build_again: Callable[[], nn.Module]) -> nn.Module:
-    """A second model of the same values, for the average: a copy, else built once more.
+    """Return a second model with the same values, for the average: a copy, or if it cannot be copied, a new one.
 
     Raises:
-        ConfigError: Neither can be done.
+        ConfigError: Neither is possible.
     """
     try:
         return copy.deepcopy(model).requires_grad_(False)
-    except Exception as error:  # noqa: BLE001  a lock, a generator or a tensor of a graph among its attributes
+    except Exception as error:  # noqa: BLE001  an attribute may hold a lock, a generator or a tensor of a graph
         reason = f"{type(error).__name__}: {error}"
     try:
         average = build_again()
@@ -133,10 +133,10 @@ def _copied(model: nn.Module, build_again: Callable[[], nn.Module]) -> nn.Module
 
 
 def take_weights(model: nn.Module, world: World, find: Callable[[], Weights], options: InitFrom) -> str:
-    """Put the weights that `find` finds into `model`; return what was taken, in a line. Every rank calls it.
+    """Load the weights that `find` returns into `model`. Return a line that says what was loaded. Every rank calls it.
 
-    The first rank alone reads them, and sends them tensor by tensor: on the others there is never more than one whole,
-    unless the model has hooks or extra state, and so takes them all at once through its `load_state_dict`.
+    Only the first rank reads them, and sends them tensor by tensor. The others never hold more than one whole tensor,
+    unless the model has hooks or extra state and thus loads all of them at once through its `load_state_dict`.
 
     Raises:
         CheckpointError, StorageError, ConfigError: As `checkpoint.take`; on all ranks.
@@ -146,7 +146,7 @@ def take_weights(model: nn.Module, world: World, find: Callable[[], Weights], op
     if world.rank == 0:
         try:
             taken, words = take(model, find(), options)
-            # Extra state that is no tensor goes with the names.
+            # Extra state that is not a tensor is sent with the names.
             others = {name: value for name, value in taken.items() if not isinstance(value, Tensor)}
             shapes = {name: (v.shape, v.dtype) for name, v in taken.items() if name not in others}
             answer = [(words, shapes, others)]
@@ -160,7 +160,8 @@ def take_weights(model: nn.Module, world: World, find: Callable[[], Weights], op
     own_state, by_name = model.state_dict(), loads_by_name(model)
     state: Any = own_state
     if not by_name and not own_state.keys() >= shapes.keys():
-        # The names of another version, which the model's hooks know: they would take its own names for given too.
+        # Names of another version, which the model's hooks translate. They must not see its own names, which they would
+        # take for loaded ones.
         state = OrderedDict((name, value) for name, value in own_state.items() if is_extra_state(name))
         state._metadata = OrderedDict()
     with torch.no_grad():
@@ -175,7 +176,7 @@ def take_weights(model: nn.Module, world: World, find: Callable[[], Weights], op
                 value = torch.empty(shape, dtype=dtype, device=device)
             if world.distributed:
                 dist.broadcast(value, src=0)
-            if own is not None and by_name:  # the state dict has the model's own tensors
+            if own is not None and by_name:  # the state dict holds the model's own tensors
                 own.copy_(placed_as(own, value))
             else:
                 state[name] = placed_as(own, value)

@@ -1,4 +1,4 @@
-"""What a loss returns, brought into one form: numbers on the device, or an error that names the entry and the fix."""
+"""Convert a loss's result to numbers on the device, or raise an error that names the entry and the fix."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ _EXAMPLE = "return {'loss': loss}, and further numbers under names of their own"
 
 
 def entries(returned: Any, device: torch.device, *, training: bool = True) -> dict[str, Any]:
-    """A loss's entries by name: each a 0-d tensor, but for `weight` (0-d or a number), `preds` and `target`.
+    """Return a loss's entries by name: each is a 0-d tensor, except `weight` (0-d or a number), `preds` and `target`.
 
-    Numbers, NumPy's scalars and tensors of one element are taken as what they stand for. It never waits for the device.
+    Numbers, NumPy scalars and tensors of one element are converted. It never waits for the device.
 
     Args:
-        returned: What the loss has returned.
-        device: Where the entries are wanted.
-        training: Whether a gradient follows, for which `loss` is needed.
+        returned: The result of the loss.
+        device: The device for the entries.
+        training: Whether a backward pass follows, for which `loss` is needed.
 
     Raises:
-        ConfigError: It is no mapping, `loss` is missing or has no gradient, or an entry is not one number.
+        ConfigError: The result is not a mapping, `loss` is missing or is not a real floating-point number, or an entry
+            is not one number.
     """
     if not isinstance(returned, Mapping):
         raise ConfigError(f"returned {_described(returned)} instead of a dict: {_EXAMPLE}", key="loss")
     values = dict(returned)
     for name, value in values.items():
         if isinstance(value, Tensor) and not value.ndim and value.device == device and isinstance(name, str):
-            continue  # as it should be: nothing to do in each step
+            continue  # the usual case, which costs nothing in a step
         if name in ("preds", "target"):
             continue
         values[_name(name)] = _number(name, value, device)
@@ -53,20 +54,21 @@ def entries(returned: Any, device: torch.device, *, training: bool = True) -> di
 
 
 def weight_of(value: Any) -> Tensor | float:
-    """The entry `weight` as float64, or as the plain number that it is.
+    """Return the entry `weight` as a float64 tensor, or as a plain number if it is one.
 
     Raises:
-        ConfigError: A number below 0, or NaN.
+        ConfigError: The number is below 0, infinite or NaN.
     """
     if isinstance(value, Tensor):
-        # Whole numbers too: in float32 their quotients would cost a float64 run its digits.
+        # Also for integers, because their float32 quotients would cost a float64 run precision.
         return value.detach().double()
     check_weight(value)
     return float(value)
 
 
 def check_weight(value: float) -> None:
-    """
+    """Check the weight of a micro-batch.
+
     Raises:
         ConfigError: It is below 0, infinite or NaN.
     """
@@ -75,7 +77,8 @@ def check_weight(value: float) -> None:
 
 
 def check_gradient(loss: Tensor) -> None:
-    """
+    """Check that a backward pass is possible.
+
     Raises:
         ConfigError: The loss has no gradient.
     """
@@ -102,7 +105,7 @@ def _number(name: str, value: Any, device: torch.device) -> Any:
     if isinstance(value, np.generic | np.ndarray) and value.size == 1 and value.dtype.kind in "biuf":
         value = value.item()
     if isinstance(value, numbers.Real):
-        # A fill, not a copy: a copy from the host's memory would wait.
+        # A fill, because a copy from the host's memory would wait for the device.
         return float(value) if name == "weight" else torch.full((), float(value), dtype=torch.float64, device=device)
     fix = "leave the entry out where there is no value" if value is None else "take its mean or sum"
     if name not in ("loss", "weight"):

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def recorded(trainer: Trainer) -> Iterator[Callable[[], None]]:
-    """Records `trainer.profile` with torch.profiler on rank 0, as a Chrome trace in the run; yields what a step calls."""
+    """Record `trainer.profile` on rank 0 as a Chrome trace in the run. Yield a function to call after each step."""
     options = trainer.experiment.trainer.profile
-    # A run that resumes after its first step was recorded, or should have been, does without.
+    # A run that resumes after the first step to record is not recorded.
     if options is None or trainer.world.rank or trainer.step >= options.start:
         yield lambda: None
         return

@@ -1,6 +1,6 @@
-"""Everything of a `Trainer` that advances, taken for a checkpoint and put back: what exact resume stands on.
+"""Take everything of a `Trainer` that advances for a checkpoint, and restore it. Exact resume depends on it.
 
-`shared` is the same on every rank and written once; `local` differs by rank and is written by each.
+`shared` is the same on every rank and written once; `local` differs by rank, and each rank writes its own.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _log = logging.getLogger("raytrainer.trainer")
 
 
 def shared(t: Trainer) -> dict[str, Any]:
-    """Model, optimizer, scheduler, scaler, EMA, position, metrics, best value, callbacks. Every rank calls it."""
-    # Each as its own state_dict gives it, hooks and all; buffers as the mean over ranks.
+    """Return model, optimizer, scheduler, scaler, EMA, position, metrics, best value, … Every rank calls it."""
+    # Each object's own state_dict, with its hooks; buffers as the mean over ranks.
     with parallel.holding_mean_buffers(t.system, t.world):
         ema: Any = None
         if t.ema_model is not None:
             follow(t)
             ema = t.ema_model.state_dict()
-        # `model` and `loss` are what is evaluated and exported. Where that is not what is trained, that is kept beside it:
-        # computed from the other it would differ in the last bits.
+        # `model` and `loss` have the weights for evaluation and export. If the optimizer trains other weights, those
+        # are saved too, because computing them from the former would change the last bits.
         with evaluation_weights(t.optimizer):
             model = t.raw_model.state_dict()
             loss = None if t.loss_state is None else t.loss_state.state_dict()
@@ -61,15 +61,15 @@ def shared(t: Trainer) -> dict[str, Any]:
         "evaluations": t.evaluations,
         "logged_at": t._logged_at,
         "extra": dict(t._extra),
-        # Only where it counts: it is the one value that differs between two runs of the same thing.
+        # Saved only if it is needed, because no other value differs between two identical runs.
         "elapsed": time.monotonic() - t._began if t.experiment.trainer.max_time is not None else 0.0,
         "best": t.best.state_dict(),
         "progress": t._progress.state_dict(),
         **({"objective": t._objective.state_dict()} if t._objective is not t.best else {}),
-        # Rank 0's: what a callback keeps has to be the same on every rank.
+        # Rank 0's states: a callback's state has to be the same on every rank.
         "callbacks": {k: c.state_dict() for k, c in t.callbacks.items() if hasattr(c, "state_dict")},
     }
-    # What few have. Rank 0's too.
+    # Entries that few runs have, also from rank 0.
     further = {
         "ema": ema,
         "loss": loss,
@@ -82,7 +82,7 @@ def shared(t: Trainer) -> dict[str, Any]:
 
 
 def _datasets(t: Trainer) -> dict[str, Any]:
-    """The state of map-style datasets that have one, by name: the training one's as of the last batch."""
+    """Return the states of map-style datasets that have one, by name; the training set's as of the last batch."""
     return {name: one.state_dict() for name, one in _loaders(t).items() if one.keeps_dataset_state}
 
 
@@ -91,14 +91,14 @@ def _loaders(t: Trainer) -> dict[str, Loader]:
 
 
 def follow(t: Trainer) -> None:
-    """Give the averaged model what is not averaged: the model's buffers and extra state, which it is evaluated with."""
+    """Copy the model's buffers and extra state, which are not averaged, to the averaged model for its evaluation."""
     if t.ema_model is not None:
         parallel.load_buffers(t.ema_model, dict(t.raw_model.named_buffers()))
         set_extra_state(t.ema_model, extra_state(t.raw_model))
 
 
 def _with_untrained_loss(t: Trainer, saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The optimizer's state of a checkpoint from before losses were trained: the loss's parameters begin without one."""
+    """Return a checkpoint's optimizer state from before losses were trained, with the loss's groups added."""
     _log.warning(
         "The checkpoint has no state of the loss, so the loss's parameters and buffers have their initial values."
     )
@@ -111,21 +111,21 @@ def _with_untrained_loss(t: Trainer, saved: Mapping[str, Any]) -> Mapping[str, A
 
 
 def local(t: Trainer) -> dict[str, Any]:
-    """Random states, this rank's own batch statistics, the open log window, the place in an iterable."""
+    """Return random states, this rank's batch statistics, the open log window, and the position in an iterable."""
     state = {
         "random": seeds.random_state(),
         "buffers": dict(t.system.named_buffers()),
         "window": t.window.state_dict(),
         "data": t.train_loader.state_dict(),
     }
-    # Of one rank it is in the model's state dict. As buffers, it may differ from rank to rank.
+    # With one rank, the model's state dict has it. Like buffers, it may differ from rank to rank.
     if not t.world.distributed:
         return state
     return {**state, "extra_state": extra_state(t.system), "datasets": _datasets(t)}
 
 
 def template(t: Trainer) -> dict[str, Any] | None:
-    """For `Checkpointer.load`: what of `shared` is to be read as shards, by the ranks that hold them."""
+    """Return, for `Checkpointer.load`, which tensors of `shared` each rank reads only as its own shards."""
     if not parallel.is_sharded(t.raw_model):
         return None
     from raytrainer.parallel import fsdp
@@ -136,7 +136,7 @@ def template(t: Trainer) -> dict[str, Any] | None:
     return {
         "model": shards(tensors_of(t.raw_model.state_dict()).items()),
         "ema": shards(tensors_of(t.ema_model.state_dict()).items()) if t.ema_model is not None else {},
-        # Of a parameter's state some tensors are of its shape, as Adam's averages.
+        # Some tensors of a parameter's state have its shape, for instance Adam's averages.
         "optimizer": {"state": shards(t.raw_model.named_parameters())},
         "training": shards(t.raw_model.named_parameters()) if has_modes(t.optimizer) else {},
     }
@@ -151,19 +151,19 @@ def restore(
     changed: Iterable[str] = (),
     evaluating: bool = False,
 ) -> None:
-    """Put back what `shared` and `local` gave, each object through its own `load_state_dict`.
+    """Restore what `shared` and `local` returned, each object through its own `load_state_dict`.
 
     Args:
-        t: Built as the trainer that they were taken of.
-        state: Of `shared`.
-        own: Of `local`; None where another number of ranks wrote the checkpoint.
-        source: Where they are from, for errors.
-        changed: Settings of the optimizer that keep the values that they have now.
-        evaluating: Leave out the state of metrics and datasets, and of a loss that does not take it: for an evaluation they may be
-            others.
+        t: A trainer built like the one that was saved.
+        state: From `shared`.
+        own: From `local`; None if another number of ranks wrote the checkpoint.
+        source: Where they come from, for errors.
+        changed: Settings of the optimizer that keep their current values.
+        evaluating: Whether to skip the state of metrics and datasets, and of a loss that rejects its state, because an
+            evaluation may use other ones.
 
     Raises:
-        CheckpointCorrupt: An object does not take its state; the message names the object.
+        CheckpointCorrupt: An object rejects its state; the message names the object.
     """
     restore_module(t.raw_model, state["model"], source)
     optimizer = state["optimizer"]
@@ -172,7 +172,7 @@ def restore(
             restore_module(t.loss_state, state["loss"], f"{source}: loss")
         else:
             optimizer = _with_untrained_loss(t, optimizer)
-    # A constructor may call a setting of some groups by a longer name: `adamw_lr` is the `lr` of Muon's other groups.
+    # A constructor may name a setting of some groups with a prefix: `adamw_lr` is the `lr` of Muon's other groups.
     wanted = [
         {k: v for k, v in group.items() if any(name == k or name.endswith(f"_{k}") for name in changed)}
         for group in t.optimizer.param_groups
@@ -219,7 +219,7 @@ def restore(
         if not t.train_loader.keeps_dataset_state:
             t.train_loader.load_state_dict(own["data"])
         seeds.set_random_state(own["random"])
-    else:  # the same order of samples, but draws of its own
+    else:  # the same order of samples, but new random numbers
         seeds.seed_everything("train", t.experiment.seed, t.world.rank, t.step)
 
 
@@ -230,15 +230,15 @@ def _restore_datasets(t: Trainer, states: Mapping[str, Any], source: str) -> Non
 
 
 def _change_settings(t: Trainer, wanted: list[dict[str, Any]], rates: list[Any]) -> None:
-    """The settings that a resume was given, over the checkpoint's."""
+    """Apply the settings that were given with `resume`, over the checkpoint's."""
     for number, (group, new) in enumerate(zip(t.optimizer.param_groups, wanted, strict=True)):
         if "lr" in new and group.get("initial_lr", group["lr"]) == rates[number]:
-            new = {name: value for name, value in new.items() if name != "lr"}  # the same base: not a bit is to change
+            new = {name: value for name, value in new.items() if name != "lr"}  # the same base, so no bit may change
         if "lr" in new:
-            # The checkpoint's rate is the base times the curve: the same point of the curve over the new base.
+            # The checkpoint's rate is its base times the curve. Use the same point of the curve with the new base.
             factor = float(group["lr"]) / float(group["initial_lr"]) if group.get("initial_lr") else 1.0
             new = {**new, "lr": rates[number] * factor}
-            # A scheduler made of others keeps the base in them.
+            # A scheduler composed of others keeps the base in each of them.
             for scheduler in (t.scheduler, *getattr(t.scheduler, "_schedulers", ())):
                 if hasattr(scheduler, "base_lrs"):
                     group["initial_lr"] = scheduler.base_lrs[number] = rates[number]

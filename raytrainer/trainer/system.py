@@ -1,4 +1,4 @@
-"""What is trained: the model, and the loss where it has parameters or buffers of its own."""
+"""What is trained: the model, and the loss if it has its own parameters or buffers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Loss = Callable[[nn.Module, Any], Mapping[str, Tensor]]
 
 
 class System(nn.Module):
-    """The model and the loss under one set of names: the model's as they are, the loss's after `loss.`.
+    """The model and the loss under one set of names: the model's unchanged, the loss's with the prefix `loss.`.
 
-    It is what the optimizer, `trainer.freeze`, buffers and counts see. Neither is called through it.
+    The optimizer, `trainer.freeze`, buffers and counts use it. Neither module is called through it.
 
     Args:
         model: The model, not wrapped.
-        loss: `stateful_part` of the loss.
+        loss: The `stateful_part` of the loss.
     """
 
     def __init__(self, model: nn.Module, loss: nn.Module) -> None:
@@ -40,10 +40,10 @@ class System(nn.Module):
 
 
 def together(model: nn.Module, loss: nn.Module | None) -> nn.Module:
-    """The `System` of both, or the model itself where the loss has no state.
+    """Return the `System` of both, or the model itself if the loss has no state.
 
     Raises:
-        ConfigError: The model has a parameter or buffer of the same name as one of the loss.
+        ConfigError: A parameter or buffer of the model has the same name as one of the loss.
     """
     if loss is None:
         return model
@@ -59,7 +59,7 @@ def together(model: nn.Module, loss: nn.Module | None) -> nn.Module:
 
 
 def build_loss(e: Experiment) -> Loss:
-    """The loss, its initial values drawn from the experiment's seed.
+    """Build the loss, with initial values drawn from the experiment's seed.
 
     Raises:
         ConfigError: It cannot be called.
@@ -78,8 +78,10 @@ def build_loss(e: Experiment) -> Loss:
 
 
 def stateful_part(loss: Any) -> nn.Module | None:
-    """The module that holds the loss's parameters and buffers: the loss itself, or the modules among its attributes (of
-    an object) or bound arguments (of a function). None where there are none."""
+    """Return the module with the loss's parameters and buffers; None if there are none.
+
+    It is the loss itself, or holds the modules among an object's attributes or a function's bound arguments.
+    """
     if isinstance(loss, nn.Module):
         return loss if _has_state(loss) else None
     if isinstance(loss, partial):
@@ -100,19 +102,20 @@ def _has_state(module: nn.Module) -> bool:
 
 
 def with_state_dict(loss: Any, part: nn.Module | None) -> Any:
-    """The loss if it is an object with a `state_dict` of its own that `part`, its `stateful_part`, does not give."""
+    """Return the loss if it is an object with its own `state_dict` that `part`, its `stateful_part`, does not cover."""
     return loss if loss is not part and callable(getattr(loss, "state_dict", None)) else None
 
 
 def modules_of(model: nn.Module, loss: Any) -> list[nn.Module]:
-    """All modules of both, those of a loss without state too: they have a mode."""
+    """Return all modules of both, including those of a loss without state, which have a train or eval mode, too."""
     found = list(model.modules())
     part = loss if isinstance(loss, nn.Module) else stateful_part(loss)
     return found if part is None else [*found, *part.modules()]
 
 
 def check_apart(model: nn.Module, loss: nn.Module | None) -> None:
-    """Call it once the loss was called: one that keeps the model as an attribute has taken its parameters over.
+    """Check that the loss does not keep the model as an attribute, which would make the model's parameters its own.
+    Call it after the first call of the loss.
 
     Raises:
         ConfigError: The model is among the loss's modules.

@@ -1,4 +1,4 @@
-"""Which part of what its devices could do a `Trainer` uses: `train/mfu` of its log."""
+"""Which share of its devices' peak a `Trainer` uses: `train/mfu` in its log."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 class Utilisation:
-    """The FLOPs that the model needs for the samples of a second, over what all devices could do in it.
+    """The FLOPs per second that the model needs, divided by the peak of all devices.
 
-    The model's are counted once, on the first log, over a micro-batch of it, and only where the peak is known.
+    The model's FLOPs are counted once, on the first log, for one of its micro-batches, and only if the peak is known.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -31,7 +31,7 @@ class Utilisation:
         self._peak = peak_flops(trainer.world.device, options.precision, options.peak_tflops)
 
     def metrics(self, batch: Batch, samples_per_second: float) -> dict[str, float]:
-        """`train/mfu`, or nothing where it is not known. Every rank calls it, and counts for itself."""
+        """Return `train/mfu`, or nothing if it is unknown. Every rank calls it, and counts for itself."""
         if not self._peak:
             return {}
         if not self._flops_per_sample:
@@ -56,9 +56,9 @@ class Utilisation:
         flops = model_flops(make, batches.move(t.prepare(micro.data), torch.device("meta")))
         seeds.set_random_state(kept)
         t.throughput.go_on()
-        return (flops or 0.0) / max(micro.size, 1)  # one that stands in for none is a sample too
+        return (flops or 0.0) / max(micro.size, 1)  # a sample that stands in for none counts, too
 
 
 def _node(node: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    assert node is not None  # the configuration's own check
+    assert node is not None  # the configuration check ensures it
     return node

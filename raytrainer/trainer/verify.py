@@ -1,7 +1,7 @@
-"""After the first save of a process: whether each object would take its saved state back, value by value.
+"""Check after a process's first save that each object can restore its saved state, value by value.
 
-What a resume would lose is an error now, not then. Small objects are tried on a copy of theirs; of a large model each
-value is compared on its way into a copy without memory. Nothing of the training itself changes.
+State that a resume would lose is thus reported now. Small objects are tried on a copy. For a large model, each value is
+compared as it is loaded into a copy without memory. The training itself is not changed.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from raytrainer.state import loads_by_name, named_optimizer_state, restore_optim
 if TYPE_CHECKING:
     from raytrainer.trainer.loop import Trainer
 
-_COPIED = 64 << 20  # bytes: what is larger is not copied for a check
+_COPIED = 64 << 20  # bytes; a larger state is not copied for a check
 
 
 def verify(t: Trainer, state: Mapping[str, Any]) -> None:
-    """Check that `state`, which `snapshot.shared` gave, can be restored. Every rank calls it, and all raise alike.
+    """Check that `state`, from `snapshot.shared`, can be restored. Every rank calls it, and all of them raise.
 
     Raises:
-        CheckpointError: An object's `load_state_dict` is missing, fails on what its `state_dict` gave, or gives other
-            values back. The message names the object and the key.
+        CheckpointError: An object has no `load_state_dict`, or it fails on the result of `state_dict` or restores other
+            values. The message names the object and the key.
     """
     random = seeds.random_state()
     try:
@@ -49,12 +49,12 @@ def verify(t: Trainer, state: Mapping[str, Any]) -> None:
 
 
 def _problems(t: Trainer, state: Mapping[str, Any]) -> Iterable[str | None]:
-    # Objects that others refer to, and that no copy of those may copy too.
+    # Objects that others refer to. A copy of those must not copy these, too.
     kept: list[Any] = [t, t.loss, t.optimizer, t.events, t.checkpointer, t.train_loader, *t.val_loaders.values()]
     for model in (t.raw_model, t.ema_model, t.loss_state):
         kept += [] if model is None else [model, *model.modules(), *model.parameters()]
     memo = {id(x): x for x in kept}
-    # Taken anew: what was saved has the buffers' mean over ranks.
+    # Uses the current state, because the saved one has the buffers' mean over ranks.
     yield _of_module("model", t.raw_model)
     if t.loss_state is not None:
         yield _of_module("loss", t.loss_state)
@@ -75,7 +75,7 @@ def _problems(t: Trainer, state: Mapping[str, Any]) -> Iterable[str | None]:
 
 
 def _of_object(what: str, thing: Any, state: Any, kept: Mapping[int, Any]) -> str | None:
-    """What is wrong with the state of an object; None if nothing is, or if it cannot be tried on a copy."""
+    """Return what is wrong with an object's state; None if it is right, or if the object cannot be copied to try it."""
     who = f"{what} ({type(thing).__name__})"
     if not callable(getattr(thing, "load_state_dict", None)):
         return f"{who} has state_dict() but no load_state_dict(), so its state would be lost; add one, or remove both"
@@ -83,14 +83,14 @@ def _of_object(what: str, thing: Any, state: Any, kept: Mapping[int, Any]) -> st
         return None
     try:
         twin = copy.deepcopy(thing, dict(kept))
-    except Exception:  # noqa: BLE001  it has a lock, a file or the like
+    except Exception:  # noqa: BLE001  it may hold a lock or an open file
         return None
     try:
         twin.load_state_dict(as_read(state))
         restored = twin.state_dict()
-    except Exception as error:  # noqa: BLE001  a user's code fails in its own way
+    except Exception as error:  # noqa: BLE001  user code may raise anything
         return f"{who}: load_state_dict() fails on what state_dict() gave: {type(error).__name__}: {error}"
-    # What changes by itself, such as a clock, says nothing.
+    # A value that changes by itself, such as a clock, is ignored.
     return _changed(who, state, restored, thing.state_dict())
 
 
@@ -111,7 +111,7 @@ def _of_optimizer(t: Trainer, state: Mapping[str, Any]) -> str | None:
 
 
 def _twin(optimizer: Any, memo: dict[int, Any]) -> Any:
-    """A copy of an optimizer over the same parameters, with its own attributes, which torch's copy leaves out."""
+    """Return a copy of an optimizer over the same parameters, with all attributes, some of which torch's copy omits."""
     twin = object.__new__(type(optimizer))
     memo[id(optimizer)] = twin
     for value in vars(optimizer).values():
@@ -129,7 +129,7 @@ def _changed(who: str, before: Any, restored: Any, again: Any) -> str | None:
 
 
 def _difference(before: Any, restored: Any, again: Any, path: str = "") -> str | None:
-    """Where `restored` is not `before`, of what is the same in `again`; None if it is nowhere."""
+    """Return the path at which `restored` differs from `before` although `again` does not; None if there is none."""
     if isinstance(before, Mapping) and isinstance(again, Mapping):
         for key in before.keys() & again.keys():
             below = f"{path}.{key}".lstrip(".")
@@ -150,15 +150,15 @@ def _same(a: Any, b: Any) -> bool:
     try:
         if isinstance(a, Tensor) and isinstance(b, Tensor):
             return _equal(a, b)
-        if hasattr(a, "dtype") and hasattr(a, "shape"):  # NumPy's
+        if hasattr(a, "dtype") and hasattr(a, "shape"):  # a NumPy value
             return bool(a.dtype == b.dtype and a.shape == b.shape and ((a == b) | ((a != a) & (b != b))).all())
         return bool(a == b or (a != a and b != b))
-    except Exception:  # noqa: BLE001  what cannot be compared is not called different
+    except Exception:  # noqa: BLE001  values that cannot be compared count as equal
         return True
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Of sharded tensors this rank's parts; NaN is equal to NaN."""
+    """Compare two tensors, or this rank's parts of sharded ones. NaN equals NaN."""
     if a is b:
         return True
     with torch.no_grad():
@@ -185,9 +185,9 @@ def _nbytes(value: Any) -> int:
 
 
 def _of_module(what: str, module: nn.Module) -> str | None:
-    """What is wrong with the state dict of a module; None where nothing is."""
+    """Return what is wrong with a module's state dict; None if nothing is."""
     if loads_by_name(module):
-        return None  # its state dict is its parameters and buffers themselves, and load_state_dict copies them
+        return None  # its state dict holds the parameters and buffers themselves, and load_state_dict copies them
     who = f"{what} ({type(module).__name__})"
     read, lost = as_read(module.state_dict()), list[str]()
     small = _nbytes([*module.parameters(), *module.buffers()]) <= _COPIED
@@ -197,11 +197,11 @@ def _of_module(what: str, module: nn.Module) -> str | None:
         _spoil(twin)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that copying to the meta device copies nothing
+            warnings.simplefilter("ignore")  # a warning that copying to the meta device copies nothing
             result = (twin or module).load_state_dict(read)
-    except Exception as error:  # noqa: BLE001  a user's hook fails in its own way
+    except Exception as error:  # noqa: BLE001  a user's hook may raise anything
         if twin is not None and not small and "meta" in str(error).lower():
-            return None  # a hook looks at values, which this copy does not have
+            return None  # a hook reads values, which this copy lacks
         reason = " ".join(str(error).split())
         return f"{who}: load_state_dict() fails on what state_dict() gave: {type(error).__name__}: {reason}"
     finally:
@@ -209,7 +209,7 @@ def _of_module(what: str, module: nn.Module) -> str | None:
             handle.remove()
     if twin is not None and small:
         lost += _unlike(module, twin)
-    # With `strict=False` of its own a class may leave out what it does not find.
+    # A class that passes `strict=False` itself may skip values that it does not find.
     missing = {name for name in getattr(result, "missing_keys", None) or () if name not in lost}
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
     lost += sorted(missing & trained)
@@ -220,7 +220,7 @@ def _of_module(what: str, module: nn.Module) -> str | None:
 
 
 def _copied(module: nn.Module, *, whole: bool) -> nn.Module | None:
-    """A copy, with values or on the meta device; None where it cannot be copied."""
+    """Return a copy with values, or on the meta device; None if it cannot be copied."""
     memo: dict[int, Any] = {}
     if not whole:
         for tensor in (*module.parameters(), *module.buffers()):
@@ -228,13 +228,13 @@ def _copied(module: nn.Module, *, whole: bool) -> nn.Module | None:
             memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     try:
         return copy.deepcopy(module, memo)
-    except Exception:  # noqa: BLE001  it has a lock, a tensor with a history, or the like
+    except Exception:  # noqa: BLE001  it may hold a lock or a tensor with a history
         return None
 
 
 @torch.no_grad()
 def _spoil(module: nn.Module) -> None:
-    """Other values into all that is trained: what load_state_dict leaves out then shows."""
+    """Change all trained values, so that a value that load_state_dict skips is noticed."""
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.copy_((parameter == 0).to(parameter.dtype))
@@ -247,7 +247,7 @@ def _unlike(module: nn.Module, twin: nn.Module) -> list[str]:
 
 
 def _watch(module: nn.Module, loaded: nn.Module, lost: list[str]) -> list[Any]:
-    """Compare each value that `loaded` is about to take with that of `module`; a module itself keeps its own."""
+    """Compare each value that `loaded` is about to load with `module`'s. One module for both keeps its own values."""
     parts = dict(module.named_modules())
 
     def compare(own: nn.Module) -> Any:
@@ -255,7 +255,7 @@ def _watch(module: nn.Module, loaded: nn.Module, lost: list[str]) -> list[Any]:
             for name, tensor in (*own._parameters.items(), *own._buffers.items()):
                 value = state.get(prefix + name)
                 if tensor is None or not isinstance(value, Tensor) or value.shape != tensor.shape:
-                    continue  # load_state_dict says so itself
+                    continue  # load_state_dict reports it itself
                 if not _equal(tensor.detach(), placed_as(tensor, value).to(tensor.dtype)):
                     lost.append(prefix + name)
                 if loaded is module:
