@@ -1,6 +1,7 @@
-"""What runs in one training process: on a Ray Train worker, or inline in the launching one. The only glue to `Trainer`.
+"""The code of one training process: a Ray Train worker or, inline, the launching process.
 
-It finds its rank and the last checkpoint, builds the Trainer, and listens for it: progress, tracking, checkpoints.
+It determines the rank, finds the last checkpoint, builds the `Trainer`, and connects it to progress, tracking and
+checkpoints.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ MODEL_FOLDER = "model"
 _log = logging.getLogger("raytrainer.worker")
 _stop = threading.Event()  # set in each worker's process by `request_stop`
 
-# What is the same however often it is tried: the next attempt would only hold the GPUs once more.
+# Errors that a retry cannot fix. A restart would only occupy the GPUs again.
 _HOPELESS = (
     errors.Refused,
     errors.DataError,
@@ -56,28 +57,28 @@ _HOPELESS = (
 
 @dataclass(frozen=True)
 class Job:
-    """What a training process needs, all plain values.
+    """The job of a training process, in plain values.
 
     Attributes:
-        text: `Composition.text`: the config, its references to secrets unresolved.
-        overrides: Values on top of it (`optimizer.lr=0.1`): those of a trial.
-        run_dir: The run's own storage: a path or URI, without a password that the config refers to.
-        run_id: The MLflow run; None: no tracking.
-        tracking_uri: Where it is.
-        spool_dir: Where metrics are kept until MLflow has them: a local path on the worker.
-        ship: Whether the worker sends them itself; False where the driver reads the same disk and does.
+        text: `Composition.text`: the config with unresolved references to secrets.
+        overrides: Overrides of the config (`optimizer.lr=0.1`), for a trial.
+        run_dir: The run directory: a path or URI, without a password that the config refers to.
+        run_id: The MLflow run; None without tracking.
+        tracking_uri: The tracking URI of the MLflow run.
+        spool_dir: The spool for metrics until MLflow has them: a local path on the worker.
+        ship: Whether the worker uploads the metrics itself. False if the driver reads the same disk and uploads them.
         changed: The optimizer's settings whose values in the config replace those in the checkpoint.
-        mark: What the run's record says of this attempt, wherever `run_dir` is one and the same place.
-        marked: Where that record is, if not in `run_dir`: of a trial in its sweep's.
-        label: Who this is in the logs, where it is not the only one: a trial of a sweep.
-        forward_env, env_file: As `environment.provide`: what the config's references may need here.
+        mark: `Record.mark` of this attempt, to check that `run_dir` is the same place on all nodes; empty for no check.
+        marked: The directory of that record, if it is not `run_dir`. For a trial, it is the sweep's directory.
+        label: The name of this process in the logs if it is one of several: the id of a trial.
+        forward_env, env_file: As for `environment.provide`: values that the config's references may need here.
         reports: On Ray Train: whether each evaluation is reported to the controller, in whose process a trial waits.
-        wait_for_commit: Whether an evaluation is reported only when the checkpoints before it are committed: somebody may then
-            take the newest of them elsewhere, or put another in its place.
-        objective, objective_mode: By what the best checkpoint is kept, where that is not `checkpoint.monitor`.
-        best_at_once: As `trainer.Objective`.
-        inherited: Where population based training has put another trial's checkpoint in its place, as the last: `from`,
-            `evaluation` and the `parameters` to go on with.
+        wait_for_commit: Whether an evaluation is reported only after earlier checkpoints are committed, because the
+            newest may then be copied or replaced.
+        objective, objective_mode: The metric and mode for the best checkpoint, if it is not `checkpoint.monitor`.
+        best_at_once: As in `trainer.Objective`.
+        inherited: Set if population based training has replaced the last checkpoint by that of another trial: `from`,
+            `evaluation` and the new `parameters`.
     """
 
     text: str
@@ -105,26 +106,25 @@ class Job:
 
 
 def request_stop() -> None:
-    """Run in a worker's process: training ends at the next log, on all ranks after the same step, with a checkpoint."""
+    """Ask this worker to end after the next log, with a checkpoint. All ranks end after the same step."""
     _stop.set()
 
 
 def on_ray(job: Mapping[str, Any]) -> dict[str, Any]:
-    """The training function of Ray Train: this process's rank and device come from Ray.
+    """Run a job in a Ray Train worker. Ray provides the rank and the device.
 
     Raises:
-        WorkerError: Anything that training raised, with rank, node, time and traceback, in a form that any process
-            can unpickle.
+        WorkerError: Any error of training, with rank, node, time and traceback. Any process can unpickle it.
     """
     _stop.clear()
-    # Processes that this one starts inherit Ray's command line, which a module of the user's may parse on import.
+    # Without Ray's arguments, because child processes inherit them, and a user's module may parse them on import.
     sys.argv = sys.argv[:1]
     rank = -1
     try:
         import ray.train
         import ray.train.torch
 
-        # Ray logs the exception of the training function; the driver shows the first of all ranks instead.
+        # Otherwise Ray logs the exception of the training function. The driver shows the first error of all ranks.
         logging.getLogger("ray.train").setLevel(logging.CRITICAL)
         from raytrainer.parallel import World
 
@@ -135,23 +135,24 @@ def on_ray(job: Mapping[str, Any]) -> dict[str, Any]:
         world = World(rank, context.get_world_size(), context.get_local_rank(), device, node)
         found = Job(**job)
         result = run(found, world, emit=_say, should_stop=_stop.is_set, report=_report if found.reports else _no_report)
-        _say({"kind": "end"})  # the launching process waits for it: all lines before it have arrived then
+        _say({"kind": "end"})  # the launching process waits for this line, after which the output is complete
         return result
-    except BaseException as error:  # a script's sys.exit() is no end of the process, and has a traceback
+    except BaseException as error:  # also sys.exit() in a script, which must not end the process
         raise described(error, rank) from error
 
 
 def hello(rank: int, label: str = "") -> None:
-    """Tells the launching process who prints the lines that follow."""
+    """Announce this process's rank and label to the launching process, for the output that follows."""
     streams.take_any_text()
     _say({"kind": "hello", "rank": rank, "label": label, "pid": os.getpid(), "host": socket.gethostname()})
 
 
 def _report(trainer: Any, ends: bool) -> None:
-    """An evaluation of a trial, from all ranks to Ray Train's controller; returns when the trial is to go on.
+    """Report an evaluation of a trial from all ranks to Ray Train's controller. Return when the trial may continue.
 
-    Ray's `report` puts it into a queue of one, which the controller empties when it looks: of two empty ones the first
-    waits until it has seen this, the second until it has done with it and looks again.
+    Ray's `report` puts a report into a queue of size one, which the controller empties when it polls. After it come two
+    empty reports: the first waits until the controller has taken the evaluation, the second until it has handled it and
+    polls again.
     """
     import ray.train
 
@@ -162,7 +163,7 @@ def _report(trainer: Any, ends: bool) -> None:
 
 
 def _after(*first: Callable[[], None], report: Callable[[Any, bool], None]) -> Callable[[Any, bool], None]:
-    """`report`, after all of `first`: what it waits for may end this process."""
+    """Return a function that calls all of `first` and then `report`, during which this process may be ended."""
 
     def all_of_them(trainer: Any, ends: bool) -> None:
         for one in first:
@@ -177,7 +178,7 @@ def _no_report(trainer: Any, ends: bool) -> None:
 
 
 def described(error: BaseException, rank: int) -> errors.WorkerError:
-    """An exception of a worker as a `WorkerError`."""
+    """Return an exception of a worker as a `WorkerError`."""
     first = str(error).strip() or "(no message)"
     return errors.WorkerError(
         f"{type(error).__name__}: {first}",
@@ -198,17 +199,17 @@ def run(
     report: Callable[[Any, bool], None] = _no_report,
     later: Callable[[Callable[[], None]], None] = lambda work: work(),
 ) -> dict[str, Any]:
-    """Trains, from the run's last checkpoint where it has one; returns what `FitResult` holds, as plain values. Where
-    `evaluate` is set it evaluates a checkpoint, and trains nothing.
+    """Train, from the run's last checkpoint if it has one, and return the values of `FitResult` as plain values. If
+    `evaluate` is set, evaluate a checkpoint instead.
 
     Args:
-        job: What to train, and where everything goes.
-        world: `parallel.World` of this process; its process group exists already.
-        emit: Takes rank 0's progress messages.
-        should_stop: Asked at every log.
-        report: As `Trainer`'s.
-        later: Given what is left to do when training is over and nobody should wait for it: a save in flight that is
-            no more wanted, the last metrics on their way to the server.
+        job: The job of this process.
+        world: `parallel.World` of this process. Its process group exists already.
+        emit: Called with rank 0's progress messages.
+        should_stop: Called at every log.
+        report: As for `Trainer`.
+        later: Called with work that remains when training is over and need not be waited for: closing a save in flight
+            after an error, and uploading the last metrics.
     """
     garbage.collect_less()
     import torch
@@ -219,7 +220,7 @@ def run(
 
     garbage.collect_as_usual()
     if world.device.type == "cuda":
-        torch.cuda.set_device(world.device)  # what a model allocates without naming a device goes there too
+        torch.cuda.set_device(world.device)  # the default device for allocations of user code
     environment.provide(job.forward_env, job.env_file)
     experiment = config.experiment_of(job.text, job.overrides)
     root = experiment.storage_path or ""
@@ -227,15 +228,15 @@ def run(
     options, c = experiment.trainer, experiment.checkpoint
     if options.num_threads is None:
         options.num_threads = _cpus(experiment)
-    # The checkpoint's thread talks to the other ranks while training does: through a group of its own.
+    # The checkpoint's thread communicates with the other ranks during training, so it needs its own process group.
     group = dist.new_group(backend="gloo") if world.distributed else None
-    # With its credentials, where the config refers to some: they are resolved here, and never travel.
+    # Use the config's URI with credentials, if it is the same. They are resolved here, and never sent with the job.
     uri = experiment.tracking.tracking_uri or ""
     uri = uri if redacted(uri) == job.tracking_uri else job.tracking_uri
     tracker, node_tracker = _trackers(job, experiment, world, uri)
     evaluate = experiment.evaluate
     place = Storage.shown_as((evaluate and evaluate.run_dir) or job.run_dir, root)
-    # Of a trial its sweep's directory is the one that must be there.
+    # For a trial, the sweep's directory must exist.
     place = place.anchored(Storage.shown_as(job.marked, root) if job.marked else None)
     checkpointer = Checkpointer(
         place.child("checkpoints"),
@@ -245,11 +246,11 @@ def run(
         mode=job.objective_mode or config.checkpoint_mode(experiment),
         async_save=c.async_save,
         group=group,
-        # What was logged before a checkpoint is not logged again after it: it is on disk first.
+        # Earlier metrics must be on disk before the commit, because a run that resumes does not log them again.
         before_commit=tracker.flush if isinstance(tracker, MlflowTracker) else None,
     )
     before = [checkpointer.wait] if job.wait_for_commit else []
-    if isinstance(tracker, MlflowTracker):  # what was logged until then is on disk
+    if isinstance(tracker, MlflowTracker):  # metrics must be on disk before the report
         before.append(tracker.flush)
     listeners = [_Tracking(tracker), Reporter(emit)] if world.rank == 0 else []
     try:
@@ -278,33 +279,33 @@ def run(
             log_model(trainer, job, tracker, emit)
         checkpointer.close()
     except BaseException as error:
-        # What happened first is what is told; the save in flight may only fail because of it. The best state that is
-        # still in memory is written, unless that takes other ranks, or somebody wants the end at once.
+        # Report this error, and ignore errors of a save in flight, which may follow from it. Write the best state that
+        # is still in memory, unless that needs other ranks, or the user wants an immediate end.
         if not world.distributed and (job.label or isinstance(error, Exception)):
             _without_a_word(checkpointer.write_held)
         later(lambda: _without_a_word(checkpointer.close))
         raise
     finally:
-        # On this disk it is done at once; a server may take its time.
+        # Closing is fast on a local disk, but an upload to a server may take long.
         for one in (tracker, node_tracker):
             later(one.close) if job.ship else one.close()
     return {**asdict(result), "metrics": dict(result.metrics), "monitor": c.monitor}
 
 
 def _trackers(job: Job, experiment: config.Experiment, world: Any, uri: str) -> tuple[Tracker, Tracker]:
-    """Return rank 0's tracker, and the one that samples a node which does not have rank 0; each is a `NullTracker` in
-    every other process."""
+    """Return rank 0's tracker, and the tracker that samples system metrics of a node without rank 0. Each is a
+    `NullTracker` in every other process."""
     nothing = NullTracker()
     if job.run_id is None or (world.rank > 0 and (world.node == 0 or world.local_rank > 0)):
         return nothing, nothing
-    # The run of a trial is made by the driver, which may not have come to it.
+    # The driver creates the MLflow run of a trial, and may not have done so yet.
     awaited_in = experiment.tracking.experiment_name if job.label else None
     spool = Path(job.spool_dir)
     if world.rank == 0:
         return MlflowTracker(job.run_id, uri, spool, ship=job.ship, awaited_in=awaited_in), nothing
     try:
         tracker = MlflowTracker(job.run_id, uri, spool, ship=job.ship, awaited_in=awaited_in, node=world.node)
-    except errors.StorageError as error:  # training does not fail for it
+    except errors.StorageError as error:  # system metrics must not end training
         _log.warning("The system metrics of node %d (%s) are left out: %s", world.node, socket.gethostname(), error)
         return nothing, nothing
     tracker.set_tags({f"raytrainer.node.{world.node}": socket.gethostname()})
@@ -312,7 +313,7 @@ def _trackers(job: Job, experiment: config.Experiment, world: Any, uri: str) -> 
 
 
 def _tell_inherited(tracker: Tracker, inherited: Mapping[str, Any], step: int) -> None:
-    """The run's parameters say what a trial began with; what it goes on with is told beside them."""
+    """Log a trial's new parameters as metrics and tags, because MLflow's parameters cannot be changed."""
     values = inherited["parameters"]
     numbers = {key: float(v) for key, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     tracker.log_metrics({f"parameter/{key.lstrip('+')}": value for key, value in numbers.items()}, step)
@@ -326,7 +327,11 @@ def _without_a_word(work: Callable[[], None]) -> None:
 
 
 def _check_shared(job: Job, root: str) -> None:
-    """Whether `run_dir` here is the driver's: on several nodes a local path is a place of each node's own."""
+    """Check that `run_dir` is the driver's directory. On several nodes, a local path may be a different disk on each.
+
+    Raises:
+        ConfigError: It is another directory.
+    """
     place = job.marked or job.run_dir
     found = Storage.shown_as(place, root).read_if_exists("run.json") if job.mark else None
     record = json.loads(found) if found else {}
@@ -340,7 +345,7 @@ def _check_shared(job: Job, root: str) -> None:
 
 
 def inline_world(use_gpu: Any) -> Any:
-    """The world of one process without Ray Train: its GPU where it has one and `scaling.use_gpu` allows."""
+    """Return the world of one process without Ray Train, on a GPU if there is one and `scaling.use_gpu` allows it."""
     import torch
 
     from raytrainer.parallel import World
@@ -351,7 +356,7 @@ def inline_world(use_gpu: Any) -> Any:
 
 
 def _cpus(experiment: config.Experiment) -> int | None:
-    """The CPUs of one worker: threads beyond them only get in each other's way, and change the order of sums."""
+    """Return the CPUs of one worker, the limit for its threads. More would be slower, and change the order of sums."""
     asked = (experiment.scaling.resources_per_worker or {}).get("CPU")
     if asked is None and experiment.cluster.kind == "inline":
         return None
@@ -359,7 +364,7 @@ def _cpus(experiment: config.Experiment) -> int | None:
 
 
 class _Tracking:
-    """Hands what the loop tells to the tracker: metrics by step, artifacts, and as tags what a list of runs shows."""
+    """Passes events of the training loop to the tracker: metrics, artifacts, and tags that a list of runs shows."""
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker = tracker
@@ -368,7 +373,7 @@ class _Tracking:
         tags = {"raytrainer.workers": str(event.world_size)}
         if event.total_steps is not None:
             tags["raytrainer.total_steps"] = str(event.total_steps)
-        # A run that goes on from an earlier checkpoint has not come to what was the best after that.
+        # If the run continues from an earlier checkpoint, a later best value no longer counts.
         self._tracker.set_tags({**tags, **self._best(trainer)})
 
     def on_log(self, trainer: Any, event: Any) -> None:
@@ -398,17 +403,17 @@ class _Tracking:
 
 
 def _say(message: dict[str, Any]) -> None:
-    # One write, so that two threads' lines do not mix.
+    # One write, so that lines of two threads do not mix.
     sys.stdout.write(to_line(message) + "\n")
     sys.stdout.flush()
 
 
 def log_model(trainer: Any, job: Job, tracker: Tracker, emit: Callable[[dict[str, Any]], None]) -> None:
-    """Puts the best weights (else the last) into the run as an MLflow model that `mlflow.pytorch.load_model` loads.
+    """Log the best weights (or the last, if there are none) as an MLflow model for `mlflow.pytorch.load_model`.
 
-    A process of its own writes it, with a time limit: as a graph by torch.export, with a batch dimension of any size,
-    which needs no code of ours to load; where the model cannot be exported, pickled, and it is said. Never fails a run that
-    has trained.
+    A separate process with a time limit writes it. The model is a graph by torch.export, with a batch dimension of any
+    size, which can be loaded without our code. A model that cannot be exported is pickled, with a note. An error
+    becomes a warning, so it never fails a run that has trained.
     """
     seen: Example | None = trainer.example.example
     try:

@@ -1,4 +1,4 @@
-"""The driver of one run: preflight, the MLflow run, Ray Train (or this process), and the one true terminal status."""
+"""The driver of a run: preflight, the MLflow run, training with Ray Train or in this process, and the final status."""
 
 from __future__ import annotations
 

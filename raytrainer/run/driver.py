@@ -1,4 +1,5 @@
-"""One attempt at a run, from its lock to its end: MLflow, Ray or this process, and the one true terminal status."""
+"""The driver of one attempt of a run. It opens the MLflow run, trains on Ray or in this process, and sets the final
+status."""
 
 from __future__ import annotations
 
@@ -38,15 +39,15 @@ if TYPE_CHECKING:
     from raytrainer.supervise import SupervisedTrainer, WorkerOutput
 
 T = TypeVar("T")
-_GRACE_S, _ABANDON_S = 5.0, 3.0  # from a first Ctrl-C or SIGTERM until the workers are ended without a checkpoint
+_GRACE_S, _ABANDON_S = 5.0, 3.0  # for workers to save a checkpoint after a first Ctrl-C or SIGTERM; then to be killed
 _OUTPUT_S = 5.0  # for the last lines of the workers to arrive
-_TRIAL_S = 4.0  # from here until the run is recorded, whatever the trial of its first batch has found
+_TRIAL_S = 4.0  # the longest wait for the first-batch probe; then the run is recorded without its verdict
 _OPEN_S = 30.0  # importing mlflow and making a database, on a busy machine
-_CLOSE_S, _CLOSE_STOPPED_S = 30.0, 3.0  # how long the tracking server is waited for at the end
+_CLOSE_S, _CLOSE_STOPPED_S = 30.0, 3.0  # timeouts for the tracking server at the end
 
 
 class Driver:
-    """One attempt at a run, between its lock and its end."""
+    """The driver of one attempt of a run. The caller holds the run's lock."""
 
     def __init__(
         self,
@@ -65,23 +66,23 @@ class Driver:
         self.display, self.logs, self.lock, self.interrupts = display, logs, lock, interrupts
         self.argv, self.where = list(argv), where
         self.trial, self._ray_is_up = trial, threading.Event()
-        # The driver sends the metrics where it reads the disk that the worker writes them to: the worker then never
-        # imports mlflow, which would cost it 1.3 s.
+        # The driver uploads the metrics if it can read the disk to which the worker writes them. The worker then need
+        # not import mlflow, which takes 1.3 s.
         self.ship_here = storage.is_local
         self.spool_dir = spool_of(storage)
         self.ray_trainer: SupervisedTrainer | None = None
         self.stop_asked = StopAsked(storage, record.job.get("submission_id"))
 
     def run(self) -> Outcome:
-        """Trains, and closes everything whatever happens.
+        """Train, and close everything even after an error.
 
         Raises:
-            PreflightError: The trial of the first batch has refused the run, which is not recorded.
+            PreflightError: The first-batch probe refused the run. The run is then not recorded.
         """
         shipper: tracking.Shipper | None = None
         result: Mapping[str, Any] | None = None
         error: BaseException | None = None
-        # MLflow's import and first database take seconds of their own, in which Ray's processes start.
+        # Importing MLflow and creating its first database take seconds, in which Ray's processes start.
         opening = in_background(self._open_run, "mlflow-open")
         try:
             with self._ray() as start_training:
@@ -98,7 +99,7 @@ class Driver:
                 self.logs.mark("trained")
         except Interrupted:
             error = self.interrupts.stopped()
-        except Exception as failed:  # noqa: BLE001  whatever it is, the run is closed truthfully, then it is told
+        except Exception as failed:  # noqa: BLE001  reported by the outcome, after the run is closed
             error = failed
         self._ray_is_up.set()
         if self._is_refused(opening):
@@ -115,7 +116,7 @@ class Driver:
                 self.interrupts.deferred = outcome.status == "KILLED"
                 outcome = self._close(opening, shipper, outcome)
             except Interrupted:
-                # The first signal, after training had ended: the end does not wait for a slow server any more.
+                # The first signal came after training had ended: do not wait for a slow server any longer.
                 self.interrupts.deferred = True
                 outcome = self._close(opening, shipper, self._killed(outcome))
             finally:
@@ -123,29 +124,29 @@ class Driver:
         except Interrupted:
             self.display.say(f"Forced exit. Unsent metrics are in {self.spool_dir}; resume uploads them.")
         except (RaytrainerError, OSError) as failed:
-            # The run ended as it did; only the telling went wrong, and the record below still has the status.
+            # Only the upload failed. The outcome is unchanged, and the record below gets the status.
             self.display.say(f"warning: MLflow does not have everything: {type(failed).__name__}: {failed}")
-        if not self.record.ended:  # nobody could be told
+        if not self.record.ended:  # MLflow did not get the end, so `_close` has not closed the record
             self.record = self._ended(outcome)
-        # A second signal, or a server that is gone, may have changed how it ended since.
+        # Since then, a signal or a lost server may have changed the outcome.
         self.record = replace(self.record, status=outcome.status, cause=self._cause(outcome) or "")
         try:
             self.record.write(self.storage)
-        except StorageGone:  # which is its cause
+        except StorageGone:  # this is also why the run ended
             outcome = replace(outcome, gone=True)
         except StorageError as failed:
             self.display.say(f"warning: could not write the final status to the run record: {failed}")
         return replace(outcome, record=self.record)
 
-    # --- the trial of the first batch -----------------------------------------------------------------------------
+    # --- the first-batch probe ------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Record the run, unless the trial of its first batch refuses it before Ray is up: nobody waits for it longer.
+        """Record the run, unless the first-batch probe refuses it before Ray has started. Then stop the probe.
 
         Raises:
-            PreflightError: It would fail at its first step.
+            PreflightError: The run would fail at its first step.
         """
-        if self.trial is None:  # it was recorded before
+        if self.trial is None:  # the run is recorded already
             return
         deadline, verdict = time.monotonic() + _TRIAL_S, None
         while verdict is None and not self._ray_is_up.is_set() and time.monotonic() < deadline:
@@ -180,7 +181,7 @@ class Driver:
             if e.evaluate.run_id is not None:
                 tags["mlflow.parentRunId"] = e.evaluate.run_id
         if record.attempts > 1:
-            # Parameters are written once; what a resume changes is told beside them.
+            # MLflow's parameters cannot be changed, so the overrides of a resume become a tag.
             tags[f"raytrainer.resume.{record.attempts - 1}"] = " ".join(self.composition.overrides) or "(no overrides)"
         run = tracking.open_run(
             tracking_uri(e, record.tracking_uri),
@@ -200,12 +201,12 @@ class Driver:
         return run
 
     def _close(self, opening: Future[tracking.Run], shipper: tracking.Shipper | None, outcome: Outcome) -> Outcome:
-        # Somebody waits for the end of a stopped run; what is not told in that time stays in the spool.
+        # The user waits for a stopped run to end. Metrics that are not uploaded in that time stay in the spool.
         patience = _CLOSE_STOPPED_S if outcome.status == "KILLED" else _CLOSE_S
         try:
-            # Opening has a bound of its own; a run that it makes after we have left would stay RUNNING for ever.
+            # No shorter timeout for a stopped run: an MLflow run that is created after it would stay RUNNING forever.
             run = opening.result(timeout=_OPEN_S)
-        except (RaytrainerError, TimeoutError):  # it is what the outcome tells already
+        except (RaytrainerError, TimeoutError):  # the outcome has this error already
             return outcome
         self.record = replace(self.record, run_id=run.run_id)
         tags = {"raytrainer.exit_code": str(outcome.exit_code)}
@@ -219,7 +220,7 @@ class Driver:
             self._register(run, self.e.tracking.register_model)
         self.logs.mark("ray_down")
         self.logs.write_marks()
-        if self.logs.folder.is_dir():  # else the run's directory is gone
+        if self.logs.folder.is_dir():  # otherwise the run directory is gone
             run.log_artifact(self.logs.folder)
         self.record = record = self._ended(outcome)
         tags = {**end_tags(record), **_best_tags(record)}
@@ -233,12 +234,12 @@ class Driver:
                 f"warning: MLflow's database {gone} was deleted while the run was going on; resume {self.record.name} "
                 "continues in a new MLflow run"
             )
-        # By this very Python: the environment's programs may not be on the path of whoever copies it.
+        # With the path of this Python, because the environment's programs may not be on the user's PATH.
         command = run.ui_command and f"{provenance.interpreter()} -m {run.ui_command}"
         return replace(outcome, mlflow=run.url, mlflow_command=command)
 
     def _ended(self, outcome: Outcome) -> Record:
-        """The record with the end of this attempt, which is now."""
+        """Return the record with the end of this attempt, which is now."""
         result = outcome.result or {}
         best = (
             dict(zip(("monitor", "value", "step"), (result["monitor"], *result["best"]), strict=True))
@@ -278,7 +279,7 @@ class Driver:
     def _job(self, run: tracking.Run) -> worker.Job:
         return worker.Job(
             text=self.composition.text,
-            run_dir=self.storage.display,  # Ray shows it to everyone
+            run_dir=self.storage.display,  # without a password, because Ray shows it to all users
             run_id=run.run_id,
             tracking_uri=tracking.redacted(run.tracking_uri),
             spool_dir=str(self.spool_dir),
@@ -291,7 +292,7 @@ class Driver:
 
     @contextlib.contextmanager
     def _ray(self) -> Iterator[Callable[[worker.Job], Mapping[str, Any]]]:
-        """Ray, started or attached to, and ended again with everything that runs on it; yields what trains on it."""
+        """Start or join Ray, yield the function that trains on it, and at the end stop everything that runs on it."""
         e = self.e
         if e.cluster.kind == "inline":
             yield self._inline
@@ -305,7 +306,7 @@ class Driver:
             yield lambda job: self._on_ray(job, available, output)
 
     def _inline(self, job: worker.Job) -> Mapping[str, Any]:
-        self.interrupts.deferred = True  # the first signal lets the step end; a second one raises
+        self.interrupts.deferred = True  # training ends after the current step for a first signal; a second one raises
         self.logs.message(0, {"kind": "hello", "rank": 0, "label": "", "pid": os.getpid(), "host": os.uname().nodename})
         try:
             return worker.run(
@@ -357,7 +358,7 @@ class Driver:
         least = preflight.least_workers(e)
         wanted = {name: share * least for name, share in preflight.per_worker(e, gpu).items()}
         waiting = Waiting(self.display, supervise, wanted, available)
-        # Not in the main thread: that one waits for signals, and Ray Train's own SIGINT handler stays out.
+        # Not in the main thread, which waits for signals, and in which Ray Train would install its own SIGINT handler.
         threading.Thread(target=fit, name="ray-train", daemon=True).start()
         try:
             while not done.wait(1.0):
@@ -365,7 +366,7 @@ class Driver:
                     self.interrupts.ask("stopped by request")
                     self._stop_workers(done)
                     break
-                self.lock.check()  # one that was out of touch for long may have lost the directory to another
+                self.lock.check()  # raises if another process took over the directory while this one had no contact
                 if part := supervise.dead_part():
                     raise ClusterLost(f"Ray's {part} died")
                 waiting.look(trainer.waits, time.monotonic())
@@ -380,7 +381,11 @@ class Driver:
         return box["result"]  # type: ignore[no-any-return]
 
     def _stop_workers(self, done: threading.Event) -> None:
-        """A first signal: the workers end after a checkpoint, or after a while without one."""
+        """Ask the workers to save a checkpoint and end, after a first signal.
+
+        Raises:
+            Stopped: The workers have not ended within 5 s, or have not started yet.
+        """
         self.display.say(f"{self.interrupts.reason}: saving a checkpoint, then stopping (again: at once)")
         assert self.ray_trainer is not None
         if not (self.ray_trainer.ask_to_stop() and done.wait(_GRACE_S)):
@@ -403,7 +408,7 @@ class Driver:
         return replace(base, status="FAILED", exit_code=1, cause=cause)
 
     def _killed(self, outcome: Outcome) -> Outcome:
-        """A run that was told to end, also after its training had: `result` says how far it came."""
+        """Return the outcome of a run that was asked to stop. It keeps `result` if training had ended already."""
         code = self.interrupts.exit_code or 130
         return replace(outcome, status="KILLED", exit_code=code, cause=self.interrupts.reason)
 
@@ -421,13 +426,13 @@ def _best_tags(record: Record) -> dict[str, str]:
 
 
 def in_background(work: Callable[[], T], name: str) -> Future[T]:
-    """The result to come of `work`, done in a thread that does not keep the process alive."""
+    """Run `work` in a thread that does not keep the process alive. Return a future of its result."""
     future: Future[T] = Future()
 
     def run() -> None:
         try:
             future.set_result(work())
-        except BaseException as error:  # noqa: BLE001  raised where the result is asked for
+        except BaseException as error:  # noqa: BLE001  raised by `future.result()`
             future.set_exception(error)
 
     threading.Thread(target=run, name=name, daemon=True).start()

@@ -1,4 +1,4 @@
-"""From a composition to a run: what is checked, in which order, and who holds the run's directory meanwhile."""
+"""Start or resume a run: check the composition, lock the run directory, write the record and run the driver."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def check(
     first_batch: bool = True,
     say: Callable[[str], None] = lambda _: None,
 ) -> str:
-    """All that can be known before a start; starts nothing. Returns where it would run, in words.
+    """Check everything that can be checked before the start. Return as text where the run would train.
 
     Args:
         composition: What to train.
-        record: The run that would go on.
-        first_batch: Whether the first batch is tried, in a process of its own, unless `preflight.first_batch=false`.
-        say: Told what came of that.
+        record: The record of the run to resume; None for a new run.
+        first_batch: Whether to run the first-batch probe, unless `preflight.first_batch=false`.
+        say: Called with the result of the probe.
 
     Raises:
-        Refused: What does not hold.
+        Refused: A check failed.
     """
     where, gpu = _checked(composition, record)
     if record is not None:
@@ -59,7 +59,7 @@ def check(
 
 
 def try_first_batch(composition: Composition, gpu: bool, say: Callable[[str], None]) -> None:
-    """Try the first batch in a process of its own, and wait for what it says.
+    """Run the first-batch probe and wait for its verdict.
 
     Raises:
         PreflightError: The run would fail at its first step.
@@ -76,7 +76,7 @@ def try_first_batch(composition: Composition, gpu: bool, say: Callable[[str], No
 
 
 def _checked(composition: Composition, record: Record | None) -> tuple[str, bool]:
-    """All that this process can check: where the run would be, in words, and whether on GPUs."""
+    """Run all checks of this process. Return as text where the run would train, and whether on GPUs."""
     e = composition.experiment
     preflight.check_objects(e)
     if record is None:
@@ -86,11 +86,11 @@ def _checked(composition: Composition, record: Record | None) -> tuple[str, bool
     except StorageError as error:
         raise ConfigError(f"cannot be used: {error}", key="storage_path", value=shown(e)) from error
     has_own = e.evaluate is not None or (record is not None and storage.exists("checkpoints"))
-    if e.init_from is not None and not has_own:  # else it goes on from those
+    if e.init_from is not None and not has_own:  # otherwise it continues from its own checkpoints
         preflight.check_init_from(e, _runs_of(tracking_uri(e, record.tracking_uri if record else "")))
     if e.debug:
         return "inline, one batch", False
-    # First: what is asked of a storage that does not answer would take its client's patience, which is minutes.
+    # First, because any other call to a storage that does not answer waits for the client's timeout of minutes.
     unusable = preflight.check_storage(storage.check_writable, shown(e))
     if record is None and not unusable:
         refuse_existing(e, storage)
@@ -100,7 +100,7 @@ def _checked(composition: Composition, record: Record | None) -> tuple[str, bool
         available, where = preflight.this_machine(), "this machine"
     uri = tracking_uri(e, record.tracking_uri if record else "")
     odd = tracking.odd_values(os.environ, uri)
-    # A resumed run already has its experiment in MLflow.
+    # A resumed run has its experiment in MLflow already.
     name = experiment_name(composition) if record is None else None
     preflight.refuse(
         [
@@ -129,26 +129,26 @@ def launch(
     display: Display | None = None,
     job: Mapping[str, str] | None = None,
 ) -> Outcome:
-    """Trains an experiment where its `cluster` says, to the end.
+    """Train an experiment to its end, on the cluster of its config.
 
     Args:
         composition: What to train.
-        argv: The command line, for the run's records.
-        record: The run to go on with, from its last checkpoint; None: a new one.
+        argv: The command line, for the records.
+        record: The record of the run to resume from its last checkpoint; None for a new run.
         changed: The `optimizer.…` keys whose new values replace those in the checkpoint.
-        display: Where progress is shown.
-        job: Where on a shared cluster this is, as `Record.job`.
+        display: The display for progress.
+        job: The job on a shared cluster, as in `Record.job`.
 
     Raises:
-        Refused: Nothing was started.
-        Stopped: A signal came before anything was started.
+        Refused: The run was refused before anything started.
+        Stopped: A signal arrived before anything started.
     """
     e, began, launched = composition.experiment, time.monotonic(), time.time()
     display = display or Display()
     if e.debug:
         return _debug(composition, display, began)
-    # Outside of Interrupts: nothing is started, so the caller's own handling is right, and an exception of ours would
-    # come up in the middle of a library's import.
+    # Outside `Interrupts`, whose exception could be raised in the middle of a library's import. Nothing has started
+    # yet, so the caller's own signal handling is right.
     where, gpu = _checked(composition, record)
     if e.preflight.first_batch is True and e.cluster.kind != "inline":
         try_first_batch(composition, gpu, display.say)
@@ -161,12 +161,12 @@ def launch(
             except StorageLocked as error:
                 raise PreflightError([str(error)]) from error
             if record is None:
-                refuse_existing(e, storage)  # again, now that nobody else can make it
+                refuse_existing(e, storage)  # again, now that this process has the lock
             now, written = datetime.now(UTC).isoformat(timespec="seconds"), written_storage_path(composition)
             old = record or Record(e.name or "", storage.display, created=now, storage_path=written)
             record = replace(
                 old,
-                # Without user and password, which stay where the config refers to.
+                # Without user and password, which the record must not contain.
                 tracking_uri=old.tracking_uri or tracking.redacted(tracking_uri(e)),
                 choices=old.choices or dict(composition.choices),
                 changed=[*old.changed, *(name for name in changed if name not in old.changed)],
@@ -175,12 +175,12 @@ def launch(
                 resolved=resolved_nodes(composition),
             ).begun(launched)
             trial = _trial_beside_ray(composition, record, gpu)
-            if trial is None:  # else it is recorded when the trial has not refused it
+            if trial is None:  # otherwise the driver records the run unless the probe refuses it
                 storage.write_bytes(CONFIG, composition.text.encode())
                 record.write(storage)
             else:
                 held.callback(trial.close)
-            storage = storage.anchored()  # whoever deletes it from now on does not get a part of it back
+            storage = storage.anchored()  # if it is deleted from now on, no part of it is created again
             with Logs(storage, display) as logs:
                 logs.mark("checked")
                 display.say(f"{record.name}: {where}")
@@ -195,14 +195,14 @@ def launch(
 
 
 def _in_use(e: Experiment) -> list[str]:
-    """The problem that another process of this machine is running the run, in the words of the lock."""
+    """Return a problem for each live process on this machine that holds the lock of the run."""
     lock = Storage(storage_path(e)).child(e.name or "").child("lock")
     held = (claim for claim in claims(lock) if claim.held and claim.is_here and claim.lives)
     return [f"{lock.display} is in use by {named(claim.owner)}" for claim in held]
 
 
 def _trial_beside_ray(composition: Composition, record: Record, gpu: bool) -> preflight.FirstBatch | None:
-    """The trial of a new run's first batch, started where a core is free while Ray starts; None elsewhere."""
+    """Start the first-batch probe of a new run if a core is free while Ray starts; else return None."""
     e = composition.experiment
     wanted = e.preflight.first_batch == "auto" and e.cluster.kind == "local" and e.evaluate is None
     if (
@@ -218,7 +218,7 @@ def _trial_beside_ray(composition: Composition, record: Record, gpu: bool) -> pr
 
 
 def _reached_limit(e: Experiment, result: Mapping[str, Any] | None) -> str:
-    """The key of the limit that ended the run: a higher value of it lets the run continue."""
+    """Return the key of the limit that ended the run. A higher value lets the run continue."""
     t, ended = e.trainer, result or {}
     if t.max_time is not None and (ended.get("reason") == "max_time" or (t.max_steps is None and t.max_epochs is None)):
         return "trainer.max_time"
@@ -227,7 +227,7 @@ def _reached_limit(e: Experiment, result: Mapping[str, Any] | None) -> str:
 
 
 def _debug(composition: Composition, display: Display, began: float) -> Outcome:
-    """One process, no Ray, no tracking, no checkpoint, and errors as they are: for a debugger."""
+    """Train one batch in this process without Ray, tracking and checkpoints. Errors are not wrapped, for a debugger."""
     from raytrainer.progress import Reporter
     from raytrainer.trainer import Trainer
 
@@ -245,7 +245,7 @@ def _debug(composition: Composition, display: Display, began: float) -> Outcome:
 
 
 def _runs_of(uri: str) -> Callable[[str], str | None]:
-    """Finds a run's directory by its ID in the tracking store; one that cannot be asked knows none."""
+    """Return a function that finds a run's directory by its ID in the tracking store, or returns None on errors."""
 
     def look_up(identifier: str) -> str | None:
         with suppress(TrackingError):
@@ -256,7 +256,8 @@ def _runs_of(uri: str) -> Callable[[str], str | None]:
 
 
 def best_words(e: Experiment) -> str | None:
-    """Which value is kept as the best, of a metric that somebody has chosen: its mode may be derived from its name."""
+    """Return a line that says which value of the monitor is the best, because its mode may be derived from its name.
+    Return None if the monitor is the default, if there is no validation data, or if the run only evaluates."""
     if e.evaluate is not None or not e.data.val_sets or e.checkpoint.monitor == CheckpointConfig().monitor:
         return None
     highest = "highest" if checkpoint_mode(e) == "max" else "lowest"
@@ -264,7 +265,11 @@ def best_words(e: Experiment) -> str | None:
 
 
 def refuse_existing(e: Experiment, storage: Storage) -> None:
-    """A new run never goes on with an old one by accident."""
+    """Refuse a new run whose directory has a run already, so that it is never continued by accident.
+
+    Raises:
+        ConfigError: The run exists.
+    """
     if storage.exists(CONFIG) or storage.exists("checkpoints"):
         raise ConfigError(
             f"is the name of a run that exists in {shown(e)}; resume {e.name} goes on with it, "
@@ -275,7 +280,7 @@ def refuse_existing(e: Experiment, storage: Storage) -> None:
 
 
 def lock_owner(name: str, job: Mapping[str, str] | None) -> dict[str, str]:
-    """What the claim on a run's directory says of its owner: whoever finds it knows which job must be asked for."""
+    """Return the owner for the lease on a run directory. It names the job, so that others can query its status."""
     submission = (job or {}).get("submission_id")
     return {"run": name} if submission is None else {"run": name, "job": submission}
 
@@ -296,7 +301,7 @@ def storage_path(e: Experiment) -> str:
 
 
 def shown(e: Experiment) -> str:
-    """`storage_path` without a password, for messages."""
+    """Return `storage_path` without a password, for messages."""
     return redacted(storage_path(e))
 
 
@@ -306,7 +311,7 @@ def experiment_name(composition: Composition) -> str:
 
 
 def _existing_resources(e: Experiment) -> tuple[preflight.Resources, str]:
-    """What a running cluster has, and may have when it grows; it is joined from now on."""
+    """Join a running cluster. Return its resources, including those that it can add, and its name as text."""
     from raytrainer import supervise
 
     supervise.prepare(embedded=False)

@@ -1,4 +1,4 @@
-"""The logs of driver and ranks, and when the launch got how far."""
+"""The log files of the driver and the ranks, and the times of the launch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from raytrainer.storage import Storage
 
 
 class _Warnings(logging.Handler):
-    """Warnings of raytrainer's modules, shown as lines."""
+    """Shows warnings of raytrainer's modules on the display."""
 
     def __init__(self, display: Display) -> None:
         super().__init__(logging.WARNING)
@@ -33,7 +33,7 @@ class _Warnings(logging.Handler):
 
 
 class _File:
-    """A log that is cut where the disk takes no more, which is said once: no run ends for its log."""
+    """A log file. If the disk is full or fails, it warns once and drops the text, because a log must not end a run."""
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
         self._path, self._say, self._cut = path, say, False
@@ -58,7 +58,7 @@ class _File:
 
 @dataclass
 class Logs:
-    """The logs of driver and ranks, as files in the run's directory (or a temporary one) and on the display."""
+    """The logs of the driver and the ranks, as files in the run directory (or a temporary one) and on the display."""
 
     storage: Storage
     display: Display
@@ -73,11 +73,11 @@ class Logs:
             self.folder = Path(self._temporary.name, "logs")
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._temporary is not None and self.storage.exists("logs"):
-            self.storage.download_tree("logs", self.folder)  # of earlier attempts, which are gone on with
+            self.storage.download_tree("logs", self.folder)  # append to those of earlier attempts
         self._files: dict[str, _File] = {}
         self._marks: dict[str, float] = {}
         self.display.also = self._file("driver").write
-        # This process's own warnings (a lost server, a corrupt checkpoint) are for the person who watches.
+        # Show the user this process's own warnings, such as a lost server or a corrupt checkpoint.
         self._warnings = _Warnings(self.display)
         logger = logging.getLogger("raytrainer")
         logger.addHandler(self._warnings)
@@ -98,7 +98,7 @@ class Logs:
             self._temporary.cleanup()
 
     def message(self, rank: int | None, message: Mapping[str, Any]) -> None:
-        """A worker's message: shown, and where it says who the worker is, written to its log."""
+        """Show a worker's message. A message that identifies the worker goes to its log instead."""
         self.mark(
             {"hello": "worker_up", "start": "training_starts", "log": "first_log"}.get(message["kind"], "first_other")
         )
@@ -108,7 +108,7 @@ class Logs:
             self.display.show(message)
 
     def text(self, rank: int | None, line: str) -> None:
-        """A line that a worker printed; one of Ray's own processes (no rank) goes to `ray.log` alone."""
+        """Log and show a line that a worker printed. A line of Ray's own processes (no rank) goes only to `ray.log`."""
         if rank is None:
             self._write("ray", line)
             return
@@ -116,11 +116,11 @@ class Logs:
         self.display.say(f"[rank {rank}] {line}")
 
     def text_of(self, name: str, text: str) -> None:
-        """A text for the log file `name` alone."""
+        """Write a text to the log file `name` without showing it."""
         self._write(name, text)
 
     def write_marks(self) -> None:
-        """Puts `launch.json` beside the logs, where the disk takes it."""
+        """Write the times of `mark` to `launch.json` beside the logs. A full disk is ignored."""
         with contextlib.suppress(OSError):
             (self.folder / "launch.json").write_text(json.dumps(self._marks, indent=1) + "\n")
 
@@ -128,7 +128,7 @@ class Logs:
         self._file(name).write(line + "\n")
 
     def mark(self, name: str) -> None:
-        """Notes when the launch got so far, in seconds since its process began: `launch.json` beside the logs."""
+        """Record when the launch first reached this point, in seconds since the process started, for `launch.json`."""
         self._marks.setdefault(name, round(time.time() - psutil.Process().create_time(), 3))
 
     def _file(self, name: str) -> _File:

@@ -1,4 +1,4 @@
-"""What is kept of a run on disk (`Record`), how a launch ended (`Outcome`), and the words for it (`summary`)."""
+"""The run record on disk (`Record`), the outcome of a launch (`Outcome`), and its text for the user (`summary`)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ ATTEMPTS_TAG, LAUNCHED_TAG = "raytrainer.attempts", "raytrainer.launched"
 SECONDS_TAG, STEP_TAG = (
     "raytrainer.seconds",
     "raytrainer.step",
-)  # of all attempts that have ended; at the last one's end
+)  # the seconds of all ended attempts; the step at the end of the last one
 CONFIG = "config.yaml"
-# What these keys say is in the checkpoint's state, or decides what its numbers mean.
+# Keys whose values are in the checkpoint's state or decide what it means. A resume cannot change them.
 FIXED = ("name", "seed", "init_from", "debug", "storage_path")
 _FIXED_BELOW = ("init_from", "model", "loss", "callbacks", "metrics", "data.train", "data.val", "data.collate_fn")
 _FIXED_KEYS = (
@@ -47,31 +47,31 @@ _FIXED_KEYS = (
 
 @dataclass(frozen=True)
 class Record:
-    """What a run's directory says of it, so that a later command finds and goes on with it.
+    """The run record in a run directory, from which later commands find and resume the run.
 
     Attributes:
         name: The run's name.
-        run_dir: Its storage, a path or URI, without a password.
-        run_id: In MLflow; None without tracking.
-        tracking_uri: Where that is.
-        experiment_name: Its MLflow experiment.
-        status: RUNNING, or how it ended.
-        attempts: How often it was launched, the first included.
-        created: When, in UTC.
-        choices: Group → the choice taken.
-        changed: Settings of the optimizer that a resume has given, over those in the checkpoints.
-        kind: `run`, or `sweep`.
-        storage_path: Where `run_dir` lacks a password: as the config has it, the references to that kept.
-        job: On a shared cluster: its address, the submission_id there, and the content of the request, by which a
-            second submission of the same is known.
-        resolved: The nodes `optimizer` and `lr_scheduler` with the values that their references had: what the state in the
-            checkpoints was made with.
-        launched: When the last attempt began, in seconds since the epoch; 0 of a version that did not note it.
-        seconds: For which all attempts that have ended went on, each from its launch to its end.
-        ended: When the last attempt ended; 0 while it runs.
-        cause: Why it did not finish.
-        step: Optimizer steps done at its end.
-        best: The metric that is watched, its best value, and where that was: `monitor`, `value`, `step`.
+        run_dir: The run directory, a path or URI without a password.
+        run_id: The MLflow run; None without tracking.
+        tracking_uri: The tracking URI of the MLflow run.
+        experiment_name: The MLflow experiment.
+        status: RUNNING, or the final status.
+        attempts: The number of attempts, including the first.
+        created: The time of the first launch, in UTC.
+        choices: Config group → its choice.
+        changed: Optimizer settings that a resume has set. They replace those in the checkpoints.
+        kind: `run` or `sweep`.
+        storage_path: If `run_dir` lacks its password: `storage_path` of the config, with unresolved references.
+        job: On a shared cluster: the cluster's address, the submission_id, and the content of the request, by which a
+            repeated submission is recognised.
+        resolved: The nodes `optimizer` and `lr_scheduler` with resolved references, from which the state in the
+            checkpoints was made.
+        launched: When the last attempt was launched, in seconds since the epoch; 0 in records of old versions.
+        seconds: The total duration of all ended attempts, each from its launch to its end.
+        ended: When the last attempt ended, in seconds since the epoch; 0 while it runs.
+        cause: Why the run did not finish.
+        step: Optimizer steps done at the end of the last attempt.
+        best: The monitor, its best value and the step of that value: `monitor`, `value`, `step`.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Record:
     best: dict[str, Any] = field(default_factory=dict)
 
     def begun(self, launched: float) -> Record:
-        """The record of the next attempt, which begins at `launched`."""
+        """Return the record of the next attempt, launched at `launched`."""
         return replace(
             self,
             status="RUNNING",
@@ -109,22 +109,22 @@ class Record:
         )
 
     def closed(self, status: str, ended: float, cause: str | None = None) -> Record:
-        """The record of an attempt that ended at `ended`."""
-        before = self.seconds - max(0.0, self.ended - self.launched if self.ended else 0.0)  # closed once more
+        """Return the record with the last attempt ended at `ended`."""
+        before = self.seconds - max(0.0, self.ended - self.launched if self.ended else 0.0)  # if closed again
         seconds = before + (max(0.0, ended - self.launched) if self.launched else 0.0)
         return replace(self, status=status, ended=ended, seconds=seconds, cause=cause or "")
 
     @property
     def mark(self) -> str:
-        """What this attempt's record says, and no other's: a worker looks for it in what should be the same place."""
+        """An identifier of this attempt, by which a worker checks that its `run_dir` is the driver's directory."""
         return f"{self.name} {self.created} {self.attempts}"
 
     @property
     def storage(self) -> Storage:
-        """Its directory, with the password that the config refers to where that is known here.
+        """The run directory, with the password that the config refers to if it is available here.
 
         Raises:
-            StorageError: There can be none of this name.
+            StorageError: The path or URI is invalid.
         """
         if self.storage_path:
             return Storage.shown_as(self.run_dir, resolved(self.storage_path))
@@ -135,17 +135,17 @@ class Record:
 
     @classmethod
     def read(cls, storage: Storage) -> Record | None:
-        """The record in a run's directory; None where there is none.
+        """Read the record in a run directory; return None if it does not exist.
 
         Raises:
-            StorageError: It is there and is no record.
+            StorageError: The file is not a valid record.
         """
         data = storage.read_if_exists(RECORD)
         if data is None:
             return None
         try:
             found = json.loads(data)
-            # Those of a later version may hold more.
+            # Records of later versions may have more fields.
             return cls(**{k: v for k, v in found.items() if k in cls.__dataclass_fields__})
         except (ValueError, TypeError, AttributeError) as error:
             raise StorageError(f"{storage.uri}/{RECORD} is no record of a run: {error}") from error
@@ -153,22 +153,22 @@ class Record:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a launch ended, as its summary tells it.
+    """How a launch ended, for its summary.
 
     Attributes:
         status: FINISHED, FAILED or KILLED.
         exit_code: 0, 1, 129, 130 or 143.
-        record: The run.
-        where: E.g. `local Ray, 2 workers on CPU`.
-        result: What `FitResult` holds; None if training did not end by itself.
-        cause: Why it failed, in a line.
-        traceback: Of the worker that failed first.
+        record: The run record.
+        where: Where it ran, e.g. `local Ray, 2 workers on CPU`.
+        result: The values of `FitResult`; None if training did not end by itself.
+        cause: Why it failed, in one line.
+        traceback: The traceback of the worker that failed first.
         mlflow: The address to open; None without tracking.
-        mlflow_command: The command that opens it where there is no server.
-        seconds: From launch to end, of this attempt; `record.seconds` has those of all.
-        step: Optimizer steps done, as far as is known.
-        gone: Whether the run's directory was deleted meanwhile.
-        length: The key that says how long the run is, for going on with it.
+        mlflow_command: The command that opens MLflow if there is no server.
+        seconds: The duration of this attempt, from its launch to its end. `record.seconds` has the total.
+        step: Optimizer steps done, if known.
+        gone: Whether the run directory was deleted during the run.
+        length: The key that limits the length of the run; a higher value lets it continue.
     """
 
     status: str
@@ -187,7 +187,7 @@ class Outcome:
 
 
 def resolved_nodes(composition: Composition) -> dict[str, Any]:
-    """`Record.resolved`. A text that a reference gave is left out, since it might be a secret."""
+    """Return the value for `Record.resolved`. References to texts are kept, because the text might be a secret."""
     raw, e = yaml.safe_load(composition.text), composition.experiment
 
     def kept(written: Any, value: Any) -> Any:
@@ -200,24 +200,25 @@ def resolved_nodes(composition: Composition) -> dict[str, Any]:
 
 
 def written_storage_path(composition: Composition) -> str:
-    """`Record.storage_path` of a new run; empty where the config itself has a password, which is told nobody again."""
+    """Return `Record.storage_path` for a new run. It is empty if the config itself contains a password, which must not
+    be copied."""
     place = Storage(composition.experiment.storage_path or "")
     written = str(yaml.safe_load(composition.text).get("storage_path") or "") if place.display != place.uri else ""
     return "" if holds_password(written) else written
 
 
-STOP = "stop"  # an object in a run's directory: whoever wants it to end puts it there, `stop ID` for one
+STOP = "stop"  # a file in a run directory that asks the run to end; the command `stop ID` writes it
 
 
-# Below ./runs: what was submitted from here and is on a cluster, a record each, so that a job is known before it runs.
+# The folder below ./runs with a record of each submission to a cluster, so that a job is known before it runs.
 SUBMITTED = ".submitted"
 
 
 class StopAsked:
-    """Whether somebody has asked a run to end by the object `stop` in its directory. Looks every two seconds.
+    """Tells whether the file `stop` in the run directory asks the run to end. It looks at most every two seconds.
 
-    One from before this attempt does not count, unless it asks this attempt's job, which was still starting: it is deleted
-    when the attempt begins.
+    A file from before this attempt is deleted when the attempt begins, unless it names this attempt's job, which was
+    then still starting.
     """
 
     def __init__(self, storage: Storage, submission_id: str | None = None) -> None:
@@ -232,12 +233,12 @@ class StopAsked:
         self._due = now + 2.0
         try:
             return self._storage.exists(STOP)
-        except StorageError:  # a server that does not answer now will another time
+        except StorageError:  # the server may answer the next time
             return False
 
 
 def _job_asked(storage: Storage) -> str | None:
-    """The job that the object `stop` means; None where there is none, or it is not for a job."""
+    """Return the job that the file `stop` names; None if there is no such file or it names no job."""
     try:
         asked = json.loads(storage.read_if_exists(STOP) or b"{}")
     except ValueError:
@@ -246,23 +247,23 @@ def _job_asked(storage: Storage) -> str | None:
 
 
 def job_tags(record: Record) -> dict[str, str]:
-    """Where on a shared cluster a run is, for its MLflow run; one that goes on elsewhere is no job's any more."""
+    """Return the MLflow tags for the job on a shared cluster. They are emptied if a resumed run is no longer a job."""
     job = record.job or ({"submission_id": "", "cluster_address": ""} if record.attempts > 1 else {})
     return {f"raytrainer.{name}": value for name, value in job.items()}
 
 
 def changes_meaning(name: str) -> bool:
-    """Whether another value of a key changes what the state in a checkpoint means: it cannot be resumed with it."""
+    """Return whether a new value for this key changes the meaning of a checkpoint, so that a resume must refuse it."""
     return name in FIXED or name in _FIXED_KEYS or any(name == k or name.startswith(k + ".") for k in _FIXED_BELOW)
 
 
 def tracking_uri(e: Experiment, recorded: str = "") -> str:
-    """`tracking.tracking_uri` made absolute; without one the SQLite store in the current directory.
+    """Return the absolute `tracking.tracking_uri`; by default the SQLite store in the current directory.
 
     Args:
-        e: The experiment, its references resolved here and now.
-        recorded: Of a run that goes on: where it is kept, without credentials. What the config refers to now is used
-            if it is the same place.
+        e: The experiment, with its references resolved now.
+        recorded: The tracking URI of a resumed run, without credentials. The config's URI, with credentials, is used
+            only if it is the same place.
     """
     uri = e.tracking.tracking_uri
     if recorded and (uri is None or tracking.redacted(uri) != recorded):
@@ -275,7 +276,7 @@ def tracking_uri(e: Experiment, recorded: str = "") -> str:
 
 
 def summary(outcome: Outcome, program: str) -> str:
-    """The last words of a launch: what came out, where everything is, and what to type next."""
+    """Return the summary of a launch: the result, where everything is, and the next command."""
     record, result = outcome.record, outcome.result
     words = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}[outcome.status]
     how = (
@@ -305,14 +306,14 @@ def summary(outcome: Outcome, program: str) -> str:
 
 
 def took(record: Record, seconds: float) -> str:
-    """How long a run went on: `0:21`, or of several attempts `1:05 in 2 attempts, the last 0:21`."""
+    """Return the duration of a run: `0:21`, or with several attempts `1:05 in 2 attempts, the last 0:21`."""
     if record.attempts < 2 or not record.seconds:
         return duration(seconds)
     return f"{duration(record.seconds)} in {record.attempts} attempts, the last {duration(seconds)}"
 
 
 def end_tags(record: Record) -> dict[str, str]:
-    """What MLflow is told of an attempt's end beside its status: the figures that `status` shows."""
+    """Return the MLflow tags for the end of an attempt, with the figures that the command `status` shows."""
     tags = {SECONDS_TAG: f"{record.seconds:.3f}"}
     if record.step is not None:
         tags[STEP_TAG] = str(record.step)
@@ -320,7 +321,7 @@ def end_tags(record: Record) -> dict[str, str]:
 
 
 def begin_tags(record: Record) -> dict[str, str]:
-    """What MLflow is told of an attempt's begin; the figures of the attempt before are taken back."""
+    """Return the MLflow tags for the start of an attempt. They reset the step of the previous attempt."""
     tags = {ATTEMPTS_TAG: str(record.attempts), LAUNCHED_TAG: f"{record.launched:.3f}"}
     if record.attempts > 1:
         tags |= {SECONDS_TAG: f"{record.seconds:.3f}", STEP_TAG: ""}
@@ -328,7 +329,7 @@ def begin_tags(record: Record) -> dict[str, str]:
 
 
 def _of_evaluation(outcome: Outcome, result: Mapping[str, Any]) -> str:
-    """The last words of an evaluation: every metric, in full."""
+    """Return the summary of an evaluation, with every metric."""
     wide = max(8, *(len(name) for name in result["metrics"]))
     rows = [("outcome", f"step {result['step']} evaluated in {duration(outcome.seconds)}"), ("where", outcome.where)]
     rows += [(name, f"{value:.6g}") for name, value in result["metrics"].items()]
@@ -339,7 +340,7 @@ def _of_evaluation(outcome: Outcome, result: Mapping[str, Any]) -> str:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Runs that were started one after the other, one a line: what became of each."""
+    """Return a table of runs that were started one after the other, with the outcome of each."""
     words = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
     rows = [("run", "outcome", "time", "best")]
     for outcome in outcomes:

@@ -1,4 +1,4 @@
-"""A Ray for the time of one launch: started here or joined, left again whatever happens in between."""
+"""A Ray session for one launch: start or join a cluster, and always stop or leave it at the end."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from raytrainer.interrupts import Interrupts
 
 @contextlib.contextmanager
 def ray_session(e: Experiment, interrupts: Interrupts, *, all_of_it: bool = False) -> Iterator[preflight.Resources]:
-    """Ray as `cluster` says, and ended with everything of ours that runs on it; yields what it has.
+    """Start or join Ray by the section `cluster`, and yield its resources. At the end, stop everything of ours on it.
 
     Args:
         e: The experiment.
-        interrupts: Signals, while it starts.
-        all_of_it: As `cluster_resources`.
+        interrupts: The signal handlers. Signals are deferred while a local Ray starts.
+        all_of_it: As for `cluster_resources`.
 
     Raises:
-        Interrupted: A signal came while it started.
+        Interrupted: A signal arrived during the start.
     """
     import ray
 
@@ -30,14 +30,14 @@ def ray_session(e: Experiment, interrupts: Interrupts, *, all_of_it: bool = Fals
     available = preflight.this_machine()
     try:
         if e.cluster.kind == "local":
-            interrupts.deferred = True  # half a Ray would leave processes behind
+            interrupts.deferred = True  # an interrupted start would leave processes behind
             supervise.start_embedded(int(available.cpus), int(available.gpus), available.memory)
             interrupts.deferred = False
         else:
             if not ray.is_initialized():
                 supervise.attach(e.cluster.address or "auto", e.cluster.runtime_env, e.name or "")
             available = cluster_resources(e, all_of_it=all_of_it)
-        interrupts.install()  # Ray's core sets a handler of SIGTERM below Python's, which prints its stack
+        interrupts.install()  # again: Ray's core has set a SIGTERM handler below Python's, which prints a stack
         interrupts.check()
         garbage.collect_as_usual()
         yield available
@@ -47,11 +47,11 @@ def ray_session(e: Experiment, interrupts: Interrupts, *, all_of_it: bool = Fals
 
 
 def cluster_resources(e: Experiment, *, all_of_it: bool = False) -> preflight.Resources:
-    """What the cluster that this process has joined has and, where that is too little, may have when it grows.
+    """Return the resources of the joined cluster and, if they are too few, those that its autoscaler can add.
 
     Args:
         e: The experiment.
-        all_of_it: Whether what it may have is asked for also where enough is there: of a sweep, which takes all.
+        all_of_it: Whether to query the autoscaler in any case. A sweep does, because it uses all resources.
     """
     from raytrainer import supervise
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run waits for its place on a cluster: what is missing, who holds it, what is on its way."""
+"""The display of a run that waits for resources of a cluster: what is missing, who holds it, which nodes are coming."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from raytrainer.preflight import Resources, amount
 from raytrainer.progress import Display, duration
 
 _FIRST_S, _EVERY_S = 3.0, 10.0
-_OFTEN_S = 60.0  # a line in a log that says the same again: every ten seconds at first, then once a minute
+_OFTEN_S = 60.0  # in a log, an unchanged line repeats every ten seconds in the first minute, then once a minute
 
 
 class Cluster(Protocol):
-    """What is asked of a cluster; `raytrainer.supervise` is one."""
+    """The queries to a cluster. `raytrainer.supervise` implements them."""
 
     def free(self) -> Mapping[str, float]: ...
     def holders(self) -> Mapping[str, Mapping[str, float]]: ...
@@ -21,28 +21,28 @@ class Cluster(Protocol):
 
 
 class Waiting:
-    """Says about every ten seconds what a run waits for.
+    """Shows about every ten seconds what a run waits for.
 
     Args:
-        display: Where.
-        cluster: Who is asked.
+        display: The display.
+        cluster: The cluster to query.
         wanted: The resources of all workers together.
-        available: What the cluster has, and may have.
+        available: The resources that the cluster has and can add.
     """
 
     def __init__(self, display: Display, cluster: Cluster, wanted: Mapping[str, float], available: Resources) -> None:
         self._display, self._cluster, self._available = display, cluster, available
         self._wanted = {name: n for name, n in wanted.items() if n}
-        self._began: float | None = None  # None: it has its place
+        self._began: float | None = None  # when the run began to wait; None if it has its resources
         self._due = self._said = 0.0
         self._last = ""
 
     def look(self, waits: Callable[[], bool], now: float) -> None:
-        """To be called often.
+        """Update the display if it is due. Call this often.
 
         Args:
-            waits: Whether the run waits for its place.
-            now: As `time.monotonic()` gives it.
+            waits: Returns whether the run waits for resources.
+            now: The value of `time.monotonic()`.
         """
         try:
             if not waits():
@@ -55,7 +55,7 @@ class Waiting:
             if now >= self._due:
                 self._due = now + _EVERY_S
                 self._say(now, self._text())
-        except Exception as error:  # noqa: BLE001  nothing here is worth a run
+        except Exception as error:  # noqa: BLE001  an error of the display must not end a run
             self._say(now, f"the cluster does not say why ({type(error).__name__})")
 
     def _say(self, now: float, text: str) -> None:

@@ -1,7 +1,7 @@
-"""Ray, held by its hooks: the room of every private part of Ray that raytrainer touches and of every variable it sets.
+"""The integration with Ray. This package uses Ray's private interfaces and sets Ray's environment variables.
 
-cluster   starting one, joining one, leaving it
-output    what its workers print
+cluster   start, join and leave a cluster, and query its resources
+output    the output of workers
 train     Ray Train: the workers of one run
 tune      Ray Tune: the trials of a sweep
 """

@@ -1,4 +1,4 @@
-"""Ray itself: a quiet one of this process's own, or one that runs already; and its end, whatever it ends by."""
+"""Start a quiet Ray in this process or join a running cluster, query its resources, and always stop or leave it."""
 
 from __future__ import annotations
 
@@ -23,60 +23,61 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raytrainer.autoscaling import HEAD, Growth, addable
 from raytrainer.reaper import Reaper
 
-# Set before Ray starts, where the user has not; inherited by Ray's processes on this machine, and propagated by Ray
-# Train to workers elsewhere.
+# Set before Ray starts, unless the user has set them. Ray's processes on this machine inherit them, and Ray Train
+# passes them to workers on other machines.
 ENVIRONMENT = {
-    # The controller looks at its workers so often: an end or a death is seen after 0.1 s instead of 2 s.
+    # How often the controller checks its workers. It sees an end or a death after 0.1 s instead of 2 s.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
-    # Workers are waited for as long as it takes, which preflight knows to be finite: after a minute Ray would give up
-    # its place in the queue and ask again, and a cloud's machine takes longer than that to come.
+    # A week: preflight has checked that the workers fit. By default Ray gives up its place in the queue after a minute
+    # and asks again, but a machine in the cloud takes longer to start.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "604800",
-    # Workers stay in the launching directory, where relative paths of a config mean the same as inline.
+    # Workers stay in the launching directory, so that relative paths in a config mean the same as inline.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    # A second copy of every print and exception in the worker's output.
+    # These would print every line and exception a second time in the worker's output.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # What the autoscaler says to every driver of a cluster, of other people's requests too; `run.waiting` says it.
+    # Otherwise the autoscaler prints messages to every driver of a cluster, even about requests of other users.
+    # `run.waiting` shows those about this run.
     "RAY_SCHEDULER_EVENTS": "0",
-    # Warnings that a user cannot act on: accelerators of processes without a GPU, and the metrics agent, which an
-    # embedded Ray has no dashboard for.
+    # Warnings that a user cannot act on: about accelerators of processes without a GPU, and about the metrics agent,
+    # which needs a dashboard.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_enable_metrics_collection": "0",
-    # Tune prints the stack of every failed trial, and adds loggers that write each result three times; the journal and
-    # the table have them.
+    # Tune prints the stack of every failed trial, and its default loggers write each result three times. The journal
+    # and the table have both.
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
 }
 _reaper: Reaper | None = None
-_ANSWER_S = 4.0  # a cluster that does not answer in so long is not there
+_ANSWER_S = 4.0  # an address that does not answer within this time has no cluster
 
 
 def prepare(embedded: bool) -> None:
-    """Sets `ENVIRONMENT`; to be called before Ray starts."""
+    """Set `ENVIRONMENT` and Ray's log levels. Call this before Ray starts."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if embedded:
-        # One node that is this machine: there is nobody to preempt it.
+        # The only node is this machine, which cannot be preempted.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    # Ray starts a cluster for whoever calls it without one: the controller's thread would, after a forced end.
+    # Otherwise any call to Ray without a cluster starts one, as the controller's thread would do after a forced end.
     ray._private.auto_init_hook.enable_auto_connect = False
     logging.getLogger("ray").setLevel(logging.ERROR)
-    # The controller logs each error with its stack, then raises it: `run` tells it once.
+    # The controller logs each error with its stack before it raises it. `run` shows it once.
     logging.getLogger("ray.train").setLevel(logging.CRITICAL)
 
 
 def start_embedded(num_cpus: float, num_gpus: int | None, memory: float | None = None) -> None:
-    """Starts a Ray of this process's own on this machine; `ray.shutdown` ends all of it.
+    """Start a Ray cluster of one node that belongs to this process. `ray.shutdown` ends all of it.
 
-    Without the dashboard, whose processes cost seconds of a launch; what Ray Train needs it for, cleaning up after a
-    dead controller, is not needed: the controller is in this process, and the cluster ends with it.
+    The dashboard is off, because its processes cost seconds of a launch. Ray Train needs it only to clean up after a
+    dead controller, but here the controller is in this process, and the cluster ends with it.
 
     Args:
-        num_cpus, num_gpus: What its one node has.
-        memory: Bytes that workers may ask for: Ray's own default is what is free now, which preflight cannot know.
+        num_cpus, num_gpus: The resources of the node.
+        memory: Bytes that workers may request. Ray's default, the memory that is free now, is unknown to preflight.
     """
     with _our_signals():
         ray.init(
@@ -93,14 +94,14 @@ def start_embedded(num_cpus: float, num_gpus: int | None, memory: float | None =
 
 
 def dead_part() -> str | None:
-    """The name of a process of an embedded Ray without which it is lost, where one has died."""
+    """Return the name of an essential process of an embedded Ray that has died; None if all are alive."""
     node = ray._private.worker._global_node
     dead = {name for name, _ in node.dead_processes()} if node is not None else set()
     return next((name for name in ("gcs_server", "raylet") if name in dead), None)
 
 
 def _agents_end_with_us() -> None:
-    """Of a killed driver Ray's processes end at once, but its node's agents first try to report that for 60 s."""
+    """Make the node's agents end with this process. If it is killed, they would try for 60 s to report that."""
     global _reaper
     (raylet,) = ray._private.worker._global_node.all_processes["raylet"]
     children = psutil.Process(raylet.process.pid).children()
@@ -108,12 +109,12 @@ def _agents_end_with_us() -> None:
 
 
 def stop() -> None:
-    """Leaves the cluster, or ends the embedded one."""
+    """Leave the cluster, or stop the embedded one."""
     global _reaper
-    if dead_part():  # an orderly end would wait a minute for the answer of a dead process
+    if dead_part():  # an orderly shutdown would wait a minute for the dead process
         ray._private.worker._global_node.kill_all_processes(check_alive=False, allow_graceful=False)
         return
-    # A collection in another thread that drops a reference of Ray's while its core ends would end the whole process.
+    # If the garbage collector drops a Ray reference in another thread while Ray's core ends, the whole process ends.
     gc.collect()
     gc.disable()
     try:
@@ -127,10 +128,10 @@ def stop() -> None:
 
 @contextlib.contextmanager
 def _our_signals() -> Iterator[None]:
-    """Keeps `ray.init` from setting a SIGTERM handler of its own, which ends the process in the middle of things.
+    """Keep `ray.init` from installing its own SIGTERM handler, which ends the process at any point.
 
-    What it starts is in the process group of the terminal, as this process is, and has SIGHUP blocked: a terminal that is
-    closed would kill the workers before their last checkpoint. One that comes meanwhile is taken afterwards.
+    SIGHUP is blocked, and Ray's processes inherit that. They are in the terminal's process group, and a closed terminal
+    would kill the workers before their last checkpoint. A SIGHUP that arrives meanwhile is delivered afterwards.
     """
     set_handler = ray._private.utils.set_sigterm_handler
     ray._private.utils.set_sigterm_handler = lambda handler: None
@@ -143,10 +144,10 @@ def _our_signals() -> Iterator[None]:
 
 
 def find_cluster(address: str) -> None:
-    """Whether a cluster answers at `host:port`: `ray.init` asks an address where there is none for seven minutes.
+    """Check that a cluster answers at `host:port`. Without a cluster, `ray.init` would try for seven minutes.
 
     Raises:
-        ConnectionError: Nothing listens there, or it is no Ray.
+        ConnectionError: Nothing listens there, or it is not a Ray cluster.
     """
     host, _, port = address.rpartition(":")
     try:
@@ -156,7 +157,7 @@ def find_cluster(address: str) -> None:
     answered = threading.Event()
 
     def ask() -> None:
-        with contextlib.suppress(Exception):  # whatever it says, it is no answer
+        with contextlib.suppress(Exception):  # any error means that Ray does not answer
             GcsClient(address=address)
             answered.set()
 
@@ -166,14 +167,14 @@ def find_cluster(address: str) -> None:
 
 
 def attach(address: str, runtime_env: Mapping[str, Any], name: str) -> str:
-    """Connects to a running cluster; returns its address.
+    """Connect to a running cluster and return its address.
 
     Args:
-        address, runtime_env: As `ray.init`'s.
-        name: Of the run: whoever waits for what it holds is told.
+        address, runtime_env: As for `ray.init`.
+        name: The run's name, which is shown to other runs that wait for its resources.
 
     Raises:
-        ConnectionError: There is none.
+        ConnectionError: There is no cluster.
     """
     with _our_signals():
         context = ray.init(
@@ -186,20 +187,20 @@ def attach(address: str, runtime_env: Mapping[str, Any], name: str) -> str:
     return str(context.address_info.get("gcs_address") or address)
 
 
-# --- what a cluster has, may have, and who holds it -------------------------------------------------------------------
+# --- the resources of a cluster ---------------------------------------------------------------------------------------
 
-_NAME = "raytrainer.name"  # in the metadata of a run's job
+_NAME = "raytrainer.name"  # key in the metadata of a run's Ray job
 _PROBE_S = 5.0
-_growths: dict[str, Growth | None] = {}  # by job: it is asked for before a launch and in it
+_growths: dict[str, Growth | None] = {}  # by Ray job, because it is needed before a launch and again during it
 
 
 def nodes() -> list[dict[str, float]]:
-    """What each living node of the cluster has."""
+    """Return the resources of each live node of the cluster."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def growth() -> Growth | None:
-    """What its autoscaler can add to the cluster; None where it has none, or cannot be asked within five seconds."""
+    """Return what the autoscaler can add to the cluster; None if there is none, or if it does not answer within 5 s."""
     job = ray.get_runtime_context().get_job_id()
     if job not in _growths:
         _growths[job] = _growth()
@@ -210,15 +211,15 @@ def _growth() -> Growth | None:
     head = next((node for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"]), None)
     if head is None:
         return None
-    # Ray's own question, `get_max_resources_from_cluster_config`, has an answer on Anyscale alone. The autoscaler's
-    # configuration is a file on the head node, named on the command line of the process that reads it.
+    # Ray's own query, `get_max_resources_from_cluster_config`, works only on Anyscale. The autoscaler's configuration
+    # is a file on the head node, and the command line of the monitor process has its path.
     asked = ray.remote(num_cpus=0)(_reader()).options(
         scheduling_strategy=NodeAffinitySchedulingStrategy(head["NodeID"], soft=False), max_retries=0
     )
     reply = asked.remote(ray.get_runtime_context().gcs_address)
     try:
         monitor, config = ray.get(reply, timeout=_PROBE_S)
-    except Exception:  # noqa: BLE001  a head that is too busy, or whose files cannot be read: nothing is known
+    except Exception:  # noqa: BLE001  the head is too busy, or its files cannot be read
         ray.cancel(reply, force=True)
         return None
     if not monitor:
@@ -227,8 +228,8 @@ def _growth() -> Growth | None:
 
 
 def _reader() -> Any:
-    """The task for the head node. A function of its own inside one, so that it travels whole: raytrainer need not be
-    installed there."""
+    """Return the task for the head node. It is a nested function, so that it is pickled by value and raytrainer need
+    not be installed there."""
 
     def read(gcs_address: str) -> tuple[bool, Any]:
         import psutil
@@ -243,12 +244,12 @@ def _reader() -> Any:
                 continue
             options = dict(part.removeprefix("--").partition("=")[::2] for part in command if part.startswith("--"))
             if options.get("gcs-address", "").rpartition(":")[2] != gcs_address.rpartition(":")[2]:
-                continue  # another cluster's, on the same machine
+                continue  # the monitor of another cluster on the same machine
             if "autoscaling-config" not in options:
                 return True, None
             with open(options["autoscaling-config"]) as file:  # noqa: PTH123
                 config = yaml.safe_load(file)
-            # The rest of it may hold secrets.
+            # Only these keys, because others may contain secrets.
             return True, {
                 "max_workers": config.get("max_workers"),
                 "available_node_types": {
@@ -262,24 +263,23 @@ def _reader() -> Any:
 
 
 def _is_autoscaled() -> bool:
-    """Whether an autoscaler has reported to the cluster."""
+    """Return whether an autoscaler has reported to the cluster."""
     try:
         status = get_cluster_status(ray.get_runtime_context().gcs_address, timeout=2)
-    except Exception:  # noqa: BLE001  it is Ray's to say, and it did not
+    except Exception:  # noqa: BLE001  without an answer, assume that there is none
         return False
     return int(status.stats.autoscaler_version or 0) > 0
 
 
 def free() -> dict[str, float]:
-    """What nobody holds, of the resources of the cluster's nodes."""
+    """Return the free resources of the cluster."""
     return dict(ray.available_resources())
 
 
 def holders() -> dict[str, dict[str, float]]:
-    """Who holds how much of CPUs, GPUs and the like, this driver left out; by the run's name, the submission id, or
-    where the driver is.
+    """Return the resources that each other driver holds, by its run's name, submission id, or host and process id.
 
-    Placement groups and actors outside of them are counted; tasks are not known to the cluster's table.
+    Placement groups, and actors outside them, are counted. Tasks are not, because the tables do not list them.
     """
     state = ray._private.state.state._connect_and_get_accessor()
     held: dict[bytes, dict[str, float]] = {}
@@ -305,20 +305,20 @@ def holders() -> dict[str, dict[str, float]]:
         job = JobTableData.FromString(data)
         if held.get(job.job_id) and job.job_id.hex() != mine:
             of = dict(job.config.metadata)
-            # Not its command line: others' may hold secrets, and this goes into our log.
+            # Not its command line, which may contain secrets of other users, because this text is logged.
             driver = f"a driver on {job.driver_ip_address} (process {job.driver_pid})"
             found[of.get(_NAME) or of.get("job_submission_id") or driver] = held[job.job_id]
     return found
 
 
 def nodes_to_come() -> tuple[dict[str, int], list[str]]:
-    """What the autoscaler is about: node type → how many are on their way, and what it could not start and why.
+    """Return what the autoscaler is adding: node type → number of nodes, and the launches that failed with the reasons.
 
-    Empty where the cluster has none, or an old one that does not say.
+    Both are empty if the cluster has no autoscaler, or one that is too old to report it.
     """
     try:
         status = get_cluster_status(ray.get_runtime_context().gcs_address, timeout=2)
-    except Exception:  # noqa: BLE001  only a display asks
+    except Exception:  # noqa: BLE001  the answer is only for display
         return {}, []
     coming: dict[str, int] = {}
     for launch in status.pending_launches:

@@ -1,4 +1,4 @@
-"""What Ray's workers print, taken out of Ray's own printing and sorted by who printed it."""
+"""Capture the output of Ray's workers before Ray prints it, and sort it by rank."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
 from raytrainer.progress import from_line
 
-# Lines of Ray's own in a worker's output that say nothing a user can act on.
+# Lines of Ray in a worker's output that a user cannot act on.
 _CHATTER = ("Setting up process group for: env://", "[Gloo] Rank ", "Using blocking ray.get inside async actor")
 
 
 class WorkerOutput:
-    """Takes what the workers print out of Ray's own printing: messages go to `on_message`, text to `on_text`.
+    """Captures the output of the workers before Ray prints it. Messages go to `on_message`, text to `on_text`.
 
-    Each gets the rank it came from; None: a process that is no worker of ours, or one that has not said its rank yet.
-    Text of a worker with a label (a trial of a sweep) begins with it.
+    Both get the rank of the process; None if the process is not our worker or has not announced its rank yet. Text of a
+    worker with a label (a trial of a sweep) begins with the label.
     """
 
     def __init__(
@@ -30,14 +30,14 @@ class WorkerOutput:
         self._on_message, self._on_text = on_message, on_text
         self._ranks: dict[tuple[Any, Any], int] = {}
         self._labels: dict[tuple[Any, Any], str] = {}
-        self._newest: dict[int, tuple[Any, Any]] = {}  # the process that was the last to say that it is a rank
+        self._newest: dict[int, tuple[Any, Any]] = {}  # the process that last announced each rank
         self._ended: set[tuple[Any, Any]] = set()
         self._changed = threading.Condition()
 
     def __enter__(self) -> WorkerOutput:
         global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
         global_worker_stdstream_dispatcher.add_handler("raytrainer", self._take)
-        # The raylet's notices of dead workers are printed past the dispatcher; `first_error` says the same in a line.
+        # The raylet's notices of dead workers bypass the dispatcher. `first_error` has the same in one line.
         self._ray_print = ray._private.worker.print_to_stdstream
         ray._private.worker.print_to_stdstream = lambda data, **_: self._take(data)
         return self
@@ -47,14 +47,14 @@ class WorkerOutput:
         global_worker_stdstream_dispatcher.remove_handler("raytrainer")
 
     def wait_for_end(self, timeout_s: float) -> bool:
-        """Wait for what the ranks printed before their end. Ray's log monitor reads their files now and then, and on a busy
-        machine seconds later.
+        """Wait for the output that the ranks printed before their end. Ray's log monitor polls their files, and can be
+        seconds late on a busy machine.
 
         Args:
-            timeout_s: Seconds, after which the rest is left out.
+            timeout_s: Time limit in seconds, after which the missing output is dropped.
 
         Returns:
-            Whether all of it has arrived.
+            Whether all output has arrived.
         """
         with self._changed:
             return self._changed.wait_for(self._is_complete, timeout_s)

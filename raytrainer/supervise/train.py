@@ -1,6 +1,6 @@
-"""Ray Train, held by its hooks: its controller in this process, which failures are worth a retry, whose error was first.
+"""Adapt Ray Train: run its controller in this process, decide which failures are retried, and find the first error.
 
-Read in ray 2.60 (`ray/train/v2/_internal`).
+Private attributes were checked in ray 2.60 (`ray/train/v2/_internal`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from raytrainer import worker
 from raytrainer.errors import WorkerError
 from raytrainer.storage import Storage
 
-# What a rank says that lost another one in a collective.
+# Texts in the errors of a rank that lost another rank in a collective.
 _COLLATERAL = (
     "DistBackendError",
     "DistNetworkError",
@@ -45,10 +45,10 @@ _COLLATERAL = (
 
 
 class Retries(DefaultFailurePolicy):  # type: ignore[misc]
-    """Ray Train's own budgets, less what no retry can mend.
+    """Ray Train's failure policy with its budgets, but without retries of errors that a retry cannot fix.
 
-    A worker that raised a non-retryable error ends the run at once, and so does the same error twice without a step in
-    between. `on_retry` is told of each restart.
+    A non-retryable error of a worker ends the run at once. So does the same error twice without a step in between.
+    `on_retry` is called at each restart.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Retries(DefaultFailurePolicy):  # type: ignore[misc]
         self._progress, self._on_retry = progress, on_retry
         self._last: tuple[str, int] | None = None
         self.restarts = 0
-        self.abandoned = False  # the end is wanted: no retry
+        self.abandoned = False  # whether the run is to end without a retry
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
         if self.abandoned:
@@ -79,14 +79,14 @@ class Retries(DefaultFailurePolicy):  # type: ignore[misc]
         return decision
 
     def _log_decision(self, *_: Any, **__: Any) -> None:
-        """Ray's own report of the same, with its stack."""
+        """Suppress Ray's own message, which has the same error with its stack."""
 
 
 def first_error(error: BaseException) -> BaseException:
-    """The error that came first, of those that the workers of a group raised.
+    """Return the first error of a worker group.
 
-    When one rank fails the others fail too, in the collective that waits for it: those come later, and a process that
-    died without a word is named before any of them.
+    When one rank fails, the others fail later in the collective that waits for it. A process that died without an
+    exception takes precedence over such errors.
     """
     if not isinstance(error, WorkerGroupError):
         return getattr(error, "controller_failure", None) or error
@@ -103,14 +103,14 @@ def first_error(error: BaseException) -> BaseException:
         return min(causes, key=lambda e: e.when)
     if died:
         return died[0]
-    # Nobody died and everybody only lost the others: a network, which may be there again.
+    # No process died, but all lost each other. The cause is the network, which may recover.
     first = min(raised, key=lambda e: e.when)
     first.retry = True
     return first
 
 
 def death(error: BaseException) -> str:
-    """How a process of Ray ended, in a line."""
+    """Return one line that says how a Ray process ended."""
     if isinstance(error, ray.exceptions.RayTaskError):
         raised = error.cause
         error = raised if isinstance(raised, WorkerError) else error.as_instanceof_cause()
@@ -120,10 +120,10 @@ def death(error: BaseException) -> str:
     text = " ".join(" ".join(str(e) for e in chain if e is not None).split())
     if any(isinstance(e, ray.exceptions.OutOfMemoryError) for e in chain) or "memory pressure" in text:
         return f"killed for using too much memory: {text[:300]}"
-    if isinstance(error, ray.exceptions.RayActorError) and "creation task" in text:  # its last line is the exception's
+    if isinstance(error, ray.exceptions.RayActorError) and "creation task" in text:  # the last line is the exception
         return f"its process could not start: {str(error).strip().splitlines()[-1][:300]}"
     if isinstance(error, ray.exceptions.RayActorError) or "WorkerHealthCheckFailed" in type(error).__name__:
-        # Ray knows the code where the process ended in its own hands; of a signal, or os._exit, it sees nothing.
+        # Ray knows the exit code only if its own code ended the process, not after a signal or os._exit.
         if code := re.search(r"Worker exits with an exit code (-?\d+)", text):
             return f"the process died with exit code {code[1]}"
         return "the process died (killed from outside, crashed, or out of memory)"
@@ -131,21 +131,21 @@ def death(error: BaseException) -> str:
 
 
 def full_words(error: BaseException) -> str:
-    """All that is known of how a process of Ray ended: the traceback of one that raised, Ray's own report of another."""
+    """Return everything known about the end of a Ray process: its traceback if it raised, else Ray's own report."""
     raised = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
     return getattr(raised, "traceback", None) or "".join(traceback.format_exception(error))
 
 
 class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
-    """Ray's, for a controller that is no actor: the handle of it that workers get is only for
+    """Ray's worker group for a controller that is not an actor. Workers need the controller's handle only for
     `ray.train.get_all_reported_checkpoints`, which we do not call."""
 
-    reserved: ClassVar[list[Any]] = []  # what this process's controller has reserved, from before its workers start
-    nodes: ClassVar[dict[int, str]] = {}  # where the last group's ranks are: of a dead one nobody else knows
+    reserved: ClassVar[list[Any]] = []  # placement groups of this process, recorded before their workers start
+    nodes: ClassVar[dict[int, str]] = {}  # the host of each rank of the last group, also for errors of dead ranks
 
     def _create_placement_group(self, *arguments: Any, **named: Any) -> Any:
-        # In a trial of a sweep Tune has reserved the workers' bundles with the trial: asking for them a second time
-        # would have two trials wait for each other.
+        # For a trial of a sweep, Tune has reserved the workers' bundles already. If trials requested them a second
+        # time, they would wait for each other.
         if (own := ray.util.get_current_placement_group()) is not None:
             return _Borrowed(own)
         handle = super()._create_placement_group(*arguments, **named)
@@ -172,14 +172,14 @@ class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
 
 
 class _Borrowed(DefaultPlacementGroupHandle):  # type: ignore[misc]
-    """A trial's placement group, which stays when its workers have ended: the next trial has the same."""
+    """A trial's placement group. It stays after the workers have ended, because the next trial uses it too."""
 
     def shutdown(self) -> None:
         pass
 
 
 class _Reports(ReportCallback):  # type: ignore[misc]
-    """Hands each report of rank 0 to `take`, in the controller's thread."""
+    """Calls `take` with each report of rank 0, in the controller's thread."""
 
     def __init__(self, take: Callable[[dict[str, Any]], None]) -> None:
         self._take = take
@@ -189,9 +189,9 @@ class _Reports(ReportCallback):  # type: ignore[misc]
 
 
 class _StaticScaling(FixedScalingPolicy):  # type: ignore[misc]
-    """A fixed number of workers: their placement group asks for what they need, also where a cluster grows.
+    """A policy for a fixed number of workers. Their placement group requests the resources, even if a cluster grows.
 
-    Ray's own policy asks once more, through a detached actor that it starts for that and that stays on the cluster.
+    Ray's own policy requests them again, through a detached actor that it starts and that stays on the cluster.
     """
 
     def after_controller_start(self, train_run_context: Any) -> None:
@@ -206,11 +206,11 @@ class _Controller(TrainController):  # type: ignore[misc]
 
 
 class SupervisedTrainer(TorchTrainer):  # type: ignore[misc]
-    """`TorchTrainer` with its controller in the launching process and a failure policy of ours.
+    """A `TorchTrainer` with its controller in the launching process and our failure policy.
 
-    The controller as an actor is one process more, which imports ray.train and torch (3 s of CPU) before any worker
-    starts, and whose death orphans the workers. Here the workers belong to the launching process: Ray ends them and
-    their placement group when it ends, however it ends.
+    With the controller as an actor, one more process imports ray.train and torch (3 s of CPU) before any worker starts,
+    and its death orphans the workers. Here the workers belong to the launching process, so Ray ends them and their
+    placement group whenever and however that process ends.
     """
 
     def __init__(
@@ -229,22 +229,22 @@ class SupervisedTrainer(TorchTrainer):  # type: ignore[misc]
         return self._controller.get_result()
 
     def _create_default_callbacks(self) -> list[Any]:
-        # The cleaner watches a controller actor, and datasets and metrics each start an actor for what is not used.
+        # The cleaner watches a controller actor, which does not exist. The others start actors for unused features.
         unused = (PlacementGroupCleanerCallback, DatasetsCallback, ControllerMetricsCallback, WorkerMetricsCallback)
         reports = [] if self._on_report is None else [_Reports(self._on_report)]
         return [*(c for c in super()._create_default_callbacks() if not isinstance(c, unused)), *reports]
 
     def waits(self) -> bool:
-        """Whether the cluster has not yet given the workers their places."""
+        """Return whether the workers wait for resources of the cluster."""
         group = self._controller.get_worker_group() if self._controller is not None else None
         if self._controller is None or (group is not None and group.has_started()):
             return False
-        # Without one an elastic run waits until the least of its workers fit.
+        # An elastic run has no placement group until its minimum number of workers fits.
         last = _WorkerGroup.reserved[-1:]
         return not any(ray.util.placement_group_table(h.placement_group)["state"] == "CREATED" for h in last)
 
     def ask_to_stop(self) -> bool:
-        """Tells every worker to end after the next log, with a checkpoint; False where there are none yet."""
+        """Ask every worker to end after the next log, with a checkpoint. Return False if none has started yet."""
         group = self._controller.get_worker_group() if self._controller is not None else None
         if group is None or not group.has_started():
             return False
@@ -252,9 +252,9 @@ class SupervisedTrainer(TorchTrainer):  # type: ignore[misc]
         return True
 
     def abandon(self, done: threading.Event, within_s: float) -> None:
-        """Kills the workers, started or starting, and waits until `fit` has raised, which sets `done`.
+        """Kill the workers, started or starting, and wait until `fit` has raised and set `done`, at most `within_s`.
 
-        Ray must not be shut down before: its core ends the whole process when a thread calls it after that.
+        Ray must not be shut down before that, because its core ends the whole process if a thread calls it later.
         """
         deadline = time.monotonic() + within_s
         self.kill_workers()
@@ -262,10 +262,10 @@ class SupervisedTrainer(TorchTrainer):  # type: ignore[misc]
             self.kill_workers()
 
     def kill_workers(self) -> None:
-        """Kills those that there are, started or starting; none comes after them."""
+        """Kill all workers, started or starting. They are not restarted."""
         self._policy.abandoned = True
         for handle in _WorkerGroup.reserved:
-            with contextlib.suppress(Exception):  # gone already
+            with contextlib.suppress(Exception):  # it may have ended already
                 handle.shutdown()
         group = self._controller.get_worker_group() if self._controller is not None else None
         for one in group.get_workers() if group is not None and group.has_started() else ():
@@ -290,10 +290,10 @@ def make_trainer(
     on_retry: Callable[[str], None],
     on_report: Callable[[dict[str, Any]], None] | None = None,
 ) -> SupervisedTrainer:
-    """The Ray Train job that runs `worker.on_ray(job)` on every worker.
+    """Return the trainer that runs `worker.on_ray(job)` on every worker.
 
-    `attempt` names it, below `ray_storage`: a name of its own, so that Ray's silent resume of a name never touches us.
-    `on_report` is told of each evaluation where `job.reports`.
+    `attempt` is its name below `ray_storage`. It must be unique, because Ray silently resumes a name that exists.
+    `on_report` is called with each evaluation if `job.reports` is set.
     """
     failure = FailureConfig(max_failures=max_failures, max_preemption_failures=max_preemption_failures)
     return SupervisedTrainer(

@@ -1,7 +1,7 @@
-"""Ray Tune, held by its hooks: the loop that gives trials to processes and keeps a process for the next trial.
+"""Adapt Ray Tune's controller, the loop that gives trials to processes and reuses a process for the next trial.
 
-Read in ray 2.60 (`ray/tune/execution/tune_controller.py`). The loop is driven step by step by our own driver, so that a
-signal, a lost cluster and a lost lock are seen between two steps.
+Our driver calls the loop step by step, so that it notices a signal, a lost cluster and a lost lock between two steps.
+Private attributes were checked in ray 2.60 (`ray/tune/execution/tune_controller.py`).
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from ray.tune.search.search_generator import SearchGenerator
 
 from raytrainer.supervise.train import death, full_words
 
-METRIC = "objective"  # what schedulers and searchers are told, whatever the sweep's metric is called
-_DRAWS_S = 0.2  # of drawing trials between two looks at signals
+METRIC = "objective"  # the metric's name for schedulers and searchers, whatever the sweep's metric is
+_DRAWS_S = 0.2  # time for sampling trials between two checks for signals
 
 
 def _as_deaths(failed: Callable[..., None]) -> Callable[..., None]:
-    """Tune knows processes that died and tasks that raised; a process that was killed for memory ends its loop."""
+    """Convert other exceptions, such as a kill for too much memory, to a dead actor. They would end Tune's loop, which
+    knows only dead actors and tasks that raised."""
 
     def told(tracked_actor_task: Any, exception: Exception) -> None:
         if not isinstance(exception, ray.exceptions.RayActorError | ray.exceptions.RayTaskError):
@@ -39,10 +40,10 @@ def _as_deaths(failed: Callable[..., None]) -> Callable[..., None]:
 
 
 class _Drawn(SearchGenerator):  # type: ignore[misc]
-    """Is not finished before the trials that it is `waited_for` by.
+    """A search generator that is not finished before all trials in `waited_for` are.
 
-    When nothing is left to be drawn Tune ends each process that no trial has asked for; those of paused trials are about
-    to be, and would be started anew, 3 s each, at every pause.
+    When the generator is finished, Tune ends each process without a trial. Processes of paused trials are needed again
+    soon, and would have to be restarted after every pause, which takes 3 s each.
     """
 
     waited_for: Collection[Any] = ()
@@ -52,11 +53,11 @@ class _Drawn(SearchGenerator):  # type: ignore[misc]
 
 
 class TrialController(TuneController):  # type: ignore[misc]
-    """Tune's own, less its snapshots, with an exact bound on the trials that run at a time.
+    """Tune's controller without snapshots and with an exact limit on concurrent trials.
 
-    Tune bounds them through the searcher, which a scheduler that pauses trials (PBT, HyperBand) cannot live with: it
-    needs all of them drawn before it compares any. What a callback, searcher or scheduler raises comes out of `step` as
-    it is: Tune would fail a trial by it, or raise a `TuneError` with its text.
+    Tune limits them through the searcher. That does not work with a scheduler that pauses trials (PBT, HyperBand),
+    because it needs all trials sampled before it compares any. Exceptions of callbacks, searchers and schedulers leave
+    `step` unchanged; Tune would mark a trial as failed, or raise a `TuneError` with the text.
     """
 
     def __init__(
@@ -71,32 +72,32 @@ class TrialController(TuneController):  # type: ignore[misc]
         **arguments: Any,
     ) -> None:
         super().__init__(reuse_actors=True, search_alg=search_alg, **arguments)
-        self._fail_fast = self.RAISE  # given to Tune above it would be announced in the log
+        self._fail_fast = self.RAISE  # as an argument above, Tune would announce it in the log
         self._limit, self._all_drawn_early = limit, all_drawn_early
         self._on_death, self._on_replaced = on_death, on_replaced
         self._actor_manager._actor_task_failed = _as_deaths(self._actor_manager._actor_task_failed)
-        if all_drawn_early:  # a paused trial's process is another's next one, or its own
+        if all_drawn_early:  # the process of a paused trial is reused by that trial or another one
             self._actor_cache.increase_max(resources, by=limit)
             search_alg.waited_for = self._live_trials
 
     def checkpoint(self, force: bool = False, wait: bool = False) -> None:
-        """Nothing: Tune would pickle its trials and the searcher, again and again. Ours is the journal."""
+        """Do nothing. Tune would pickle its trials and the searcher repeatedly; the journal replaces that."""
 
     @property
     def _max_pending_trials(self) -> int:
-        """What Tune compares with the number of processes that are starting, at each one that it adds."""
+        """The limit that Tune compares with the number of starting processes whenever it adds one."""
         return int(self._actor_manager.num_pending_actors) + self._limit - len(self._trial_to_actor)
 
     @_max_pending_trials.setter
     def _max_pending_trials(self, value: int) -> None:
-        """Tune's own bound."""
+        """Ignore Tune's own limit."""
 
     def _maybe_update_trial_queue(self) -> None:
-        # A searcher is asked when a place is free, not before: it then knows of every trial that has ended.
+        # Ask the searcher only when there is room for a trial, because it then knows all results so far.
         free = 1_000_000 if self._all_drawn_early else self._limit - len(self._trial_to_actor)
         until = time.monotonic() + _DRAWS_S
         while len(self._pending_trials) < free and not self._search_alg.is_finished():
-            # Nor is it waited for, or drawn for long: a signal is heeded between two steps.
+            # Do not wait for the searcher or sample for long, because signals are handled between two steps.
             if not self._update_trial_queue() or time.monotonic() >= until:
                 break
 
@@ -105,7 +106,7 @@ class TrialController(TuneController):  # type: ignore[misc]
             super()._maybe_add_actors()
 
     def _actor_failed(self, tracked_actor: Any, exception: Exception) -> None:
-        # A process that dies while it is given to the next trial: its task is told to have failed after this.
+        # If a process dies while it is reset for the next trial, `_trial_task_failure` handles it afterwards.
         if self._actor_to_trial.get(tracked_actor) not in self._resetting_trials:
             super()._actor_failed(tracked_actor, exception)
 
@@ -113,7 +114,7 @@ class TrialController(TuneController):  # type: ignore[misc]
         if trial not in self._resetting_trials:
             self._process_trial_failure(trial, exception)
             return
-        # Its process could not end the trial before it: this one, which has not begun, gets another.
+        # The process could not end its previous trial. This trial has not started yet, and gets another process.
         self._on_replaced(death(exception))
         self._resetting_trials.discard(trial)
         process = self._trial_to_actor.pop(trial)
@@ -123,20 +124,20 @@ class TrialController(TuneController):  # type: ignore[misc]
         process.set_on_stop(None)
         process.set_on_error(None)
         self._actor_manager.clear_actor_task_futures(process)
-        self._actor_manager.remove_actor(process, kill=True)  # `stop` would wait for the same once more
+        self._actor_manager.remove_actor(process, kill=True)  # `stop` would wait for the previous trial once more
         self._schedule_trial_actor(trial)
 
     def _process_trial_failure(self, trial: Any, exception: BaseException) -> None:
-        # Tune writes the exception as a pickle beside the trial; the journal has it as a line.
+        # Tune pickles the exception beside the trial. The journal has it as text.
         self._on_death(trial.trial_id, death(exception), full_words(exception))
         super()._process_trial_failure(trial, exception)
-        self._has_errored = False  # of one trial: the others go on
+        self._has_errored = False  # a failed trial must not end the others
 
     def on_step_end(self) -> None:
         super().on_step_end()
         if self._all_drawn_early:
-            return  # such a scheduler compares trials that have ended, too
-        # Tune keeps every trial for its snapshots and its analysis: tens of kilobytes each, for ever.
+            return  # such a scheduler also compares ended trials
+        # Tune keeps every trial for its snapshots and its analysis, which costs tens of kilobytes each.
         for ended in (self._stopped_trials, self._failed_trials):
             for trial in [t for t in ended if t not in self._trial_to_actor]:
                 ended.discard(trial)
@@ -146,20 +147,20 @@ class TrialController(TuneController):  # type: ignore[misc]
 
     @property
     def waits(self) -> bool:
-        """Whether trials want to begin and the cluster has a place for none of them."""
-        # A process that is being started has its place.
+        """Whether trials are pending, and none of them has resources."""
+        # A process that is starting already has its resources.
         return bool(self._pending_trials) and not self._running_trials and not self._actor_manager.num_live_actors
 
     def drain(self, seconds: float) -> None:
-        """Waits until the processes have done what they do in the background, but no longer than so many seconds."""
+        """Wait until the trial processes have finished their background work, at most so many seconds."""
         handles = [handle for handle, _ in self._actor_manager._live_actors_to_ray_actors_resources.values()]
         if waits := [handle.drain.remote() for handle in handles if hasattr(handle, "drain")]:
             ray.wait(waits, num_returns=len(waits), timeout=seconds)
 
     def abandon(self) -> None:
-        """Kills every trial's process without a word to it."""
+        """Kill every trial process without notice."""
         for handle, _ in list(self._actor_manager._live_actors_to_ray_actors_resources.values()):
-            with contextlib.suppress(Exception):  # gone already
+            with contextlib.suppress(Exception):  # it may have ended already
                 ray.kill(handle)
         self._actor_manager.cleanup()
 
@@ -180,25 +181,28 @@ def make_controller(
     on_death: Callable[[str, str, str], None],
     on_replaced: Callable[[str], None],
 ) -> TrialController:
-    """A controller with everything that `ray.tune.run` would give it, before its first step.
+    """Make a controller before its first step, set up as `ray.tune.run` would do it.
 
     Args:
         trainable: A `ray.tune.Trainable`, whose results have `objective`, `training_iteration` and `done`.
-        searcher: Ends the sweep by `FINISHED`.
-        storage_path: Where Tune may keep checkpoints of trials that it pauses or clones, below `name`.
-        resources: What each trial holds.
-        limit: The most trials at a time.
-        all_drawn_early: Whether the scheduler needs every trial drawn before it compares them.
-        max_failures: How often a process that died is replaced.
-        on_death: Told, before anybody else, Tune's id of a trial that failed, why in a line, and all that is known.
-        on_replaced: Told why a process could not be given to the next trial, which is started in another.
+        searcher: The searcher, which ends the sweep with `FINISHED`.
+        scheduler: The scheduler.
+        callbacks: Tune's callbacks.
+        name, storage_path: Tune writes checkpoints of paused and cloned trials to `name` below `storage_path`.
+        resources: The resources of each trial.
+        mode: The mode of the objective.
+        limit: The maximum number of concurrent trials.
+        all_drawn_early: Whether the scheduler needs all trials sampled before it compares any.
+        max_failures: How often a trial is tried again after its process died or raised.
+        on_death: Called first when a trial fails, with Tune's id, the cause in one line, and the full text.
+        on_replaced: Called with the cause if a process could not be reset for the next trial, which gets another one.
     """
     experiment = Experiment(
         name=name,
         run=trainable,
-        num_samples=1_000_000_000,  # the searcher says when it is enough
+        num_samples=1_000_000_000,  # the searcher ends the sweep
         storage_path=storage_path,
-        checkpoint_config=CheckpointConfig(num_to_keep=4),  # PBT may clone one that is not the newest
+        checkpoint_config=CheckpointConfig(num_to_keep=4),  # PBT may clone an older one
         resources_per_trial=resources,
         max_failures=max_failures,
         trial_name_creator=lambda trial: trial.trial_id,
@@ -226,19 +230,20 @@ def make_controller(
 
 
 def trial_resources(each: Mapping[str, float], workers: int, strategy: str) -> PlacementGroupFactory:
-    """What a trial reserves: one bundle for its own process, or one a worker (its own process then holds nothing)."""
+    """Return the resources of a trial: a bundle for its process, or an empty one and a bundle for each worker."""
     if workers == 1:
         return PlacementGroupFactory([dict(each)])
     return PlacementGroupFactory([{}, *[dict(each)] * workers], strategy=strategy)
 
 
 def capacity(bundle: Mapping[str, float], workers: int, nodes: Iterable[Mapping[str, float]], strategy: str) -> int:
-    """How many trials of `workers` bundles the nodes can hold at a time.
+    """Return how many trials the nodes can hold at a time.
 
     Args:
         bundle: The resources of one worker.
-        nodes: The resources of each living node.
-        strategy: Ray's placement strategy of the bundles of one trial.
+        workers: The number of workers of a trial.
+        nodes: The resources of each live node.
+        strategy: Ray's placement strategy for the bundles of one trial.
     """
     wanted = {name: amount for name, amount in bundle.items() if amount}
     room = [
@@ -246,7 +251,7 @@ def capacity(bundle: Mapping[str, float], workers: int, nodes: Iterable[Mapping[
     ]
     if strategy == "STRICT_PACK":
         return sum(most // workers for most in room)
-    if strategy == "STRICT_SPREAD":  # a trial takes one place on each of `workers` nodes
+    if strategy == "STRICT_SPREAD":  # a trial takes one bundle on each of `workers` nodes
         trials = 0
         while (
             sum(1 for most in room if most > trials) >= 1

@@ -1,19 +1,19 @@
-"""Sweeps: many trials of one experiment, drawn by a searcher, pruned by a scheduler of Ray Tune and kept in a journal.
+"""Sweeps: many trials of one experiment, sampled by a searcher, pruned by a Ray Tune scheduler, recorded in a journal.
 
-    plan        what a sweep is, composed and checked      journal     what its trials did, append-only
-    space       its parameters, as Tune takes them         search     what draws their values
-    engine      Tune's loop, and who is told               schedule   what stops, pauses and clones trials
-    driver      one attempt: Ray, MLflow, the status       trial      what runs in a trial's process
-    table       what a person sees meanwhile               launching  the lock, the record, the directory
-    outcome     and at the end                             results    what is left: tables, pictures, the best config
-    lineage     whose parameters a population's value is of
+    plan        the composed and checked sweep            journal    the events of its trials, append-only
+    space       the parameters as Tune's domains          search     the searchers that sample their values
+    engine      the loop of Ray Tune                      schedule   the schedulers that stop, pause and clone trials
+    driver      one attempt: Ray, MLflow, the status      trial      the code in a trial process
+    table       the live table                            launching  the lock, the record, the directory
+    outcome     the summary at the end                    results    the files: tables, pictures, the best config
+    lineage     parameters that changed during a trial    reuse      the reset of a process between two trials
 
-Of a sweep over any other Hydra application (`hydra/sweeper=ray_tune`):
+A sweep over any other Hydra application (`hydra/sweeper=ray_tune`):
 
-    settings    its `hydra.sweeper.*`                   application  one attempt, from beginning to end
-    function    what runs in a trial's process          reporting    `report`, which applications call
+    settings    the section `hydra.sweeper`               application  one attempt, from beginning to end
+    function    the code in a trial process               reporting    `report`, which applications call
 
-Names are imported when they are first used: the plan and the journal need neither Ray nor torch.
+Names are imported when they are first used, because the plan and the journal need neither Ray nor torch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""A sweep over any Hydra application, for `hydra/sweeper=ray_tune`: its function is called once a trial, in processes of
-Ray Tune. Of Hydra it knows nothing: the plugin composes and runs a trial's job.
+"""A sweep over any Hydra application, for `hydra/sweeper=ray_tune`. Processes of Ray Tune call its function once per
+trial. This module does not depend on Hydra: the plugin composes and runs the job of a trial.
 """
 
 from __future__ import annotations
@@ -38,30 +38,30 @@ from raytrainer.sweep.settings import DIRECTIONS, KEY, Settings
 from raytrainer.sweep.table import Board, final_table, ranked
 
 RESULTS = "optimization_results.yaml"  # as Hydra's own Optuna sweeper calls it
-MULTIRUN = "multirun.yaml"  # and every sweeper of Hydra
-OUTPUT = "output.log"  # what the trials print
-_DRAWS = 20  # where neither the number nor the time is given
-_ENDLESS = 1_000_000  # calls of `report`: how many a function makes is not known before
+MULTIRUN = "multirun.yaml"  # as every sweeper of Hydra calls it
+OUTPUT = "output.log"  # everything that the trials print
+_DRAWS = 20  # trials, if neither their number nor a time budget is set
+_ENDLESS = 1_000_000  # calls of `report`: their number is unknown beforehand
 _MOST_PROBES = 100  # jobs composed before Ray starts
-_PRINTED_S = 3.0  # the last of what trials print is waited for at the end
-_MOST_FAILED = 5  # trials whose causes are told at the end
+_PRINTED_S = 3.0  # time at the end for the last output of the trials to arrive
+_MOST_FAILED = 5  # trials whose causes are shown at the end
 
 
 class Jobs(Protocol):
-    """An application's task function, as the plugin hands it over; picklable but for what `keeping` leaves out."""
+    """The task function of an application. It can be pickled, except for the objects that `keeping` drops."""
 
     @property
     def name(self) -> str:
-        """Of the function."""
+        """The name of the function."""
 
     def __call__(self, number: int, overrides: Sequence[str]) -> Any:
-        """Runs the job of a trial in this process; returns what the function returns."""
+        """Run the job of a trial in this process and return the value of the function."""
 
     def check(self, overrides: Sequence[str]) -> None:
-        """Raises what Hydra says where it cannot compose a job."""
+        """Compose a job without running it. Raises Hydra's error if it cannot be composed."""
 
     def keeping(self, wanted: Callable[[Any], bool]) -> Jobs:
-        """The same with those alone of the things that it carries along."""
+        """Return a copy that carries only the wanted ones of its objects."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ class Ended:
     """How a sweep ended.
 
     Attributes:
-        exit_code: 0; 1 where no trial has a value; 129, 130 or 143 by a signal.
-        cause: Of an exit code other than 0.
-        text: The last words of it.
-        results: What `optimization_results.yaml` has; None without a value.
+        exit_code: 0; 1 if no trial has a value; 129, 130 or 143 after a signal.
+        cause: Why the exit code is not 0.
+        text: The summary.
+        results: The content of `optimization_results.yaml`; None if no trial has a value.
     """
 
     exit_code: int
@@ -93,22 +93,22 @@ def search(
     config: str,
     verbose: bool,
 ) -> Ended:
-    """Runs a sweep to its end.
+    """Run a sweep to its end.
 
     Args:
-        jobs: What a trial runs.
-        settings: As `hydra.sweeper`.
-        overrides: Of the task, sweeps among them.
-        space: Sweeps that the application's config brings.
-        groups: Which names are groups.
-        folder: The sweep's, absolute.
-        subfolder: A trial's number and overrides → its directory below `folder`.
+        jobs: The jobs of the trials.
+        settings: The section `hydra.sweeper`.
+        overrides: The task overrides, including sweeps.
+        space: Sweeps from the application's config.
+        groups: Whether a name is a config group.
+        folder: The absolute path of the sweep's directory.
+        subfolder: Returns a trial's directory below `folder`, from its number and overrides.
         config: The master config as YAML, for the record.
-        verbose: Shows what the trials print, which is otherwise in a file.
+        verbose: Whether to show what the trials print. It is written to a file in any case.
 
     Raises:
-        Refused: Nothing was started.
-        RaytrainerError: It could not go on.
+        Refused: The sweep was refused before anything started.
+        RaytrainerError: The sweep could not continue.
     """
     with _in_its_words():
         asked = Settings.of(settings)
@@ -138,7 +138,7 @@ def search(
 
 
 class _Sweep:
-    """One attempt at a sweep whose folder is held."""
+    """One attempt of a sweep. The caller holds the lock on its folder."""
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ class _Sweep:
         self._display = Display()
         self._began = time.monotonic()
         self._board: Board | None = None
-        self._unprinted: set[str] = set()  # trials that have ended, and of which the output is not here yet
+        self._unprinted: set[str] = set()  # ended trials whose output may still be on its way
         self._printed: set[str] = set()
         scheduler = _for_functions(settings.scheduler_node)
         budget = seconds(settings.time_budget_s, f"{KEY}.time_budget_s")
@@ -206,10 +206,10 @@ class _Sweep:
         )
 
     def run(self) -> Ended:
-        """Runs trials, and closes everything whatever happens.
+        """Run the trials, and close everything even after an error.
 
         Raises:
-            RaytrainerError: It could not go on; what it did until then is kept.
+            RaytrainerError: The sweep could not continue; its results so far are kept.
         """
         self._journal.begin({**_about(self._settings, self._parameters, self._fixed), "argv": sys.argv})
         error: BaseException | None = None
@@ -219,7 +219,7 @@ class _Sweep:
                 reason = self._trials()
         except Interrupted:
             pass
-        except Exception as failed:  # noqa: BLE001  whatever it is, the sweep is closed, then it is told
+        except Exception as failed:  # noqa: BLE001  raised below, after the sweep is closed
             error = failed
         self._interrupts.deferred = True
         if self._board is not None:
@@ -227,7 +227,7 @@ class _Sweep:
         for trial in self._journal.trials.values():
             if trial.status == "running":
                 self._journal.end(trial.id, "stopped", self._interrupts.reason or "the sweep ended before it")
-        with contextlib.suppress(StorageError):  # what Tune keeps, which nobody reads
+        with contextlib.suppress(StorageError):  # Tune's own files, which nothing reads
             self._storage.delete("tune")
         found = self._results()
         if self._journal.trials:
@@ -245,7 +245,7 @@ class _Sweep:
         return self._told(reason, found)
 
     def _where(self) -> Experiment:
-        """What starts or finds Ray."""
+        """Return an experiment whose `cluster` makes `ray_session` start Ray, or connect to a running cluster."""
         address = self._settings.address
         if address is None:
             return Experiment(cluster=ClusterConfig(kind="local"))
@@ -293,7 +293,7 @@ class _Sweep:
             trials=[t for t in self._journal.trials.values() if t.status not in ("running", "stopped")],
             time_budget_s=self._config.time_budget_s,
         )
-        self._interrupts.deferred = True  # a signal is heeded between two decisions, where Ray's calls are whole
+        self._interrupts.deferred = True  # signals are handled between two steps, never inside a call to Ray
         with supervise.WorkerOutput(self._take_message, self._take_line):
             reason = self._search.run(
                 tune.with_parameters(FunctionProcess, shared=self._shared),
@@ -343,7 +343,7 @@ class _Sweep:
         return next(iter(ranked(finished, self._mode)), None)
 
     def _results(self) -> dict[str, Any] | None:
-        """Writes the best of the trials that came to their end; returns what it wrote."""
+        """Write the best finished trial to `optimization_results.yaml`. Return the content; None if there is none."""
         best = self._best()
         if best is None:
             return None
@@ -396,14 +396,14 @@ class _Sweep:
 
 
 def _aim(direction: str, name: str) -> str:
-    """A returned number has no name that could say which way is better: what is assumed is said."""
+    """Return a line that says which direction is better, because the name of a function does not show it."""
     other = next(d for d in DIRECTIONS if d != direction)
     better = "lowest" if DIRECTIONS[direction] == "min" else "highest"
     return f"the {better} value that {name}() returns is the best ({KEY}.direction={direction}; the other is {other})"
 
 
 def _about(settings: Settings, parameters: Sequence[Parameter], fixed: Sequence[str]) -> dict[str, Any]:
-    """What must be the same for a sweep to go on."""
+    """Return the settings that must be unchanged when a sweep is resumed."""
     found = {"parameters": [p.to_dict() for p in parameters], "direction": settings.direction, "fixed": list(fixed)}
     same: dict[str, Any] = json.loads(json.dumps(found))
     return same
@@ -432,7 +432,8 @@ def _opened(
 
 
 def _probe(jobs: Jobs, parameters: Sequence[Parameter], fixed: Sequence[str]) -> None:
-    """Composes a job with each value of a list and both ends of the rest, the others being their first."""
+    """Compose a job for each value of a choice and for both ends of a range or interval. Each job changes one parameter
+    and takes the first value of all others."""
     first = {p.key: p.probes()[0] for p in parameters}
     found = [first, *({**first, p.key: value} for p in parameters for value in p.probes()[1:])]
     for values in itertools.islice(found, _MOST_PROBES):
@@ -440,7 +441,7 @@ def _probe(jobs: Jobs, parameters: Sequence[Parameter], fixed: Sequence[str]) ->
 
 
 def _for_functions(node: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """A scheduler's node, of which `max_t` does not end trials: one that has come so far is about to return."""
+    """Return a scheduler's node in which `max_t` does not stop trials, because such a function is about to return."""
     if node is None:
         return None
     target = locate("sweep.scheduler", node["_target_"])
@@ -449,7 +450,11 @@ def _for_functions(node: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _packed(jobs: Jobs) -> bytes:
-    """The jobs, pickled by value where what they have stands in the application's script."""
+    """Pickle the jobs. Objects of the application's script that cannot be pickled are left out.
+
+    Raises:
+        ConfigError: The function itself cannot be pickled.
+    """
     with contextlib.suppress(Exception):
         return bytes(cloudpickle.dumps(jobs))
     try:
@@ -466,14 +471,14 @@ def _packed(jobs: Jobs) -> bytes:
 def _is_packable(value: Any) -> bool:
     try:
         cloudpickle.dumps(value)
-    except Exception:  # noqa: BLE001  pickling raises whatever an object's own code does
+    except Exception:  # noqa: BLE001  an object's own code can raise anything
         return False
     return True
 
 
 @contextlib.contextmanager
 def _in_its_words() -> Iterator[None]:
-    """What is said of `sweep.…`, the section of an experiment, by the name that it has here."""
+    """Rename keys `sweep.…` of an experiment in errors to the keys that they have here."""
     try:
         yield
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""One attempt at a sweep, from its lock to its end: Ray, the trials, the runs in MLflow, and the one true terminal status."""
+"""The driver of one attempt of a sweep. It starts Ray, runs the trials, fills the MLflow runs and sets the status."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ from raytrainer.tracking.keys import metric_key
 from raytrainer.tracking.spool import Spool, last_logged, spool_of
 
 _OPEN_S = 30.0  # importing mlflow and making a database, on a busy machine
-_CLOSE_S, _CLOSE_STOPPED_S = 60.0, 3.0  # how long the tracking server is waited for at the end
-_SEEN_S = 0.3  # between looks at the spools where another process waits for a run to be made
-_MAKE_S = 2.0  # for what was kept of the sweep's own run, where that could not be made at first
-# For trials' processes, when the last trial has ended: to write the best weights that are in memory alone, and to send
-# their metrics, where they do that themselves.
+_CLOSE_S, _CLOSE_STOPPED_S = 60.0, 3.0  # timeouts for the tracking server at the end
+_SEEN_S = 0.3  # between two checks of the spools, if another process waits for the creation of an MLflow run
+_MAKE_S = 2.0  # timeout for creating the sweep's own run from its spool
+# Time for the trial processes after the last trial to write the best weights that are only in memory, and to upload
+# their metrics if they do so themselves.
 _DRAIN_S, _DRAIN_STOPPED_S = 10.0, 3.0
-_DRAW_STOPPED_S = 3.0  # and for the pictures of a stopped sweep
-_OF_TUNE = "tune"  # where Tune keeps what it pauses and copies
-_INTERVAL_S = 10  # seconds between checkpoints of a trial, where the config does not say
+_DRAW_STOPPED_S = 3.0  # time for the pictures of a stopped sweep
+_OF_TUNE = "tune"  # the directory for Tune's checkpoints of paused and copied trials
+_INTERVAL_S = 10  # seconds between checkpoints of a trial, if the config does not set it
 _log = logging.getLogger("raytrainer.sweep")
 
-# What MLflow calls the end of a trial; the tag raytrainer.trial_status has our own word.
+# MLflow's status for each status of a trial. The tag raytrainer.trial_status has our own.
 _IN_MLFLOW: Mapping[str, Status] = {
     "finished": "FINISHED",
     "pruned": "KILLED",
@@ -65,7 +65,7 @@ _IN_MLFLOW: Mapping[str, Status] = {
 
 
 class SweepDriver:
-    """One attempt at a sweep."""
+    """The driver of one attempt of a sweep."""
 
     def __init__(
         self,
@@ -87,30 +87,30 @@ class SweepDriver:
         self.mode = cast(Mode, plan.mode)
         self._uri = tracking_uri(self.e, record.tracking_uri)
         self._stop_asked = StopAsked(storage, record.job.get("submission_id"))
-        self._stopping = False  # and it was said
+        self._stopping = False  # whether the end was announced
         self._may_pause = False  # whether the scheduler pauses trials
-        self._at_once = 1  # trials
+        self._at_once = 1  # the maximum number of concurrent trials
         self._best_metric = metric_key(f"best/{plan.metric}")
         self._parent: str | None = None
-        self._offline: str | None = None  # the sweep's run, while no server could be reached
-        self._of_spool: dict[Path, str] = {}  # whose a spool is
-        self._known: set[str] = set()  # trials that the uploader has
-        # Where trials spool on this machine, the uploader sends it; on others their processes must.
+        self._offline: str | None = None  # the local id of the sweep's run while the server is unreachable
+        self._of_spool: dict[Path, str] = {}  # the trial of each spool
+        self._known: set[str] = set()  # trials that the uploader knows
+        # The uploader sends the spools on this machine. Trial processes on other machines upload their own.
         self._ship = not (storage.is_local or self.e.cluster.kind == "local")
         self._uploader: tracking.ChildRunUploader | None = None
         self._board: Board | None = None
         self._waiting: Waiting | None = None
         ended = [t for t in journal.trials.values() if t.status not in ("running", "stopped")]
         self._kept = ranked(ended, self.mode)[: self.e.sweep.num_to_keep]
-        self._gone: list[Trial] = []  # whose checkpoints were deleted, maybe before its process wrote its last one
-        # Deleting what is no more wanted takes its time on a slow disk.
+        self._gone: list[Trial] = []  # trials to delete again, because a process may have written one more checkpoint
+        # In a thread, because deletion on a slow disk takes long.
         self._tidy = ThreadPoolExecutor(1, thread_name_prefix="sweep-retention")
 
     def run(self) -> SweepOutcome:
-        """Runs trials, and closes everything whatever happens."""
+        """Run the trials, and close everything even after an error."""
         error: BaseException | None = None
         reason: str | None = None
-        self.interrupts.deferred = True  # what is begun here is ended below
+        self.interrupts.deferred = True  # whatever starts here must be ended below
         opening = in_background(self._open_run, "mlflow-open")
         self._uploader = tracking.ChildRunUploader(
             self._uri,
@@ -127,13 +127,13 @@ class SweepDriver:
             with ray_session(self.e, self.interrupts, all_of_it=True) as available:
                 self.logs.mark("ray_up")
                 if self.e.tracking.required:
-                    opening.result()  # a server that refuses the sweep is told before a trial is started
+                    opening.result()  # raises before the first trial if the server refuses the sweep
                     self.interrupts.check()
                 reason = self._search(available)
         except Interrupted:
             error = self.interrupts.stopped()
             self._say_stopping(self.interrupts.reason)
-        except Exception as failed:  # noqa: BLE001  whatever it is, the sweep is closed truthfully, then it is told
+        except Exception as failed:  # noqa: BLE001  reported by the outcome, after the sweep is closed
             error = failed
         self.interrupts.deferred = True
         if self._board is not None:
@@ -153,7 +153,7 @@ class SweepDriver:
         for trial in self._gone:
             self._tidy.submit(_delete_checkpoints, self._trial_dir(trial))
         self._tidy.shutdown(wait=outcome.status != "KILLED", cancel_futures=outcome.status == "KILLED")
-        if not self.record.ended:  # nobody could be told
+        if not self.record.ended:  # MLflow did not get the end, so `_close` has not closed the record
             self.record = self.record.closed(outcome.status, time.time())
         cause = outcome.cause if outcome.status != "FINISHED" else None
         self.record = replace(self.record, status=outcome.status, cause=cause or "")
@@ -167,7 +167,7 @@ class SweepDriver:
     # --- trials ---------------------------------------------------------------------------------------------------
 
     def _catch_up(self) -> None:
-        """What trials took over from others, where all was killed before they reported: they go on from it."""
+        """Record in the journal what trials copied from others if the sweep was killed before they reported it."""
         for trial in self.journal.trials.values():
             if trial.status in ("running", "stopped"):
                 found = taken_in(self._trial_dir(trial).child("checkpoints"))
@@ -185,7 +185,7 @@ class SweepDriver:
 
         e, gpu = self.e, preflight.uses_gpu(self.e, available)
         each, workers = preflight.per_worker(e, gpu), preflight.least_workers(e)
-        # A cluster that grows holds less now than it will.
+        # Include the nodes that an autoscaler can add.
         nodes = [*supervise.nodes(), *available.more[: available.most_more]]
         fit = max(1, supervise.capacity(each, workers, nodes, e.scaling.placement_strategy))
         limit, note = at_once(e.sweep.max_concurrent_trials, fit, grows=available.endless)
@@ -240,7 +240,7 @@ class SweepDriver:
         )
         wanted = {resource: share * workers for resource, share in each.items()}
         self._waiting = Waiting(self.display, supervise, wanted, available)
-        self.interrupts.deferred = True  # a signal is heeded between two decisions, where Ray's calls are whole
+        self.interrupts.deferred = True  # signals are handled between two steps, never inside a call to Ray
         with supervise.WorkerOutput(lambda rank, message: None, self._said):
             reason = search.run(
                 ray.tune.with_parameters(TrialProcess, shared=shared),
@@ -283,7 +283,7 @@ class SweepDriver:
         self.display.say(f"{why}: stopping{trials if running else ''}")
 
     def _fixed(self, gpu: bool) -> list[str]:
-        """What every trial has on top of its config."""
+        """Return the overrides that every trial gets in addition to its config."""
         found = [f"scaling.use_gpu={str(gpu).lower()}", "tracking.log_model=false"]
         if self._ship:
             found.append(f"tracking.experiment_name={json.dumps(self.record.experiment_name, ensure_ascii=False)}")
@@ -295,8 +295,8 @@ class SweepDriver:
         self.logs.text_of("ray" if rank is None else "trials", line)
 
     def _adopt(self) -> None:
-        """What an earlier attempt had no time to send, of every trial that has a run: also of one that this attempt may
-        never come to."""
+        """Give the uploader the unsent metrics of earlier attempts, for every trial that has an MLflow run. Otherwise
+        those of a trial that this attempt never reaches would not be uploaded."""
         assert self._uploader is not None
         for trial in self.journal.trials.values():
             if trial.run_id is not None:
@@ -341,11 +341,11 @@ class SweepDriver:
 
     def _finish_run(self, trial: Trial) -> None:
         assert self._uploader is not None
-        if trial.id not in self._known:  # this attempt did not come to it
+        if trial.id not in self._known:  # this attempt did not reach the trial
             self._open_trial(trial)
         best = trial.best(self.mode)
         tags: dict[str, str] = {"raytrainer.trial_status": trial.status}
-        if trial.inherited:  # not what it began with any more
+        if trial.inherited:  # the overrides are no longer those of its start
             tags["raytrainer.overrides"] = " ".join(trial.overrides)
         metrics = {}
         if best is not None:
@@ -353,13 +353,13 @@ class SweepDriver:
             metrics[self._best_metric] = (best.value, best.step, best.time)
         texts = {}
         if trial.error is not None:
-            with contextlib.suppress(StorageError):  # the cause is told all the same
+            with contextlib.suppress(StorageError):  # the cause is recorded in any case
                 texts[ERROR] = self.storage.read_bytes(trial.error).decode(errors="replace")
         spool = spool_of(self._trial_dir(trial))
         self._uploader.finish(spool, _IN_MLFLOW[trial.status], trial.cause, tags=tags, metrics=metrics, texts=texts)
 
     def _retain(self, ended: Trial) -> None:
-        """Deletes the checkpoints of a trial that ended and is not, or no more, among the best `sweep.num_to_keep`."""
+        """Keep the checkpoints of the best `sweep.num_to_keep` ended trials, and delete those of the others."""
         keep = self.e.sweep.num_to_keep
         if keep is None:
             return
@@ -377,10 +377,10 @@ class SweepDriver:
         return self.storage.child(f"trials/{trial.id}")
 
     def _run_made(self, spool_dir: Path, run_id: str) -> None:
-        """MLflow has made a trial's run; told by the uploader's thread."""
+        """Record the MLflow run of a trial. The uploader's thread calls this when the run is created."""
         with contextlib.suppress(
             StorageError, AssertionError, KeyError
-        ):  # the journal is full, or closed: the tag has it too
+        ):  # the disk is full or the journal is closed; the run's tag has the id too
             self.journal.note_run(self._of_spool[spool_dir], run_id)
 
     # --- MLflow ---------------------------------------------------------------------------------------------------
@@ -421,7 +421,7 @@ class SweepDriver:
         if run.offline:
             self._offline = run.run_id
         else:
-            self._parent = run.run_id  # the trials' runs can be made now
+            self._parent = run.run_id  # from now on, the child runs can be created
         suffix = "" if record.attempts == 1 else f"-{record.attempts}"
         run.log_text(plan.first.text, f"config{suffix}.yaml")
         if origin.patch:
@@ -429,7 +429,8 @@ class SweepDriver:
         return run
 
     def _parent_run(self) -> str | None:
-        """The sweep's run in MLflow; asked by the uploader's thread, which makes it where there was no server at first."""
+        """Return the sweep's MLflow run, or None. The uploader's thread calls this, and creates the run here if the
+        server was unreachable at first."""
         if self._parent is None and self._offline is not None:
             try:
                 tracking.replay(self.spool_dir, self._offline, self._uri, timeout_s=_MAKE_S)
@@ -438,8 +439,8 @@ class SweepDriver:
         return self._parent
 
     def _stop_the_rest(self, error: BaseException | None) -> BaseException | None:
-        """Trials that Tune did not end are stopped, and can go on: their runs in MLflow say so, also where the journal
-        cannot. Returns why the sweep failed, which may be the journal."""
+        """Mark running trials as stopped, also in MLflow, even if the journal cannot be written. A resume continues
+        them. Return the error that ended the sweep, which may come from the journal."""
         cause = str(error) if error is not None else "the sweep's time is over"
         for trial in self.journal.trials.values():
             if trial.status == "running":
@@ -458,11 +459,11 @@ class SweepDriver:
         return error
 
     def _record_last_evaluation(self, trial: Trial) -> None:
-        """Add the evaluation that a trial logged and was stopped before it could report, so that the journal has what MLflow
-        has. A trial waits after each report, so there is at most one.
+        """Add the evaluation that a trial logged but could not report before it was stopped, so that the journal agrees
+        with MLflow. A trial waits after each report, so there is at most one.
 
-        Not with a scheduler that pauses trials: the report may also have had the weights that the trial copied. And not for
-        `train/…`, which is logged more often than it is reported. Nor for a trial whose spool is on another machine.
+        Skipped for a scheduler that pauses trials, because the report would also have said which weights the trial
+        copied; for `train/…`, which is logged more often than it is reported; and if the spool is on another machine.
         """
         key = metric_key(self.plan.metric)
         if self._may_pause or key.startswith("train/"):
@@ -477,11 +478,11 @@ class SweepDriver:
             self.journal.report(trial.id, Report(number, step, metrics[key], metrics, at))
 
     def _close(self, opening: Future[tracking.Run], outcome: SweepOutcome) -> SweepOutcome:
-        # Somebody waits for the end of a stopped sweep; what is not told in that time stays in the spools.
+        # The user waits for a stopped sweep to end. Metrics that are not uploaded in that time stay in the spools.
         stopped = outcome.status == "KILLED"
         patience = _CLOSE_STOPPED_S if stopped else _CLOSE_S
         assert self._uploader is not None
-        with contextlib.suppress(StorageError):  # pickles that nobody reads
+        with contextlib.suppress(StorageError):  # pickles that nothing reads
             self.storage.delete(_OF_TUNE)
         if outcome.trials:
             writing = in_background(lambda: self._write_results(outcome), "sweep-results")
@@ -497,7 +498,7 @@ class SweepDriver:
             for tell in (self._tell_end, self._tell_files):
                 try:
                     tell(run, outcome)
-                except (RaytrainerError, OSError) as failed:  # the rest is told all the same
+                except (RaytrainerError, OSError) as failed:  # the rest is sent in any case
                     self.display.say(f"warning: MLflow does not have everything: {type(failed).__name__}: {failed}")
         done = self._uploader.close(patience if run is not None or opening.done() else 0.0)
         if run is None:
@@ -520,15 +521,16 @@ class SweepDriver:
         return replace(outcome, mlflow=run.url, mlflow_command=command)
 
     def _opened(self, opening: Future[tracking.Run], stopped: bool) -> tracking.Run | None:
-        """The sweep's run; None where it could not be opened, or not in time."""
-        # A store on a disk takes its time and never hangs; what it makes after we have left would stay RUNNING.
+        """Return the sweep's MLflow run; None if it could not be opened in time."""
+        # A store on a disk may be slow but never hangs. If it created the run after this timeout, it would stay
+        # RUNNING.
         hangs = self._uri.startswith(("http://", "https://"))
         try:
             return opening.result(timeout=_CLOSE_STOPPED_S if stopped and hangs else _OPEN_S)
         except TimeoutError:
             self.display.say("warning: MLflow does not answer; resume tells it what became of the sweep")
         except (RaytrainerError, OSError) as failed:
-            if not self.e.tracking.required:  # else it is what the outcome tells already
+            if not self.e.tracking.required:  # otherwise the outcome shows it
                 self.display.say(f"warning: the sweep has no run in MLflow: {type(failed).__name__}: {failed}")
         return None
 
@@ -543,7 +545,7 @@ class SweepDriver:
                 "raytrainer.best_step": str(report.step),
                 "raytrainer.best_overrides": " ".join(best[0].overrides),
             }
-            # Over the number of trials: a later attempt has more of them.
+            # The step is the number of trials, which grows with each attempt.
             run.log_metrics({self._best_metric: report.value}, len(outcome.trials), report.time)
         run.set_tags(tags)
 
@@ -556,8 +558,8 @@ class SweepDriver:
                 run.log_artifact(folder)
 
     def _weights(self, trials: Sequence[Trial]) -> str | None:
-        """Where the best trial's weights are. They are of another step only where its process was killed before it wrote
-        those that it had in memory."""
+        """Return as text where the best trial's weights are. They belong to another step than the best value only if
+        the process was killed before it wrote the weights that were in memory."""
         from raytrainer.checkpoint import Checkpointer
 
         for trial in ranked(trials, self.mode)[:1]:
@@ -589,7 +591,7 @@ class SweepDriver:
                 metric=self.plan.metric,
                 mode=self.mode,
             )
-        except Exception as error:  # noqa: BLE001  drawing may fail in many ways; the journal has what was drawn
+        except Exception as error:  # noqa: BLE001  drawing may fail in many ways; the journal has the results
             self.logs.text_of("driver", "".join(traceback.format_exception(error)))
             self.display.say(f"warning: not all results were written: {type(error).__name__}: {error}")
 
@@ -605,7 +607,7 @@ class SweepDriver:
             if type(error).__module__.partition(".")[0] == "ray":
                 error = ClusterLost(f"Ray: {type(error).__name__}: {' '.join(str(error).split())[:500]}")
             trace = error.traceback if isinstance(error, WorkerError) else None
-            found = " ".join(str(error).split())[:500]  # others' may have many lines
+            found = " ".join(str(error).split())[:500]  # errors of other libraries may have many lines
             cause = str(error) if isinstance(error, RaytrainerError) else f"{type(error).__name__}: {found}"
             non_retryable = isinstance(error, ConfigError)
             return replace(
@@ -623,7 +625,7 @@ class SweepDriver:
         return replace(base, note=note)
 
     def _why_none(self, trials: Sequence[Trial], reason: str | None) -> str:
-        """Why no trial has finished with a value."""
+        """Return as text why no trial has finished with a value."""
         failed = [t for t in trials if t.status == "failed"]
         if failed:
             return f"no trial finished: {len(failed)} of {len(trials)} failed, the first by {failed[0].cause}"
@@ -636,12 +638,12 @@ class SweepDriver:
 
 
 def at_once(asked: int | None, fit: int, *, grows: bool = False) -> tuple[int, str | None]:
-    """How many trials run at a time, and what is to be said of it.
+    """Return how many trials run at a time, and a note for the user if that differs from the setting.
 
     Args:
         asked: `sweep.max_concurrent_trials`.
-        fit: How many the cluster can place: more would wait for each other.
-        grows: The cluster may become larger than is known.
+        fit: How many trials the cluster can place. More would only wait.
+        grows: Whether the cluster can grow beyond its known size.
     """
     if asked is None or (asked > fit and not grows):
         note = None if asked is None else f"sweep.max_concurrent_trials={asked}: there is room for {fit} at a time"
@@ -650,7 +652,7 @@ def at_once(asked: int | None, fit: int, *, grows: bool = False) -> tuple[int, s
 
 
 def may_change(plan: Plan) -> Callable[[str], bool]:
-    """Whether a parameter may change in the middle of a trial, as population based training does."""
+    """Return a function that says whether a parameter may change during a trial, as in population based training."""
 
     def may(key: str) -> bool:
         key = key.lstrip("+")
@@ -659,14 +661,14 @@ def may_change(plan: Plan) -> Callable[[str], bool]:
         nodes = (
             [c.experiment.lr_scheduler for c in plan.compositions.values()] if key.startswith("lr_scheduler.") else []
         )
-        # A scheduler that has a state would put its former values back.
+        # A scheduler with an optimizer has a state, which would restore the old values.
         return not any(node and "optimizer" in parameters_of("lr_scheduler", node) for node in nodes)
 
     return may
 
 
 def _name(key: str) -> str:
-    """A parameter's key as MLflow takes it."""
+    """Return a parameter's key with the characters that MLflow accepts."""
     return re.sub(r"[^\w\-. :/]", "_", key.lstrip("+"))
 
 

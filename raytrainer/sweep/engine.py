@@ -1,5 +1,5 @@
-"""The trials of a sweep from the first draw to the last end: Tune decides, the journal keeps, whoever listens is told.
-Knows neither experiments nor MLflow: any Hydra application's trials are run by it too."""
+"""The loop of a sweep: Ray Tune decides about the trials, the journal records them, and a listener is notified.
+It depends neither on experiments nor on MLflow, so it also runs the trials of any other Hydra application."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from raytrainer.errors import ConfigError
 from raytrainer.sweep import schedule, search
 from raytrainer.sweep.journal import Mode, Report, Status, Trial, TrialJournal
 
-_LONGEST = 500  # characters of a cause; all of it is in the file beside the trial
+_LONGEST = 500  # characters of a cause; the file in the trial's directory has the whole text
 
-_SECONDS = "time_this_iter_s"  # in Tune's results: how long the process was at it
+_SECONDS = "time_this_iter_s"  # key in Tune's results: the duration of the iteration
 
 
 @dataclass(frozen=True)
 class Listener:
-    """Who is told of trials; called in the driver's thread, between two decisions of Tune.
+    """Callbacks for the events of trials. They run in the driver's thread, between two decisions of Tune.
 
     Attributes:
-        start: A trial was drawn, or goes on; its run in MLflow is opened here.
-        report: It reported.
-        end: It has ended for good.
-        say: A line for a person.
+        start: A trial was sampled, or continues. The callback opens its MLflow run.
+        report: The trial has reported.
+        end: The trial has ended and will not continue.
+        say: Shows a line to the user.
     """
 
     start: Callable[[Trial], None]
@@ -41,22 +41,22 @@ class Listener:
 
 
 class Search:
-    """One attempt at a sweep.
+    """The searcher, the scheduler and the loop of one attempt of a sweep.
 
     Args:
         config: The section `sweep`.
-        parameters: What is drawn.
-        mode: Of the objective.
-        seed: Of the draws, where `config.seed` is null.
-        evaluations: How often a trial reports, where it is known.
-        journal: What earlier attempts did, and where this one is written.
-        overrides_of: Parameters → the overrides that set them.
+        parameters: The search space.
+        mode: The mode of the objective.
+        seed: The seed for sampling if `config.seed` is null.
+        evaluations: The number of reports of a trial; None if it is unknown.
+        journal: The journal with the earlier attempts; this attempt appends to it.
+        overrides_of: Returns the overrides that set given parameters.
         may_change: Whether a key may change in the middle of a trial.
-        listener: Who is told.
-        needs_value: Whether a trial of which every value was NaN or infinite has failed.
+        listener: The callbacks.
+        needs_value: Whether a trial counts as failed if all of its values are NaN or infinite.
 
     Raises:
-        ConfigError: A searcher or scheduler that cannot be made, or does not go with the parameters.
+        ConfigError: The searcher or scheduler cannot be built, or does not support the parameters.
     """
 
     def __init__(
@@ -121,22 +121,22 @@ class Search:
         drain_s: float = 0.0,
         drain_stopped_s: float = 0.0,
     ) -> str:
-        """Runs trials until there are enough; returns `finished` or `time budget`.
+        """Run trials until all have ended or the time is over. Return `finished` or `time budget`.
 
         Args:
-            trainable: As `supervise.make_controller`.
-            name, storage_path: Where Tune keeps what a scheduler has it keep.
-            resources: Of a trial.
-            limit: The most trials at a time.
-            between: Called between two decisions, several times a second, with whether all trials wait for a place;
-                what it raises ends the sweep, every process of a trial killed.
-            drain_s: How long, when all trials have ended, their processes have for what they still write and send.
-            drain_stopped_s: How long where the time budget is over, and trials are stopped at their next evaluation.
+            trainable: As for `supervise.make_controller`.
+            name, storage_path: Where Tune writes the checkpoints that a scheduler needs.
+            resources: The resources of a trial.
+            limit: The maximum number of concurrent trials.
+            between: Called several times a second, between two decisions. Its argument says whether all trials wait for
+                resources. If it raises, the sweep ends and all trial processes are killed.
+            drain_s: How long the trial processes may still write and upload when all trials have ended, in seconds.
+            drain_stopped_s: The same when the time budget is over and trials are stopped at their next evaluation.
 
         Raises:
-            ConfigError: A trial failed by what every other would fail by, too; or the scheduler needs to know how many
-                trials there will be.
-            Exception: What the journal, a listener, the searcher or the scheduler raised, as it is.
+            ConfigError: A trial failed with an error that every other trial would raise too, or the scheduler needs a
+                number of trials and there is none.
+            Exception: Whatever the journal, the listener, the searcher or the scheduler raised, unchanged.
         """
         schedule.check_bounded(self.scheduler, self._config.search_alg, self._config.num_samples)
         pauses = schedule.pauses(self.scheduler)
@@ -172,7 +172,7 @@ class Search:
         finally:
             controller.abandon()
 
-    # --- what Tune tells ------------------------------------------------------------------------------------------
+    # --- events of Tune -------------------------------------------------------------------------------------------
 
     def trial_of(self, tune_id: str) -> Trial | None:
         found = self._draws.trial_of(tune_id)
@@ -182,7 +182,7 @@ class Search:
         self._listener.start(trial)
 
     def reported(self, trial: Trial, result: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
-        """A result: what it says goes into the journal, what it inherited first."""
+        """Record a result in the journal. If the trial has copied another trial, that is recorded first."""
         if "report" not in result:
             return
         found = json.loads(result["report"])
@@ -202,10 +202,10 @@ class Search:
         self._listener.report(trial)
 
     def ended(self, trial: Trial, result: Mapping[str, Any]) -> None:
-        """Tune has no more use for a trial: it came to its end, or was stopped before."""
+        """Record the end of a trial that is complete or that Tune has stopped."""
         if "end" in result:
             end: dict[str, Any] = json.loads(result["end"])
-        else:  # Tune stopped it: for being worse, or for being as old as a trial gets
+        else:  # Tune stopped it because it was worse than others, or because it reached the full length of a trial
             old = schedule.is_full_length(self.scheduler, result.get(schedule.TIME, 0))
             end = {"status": "finished" if old else "pruned"}
         values = [report.value for report in trial.reports]
@@ -216,7 +216,7 @@ class Search:
             self._hopeless = ConfigError(end["cause"].partition(": ")[2])
 
     def failed(self, trial: Trial, tune_id: str) -> None:
-        """Its process died or raised, and is not started again."""
+        """Record the failure of a trial whose process died or raised and is not restarted."""
         self._end(trial, "failed", *self._deaths.get(tune_id, ("its process died",)))
 
     def recovered(self, trial: Trial, tune_id: str) -> None:
@@ -233,13 +233,13 @@ class Search:
 
 
 def _line(text: str) -> str:
-    """A text of several lines as one, which fits where a line does."""
+    """Return a text on one line, cut to 500 characters."""
     found = " ".join(text.split())
     return found if len(found) <= _LONGEST else f"{found[:_LONGEST]}…"
 
 
 class _Events(tune.Callback):  # type: ignore[misc]
-    """Tune's events, by our trials."""
+    """Translates Tune's events into calls on `Search` with our trials."""
 
     def __init__(self, search: Search) -> None:
         self._search = search

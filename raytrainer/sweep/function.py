@@ -1,7 +1,7 @@
-"""What runs in a process of a sweep over another application: its function, called once a trial.
+"""The trial process of a sweep over any Hydra application. It calls the application's function once per trial.
 
-Tune asks for one result at a time; the function runs in a thread of its own, which waits in each `report` until Tune
-has decided.
+Tune asks for one result at a time. The function runs in a separate thread, which waits in each `report` until Tune has
+decided.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from raytrainer.sweep.journal import Mode, worst
 from raytrainer.sweep.reporting import as_number, described, listening
 from raytrainer.sweep.search import TRIAL
 
-PRINTED = "printed"  # the kind of the message that ends what a trial prints
-ENDS_S = 30.0  # a function that was stopped has so long for its own cleaning up
+PRINTED = "printed"  # kind of the message after the last line that a trial prints
+ENDS_S = 30.0  # time for a stopped function to clean up
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What all trials have in common; sent to each process once.
+    """What all trials have in common. It is sent to each process once.
 
     Attributes:
-        job: Pickled: a function of a trial's number, from 0, and its overrides. It is loaded when `path` is set.
-        name: Of the application's function.
-        parameters: What is swept.
+        job: A pickled function of a trial's number, from 0, and its overrides. It is loaded after `path` is set.
+        name: The name of the application's function.
+        parameters: The search space.
         fixed: Overrides that every trial has.
-        mode: Of the objective.
+        mode: The mode of the objective.
         path: `sys.path` of the launching process.
-        folder: Its current directory.
+        folder: The current directory of the launching process.
         retries: Whether a failed trial may be tried again.
     """
 
@@ -60,14 +60,14 @@ class Shared:
 
 
 class _Ended(BaseException):
-    """Raised in the function where it reports: Tune has stopped the trial."""
+    """Raised in the function by `report` after Tune has stopped the trial."""
 
 
 class FunctionProcess(tune.Trainable):  # type: ignore[misc]
-    """A process of Tune. `ray.tune.with_parameters(FunctionProcess, shared=…)` makes the class that Tune starts.
+    """A trial process. `ray.tune.with_parameters(FunctionProcess, shared=…)` makes the class that Tune starts.
 
-    A result has `objective` (what schedulers compare: never NaN), `training_iteration` (calls of `report`) and `report`
-    or `end`, JSON for the driver.
+    A result has `objective` (the value that schedulers compare, never NaN), `training_iteration` (the number of calls
+    of `report`) and `report` or `end`, which are JSON for the driver.
     """
 
     _thread: threading.Thread | None
@@ -100,7 +100,7 @@ class FunctionProcess(tune.Trainable):  # type: ignore[misc]
         self._end()
 
     def drain(self) -> None:
-        """What a trial that was stopped does in `finally` is done when this returns; the process is killed after it."""
+        """Wait until a stopped trial has run its `finally` blocks. The process is killed afterwards."""
         self._end()
 
     # --- one trial ------------------------------------------------------------------------------------------------
@@ -116,14 +116,14 @@ class FunctionProcess(tune.Trainable):  # type: ignore[misc]
         self._evaluation = self._step = 0
 
     def _run(self) -> None:
-        """The function's thread: its last message says how the trial ended."""
+        """Run in the function's thread. The last message says how the trial ended."""
         try:
             with _as_found(self._shared.folder), listening(self._report):
                 value = self._call()
             self._put_last(self._returned(value))
         except _Ended:
             pass
-        except BaseException as error:  # noqa: BLE001  whatever a trial raises is data: its process goes on
+        except BaseException as error:  # noqa: BLE001  an error of a trial is its result; the process continues
             if self._ending:
                 return
             # `sys.exit()` ends the function, not the process.
@@ -132,11 +132,11 @@ class FunctionProcess(tune.Trainable):  # type: ignore[misc]
             end = {"status": "failed", "cause": failed.cause, "traceback": "".join(traceback.format_exception(error))}
             again = self._shared.retries and failed.retry
             self._put_last(failed if again else self._last(end, math.nan))
-            traceback.clear_frames(error.__traceback__)  # they hold whatever the function had
+            traceback.clear_frames(error.__traceback__)  # they keep the function's objects alive
 
     def _call(self) -> float:
         if self._job is None:
-            # What the application imports is found as in the launching process.
+            # The application's imports must resolve as in the launching process.
             sys.path[:] = [*self._shared.path, *(entry for entry in sys.path if entry not in self._shared.path)]
             self._job = cloudpickle.loads(self._shared.job)
         returned = self._job(int(self._trial) - 1, self._overrides)
@@ -153,7 +153,7 @@ class FunctionProcess(tune.Trainable):  # type: ignore[misc]
     def _report(self, value: float, step: int | None) -> None:
         if threading.current_thread() is not self._thread:
             raise RuntimeError("report is called in the thread in which the function was called, as it may leave it")
-        if self._ending:  # the function has gone on all the same
+        if self._ending:  # the function has caught the previous _Ended
             raise _Ended
         self._evaluation += 1
         self._step = self._evaluation if step is None else int(step)
@@ -164,7 +164,7 @@ class FunctionProcess(tune.Trainable):  # type: ignore[misc]
             raise _Ended
 
     def _put_last(self, message: dict[str, Any] | WorkerError) -> None:
-        # What the function has printed takes a way of its own: the driver sees by this line when it has all of it.
+        # Output and results reach the driver on different paths. This line marks the end of the output.
         print(to_line({"kind": PRINTED, "label": self._trial}), flush=True)
         self._messages.put(message)
 
@@ -174,22 +174,22 @@ class FunctionProcess(tune.Trainable):  # type: ignore[misc]
         return {**self._last({"status": "finished"}, value), **self._result(value, evaluation, interim=False)}
 
     def _last(self, end: Mapping[str, Any], value: float) -> dict[str, Any]:
-        # The call that returned is no call of `report`: schedulers do not compare it with those.
+        # The returned value is not a call of `report`, so schedulers must not compare it with reported values.
         return {**self._told(value), "end": json.dumps(end), "done": True}
 
     def _result(self, value: float, evaluation: int, *, interim: bool) -> dict[str, Any]:
         report = {"evaluation": evaluation, "step": self._step, "value": value, "metrics": {}, "interim": interim}
-        return {**self._told(value), "report": json.dumps(report)}  # a text: Tune would keep statistics of every number
+        return {**self._told(value), "report": json.dumps(report)}  # text, because Tune keeps statistics of numbers
 
     def _told(self, value: float) -> dict[str, Any]:
         objective = value if math.isfinite(value) else worst(self._shared.mode)
         return {"objective": objective, "training_iteration": max(self._evaluation, 1)}
 
     def _end(self) -> None:
-        """The function's thread is over when this returns.
+        """Stop the function's thread and wait until it has ended.
 
         Raises:
-            WorkerError: It is not, though the function was told.
+            WorkerError: The thread did not end within 30 s.
         """
         if self._thread is None:
             return
@@ -197,7 +197,7 @@ class FunctionProcess(tune.Trainable):  # type: ignore[misc]
         self._go.release()
         self._thread.join(ENDS_S)
         if self._thread.is_alive():
-            # The process ends with this, and the thread with it.
+            # This error ends the process, and the thread with it.
             raise WorkerError(
                 f"trial {self._trial} was stopped, and did not end in {ENDS_S:g} s: its function must not catch "
                 "BaseException, and not take long in `finally`"
@@ -206,7 +206,7 @@ class FunctionProcess(tune.Trainable):  # type: ignore[misc]
 
 @contextlib.contextmanager
 def _as_found(folder: str) -> Iterator[None]:
-    """Where the application was started; what a trial changes of that, and of the environment, is put back."""
+    """Enter the directory in which the application was started. Afterwards, restore directory and environment."""
     environment = dict(os.environ)
     if Path(folder).is_dir():
         os.chdir(folder)

@@ -1,4 +1,4 @@
-"""From a plan to a sweep: what is checked, and who holds the sweep's directory meanwhile."""
+"""Start or resume a sweep: check the plan, lock the sweep's directory, write the record and run the driver."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from raytrainer.sweep.plan import Plan
 from raytrainer.sweep.schedule import check_bounded, make_scheduler, parts_ways
 from raytrainer.sweep.search import check_search, total_of
 
-_FAILURES = "max_trial_failures"  # what an attempt permitted, in the journal
+_FAILURES = "max_trial_failures"  # key in the journal: the setting of an attempt
 
 
 def check(
@@ -42,15 +42,15 @@ def check(
     first_batch: bool = True,
     say: Callable[[str], None] = lambda _: None,
 ) -> str:
-    """All that can be known before a start; starts nothing. Returns where a trial would run, in words.
+    """Check everything that can be checked before the start. Return as text where a trial would run.
 
     Args:
-        plan: What to sweep.
-        record: The sweep that would go on.
-        first_batch, say: As `run.check`, of the plan's example.
+        plan: The sweep.
+        record: The record of the sweep to resume; None for a new sweep.
+        first_batch, say: As for `run.check`, for the plan's example.
 
     Raises:
-        Refused: What does not hold.
+        Refused: A check failed.
     """
     s = plan.experiment.sweep
     check_search(s.search_alg, plan.parameters)
@@ -63,12 +63,12 @@ def check(
         search=s.search_alg,
     )
     check_bounded(scheduler, s.search_alg, s.num_samples)
-    # Last: it may try a batch, which takes seconds, and what is wrong with the sweep is known without.
+    # Last, because the first-batch probe takes seconds, and the checks above are fast.
     return run.check(plan.example, record, first_batch=first_batch, say=say)
 
 
 def in_words(plan: Plan) -> str:
-    """E.g. `64 trials of sweep=asha over optimizer.lr, model.width`."""
+    """Describe the sweep, e.g. `64 trials of sweep=asha over optimizer.lr, model.width`."""
     s = plan.experiment.sweep
     total = total_of(s.search_alg, plan.parameters, s.num_samples, distinct=not parts_ways(s.scheduler))
     count = "" if total is None else f"{total} trials of "
@@ -76,8 +76,8 @@ def in_words(plan: Plan) -> str:
 
 
 def to_retry(plan: Plan, journal: TrialJournal) -> list[Trial]:
-    """The failed trials that an attempt tries again: where it permits more failures than the one before it. Those whose
-    parameters made them diverge would do it again."""
+    """Return the failed trials that this attempt tries again, if it permits more failures than the previous attempt.
+    Diverged trials are not among them, because the same parameters would diverge again."""
     before = journal.attempts[-1].get(_FAILURES, 0) if journal.attempts else None
     if before is None or plan.experiment.sweep.max_trial_failures <= before:
         return []
@@ -85,10 +85,10 @@ def to_retry(plan: Plan, journal: TrialJournal) -> list[Trial]:
 
 
 def resume_words(plan: Plan, journal: TrialJournal) -> str:
-    """What an attempt does with what is there.
+    """Describe what a resumed sweep does with the trials in its journal.
 
     Raises:
-        ConfigError: There are more trials than it is to have.
+        ConfigError: The journal has more trials than `sweep.num_samples`.
     """
     trials, total = list(journal.trials.values()), plan.total
     if total is not None and total < len(trials):
@@ -123,18 +123,18 @@ def launch(
     display: Display | None = None,
     job: Mapping[str, str] | None = None,
 ) -> SweepOutcome:
-    """Runs a sweep to its end, or goes on with one.
+    """Run a new sweep to its end, or resume one.
 
     Args:
-        plan: What to sweep; of a sweep that goes on the one that it was begun with.
+        plan: The sweep. A resumed sweep needs the plan with which it was started.
         argv: The command line, for the records.
-        record: The sweep to go on with; None: a new one.
-        display: Where progress is shown.
-        job: As `run.launch`.
+        record: The record of the sweep to resume; None for a new sweep.
+        display: The display for progress.
+        job: As for `run.launch`.
 
     Raises:
-        Refused: Nothing was started.
-        Stopped: A signal came before anything was started.
+        Refused: The sweep was refused before anything started.
+        Stopped: A signal arrived before anything started.
     """
     launched, e = time.time(), plan.experiment
     display = display or Display()
@@ -147,7 +147,7 @@ def launch(
             except StorageLocked as error:
                 raise PreflightError([str(error)]) from error
             if record is None:
-                refuse_existing(e, storage)  # again, now that nobody else can make it
+                refuse_existing(e, storage)  # again, now that this process has the lock
             now = datetime.now(UTC).isoformat(timespec="seconds")
             journal = TrialJournal.open(storage)
             resumption = None if record is None else resume_words(plan, journal)
@@ -163,7 +163,7 @@ def launch(
             storage.write_bytes(CONFIG, plan.first.text.encode())
             plan.write(storage)
             record.write(storage)
-            storage = storage.anchored()  # whoever deletes it from now on does not get a part of it back
+            storage = storage.anchored()  # if it is deleted from now on, no part of it is created again
             retried = to_retry(plan, journal)
             info = {"attempt": record.attempts, "argv": list(argv), "created": now}
             journal.begin({**info, _FAILURES: e.sweep.max_trial_failures})

@@ -1,4 +1,4 @@
-"""How an attempt at a sweep ended, and the words for it."""
+"""The outcome of an attempt of a sweep, and its summary as text."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from raytrainer.sweep.lineage import parameter_segments, parameters_at
 from raytrainer.sweep.plan import Plan
 from raytrainer.sweep.table import command_line, final_table, ranked, schedule_text
 
-_MOST_FAILED = 5  # trials whose causes are told at the end
+_MOST_FAILED = 5  # trials whose causes are shown
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 @dataclass(frozen=True)
 class SweepOutcome:
-    """How an attempt at a sweep ended.
+    """How an attempt of a sweep ended.
 
     Attributes:
-        status, exit_code, record, where, cause, mlflow, mlflow_command, seconds: As `run.Outcome`'s.
-        plan: What was swept.
-        trials: All, of earlier attempts too.
-        note: What ended it before all trials were drawn.
-        weights: Which weights of the best trial there are, and where.
-        resumable: Whether going on would help; else it takes another config.
+        status, exit_code, record, where, cause, mlflow, mlflow_command, seconds: As in `run.Outcome`.
+        plan: The sweep.
+        trials: All trials, including those of earlier attempts.
+        note: The limit that ended the sweep before all trials were sampled.
+        weights: Where the best trial's weights are, with their step if it is not that of the best value.
+        resumable: Whether a resume can help. If not, the config must change.
     """
 
     status: Status
@@ -48,7 +48,7 @@ class SweepOutcome:
 
 
 def summary(outcome: SweepOutcome, program: str) -> str:
-    """The last words of a sweep: what came out, where everything is, and what to type next."""
+    """Return the summary of a sweep: the result, where everything is, and the next command."""
     record, plan, mode = outcome.record, outcome.plan, cast(Mode, outcome.plan.mode)
     words = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}[outcome.status]
     counts = Counter(t.status for t in outcome.trials)
@@ -65,7 +65,7 @@ def summary(outcome: SweepOutcome, program: str) -> str:
         rows.append(("cause", outcome.cause))
     failed = [t for t in outcome.trials if t.status == "failed"]
     for trial in failed[:_MOST_FAILED]:
-        # What ended the sweep is told already.
+        # The cause of the sweep's end is shown above.
         whole = outcome.cause is None or not (trial.cause or "").endswith(outcome.cause)
         rows.append(("failed", f"{trial.id}: {trial.cause}" if whole else f"{trial.id}: that was its cause"))
         if trial.error is not None:
@@ -91,16 +91,16 @@ def summary(outcome: SweepOutcome, program: str) -> str:
     if best and "://" not in record.run_dir:
         following.append(f"{program} --config-dir={shlex.quote(record.run_dir + '/best')} experiment=best")
     whole = outcome.status == "FINISHED" and outcome.note is None
-    # Fewer than were asked for are all combinations that there are.
+    # A finite search space can have fewer combinations than the number of trials that was asked for.
     all_drawn = plan.total is not None and len(outcome.trials) >= plan.total
     more = f" sweep.num_samples={2 * len(outcome.trials)}" if whole and all_drawn else ""
-    if failed and outcome.resumable:  # alone it fails again, where a person can look
+    if failed and outcome.resumable:  # as a run of its own it fails again, and the user can debug it
         following.append(f"{program} rerun {record.name}.{failed[0].id}")
     if not outcome.resumable:
         following.append(f"{program} rerun {record.name} key=value…")
     elif whole or outcome.note is not None or not all_drawn or counts["stopped"]:
         following += [f"{program} resume {record.name}{more}"] if more or not whole else []
-    elif any(not trial.diverged for trial in failed):  # nothing is left to go on with but what failed
+    elif any(not trial.diverged for trial in failed):  # only failed trials are left to continue
         more = f" sweep.max_trial_failures={plan.experiment.sweep.max_trial_failures + 1}"
         following.append(f"{program} resume {record.name}{more}")
     rows += [("next" if not i else "", text) for i, text in enumerate(following)]

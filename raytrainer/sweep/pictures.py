@@ -1,5 +1,5 @@
-"""Two pictures of a sweep: how the trials went, with what each rung kept; and what each parameter did to the objective.
-matplotlib is drawn on without pyplot, whose state is global, and without the settings of whoever's machine it is."""
+"""Two pictures of a sweep: the progress of the trials, and the effect of each parameter on the objective.
+They use matplotlib without pyplot, whose state is global, and without the user's matplotlib settings."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 _DPI = 120
 _MOST_PANELS = 12
-_MOST_STRIPS = 12  # different numbers that are still drawn side by side, and not on a scale
+_MOST_STRIPS = 12  # distinct numbers that are drawn in strips; more are drawn on a scale
 _MOST_RUNGS = 12
-_FAR = 3.0  # spreads beyond the middle half, from where a bad value is drawn at the edge
-_LIMIT = 1e100  # what axes can be trusted with
+_FAR = 3.0  # interquartile ranges beyond the middle half, from which a bad value is drawn at the edge
+_LIMIT = 1e100  # the largest value for matplotlib's axes
 _GREY, _INK = "#8c8c8c", "#262626"
 
 
@@ -39,8 +39,8 @@ class _Look:
     marker: str
 
 
-# Okabe and Ito's colours, which all eyes tell apart; the shapes say the same once more. What there is less of, or what
-# matters more, is drawn over the rest.
+# Okabe and Ito's colours, which are safe for colour blindness; each status also has its own shape. Rarer and more
+# important statuses come later, so that they are drawn on top.
 _LOOKS = {
     "pruned": _Look("#e69f00", "v"),
     "stopped": _Look("#cc79a7", "s"),
@@ -61,7 +61,7 @@ _SETTINGS: Any = {
     "grid.color": "#e6e6e6",
     "figure.titlesize": 12,
     "text.color": _INK,
-    "text.parse_math": False,  # a name may hold a dollar sign
+    "text.parse_math": False,  # a name may contain a dollar sign
     "xtick.color": _INK,
     "ytick.color": _INK,
 }
@@ -69,8 +69,8 @@ _one_at_a_time = threading.Lock()
 
 
 def progress_png(trials: Sequence[Trial], *, metric: str, mode: Mode) -> bytes:
-    """Above, the best value over the trials in the order of their ends. Below, each trial's value over its evaluations,
-    where a pruned one ends at its rung."""
+    """Draw two panels as PNG. The upper one shows the best value over the trials, in the order in which they ended. The
+    lower one shows each trial's value over its evaluations; a pruned trial ends at its rung."""
     with _drawing(9, 8.5) as figure:
         above, below = figure.subplots(2, 1)
         best = ranked(trials, mode)[:1]
@@ -81,8 +81,8 @@ def progress_png(trials: Sequence[Trial], *, metric: str, mode: Mode) -> bytes:
 
 
 def parameters_png(trials: Sequence[Trial], parameters: Sequence[Parameter], *, metric: str, mode: Mode) -> bytes:
-    """Each parameter against the best values of the trials, a panel each. Those that were the same in all trials come
-    last, and of more than twelve the rest is left out."""
+    """Draw one panel per parameter as PNG, with the best values of the trials. Parameters with the same value in all
+    trials come last, and at most twelve parameters are drawn."""
     valued = ranked(trials, mode)
     shown = sorted(parameters, key=lambda p: len({str(best_parameters(t, mode).get(p.key)) for t in valued}) < 2)[
         :_MOST_PANELS
@@ -117,12 +117,12 @@ def _draw_best(axes: Axes, trials: Sequence[Trial], best: Sequence[Trial], mode:
         those = [t for t in ended if t.status == status]
         points = [(places[t.id], b.value) for t in those if (b := t.best(mode))]
         _draw_points(axes, points, look, _size(len(ended)), scale)
-        if bare := [places[t.id] for t in those if t.best(mode) is None]:  # at the foot of the panel
+        if bare := [places[t.id] for t in those if t.best(mode) is None]:  # at the bottom of the panel
             place = axes.get_xaxis_transform()
             axes.plot(bare, [0.03] * len(bare), transform=place, **_style(look, _size(len(ended))))
     so_far: list[tuple[int, float]] = []
     for trial in ended:
-        # A trial that failed counts for nothing, here as in `ranked`.
+        # Failed trials do not count for the best value.
         if (report := trial.best(mode)) is not None and trial.status != "failed":
             pick = min if mode == "min" else max
             so_far.append((places[trial.id], pick(report.value, so_far[-1][1] if so_far else report.value)))
@@ -147,7 +147,7 @@ def _draw_curves(axes: Axes, trials: Sequence[Trial], best: Sequence[Trial], mod
 
     reported = [t for t in trials if t.reports]
     scale = _Scale.of([r.value for t in reported for r in t.reports], mode)
-    crowd = min(1.0, math.sqrt(20 / max(1, len(reported))))  # how much of a line's ink many of them still bear
+    crowd = min(1.0, math.sqrt(20 / max(1, len(reported))))  # opacity: many lines need to be fainter
 
     def curve(trial: Trial) -> list[tuple[float, float]]:
         return [(r.evaluation, scale.within(r.value)) for r in trial.reports if not math.isnan(r.value)]
@@ -169,7 +169,7 @@ def _draw_curves(axes: Axes, trials: Sequence[Trial], best: Sequence[Trial], mod
     rungs = Counter(t.reports[-1].evaluation for t in reported if t.status == "pruned")
     named: list[int] = []
     for evaluation, count in rungs.most_common():
-        # The names of neighbours would cover one another; and of very many rungs only those are drawn that have one.
+        # Labels of neighbouring rungs would overlap. If there are very many rungs, only those with a label are drawn.
         apart = all(abs(evaluation - other) > 0.09 * (longest - 1 + 2 * margin) for other in named)
         if apart or len(rungs) <= _MOST_RUNGS:
             axes.axvline(evaluation, color=_GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
@@ -185,7 +185,7 @@ def _draw_curves(axes: Axes, trials: Sequence[Trial], best: Sequence[Trial], mod
 
 
 def _draw_parameter(axes: Axes, parameter: Parameter, trials: Sequence[Trial], mode: Mode, scale: _Scale) -> bool:
-    """The panel of a parameter; whether its axis is logarithmic. The best of the trials is the first."""
+    """Draw the panel of a parameter and return whether its axis is logarithmic. The first trial is the best one."""
     having = [(t, p[parameter.key]) for t in trials if parameter.key in (p := best_parameters(t, mode))]
     numbers = [float(v) for _, v in having if _is_number(v)]
     listed, log = _listed(parameter), False
@@ -219,7 +219,7 @@ def _draw_parameter(axes: Axes, parameter: Parameter, trials: Sequence[Trial], m
 
 
 def _listed(parameter: Parameter) -> tuple[Any, ...]:
-    """The values of a choice, or of a range of few."""
+    """Return the values of a choice or of a short integer range; empty for any other parameter."""
     if parameter.kind == "choice":
         return parameter.values
     few = parameter.kind == "range" and (parameter.high or 0) - (parameter.low or 0) < _MOST_STRIPS
@@ -227,7 +227,7 @@ def _listed(parameter: Parameter) -> tuple[Any, ...]:
 
 
 def _strips(axes: Axes, values: list[Any]) -> dict[str, float]:
-    """Makes a strip of each value, and says where: numbers by size, others in their order."""
+    """Make one strip per value and return the strips' positions. Numbers are sorted; other values keep their order."""
     values = sorted(values) if all(map(_is_number, values)) else values
     places = {text: float(number) for number, text in enumerate(dict.fromkeys(map(written, values)))}
     shown = list(places.items())[:: math.ceil(len(places) / 16) or 1]
@@ -246,8 +246,8 @@ def _strips(axes: Axes, values: list[Any]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Scale:
-    """The axis of the objective. A few values that are worse by far (a loss of 1e9) do not press the others flat: they
-    are drawn at the edge, as carets that point over it."""
+    """The axis of the objective. Values that are far worse than the others (a loss of 1e9) do not stretch it. They are
+    drawn at the edge, as carets that point outwards."""
 
     low: float
     high: float
@@ -272,7 +272,7 @@ class _Scale:
         return cls(low, high, log)
 
     def within(self, value: float) -> float:
-        """A value, or the edge that it lies beyond."""
+        """Return the value, limited to the edges of the axis."""
         least, most = self._edges()
         return min(max(value, least), most)
 
@@ -293,7 +293,7 @@ class _Scale:
 def _frame(
     figure: Figure, trials: Sequence[Trial], best: Sequence[Trial], metric: str, mode: Mode, line: Literal["-", "none"]
 ) -> None:
-    """Title, legend and the name of what all panels show."""
+    """Add the title, the legend and the name of the metric."""
     from matplotlib.lines import Line2D
 
     counts = Counter[str](t.status for t in trials)
@@ -336,7 +336,7 @@ def _style(look: _Look, size: float) -> dict[str, Any]:
         "markeredgecolor": "white",
         "markeredgewidth": 0.5 if size > 4 else 0.2,
         "zorder": 3,
-        "clip_on": False,  # whole also where they are on the edge
+        "clip_on": False,  # points on the edge are drawn whole
     }
 
 
@@ -356,7 +356,7 @@ def _say(axes: Axes, text: str) -> None:
 
 
 def _put_log(axes: Axes, which: Literal["x", "y"], low: float, high: float) -> None:
-    """Makes an axis logarithmic between two values, its numbers plain."""
+    """Make an axis logarithmic between two values, with plain numbers as labels."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     axes.set(**{f"{which}scale": "log", f"{which}lim": (low, high)})
@@ -374,13 +374,13 @@ def _whole_numbers(axes: Axes) -> None:
 
 
 def _size(number: int) -> float:
-    """Of a point, so that many still leave each other apart."""
+    """Return the size of a point, which is smaller if there are many, so that they stay distinguishable."""
     return max(3.2, min(7.0, 60 / math.sqrt(max(1, number))))
 
 
 def _beside(number: int, crowd: float) -> float:
-    """A point's place beside the middle of its strip, which a crowd makes broad. Multiples of the golden ratio lie
-    evenly, and the same in every drawing."""
+    """Return a point's offset from the middle of its strip, which is wider if it has many points. Multiples of the
+    golden ratio spread evenly, and give the same picture every time."""
     return ((number * 0.6180339887) % 1.0 - 0.5) * min(0.5, 0.06 * max(0.0, crowd - 1))
 
 
@@ -390,13 +390,13 @@ def _is_number(value: Any) -> bool:
 
 @contextlib.contextmanager
 def _drawing(width: float, height: float) -> Iterator[Figure]:
-    """A new figure of that many inches in our look, and not a word on stderr."""
+    """Provide a new figure with our settings, and keep matplotlib from writing to stderr. The size is in inches."""
     logger = logging.getLogger("matplotlib")
-    # Settings, warnings and loggers are the process's.
+    # Settings, warnings and loggers are global, so only one figure is drawn at a time.
     with _one_at_a_time, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of characters that the font does not have
+        warnings.simplefilter("ignore")  # for characters that are missing in the font
         before = logger.level
-        logger.setLevel(logging.ERROR)  # from its import on it tells of its lists of fonts
+        logger.setLevel(logging.ERROR)  # it logs about its font lists, even during its import
         try:
             import matplotlib
             from matplotlib.figure import Figure

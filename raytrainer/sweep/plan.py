@@ -1,5 +1,5 @@
-"""What a sweep is, before anything runs: its parameters, and one composed config for each combination of group choices.
-All that can be known beforehand is refused here."""
+"""The plan of a sweep: its parameters, and one composed config for each combination of group choices. Every problem
+that can be found before the start is refused here."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from raytrainer.storage import Storage
 
 PLAN = "sweep.json"
 VERSION = 1
-_MOST_COMBINATIONS = 1000  # of group choices; each is composed, and kept
-_MOST_PROBES = 400  # of values on those combinations
+_MOST_COMBINATIONS = 1000  # combinations of group choices; each is composed and kept in memory
+_MOST_PROBES = 400  # values checked over all combinations
 _LENGTHS = ("trainer.max_epochs", "trainer.max_steps", "trainer.eval_every_n_steps")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep.
+    """The plan of a sweep.
 
     Attributes:
         choice: The choice of the group `sweep`, e.g. `asha`.
-        fixed: The command line's overrides that all trials have.
-        parameters: What differs between them.
-        compositions: The config of each combination of group choices, by `choices_of`; all have the sweep's name.
-        options: The command line's options that say what the overrides mean: `--config-dir`.
+        fixed: The overrides from the command line that all trials have.
+        parameters: The search space.
+        compositions: The config of each combination of group choices, by `choices_of`. All have the sweep's name.
+        options: Options from the command line on which the overrides depend: `--config-dir`.
     """
 
     choice: str
@@ -60,12 +60,12 @@ class Plan:
 
     @property
     def experiment(self) -> Experiment:
-        """Of the first combination: all have the same sections `sweep`, `cluster`, `tracking` and `scaling`."""
+        """The first combination's experiment. All have the same `sweep`, `cluster`, `tracking` and `scaling`."""
         return self.first.experiment
 
     @property
     def example(self) -> Composition:
-        """The whole config of a trial that there may be: of the first combination, with a value of each parameter."""
+        """The whole config of a possible trial: the first combination with one value of each parameter."""
         return replace(
             from_text(self.first.text, list(_one_of_each(self.parameters).values())), choices=self.first.choices
         )
@@ -80,12 +80,12 @@ class Plan:
 
     @property
     def total(self) -> int | None:
-        """How many trials there will be; None: every combination of a grid."""
+        """`sweep.num_samples`; None for every combination of a grid, or until the time budget is over."""
         return self.experiment.sweep.num_samples
 
     @property
     def evaluations(self) -> int | None:
-        """How often a trial evaluates, where the config alone says so; of several combinations the most."""
+        """The largest number of evaluations of any trial; None if the config does not determine it."""
         lengths = [[p.override(v) for v in p.probes()] for p in self.parameters if p.key in _LENGTHS]
         counts = [
             _evaluations(experiment_of(c.text, chosen) if chosen else c.experiment)
@@ -95,28 +95,28 @@ class Plan:
         return max((c for c in counts if c is not None), default=None) if None not in counts else None
 
     def text_of(self, values: Mapping[str, Any]) -> str:
-        """The base text of a trial with these parameters."""
+        """Return the config text of the combination that a trial with these parameters belongs to."""
         return self.compositions[choices_of(self.parameters, values)].text
 
     def composition_of(self, values: Mapping[str, Any]) -> Composition:
-        """The whole config of a trial with these parameters."""
+        """Return the whole config of a trial with these parameters."""
         base = self.compositions[choices_of(self.parameters, values)]
         set_ = [p.override(values[p.key]) for p in self.parameters if not p.group and p.key in values]
         return replace(from_text(base.text, set_), choices=base.choices)
 
     def overrides_of(self, values: Mapping[str, Any]) -> list[str]:
-        """A trial's parameters as overrides of the command line."""
+        """Return a trial's parameters as overrides for the command line."""
         return [p.override(values[p.key]) for p in self.parameters if p.key in values]
 
     def with_overrides(self, overrides: Sequence[str]) -> Plan:
-        """The same with other values of the sections that all trials share."""
+        """Return a copy with overrides in the sections that all trials share."""
         changed = {
             key: replace(from_text(c.text, overrides), choices=c.choices) for key, c in self.compositions.items()
         }
         return replace(self, compositions=changed, fixed=tuple(_replaced(self.fixed, overrides)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for `from_dict`."""
+        """Return plain values, for `from_dict`."""
         return {
             "version": VERSION,
             "choice": self.choice,
@@ -139,15 +139,15 @@ class Plan:
         return cls(found["choice"], tuple(found["fixed"]), parameters, compositions, options)
 
     def write(self, storage: Storage) -> None:
-        """Keeps it in the sweep's directory."""
+        """Write the plan to the sweep's directory."""
         storage.write_bytes(PLAN, json.dumps(self.to_dict(), indent=1).encode())
 
     @classmethod
     def read(cls, storage: Storage) -> Plan:
-        """The plan in a sweep's directory.
+        """Read the plan in a sweep's directory.
 
         Raises:
-            StorageError: It is not there, or a later version wrote it.
+            StorageError: The file does not exist, is invalid, or was written by a later version.
         """
         try:
             found = json.loads(storage.read_bytes(PLAN))
@@ -166,17 +166,17 @@ def make_plan(
     groups: Callable[[str], bool] | Collection[str],
     config_dir: str | Path | None = None,
 ) -> Plan:
-    """A sweep from a command line, every combination of group choices composed and every value tried on it.
+    """Make the plan of a sweep from a command line. Compose every combination of group choices and check the values.
 
     Args:
-        overrides: The command line's, those with several values among them.
-        choice: Of the group `sweep`.
+        overrides: The overrides from the command line, including those with several values.
+        choice: The choice of the group `sweep`.
         space: `sweep.space` of the config.
-        groups: Which names are groups.
-        config_dir: As `--config-dir`.
+        groups: The names of config groups, or a function that says whether a name is one.
+        config_dir: The value of `--config-dir`.
 
     Raises:
-        ConfigError: The first thing that is wrong.
+        ConfigError: The first problem.
     """
     parameters, fixed = parse_space(overrides, space, groups=groups, config_dir=config_dir)
     lists = {key_of(o): o.partition("=")[2] for o in fixed if re.fullmatch(r"(?!hydra)[^=]+=\[.+\]", o)}
@@ -186,14 +186,14 @@ def make_plan(
         key = error.key if error.key in lists else next(iter(lists), None) if not parameters else None
         if key is None:
             raise
-        # One value in Hydra's grammar, and perhaps meant as several.
+        # In Hydra's grammar, a list is one value, but the user may have meant several values.
         hint = f"; {key}={lists[key]} is one list, and several values are {key}={lists[key][1:-1]}"
         raise ConfigError(f"{error.args[0]}{hint}", key=error.key, value=error.value, choices=error.choices) from error
 
 
 def _planned(parameters: list[Parameter], fixed: list[str], choice: str, config_dir: str | Path | None) -> Plan:
     if not parameters:
-        preflight.check_objects(compose(fixed, config_dir).experiment)  # what was meant as a sweep may be no value
+        preflight.check_objects(compose(fixed, config_dir).experiment)  # perhaps a sweep that was read as one value
         raise ConfigError(
             "needs something to sweep over: optimizer.lr=0.1,0.01, 'optimizer.lr=tag(log,interval(1e-4,1e-1))', "
             "model=mlp,resnet_digits, or sweep.space in an experiment",
@@ -222,7 +222,7 @@ def _planned(parameters: list[Parameter], fixed: list[str], choice: str, config_
 
 
 def _replaced(fixed: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    """A command line with other values of some keys; what it adds with a `+` it goes on to add."""
+    """Return overrides with new values for some keys. A key that was added with `+` keeps the `+`."""
     found = {key_of(o): o for o in fixed}
     for override in overrides:
         key = key_of(override)
@@ -232,7 +232,8 @@ def _replaced(fixed: Sequence[str], overrides: Sequence[str]) -> list[str]:
 
 
 def _composed(overrides: Sequence[str], parameters: Sequence[Parameter], config_dir: str | Path | None) -> Composition:
-    """The config that trials put their values on; with one of each parameter where it is none without."""
+    """Compose the config to which trials add their values. If it is invalid without them, compose it with one value of
+    each parameter."""
     try:
         return compose(overrides, config_dir)
     except ConfigError:
@@ -240,20 +241,20 @@ def _composed(overrides: Sequence[str], parameters: Sequence[Parameter], config_
 
 
 def _one_of_each(parameters: Sequence[Parameter]) -> dict[str, str]:
-    """An override of each parameter that is no group."""
+    """Return one override for each parameter that is not a group."""
     return {p.key: p.override(p.probes()[0]) for p in parameters if not p.group}
 
 
 def choices_of(parameters: Sequence[Parameter], values: Mapping[str, Any]) -> str:
-    """The group choices among a trial's values, as one text: what its composition is found by."""
+    """Return the group choices among a trial's values as one text, the key of its composition."""
     return " ".join(sorted(p.override(values[p.key]) for p in parameters if p.group and p.key in values))
 
 
 def check_plan(plan: Plan) -> None:
-    """What makes a sweep impossible, and what makes one of its trials so.
+    """Check that the sweep and each of its trials can run.
 
     Raises:
-        ConfigError: Naming the key.
+        ConfigError: They cannot. The error names the key.
     """
     e = plan.experiment
     if e.debug:
@@ -289,7 +290,8 @@ def check_plan(plan: Plan) -> None:
         raise ConfigError("or sweep.time_budget_s must be set, or the sweep never ends", key="sweep.num_samples")
     tried = 0
     for composition in plan.compositions.values():
-        # A value that a sweep adds may be one that must not be missing: each is tried with one of every other.
+        # Required keys may be set only by the sweep, so each value is checked together with one value of every other
+        # parameter.
         each = _one_of_each(plan.parameters)
         preflight.check_objects(experiment_of(composition.text, list(each.values())))
         for p in plan.parameters:

@@ -1,5 +1,5 @@
-"""`report`, for functions of other applications in a sweep: how far a trial has come, so that a bad one can be stopped.
-Imports nothing: an application may have it in every run of its own.
+"""`report`, with which the function of a Hydra application reports a trial's value to its sweep, so that the sweep can
+stop a bad trial. It imports only the standard library, so an application can use it in all of its runs.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ _listener: Callable[[float, int | None], None] | None = None
 
 
 def report(value: Any, step: int | None = None) -> None:
-    """Tells a sweep of `hydra/sweeper=ray_tune` what its trial has reached so far; without a sweep it does nothing.
+    """Report the current value of a trial to a sweep of `hydra/sweeper=ray_tune`. Outside a sweep it does nothing.
 
-    The sweep's scheduler may stop the trial here: the function is left by an exception that is no `Exception`, after
-    its `finally` clauses. The value of a trial that goes on is what its function returns.
+    The sweep's scheduler may stop the trial here. Then this call raises a `BaseException` that is not an `Exception`,
+    and the `finally` blocks of the function run. The final value of a trial is the value that its function returns.
 
     Args:
-        value: A number: of the kind that the function returns, or another one of which the better is the better trial.
-            NaN and infinities are the worst there is.
-        step: How far the trial is, for people; by default the number of the call. Schedulers count calls.
+        value: A number by which schedulers compare trials. It may be another quantity than the returned one, if the
+            same direction is better. NaN and infinity count as the worst value.
+        step: The progress of the trial, for display. The default is the number of the call. Schedulers count calls.
 
     Raises:
-        TypeError: `value` is no number.
-        RuntimeError: In a sweep, in another thread than the function was called in.
+        TypeError: `value` is not a number.
+        RuntimeError: The call in a sweep is in another thread than the function.
     """
     number = as_number(value)
     if number is None:
@@ -37,7 +37,7 @@ def report(value: Any, step: int | None = None) -> None:
 
 @contextlib.contextmanager
 def listening(listener: Callable[[float, int | None], None]) -> Iterator[None]:
-    """For as long as the context is entered, `report` in this process tells `listener`."""
+    """Pass every call of `report` in this process to `listener` while the context is open."""
     global _listener
     _listener = listener
     try:
@@ -47,20 +47,20 @@ def listening(listener: Callable[[float, int | None], None]) -> Iterator[None]:
 
 
 def as_number(value: Any) -> float | None:
-    """A number as a float, also NumPy's and an array's or tensor's only element; None: it is none."""
+    """Return a number, or the only element of an array or tensor, as a float; None if it is not a number."""
     if hasattr(value, "item") and getattr(value, "size", 1) != 0:
-        with contextlib.suppress(Exception):  # more than one element, whatever its library raises
+        with contextlib.suppress(Exception):  # more than one element; each library raises its own error
             value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
     try:
         return float(value)
-    except OverflowError:  # an integer that no float holds
+    except OverflowError:  # an integer that is too large for a float
         return math.nan
 
 
 def described(value: Any) -> str:
-    """A value that is no number, in words."""
+    """Return a text that describes a value that is not a number."""
     if value is None:
         return "None"
     size = f" of {len(value)}" if isinstance(value, tuple | list | dict) else ""

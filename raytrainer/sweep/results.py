@@ -1,5 +1,5 @@
-"""What a sweep leaves beside its journal: the table of its trials for other programs, its best as an experiment that can be
-run, and two pictures; in the sweep's directory, and as artifacts."""
+"""The result files of a sweep: tables of its trials for other programs, the best trial as an experiment that can be
+run, and two pictures. They are in the sweep's directory and in the artifacts."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 PARQUET, CSV = "trials.parquet", "trials.csv"
 BEST = "best/experiment/best.yaml"  # for --config-dir=…/best experiment=best
 PROGRESS, PARAMETERS = "progress.png", "parameters.png"
-_FOLDER = "sweep"  # of the artifacts
+_FOLDER = "sweep"  # the folder in the artifacts
 _INT64 = 2**63
 
 
 def write(
     storage: Storage, *, trials: Sequence[Trial], plan: Plan, metric: str, mode: Mode, pictures: bool = True
 ) -> None:
-    """Writes all of it into a sweep's directory, each file at once as a whole.
+    """Write all result files into a sweep's directory, each one atomically.
 
     Args:
-        storage: The sweep's.
-        trials: All, in the order in which they were drawn.
-        plan: What was swept.
-        metric, mode: What the trials' values are, and which is the better.
-        pictures: False leaves them out, which are a second's work, and takes away those of an earlier attempt.
+        storage: The sweep's directory.
+        trials: All trials, in the order in which they were sampled.
+        plan: The plan of the sweep.
+        metric, mode: The metric of the trials' values, and which direction is better.
+        pictures: Whether to draw the pictures, which takes a second. If False, earlier pictures are deleted.
 
     Raises:
         StorageError: A file cannot be written.
@@ -56,7 +56,7 @@ def write(
 
 
 def write_tables(storage: Storage, *, trials: Sequence[Trial], keys: Sequence[str], mode: Mode) -> None:
-    """Writes `trials_table` as Parquet and as CSV."""
+    """Write `trials_table` as Parquet and as CSV."""
     table = trials_table(trials, keys, mode)
     storage.write_bytes(PARQUET, _as_parquet(table))
     storage.write_bytes(CSV, _as_csv(table))
@@ -64,7 +64,7 @@ def write_tables(storage: Storage, *, trials: Sequence[Trial], keys: Sequence[st
 
 @contextlib.contextmanager
 def as_folder(storage: Storage) -> Iterator[Path]:
-    """A local folder with copies of what `write` has written, for as long as the context is entered."""
+    """Provide a temporary local folder with copies of the files that `write` has written."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, _FOLDER)
         for name in (PARQUET, CSV, BEST, PROGRESS, PARAMETERS):
@@ -77,12 +77,12 @@ def as_folder(storage: Storage) -> Iterator[Path]:
 
 
 def trials_table(trials: Sequence[Trial], keys: Sequence[str], mode: Mode) -> Any:
-    """The trials as a `pyarrow.Table`, one a row.
+    """Return the trials as a `pyarrow.Table`, one per row. Missing values are null.
 
-    Columns: `id`, `status`; `value`, `evaluation`, `step` of its best report; `last_value`, `evaluations`, `steps` of its
-    last; `started`, `seconds`, `cause`, `run_id`; `inherited`, where a population is trained: `0002@4 0001@8`, after
-    evaluation 4 it went on from a copy of trial 0002; `parameter/KEY` at its best report, with numbers as numbers and
-    whatever is mixed as text; `metric/NAME` of its last report. What a trial does not have is null.
+    Columns: `id`, `status`; `value`, `evaluation`, `step` of the best report; `last_value`, `evaluations`, `steps` of
+    the last report; `started`, `seconds`, `cause`, `run_id`; `inherited` with population based training, e.g.
+    `0002@4 0001@8` (after evaluation 4 the trial continued from a copy of trial 0002); `parameter/KEY` at the best
+    report, as numbers, or as text if the types are mixed; `metric/NAME` of the last report.
     """
     import pyarrow as pa
 
@@ -114,7 +114,7 @@ def trials_table(trials: Sequence[Trial], keys: Sequence[str], mode: Mode) -> An
 
 
 def _typed(values: Sequence[Any]) -> Any:
-    """A column of the narrowest type that takes all values: bool, int64, float64, else text as on the command line."""
+    """Return a column of the narrowest type for all values: bool, int64, float64, else text as on the command line."""
     import pyarrow as pa
 
     kinds = {type(value) for value in values if value is not None}

@@ -1,5 +1,5 @@
-"""What a trial's code may have set for the whole process, put back for the next trial.
-What belongs to a thread (autocast, gradients off, the default device) ends with the trial's thread.
+"""Restore the process-wide settings that a trial's code may have changed, for the next trial in the same process.
+Settings of a thread (autocast, disabled gradients, the default device) end with the trial's thread.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
 
 @contextlib.contextmanager
 def as_found() -> Iterator[None]:
-    """On the way out, everything of the process is as it was on the way in, and what was compiled is forgotten."""
+    """Restore all process-wide settings when the context ends, and discard compiled code."""
     import torch._dynamo  # each optimizer imports it anyway
 
     environment, folder, path, output = dict(os.environ), Path.cwd(), list(sys.path), (sys.stdout, sys.stderr)
@@ -36,7 +36,7 @@ def as_found() -> Iterator[None]:
         if warnings.filters != ignored:
             warnings.resetwarnings()
             warnings.filters[:] = ignored  # type: ignore[index]
-        # Code that was compiled for the trials before is recompiled otherwise, and in the end no more.
+        # Otherwise dynamo recompiles code that earlier trials compiled, until it reaches its limit and stops.
         torch._dynamo.reset()
         for write, value in settings:
             write(value)
@@ -53,7 +53,7 @@ def as_found() -> Iterator[None]:
 
 
 def _settings() -> list[_Setting]:
-    """What is one value: how it is read, and written."""
+    """Return a reader and a writer for each setting that is a single value."""
     import torch
 
     backends, cuda, utils = torch.backends, torch.backends.cuda, torch.utils.deterministic
@@ -103,7 +103,7 @@ def _attribute(owner: Any, name: str) -> _Setting:
 
 
 def _tables() -> list[MutableMapping[Any, Any]]:
-    """Hooks on every module and every optimizer."""
+    """Return the tables of hooks that apply to every module and every optimizer."""
     found = {**vars(sys.modules["torch.nn.modules.module"]), **vars(sys.modules["torch.optim.optimizer"])}
     return [table for name, table in found.items() if name.startswith("_global_") and isinstance(table, dict)]
 

@@ -1,5 +1,5 @@
-"""Which trials go on: Tune's schedulers, whose time is the number of evaluations. Built from the config, told again of
-what a journal holds where their kind allows it. Read in ray 2.60 (`ray/tune/schedulers`).
+"""Build Tune's schedulers from the config, and replay a journal to them if they support it. They decide which trials
+continue; their unit of time is the evaluation. Private attributes were checked in ray 2.60 (`ray/tune/schedulers`).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from raytrainer.sweep.journal import Mode, Trial, worst
 from raytrainer.sweep.search import RUN, TRIAL, GridSearch, RandomSearch
 from raytrainer.sweep.space import domain, nearest, points
 
-TIME = "training_iteration"  # in Tune's results: the number of the evaluation
-_LISTED = 1000  # a range of so many values is perturbed to a neighbour; a longer one by a factor, as an interval
-# What Tune's own defaults mean in seconds, for a time in evaluations.
+TIME = "training_iteration"  # key in Tune's results: the number of the evaluation
+_LISTED = 1000  # a range with at most so many values is perturbed to a neighbour; a longer one by a factor
+# Defaults for a time in evaluations. Tune's own are meant for seconds.
 _DEFAULTS: Mapping[type, Mapping[str, Any]] = {
-    # Without an endless slice it pauses trials while it knows too little, and each pause writes a checkpoint.
+    # With a finite slice it pauses trials until it knows enough, and each pause writes a checkpoint.
     MedianStoppingRule: {"grace_period": 1, "min_time_slice": math.inf},
-    # Its log of exploits is in the journal.
+    # The journal records the exploits.
     PopulationBasedTraining: {"perturbation_interval": 1, "log_config": False},
 }
 
@@ -52,17 +52,20 @@ def make_scheduler(
     search: Mapping[str, Any] | None = None,
     key: str = "sweep.scheduler",
 ) -> TrialScheduler:
-    """The scheduler of a node; without one, every trial goes to its end. Starts nothing: it may be made to be checked.
+    """Build the scheduler of a node. Without a node, every trial runs to its end. Nothing is started, so this also
+    serves as a check.
 
     Args:
-        parameters: What is swept.
-        mode: Of the objective.
-        evaluations: How often a trial reports, which `max_t: null` stands for; None: not known.
-        may_change: Whether a key may change in the middle of a trial, its checkpoint still meaning the same.
-        search: The searcher's node, which has to go with the scheduler.
+        node: The scheduler's node.
+        parameters: The search space.
+        mode: The mode of the objective.
+        evaluations: The number of reports of a trial, which replaces `max_t: null`; None if it is unknown.
+        may_change: Whether a key may change during a trial without changing the meaning of its checkpoint.
+        search: The searcher's node, to check that it supports the scheduler.
+        key: The key of the node, for errors.
 
     Raises:
-        ConfigError: It cannot be built, or does not go with the parameters or the searcher.
+        ConfigError: The scheduler cannot be built, or does not support the parameters or the searcher.
     """
     drawn_by = locate("sweep.search_alg", search["_target_"]) if search else RandomSearch
     target = locate(key, node.get("_target_")) if node else FIFOScheduler
@@ -114,7 +117,7 @@ def make_scheduler(
 
 
 def _built(node: Mapping[str, Any], supplied: Mapping[str, Any], key: str) -> TrialScheduler:
-    # Called here: what Hydra is given it copies, and takes a dataclass for a config.
+    # Not through Hydra, which copies arguments and treats a dataclass as a config.
     make = factory(node)
     try:
         return make(**supplied)
@@ -150,7 +153,7 @@ def _check_population(
 
 
 def _mutation(p: Parameter) -> Any:
-    """As `hyperparam_mutations` takes it: a list is perturbed to a neighbour, a domain by a factor."""
+    """Return a value for `hyperparam_mutations`. A list is perturbed to a neighbour, a domain by a factor."""
     if p.kind == "choice":
         return list(p.values)
     if p.kind == "range" and not p.log:
@@ -171,7 +174,7 @@ def _bounds(p: Parameter, key: str) -> list[float]:
 
 @dataclass(frozen=True)
 class _Kept:
-    """Puts what was perturbed back into its parameter's bounds, and whole numbers on whole numbers."""
+    """Moves perturbed values back into the bounds of their parameters, and integers to whole numbers."""
 
     parameters: tuple[Parameter, ...]
 
@@ -180,41 +183,41 @@ class _Kept:
 
 
 def _adapt(scheduler: Any) -> None:
-    """Two things that Tune takes for granted of population based training, and that are otherwise here."""
+    """Change two assumptions of Tune's population based training that do not hold here."""
     new_config, on_trial_add = scheduler._get_new_config, scheduler.on_trial_add
 
     def kept_id(trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], Any]:
-        # A clone gets the other's config, in which it is said whose it is.
+        # A clone gets the config of the other trial, which contains the ids of that trial.
         found, operations = new_config(trial, trial_to_clone)
         return {**found, **{name: trial.config[name] for name in (TRIAL, RUN) if name in trial.config}}, operations
 
     def added(tune_controller: Any, trial: Any) -> None:
-        # Any searcher is refused: it looks only at whether there is one. Ours draws at random.
+        # Tune refuses to combine it with any searcher. Ours samples at random, so it is hidden from the check.
         on_trial_add(SimpleNamespace(search_alg=None), trial)
 
     scheduler._get_new_config, scheduler.on_trial_add = kept_id, added
 
 
-# --- a sweep that goes on -------------------------------------------------------------------------------------------
+# --- resumed sweeps -------------------------------------------------------------------------------------------------
 
 
 def pauses(scheduler: TrialScheduler) -> bool:
-    """Whether it pauses trials to wait for others, and so needs all of them drawn early."""
+    """Return whether the scheduler pauses trials to wait for others, and therefore needs all trials sampled early."""
     if isinstance(scheduler, MedianStoppingRule):
         return not scheduler._hard_stop or scheduler._min_time_slice != math.inf
     return isinstance(scheduler, PopulationBasedTraining | PopulationBasedTrainingReplay | HyperBandScheduler)
 
 
 def parts_ways(node: Mapping[str, Any] | None) -> bool:
-    """Whether the scheduler of a node changes parameters in the middle of trials: those that begin alike are not."""
+    """Return whether the scheduler changes parameters during trials, so that trials with equal starts are distinct."""
     return node is not None and _is(locate("sweep.scheduler", node["_target_"]), PopulationBasedTraining)
 
 
 def check_bounded(scheduler: TrialScheduler, search: Mapping[str, Any] | None, num_samples: int | None) -> None:
-    """Whether there is an end of the trials, where the scheduler needs all of them drawn before it compares any.
+    """Check that the number of trials is bounded, if the scheduler needs all of them sampled before it compares any.
 
     Raises:
-        ConfigError: There is none, and a time budget is no help: trials would be drawn until it is over.
+        ConfigError: It is not. A time budget does not help, because trials would be sampled until it is over.
     """
     grid = search is not None and _is(locate("sweep.search_alg", search["_target_"]), GridSearch)
     if pauses(scheduler) and num_samples is None and not grid:
@@ -226,7 +229,7 @@ def check_bounded(scheduler: TrialScheduler, search: Mapping[str, Any] | None, n
 
 
 def is_full_length(scheduler: TrialScheduler, evaluation: int) -> bool:
-    """Whether a trial that it ends at this evaluation has had all the time that it gives to any (`max_t`)."""
+    """Return whether a trial that the scheduler ends at this evaluation has reached its full length (`max_t`)."""
     if isinstance(scheduler, AsyncHyperBandScheduler):
         return bool(scheduler._stop_last_trials and evaluation >= scheduler._max_t)
     if isinstance(scheduler, HyperBandScheduler):
@@ -236,17 +239,17 @@ def is_full_length(scheduler: TrialScheduler, evaluation: int) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Earlier:
-    """What a scheduler sees of a trial of the journal."""
+    """A trial of the journal, as a scheduler sees it."""
 
     trial_id: str
 
 
 def replay(scheduler: TrialScheduler, trials: Sequence[Trial]) -> str | None:
-    """Tells a new scheduler of what the trials of a journal reported. Those that go on are recognised by the id in their
-    config when Tune adds them.
+    """Replay the reports of a journal's trials to a new scheduler. When Tune adds a trial that continues, it is
+    recognised by the id in its config.
 
     Returns:
-        What it cannot take back, as a sentence; None where it decides from here on as if it had seen all of it.
+        A sentence that says what the scheduler cannot restore; None if it decides as if it had seen all reports.
     """
     seen = [trial for trial in trials if trial.reports or trial.status == "failed"]
     if type(scheduler) is FIFOScheduler or not seen:
@@ -258,7 +261,7 @@ def replay(scheduler: TrialScheduler, trials: Sequence[Trial]) -> str | None:
             return None
         return f"{name} does not know in which of its brackets a trial was: they were drawn anew"
     if isinstance(scheduler, MedianStoppingRule):
-        # It keeps a result, and then looks at it: without looking, none of its decisions is taken again.
+        # Reports go to `on_trial_complete`, which stores a result without making a decision.
         _replay(scheduler, seen, scheduler.on_trial_complete, _renamed_results)
         return None
     anew = "it begins anew"
@@ -277,7 +280,7 @@ def _replay(
         earlier = _Earlier(f"earlier-{trial.id}")
         scheduler.on_trial_add(None, earlier)
         results = [_result(r.evaluation, r.value, scheduler._mode) for r in trial.reports]
-        # The last result of a trial that came to its end, or raised, is shown with its end alone.
+        # Tune passes the last result of a finished or failed trial only together with its end.
         last = results.pop() if trial.status == "finished" else results[-1] if results else None
         if trial.status == "failed":
             last = _result(trial.reports[-1].evaluation if trial.reports else 1, math.nan, scheduler._mode)

@@ -1,5 +1,5 @@
-"""Which trials a sweep has: `Draws` hands Tune the unfinished ones of the journal, then new ones of any searcher of Tune,
-which is told of all that ended. Read in ray 2.60 (`ray/tune/search`).
+"""The source of a sweep's trials. `Draws` gives Tune the unfinished trials of the journal, then new ones from any of
+Tune's searchers, to which it reports all ended trials. Private attributes were checked in ray 2.60 (`ray/tune/search`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
     "worst",
 ]
 
-# The modules of Tune's searchers and what they import, by the name that pip knows.
+# The modules of Tune's searchers → the modules that they import → the names of their packages for pip.
 LIBRARIES: Mapping[str, Mapping[str, str]] = {
     "ray.tune.search.ax": {"ax": "ax-platform"},
     "ray.tune.search.bayesopt": {"bayes_opt": "bayesian-optimization"},
@@ -50,22 +50,22 @@ LIBRARIES: Mapping[str, Mapping[str, str]] = {
     "ray.tune.search.zoopt": {"zoopt": "zoopt"},
     "optuna": {"optuna": "optuna"},
 }
-_SEEDS = ("seed", "random_state_seed", "random_state")  # what searchers call it
-# Keys in Tune's config of a trial that no parameter has: its id, and its run in MLflow.
+_SEEDS = ("seed", "random_state_seed", "random_state")  # the searchers' names of this argument
+# Keys in Tune's config of a trial for its id and its MLflow run. No parameter can have these names.
 TRIAL, RUN = "|trial", "|run"
-_TRIES = 20  # draws of one that has not been drawn
+_TRIES = 20  # random attempts to find a combination that is new
 
 
 # --- our own searchers ----------------------------------------------------------------------------------------------
 
 
 class _OwnSearch(Searcher):  # type: ignore[misc]
-    """What the two have in common: draw number n, from 0, is a pure function of n, so that a sweep that goes on draws
-    what it would have drawn."""
+    """The base of our own searchers. Draw number n, from 0, is a pure function of n, so a resumed sweep samples the
+    same trials as an uninterrupted one."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.drawn = 0  # the number of the next draw; a sweep that goes on sets it
+        self.drawn = 0  # the number of the next draw, set when a sweep is resumed
         self.space: dict[str, Domain] = {}
 
     def set_search_properties(
@@ -80,27 +80,27 @@ class _OwnSearch(Searcher):  # type: ignore[misc]
         return self.FINISHED if found is None else found
 
     def draw(self, number: int) -> dict[str, Any] | None:
-        """The values of a draw; None where there are no more."""
+        """Return the values of a draw; None if there are no more."""
         raise NotImplementedError
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
-        """Nothing: what was drawn does not depend on it."""
+        """Do nothing, because draws do not depend on results."""
 
 
 class RandomSearch(_OwnSearch):
-    """Independent draws from the space; of one without intervals of floats each combination once.
+    """Independent random draws from the space. In a space without float intervals, each combination comes once.
 
     Args:
-        seed: Null: the sweep's.
+        seed: None for the sweep's seed.
 
     Attributes:
-        distinct: False: a combination may come again, as in a population of which the members part ways.
+        distinct: Whether each combination comes once. False for a population, whose members change during training.
     """
 
     def __init__(self, seed: int | None = None) -> None:
         super().__init__()
         self.seed, self.distinct = seed or 0, True
-        self._found: list[dict[str, Any]] = []  # of a finite space all draws from the first on
+        self._found: list[dict[str, Any]] = []  # for a finite space: all draws from the first
         self._seen: set[tuple[Any, ...]] = set()
 
     def draw(self, number: int) -> dict[str, Any] | None:
@@ -119,14 +119,14 @@ class RandomSearch(_OwnSearch):
             found = self._sample(self._state(number, *more))
             if tuple(found.values()) not in self._seen:
                 return found
-        # Few are left, or those that are left are rare: the next one from somewhere on.
+        # Few combinations are left, or the remaining ones are rare: take the next unused one after a random place.
         place = int(self._state(number, _TRIES).random_sample() * size)
         while tuple((found := _combination(self.space, place % size)).values()) in self._seen:
             place += 1
         return found
 
     def _state(self, *of: int) -> np.random.RandomState:
-        # RandomState, since NumPy promises that its stream never changes.
+        # RandomState, because NumPy guarantees that its stream never changes.
         return np.random.RandomState(np.random.MT19937(np.random.SeedSequence((self.seed, *of))))
 
     def _sample(self, state: np.random.RandomState) -> dict[str, Any]:
@@ -134,7 +134,7 @@ class RandomSearch(_OwnSearch):
 
 
 class GridSearch(_OwnSearch):
-    """Every combination once, in the order of Hydra's own sweeps: the last parameter changes first."""
+    """Every combination once, in the order of Hydra's own sweeps: the last parameter changes fastest."""
 
     def draw(self, number: int) -> dict[str, Any] | None:
         size = math.prod(len(_values(domain)) for domain in self.space.values())
@@ -142,7 +142,7 @@ class GridSearch(_OwnSearch):
 
 
 def _combination(space: Mapping[str, Domain], number: int) -> dict[str, Any]:
-    """One of all: the last parameter changes first."""
+    """Return a combination by its number. The last parameter changes fastest."""
     axes = [_values(domain) for domain in space.values()]
     places = []
     for axis in reversed(axes):
@@ -152,7 +152,7 @@ def _combination(space: Mapping[str, Domain], number: int) -> dict[str, Any]:
 
 
 def _size(domains: Iterable[Domain]) -> int | None:
-    """The number of combinations; None where there is no end of them."""
+    """Return the number of combinations; None if it is infinite."""
     found = list(domains)
     return (
         math.prod(len(_values(d)) for d in found) if all(isinstance(d, Categorical | Integer) for d in found) else None
@@ -160,7 +160,7 @@ def _size(domains: Iterable[Domain]) -> int | None:
 
 
 def grid_size(parameters: Iterable[Parameter]) -> int:
-    """The number of combinations of a grid.
+    """Return the number of combinations of a grid.
 
     Raises:
         ConfigError: One of the parameters is an interval, which has no grid.
@@ -175,12 +175,12 @@ def _values(domain: Domain) -> Sequence[Any]:
     return range(domain.lower, domain.upper)
 
 
-# --- others' --------------------------------------------------------------------------------------------------------
+# --- searchers of other libraries -----------------------------------------------------------------------------------
 
 
 class Translated(Searcher):  # type: ignore[misc]
-    """Any searcher, in our keys and values: it is told of them as of `tune_space`, and what it draws is put into the
-    space. Made by `make_search`."""
+    """Any searcher, with our keys and values. It gets the space as `tune_space` gives it, and the values that it
+    samples are moved into the space. `make_search` builds it."""
 
     def __init__(self, inner: Searcher, parameters: Sequence[Parameter]) -> None:
         super().__init__()
@@ -189,10 +189,10 @@ class Translated(Searcher):  # type: ignore[misc]
     def set_search_properties(
         self, metric: str | None, mode: str | None, config: Mapping[str, Domain], **spec: Any
     ) -> bool:
-        """Gives the inner one its space, the first time; `config` is not looked at.
+        """Give the inner searcher its space, the first time only. `config` is not used.
 
         Raises:
-            ConfigError: It has no such parameters.
+            ConfigError: The inner searcher does not support these parameters.
         """
         if not self._has_space:
             self._metric, self._mode, self._has_space = metric, mode, True
@@ -203,10 +203,10 @@ class Translated(Searcher):  # type: ignore[misc]
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        """The values by key; `FINISHED`, or None for not now.
+        """Return the values by key, `FINISHED`, or None if there is no suggestion yet.
 
         Raises:
-            ConfigError: It drew no value of a parameter, or one that is nothing like its values.
+            ConfigError: The searcher gave no value for a parameter, or one that the parameter cannot have.
         """
         drawn = self.inner.suggest(trial_id)
         if drawn is None or drawn == self.FINISHED:
@@ -232,16 +232,16 @@ class Translated(Searcher):  # type: ignore[misc]
 
     @property
     def takes_points(self) -> bool:
-        """Whether it can be told of a trial that it has not drawn."""
+        """Whether the searcher accepts trials that it has not sampled."""
         return type(self.inner).add_evaluated_point is not Searcher.add_evaluated_point
 
     def add_evaluated_point(
         self, parameters: Mapping[str, Any], value: float | None, error: bool = False, **more: Any
     ) -> None:
-        """A trial that it has not drawn; `value` is None for one that failed (`error`).
+        """Add a trial that the searcher has not sampled. `value` is None if the trial failed (`error`).
 
         Raises:
-            KeyError, ValueError, ConfigError: It is not in the space.
+            KeyError, ValueError, ConfigError: The trial is not in the space.
         """
         point = {alias(p.key): encoded(p, parameters[p.key]) for p in self.parameters}
         self.inner.add_evaluated_point(point, value, error=error, **more)
@@ -250,11 +250,11 @@ class Translated(Searcher):  # type: ignore[misc]
 def check_search(
     node: Mapping[str, Any] | None, parameters: Sequence[Parameter] = (), *, key: str = "sweep.search_alg"
 ) -> None:
-    """What can be known of a searcher before Ray starts.
+    """Check a searcher before Ray starts.
 
     Raises:
-        ConfigError: A library is missing (with the command that installs it), the target is no searcher or refuses its
-            arguments, or a grid is asked of an interval.
+        ConfigError: A library is missing (the error has the command that installs it), the target is not a searcher or
+            refuses its arguments, or a grid search has an interval.
     """
     if not node:
         return
@@ -287,17 +287,19 @@ def make_search(
     distinct: bool = True,
     key: str = "sweep.search_alg",
 ) -> Translated:
-    """The searcher of a node; without one, random draws.
+    """Build the searcher of a node. Without a node, it is a random search.
 
     Args:
-        parameters: The space.
-        seed: Given to it, and to a sampler of its own, where the node leaves the seed open.
-        drawn: How many trials the sweep has had. Others' searchers begin their random numbers anew when a sweep goes
-            on: with the same seed they would draw the same trials again.
+        node: The searcher's node.
+        parameters: The search space.
+        seed: The seed of the searcher and its sampler, if the node does not set one.
+        drawn: The number of trials that the sweep has already. It changes the seed of other libraries' searchers, which
+            would otherwise sample the same trials again when a sweep is resumed.
         distinct: As `RandomSearch.distinct`.
+        key: The key of the node, for errors.
 
     Raises:
-        ConfigError: What `check_search` finds, or it cannot be built.
+        ConfigError: `check_search` finds a problem, or the searcher cannot be built.
     """
     check_search(node, parameters, key=key)
     if not node:
@@ -321,8 +323,8 @@ def total_of(
     distinct: bool = True,
     key: str = "sweep.search_alg",
 ) -> int | None:
-    """How many trials there will be: `num_samples`, and no more than a grid or `RandomSearch` has combinations; None:
-    until the time is over."""
+    """Return how many trials there will be: `num_samples`, but at most the combinations of a grid or a `RandomSearch`.
+    None if only the time budget ends the sweep."""
     target, size = locate(key, node["_target_"]) if node else RandomSearch, None
     if inspect.isclass(target) and issubclass(target, GridSearch):
         size = grid_size(parameters)
@@ -332,11 +334,10 @@ def total_of(
 
 
 def tell(search: Translated, trials: Sequence[Trial], mode: Mode) -> str | None:
-    """Tells a searcher of the trials that ended before it was made: of each its best value, of one that diverged the
-    worst of all.
+    """Report the ended trials to a new searcher. Each has its best value; diverged ones have the worst of all values.
 
     Returns:
-        What it cannot take back, as a sentence; None where nothing is lost.
+        A sentence that says what is lost; None if nothing is.
     """
     ended = [trial for trial in trials if trial.status not in _WAITING]
     if isinstance(search.inner, _OwnSearch) or not ended:
@@ -344,7 +345,7 @@ def tell(search: Translated, trials: Sequence[Trial], mode: Mode) -> str | None:
     name = type(search.inner).__name__
     if not search.takes_points:
         return f"{name} cannot be told of the {len(ended)} trials that have ended: it learns anew"
-    from raytrainer.supervise import METRIC  # here: the processes of trials import this module, and need no more of it
+    from raytrainer.supervise import METRIC  # not at the top, because trial processes import this module without it
 
     search.set_search_properties(METRIC, mode, {})
     least = _worst_of((report.value for trial in trials for report in trial.reports), mode)
@@ -364,21 +365,22 @@ def tell(search: Translated, trials: Sequence[Trial], mode: Mode) -> str | None:
 
 
 class Draws(Searcher):  # type: ignore[misc]
-    """Gives Tune the trials of a sweep: those of the journal that have not come to their end, then new ones until there
-    are `total`, and keeps the journal's record of what was drawn.
+    """Gives Tune the trials of a sweep: first the unfinished ones of the journal, then new ones until there are
+    `total`. It records each new trial in the journal.
 
-    A trial's config is `{TRIAL: id, RUN: its run in MLflow or "", **parameters}`. The searcher is told of each
-    trial's best value when it ends; of one that diverged the worst of all, so that it learns to stay away; of one that
-    failed otherwise, that it failed.
+    A trial's config is `{TRIAL: id, RUN: its MLflow run or "", **parameters}`. When a trial ends, the searcher gets its
+    best value. For a diverged trial it gets the worst value of all, so that it learns to avoid the region. For any
+    other failed trial it gets the failure.
 
     Args:
-        search: Draws new ones.
-        parameters: The space.
-        mode: Of the objective.
-        total: Of trials, those of the journal among them; None: as many as the searcher draws.
-        journal: Begun.
-        overrides_of: Parameters → the overrides that set them.
-        on_draw: Called with each trial that is handed out, when the journal has it.
+        search: The searcher for new trials.
+        parameters: The search space.
+        mode: The mode of the objective.
+        total: The number of trials, including those of the journal; None for as many as the searcher samples.
+        journal: The journal, after its `begin`.
+        overrides_of: Returns the overrides that set given parameters.
+        on_draw: Called with each trial that Tune gets, after the journal has recorded it.
+        clock: Returns the time in seconds since the epoch.
     """
 
     def __init__(
@@ -398,8 +400,8 @@ class Draws(Searcher):  # type: ignore[misc]
         self._search, self._parameters, self._mode = search, list(parameters), mode
         self._journal, self._overrides_of, self._on_draw, self._clock = journal, overrides_of, on_draw, clock
         self._waiting = deque(trial for trial in journal.trials.values() if trial.status in _WAITING)
-        self._ids: dict[str, str] = {}  # Tune's of a trial → ours
-        self._drawn_here: set[str] = set()  # Tune's ids that the searcher knows
+        self._ids: dict[str, str] = {}  # Tune's id of a trial → our id
+        self._drawn_here: set[str] = set()  # Tune's ids of the trials that the searcher has sampled
         if isinstance(search.inner, _OwnSearch):
             search.inner.drawn = len(journal.trials)
         values = [report.value for trial in journal.trials.values() for report in trial.reports]
@@ -412,11 +414,11 @@ class Draws(Searcher):  # type: ignore[misc]
         return self._search.set_search_properties(metric, mode, config)
 
     def trial_of(self, trial_id: str) -> str | None:
-        """Our id of a trial of Tune."""
+        """Return our id of a trial, from Tune's id."""
         return self._ids.get(trial_id)
 
     def suggest(self, trial_id: str) -> Any:
-        """The next trial's config; `FINISHED`, or None where the searcher wants to see others end first.
+        """Return the next trial's config, `FINISHED`, or None if the searcher waits for other trials to end.
 
         Raises:
             StorageError: The journal cannot be written.
@@ -447,7 +449,7 @@ class Draws(Searcher):  # type: ignore[misc]
         if trial_id not in self._ids:
             return
         trial = self._journal.trials[self._ids[trial_id]]
-        # Tune tells a searcher before it tells the callback that writes how the trial ended.
+        # Tune calls the searcher before the callback that records the end of the trial.
         end = json.loads(result["end"]) if result and "end" in result else {}
         if result:
             self._told(result)
@@ -468,7 +470,7 @@ class Draws(Searcher):  # type: ignore[misc]
             self._search.on_unpause(trial_id)
 
     def _told(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """A result with a value that a searcher can take."""
+        """Return a result with a finite value, which every searcher accepts."""
         value = float(result.get(self.metric, math.nan))
         if math.isfinite(value) and abs(value) < WORST:
             self._least = _worst_of((self._least, value), self._mode)
@@ -479,20 +481,21 @@ _WAITING: tuple[Status, ...] = ("running", "stopped")
 
 
 def _lesson(trial: Trial, least: float, mode: Mode, status: Status, diverged: bool) -> tuple[float | None, bool]:
-    """What a searcher learns of an ended trial: its value, None without one; and whether it failed for a reason that
-    its parameters may have nothing to do with."""
+    """Return what a searcher gets for an ended trial: its value, or None, and whether it failed for a reason that may
+    be unrelated to its parameters."""
     if status == "failed":
         return (least, False) if diverged else (None, True)
     best = trial.best(mode)
     if best is not None:
         return best.value, False
     if status == "pruned" and trial.reports and math.isfinite(trial.reports[-1].value):
-        return trial.reports[-1].value, False  # interim, as all that there is
+        return trial.reports[-1].value, False  # an interim value, if there is no other
     return (least, False) if trial.reports else (None, False)
 
 
 def _worst_of(values: Iterable[float], mode: Mode) -> float:
-    """The worst finite value, or 1e30 for want of any: beside that, a model of values would see no other."""
+    """Return the worst finite value; ±1e30 if there is none. With 1e30 in the data, a searcher's model could not tell
+    the other values apart."""
     finite = [value for value in values if math.isfinite(value) and abs(value) < WORST]
     if not finite:
         return worst(mode)
@@ -508,13 +511,13 @@ def _seeded(node: Mapping[str, Any], seed: int, key: str) -> dict[str, Any]:
         names = inspect.signature(locate(key, node["_target_"])).parameters
     except (TypeError, ValueError):  # a built-in without a signature
         return found
-    # Beside a sampler, which has been given its own, a seed is refused.
+    # A searcher refuses a seed in addition to a sampler, which has its own seed.
     left = [name for name in _SEEDS if name in names and found.get(name) is None and not found.get("sampler")]
     return {**found, **dict.fromkeys(left, seed)}
 
 
 def _paths(node: Any) -> Iterator[str]:
-    """Every `_target_` in a node, its own first."""
+    """Yield every `_target_` in a node, the node's own first."""
     if isinstance(node, Mapping):
         if "_target_" in node:
             yield str(node["_target_"])

@@ -1,5 +1,5 @@
-"""The settings of a sweep over an application of others, `hydra.sweeper.*`: their defaults, and what is wrong with them.
-Light: the plugin, which Hydra imports at each start of each application, has the defaults from here.
+"""The settings `hydra.sweeper.*` of a sweep over any Hydra application: their defaults and their checks.
+This module must import quickly, because Hydra imports the plugin, which uses it, at every start of every application.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from raytrainer.errors import ConfigError
 
 KEY = "hydra.sweeper"
 DIRECTIONS = {"minimize": "min", "maximize": "max"}
-# Short names; anything else is a node.
+# Short names. Any other value must be a node.
 SEARCHES: Mapping[str, Mapping[str, Any] | None] = {
     "random": None,
     "grid": {"_target_": "raytrainer.sweep.GridSearch"},
@@ -28,21 +28,22 @@ _OPTIONAL = ("num_samples", "max_concurrent_trials")
 
 @dataclass(kw_only=True)
 class Settings:
-    """What `hydra.sweeper` holds.
+    """The section `hydra.sweeper`.
 
     Attributes:
-        num_samples: Trials. None: all of a grid; of another search 20, or as many as the time budget allows.
-        direction: `minimize` or `maximize`, of what the function returns.
-        search_alg: A short name or a node; None: random draws.
-        scheduler: A short name or a node; None: no trial is stopped in the middle.
-        seed: Of what is drawn.
+        num_samples: The number of trials. None: all of a grid; for other searches 20, or as many as the time budget
+            allows.
+        direction: `minimize` or `maximize` the value that the function returns.
+        search_alg: A short name or a node; None for random search.
+        scheduler: A short name or a node; None if no trial is stopped early.
+        seed: The seed for sampling.
         params: Key → a sweep as on the command line, a list, or one value.
-        max_concurrent_trials: None: as many as there is room for.
+        max_concurrent_trials: None for as many as fit.
         time_budget_s: Seconds, or a text such as `1h30m`.
-        resources_per_trial: Ray's name → amount.
-        max_trial_failures: How often a trial that failed is tried again.
-        resume: Goes on with the sweep in the folder, where there is one.
-        address: Of a Ray cluster; None: a Ray of its own on this machine.
+        resources_per_trial: Ray's name of a resource → amount.
+        max_trial_failures: How often a failed trial is tried again.
+        resume: Whether to continue a sweep that is in the folder.
+        address: The address of a Ray cluster; None to start Ray on this machine.
     """
 
     num_samples: int | None = None
@@ -85,10 +86,10 @@ class Settings:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Settings:
-        """The settings that an application or a command line gives.
+        """Make the settings from those of an application or a command line.
 
         Raises:
-            ConfigError: One that does not exist, with those that do; or a value that it cannot have.
+            ConfigError: A setting does not exist (the error lists those that do), or its value is invalid.
         """
         known = [f.name for f in fields(cls)]
         for name in given:
@@ -101,13 +102,13 @@ class Settings:
         """The searcher's node.
 
         Raises:
-            ConfigError: A name that is none.
+            ConfigError: The short name does not exist.
         """
         return _node("search_alg", self.search_alg, SEARCHES)
 
     @property
     def scheduler_node(self) -> dict[str, Any] | None:
-        """The scheduler's node; errors as above."""
+        """The scheduler's node. It raises the same error as `search_node`."""
         return _node("scheduler", self.scheduler, SCHEDULERS)
 
     def _check_resources(self) -> None:

@@ -1,7 +1,7 @@
-"""A sweep's parameters as Tune's searchers take them, and what a searcher or scheduler returns as values of ours.
+"""Translate between a sweep's parameters and the domains and values of Tune's searchers and schedulers.
 
-They see names without a `/`, which several take for nesting, and plain numbers and texts; a value that leaves the space
-is put back into it.
+They get plain numbers and texts, and names without `/`, which several of them treat as nesting. A value outside the
+space is moved to the nearest value inside.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from raytrainer.errors import ConfigError
 
 
 def tune_space(parameters: Iterable[Parameter]) -> dict[str, Domain]:
-    """The space as searchers take it.
+    """Return the search space as Tune's domains. Both ends are inclusive.
 
-    A choice is one of its texts: searchers compare values with `==`, where 1 and true are one. A range is the place of
-    its value, from 0 at the least: Tune's quantized domains hold multiples of the step, whatever the range begins with.
-    An interval is itself. Ends are inclusive.
+    A choice becomes its texts, because searchers compare values with `==`, by which 1 equals true. A range becomes the
+    index of its value, because Tune's quantized domains hold multiples of the step, wherever the range begins. An
+    interval stays an interval.
     """
     return {alias(p.key): domain(p) for p in parameters}
 
 
 def domain(parameter: Parameter) -> Domain:
-    """One parameter of `tune_space`."""
+    """Return the domain of one parameter, for `tune_space`."""
     if parameter.kind == "choice":
         return tune.choice(list(parameter.texts))
     low, high = parameter.low, parameter.high
@@ -46,19 +46,19 @@ def domain(parameter: Parameter) -> Domain:
 
 @cache
 def points(parameter: Parameter) -> Sequence[float]:
-    """The values of a range, as they were written: upwards or downwards."""
+    """Return the values of a range in their order, which may be descending."""
     low, high, step = parameter.low, parameter.high, parameter.step
     if not parameter.integer:
         return parameter.grid()
     assert isinstance(low, int)
     assert isinstance(high, int)
     assert isinstance(step, int)
-    # Not the grid itself, which is bounded: a range to search may be long.
+    # Not `grid`, which limits the number of values: a range for a searcher may be long.
     return range(low, high + 1, step) if step > 0 else range(high, low - 1, step)
 
 
 def _place(parameter: Parameter, value: float) -> int:
-    """Where in `points` the nearest to a value stands."""
+    """Return the index in `points` of the point that is nearest to a value."""
     found = points(parameter)
     first, last = found[0], len(found) - 1
     step = (found[-1] - first) // last if parameter.integer and last else (found[-1] - first) / max(last, 1)
@@ -67,10 +67,10 @@ def _place(parameter: Parameter, value: float) -> int:
 
 
 def nearest(parameter: Parameter, value: Any) -> Any:
-    """The value of the parameter that is nearest to one of a scheduler or searcher.
+    """Return the parameter's value that is nearest to a value from a scheduler or searcher.
 
     Raises:
-        ConfigError: It is not comparable: NaN, or no number where only those are.
+        ConfigError: The value cannot be compared: it is NaN, or it is not a number but the parameter's values are.
     """
     if parameter.kind == "choice":
         if parameter.contains(value):
@@ -94,15 +94,15 @@ def _is_number(value: Any) -> bool:
 
 
 def alias(key: str) -> str:
-    """What a searcher calls a key. None of Hydra's has a `|`."""
+    """Return a searcher's name for a key. `|` never occurs in Hydra's keys."""
     return key.replace("/", "|")
 
 
 def decoded(parameter: Parameter, drawn: Any) -> Any:
-    """The value that a searcher means by what it drew from `domain`.
+    """Return the parameter's value for an element of `domain` that a searcher sampled.
 
     Raises:
-        ConfigError: It means none.
+        ConfigError: No value corresponds to it.
     """
     value = drawn.item() if hasattr(drawn, "item") else drawn
     if parameter.kind == "choice" and str(value) in parameter.texts:
@@ -114,10 +114,10 @@ def decoded(parameter: Parameter, drawn: Any) -> Any:
 
 
 def encoded(parameter: Parameter, value: Any) -> Any:
-    """A value as an element of `domain`.
+    """Return the element of `domain` for a value.
 
     Raises:
-        ConfigError: It is nothing like the parameter's values.
+        ConfigError: The value cannot be compared with the parameter's values.
     """
     value = nearest(parameter, value)
     if parameter.kind == "choice":

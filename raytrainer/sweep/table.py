@@ -1,5 +1,5 @@
-"""What a person sees of a sweep: a live table of its trials on a terminal, a line a trial elsewhere; at the end the
-best of them, and the best as a command."""
+"""The display of a sweep: a live table of its trials on a terminal, or one line per trial elsewhere; at the end, the
+best trials and the command for the best one."""
 
 from __future__ import annotations
 
@@ -17,32 +17,33 @@ from raytrainer.progress import Display, duration
 from raytrainer.sweep.journal import Mode, Trial
 from raytrainer.sweep.lineage import ParameterSegment, best_parameters, parameters_at
 
-_DRAW_S = 0.25  # between two drawings of the live table
-_SUMMARY_S = 30.0  # without a terminal: between two lines on the sweep as a whole
-_MOST_ROWS = 24  # of the live table; in a tall window, what was said before stays in sight
+_DRAW_S = 0.25  # between two updates of the live table
+_SUMMARY_S = 30.0  # without a terminal: between two lines about the whole sweep
+_MOST_ROWS = 24  # rows of the live table, so that a tall window still shows earlier lines
 _WIDEST = 16  # characters of a parameter's value
-_LONGEST = 120  # characters of a cause in a line; the last words have all of it
-_KNOWN_FROM = 3  # ended trials, before their durations say how long the others take
+_LONGEST = 120  # characters of a cause in a line; the summary has the whole text
+_KNOWN_FROM = 3  # ended trials that are needed to estimate the duration of the others
 
 
 class Board:
-    """Tells how a sweep goes, on a `Display`. Trials are read where they are, so that what is appended to their
-    reports is seen; `start` and `end` alone must be told, and `tick` called often.
+    """Shows the progress of a sweep on a `Display`. It reads the trials in place, so it sees new reports by itself. The
+    caller calls `start` and `end` for each trial, and `tick` often.
 
     Args:
-        display: Where it is shown.
-        name: Of the sweep, in the first line.
-        metric: What the trials' values are.
-        keys: The parameters, as they stand in `Trial.parameters`.
-        total: How many trials there will be; None where only time ends the sweep.
-        at_once: How many can run at a time.
-        trials: Those of a sweep that goes on, ended or not.
-        time_budget_s: After so many seconds the sweep ends in any case.
-        elapsed_s: What of them has passed already.
-        clock: Seconds since the epoch.
+        display: The display.
+        name: The sweep's name, for the first line.
+        metric: The metric of the trials' values.
+        mode: Which direction of the metric is better.
+        keys: The parameters, as in `Trial.parameters`.
+        total: How many trials there will be; None if only the time budget ends the sweep.
+        at_once: The maximum number of concurrent trials.
+        trials: The trials of a resumed sweep, ended or not.
+        time_budget_s: The time in seconds after which the sweep ends in any case.
+        elapsed_s: How many of these seconds have passed already.
+        clock: Returns the time in seconds since the epoch.
 
     Attributes:
-        total, at_once: As given; both may be changed while it runs.
+        total, at_once: As in the arguments. Both may be changed while the sweep runs.
     """
 
     def __init__(
@@ -67,9 +68,8 @@ class Board:
         now = clock()
         self._began = now - elapsed_s
         self._drawn, self._summed = -math.inf, now
-        self._running: dict[str, tuple[Trial, float]] = {}  # with when we were told
-        # An ended trial is looked at once, however many there are: the finished are in the order of their values, the
-        # others in that of their ends.
+        self._running: dict[str, tuple[Trial, float]] = {}  # with the time of `start`
+        # Each ended trial is formatted only once. Finished trials are sorted by value, the others by their ends.
         self._finished: list[tuple[float, str, _Row]] = []
         self._pruned: list[_Row] = []
         self._failed: list[_Row] = []
@@ -84,27 +84,27 @@ class Board:
                 self._take(trial, trial.took() or 0.0)
 
     def start(self, trial: Trial) -> None:
-        """A trial runs (or runs again)."""
+        """Show that a trial starts or continues."""
         self._running[trial.id] = (trial, self._clock())
         last = f"goes on after evaluation {trial.reports[-1].evaluation}" if trial.reports else "begins"
         self._display.note(f"trial {trial.id} {last}: {_settings(trial.parameters, self._names)}")
         self.tick()
 
     def end(self, trial: Trial) -> None:
-        """A trial has ended for good: its status, cause and end are set."""
+        """Show that a trial has ended. Its status, cause and end must be set."""
         _, began = self._running.pop(trial.id, (trial, trial.started))
         self._take(trial, self._clock() - began if trial.seconds is None else trial.seconds)
         line = trial_line(trial, self._metric, self._mode, self._names)
         if trial.status == "failed":
-            self._display.say(line)  # for good, also above a table
+            self._display.say(line)  # stays visible, above the table
         else:
             self._display.note(line)
         self.tick()
 
     def tick(self) -> None:
-        """Shows what is new if it is time to; costs nothing otherwise."""
+        """Update the display if it is due. Otherwise the call costs almost nothing."""
         now = self._clock()
-        # A clock that was put back must not silence us.
+        # A negative difference, after the clock was set back, also counts as due.
         if self._display.live and not 0 <= now - self._drawn < _DRAW_S:
             self._drawn = now
             self._display.draw(self._lines(*self._display.size()))
@@ -113,17 +113,17 @@ class Board:
             self._display.say("  ".join([", ".join(self._told_counts()), *self._told_facts(), *self._told_running()]))
 
     def close(self) -> None:
-        """Takes the table away; `final_table` is for good."""
+        """Remove the live table."""
         self._display.close()
 
     def seconds_left(self) -> float | None:
-        """How long the rest takes if it goes as what has ended: an estimate; None while too little has."""
+        """Estimate the remaining time from the durations of ended trials; None if too few have ended."""
         if self.total is None or len(self._durations) < min(_KNOWN_FROM, self.total):
             return None
         mean, now = sum(self._durations) / len(self._durations), self._clock()
         rests = []
         for _, began in self._running.values():
-            # Whatever has run for a while is one of those that take longer than that.
+            # Compare a running trial only with trials that took longer than it has run so far.
             longer = [d - (now - began) for d in self._durations if d > now - began]
             rests.append(sum(longer) / len(longer) if longer else 0.0)
         waiting = max(0, self.total - self._counts.total() - len(rests))
@@ -132,7 +132,7 @@ class Board:
 
     def _take(self, trial: Trial, seconds: float) -> None:
         self._counts[trial.status] += 1
-        if trial.status in ("finished", "pruned"):  # others say nothing of how long a trial takes
+        if trial.status in ("finished", "pruned"):  # the duration of other trials is not typical
             self._durations.append(seconds)
         row, best = _row(trial, self._mode, self._names, self._clock()), _best(trial, self._mode)
         if trial.status == "finished":
@@ -161,7 +161,7 @@ class Board:
         return told
 
     def _told_running(self) -> list[str]:
-        """Where the running trials are, for a log."""
+        """Return the steps of the running trials, for a log."""
         told = [
             f"{trial.id} at step {trial.reports[-1].step}" if trial.reports else f"{trial.id} begins"
             for trial, _ in list(self._running.values())[:4]
@@ -171,11 +171,11 @@ class Board:
         return [f"({', '.join(told)})"] if told else []
 
     def _lines(self, columns: int, rows: int) -> list[str]:
-        """The table for a window of that size."""
+        """Return the lines of the live table for a window of this size."""
         head = _filled(self._told_counts(), self._told_facts(), columns - 1)
-        room = max(0, min(rows - 1 - len(head) - 1, _MOST_ROWS))  # a row for the cursor, and one for the names
+        room = max(0, min(rows - 1 - len(head) - 1, _MOST_ROWS))  # one row for the cursor, one for the column names
         now = self._clock()
-        # The best, what runs, and the latest of the others.
+        # The best finished trials, the running ones, and the latest of the others.
         kinds = (
             [row for _, _, row in self._finished[:room]],
             [_row(trial, self._mode, self._names, now) for trial, _ in self._running.values()],
@@ -188,7 +188,7 @@ class Board:
 
 
 def final_table(trials: Iterable[Trial], *, metric: str, mode: Mode, keys: Sequence[str], most: int = 10) -> str:
-    """The best trials as a table, best first; a line that says so where no trial has a value."""
+    """Return the best trials as a table, best first. If no trial has a value, return a line that says so."""
     best = ranked(trials, mode)[:most]
     if not best:
         return f"no trial has a {metric}"
@@ -198,16 +198,16 @@ def final_table(trials: Iterable[Trial], *, metric: str, mode: Mode, keys: Seque
 
 
 def command_line(program: str, options: Sequence[str], fixed: Sequence[str], overrides: Sequence[str]) -> str:
-    """The command that trains a trial's configuration by itself, to be copied into a shell.
+    """Return the command that trains a trial's configuration as a run of its own, quoted for a shell.
 
     Args:
-        program: How the program is called, e.g. `python -m raytrainer`.
-        options: What the sweep was given beside overrides: `--config-dir=…`.
-        fixed: The overrides of all trials; what concerns the sweep itself, and its name, are left out.
-        overrides: The trial's.
+        program: The command of the program, e.g. `python -m raytrainer`.
+        options: The options of the sweep's command: `--config-dir=…`.
+        fixed: The overrides of all trials. Overrides of the sweep itself and its name are left out.
+        overrides: The trial's overrides.
     """
     words = [word for word in (*options, *fixed, *overrides) if not _OF_SWEEP.match(word)]
-    # An experiment of one's own may choose the sweep; it was not said to, or it is one of several.
+    # An experiment's config may choose the sweep, if the command line did not or if the sweep is over experiments.
     if not any(word.startswith("sweep=") for word in fixed) or any(
         word.startswith("experiment=") for word in overrides
     ):
@@ -216,7 +216,7 @@ def command_line(program: str, options: Sequence[str], fixed: Sequence[str], ove
 
 
 def schedule_text(parameter_segments: Sequence[ParameterSegment]) -> str:
-    """What a population's trial was trained with, one after the other, e.g. `lr 0.01 to step 22, 0.012 to step 44`."""
+    """Return the parameter schedule of a population's trial, e.g. `lr 0.01 to step 22, lr 0.012 to step 44`."""
     keys = [
         k for k in parameter_segments[-1].parameters if len({repr(s.parameters.get(k)) for s in parameter_segments}) > 1
     ]
@@ -229,18 +229,19 @@ def schedule_text(parameter_segments: Sequence[ParameterSegment]) -> str:
 
 
 def ranked(trials: Iterable[Trial], mode: Mode) -> list[Trial]:
-    """The trials that have a value, the best first, of equals the one drawn first; those that failed come last, since
+    """Return the trials that have a value, best first, in sampling order if equal. Failed trials come last, because
     their configuration would fail again."""
     found = [(best, trial) for trial in trials if (best := _best(trial, mode))]
     return [trial for _, trial in sorted(found, key=lambda pair: pair[0])]
 
 
 def trial_line(trial: Trial, metric: str, mode: Mode, names: Mapping[str, str]) -> str:
-    """E.g. `trial 0007 pruned at evaluation 3 (step 33), 0:04: val/accuracy 0.8; lr 0.0123  width 64`.
+    """Return e.g. `trial 0007 pruned at evaluation 3 (step 33), 0:04: val/accuracy 0.8; lr 0.0123  width 64`.
 
     Args:
-        trial: An ended one.
-        names: Parameter → the name to show, as `short_names` gives.
+        trial: A trial that has ended.
+        metric, mode: The metric of its value, and which direction is better.
+        names: The displayed name of each parameter, from `short_names`.
     """
     last, best = (trial.reports[-1] if trial.reports else None), trial.best(mode)
     where = f" at evaluation {last.evaluation} (step {last.step})" if last else " before an evaluation"
@@ -261,7 +262,7 @@ def _settings(values: Mapping[str, Any], names: Mapping[str, str]) -> str:
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
-    """Key → its last part, or as many as tell it from the others: `optimizer.lr` → `lr`."""
+    """Return each key's last part, or as many parts as make it unique: `optimizer.lr` → `lr`."""
     parts = {key: key.lstrip("+").split(".") for key in keys}
     names = {}
     for key, own in parts.items():
@@ -272,14 +273,14 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
 
 
 def written(value: Any) -> str:
-    """A parameter's value as it is shown: four digits of a number, and not all of a long text."""
+    """Return a parameter's value for display: four digits of a float, and at most 16 characters."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = f"{value:.4g}" if isinstance(value, float) else _clean(str(value))
     return text if len(text) <= _WIDEST else text[: _WIDEST - 1] + "…"
 
 
-# Options and overrides of the command line that make no sense for one run of its own.
+# Options and overrides that are meaningless for a single run.
 _OF_SWEEP = re.compile(
     r"-m$|--multirun$|\+{0,2}(sweep|hydra/sweeper|name)=|\+{0,2}(sweep|hydra\.sweep|hydra\.sweeper)\."
 )
@@ -288,7 +289,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
 @dataclass(frozen=True, order=True)
 class _Best:
-    """A trial's best value; the least is the best one."""
+    """A trial's best value, ordered so that the smallest object is the best."""
 
     failed: bool
     rank: float
@@ -298,7 +299,7 @@ class _Best:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of the table: the cells of every table, then the parameters, or a cause in their place."""
+    """A row of the table: the fixed columns, then the parameters or, in their place, a cause."""
 
     cells: dict[str, str]
     settings: list[str]
@@ -314,7 +315,7 @@ def _best(trial: Trial, mode: Mode) -> _Best | None:
 
 def _row(trial: Trial, mode: Mode, names: Mapping[str, str], now: float) -> _Row:
     last, best = (trial.reports[-1] if trial.reports else None), trial.best(mode)
-    # What runs is followed; what has ended is compared.
+    # A running trial shows its latest value, an ended one its best.
     shown = last if trial.status == "running" or best is None else best
     cells = {
         "trial": trial.id,
@@ -330,7 +331,7 @@ def _row(trial: Trial, mode: Mode, names: Mapping[str, str], now: float) -> _Row
 
 
 def _filled(counts: Sequence[str], facts: Sequence[str], width: int) -> list[str]:
-    """The first line, or as many as a narrow window needs."""
+    """Return the header, which takes several lines in a narrow window."""
     lines: list[str] = []
     for joint, part in [*((", ", count) for count in counts), *(("  ", fact) for fact in facts)]:
         if lines and len(lines[-1] + joint + part) <= width:
@@ -341,7 +342,7 @@ def _filled(counts: Sequence[str], facts: Sequence[str], width: int) -> list[str
 
 
 def _shares(sizes: Sequence[int], weights: Sequence[int], room: int) -> list[int]:
-    """How many of each kind are shown: what is due by weight, and what one kind leaves goes to the first in need."""
+    """Return how many rows of each kind are shown, by weight. Unused rows go to the first kind that needs them."""
     shares = [min(size, room * weight // sum(weights)) for size, weight in zip(sizes, weights, strict=True)]
     for i, size in enumerate(sizes):
         shares[i] += min(size - shares[i], room - sum(shares))
@@ -351,13 +352,14 @@ def _shares(sizes: Sequence[int], weights: Sequence[int], room: int) -> list[int
 def _aligned(
     names: Sequence[str], rows: Sequence[_Row], width: int | None, widths: dict[str, int], value: str = "value"
 ) -> list[str]:
-    """The rows below their columns' names, cut to a width.
+    """Return the rows as aligned lines below the column names, cut to a width.
 
     Args:
-        names: Of the parameters.
-        width: None: however wide it gets.
-        widths: Column → the widest that it was so far: what is drawn again and again should not jump.
-        value: The name of that column.
+        names: The names of the parameters.
+        rows: The rows.
+        width: The maximum width; None for no limit.
+        widths: Column → its largest width so far, which is updated, so that a redrawn table does not jump.
+        value: The title of the column `value`.
     """
     cells = {name: [row.cells[name] for row in rows] for name in ("trial", "status", "value", "eval", "step", "time")}
     for i, name in enumerate(names):
@@ -367,7 +369,7 @@ def _aligned(
         widths[name] = max(widths.get(name, 0), len(titles[name]), *(len(text) for text in texts), 0)
     shown = list(cells)
     if width is not None:
-        for name in ("eval", "time", "step"):  # the first to go
+        for name in ("eval", "time", "step"):  # dropped first
             if sum(widths[n] + 2 for n in shown if n[0] != "=") - 2 > width:
                 shown.remove(name)
         while shown[-1][0] == "=" and sum(widths[n] + 2 for n in shown) - 2 > width:
@@ -390,5 +392,5 @@ def _is_number(text: str) -> bool:
 
 
 def _clean(text: str) -> str:
-    """A text in one line, without what a terminal would obey."""
+    """Return a text on one line without terminal control characters."""
     return _CONTROL.sub(" ", text).strip()

@@ -1,7 +1,7 @@
-"""What runs in a trial's process: one trial after the other, each as if the process were new.
+"""The trial process: it trains one trial after the other, each as if the process were new.
 
-Tune asks for one result at a time; training goes on in a thread of its own, which waits at each evaluation until Tune
-has decided. So a stopped trial ends at once, between two steps, and the process is free for the next.
+Tune asks for one result at a time. Training runs in a separate thread, which waits at each evaluation until Tune has
+decided. So a stopped trial ends at once, between two steps, and the process is free for the next trial.
 """
 
 from __future__ import annotations
@@ -31,35 +31,35 @@ from raytrainer.sweep.reuse import as_found
 from raytrainer.sweep.search import RUN, TRIAL
 from raytrainer.tracking.spool import spool_of
 
-# By these every other trial would fail, too.
+# Causes with which every other trial would fail too.
 _NON_RETRYABLE = ("ConfigError: sweep.metric=", "ConfigError: storage_path=")
-_SOURCE = "trial.json"  # beside a checkpoint that Tune carries: whose it is
-_DRAIN_S = 10.0  # for what is still to be sent when a process ends
-_ENDS_S = 30.0  # a stopped trial has so long for its own cleaning up; its workers are killed in so long
-# Workers are not asked for a checkpoint when a trial is paused or copied: there is one of each evaluation.
+_SOURCE = "trial.json"  # the file beside a checkpoint for Tune that names its trial and evaluation
+_DRAIN_S = 10.0  # time for the remaining uploads when a process ends
+_ENDS_S = 30.0  # time for a stopped trial to clean up, and for its workers to be killed
+# Each evaluation needs a checkpoint, because the workers of a paused or copied trial are not asked for one.
 _AT_EACH_EVALUATION = ("checkpoint.every_n_steps=null", "checkpoint.min_interval_s=0")
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What all trials of a sweep have in common; sent to each process once.
+    """What all trials of a sweep have in common. It is sent to each process once.
 
     Attributes:
         texts: `Composition.text` of each combination of group choices, by `choices_of`.
-        parameters: What is swept.
-        fixed: Values that every trial has on top of its text.
-        run_dir: The sweep's own storage.
+        parameters: The search space.
+        fixed: Overrides that every trial has in addition to its text.
+        run_dir: The sweep's directory.
         metric, mode: The objective.
-        tracking_uri: Without credentials.
-        ship: Whether a trial's process sends its metrics itself.
-        workers: Training processes of a trial.
-        resources: Of each of them.
-        strategy: Where they are placed.
-        gpu: Whether they train on GPUs.
+        tracking_uri: The tracking URI, without credentials.
+        ship: Whether a trial process uploads its metrics itself.
+        workers: The number of workers of a trial.
+        resources: The resources of each worker.
+        strategy: The placement strategy of the workers.
+        gpu: Whether the workers train on GPUs.
         retries: Whether a failed trial may be tried again.
-        pauses: Whether a trial may be paused, or get another's checkpoint.
-        mark: As `worker.Job`'s, of the sweep's own record.
-        forward_env, env_file: As `environment.provide`.
+        pauses: Whether a trial may be paused, or get the checkpoint of another one.
+        mark: As `worker.Job.mark`, for the sweep's record.
+        forward_env, env_file: As for `environment.provide`.
     """
 
     texts: Mapping[str, str]
@@ -81,7 +81,7 @@ class Shared:
     mark: str = ""
 
     def job(self, config: Mapping[str, Any]) -> worker.Job:
-        """What the trial of Tune's `config` trains."""
+        """Return the job of the trial with Tune's `config`."""
         run_dir = Storage(self.run_dir).child(f"trials/{config[TRIAL]}")
         own = [p.override(config[p.key]) for p in self.parameters if not p.group]
         saves = _AT_EACH_EVALUATION if self.pauses and self.workers > 1 else ()
@@ -93,7 +93,7 @@ class Shared:
             tracking_uri=self.tracking_uri,
             spool_dir=str(spool_of(run_dir)),
             ship=self.ship,
-            # A checkpoint that population based training copied in goes on with this trial's own values.
+            # A trial that continues from a copied checkpoint uses its own values, not those in the checkpoint.
             changed=[p.key.removeprefix("optimizer.") for p in self.parameters if p.key.startswith("optimizer.")],
             mark=self.mark,
             marked=Storage(self.run_dir).display,
@@ -101,7 +101,7 @@ class Shared:
             forward_env=self.forward_env,
             env_file=self.env_file,
             reports=self.workers > 1,
-            # Workers are killed when their trial is stopped: what is reported must be committed.
+            # Workers are killed when their trial is stopped, so a checkpoint must be committed before the report.
             wait_for_commit=self.pauses or self.workers > 1,
             objective=self.metric,
             objective_mode=self.mode,
@@ -110,14 +110,14 @@ class Shared:
 
 
 class _Ended(BaseException):
-    """Raised in the training thread where it waits: Tune has stopped the trial."""
+    """Raised in the waiting training thread when Tune has stopped the trial."""
 
 
 class TrialProcess(tune.Trainable):  # type: ignore[misc]
-    """A process of Tune. `ray.tune.with_parameters(TrialProcess, shared=…)` makes the class that Tune starts.
+    """A trial process. `ray.tune.with_parameters(TrialProcess, shared=…)` makes the class that Tune starts.
 
-    A result has `objective` (what schedulers compare: never NaN), `training_iteration` (evaluations since the trial's
-    first step, also over restarts) and `report` or `end`, JSON for the driver.
+    A result has `objective` (the value that schedulers compare, never NaN), `training_iteration` (the evaluations since
+    the trial's first step, over all restarts) and `report` or `end`, which are JSON for the driver.
     """
 
     _job: worker.Job
@@ -126,18 +126,18 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
     _checkpoints: Storage
     _thread: threading.Thread | None
     _messages: queue.Queue[dict[str, Any] | WorkerError]
-    _trainer: Any  # the Trainer, where it is in this process and waits
-    _blocked: bool  # whether the training thread waits to go on
+    _trainer: Any  # the Trainer, while it waits in this process; else None
+    _blocked: bool  # whether the training thread waits for Tune's decision
     _last: dict[str, Any]
-    _inherited: dict[str, Any] | None  # whose checkpoint the trial was given
-    _heard: int  # evaluations before the checkpoint that Tune gave: it has their results
-    _background: list[threading.Thread]  # what is left to do of trials that have ended
-    _group: tuple[Any, threading.Event] | None  # the workers of a trial that has several, and whether they are gone
+    _inherited: dict[str, Any] | None  # the trial and evaluation of a copied checkpoint
+    _heard: int  # evaluations up to the checkpoint from Tune, which has their results already
+    _background: list[threading.Thread]  # remaining work of ended trials
+    _group: tuple[Any, threading.Event] | None  # with several workers: their trainer, and whether it has ended
 
     def setup(self, config: dict[str, Any], shared: Shared) -> None:
         import torch._dynamo  # noqa: F401  imported before the freeze below; each optimizer needs it
 
-        # What is imported by now stays: the collector need not look through it after each trial.
+        # The modules imported so far stay, so the garbage collector need not traverse them after each trial.
         gc.collect()
         gc.freeze()
         self._shared, self._background = shared, []
@@ -161,7 +161,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
         return message
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Tune pauses the trial, or clones it: its state of the last report goes into `checkpoint_dir`."""
+        """Write the state of the last report to `checkpoint_dir`. Tune calls this to pause or clone the trial."""
         from raytrainer.checkpoint import copy_out
 
         if self._trainer is not None:  # its thread waits in `_report`
@@ -171,7 +171,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
         Path(checkpoint_dir, _SOURCE).write_text(json.dumps({"trial": self._trial, "evaluation": self._evaluation}))
 
     def load_checkpoint(self, checkpoint: str) -> None:
-        """A trial goes on, or a clone begins: with the state in the directory `checkpoint`."""
+        """Continue from the state in the directory `checkpoint`. Tune calls this for a paused trial or a clone."""
         from raytrainer.checkpoint import take_in
 
         source = json.loads(Path(checkpoint, _SOURCE).read_text())
@@ -187,8 +187,8 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
         self.drain()
 
     def drain(self) -> None:
-        """Ends the trial that this process still has, whose best weights may be in memory alone. Then waits for what trials
-        that have ended still do: send their last metrics, where this process sends them."""
+        """End the current trial, whose best weights may be only in memory. Then wait up to 10 s for the background work
+        of ended trials, such as uploading their last metrics."""
         self._end()
         until = time.monotonic() + _DRAIN_S
         for thread in self._background:
@@ -210,9 +210,9 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
         self._evaluation = self._heard = 0
 
     def _run(self) -> None:
-        """The training thread: its last message says how the trial ended."""
+        """Run in the training thread. The last message says how the trial ended."""
         try:
-            if self._shared.pauses:  # also what it took over in a process that was killed
+            if self._shared.pauses:  # the checkpoint may have been copied by an earlier process that was killed
                 from raytrainer.checkpoint import taken_in
 
                 self._job = replace(self._job, inherited=taken_in(self._checkpoints) or {})
@@ -222,7 +222,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
             self._messages.put(self._ended({"status": "finished", "reason": result["reason"]}, result))
         except _Ended:
             pass
-        except BaseException as error:  # noqa: BLE001  whatever a trial raises is data (sys.exit, too): its process goes on
+        except BaseException as error:  # noqa: BLE001  any error, even sys.exit, is the result; the process continues
             if self._ending:
                 return
             failed = error if isinstance(error, WorkerError) else worker.described(error, 0)
@@ -231,10 +231,9 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
                 self._messages.put(failed)
             else:
                 end = {"status": "failed", "cause": failed.cause, "traceback": failed.traceback, "diverged": diverged}
-                # Every other trial would fail by it, too.
                 end["non_retryable"] = failed.cause.startswith(_NON_RETRYABLE)
                 self._messages.put(self._ended(end, None))
-            traceback.clear_frames(error.__traceback__)  # they hold the model
+            traceback.clear_frames(error.__traceback__)  # they keep the model alive
         finally:
             self._trainer = None
 
@@ -253,7 +252,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
             use_gpu=shared.gpu,
             resources_per_worker=shared.resources,
             placement_strategy=shared.strategy,
-            accelerator_type=None,  # of the trial's own bundles, which these workers are placed in
+            accelerator_type=None,  # the trial's own bundles decide where the workers are placed
             label_selector=None,
             max_failures=0,
             max_preemption_failures=-1,
@@ -274,12 +273,13 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
             done.set()
 
     def _heard_from_workers(self, found: dict[str, Any]) -> None:
-        """In the training thread, where Train's controller is: the workers wait for its next look."""
+        """Handle a report of the workers. This runs in the training thread, as part of Train's controller, so the
+        workers wait until it returns."""
         if found and self._take_report(**found):
             self._go.acquire()
 
     def _report(self, trainer: Any, ends: bool) -> None:
-        """In the training thread, after an evaluation: waits until Tune has decided."""
+        """Report an evaluation and wait until Tune has decided. This runs in the training thread."""
         self._trainer = trainer
         if self._take_report(trainer.step, trainer.metrics, trainer.evaluations, ends):
             self._go.acquire()
@@ -287,12 +287,12 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
                 raise _Ended
 
     def _take_report(self, step: int, metrics: Mapping[str, float], evaluations: int, ends: bool) -> bool:
-        """Hands an evaluation to Tune; whether Tune decides what becomes of the trial."""
+        """Give an evaluation to Tune. Return whether the trial must wait for Tune's decision."""
         if 0 < evaluations <= self._heard:
             return False
         self._evaluation = max(evaluations, 1)
         self._last = self._result(step, metrics)
-        if ends:  # the last one goes out with the end
+        if ends:  # the last report is sent together with the end
             return False
         self._blocked = True
         self._messages.put(self._last)
@@ -314,13 +314,13 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
         return {
             "objective": value if math.isfinite(value) else worst(shared.mode),
             "training_iteration": self._evaluation,
-            "report": json.dumps(report),  # a text: Tune would keep statistics of every number
+            "report": json.dumps(report),  # text, because Tune keeps statistics of numbers
             "done": False,
         }
 
     def _ended(self, end: Mapping[str, Any], result: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The trial's last result: its last report, or for one that raised the worst there is."""
-        if result is not None and not self._last:  # a checkpoint of its very end was put in its place
+        """Return the trial's last result: its last report, or the worst possible value if it raised."""
+        if result is not None and not self._last:  # it started from a checkpoint of its very end
             self._last = self._result(result["step"], result["metrics"])
         last = dict(self._last)
         if result is None:
@@ -334,10 +334,10 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
         self._background[-1].start()
 
     def _end(self) -> None:
-        """The training thread is over when this returns, whatever it was in.
+        """Stop the training thread, wherever it is, and wait until it has ended.
 
         Raises:
-            WorkerError: It is not, though it was told.
+            WorkerError: The thread did not end within 30 s.
         """
         thread = self._thread
         if thread is None:
@@ -347,12 +347,12 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
             self._go.release()
         elif thread.is_alive():
             trainer, done = self._group
-            trainer.kill_workers()  # before they may go on
+            trainer.kill_workers()  # before the release below, after which they would continue
             self._go.release()
             trainer.abandon(done, _ENDS_S)
         thread.join(_ENDS_S)
         if thread.is_alive():
-            # The process ends with this, and the thread with it.
+            # This error ends the process, and the thread with it.
             raise WorkerError(f"trial {self._trial} was stopped, and did not end in {_ENDS_S:g} s")
         self._trainer = self._thread = self._group = None
         gc.collect()
