@@ -20,6 +20,7 @@ from raytrainer.preflight.reach import (
 from raytrainer.preflight.resources import (
     Resources,
     amount,
+    bundle,
     check_resources,
     least_workers,
     per_worker,
@@ -33,6 +34,7 @@ __all__ = [
     "Resources",
     "Verdict",
     "amount",
+    "bundle",
     "check_environment",
     "check_init_from",
     "check_objects",

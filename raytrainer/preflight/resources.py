@@ -151,6 +151,12 @@ def per_worker(e: Experiment, gpu: bool) -> dict[str, float]:
     return asked
 
 
+def bundle(e: Experiment, gpu: bool) -> dict[str, float]:
+    """Return `per_worker` and the accelerator type, which Ray requests as a tiny amount on each node."""
+    kind = e.scaling.accelerator_type
+    return {**per_worker(e, gpu), **({f"accelerator_type:{kind}": 0.001} if kind else {})}
+
+
 def check_resources(e: Experiment, available: Resources, where: str) -> list[str]:
     """Return problems if the run needs more workers, GPUs or memory than the cluster has or can add."""
     if available.endless:
@@ -202,8 +208,7 @@ def _check_nodes(e: Experiment, each: Mapping[str, float], available: Resources,
     if not (available.nodes or available.more):
         return []
     count, kind, strategy = least_workers(e), e.scaling.accelerator_type, e.scaling.placement_strategy
-    # Ray Train requests an accelerator type as a tiny amount on each node.
-    places = available.places({**each, **({f"accelerator_type:{kind}": 0.001} if kind else {})}, strategy)
+    places = available.places(bundle(e, uses_gpu(e, available)), strategy)
     if places >= count:
         return []
     one = ", ".join(amount(name, share) for name, share in each.items() if share) + (f" of {kind}" if kind else "")

@@ -229,11 +229,21 @@ def make_controller(
     return controller
 
 
-def trial_resources(each: Mapping[str, float], workers: int, strategy: str) -> PlacementGroupFactory:
-    """Return the resources of a trial: a bundle for its process, or an empty one and a bundle for each worker."""
+def trial_resources(
+    bundle: Mapping[str, float], workers: int, strategy: str, label_selector: Mapping[str, str] | None = None
+) -> PlacementGroupFactory:
+    """Return the resources of a trial: a bundle for its process, or an empty one and a bundle for each worker.
+
+    Args:
+        bundle: The resources of one worker.
+        workers: The number of workers of a trial.
+        strategy: Ray's placement strategy for several workers.
+        label_selector: The labels that a node must have for each bundle.
+    """
+    labels = {"bundle_label_selector": [dict(label_selector)] * workers} if label_selector else {}
     if workers == 1:
-        return PlacementGroupFactory([dict(each)])
-    return PlacementGroupFactory([{}, *[dict(each)] * workers], strategy=strategy)
+        return PlacementGroupFactory([dict(bundle)], **labels)
+    return PlacementGroupFactory([{}, *[dict(bundle)] * workers], strategy=strategy, **labels)
 
 
 def capacity(bundle: Mapping[str, float], workers: int, nodes: Iterable[Mapping[str, float]], strategy: str) -> int:

@@ -184,10 +184,10 @@ class SweepDriver:
         from raytrainer.sweep.trial import Shared, TrialProcess
 
         e, gpu = self.e, preflight.uses_gpu(self.e, available)
-        each, workers = preflight.per_worker(e, gpu), preflight.least_workers(e)
+        each, bundle, workers = preflight.per_worker(e, gpu), preflight.bundle(e, gpu), preflight.least_workers(e)
         # Include the nodes that an autoscaler can add.
         nodes = [*supervise.nodes(), *available.more[: available.most_more]]
-        fit = max(1, supervise.capacity(each, workers, nodes, e.scaling.placement_strategy))
+        fit = max(1, supervise.capacity(bundle, workers, nodes, e.scaling.placement_strategy))
         limit, note = at_once(e.sweep.max_concurrent_trials, fit, grows=available.endless)
         if note is not None:
             self.display.say(note)
@@ -246,7 +246,9 @@ class SweepDriver:
                 ray.tune.with_parameters(TrialProcess, shared=shared),
                 name=_OF_TUNE,
                 storage_path=self.storage.uri,
-                resources=supervise.trial_resources(each, workers, e.scaling.placement_strategy),
+                resources=supervise.trial_resources(
+                    bundle, workers, e.scaling.placement_strategy, e.scaling.label_selector
+                ),
                 limit=limit,
                 between=self._between,
                 drain_s=_DRAIN_S,
