@@ -1,6 +1,6 @@
-"""raytrainer: distributed PyTorch training on Ray, configured by Hydra, kept by MLflow.
+"""raytrainer: distributed PyTorch training on Ray, configured with Hydra and tracked with MLflow.
 
-The public names, imported when they are first used: `import raytrainer` itself costs nothing.
+The public names are imported when they are first used, so that `import raytrainer` itself costs nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The program: `python -m raytrainer`, and the console script. Answers signals before anything is imported."""
+"""The program: `python -m raytrainer`, and the console script. It handles signals before it imports anything else."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from raytrainer import garbage, proxies, streams
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    # Nothing is started yet: no exception, which an import in progress would swallow or turn into another.
-    with contextlib.suppress(OSError):  # nobody reads any more
+    # Nothing has started yet. Do not raise an exception, which an import in progress would swallow or replace.
+    with contextlib.suppress(OSError):  # standard error has no reader
         os.write(2, b"raytrainer: stopped\n")
     os._exit(128 + number)
 
 
 def entry() -> None:
-    """Runs the command line and ends the process with its exit code."""
+    """Run the command line and end the process with its exit code."""
     streams.protect()
     proxies.exempt_loopback()
     with contextlib.suppress(RuntimeError, ValueError):
-        faulthandler.enable()  # a crash of native code says where it was
+        faulthandler.enable()  # show where native code crashes
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets it
         signal.signal(signal.SIGHUP, _leave)
     garbage.collect_less()
     from raytrainer.cli import main
 
     code = main()
-    # A question to Ray that nobody answered is still in its native code, which the end of the interpreter would crash.
+    # A probe that Ray has not answered is still in native code, which would crash at the end of the interpreter.
     if any(thread.name == "ray-probe" for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()

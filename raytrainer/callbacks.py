@@ -1,4 +1,4 @@
-"""Callbacks that come with raytrainer; any object with a hook of events.py is one."""
+"""The callbacks of raytrainer. Any object with a hook of events.py is a callback."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from raytrainer.errors import ConfigError
 
 
 class SavePretrained:
-    """At the end of training writes the best weights (else the last) as Hugging Face's libraries keep them: a model's
-    folder, which `from_pretrained` and `init_from` take, or of a PEFT model the adapter alone.
+    """Write the best weights (else the last) at the end of training, in the format of the Hugging Face libraries.
+
+    The result is a model folder, which `from_pretrained` and `init_from` accept, or only the adapter of a PEFT model.
 
     Args:
-        path: A directory on the machine of rank 0; None: the artifact `pretrained` of the run.
+        path: A directory on the machine of rank 0; None for the artifact `pretrained` of the run.
 
     Raises:
-        ConfigError: When training begins: the model has no `save_pretrained`.
+        ConfigError: The model has no `save_pretrained`; raised when training starts.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -33,7 +34,7 @@ class SavePretrained:
         from torch import Tensor
 
         _, state = trainer.best_weights()
-        # Their files have tensors alone: extra state of another kind is in the checkpoint.
+        # These files can only hold tensors. Other extra state is in the checkpoint.
         weights = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         if self.path is not None:
             trainer.raw_model.save_pretrained(self.path, state_dict=weights)

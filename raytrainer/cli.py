@@ -1,4 +1,4 @@
-"""The command line: Hydra's own, with verbs in front. Imports neither torch, ray nor mlflow until something runs.
+"""The command line: Hydra's own, with commands in front. It imports torch, Ray and MLflow only when something runs.
 
 Exit codes: 0 finished, 1 failed, 2 refused before it started, 129 hung up, 130 interrupted, 143 stopped.
 """
@@ -26,9 +26,9 @@ _DRY_RUN = "--dry-run"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line; returns its exit code."""
+    """Run one command line and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # A console script does not have the current directory on its path, `python -m` does: a user's package is there.
+    # Unlike `python -m`, a console script does not have the current directory, with the user's package, on its path.
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(arguments: list[str]) -> int:
-    # Not Hydra's, whose parser would refuse it.
+    # --dry-run is not an option of Hydra, whose parser would refuse it.
     dry, arguments = _DRY_RUN in arguments, [argument for argument in arguments if argument != _DRY_RUN]
     if arguments and arguments[0].isalpha():
         return _verb(arguments[0], arguments[1:], dry=dry)
@@ -59,7 +59,7 @@ def _command(arguments: list[str]) -> int:
 
 
 def _guarded(call: Callable[[], int]) -> int:
-    """The exit code of a call, with what it raised told in a line."""
+    """Return the exit code of a call, and report its error in one line."""
     try:
         return call()
     except Refused as error:
@@ -73,7 +73,7 @@ def _guarded(call: Callable[[], int]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except SystemExit as end:  # argparse has shown something, or Hydra found an option's argument to be wrong
+    except SystemExit as end:  # argparse has shown help, or Hydra has refused an option's argument
         return 2 if end.code else 0
 
 
@@ -119,7 +119,7 @@ def _rerun(given: argparse.Namespace, rest: list[str], *, dry: bool) -> int:
 
 
 def _launch(composition: config.Composition, arguments: list[str], *, as_json: bool, dry: bool) -> int:
-    """A new run that a verb has composed."""
+    """Start a new run that a command has composed, or show or submit it. Return the exit code."""
     if dry:
         return _would_send(composition, arguments)
     if _is_sent(composition):
@@ -146,7 +146,7 @@ def _resume(given: argparse.Namespace, rest: list[str], *, dry: bool) -> int:
 
 
 def _trained(composition: config.Composition, arguments: list[str], *, as_json: bool = False) -> Any:
-    """The outcome of a run, after its last words."""
+    """Train a run, print its summary, and return its outcome."""
     from raytrainer import run
 
     outcome = run.launch(composition, argv=arguments)
@@ -155,7 +155,7 @@ def _trained(composition: config.Composition, arguments: list[str], *, as_json: 
 
 
 def _is_sent(asked: Any) -> bool:
-    """Whether a composed config, or the plan of a sweep, runs as a job on a shared cluster."""
+    """Return whether a composed config, or the plan of a sweep, runs as a job on a shared cluster."""
     return asked.experiment.cluster.kind in ("job", "kuberay")
 
 
@@ -164,7 +164,7 @@ def _submit(
 ) -> int:
     from raytrainer.cluster import submit
 
-    # What the job prints goes where progress goes when standard output is for a program.
+    # With --json, standard output is for a program, so the job's output goes to standard error, like progress.
     printed = sys.stderr if as_json else sys.stdout
     found = submit.launch(asked, arguments, record=record, changed=changed, say=_say, out=printed)
     print(json.dumps(found.to_json()) if as_json else found.text(provenance.program()), flush=True)
@@ -186,13 +186,13 @@ def _check(composition: config.Composition, arguments: list[str], record: Any = 
 
 
 def _would_send(asked: Any, arguments: list[str], record: Any = None, changed: Sequence[str] = ()) -> int:
-    """Prints all of what would be sent to a shared cluster, or where else it would run, and starts nothing.
+    """Print everything that would be sent to a shared cluster, or where else it would run. Nothing is started.
 
     Args:
         asked: A composed config, or the plan of a sweep.
         arguments: The command line.
-        record: Of the run that would go on.
-        changed: As `run.launch`.
+        record: The record of the run that would continue.
+        changed: As for `run.launch`.
     """
     if not _is_sent(asked):
         if isinstance(asked, config.Composition):
@@ -255,7 +255,7 @@ def _say(text: str) -> None:
 
 
 class _Ended(BaseException):
-    """Leaves Hydra, which would print or swallow an Exception: a bug's exception, or the code of a stopped job."""
+    """Carries a bug's exception or a stopped job's exit code out of Hydra, which prints or swallows Exceptions."""
 
     def __init__(self, cause: Exception | int) -> None:
         self.cause = cause
@@ -267,13 +267,13 @@ def _hydra(
     sweep_task: Callable[[Any, list[str]], int],
     before: Sequence[str] = (),
 ) -> int:
-    """Hydra's own command line, with its errors in our words and our exit codes.
+    """Run Hydra's command line with raytrainer's errors and exit codes.
 
     Args:
-        arguments: Those after the program's name, or after the verb.
-        task: What is done with a composed config.
-        sweep_task: What is done with the plan of a sweep.
-        before: What stood in front of the arguments, for the command that was meant.
+        arguments: The arguments after the program's name, or after the command.
+        task: Called with a composed config.
+        sweep_task: Called with the plan of a sweep.
+        before: The words in front of the arguments, to suggest a complete command line in an error.
     """
     from hydra import version
     from hydra._internal.utils import _run_hydra
@@ -295,7 +295,7 @@ def _hydra(
             composition = config.from_hydra(cfg)
         except Exception as error:
             raise config.explain(error, overrides, known) from error
-        if sweep := dict(composition.choices).get("sweep"):  # of an experiment's own, or several of them
+        if sweep := dict(composition.choices).get("sweep"):  # chosen by an experiment, or by several
             if not parsed.multirun:
                 raise without_m(sweep)
             raise ConfigError("is chosen by one of several experiments: choose it for all", key="sweep", value=sweep)
@@ -308,11 +308,11 @@ def _hydra(
                 codes.append(_guarded(lambda: one(cfg)))
         except Exception as error:
             raise _Ended(error) from error
-        if codes[-1] >= 128:  # stopped: the rest of a sweep too
+        if codes[-1] >= 128:  # stopped, so the remaining jobs do not run either
             raise _Ended(codes[-1])
 
     def sweep(task_overrides: list[str], cfg: DictConfig) -> None:
-        """What `hydra/sweeper=ray_tune` calls instead of `job`: all trials are one task."""
+        """Run all trials as one task. `hydra/sweeper=ray_tune` calls this instead of `job`."""
 
         def planned() -> int:
             from raytrainer.sweep import make_plan
@@ -326,7 +326,7 @@ def _hydra(
                     key="--config-name",
                     value=parsed.config_name,
                 )
-            # Of Hydra's own overrides this one says what the others mean.
+            # Of Hydra's own overrides, the plan needs only this one: it decides which configs the others find.
             searchpath = [o for o in overrides if config.key_of(o) == "hydra.searchpath"]
             plan = make_plan(
                 [*searchpath, *task_overrides],
@@ -341,7 +341,7 @@ def _hydra(
             codes.append(_guarded(planned))
 
     job.sweep = sweep  # type: ignore[attr-defined]
-    if parsed.help:  # of no use to it, and `sweep=` is not even an override
+    if parsed.help:  # help does not need them, and Hydra would refuse `sweep=`
         parsed.overrides = [o for o in overrides if config.key_of(o).startswith("hydra")]
     shows = parsed.help or parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion
     choices = [o.partition("=")[2] for o in overrides if config.key_of(o) == "sweep" and not o.startswith("~")]
@@ -363,7 +363,7 @@ def _hydra(
             config.check_keys(overrides, parsed.config_dir)
         version.setbase("1.3")
         config.register_schema()
-        # With the variable set errors come here; without, Hydra prints them and ends the process with 1.
+        # With the variable set, Hydra raises its errors. Without it, Hydra prints them and ends the process with 1.
         with _variable(_FULL_ERROR, "1"), config.quiet(), completion.prefixed(taken):
             _run_hydra(
                 args=parsed,
@@ -383,7 +383,7 @@ def _hydra(
 
 
 def _parser() -> argparse.ArgumentParser:
-    """Hydra's parser, with our name, version and form of errors."""
+    """Return Hydra's parser, with raytrainer's name, version and errors."""
     from importlib.metadata import version
 
     from hydra._internal.utils import get_args_parser
@@ -403,7 +403,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @contextlib.contextmanager
 def _variable(name: str, value: str | None) -> Iterator[None]:
-    """An environment variable for a while; None: unset."""
+    """Set an environment variable for a while; None unsets it."""
     before = os.environ.get(name)
     try:
         _set(name, value)

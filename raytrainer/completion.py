@@ -1,5 +1,7 @@
-"""Tab completion: verbs, their options, runs and trials by name; groups and keys are Hydra's to complete, whose view of a
-command line is helped where it is narrow: options, quotes and lists of choices."""
+"""Tab completion of commands, their options, and runs and trials by name. Hydra completes groups and keys.
+
+Hydra cannot handle options, quotes and lists of choices, so the command line that it sees is simplified first.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +13,20 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-# Anything in quotes or parentheses chooses no group: of no use to Hydra, which would have to parse it.
+# A word with quotes or parentheses chooses no group. Hydra does not need it, and would have to parse it.
 _HARD = re.compile(r"['\"()$\\]")
 _LIST = re.compile(r"(?P<key>[+]?[\w/@]+=)(?P<taken>[^=]*,)(?P<last>[^,=]*)")
 
 
 def prepare(parsed: argparse.Namespace, verbs: Sequence[str]) -> str | None:
-    """Answers what Hydra does not know, and sets COMP_LINE and the config directory for what it does.
+    """Complete what Hydra does not know, and set COMP_LINE and the config directory for what it does.
 
     Args:
         parsed: Hydra's arguments.
-        verbs: Of the command line.
+        verbs: The commands of raytrainer.
 
     Returns:
-        What was taken of a list of choices, for `prefixed`; None where all is answered.
+        The key and the choices that are already typed of a list, for `prefixed`; None if the answer is complete.
     """
     if "COMP_LINE" not in os.environ or not any(word.startswith("query=") for word in parsed.overrides):
         return ""
@@ -47,7 +49,8 @@ def prepare(parsed: argparse.Namespace, verbs: Sequence[str]) -> str | None:
         if name in ("--config-dir", "-cd"):
             folder = Path(value if equals else (*before, "")[place + 1].strip("'\"")).expanduser()
             parsed.config_dir = str(folder) if folder.is_dir() else parsed.config_dir
-    # An ID and an option are no overrides: Hydra would find nothing. Of several choices the first says what keys there are.
+    # With an ID or an option, which are not overrides, Hydra would find nothing. Of several choices, the first
+    # determines the keys.
     known = [word.partition(",")[0] for word in before if "=" in word and word[0] != "-" and not _HARD.search(word)]
     several = _LIST.fullmatch(last)
     os.environ["COMP_LINE"] = " ".join([words[0], *known, several["key"] + several["last"] if several else last])
@@ -56,7 +59,7 @@ def prepare(parsed: argparse.Namespace, verbs: Sequence[str]) -> str | None:
 
 @contextlib.contextmanager
 def prefixed(taken: str) -> Iterator[None]:
-    """Puts what `prepare` has returned in front of the choices that are printed meanwhile: `model=a,` → `model=a,b`."""
+    """Put what `prepare` returned in front of the choices that are printed meanwhile: `model=a,` → `model=a,b`."""
     if not taken:
         yield
         return

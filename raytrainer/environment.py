@@ -1,7 +1,7 @@
-"""Variables that a run needs on a shared cluster: known by name alone, their values are on the cluster's side; and those
-that one run leaves to the next in the same process.
+"""Environment variables that a run needs on a shared cluster, and those that it leaves to the next run in its process.
 
-A value is in the environment of the cluster's processes, or in a file there (`cluster.env_file`) that nobody logs.
+Only the names of variables are sent to a cluster. The values are in the environment of its processes, or in a file
+there (`cluster.env_file`) that is never logged.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from raytrainer.errors import ConfigError
 
 
 def provide(names: Sequence[str], env_file: str | None) -> None:
-    """Sets each variable of `names` that is not set, from `env_file`.
+    """Set each variable of `names` that is not set, from `env_file`.
 
     Raises:
-        ConfigError: One is set nowhere; or the file cannot be read, or may be read by others.
+        ConfigError: A variable is set nowhere, or the file cannot be read, or other users can read it.
     """
     missing = [name for name in names if name not in os.environ]
     if not missing:
@@ -34,8 +34,8 @@ def provide(names: Sequence[str], env_file: str | None) -> None:
 
 
 def put_back(before: Mapping[str, str]) -> None:
-    """Makes the environment what it was. Variables that are so are not written: native code of other threads reads them
-    without a lock, and a write moves them."""
+    """Restore the environment to `before`. Only variables that differ are written: native code in other threads reads
+    them without a lock, and a write moves them."""
     for name in [name for name in os.environ if name not in before]:
         del os.environ[name]
     for name, value in before.items():
@@ -44,7 +44,7 @@ def put_back(before: Mapping[str, str]) -> None:
 
 
 def _read(path: Path) -> dict[str, str]:
-    """`NAME=value` lines; a `#` begins a comment line, quotes around a value are left out."""
+    """Parse `NAME=value` lines. A `#` starts a comment line, and quotes around a value are removed."""
     try:
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
             raise ConfigError(f"can be read by others: chmod 600 {path}", key="cluster.env_file", value=str(path))

@@ -1,29 +1,29 @@
-"""The exceptions of raytrainer: one tree, drawn here, so that a caller can catch a kind and a reader sees them all.
+"""The exceptions of raytrainer. They form the tree below, so that a caller can catch a whole kind of error.
 
 RaytrainerError
 ├── Refused                  nothing was started; the command line exits with 2
-│   ├── ConfigError          a key, type, choice or constructor argument of the configuration
-│   ├── PreflightError       the world does not fit: resources, storage, tracking server
-│   └── RunNotFound          an ID that names no run
+│   ├── ConfigError          a key, type, choice or constructor argument of the configuration is wrong
+│   ├── PreflightError       resources, storage or tracking server do not fit the experiment
+│   └── RunNotFound          an ID names no run
 ├── TrainingError            a run started and failed; the command line exits with 1
 │   ├── WorkerError          a worker raised or died: rank, node, cause and first traceback
 │   ├── NonFiniteLoss        the loss is NaN or infinite
-│   ├── DataError            a file, column or sample that cannot be read
+│   ├── DataError            a file, column or sample cannot be read
 │   └── ClusterLost          Ray, or its controller, is gone
-├── StorageError             a path or URI that cannot be read or written
-│   ├── StorageFull          no space left at the path
-│   ├── StorageGone          a run's directory was deleted or moved while the run was going on
+├── StorageError             a path or URI cannot be read or written
+│   ├── StorageFull          no space is left at the path
+│   ├── StorageGone          a run's directory was deleted or moved during the run
 │   └── StorageLocked        another run owns the directory
-├── CheckpointError          a checkpoint that cannot be written or read
-│   ├── CheckpointNotFound   no committed checkpoint there
-│   └── CheckpointCorrupt    a checksum, version or content that does not verify
+├── CheckpointError          a checkpoint cannot be written or read
+│   ├── CheckpointNotFound   there is no committed checkpoint
+│   └── CheckpointCorrupt    a checksum, version or content is wrong
 ├── TrackingError            the tracking server cannot be used
-│   ├── TrackingUnreachable  no answer
+│   ├── TrackingUnreachable  it does not answer
 │   └── TrackingDenied       it refuses the credentials
-├── ClusterError             a shared cluster that cannot be used
-│   ├── ClusterUnreachable   no answer
-│   ├── ClusterDenied        it refuses the credentials, or what they may do
-│   └── JobExists            it has a job of this id already
+├── ClusterError             a shared cluster cannot be used
+│   ├── ClusterUnreachable   it does not answer
+│   ├── ClusterDenied        it refuses the credentials, or they lack permissions
+│   └── JobExists            it already has a job with this id
 └── Stopped                  ended from outside; carries the exit code (129 hung up, 130 interrupted, 143 stopped)
 """
 
@@ -35,10 +35,10 @@ from typing import Any
 
 
 class RaytrainerError(Exception):
-    """Base of all. Subclasses keep their fields as attributes and survive pickling between processes."""
+    """The base class. Subclasses keep their fields as attributes and survive pickling between processes."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exception's own __reduce__ calls the class with `args`, which fails for any constructor of another shape.
+        # Exception's own __reduce__ calls the class with `args`, which fails if its constructor has other parameters.
         return _rebuild, (type(self), self.args, self.__dict__.copy())
 
 
@@ -59,9 +59,9 @@ class ConfigError(Refused):
     Args:
         message: What is wrong, in one sentence.
         key: The dotted key, as it is written on the command line.
-        value: The value given.
-        choices: The valid ones; the nearest to `value` (or to the last part of `key`) come first in the message.
-        ranked: The choices are in the order in which they are to be shown: they take the place of something else.
+        value: The given value.
+        choices: The valid values. The nearest to `value` (or to the last part of `key`) come first in the message.
+        ranked: Whether the message shows the choices in the given order instead.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class ConfigError(Refused):
 
 
 def _written(value: Any) -> str:
-    """As it is written on the command line: `true`, `[1,2]`, `{a:1}`; long ones cut."""
+    """Return a value as it is written on the command line: `true`, `[1,2]`, `{a:1}`. A long text is cut."""
     if isinstance(value, bool | None):
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, list | tuple):
@@ -101,7 +101,7 @@ def _written(value: Any) -> str:
 
 
 class PreflightError(Refused):
-    """The world does not fit the experiment; `problems` holds one sentence each."""
+    """Resources, storage or tracking server do not fit the experiment; `problems` has one sentence for each problem."""
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = tuple(problems)
@@ -109,7 +109,7 @@ class PreflightError(Refused):
 
 
 class RunNotFound(Refused):
-    """An ID that names no run."""
+    """An ID names no run."""
 
 
 class TrainingError(RaytrainerError):
@@ -121,11 +121,11 @@ class WorkerError(TrainingError):
 
     Args:
         cause: One line: the exception's type and message, or how the process ended.
-        rank: Its rank, where known.
-        node: The address of its node, where known.
-        traceback: The text of its traceback, where there is one.
-        when: Seconds since the epoch: of several workers' errors the first is the cause, the others its noise.
-        retry: Whether the same could go better another time.
+        rank: Its rank, if known.
+        node: The address of its node, if known.
+        traceback: The text of its traceback, if there is one.
+        when: Seconds since the epoch. The first error of several workers is the cause; the others follow from it.
+        retry: Whether a new attempt may succeed.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class NonFiniteLoss(TrainingError):
 
 
 class DataError(TrainingError):
-    """A file, column or sample that cannot be read."""
+    """A file, column or sample cannot be read."""
 
 
 class ClusterLost(TrainingError):
@@ -157,15 +157,15 @@ class ClusterLost(TrainingError):
 
 
 class StorageError(RaytrainerError):
-    """A path or URI that cannot be read or written."""
+    """A path or URI cannot be read or written."""
 
 
 class StorageFull(StorageError):
-    """No space left at the path."""
+    """No space is left at the path."""
 
 
 class StorageGone(StorageError):
-    """A run's directory was deleted or moved while the run was going on."""
+    """A run's directory was deleted or moved during the run."""
 
 
 class StorageLocked(StorageError):
@@ -173,15 +173,15 @@ class StorageLocked(StorageError):
 
 
 class CheckpointError(RaytrainerError):
-    """A checkpoint that cannot be written or read."""
+    """A checkpoint cannot be written or read."""
 
 
 class CheckpointNotFound(CheckpointError):
-    """No committed checkpoint there."""
+    """There is no committed checkpoint."""
 
 
 class CheckpointCorrupt(CheckpointError):
-    """A checksum, version or content that does not verify."""
+    """A checksum, version or content of a checkpoint is wrong."""
 
 
 class TrackingError(RaytrainerError):
@@ -189,7 +189,7 @@ class TrackingError(RaytrainerError):
 
 
 class TrackingUnreachable(TrackingError):
-    """No answer from the tracking server."""
+    """The tracking server does not answer."""
 
 
 class TrackingDenied(TrackingError):
@@ -201,19 +201,19 @@ class ClusterError(RaytrainerError):
 
 
 class ClusterUnreachable(ClusterError):
-    """No answer from a shared cluster."""
+    """A shared cluster does not answer."""
 
 
 class ClusterDenied(ClusterError):
-    """A shared cluster refuses the credentials, or what they may do."""
+    """A shared cluster refuses the credentials, or they lack permissions."""
 
 
 class JobExists(ClusterError):
-    """A shared cluster has a job of this id already."""
+    """A shared cluster already has a job with this id."""
 
 
 class Stopped(RaytrainerError):
-    """Ended from outside, with the exit code that says how (129 hung up, 130 interrupted, 143 stopped)."""
+    """The run was ended from outside; `exit_code` says how (129 hung up, 130 interrupted, 143 stopped)."""
 
     def __init__(self, message: str, *, exit_code: int = 130) -> None:
         self.exit_code = exit_code
@@ -221,7 +221,7 @@ class Stopped(RaytrainerError):
 
 
 def nearest(word: str, choices: Iterable[str], limit: int = 3) -> list[str]:
-    """The choices that `word` was probably meant to be, by how few letters are to be changed; empty where none is near."""
+    """Return the choices that `word` was probably meant to be, those with the fewest changed letters first."""
     given = list(dict.fromkeys(choices))
     lower = word.lower()
     alike = set(get_close_matches(lower, [c.lower() for c in given], n=len(given) or 1, cutoff=0.5))
@@ -229,7 +229,7 @@ def nearest(word: str, choices: Iterable[str], limit: int = 3) -> list[str]:
     letters = sorted(lower)
 
     def rank(choice: str) -> tuple[int, bool, float]:
-        # Of equally far ones the one of the same letters, which were exchanged.
+        # At equal distance, a choice with the same letters in another order comes first.
         other = choice.lower()
         return distances[choice], sorted(other) != letters, -SequenceMatcher(None, lower, other).ratio()
 
@@ -237,7 +237,7 @@ def nearest(word: str, choices: Iterable[str], limit: int = 3) -> list[str]:
 
 
 def _distance(a: str, b: str) -> int:
-    """How many letters to add, drop, replace or exchange with a neighbour make `b` of `a` (Damerau and Levenshtein)."""
+    """Return the Damerau-Levenshtein distance: how many letters to add, drop, replace or swap turn `a` into `b`."""
     before: list[int] = []
     row = list(range(len(b) + 1))
     for i, letter in enumerate(a, 1):

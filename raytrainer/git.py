@@ -1,5 +1,6 @@
-"""The one place that runs git: bounded in time and in output, the same whatever the user's environment has set.
-Knows nothing of raytrainer; reads, unless the arguments say otherwise.
+"""Run git with limits on time and output, and with the same result whatever the user's environment sets.
+
+All git calls go through this module. It imports nothing of raytrainer. Only the arguments decide whether git writes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 TIME_LIMIT_S = 20.0
 _OUTPUT_BYTES = 2**28
-# Set by git for its hooks: they name another repository than the one of the folder that is asked about.
+# Git sets these variables for its hooks. They name another repository than that of the given folder.
 _OTHERS = {
     "GIT_DIR",
     "GIT_WORK_TREE",
@@ -29,24 +30,24 @@ _OTHERS = {
     "GIT_ICASE_PATHSPECS",
 }
 _FIXED = {
-    "LC_ALL": "C",  # its messages are looked into
-    "GIT_OPTIONAL_LOCKS": "0",  # reading never waits for, or disturbs, a commit under way
+    "LC_ALL": "C",  # its messages are parsed
+    "GIT_OPTIONAL_LOCKS": "0",  # reading neither waits for nor disturbs a concurrent commit
     "GIT_TERMINAL_PROMPT": "0",
     "GIT_PAGER": "cat",
 }
-# Neither a program that the repository names, nor names of files that are changed for a terminal.
+# Run no program that the repository names, and do not quote names of files for a terminal.
 _OPTIONS = ("-c", "core.quotepath=off", "-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What git answered.
+    """The result of a git call.
 
     Attributes:
-        code: Its exit code; None where git could not be run or did not end in time.
-        out: What it printed, at most the bytes that were asked for.
-        error: The last line of its error output, or why there is none.
-        is_cut: Whether it printed more.
+        code: The exit code; None if git could not be run or did not end in time.
+        out: The output, up to the maximum size of the call.
+        error: The last line of the error output, or why there is none.
+        is_cut: Whether there was more output.
     """
 
     code: int | None
@@ -60,12 +61,12 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """The output, byte for byte whatever encoding it has, without a last line end."""
+        """The output without a final line end. Bytes that are not UTF-8 are kept as surrogates."""
         return self.out.decode("utf-8", "surrogateescape").removesuffix("\n")
 
     @property
     def names(self) -> list[str]:
-        """The output of an option `-z`."""
+        """The parts of an output that the option `-z` separates by NUL."""
         return [name for name in self.out.decode("utf-8", "surrogateescape").split("\0") if name]
 
     @property
@@ -81,14 +82,14 @@ def run(
     time_limit_s: float = TIME_LIMIT_S,
     most_bytes: int = _OUTPUT_BYTES,
 ) -> Answer:
-    """Runs `git ARGUMENTS` in a folder.
+    """Run `git ARGUMENTS` in a folder.
 
     Args:
-        folder: Where.
-        arguments: Behind `git`.
-        stdin: What it reads.
-        time_limit_s: When it, and whatever it has started, is killed.
-        most_bytes: The most that is kept of its output.
+        folder: The working directory.
+        arguments: The arguments after `git`.
+        stdin: The standard input of git.
+        time_limit_s: Seconds after which git and everything that it started is killed.
+        most_bytes: The maximum size of the output that is kept.
     """
     environment = {name: value for name, value in os.environ.items() if name not in _OTHERS} | _FIXED
     try:
@@ -98,9 +99,9 @@ def run(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environment,
-            start_new_session=True,  # Ctrl-C is for us, and a kill is for its children too
+            start_new_session=True,  # Ctrl-C does not reach git, and a kill reaches its children too
         )
-    except (OSError, ValueError) as error:  # no git, no right to run it; ValueError: a path with a NUL
+    except (OSError, ValueError) as error:  # git is missing or not executable; ValueError: the path has a NUL byte
         return Answer(None, error=f"git cannot be run: {error}")
     late = threading.Event()
 
@@ -141,13 +142,13 @@ def run(
         return Answer(None, error=f"git did not answer within {time_limit_s:g} s")
     said = errors[0].decode(errors="replace").strip() if errors else ""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    # Its advice on a foreign repository is a command of several lines.
+    # The advice about a repository of another user has several lines.
     why = " ".join(lines) if "safe.directory" in said else (lines[-1] if lines else f"git {arguments[0]} fails")
     return Answer(0 if is_cut else process.returncode, out[:most_bytes], why, is_cut)
 
 
 def submodules(folder: Path, time_limit_s: float = TIME_LIMIT_S) -> dict[str, str]:
-    """The submodules that the index of a checkout names: path → commit. They need not be checked out."""
+    """Return the submodules in the index of a checkout: path → commit. They need not be checked out."""
     listed = run(folder, "ls-files", "--stage", "-z", time_limit_s=time_limit_s).names
     entries = [line.partition("\t")[::2] for line in listed if line.startswith("160000 ")]
     return {path: entry.split()[1] for entry, path in entries}
@@ -161,7 +162,7 @@ def _all_of(process: subprocess.Popen[bytes]) -> bytes:
 
 def _write(process: subprocess.Popen[bytes], data: bytes) -> None:
     assert process.stdin is not None
-    with contextlib.suppress(OSError):  # it has ended without reading all
+    with contextlib.suppress(OSError):  # git has ended without reading everything
         process.stdin.write(data)
     with contextlib.suppress(OSError):
         process.stdin.close()

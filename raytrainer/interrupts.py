@@ -45,7 +45,7 @@ class Interrupts:
         return self
 
     def install(self) -> None:
-        """Set the handlers, again if a library has replaced them. Does nothing outside the main thread, which alone may."""
+        """Set the handlers, again if a library has replaced them. Does nothing outside the main thread."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _EXIT_CODES:
@@ -85,7 +85,7 @@ class Interrupts:
     def _take(self, number: int, frame: FrameType | None) -> None:
         which = signal.Signals(number)
         if which == signal.SIGHUP and self.requested:
-            return  # a closed terminal sends several, from the shell and from the kernel; a second one is no request to force the end
+            return  # a closed terminal sends several, from the shell and the kernel; they do not force the end
         self.count += 1
         if self.exit_code is None:
             self.exit_code, self.reason = _EXIT_CODES[which], _NAMES[which]

@@ -26,8 +26,8 @@ from typing import Any
 
 _ROOT = str(Path(__file__).resolve().parent.parent)
 _REQUEST, _RESULT, _OUTPUT = "request.json", "result.json", "output.txt"
-# With `-c`, `sys.path` begins with the current directory, as in a worker. Our own directory comes last, so that packages
-# installed beside ours cannot hide a module of the standard library.
+# With `-c`, `sys.path` begins with the current directory, as in a worker. Our own directory comes last, so that
+# packages installed beside ours cannot hide a module of the standard library.
 _BOOT = "import sys; sys.path.append(sys.argv[-1]); from raytrainer import isolated; isolated._serve(*sys.argv[1:3])"
 # Variables that name a rank. User code that sees them would create a process group and wait for other ranks.
 _GROUP = (

@@ -1,6 +1,6 @@
-"""MLflow's form of a trained model, written by a process of its own: no process group, no GPU, and a time limit.
+"""Write MLflow's form of a trained model in a separate process, without process group or GPU and with a time limit.
 
-After training no code of the user's runs on one rank of a group alone: a collective in it would wait for ever.
+After training, no user code runs on a single rank of a process group: a collective in it would wait forever.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ def export(
     Args:
         text, overrides: The config of its run.
         weights: A state dict on the CPU.
-        path: The folder to be.
-        step: Of the weights.
-        example: `Example.on_cpu()`; None: the loss is called on the first batch to see one.
-        no_graph: Why there can be no graph, where that is known.
-        graph_s: The time limit of the export as a graph.
+        path: The folder to create.
+        step: The step of the weights.
+        example: The result of `Example.on_cpu()`; None to call the loss on the first batch to get an example.
+        no_graph: Why the model cannot be exported as a graph, if that is known.
+        graph_s: The time limit of the export as a graph, in seconds.
 
     Returns:
-        The form, in words: `pt2`, or `pickle (REASON)`.
+        The form as text: `pt2`, or `pickle (REASON)`.
 
     Raises:
-        TrainingError: The model cannot be made again, or not pickled.
+        TrainingError: The model cannot be built again or pickled.
     """
     import torch
 
@@ -64,7 +64,7 @@ def export(
             "path": str(path),
             "step": step,
         }
-        if re.search(r"_target_: ['\"]?__main__\.", text):  # only this process has it, and it is alone
+        if re.search(r"_target_: ['\"]?__main__\.", text):  # only this process, which has no group, has that class
             return str(write(**request, graph=no_graph is None, reason=no_graph or ""))
         reason = no_graph or ""
         for graph, limit_s in ((True, graph_s), (False, PICKLE_S)):
@@ -87,13 +87,13 @@ def export(
 
 
 def write(state: str, text: str, overrides: Sequence[str], path: str, step: int, graph: bool, reason: str = "") -> str:
-    """Write the model, in the process that calls it; the form, in words.
+    """Write the model in the calling process, and return the form as text.
 
     Args:
-        state: The file that `export` has made.
-        text, overrides, path, step: As `export`.
-        graph: Whether a graph is tried.
-        reason: Why it is not.
+        state: The file that `export` has written.
+        text, overrides, path, step: As for `export`.
+        graph: Whether to try the export as a graph.
+        reason: Why not.
     """
     import mlflow.pytorch
     import torch
@@ -103,8 +103,8 @@ def write(state: str, text: str, overrides: Sequence[str], path: str, step: int,
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     e = config.experiment_of(text, overrides)
-    kept = torch.load(state, weights_only=False)  # written by our parent, a moment ago
-    # Built anew, so that neither torch.compile nor DDP is part of it; in float32, which every consumer can run.
+    kept = torch.load(state, weights_only=False)  # the parent process has just written it
+    # A new model contains neither torch.compile nor DDP. Every consumer can run float32.
     model = config.build(e.model or {}).float().eval()
     restore_module(model, kept["weights"], f"the checkpoint of step {step}")
     requirements = [f"torch=={torch.__version__.partition('+')[0]}", "numpy"]
@@ -125,7 +125,7 @@ def write(state: str, text: str, overrides: Sequence[str], path: str, step: int,
                     serialization_format="pt2",
                 )
             return "pt2"
-        except Exception as error:  # noqa: BLE001  torch.export refuses in many ways; then it is the other format
+        except Exception as error:  # noqa: BLE001  torch.export fails in many ways; then the other format is used
             reason = first_line(error)
             shutil.rmtree(path, ignore_errors=True)
     code: list[str] = []
@@ -141,7 +141,7 @@ def write(state: str, text: str, overrides: Sequence[str], path: str, step: int,
 
 
 def called_with(e: config.Experiment, model: Any) -> dict[str, Any]:
-    """What the loss calls `model` with on the first batch, for a run of which nothing was recorded."""
+    """Return what the loss passes to `model` on the first batch, for a run that recorded no example."""
     from raytrainer.batches import map_tensors
     from raytrainer.trainer import Trainer
     from raytrainer.trainer.example import ExampleRecorder
@@ -159,7 +159,7 @@ def called_with(e: config.Experiment, model: Any) -> dict[str, Any]:
 
 
 def _modules_of(model: Any) -> set[str]:
-    """The modules that define what a pickle of the model names: its classes, and the functions that it holds."""
+    """Return the modules that a pickle of the model names: those of its classes and of the functions that it holds."""
     found = set()
     for module in model.modules():
         for thing in (type(module), *vars(module).values()):
@@ -169,5 +169,5 @@ def _modules_of(model: Any) -> set[str]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type."""
+    """Return the first line of an exception's message, or its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,5 +1,7 @@
-"""Parameters by their names: which ones patterns mean, and which weights of one model are which of another's.
-Names and shapes alone, so that what does not fit is known before anything is read or started."""
+"""Match parameters by name: which names a pattern selects, and which weights of a source belong to which of a model.
+
+Only names and shapes are needed, so that a mismatch is found before anything is read or started.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,15 @@ Shape = tuple[int, ...]
 
 
 def matching(patterns: Iterable[str], names: Collection[str], key: str) -> set[str]:
-    """The names that some pattern matches: a name, or with `*`, `?` and `[...]` as in a shell (`*` also over dots).
+    """Return the names that a pattern matches: a name, or a shell pattern of `*`, `?`, `[...]` (`*` also matches dots).
 
     Args:
-        patterns: What is looked for.
-        names: Of parameters.
-        key: Where the patterns are from, for the error.
+        patterns: The patterns.
+        names: The names of parameters.
+        key: The config key of the patterns, for the error.
 
     Raises:
-        ConfigError: A pattern matches none of them.
+        ConfigError: A pattern matches no name.
     """
     found: set[str] = set()
     for pattern in patterns:
@@ -45,10 +47,10 @@ class Match:
 
     Attributes:
         taken: Name in the model → name in the source.
-        kept: Names of the model's that stay as they were initialised.
-        unused: Names of the source's that nothing takes.
-        same: Names of the source's, several in each, that become one tensor of the model.
-        problem: Why this is not what was asked for, as a sentence's end; empty if it is.
+        kept: Names in the model that keep their initial values.
+        unused: Names in the source that the model does not take.
+        same: Groups of names in the source that become one tensor of the model.
+        problem: Why this is not the requested result, as the end of a sentence; empty if it is.
     """
 
     taken: dict[str, str]
@@ -58,7 +60,7 @@ class Match:
     problem: str = ""
 
     def in_words(self) -> str:
-        """What was done, in a line."""
+        """Return the result as one line of text."""
         parts = [f"{len(self.taken)} tensors taken"]
         parts += [f"as initialised: {few(self.kept)}"] if self.kept else []
         parts += [f"not used: {few(self.unused)}"] if self.unused else []
@@ -74,18 +76,18 @@ def match(
     exclude: Iterable[str] = (),
     tied: Sequence[Collection[str]] = (),
 ) -> Match:
-    """Fits the tensors of a source to those of a model by their names.
+    """Match the tensors of a source to those of a model by their names.
 
     Args:
-        own: The model's names and shapes.
-        found: The source's.
-        strict: Whether all of both must fit; else what fits is taken, and it is a problem only if nothing does.
-        mapping: Beginning of a name in the source → what stands there in the model. The longest that fits counts.
-        exclude: Patterns of names, as the model has them, that are not taken.
-        tied: Names that are one tensor in the model: a source that has one of them has all.
+        own: The names and shapes of the model.
+        found: The names and shapes of the source.
+        strict: Whether all names of both must match; else matching tensors are taken, and only no match is a problem.
+        mapping: Prefix in the source → prefix in the model. The longest prefix that matches counts.
+        exclude: Patterns of names in the model that are not taken.
+        tied: Groups of names that are one tensor in the model: a source with one of them has all.
 
     Raises:
-        ConfigError: A beginning or a pattern fits no name; two names of the source become one.
+        ConfigError: A prefix or pattern matches no name, or two names of the source become one.
     """
     theirs = _renamed(found, mapping or {})
     excluded = matching(exclude, own.keys() | theirs.keys(), "init_from.exclude")
@@ -110,7 +112,7 @@ def match(
 
 
 def _differences(missing: Sequence[str], surplus: Sequence[str], shapes: Sequence[str]) -> str:
-    """What of a model's names a source lacks, has too much, or has in another shape; the first few of each."""
+    """Return as text which names a source lacks, has in excess, or has with another shape; the first few of each."""
     parts = []
     if missing:
         close = nearest(missing[0], surplus, 1)
@@ -123,23 +125,23 @@ def _differences(missing: Sequence[str], surplus: Sequence[str], shapes: Sequenc
 
 
 def is_extra_state(name: str) -> bool:
-    """Whether a state dict's entry is what a module's `get_extra_state` gave: of any type, and no weight."""
+    """Return whether an entry of a state dict comes from `get_extra_state`: not a weight, and of any type."""
     return name.rpartition(".")[2] == "_extra_state"
 
 
 def renamed(name: str, mapping: Mapping[str, str]) -> str:
-    """A source's name as the model would have it: the longest beginning in `mapping` that fits is replaced."""
+    """Return a source's name as the model would have it: the longest prefix of it in `mapping` is replaced."""
     begin = max((b for b in mapping if name.startswith(b)), key=len, default=None)
     return name if begin is None else mapping[begin] + name[len(begin) :]
 
 
 def few(names: Sequence[str]) -> str:
-    """The first three."""
+    """Return the first three names as text, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _renamed(found: Iterable[str], mapping: Mapping[str, str]) -> dict[str, str]:
-    """The source's names as the model would have them → as they are."""
+    """Return the source's names: as the model would have them → as the source has them."""
     renamed: dict[str, str] = {}
     used: set[str] = set()
     for name in found:

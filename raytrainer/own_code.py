@@ -1,4 +1,4 @@
-"""The user's own source files that an object needs: what is neither Python's, nor installed, nor raytrainer's."""
+"""The user's own source files that an object needs: those not of Python, an installed package or raytrainer."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _PLACES = (Path(sysconfig.get_path("stdlib")), Path(__file__).resolve().parent)
 
 
 class CannotCopy(Exception):
-    """The sources do not go along, and why."""
+    """The sources cannot be copied; the message says why."""
 
 
 def copy_sources(modules: Iterable[str], folder: Path) -> list[Path]:
-    """Copy the user's modules of these names, and those of the user's that they import, into `folder`.
+    """Copy the user's modules among `modules`, and the user's modules that they import, into `folder`.
 
     Only Python files that an import statement names are copied, at their place below their top-level package.
 
     Returns:
-        The files and packages in `folder`, sorted: what must be on `sys.path` to import them is `folder`.
+        The files and packages in `folder`, sorted. To import them, `folder` must be on `sys.path`.
 
     Raises:
-        CannotCopy: They are too many, too large, or one has a URL with a password.
+        CannotCopy: The files are too many or too large, or one has a URL with a password.
     """
     files = sources(modules)
     size = sum(file.stat().st_size for file in files.values())
@@ -48,7 +48,7 @@ def copy_sources(modules: Iterable[str], folder: Path) -> list[Path]:
 
 
 def sources(modules: Iterable[str]) -> dict[str, Path]:
-    """The files of the user's modules among `modules`, and of those that they import: name → file."""
+    """Return the files of the user's modules among `modules`, and of those that they import: name → file."""
     found: dict[str, Path] = {}
     to_do, seen = [name for name in modules if name != "__main__"], set[str]()
     while to_do:
@@ -68,7 +68,7 @@ def _own_file(name: str) -> Path | None:
     module = sys.modules.get(name)
     origin = getattr(module, "__file__", None)
     if module is None:
-        with contextlib.suppress(Exception):  # a package that cannot be imported has no submodule
+        with contextlib.suppress(Exception):  # raised if the parent package cannot be imported
             spec = importlib.util.find_spec(name)
             origin = spec.origin if spec is not None and spec.has_location else None
     if not isinstance(origin, str) or not origin.endswith(".py"):
@@ -79,7 +79,7 @@ def _own_file(name: str) -> Path | None:
 
 
 def _imported(name: str, file: Path) -> Iterator[str]:
-    """The names that the import statements of a module name, in functions too."""
+    """Yield the names in the import statements of a module, including those in functions."""
     package = name if file.stem == "__init__" else name.rpartition(".")[0]
     try:
         tree = ast.parse(file.read_text())

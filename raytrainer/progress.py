@@ -1,6 +1,6 @@
-"""What a person sees while it trains: rank 0 tells what happened as small messages, the launching process shows them.
+"""The output during training: rank 0 reports events as small messages, and the launching process shows them.
 
-A terminal gets a live line, or a live block of lines; anything else (a file, a Ray job's log) clean lines alone.
+A terminal gets a live line or a live block of lines. Anything else (a file, a Ray job's log) gets only permanent lines.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any, TextIO
 
 from raytrainer import streams
 
-# Begins a line of a worker's output that is a message for the launching process, not text for a person.
+# The start of an output line of a worker that is a message for the launching process, not text for a person.
 MARK = "\x1eraytrainer "
-_EVERY_S = 5.0  # without a terminal: at most one progress line in so many seconds
+_EVERY_S = 5.0  # without a terminal: at least this long between two progress lines
 
 
 class Reporter:
@@ -46,7 +46,7 @@ class Reporter:
 
     def on_log(self, trainer: Any, event: Any) -> None:
         if "train/loss" not in event.metrics:
-            return  # a callback's figures alone
+            return  # only metrics of a callback
         began, first = self._since
         left = None
         if self._total is not None and event.step > first:
@@ -72,12 +72,12 @@ class Reporter:
 
 
 def to_line(message: Mapping[str, Any]) -> str:
-    """A message as one line of a worker's output."""
+    """Return a message as one line of a worker's output."""
     return MARK + json.dumps(message)
 
 
 def from_line(line: str) -> dict[str, Any] | None:
-    """The message in a line of a worker's output; None where it is text for a person."""
+    """Return the message in a line of a worker's output; None if the line is text for a person."""
     if not line.startswith(MARK):
         return None
     found = json.loads(line[len(MARK) :])
@@ -85,10 +85,11 @@ def from_line(line: str) -> dict[str, Any] | None:
 
 
 class Display:
-    """Shows messages and texts on a stream, from any thread; remembers the last step for whoever asks.
+    """Shows messages and text on a stream, from any thread.
 
     Attributes:
-        live: Whether the stream is a terminal, which gets a live part below what is said for good.
+        live: Whether the stream is a terminal, which gets a live part below the permanent lines.
+        step: The last step that a message reported.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -98,11 +99,11 @@ class Display:
         self._block: list[str] = []
         self._lock = threading.RLock()
         self._last_line = -_EVERY_S
-        self.also: Callable[[str], object] | None = None  # a log that gets every line for good too
+        self.also: Callable[[str], object] | None = None  # a log that also gets every permanent line
         self.step = 0
 
     def show(self, message: Mapping[str, Any]) -> None:
-        """A message from rank 0."""
+        """Show a message from rank 0."""
         self.step = max(self.step, int(message.get("step", 0)))
         if message["kind"] == "start" and message["step"]:
             self.say(f"going on after step {message['step']}")
@@ -120,7 +121,7 @@ class Display:
             self.say(f"warning: {message['text']}")
 
     def say(self, text: str) -> None:
-        """A line (or several) for good, above the live part."""
+        """Print one or several permanent lines, above the live part."""
         with self._lock:
             block = self._block
             self._clear()
@@ -131,27 +132,27 @@ class Display:
                 self.also(text + "\n")
 
     def note(self, text: str) -> None:
-        """A line for good where there is no live part; a terminal, which shows the same in its block, is spared it."""
+        """Print a permanent line, except on a terminal, whose live block shows the same."""
         if not self.live:
             self.say(text)
         elif self.also is not None:
             self.also(text + "\n")
 
     def draw(self, lines: Sequence[str]) -> None:
-        """Puts a block of lines in place of the live part, as much of it as fits; nothing where there is none."""
+        """Replace the live part by a block of lines, as much of it as fits. Do nothing without a terminal."""
         if not self.live:
             return
         with self._lock:
             columns, rows = self.size()
             kept = [line[: columns - 1] for line in lines[: rows - 1]]
-            # Each line is written over the old one, so that nothing flickers, and the cursor waits below the last: what
-            # is typed (^C) or printed after us stays out of the block. It is never hidden, so never left hidden.
+            # Each line overwrites the old one, so that nothing flickers. The cursor stays below the block, so that
+            # typed (^C) or later output is not inside it. The cursor is never hidden, so it cannot stay hidden.
             text = self._start() + "".join(f"{line}\x1b[K\n" for line in kept) + "\x1b[J"
             streams.write(self._stream, text)
             self._shown, self._block = "", kept
 
     def size(self) -> tuple[int, int]:
-        """Columns and rows of the terminal, now."""
+        """Return the current columns and rows of the terminal."""
         try:
             found = os.get_terminal_size(self._stream.fileno())
         except (OSError, ValueError):  # no terminal, or a stream without a file
@@ -161,7 +162,7 @@ class Display:
         return found.columns, found.lines
 
     def close(self) -> None:
-        """Takes the live part away."""
+        """Remove the live part."""
         with self._lock:
             self._clear()
 
@@ -176,10 +177,10 @@ class Display:
             self.say(line)
 
     def _start(self) -> str:
-        """What brings the cursor to where the live part begins."""
+        """Return the escape sequence that moves the cursor to the start of the live part."""
         if not self._block:
             return "\r" if self._shown else ""
-        # A window that has become narrower shows a line in several rows.
+        # A window that was made narrower shows a line in several rows.
         columns = self.size()[0]
         return f"\r\x1b[{sum(max(1, -(-len(line) // columns)) for line in self._block)}A"
 
@@ -190,7 +191,7 @@ class Display:
 
 
 def progress_line(message: Mapping[str, Any]) -> str:
-    """E.g. `epoch 3/12  step 30/132  loss 0.2113  lr 0.094  4,812 samples/s  0:21 left`."""
+    """Return the progress as text: `epoch 3/12  step 30/132  loss 0.2113  lr 0.094  4,812 samples/s  0:21 left`."""
     metrics = message["metrics"]
     parts = [f"epoch {message['epoch']}" + (f"/{message['epochs']}" if message["epochs"] else "")]
     parts.append(f"step {message['step']}" + (f"/{message['total']}" if message["total"] else ""))
@@ -204,12 +205,12 @@ def progress_line(message: Mapping[str, Any]) -> str:
 
 
 def figures(metrics: Mapping[str, float]) -> str:
-    """`val/loss 0.1261  val/accuracy 0.9833`."""
+    """Return metrics as text: `val/loss 0.1261  val/accuracy 0.9833`."""
     return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
 
 
 def duration(seconds: float) -> str:
-    """`0:21`, `12:05`, `3:04:59`."""
+    """Return a duration as text: `0:21`, `12:05`, `3:04:59`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

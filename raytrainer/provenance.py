@@ -1,4 +1,4 @@
-"""Where a run comes from: git commit and dirty patch, versions, command line. Reads, never changes anything."""
+"""Where a run comes from: git commit, uncommitted changes, versions and command line. This module only reads."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pathlib import Path
 from raytrainer import git
 
 _log = logging.getLogger("raytrainer.provenance")
-FILE = "provenance.json"  # in a run's directory
+FILE = "provenance.json"  # in the run directory
 _PACKAGES = ("raytrainer", "torch", "ray", "mlflow", "hydra-core", "omegaconf", "pyarrow", "numpy")
 _PATCH_LIMIT = 5 * 2**20
 _CUT = f"# cut at {_PATCH_LIMIT} bytes\n"
 _UNTRACKED, _SECRET = "# not tracked, and not in this patch: ", "# left out, since it may hold secrets: "
-_SUBMODULE = "# changes in the submodule "  # and its path, and the commit that they are of
-# Files that are there to hold secrets, by their names, whatever case they are written in.
+_SUBMODULE = "# changes in the submodule "  # followed by its path and its commit
+# Names of files that usually hold secrets, in upper or lower case.
 _SECRET_NAMES = re.compile(
     r"\.env(\..+)?|.+\.env|.+\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk)|id_(rsa|dsa|ecdsa|ed25519)"
     r"|\.?(netrc|pypirc|npmrc|pgpass|htpasswd|git-credentials)|kubeconfig|auth_token"
@@ -36,24 +36,24 @@ _SECRET_NAMES = re.compile(
 
 
 def may_hold_secrets(path: str) -> bool:
-    """Whether a file is, by its name, one for secrets: `.env`, keys, credentials. `.env.example` is none."""
+    """Return whether a file's name suggests secrets: `.env`, keys, credentials. `.env.example` does not."""
     name = path.rpartition("/")[2]
     return _SECRET_NAMES.fullmatch(name) is not None and not name.lower().endswith((".example", ".sample", ".template"))
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Facts of a launch, for tags and artifacts.
+    """The origin of a launch, for tags and artifacts.
 
     Attributes:
         command: The command line, quoted for a shell.
-        versions: Package → version, and `python`.
-        commit, branch: Of the git repository that holds the launching directory; None outside one. A detached HEAD has
-            no branch.
-        patch: What the commit lacks, for `git apply`, with the names of untracked files on top; empty when clean. The
-            changes inside of submodules come last, with paths from the repository's root.
-        prefix: The launching directory below the repository's root, with a `/` behind; empty at the root.
-        user: Who launched it; empty: unknown.
+        versions: Package → version, including `python`.
+        commit, branch: Those of the git repository with the launching directory; None outside a repository. A detached
+            HEAD has no branch.
+        patch: The changes since the commit, for `git apply`, with the names of untracked files on top; empty if there
+            are none. The changes inside submodules come last, with paths from the repository's root.
+        prefix: The launching directory relative to the repository's root, with a `/` at the end; empty at the root.
+        user: The user who launched it; empty if unknown.
     """
 
     command: str
@@ -66,18 +66,18 @@ class Provenance:
 
     @property
     def diff(self) -> str:
-        """The patch without what it says of other files."""
+        """The patch without the comments about other files."""
         return "\n".join(line for line in self.patch.split("\n") if not line.startswith((_UNTRACKED, _SECRET)))
 
     @property
     def untracked(self) -> list[str]:
-        """Files that were there and are not in the patch, from the repository's root."""
+        """Files that existed but are not in the patch, relative to the repository's root."""
         lines = self.patch.split("\n")
         return [_unquoted(line.removeprefix(_UNTRACKED)) for line in lines if line.startswith(_UNTRACKED)]
 
     @property
     def diffs(self) -> dict[str, str]:
-        """The patch of each checkout, to be applied from the root's: submodule's path → diff; "" is the root itself."""
+        """The patch of each checkout, with paths from the root: submodule's path → diff; "" is the root itself."""
         found, path = {"": list[str]()}, ""
         for line in self.diff.split("\n"):
             if match := re.fullmatch(rf"{re.escape(_SUBMODULE)}(.+) at [0-9a-f]+", line):
@@ -89,11 +89,11 @@ class Provenance:
 
     @property
     def is_cut(self) -> bool:
-        """Whether the patch was too large, and is not all of it."""
+        """Whether the patch was too large and is incomplete."""
         return self.patch.endswith(_CUT)
 
     def cut(self, most: int) -> Provenance:
-        """The same with at most so many characters of the patch."""
+        """Return the same provenance with at most `most` characters of the patch."""
         return self if len(self.patch) <= most else replace(self, patch=f"{self.patch[:most]}\n{_CUT}")
 
     def tags(self) -> dict[str, str]:
@@ -111,7 +111,7 @@ class Provenance:
 
     @classmethod
     def from_json(cls, data: bytes) -> Provenance:
-        """What `to_json` wrote, in this version or a later one; ValueError for anything else."""
+        """Parse what `to_json` of this version or a later one wrote. Raise ValueError for anything else."""
         found = json.loads(data)
         if not isinstance(found, dict) or "command" not in found:
             raise ValueError("no provenance")
@@ -122,23 +122,23 @@ _submitted: Provenance | None = None
 
 
 def adopt(origin: Provenance) -> None:
-    """Makes `collect` tell, in this process, of the launch that submitted it; the versions stay this machine's."""
+    """Make `collect` in this process return the launch that submitted it. The versions remain those of this machine."""
     global _submitted
     _submitted = origin
 
 
 def user() -> str:
-    """Whoever launched what runs in this process: on a shared cluster who submitted it, not whom it runs as."""
+    """Return who launched this process's run. On a shared cluster, that is who submitted it, not the process's user."""
     if _submitted is not None and _submitted.user:
         return _submitted.user
     try:
         return getpass.getuser()
-    except (OSError, KeyError):  # a container's number without a name
+    except (OSError, KeyError):  # in a container, a user id may have no name
         return str(os.getuid())
 
 
 def collect(argv: list[str], folder: Path) -> Provenance:
-    """The provenance of a launch with `argv` from `folder`."""
+    """Return the provenance of a launch with `argv` from `folder`."""
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -152,7 +152,7 @@ def collect(argv: list[str], folder: Path) -> Provenance:
 
 
 def _of_repository(folder: Path, bare: Provenance) -> Provenance:
-    """The same with what git says of the folder, within the time limit of one call of it."""
+    """Add what git says about the folder. All calls together have the time limit of one git call."""
     deadline = time.monotonic() + git.TIME_LIMIT_S
     inside = _ask(deadline, folder, "rev-parse", "--is-inside-work-tree")
     if inside.is_foreign:
@@ -168,21 +168,21 @@ def _of_repository(folder: Path, bare: Provenance) -> Provenance:
     commit = _ask(deadline, folder, "rev-parse", "--verify", "--quiet", "HEAD").text
     if not commit:  # nothing is committed yet
         return bare
-    # Of a detached HEAD there is none.
+    # A detached HEAD has no branch.
     branch = _ask(deadline, folder, "symbolic-ref", "--quiet", "--short", "HEAD").text or None
     prefix = _ask(deadline, folder, "rev-parse", "--show-prefix").text
     top = _ask(deadline, folder, "rev-parse", "--show-toplevel").text
     try:
         patch = _patch(Path(top), deadline)
     except _Unknown as error:
-        # Without a patch the run would seem to be of the clean commit.
+        # Without the patch, the run would seem to come from the clean commit.
         _log.warning("git cannot tell what differs from the commit (%s): the run records none", error)
         return bare
     return replace(bare, commit=commit, branch=branch, patch=patch, prefix=prefix)
 
 
 class _Unknown(Exception):
-    """git did not say what a patch needs."""
+    """Raised if git did not return what a patch needs."""
 
 
 def _ask(deadline: float, folder: Path, *arguments: str, most_bytes: int | None = None) -> git.Answer:
@@ -193,10 +193,10 @@ def _ask(deadline: float, folder: Path, *arguments: str, most_bytes: int | None 
 
 
 def _patch(top: Path, deadline: float) -> str:
-    """What the commit lacks: notes, the changes of the repository, then those of each submodule below a line of its own."""
+    """Return the changes since the commit: notes, the repository's changes, then each submodule's with a heading."""
     notes, changes, size = list[str](), list[str](), 0
     repositories = [("", top)]
-    for prefix, folder in repositories:  # grows
+    for prefix, folder in repositories:  # grows meanwhile
         diff = _diff(folder, prefix, deadline, notes)
         if prefix and diff:
             commit = _ask(deadline, folder, "rev-parse", "HEAD").text
@@ -215,13 +215,13 @@ def _patch(top: Path, deadline: float) -> str:
 
 
 def _diff(folder: Path, prefix: str, deadline: float, notes: list[str]) -> str:
-    """The changes of one repository, as `git apply` takes them from the root whatever the user's settings of diff are.
+    """Return the changes of one repository for `git apply` from the root, whatever the user's settings of diff are.
 
     Args:
-        folder: Its root.
-        prefix: Where that is, with a / behind.
-        deadline: When git must have answered.
-        notes: Gets the names of files that are not in it.
+        folder: The root of the repository.
+        prefix: Its path from the outermost root, with a / at the end.
+        deadline: When git must have answered, on the monotonic clock.
+        notes: Receives the names of files that are not in the diff.
     """
     inside = ("--ignore-submodules=dirty", "--submodule=short")
     changed = _ask(deadline, folder, "diff", "--name-only", "-z", *inside, "HEAD")
@@ -241,7 +241,7 @@ def _diff(folder: Path, prefix: str, deadline: float, notes: list[str]) -> str:
 
 
 def _quoted(name: str) -> str:
-    """A file's name on one line."""
+    """Return a file's name as text without line breaks."""
     return json.dumps(name) if name.startswith('"') or any(c in name for c in "\n\r") else name
 
 
@@ -250,12 +250,12 @@ def _unquoted(text: str) -> str:
 
 
 def program() -> str:
-    """How this program was called, for the commands that are printed to be copied."""
+    """Return how this program was called, for printed commands that the user can copy."""
     return "raytrainer" if Path(sys.argv[0]).name == "raytrainer" else f"{interpreter()} -m raytrainer"
 
 
 def interpreter() -> str:
-    """This Python as one would type it here: `python` where that is it, else its path, relative where it is below."""
+    """Return this Python as the user can type it: `python` if that is it, else its path, relative if possible."""
     path = Path(sys.executable)
     found = shutil.which("python")
     if found is not None and Path(found) == path:

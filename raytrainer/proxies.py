@@ -1,5 +1,6 @@
-"""The proxies that the environment names: never for this machine's own addresses, and named where a server is not reached.
-Imports nothing of raytrainer.
+"""The proxies of the environment: not used for this machine's own addresses, and named if a server cannot be reached.
+
+This module imports nothing of raytrainer.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ import re
 from collections.abc import Mapping, MutableMapping
 from urllib.parse import unquote, urlsplit
 
-# As requests, urllib and curl read them: a name also stands for the names below it. curl and requests know networks.
+# As requests, urllib and curl read them: a name includes its subdomains. curl and requests also accept networks.
 _LOOPBACK = ("localhost", "127.0.0.1", "127.0.0.0/8", "::1")
-_EXEMPT = ("no_proxy", "NO_PROXY")  # the first that is set counts, for requests, urllib, curl and gRPC alike
+_EXEMPT = ("no_proxy", "NO_PROXY")  # requests, urllib, curl and gRPC use the first that is set
 
 
 def exemptions(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """`no_proxy` and `NO_PROXY` as they must be so that loopback addresses use no proxy, what the user has set kept.
+    """Return `no_proxy` and `NO_PROXY` with which loopback addresses use no proxy. The user's entries are kept.
 
-    Empty where no proxy is set.
+    Empty if no proxy is set, or if the user exempts all addresses.
     """
     if not any(value and name.lower().endswith("_proxy") and name not in _EXEMPT for name, value in environ.items()):
         return {}
@@ -31,12 +32,12 @@ def exemptions(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 
 def exempt_loopback(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Sets `exemptions`, for this process and what it starts. To be called while there is one thread."""
+    """Set `exemptions` for this process and its children. Call it while there is only one thread."""
     environ.update(exemptions(environ))
 
 
 def proxy_of(address: str, environ: Mapping[str, str] = os.environ) -> tuple[str, str] | None:
-    """The variable and the value of the proxy that is used for an http(s) address, as requests and curl choose it."""
+    """Return the variable and the value of the proxy for an http(s) address, as requests and curl choose it, if any."""
     parts = urlsplit(address)
     host = (parts.hostname or "").lower()
     if parts.scheme not in ("http", "https") or is_loopback(host) or _is_exempt(host, parts.port, environ):
@@ -46,7 +47,7 @@ def proxy_of(address: str, environ: Mapping[str, str] = os.environ) -> tuple[str
 
 
 def hint(address: str, environ: Mapping[str, str] = os.environ) -> str:
-    """What is to be added to an error of a server that was asked through a proxy; else empty. No password is in it."""
+    """Return what to add to an error about a server behind a proxy, without passwords; empty if no proxy is used."""
     found = proxy_of(address, environ)
     if found is None:
         return ""
@@ -56,12 +57,12 @@ def hint(address: str, environ: Mapping[str, str] = os.environ) -> str:
 
 
 def redacted(proxy: str) -> str:
-    """A proxy's address without user and password."""
+    """Return a proxy's address without user and password."""
     return re.sub(r"^([^/@]*//)?[^/]*@", lambda match: match[1] or "", proxy)
 
 
 def passwords(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """What must not be in a message, in the forms that it is written in."""
+    """Return the passwords of proxies, which must not be in a message, as written and decoded."""
     found = []
     for name, value in environ.items():
         if name.lower().endswith("_proxy") and name not in _EXEMPT and "@" in value:
@@ -71,7 +72,7 @@ def passwords(environ: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host's name or address is this machine's loopback."""
+    """Return whether a host's name or address is this machine's loopback."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

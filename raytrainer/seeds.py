@@ -1,6 +1,6 @@
-"""Every random state from a key: (purpose, seed, epoch, step, rank) in, the same numbers out, on any machine.
+"""Derive every random state from a key: the same (purpose, seed, epoch, step, rank) gives the same numbers anywhere.
 
-The hash is ours (BLAKE2b over a canonical text), so that an upgrade of numpy or torch cannot change what a key means.
+The hash (BLAKE2b over a canonical text) is computed here, so that an upgrade of numpy or torch cannot change it.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ Key = int | str
 
 
 def _digest(key: tuple[Key, ...], size: int) -> int:
-    # Type, length and value of each part: no two tuples share a text.
+    # With the type, length and value of each part, no two tuples have the same text.
     text = "".join(f"s{len(part)}:{part};" if isinstance(part, str) else f"i{int(part)};" for part in key)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest(), "little")
 
 
 def mix(*key: Key) -> int:
-    """A stable integer in [0, 2**63) for `key`: BLAKE2b-64 of the parts' types, lengths and values, lowest 63 bits.
+    """Return a stable integer in [0, 2**63): the lowest 63 bits of BLAKE2b-64 of the parts' types, lengths and values.
 
-    Integers of any size and strings; `True` counts as 1, numpy's integers as Python's.
+    The parts are strings and integers of any size. `True` counts as 1, and a numpy integer as Python's.
     """
     return _digest(key, 8) & (2**63 - 1)
 
 
 def numpy_generator(*key: Key) -> np.random.Generator:
-    """A generator of its own for `key`: Philox (Salmon et al. 2011), keyed with the 128 bits of BLAKE2b of `key`."""
+    """Return a new generator for `key`: Philox (Salmon et al. 2011), keyed with the 128 bits of BLAKE2b of `key`."""
     return np.random.Generator(np.random.Philox(key=_digest(key, 16)))
 
 
@@ -44,12 +44,12 @@ def seed_everything(*key: Key) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of all global generators, as tensors and JSON-able values (a checkpoint of it needs no pickle).
+    """Return the state of all global generators as tensors and JSON values, so that a checkpoint needs no pickle.
 
-    Keys: `python`, `numpy`, `torch`, and `cuda` (the current device's, where CUDA is in use).
+    Keys: `python`, `numpy`, `torch`, and `cuda` (of the current device, if CUDA is in use).
 
     Raises:
-        TypeError: numpy's global generator was replaced by another kind than its MT19937.
+        TypeError: numpy's global generator is not its MT19937.
     """
     import torch
 
@@ -67,14 +67,14 @@ def random_state() -> dict[str, Any]:
         },
         "torch": torch.get_rng_state(),
     }
-    # A process trains on one device, and its number may be another one after a resume: so only the current one.
+    # Only the current device: a process trains on one device, whose number may change when the run is resumed.
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put back what `random_state` returned; a `cuda` part is left out where there is no CUDA device."""
+    """Restore what `random_state` returned. A `cuda` part is ignored if there is no CUDA device."""
     import torch
 
     python, legacy = state["python"], state["numpy"]

@@ -1,7 +1,7 @@
-"""Standard output and error that never fail: whatever the encoding is, and whoever still reads.
+"""Standard output and error that never fail, whatever their encoding is and whether anything still reads them.
 
-A terminal that is closed, a pipe whose reader has gone, a full disk or an ASCII locale is no reason for a run to end, or to
-end with another exit code. Imports nothing of raytrainer.
+A closed terminal, a pipe without a reader, a full disk or an ASCII locale must not end a run or change its exit code.
+This module imports nothing of raytrainer.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import select
 import sys
 from typing import TextIO
 
-# For a stream that cannot take them; anything else becomes an escape such as \xe9.
+# Replacements for streams that cannot encode these characters. All others become escapes such as \xe9.
 _LOOKALIKES = {"…": "...", "→": "->", "×": "x", "±": "+-", "─": "-", "│": "|", "├": "|", "└": "`"}
-_ERRORS = "raytrainer"  # the name of the handler below, as `errors=` takes it
+_ERRORS = "raytrainer"  # the name of the handler below, for `errors=`
 
 
 def _replaced(error: UnicodeError) -> tuple[str, int]:
@@ -32,10 +32,10 @@ codecs.register_error(_ERRORS, _replaced)
 
 
 class _Descriptor(io.RawIOBase):
-    """A file descriptor to which every write succeeds; what nobody takes is dropped.
+    """A file descriptor to which every write succeeds. What cannot be written is dropped.
 
     Attributes:
-        is_lost: Whether whoever read it has gone for good.
+        is_lost: Whether its reader is gone for good.
     """
 
     mode = "wb"
@@ -59,18 +59,18 @@ class _Descriptor(io.RawIOBase):
         while left and not self.is_lost:
             try:
                 left = left[os.write(self._descriptor, left) :]
-            except BlockingIOError:  # a pipe that somebody has made non-blocking
+            except BlockingIOError:  # the pipe was made non-blocking
                 select.select([], [self._descriptor], [], 1.0)
             except OSError as error:
-                # A full disk may have room another time; a closed pipe or terminal has no reader again.
+                # A full disk may have space later; a closed pipe or terminal never gets a reader again.
                 self.is_lost = error.errno not in (errno.ENOSPC, errno.EDQUOT)
                 break
         return size
 
 
 def protect() -> None:
-    """Makes this process's standard streams ones that never fail. To be called first, by a program that owns its process."""
-    # A file that is opened later must not become standard output, nor a child's.
+    """Replace the standard streams by ones that never fail. A program that owns its process calls this first."""
+    # Occupy the descriptors 0 to 2: a file that is opened later must not become standard output, here or in a child.
     with contextlib.suppress(OSError):
         while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
             pass
@@ -78,7 +78,7 @@ def protect() -> None:
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if stream is not None and not _is_own(stream, descriptor):
-            continue  # somebody has put another in place
+            continue  # other code has replaced the stream
         if stream is not None:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
@@ -94,8 +94,8 @@ def protect() -> None:
 
 
 def take_any_text() -> None:
-    """For a process whose output is a file that others read as UTF-8, such as a worker of Ray: a user's `print` of any text
-    succeeds, whatever the locale is."""
+    """Let a `print` of any text succeed, whatever the locale is. For processes such as Ray workers, whose output is a
+    file that others read as UTF-8."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             with contextlib.suppress(OSError, ValueError):
@@ -103,10 +103,10 @@ def take_any_text() -> None:
 
 
 def write(stream: TextIO | None, text: str) -> None:
-    """Writes to a stream that may be any program's, and never fails."""
+    """Write to a stream of any kind without failing."""
     if stream is None:
         return
-    with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+    with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
         try:
             stream.write(text)
         except UnicodeEncodeError:
@@ -116,7 +116,7 @@ def write(stream: TextIO | None, text: str) -> None:
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """As `isatty`, also of a stream that was closed."""
+    """Return whether a stream is a terminal; False if it was closed."""
     try:
         return stream is not None and stream.isatty()
     except ValueError:
@@ -124,7 +124,7 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 def is_lost(stream: object) -> bool:
-    """Whether nobody reads a stream any more: of one that `protect` has made, as far as writing has shown it."""
+    """Return whether a stream from `protect` has lost its reader. Only a failed write shows it."""
     raw = getattr(getattr(stream, "buffer", None), "raw", None)
     return isinstance(raw, _Descriptor) and raw.is_lost
 

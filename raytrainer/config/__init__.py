@@ -1,6 +1,6 @@
-"""The experiment: its typed schema, composing it with Hydra, and building what its `_target_` nodes name.
+"""The configuration: a typed schema, its composition with Hydra, and the objects that `_target_` nodes name.
 
-Stage one (keys, types, groups) imports no torch; stage two (`check_targets`) imports the targets' libraries.
+Stage one (keys, types, groups) imports no torch. Stage two (`check_targets`) imports the libraries of the targets.
 """
 
 from raytrainer.config.checks import holds_password, looks_secret, texts_of

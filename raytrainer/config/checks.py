@@ -1,6 +1,6 @@
-"""What the schema's types and ranges cannot say: values that fit together, names, durations, nodes with a target.
+"""Checks that types and ranges cannot express: values that must fit together, names, durations, `_target_` nodes.
 
-Pure functions over an `Experiment`; nothing here looks at the machine.
+The functions use only an `Experiment`; none of them looks at the machine.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from raytrainer.errors import ConfigError
 
 
 def check_together(e: Experiment) -> None:
-    """What concerns more than one key, and the values that need more than a range.
+    """Check keys that depend on each other, and values that need more than a range. Durations are converted to seconds.
 
     Raises:
-        ConfigError: Naming the first key that does not hold.
+        ConfigError: A value is not valid; the message names the first such key.
     """
     if not re.fullmatch(NAME_PATTERN, e.name or ""):
         raise ConfigError(
@@ -32,7 +32,7 @@ def check_together(e: Experiment) -> None:
     check_strategy(e)
     t = e.trainer
     if e.debug:
-        t.max_steps, t.max_epochs, t.max_time = 1, None, None  # whatever length the experiment or the command line has
+        t.max_steps, t.max_epochs, t.max_time = 1, None, None  # one step, whatever length is configured
     t.max_time = seconds(t.max_time)
     if t.max_steps is None and t.max_epochs is None and t.max_time is None:
         raise ConfigError(
@@ -73,7 +73,7 @@ def check_together(e: Experiment) -> None:
 
 
 def _check_monitors(e: Experiment) -> None:
-    """Whether what is watched can be a metric of the evaluation; what a loss returns is known only when it is called."""
+    """Check that each monitor can be a metric of the evaluation. A loss names its metrics only when it is called."""
     early, sets = e.trainer.early_stopping, [name for name in e.data.val_sets if name]
     watched = {
         "checkpoint.monitor": e.checkpoint.monitor,
@@ -105,7 +105,7 @@ def _check_init_from(e: Experiment) -> None:
         raise ConfigError("must be a list of patterns, as [head.*]", key="init_from.exclude", value=exclude)
 
 
-# What the address of each kind of cluster looks like, and an example.
+# Kind of cluster → the pattern of its address, and the description in errors.
 _ADDRESSES = {
     "existing": (
         r"auto|(\[[\da-fA-F:.]+\]|[\w.-]+):\d{1,5}",
@@ -142,8 +142,8 @@ def _check_address(kind: str, address: str | None) -> None:
     if address is None:
         return
     if address.startswith("ray://"):
-        # Through the Ray Client the driver has no connection of its own: Ray Train's controller cannot run in it, and a
-        # dropped connection would end the run.
+        # With the Ray Client, the driver is not part of the cluster: Ray Train's controller cannot run in it, and a
+        # lost connection would end the run.
         host = address.removeprefix("ray://").rpartition(":")[0] or "HOST"
         raise ConfigError(
             "is the Ray Client's, through which nothing can be trained that outlives a dropped connection; "
@@ -155,14 +155,14 @@ def _check_address(kind: str, address: str | None) -> None:
     pattern, examples = _ADDRESSES.get(kind, ("", ""))
     if pattern and re.fullmatch(pattern, address):
         return
-    # The scheme says which kind was meant.
+    # The form of the address shows which kind was meant.
     meant = next(
         (other for other, (form, _) in _ADDRESSES.items() if other != kind and re.fullmatch(form, address)), None
     )
     hint = f"; use cluster={meant}" if meant else ""
     if kind == "job" and re.fullmatch(r"[^/@]+:\d+", address):
         hint = f"; http://{address} or https://{address}, or use cluster=existing"
-    # A password in it is not for a terminal or a log.
+    # The address may contain a password, which must not reach a terminal or a log.
     shown = re.sub(r"//[^/]*@", "//…@", address).partition("?")[0]
     if not pattern:
         raise ConfigError(f"has no meaning with cluster={kind}{hint}", key="cluster.address", value=shown)
@@ -173,22 +173,22 @@ _FORWARD = "give its name alone, cluster.forward_env=[{name}], and its value on 
 
 
 def looks_secret(variable: str) -> bool:
-    """Whether a variable holds a secret, by its name: `WANDB_API_KEY` does, `TOKENIZERS_PARALLELISM` does not."""
+    """Return whether a variable's name suggests a secret: `WANDB_API_KEY` does, `TOKENIZERS_PARALLELISM` does not."""
     return (
         re.search(r"(token|secret|passw(or)?d|key|credential|passphrase)s?(_|$)", variable, re.IGNORECASE) is not None
     )
 
 
 _BEFORE_AT = re.compile(
-    # A user alone may be a token; Azure's container and SSH's user are none. `[^@…]*` may be in a path, behind a port.
-    # Each part is short: else a text of letters alone would be read from each of them to its end.
+    # A user name alone may be a token, but Azure's container and SSH's user are not. After a port, `@` is in the path.
+    # The parts have maximal lengths: otherwise a long text of letters would be scanned to its end from each letter.
     r"([a-z][a-z0-9+.-]{0,30})://(?:([^/\s:@'\"]{1,300})|[^/\s:@'\"]{0,300}:(?!\d*/)[^\s@'\"]{1,300})@",
     re.IGNORECASE,
 )
 
 
 def holds_password(text: str) -> bool:
-    """Whether there is a URL with a password or a token in a text; one that is a reference, `${oc.env:X}`, is none."""
+    """Return whether a text contains a URL with a password or token. References such as `${oc.env:X}` do not count."""
     while (left := re.sub(r"\$\{[^{}]*\}", "", text)) != text:
         text = left
     public = re.compile(r"abfss?|(.*\+)?ssh", re.IGNORECASE)
@@ -198,13 +198,13 @@ def holds_password(text: str) -> bool:
 
 
 def check_references(runtime_env: Any, forward_env: Any) -> None:
-    """Ray gets what the references of a runtime environment stand for: that must be no secret either.
+    """Check that no reference in a runtime environment stands for a secret, because Ray gets the resolved values.
 
     Args:
-        runtime_env, forward_env: Of the section `cluster`; the first unresolved.
+        runtime_env, forward_env: Those keys of the section `cluster`; `runtime_env` is unresolved.
 
     Raises:
-        ConfigError: Naming the variable.
+        ConfigError: A variable may hold a secret; the message names it.
     """
     for path, value in texts_of(runtime_env, "cluster.runtime_env"):
         for name in re.findall(r"\$\{oc\.env:([^,}]+)", value):
@@ -215,7 +215,7 @@ def check_references(runtime_env: Any, forward_env: Any) -> None:
 
 
 def _check_runtime_env(c: ClusterConfig) -> None:
-    """Ray shows a runtime environment to everyone, and logs its variables: no secret may be in it."""
+    """Check that the runtime environment holds no secret: Ray shows it to everyone and logs its variables."""
     variables = c.runtime_env.get("env_vars")
     for name in variables if isinstance(variables, dict) else ():
         if looks_secret(str(name)) or name in c.forward_env:
@@ -229,7 +229,7 @@ def _check_runtime_env(c: ClusterConfig) -> None:
 
 
 def texts_of(node: Any, path: str) -> Iterator[tuple[str, str]]:
-    """Every text below a node, with its dotted key."""
+    """Yield every text below a node, with its dotted key."""
     if isinstance(node, dict):
         for name, below in node.items():
             yield from texts_of(below, f"{path}.{name}")
@@ -302,10 +302,10 @@ def _check_sweep(e: Experiment) -> None:
 
 
 def seconds(value: Any, name: str = "trainer.max_time") -> float | None:
-    """A duration → seconds: a number, `90s`, `1h30m`, `2d`, or `HH:MM:SS`. `name` is its key, for the error.
+    """Convert a duration to seconds: a number, `90s`, `1h30m`, `2d`, or `HH:MM:SS`. `name` is its key, for the error.
 
     Raises:
-        ConfigError: It is none of these, or not positive.
+        ConfigError: The value is not a duration, or not positive.
     """
     if value is None:
         return None

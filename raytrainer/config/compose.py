@@ -1,6 +1,6 @@
-"""Hydra → a typed `Experiment`, once: composing, fixing the name and the times, and saying what is wrong in our words.
+"""Compose a typed `Experiment` with Hydra, fix its name and times, and explain errors in raytrainer's own words.
 
-Imports neither torch, ray nor mlflow: a config error of stage one answers in about a second.
+This module imports neither torch, Ray nor MLflow, so that an error of stage one appears within about a second.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ CONFIG_NAME = "train"
 
 @dataclass(frozen=True)
 class Composition:
-    """What one command line composed.
+    """The result of composing one command line.
 
     Attributes:
-        experiment: Resolved and typed.
-        text: The same as YAML with its interpolations kept (so that `${oc.env:X}` stays a reference), the name and
-            every `${now:…}` and `${hydra:…}` fixed. `from_text(text)` gives the same experiment again.
-        overrides: The command line's overrides, as they were written.
-        choices: Group → the choice taken, e.g. `{"model": "resnet18"}`.
+        experiment: The experiment, resolved and typed.
+        text: The same as YAML. Interpolations are kept, so that `${oc.env:X}` stays a reference; the name and every
+            `${now:…}` and `${hydra:…}` are fixed. `from_text(text)` gives the same experiment again.
+        overrides: The overrides of the command line, as they were written.
+        choices: Pairs of a group and the choice taken, e.g. `("model", "resnet18")`.
     """
 
     experiment: Experiment
@@ -54,14 +54,14 @@ class Composition:
 
 
 def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Composition:
-    """Composes `configs/train.yaml` with `overrides`, as the command line does; for notebooks and tests.
+    """Compose `configs/train.yaml` with `overrides`, as the command line does. For notebooks and tests.
 
     Args:
-        overrides: As on the command line, e.g. `["experiment=mlp", "trainer.max_epochs=3"]`.
-        config_dir: A directory of own configs and groups, as `--config-dir`.
+        overrides: Overrides as on the command line, e.g. `["experiment=mlp", "trainer.max_epochs=3"]`.
+        config_dir: A directory with your own configs and groups, as `--config-dir`.
 
     Raises:
-        ConfigError: Any key, type or choice is wrong.
+        ConfigError: A key, type or choice is wrong.
     """
     from hydra import compose as hydra_compose
 
@@ -75,7 +75,7 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
 
 
 def check_keys(overrides: Sequence[str], config_dir: str | Path | None = None) -> None:
-    """Only the keys and types of what `overrides` compose, for showing it: it may be no whole experiment yet.
+    """Check only the keys and types of a config, before it is shown: it may be incomplete.
 
     Raises:
         ConfigError: A key, type or choice is wrong.
@@ -85,7 +85,7 @@ def check_keys(overrides: Sequence[str], config_dir: str | Path | None = None) -
     try:
         with searching(config_dir), quiet():
             cfg = hydra_compose(CONFIG_NAME, list(overrides))
-        with contextlib.suppress(OmegaConfBaseException):  # a value that is missing or that nothing resolves yet
+        with contextlib.suppress(OmegaConfBaseException):  # a value is missing or cannot be resolved yet
             values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
             validate(typed(values))  # type: ignore[arg-type]
     except Exception as error:
@@ -93,10 +93,10 @@ def check_keys(overrides: Sequence[str], config_dir: str | Path | None = None) -
 
 
 def check_sweep(overrides: Sequence[str], config_dir: str | Path | None = None) -> None:
-    """Composes every value of every sweep (`optimizer.lr=0.1,0.2`) once, so that no job starts before a wrong one is told.
+    """Compose every value of every sweep (`optimizer.lr=0.1,0.2`) once, to find wrong values before any job starts.
 
     Raises:
-        ConfigError: A key, type, choice or argument is wrong, or a name is shared.
+        ConfigError: A key, type, choice or argument is wrong, or all jobs would have the same name.
     """
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -105,7 +105,7 @@ def check_sweep(overrides: Sequence[str], config_dir: str | Path | None = None) 
         with searching(config_dir):
             loader = GlobalHydra.instance().config_loader()
             parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
-            # Only whole lists of values can be tried; an interval is up to the sweeper that understands it.
+            # Only lists of values can be checked. An interval is left to the sweeper that supports it.
             sweeps = {
                 str(o.input_line): [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()]
                 for o in parsed
@@ -116,7 +116,7 @@ def check_sweep(overrides: Sequence[str], config_dir: str | Path | None = None) 
     fixed = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
     first = {line: values[0] for line, values in sweeps.items()}
     if _chosen("sweep", [*fixed, *first.values()], config_dir):
-        return  # an experiment that is a sweep by itself: its own check comes
+        return  # the experiment itself chooses a sweep, which is checked later
     refuse_settings_of_no_sweep(overrides)
     if any(o.is_sweep_override() for o in parsed):
         for o in parsed:
@@ -139,10 +139,10 @@ def check_sweep(overrides: Sequence[str], config_dir: str | Path | None = None) 
 
 
 def refuse_settings_of_no_sweep(overrides: Sequence[str]) -> None:
-    """For what is composed without a choice of the group `sweep`: its settings would be ignored.
+    """Refuse settings of a sweep if the group `sweep` has no choice, because they would be ignored.
 
     Raises:
-        ConfigError: One of them is among the overrides.
+        ConfigError: An override sets a key of the section `sweep`.
     """
     for override in overrides:
         if key_of(override).startswith("sweep."):
@@ -154,22 +154,22 @@ def refuse_settings_of_no_sweep(overrides: Sequence[str]) -> None:
 
 
 def _chosen(group: str, overrides: Sequence[str], config_dir: str | Path | None) -> str | None:
-    """The choice of a group; None also where nothing can be composed, which is told elsewhere."""
+    """Return the choice of a group; None also if the config cannot be composed, which is reported elsewhere."""
     from hydra import compose as hydra_compose
 
     try:
         with searching(config_dir), quiet():
             choices = hydra_compose(CONFIG_NAME, list(overrides), return_hydra_config=True).hydra.runtime.choices
-    except Exception:  # noqa: BLE001  any reason will do
+    except Exception:  # noqa: BLE001  every error is reported elsewhere
         return None
     return str(choices[group]) if choices.get(group) is not None else None
 
 
 def group_names(config_dir: str | Path | None = None, searchpath: Sequence[str] = ()) -> set[str]:
-    """The config groups that there are, e.g. `model`, also below others.
+    """Return the names of all config groups, e.g. `model`, including nested groups.
 
     Args:
-        config_dir: As `compose`.
+        config_dir: As for `compose`.
         searchpath: As `hydra.searchpath`.
     """
     from hydra.core.global_hydra import GlobalHydra
@@ -189,11 +189,11 @@ def group_names(config_dir: str | Path | None = None, searchpath: Sequence[str] 
 
 
 def from_hydra(cfg: DictConfig, overrides: Sequence[str] | None = None) -> Composition:
-    """A composed Hydra config, with its `hydra` node (or with HydraConfig set), → a `Composition`.
+    """Return the `Composition` of a Hydra config that has its `hydra` node, or for which HydraConfig is set.
 
     Args:
-        cfg: Composed by Hydra.
-        overrides: The command line's; None: those that Hydra says.
+        cfg: The config that Hydra composed.
+        overrides: The overrides of the command line; None for those that Hydra recorded.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.core.utils import setup_globals
@@ -210,11 +210,11 @@ def from_hydra(cfg: DictConfig, overrides: Sequence[str] | None = None) -> Compo
 
 
 def _of_running(cfg: DictConfig, overrides: Sequence[str] | None) -> Composition:
-    """A composed config, which is changed, and whose `hydra` node HydraConfig has."""
+    """Return the composition of a config whose `hydra` node is in HydraConfig. The config is changed in place."""
     from hydra.core.hydra_config import HydraConfig
 
     choices = _choices(HydraConfig.get().runtime)
-    if overrides is None:  # unresolved: `optimizer.lr=${x}` is an override, not an interpolation of Hydra's list
+    if overrides is None:  # unresolved: `optimizer.lr=${x}` is an override, not an interpolation in Hydra's list
         task: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
         overrides = [str(o) for o in task]
     try:
@@ -228,12 +228,12 @@ def _of_running(cfg: DictConfig, overrides: Sequence[str] | None) -> Composition
     composition = _composition(cfg, tuple(overrides), tuple(sorted(choices.items())))
     with _standing_in(cfg):
         resolvers.check_same(cfg, composition.text)
-    check_modes(composition.experiment)  # not of a saved config: it goes on with what was recorded
+    check_modes(composition.experiment)  # a saved config is not checked: it continues with the recorded modes
     return composition
 
 
 def from_text(text: str, overrides: Sequence[str] = ()) -> Composition:
-    """The experiment of a saved `Composition.text`, with value overrides (`trainer.max_epochs=5`) on top.
+    """Compose a saved `Composition.text` again, with value overrides (`trainer.max_epochs=5`) on top.
 
     Raises:
         ConfigError: An override is not `key=value` or names a key that the saved config does not have.
@@ -246,7 +246,7 @@ def from_text(text: str, overrides: Sequence[str] = ()) -> Composition:
 
 
 def resolved(text: str) -> str:
-    """A text of a config with what its references stand for here; as it is where there is no such thing."""
+    """Return a text with its references resolved on this machine; unchanged if one of them cannot be resolved."""
     try:
         resolvers.load_for(text)
         return str(OmegaConf.create({"x": text}).x)
@@ -255,10 +255,10 @@ def resolved(text: str) -> str:
 
 
 def experiment_of(text: str, overrides: Sequence[str] = ()) -> Experiment:
-    """`from_text(text, overrides).experiment`, at half the cost: for a process that trains many variants of a text.
+    """Return `from_text(text, overrides).experiment` at half the cost, for a process that trains many variants.
 
     Raises:
-        ConfigError: As `from_text`.
+        ConfigError: As for `from_text`.
     """
     try:
         with LOCK:
@@ -284,13 +284,13 @@ def _with_values(text: str, overrides: Sequence[str]) -> DictConfig:
         if name not in known and not added and not name.startswith(tuple(f"{section}." for section in OPEN)):
             raise unknown_key(name, override.value(), known)
         if isinstance(override.value(), dict | list):
-            known = None  # it may bring keys of its own
+            known = None  # the value may add further keys
         OmegaConf.update(cfg, *number_keys.nested(cfg, name, override.value()), force_add=True)
     _forget_modes(cfg, saved)
     return cfg
 
 
-# The keys that name a metric, and those that say whether lower or higher values of it are better.
+# Each key that names a metric, and the key that says whether lower or higher values are better.
 _MODES = (
     ("checkpoint.monitor", "checkpoint.mode"),
     ("trainer.early_stopping.monitor", "trainer.early_stopping.mode"),
@@ -299,7 +299,7 @@ _MODES = (
 
 
 def _forget_modes(cfg: DictConfig, saved: DictConfig) -> None:
-    """A mode that followed from a metric of before does not outlive it."""
+    """Clear a mode that followed from the previous metric if an override has changed the metric."""
     for metric, mode in _MODES:
         before, now = _value(saved, metric), _value(cfg, metric)
         if before == now or before is None or _value(saved, mode) != _value(cfg, mode):
@@ -316,20 +316,20 @@ def _saved(text: str) -> DictConfig:
     early = "trainer.early_stopping"
     monitor, mode = _value(cfg, f"{early}.monitor"), _value(cfg, f"{early}.mode")
     if monitor is not None and mode is None and not _is_own(cfg, monitor):
-        # Recorded when a mode that was left out was always that of the checkpoints.
+        # Saved by a version that used the mode of the checkpoints for every mode that was not set.
         OmegaConf.update(cfg, f"{early}.mode", _value(cfg, "checkpoint.mode"), force_add=True)
     return cfg
 
 
 def _is_own(cfg: DictConfig, metric: Any) -> bool:
-    """Whether a metric is of the section `metrics`."""
+    """Return whether a metric comes from the section `metrics`."""
     return str(metric).rpartition("/")[2] in (_value(cfg, "metrics") or {})
 
 
 def register_schema() -> None:
-    """Makes the schema known to Hydra under the name that `configs/train.yaml` begins with.
+    """Register the schema with Hydra under the name with which `configs/train.yaml` begins.
 
-    As plain values: Hydra then adds and overrides keys as it does everywhere, and `typed` alone judges them.
+    It is registered as plain values: Hydra then adds and overrides keys as usual, and only `typed` checks them.
     """
     from hydra.core.config_store import ConfigStore
 
@@ -338,24 +338,24 @@ def register_schema() -> None:
 
 @functools.cache
 def _schema_node() -> DictConfig:
-    """The defaults of the schema. The store copies them, here and for each composition."""
+    """Return the defaults of the schema. Hydra's store copies them, at registration and for each composition."""
     node = OmegaConf.create(defaults())
     for name in OPEN:
         section = OmegaConf.select(node, name)
-        if section is not None:  # null takes a whole mapping, and Hydra asks for a + in front of one key of it
+        if section is not None:  # a section that is null accepts a whole mapping; one key of it needs a +
             OmegaConf.set_struct(section, False)
     assert isinstance(node, DictConfig)
     return node
 
 
 def new_name(experiment: str) -> str:
-    """A run's default name: experiment, local time, 4 hex digits."""
+    """Return a default name for a new run: the experiment, the local time and 4 hex digits."""
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", experiment).strip("-._") or "run"
     return f"{stem[:60]}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def with_values(text: str, values: Mapping[str, Any]) -> str:
-    """A `Composition.text` with other values of some keys."""
+    """Return a `Composition.text` in which some keys have other values."""
     if not values:
         return text
     cfg = OmegaConf.create(text)
@@ -366,8 +366,10 @@ def with_values(text: str, values: Mapping[str, Any]) -> str:
 
 
 def flattened(text: str) -> dict[str, str]:
-    """A composition's text as flat `a.b.c` → value, for tracking; empty nodes are left out, and what MLflow allows in no
-    name is: `sweep.space.+model.dropout` is without its `+`."""
+    """Return a composition's text as a flat mapping `a.b.c` → value, for tracking. Empty nodes are left out.
+
+    Names become valid for MLflow: `sweep.space.+model.dropout` loses its `+`, and other characters become `_`.
+    """
     found: dict[str, str] = {}
 
     def walk(node: Any, prefix: str) -> None:
@@ -383,52 +385,50 @@ def flattened(text: str) -> dict[str, str]:
 
 
 def with_number_keys(overrides: Sequence[str], config_dir: str | Path | None = None) -> list[str]:
-    """The overrides as Hydra is to have them: `loss.weights.1=9.0` as `loss.weights={1:9.0}` where the key is a number."""
+    """Return the overrides in Hydra's form: `loss.weights.1=9.0` becomes `loss.weights={1:9.0}` for numeric keys."""
 
     def composed() -> DictConfig:
         try:
             with searching(config_dir), quiet():
                 return _choices_alone(overrides)
-        except Exception:  # noqa: BLE001  what is wrong is told where it is composed
+        except Exception:  # noqa: BLE001  errors are reported when the config is composed
             return DictConfig({})
 
     return number_keys.rewritten(overrides, composed)
 
 
 def _choices_alone(overrides: Sequence[str]) -> DictConfig:
-    """What the group choices of a command line give without its values; Hydra is set up."""
+    """Compose the group choices of a command line without its values. Hydra must be set up."""
     from hydra import compose as hydra_compose
 
     groups = [o for o in overrides if "." not in key_of(o) and not o.startswith(("+", "~", "hydra"))]
-    # One wrong choice or key among them must not hide what the others give.
+    # A wrong choice or key must not hide the keys of the other choices.
     valid = [o for o in groups if _composes(hydra_compose, [o])]
     searchpath = [o for o in overrides if key_of(o) == "hydra.searchpath"]
     return hydra_compose(CONFIG_NAME, [*searchpath, *valid])
 
 
 def composed_keys(overrides: Sequence[str], config_dir: str | Path | None = None) -> list[str]:
-    """The schema's keys, the groups, and the keys that the group choices alone give to `_target_` nodes: what an error
-    proposes.
-    """
+    """Return the keys that an error can suggest: the schema's, the groups, and those of the chosen `_target_` nodes."""
     try:
         with searching(config_dir), quiet():
             nodes = _node_keys(_choices_alone(overrides))
             return list(dict.fromkeys([*known_keys(), *sorted(group_names(config_dir)), *nodes]))
-    except Exception:  # noqa: BLE001  only for a better message: the first error is what is told
+    except Exception:  # noqa: BLE001  only a message needs the keys; the caller reports its error
         return [*known_keys(), "experiment"]
 
 
 def _composes(hydra_compose: Any, overrides: list[str]) -> bool:
     try:
         hydra_compose(CONFIG_NAME, overrides)
-    except Exception:  # noqa: BLE001  any reason will do
+    except Exception:  # noqa: BLE001  every error means that it cannot be composed
         return False
     return True
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Leaves out Hydra's warning of a missing search path, which is an error here (`_check_sources`)."""
+    """Suppress Hydra's warning about a missing search path, for which `_choices` raises an error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="provider=.*is not available")
         yield
@@ -436,7 +436,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def searching(config_dir: str | Path | None, searchpath: Sequence[str] = ()) -> Iterator[None]:
-    """Hydra as the command line sets it up, and afterwards whatever it was before."""
+    """Set up Hydra as the command line does, and restore its previous state afterwards."""
     from hydra import version
     from hydra._internal.hydra import Hydra
     from hydra._internal.utils import create_automatic_config_search_path
@@ -464,8 +464,8 @@ def _composition(cfg: DictConfig, overrides: tuple[str, ...], choices: tuple[tup
 
 
 def with_modes(composition: Composition) -> Composition:
-    """The same with each mode written out that follows from an object of the section `metrics`: who reads the text later
-    need not have its library.
+    """Return the composition with each mode written out that follows from an object of the section `metrics`, so that
+    later readers of the text do not need its library.
     """
     derive_modes(composition.experiment, objects=True)
     cfg = OmegaConf.create(composition.text)
@@ -476,7 +476,7 @@ def with_modes(composition: Composition) -> Composition:
 
 
 def _write_modes(cfg: DictConfig, e: Experiment) -> bool:
-    """Writes the derived modes into the config, since another version may derive them otherwise; whether there were any."""
+    """Write the derived modes into the config, as another version may derive others. Return whether any was missing."""
     early = e.trainer.early_stopping
     given = {
         "checkpoint.mode": e.checkpoint.mode,
@@ -502,7 +502,7 @@ def _experiment(cfg: DictConfig, choices: tuple[tuple[str, str], ...]) -> Experi
     assert isinstance(values, dict)
     experiment = typed({str(k): v for k, v in values.items()}, [group for group, _ in choices])
     validate(experiment)
-    for name in ("tracking_uri", "experiment_name"):  # an empty variable is one that is not set
+    for name in ("tracking_uri", "experiment_name"):  # an empty variable counts as not set
         setattr(experiment.tracking, name, (getattr(experiment.tracking, name) or "").strip() or None)
     check_together(experiment)
     derive_modes(experiment)
@@ -514,8 +514,8 @@ def _experiment(cfg: DictConfig, choices: tuple[tuple[str, str], ...]) -> Experi
 
 @contextlib.contextmanager
 def _standing_in(cfg: DictConfig) -> Iterator[None]:
-    """While it is resolved here, something stands for the variables that only a shared cluster has: their names are known
-    from `cluster.forward_env`, and what is sent is the text with its references."""
+    """Set placeholders for variables that only a shared cluster has, so that the config can be resolved here. Their
+    names are in `cluster.forward_env`. The text that is sent keeps its references."""
     shared = OmegaConf.select(cfg, "cluster.kind", throw_on_resolution_failure=False) in ("job", "kuberay")
     names = OmegaConf.select(cfg, "cluster.forward_env", throw_on_resolution_failure=False) if shared else ()
     absent = [name for name in names or () if isinstance(name, str) and name not in os.environ]
@@ -528,7 +528,7 @@ def _standing_in(cfg: DictConfig) -> Iterator[None]:
 
 
 def _failing(cfg: DictConfig) -> str | None:
-    """The first key that does not resolve, which OmegaConf's error does not say."""
+    """Return the first key that cannot be resolved, because OmegaConf's error does not name it."""
 
     def walk(node: DictConfig | ListConfig) -> str | None:
         names: Any = list(node) if isinstance(node, DictConfig) else range(len(node))
@@ -550,7 +550,7 @@ def _failing(cfg: DictConfig) -> str | None:
 
 
 def _choices(runtime: Any) -> dict[str, str]:
-    """Group → choice, of the config that Hydra just composed; refuses what would silently be another file's."""
+    """Return group → choice for the config that Hydra just composed. Refuse ambiguous choices and missing folders."""
     choices = {k: str(v) for k, v in runtime.choices.items() if not k.startswith("hydra/") and v is not None}
     ours = importlib.resources.files(CONFIG_MODULE)
     for source in runtime.config_sources:
@@ -596,7 +596,7 @@ def _as_text(value: Any) -> str:
 
 
 def _fix_times(cfg: DictConfig) -> None:
-    """Resolves `${now:…}` and `${hydra:…}`, which another process would resolve otherwise or not at all."""
+    """Resolve `${now:…}` and `${hydra:…}`, which another process would resolve differently or not at all."""
 
     def walk(node: DictConfig | ListConfig) -> None:
         names: Any = list(node) if isinstance(node, DictConfig) else range(len(node))
@@ -607,7 +607,7 @@ def _fix_times(cfg: DictConfig) -> None:
             ):
                 walk(raw)
             elif OmegaConf.is_interpolation(node, name):
-                # Only those parts: `${oc.env:TOKEN}-${now:%Y}` must not put the token into what is logged.
+                # Resolve only those parts: `${oc.env:TOKEN}-${now:%Y}` must not put the token into the logged text.
                 written = str(raw._value())  # type: ignore[union-attr]
                 fixed = re.sub(r"\$\{(?:now|hydra):[^{}]*\}", lambda m: str(OmegaConf.create({"x": m[0]}).x), written)
                 if fixed != written:
@@ -617,11 +617,11 @@ def _fix_times(cfg: DictConfig) -> None:
 
 
 def _make_absolute(cfg: DictConfig) -> None:
-    """Relative paths are of the launching directory; a worker has another."""
+    """Make paths absolute that are relative to the launching directory, because a worker runs in another directory."""
     for name in ("storage_path", "init_from", "init_from.source"):
         value = OmegaConf.select(cfg, name) if "." not in name or isinstance(cfg.get("init_from"), DictConfig) else None
         if isinstance(value, str) and "://" not in value:
             path = Path(value).expanduser()
-            # init_from may also be a run's name: only an existing file is a path.
+            # `init_from` may also be the name of a run, so it is a path only if the file exists.
             if str(path.absolute()) != value and (name == "storage_path" or path.exists()):
                 OmegaConf.update(cfg, name, str(path.absolute()))

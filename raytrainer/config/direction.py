@@ -1,6 +1,7 @@
-"""Whether a lower or a higher value of a metric is better, by its name; and the modes `min` and `max` that follow from it.
+"""Derive from a metric's name whether lower or higher values are better, and from that the mode `min` or `max`.
 
-A mode that is left out is derived, one that contradicts the metric is refused, and a name that says nothing needs one.
+A mode that is not set is derived. A mode that contradicts its metric is refused. If the name of a metric says nothing,
+the mode must be set.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def _words_of(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Words that end a name and decide it whatever stands before them: `focal_loss`, `word_error_rate`, `digit_accuracy`.
+# Words that decide the direction at the end of a name, whatever precedes them: `focal_loss`, `word_error_rate`.
 _COSTS = _words_of(
     "loss losses error err errors cost distance divergence perplexity ppl penalty regret mae mse rmse msle rmsle mape "
     "smape wape wmape nll xent wer cer ter mer eer ece fid kid lpips brier crps fpr fnr fdr fallout latency"
@@ -29,7 +30,7 @@ _GAINS = _words_of(
     "jaccard dice kappa mcc matthews ndcg mrr bleu sacrebleu chrf meteor rouge rougel cider r2 psnr ssim msssim snr sdr "
     "sisnr sisdr pesq stoi fmeasure likelihood elbo reward tpr tnr throughput mfu"
 )
-# Words that decide only beside nothing but words of this list and neutral ones.
+# Words that decide only if all other words of the name are in these lists too or are neutral.
 _WEAK_COSTS = _words_of("ce bce kl kld bpb bpd bpc bits")
 _WEAK_GAINS = _words_of(
     "ap roc similarity correlation corr corrcoef pearson spearman match em success hit hits win homogeneity completeness"
@@ -40,7 +41,7 @@ _NEUTRAL = _words_of(
     "ratio value metric exact binary multiclass multilabel squared absolute log root signal cross entropy cosine "
     "small medium large"
 )
-# What makes another quantity of a known one: the scale of a loss, the spread of an accuracy.
+# Words that turn a known quantity into another one: the scale of a loss, the spread of an accuracy.
 _OTHERS = _words_of(
     "scale weight std stdev stddev var variance gap drop diff delta change difference count num number threshold "
     "coefficient coef factor ratio norm gradient grad lr time step steps"
@@ -62,9 +63,9 @@ _PHRASES: tuple[tuple[str, Mode], ...] = (
 
 
 def by_name(metric: str) -> Mode | None:
-    """The better direction of a metric's values, as its name says; None where it does not say.
+    """Return the better direction of a metric's values according to its name; None if the name does not say.
 
-    Only the last part counts: of `val/SET/NAME` it is `NAME`.
+    Only the last part of the name counts: `NAME` in `val/SET/NAME`.
     """
     name = metric.rpartition("/")[2]
     whole = re.sub(r"[\d@:.%_\- ]+$", "", name).lower()
@@ -81,7 +82,7 @@ def _of_words(words: list[str]) -> Mode | None:
     phrases = {mode for phrase, mode in _PHRASES if f"_{phrase}_" in f"_{text}_"}
     if len(phrases) == 1 and not (set(words) & {"std", "gap", "drop", "scale", "weight"}):
         return phrases.pop()
-    # What follows the word that names the quantity: `acc_top_5`, `recall_at_10`, `f1_macro`, `error_rate`.
+    # Drop what follows the word that names the quantity: `acc_top_5`, `recall_at_10`, `f1_macro`, `error_rate`.
     rest = list(words)
     while rest and rest[-1] in _NEUTRAL - _OTHERS and rest[-1] not in _COSTS | _GAINS:
         rest.pop()
@@ -100,7 +101,7 @@ def _of_words(words: list[str]) -> Mode | None:
 
 
 def _words(name: str) -> list[str]:
-    """`F1Score_macro@5` → [f1, score, macro, at]: split at capitals and signs, without numbers behind a word."""
+    """Split a name at capitals and punctuation, without numbers after words: `F1Score_macro@5` → f1 score macro at."""
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[a-z])(?=[A-Z])", "_", name.replace("@", "_at_"))
     words = [word.lower() for word in re.split(r"[^A-Za-z0-9]+", name) if word]
     known = _COSTS | _GAINS | _NEUTRAL | _OTHERS
@@ -114,16 +115,16 @@ def _opposite(mode: Mode | None) -> Mode | None:
 
 @dataclass(frozen=True)
 class _Watched:
-    """One key that names a metric, the key of its mode, and what they hold."""
+    """A key that names a metric and the key of its mode, with the values of both."""
 
     metric_key: str
     metric: str
     mode_key: str
     mode: str | None
-    section: Any  # whose attribute `mode` it is
+    section: Any  # the section with the attribute `mode`
 
     def follows(self, e: Experiment) -> Mode | None:
-        """`checkpoint.mode`, where this is another key's and of the same metric."""
+        """Return `checkpoint.mode` if this is another key with the same metric as `checkpoint.monitor`, else None."""
         same = self.section is not e.checkpoint and self.metric == e.checkpoint.monitor
         return e.checkpoint.mode if same else None  # type: ignore[return-value]
 
@@ -141,14 +142,14 @@ def _watched(e: Experiment) -> list[_Watched]:
 
 
 def derive_modes(e: Experiment, *, objects: bool = False) -> None:
-    """Fills in the modes that are left out, as far as they can be told.
+    """Fill in the modes that are not set, as far as they can be derived.
 
-    A key that watches the metric of `checkpoint.monitor` has the mode of that. Otherwise a metric of the section
-    `metrics` is judged by its object, which may import its library; all others by their names.
+    A key with the same metric as `checkpoint.monitor` gets `checkpoint.mode`. Otherwise the direction of a metric of
+    the section `metrics` comes from its object, which may import its library, and that of all others from their names.
 
     Args:
-        e: Changed in place.
-        objects: Whether objects may be looked at; without, the modes of their metrics stay None.
+        e: The experiment, which is changed in place.
+        objects: Whether objects may be inspected; if not, the modes of their metrics stay None.
     """
     for w in _watched(e):
         if w.mode is None:
@@ -156,7 +157,7 @@ def derive_modes(e: Experiment, *, objects: bool = False) -> None:
 
 
 def direction_of(e: Experiment, metric: str, *, objects: bool) -> Mode | None:
-    """The better direction of a metric: by `higher_is_better` of its own object in `metrics`, else by its name."""
+    """Return the better direction of a metric: by `higher_is_better` of its object in `metrics`, else by its name."""
     node = _own(e, metric)
     if node is None:
         return by_name(metric)
@@ -166,22 +167,22 @@ def direction_of(e: Experiment, metric: str, *, objects: bool) -> Mode | None:
 
 
 def check_modes(e: Experiment, *, objects: bool = False, sweep: bool = False) -> None:
-    """Refuses modes that contradict their metrics, and metrics whose better direction is not known.
+    """Refuse modes that contradict their metrics, and metrics whose better direction is unknown.
 
     Args:
-        e: Its modes derived as far as they can be.
-        objects: As `derive_modes`.
-        sweep: Whether the section `sweep` counts: it may be set where there is none.
+        e: The experiment, with its modes derived as far as possible.
+        objects: As for `derive_modes`.
+        sweep: Whether to check the section `sweep`, which may be set although there is no sweep.
 
     Raises:
-        ConfigError: Naming the mode's key, its value and what to write.
+        ConfigError: A mode is wrong or missing; the message names its key, its value and the fix.
     """
     if problem := mode_problem(e, objects=objects, sweep=sweep):
         raise problem
 
 
 def mode_problem(e: Experiment, *, objects: bool = False, sweep: bool = False) -> ConfigError | None:
-    """The first of what `check_modes` refuses, with the same arguments; None where all is well."""
+    """Return the error that `check_modes` would raise for the same arguments; None if there is none."""
     if e.evaluate is not None:
         return None
     for w in _watched(e):
@@ -223,13 +224,13 @@ def _contradiction(e: Experiment, w: _Watched, direction: Mode) -> ConfigError:
 
 
 def _own(e: Experiment, metric: str) -> dict[str, Any] | None:
-    """The node in the section `metrics` that gives a metric `val/NAME` or `val/SET/NAME`."""
+    """Return the node in the section `metrics` that computes a metric `val/NAME` or `val/SET/NAME`, else None."""
     node = e.metrics.get(metric.rpartition("/")[2]) if metric.startswith("val/") else None
     return node if isinstance(node, dict) and node.get("_target_") else None
 
 
 def _by_object(key: str, node: dict[str, Any]) -> Mode | None:
-    """By `higher_is_better` of the node's class; one of torchmetrics may choose its class only when it is built."""
+    """Return the direction by `higher_is_better` of the node's class, or for torchmetrics also of the built object."""
     from raytrainer.config.nodes import build, locate
 
     try:
@@ -237,27 +238,27 @@ def _by_object(key: str, node: dict[str, Any]) -> Mode | None:
         value = getattr(found, "higher_is_better", None)
         if not isinstance(value, bool) and str(getattr(found, "__module__", "")).partition(".")[0] == "torchmetrics":
             value = getattr(build(node), "higher_is_better", None)
-    except ConfigError:  # whoever builds it says so
+    except ConfigError:  # reported when the metric is built
         return None
     return None if not isinstance(value, bool) else "max" if value else "min"
 
 
 def checkpoint_mode(e: Experiment) -> Mode:
-    """`checkpoint.mode`, derived where it is left out.
+    """Return `checkpoint.mode`, derived if it is not set.
 
     Raises:
-        ConfigError: It is left out, and the metric does not say it.
+        ConfigError: It is not set, and the metric does not determine it.
     """
     return _decided(e, "checkpoint.mode")
 
 
 def early_stopping_mode(e: Experiment) -> Mode:
-    """`trainer.early_stopping.mode`, as `checkpoint_mode`; without early stopping that of the checkpoints."""
+    """Return `trainer.early_stopping.mode` like `checkpoint_mode`; without early stopping, the checkpoints' mode."""
     return _decided(e, "checkpoint.mode" if e.trainer.early_stopping is None else "trainer.early_stopping.mode")
 
 
 def sweep_mode(e: Experiment) -> Mode:
-    """`sweep.mode`, as `checkpoint_mode`."""
+    """Return `sweep.mode` like `checkpoint_mode`."""
     return _decided(e, "sweep.mode")
 
 

@@ -1,6 +1,7 @@
-"""What Hydra and OmegaConf raise while they compose → a `ConfigError` in our words: key, value, nearest valid choices.
+"""Convert errors of Hydra and OmegaConf to a `ConfigError` with the key, the value and the nearest valid choices.
 
-Read in hydra-core 1.3 (`_internal/defaults_list.py`, `config_loader_impl.py`), whose errors are texts with few fields.
+Hydra's errors have few fields, so their texts are matched, as hydra-core 1.3 writes them (`_internal/defaults_list.py`,
+`config_loader_impl.py`).
 """
 
 from __future__ import annotations
@@ -25,13 +26,12 @@ from raytrainer.errors import ConfigError, RaytrainerError, nearest
 def explain(
     error: Exception, overrides: Sequence[str] = (), known: Callable[[], Sequence[str]] = lambda: ()
 ) -> Exception:
-    """The error to tell for one that composing raised; one of ours is returned as it is.
+    """Return the error to report for an error while composing. Errors of raytrainer are returned unchanged.
 
     Args:
-        error: Anything that Hydra raised.
-        overrides: The command line's.
-        known: Gives the keys that the same command line has without its value overrides; asked only where a key is
-            wrong.
+        error: Any error that Hydra raised.
+        overrides: The overrides of the command line.
+        known: Returns the valid keys of the same command line without its values. It is called only if a key is wrong.
     """
     chain: list[BaseException] = []
     link: BaseException | None = error
@@ -77,12 +77,12 @@ def explain(
 
 
 def key_of(override: str) -> str:
-    """`+a.b=3` → `a.b`"""
+    """Return the key of an override: `+a.b=3` → `a.b`."""
     return override.partition("=")[0].lstrip("+~")
 
 
 def value_of(override: str) -> str | None:
-    """`+a.b=3` → `3`; None where there is no `=`."""
+    """Return the value of an override: `+a.b=3` → `3`; None without `=`."""
     return override.partition("=")[2] if "=" in override else None
 
 
@@ -99,7 +99,7 @@ def _unparsed(override: str) -> ConfigError:
 HOW = (
     "a sweep is a list a,b or choice(a,b), range(1,10), interval(0,1), int(interval(1,9)), tag(log,interval(1e-4,0.1))"
 )
-# Hydra's functions, and those of Ray Tune and Optuna that people write in their place.
+# Hydra's functions, and those of Ray Tune and Optuna that users write instead, with Hydra's equivalents.
 _FUNCTIONS = ("choice", "range", "interval", "tag", "int", "float", "str", "bool", "sort", "shuffle", "glob")
 _OTHERS = {
     **dict.fromkeys(("log", "loguniform", "log_uniform", "qloguniform", "logspace"), "tag(log,interval(1e-4,0.1))"),
@@ -111,7 +111,7 @@ _OTHERS = {
 
 
 def why_unread(text: str) -> str:
-    """What is wrong with the value of an override that Hydra cannot read."""
+    """Return what is wrong with the value of an override that Hydra cannot parse."""
     for name in re.findall(r"([A-Za-z_]\w*)\(", text):
         if name in _OTHERS:
             return f"there is no {name}(): write {_OTHERS[name]}"
@@ -130,7 +130,7 @@ def _missing_config(error: MissingConfigException, values: dict[str, str | None]
         return ConfigError(_first_line([error]))
     where = re.match(r"In '([^']+)': ", str(error))
     group, slash, choice = path.rpartition("/")
-    # Hydra names the root for whatever an experiment's file overrides there, which would mislead.
+    # For a choice that an experiment's file overrides in the root config, Hydra names the root, which would mislead.
     place = f" (chosen in {where[1]})" if where and "/" in where[1] else ""
     place = place or ("" if group in values or not slash else " (chosen in a config file)")
     if slash and error.options is not None:
@@ -141,7 +141,7 @@ def _missing_config(error: MissingConfigException, values: dict[str, str | None]
 
 
 def unresolved(name: str | None, error: OmegaConfBaseException) -> ConfigError:
-    """The error for a value that is missing or whose interpolation cannot be resolved."""
+    """Return the error for a value that is missing or whose interpolation cannot be resolved."""
     key = name or str(error.key)
     if isinstance(error, MissingMandatoryValue):
         return ConfigError("is ??? and must be given", key=key)
@@ -156,7 +156,7 @@ def unresolved(name: str | None, error: OmegaConfBaseException) -> ConfigError:
 
 
 def no_resolver(name: str) -> str:
-    """Why `${name:…}` has no value, and where a resolver is registered so that every process has it."""
+    """Return why `${name:…}` has no value, and where to register a resolver so that every process has it."""
     own = [f for f in sorted(BaseContainer._resolvers) if f != name]
     close = nearest(name, own, 1)
     hint = f" (did you mean {close[0]}?)" if close else ""
@@ -216,7 +216,7 @@ def _of_composition(
 
 
 def _is_group(name: str, text: str, values: dict[str, str | None]) -> bool:
-    # "To append to your config use +x" is about a key, "…to your default list…" about a group.
+    # Hydra writes "To append to your config use +x" for a key, and "…to your default list…" for a group.
     return "defaults list" in text or "default list" in text or "override one of" in text
 
 
@@ -253,7 +253,7 @@ def _wrong_key(name: str, value: str | None, known: Sequence[str], deleted: bool
 
 
 def _of_value(override: str, reason: str, known: Callable[[], Sequence[str]]) -> ConfigError | None:
-    """Two of Hydra's errors name no key: another kind of value for a group, and a key below null."""
+    """Explain two errors in which Hydra names no key: a value of the wrong kind for a group, and a key below null."""
     name, value = key_of(override), value_of(override)
     if not name:
         return _unparsed(override)

@@ -1,12 +1,12 @@
-"""Keys that people bring from Lightning, the Hugging Face Trainer and torchtitan, answered with ours.
+"""Keys of Lightning, the Hugging Face Trainer and torchtitan, with what they are called in raytrainer.
 
-Looked up by the last part of a key that is not one of ours; the sources are those projects' public argument lists.
+An unknown key is looked up by its last part. The names come from the public argument lists of those projects.
 """
 
 from __future__ import annotations
 
-# The answer is a whole clause, since some have no key here but a way. Keys with a dot are looked up first, as they are
-# written; `mode` or `enable` alone would be anybody's.
+# The answer is a whole clause, because some keys have an equivalent that is not a key. A key with dots is looked up
+# first as it is written: `enable` or `interval` alone could belong to anything.
 FOREIGN_KEYS = {
     # Lightning
     "gradient_clip_val": "trainer.max_grad_norm",
@@ -103,7 +103,7 @@ FOREIGN_KEYS = {
     "compile.enable": "trainer.compile",
     "optimizer.name": "optimizer=sgd (or adamw, or any _target_)",
     "model.flavor": "model=resnet18 (or another choice)",
-    # plain habits
+    # common names
     "batch_size": "data.global_batch_size",
     "epochs": "trainer.max_epochs",
     "num_epochs": "trainer.max_epochs",
@@ -118,7 +118,7 @@ FOREIGN_KEYS = {
 
 
 def answer(name: str) -> str | None:
-    """What the key `name`, which is not one of ours, is called here; None if nobody's."""
+    """Return what the unknown key `name` is called in raytrainer; None if no other framework has it."""
     found = FOREIGN_KEYS.get(name) or FOREIGN_KEYS.get(name.rpartition(".")[2])
-    # `optimizer.lr` is ours, and can still be no key where the chosen optimizer has none.
+    # `optimizer.lr` is a key of raytrainer, but it is unknown if the chosen optimizer has no such argument.
     return None if found is None or found.split()[0] == name else found

@@ -1,5 +1,4 @@
-"""Hydra's sweep grammar as sweeps read and write it: its parser, mended; values as texts that it reads as the very same;
-what cannot be read, in our words."""
+"""Hydra's sweep grammar: its parser with two bugs fixed, values as text, and clear errors for what it cannot parse."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def make_parser() -> OverridesParser:
-    """Hydra's, where a cast keeps a range's tags and shuffling and sorting a range keeps its values; Hydra's own lose them."""
+    """Return Hydra's parser, fixed: casts keep the tags and the shuffling of a range, and sorting keeps its values."""
     from hydra.core.override_parser.overrides_parser import OverridesParser, create_functions
     from hydra.core.override_parser.types import ChoiceSweep, RangeSweep, Sweep
 
@@ -52,7 +51,7 @@ def make_parser() -> OverridesParser:
 
 
 def _turned(sweep: RangeSweep, down: bool) -> RangeSweep | ChoiceSweep:
-    """The same values, upwards or downwards."""
+    """Return a sweep over the same values in ascending or descending order."""
     from hydra.core.override_parser.types import ChoiceSweep
 
     start, stop, step = sweep.start, sweep.stop, sweep.step
@@ -64,20 +63,20 @@ def _turned(sweep: RangeSweep, down: bool) -> RangeSweep | ChoiceSweep:
         values = range(int(start), int(stop), int(step))
         return replace(sweep, start=values[-1], stop=start - (1 if step > 0 else -1), step=-step) if values else sweep
     if not finite(start, stop, step) or steps_between(start, stop, step) > MOST_VALUES:
-        return sweep  # which is refused later
-    # Summed from its other end a range of floats has other values: 0.3 off 0.9 thrice is -5.6e-17.
+        return sweep  # refused later
+    # Summed from the other end, a range of floats has other values: 0.9 minus three times 0.3 is -5.6e-17.
     return ChoiceSweep(tags=sweep.tags, list=[*sweep.range()][::-1], shuffle=sweep.shuffle)
 
 
 def unread(line: str, error: Exception) -> Exception:
-    """Why Hydra's parser cannot read an override."""
+    """Return the error for an override that Hydra's parser cannot parse."""
     key, _, text = line.partition("=")
     key = key.lstrip("+~")
     m = re.search(r"(\w+) while evaluating '(\w+).*?': (.*)", str(error), re.DOTALL)
     if m is None:
         found = explain(error)
         if isinstance(found, ConfigError) and found.key is None:
-            return found  # its key cannot be read
+            return found  # its key cannot be parsed either
         return ConfigError(f"cannot be read: {why_unread(text)}", key=key, value=text)
     kind, function, reason = m.groups()
     if unknown := re.match(r"Unknown function '(\w+)'\s+Available: (\S+)", reason):
@@ -98,32 +97,32 @@ def unread(line: str, error: Exception) -> Exception:
 
 
 def key_element(override: Override) -> str:
-    """An override's key as it is written: `+model.dropout`, `model@pkg`."""
+    """Return an override's key as it is written: `+model.dropout`, `model@pkg`."""
     return override.get_key_element()
 
 
 def target(override: Override) -> str:
-    """What an override sets, whether it adds it or not."""
+    """Return the key that an override sets, without a `+` or `~` in front."""
     return override.get_key_element().lstrip("+~")
 
 
 def text_of(override: Override) -> str:
-    """What stands after the `=`."""
+    """Return the text after the `=`."""
     return str(override.input_line).partition("=")[2]
 
 
 def steps_between(start: float, stop: float, step: float) -> float:
-    """How many steps lead from start to stop."""
+    """Return the number of steps from start to stop, as a float."""
     return stop / step - start / step
 
 
 def finite(*bounds: float) -> bool:
-    """Also an integer that no float holds."""
+    """Return whether all numbers are finite, including integers that are too large for a float."""
     return all(isinstance(x, int) or math.isfinite(x) for x in bounds)
 
 
 def unquoted(value: Any) -> Any:
-    """What the parser gives as a plain value, lists and dicts likewise."""
+    """Return a parsed value as a plain value, also within lists and dicts."""
     from hydra.core.override_parser.types import QuotedString
 
     if isinstance(value, list):
@@ -134,12 +133,13 @@ def unquoted(value: Any) -> Any:
 
 
 def is_text(value: Any) -> bool:
-    """Whether a value, as the parser gives it or plain, is a text."""
+    """Return whether a value, parsed or plain, is text."""
     return isinstance(unquoted(value), str)
 
 
 def as_text(value: Any) -> str:
-    """As Hydra reads it. Its own writer leaves out the quotes that a function dropped: `choice('1',2)` has a text and a number."""
+    """Return a value as text that Hydra parses to the same value. Hydra's own writer loses quotes that a function
+    dropped: `choice('1',2)` holds a text and a number."""
     from hydra._internal.grammar.utils import escape_special_characters
     from hydra.core.override_parser.types import Quote, QuotedString
 
@@ -153,7 +153,7 @@ def as_text(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(as_text, value))}]"
     if isinstance(value, dict):
-        # A key has no quotes in the grammar.
+        # The grammar allows no quotes around keys.
         keys = [escape_special_characters(k) if isinstance(k, str) else as_text(k) for k in value]
         return f"{{{','.join(f'{k}:{as_text(v)}' for k, v in zip(keys, value.values(), strict=True))}}}"
     if value is None or isinstance(value, bool):

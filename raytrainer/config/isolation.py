@@ -1,7 +1,7 @@
-"""Hydra's process-wide state, borrowed: one thread composes at a time, and afterwards everything is as it was.
+"""Borrow Hydra's process-wide state: one thread composes at a time, and the previous state is restored afterwards.
 
-Hydra keeps its config, its search path and its version in singletons, and its resolvers in OmegaConf. An application of
-Hydra that calls `raytrainer.config.compose` has its own there, and reads them on.
+Hydra keeps its config, its search path and its version in singletons, and its resolvers in OmegaConf. A Hydra
+application that calls `raytrainer.config.compose` has its own state there, and continues to use it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import Any
 
 LOCK = threading.RLock()  # Hydra's singletons and the caches of its parser are shared by all threads
 SCHEMA = "experiment_schema"
-_RESOLVERS = ("now", "hydra", "python_version")  # what Hydra registers anew each time it is set up
+_RESOLVERS = ("now", "hydra", "python_version")  # Hydra registers them again each time it is set up
 
 
 @contextlib.contextmanager
 def borrowed() -> Iterator[None]:
-    """Within it Hydra is as in a fresh process but for its plugins and stored configs; after it as before, also after an
-    error. The objects are the very same, so that references to them stay right. Other threads wait for their turn.
+    """Give Hydra the state of a new process, except for its plugins and stored configs. Other threads wait.
+
+    Afterwards, also after an error, the previous objects are restored, so that references to them stay valid.
     """
     from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra

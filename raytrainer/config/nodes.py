@@ -1,6 +1,6 @@
-"""`_target_` nodes: `bind` checks one against its target's signature without calling it, `build` makes the object.
+"""`_target_` nodes: `bind` checks a node against its target's signature without calling it, `build` creates the object.
 
-Stage two of the configuration: importing the target may import its library (torch, …), nothing else is run.
+This is stage two of the configuration: importing a target may import its library (torch, …); nothing else runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from raytrainer.config.schema import Experiment
 from raytrainer.errors import ConfigError, nearest
 
-# Node → the arguments that raytrainer itself supplies when it calls the target.
+# Node → the arguments that raytrainer supplies when it calls the target.
 SUPPLIED: Mapping[str, tuple[str, ...]] = {
     "optimizer": ("params", "model", "system"),
     "lr_scheduler": ("optimizer",),
@@ -31,11 +31,11 @@ _SPECIAL = {"_target_", "_partial_", "_args_", "_convert_", "_recursive_"}
 
 
 def build(node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """Makes the object of a `_target_` node: the only instantiation in raytrainer.
+    """Create the object of a `_target_` node. All instantiation in raytrainer goes through this function.
 
     Args:
-        node: `_target_`, `_partial_`, arguments; nested nodes are built first.
-        args, kwargs: Given to the target on top.
+        node: `_target_`, `_partial_` and arguments; nested nodes are built first.
+        args, kwargs: Further arguments for the target.
 
     Raises:
         ConfigError: The target cannot be imported or refuses its arguments; the cause is chained.
@@ -60,14 +60,14 @@ def build(node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
 
 @contextlib.contextmanager
 def plain_argv() -> Iterator[None]:
-    """Within it `sys.argv` is the program's name alone: a module that parses it on import would take raytrainer's command
-    line, or that of a Ray worker, for its own."""
+    """Reduce `sys.argv` to the program's name: a module that parses it on import would otherwise read the command line
+    of raytrainer or of a Ray worker."""
     before = sys.argv
     mine = sys.argv = before[:1]
     try:
         yield
     finally:
-        if sys.argv is mine:  # else the module has put something of its own there
+        if sys.argv is mine:  # else the module has replaced it
             sys.argv = before
 
 
@@ -76,12 +76,12 @@ def _exit(error: SystemExit) -> str:
 
 
 def factory(node: Mapping[str, Any]) -> Any:
-    """The target of a node with its arguments bound, not yet called (optimizers and learning-rate curves)."""
+    """Return the target of a node with its arguments bound, not yet called (optimizers and learning-rate curves)."""
     return build({**node, "_partial_": True})
 
 
 def targets(experiment: Experiment) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The experiment's own nodes as (dotted key, node); those nested in them are found by `bind`."""
+    """Yield the experiment's top-level nodes as (dotted key, node); `bind` finds the nodes nested in them."""
     for name in ("model", "loss", "optimizer", "lr_scheduler"):
         if node := getattr(experiment, name):
             yield name, node
@@ -96,25 +96,25 @@ def targets(experiment: Experiment) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield f"{section}.{name}", node
     for name in ("scheduler", "search_alg"):
         if node := getattr(experiment.sweep, name):
-            # null leaves an argument to us: how long a trial is, what the seed is.
+            # null lets raytrainer choose an argument, such as the length of a trial or the seed.
             yield f"sweep.{name}", {k: v for k, v in node.items() if v is not None}
 
 
 def check_targets(experiment: Experiment) -> None:
-    """Binds every `_target_` of the experiment.
+    """Bind every `_target_` of the experiment.
 
     Raises:
-        ConfigError: The first that cannot be imported, is not callable, or would refuse its arguments.
+        ConfigError: A target cannot be imported, is not callable, or would refuse its arguments.
     """
     for key, node in targets(experiment):
         bind(key, node, SUPPLIED.get(key, ()))
 
 
 def bind(key: str, node: Any, supplied: Sequence[str] = ()) -> None:
-    """Checks a node and those nested in it against their targets' signatures.
+    """Check a node and those nested in it against their targets' signatures.
 
     Raises:
-        ConfigError: Naming the dotted key, the value and the nearest valid arguments.
+        ConfigError: An argument is wrong; the message names its dotted key, its value and the nearest valid arguments.
     """
     if isinstance(node, list):
         for i, item in enumerate(node):
@@ -127,7 +127,7 @@ def bind(key: str, node: Any, supplied: Sequence[str] = ()) -> None:
     for i, item in enumerate(node.get("_args_") or ()):
         bind(f"{key}._args_[{i}]", item)
     if "_target_" not in node:
-        return  # a plain dictionary, given as it is; the schema refuses a section without a target
+        return  # a plain dictionary, passed on unchanged; the schema refuses a section without a target
     target = locate(key, node["_target_"])
     if not isinstance(node.get("_partial_", False), bool):
         raise ConfigError("must be true or false", key=f"{key}._partial_", value=node["_partial_"])
@@ -154,7 +154,7 @@ def _bind_names(
             continue
         if name in supplied:
             raise ConfigError("is given by raytrainer; leave it out", key=f"{key}.{name}")
-        # `_anything_` is a misspelt word of Hydra's, which a target with **kwargs would take.
+        # `_anything_` is a misspelt keyword of Hydra, which a target with **kwargs would accept.
         if name not in names and (not open_ended or (name.startswith("_") and name.endswith("_"))):
             if _taken_by_wrapper(name, target, [n for n in valid if n not in node]):
                 continue
@@ -166,7 +166,7 @@ def _bind_names(
             )
     given = {*node, *supplied, *names[: len(node.get("_args_") or ())]}
     missing = [n for n in names if n not in given and parameters[n].default is inspect.Parameter.empty]
-    # A partial may leave its own arguments open (a loss function's model and batch).
+    # A partial may leave arguments open, such as the model and the batch of a loss function.
     if missing and not node.get("_partial_"):
         hint = ""
         if not inspect.isclass(target) and key in ("loss", "data.collate_fn"):
@@ -175,9 +175,11 @@ def _bind_names(
 
 
 def _taken_by_wrapper(name: str, target: Any, free: Sequence[str]) -> bool:
-    """Whether a decorator may take an argument that the function below it does not have: `inspect.signature` looks below.
+    """Return whether a decorator may accept an argument that the decorated function lacks.
 
-    A name that is almost one of the arguments that are still free is a misspelling all the same.
+    `inspect.signature` returns the signature of the decorated function.
+
+    A name that is close to an argument that is still free counts as a misspelling.
     """
     function = target.__init__ if inspect.isclass(target) else target
     if not hasattr(function, "__wrapped__") or name.startswith("_"):
@@ -194,10 +196,10 @@ def _taken_by_wrapper(name: str, target: Any, free: Sequence[str]) -> bool:
 
 
 def locate(key: str, path: Any) -> Any:
-    """The object that a `_target_` names.
+    """Return the object that a `_target_` names.
 
     Raises:
-        ConfigError: It cannot be imported, naming the nearest names of its module, or is not callable.
+        ConfigError: It cannot be imported (the message has the nearest names of its module), or is not callable.
     """
     if not isinstance(path, str) or not all(part.isidentifier() for part in path.split(".")):
         raise ConfigError("must be a dotted path, as in torch.optim.SGD", key=f"{key}._target_", value=path)
@@ -247,10 +249,10 @@ def _not_there(key: str, path: str, found: Any, where: Sequence[str], missing: s
 
 
 def parameters_of(key: str, node: Mapping[str, Any]) -> frozenset[str]:
-    """The names of the arguments that the target of a node takes; empty where it does not say.
+    """Return the names of the arguments of a node's target; empty if it has no signature.
 
     Raises:
-        ConfigError: It cannot be imported.
+        ConfigError: The target cannot be imported.
     """
     try:
         return frozenset(inspect.signature(locate(key, node["_target_"])).parameters)
@@ -261,15 +263,15 @@ def parameters_of(key: str, node: Mapping[str, Any]) -> frozenset[str]:
 def _hints(target: Any) -> dict[str, Any]:
     try:
         return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except Exception:  # noqa: BLE001  annotations of other people's code that do not evaluate: nothing to check against
+    except Exception:  # noqa: BLE001  annotations in user code may fail to evaluate; nothing is checked then
         return {}
 
 
 def _check_type(key: str, value: Any, hint: Any) -> None:
-    """Refuses what an annotation surely excludes.
+    """Refuse a value that an annotation clearly excludes.
 
     Raises:
-        ConfigError: Naming the types or the literals that are valid.
+        ConfigError: The message names the valid types or literals.
     """
     if _may_be(value, hint):
         return
@@ -281,9 +283,9 @@ def _check_type(key: str, value: Any, hint: Any) -> None:
 
 
 def _may_be(value: Any, hint: Any) -> bool:
-    """Whether a value of a config may be meant by an annotation; yes wherever that is not surely wrong."""
+    """Return whether a config value may fit an annotation. In case of doubt it may."""
     if isinstance(value, dict) and "_target_" in value:
-        return True  # whatever it makes
+        return True  # its object is not known yet
     options = _options(hint)
     if len(options) > 1:
         return any(_may_be(value, o) for o in options)
@@ -307,7 +309,7 @@ def _may_be_one(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and _items_may_be(value, kind, arguments)
     if kind in (dict, collections.abc.Mapping, collections.abc.MutableMapping):
         return isinstance(value, dict)
-    # Only a node makes one of these.
+    # Only a node can create a callable or a tensor.
     return not (kind is collections.abc.Callable or _is_tensor(kind))
 
 
@@ -318,7 +320,7 @@ def _items_may_be(value: list[Any], kind: Any, arguments: tuple[Any, ...]) -> bo
 
 
 def _is_tensor(kind: Any) -> bool:
-    # By name: this module imports no torch.
+    # Compared by name, because this module does not import torch.
     return isinstance(kind, type) and (kind.__module__, kind.__name__) == ("torch", "Tensor")
 
 
@@ -327,7 +329,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 
 def _words(options: Sequence[Any]) -> str:
-    # A config cannot say a tensor: it is told only where nothing else is allowed.
+    # A config cannot contain a tensor, so it is mentioned only if nothing else is allowed.
     sayable = [o for o in options if not _is_tensor(o)] or list(options)
     return " or ".join(dict.fromkeys(_word(o) for o in sayable))
 

@@ -1,7 +1,7 @@
-"""Overrides of mappings whose keys are numbers, such as class weights: `loss.weights.1=9.0` sets the entry `1`, no text '1'.
+"""Overrides of mappings with numeric keys, such as class weights: `loss.weights.1=9.0` sets the entry 1, not '1'.
 
-Hydra takes each part of a key for text. An override that means a number is written as a mapping, `loss.weights={1:9.0}`,
-which Hydra merges into the one that is there.
+Hydra reads each part of a key as text. An override that means a number is rewritten as a mapping,
+`loss.weights={1:9.0}`, which Hydra merges into the existing one.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _MAYBE = re.compile(r"(\+{0,2})([A-Za-z_][\w./@-]*\.(?:-?\d+|true|false)(?:\.[\w
 
 
 def rewritten(overrides: Sequence[str], composed: Callable[[], DictConfig]) -> list[str]:
-    """The overrides with those written as mappings that mean a number or truth value as a key.
+    """Return the overrides, with those rewritten as mappings whose key means a number or a truth value.
 
     Args:
-        overrides: Of the command line.
-        composed: Gives the config without values, where there is something to look at.
+        overrides: The overrides of the command line.
+        composed: Returns the config without values. It is called only if an override may need it.
     """
     if not any(_MAYBE.fullmatch(o) for o in overrides):
         return list(overrides)
@@ -30,7 +30,7 @@ def rewritten(overrides: Sequence[str], composed: Callable[[], DictConfig]) -> l
 
 
 def nested(cfg: DictConfig, name: str, value: Any) -> tuple[str, Any]:
-    """A dotted key and its value, for `OmegaConf.update`: from the first part that is no text on, as a mapping."""
+    """Return a key and value for `OmegaConf.update`: the key up to the first part that is not text, then a mapping."""
     parts = _keys_of(cfg, name, new=True)
     first = next((i for i, part in enumerate(parts) if not isinstance(part, str)), None)
     if first is None:
@@ -41,7 +41,7 @@ def nested(cfg: DictConfig, name: str, value: Any) -> tuple[str, Any]:
 
 
 def _keys_of(cfg: DictConfig, name: str, *, new: bool) -> list[Any]:
-    """The parts of a dotted key as the mappings there have them; with `new`, a new key of whole numbers is one too."""
+    """Return the parts of a key, typed as in the config. With `new`, a new key among whole numbers is a number."""
     parts: list[Any] = []
     node: Any = cfg
     for part in name.split("."):
@@ -54,7 +54,7 @@ def _keys_of(cfg: DictConfig, name: str, *, new: bool) -> list[Any]:
                     key = int(part)
             try:
                 node = node.get(key)
-            except OmegaConfBaseException:  # a reference that nothing resolves here
+            except OmegaConfBaseException:  # a reference that cannot be resolved here
                 node = None
         else:
             node = None
@@ -77,7 +77,7 @@ def _written(override: str, cfg: DictConfig) -> str:
 
 
 def _values(override: str, text: str) -> list[str]:
-    """One value, or each of a sweep over a list."""
+    """Return the value of an override, or each value of a sweep over a list."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -85,7 +85,7 @@ def _values(override: str, text: str) -> list[str]:
         parsed = OverridesParser.create().parse_override(override)
         if parsed.is_sweep_override() and parsed.is_discrete_sweep():
             return list(parsed.sweep_string_iterator())
-    except HydraException:  # whoever composes says what is wrong with it
+    except HydraException:  # reported when the config is composed
         pass
     return [text]
 

@@ -1,4 +1,4 @@
-"""One parameter of a sweep: which values it may have, and the override that sets one."""
+"""A parameter of a sweep: the values that it may have, and the override that sets one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from raytrainer.errors import ConfigError
 
-# A grid of more trials, or a range of more floats, is a mistake.
+# A grid with more trials, or a range with more floats, must be a mistake.
 MOST_VALUES = 1_000_000
 
 
@@ -20,16 +20,16 @@ class Parameter:
     """One parameter of a sweep.
 
     Attributes:
-        key: As on the command line: `optimizer.lr`, `model` (a group), `+model.dropout`, `model@pkg`.
+        key: The key as on the command line: `optimizer.lr`, `model` (a group), `+model.dropout`, `model@pkg`.
         kind: `choice`, `range` (equally spaced numbers) or `interval` (every number between two).
-        values: Of a choice: int, float, bool, None or str each; a list or dict is its text.
-        texts: Of a choice: what stands after the `=` for each value.
-        low: Of a range or interval: the least value.
-        high: The greatest. It is itself a value of a range and of an integer interval; one of floats may end before it.
-        step: Of a range: the distance of two values, negative where the grid goes down from `high`.
-        log: To be searched in the logarithm; then `low` is above 0, and the step of a range is 1 or -1.
+        values: The values of a choice: int, float, bool, None or str; a list or dict is kept as its text.
+        texts: The text after the `=` for each value of a choice.
+        low: The least value of a range or interval.
+        high: The greatest value. A range and an integer interval include it; an interval of floats may end before it.
+        step: The distance between two values of a range; negative if the grid goes down from `high`.
+        log: Whether to search on a logarithmic scale. Then `low` is above 0, and the step of a range is 1 or -1.
         integer: Whether all values of a range or interval are integers.
-        group: Whether it chooses a group's config instead of setting a value.
+        group: Whether it chooses a config of a group instead of setting a value.
     """
 
     key: str
@@ -44,12 +44,12 @@ class Parameter:
     group: bool = False
 
     def override(self, value: Any) -> str:
-        """The override that sets a value, which Hydra reads as the very same one, e.g. `optimizer.lr=0.01`.
+        """Return the override that sets a value, e.g. `optimizer.lr=0.01`. Hydra parses it to the same value.
 
-        Bounds are not checked: a scheduler may leave them.
+        Bounds are not checked, because a scheduler may exceed them.
 
         Raises:
-            ConfigError: A value that a choice does not have; no number, or no integer where only those are.
+            ConfigError: The value is not in the choice, not a number, or not an integer although all values are.
         """
         value = _plain(value)
         if self.kind == "choice":
@@ -67,7 +67,7 @@ class Parameter:
         return f"{self.key}={number!r}"
 
     def contains(self, value: Any) -> bool:
-        """Whether the sweep may take a value; one of a range of floats may be off by rounding."""
+        """Return whether a value belongs to the sweep. Rounding errors are accepted in a range of floats."""
         value = _plain(value)
         if self.kind == "choice":
             return self._place(value) is not None
@@ -85,10 +85,10 @@ class Parameter:
         return abs(low + round((number - low) / step) * step - number) <= slack
 
     def grid(self) -> tuple[Any, ...]:
-        """The values of a grid, in the order in which they were written.
+        """Return the values of a grid, in the order in which they were written.
 
         Raises:
-            ConfigError: For an interval, and for more than `MOST_VALUES`.
+            ConfigError: The parameter is an interval, or has more than `MOST_VALUES` values.
         """
         if self.kind == "choice":
             return self.values
@@ -109,13 +109,13 @@ class Parameter:
         return tuple(range(last, first - 1, -stride) if down else range(first, last + 1, stride))
 
     def probes(self) -> tuple[Any, ...]:
-        """The values worth checking before a sweep starts: all of a choice, both ends of a range or an interval."""
+        """Return the values to check before a sweep starts: all of a choice, both ends of a range or an interval."""
         if self.kind == "choice":
             return self.values
         return (self.low,) if self.low == self.high else (self.low, self.high)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON, also strictly so: a float that is not finite is `{"float": "inf"}`."""
+        """Return the parameter as values for strict JSON: a float that is not finite becomes `{"float": "inf"}`."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         found["values"] = [
             {"float": repr(v)} if isinstance(v, float) and not math.isfinite(v) else v for v in self.values
@@ -124,12 +124,12 @@ class Parameter:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Parameter:
-        """The parameter of a `to_dict`."""
+        """Return the parameter from the result of `to_dict`."""
         values = tuple(float(v["float"]) if isinstance(v, Mapping) else v for v in saved["values"])
         return cls(**{**saved, "values": values, "texts": tuple(saved["texts"])})
 
     def _bounds(self) -> tuple[float, float, float]:
-        """low, high and the step's size."""
+        """Return low, high and the absolute value of the step."""
         assert self.low is not None
         assert self.high is not None
         return self.low, self.high, abs(self.step or 0)
@@ -141,11 +141,11 @@ class Parameter:
             if not self.integer:
                 return float(value)
             return int(value) if value == int(value) else None
-        except (OverflowError, ValueError):  # no float that large; no integer of inf or nan
+        except (OverflowError, ValueError):  # too large for a float, or inf or nan for an integer
             return None
 
     def _place(self, value: Any) -> int | None:
-        """The place of a value in `values`: of its very type (1, 1.0 and true differ), else an equal number's."""
+        """Return the index in `values` of the same value and type (1, 1.0 and true differ), else of an equal number."""
         for place, one in enumerate(self.values):
             if repr(one) == repr(value):
                 return place
@@ -156,7 +156,7 @@ class Parameter:
 
 
 def _floats(first: float, last: float, step: float) -> Iterator[float]:
-    """The values of Hydra's range of floats: exact sums of the step, each then a float."""
+    """Yield the values of Hydra's range of floats: exact sums of the step, each converted to a float."""
     value, stride = decimal.Decimal(first), decimal.Decimal(step)
     while (float(value) <= last) if step > 0 else (float(value) >= last):
         yield float(value)
@@ -164,7 +164,7 @@ def _floats(first: float, last: float, step: float) -> Iterator[float]:
 
 
 def _plain(value: Any) -> Any:
-    """A sampler's number of NumPy is written as Python's."""
+    """Convert a NumPy number, which a sampler may return, to a Python number."""
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, numbers.Integral):

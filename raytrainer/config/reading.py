@@ -1,4 +1,4 @@
-"""One sweep, as Hydra's grammar has it or as a list of YAML → a `Parameter`, or why it cannot be one."""
+"""Parse one sweep, written in Hydra's grammar or as a YAML list, into a `Parameter`."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 
 class Reader:
-    """Reads one sweep at a time with what all of them need. Every method raises a ConfigError for what cannot be.
+    """A reader of single sweeps. Every method raises a ConfigError if its input is not valid.
 
     Args:
-        parser: As `make_parser` gives.
-        is_group: Whether a name is a group.
-        shared: As `parse_space`; config_dir likewise.
+        parser: The parser that `make_parser` returns.
+        is_group: Returns whether a name is a group.
+        shared, config_dir: As for `parse_space`.
 
     Attributes:
-        searchpath: As `hydra.searchpath`, for what `glob(*)` finds.
+        searchpath: As `hydra.searchpath`; `glob(*)` looks for choices there.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Reader:
         self.searchpath: list[str] = []
 
     def parse(self, line: str) -> Override:
-        """An override; whatever cannot be read is refused."""
+        """Parse an override."""
         from hydra.errors import OverrideParseException
 
         try:
@@ -66,7 +66,7 @@ class Reader:
         return found
 
     def named(self, key: str) -> Override:
-        """A key of `sweep.space`, parsed."""
+        """Parse a key of `sweep.space`."""
         try:
             found = self.parse(f"{key}=0")
         except ConfigError as error:
@@ -76,7 +76,7 @@ class Reader:
         return found
 
     def of_content(self, key: str, named: Override, content: Any) -> Parameter:
-        """The parameter of one entry of `sweep.space`; `named` is its key, parsed."""
+        """Return the parameter of one entry of `sweep.space`; `named` is its parsed key."""
         if isinstance(content, str):
             text = content.strip()
             if not text:
@@ -93,7 +93,7 @@ class Reader:
         )
 
     def parameter(self, override: Override) -> Parameter:
-        """The parameter of an override that is a sweep."""
+        """Return the parameter of an override that is a sweep."""
         from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, RangeSweep
 
         written, sweep = text_of(override), override.value()
@@ -130,12 +130,12 @@ class Reader:
             assert isinstance(sweep, ChoiceSweep)
             values = list(sweep.list)
         if sweep.shuffle:
-            # Hydra shuffles anew each time; here a sweep is the same again.
+            # Hydra shuffles differently each time; here the order depends only on the key.
             random.Random(key_element(override)).shuffle(values)
         return self.choice(override, values, written)
 
     def glob(self, override: Override, glob: Glob) -> Parameter:
-        """The choices of a group whose names match."""
+        """Return the parameter with the choices of a group whose names match."""
         from hydra.core.global_hydra import GlobalHydra
         from hydra.core.object_type import ObjectType
 
@@ -155,7 +155,7 @@ class Reader:
         return self.choice(override, names, written)
 
     def choice(self, override: Override, values: Sequence[Any], written: Any) -> Parameter:
-        """The parameter of listed values, which are as the parser gives them or plain."""
+        """Return the parameter of listed values, which are parsed or plain."""
         key = key_element(override)
         if not values:
             raise ConfigError("is an empty list: give it values", key=key, value=written)
@@ -180,7 +180,7 @@ class Reader:
         return Parameter(key, "choice", tuple(plain), tuple(texts), group=group)
 
     def text(self, key: str, value: Any) -> str:
-        """What stands after the `=`, read back once where that is not obvious."""
+        """Return the text after the `=` for a value. If it may be ambiguous, it is parsed again to check it."""
         try:
             text = as_text(value)
         except TypeError as error:
@@ -195,7 +195,7 @@ class Reader:
         return text
 
     def refuse_key(self, override: Override, written: Any) -> None:
-        """What cannot be swept over, whatever its values."""
+        """Refuse a key that cannot be swept, whatever its values."""
         if override.is_delete():
             raise ConfigError("cannot be swept: ~ deletes the key", key=f"~{target(override)}", value=written)
         name = target(override)
@@ -213,7 +213,7 @@ class Reader:
                 raise ConfigError(f"cannot be swept: {why}", key=target(override), value=written)
 
     def refuse_nested(self, override: Override, value: Any) -> None:
-        """A sweep within a list of values is taken by Hydra for a value."""
+        """Refuse a sweep within a value, which Hydra would take for a plain value."""
         from hydra.core.override_parser.types import Glob, Sweep
 
         if isinstance(value, Sweep | Glob):
@@ -290,7 +290,7 @@ def _check_log(key: str, written: str, low: float) -> None:
 
 
 def _listed(content: Sequence[Any]) -> list[Any]:
-    """A list of YAML, its lists and dicts plain ones."""
+    """Convert a YAML list, with the lists and mappings in it, to plain lists and dicts."""
     return [
         _listed(x)
         if isinstance(x, Sequence) and not isinstance(x, str | bytes)

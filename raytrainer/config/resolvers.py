@@ -1,7 +1,7 @@
-"""Resolvers of the user's own, `${NAME:…}`, in whatever process a config is resolved: those that a Hydra plugin registers.
+"""The user's own resolvers `${NAME:…}`, which Hydra plugins register, in every process that resolves a config.
 
-Hydra imports every module below `hydra_plugins` when it composes. A worker gets a composed text, and resolves it without
-Hydra: here the same modules are imported before.
+Hydra imports every module below `hydra_plugins` when it composes. A worker resolves a composed text without Hydra, so
+this module imports the same plugins first.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _HYDRAS = frozenset({"now", "hydra", "python_version"})
 
 
 def load_for(text: str) -> None:
-    """Imports the modules of `hydra_plugins` if a text uses a resolver that is not registered in this process.
+    """Import the modules of `hydra_plugins` if a text uses a resolver that is not registered in this process.
 
     Raises:
-        ConfigError: One of the modules raised while it was imported.
+        ConfigError: One of the modules raised an error while it was imported.
     """
     if all(OmegaConf.has_resolver(name) for name in _own(text)):
         return
@@ -38,14 +38,14 @@ def load_for(text: str) -> None:
 
 
 def check_same(cfg: DictConfig, text: str) -> None:
-    """Refuse a resolver of the user's own that gives another value each time: every process resolves for itself.
+    """Refuse a custom resolver that returns a different value each time, because every process resolves for itself.
 
     Args:
         cfg: The composed config.
-        text: The same as YAML.
+        text: The same config as YAML.
 
     Raises:
-        ConfigError: Naming the first key whose value differs.
+        ConfigError: A value differs; the message names the first such key.
     """
     if not _own(text):
         return

@@ -1,6 +1,7 @@
-"""The shape of an experiment: one dataclass a section, with the defaults, the valid choices and the bounds of each key.
+"""The schema of an experiment: one dataclass per section, with the default, valid choices and bounds of each key.
 
-Hydra composes YAML against it; `validate` then checks what types cannot say. Imports neither torch, ray nor mlflow.
+Hydra composes YAML against it; `validate` then checks what types cannot express. This module imports neither torch, Ray
+nor MLflow.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 def key(
     default: Any = None, *, choices: tuple[Any, ...] = (), least: float | None = None, most: float | None = None
 ) -> Any:
-    """A dataclass field with what `validate` checks: the valid values, or an inclusive range."""
+    """Return a dataclass field with what `validate` checks: the valid values, or an inclusive range."""
     return field(default=default, metadata={"choices": choices, "least": least, "most": most})
 
 
@@ -37,7 +38,7 @@ class DataConfig:
 
     @property
     def val_sets(self) -> dict[str, dict[str, Any]]:
-        """The nodes of the validation sets by name; the only one of a `val` that is a node itself is called ``."""
+        """The nodes of the validation sets by name. If `val` is itself a node, its name is the empty string."""
         given = {name: node for name, node in (self.val or {}).items() if node is not None}
         if given and all(isinstance(node, dict) for node in given.values()):
             return given
@@ -53,7 +54,7 @@ class DataConfig:
 @dataclass(kw_only=True, slots=True)
 class EarlyStopping:
     monitor: str | None = None  # null: checkpoint.monitor
-    mode: str | None = key(None, choices=(None, "min", "max"))  # null: as checkpoint.mode
+    mode: str | None = key(None, choices=(None, "min", "max"))  # null: derived from the monitor
     patience: int = key(3, least=0)  # evaluations without improvement before the run ends
     min_delta: float = key(0.0, least=0)
 
@@ -83,7 +84,7 @@ class TrainerConfig:
     eval_every_n_steps: int | None = key(None, least=0)
     channels_last: bool = False
     deterministic: bool | None = None  # null: true on CPU, false on GPU
-    peak_tflops: float | None = key(None, least=0)  # of a worker's device, for train/mfu; null: by the GPU's name
+    peak_tflops: float | None = key(None, least=0)  # for train/mfu; null: looked up by the GPU's name
     profile: Profile | None = None
     early_stopping: EarlyStopping | None = None
 
@@ -94,9 +95,9 @@ _DTYPES = (None, "float32", "bfloat16", "float16")
 @dataclass(kw_only=True, slots=True)
 class FSDPConfig:
     wrap: Any = None  # a list of classes; null: the model's blocks
-    reshard_after_forward: Any = None  # true, false, or among how many workers; null: all but the root
+    reshard_after_forward: Any = None  # true, false, or the number of workers to shard among; null: all but the root
     replicas: int = key(1, least=1)
-    param_dtype: str | None = key(None, choices=_DTYPES)  # null: of trainer.precision
+    param_dtype: str | None = key(None, choices=_DTYPES)  # null: follows trainer.precision
     reduce_dtype: str | None = key(None, choices=_DTYPES)
     meta_init: bool = True
 
@@ -106,9 +107,9 @@ class CheckpointConfig:
     every_n_steps: int | None = key(None, least=1)  # null: at every evaluation
     num_to_keep: int | None = key(2, least=1)  # null: all
     monitor: str = "val/loss"
-    mode: str | None = key(None, choices=(None, "min", "max"))  # null: as the metric's name or object says
+    mode: str | None = key(None, choices=(None, "min", "max"))  # null: derived from the monitor
     async_save: bool = True
-    min_interval_s: float | None = key(None, least=0)  # null: 0, and 10 in a trial of a sweep; the last is always saved
+    min_interval_s: float | None = key(None, least=0)  # null: 0, or 10 in a trial; the last checkpoint is always saved
 
 
 @dataclass(kw_only=True, slots=True)
@@ -141,10 +142,10 @@ class ClusterConfig:
     kind: str = key("local", choices=("inline", "local", "existing", "job", "kuberay"))
     address: str | None = None
     runtime_env: dict[str, Any] = field(default_factory=dict)
-    # Of a cluster that is not this machine's.
-    forward_env: Any = field(default_factory=list)  # names only; their values are on the cluster's side
-    env_file: str | None = None  # NAME=value lines on the cluster's machines, for those of forward_env not set there
-    shared_paths: Any = field(default_factory=list)  # directories that this machine and the cluster's have in common
+    # For a shared cluster.
+    forward_env: Any = field(default_factory=list)  # names of variables; the cluster has their values
+    env_file: str | None = None  # file on the cluster with NAME=value lines, for variables of forward_env not set there
+    shared_paths: Any = field(default_factory=list)  # directories that this machine shares with the cluster's machines
     package_limit_mb: float = key(100.0, least=0)
     wait: bool = True
     retries: int = key(0, least=0)
@@ -152,13 +153,13 @@ class ClusterConfig:
     token_file: str | None = None
     driver_resources: dict[str, float] | None = None
     # kuberay
-    context: str | None = None  # of kubectl; null: its current one
+    context: str | None = None  # kubectl context; null: the current one
     namespace: str = "default"
     image: str | None = None
-    queue: str | None = None  # of Kueue
+    queue: str | None = None  # Kueue queue
     service_account: str | None = None
-    secrets: Any = field(default_factory=list)  # names of Kubernetes secrets, whose keys become variables
-    pod_resources: dict[str, str] | None = None  # of a worker's pod; null: what one worker asks for
+    secrets: Any = field(default_factory=list)  # names of Kubernetes secrets, whose keys become environment variables
+    pod_resources: dict[str, str] | None = None  # of a worker's pod; null: the resources of one worker
     min_pods: int | None = key(None, least=0)
     max_pods: int | None = key(None, least=1)
 
@@ -166,46 +167,48 @@ class ClusterConfig:
 @dataclass(kw_only=True, slots=True)
 class SweepConfig:
     metric: str | None = None  # null: checkpoint.monitor
-    mode: str | None = key(None, choices=(None, "min", "max"))  # null: as checkpoint.mode
+    mode: str | None = key(None, choices=(None, "min", "max"))  # null: derived from the metric
     num_samples: int | None = key(None, least=1)  # null: every combination of a grid
     scheduler: dict[str, Any] | None = None
     search_alg: dict[str, Any] | None = None
     max_concurrent_trials: int | None = key(None, least=1)  # null: as many as the cluster can place
     time_budget_s: Any = None  # seconds, or a duration as trainer.max_time
     space: dict[str, Any] = field(default_factory=dict)  # key → values, in the grammar of the command line
-    seed: int | None = key(None, least=0, most=2**31 - 1)  # of what is drawn; null: the experiment's
-    max_trial_failures: int = key(0, least=0)  # how often a trial that failed is tried again
-    allow_failed: Any = True  # true: any number; false: none; or how many, for exit code 0
-    num_to_keep: int | None = key(5, least=1)  # trials whose checkpoints stay, the best; null: all
+    seed: int | None = key(None, least=0, most=2**31 - 1)  # seed of the sampling; null: the experiment's
+    max_trial_failures: int = key(0, least=0)  # how often a failed trial is retried
+    allow_failed: Any = True  # failed trials that still give exit code 0: true for any, false for none, or a number
+    num_to_keep: int | None = key(5, least=1)  # number of best trials whose checkpoints are kept; null: all
 
 
 @dataclass(kw_only=True, slots=True)
 class Evaluate:
-    run_dir: str | None = None  # whose checkpoint it is, without a password
-    checkpoint: str = "best"  # or last, or a step
-    run_id: str | None = None  # in MLflow
+    run_dir: str | None = None  # directory of the evaluated run, without a password
+    checkpoint: str = "best"  # best, last, or a step
+    run_id: str | None = None  # MLflow run of the evaluated run
 
 
 @dataclass(kw_only=True, slots=True)
 class PreflightConfig:
-    # One real batch on the CPU before the start: auto: `check` always, a launch where cores are free while Ray starts.
+    # Train one real batch on the CPU first. auto: always for `check`; for a launch if cores are free while Ray starts.
     first_batch: Any = key("auto", choices=("auto", True, False))  # noqa: RUF009
-    first_batch_timeout_s: float = key(60.0, least=1)  # after that nothing is known, which is no refusal
+    first_batch_timeout_s: float = key(60.0, least=1)  # after that the probe has no result and refuses nothing
 
 
 @dataclass(kw_only=True, slots=True)
 class InitFrom:
     source: str | None = None
     strict: bool = True
-    mapping: dict[str, str] = field(default_factory=dict)  # beginning of a name there → here
-    exclude: Any = field(default_factory=list)  # patterns of names here
+    mapping: dict[str, str] = field(default_factory=dict)  # prefix of a name in the source → in the model
+    exclude: Any = field(default_factory=list)  # patterns of names in the model
 
 
 @dataclass(kw_only=True, slots=True)
 class Experiment:
-    """A whole experiment, resolved and typed. Sections `model`, `loss`, `optimizer`, `lr_scheduler`, `data.train`,
-    `data.val` and `data.collate_fn` are `_target_` nodes that `raytrainer.config.build` makes objects of; `callbacks`,
-    `metrics` and, where there are several, `data.val` are dicts of such nodes.
+    """A whole experiment, resolved and typed.
+
+    The sections `model`, `loss`, `optimizer`, `lr_scheduler`, `data.train`, `data.val` and `data.collate_fn` are
+    `_target_` nodes, whose objects `raytrainer.config.build` creates. `callbacks`, `metrics` and a `data.val` with
+    several sets are dicts of such nodes.
     """
 
     name: str | None = None
@@ -213,7 +216,7 @@ class Experiment:
     storage_path: str | None = None
     init_from: InitFrom | None = field(default=None, metadata={"text": "source"})
     debug: bool = False
-    evaluate: Evaluate | None = None  # set by the verb: no training, but a checkpoint's evaluation
+    evaluate: Evaluate | None = None  # set by `evaluate ID`, which validates a checkpoint and does not train
     model: dict[str, Any] | None = None
     loss: dict[str, Any] | None = None
     optimizer: dict[str, Any] | None = None
@@ -233,13 +236,13 @@ class Experiment:
 
     @property
     def max_workers(self) -> int:
-        """The most workers the run may have: `scaling.num_workers`, or the upper bound of an elastic one."""
+        """The largest number of workers: `scaling.num_workers`, or its upper bound for an elastic run."""
         n = self.scaling.num_workers
         return int(n[1]) if isinstance(n, list) else int(n)
 
 
 def known_keys(kind: type = Experiment, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the schema, sections and leaves, e.g. `trainer.max_steps`."""
+    """Yield every dotted key of the schema, sections and leaves, e.g. `trainer.max_steps`."""
     for f in dataclasses.fields(kind):
         yield prefix + f.name
         section = section_of(f)
@@ -248,17 +251,17 @@ def known_keys(kind: type = Experiment, prefix: str = "") -> Iterator[str]:
 
 
 def section_of(f: dataclasses.Field[Any]) -> type | None:
-    """The dataclass of a field that is a section, else None. Annotations are strings here: `Profile | None`."""
+    """Return the dataclass of a field that is a section, else None. Annotations are strings here: `Profile | None`."""
     name = str(f.type).removesuffix(" | None")
     found = globals().get(name)
     return found if isinstance(found, type) and dataclasses.is_dataclass(found) else None
 
 
 def validate(section: Any, prefix: str = "") -> None:
-    """Checks choices and bounds of a section and those below it.
+    """Check the choices and bounds of a section and of the sections below it.
 
     Raises:
-        ConfigError: Naming the first key that does not hold.
+        ConfigError: A value is not valid; the message names the first such key.
     """
     for f in dataclasses.fields(section):
         value, name = getattr(section, f.name), prefix + f.name
@@ -266,7 +269,7 @@ def validate(section: Any, prefix: str = "") -> None:
             validate(value, f"{name}.")
             continue
         choices, least, most = (f.metadata.get(k) for k in ("choices", "least", "most"))
-        # `1 == True` in Python: the type is compared too, or `resident=1` would pass.
+        # In Python `1 == True`, so types are compared too; otherwise `resident=1` would pass.
         if choices and not any(value == c and type(value) is type(c) for c in choices):
             raise ConfigError("is not a valid choice", key=name, value=value, choices=[_written(c) for c in choices])
         if value is None or isinstance(value, bool):

@@ -1,6 +1,6 @@
-"""The search space of a sweep: the command line's sweeps and those of `sweep.space`, written alike → typed `Parameter`s.
+"""The search space of a sweep: parse the sweeps of the command line and of `sweep.space` into typed `Parameter`s.
 
-Imports neither torch, ray nor mlflow.
+This module imports neither torch, Ray nor MLflow.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SHARED: Mapping[str, str] = {
     "debug": "debugging is one run, without -m",
 }
 _HYDRAS_OWN = {"hydra": "it is Hydra's own, once for all trials"}
-_MOST_REFERENCES = 16  # one after the other: more are a circle
+_MOST_REFERENCES = 16  # in a chain; a longer chain is a cycle
 
 
 def parse_space(
@@ -46,22 +46,23 @@ def parse_space(
     shared: Mapping[str, str] = SHARED,
     config_dir: str | Path | None = None,
 ) -> tuple[list[Parameter], list[str]]:
-    """The parameters of a sweep, and the overrides that all its trials have.
+    """Return the parameters of a sweep, and the overrides that all its trials share.
 
     Args:
-        overrides: The command line's, sweeps and others. Each wins over the same key in `space`.
+        overrides: The overrides of the command line, sweeps and others. Each takes precedence over its key in `space`.
         space: Key → a sweep as on the command line (`"tag(log,interval(1e-4,1e-1))"`, `"64,128"`) or a list of values.
             Keys may be dotted or nested.
-        groups: Which names are groups.
+        groups: The names of groups, or a function that returns whether a name is one.
         shared: First part of a key → why it cannot be swept; `hydra` never can.
-        config_dir: As `compose` takes it, for what `glob(*)` finds where Hydra is not running, or runs without the
-            `hydra.searchpath` that is among the overrides.
+        config_dir: As for `compose`. `glob(*)` needs it if Hydra is not running, or runs without the `hydra.searchpath`
+            among the overrides.
 
     Returns:
-        The parameters, those of `space` first, each in the order written; the other overrides as they were written.
+        The parameters, those of `space` first, in the order in which they were written; the other overrides as they
+        were written.
 
     Raises:
-        ConfigError: A sweep that cannot be read, is empty or over a key that cannot be swept, or a key given twice.
+        ConfigError: A sweep cannot be parsed, is empty or is over a key that cannot be swept, or a key is given twice.
     """
     parser = make_parser()
     is_group = groups if callable(groups) else groups.__contains__
@@ -89,14 +90,14 @@ def parse_space(
 
 
 def written_space(config: DictConfig, key: str = "sweep.space") -> dict[str, Any]:
-    """A space as a composed config has it, for `parse_space`.
+    """Return the space in a composed config, for `parse_space`.
 
-    A value `${oc.env:TOKEN}` stays as it is written, and each trial resolves it: no secret gets into what is kept of a
-    sweep. `${other.key}` is followed to what stands there, and a number of an interval or a range is resolved.
+    A value `${oc.env:TOKEN}` stays a reference, which each trial resolves, so that no secret is stored with the sweep.
+    `${other.key}` is replaced by the content of that key, and the numbers of an interval or a range are resolved.
 
     Args:
         config: The whole config, to which the references refer.
-        key: Of the space.
+        key: The key of the space.
     """
     root = OmegaConf.to_container(config, resolve=False)
     found = _followed(root, key.split("."), f"${{{key}}}")
@@ -121,7 +122,7 @@ def _written_part(config: DictConfig, root: Any, section: str, name: Any, conten
     OmegaConf.set_struct(scratch, False)
     scratch["_"] = content
     with contextlib.suppress(OmegaConfBaseException, HydraException):
-        # Numbers alone: anything else is refused later, as it is written.
+        # Only the numbers of an interval or range are resolved. Anything else is refused later, as written.
         if isinstance(make_parser().parse_override(f"x={scratch['_']}").value(), IntervalSweep | RangeSweep):
             return str(scratch["_"])
     return content
@@ -138,11 +139,11 @@ def _is_readable(text: str) -> bool:
 
 
 def _followed(root: Any, place: Sequence[str], content: Any) -> Any:
-    """What a reference to another key leads to, unresolved; anything else is returned as it is.
+    """Return the content of the key to which a reference leads, unresolved. Other content is returned unchanged.
 
     Args:
         root: The whole config, as plain values.
-        place: Where the reference stands.
+        place: The parts of the key that holds the reference.
     """
     for _ in range(_MOST_REFERENCES):
         m = re.fullmatch(r"\$\{(\.*)([\w.]+)\}", content) if isinstance(content, str) else None
@@ -176,7 +177,7 @@ def _of_space(reader: Reader, space: Mapping[str, Any], taken: Collection[str]) 
 
 
 def _flat(space: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`{a: {b: …}}` is `a.b`, which is what `+sweep.space.a.b=…` gives."""
+    """Yield the entries of a space with dotted keys: `+sweep.space.a.b=…` composes to `{a: {b: …}}`, which is `a.b`."""
     for name, content in space.items():
         if not isinstance(name, str) or not name:
             raise ConfigError(f"has the key {name!r}, where a text must be", key="sweep.space")

@@ -1,6 +1,6 @@
-"""A composed config as an experiment of its own: one YAML that composes to the same again, and takes overrides on top.
+"""Write a composed config as an experiment of its own: one YAML that composes to the same config and takes overrides.
 
-As any experiment it can be edited, moved and given to others; what it refers to by `${oc.env:…}` stays a reference.
+Like any experiment, it can be edited, moved and shared. References such as `${oc.env:…}` stay references.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from omegaconf import DictConfig, OmegaConf
 from raytrainer.config.compose import CONFIG_MODULE, CONFIG_NAME
 from raytrainer.config.typed import defaults
 
-# What is one launch's and not the experiment's.
+# Keys that belong to one launch and not to the experiment.
 _OF_A_LAUNCH = ("name", "storage_path", "sweep")
 
 
 def as_experiment(text: str, about: Sequence[str] = ()) -> str:
-    """A saved `Composition.text` as the file `experiment/NAME.yaml` of a config directory.
+    """Return a saved `Composition.text` as the file `experiment/NAME.yaml` of a config directory.
 
-    No group is chosen from but `cluster`, so that an experiment that was found in one place can be run in another
-    (`cluster=existing`). The choices of the other groups are written out: `optimizer.lr=0.1` on top changes a value,
-    but `optimizer=sgd` would only be mixed in.
+    `cluster` is the only group with a choice, so that the experiment can run on another cluster (`cluster=existing`).
+    The choices of the other groups are written out: an override `optimizer.lr=0.1` changes a value, but `optimizer=sgd`
+    would only be merged in.
 
     Args:
-        text: The composition's; its name, place and sweep are left out.
-        about: Comments, a line each, for the top of the file.
+        text: The text of the composition; its name, storage path and sweep are left out.
+        about: Comments for the top of the file, one line each.
     """
-    # The defaults stand in it too: a key that an override took out must not come back from the root.
+    # Include the defaults: a key that an override removed must not come back from the root config.
     config = OmegaConf.merge(OmegaConf.create(defaults()), OmegaConf.create(text))
     assert isinstance(config, DictConfig)
     for name in _OF_A_LAUNCH:
@@ -47,17 +47,17 @@ def as_experiment(text: str, about: Sequence[str] = ()) -> str:
 
 
 def _chosen() -> list[str]:
-    """The groups that the root config chooses from by default."""
+    """Return the groups for which the root config has a default choice."""
     entries = _read(f"{CONFIG_NAME}.yaml")["defaults"]
     found = [next(iter(entry.items())) for entry in entries if isinstance(entry, dict)]
     return [group for group, choice in found if choice is not None and not group.startswith("override ")]
 
 
 def _cluster(section: Any) -> tuple[str | None, dict[str, Any]]:
-    """The choice of ours that a section `cluster` comes closest to, and in what it differs."""
+    """Return raytrainer's choice of the group `cluster` for a section, and the keys in which the section differs."""
     kind = section["kind"]
     if not importlib.resources.files(CONFIG_MODULE).joinpath(f"cluster/{kind}.yaml").is_file():
-        return None, section  # a reference, as `${oc.env:CLUSTER}`
+        return None, section  # a reference such as `${oc.env:CLUSTER}`
     chosen = {**defaults()["cluster"], **_read(f"cluster/{kind}.yaml")}
     return kind, {name: value for name, value in section.items() if value != chosen.get(name)}
 

@@ -1,5 +1,7 @@
-"""How the workers share the model: what `trainer.strategy`, the section `fsdp` and the number of workers must have in
-common. Which classes the model has is known when it is built."""
+"""Check that `trainer.strategy`, the section `fsdp` and the number of workers fit together.
+
+The classes of a model are known only when it is built, so their names are not checked here.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,10 @@ from raytrainer.errors import ConfigError
 
 
 def check_strategy(e: Experiment) -> None:
-    """Of keys that are valid each by itself, those that do not fit together.
+    """Check that keys that are each valid also fit together.
 
     Raises:
-        ConfigError: Naming the first.
+        ConfigError: They do not fit; the message names the first such key.
     """
     f, workers = e.fsdp, e.scaling.num_workers
     f.wrap = _classes("fsdp.wrap", f.wrap, None, "null (the model's own blocks) or a list of names of classes: [Block]")
@@ -34,7 +36,7 @@ def check_strategy(e: Experiment) -> None:
                     value=value,
                 )
         return
-    if e.debug:  # one process, of whatever an experiment is made for
+    if e.debug:  # debugging uses one process, whatever the experiment says
         return
     optimizer = (e.optimizer or {}).get("_target_")
     if optimizer == "torch.optim.Adafactor" and e.max_workers > 1:

@@ -1,6 +1,6 @@
-"""Plain nested values → a typed `Experiment`: every key known, every value of its type, or an error that says which.
+"""Convert plain nested values to a typed `Experiment`, or name the first unknown key or value of a wrong type.
 
-Our own, so that a key is checked the same way wherever it comes from: the command line (`+` or not) or anybody's YAML.
+raytrainer checks keys itself, so that the check is the same for the command line (with or without `+`) and any YAML.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from raytrainer.config.foreign import answer
 from raytrainer.config.schema import Experiment, known_keys, section_of
 from raytrainer.errors import ConfigError, nearest
 
-# Sections whose keys are the arguments of somebody's target.
+# Sections whose keys are the arguments of a target.
 NODES = (
     *(
         "model",
@@ -31,7 +31,7 @@ NODES = (
     ),
     *("sweep.scheduler", "sweep.search_alg", "sweep.space"),
 )
-# Mappings whose keys are anybody's.
+# Mappings with arbitrary keys.
 OPEN = (
     *("scaling.resources_per_worker", "scaling.label_selector", "sweep.space"),
     *("cluster.runtime_env", "cluster.driver_resources", "cluster.pod_resources"),
@@ -40,19 +40,19 @@ _TRUE, _FALSE = {"true", "yes", "on"}, {"false", "no", "off"}
 
 
 def defaults() -> dict[str, Any]:
-    """The schema as plain values: what Hydra composes on top of."""
+    """Return the schema's defaults as plain values, on top of which Hydra composes."""
     return dataclasses.asdict(Experiment())
 
 
 def typed(values: Mapping[str, Any], groups: Sequence[str] = ()) -> Experiment:
-    """The experiment of composed and resolved values; what they leave out has its default.
+    """Return the experiment with composed and resolved values. Keys that they leave out have their defaults.
 
     Args:
-        values: Nested.
-        groups: The groups chosen from, which tell a file that misses its `# @package` line.
+        values: Nested mappings.
+        groups: The groups with a choice, to recognise a file without its `# @package` line.
 
     Raises:
-        ConfigError: Naming the first key that is not ours, or whose value is not of its type.
+        ConfigError: A key is unknown, or a value has the wrong type; the message names the first one.
     """
     for name in values:
         misplaced = name in ("experiment", "debug") and isinstance(values[name], Mapping)
@@ -69,18 +69,18 @@ def typed(values: Mapping[str, Any], groups: Sequence[str] = ()) -> Experiment:
 
 
 def is_below_node(name: str) -> bool:
-    """Whether a key is an argument of a `_target_` (or may be one, below a dict in it)."""
+    """Return whether a key is an argument of a `_target_`, or may be one below a dict in it."""
     return any(name.startswith(node + ".") for node in NODES)
 
 
 def unknown_key(name: str, value: Any, known: Sequence[str]) -> ConfigError:
-    """The error for a key that is not one: another framework's name is answered with ours, else the nearest are told."""
+    """Return the error for an unknown key: for another framework's name it has ours, else the nearest valid keys."""
     if ours := answer(name):
         return ConfigError(f"is another framework's name; here it is {ours}", key=name, value=value)
     section, _, last = name.rpartition(".")
     tails = {k: k.rpartition(".")[2] for k in known}
     beside = [k for k in known if k.rpartition(".")[0] == section]
-    # The same key of another section, then a similar one of this section, then whatever looks alike as a whole.
+    # First the same name in other sections, then similar names in this section, else keys that are similar as a whole.
     close = [k for k in known if tails[k] == last and k != name]
     close += [k for t in nearest(last, [tails[k] for k in beside]) for k in beside if tails[k] == t]
     close = close or (beside if is_below_node(name) else nearest(name, known))
@@ -90,7 +90,7 @@ def unknown_key(name: str, value: Any, known: Sequence[str]) -> ConfigError:
         else "is not a key"
     )
     valid = close or beside or [k for k in known if "." not in k]
-    # In this order: what is near to the value is no better a key.
+    # Keep this order: a key that resembles the value is no better suggestion.
     return ConfigError(reason, key=name, value=value, choices=dict.fromkeys(valid), ranked=True)
 
 
@@ -99,10 +99,10 @@ def _is_key(name: str) -> bool:
 
 
 def _paths(values: Mapping[str, Any], prefix: str = "") -> typing.Iterator[str]:
-    """The keys of the schema and those of the composed nodes: what a wrong key may have been meant to be."""
+    """Yield the keys that a wrong key may have been meant to be: those of the schema and of the composed nodes."""
     if not prefix:
         yield from known_keys()
-        yield "experiment"  # a group that is no section
+        yield "experiment"  # a group, but not a section
     for name, child in values.items():
         path = f"{prefix}{name}"
         if is_below_node(path):
@@ -125,7 +125,7 @@ def _section(kind: type, values: Any, prefix: str, known: Sequence[str]) -> Any:
             raise unknown_key(path, None if isinstance(value, Mapping) else value, known)
         section = section_of(fields[name])
         if isinstance(value, str) and (main := fields[name].metadata.get("text")):
-            value = {main: value}  # a text stands for the section with that one key
+            value = {main: value}  # text is short for a section with that one key
         if section is not None and value is not None:
             given[name] = _section(section, value, f"{path}.", known)
         elif section is not None and "None" not in str(fields[name].type):
@@ -141,7 +141,7 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def _converted(path: str, value: Any, hint: Any) -> Any:
-    """The value as its type; text of a number or truth value counts (it comes from `${oc.env:…}`)."""
+    """Convert a value to its type. Text is accepted for numbers and truth values, because `${oc.env:…}` gives text."""
     if hint is Any:
         return value
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
@@ -180,7 +180,7 @@ def _plain(value: Any, kind: Any) -> Any:
             return number
         if isinstance(value, int):
             return value
-        if number == int(number):  # 1e3 is a thousand steps
+        if number == int(number):  # `1e3` is a float in YAML, but a whole number of steps
             return int(number)
     raise ValueError
 

@@ -1,15 +1,15 @@
-"""Runs and sweeps that are or were, wherever: one verb each, for a run's name, its MLflow id or its Ray submission id.
+"""The commands for existing runs and sweeps. They take a run's name, its MLflow id or its Ray submission id.
 
-    finding     which run an ID means               listing    list: mine or all, the newest first
-    again       resume and rerun: what is launched  status     status: one run, all that is known of it
-    tree        rerun: the code that it ran with    logs       logs: of driver and ranks, now and afterwards
-    liveness    whether a run's driver lives        stopping   stop: and waiting until all is free
-    reconcile   closing runs that are surely dead   jobs       a shared cluster, as the verbs need it
-    trained     whose checkpoints a verb reads       evaluating evaluate: one of them validated
-    exporting   export: its weights and config      pruning    prune: what nobody needs any more
-    commands    the verbs' arguments and output
+    finding     the run that an ID means            listing    list: my runs or all, the newest first
+    again       resume and rerun: what they launch  status     status: all that is known of one run
+    tree        rerun: the code of the original     logs       logs: of driver and ranks, live or afterwards
+    liveness    whether a run's driver is alive     stopping   stop: and wait until all resources are free
+    reconcile   closing runs whose driver is dead   jobs       shared clusters, as the commands need them
+    trained     the run of a checkpoint             evaluating evaluate: validate a checkpoint
+    exporting   export: weights and config          pruning    prune: delete what is no longer needed
+    commands    the commands' arguments and output  run_summary what `list` and `status` show of a run
 
-Names are imported when they are first used: listing runs needs neither Ray nor torch.
+Names are imported when they are first used, so that listing runs needs neither Ray nor torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What going on with a run or sweep (`resume`) and doing it again (`rerun`) launch, and what of it is refused."""
+"""What `resume` and `rerun` of a run or sweep launch, and which overrides they refuse."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from raytrainer.sweep.plan import Plan
 
 
 def to_resume(identifier: str, overrides: Sequence[str]) -> tuple[Composition, Record, list[str]]:
-    """What `launch` needs to go on with a run: its config with value overrides, its record, changed optimizer keys.
+    """Return what `launch` needs to continue a run: its config with overrides, its record, changed optimizer settings.
 
     Raises:
-        RunNotFound: There is no such run.
-        ConfigError: An override that is no value, or changes what the checkpoint's state means.
+        RunNotFound: There is no such run, it was moved, or it has nothing to continue from.
+        ConfigError: An override is not a value, or changes what the checkpoint's state means.
     """
     record, storage = find(identifier)
     for override in overrides:
@@ -45,10 +45,10 @@ def to_resume(identifier: str, overrides: Sequence[str]) -> tuple[Composition, R
 
 
 def to_rerun(identifier: str, overrides: Sequence[str]) -> Composition:
-    """The config of a run under a new name, with value overrides: what `launch` needs to do it again.
+    """Return the config of a run under a new name, with value overrides, for `launch`.
 
     Raises:
-        RunNotFound, ConfigError: As `to_resume`.
+        RunNotFound, ConfigError: As for `to_resume`.
     """
     record, storage = find(identifier)
     if not any(o.partition("=")[0] == "name" for o in overrides):
@@ -62,7 +62,7 @@ def to_rerun(identifier: str, overrides: Sequence[str]) -> Composition:
     return _composed(record, storage, overrides)
 
 
-# What a sweep that goes on may be given: anything else would make its later trials other ones than the earlier.
+# The keys that may change when a sweep is resumed. Any other key would make later trials differ from earlier ones.
 _OF_A_SWEEP = (
     "num_samples",
     "max_concurrent_trials",
@@ -74,11 +74,11 @@ _OF_A_SWEEP = (
 
 
 def to_resume_sweep(identifier: str, overrides: Sequence[str]) -> tuple[Plan, Record]:
-    """What `sweep.launch` needs to go on with a sweep.
+    """Return what `sweep.launch` needs to continue a sweep.
 
     Raises:
         RunNotFound: There is no such sweep.
-        ConfigError: An override that would change what its trials are.
+        ConfigError: An override would change what its trials are, or the ID names a trial.
     """
     record, storage = find(identifier)
     if trial_of(identifier, record):
@@ -102,10 +102,11 @@ def to_resume_sweep(identifier: str, overrides: Sequence[str]) -> tuple[Plan, Re
 
 
 def to_rerun_sweep(identifier: str, overrides: Sequence[str]) -> Plan:
-    """A sweep under a new name, with value overrides.
+    """Return the plan of a sweep under a new name, with value overrides.
 
     Raises:
-        RunNotFound, ConfigError: As `to_resume_sweep`.
+        RunNotFound: There is no such sweep.
+        ConfigError: An override is wrong, or sets a parameter of the sweep.
     """
     record, storage = find(identifier)
     if not any(o.partition("=")[0] == "name" for o in overrides):
@@ -119,7 +120,7 @@ def to_rerun_sweep(identifier: str, overrides: Sequence[str]) -> Plan:
 
 
 def trial_composition(number: str, record: Record, storage: Storage) -> Composition:
-    """The config of a sweep's trial, with the parameters of its best evaluation.
+    """Return the config of a sweep's trial, with the parameters of its best evaluation.
 
     Raises:
         RunNotFound: There is no such trial.
@@ -133,7 +134,7 @@ def trial_composition(number: str, record: Record, storage: Storage) -> Composit
 
 
 def stem(record: Record) -> str:
-    """What a run's name begins with, before the time."""
+    """Return a run's name without the time and the digits that `new_name` appends."""
     return re.sub(r"-\d{8}-\d{6}-[0-9a-f]{4}$", "", record.name)
 
 

@@ -1,7 +1,7 @@
-"""What a resume changes: the config as it resolves now beside what the run was recorded with.
+"""What a resume changes: compare the config as it resolves now with the values that the run was recorded with.
 
-A value may change without being named, through a reference such as `T_max: ${trainer.max_steps}`. What the restored state
-would silently override, or does not fit, is refused here; what it can follow goes on with its new value.
+A value may change without being named, through a reference such as `T_max: ${trainer.max_steps}`. A change is refused
+if the restored state would silently override it or does not fit it. Any other change takes effect.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from raytrainer.config import Experiment, key_of, parameters_of
 from raytrainer.errors import ConfigError
 from raytrainer.run import Record, changes_meaning
 
-# What is built anew with its new values, and whose state says nothing of them.
+# Sections that are built again with their new values, which no saved state overrides.
 _FOLLOWS = ("loss", "callbacks", "metrics", "data.val", "tracking")
-# Schedulers that write what the optimizer was given: its own value is never read.
+# Schedulers that overwrite settings of the optimizer, so that its own values are never used.
 _RULES_OPTIMIZER = {
     "torch.optim.lr_scheduler.OneCycleLR": ("lr", "momentum", "betas"),
     "torch.optim.lr_scheduler.CyclicLR": ("lr", "momentum", "betas"),
 }
-# Settings of optimizers that need a state which a run without them did not keep.
+# Settings of optimizers that need a state which a run without them has not kept.
 _NEEDS_STATE = {"amsgrad": "max_exp_avg_sq", "centered": "grad_avg"}
 _ABSENT = object()
 
 
 def check_changes(before: Experiment, after: Experiment, record: Record, overrides: Sequence[str]) -> list[str]:
-    """The optimizer's settings whose new values are to replace those in the checkpoint.
+    """Return the optimizer's settings whose new values must replace those in the checkpoint.
 
     Args:
         before: The recorded config, resolved here and now.
-        after: The same with the overrides of this resume.
-        record: The run's, with the values that its references had.
-        overrides: As they were typed.
+        after: The same config with the overrides of this resume.
+        record: The run record, with the values that references had.
+        overrides: The overrides as they were typed.
 
     Raises:
         ConfigError: A value changes that the checkpoint cannot follow.
@@ -70,10 +70,10 @@ def _check_scheduler(before: Experiment, after: Experiment, record: Record, name
     old, new = _recorded(record, "lr_scheduler", before.lr_scheduler), _flat("lr_scheduler", after.lr_scheduler)
     changed = list(_changed(old, new))
     if not changed or not after.lr_scheduler or "optimizer" not in parameters_of("lr_scheduler", after.lr_scheduler):
-        return  # a curve is a function of the step: it follows
+        return  # a curve is a function of the step, so new values take effect
     key, target, more = changed[0], after.lr_scheduler["_target_"], " ".join(named.values())
     was, fix = old.get(key), ""
-    if was is not None and not key.endswith(".total_steps"):  # a run cannot be longer than that
+    if was is not None and not key.endswith(".total_steps"):  # keeping it would not allow a longer run
         fix = f"keep it with {key}={_shown(was)}, or "
     reason = "" if key in named else ", since it refers to another value that has changed"
     raise ConfigError(
@@ -116,7 +116,7 @@ def _optimizer(before: Experiment, after: Experiment, record: Record, named: Map
 
 
 def _recorded(record: Record, section: str, before: Any) -> dict[str, Any]:
-    """A node as it was resolved when the run was last launched, as far as its record says; else as it resolves now."""
+    """Return a node as it was resolved at the last launch, as far as the record has it, else as it resolves now."""
     now = _flat(section, before)
     if section not in record.resolved:
         return now
@@ -129,7 +129,7 @@ def _flat(section: str, node: Any) -> dict[str, Any]:
 
 
 def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key → value; a list is one value. As JSON has them, since a record is JSON."""
+    """Yield dotted keys with their values; a list is one value. Tuples become lists, because a record is JSON."""
     if isinstance(values, Mapping) and values:
         for name, value in values.items():
             yield from _leaves(value, f"{prefix}.{name}" if prefix else str(name))

@@ -1,4 +1,4 @@
-"""The verbs that are no launch, list, status, logs, stop, export and prune: their arguments, what they print, their exit codes."""
+"""Commands that start no run (list, status, logs, stop, export and prune): their arguments, output and exit codes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TAKE_OVERRIDES = ("resume", "rerun", "evaluate")
 
 
 class Parser(argparse.ArgumentParser):
-    """A verb's arguments, with mistakes in our words: each names what the verb takes."""
+    """The arguments of a command. Every error names what the command takes."""
 
     def __init__(self, verb: str, about: str) -> None:
         super().__init__(f"{provenance.program()} {verb}", description=about, allow_abbrev=False)
@@ -46,10 +46,10 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} {self.takes()}" if message[-1] == "?" else f"{message}; {self.takes()}")
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Options and positional arguments in any order.
+        """Parse options and positional arguments in any order.
 
         Raises:
-            ConfigError: An option that the verb does not have; the nearest of it is told.
+            ConfigError: The command does not have an option; the message names the nearest one.
         """
         known, unknown = self.parse_known_intermixed_args(list(arguments))
         if unknown:
@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
         return known
 
     def takes(self) -> str:
-        """What there is to give."""
+        """Return what the command takes, as text."""
         values = [str(action.metavar) for action in self._actions if not action.option_strings]
         return f"{self.verb} takes {', '.join([*values, *self.flags()])}"
 
@@ -69,16 +69,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(verb: str, arguments: Sequence[str]) -> int:
-    """Runs a verb; returns its exit code.
+    """Run a command and return its exit code.
 
     Raises:
-        Refused: A wrong argument, or a run that there is not.
+        Refused: An argument is wrong, or the run does not exist.
     """
     given = parser(verb).parse(arguments)
     if verb not in ("list", "status"):
         return _VERBS[verb](given)
-    # Looking for garbage in what mlflow's import makes, meanwhile and once more at the process's end, is half of the
-    # time that these two would take.
+    # Garbage collection in the objects that mlflow's import creates, during the import and at exit, would take half of
+    # the time of these two commands.
     gc.disable()
     try:
         return _VERBS[verb](given)
@@ -88,7 +88,7 @@ def command(verb: str, arguments: Sequence[str]) -> int:
 
 
 def parser(verb: str) -> Parser:
-    """The arguments of a verb."""
+    """Return the parser for the arguments of a command."""
     found = Parser(verb, _ABOUT[verb])
     add = found.add_argument
     if verb == "list":
@@ -132,7 +132,7 @@ def parser(verb: str) -> Parser:
 
 
 def _add_checkpoint(found: Parser) -> None:
-    """Which checkpoint of a run: the best, the last, or that of a step."""
+    """Add the options that choose a run's checkpoint: the best, the last, or that of a step."""
     one = found.add_mutually_exclusive_group()
     one.add_argument("--last", dest="checkpoint", action="store_const", const="last", help="its last, not its best one")
     one.add_argument(
@@ -141,10 +141,10 @@ def _add_checkpoint(found: Parser) -> None:
 
 
 def outcome_json(outcome: Any) -> str:
-    """How a launch ended, as `--json` prints it; numbers that JSON lacks are null.
+    """Return how a launch ended as JSON, for `--json`. Numbers that JSON cannot express are null.
 
     Args:
-        outcome: `run.Outcome` or `sweep.SweepOutcome`.
+        outcome: A `run.Outcome` or `sweep.SweepOutcome`.
     """
     found = {key: getattr(outcome, key) for key in ("status", "exit_code", "where", "cause", "mlflow", "seconds")}
     found |= {"seconds_of_all_attempts": outcome.record.seconds, "attempts": outcome.record.attempts}
@@ -285,11 +285,10 @@ def _age(text: str) -> float:
 
 
 def completions(words: Sequence[str]) -> list[str] | None:
-    """What can stand for the last of the words after a verb: its options, or the names of the runs here; None: what
-    Hydra says.
+    """Return completions for the last word after a command: its options, or the names of runs here; None to ask Hydra.
 
     Args:
-        words: From the verb on.
+        words: The words of the command line from the command on.
     """
     verb, last = words[0], words[-1]
     if verb not in _ABOUT:
@@ -298,7 +297,7 @@ def completions(words: Sequence[str]) -> list[str] | None:
         return [flag for flag in parser(verb).flags() if flag.startswith(last)]
     if verb == "list":
         return []
-    if any(not word.startswith("-") for word in words[1:-1]):  # it has its ID
+    if any(not word.startswith("-") for word in words[1:-1]):  # the ID is already there
         return None if verb in _TAKE_OVERRIDES else []
     names = _folders("runs")
     sweep, dot, _ = last.rpartition(".")

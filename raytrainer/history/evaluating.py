@@ -1,4 +1,4 @@
-"""What `evaluate ID` launches: a run of its own, below the one in MLflow, that validates a checkpoint of it."""
+"""What `evaluate ID` launches: a new run, below the evaluated one in MLflow, that validates one of its checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from raytrainer.history.trained import trained
 from raytrainer.run import tracking_uri
 from raytrainer.storage import redacted
 
-# The sections of a group that say something about an evaluation; the others are the model's and its training's.
+# The sections of a group that matter for an evaluation. The other groups belong to the model and its training.
 _CHOICES = {"data": ("data.val", "data.collate_fn"), "cluster": ("cluster",)}
 _OF_THE_MODEL = (
     "model",
@@ -35,17 +35,17 @@ _OF_ITS_STATE = ("trainer.ema_decay", "trainer.freeze")
 def to_evaluate(
     identifier: str, overrides: Sequence[str], *, checkpoint: str = "best", config_dir: str | None = None
 ) -> Composition:
-    """The config of the evaluation: what `launch` needs.
+    """Return the config of the evaluation, for `launch`.
 
     Args:
-        identifier: Of a run, or of a trial of a sweep.
-        overrides: Values, and choices of the groups `data` (its `data.val` is taken) and `cluster`.
+        identifier: The ID of a run, or of a trial of a sweep.
+        overrides: Values, and choices of the groups `data` (for `data.val` and `data.collate_fn`) and `cluster`.
         checkpoint: `best`, `last`, or a step.
-        config_dir: Where choices may be besides.
+        config_dir: A directory with further choices.
 
     Raises:
         RunNotFound: There is no such run, or it has no checkpoint.
-        ConfigError: An override that would make another model of it; a checkpoint that it does not have.
+        ConfigError: An override would change the model, or the run does not have this checkpoint.
     """
     source = trained(identifier, checkpoint)
     record, text, storage = source.record, source.text, source.root
@@ -61,8 +61,8 @@ def to_evaluate(
     if record.experiment_name:
         fixed["tracking.experiment_name"] = record.experiment_name
     if record.tracking_uri and tracking_uri(from_text(text).experiment, record.tracking_uri) == record.tracking_uri:
-        fixed["tracking.tracking_uri"] = record.tracking_uri  # below the run, wherever this is typed
-    if storage.display != redacted(record.run_dir):  # it was moved, or copied
+        fixed["tracking.tracking_uri"] = record.tracking_uri  # the server of the evaluated run, wherever this is typed
+    if storage.display != redacted(record.run_dir):  # the run was moved or copied
         fixed["storage_path"] = storage.display.rpartition("/")[0]
     for group, choice in choices.items():
         fixed.update(_section(group, choice, values, config_dir))
@@ -75,7 +75,7 @@ def to_evaluate(
 
 
 def _sorted(overrides: Sequence[str], config_dir: str | None) -> tuple[dict[str, str], list[str]]:
-    """Choices of groups, and values."""
+    """Split overrides into choices of groups and values."""
     choices: dict[str, str] = {}
     values = []
     for override in overrides:
@@ -102,10 +102,10 @@ def _is_group(name: str, config_dir: str | None) -> bool:
 
 
 def _section(group: str, choice: str, values: Sequence[str], config_dir: str | None) -> dict[str, Any]:
-    """What a choice of a group puts into the config, its references unresolved."""
+    """Return what a choice of a group adds to the config, with its references unresolved."""
     own = [value for value in values if value.lstrip("+").startswith(f"{group}.")]
     folder = None if config_dir is None else Path(config_dir)
-    # What a whole experiment lacks that is an evaluation's alone: its length, what is watched, data to train on.
+    # Make it a valid experiment: a length, training data, and `evaluate`, with which monitors are not checked.
     rest = ["trainer.max_steps=1", "evaluate={checkpoint:best}", "data.train={_target_:builtins.dict}"]
     composed = yaml.safe_load(compose([f"{group}={choice}", *own, *rest], folder).text)
     found: dict[str, Any] = {}

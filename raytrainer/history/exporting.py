@@ -1,4 +1,4 @@
-"""What `export ID` writes: a checkpoint's weights as safetensors with the config, and MLflow's form of the model."""
+"""`export ID`: write a checkpoint's weights as safetensors, the config and, on request, MLflow's form of the model."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _MLFLOW = "mlflow_model"
 
 @dataclass(frozen=True)
 class Export:
-    """What was written.
+    """The result of an export.
 
     Attributes:
-        name: Of the run or trial.
-        step: Optimizer steps of the checkpoint.
-        metric: The monitored value there.
-        averaged: Whether the weights are the EMA's.
-        folder: Where.
-        files: Their names there.
-        version: Of the registered model.
+        name: The run or trial.
+        step: The optimizer step of the checkpoint.
+        metric: The checkpoint's value of the monitor.
+        averaged: Whether the weights are those of the EMA.
+        folder: The folder that was written.
+        files: The names of its files.
+        version: The version of the registered model.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Export:
         return asdict(self)
 
     def text(self) -> str:
-        """For a person."""
+        """Return the result as text for a person."""
         metric = "" if self.metric is None else f", metric {self.metric:.6g}"
         rows = [("exported", f"{self.name}, step {self.step}{metric}{', averaged weights' if self.averaged else ''}")]
         rows += [("to", f"{self.folder}: {', '.join(self.files)}")]
@@ -67,19 +67,19 @@ def export(
     register: str | None = None,
     say: Callable[[str], None],
 ) -> Export:
-    """Writes a checkpoint's weights into a new folder, whole or not at all.
+    """Write a checkpoint's weights into a new folder. If anything fails, the folder is not created.
 
     Args:
-        identifier: Of a run, or of a trial of a sweep.
+        identifier: The ID of a run, or of a trial of a sweep.
         checkpoint: `best`, `last`, or a step.
-        to: The folder; None: NAME-step-N in the current directory.
-        mlflow: Whether MLflow's form of the model comes along, which needs the run's code and data here.
-        register: The name of a registered model, of which that is to be a new version.
-        say: Told what happens.
+        to: The folder; None for NAME-step-N in the current directory.
+        mlflow: Whether to write MLflow's form of the model too, which needs the run's code and data here.
+        register: The name of a registered model that gets MLflow's form as a new version.
+        say: Called with messages about the progress.
 
     Raises:
-        RunNotFound, ConfigError: As `trained`; a folder that is there; a run that MLflow does not have.
-        CheckpointError, StorageError, TrackingError: What could not be read, or told.
+        RunNotFound, ConfigError: As for `trained`; the folder exists; MLflow does not have the run.
+        CheckpointError, StorageError, TrackingError: Something cannot be read, written or uploaded.
     """
     source = trained(identifier, checkpoint)
     e = from_text(source.text).experiment
@@ -114,7 +114,7 @@ def export(
 
 @contextmanager
 def _beside(folder: Path) -> Iterator[Path]:
-    """A directory on the same disk as the folder that is to be, for as long as it takes."""
+    """Provide a temporary directory on the same disk as the future folder."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-")
@@ -123,12 +123,12 @@ def _beside(folder: Path) -> Iterator[Path]:
     try:
         with beside as name:
             yield Path(name)
-    except OSError as error:  # the disk is full, for one; what was written is gone again
+    except OSError as error:  # for instance a full disk; the directory is already deleted
         raise StorageError(f"{folder}: {error.strerror or error}") from error
 
 
 def _read(source: Trained, e: Experiment, checkpoint: str) -> tuple[Any, dict[str, Any], bool]:
-    """The checkpoint, its weights on the CPU, and whether they are averaged."""
+    """Return the checkpoint, its weights on the CPU, and whether they are averaged."""
     from raytrainer.checkpoint import Checkpointer, unread
 
     checkpoints = Checkpointer(source.place.child("checkpoints"), mode=checkpoint_mode(e))
@@ -153,7 +153,7 @@ def _write_weights(
 
     others = {name: value for name, value in weights.items() if not isinstance(value, Tensor)}
     weights = {name: value for name, value in weights.items() if name not in others}
-    # In their form, with their config: `from_pretrained` reads the folder.
+    # A transformers model is saved in its own format with its config, so that `from_pretrained` reads the folder.
     if (model := _hugging_face(e, say)) is not None:
         if others:
             say(f"left out, as save_pretrained writes tensors alone: {few(sorted(others))}")
@@ -167,7 +167,7 @@ def _write_weights(
             say(f"{few(sorted(others))}: no tensor, so it is in the metadata of {WEIGHTS}, as JSON")
             about = {**about, EXTRA_STATE: text.decode()}
 
-    # One of several names of a tensor is a copy: the file has no shared memory.
+    # A further name of a tensor gets a copy, because the file has no shared memory.
     taken: set[int] = set()
     tensors = {}
     for name, tensor in weights.items():
@@ -177,25 +177,25 @@ def _write_weights(
         taken.add(place)
     try:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", **about})
-    except SafetensorError as error:  # an OSError, in its words
+    except SafetensorError as error:  # it also stands for an OSError
         raise StorageError(f"{folder / WEIGHTS}: {error}") from error
 
 
 def _hugging_face(e: Experiment, say: Callable[[str], None]) -> Any:
-    """The model, where it is a class of transformers, or what one of their `from_pretrained` or `from_config` gives."""
+    """Return the model if transformers defines its class, `from_pretrained` or `from_config`, else None."""
     try:
         found = locate("model", (e.model or {})["_target_"])
         owner = found if isinstance(found, type) else getattr(found, "__self__", found)
         if str(getattr(owner, "__module__", "")).partition(".")[0] != "transformers":
             return None
         return build(e.model or {})
-    except ConfigError as error:  # its code, or the folder with its config, is not here: the weights are
+    except ConfigError as error:  # its code or its config's folder is not here; the weights are
         say(f"without the model's own config, since it cannot be made here: {error}")
         return None
 
 
 def _register(uri: str, run_id: str, step: int, model: Path, name: str) -> str:
-    """Puts the model into the run's artifacts, once, and registers it; the version."""
+    """Upload the model to the run's artifacts, once, and register it. Return the version."""
     server, folder = Server(uri, timeout_s=60), f"export/step-{step}"
     if f"{folder}/{model.name}/MLmodel" not in server.artifacts(run_id, f"{folder}/{model.name}"):
         server.log_artifact(run_id, model, folder)

@@ -1,4 +1,4 @@
-"""A shared cluster as the verbs need it: what its Jobs API says of a run's job, asked only where a run has one."""
+"""Shared clusters, as the commands need them: the jobs of runs. A cluster is asked only if a run has a job there."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ GOING = ("PENDING", "RUNNING")
 
 
 class Job(Protocol):
-    """A job as Ray tells of it.
+    """A job as Ray describes it.
 
     Attributes:
         status: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED.
-        message: Why, in Ray's words.
-        metadata: Ours: `raytrainer.name` and more.
+        message: The reason, in Ray's words.
+        metadata: raytrainer's entries, such as `raytrainer.name`.
         started, ended: Seconds since the epoch.
-        exit_code: Of its driver, where it is known.
+        exit_code: The exit code of its driver, if known.
     """
 
     @property
@@ -43,7 +43,7 @@ class Job(Protocol):
 
 
 class Cluster(Protocol):
-    """The part of `cluster.api.Jobs` that the verbs use; bounded in time, and raises ClusterError."""
+    """The part of `cluster.api.Jobs` that the commands use. Every call has a time limit and may raise ClusterError."""
 
     def info(self, submission_id: str) -> Job | None: ...
     def list(self) -> Sequence[Job]: ...
@@ -55,7 +55,11 @@ class Cluster(Protocol):
 
 
 class Clusters:
-    """The clusters of some runs, each asked once. What does not answer is remembered in `silent`, by its address."""
+    """The clusters of some runs, each asked once.
+
+    Attributes:
+        silent: Address → why the cluster could not be asked.
+    """
 
     def __init__(self, connect: Callable[[str, str | None, str | None], Cluster] | None = None) -> None:
         self._connect = connect or _connect
@@ -65,10 +69,10 @@ class Clusters:
         self._told: set[str] = set()
 
     def of(self, known: RunHandle) -> Cluster | None:
-        """The one that has a run's job; None where it has none.
+        """Return the cluster that has a run's job; None if the run has no job.
 
         Raises:
-            ClusterError: It cannot be asked, or refuses the token.
+            ClusterError: The cluster does not answer, or refuses the token.
         """
         if known.submission_id is None or known.cluster_address is None:
             return None
@@ -76,14 +80,14 @@ class Clusters:
         return self._connect(known.cluster_address, ca_file, token_file)
 
     def jobs_of(self, known: RunHandle) -> tuple[Job | None, list[Job]]:
-        """A run's job, and the other jobs that are attempts at the same run; None where its cluster does not know it
-        or does not answer."""
+        """Return a run's job and the jobs of its other attempts. The job is None if its cluster does not know it or
+        does not answer."""
         found = [job for _, job in self._attempts(known)]
         mine = next((job for job in found if job.submission_id == known.submission_id), None)
         return mine, [job for job in found if job is not mine]
 
     def attempt(self, known: RunHandle) -> tuple[RunHandle, Job | None]:
-        """The run as its job the one that goes, of all attempts at it, and that job; where none goes, the run as it is."""
+        """Return the run with the active job of all its attempts, and that job; else the unchanged run and its job."""
         found = self._attempts(known)
         mine = next((job for _, job in found if job.submission_id == known.submission_id), None)
         if mine is not None and mine.status in GOING:
@@ -95,7 +99,7 @@ class Clusters:
         return known, mine
 
     def ended_before_it_began(self, known: RunHandle) -> Job | None:
-        """The job that was sent from here to go on with a run, and ended without the run's record knowing of it."""
+        """Return the job that was submitted from here to continue a run and ended before the record knew it, if any."""
         coming = known.coming
         if coming is None:
             return None
@@ -103,11 +107,11 @@ class Clusters:
         return job if job is not None and job.status not in GOING else None
 
     def all_of(self, known: RunHandle) -> Sequence[Job]:
-        """All jobs of the cluster that a run is, or was, on; none where it does not answer."""
+        """Return all jobs of the cluster that a run uses or has used; none if it does not answer."""
         address = known.cluster_address
         if address is None:
             return ()
-        with self._asking[address]:  # several runs of one cluster ask at once
+        with self._asking[address]:  # several runs of one cluster may ask at the same time
             if address not in self._lists and address not in self.silent:
                 try:
                     self._lists[address] = self._connect(address, *_access(known)).list()
@@ -116,25 +120,25 @@ class Clusters:
         return self._lists.get(address, ())
 
     def silence_of(self, known: RunHandle) -> str | None:
-        """Why a run's cluster could not be asked, in words; None where it could, or there is none."""
+        """Return why a run's cluster could not be asked, as text; None if it could, or if the run has no cluster."""
         found = [address for address in _addresses(known) if address in self.silent]
         return f"the cluster {found[0]} could not be asked: {self.silent[found[0]]}" if found else None
 
     def tell(self, say: Callable[[str], None]) -> None:
-        """Says which could not be asked, each once."""
+        """Report the clusters that could not be asked, each once."""
         for address, why in self.silent.items():
             if address not in self._told:
                 self._told.add(address)
                 say(f"the cluster {address} could not be asked: {why}")
 
     def forget(self, known: RunHandle) -> None:
-        """Asks a run's cluster again."""
+        """Forget the answer of a run's cluster, so that it is asked again."""
         for address in _addresses(known):
             self._lists.pop(address, None)
 
     def _attempts(self, known: RunHandle) -> list[tuple[str, Job]]:
-        """The jobs that are attempts at a run, with the addresses of their clusters: of its record's, and of the one that
-        it was last sent to from here."""
+        """Return the jobs of all attempts at a run, with their clusters' addresses: the cluster of its record, and the
+        one to which it was last submitted from here."""
         found: dict[tuple[str, str], Job] = {}
         name, ids = known.record.name, {known.submission_id}
         if known.sent is not None:
@@ -147,12 +151,12 @@ class Clusters:
 
 
 def never_sent(known: RunHandle) -> str:
-    """In words, of a job that its cluster has answered not to have."""
+    """Return the text about a job that its cluster does not have."""
     return f"{known.cluster_address} has no job {known.submission_id}: it was not sent, or the cluster was started anew since"
 
 
 def _addresses(known: RunHandle) -> dict[str, RunHandle]:
-    """Where jobs of a run may be: address → the run with its job there."""
+    """Return the clusters that may have jobs of a run: address → the run with its job there."""
     found = {}
     if known.submission_id is not None and known.cluster_address is not None:
         found[known.cluster_address] = known
@@ -162,7 +166,7 @@ def _addresses(known: RunHandle) -> dict[str, RunHandle]:
 
 
 def _access(known: RunHandle) -> tuple[str | None, str | None]:
-    """`cluster.ca_file` and `cluster.token_file`, as the run was submitted with."""
+    """Return the `cluster.ca_file` and `cluster.token_file` with which the run was submitted."""
     text = None
     if known.sent is not None and known.sent.record.job.get("cluster_address") == known.cluster_address:
         text = known.sent.storage.read_if_exists("config.yaml")
@@ -173,7 +177,7 @@ def _access(known: RunHandle) -> tuple[str | None, str | None]:
         return cluster.ca_file, cluster.token_file
     params = known.stored.params if known.stored is not None else {}
     found = [params.get(f"cluster.{key}", "null") for key in ("ca_file", "token_file")]
-    # A reference is to a variable of whoever submitted it; the environment has what Ray itself looks at.
+    # A reference names a variable of the user who submitted the run. Without a value, Ray's own variables are used.
     ca_file, token_file = (None if value == "null" or "${" in value else value for value in found)
     return ca_file, token_file
 

@@ -1,4 +1,4 @@
-"""`list`: runs and sweeps, mine or everybody's, the newest first; those that only seem to run are closed on the way."""
+"""`list`: the runs and sweeps of one user or of all, the newest first. Runs whose driver is dead are closed."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from raytrainer.tracking.sender import LOCAL_PREFIX
 from raytrainer.tracking.server import StoredRun
 
 STATUSES = ("RUNNING", "FINISHED", "FAILED", "KILLED", "SCHEDULED", "REFUSED", "PENDING", "UNKNOWN")
-_MOST_RUNNING = 100  # that are looked at in one listing
-_MOST_CLUSTERS, _CLUSTERS_S = 5, 4.0  # those last used from here, asked for jobs of others, and how long
+_MOST_RUNNING = 100  # running runs that one listing checks
+_MOST_CLUSTERS, _CLUSTERS_S = 5, 4.0  # how many of the last used clusters to ask for others' jobs, and for how long
 
 
 def list_runs(
@@ -42,13 +42,13 @@ def list_runs(
     say: Callable[[str], None] = lambda text: None,
     clusters: Clusters | None = None,
 ) -> list[RunSummary]:
-    """Runs and sweeps by their start, the newest first.
+    """Return runs and sweeps by their start, the newest first.
 
     Args:
-        everyone: Not only those of this user.
-        status: Only those.
-        limit: The most that are returned.
-        say: Told what was closed, and what could not be asked.
+        everyone: Whether to return the runs of other users too.
+        status: Return only runs with this status.
+        limit: The maximum number of runs.
+        say: Called with messages about runs that were closed and sources that could not be asked.
         clusters: For tests.
     """
     clusters, root = clusters or Clusters(), Path.cwd() / "runs"
@@ -81,11 +81,11 @@ def _from_mlflow(
     by_id = {known.stored.run_id: (known, verdict) for known, verdict in looked if known.stored is not None}
     if status == "RUNNING":
         return [_as_it_goes(known, verdict) for known, verdict in looked]
-    if status in ("PENDING", "REFUSED", "UNKNOWN"):  # of jobs alone
+    if status in ("PENDING", "REFUSED", "UNKNOWN"):  # only jobs have these
         return []
 
     def facts(run: StoredRun) -> RunSummary:
-        # Of one that has ended MLflow knows all that a list shows: its directory need not be read.
+        # For a run that has ended, MLflow has everything that a list shows, so its directory is not read.
         known, verdict = by_id.get(run.run_id, (None, None))
         return facts_of(finding.as_stored(run, uri)) if known is None else _as_it_goes(known, verdict)
 
@@ -93,7 +93,7 @@ def _from_mlflow(
 
 
 def _as_it_goes(known: RunHandle, verdict: Verdict | None) -> RunSummary:
-    """With the job that goes; one that was sent from here is added later."""
+    """Return a run's summary with its active job. A job that was submitted from here is added later."""
     facts, going = facts_of(known, verdict), verdict.going if verdict is not None else None
     if (
         going is None
@@ -109,14 +109,14 @@ def _as_it_goes(known: RunHandle, verdict: Verdict | None) -> RunSummary:
 def _from_disk(
     root: Path, asked: str | None, told: Collection[str], status: str | None, clusters: Clusters
 ) -> list[RunSummary]:
-    """Those that MLflow does not have, or not any more; all where it could not be asked.
+    """Return the runs that MLflow does not have, or no longer has; all runs if it could not be asked.
 
     Args:
-        root: Where they are.
-        asked: The store that was asked.
-        told: The ids of the runs that it told of.
-        status: Only those with this status of the record's are wanted.
-        clusters: Those that may know of jobs.
+        root: The directory with the runs.
+        asked: The tracking store that was asked.
+        told: The ids of the runs that it returned.
+        status: Return only runs with this status in their record.
+        clusters: The clusters that may know jobs.
     """
     there = []
     doubtful: dict[str, RunHandle] = {}
@@ -126,7 +126,7 @@ def _from_disk(
         elif record.run_id not in told and status in (None, record.status):
             doubtful[record.run_id or ""] = RunHandle(record, storage)
     if asked is not None and doubtful:
-        # Not told of since it is another user's or too old for the list; or since its run in MLflow was deleted.
+        # MLflow did not return these: they belong to another user, are too old for the list, or were deleted in MLflow.
         with suppress(TrackingError):
             there += [doubtful[run_id] for run_id in sorted(lookup.missing(asked, doubtful))]
     found = [finding.with_sent(known, root) for known in there]
@@ -142,14 +142,14 @@ def _is_in(asked: str | None, record: Record) -> bool:
 
 
 def _judged(facts: RunSummary, verdict: Verdict | None) -> RunSummary:
-    """A dead one as what it is, though nobody could be told."""
+    """Return a dead run with its true status, even if MLflow could not be updated."""
     if verdict is None or verdict.life != "dead":
         return facts
     return replace(facts, status=verdict.status, cause=verdict.cause, ended=verdict.when)
 
 
 def _with_submitted(found: list[RunSummary], root: Path, clusters: Clusters) -> list[RunSummary]:
-    """With what was submitted from here and has not come so far that MLflow knows it: its cluster says how it is."""
+    """Add the runs that were submitted from here and are not in MLflow yet, with the status from their clusters."""
     for sent in finding.submitted(root):
         known = RunHandle(sent.record, None, sent=sent)
         if known.submission_id is None:
@@ -170,14 +170,14 @@ def _with_submitted(found: list[RunSummary], root: Path, clusters: Clusters) -> 
 
 
 def _has_gone_on(sent: SubmittedRun) -> bool:
-    """Whether the run's own record tells of an attempt after the job that was sent: MLflow alone does not say so."""
+    """Return whether the run record has an attempt after the submitted job, which MLflow alone does not show."""
     known = reached(RunHandle(sent.record, None, sent=sent))
     return known.storage is not None and known.coming is None
 
 
 def _is_past(known: RunHandle, facts: RunSummary) -> bool:
-    """Whether what was sent has become the run that is shown, which may be another attempt by now; not another's run of
-    the same name elsewhere."""
+    """Return whether a submission has become the run that is shown, perhaps in a later attempt. A run of the same name
+    on another cluster does not count."""
     if facts.name != known.record.name or facts.cluster_address != known.cluster_address:
         return False
     if facts.submission_id is None or known.submission_id is None:
@@ -190,7 +190,7 @@ def _record_of(facts: RunSummary) -> Record:
 
 
 def _with_others(found: list[RunSummary], root: Path, clusters: Clusters) -> list[RunSummary]:
-    """With what anybody has submitted to the clusters that are known here, and MLflow does not know yet."""
+    """Add the runs of any user on the clusters that are known here and that MLflow does not know yet."""
     places: dict[str, RunHandle] = {}
     address = os.environ.get("RAY_API_SERVER_ADDRESS", "").rstrip("/")
     if address.startswith(("http://", "https://")):
@@ -216,7 +216,7 @@ def _with_others(found: list[RunSummary], root: Path, clusters: Clusters) -> lis
             known = RunHandle(
                 Record(name, "", job={"submission_id": job.submission_id, "cluster_address": address}), None
             )
-            is_it = [f.name == name and f.cluster_address == address for f in found]  # a name means one run there
+            is_it = [f.name == name and f.cluster_address == address for f in found]  # names are unique on a cluster
             if any(is_it):
                 found = [as_attempt(f, known, job) if same else f for f, same in zip(found, is_it, strict=True)]
             else:
@@ -226,7 +226,7 @@ def _with_others(found: list[RunSummary], root: Path, clusters: Clusters) -> lis
 
 
 def as_attempt(facts: RunSummary, known: RunHandle, job: Job) -> RunSummary:
-    """A run that goes on, or soon will, as a job that its directory and MLflow may not know of."""
+    """Return a run that continues, or will soon, as a job that its directory and MLflow may not know."""
     return replace(
         facts,
         status=job.status,
@@ -241,7 +241,7 @@ def as_attempt(facts: RunSummary, known: RunHandle, job: Job) -> RunSummary:
 
 
 def facts_of_job(known: RunHandle, job: Job | None, clusters: Clusters) -> RunSummary:
-    """A run of which there is nothing yet but its job."""
+    """Return the summary of a run that so far has only a job."""
     facts = facts_of(known)
     if job is None:
         why = "its cluster does not say" if clusters.silence_of(known) is not None else never_sent(known)
@@ -253,9 +253,9 @@ def facts_of_job(known: RunHandle, job: Job | None, clusters: Clusters) -> RunSu
 
 
 def with_failed_job(facts: RunSummary, job: Job) -> RunSummary:
-    """A run that is there, and the job that was to go on with it but never had it: refused, or dead before it began.
+    """Return a run with the job that was to continue it but was refused or died before it started the run.
 
-    The status stays the run's own. A later attempt makes this disappear.
+    The status remains that of the run. A later attempt replaces this information.
     """
     end = ending_of(job)
     if end.status not in ("REFUSED", "FAILED"):
@@ -268,7 +268,7 @@ def with_failed_job(facts: RunSummary, job: Job) -> RunSummary:
 def table(
     runs: Sequence[RunSummary], *, users: bool = False, now: float | None = None, width: int | None = None
 ) -> str:
-    """The runs as lines of text, as wide as the terminal; for a file nothing is cut."""
+    """Return the runs as a table, cut to the width of the terminal; in a file nothing is cut."""
     if not runs:
         return "no runs"
     now = time.time() if now is None else now
@@ -307,7 +307,7 @@ def table(
 
 
 def progress(facts: RunSummary) -> str:
-    """`30/132`, or of a sweep `12 trials: 3 running, 9 finished`."""
+    """Return the progress as text: `30/132`, or for a sweep `12 trials: 3 running, 9 finished`."""
     if facts.kind == "sweep":
         told = ", ".join(f"{count} {status}" for status, count in sorted(facts.trials.items()))
         return f"{sum(facts.trials.values())} trials" + (f": {told}" if told else "")
@@ -317,7 +317,7 @@ def progress(facts: RunSummary) -> str:
 
 
 def ago(when: float | None, now: float) -> str:
-    """`3:04:59 ago`, or of more than two days the day."""
+    """Return a time as text: `3:04:59 ago`, or the date if it is more than two days ago."""
     if when is None:
         return ""
     if 0 <= now - when < 2 * 86400:

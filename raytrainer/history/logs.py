@@ -1,5 +1,4 @@
-"""`logs ID`: what driver and ranks printed: from the run's directory, from its cluster while it runs there, and when both
-are gone from MLflow."""
+"""`logs ID`: what driver and ranks printed, from the run directory, from the cluster while it runs, or from MLflow."""
 
 from __future__ import annotations
 
@@ -17,8 +16,8 @@ from raytrainer.history.reconcile import verdict_of
 from raytrainer.storage import Storage
 from raytrainer.tracking.server import Server
 
-_LOOK_S = 0.3  # between two looks at a growing file
-_ALIVE_S = 3.0  # between two looks at whether its run still lives
+_LOOK_S = 0.3  # between two reads of a growing file
+_ALIVE_S = 3.0  # between two checks whether its run is alive
 _OF_RANK = re.compile(r"\[rank (\d+)\] ?")
 
 
@@ -31,18 +30,18 @@ def lines(
     clusters: Clusters | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[str]:
-    """The lines of a run's log, without their ends; with `follow` also those to come, until the run has ended.
+    """Yield the lines of a run's log, without line ends; with `follow` also new ones, until the run has ended.
 
     Args:
-        identifier: Which run. Of a trial the log of all its sweep's trials.
-        rank: The log of one rank; None: the driver's, which has what all ranks printed.
-        follow: Whether to wait for more.
-        say: Told where they come from, where that is not obvious.
+        identifier: The ID of a run. For a trial, the log of all trials of its sweep.
+        rank: Whose log to read; None for the driver's, which has the output of all ranks.
+        follow: Whether to wait for more lines.
+        say: Called with a message if a source cannot be used.
         clusters, sleep: For tests.
 
     Raises:
         RunNotFound: There is no such run, or no log of it.
-        ConfigError: It has no such rank.
+        ConfigError: The run has no such rank.
     """
     clusters, known = clusters or Clusters(), look_up(identifier)
     name = "trials" if known.trial is not None else "driver" if rank is None else f"rank-{rank}"
@@ -53,13 +52,13 @@ def lines(
     if follow or here is None:
         known, job = clusters.attempt(known)
         clusters.tell(say)
-    # The disk of a run that is here has all, at once; but of an attempt that has not come so far.
+    # A run directory on this machine has all lines at once, except those of an attempt that has not reached it yet.
     if here is not None and known.submission_id == recorded:
         if not follow:
             _there(name, _logs_of(here))
 
         def has_ended() -> bool:
-            clusters.forget(known)  # else it would say for ever what it said first
+            clusters.forget(known)  # otherwise its first answer would be reused
             return not follow or verdict_of(known, clusters).life == "dead"
 
         yield from _text(_growing(here, name, has_ended, sleep))
@@ -73,7 +72,7 @@ def lines(
     try:
         kept = _kept(known, name, say)
     except RunNotFound:
-        # Its driver was killed before it could keep them.
+        # The driver was killed before it could keep its logs.
         if job is None or cluster is None:
             raise
         kept = _of_rank(_text([cluster.logs(job.submission_id).encode()]), rank)
@@ -81,7 +80,7 @@ def lines(
 
 
 def _text(chunks: Iterable[bytes]) -> Iterator[str]:
-    """Whole lines; the last one also without its end."""
+    """Yield whole lines, and the last one even without a line end."""
     decoder, rest = codecs.getincrementaldecoder("utf-8")("replace"), ""
     for chunk in chunks:
         *whole, rest = (rest + decoder.decode(chunk)).split("\n")
@@ -95,7 +94,7 @@ def _logs_of(storage: Storage) -> list[str]:
 
 
 def _there(name: str, there: Iterable[str]) -> str:
-    """The name, of a log that there is."""
+    """Return the name of a log, or raise an error if it does not exist."""
     there = list(there)
     if name in there:
         return name
@@ -108,16 +107,16 @@ def _there(name: str, there: Iterable[str]) -> str:
 def _growing(
     storage: Storage, name: str, has_ended: Callable[[], bool], sleep: Callable[[float], None]
 ) -> Iterator[bytes]:
-    """What a local file holds, and will, until its run has ended and nothing more comes."""
+    """Yield the content of a growing local file until its run has ended and everything is read."""
     path, read, ended, looked = storage.local_path / "logs" / f"{name}.log", 0, False, -math.inf
     while True:
-        with suppress(FileNotFoundError), path.open("rb") as file:  # a rank's comes with its first line
+        with suppress(FileNotFoundError), path.open("rb") as file:  # a rank's file appears with its first line
             file.seek(read)
             while chunk := file.read(1 << 20):
                 read += len(chunk)
                 yield chunk
         if ended:
-            return  # what came between the last look and the end is read
+            return  # everything that was written before the end is read
         if time.monotonic() - looked >= _ALIVE_S:
             looked, ended = time.monotonic(), has_ended()
         if not ended:
@@ -125,7 +124,7 @@ def _growing(
 
 
 def _of_rank(found: Iterable[str], rank: int | None) -> Iterator[str]:
-    """A rank's lines out of the driver's, which says whose each is; None: all."""
+    """Yield a rank's lines of the driver's log, which names the rank of each line; None for all lines."""
     for line in found:
         if rank is None:
             yield line
@@ -134,7 +133,7 @@ def _of_rank(found: Iterable[str], rank: int | None) -> Iterator[str]:
 
 
 def _kept(known: RunHandle, name: str, say: Callable[[str], None]) -> Iterator[str]:
-    """What the driver left at its end: beside the checkpoints, or in MLflow."""
+    """Return the log that the driver kept when it ended, in the run directory or in MLflow."""
     if known.storage is not None:
         try:
             if there := _logs_of(known.storage):
@@ -147,7 +146,7 @@ def _kept(known: RunHandle, name: str, say: Callable[[str], None]) -> Iterator[s
         server = Server(uri, timeout_s=60)
         paths = {path.rpartition("/")[2].removesuffix(".log"): path for path in server.artifacts(run_id, "logs")}
         if name == "driver" and name not in paths and "job" in paths:
-            name = "job"  # what its cluster had, of a driver that could not keep its own
+            name = "job"  # the cluster's log, if the driver could not keep its own
         if paths:
             return _text([server.read_artifact(run_id, paths[_there(name, paths)])])
     host = known.stored.tags.get("raytrainer.host") if known.stored is not None else None

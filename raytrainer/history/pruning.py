@@ -1,7 +1,7 @@
-"""What `prune` deletes: old checkpoints, spools that MLflow has, what killed runs and Ray have left. It shows first.
+"""`prune`: show or delete old checkpoints, spools that MLflow has stored, and what killed runs and Ray have left.
 
-Nothing of a run that lives, or may live; never its last checkpoint or its best; nothing that is not below the run's own
-directory. Deleting is done under the run's lock, and only of what was there to be deleted when it was looked at before.
+Nothing is deleted of a run that is or may be alive, nor a run's last or best checkpoint, nor anything outside the run
+directory. Deletion holds the run's lock, and includes only what was already found before the lock was taken.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from raytrainer.sweep.plan import Plan
 from raytrainer.tracking.spool import Spool
 
 KINDS = ("checkpoint", "unfinished save", "spool", "ray", "worktree")
-_OF_RAY = re.compile(r"attempt-[0-9a-f]+")  # Ray Train's own records of an attempt, which nobody reads
+_OF_RAY = re.compile(r"attempt-[0-9a-f]+")  # Ray Train's own records of an attempt, which are not used
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Item:
     """Something to delete.
 
     Attributes:
-        run: Whose it is.
+        run: The run to which it belongs.
         kind: One of `KINDS`.
-        path: Relative to the run's directory; of a worktree below ./runs.
+        path: Relative to the run directory, or for a worktree to ./runs.
         bytes: Its size.
     """
 
@@ -48,12 +48,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What can be deleted, and what became of it.
+    """What can be deleted, and the result.
 
     Attributes:
-        items: All of it.
-        deleted: Whether it was: False where it was only looked at.
-        left: Run → why nothing of it is touched.
+        items: The items that were deleted, or that can be.
+        deleted: Whether they were deleted, or only shown.
+        left: Run → why it is left unchanged.
         failed: Path → why it could not be deleted.
     """
 
@@ -70,7 +70,7 @@ class Pruned:
         return {**asdict(self), "bytes": self.bytes}
 
     def text(self) -> str:
-        """A line for each run, and the sum."""
+        """Return the result as text: a line for each run, and the sum."""
         rows = [("RUN", "WHAT", "BYTES")]
         for run in dict.fromkeys(item.run for item in self.items):
             own = [item for item in self.items if item.run == run]
@@ -96,16 +96,16 @@ def prune(
     clusters: Clusters | None = None,
     root: Path | None = None,
 ) -> Pruned:
-    """Looks at one run or all, and deletes what can go.
+    """Find what can be deleted of one run or of all, and delete it on request.
 
     Args:
-        identifier: Of a run or sweep; None: all below ./runs, and those submitted from here.
-        delete: False: only looks.
-        keep: How many of the last checkpoints of a run stay; the best stays besides.
-        older_than_s: Only of runs that ended so long ago.
-        say: Told which run is left alone, and why.
-        clusters: Those that may know of jobs.
-        root: Where runs are looked for; None: ./runs.
+        identifier: The ID of a run or sweep; None for all below ./runs and those submitted from here.
+        delete: Whether to delete, or only to show.
+        keep: How many of a run's last checkpoints to keep, in addition to the best.
+        older_than_s: Only prune runs that ended at least this many seconds ago.
+        say: Called with a message for each run that is left unchanged and each path that could not be deleted.
+        clusters: The clusters that may know jobs.
+        root: The directory with the runs; None for ./runs.
 
     Raises:
         RunNotFound: There is no such run.
@@ -146,7 +146,7 @@ def _all(root: Path) -> Iterator[RunHandle]:
 
 
 def _untouchable(known: RunHandle, verdict: Verdict, clusters: Clusters, older_than_s: float) -> str | None:
-    """Why nothing of a run is deleted; None where it surely has ended."""
+    """Return why nothing of a run may be deleted; None if the run has certainly ended."""
     if known.trial is not None:
         return "it is a trial; its sweep is pruned as a whole"
     if known.storage is None:
@@ -162,17 +162,17 @@ def _untouchable(known: RunHandle, verdict: Verdict, clusters: Clusters, older_t
         return silence
     last = max([liveness.written or 0.0, *(claim.beat for claim in liveness.claims)])
     if known.record.status == "RUNNING" and liveness.now - last < LIMIT_S:
-        return "it died a moment ago; its workers may still be there"  # they outlive a killed driver by seconds
+        return "it died a moment ago; its workers may still be there"  # workers outlive a killed driver by seconds
     if liveness.now - last < older_than_s:
         return "it has not ended long enough ago"
     return None
 
 
 def _items(record: Record, storage: Storage, keep: int) -> list[Item]:
-    """What of a run, or of a sweep and its trials, can go."""
+    """Return what can be deleted of a run, or of a sweep and its trials."""
     mode = _mode(record, storage)
     places = [""]
-    # A link in its place leads out of the run's directory.
+    # A link named `trials` would lead out of the run directory.
     if record.kind == "sweep" and any(entry.name == "trials" and entry.is_dir for entry in storage.list()):
         places += [f"trials/{entry.name}/" for entry in storage.list("trials") if entry.is_dir]
     found: list[Item] = []
@@ -192,7 +192,7 @@ def _of_place(record: Record, storage: Storage, place: str, mode: str, keep: int
         surplus = retention.surplus(storage.child(f"{place}checkpoints"), mode=mode, keep=keep)
         yield from (item("checkpoint", f"checkpoints/{name}") for name in surplus.old)
         yield from (item("unfinished save", f"checkpoints/{name}") for name in surplus.unfinished)
-    # One of a run that was opened without a server knows which run in MLflow it became.
+    # The spool of a run that was created offline knows which MLflow run it became.
     offline = (record.run_id or "").startswith("offline-")
     sent = storage.is_local and not offline and not Spool(storage.local_path / place / "spool").pending()
     if "spool" in here and sent:
@@ -201,12 +201,12 @@ def _of_place(record: Record, storage: Storage, place: str, mode: str, keep: int
 
 
 def _mode(record: Record, storage: Storage) -> str:
-    """Whether the best is the least or the most: without knowing that, which checkpoint is the best is not known."""
+    """Return the mode of the monitor, without which the best checkpoint is not known."""
     if record.kind == "sweep":
         return Plan.read(storage).mode
     try:
         found = yaml.safe_load(storage.read_if_exists(CONFIG) or b"")["checkpoint"]["mode"]
-    except (yaml.YAMLError, ValueError, TypeError, KeyError):  # gone, cut off, or written over
+    except (yaml.YAMLError, ValueError, TypeError, KeyError):  # missing, truncated or overwritten
         found = None
     if found not in ("min", "max"):
         raise StorageError(f"its {CONFIG} does not say which checkpoint is the best")
@@ -214,7 +214,7 @@ def _mode(record: Record, storage: Storage) -> str:
 
 
 def _delete(known: RunHandle, items: Sequence[Item], keep: int, pruned: Pruned) -> list[Item]:
-    """Deletes what of `items` can still go, now that nobody can begin to go on with the run; what was deleted."""
+    """Delete, under the run's lock, the items that can still be deleted. Return those that were deleted."""
     storage, record = known.storage, known.record
     assert storage is not None
     try:
@@ -239,7 +239,7 @@ def _delete(known: RunHandle, items: Sequence[Item], keep: int, pruned: Pruned) 
 
 
 def _check_kept(record: Record, storage: Storage, items: Sequence[Item], keep: int) -> None:
-    """Whether what stays can be read: else an older checkpoint would be what resume goes on from."""
+    """Check that the remaining checkpoints are valid: if one is corrupt, resume needs an older checkpoint."""
     from raytrainer.checkpoint import retention
 
     mode = _mode(record, storage)
@@ -264,7 +264,7 @@ def _delete_one(storage: Storage, item: Item) -> bool:
         return True
     if item.kind == "spool":
         spool = Spool(storage.local_path / item.path)
-        with spool.lock() as alone:  # a sender that is late
+        with spool.lock() as alone:  # a late uploader may still use it
             if not alone or spool.pending():
                 return False
             storage.delete(item.path)
@@ -274,7 +274,7 @@ def _delete_one(storage: Storage, item: Item) -> bool:
 
 
 def _with_trees(found: Pruned, root: Path, delete: bool) -> Pruned:
-    """With the working trees of reruns whose process was killed."""
+    """Add the working trees of reruns whose process was killed."""
     items = []
     for place in tree.leftovers(root):
         item = Item("(rerun)", "worktree", f"{tree.PLACE}/{place.name}", _bytes_below(place))
@@ -285,7 +285,7 @@ def _with_trees(found: Pruned, root: Path, delete: bool) -> Pruned:
 
 
 def size_of(storage: Storage, path: str) -> int:
-    """Bytes of all files below a directory."""
+    """Return the size of all files below a directory, in bytes."""
     if storage.is_local:
         return _bytes_below(storage.local_path / path)
     entries = storage.list(path)

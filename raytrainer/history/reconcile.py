@@ -23,22 +23,22 @@ from raytrainer.tracking import lookup
 from raytrainer.tracking.runs import Status
 from raytrainer.tracking.server import Server
 
-_REPLAY_S = 5.0  # for sending what a dead driver left in its spool
-_LOOK_S = 4.0  # for looking at all runs: one whose disk or cluster takes longer is left as it is
+_REPLAY_S = 5.0  # to upload what a dead driver left in its spool
+_LOOK_S = 4.0  # to check all runs; one whose disk or cluster takes longer is left unchanged
 
 
 def verdict_of(known: RunHandle, clusters: Clusters) -> Verdict:
-    """Whether a run's driver lives; looks at its directory, and asks its cluster if it has one."""
+    """Return whether a run's driver is alive, from its directory and from its cluster, if it has one."""
     job, others = clusters.jobs_of(known)
     liveness, record = Liveness.read(known.storage), known.record
     if known.storage is not None and liveness.readable:
-        # Read after the claims: a driver that ends writes its record, then gives up its claim.
+        # Read after the leases: a driver that ends writes its record and then releases its lease.
         record = Record.read(known.storage) or record
     return judge(record, liveness, job, others)
 
 
 def look_at(runs: Sequence[RunHandle], clusters: Clusters) -> list[tuple[RunHandle, Verdict]]:
-    """`verdict_of` each of them, at once and in bounded time; with what could be read of its directory."""
+    """Return `verdict_of` for each run, in parallel and with a time limit, and what could be read of its directory."""
     looking = [in_background(partial(_look, known, clusters), "look") for known in runs]
     wait(looking, timeout=_LOOK_S)
     found = []
@@ -57,9 +57,9 @@ def _look(known: RunHandle, clusters: Clusters) -> tuple[RunHandle, Verdict]:
 
 
 def close_dead(runs: Iterable[tuple[RunHandle, Verdict]], clusters: Clusters, say: Callable[[str], None]) -> set[str]:
-    """Closes those whose driver is surely dead, and says so; returns the names of those that were.
+    """Close the runs whose driver is dead, and report them. Return their names.
 
-    A run that cannot be closed, because its store or its directory cannot be written from here, stays as it is.
+    A run stays unchanged if its tracking store or its directory cannot be written from here.
     """
     closed = set()
     for known, verdict in runs:
@@ -76,22 +76,22 @@ def close_dead(runs: Iterable[tuple[RunHandle, Verdict]], clusters: Clusters, sa
 
 
 def close(known: RunHandle, verdict: Verdict, clusters: Clusters) -> bool:
-    """Ends a dead run in MLflow and in its record; False: it was not dead, or somebody has closed it.
+    """End a dead run in MLflow and in its record. Return False if it was not dead, or is already closed.
 
-    Under the run's own lock, so that nobody begins to go on with it meanwhile, and asking once more: whoever was thought
-    dead may have told its end in between.
+    It holds the run's lock, so that no process continues the run meanwhile, and reads the record again: the driver may
+    have written its final status in between.
 
     Raises:
-        TrackingError, StorageError: It could not be told.
+        TrackingError, StorageError: The status could not be written.
     """
     record, storage = known.record, known.storage
     if storage is None:
         return _tell(known, record, verdict, clusters)
     if uri := tracking_uri_of(record):
-        lookup.reach(uri)  # a second or more, in which nobody should be kept from going on with the run
+        lookup.reach(uri)  # takes a second or more, so it is done before the lock is held
     liveness = Liveness.read(storage)
     for claim in liveness.claims:
-        # One of a job's driver that was killed is not old yet, and its cluster knows better.
+        # The lease of a killed job's driver is not stale yet, but its cluster knows that the driver is dead.
         if claim in liveness.dead or claim in verdict.gone:
             withdraw(storage.child(LOCK), claim)
     try:
@@ -115,7 +115,7 @@ def _tell(known: RunHandle, record: Record, verdict: Verdict, clusters: Clusters
     if uri is None or run_id is None:
         return False
     if known.storage is not None and known.storage.is_local:
-        # What it had no time to send goes first. What is not sent now stays there; resume sends it.
+        # First upload what the driver had no time to send. The rest stays in the spool, and resume uploads it.
         with suppress(TrackingError, StorageError):
             tracking.replay(known.storage.local_path / "spool", run_id, uri, timeout_s=_REPLAY_S)
     ended = _end(known, verdict)
@@ -130,20 +130,20 @@ def _tell(known: RunHandle, record: Record, verdict: Verdict, clusters: Clusters
 
 
 def _end(known: RunHandle, verdict: Verdict) -> float:
-    """When a dead run ended, in seconds since the epoch: by its last sign of life."""
+    """Return when a dead run ended, in seconds since the epoch: its last sign of life."""
     last = known.stored.logged if known.stored is not None else None
     return verdict.when or last or time.time()
 
 
 def _close_trials(uri: str, sweep: str, ended: float) -> None:
-    """Those that ran can go on with their sweep, as those of a sweep that was stopped."""
+    """Mark a sweep's running trials KILLED, like those of a stopped sweep, so that they can continue with it."""
     status: Status = "KILLED"
     for trial in lookup.search_runs(uri, limit=1000, sweep=sweep, status="RUNNING"):
         lookup.close_run(uri, trial.run_id, status, f"its sweep {sweep} died", ended)
 
 
 def _keep_log(known: RunHandle, uri: str, run_id: str, clusters: Clusters) -> None:
-    """The job's log into the run, where there is none: it goes with the head node, and the driver could not keep it."""
+    """Save the job's log in the run if the driver has not saved its own. It would be lost with the head node."""
     with suppress(RaytrainerError, OSError):
         cluster = clusters.of(known)
         server = Server(uri, timeout_s=30)

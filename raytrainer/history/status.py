@@ -1,4 +1,4 @@
-"""`status ID`: all that is known of one run, from MLflow, its directory and, of a job, its cluster."""
+"""`status ID`: all that is known of one run, from MLflow, its directory and, for a job, its cluster."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from raytrainer.tracking.sender import LOCAL_PREFIX
 
 @dataclass(frozen=True)
 class Status:
-    """One run.
+    """The status of one run.
 
     Attributes:
-        facts: As in a list.
-        checkpoints: Committed ones, the oldest first; of a sweep none.
-        mlflow: The address of its page, or of its store.
-        lost: Whether its run was deleted in MLflow, or MLflow's database was.
-        job: Of its job the state in Ray's word, and the cause of its end in one line.
-        waits: Of a job that waits: what it lacks, and who holds what.
-        verdict: Of one that says RUNNING: whether it does.
+        facts: The summary, as in a list.
+        checkpoints: The committed checkpoints, the oldest first; none for a sweep.
+        mlflow: The address of its MLflow page, or of the tracking store.
+        lost: Whether its MLflow run, or MLflow's database, was deleted.
+        job: The state of its job, as Ray names it, and the cause of its end in one line.
+        waits: What a pending job lacks, and who holds it.
+        verdict: Whether the driver is alive, for a run that says RUNNING.
         next: Commands that make sense now.
     """
 
@@ -60,10 +60,10 @@ class Status:
 def status_of(
     identifier: str, *, say: Callable[[str], None] = lambda text: None, clusters: Clusters | None = None
 ) -> Status:
-    """What is known of a run; one that only seems to run is closed on the way.
+    """Return what is known of a run. If its driver is dead, the run is closed on the way.
 
     Raises:
-        RunNotFound: There is none.
+        RunNotFound: There is no such run.
     """
     clusters, known = clusters or Clusters(), look_up(identifier)
     lost = False
@@ -95,7 +95,7 @@ def status_of(
     if known.storage is not None and known.trial is None and facts.kind == "run":
         with suppress(StorageError):
             saved = checkpoints(known.storage)
-    if facts.best is None and facts.kind == "run":  # of a version whose record did not have it
+    if facts.best is None and facts.kind == "run":  # recorded by a version without the best value
         facts = _best_of(saved, known, facts)
     return Status(
         facts,
@@ -112,7 +112,7 @@ def status_of(
 
 
 def text(status: Status, now: float | None = None) -> str:
-    """As lines for a person."""
+    """Return a status as lines of text for a person."""
     now = time.time() if now is None else now
     f = status.facts
     rows = [("name", f.name + ("" if f.kind == "run" else f"  ({f.kind})"))]
@@ -160,7 +160,7 @@ def text(status: Status, now: float | None = None) -> str:
 
 
 def _best_of(saved: Sequence[Saved], known: RunHandle, facts: RunSummary) -> RunSummary:
-    """By its checkpoints, of a run that has not told MLflow."""
+    """Add the best value from the checkpoints, for a run whose best value is not in MLflow."""
     values = [(s.metric, s.step) for s in saved if s.metric is not None and s.metric == s.metric]
     config = known.storage.read_if_exists("config.yaml") if known.storage is not None else None
     if not values or config is None:
@@ -173,7 +173,7 @@ def _best_of(saved: Sequence[Saved], known: RunHandle, facts: RunSummary) -> Run
 
 
 def _page(known: RunHandle) -> str | None:
-    """As the summary of a launch shows it."""
+    """Return the address of the MLflow page, as the summary of a launch shows it."""
     uri = known.record.tracking_uri
     if not uri.startswith(("http://", "https://")) or known.stored is None:
         return uri or None
@@ -182,7 +182,7 @@ def _page(known: RunHandle) -> str | None:
 
 
 def _waits(known: RunHandle, job: Job | None, clusters: Clusters) -> str | None:
-    """What a job that waits is waiting for."""
+    """Return what a pending job is waiting for."""
     if job is None or job.status != "PENDING":
         return None
     try:
@@ -198,7 +198,7 @@ def _next(facts: RunSummary, saved: Sequence[Saved], program: str) -> list[str]:
         return [f"{program} logs -f {name}", *([f"{program} stop {name}"] if facts.kind != "trial" else [])]
     if facts.kind == "trial":
         return [f"{program} rerun {name}"]
-    if facts.status == "REFUSED":  # there is no run: once it is mended, the same name can be submitted again
+    if facts.status == "REFUSED":  # there is no run: after the fix, the same name can be submitted again
         return [f"{program} logs {name}"]
     found = [f"{program} logs {name}"]
     if facts.status != "FINISHED" and (saved or facts.kind == "sweep"):

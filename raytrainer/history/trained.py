@@ -1,4 +1,4 @@
-"""What a run, or a trial of a sweep, has left to be used: its config, its checkpoints, and its run in MLflow."""
+"""A trained run or trial as the commands use it: its config, its checkpoints, and its MLflow run."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Trained:
     """A run, or a trial of a sweep.
 
     Attributes:
-        name: Its own; of a trial `SWEEP.0007`.
-        text: `Composition.text` of its config.
-        place: The directory that has its `checkpoints`.
-        run_id: In MLflow.
-        record: Of the run, or of the trial's sweep.
+        name: Its name; `SWEEP.0007` for a trial.
+        text: The `Composition.text` of its config.
+        place: The directory that contains its `checkpoints`.
+        run_id: Its MLflow run.
+        record: The record of the run, or of the trial's sweep.
         root: The directory of the record.
     """
 
@@ -37,21 +37,21 @@ class Trained:
 
 
 def trained(identifier: str, checkpoint: str) -> Trained:
-    """The run of an ID, which has a checkpoint.
+    """Return the run or trial of an ID, and check that it has a checkpoint.
 
     Args:
-        identifier: Of a run or trial.
+        identifier: The ID of a run or trial.
         checkpoint: `best`, `last`, or a step.
 
     Raises:
         RunNotFound: There is no such run or trial, or it has no checkpoint.
-        ConfigError: It is a sweep; it has no such checkpoint.
+        ConfigError: The ID names a sweep, or there is no such checkpoint.
     """
     record, storage = find(identifier)
     number = trial_of(identifier, record)
     if number is not None:
         plan = Plan.read(storage)
-        # The best checkpoint of a trial is that of the sweep's metric.
+        # The best checkpoint of a trial is the best by the sweep's metric.
         best_by = {"checkpoint.monitor": plan.metric, "checkpoint.mode": plan.mode}
         text = with_values(trial_composition(number, record, storage).text, best_by)
         run_id = TrialJournal.open(storage).trials[number].run_id

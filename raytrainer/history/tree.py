@@ -1,4 +1,4 @@
-"""`rerun` with the code that a run had: its commit and patch in a working tree of their own, for as long as it takes."""
+"""`rerun` with the code of the original run: its commit and patch, checked out in a temporary working tree."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from raytrainer.storage.lock import machine, process_start
 from raytrainer.tracking.server import Server
 
 PLACE = ".rerun"  # below ./runs
-_MARK = "RAYTRAINER_RERUN_TREE"  # set for what runs in such a tree: it makes no other
+_MARK = "RAYTRAINER_RERUN_TREE"  # set for processes in such a tree, which create no other tree
 _CHECKOUT_S = 3600.0  # a large repository on a slow disk
 _TOLD = ("raytrainer", "torch", "ray", "python")
-_MOST_FILES, _MOST_BYTES = 1000, 2**26  # of a directory, and of a file, that git does not track and that may be code
-# What lies beside the code and is not its: what runs left, what tools keep, other environments.
+_MOST_FILES, _MOST_BYTES = 1000, 2**26  # of an untracked directory, and an untracked file, that may be code
+# Not part of the code: the output of runs, files of tools, other environments.
 _NOT_LINKED = {
     ".git",
     ".venv",
@@ -45,17 +45,17 @@ _NOT_LINKED = {
 def rerun_there(
     identifier: str, arguments: Sequence[str], *, here: bool = False, say: Callable[[str], None] = lambda text: None
 ) -> int | None:
-    """Runs `rerun ID …` with the code that the run had, and returns its exit code; None: the code that is here will do.
+    """Run `rerun ID …` with the code that the run had, and return its exit code; None if the code here can be used.
 
     Args:
-        identifier: Which run.
-        arguments: Further ones of the same command: overrides and options.
-        here: Take the code that is here, whatever the run had.
-        say: Told what differs from the original.
+        identifier: The ID of the run.
+        arguments: The other arguments of the command: overrides and options.
+        here: Whether to use the code here, whatever the run had.
+        say: Called with each difference from the original run.
 
     Raises:
         RunNotFound: There is no such run.
-        ConfigError: Its code cannot be had any more.
+        ConfigError: Its code is no longer available.
     """
     if os.environ.get(_MARK):
         return None
@@ -71,7 +71,7 @@ def rerun_there(
 
 
 def recorded(known: RunHandle) -> Provenance | None:
-    """Where a run comes from, by its directory, else by MLflow; None where neither says so."""
+    """Return a run's provenance from its directory, else from MLflow; None if neither has it."""
     if known.storage is not None:
         data = known.storage.read_if_exists(provenance.FILE)
         if data is not None:
@@ -96,7 +96,7 @@ def recorded(known: RunHandle) -> Provenance | None:
 
 
 def differences(then: Provenance | None, now: Provenance, overrides: Sequence[str]) -> list[str]:
-    """What is another than in the original, a line each."""
+    """Return what differs from the original run, one line each."""
     if then is None:
         return ["what code it ran with is not recorded; this is the code that is here"]
     found = []
@@ -127,7 +127,7 @@ def _same(then: Provenance, now: Provenance) -> bool:
 
 @dataclass(frozen=True)
 class _Folder:
-    """Where it is run, and what its environment has beside ours."""
+    """The directory of the rerun, and its additional environment variables."""
 
     path: Path
     environment: dict[str, str]
@@ -135,7 +135,7 @@ class _Folder:
 
 @contextmanager
 def _tree(known: RunHandle, then: Provenance, say: Callable[[str], None]) -> Iterator[_Folder]:
-    """The commit and the patch in a working tree below ./runs, removed again whatever happens."""
+    """Check out the commit and the patch in a working tree below ./runs, and remove it afterwards in any case."""
     here, name = Path.cwd(), known.record.name
     top = Path(_git(here, "rev-parse", "--show-toplevel").strip("\n"))
     assert then.commit is not None
@@ -177,34 +177,34 @@ def _tree(known: RunHandle, then: Provenance, say: Callable[[str], None]) -> Ite
 
 
 def _apply(top: Path, tree: Path, diffs: Mapping[str, str]) -> None:
-    """Makes a tree at a commit what the checkout was: its changes, and its submodules with theirs.
+    """Apply the changes of the original checkout to a tree at its commit, and add its submodules with their changes.
 
     Args:
-        top: The checkout, whose submodules lend theirs.
+        top: The checkout here, whose submodules provide the commits.
         tree: The tree, without submodules.
         diffs: As `Provenance.diffs`.
     """
     if diff := diffs.get(""):
         _git(tree, "apply", "--index", "--whitespace=nowarn", "-", stdin=diff)
     found = [("", tree)]
-    for prefix, folder in found:  # grows: submodules have their own
+    for prefix, folder in found:  # grows, because submodules may have submodules
         for path, commit in git.submodules(folder).items():
             own, source = folder / path, top / prefix / path
             if not (source / ".git").exists():
-                continue  # neither does the checkout have it
+                continue  # the checkout here does not have it either
             own.parent.mkdir(parents=True, exist_ok=True)
             _git(source, "worktree", "add", "--quiet", "--detach", str(own), commit)
             name = f"{prefix}{path}"
             if diff := diffs.get(name):
-                # Its paths are from the root; here the submodule is the root.
+                # The paths in the diff start at the root of the checkout; here the submodule is the root.
                 depth = str(1 + len(PurePosixPath(name).parts))
                 _git(own, "apply", "--index", "--whitespace=nowarn", f"-p{depth}", "-", stdin=diff)
             found.append((f"{name}/", own))
 
 
 def _add_the_rest(top: Path, tree: Path, then: Provenance, say: Callable[[str], None]) -> None:
-    """Files that git does not have, as they are now: code that was never added, as copies, since a link that leads out of
-    the tree goes to no cluster; and what git ignores, the data beside the code, as links."""
+    """Add files that git does not have, as they are now. Untracked code is copied, because a link out of the tree does
+    not reach a cluster. Files that git ignores, such as data, become links."""
     code = [name for name in then.untracked if (top / name).is_file() and not (tree / name).exists()]
     for name in code:
         _copy(top / name, tree / name)
@@ -214,7 +214,7 @@ def _add_the_rest(top: Path, tree: Path, then: Provenance, say: Callable[[str], 
     new = _others(top)
     for name in _others(top, "--directory", "--no-empty-directory"):
         below = [one for one in new if one.startswith(name)] if name.endswith("/") else [name]
-        if len(below) > _MOST_FILES:  # no code
+        if len(below) > _MOST_FILES:  # too many to be code
             _link(top / name, tree / name)
             continue
         for one in below:
@@ -230,7 +230,7 @@ def _add_the_rest(top: Path, tree: Path, then: Provenance, say: Callable[[str], 
 
 
 def _others(top: Path, *options: str) -> list[str]:
-    """Files and, with a `/` behind, directories that git does not track, less those that are no part of the code."""
+    """Return untracked files, and directories with a `/` at the end, without those that are not part of the code."""
     found = []
     for name in _git(top, "ls-files", "--others", "--exclude-standard", *options, "-z").split("\0"):
         parts = PurePosixPath(name).parts
@@ -251,7 +251,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _link_folder(source: Path, target: Path) -> None:
-    """As a directory of its own with links in it: what ignores `data/` does not ignore a link of that name."""
+    """Create a directory with links to the entries. A link to the directory would not match a git pattern `data/`."""
     entries = list(islice(source.iterdir(), _MOST_FILES + 1))
     if len(entries) > _MOST_FILES:
         _link(source, target)
@@ -268,7 +268,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _run(folder: _Folder, arguments: Sequence[str]) -> int:
-    """`python -m raytrainer rerun …` there, as if it were this process: signals, streams and exit code are its."""
+    """Run `python -m raytrainer rerun …` in the folder, with this process's streams, signals and exit code."""
     child = subprocess.Popen(
         [sys.executable, "-m", "raytrainer", "rerun", *arguments],
         cwd=folder.path,
@@ -276,7 +276,7 @@ def _run(folder: _Folder, arguments: Sequence[str]) -> int:
     )
     before = {}
     if threading.current_thread() is threading.main_thread():
-        # A terminal's Ctrl-C reaches it too; what is sent to this process alone is passed on.
+        # The terminal sends Ctrl-C to the child too. A signal to this process alone is passed on.
         before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
         before[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
@@ -290,7 +290,7 @@ def _run(folder: _Folder, arguments: Sequence[str]) -> int:
 
 
 def leftovers(runs: Path) -> list[Path]:
-    """Trees below `runs` of processes of this machine that were killed, in which nothing runs any more."""
+    """Return trees below `runs` whose process on this machine was killed and in which no process runs any more."""
     found = []
     for place in sorted((runs / PLACE).iterdir()) if (runs / PLACE).is_dir() else ():
         with suppress(OSError, ValueError, KeyError, TypeError):
@@ -302,26 +302,26 @@ def leftovers(runs: Path) -> list[Path]:
 
 
 def _is_used(place: Path) -> bool:
-    """Whether a process of this machine is in a directory: the run itself outlives the killed one that waited for it."""
+    """Return whether a process works in a directory: the run itself outlives the killed process that waited for it."""
     top = place.resolve()
     for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # ended meanwhile, or another user's
+        with suppress(OSError):  # the process has ended, or belongs to another user
             if (process / "cwd").readlink().is_relative_to(top):
                 return True
     return False
 
 
 def remove(place: Path) -> None:
-    """Removes one of them, and what git knows of it."""
+    """Remove a tree that `leftovers` returned, and git's record of it."""
     try:
         top = Path(_git(Path.cwd(), "rev-parse", "--show-toplevel").strip("\n"))
-    except RaytrainerError:  # no checkout any more: git has nothing to forget
+    except RaytrainerError:  # not a checkout any more, so git has no record
         top = Path.cwd()
     _remove(top, place)
 
 
 def _remove(top: Path, place: Path) -> None:
-    # A tree with submodules is not removed by git, even by force, while they are there.
+    # Even with --force, git does not remove a tree that still has submodules.
     with suppress(RaytrainerError):
         for path in reversed(_all_submodules(place / "tree")):
             _git(top / path, "worktree", "remove", "--force", str(place / "tree" / path))
@@ -329,15 +329,15 @@ def _remove(top: Path, place: Path) -> None:
         _git(top, "worktree", "remove", "--force", str(place / "tree"))
     shutil.rmtree(place, ignore_errors=True)
     with suppress(OSError):
-        place.parent.rmdir()  # the last one
+        place.parent.rmdir()  # empty after the last tree
     with suppress(RaytrainerError):
         _git(top, "worktree", "prune")
 
 
 def _all_submodules(tree: Path) -> list[str]:
-    """The paths of the submodules that are checked out in a tree, theirs included."""
+    """Return the paths of the submodules that are checked out in a tree, including nested ones."""
     found = [""] if tree.is_dir() else []
-    for prefix in found:  # grows
+    for prefix in found:  # grows meanwhile
         folder = tree / prefix
         found += [f"{prefix}{path}/" for path in git.submodules(folder) if (folder / path / ".git").exists()]
     return found[1:]
