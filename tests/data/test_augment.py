@@ -1,4 +1,5 @@
-"""Crop and flip: against a loop over images, the draw of a sample whoever asks, and evenly spread."""
+"""Crop and flip: equal to a loop over images, with evenly spread draws that depend on the sample and not on its
+batch."""
 
 from __future__ import annotations
 
@@ -65,7 +66,7 @@ def test_a_samples_draw_does_not_depend_on_its_batch() -> None:
 
 
 def test_numbers_are_what_they_were() -> None:
-    """A change here would make a resumed run see other images than before an upgrade."""
+    """The numbers never change, because otherwise a resumed run would see other images after an upgrade."""
     samples = torch.tensor([0, 1, 2**31, 2**40 + 3])
     assert sample_bits(samples, "crop-flip", 0, 0).tolist() == [
         3020886903154918649,

@@ -1,4 +1,5 @@
-"""The memory-mapped Arrow cache: the same batches bit for bit, made once and whole, and no growth with the rows."""
+"""The memory-mapped Arrow cache: the same batches bit for bit, created once and completely, and no growth with the
+rows."""
 
 from __future__ import annotations
 
@@ -70,7 +71,7 @@ def assert_same(one: Any, other: Any) -> None:
 
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Record batches of 8 rows, so that few rows make many of them."""
+    """Use record batches of 8 rows, so that few rows make many of them."""
     monkeypatch.setattr(arrow, "BATCH_BYTES", 8 * 40)
 
 
@@ -89,7 +90,7 @@ def test_the_same_batches_as_from_memory(tmp_path: Path, small_batches: None) ->
     for index in (0, 7, 8, 102, -1):
         for name, value in memory[index].items():
             assert torch.equal(value, mapped[index][name])
-    # Anybody can read them.
+    # Any Arrow reader can read the files.
     with pa.memory_map(str(caches(tmp_path / "cache")[0] / "numbers.arrow")) as file:
         table = pa.ipc.open_file(file).read_all()
     assert table.column("label").to_pylist() == list(range(103))
@@ -308,7 +309,8 @@ ROWS = 10**8
 
 
 def test_nothing_grows_with_the_rows(tmp_path: Path) -> None:
-    """Opened, sought and read from in a process of its own: memory that is not the map's pages, and time."""
+    """A separate process opens a dataset, seeks and reads; its memory outside the map's pages and its time are
+    bounded."""
     (tmp_path / "source").mkdir()
     group = pa.table({"x": pa.array(np.zeros(10**7, dtype=np.uint8))})
     with pq.ParquetWriter(tmp_path / "source" / "part-0.parquet", group.schema) as writer:
@@ -348,7 +350,7 @@ def test_nothing_grows_with_the_rows(tmp_path: Path) -> None:
         print(f"{name}: {memory / 2**20:.1f} MiB, {1e3 * opening:.1f} ms, two batches in {1e3 * reading:.1f} ms")
     converted, opened = results
     assert opened[0] == ROWS
-    # A list of the rows, of one byte each, would be 100 MB.
+    # A list with one byte per row would take 100 MB.
     assert converted[1] < 64 * 2**20
     assert opened[1] < 16 * 2**20
     assert opened[2] + opened[3] < converted[2]

@@ -1,4 +1,4 @@
-"""Columns and digits: gathered as whole batches, without a copy where none is needed, fixed in their split."""
+"""Columns and digits: gathered as whole batches, not copied without need, and always split the same way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Encoded images: the same pixels whoever decodes them, draws by (seed, epoch, sample) alone, and errors that name the file."""
+"""Encoded images: the same pixels whichever process decodes them, draws by (seed, epoch, sample) alone, and errors that
+name the file."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ def encoded(pixels: np.ndarray, kind: str = "PNG") -> bytes:
 
 
 def gradient(width: int, height: int, blue: int = 0) -> np.ndarray:
-    """An image whose red says the column of a pixel, and green its row."""
+    """Return an image whose red channel is the column of a pixel and whose green channel is its row."""
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     return np.stack([x, y, np.full_like(x, blue)], axis=2).astype(np.uint8)
 
@@ -60,11 +61,11 @@ def test_the_same_batches_whoever_decodes_them(photos: Path, tmp_path: Path, kep
     whole = {int(label): image for image_batch in expected[:3] for image, label in zip(*image_batch, strict=True)}
     again = {int(label): image for image_batch in expected[3:] for image, label in zip(*image_batch, strict=True)}
     assert len(whole) == 14
-    assert not any(torch.equal(whole[label], image) for label, image in again.items())  # another epoch's draws
+    assert not any(torch.equal(whole[label], image) for label, image in again.items())  # the next epoch draws again
     for options in ({}, {"num_workers": 2}):
         for (one, _), (other, _) in zip(expected, batches(images, **options), strict=True):
             assert torch.equal(one, other)
-    for rank in range(2):  # nor on whose batch it is in
+    for rank in range(2):  # the rank does not matter either
         parts = batches(images, rank=rank, world_size=2, micro_batch_size=2)
         mine = [(int(label), image) for part in parts for image, label in zip(*part, strict=True)][:7]
         assert all(torch.equal(whole[label], image) for label, image in mine)

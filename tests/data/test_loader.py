@@ -1,4 +1,4 @@
-"""The loader: the same batches however they are made, errors that name the sample, nothing left running."""
+"""The loader: the same batches however they are made, errors that name the sample, and nothing left running."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WAYS: list[dict[str, Any]] = [
 
 
 class Rows:
-    """Samples one by one; `draw` adds what the global generators give."""
+    """Single samples. With `draw` they contain numbers from the global random generators."""
 
     def __init__(self, length: int = 53, draw: bool = False) -> None:
         self.length, self.draw = length, draw
@@ -59,7 +59,7 @@ class ByBatch:
 
 
 def data_processes() -> list[Any]:
-    """Those of a loader that run: other tests of this process may keep some of their own."""
+    """Return the running processes of loaders, because other tests of this process may keep their own."""
     return [child for child in multiprocessing.active_children() if child.name.startswith("raytrainer-data")]
 
 
@@ -69,7 +69,7 @@ class Named(NamedTuple):
 
 
 def flat(batches: Iterator[Batch]) -> list[Any]:
-    """Everything in the batches, as plain values."""
+    """Return everything in the batches as plain values."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -178,7 +178,7 @@ def test_collate_fn_that_draws_is_repeatable() -> None:
 
 def test_collate_fn_gets_samples_also_of_columns() -> None:
     loader = Loader(columns(), global_batch_size=3, collate_fn=lambda rows: [int(row["y"]) for row in rows])
-    # The transform wants the batch's own form, which collate_fn has changed.
+    # The transform needs the original form of a batch, which `collate_fn` has changed.
     with pytest.raises(DataError, match="RandomCropFlip"):
         next(loader.batches())
     plain = Arrays({"y": np.arange(6)})
@@ -215,7 +215,7 @@ def test_an_error_names_dataset_and_sample(way: dict[str, Any]) -> None:
     seen: list[int] = []
     with pytest.raises(DataError, match="Bad, sample 37: ValueError: broken pixel") as caught:
         seen.extend(batch.index for batch in batches)
-    assert seen == [0, 1, 2]  # what came before it came
+    assert seen == [0, 1, 2]  # the batches before it arrived
     if way.get("num_workers"):
         assert "broken pixel" in "".join(caught.value.__notes__)
         assert "__getitem__" in "".join(caught.value.__notes__)
@@ -288,7 +288,7 @@ def test_closing_does_not_wait_for_a_slow_process() -> None:
 
 
 def test_processes_end_with_their_parent() -> None:
-    """A killed parent cannot tell them: they see the end of their pipes."""
+    """A killed parent cannot tell its processes to end, so they end when their pipe is closed."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
 

@@ -1,4 +1,5 @@
-"""The order of an epoch: a permutation, the same for all, different by epoch and seed, reached anywhere at one cost."""
+"""The order of an epoch: a permutation, equal on all ranks, different by epoch and seed, and reached at any position at
+the same cost."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ def test_is_a_permutation(length: int) -> None:
 
 
 def test_numbers_are_what_they_were() -> None:
-    """A change here would make a resumed run see other batches than before an upgrade."""
+    """The numbers never change, because otherwise a resumed run would see other batches after an upgrade."""
     assert epoch_order(0, 0, 10, True).take(0, 10).tolist() == [7, 2, 5, 1, 9, 3, 8, 0, 6, 4]
     assert epoch_order(0, 0, 10**9, True).take(5, 10).tolist() == [
         320338697,
@@ -76,7 +77,7 @@ def test_every_sample_is_as_likely_everywhere(monkeypatch: pytest.MonkeyPatch, w
     freedom = (length - 1) ** 2
     chi = ((counts - epochs / length) ** 2 / (epochs / length)).sum()
     assert abs(chi - freedom) < 4 * (2 * freedom) ** 0.5
-    off = ~np.eye(length, dtype=bool)  # neighbours: what shuffling is for
+    off = ~np.eye(length, dtype=bool)  # every pair of neighbours is equally likely
     expected = epochs / length
     chi = ((follows[off] - expected) ** 2 / expected).sum()
     assert chi < off.sum() + 5 * (2 * off.sum()) ** 0.5

@@ -1,4 +1,4 @@
-"""Parquet: every numeric layout as one array, the rest row by row, and errors that name file and column."""
+"""Parquet: every numeric layout as one array, everything else row by row, and errors that name the file and column."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order promise, over dataset lengths, batch sizes, numbers of workers and resume points."""
+"""The guaranteed order, over dataset lengths, batch sizes, numbers of workers and resume points."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def plan(shape: dict[str, Any], rank: int = 0, world: int = 1, **more: Any) -> P
 
 
 def counted(step: Step) -> list[int]:
-    """The samples of a step that count, in order."""
+    """Return the samples of a step that count, in order."""
     return [int(sample) for samples, size in step.micro for sample in samples[:size]]
 
 
@@ -81,7 +81,7 @@ def test_a_batch_is_the_same_for_any_number_of_workers(
 def test_resumed_anywhere_on_any_number_it_goes_on(
     shape: dict[str, Any], world: int, resumed_world: int, kill: int, data: st.DataObject
 ) -> None:
-    """Elastic: what was seen before the position and what is seen after it are the uninterrupted run's batches."""
+    """Elastic resume: the batches before and after the resume are those of the uninterrupted run."""
     last = kill + data.draw(st.integers(1, 20))
     alone = [counted(plan(shape).step(index)) for index in range(last)]
     before = [plan(shape, rank, world) for rank in range(world)]
@@ -95,7 +95,7 @@ def test_uneven_last_batch() -> None:
     ranks = [Plan(10, 8, rank=rank, world_size=4) for rank in range(4)]
     assert [counted(rank.step(0)) for rank in ranks] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert [counted(rank.step(1)) for rank in ranks] == [[], [8], [], [9]]
-    assert [(s.tolist(), n) for s, n in ranks[0].step(1).micro] == [([8], 0)]  # a stand-in that counts for nothing
+    assert [(s.tolist(), n) for s, n in ranks[0].step(1).micro] == [([8], 0)]  # a placeholder that counts for nothing
     assert Plan(10, 8, rank=0, world_size=4, pad_empty=False).step(1).micro == []
 
 

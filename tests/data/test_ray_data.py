@@ -1,4 +1,4 @@
-"""RayDataset without a Ray: a rank's rows and its position. tests/integration/test_ray_data.py has a run."""
+"""RayDataset without Ray: a rank's rows and its position. tests/integration/test_ray_data.py trains a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raytrainer.preflight import Resources, check_objects, check_resources
 
 
 class Rows:
-    """A dataset of which each rank has a shard; its epochs differ."""
+    """A dataset with a shard for each rank, whose epochs differ."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
@@ -51,7 +51,7 @@ def test_it_goes_on_in_its_epoch(place: int, prefetch: int) -> None:
 
     expected = numbers(loader(Rows(50)), 0, 12)
     assert expected[0] == [1, 3, 5, 7]
-    assert expected[6] == [1001, 1003, 1005, 1007]  # 25 rows are 6 batches
+    assert expected[6] == [1001, 1003, 1005, 1007]  # 25 rows make 6 batches
     first, rows = loader(Rows(50)), Rows(50)
     state: dict[str, Any] = {}
     for batch in first.batches():
@@ -61,7 +61,7 @@ def test_it_goes_on_in_its_epoch(place: int, prefetch: int) -> None:
     second = loader(rows)
     second.load_state_dict(state)
     assert numbers(second, place, 12) == expected[place:]
-    assert min(rows.read) == place // 6  # not from the first epoch on
+    assert min(rows.read) == place // 6  # earlier epochs are not read again
 
 
 def test_rows_become_tensors() -> None:

@@ -1,4 +1,4 @@
-"""Iterables: an exact position through the dataset's own state, epochs by their ends, slices by rank."""
+"""Iterable datasets: an exact position through the dataset's own state, epochs by their ends, and slices by rank."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests import ranks
 
 
 class Numbers:
-    """Counts up to `length` in each epoch, mixing in a random number of a generator that it keeps across epochs."""
+    """Counts up to `length` in each epoch, and adds random numbers from a generator that it keeps across epochs."""
 
     def __init__(self, length: int) -> None:
         self.length, self.place, self.read = length, 0, 0
@@ -45,7 +45,7 @@ class Numbers:
 
 
 class Plain:
-    """Without state."""
+    """A dataset without state."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -154,7 +154,7 @@ def test_a_sharded_stream_is_read_by_its_rank_alone() -> None:
     batches = [list(loader.batches(0, 3)) for loader in loaders]
     assert [b.micro[0].data.tolist() for b in batches[0]] == [[0, 2], [4, 6], [8, 10]]
     assert [b.micro[0].data.tolist() for b in batches[1]] == [[1, 3, 5], [7, 9, 11], [13, 15, 17]]
-    assert [b.ends_epoch for b in batches[1]] == [False, False, True]  # 19 is of no full batch
+    assert [b.ends_epoch for b in batches[1]] == [False, False, True]  # 19 makes no full batch
     with pytest.raises(ConfigError, match="make it at least 2"):
         Loader(Sharded(21), global_batch_size=1, rank=0, world_size=2)
 
@@ -202,7 +202,7 @@ def test_an_iterable_of_torch() -> None:
 
 
 class Announced(torch.utils.data.IterableDataset[int]):
-    """With a length, which may be wrong."""
+    """A dataset with a length, which may be wrong."""
 
     def __init__(self, length: int, says: int) -> None:
         self.length, self.says = length, says
@@ -235,7 +235,7 @@ def test_what_can_be_read_once_only_is_said_to_be() -> None:
     generator = Loader((torch.tensor(i) for i in range(10)), global_batch_size=4)
     with pytest.raises(DataError, match=r"generator: epoch 1 gave no samples.* only once, as a generator can"):
         list(generator.batches(0, 4))
-    with pytest.raises(DataError, match="only once"):  # evaluation, the second time
+    with pytest.raises(DataError, match="only once"):  # an evaluation reads it a second time
         list(generator.one_epoch())
     whole = list(Loader((torch.tensor(i) for i in range(10)), global_batch_size=4).batches(0, 3))
     assert [batch.ends_epoch for batch in whole] == [False, False, True]
@@ -267,7 +267,7 @@ def test_samples_that_make_no_batch_get_advice() -> None:
 
 
 class Part(Plain):
-    """A stream of which each rank reads a part of another length."""
+    """A stream whose parts on the ranks have different lengths."""
 
     def __init__(self, *lengths: int) -> None:
         self.lengths = lengths
@@ -277,7 +277,7 @@ class Part(Plain):
 
 
 class Raising(Plain):
-    """Fails on one rank, at sample `length`."""
+    """A stream that fails on rank 1, at sample `length`."""
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         yield from (torch.tensor(i) for i in range(self.length))
@@ -286,7 +286,7 @@ class Raising(Plain):
 
 
 def seen(world: World, dataset: Any, lengths: list[int] | None, way: dict[str, Any]) -> Any:
-    """How many batches a rank got, and why no more."""
+    """Return how many batches a rank got, and why it got no more."""
     count = 0
     try:
         own = dataset if lengths is None else dataset(lengths[world.rank])
@@ -300,7 +300,7 @@ def seen(world: World, dataset: Any, lengths: list[int] | None, way: dict[str, A
 
 
 def test_ranks_agree_on_where_a_stream_ends() -> None:
-    """On two ranks: in each case both raise the same, after the same batch, instead of waiting for one another."""
+    """On two ranks, both raise the same error after the same batch, instead of waiting for each other."""
 
     def both(dataset: Any, lengths: list[int] | None = None, **way: Any) -> tuple[int, str]:
         answers = ranks.run(2, seen, dataset, lengths, way)
@@ -320,7 +320,7 @@ def test_ranks_agree_on_where_a_stream_ends() -> None:
         assert "Part: epoch 0 gave 1 samples, fewer than the 2 of one full batch of this rank (0 of 2)" in message
     assert message.startswith("rank 0: Part")
     assert "rank 1: 4 samples and it goes on" in message
-    count, message = both(Plain, [9, 14])  # whole, and not the same
+    count, message = both(Plain, [9, 14])  # both ranks read whole datasets, of different lengths
     assert count == 2
     assert "rank 0: 9 samples, rank 1: 14 samples and it goes on" in message
     assert "shard(rank, world_size)" in message

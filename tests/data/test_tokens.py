@@ -1,4 +1,4 @@
-"""Windows over a stream of tokens, their files, and the command that makes these; the embedded sources."""
+"""Windows over a stream of tokens, token files and the command that makes them, and the embedded sources."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TEXTS = ["the cat sat on the mat", "größer als die Katze\n", "", "a b c " * 30
 
 
 def targets(windows: TokenWindows) -> list[int]:
-    """The labels that count, window after window; each window's inputs are what comes before them."""
+    """Return the labels that count, window after window. Check that each window's inputs are the tokens before them."""
     found: list[int] = []
     for i in range(len(windows)):
         sample = windows[i]
@@ -142,7 +142,7 @@ def test_a_file_in_s3_is_copied_once(in_s3: str, tmp_path: Path) -> None:
     assert TokenDataset(uri, 2, cache=cache).path.stat().st_ino == copied.st_ino
 
     Storage(in_s3).write_bytes("there.tokens", write(made, [[7, 8]]).read_bytes())
-    assert targets(TokenDataset(uri, 2, cache=cache)) == [8]  # another file: another copy
+    assert targets(TokenDataset(uri, 2, cache=cache)) == [8]  # a new file gets a new copy
     with pytest.raises(DataError, match=r"nothing\.tokens: no such file"):
         TokenDataset(f"{in_s3}/nothing.tokens", 2, cache=cache)
 
@@ -167,7 +167,7 @@ def test_two_processes_that_write_the_same_file_do_not_mix(tmp_path: Path) -> No
     for process in writers:
         process.start()
     while any(process.is_alive() for process in writers):
-        dataset = TokenDataset(path, 4)  # whole at every moment
+        dataset = TokenDataset(path, 4)  # complete at every moment
         assert len(dataset.tokens) == 20 * (100 + int(dataset.tokens[0]))
         assert (dataset.tokens == dataset.tokens[0]).all()
     assert [process.exitcode for process in writers] == [0, 0]
@@ -179,7 +179,7 @@ def test_a_long_stream_costs_no_more_than_a_short_one(tmp_path: Path) -> None:
     head = json.loads(path.read_bytes()[:4096]) | {"tokens": tokens}
     with path.open("r+b") as file:
         file.write(json.dumps(head).encode().ljust(4096))
-        file.truncate(4096 + 2 * tokens)  # sparse: 2 GB that are not there
+        file.truncate(4096 + 2 * tokens)  # sparse: 2 GB that use no disk
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     dataset = TokenDataset(path, 1024)
     for step in range(20):
@@ -193,7 +193,7 @@ def test_a_long_stream_costs_no_more_than_a_short_one(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE in the manner of GPT-2, trained on a few words."""
+    """Train a byte-level BPE, like that of GPT-2, on a few words."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -206,7 +206,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def decoded(path: Path, tokenizer: Path) -> list[str]:
-    """The documents of a file of tokens."""
+    """Return the documents of a token file."""
     dataset, coder = TokenDataset(path, 8), Tokenizer.from_file(str(tokenizer))
     parts = np.split(dataset.tokens, np.flatnonzero(dataset.tokens == dataset.head.separator) + 1)
     return [coder.decode(part[:-1].tolist()) for part in parts[:-1]]

@@ -1,6 +1,5 @@
-"""A cluster that grows: a run waits for nodes that can come, says so, and they go after it; what can never come is
-refused. With Ray's own autoscaler and fake machines.
-"""
+"""A cluster that grows: a run waits for nodes that can be added and says so, and the nodes are removed after it. A
+request that can never be served is refused. The cluster is Ray's own autoscaler with fake machines."""
 
 from __future__ import annotations
 
@@ -24,11 +23,11 @@ from tests.promises import Within
 pytestmark = pytest.mark.slow
 
 RUN = ["experiment=mlp", "name=run", "tracking.log_model=false", "trainer.max_epochs=1"]
-WITHOUT_TOKEN = {"RAY_AUTH_MODE": "disabled"}  # whoever runs the tests may have one of a cluster of theirs
+WITHOUT_TOKEN = {"RAY_AUTH_MODE": "disabled"}  # whoever runs the tests may have a token for their own cluster
 
 
 class Growing:
-    """tests/outside/autoscaling.py, in a session of its own: 1 CPU, and at most 1 + 1 + 2 more."""
+    """tests/outside/autoscaling.py in its own session: 1 CPU, and at most 1 + 1 + 2 more."""
 
     def __init__(self, folder: Path) -> None:
         self.gate, self.log = folder / "gate", folder / "cluster.log"
@@ -46,7 +45,7 @@ class Growing:
         assert ":" in self.address, self.log.read_text()
 
     def ask(self, command: str = "") -> dict[str, list[Any]]:
-        """The CPUs of its nodes, and the states of its placement groups."""
+        """Send a command, and return the CPUs of the nodes and the states of the placement groups."""
         assert self.process.stdin is not None
         print(command, file=self.process.stdin, flush=True)
         found: dict[str, list[Any]] = json.loads(self._answer())
@@ -87,7 +86,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Growing]:
 
 @pytest.fixture
 def on(cluster: Growing) -> Iterator[list[str]]:
-    """The arguments that run there; it is as small as at first, and has no machine to add."""
+    """Yield the arguments to run on the cluster, which has its initial size and cannot add a machine yet."""
     cluster.until({"nodes": [1], "placement_groups": []}, 60)
     cluster.gate.unlink(missing_ok=True)
     yield ["cluster=existing", f"cluster.address={cluster.address}"]
@@ -114,7 +113,7 @@ def test_what_it_can_never_serve_is_refused(cluster: Growing, on: list[str], tmp
     assert "scaling.num_workers=6 × 1 CPU = 6 CPUs" in ended.err
     assert f"the cluster at {cluster.address} has at most 5 CPUs, nodes that it can add included" in ended.err
     assert "scaling.num_workers=5 fits" in ended.err
-    # Enough in all, and on no node.
+    # There are enough CPUs in total, but not on one node.
     ended = launched(tmp_path, "check", *RUN, *on, "+scaling.resources_per_worker.CPU=3").exits(2)
     assert "a worker asks for 3 CPUs, and no node of" in ended.err
     assert not (tmp_path / "runs").exists()
@@ -127,7 +126,7 @@ def test_check_accepts_what_can_come(on: list[str], tmp_path: Path) -> None:
 
 
 def test_interrupted_while_it_waits(cluster: Growing, on: list[str], tmp_path: Path) -> None:
-    """Fault 26: nothing is left of its request either."""
+    """Fault 26: an interrupted run also leaves no request for nodes."""
     with launch(tmp_path, *RUN, *on, "scaling.num_workers=2") as run:
         run.said("waiting for 2 CPUs")
         run.signal(signal.SIGINT)

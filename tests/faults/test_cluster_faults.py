@@ -1,4 +1,4 @@
-"""Faults 4, 5, 8 and 29, and runs on a cluster that was there before them and stays: what is left on it is nothing."""
+"""Faults 4, 5, 8 and 29, and runs on a cluster that exists before and after them: they leave nothing on it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ RUN = ["experiment=mlp", "name=run", "tracking.log_model=false", "trainer.max_ep
 
 
 class RayCluster:
-    """tests/outside/cluster.py, in a process of its own."""
+    """tests/outside/cluster.py in its own process."""
 
     def __init__(self, folder: Path, cpus: int) -> None:
         self.log = folder / "cluster.log"
@@ -51,14 +51,14 @@ class RayCluster:
             stderr=self.log.open("wb"),
             text=True,
             start_new_session=True,
-            # Its workers find what the runs train with, as on a cluster where that is installed.
+            # Its workers find the user's package, as on a cluster where it is installed.
             env={**os.environ, "PYTHONPATH": str(OUTSIDE)},
         )
         self.address = self._answer()
         assert ":" in self.address, self.log.read_text()
 
     def running(self) -> dict[str, list[str]]:
-        """The actors and placement groups that are there."""
+        """Return the existing actors and placement groups."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
@@ -70,7 +70,7 @@ class RayCluster:
         return self.process.stdout.readline().strip()
 
     def is_clean(self, within_s: float) -> None:
-        """Waits until nothing runs on it."""
+        """Wait until nothing runs on the cluster."""
         within = Within(within_s)
         while any((found := self.running()).values()):
             within.check(found)
@@ -105,7 +105,7 @@ def on(cluster: RayCluster) -> list[str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run on the cluster that nothing happened to."""
+    """Return the directory of an undisturbed run on the cluster."""
     folder = tmp_path_factory.mktemp("undisturbed")
     ended = launched(folder, *RUN, *on(cluster), *observed(), f"+callbacks.steps.folder={folder}/steps").exits(0)
     assert f"Ray at {cluster.address}, 2 workers on CPU" in ended.out
@@ -114,14 +114,14 @@ def undisturbed(cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_existing_cluster(cluster: RayCluster, undisturbed: Path) -> None:
-    """It trains there, and leaves the cluster as it was."""
+    """A run trains on the cluster, and leaves it unchanged."""
     assert Runs(undisturbed).status("run") == "FINISHED"
     assert checkpoints(undisturbed, "run")[-1].step == 44
     assert cluster.process.poll() is None
 
 
 def test_killed_driver_on_an_existing_cluster(cluster: RayCluster, undisturbed: Path, tmp_path: Path) -> None:
-    """Fault 4: workers and placement group go though the cluster stays; `resume` ends at the same weights."""
+    """Fault 4: workers and placement group go although the cluster stays, and `resume` ends with the same weights."""
     arguments = [*RUN, *on(cluster), *observed(0.1), f"+callbacks.steps.folder={tmp_path}/steps"]
     with launch(tmp_path, *arguments) as run:
         run.reaches(14)
@@ -156,7 +156,7 @@ def test_stopped_on_an_existing_cluster(cluster: RayCluster, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("where", ["local", "existing"])
 def test_more_workers_than_there_are_cpus(where: str, cluster: RayCluster, tmp_path: Path) -> None:
-    """Fault 29: said within 10 s, with what fits."""
+    """Fault 29: the run is refused within 10 s, and the message says what fits."""
     place = on(cluster) if where == "existing" else []
     within = Within(10.0)
     ended = launched(tmp_path, *RUN, *place, "scaling.num_workers=64", fresh=True).exits(2)
@@ -168,15 +168,15 @@ def test_more_workers_than_there_are_cpus(where: str, cluster: RayCluster, tmp_p
 
 
 def killed_part(run: Launch, name: str) -> None:
-    """SIGKILL of one of Ray's processes of a launch."""
+    """Send SIGKILL to one of Ray's processes of a launch."""
     (process,) = (process for process in run.left() if name in name_of(process).split(" ")[0])
     process.kill()
 
 
 @pytest.mark.parametrize("part", [pytest.param("gcs_server", marks=pytest.mark.nightly), "raylet"])
 def test_ray_dies(part: str, tmp_path: Path) -> None:
-    """Faults 5 and 8, as an embedded Ray has them: the controller is the driver, and a dead Ray is a lost cluster. The
-    driver ends in bounded time, with the truth in MLflow, and the checkpoints are there to go on from."""
+    """Faults 5 and 8 with an embedded Ray: the controller is the driver, and a dead Ray is a lost cluster. The driver
+    ends in bounded time with the true status in MLflow, and the checkpoints can be resumed from."""
     with launch(tmp_path, *RUN, "trainer.max_epochs=100", *observed(0.1)) as run:
         run.reaches(14)
         killed_part(run, part)

@@ -1,5 +1,7 @@
-"""Faults 26 and 27: Ctrl-C and SIGTERM at every stage of a launch, and a terminal that is closed: 130, 143 or 129, KILLED,
-a checkpoint where training had begun, nothing left, all within seconds.
+"""Faults 26 and 27: Ctrl-C and SIGTERM at every stage of a launch, and a terminal that is closed.
+
+Within seconds the launch exits with 130, 143 or 129 and status KILLED. If training had begun, it leaves a checkpoint.
+It leaves no process.
 """
 
 from __future__ import annotations
@@ -34,9 +36,10 @@ from tests.promises import Within
 
 pytestmark = pytest.mark.slow
 
-END_S = 20.0  # twice what is promised: a machine may be busy
+END_S = 20.0  # twice the promised time, because a machine may be busy
 CODES = {SIGINT: 130, SIGTERM: 143, SIGHUP: 129}
-# Where both signals go the same way, SIGTERM is for the night: others here and in test_cluster_faults.py send it too.
+# Where both signals take the same path, SIGTERM runs only nightly; other tests here and in test_cluster_faults.py send
+# it.
 BOTH = [(SIGINT, True), pytest.param(SIGTERM, False, marks=pytest.mark.nightly)]
 LONG = [
     "experiment=mlp",
@@ -49,13 +52,13 @@ TWO = "scaling.num_workers=2"
 
 
 def stopped(run: Launch, number: signal.Signals, *, group: bool = False) -> Ended:
-    """Sends the signal; the launch ends with its code in time, with nothing left."""
+    """Send the signal. Check that the launch ends in time with its exit code, and leaves nothing."""
     within = Within(END_S)
     run.signal(number, group=group)
     ended = run.wait(3 * END_S)
     run.nothing_left(END_S)
     within.check(ended)
-    # A signal in the first moments, while Python itself starts, ends the process; a shell calls that the same.
+    # A signal while Python itself starts kills the process. A shell reports the same exit code for that.
     code = 128 - ended.code if ended.code < 0 else ended.code
     assert code == CODES[number], str(ended)
     assert "Traceback" not in ended.err or ended.code < 0, str(ended)
@@ -63,7 +66,7 @@ def stopped(run: Launch, number: signal.Signals, *, group: bool = False) -> Ende
 
 
 def catches(pid: int, number: signal.Signals) -> bool:
-    """Whether a process has a handler of its own for a signal."""
+    """Return whether a process has its own handler for a signal."""
     (line,) = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
     return bool(int(line, 16) >> (number - 1) & 1)
 
@@ -76,11 +79,11 @@ def assert_killed(folder: Path, name: str = "run") -> None:
 
 @pytest.mark.parametrize("number", [SIGINT, SIGTERM])
 def test_while_composing(number: signal.Signals, tmp_path: Path) -> None:
-    """Nothing was started; nothing is left."""
+    """A signal while the config is composed leaves nothing, because nothing was started."""
     draw = seeded(f"composing, {number.name}")
     for _ in range(3):
         with launch(tmp_path, *LONG, store=False, fresh=True) as run:
-            # Until then it is Python that starts, which takes as long as the machine is slow.
+            # Before that Python itself starts, which takes longer on a slow machine.
             run.until("it answers signals", functools.partial(catches, run.pid, SIGTERM))
             time.sleep(draw.uniform(0, 0.4))
             stopped(run, number, group=number == SIGINT)
@@ -101,7 +104,7 @@ def test_while_ray_starts(number: signal.Signals, group: bool, tmp_path: Path) -
 
 @pytest.mark.parametrize(("number", "group"), BOTH)
 def test_in_a_step(number: signal.Signals, group: bool, tmp_path: Path) -> None:
-    """Both ranks end after the same step, which is in a checkpoint; `resume` is what is said next."""
+    """Both ranks end after the same step, which is in a checkpoint, and the output suggests `resume`."""
     with launch(tmp_path, *LONG, TWO, "checkpoint.every_n_steps=100000", *observed(0.02)) as run:
         run.reaches(23)
         ended = stopped(run, number, group=group)
@@ -124,7 +127,7 @@ def test_inline(number: signal.Signals, group: bool, tmp_path: Path) -> None:
     assert_killed(tmp_path)
 
 
-# Takes a terminal, as a shell does for the program in its foreground.
+# Takes the terminal, as a shell does for its foreground program.
 ON_TERMINAL = """
 import os, runpy, sys
 terminal = os.open(sys.argv.pop(1), os.O_RDWR)
@@ -137,7 +140,8 @@ runpy.run_module("raytrainer", run_name="__main__", alter_sys=True)
 
 
 def test_a_terminal_that_is_closed(tmp_path: Path) -> None:
-    """The hangup goes to Ray's processes too, and nobody takes the output any more: the last checkpoint is saved all the same."""
+    """The hangup also reaches Ray's processes, and nothing reads the output any more; the last checkpoint is still
+    saved."""
     (tmp_path / "mlflow.db").write_bytes(empty_store())
     ours, its = pty.openpty()
     shown, gone = bytearray(), threading.Event()
@@ -160,7 +164,7 @@ def test_a_terminal_that_is_closed(tmp_path: Path) -> None:
             reading.join()
             os.close(its)
             within = Within(END_S)
-            os.close(ours)  # the kernel sends SIGHUP, and each write fails from now on
+            os.close(ours)  # the kernel sends SIGHUP, and every write fails from now on
         ended = run.wait(3 * END_S)
         run.nothing_left(END_S)
         within.check(shown.decode(errors="replace"))
@@ -171,7 +175,7 @@ def test_a_terminal_that_is_closed(tmp_path: Path) -> None:
 
 
 def test_second_forces(tmp_path: Path) -> None:
-    """A rank that does not come to a log cannot save; a second Ctrl-C does not wait for it."""
+    """A second Ctrl-C does not wait for a rank that never reaches a log step and so cannot save."""
     stuck = ["+callbacks.stuck._target_=probes.Misbehaves", "+callbacks.stuck.step=13", "+callbacks.stuck.sleeps=true"]
     with launch(tmp_path, *LONG, TWO, *observed(), "+callbacks.stuck.rank=1", *stuck) as run:
         run.reaches(13, rank=1)
@@ -184,7 +188,7 @@ def test_second_forces(tmp_path: Path) -> None:
 
 
 def test_stuck_rank_does_not_hold_the_end_up(tmp_path: Path) -> None:
-    """One Ctrl-C, and no rank that listens: it ends all the same."""
+    """One Ctrl-C ends the run, although one rank does not respond."""
     stuck = ["+callbacks.stuck._target_=probes.Misbehaves", "+callbacks.stuck.step=13", "+callbacks.stuck.sleeps=true"]
     with launch(tmp_path, *LONG, TWO, *observed(), "+callbacks.stuck.rank=1", *stuck) as run:
         run.reaches(13, rank=1)
@@ -194,7 +198,7 @@ def test_stuck_rank_does_not_hold_the_end_up(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "cluster"), [(SIGINT, "local"), (SIGTERM, "inline")])
 def test_at_teardown(number: signal.Signals, cluster: str, tmp_path: Path) -> None:
-    """Training has ended, its records are being closed: they are closed in order, as what the user made of it."""
+    """The records of a run that has finished training are still closed in order, with the status KILLED."""
     draw = seeded(f"teardown, {cluster}")
     short = ["experiment=mlp", "name=run", "trainer.max_epochs=2", f"cluster={cluster}", *observed()]
     with launch(tmp_path, *short) as run:

@@ -1,4 +1,4 @@
-"""Faults 12, 13, 14, 24 and 33: disks that are full, files that are cut, directories that are taken, names of all kinds."""
+"""Faults 12, 13, 14, 24 and 33: full disks, truncated files, directories in use, and unusual names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INLINE = ["experiment=mlp", "name=run", "cluster=inline", "tracking.log_model=fa
 
 
 def test_no_space_for_a_checkpoint(tmp_path: Path) -> None:
-    """Fault 12: the place is named, the checkpoints before stay valid, and the status is told."""
+    """Fault 12: the message names the directory, earlier checkpoints stay valid, and the status is recorded."""
     with tiny_disk(tmp_path, kib=2048) as disk:
         options = [
             f"storage_path={disk}",
@@ -37,7 +37,8 @@ def test_no_space_for_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_no_space_for_logs(tmp_path: Path) -> None:
-    """Fault 13: a worker prints more than the disk has. It is said where, and training ends as it would."""
+    """Fault 13: a worker prints more than the disk can hold. A message names the directory, and training ends as
+    usual."""
     chatty = [
         "+callbacks.chatty._target_=probes.Misbehaves",
         "+callbacks.chatty.step=5",
@@ -75,7 +76,7 @@ def fill(path: Path) -> None:
 
 
 def test_truncated_checkpoint(tmp_path: Path) -> None:
-    """Fault 14: the checksum finds it, the one before is gone on from, and it is said."""
+    """Fault 14: the checksum finds the damage, the run continues from the checkpoint before, and a message says so."""
     launched(tmp_path, *INLINE, "trainer.max_epochs=3", *observed()).exits(0)
     last = tmp_path / "runs" / "run" / "checkpoints" / "step-000000033" / "shared-00000.safetensors"
     last.write_bytes(last.read_bytes()[:-1000])
@@ -90,7 +91,8 @@ def test_truncated_checkpoint(tmp_path: Path) -> None:
 
 
 def test_two_runs_one_directory(tmp_path: Path) -> None:
-    """Fault 24: the second is refused, with the owner; an owner that was killed has none."""
+    """Fault 24: the second launch is refused, and the message names the owner. A killed owner does not block
+    `resume`."""
     arguments = [*INLINE, "trainer.max_epochs=6", *observed(0.1)]
     with launch(tmp_path, *arguments) as first:
         first.reaches(12)
@@ -109,7 +111,8 @@ def test_two_runs_one_directory(tmp_path: Path) -> None:
 
 
 def test_names_of_all_kinds(tmp_path: Path) -> None:
-    """Fault 33: everything below a directory with such a name works, Ray included."""
+    """Fault 33: everything works below a directory with spaces, quotes, `#`, `%`, non-ASCII and 200 characters, Ray
+    included."""
     folder = tmp_path / "with spaces, é, #hash, 100% and 'quotes'" / ("long-" * 40)
     folder.mkdir(parents=True)
     arguments = ["experiment=smoke", "name=run"]
@@ -120,7 +123,7 @@ def test_names_of_all_kinds(tmp_path: Path) -> None:
 
 
 def test_a_name_that_a_database_url_cannot_have(tmp_path: Path) -> None:
-    """Fault 33: `%41` and `?` mean something in such a URL: refused at once."""
+    """Fault 33: `%41` and `?` have a meaning in a database URL, so a directory with such a name is refused at once."""
     for name in ("%41", "why?"):
         (tmp_path / name).mkdir()
         ended = launched(tmp_path / name, "experiment=smoke").exits(2)
@@ -130,7 +133,8 @@ def test_a_name_that_a_database_url_cannot_have(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a b", "é", "a#b", "a%b", "a" * 200, "../../x", "/x"])
 def test_names_of_runs(name: str, in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fault 33: the name of a run has letters, digits, `.`, `_` and `-`; another is refused before anything is done."""
+    """Fault 33: a run's name has letters, digits, `.`, `_` and `-`; any other name is refused before anything is
+    done."""
     assert cli.main(["experiment=smoke", f"name='{name}'"]) == 2
     assert "name" in capsys.readouterr().err
     assert list(in_tmp.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Faults 38 and 39, and the signals and servers of other faults as a sweep meets them: whole commands, real kills."""
+"""Faults 38 and 39, and the signals and server failures of other faults during a sweep: whole commands, real kills."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ pytestmark = pytest.mark.slow
 
 SWEEP = ["-m", "experiment=mlp", "name=sweep", "model.width=16", "model.dropout=0.2", "trainer.log_every_n_steps=5"]
 LR = "optimizer.lr=tag(log,interval(1e-4,1e-1))"
-ALWAYS = "checkpoint.min_interval_s=0"  # a checkpoint of each evaluation
-END_S = 20.0  # twice what is promised: a machine may be busy
+ALWAYS = "checkpoint.min_interval_s=0"  # a checkpoint at each evaluation
+END_S = 20.0  # twice the promised time, because a machine may be busy
 
 
 def told(trial: Trial) -> list[tuple[int, int, float, dict[str, float]]]:
-    """All that a trial reported, less what measures time."""
+    """Return everything that a trial reported, except metrics that measure time."""
     return [
         (r.evaluation, r.step, r.value, {k: v for k, v in r.metrics.items() if "samples_per_second" not in k})
         for r in trial.reports
@@ -43,7 +43,7 @@ def told(trial: Trial) -> list[tuple[int, int, float, dict[str, float]]]:
 
 
 def assert_in_mlflow(runs: Runs, found: dict[str, Trial], ended: dict[str, str] | None = None) -> None:
-    """One run a trial, under the sweep's, with the status that it has, and each row once."""
+    """Check that each trial has one MLflow run below the sweep's, with its status, and each row once."""
     kinds = {"finished": "FINISHED", "failed": "FAILED", "pruned": "KILLED", "stopped": "KILLED"}
     parent = runs.id_of("sweep")
     for trial in found.values():
@@ -67,7 +67,8 @@ def assert_in_mlflow(runs: Runs, found: dict[str, Trial], ended: dict[str, str] 
 
 @pytest.fixture(scope="module")
 def failing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """One trial raises, one is killed for memory, one diverges, two are well; and what the sweep said at its end."""
+    """Run a sweep in which one trial raises, one is killed for memory, one diverges and two finish. Return its
+    directory and output."""
     folder = tmp_path_factory.mktemp("failing")
     memory = psutil.virtual_memory()
     most = min(0.98, (memory.total - memory.available + 5 * 2**30) / memory.total)
@@ -79,7 +80,7 @@ def failing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def test_what_fails_does_not_end_the_sweep(failing: tuple[Path, str]) -> None:
-    """Fault 39: FAILED with their causes, and the sweep ends with the best of the rest."""
+    """Fault 39: failed trials are FAILED with their causes, and the sweep ends with the best of the others."""
     folder, said = failing
     found = trials(folder)
     assert [trial.status for trial in found.values()] == ["finished", "failed", "failed", "failed", "finished"]
@@ -102,7 +103,7 @@ def test_what_fails_does_not_end_the_sweep(failing: tuple[Path, str]) -> None:
 
 
 def test_failures_that_are_not_allowed_are_named(failing: tuple[Path, str]) -> None:
-    """The same sweep is a failure where none may fail: nothing is run again to say so."""
+    """With `sweep.allow_failed=false` the same sweep has failed; no trial is run again to decide this."""
     folder, _ = failing
     ended = launched(folder, "resume", "sweep", "sweep.allow_failed=false").exits(1)
     assert "3 of 5 trials failed, and sweep.allow_failed=false" in summary(ended.out)["cause"]
@@ -112,7 +113,8 @@ def test_failures_that_are_not_allowed_are_named(failing: tuple[Path, str]) -> N
 
 
 def test_a_failed_trial_is_tried_again(tmp_path: Path) -> None:
-    """`sweep.max_trial_failures=1`: it goes on from its checkpoint, with every row once, to what it would have been."""
+    """`sweep.max_trial_failures=1`: the trial continues from its checkpoint, with every row once and the same
+    result."""
     once = [
         "+callbacks.once._target_=probes.Once",
         "+callbacks.once.step=26",
@@ -125,7 +127,7 @@ def test_a_failed_trial_is_tried_again(tmp_path: Path) -> None:
     assert told(found["0001"]) == told(found["0002"]) == told(found["0003"])
     assert [report.evaluation for report in found["0001"].reports] == [1, 2, 3]
     starts = [[line.step for line in seen(tmp_path, "start", trial)] for trial in found]
-    # The save of the evaluation just before may have been under way.
+    # The checkpoint of the evaluation just before may not have been committed.
     assert starts[0] in ([0, 11], [0, 22])
     assert starts[1] in ([0, 11], [0, 22])
     assert starts[2] == [0]
@@ -135,7 +137,7 @@ def test_a_failed_trial_is_tried_again(tmp_path: Path) -> None:
 
 
 def test_a_metric_that_is_not_there_ends_the_sweep(tmp_path: Path) -> None:
-    """Every trial would fail by it."""
+    """The sweep ends at once, because every trial would fail for the same reason."""
     metric = ["sweep.metric=val/acuracy", "sweep.mode=max"]
     ended = launched(tmp_path, *SWEEP, "sweep=random", LR, "sweep.num_samples=50", *metric).exits(1)
     cause = summary(ended.out)["cause"]
@@ -147,13 +149,13 @@ def test_a_metric_that_is_not_there_ends_the_sweep(tmp_path: Path) -> None:
     assert {trial.status for trial in trials(tmp_path).values()} <= {"failed", "stopped"}
 
 
-# --- a sweep that is killed -------------------------------------------------------------------------------------------
+# --- killed sweeps ----------------------------------------------------------------------------------------------------
 
 RANDOM = ["sweep=random", LR, "model.depth=1,2", "sweep.num_samples=6", "trainer.max_epochs=4", ALWAYS]
 
 
 def in_the_middle(run: Launch) -> dict[str, Trial]:
-    """Waits until two trials have ended, and another has made a part of its way."""
+    """Wait until two trials have ended and another is partly done. Return all trials."""
 
     def found() -> dict[str, Trial] | None:
         now = trials(run.folder)
@@ -165,7 +167,8 @@ def in_the_middle(run: Launch) -> dict[str, Trial]:
 
 
 def assert_went_on(folder: Path, before: dict[str, Trial], after: dict[str, Trial]) -> None:
-    """What had ended was kept, what ran went on where it was, the rest was drawn."""
+    """Check that ended trials were kept, running ones continued where they were, and the remaining ones were
+    sampled."""
     for trial in after.values():
         starts = [line.step for line in seen(folder, "start", trial.id)]
         old = before.get(trial.id)
@@ -175,17 +178,17 @@ def assert_went_on(folder: Path, before: dict[str, Trial], after: dict[str, Tria
             assert starts == [0], trial.id
             assert told(trial) == told(old)
         else:
-            # The checkpoint of the last report may not have been whole yet.
+            # The checkpoint of the last report may not have been committed.
             assert len(starts) == 2
             assert starts[1] >= 11 * (len(old.reports) - 1), trial.id
 
 
 def test_a_killed_driver_changes_nothing(tmp_path: Path) -> None:
-    """Fault 38. The trials, their parameters and all that they report are those of the sweep that nobody disturbed."""
+    """Fault 38: the trials, their parameters and all their reports equal those of an undisturbed sweep."""
     undisturbed, folder = tmp_path / "undisturbed", tmp_path / "killed"
     undisturbed.mkdir()
     folder.mkdir()
-    # Both at once: the start of a Ray is mostly waiting.
+    # Both run at once, because the start of Ray is mostly waiting.
     with (
         launch(undisturbed, *SWEEP, *RANDOM, "sweep.num_samples=8", *observed_trials()) as reference,
         launch(folder, *SWEEP, *RANDOM, *observed_trials(0.03)) as run,
@@ -218,7 +221,7 @@ def test_a_killed_driver_changes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(SIGINT, 130), pytest.param(SIGTERM, 143, marks=pytest.mark.nightly)])
 def test_a_signal_ends_it_and_resume_goes_on(number: signal.Signals, code: int, tmp_path: Path) -> None:
-    """Nothing is left, every run in MLflow says what became of it; and what is said next works."""
+    """Nothing is left, every MLflow run has its final status, and the suggested command works."""
     with launch(tmp_path, *SWEEP, *RANDOM, *observed_trials(0.03)) as run:
         before = in_the_middle(run)
         within = Within(END_S)
@@ -255,10 +258,10 @@ def server(tmp_path: Path) -> Iterator[MlflowServer]:
 
 
 def test_nobody_waits_for_mlflow(server: MlflowServer, tmp_path: Path) -> None:
-    """It takes 30 s a call, then it is dead: trials are stopped and started meanwhile; later it gets all of it once."""
+    """MLflow takes 30 s per call and then dies. Trials still stop and start, and later MLflow gets every row once."""
     proxy = Proxy(server.port)
     options = ["sweep=asha", LR, "sweep.num_samples=12", "trainer.max_epochs=3", f"tracking.tracking_uri={proxy.uri}"]
-    # The pause keeps most trials for the time after the first one's run is made, which takes seconds.
+    # The pause keeps most trials for the time after the first trial's run is created, which takes seconds.
     with launch(tmp_path, *SWEEP, *options, *observed_trials(0.05)) as run:
         run.until(
             "the first trial's run is made",
@@ -275,7 +278,7 @@ def test_nobody_waits_for_mlflow(server: MlflowServer, tmp_path: Path) -> None:
         within.check(f"for {12 - there} trials")
         assert there < 8
         server.stop()
-        proxy.ended.set()  # who still waits for an answer gets none
+        proxy.ended.set()  # pending requests get no answer
         ended = run.wait().exits(0)
         run.nothing_left()
     assert "resume uploads them" in ended.err

@@ -1,5 +1,6 @@
-"""Faults 17, 18 and 19: a tracking server that is down, dies, is in trouble, or refuses, seen from whole launches.
-How the spool behaves in each of them, 30 s a call included, is in tests/tracking/.
+"""Faults 17, 18 and 19: a tracking server that is down, dies, fails or refuses, seen from whole launches.
+
+tests/tracking/ tests the spool in each of these cases, including calls that take 30 s.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens
     "names", [("a", "b", "b"), pytest.param(("a", "b", "c", "d", "e", "f"), marks=pytest.mark.nightly)]
 )
 def test_first_launches_at_once(names: tuple[str, ...], tmp_path: Path) -> None:
-    """In a new folder each would make MLflow's database; of two with one name one is refused."""
+    """Concurrent first launches create one MLflow database. Of two launches with one name, one is refused."""
     with contextlib.ExitStack() as ending:
         runs = [
             ending.enter_context(launch(tmp_path, *FIRST, f"name={name}", "trainer.max_epochs=null", store=False))
@@ -42,7 +43,7 @@ def test_first_launches_at_once(names: tuple[str, ...], tmp_path: Path) -> None:
 
 
 def test_down_at_start(tmp_path: Path) -> None:
-    """Fault 17: refused within 15 s."""
+    """Fault 17: the launch is refused within 15 s."""
     within = Within(15.0)
     ended = launched(tmp_path, *INLINE, f"tracking.tracking_uri={NOBODY}", fresh=True).exits(2)
     within.check()
@@ -52,7 +53,7 @@ def test_down_at_start(tmp_path: Path) -> None:
 
 
 def test_down_and_not_required(tmp_path: Path) -> None:
-    """Fault 17: it warns and keeps everything; the server that comes later gets it by the next command on the run."""
+    """Fault 17: the run warns and keeps everything. The next command on the run uploads it when the server is back."""
     server = MlflowServer(tmp_path)
     arguments = [*INLINE, f"tracking.tracking_uri=http://127.0.0.1:{server.port}", "tracking.required=false"]
     ended = launched(tmp_path, *arguments, "trainer.max_epochs=2").exits(0)
@@ -78,7 +79,7 @@ def server(tmp_path: Path) -> Iterator[MlflowServer]:
 
 
 def test_dies_in_the_middle(server: MlflowServer, tmp_path: Path) -> None:
-    """Fault 18: it answers 500, is killed, and comes back. No step waits for it, and every row is there once."""
+    """Fault 18: the server answers 500, is killed, and comes back. No step waits for it, and every row arrives once."""
     proxy = Proxy(server.port)
     options = [f"tracking.tracking_uri={proxy.uri}", "trainer.max_epochs=26", "trainer.eval_every_n_steps=0"]
     with launch(tmp_path, *INLINE, *options, "checkpoint.every_n_steps=1000", *observed(0.03)) as run:
@@ -92,7 +93,7 @@ def test_dies_in_the_middle(server: MlflowServer, tmp_path: Path) -> None:
         run.wait().exits(0)
     proxy.close()
     gaps = [b.time - a.time for a, b in itertools.pairwise(steps_of(run.steps))]
-    # A call that waited for a server in trouble would take its timeout, ten seconds; nothing here comes near.
+    # A call that waited for the failing server would take its timeout of 10 s; no gap comes near that.
     assert max(gaps) < 5.0
     assert statistics.median(gaps[90:]) < 2 * statistics.median(gaps[:19]) + 0.02
     runs = Runs(tmp_path, tmp_path / "db")
@@ -101,7 +102,8 @@ def test_dies_in_the_middle(server: MlflowServer, tmp_path: Path) -> None:
 
 
 def test_dead_until_the_end(server: MlflowServer, tmp_path: Path) -> None:
-    """Fault 18: a server that never comes back costs the end of a run a bounded time; it ends as it did, and says so."""
+    """Fault 18: a server that never comes back delays the end by a bounded time. The status stays, and a message names
+    the spool."""
     options = [f"tracking.tracking_uri=http://127.0.0.1:{server.port}", "trainer.max_epochs=2"]
     with launch(tmp_path, *INLINE, *options, *observed(0.05)) as run:
         run.reaches(10)
@@ -116,7 +118,7 @@ def test_dead_until_the_end(server: MlflowServer, tmp_path: Path) -> None:
 
 
 class _Refusing(ThreadingHTTPServer):
-    """Answers every request with one status, and counts them."""
+    """Answers every request with one status, and records the requests."""
 
     def __init__(self, status: int) -> None:
         self.requests: list[str] = []
@@ -128,10 +130,10 @@ class _Refusing(ThreadingHTTPServer):
                 self.server.requests.append(self.path)
                 self.send_error(status)
 
-            do_GET = do_POST = answer  # noqa: N815  the names of the base class
+            do_GET = do_POST = answer  # noqa: N815  # the names of the base class
 
             def log_message(self, *_: object) -> None:
-                """Not on the test's output."""
+                """Print nothing to the test's output."""
 
         super().__init__(("127.0.0.1", 0), Answer)
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -139,7 +141,7 @@ class _Refusing(ThreadingHTTPServer):
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_refused_credentials(status: int, tmp_path: Path) -> None:
-    """Fault 19: at once, without another try, and without the secret."""
+    """Fault 19: the launch is refused at once, without a retry, and without the secret in its output."""
     server = _Refusing(status)
     uri = f"http://127.0.0.1:{server.server_address[1]}"
     secret = {"MLFLOW_TRACKING_USERNAME": "user", "MLFLOW_TRACKING_PASSWORD": "s3cr3t-word"}

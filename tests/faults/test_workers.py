@@ -1,4 +1,4 @@
-"""Faults 2, 3, 20, 23 and 32: what goes wrong in a worker, and what is made of it."""
+"""Faults 2, 3, 20, 23 and 32: failures in a worker, and how the driver handles them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ TWO = "scaling.num_workers=2"
 
 
 def partial_checkpoint(folder: Path) -> Path | None:
-    """A checkpoint that is being written."""
+    """Return the directory of a checkpoint that is being written, if there is one."""
     found = (folder / "runs" / "run" / "checkpoints").glob("step-*")
     return next((path for path in found if any(path.iterdir()) and not (path / "manifest.json").exists()), None)
 
 
 def test_killed_while_a_checkpoint_is_written(tmp_path: Path) -> None:
-    """Fault 2: what is not committed is never resumed from, and swept by the next that is."""
+    """Fault 2: an uncommitted checkpoint is never resumed from, and the next commit deletes it."""
     large = ["model.width=1200", "model.depth=3", "checkpoint.every_n_steps=10", "trainer.max_epochs=6"]
     with launch(tmp_path, *SHORT, *large, TWO, *observed(0.02)) as run:
         run.until("a checkpoint", lambda: list((tmp_path / "runs" / "run" / "checkpoints").glob("*/manifest.json")))
@@ -35,7 +35,7 @@ def test_killed_while_a_checkpoint_is_written(tmp_path: Path) -> None:
         run.wait().exits(0)
         run.nothing_left()
     assert not (partial / "manifest.json").exists()
-    # The checkpoint that was being written is the one that is missing; training went on after the one before it.
+    # Only the checkpoint that was being written is missing; training continued after the one before it.
     ((_, after),) = restarts(steps_of(run.steps))
     assert after == before + 1
     assert not partial.exists()
@@ -44,7 +44,7 @@ def test_killed_while_a_checkpoint_is_written(tmp_path: Path) -> None:
 
 
 def test_killed_once_too_often(tmp_path: Path) -> None:
-    """Fault 3: FAILED, with rank, node and cause; the last checkpoint is there to go on from."""
+    """Fault 3: the run is FAILED with rank, node and cause, and its last checkpoint can be resumed from."""
     arguments = [*SHORT, TWO, "trainer.max_epochs=100", "failure.max_failures=1", *observed(0.02)]
     with launch(tmp_path, *arguments) as run:
         gone = frozenset({kill_rank(run, 1, 15)})
@@ -68,7 +68,8 @@ def kill_rank(run: Launch, rank: int, step: int, but: frozenset[int] = frozenset
 
 
 def test_only_one_rank_raises(tmp_path: Path) -> None:
-    """Fault 23: its traceback, not that of the collective in which the other waits; and no retry of a bug."""
+    """Fault 23: the output has that rank's traceback, not that of the collective in which the other waits; a bug is not
+    retried."""
     bad = ["+callbacks.bad._target_=probes.Misbehaves", "+callbacks.bad.step=13", "+callbacks.bad.rank=1"]
     ended = launched(tmp_path, *SHORT, TWO, *bad, "+callbacks.bad.raises=bad luck", *observed()).exits(1)
     assert "ValueError: bad luck" in ended.err
@@ -84,7 +85,7 @@ NAN = ["cluster=inline", "trainer.max_epochs=4", "loss._target_=probes.NanAfter"
 
 
 def test_nan_stops(tmp_path: Path) -> None:
-    """Fault 20: training stops at the next log; the last checkpoint is the one before the first NaN."""
+    """Fault 20: training stops at the next log step, and the last checkpoint is from before the first NaN."""
     ended = launched(tmp_path, *SHORT, *NAN).exits(1)
     assert "loss became nan" in ended.out
     assert Runs(tmp_path).status("run") == "FAILED"
@@ -93,7 +94,8 @@ def test_nan_stops(tmp_path: Path) -> None:
 
 
 def test_nan_is_never_best(tmp_path: Path) -> None:
-    """Fault 20, `trainer.nonfinite=warn`: it goes on, and says so; the best stays the last that was a number."""
+    """Fault 20, `trainer.nonfinite=warn`: training continues with a warning, and the best checkpoint has a finite
+    value."""
     monitor = ["checkpoint.monitor=val/loss", "checkpoint.mode=min"]
     ended = launched(tmp_path, *SHORT, *NAN, *monitor, "trainer.nonfinite=warn").exits(0)
     assert "at step 11" in ended.out
@@ -105,7 +107,7 @@ def test_nan_is_never_best(tmp_path: Path) -> None:
 
 
 def test_truncated_parquet_file(tmp_path: Path) -> None:
-    """Fault 32: the file is named, and not tried again."""
+    """Fault 32: the message names the file, and the workers are not restarted."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

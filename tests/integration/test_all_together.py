@@ -1,6 +1,6 @@
-"""Everything that a team has at once, `make nightly`: two nodes behind nginx with TLS and a token, MLflow with passwords on
-PostgreSQL behind another, data, checkpoints and artifacts in S3; and a secret that must be nowhere.
-"""
+"""Everything that a team uses, at once, in `make nightly`: two nodes behind nginx with TLS and a token, MLflow with
+passwords on PostgreSQL behind another nginx, and data, checkpoints and artifacts in S3. The secrets must appear
+nowhere."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.outside.servers import S3, Certificates, Mlflow, Nginx, Postgres
 pytestmark = [pytest.mark.nightly, pytest.mark.slow]
 
 PLANTED = {"WANDB_API_KEY": "planted-5b1f0c77e2d94a"}
-# Whatever Ray's dashboard tells of, to whoever has the token.
+# The pages of Ray's dashboard, for a client with the token.
 DASHBOARD = [
     "/api/jobs/",
     "/nodes?view=summary",
@@ -44,7 +44,7 @@ DASHBOARD = [
 
 @pytest.fixture
 def secrets(mlflow_server: Mlflow, s3: S3) -> dict[str, str]:
-    """What must be in no text, by what it is."""
+    """Return the values that no text may contain, by description."""
     return {
         "planted": PLANTED["WANDB_API_KEY"],
         "MLflow's password": mlflow_server.password,
@@ -55,7 +55,7 @@ def secrets(mlflow_server: Mlflow, s3: S3) -> dict[str, str]:
 
 @pytest.fixture
 def variables(mlflow_behind_tls: Nginx, mlflow_server: Mlflow, certificates: Certificates, s3: S3) -> dict[str, str]:
-    """What a run needs to reach MLflow and the storage, wherever it is."""
+    """Return the variables with which a run reaches MLflow and the storage from any machine."""
     return {
         **s3.environment,
         "MLFLOW_TRACKING_URI": mlflow_behind_tls.uri,
@@ -67,7 +67,8 @@ def variables(mlflow_behind_tls: Nginx, mlflow_server: Mlflow, certificates: Cer
 
 @pytest.fixture
 def two_nodes(tmp_path: Path, secrets: dict[str, str], variables: dict[str, str]) -> Iterator[Head]:
-    """A CPU each, and on their side: the passwords in a file, all the rest in their environment."""
+    """Start two nodes with one CPU each. On their side, the passwords are in a file, and everything else in their
+    environment."""
     file = tmp_path / "secret.env"
     file.write_text("".join(f"{name}={variables.pop(name)}\n" for name in SECRET))
     file.chmod(0o600)
@@ -84,9 +85,9 @@ SECRET = ["AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD"]
 
 
 def texts(head: Head, postgres: Postgres, s3: S3, places: list[Path]) -> Iterator[tuple[str, bytes]]:
-    """All that Ray, MLflow and this machine hold, by where it is."""
+    """Yield everything that Ray, MLflow and this machine hold, with its location."""
     for page in DASHBOARD:
-        with suppress(HTTPError):  # another version's
+        with suppress(HTTPError):  # a page of another Ray version
             yield page, head.ask(page).encode()
     for job in json.loads(head.ask("/api/jobs/")):
         yield f"the log of {job['submission_id']}", head.ask(f"/api/jobs/{job['submission_id']}/logs").encode()
@@ -141,7 +142,7 @@ def test_two_workers_on_two_nodes(
     finally:
         proxy.stop()
 
-    # It trained, on both nodes, went on after the kill, and learned.
+    # The run trained on both nodes, continued after the kill, and learned.
     told = json.loads(status.out)
     assert (told["status"], told["job"]["status"], told["submission_id"]) == ("FINISHED", "SUCCEEDED", "nightly")
     workers = [actor for actor in head.table("actors") if "TrainWorker" in actor["class_name"]]
@@ -163,7 +164,7 @@ def test_two_workers_on_two_nodes(
     assert "restarting the workers (1 of 1)" in ended.out
     assert "restarting the workers (1 of 1)" in logs.out
 
-    # The secrets came where they are needed, and are nowhere else.
+    # The secrets reached the places that need them, and appear nowhere else.
     assert (tmp_path / "digest").read_text() == hashlib.sha256(secrets["planted"].encode()).hexdigest()
     places = [
         folder,
@@ -175,7 +176,7 @@ def test_two_workers_on_two_nodes(
     found = dict(texts(head, postgres, s3, places))
     found |= {"what was printed": "".join(map(str, (ended, status, logs))).encode()}
     assert len(found) > 100
-    named = {where for where, text in found.items() if b"nightly" in text}  # it is looked for where they would be
+    named = {where for where, text in found.items() if b"nightly" in text}  # the search covers these places
     assert {"/api/jobs/", "/api/v0/jobs?detail=1&limit=10000", "PostgreSQL", "the log of nightly"} <= named
     leaks = [(what, where) for where, text in found.items() for what, s in secrets.items() if s.encode() in text]
     assert leaks == []

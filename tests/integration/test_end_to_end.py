@@ -1,4 +1,5 @@
-"""One launch of the main experiment, as a user types it, and everything that it leaves: in MLflow, on disk, on screen."""
+"""One launch of the main experiment, as a user types it, and everything that it leaves: in MLflow, on disk, on
+screen."""
 
 from __future__ import annotations
 
@@ -23,11 +24,11 @@ from tests.outside.ports import free_port
 
 pytestmark = pytest.mark.slow
 
-NAME = "digits é"  # not a run's name: the directory's, so that every path in the output has more than letters
+NAME = "digits é"  # a directory's name, not a run's: all paths in the output have a space and a non-ASCII letter
 MODEL_NAME = "digits-model"
-EPOCHS = 15  # half of the experiment's 30; the accuracy that it promises is reached
+EPOCHS = 15  # half of the experiment's 30, enough for the accuracy that it promises
 STEPS = 11 * EPOCHS
-# Everything that a launch may say on stderr when it is no terminal. Whatever Ray adds is a new shape.
+# Everything that a launch may print to stderr without a terminal. A new line from Ray would match none of these.
 NUMBER = r"[\d.,e+-]+"
 SHAPES = [
     r"resnet-\d{8}-\d{6}-[0-9a-f]{4}: local Ray, 2 workers on CPU",
@@ -69,7 +70,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
 
 
 def dirty_repository(folder: Path) -> str:
-    """The launching directory as a git repository with a change that is not committed; its commit."""
+    """Make the launching directory a git repository with an uncommitted change, and return its commit."""
 
     def git(*arguments: str) -> str:
         author = ["-c", "user.name=Test", "-c", "user.email=test@localhost"]
@@ -86,7 +87,7 @@ def dirty_repository(folder: Path) -> str:
 
 
 def test_every_line_is_meant(demo: Demo) -> None:
-    """Progress, and no warning of Ray's or MLflow's. stdout has the summary alone."""
+    """stderr has progress and no warning of Ray or MLflow, and stdout has only the summary."""
     unknown = [line for line in demo.ended.err.splitlines() if not any(re.fullmatch(shape, line) for shape in SHAPES)]
     assert not unknown
     lines = demo.ended.out.splitlines()
@@ -120,7 +121,7 @@ def test_status(demo: Demo) -> None:
 
 
 def test_metrics_by_step(demo: Demo) -> None:
-    """Each tenth step is there once, and the last, every epoch's evaluation once, at finite values."""
+    """Every tenth step and the last are logged once, so is every epoch's evaluation, and all values are finite."""
     rows = demo.runs.rows(demo.name)
     for key in ("train/loss", "train/accuracy", "train/lr", "train/samples_per_second", "epoch"):
         assert [step for step, _ in rows[key]] == [*range(10, STEPS, 10), STEPS], key
@@ -177,7 +178,7 @@ def test_provenance(demo: Demo) -> None:
 
 
 def test_whole_config(demo: Demo) -> None:
-    """The artifact composes to the same experiment again; and it is the one in the run's directory."""
+    """The artifact composes to the same experiment, and equals the file in the run directory."""
     from raytrainer.config import from_text
 
     text = (demo.artifacts / "config.yaml").read_text()
@@ -188,7 +189,7 @@ def test_whole_config(demo: Demo) -> None:
 
 
 def test_logs(demo: Demo) -> None:
-    """Of the driver, what was on screen; of each rank, who it was."""
+    """The driver's log has what was on screen, and each rank's log has its rank and host."""
     logs = demo.artifacts / "logs"
     assert {"driver.log", "rank-0.log", "rank-1.log"} <= {path.name for path in logs.iterdir()}
     driver = (logs / "driver.log").read_text().splitlines()
@@ -212,7 +213,8 @@ def test_last_checkpoint_is_the_end(demo: Demo) -> None:
 
 
 def test_model_loads_and_predicts(demo: Demo) -> None:
-    """By MLflow alone, on another batch size than it was exported with, what the best checkpoint's weights give."""
+    """MLflow alone loads the model. With another batch size than at export, it predicts what the best checkpoint
+    predicts."""
     import mlflow
     import torch
 
@@ -256,7 +258,7 @@ def test_model_is_registered(demo: Demo) -> None:
 
 @pytest.fixture
 def printed_ui(demo: Demo) -> Iterator[tuple[str, Path]]:
-    """The printed command, running on a port of its own; its address and log."""
+    """Run the printed command on a free port; yield its address and log."""
     port = free_port()
     program, *arguments = shlex.split(summary(demo.ended.out)["next"])
     assert arguments[:3] == ["-m", "mlflow", "ui"]
@@ -278,7 +280,7 @@ def printed_ui(demo: Demo) -> Iterator[tuple[str, Path]]:
 
 
 def test_printed_mlflow_command(demo: Demo, printed_ui: tuple[str, Path]) -> None:
-    """It serves this run, from any directory."""
+    """The command serves this run from any directory."""
     address, log = printed_ui
     request = f"{address}/api/2.0/mlflow/runs/get?run_id={demo.runs.id_of(demo.name)}"
     deadline = time.monotonic() + 90

@@ -1,4 +1,4 @@
-"""A small run that is then evaluated and exported, from the command line; MLflow in a real store."""
+"""A small run that is then evaluated and exported from the command line, with MLflow in a real store."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_run_evaluated_and_exported(in_tmp: Path, capsys: pytest.CaptureFixtur
     run_id = json.loads((in_tmp / "runs/run/run.json").read_text())["run_id"]
     before = client.get_run(run_id)
 
-    # The same values as training had at that step; twice, and the run itself is as it was.
+    # Two evaluations give the values of training at that step, and leave the run unchanged.
     first, again = (told(capsys, "evaluate", "run") for _ in range(2))
     step = first["result"]["step"]
     history = {m.step: m.value for m in client.get_metric_history(run_id, "val/accuracy")}
@@ -43,7 +43,7 @@ def test_a_run_evaluated_and_exported(in_tmp: Path, capsys: pytest.CaptureFixtur
         assert child.info.experiment_id == before.info.experiment_id
         assert client.get_metric_history(child.info.run_id, "val/accuracy")[0].step == step
 
-    # Other data, several sets of it, and a metric that the run did not have.
+    # Evaluate other data, in several sets, with a metric that the run did not have.
     digits = "{_target_:raytrainer.data.Digits,split:%s}"
     sets = f"data.val={{_target_:null,split:null,old:{digits % 'train'},new:{digits % 'val'}}}"
     f1 = ["+metrics.f1._target_=torchmetrics.classification.MulticlassF1Score", "+metrics.f1.num_classes=10"]
@@ -54,7 +54,7 @@ def test_a_run_evaluated_and_exported(in_tmp: Path, capsys: pytest.CaptureFixtur
     assert {"val/old/loss", "val/old/f1", "val/new/loss", "val/new/accuracy", "val/new/f1"} <= rows.keys()
     assert float(rows["val/new/accuracy"]) == pytest.approx(history[max(history)], rel=1e-5)
 
-    # Its weights where others take them from, and as a registered model that needs no code of ours.
+    # Export the weights as a file for other programs, and as a registered model that needs no code of raytrainer.
     export = told(capsys, "export", "run", "--to", "out", "--mlflow", "--register", "net")
     assert (export["step"], export["averaged"], export["version"]) == (step, True, "1")
     import mlflow.pytorch
@@ -63,7 +63,7 @@ def test_a_run_evaluated_and_exported(in_tmp: Path, capsys: pytest.CaptureFixtur
     try:
         model = mlflow.pytorch.load_model("models:/net/1")
     finally:
-        mlflow.set_tracking_uri(None)  # of the process, and of whatever it starts
+        mlflow.set_tracking_uri(None)  # for this process and its child processes
     from raytrainer.config import build, from_text
     from raytrainer.data import Digits
     from raytrainer.state import restore_module

@@ -1,5 +1,6 @@
-"""Runs and sweeps that keep everything in S3, and read their data there: killed, they go on to what they would have been.
-The server is moto's; the machines' disks have nothing that is needed again.
+"""Runs and sweeps that keep everything in S3 and read their data there: after a kill they end with the same result.
+
+The server is moto's. Nothing on the machines' disks is needed again.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ pytestmark = pytest.mark.slow
 
 
 def digits_below(place: Storage, folder: Path) -> None:
-    """The digits as Parquet files, in two parts each."""
+    """Write the digits as Parquet files, two for each split."""
     for split in ("train", "val"):
         for number, part in enumerate(np.array_split(np.arange(len(Digits(split))), 2)):
             batch = Digits(split).__getitems__(part)
@@ -50,7 +51,7 @@ def digits_below(place: Storage, folder: Path) -> None:
 
 
 def reads(place: str) -> list[str]:
-    """Overrides by which an experiment reads the digits there."""
+    """Return the overrides with which an experiment reads the digits from a place."""
     return [
         override
         for split in ("train", "val")
@@ -71,11 +72,11 @@ def test_a_run_whose_worker_and_then_driver_are_killed(in_s3: str, tmp_path: Pat
         digits_below(place, tmp_path)
     common = ["experiment=mlp", "model.dropout=0.3", "tracking.log_model=false", "trainer.max_epochs=6"]
     common += ["trainer.log_every_n_steps=5", "checkpoint.every_n_steps=7"]
-    # As many threads as a worker of one CPU has: their number decides the order of sums.
+    # As many threads as a worker with one CPU has, because their number decides the order of sums.
     one = ["cluster=inline", "trainer.num_threads=1"]
     launched(here, *common, "name=run", *one, *reads(str(here / "data"))).exits(0)
 
-    # Of its own, since what its metrics wait in is below the machine's temporary directory.
+    # A unique name, because the spool is below the machine's temporary directory.
     name = f"run-{uuid.uuid4().hex[:8]}"
     arguments = [*common, f"name={name}", f"storage_path={in_s3}/runs", *reads(f"{in_s3}/data"), *observed(0.15)]
     with launch(there, *arguments, "failure.max_failures=1") as run:
@@ -112,9 +113,9 @@ def test_a_storage_that_is_away_is_refused(in_s3: str, tmp_path: Path) -> None:
     assert list(tmp_path.glob("*.db")) == []
 
 
-@pytest.mark.nightly  # tests/faults/test_sweep_faults.py kills one's driver on a disk, and the run above is in S3
+@pytest.mark.nightly  # test_sweep_faults.py kills a driver on a local disk, and the run above uses S3
 def test_a_sweep_whose_driver_is_killed(s3: S3, in_s3: str, tmp_path: Path) -> None:
-    """The place says itself where it is: no variable but the keys."""
+    """A killed sweep resumes from a storage path that names the endpoint itself; the variables have only the keys."""
     place = f"{in_s3}?{s3.query()}"
     name = f"sweep-{uuid.uuid4().hex[:8]}"
     sweep = ["-m", "experiment=mlp", f"name={name}", f"storage_path='{place}'", "model.width=16", "sweep=random"]
@@ -148,7 +149,7 @@ def test_a_sweep_whose_driver_is_killed(s3: S3, in_s3: str, tmp_path: Path) -> N
 
 
 def test_a_password_that_the_storage_path_refers_to_is_kept_nowhere(s3: S3, tmp_path: Path) -> None:
-    """Not by the run's own files, MLflow or Ray, and the run is found and gone on with by the reference."""
+    """The run's files, MLflow and Ray do not keep it, and the reference is enough to find and resume the run."""
     store = f"s3://KEY-of-one:password-of-one@bucket/{uuid.uuid4().hex}?{s3.query()}"
     environment = {"STORE": store, "AWS_EC2_METADATA_DISABLED": "true"}
     arguments = ["experiment=smoke", "name=one", "storage_path=${oc.env:STORE}", "trainer.max_steps=2"]

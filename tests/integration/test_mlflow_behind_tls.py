@@ -1,6 +1,5 @@
-"""MLflow as a team has it: passwords, PostgreSQL, artifacts in S3, and TLS by an authority of its own before it. What a
-launch tells it, and what it says where it is not let in.
-"""
+"""MLflow as a team runs it: passwords, PostgreSQL, artifacts in S3, and TLS with a private certificate authority. What
+a launch records there, and what it says if it is refused."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ WRONG = "wrong-password-of-tests"
 
 @pytest.fixture
 def environment(mlflow_behind_tls: Nginx, mlflow_server: Mlflow, certificates: Certificates) -> dict[str, str]:
-    """What a user sets."""
+    """Return the variables that a user sets."""
     return {
         "MLFLOW_TRACKING_URI": mlflow_behind_tls.uri,
         "MLFLOW_TRACKING_USERNAME": mlflow_server.user,
@@ -33,7 +32,7 @@ def environment(mlflow_behind_tls: Nginx, mlflow_server: Mlflow, certificates: C
 
 
 def everything(folder: Path, ended: Ended, postgres: Postgres, s3: S3) -> Iterator[tuple[str, bytes]]:
-    """All that a launch leaves, here and at the servers, by where it is."""
+    """Yield everything that a launch leaves, here and on the servers, with its location."""
     yield "what it printed", (ended.out + ended.err).encode()
     for path in folder.rglob("*"):
         if path.is_file():
@@ -47,7 +46,7 @@ def test_a_run_is_logged_and_the_password_nowhere(
 ) -> None:
     ended = launched(tmp_path, *RUN, "name=logged", environment=environment).exits(0)
     assert f"mlflow   {environment['MLFLOW_TRACKING_URI']}/#/experiments/" in ended.out
-    # It goes on where the address holds user and password, and the variables do not.
+    # The run also continues if the URI has user and password and the variables do not.
     uri = environment["MLFLOW_TRACKING_URI"].replace("://", f"://{mlflow_server.user}:{mlflow_server.password}@")
     other = {
         "MLFLOW_TRACKING_URI": uri,
@@ -66,7 +65,7 @@ def test_a_run_is_logged_and_the_password_nowhere(
     artifacts = {key.partition(f"{run_id}/artifacts/")[2] for key in s3.objects()}
     assert {"config.yaml", "config-2.yaml", "logs/driver.log", "logs/rank-0.log"} <= artifacts
 
-    # By plain HTTP, as MLflow's client would ask.
+    # `list` reads by plain HTTP, with the same settings as MLflow's client.
     listed = launched(tmp_path, "list", "--all", "--json", environment=environment).exits(0)
     assert '"logged"' in listed.out
 
@@ -86,7 +85,7 @@ def test_a_wrong_password_is_refused_before_anything_starts(
     assert WRONG not in ended.out + ended.err
     assert not (tmp_path / "runs").exists()
     assert len(postgres.rows("runs")) == before
-    assert len(mlflow_behind_tls.requests.read_text().splitlines()) - asked <= 2  # once more for the status itself
+    assert len(mlflow_behind_tls.requests.read_text().splitlines()) - asked <= 2  # a second request finds the status
 
 
 def test_what_is_missing_is_named(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

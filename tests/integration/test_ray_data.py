@@ -1,4 +1,4 @@
-"""A run whose rows a Ray Data pipeline prepares: two ranks share each epoch."""
+"""A run whose rows come from a Ray Data pipeline: two ranks share each epoch."""
 
 from __future__ import annotations
 

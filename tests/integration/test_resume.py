@@ -1,6 +1,5 @@
-"""Exact resume: runs whose workers or driver are killed at random points give, bit for bit, the losses and the weights
-of the run that nobody disturbed. Real processes, SIGKILL; the seed of the kill points is printed.
-"""
+"""Exact resume: runs whose workers or driver are killed at random points give, bit for bit, the losses and weights of
+an undisturbed run. Processes and SIGKILL are real; the seed of the kill points is printed."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ from tests.launches import (
 pytestmark = pytest.mark.slow
 
 STEPS, EVERY, PAUSE_S = 48, 7, 0.02
-# Workers outlive a killed driver by up to two seconds, and must not get to the end in them.
+# Workers outlive a killed driver by up to two seconds, and must not finish the run in that time.
 SLOWER_S = 0.2
 SLOWER = {"STEPS_PAUSE_S": f"{SLOWER_S}"}
 COMMON = [
@@ -42,8 +41,8 @@ COMMON = [
     "tracking.log_model=false",
     *observed(PAUSE_S),
 ]
-# Every source of randomness that a step has: augmentation, dropout, batch statistics; an odd batch that two ranks share
-# unevenly, accumulation, a second copy of the weights, and a window of metrics that is open when a checkpoint is made.
+# Every source of randomness in a step: augmentation, dropout and batch statistics. Also an odd batch that two ranks
+# share unevenly, accumulation, a second copy of the weights, and a window of metrics that is open at a checkpoint.
 EXPERIMENTS = {
     "resnet": ["experiment=resnet", "model.width=8", "trainer.log_every_n_steps=1"],
     "mlp": [
@@ -55,29 +54,29 @@ EXPERIMENTS = {
         "trainer.log_every_n_steps=3",
     ],
 }
-# More than two ranks add up gradients in an order that a restart must not change.
+# With more than two ranks, a restart must not change the order in which gradients are summed.
 WORKERS = {2: ["scaling.num_workers=2"], 3: ["scaling.num_workers=3", "scaling.resources_per_worker={CPU: 0.5}"]}
 
 
 def points(draw: random.Random, first: int, last: int, count: int) -> list[int]:
-    """Steps to kill after, one in each part of `first` to `last`."""
+    """Return the steps to kill after, one in each part of `first` to `last`."""
     part = (last - first) // count
     return [first + part * i + draw.randrange(part) for i in range(count)]
 
 
 def kill_worker(run: Launch, draw: random.Random, step: int, workers: int, killed: set[int]) -> Step:
-    """SIGKILL of a random rank, some time in the step after `step`, or in the save, evaluation or log before it."""
+    """Send SIGKILL to a random rank: in the step after `step`, or in the save, evaluation or log before it."""
     rank = draw.randrange(workers)
     at = run.reaches(step, rank, but=frozenset(killed))
     time.sleep(draw.uniform(0, 3 * PAUSE_S))
     os.kill(at.pid, signal.SIGKILL)
-    # The others of the group go too, when it is restarted.
+    # When the group restarts, its other processes end too.
     killed.update(run.reaches(0, other).pid for other in range(workers))
     return at
 
 
 def assert_went_on(run: Launch, kills: list[Step], workers: int) -> None:
-    """Each restart went on after a checkpoint that is at most one interval and the save in flight behind, on each rank."""
+    """Check that each rank continued after each kill, from at most one interval and one unfinished save before it."""
     for rank in range(workers):
         steps = steps_of(run.steps, rank)
         assert steps[-1].step == STEPS
@@ -92,14 +91,14 @@ def assert_went_on(run: Launch, kills: list[Step], workers: int) -> None:
     ("experiment", "workers", "count"),
     [
         ("resnet", 2, 1),
-        # The second kill hits a run that has gone on once.
+        # The second kill hits a run that was resumed once.
         pytest.param("resnet", 2, 2, marks=pytest.mark.nightly),
         pytest.param("mlp", 3, 2, marks=pytest.mark.nightly),
     ],
 )
 def test_killed_drivers_and_workers_change_nothing(experiment: str, workers: int, count: int, tmp_path: Path) -> None:
-    """Faults 4 and 1: `resume` goes on after a killed driver, in the same MLflow run, which is then closed as it ended;
-    Ray restarts killed workers by itself, and each kill uses one of `failure.max_failures`."""
+    """Faults 4 and 1: `resume` continues after a killed driver, in the same MLflow run, which then gets its final
+    status. Ray restarts killed workers itself, and each kill uses one of `failure.max_failures`."""
     arguments = [*EXPERIMENTS[experiment], *COMMON, *WORKERS[workers], "name=run"]
     undisturbed, folder = tmp_path / "undisturbed", tmp_path / "killed"
     undisturbed.mkdir()
@@ -107,7 +106,7 @@ def test_killed_drivers_and_workers_change_nothing(experiment: str, workers: int
     launched(undisturbed, *arguments).exits(0)
 
     draw = seeded(f"{experiment} on {workers}")
-    # The first checkpoint is there; and what the workers do after their driver's death is not the whole run.
+    # The first checkpoint exists, and the workers cannot finish the run after their driver's death.
     kills, command = [], [*arguments, f"failure.max_failures={count}"]
     for step in points(draw, EVERY + 2, STEPS - 29, count):
         kills.append(kill_driver(folder, draw, step, workers, *command))
@@ -137,7 +136,7 @@ def assert_as_undisturbed(folder: Path, undisturbed: Path) -> None:
 
 
 def kill_driver(folder: Path, draw: random.Random, step: int, workers: int, *arguments: str) -> Step:
-    """A launch whose driver is killed some time after `step`; everything else of it ends by itself, in time."""
+    """Kill the driver of a launch some time after `step`. Check that everything else of it ends by itself, in time."""
     with launch(folder, *arguments, environment=SLOWER) as run:
         at = run.reaches(step, but=frozenset(pids(run, workers)))
         time.sleep(draw.uniform(SLOWER_S / 2, SLOWER_S + 0.06))
@@ -150,6 +149,6 @@ def kill_driver(folder: Path, draw: random.Random, step: int, workers: int, *arg
 
 
 def pids(run: Launch, workers: int) -> set[int]:
-    """The processes that have trained so far in the launch's directory."""
+    """Return the processes that have trained so far in the launch's directory."""
 
     return {step.pid for rank in range(workers) for step in steps_of(run.steps, rank)}

@@ -1,5 +1,6 @@
-"""Sweeps as people run them: whole commands, whose trials are compared, bit for bit, with runs of the same configuration.
-Real processes throughout; what a trial did in which process is noted by tests/outside/probes.py.
+"""Whole sweep commands, whose trials are compared, bit for bit, with runs of the same configuration.
+
+All processes are real; tests/outside/probes.py notes what a trial did in which process.
 """
 
 from __future__ import annotations
@@ -51,22 +52,22 @@ def metrics(trial: Trial) -> list[tuple[int, float, float]]:
 
 
 def assert_whole(runs: Runs, name: str, kind: str) -> None:
-    """Ended, and no row twice."""
+    """Check that a run has ended with this status, and that no row is logged twice."""
     assert runs.status(name) == kind
     for key, rows in runs.results(name).items():
         steps = [step for step, _ in rows]
         assert len(steps) == len(set(steps)), f"{name} {key}: a step twice"
 
 
-# --- a process that is used again -------------------------------------------------------------------------------------
+# --- a reused process -------------------------------------------------------------------------------------------------
 
-# The same at both ends; in between everything that a trial could leave behind in its process.
+# The same value at both ends; in between, everything that a trial could leave behind in its process.
 WHATS = "quiet raises diverges dtype device seeds threads arithmetic gradients environment folder warnings output thread nothing"
 
 
 @pytest.fixture(scope="module")
 def reused(tmp_path_factory: pytest.TempPathFactory) -> Swept:
-    """15 trials in one process, one after the other; nearly all of them with the same values."""
+    """Run 15 trials in one process, one after the other, which differ only in what they leave behind."""
     changes = ["+callbacks.changes._target_=probes.Changes", f"+callbacks.changes.what={','.join(WHATS.split())}"]
     options = ["sweep=grid", "sweep.max_concurrent_trials=1", "sweep.metric=val/loss", "sweep.mode=min"]
     options += ["trainer.max_epochs=2", "trainer.nonfinite=warn", "checkpoint.monitor=val/loss", "checkpoint.mode=min"]
@@ -84,7 +85,7 @@ def test_all_trials_are_in_one_process_one_at_a_time(reused: Swept) -> None:
 
 
 def test_a_trial_after_many_others_is_as_the_first_and_as_a_run_alone(reused: Swept) -> None:
-    """The command that the sweep prints for its best trains it alone, on a Ray and in a process of its own."""
+    """The command that the sweep prints for its best trial trains it alone, with its own Ray and process."""
     first, last = by_what(reused)["quiet"], by_what(reused)["nothing"]
     assert len(first.reports) == 2
     assert metrics(last) == metrics(first)
@@ -103,7 +104,8 @@ def test_a_trial_after_many_others_is_as_the_first_and_as_a_run_alone(reused: Sw
 
 
 def test_what_became_of_each(reused: Swept) -> None:
-    """Fault 39: what raised is FAILED, with its cause; NaN is never the best; the others are as good as alone."""
+    """Fault 39: a trial that raised is FAILED with its cause, NaN is never the best, and the others give what they give
+    alone."""
     found, runs = by_what(reused), reused.runs
     raised = found["raises"]
     assert (raised.status, raised.cause) == ("failed", "ValueError: bad luck")
@@ -133,16 +135,16 @@ def test_the_best_as_an_experiment_gives_its_metrics(reused: Swept) -> None:
 
 
 def test_a_trial_trained_anew(reused: Swept) -> None:
-    """`rerun SWEEP.0015`: a run of that trial's configuration."""
+    """`rerun SWEEP.0015` starts a run of that trial's configuration."""
     last = by_what(reused)["nothing"]
     launched(reused.folder, "rerun", f"sweep.{last.id}", "name=again", *INLINE).exits(0)
     assert reused.runs.results("again") == reused.runs.results(f"sweep.{last.id}")
     assert reused.runs.params("again")["callbacks.changes.what"] == "nothing"
 
 
-@pytest.mark.nightly  # tests/history/test_again.py composes it
+@pytest.mark.nightly  # tests/history/test_again.py composes the same rerun
 def test_a_sweep_run_anew(reused: Swept) -> None:
-    """`rerun SWEEP`: a sweep of its own, under a name of its own."""
+    """`rerun SWEEP` starts another sweep, under its own name."""
     ended = launched(reused.folder, "rerun", "sweep", "sweep.num_samples=1", "name=second").exits(0)
     assert "1 trials of sweep=grid" in ended.err
     (trial,) = trials(reused.folder, "second").values()
@@ -158,7 +160,7 @@ PBT = ["sweep=pbt", "sweep.num_samples=4", "trainer.max_epochs=6", LR, "lr_sched
 
 @pytest.fixture(scope="module")
 def population(tmp_path_factory: pytest.TempPathFactory) -> Swept:
-    """Four trials, of which one runs at a time."""
+    """Run a sweep of four trials, one at a time."""
     options = [*PBT, "sweep.max_concurrent_trials=1", *observed_trials(0.002)]
     return swept(tmp_path_factory.mktemp("population"), *TINY, *options)
 
@@ -198,13 +200,13 @@ def test_a_perturbed_value_is_used_and_told(population: Swept) -> None:
 
 
 def test_one_at_a_time_is_one_also_where_trials_pause(population: Swept) -> None:
-    """And it is one process, whoever is paused."""
+    """One process trains one trial at a time, even if trials pause."""
     assert len({line.pid for line in seen(population.folder)}) == 1
     assert_one_at_a_time(seen(population.folder))
 
 
 def assert_one_at_a_time(lines: Sequence[Seen]) -> None:
-    """Nobody does anything between two steps of an epoch of another."""
+    """Check that no trial does anything between two steps of another trial's epoch."""
     for before, after in itertools.pairwise(lines):
         if before.kind == "step" and before.step % 11:
             assert (after.trial, after.pid, after.step) == (before.trial, before.pid, before.step + 1)
@@ -217,14 +219,14 @@ TWO = [*TINY, "trainer.max_epochs=2", "scaling.num_workers=2"]
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory: pytest.TempPathFactory) -> Swept:
-    """Two whole runs, without `sweep=`."""
+    """Run two whole runs with -m, without `sweep=`."""
     folder = tmp_path_factory.mktemp("grid")
     options = ["experiment=mlp,smoke", "optimizer.lr=0.03", "trainer.max_steps=null"]
     return Swept(folder, launched(folder, "-m", *TWO, *options).exits(0))
 
 
 def test_a_grid_of_whole_runs(grid: Swept) -> None:
-    """Plain runs one after the other, each with two workers and a run in MLflow of its own."""
+    """The runs train one after the other, each with two workers and its own MLflow run."""
     names = sorted(path.name for path in (grid.folder / "runs").iterdir() if (path / "run.json").exists())
     assert [name.split("-")[0] for name in names] == ["mlp", "smoke"]
     for name in names:
@@ -233,8 +235,8 @@ def test_a_grid_of_whole_runs(grid: Swept) -> None:
 
 
 def test_trials_of_two_workers(grid: Swept, tmp_path: Path) -> None:
-    """On as many CPUs as one trial needs: no deadlock; the second is pruned, and its workers are gone before the third.
-    What is not pruned is as the same run alone."""
+    """With CPUs for only one trial there is no deadlock. The second trial is pruned, and its workers are gone before
+    the third starts. A trial that is not pruned equals the same run alone."""
     scheduler = "sweep.scheduler={_target_: ray.tune.schedulers.ASHAScheduler, grace_period: 1, reduction_factor: 2}"
     options = ["sweep=grid", scheduler, "sweep.max_concurrent_trials=1", "optimizer.lr=0.03,1e-6,0.02"]
     with launch(tmp_path, "-m", "experiment=mlp", "name=sweep", *TWO, *options, *observed_trials(0.02)) as sweep:
@@ -246,7 +248,7 @@ def test_trials_of_two_workers(grid: Swept, tmp_path: Path) -> None:
     found = trials(tmp_path)
     assert [trial.status for trial in found.values()] == ["finished", "pruned", found["0003"].status]
     assert len(found["0002"].reports) == 1
-    assert [line.step for line in seen(tmp_path, "step", "0002")] == list(range(1, 12))  # and not one step more
+    assert [line.step for line in seen(tmp_path, "step", "0002")] == list(range(1, 12))  # not one step more
     assert [report.evaluation for report in found["0001"].reports] == [1, 2]
     runs = Runs(tmp_path)
     assert_whole(runs, "sweep.0002", "KILLED")
@@ -257,7 +259,8 @@ def test_trials_of_two_workers(grid: Swept, tmp_path: Path) -> None:
 
 
 def test_shares_of_a_cpu_let_as_many_run(tmp_path: Path) -> None:
-    """`scaling.resources_per_worker={CPU: 0.5}`: four trials meet, which on two CPUs they otherwise could not."""
+    """`scaling.resources_per_worker={CPU: 0.5}`: four trials run at the same time, for which two CPUs would otherwise
+    not suffice."""
     meets = ["+callbacks.meets._target_=probes.Meets", "+callbacks.meets.count=4"]
     options = ["sweep=grid", "seed=1,2,3,4", "trainer.max_epochs=2", "scaling.resources_per_worker={CPU: 0.5}"]
     found = swept(tmp_path, *TINY, *options, *meets)

@@ -1,9 +1,10 @@
-"""A Ray cluster of one CPU that grows, with Ray's own autoscaler and its fake machines (processes on this one):
-`python autoscaling.py RAY GATE [PORT]`, with a dashboard where there is a port for it, prints its address, then a JSON line
-with what it has for each line on stdin. RAY is a JSON list, the words of the command `ray`.
+"""A Ray cluster of one CPU that grows, with Ray's own autoscaler and fake machines (processes on this one).
 
-Each node is added only when the file GATE is there. A line `hold` takes everything that the cluster can have, in the
-name of another run; `release` lets it go. It ends with stdin.
+`python autoscaling.py RAY GATE [PORT]` prints the cluster's address, then a JSON line with its nodes and placement
+groups for each line on stdin. RAY is a JSON list of the words of the command `ray`. With PORT there is a dashboard.
+
+A node is added only while the file GATE exists. A line `hold` takes everything that the cluster can have, in the name
+of another run; `release` frees it. The script ends when stdin closes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ NODE_TYPES = {
     "small": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 2},
     "big": {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 1},
 }
-# What Ray's own defaults have for a provider that it knows.
+# The keys that Ray's own defaults have for a provider that it knows.
 LISTS = (
     *("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"),
     *("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter"),
@@ -39,7 +40,7 @@ LISTS = (
 
 
 class GatedProvider(FakeMultiNodeProvider):  # type: ignore[misc]
-    """A cloud that has no machine before it is let."""
+    """A cloud that has no machine until the file GATE exists."""
 
     def create_node_with_resources_and_labels(self, *arguments: Any) -> None:
         while not Path(os.environ["GATE"]).exists():
@@ -48,8 +49,8 @@ class GatedProvider(FakeMultiNodeProvider):  # type: ignore[misc]
 
 
 class Cluster(AutoscalingCluster):  # type: ignore[misc]
-    """Ray's, less its `ray stop --force`, which ends every Ray on the machine, whoever it belongs to; and its defaults
-    are in a file that is not in Ray's wheel."""
+    """Ray's `AutoscalingCluster` without `ray stop --force`, which ends every Ray on the machine, whoever owns it.
+    Ray's default config is written here, because its file is not in Ray's wheel."""
 
     def __init__(self, ray_command: list[str], gate: Path, dashboard_port: str | None = None) -> None:
         super().__init__({"CPU": 1}, dict(NODE_TYPES), autoscaler_v2=True, max_workers=3, idle_timeout_minutes=0.05)
@@ -85,7 +86,8 @@ class Cluster(AutoscalingCluster):  # type: ignore[misc]
     def start(self, _system_config: Any = None, override_env: Any = None) -> None:
         config = self._config
         config["provider"]["gcs_address"] = self.address
-        # A short path, for its sockets. Of its own, or the next `ray.init("auto")` of anybody here would find us.
+        # A short path, because of its sockets. It is our own, so that `ray.init("auto")` on this machine does not find
+        # the cluster.
         self.folder = Path(tempfile.mkdtemp(prefix="ray-"))
         file = self.folder / "autoscaling.yaml"
         file.write_text(json.dumps(config))
@@ -153,7 +155,7 @@ def connect(address: str, within_s: float) -> None:
 
 
 def own_output() -> TextIO:
-    """Take standard output for the answers alone: whatever Ray or a library prints there goes to standard error."""
+    """Reserve standard output for the answers; whatever Ray or a library prints there goes to standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return answers

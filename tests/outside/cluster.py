@@ -1,5 +1,7 @@
-"""A Ray cluster of one node for tests, as `ray start` makes it, which answers what runs on it:
-`python cluster.py CPUS PYTHON` prints its address, then a JSON line for each line on stdin, and ends with stdin.
+"""A Ray cluster of one node for tests, as `ray start` makes it.
+
+`python cluster.py CPUS PYTHON` prints its address, then a JSON line with what runs on it for each line on stdin. It
+ends when stdin closes.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from ray.cluster_utils import Cluster
 
 
 def running() -> dict[str, list[str]]:
-    """The actors that are not dead and the placement groups that are not removed, of all jobs."""
+    """Return the actors that are not dead and the placement groups that are not removed, of all jobs."""
     actors = ray._private.state.actors().values()
     groups = ray.util.placement_group_table().values()
     return {
@@ -25,14 +27,14 @@ def running() -> dict[str, list[str]]:
 
 
 def own_output() -> TextIO:
-    """Take standard output for the answers alone: whatever Ray or a library prints there goes to standard error."""
+    """Reserve standard output for the answers; whatever Ray or a library prints there goes to standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return answers
 
 
 def fork_rays_processes(python: str) -> None:
-    """As `tests.forkserver` does it, which this process does not have on its path."""
+    """Fork Ray's processes as `tests.forkserver` does. This process does not have that module on its path."""
     sys.path.append(str(Path(__file__).parents[2]))
     from tests import forkserver
 
@@ -55,5 +57,5 @@ def main(cpus: int) -> None:
 
 
 if __name__ == "__main__":
-    fork_rays_processes(sys.argv[2])  # its `Server.python`
+    fork_rays_processes(sys.argv[2])  # the fork server's `Server.python`
     main(int(sys.argv[1]))

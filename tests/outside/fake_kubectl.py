@@ -1,6 +1,8 @@
-"""Stands for `kubectl` and a Kubernetes behind it, as far as raytrainer uses them: objects are files in the directory
-FAKE_KUBERNETES, a server-side apply knows who manages what. Each call is a line of `calls`. A file `says` there,
-{"to": "apply", "code": 1, "stderr": "…"}, is the answer to such a call instead; {"hangs": true}: there is none.
+"""A stand-in for `kubectl` and the Kubernetes behind it, as far as raytrainer uses them.
+
+Objects are files in the directory FAKE_KUBERNETES, and a server-side apply knows the manager of each. Every call is a
+line of `calls`. A file `says` there, {"to": "apply", "code": 1, "stderr": "…"}, gives the answer to such a call
+instead; with {"hangs": true} there is no answer.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 import yaml
 
 HERE = Path(os.environ["FAKE_KUBERNETES"])
-# As kubectl 1.32 prints it.
+# The output of kubectl 1.32.
 CONFLICT = """\
 error: Apply failed with 1 conflict: conflict with "{}" using ray.io/v1: .metadata.annotations.raytrainer.dev/content
 Please review the fields above--they currently have other managers. Here
@@ -57,7 +59,7 @@ def main(arguments: list[str]) -> int:
     verb, *words = [a for a in arguments if not a.startswith("-")]
     selector = arguments[arguments.index("-l") + 1] if "-l" in arguments else ""
     with (HERE / "calls").open("a") as calls:
-        fcntl.flock(calls, fcntl.LOCK_EX)  # one request at a time, as each of them is for the server
+        fcntl.flock(calls, fcntl.LOCK_EX)  # one request at a time, as on the server
         print(json.dumps(arguments), file=calls, flush=True)
         says = json.loads((HERE / "says").read_text()) if (HERE / "says").exists() else {}
         if says.get("to") == verb:

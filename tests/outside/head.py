@@ -1,6 +1,5 @@
-"""A Ray cluster as `ray start` makes it, each node a process of its own: a head with its dashboard and a token that it
-wants, and more nodes beside it.
-"""
+"""A Ray cluster as `ray start` makes it, with each node in its own process: a head whose dashboard requires a token,
+and more nodes beside it."""
 
 from __future__ import annotations
 
@@ -23,19 +22,19 @@ from tests import forkserver
 from tests.outside.ports import free_port
 from tests.outside.servers import START_S, Server
 
-_END_S = 60.0  # of `ray start`, which ends all that it has started
+_END_S = 60.0  # for `ray start` to end everything that it has started
 
 
 class _Node(Server):
-    """`ray start` with ports and a directory of its own. What runs on it has this interpreter as `python`.
+    """`ray start` with its own ports and directory. On the node, `python` is this interpreter.
 
     Attributes:
-        session: Where Ray keeps all that it writes.
+        session: The directory in which Ray keeps everything that it writes.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
         super().__init__(folder, name)
-        # A short path: those of its sockets, below it, may have 107 characters.
+        # A short path, because the paths of its sockets, which are below it, may have at most 107 characters.
         self.session = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
 
     def start_with(
@@ -44,7 +43,7 @@ class _Node(Server):
         programs = Path(sys.executable).parent
         (self.folder / "bin").mkdir(exist_ok=True)
         with suppress(FileExistsError):
-            (self.folder / "bin/python").symlink_to(forkserver.server().python)  # what a job's command names
+            (self.folder / "bin/python").symlink_to(forkserver.server().python)  # the interpreter in a job's command
         ports = ("dashboard-agent-listen-", "dashboard-agent-grpc-", "metrics-export-")
         self.begin(
             [
@@ -66,7 +65,7 @@ class _Node(Server):
         )
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """Ends it, and what it has started; again: nothing."""
+        """End the node and everything that it has started. A second call does nothing."""
         process, self._process = self._process, None
         if process is not None:
             process.send_signal(number)
@@ -76,13 +75,13 @@ class _Node(Server):
 
 
 class Head(_Node):
-    """The head of a cluster, for jobs at `address`.
+    """The head of a cluster, which takes jobs at `address`.
 
     Args:
-        folder: For its home directory, in which its token is, and its output.
-        token: The secret.
-        cpus: What its node has.
-        secrets: Variables of the cluster's side.
+        folder: The directory for its output and its home directory, which holds the token.
+        token: The secret that its dashboard requires.
+        cpus: The number of CPUs of its node.
+        secrets: Environment variables on the cluster's side.
     """
 
     def __init__(
@@ -105,11 +104,11 @@ class Head(_Node):
         self.start_with(options, self._cpus, self.home, self.secrets, self._takes_jobs)
 
     def add_node(self, cpus: int) -> None:
-        """Another node on this machine, which ends with the head."""
+        """Add another node on this machine, which ends with the head."""
         node = _Node(self.folder, f"ray-{len(self.others) + 2}")
         self.others.append(node)
         deadline = time.monotonic() + START_S
-        while not self._has(len(self.others)):  # the head answers before its own node is there
+        while not self._has(len(self.others)):  # the head answers before its own node is listed
             assert time.monotonic() < deadline
             time.sleep(0.1)
         ready = lambda: self._has(len(self.others) + 1)  # noqa: E731
@@ -119,13 +118,13 @@ class Head(_Node):
         return len(self.table("nodes", state="ALIVE")) == nodes
 
     def table(self, name: str, **filters: str) -> list[dict[str, Any]]:
-        """Entries of one of Ray's tables: `nodes`, `actors`, `jobs`, …"""
+        """Return the entries of one of Ray's tables: `nodes`, `actors`, `jobs`, …"""
         query = "".join(f"&filter_keys={key}&filter_predicates==&filter_values={v}" for key, v in filters.items())
         answer: dict[str, Any] = json.loads(self.ask(f"/api/v0/{name}?detail=1&limit=10000{query}"))
         return list(answer["data"]["result"]["result"])
 
     def ask(self, path: str) -> str:
-        """What the dashboard answers to whom has the token."""
+        """Return the dashboard's answer to a request with the token."""
         request = urllib.request.Request(f"{self.address}{path}", headers={"Authorization": f"Bearer {self.token}"})
         with urllib.request.urlopen(request, timeout=30) as answer:
             return str(answer.read().decode())

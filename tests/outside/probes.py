@@ -1,6 +1,5 @@
-"""What the tests' launches train with: a user's package outside of ours, found by PYTHONPATH.
-It notes what each rank does, and does the things that faults are made of.
-"""
+"""The classes with which the tests' launches train: a user's package outside raytrainer, found by PYTHONPATH. They note
+what each rank does, and cause the faults."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ from raytrainer.losses import CrossEntropy
 class Steps:
     """A callback: each rank appends `process, step, time` to steps/rank-N after every step, then pauses.
 
-    The variable STEPS_PAUSE_S has another pause for one launch of a run, whose configuration stays as it is.
+    The variable STEPS_PAUSE_S sets another pause for one launch of a run, without a change of the run's configuration.
     """
 
     def __init__(self, pause_s: float = 0.0, folder: str = "steps") -> None:
@@ -46,7 +45,7 @@ class Steps:
 
 
 class Misbehaves:
-    """A callback: after `step`, on `rank` alone, it raises, sleeps for ever, or prints `megabytes`."""
+    """A callback: after `step`, on `rank` alone, it raises, sleeps forever, or prints `megabytes` MiB."""
 
     def __init__(self, step: int, rank: int = 0, raises: str = "", sleeps: bool = False, megabytes: int = 0) -> None:
         self._step, self._rank, self._raises, self._sleeps, self._megabytes = step, rank, raises, sleeps, megabytes
@@ -63,7 +62,7 @@ class Misbehaves:
 
 
 class NanAfter(CrossEntropy):
-    """The cross entropy, and NaN from its `calls`-th evaluation in training on."""
+    """The cross entropy, which becomes NaN after its first `calls` evaluations in training."""
 
     def __init__(self, calls: int, **options: Any) -> None:
         super().__init__(**options)
@@ -79,7 +78,7 @@ class NanAfter(CrossEntropy):
 
 
 class Digest:
-    """Proves that a value came to rank 0, without writing it: its SHA-256 in the file `path`."""
+    """A callback that proves that a value reached rank 0 without writing it: the file `path` gets its SHA-256."""
 
     def __init__(self, value: str, path: str) -> None:
         self.value, self.path = value, path
@@ -90,10 +89,10 @@ class Digest:
 
 
 class Observed:
-    """A callback: rank 0 of each trial appends lines of JSON to the file `path`: what it does, in which process, when.
+    """A callback: rank 0 of each trial appends JSON lines to the file `path`: what it does, in which process, and when.
 
-    `start` (from step, weights), `step` (with the learning rate), `evaluation` (weights); weights are a hash of them and
-    of the optimizer's state.
+    The kinds are `start` (with its step and weights), `step` (with the learning rate) and `evaluation` (with the
+    weights). The weights are a hash of them and of the optimizer's state.
     """
 
     def __init__(self, pause_s: float = 0.0, path: str = "observed") -> None:
@@ -130,7 +129,7 @@ def _hash(trainer: Any) -> str:
 
 
 class Changes:
-    """A callback: after `step` it changes something that a process has only one of, and never puts it back."""
+    """A callback: after `step` it changes something that a process has only once, and never restores it."""
 
     def __init__(self, what: str, step: int = 5) -> None:
         self._change, self._step = getattr(self, f"_{what}"), step
@@ -142,7 +141,7 @@ class Changes:
     def _nothing(self, trainer: Any) -> None:
         pass
 
-    _quiet = _nothing  # two values that mean the same, for a sweep over them
+    _quiet = _nothing  # two values with the same meaning, for a sweep over them
 
     def _raises(self, trainer: Any) -> None:
         raise ValueError("bad luck")
@@ -222,7 +221,7 @@ class Changes:
 
 
 class Once:
-    """A callback: after `step` it does `what`, the first time in the directory it runs in: `raises` or is `killed`."""
+    """A callback: after `step` it raises or is killed, as `what` says, but only once in its working directory."""
 
     def __init__(self, what: str, step: int) -> None:
         self._what, self._step, self._mark = what, step, Path(f"once-{what}").absolute()
@@ -237,7 +236,7 @@ class Once:
 
 
 class Meets:
-    """A callback: after `step` it waits until as many as `count` trials are there at the same time."""
+    """A callback: after `step` it waits until `count` trials run at the same time."""
 
     def __init__(self, count: int, step: int = 1, within_s: float = 60.0) -> None:
         self._count, self._step, self._within_s, self._folder = count, step, within_s, Path("meets").absolute()
@@ -255,7 +254,7 @@ class Meets:
 
 
 class SlowToEnd:
-    """A dataset whose iteration takes `seconds` to be closed, as one with worker processes does."""
+    """A dataset whose iteration takes `seconds` to close, like one with worker processes."""
 
     def __init__(self, seconds: float, rows: int = 64) -> None:
         self._seconds, self._rows = seconds, rows
@@ -268,7 +267,7 @@ class SlowToEnd:
 
 
 def pipeline(rows: int) -> Any:
-    """A pipeline of Ray Data: the first digits, each with its number."""
+    """Return a Ray Data pipeline of the first digits, each with its number."""
     import ray
 
     return ray.data.range(rows, override_num_blocks=4).map_batches(_digits)
@@ -282,7 +281,7 @@ def _digits(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 class NotesRows:
-    """A transform of batches: each process appends `epoch, numbers of the rows` to rows/PID."""
+    """A transform of batches: each process appends the epoch and the row numbers to rows/PID."""
 
     def __call__(self, data: Any, samples: Tensor, epoch: int, seed: int) -> Any:
         Path("rows").mkdir(exist_ok=True)

@@ -1,6 +1,5 @@
-"""The servers that a team has around its cluster, each a process of its own on loopback: an S3 by moto, PostgreSQL,
-`mlflow server` with basic authentication, and nginx that speaks TLS for any of them, with certificates of a test's own.
-"""
+"""The servers that a team has around its cluster, each in its own process on loopback: S3 by moto, PostgreSQL, `mlflow
+server` with basic authentication, and nginx that adds TLS to any of them. Tests issue their own certificates."""
 
 from __future__ import annotations
 
@@ -26,12 +25,12 @@ import trustme
 
 from tests.outside.ports import free_port
 
-START_S = 120.0  # on a loaded machine
+START_S = 120.0  # enough on a loaded machine
 END_S = 10.0
 
 
 class Server:
-    """A process in a session of its own, which `stop` ends with all that it has started; its output is in `log`."""
+    """A process in its own session. `stop` ends it and everything that it has started; its output is in `log`."""
 
     def __init__(self, folder: Path, name: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -46,7 +45,7 @@ class Server:
         environment: Mapping[str, str] | None = None,
         **options: Any,
     ) -> None:
-        """Starts it and waits until `ready()`; `options` as `subprocess.Popen` takes them."""
+        """Start the process and wait until `ready()`. `options` are arguments of `subprocess.Popen`."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 command,
@@ -64,7 +63,7 @@ class Server:
             time.sleep(0.05)
 
     def answers(self, path: str = "/") -> bool:
-        """Whether it speaks HTTP by now."""
+        """Return whether the server speaks HTTP yet."""
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5).close()
         except urllib.error.HTTPError as error:
@@ -74,7 +73,7 @@ class Server:
         return True
 
     def stop(self, number: signal.Signals = signal.SIGKILL) -> None:
-        """Ends it; again: nothing."""
+        """End the process. A second call does nothing."""
         process, self._process = self._process, None
         if process is not None:
             with suppress(ProcessLookupError):
@@ -83,12 +82,12 @@ class Server:
 
 
 class S3(Server):
-    """moto's S3, which takes any key, with one bucket, `bucket`."""
+    """moto's S3, which accepts any key, with one bucket named `bucket`."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, "moto")
         self.address = f"127.0.0.1:{self.port}"
-        # As users set it: pyarrow and boto3 read the same variables, MLflow its own besides.
+        # As users set them: pyarrow and boto3 read the same variables, and MLflow also its own.
         self.environment = {
             "AWS_ACCESS_KEY_ID": "key-of-tests",
             "AWS_SECRET_ACCESS_KEY": "secret-key-of-tests",
@@ -105,11 +104,11 @@ class S3(Server):
         urllib.request.urlopen(request, timeout=60).close()
 
     def query(self) -> str:
-        """What a URI says of the place itself, where no variable does."""
+        """Return the query with which a URI itself names the endpoint, if no variable does."""
         return f"endpoint_override={self.address}&scheme=http&region=us-east-1"
 
     def objects(self) -> dict[str, bytes]:
-        """Everything that is in the bucket, by its key."""
+        """Return every object in the bucket, by its key."""
         import boto3
 
         client = boto3.client(
@@ -124,16 +123,16 @@ class S3(Server):
         return {key: client.get_object(Bucket="bucket", Key=key)["Body"].read() for key in keys}
 
 
-# moto looks at the service in it alone.
+# moto reads only the service from it.
 _SIGNED = {"Authorization": "AWS4-HMAC-SHA256 Credential=key/20200101/us-east-1/s3/aws4_request, Signature=x"}
 
 
 class Postgres(Server):
-    """PostgreSQL with a password, its data in a temporary directory.
+    """PostgreSQL with a password, and with its data in a temporary directory.
 
     Args:
-        folder: For its log.
-        programs: Where initdb and postgres are.
+        folder: The directory for its log.
+        programs: The directory of initdb and postgres.
     """
 
     user, password = "mlflow", "secret-of-postgres"
@@ -141,13 +140,13 @@ class Postgres(Server):
     def __init__(self, folder: Path, programs: Path) -> None:
         super().__init__(folder, "postgres")
         self._programs = programs
-        # For SQLAlchemy, of which each version has another driver by default.
+        # Names the driver, because SQLAlchemy's default driver depends on its version.
         self.uri = f"postgresql+psycopg2://{self.user}:{self.password}@127.0.0.1:{self.port}/postgres"
         self._plain_uri = self.uri.replace("+psycopg2", "")
         # Not below pytest's own directory, which only its owner may enter.
         self._data = Path(tempfile.mkdtemp(prefix="postgres-"))
         self._as: dict[str, Any] = {}
-        if os.geteuid() == 0:  # which initdb refuses to be
+        if os.geteuid() == 0:  # initdb refuses to run as root
             nobody = pwd.getpwnam("nobody")
             os.chown(self._data, nobody.pw_uid, nobody.pw_gid)
             self._as = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
@@ -187,7 +186,7 @@ class Postgres(Server):
             return list(cursor.fetchall())
 
     def everything(self) -> str:
-        """A dump of the database, as SQL."""
+        """Return a dump of the database as SQL."""
         command = [str(self._programs / "pg_dump"), "--inserts", self._plain_uri]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
@@ -200,10 +199,10 @@ class Mlflow(Server):
     """`mlflow server` with basic authentication, which keeps artifacts at `artifacts`.
 
     Args:
-        folder: For its settings and log.
-        database: Of runs, and of users.
+        folder: The directory for its settings and log.
+        database: The URI of the database for runs and users.
         artifacts: A directory or URI.
-        environment: For what it needs to reach them.
+        environment: Variables with which it reaches both.
     """
 
     user, password = "admin", "secret-of-mlflow-9"
@@ -230,7 +229,7 @@ class Mlflow(Server):
 
 
 class Certificates:
-    """An authority of a test's own. `ca_file` is what its clients trust."""
+    """A private certificate authority. Its clients trust `ca_file`."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -239,11 +238,11 @@ class Certificates:
         self._authority.cert_pem.write_to_path(str(self.ca_file))
 
     def issue(self, *names: str, days: float = 1) -> tuple[Path, Path]:
-        """The files of a certificate and its key for host names or addresses.
+        """Issue a certificate for host names or addresses. Return its file and the file of its key.
 
         Args:
-            names: localhost and 127.0.0.1 if there is none.
-            days: How long it is valid; below 0 it has expired.
+            names: Without names: localhost and 127.0.0.1.
+            days: How long the certificate is valid; if negative, it has expired.
         """
         issued = self._authority.issue_cert(
             *(names or ("localhost", "127.0.0.1")), not_after=datetime.now(UTC) + timedelta(days=days)
@@ -261,11 +260,11 @@ class Nginx(Server):
 
     Args:
         folder: Its prefix: configuration, logs and temporary files.
-        program: nginx.
+        program: The nginx executable.
         target: The server's port.
-        certificate: As `Certificates.issue` gives it.
-        servers: What stands in its block `http`, in place of the usual: certificate, port and target are named there
-            as CERTIFICATE, KEY, PORT and TARGET.
+        certificate: The files that `Certificates.issue` returns.
+        servers: The content of the block `http`, instead of the usual one. The words CERTIFICATE, KEY, PORT and TARGET
+            in it stand for the values.
     """
 
     def __init__(
@@ -283,7 +282,7 @@ class Nginx(Server):
     def start(self) -> None:
         kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         temporary = " ".join(f"{kind}_temp_path {self.folder / kind};" for kind in kinds)
-        # One process, which stays whoever started it: with a master the workers of root's would be somebody else.
+        # One process, without a master. If root started a master, its workers would run as another user.
         lines = ["daemon off;", "master_process off;", f"pid {self.folder / 'pid'};", "error_log stderr warn;"]
         lines += ["events { worker_connections 256; }"]
         lines += ["http {", f"access_log {self.requests};", temporary, self._servers, "}"]

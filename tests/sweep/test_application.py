@@ -1,6 +1,5 @@
-"""`hydra/sweeper=ray_tune` with the application in tests/outside/hydra_app/, which knows nothing of us; and what runs in a
-process of such a sweep, driven by hand as Tune does.
-"""
+"""`hydra/sweeper=ray_tune` with the applications in tests/outside/hydra_app/, which use raytrainer only to report. Also
+one process of such a sweep, driven by hand as Tune drives it."""
 
 from __future__ import annotations
 
@@ -45,7 +44,7 @@ def trials_in(folder: Path) -> list[Trial]:
 
 
 def noted(file: Path) -> list[dict[str, Any]]:
-    """The lines of JSON that the application has written, whole ones."""
+    """Return the complete JSON lines that the application has written."""
     if not file.exists():
         return []
     return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
@@ -59,10 +58,10 @@ class Sweep:
     """A sweep that has ended.
 
     Attributes:
-        folder: Where it was launched.
-        ended: How.
-        trials: By the journal.
-        calls: What the application noted, by the number of the job.
+        folder: The directory from which it was launched.
+        ended: The exit code and the output of the command.
+        trials: The trials in its journal.
+        calls: What the application noted, by job number.
     """
 
     folder: Path
@@ -73,7 +72,7 @@ class Sweep:
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    """Random draws over every kind of parameter; some of the calls end badly, each in another way."""
+    """Run a sweep with random draws over every kind of parameter. Some of its calls fail, each in a different way."""
     folder = tmp_path_factory.mktemp("mixed")
     what = "what=value,raises,nothing,several,undefined,leaves,changes"
     space = ("x=interval(-1,1)", "n=range(1,4)", "shape=parabola,cone", what)
@@ -108,7 +107,7 @@ def test_each_trial_is_one_job_of_hydras(mixed: Sweep) -> None:
 def test_processes_go_from_trial_to_trial(mixed: Sweep) -> None:
     pids = [call["pid"] for call in mixed.calls.values()]
     assert len(set(pids)) <= len(os.sched_getaffinity(0))
-    # Also where a trial failed, and what one has changed is not the next one's.
+    # This holds after a failed trial too. What one trial changes does not reach the next one.
     assert all((call["folder"], call["left"]) == (str(mixed.folder), None) for call in mixed.calls.values())
 
 
@@ -127,7 +126,7 @@ def test_the_results_are_the_best_of_the_journal(mixed: Sweep) -> None:
     assert list(found) == ["name", "best_params", "best_value"]
     assert " ".join(best.overrides) in mixed.ended.out
     assert f"of trial {best.id}, in {int(best.id) - 1}" in mixed.ended.out
-    # The same call without a sweep, in a process of its own, gives the same to the last bit.
+    # The same call without a sweep, in its own process, gives exactly the same value.
     launched(mixed.folder, *best.overrides, "hydra.run.dir=alone", program=APP).exits(0)
     alone = noted(mixed.folder / "calls")[-1]
     assert (alone["output_dir"], alone["value"]) == (str(mixed.folder / "alone"), found["best_value"])
@@ -153,7 +152,7 @@ def test_a_trial_that_raises_fails_by_its_cause(mixed: Sweep) -> None:
         assert told.startswith("Traceback")
         assert told.endswith("SystemExit: enough\n")
     assert "ValueError: as it was told" in mixed.ended.err
-    assert mixed.ended.out.count("/error.txt") == 5  # of the first that are named
+    assert mixed.ended.out.count("/error.txt") == 5  # only the first five failures are listed
 
 
 def test_a_trial_without_a_number_is_told_what_to_return(mixed: Sweep) -> None:
@@ -183,7 +182,7 @@ def test_what_the_trials_print_is_in_one_file(mixed: Sweep) -> None:
 
 
 def test_what_a_stopped_function_does_at_its_end_is_waited_for(tmp_path: Path) -> None:
-    """Of the last trials too, after which there is nothing else to wait for."""
+    """The sweep waits for the clean-up of every stopped function, also of the last trials."""
     program = ("-c", "from hydra_app.curves import main; main()")
     last_is_worst = [
         "-m",
@@ -197,8 +196,8 @@ def test_what_a_stopped_function_does_at_its_end_is_waited_for(tmp_path: Path) -
 
 
 def test_an_application_that_reports_is_pruned(tmp_path: Path) -> None:
-    """Optuna's draws, stopped by ASHA; the sweeper and all settings are in the application's config, and the function is
-    in a module."""
+    """Optuna samples the trials and ASHA stops them. The sweeper and all its settings are in the application's config,
+    and the function is in a module."""
     program = ("-c", "from hydra_app.curves import main; main()")
     ended = launched(tmp_path, "-m", "x=interval(0,1)", program=program).exits(0)
     trials, calls = trials_in(tmp_path / "swept"), {call["x"]: call for call in noted(tmp_path / "curves")}
@@ -222,7 +221,8 @@ def test_an_application_that_reports_is_pruned(tmp_path: Path) -> None:
     best = min(trial.parameters["x"] for trial in finished)
     found = yaml.safe_load((tmp_path / "swept/optimization_results.yaml").read_text())
     assert (found["best_params"], found["best_value"]) == ({"x": best}, best)
-    # In a process the module is imported once, not copied for each call: a call sees what others left there.
+    # A process imports the module once and does not copy it for each call, so a call sees the state that earlier calls
+    # left.
     assert all(call["call"] == call["calls"] for call in calls.values())
     assert max(call["calls"] for call in calls.values()) > 1
     assert f"({len(finished)} finished, {len(pruned)} pruned)" in ended.out
@@ -259,7 +259,7 @@ def test_ctrl_c_leaves_nothing_and_a_sweep_goes_on(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The address of a Ray cluster that runs, and what asks it for what runs on it."""
+    """Yield the address of a running Ray cluster and a function that returns what runs on it."""
     program = [sys.executable, str(OUTSIDE / "cluster.py"), "2", forkserver.server().python]
     with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
@@ -301,7 +301,7 @@ def test_without_the_sweeper_hydra_sweeps_as_ever(tmp_path: Path) -> None:
     assert not (tmp_path / "swept/ledger.jsonl").exists()
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ class Fake:
 
 
 def refused(folder: Path, *overrides: str, jobs: Jobs | None = None, space: Any = None, **settings: Any) -> str:
-    """What a sweep is refused by, before Ray starts."""
+    """Return the message with which a sweep is refused before Ray starts."""
     with pytest.raises(ConfigError) as caught:
         search(
             jobs or Fake(),
@@ -446,7 +446,7 @@ def shared(job: Callable[[int, Sequence[str]], Any], mode: Mode = "min", retries
 
 @pytest.fixture
 def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FunctionProcess]]:
-    """`process(job, mode, retries)`: a process of Tune in this one, with its first trial."""
+    """Yield `process(job, mode, retries)`, which makes a process of Tune inside this one, with its first trial."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     made: list[FunctionProcess] = []
 
@@ -456,7 +456,7 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FunctionP
                 super().setup(config, shared(job, **options))
 
             def _setup_logdir(self) -> None:
-                """None: it would be below the home directory."""
+                """Do nothing: Tune's log directory would be below the home directory."""
 
         made.append(Own(config(1)))
         return made[-1]
@@ -471,7 +471,7 @@ def config(number: int, x: float = 2.0) -> dict[str, Any]:
 
 
 def told(result: Mapping[str, Any]) -> tuple[Any, ...]:
-    """(objective, iteration, done), what it reports, how it ended."""
+    """Return the objective, the iteration and the done flag of a result, then its report and its end."""
     found = json.loads(result.get("report", "null"))
     return (
         result["objective"],
@@ -498,7 +498,7 @@ def test_reports_wait_for_tune_and_a_stopped_function_ends_there(
     process: Callable[..., FunctionProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(sys.modules[__name__], "SEEN", seen)  # the job is pickled as a name in this module
+    monkeypatch.setattr(sys.modules[__name__], "SEEN", seen)  # the job is pickled by reference to this module
     one = process(_reporting, mode="max")
     first = {"evaluation": 1, "step": 1, "value": 0.5, "metrics": {}, "interim": True}
     assert told(one.step()) == (0.5, 1, False, first, None)
@@ -548,7 +548,7 @@ def _stubborn(number: int, overrides: Sequence[str]) -> float:
     for _ in range(3):
         try:
             report(1.0)
-        except BaseException:  # noqa: BLE001  which it should not
+        except BaseException:  # noqa: BLE001  # user code that wrongly swallows the stop
             FREE.wait()
     return 1.0
 
@@ -611,7 +611,7 @@ def test_numbers(value: Any, number: float | None) -> None:
         with pytest.raises(TypeError, match="report takes a number, not "):
             report(value)
     else:
-        report(value, step=3)  # nobody listens
+        report(value, step=3)  # outside a sweep this does nothing
 
 
 def test_a_number_larger_than_any_float_is_none_of_the_best() -> None:

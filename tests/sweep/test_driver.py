@@ -1,5 +1,6 @@
-"""An attempt at a sweep without Ray: what is told of trials when a disk, a server or a person ends it early.
-The trials are a script's; the journal, the spools and the thread that sends them are the real ones.
+"""An attempt at a sweep without Ray: what is recorded of its trials when a disk, a server or a person ends it early.
+
+A script plays the trials; the journal, the spools and the uploader thread are real.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def plan() -> Plan:
 
 
 class Acting(SweepDriver):
-    """Plays its script in the place of Tune and its processes."""
+    """A driver that runs a script instead of Tune and its processes."""
 
     script: Script
 
@@ -73,7 +74,7 @@ class Acting(SweepDriver):
 
 @dataclass
 class Place:
-    """A sweep's directory and its tracking server, for one attempt after the other."""
+    """A sweep's directory and its tracking server, for consecutive attempts."""
 
     storage: Storage
     plan: Plan
@@ -98,7 +99,7 @@ class Place:
             return one.run()
 
     def status(self, trial: str = "") -> str:
-        """In MLflow; of the sweep without `trial`."""
+        """Return the MLflow status of a trial, or of the sweep if `trial` is empty."""
         name = f"sweep.{trial}" if trial else "sweep"
         (run,) = [run for run in self.server.runs.values() if run.name == name]
         return run.status
@@ -124,7 +125,8 @@ def place(tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Iterat
     monkeypatch.setattr("raytrainer.tracking.child_runs._LAST_PAUSE_S", 0.01)
     monkeypatch.setattr("raytrainer.tracking.child_runs._BACKOFF_S", (0.05, 0.2))
     yield found
-    # A stopped sweep does not wait for the thread that opens its run; that thread must not reach the next test's server.
+    # A stopped sweep does not wait for the thread that opens its run. That thread must not reach the next test's
+    # server.
     for thread in threading.enumerate():
         if thread.name == "mlflow-open":
             thread.join(60)
@@ -155,7 +157,7 @@ def test_an_undisturbed_one(place: Place) -> None:
     assert ended(place) == {"0001": "finished", "0002": "finished"}
     rows = {run.name: [row for row in run.rows if row.key == "best/val/accuracy"] for run in place.server.runs.values()}
     best = {name: [(row.value, row.step) for row in found] for name, found in rows.items()}
-    # Of a trial at its step, of the sweep at the number of its trials.
+    # A trial logs its best value at its step, and the sweep at the number of its trials.
     assert best == {"sweep.0001": [(1.0, 10)], "sweep.0002": [(1.0, 10)], "sweep": [(1.0, 2)]}
     place.attempt(lambda sweep: "finished")
     assert sum(len(run.rows) for run in place.server.runs.values()) == 3
@@ -164,7 +166,8 @@ def test_an_undisturbed_one(place: Place) -> None:
 def test_a_ledger_that_cannot_be_written_fails_the_sweep_and_every_run_is_told(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The results are made of what there is."""
+    """The sweep fails, every MLflow run gets its final status, and the results are written from the journaled
+    reports."""
 
     def script(sweep: Acting) -> str:
         first, second = sweep.starts(), sweep.starts()
@@ -186,7 +189,7 @@ def test_a_ledger_that_cannot_be_written_fails_the_sweep_and_every_run_is_told(
 
 
 def killed(place: Place, *after: Callable[[Acting], None]) -> None:
-    """An attempt whose driver is killed in the middle of two trials: nothing is told of their ends."""
+    """Run an attempt whose driver is killed in the middle of two trials, so that their ends are not recorded."""
 
     class Killed(BaseException):
         pass
@@ -214,7 +217,7 @@ def interrupted(sweep: Acting) -> str:
 def test_a_resume_that_is_stopped_at_once_ends_the_runs_that_a_killed_driver_left(place: Place) -> None:
     killed(place)
     assert (place.status("0001"), place.status("0002")) == ("RUNNING", "RUNNING")
-    # One was sent whole, and its spool is elsewhere, as when the sweep goes on on another machine.
+    # Trial 0002 was uploaded completely and has no spool here, as when the sweep continues on another machine.
     shutil.rmtree(place.storage.local_path / "trials/0002/spool")
     outcome = place.attempt(interrupted)
     assert (outcome.status, outcome.exit_code) == ("KILLED", 130)
@@ -226,7 +229,7 @@ def test_a_resume_that_is_stopped_at_once_ends_the_runs_that_a_killed_driver_lef
 
 
 def test_mlflow_away_at_the_start_has_it_all_soon_after_it_is_back(place: Place) -> None:
-    """The sweep's own run is made when the server is there; until then its trials' runs would have no parent."""
+    """The sweep's run is created when the server is back, and its trials' runs only after that, below it."""
     place.server.down = True
 
     def script(sweep: Acting) -> str:
@@ -340,7 +343,7 @@ def test_a_stopped_sweep_leaves_its_results_and_nothing_of_tunes(place: Place) -
 
 
 def logs(sweep: Acting, trial: Trial, *lines: tuple[int, dict[str, float]]) -> None:
-    """As the trial's process, which is killed then."""
+    """Write metrics as the trial's process does, which is then killed."""
     spool = Spool(spool_of(sweep._trial_dir(trial)))
     writer = SegmentWriter(spool, 1_000_000)
     for step, metrics in lines:
@@ -350,7 +353,8 @@ def logs(sweep: Acting, trial: Trial, *lines: tuple[int, dict[str, float]]) -> N
 
 @pytest.mark.parametrize("reported", [0, 1])
 def test_an_evaluation_that_a_stopped_trial_could_not_report_is_recorded(place: Place, reported: int) -> None:
-    """Also where MLflow has it already."""
+    """The journal gets an evaluation that a stopped trial has logged but not reported, even if MLflow has it
+    already."""
 
     def script(sweep: Acting) -> str:
         trial = sweep.starts()
@@ -400,7 +404,8 @@ def test_pictures_of_a_stopped_sweep_hold_up_nobody(place: Place, monkeypatch: p
 
 
 def test_what_was_taken_over_before_all_was_killed_is_written_down(place: Place, tmp_path: Path) -> None:
-    """Population based training had put 0001's checkpoint in the place of 0002's, which had not reported yet."""
+    """Trial 0002 has taken over 0001's checkpoint and is killed before it reports; the journal then gets the
+    exploit."""
     killed(place)
     checkpointer = Checkpointer(Storage(tmp_path / "carried"))
     checkpointer.save(10, {}, {})
@@ -415,12 +420,12 @@ def test_what_was_taken_over_before_all_was_killed_is_written_down(place: Place,
         assert second.inherited == [note]
         return "finished"
 
-    for _ in range(2):  # and once only
+    for _ in range(2):  # the second attempt does not record it again
         place.attempt(script)
 
 
 def test_which_weights_of_the_best_there_are_is_told(place: Place) -> None:
-    """Checkpoints are some seconds apart: of the best evaluation there may be none."""
+    """If the best evaluation has no checkpoint, the outcome says from which step the weights are."""
 
     def script(sweep: Acting) -> str:
         trial = sweep.starts()

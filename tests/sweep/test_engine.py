@@ -1,5 +1,7 @@
-"""The loop from the first draw to the last end, with Tune and its processes, and trials that only count: one Ray for all.
-What trials of experiments do is in test_trial.py; whole sweeps in tests/integration/ and tests/faults/.
+"""The loop from the first sampled trial to the last end, with Tune, its processes and trials that only count.
+
+All tests share one Ray. What trials of experiments do is in test_trial.py; whole sweeps are in tests/integration/ and
+tests/faults/.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ REPORTS = 3
 
 
 class Counts(tune.Trainable):  # type: ignore[misc]
-    """A trial that reports `x` times the number of the evaluation, and does in between what `does` says of its number."""
+    """A trial that reports `x` times the number of the evaluation. The file COUNTS says how each trial misbehaves."""
 
     _own: dict[str, Any]
 
@@ -47,7 +49,7 @@ class Counts(tune.Trainable):  # type: ignore[misc]
         self.reset_config(config)
 
     def reset_config(self, config: dict[str, Any]) -> bool:
-        if hasattr(self, "_own"):  # what a trial does when it has ended, and its process is wanted
+        if hasattr(self, "_own"):  # the process is reused after a trial that has ended
             does = self._does()
             if does == "does not end":
                 raise WorkerError(f"trial {self._own[TRIAL]} did not end")
@@ -101,7 +103,7 @@ class Counts(tune.Trainable):  # type: ignore[misc]
 
 @pytest.fixture(scope="module", autouse=True)
 def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A Ray with two CPUs, and the file that tells its processes what to do."""
+    """Start Ray with two CPUs, and yield the file that tells its processes how to misbehave."""
     told = tmp_path_factory.mktemp("engine") / "does.json"
     told.write_text("{}")
     with pytest.MonkeyPatch.context() as patch:
@@ -118,7 +120,7 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @dataclass
 class Sweep:
-    """One attempt, and what was told of it."""
+    """One attempt, and what its callbacks recorded."""
 
     folder: Path
     config: SweepConfig
@@ -185,7 +187,8 @@ class Sweep:
 
 @pytest.fixture
 def sweep(ray: Path, tmp_path: Path) -> Callable[..., Sweep]:
-    """`sweep({trial: what it does}, …of the section sweep)`, in one and the same folder."""
+    """Return `sweep({trial: how it misbehaves}, …)`, whose options set the section `sweep`. All attempts share one
+    directory."""
 
     def make(does: dict[str, str] | None = None, limit: int = 2, **config: Any) -> Sweep:
         ray.write_text(json.dumps(does or {}))
@@ -213,7 +216,7 @@ def test_trials_are_drawn_in_order_and_no_more_at_a_time_than_may_be(sweep: Call
 
 
 def test_the_time_is_over(sweep: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs then is left as it is: it goes on when the sweep does."""
+    """When the time budget is over, a running trial is left unchanged, and it continues when the sweep does."""
     now = [0.0]
     monkeypatch.setattr(engine, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
     one = sweep({"0003": "hangs"}, num_samples=None, time_budget_s=60.0, limit=1)
@@ -227,7 +230,7 @@ def test_the_time_is_over(sweep: Callable[..., Sweep], monkeypatch: pytest.Monke
 
 
 def test_it_is_known_whether_all_of_it_waits_for_a_place(sweep: Callable[..., Sweep]) -> None:
-    """Another holds all CPUs, and lets go when the sweep has said so some times."""
+    """`waits` reports True while another actor holds all CPUs; the test frees them after three such reports."""
     import ray
 
     holder = ray.remote(num_cpus=2)(type("Holder", (), {"is_there": lambda self: True})).remote()
@@ -272,7 +275,7 @@ def test_a_sweep_goes_on_as_if_it_had_never_been_away(sweep: Callable[..., Sweep
     one.run()
     journal = TrialJournal.open(Storage(one.folder))
     journal.begin({})
-    journal.reopen("0002")  # as one that a killed driver leaves
+    journal.reopen("0002")  # as a killed driver leaves it
     journal.close()
     again = sweep()
     assert again.run() == "finished"
@@ -326,7 +329,7 @@ def test_what_all_would_fail_by_ends_it(sweep: Callable[..., Sweep]) -> None:
 
 
 def test_more_that_pause_than_may_run(sweep: Callable[..., Sweep]) -> None:
-    """HyperBand pauses trials to compare them: all come to an end, one at a time, in one process."""
+    """HyperBand pauses trials to compare them. All of them end, one at a time, in one process."""
     one = sweep(limit=1, scheduler=node("ray.tune.schedulers.HyperBandScheduler", max_t=REPORTS))
     assert one.run() == "finished"
     assert {trial.status for trial in one.trials.values()} == {"finished", "pruned"}
@@ -334,7 +337,7 @@ def test_more_that_pause_than_may_run(sweep: Callable[..., Sweep]) -> None:
 
 
 def test_one_that_pauses_needs_to_know_how_many_there_will_be(sweep: Callable[..., Sweep]) -> None:
-    """All of them are drawn before any is compared: without a number that would be for ever."""
+    """HyperBand samples all trials before it compares any, so an unlimited number of trials is refused."""
     scheduler = node("ray.tune.schedulers.HyperBandScheduler", max_t=REPORTS)
     one = sweep(num_samples=None, time_budget_s=60.0, scheduler=scheduler)
     with pytest.raises(ConfigError, match=r"sweep\.num_samples.*HyperBandScheduler"):
@@ -371,7 +374,8 @@ def test_what_is_raised_while_a_trial_is_written_down_ends_it_as_what_it_is(
 
 
 def test_a_trial_that_is_as_old_as_a_trial_gets_is_finished(sweep: Callable[..., Sweep]) -> None:
-    """`max_t` below the length of a trial: who comes so far was never worse than others."""
+    """A trial that reaches `max_t` is finished, although it could train longer, because it was never worse than the
+    others."""
     one = sweep(scheduler=node("ray.tune.schedulers.ASHAScheduler", max_t=2, grace_period=2), num_samples=3)
     assert one.run() == "finished"
     assert [trial.status for trial in one.trials.values()] == ["finished"] * 3
@@ -380,7 +384,7 @@ def test_a_trial_that_is_as_old_as_a_trial_gets_is_finished(sweep: Callable[...,
 
 @pytest.mark.parametrize("how", ["does not end", "dies late"])
 def test_a_process_that_is_not_free_is_replaced(sweep: Callable[..., Sweep], how: str) -> None:
-    """The trial that was to be its next runs elsewhere, as if nothing had been."""
+    """A process that does not end its trial, or that dies, is replaced, and the next trial runs in the new one."""
     one = sweep({"0001": how}, limit=1, num_samples=3)
     assert one.run() == "finished"
     assert [trial.status for trial in one.trials.values()] == ["finished"] * 3

@@ -1,4 +1,5 @@
-"""The journal: every value comes back as it was, a kill loses nothing, and what cannot be read or written is said."""
+"""The trial journal: every value survives unchanged, a kill loses nothing, and errors in reading and writing are
+reported."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ NUMBERS = st.one_of(st.floats(allow_nan=True, allow_infinity=True), st.integers(
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal, of one type, bit for bit: NaN is NaN, and -0.0 is not 0.0."""
+    """Return whether two values have the same type and bits: NaN equals NaN, and -0.0 does not equal 0.0."""
     return type(a) is type(b) and repr(a) == repr(b)
 
 
@@ -60,7 +61,7 @@ def begun(storage: Storage) -> TrialJournal:
 
 
 def report_until_refused(journal: TrialJournal) -> None:
-    """What the saving thread saw is said by a call soon after."""
+    """Report until a call raises the error that the saving thread has met."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         journal.report("0001", report(1))
@@ -101,7 +102,7 @@ def test_everything_comes_back_as_it_was(storage: Storage) -> None:
     assert second.reports[1:] == [Report(2, 20, 0.0, {}, 2.5, interim=True)]
     assert (second.status, second.ended, second.error) == ("failed", 7.0, "trials/0002/error.txt")
     assert storage.read_bytes("trials/0002/error.txt") == b"Traceback\nValueError: ?"
-    # What the writer has in memory is what the reader finds (compared as text, since NaN is not NaN).
+    # The reader finds what the writer has in memory. They are compared as text, because NaN does not equal NaN.
     assert repr(again.trials) == repr(journal.trials)
 
 
@@ -157,11 +158,11 @@ def test_an_evaluation_done_again_takes_the_place_of_the_first(storage: Storage)
     journal.start(trial(lr=0.1))
     for evaluation in (1, 2, 3, 4):
         journal.report("0001", report(evaluation, 1.0))
-    journal.reopen("0001")  # from the checkpoint of evaluation 2
+    journal.reopen("0001")  # continues from the checkpoint of evaluation 2
     journal.report("0001", report(3, 2.0))
     expected = [(1, 1.0), (2, 1.0), (3, 2.0)]
     assert [(r.evaluation, r.value) for r in journal.trials["0001"].reports] == expected
-    # An exploit takes weights of a trial that is behind: what this one reported before stays.
+    # An exploit copies the weights of a trial with fewer evaluations. The reports that this trial made before stay.
     journal.inherit("0001", "0002", 1, {"lr": 0.2}, ["lr=0.2"])
     journal.report("0001", report(2, 3.0))
     journal.report("0001", report(2, 4.0))
@@ -245,7 +246,7 @@ def test_no_space_is_said_and_leaves_whole_lines(storage: Storage, path: Path, m
         with pytest.raises(StorageFull, match=rf"no space at {path}"):
             journal.report("0001", report(1))
         assert journal.trials["0001"].reports == []
-        # A line that cannot even be taken back is, before the next.
+        # If a partial line cannot be removed at once, it is removed before the next line is written.
         patch.setattr(os, "ftruncate", lambda *_: full(0, b""))
         with pytest.raises(StorageFull):
             journal.report("0001", report(1))
@@ -271,7 +272,7 @@ def test_a_disk_that_loses_what_it_took_is_said_by_the_next_call(
         assert failed.wait(30)
         with pytest.raises(StorageError, match="Input/output"):
             report_until_refused(journal)
-    # A later fsync that succeeds says nothing of what the first has lost.
+    # A later fsync that succeeds does not show that the earlier data has reached the disk.
     with pytest.raises(StorageError, match="Input/output"):
         journal.close()
 
@@ -336,7 +337,7 @@ def test_a_killed_writer_loses_nothing_that_it_was_told_is_written(storage: Stor
 
 
 class Flaky(Storage):
-    """An object store that can be made to refuse, and counts its uploads."""
+    """An object store that counts its uploads and can be made to fail."""
 
     error: OSError | None = None
 
@@ -380,7 +381,8 @@ def test_an_object_store_gets_the_whole_file_now_and_then(remote: Flaky, monkeyp
 
 
 def test_an_object_store_has_what_a_resume_must_know_when_it_is_told(remote: Flaky) -> None:
-    """A killed driver loses no id: another trial would get it, and the checkpoints and the run of the first."""
+    """Starts, exploits and ends are uploaded at once. A lost id would be given to another trial, with the first one's
+    checkpoints and run."""
 
     def there() -> Any:
         return TrialJournal.open(remote).trials
@@ -501,13 +503,14 @@ def test_lines_are_plain_json(storage: Storage, path: Path) -> None:
 
 
 def test_how_long_a_trial_trained(storage: Storage) -> None:
-    """Neither the time in which the sweep was away counts, nor that in which a trial waits for its place."""
+    """Training time counts neither the time in which the sweep was stopped nor that in which a trial waits for its
+    place."""
     now = 20.0
     journal = TrialJournal.open(storage, clock=lambda: now)
     journal.begin({})
     journal.start(trial())
     assert journal.trials["0001"].took(now=20.0) == 7.5
-    journal.report("0001", replace(report(1), seconds=2.0))  # at 101.0; it had waited
+    journal.report("0001", replace(report(1), seconds=2.0))  # reported at 101.0, after it had waited
     journal.close()
     now = 500.0
     journal = TrialJournal.open(storage, clock=lambda: now)

@@ -1,4 +1,4 @@
-"""What a sweep that goes on says that it does, and which failed trials it tries again."""
+"""What a resumed sweep says that it will do, and which failed trials it retries."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def plan(total: int | None = 6, failures: int = 0) -> Any:
 
 @pytest.fixture
 def journal(tmp_path: Path) -> TrialJournal:
-    """Of an attempt that had six trials: two finished, one stopped, two failed and one diverged."""
+    """The journal of an attempt with six trials: two finished, one stopped, two failed and one diverged."""
     found = TrialJournal.open(Storage(tmp_path))
     found.begin({"max_trial_failures": 0})
     ends: list[Status] = ["finished", "finished", "stopped", "failed", "failed", "failed"]
@@ -56,7 +56,7 @@ def test_fewer_trials_than_there_are_already(journal: TrialJournal) -> None:
 
 
 def test_failed_trials_are_tried_again_where_more_failures_are_permitted(journal: TrialJournal) -> None:
-    """Not one whose parameters made it diverge; and not again at the next resume with the same."""
+    """A diverged trial is not retried, and a second resume with the same limit retries none."""
     assert to_retry(plan(), journal) == []
     assert [trial.id for trial in to_retry(plan(failures=1), journal)] == ["0004", "0005"]
     journal.attempts.append({"max_trial_failures": 1})
@@ -69,7 +69,7 @@ def test_failed_trials_are_tried_again_where_more_failures_are_permitted(journal
     [("OSError: no", "resume s sweep.max_trial_failures=1"), ("NonFiniteLoss: the loss became nan", None)],
 )
 def test_what_to_type_when_only_failed_trials_are_left(failed: str, advice: str | None) -> None:
-    """Plain `resume` would find nothing to do, and say the same again."""
+    """Plain `resume` is not suggested, because it would find nothing to do."""
     trials = [Trial("0001", {}, [], 0.0, status="failed", cause=failed)]
     outcome = SweepOutcome(
         "FAILED", 1, Record("s", "/s", kind="sweep"), "here", plan(total=1), trials, cause="no trial finished"

@@ -1,4 +1,4 @@
-"""With which parameters a value was reached, where population based training changed them."""
+"""The parameters with which a value was reached, if population based training changed them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from raytrainer.sweep.table import final_table, schedule_text
 
 @pytest.fixture
 def population(tmp_path: Path) -> list[Trial]:
-    """0001 takes over 0002 after evaluation 2, 0002 takes over that 0001 after 3; the best value is before the last
-    change. As a resumed sweep reads it."""
+    """Two trials, as a resumed sweep reads them: 0001 copies 0002 after evaluation 2, and 0002 copies that 0001 after
+    3. The best value is before the last change."""
     clock = itertools.count(1.0)
     journal = TrialJournal.open(Storage(tmp_path), clock=lambda: next(clock))
     journal.begin({})
@@ -64,6 +64,6 @@ def test_the_weights_were_trained_under_the_parameters_of_those_they_come_from(p
         ("0002", 0.3, 40),
     ]
     assert schedule_text(found) == "lr 0.2 to step 20, lr 0.24 to step 30, lr 0.3 to step 40"
-    # What was never changed has no schedule.
+    # A trial whose parameters never changed has no schedule.
     untouched = Trial("0003", {"optimizer.lr": 0.1}, [], 1.0, reports=[Report(1, 10, 0.5, {}, 2.0)])
     assert len(parameter_segments(untouched, untouched.reports[0], population)) == 1

@@ -1,4 +1,4 @@
-"""The last words of a sweep: what is printed to be typed next does what it says."""
+"""The summary of a sweep: the commands that it prints do what it says."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ callbacks:
 
 @pytest.fixture
 def own(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory of configs with an experiment that is a sweep by itself."""
+    """Write a directory of configs with an experiment that is a sweep by itself, and return it."""
     path = in_tmp / "my conf" / "experiment" / "mine.yaml"
     path.parent.mkdir(parents=True)
     path.write_text(MINE)
@@ -44,7 +44,7 @@ def own(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def planned(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Plan:
-    """The plan that a command line makes."""
+    """Return the plan that a command line makes."""
     plans: list[Plan] = []
 
     def launch(plan: Plan, *_: object, **__: object) -> int:
@@ -59,7 +59,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Plan:
 
 
 def trained(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> Composition:
-    """The config that a command line would train."""
+    """Return the configuration that a command line would train."""
     found: list[Composition] = []
 
     def launch(composition: Composition, *_: object, **__: object) -> run.Outcome:
@@ -121,7 +121,7 @@ def test_the_command_of_the_best_trains_its_configuration(
     assert found.optimizer == expected.optimizer
     assert found.model == expected.model
     assert (found.seed, found.trainer.max_epochs) == (7, 4)
-    # Also with what a rerun of the sweep changed, and after it was written and read again.
+    # This also holds after a rerun has changed overrides and the plan was saved and loaded.
     again = Plan.from_dict(plan.with_overrides(["trainer.max_epochs=3", "name=other"]).to_dict())
     found = trained(monkeypatch, best_command(again, best)).experiment
     assert (found.seed, found.trainer.max_epochs) == (7, 3)
@@ -138,7 +138,7 @@ def test_a_config_dir_is_found_from_elsewhere(own: Path, monkeypatch: pytest.Mon
 def test_a_secret_stays_a_reference_in_all_that_is_kept(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = planned(monkeypatch, "-m", "--config-dir=my conf", "experiment=mine")
     rate, what = plan.parameters
-    assert (rate.kind, rate.high) == ("interval", 0.1)  # a number is needed to draw from
+    assert (rate.kind, rate.high) == ("interval", 0.1)  # the variable is resolved, because sampling needs a number
     assert what.values == ("nothing", "${oc.env:A_SECRET}")
     best = trial_of(plan, what="${oc.env:A_SECRET}")
     composition = plan.composition_of(best.parameters)

@@ -1,4 +1,4 @@
-"""The two pictures of a sweep: what is on them, and that no sweep is too odd to be drawn."""
+"""The two pictures of a sweep: what they show, and that every sweep can be drawn."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def trial(
 
 
 def drawn(number: int, seed: int = 0) -> list[Trial]:
-    """Trials of `SPACE`, half of them pruned at evaluation 3, some failed, some without a value."""
+    """Return trials of `SPACE`: half of them pruned at evaluation 3, some failed, some without a value."""
     dice = random.Random(seed)
     found = []
     for n in range(1, number + 1):
@@ -64,7 +64,7 @@ def drawn(number: int, seed: int = 0) -> list[Trial]:
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are made into PNGs from now on."""
+    """The figures that are encoded as PNG from now on."""
     made: list[Figure] = []
     encode = pictures._png
 
@@ -77,7 +77,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 
 def ink(png: bytes) -> float:
-    """The part of a picture that is not white."""
+    """Return the fraction of a picture's pixels that are not white."""
     from matplotlib.image import imread
 
     return float((imread(io.BytesIO(png), format="png")[..., :3] < 0.97).any(axis=-1).mean())
@@ -105,7 +105,7 @@ def test_progress_shows_the_best_so_far_and_the_rungs(figures: list[Figure]) -> 
     (figure,) = figures
     above, below = figure.axes
     steps = next(line for line in above.lines if line.get_drawstyle() == "steps-post")
-    # Of those that ended; the failed one's 0.99 is no best.
+    # Only ended trials count, and the 0.99 of the failed trial is not a best value.
     assert points(steps) == [[1, 0.7], [2, 0.7], [3, 0.7], [4, 0.9], [5, 0.9], [6, 0.9]]
     assert texts(below) == ["2 pruned", "1 pruned"]
     assert figure.get_suptitle() == "best val/accuracy 0.9 (trial 0004)"
@@ -113,7 +113,7 @@ def test_progress_shows_the_best_so_far_and_the_rungs(figures: list[Figure]) -> 
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         *("3 pruned", "1 running", "2 finished", "1 failed", "best")
     ]
-    # Every trial is a point, and those with more than one evaluation a curve.
+    # Every trial is a point; a trial with several evaluations is also a curve.
     curves: list[Any] = list(below.collections)
     assert sum(len(c.get_segments()) for c in curves) == 3
 
@@ -149,7 +149,7 @@ def test_a_value_that_is_worse_by_far_does_not_press_the_others_flat(figures: li
     progress_png(trials, metric="val/loss", mode="min")
     for panel in (*figures[0].axes, *figures[1].axes):
         assert panel.get_ylim()[1] < 1.5
-        # It is there all the same, at the edge.
+        # It is still shown, at the edge.
         assert any(points(line)[-1][1] == panel.get_ylim()[1] for line in panel.lines if len(points(line)) == 1)
 
 
@@ -223,7 +223,7 @@ ODD: dict[str, Callable[[], tuple[list[Trial], list[Parameter]]]] = {
     ),
 }
 
-NUMBERS = ("infinite", "the ends of floats", "decades without end", "constant zero")  # what depends on the mode
+NUMBERS = ("infinite", "the ends of floats", "decades without end", "constant zero")  # cases that depend on the mode
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -251,7 +251,7 @@ def test_without_a_value_the_pictures_say_so(figures: list[Figure]) -> None:
 
 def test_a_thousand_trials_are_drawn_in_two_seconds() -> None:
     trials = drawn(1000)
-    progress_png(trials[:2], metric="val/accuracy", mode="max")  # imports
+    progress_png(trials[:2], metric="val/accuracy", mode="max")  # imports matplotlib
     began = time.process_time()
     progress_png(trials, metric="val/accuracy", mode="max")
     parameters_png(
@@ -261,7 +261,7 @@ def test_a_thousand_trials_are_drawn_in_two_seconds() -> None:
         mode="max",
     )
     took = time.process_time() - began
-    assert took < 4 or took < 4 * slowness()  # 0.7 s alone
+    assert took < 4 or took < 4 * slowness()  # 0.7 s on an idle machine
 
 
 def test_the_same_sweep_gives_the_same_picture() -> None:
@@ -272,7 +272,8 @@ def test_the_same_sweep_gives_the_same_picture() -> None:
 
 
 def test_nobodys_settings_matter_and_none_are_changed(tmp_path: Path) -> None:
-    """Neither pyplot's state nor a matplotlibrc; not a word on stderr where no list of fonts can be kept."""
+    """A matplotlibrc has no effect and is not changed, pyplot is not imported, and stderr is empty without a font
+    cache."""
     (tmp_path / "matplotlibrc").write_text("text.usetex: true\nfigure.dpi: 7\naxes.facecolor: black\nbackend: TkAgg\n")
     program = (
         "import logging, sys\n"

@@ -1,4 +1,4 @@
-"""What a sweep is before anything runs: its parameters, its configs, and what is refused of it."""
+"""The plan of a sweep before anything runs: its parameters, its configs, and what it refuses."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_how_often_a_trial_evaluates(overrides: list[str], evaluations: int | No
 
 
 def test_a_required_argument_may_come_from_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a value of it no config of the sweep would be whole."""
+    """A required argument may get its values from the sweep alone; no config of the sweep is complete without them."""
     monkeypatch.syspath_prepend(str(OUTSIDE))
     found = plan("+callbacks.changes._target_=probes.Changes", "+callbacks.changes.what=nothing,raises")
     assert "changes" in found.example.experiment.callbacks
@@ -125,7 +125,7 @@ def test_each_value_is_tried_before_anything_runs() -> None:
     with pytest.raises(ConfigError, match="widht=3 is not an argument"):
         plan("+model.widht=3,4")
     with pytest.raises(ConfigError, match="betas"):
-        plan("optimizer=adamw,sgd", "+optimizer.betas=[0.9,0.99],[0.8,0.9]")  # no argument of the second
+        plan("optimizer=adamw,sgd", "+optimizer.betas=[0.9,0.99],[0.8,0.9]")  # sgd has no argument betas
 
 
 def test_too_many_combinations(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What a sweep leaves: its trials as tables with proper types, and its best as an experiment that trains as the trial did."""
+"""The results of a sweep: typed tables of its trials, and its best trial as an experiment that trains the same way."""
 
 from __future__ import annotations
 
@@ -209,7 +209,8 @@ def test_the_best_composes_to_what_its_overrides_compose(
 
 
 def test_the_best_of_a_population_has_the_parameters_of_its_best_report(in_tmp: Path) -> None:
-    """And says what its weights were trained under before."""
+    """The best config has the parameters of the best report, and says under which ones its weights were trained
+    before."""
     plan = plan_of("experiment=mlp", "optimizer.lr=interval(0.1,0.2)")
     one = trial(1, [0.5, 0.9, 0.6], parameters={"optimizer.lr": 0.18})
     one.before = [(1, {"optimizer.lr": 0.12}), (2, {"optimizer.lr": 0.15})]

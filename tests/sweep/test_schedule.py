@@ -1,5 +1,5 @@
-"""Schedulers: built in evaluations, refused where they cannot work, and after a restart deciding as if there had been
-none. They are driven by hand; no Ray is started."""
+"""Schedulers: configured in evaluations, refused if they cannot work, and with the same decisions after a restart. They
+are driven by hand; no Ray is started."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def made(
 
 
 class TuneTrial:
-    """What schedulers look at of a trial of Tune."""
+    """What schedulers read from a trial of Tune."""
 
     def __init__(self, trial_id: str, id: str, parameters: dict[str, Any] | None = None) -> None:  # noqa: A002
         self.trial_id, self.experiment_tag, self.status = trial_id, "", "RUNNING"
@@ -84,7 +84,7 @@ class Controller:
         return []
 
 
-# --- built ----------------------------------------------------------------------------------------------------------
+# --- construction ---------------------------------------------------------------------------------------------------
 
 
 def test_none_lets_every_trial_go_to_its_end() -> None:
@@ -160,7 +160,7 @@ def test_bohb_needs_its_brackets() -> None:
 
 
 def explored(kind: str, parameters: list[Parameter], seed: int, **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The config of a trial that takes over from another, and that other's."""
+    """Return the config of a trial that takes over another trial's, and the config of that other trial."""
     random.seed(seed)
     state = np.random.RandomState(seed)
     scheduler = made(kind, parameters, **more)
@@ -233,15 +233,16 @@ def test_what_cannot_change_in_a_trial_is_refused() -> None:
             make_scheduler(
                 node(kind), [LR, DEPTH], mode="min", evaluations=9, may_change=lambda key: key.startswith("optimizer.")
             )
-    # Others leave a trial's parameters alone.
+    # Other schedulers do not change a trial's parameters.
     make_scheduler(node("asha"), [LR, MODEL], mode="min", evaluations=9, may_change=lambda key: False)
 
 
-# --- a sweep that goes on -------------------------------------------------------------------------------------------
+# --- resumed sweeps -------------------------------------------------------------------------------------------------
 
 
 class Life:
-    """Trials that report in turn to a scheduler, in Tune's order of calls, and what a journal would have of them."""
+    """Trials that report in turn to a scheduler, in Tune's order of calls, with the records that a journal would
+    have."""
 
     def __init__(self, scheduler: Any, values: list[list[float]], mode: Mode, attempt: str) -> None:
         self.scheduler, self.values, self.mode, self.attempt = scheduler, values, mode, attempt
@@ -250,7 +251,7 @@ class Life:
         self.decisions: list[tuple[int, int, str]] = []
 
     def step(self, n: int) -> None:
-        """Trial n evaluates once more, if it still goes on."""
+        """Evaluate trial n once more, if it is still running."""
         trial = self.trials[n]
         if trial.status != "running":
             return
@@ -268,7 +269,7 @@ class Life:
             trial.status = "finished" if done else "pruned"
 
     def fail(self, n: int) -> None:
-        """Trial n raises: its process tells the worst value there is."""
+        """Let trial n raise, so that its process reports the worst value."""
         trial = self.trials[n]
         if trial.status != "running":
             return
@@ -283,7 +284,7 @@ class Life:
             self.scheduler.on_trial_add(Controller(), self.tunes[n])
 
     def restart(self, scheduler: Any) -> str | None:
-        """Another process goes on, with what the journal has of a driver that was killed (or stopped: trial 1)."""
+        """Continue in another process, from the journal of a driver that was killed. Trial 0002 was stopped before."""
         self.scheduler, self.attempt, self.tunes = scheduler, self.attempt + "+", {}
         running = [trial for trial in self.trials if trial.status == "running"]
         for trial in running:
@@ -341,12 +342,12 @@ def test_the_last_report_of_a_finished_trial_counts_once() -> None:
             assert life.restart(made("median")) is None
         for _ in range(3):
             life.step(3)
-        # The others' mean is 4; with their last report twice it would be 3.
+        # The mean of the others is 4; if their last report counted twice, it would be 3.
         assert life.decisions[-1] == (3, 3, "CONTINUE")
 
 
 def test_a_restart_without_replay_would_decide_otherwise() -> None:
-    """The test above could fail: what ASHA has seen of the others is what stops a trial."""
+    """Without a replay ASHA does not stop the trial, which shows that the test above can fail."""
     values = [[1.0] * 9, [2.0] * 9, [3.0] * 9]
     life = Life(made("asha"), values, "min", "a")
     for n in (0, 1):
@@ -364,7 +365,7 @@ def test_a_restart_without_replay_would_decide_otherwise() -> None:
 
 def test_a_trial_stays_in_the_bracket_that_its_reports_were_put_into() -> None:
     for seed in range(20):
-        np.random.seed(seed)  # Tune draws brackets with it
+        np.random.seed(seed)  # Tune draws brackets from this generator
         life = Life(made("asha", brackets=2, reduction_factor=2), [[float(n)] * 9 for n in range(4)], "min", "a")
         for n in (0, 1, 2, 3, 0, 1):
             life.step(n)

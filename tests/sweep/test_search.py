@@ -1,5 +1,5 @@
-"""What is drawn: every searcher gets the same space, counts are exact, a sweep that goes on draws what it would have
-drawn, and a searcher learns of every trial. No Ray is started."""
+"""Searchers: all get the same space, counts are exact, a resumed sweep draws what it would have drawn, and a searcher
+learns of every trial. No Ray is started."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ needs_optuna = pytest.mark.skipif(importlib.util.find_spec("optuna") is None, re
 
 
 class Sweep:
-    """Draws with a journal, driven by hand as Tune does."""
+    """Draws with a journal, driven by hand as Tune drives them."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Sweep:
         return f"tune-{self.handed_out.index(id)}"
 
     def report(self, id: str, value: float, evaluation: int = 1) -> None:  # noqa: A002
-        """In Tune's order: the searcher, then the callback that writes."""
+        """Report in Tune's order: first to the searcher, then to the callback that writes the journal."""
         mode = self.draws._mode
         told = value if math.isfinite(value) else (WORST if mode == "min" else -WORST)
         self.draws.on_trial_result(self.tune_id(id), {METRIC: told, "training_iteration": evaluation})
@@ -118,7 +118,7 @@ class Sweep:
 
 
 class Recorder(Searcher):  # type: ignore[misc]
-    """Gives what it is told to give and keeps what it is told."""
+    """A searcher that returns prepared draws and records what it is given."""
 
     def __init__(self, *draws: Any) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class Recorder(Searcher):  # type: ignore[misc]
 
 
 class Learner(Recorder):
-    """Also takes points."""
+    """A recorder that also takes evaluated points."""
 
     def add_evaluated_point(self, parameters: Any, value: Any, error: bool = False, **more: Any) -> None:
         self.told.append((parameters, "point", "error" if error else value))
@@ -162,7 +162,7 @@ def parameters(draw: st.DrawFn) -> Parameter:
     if kind == "range":
         steps: list[float] = [1, -1] if integer and log else [1, 2, 7, -3] if integer else [0.1, 0.25, -1.0]
         step = draw(st.sampled_from(steps))
-        # As Hydra counts: exact sums of the step, from the end that was written first.
+        # Counts as Hydra does: exact sums of the step, from the bound that is written first.
         count = draw(st.integers(0, 40))
         first = low if step > 0 else low - step * count
         last = type(low)(Decimal(first) + Decimal(step) * count)
@@ -220,7 +220,7 @@ def test_a_log_scale_is_one() -> None:
         assert 140 < below < 260, "half of the draws below the geometric mean"
 
 
-# --- our own --------------------------------------------------------------------------------------------------------
+# --- our own searchers ----------------------------------------------------------------------------------------------
 
 
 def drawn(seed: int, *numbers: int, space: list[Parameter] | None = None) -> list[dict[str, Any]]:
@@ -233,7 +233,7 @@ def test_a_random_draw_is_a_function_of_seed_and_number() -> None:
     assert drawn(1, 0, 1, 2) == list(reversed(drawn(1, 2, 1, 0)))
     assert drawn(1, 0) != drawn(1, 1)
     assert drawn(1, 0) != drawn(2, 0)
-    # As it has always been: a sweep that an earlier version began goes on.
+    # This value must never change, so that a sweep that an earlier version began can continue.
     assert drawn(1, 0)[0] == {"optimizer.lr": pytest.approx(0.0005272621717328072, rel=1e-12), "model.width": "64"}
 
 
@@ -275,7 +275,7 @@ def test_random_draws_of_a_finite_space_are_each_combination_once(tmp_path: Path
     on = Sweep(tmp_path / "b", parameters=space)
     assert [tuple(c[p.key] for p in space) for c in on.suggest(30)] == drawn[50:80]
     steps = [c["steps"] for c in configs[:200]]
-    assert sorted(steps)[100] < 25  # as it is drawn: by its logarithm
+    assert sorted(steps)[100] < 25  # drawn on a logarithmic scale
     other = Sweep(tmp_path / "c", parameters=space, seed=8)
     assert [tuple(c[p.key] for p in space) for c in other.suggest(50)] != drawn[:50]
 
@@ -314,7 +314,7 @@ def test_a_sweep_that_goes_on_draws_what_it_would_have_drawn(tmp_path: Path, nod
     first.journal.end("0002", "stopped", "interrupted")
     first.end("0004", "failed", cause="OSError: no")
     first.close()
-    # 0002 was stopped, 0003 and 0005 were running: they go on first.
+    # 0002 was stopped, 0003 and 0005 were running: these three continue first.
     second = Sweep(tmp_path / "parts", node, parameters=space, total=8)
     assert second.suggest(20) == [*(whole[n] for n in (1, 2, 4)), *whole[5:]]
     assert second.handed_out == ["0002", "0003", "0005", "0006", "0007", "0008"]
@@ -381,7 +381,7 @@ def test_a_searcher_learns_the_best_value_and_of_nan_the_worst(tmp_path: Path, m
     sweep.report("0003", math.inf)
     sweep.end("0002", "pruned")
     sweep.end("0003")
-    # It had a good value before: its parameters are bad all the same.
+    # It had a good value before it diverged, but its parameters count as bad.
     sweep.report("0004", best)
     sweep.end("0004", "failed", cause="NonFiniteLoss: the loss is nan", diverged=True)
     assert inner.told == [
@@ -406,7 +406,7 @@ def test_a_searcher_learns_of_failures_and_early_ends(tmp_path: Path) -> None:
     sweep.draws.on_trial_complete("tune-1", None, error=True)  # its process died
     sweep.draws.on_trial_complete("tune-2", None)  # it never began
     sweep.report("0004", 2.0)
-    sweep.draws.on_trial_complete("tune-3", None)  # stopped where it was paused: Tune tells no result
+    sweep.draws.on_trial_complete("tune-3", None)  # stopped while it was paused: Tune passes no result
     sweep.end("0005", "failed", cause="NonFiniteLoss: at step 1", diverged=True)
     sweep.draws.on_trial_complete("nobody's", None)
     ends = [told for told in inner.told if told[1] == "end"]
@@ -420,7 +420,7 @@ def test_a_searcher_learns_of_failures_and_early_ends(tmp_path: Path) -> None:
 
 
 def history() -> list[Trial]:
-    """One trial of each kind; 0006 and 0007 go on."""
+    """Return one trial of each kind; 0006 and 0007 continue."""
     made = []
     for n, (status, cause, values) in enumerate(
         [
@@ -484,7 +484,7 @@ def test_a_trial_that_goes_on_is_told_when_it_ends(tmp_path: Path) -> None:
         first.close()
         second = Sweep(place, inner, total=2)
         second.suggest(2)
-        second.report("0001", 0.7, 2)  # a searcher that has not drawn it does not know its id
+        second.report("0001", 0.7, 2)  # a searcher that did not draw the trial does not know its id
         second.draws.on_pause("tune-0")
         second.end("0001")
         second.report("0002", 0.9)
@@ -496,10 +496,10 @@ def test_a_trial_that_goes_on_is_told_when_it_ends(tmp_path: Path) -> None:
         assert others == [("tune-1", "result", 0.9), ("tune-1", "pause", None), ("tune-1", "end", 0.9)]
 
 
-# --- others' --------------------------------------------------------------------------------------------------------
+# --- searchers of other libraries -----------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore")  # of what BOHB calls in its own libraries
+@pytest.mark.filterwarnings("ignore")  # BOHB's own libraries warn
 @pytest.mark.parametrize("node", OTHERS, ids=["optuna", "bohb"])
 def test_others_search_the_whole_space(tmp_path: Path, node: dict[str, Any]) -> None:
     sweep = Sweep(tmp_path, node, parameters=ALL, total=25)
@@ -537,7 +537,7 @@ def test_optuna_is_told_of_the_journal(tmp_path: Path) -> None:
     assert [t.state.name for t in study.trials].count("FAIL") == 1
     best = min(t.best("min").value for t in told.journal.trials.values() if t.status == "finished")  # type: ignore[union-attr]
     assert study.best_value == best
-    # With what it was told it draws something else than without, and than at its first beginning.
+    # With these reports it draws differently than without them, and differently than at its first start.
     blank = make_search(OPTUNA, ALL, seed=7, drawn=12)
     blank.set_search_properties(METRIC, "min", {})
     configs = told.suggest(8)

@@ -1,4 +1,5 @@
-"""What is seen of a sweep: the live table in windows of any size, the lines of a log, the best of all as a command."""
+"""The output of a sweep: the live table in windows of any size, the lines of a log, and the command of the best
+trial."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ T0 = 1_700_000_000.0
 
 def trial(
     number: int,
-    values: list[float] = [],  # noqa: B006  never changed
+    values: list[float] = [],  # noqa: B006  # never changed
     status: Status = "running",
     *,
     started: float = T0,
@@ -30,7 +31,7 @@ def trial(
     cause: str | None = None,
     parameters: dict[str, Any] | None = None,
 ) -> Trial:
-    """A trial that reported these values, one at every eleventh step."""
+    """Return a trial that reported these values, one every 11 steps."""
     reports = [Report(i, 11 * i, v, {"val/accuracy": v}, started + i) for i, v in enumerate(values, 1)]
     given = parameters or {"optimizer.lr": 0.1 / number, "model.width": 64 * number}
     overrides = [f"{k}={v}" for k, v in given.items()]
@@ -54,7 +55,7 @@ class Watched:
         self.board.start(one)
 
     def run(self, one: Trial, seconds: float = 10.0) -> None:
-        """A whole trial."""
+        """Run a whole trial."""
         status, one.status = one.status, "running"
         self.start(one)
         self.now.seconds += seconds
@@ -77,7 +78,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
 
 
 def mixed(watched: Watched) -> list[Trial]:
-    """Two finished, two running, one pruned, one failed; it takes 40 s."""
+    """Run two finished, one pruned and one failed trial beside two running ones, in 40 s. Return all of them."""
     running = [trial(5, [0.5, 0.61234]), trial(6)]
     for one in running:
         watched.start(one)
@@ -97,9 +98,10 @@ def test_the_table_has_the_best_first_then_what_runs_then_the_others(terminal: T
     mixed(watched)
     watched.tick(1)
     assert terminal.screen() == [
-        # A failure is told for good.
+        # The line of a failed trial stays on the screen.
         "trial 0004 failed at evaluation 1 (step 11), 0:10: RuntimeError: out of memory at step 13; lr 0.025  width 256",
-        # 58 to begin, 2 at a time, 10 s each; for those that run longer than any did, nothing is known.
+        # 58 trials remain, 2 at a time, 10 s each. The running ones have outlasted every ended trial, so they do not
+        # count.
         "sweep asha: 4 of 64 done, 2 running, 1 pruned, 1 failed  best val/accuracy 0.9722 (0002)  0:41 elapsed  4:50 left",
         "trial  status     value  eval  step  time       lr  width",
         "0002   finished  0.9722     3    33  0:10     0.05    128",
@@ -109,7 +111,7 @@ def test_the_table_has_the_best_first_then_what_runs_then_the_others(terminal: T
         "0003   pruned       0.3     1    11  0:10  0.03333    192",
         "0004   failed       nan     1    11  0:10  RuntimeError: out of memory at step 13",
     ]
-    # What a log file beside the terminal gets.
+    # The lines of a log file beside the terminal.
     ends = [re.sub(" (at|before).*", "", line) for line in watched.log.getvalue().splitlines() if "after" not in line]
     assert ends == [
         "trial 0006 begins: lr 0.01667  width 384",
@@ -131,7 +133,7 @@ def test_reports_and_the_best_are_seen_while_a_trial_runs(terminal: Terminal) ->
     watched.tick(0.3)
     assert "best val/accuracy 0.01235 (0007)" in terminal.screen()[1]
     assert any(line.startswith("0007   running   0.01235     1    11  0:00") for line in terminal.screen())
-    assert [line[:4] for line in terminal.screen()[3:5]] == ["0001", "0002"]  # the lower is the better: 0.5 each
+    assert [line[:4] for line in terminal.screen()[3:5]] == ["0001", "0002"]  # lower is better; both have 0.5
 
 
 def test_it_is_drawn_four_times_a_second_at_most(terminal: Terminal) -> None:
@@ -142,7 +144,7 @@ def test_it_is_drawn_four_times_a_second_at_most(terminal: Terminal) -> None:
         watched.tick(0.05)
         drawn += len(terminal.getvalue()) > before
     assert 15 <= drawn <= 21
-    watched.now.seconds -= 3600  # the clock is put back
+    watched.now.seconds -= 3600  # the clock is set back
     before = len(terminal.getvalue())
     watched.tick(0.0)
     assert len(terminal.getvalue()) > before
@@ -216,11 +218,11 @@ def test_time_left_is_blank_while_nothing_is_known(terminal: Terminal) -> None:
     assert watched.board.seconds_left() is None
     assert "left" not in terminal.screen()[1]
     watched.run(trial(4, [0.1], "pruned"), 4)
-    # Six more of 6 s, two at a time.
+    # Six more trials of 6 s each, two at a time.
     assert watched.board.seconds_left() == pytest.approx(18)
     watched.start(trial(5))
     watched.now.seconds += 5
-    # Five more, and one that has outlived the 4 s of those that were pruned: it will take the 10 s.
+    # Five more trials, and one that has outlasted the 4 s of the pruned ones, so it is expected to take 10 s.
     assert watched.board.seconds_left() == pytest.approx((5 * 6 + 5) / 2)
     watched.board.total = 5
     assert watched.board.seconds_left() == pytest.approx(5)
@@ -250,7 +252,7 @@ def test_a_sweep_that_goes_on_begins_with_what_it_has(terminal: Terminal) -> Non
     watched.tick(1)
     assert terminal.screen()[0].startswith("sweep asha: 4 of 8 done, 1 running, 1 failed  best val/accuracy 0.3 (0003)")
     assert watched.board.seconds_left() == pytest.approx(3 * 20 + 19)
-    assert watched.log.getvalue() == ""  # they were told when they ended
+    assert watched.log.getvalue() == ""  # they were logged when they ended
 
 
 def test_a_trial_that_is_tried_again_counts_once(terminal: Terminal) -> None:
@@ -360,7 +362,7 @@ def test_the_final_table_is_of_the_ten_best() -> None:
         "0013   finished          0.13     2    22  0:10  0.007692    832",
     ]
     assert len(table) == 11
-    # Whose configuration fails is the last to be run again, whatever it reached.
+    # A trial whose configuration fails ranks last, whatever value it reached.
     assert ranked(trials, "max")[-1].id == "0016"
     assert [t.id for t in ranked(trials, "min")][:3] == ["0001", "0002", "0003"]
     assert final_table(trials[14:15], metric="val/loss", mode="min", keys=KEYS) == "no trial has a val/loss"

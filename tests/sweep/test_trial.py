@@ -1,5 +1,6 @@
-"""One process, trial after trial: each is what it would be in a process of its own, whatever the one before it did.
-Driven by hand as Tune does, without a Ray; through the real command in tests/integration/test_sweeps.py.
+"""One process trains one trial after another. Each trial gives what it would give in its own process.
+
+The process is driven by hand as Tune drives it, without Ray; tests/integration/test_sweeps.py uses the real command.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo  # which sets variables of the environment
+import torch._dynamo  # sets environment variables at import
 
 from raytrainer.checkpoint import Checkpointer, take_in, taken_in
 from raytrainer.config import Parameter, compose, experiment_of
@@ -54,7 +55,7 @@ SWEEP += ["trainer.log_every_n_steps=1", "checkpoint.min_interval_s=0"]
 
 @pytest.fixture
 def outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The user's package of the tests' launches can be imported."""
+    """Make the user's package of the tests' launches importable."""
     monkeypatch.syspath_prepend(str(OUTSIDE))
 
 
@@ -83,7 +84,7 @@ def config(number: int, **values: Any) -> dict[str, Any]:
 
 
 class Process:
-    """A process of Tune, in this one: `steps` is what it says until the trial has ended, or was stopped after `stop`."""
+    """A process of Tune inside this one. `steps` returns its results until the trial ends, or `stop` of them."""
 
     def __init__(self, of: Shared, first: Mapping[str, Any]) -> None:
         class Own(TrialProcess):
@@ -91,7 +92,7 @@ class Process:
                 super().setup(config, of)
 
             def _setup_logdir(self) -> None:
-                """None: it would be below the home directory."""
+                """Do nothing: Tune's log directory would be below the home directory."""
 
         self.tune = Own(dict(first))
 
@@ -111,7 +112,7 @@ class Process:
 
 @pytest.fixture
 def process() -> Iterator[Callable[..., Process]]:
-    """`process(shared, config)`, ended with the test."""
+    """Yield `process(shared, config)`, whose processes end with the test."""
     made: list[Process] = []
 
     def make(of: Shared, first: Mapping[str, Any]) -> Process:
@@ -125,7 +126,7 @@ def process() -> Iterator[Callable[..., Process]]:
 
 
 def reports(said: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What a trial reported, without what measures time."""
+    """Return a trial's reports without the metrics that measure time."""
     found = [json.loads(result["report"]) for result in said if "report" in result]
     for report in found:
         del report["metrics"]["train/samples_per_second"]
@@ -138,13 +139,13 @@ def end(said: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def steps(trial: str = "0001") -> list[int]:
-    """The steps that a trial has done, as `probes.Observed` noted them."""
+    """Return the steps that a trial has done, as `probes.Observed` noted them."""
     lines = [json.loads(line) for line in Path("observed").read_text().splitlines()]
     return [line["step"] for line in lines if line["kind"] == "step" and line["trial"] == trial]
 
 
 def of_trial(trial: str) -> Storage:
-    """Where a trial's checkpoints are."""
+    """Return the storage of a trial's checkpoints."""
     return Storage(Path("runs/sweep/trials", trial, "checkpoints").absolute())
 
 
@@ -175,7 +176,7 @@ def test_after_every_kind_of_trial_it_is_as_in_a_new_process(process: Callable[.
     environment, folder, path, output = dict(os.environ), Path.cwd(), list(sys.path), (sys.stdout, sys.stderr)
     flags = torch.backends.mkldnn.flags, torch.get_float32_matmul_precision(), list(warnings.filters)
     one = process(of, config(1, **{WHAT.key: "nothing"}))
-    one.steps(stop=2)  # and stopped in the middle
+    one.steps(stop=2)  # stopped in the middle
     for number, what in enumerate(VALUES[1:], start=2):
         said = one.then(config(number, **{WHAT.key: what}))
         assert end(said)["status"] == ("failed" if what in _RAISES else end(said)["status"])
@@ -196,7 +197,7 @@ def test_after_every_kind_of_trial_it_is_as_in_a_new_process(process: Callable[.
 
 @pytest.fixture
 def fewer() -> Iterator[None]:
-    """Torch compiles a function twice, and not eight times, before it gives up."""
+    """Let torch give up after compiling a function twice, not eight times."""
     with torch._dynamo.config.patch(recompile_limit=2):
         yield
 
@@ -204,7 +205,8 @@ def fewer() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.nightly)])
 def test_what_was_compiled_for_others_is_not_seen(process: Callable[..., Process], fewer: None, backend: str) -> None:
-    """After so many trials torch compiles no more: the next would be trained otherwise."""
+    """A trial after many compiled ones is still compiled and trains as in a new process, although torch limits
+    recompilations."""
     of = shared("trainer.compile=true", "trainer.max_epochs=1")
     expected = reports(in_new_process(of, config(99), backend))
     Storage(of.run_dir).delete("trials/0099")
@@ -219,7 +221,7 @@ def test_what_was_compiled_for_others_is_not_seen(process: Callable[..., Process
 
 
 def test_what_a_trial_held_is_given_back(process: Callable[..., Process]) -> None:
-    """Neither a stopped nor a failed trial leaves its model in memory, nor a thread."""
+    """A stopped or failed trial leaves neither its model in memory nor a thread."""
     of = shared(*CHANGES, parameters=(LR, WHAT))
     one = process(of, config(1, **{WHAT.key: "nothing"}))
     one.steps(stop=1)
@@ -238,7 +240,7 @@ def test_what_a_trial_held_is_given_back(process: Callable[..., Process]) -> Non
 
 
 def test_a_stopped_trial_ends_between_two_steps(process: Callable[..., Process]) -> None:
-    """It is stopped at its first evaluation, and does not do one step more."""
+    """A trial that is stopped at its first evaluation does not take another step."""
     one = process(shared(*OBSERVED), config(1))
     first = one.steps(stop=1)
     assert [report["step"] for report in reports(first)] == [11]
@@ -264,7 +266,7 @@ def test_a_stopped_trial_that_does_not_end_takes_its_process_with_it(
 
 
 def test_a_stopped_trial_that_takes_its_time_to_end_breaks_nothing(process: Callable[..., Process]) -> None:
-    """Tune's own function trials are given 2 s, and the trial after them fails."""
+    """A stopped trial may take 2.5 s to end. With Tune's own limit of 2 s, the next trial would fail."""
     one = process(shared(*SLOW), config(1))
     one.steps(stop=1)
     began = time.monotonic()
@@ -273,7 +275,7 @@ def test_a_stopped_trial_that_takes_its_time_to_end_breaks_nothing(process: Call
     assert end(one.steps())["status"] == "finished"
 
 
-# --- what goes wrong -------------------------------------------------------------------------------------------------
+# --- failures --------------------------------------------------------------------------------------------------------
 
 
 def test_a_metric_that_is_not_there_is_told_with_those_that_are(process: Callable[..., Process]) -> None:
@@ -288,7 +290,7 @@ def test_a_metric_that_is_not_there_is_told_with_those_that_are(process: Callabl
 
 
 def test_a_metric_that_is_logged_too_late_is_told_so(process: Callable[..., Process]) -> None:
-    """train/loss is logged every so many steps: here for the first time after the first evaluation."""
+    """train/loss is first logged after the first evaluation, and the cause names the setting that decides this."""
     cause = end(process(shared("trainer.log_every_n_steps=20", metric="train/loss"), config(1)).steps())["cause"]
     assert "sweep.metric=train/loss" in cause
     assert "trainer.log_every_n_steps" in cause
@@ -331,10 +333,10 @@ def test_a_loss_that_is_not_finite_is_a_divergence(process: Callable[..., Proces
 
 
 def test_only_what_another_try_can_mend_is_tried_again(process: Callable[..., Process]) -> None:
-    """What may be retried is raised: Tune starts the trial anew, in another process."""
+    """A retryable error is raised, so that Tune restarts the trial in another process; a ValueError is not retried."""
     of = shared(*CHANGES, parameters=(LR, WHAT), retries=True)
     one = process(of, config(1, **{WHAT.key: "raises"}))
-    assert end(one.steps())["status"] == "failed"  # a ValueError is the same each time
+    assert end(one.steps())["status"] == "failed"  # a retry cannot fix a ValueError
     once = ["+callbacks.once._target_=probes.Once", "+callbacks.once.what=raises", "+callbacks.once.step=15"]
     of = shared(*once, retries=True)
     one = process(of, config(2))
@@ -345,7 +347,7 @@ def test_only_what_another_try_can_mend_is_tried_again(process: Callable[..., Pr
     assert [report["step"] for report in reports(again.steps())][-2:] == [22, 33]
 
 
-# --- going on --------------------------------------------------------------------------------------------------------
+# --- resuming --------------------------------------------------------------------------------------------------------
 
 
 def undisturbed(process: Callable[..., Process]) -> list[dict[str, Any]]:
@@ -354,7 +356,8 @@ def undisturbed(process: Callable[..., Process]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("lost", [1, 2, 3])
 def test_a_report_that_the_ledger_never_got_is_told_again(process: Callable[..., Process], lost: int) -> None:
-    """A trial is killed after the checkpoint of an evaluation, before anybody heard of it."""
+    """A trial that is killed between the checkpoint and the report of an evaluation makes the report after the
+    resume."""
     expected = undisturbed(process)
     process(shared(), config(1)).steps(stop=None if lost == EPOCHS else lost)
     checkpointer = Checkpointer(of_trial("0001"))
@@ -380,7 +383,7 @@ def test_a_checkpoint_between_two_evaluations_reports_nothing_twice(process: Cal
 
 
 def test_a_clone_goes_on_from_the_state_of_the_other(process: Callable[..., Process], tmp_path: Path) -> None:
-    """Population based training: the very state of the source's last report, with a learning rate of its own."""
+    """An exploit starts from exactly the state of the source's last report, with its own learning rate."""
     of = shared(*OBSERVED, pauses=True)
     source, clone = process(of, config(1)), process(of, config(2))
     source.steps(stop=2)
@@ -389,7 +392,7 @@ def test_a_clone_goes_on_from_the_state_of_the_other(process: Callable[..., Proc
     clone.reset(config(2, **{"optimizer.lr": 0.002}))
     clone.tune.load_checkpoint(str(tmp_path))
     taken = {"from": "0001", "evaluation": 2, "parameters": {"optimizer.lr": 0.002}}
-    assert taken_in(of_trial("0002")) == taken  # before anybody has heard of it
+    assert taken_in(of_trial("0002")) == taken  # before any report says so
     said = clone.steps()
     assert taken_in(of_trial("0002")) == taken
     assert [report["evaluation"] for report in reports(said)] == [3]
@@ -403,7 +406,7 @@ def test_a_clone_goes_on_from_the_state_of_the_other(process: Callable[..., Proc
     process(of, config(3)).steps()
     lines = [json.loads(line) for line in Path("observed").read_text().splitlines()]
     whole = {line["step"]: line["lr"] for line in lines if line["kind"] == "step" and line["trial"] == "0003"}
-    for step in range(1, 33):  # the same curve, over the new rate once it is inherited
+    for step in range(1, 33):  # the same curve, scaled to the new rate once it is inherited
         assert rates["0002", step] == pytest.approx(whole[step] * (0.2 if step > 22 else 1.0))
 
 
@@ -413,14 +416,15 @@ def test_a_copy_that_was_not_finished_is_none(process: Callable[..., Process], t
     source.tune.save_checkpoint(str(tmp_path))
     take_in(tmp_path, of_trial("0002"), {"from": "0001"})
     assert taken_in(of_trial("0002")) == {"from": "0001"}
-    of_trial("0002").delete("step-000000011/manifest.json")  # it comes last
+    of_trial("0002").delete("step-000000011/manifest.json")  # it is written last
     assert taken_in(of_trial("0002")) is None
     assert reports(process(shared(pauses=True), config(2)).steps())[0]["step"] == 11
     assert taken_in(of_trial("0002")) is None
 
 
 def test_workers_that_may_be_paused_have_a_checkpoint_of_each_evaluation() -> None:
-    """Nobody asks them for one when they are: an older one would be taken over in its place."""
+    """Workers that may be paused write a checkpoint at each evaluation; otherwise an exploit would copy an older
+    one."""
     sparse = ["checkpoint.every_n_steps=1000", "checkpoint.min_interval_s=60"]
     found = {}
     for workers, pauses in itertools.product((1, 2), (False, True)):
@@ -450,7 +454,7 @@ def test_workers_that_are_killed_with_their_trial_have_written_what_they_reporte
 def test_a_stopped_trial_keeps_its_best_weights(
     process: Callable[..., Process], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the next checkpoint was not due, and where the sweep ends with it."""
+    """The best weights are written even if no checkpoint was due, and even if the sweep ends with the trial."""
     from raytrainer.trainer import Trainer
 
     values = {11: 0.5, 22: 0.9, 33: 0.7}
@@ -485,7 +489,7 @@ def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def test_a_disk_that_is_each_nodes_own_is_refused(process: Callable[..., Process]) -> None:
-    """What a trial would leave there nobody would find: it fails by it as every other would."""
+    """A trial on a node-local disk fails as non-retryable, because nobody would find what it leaves there."""
     record = Record("sweep", "", created="2026-01-01T00:00:00+00:00", attempts=1)
     said = process(shared(mark=record.mark), config(1)).steps()
     assert (end(said)["status"], end(said)["non_retryable"]) == ("failed", True)
@@ -497,7 +501,7 @@ def test_a_disk_that_is_each_nodes_own_is_refused(process: Callable[..., Process
 def test_the_last_metrics_are_sent_before_a_process_ends(
     process: Callable[..., Process], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On another node than the driver's a process sends its trials' metrics itself, and nobody else can."""
+    """A process on another node than the driver uploads its trials' last metrics before it ends; nothing else can."""
     server = FakeServer()
     run_id = server.create_run(server.experiment("exp", None), "sweep.0001", {LOCAL_ID_TAG: "offline-1"}, None)
     server.before = lambda name: time.sleep(0.05)

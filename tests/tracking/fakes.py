@@ -1,4 +1,4 @@
-"""A tracking server in memory with MLflow's identity of a row, that fails when and how a test says."""
+"""A tracking server in memory that identifies rows as MLflow does, and fails when and how a test says."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class FakeRun:
 
 
 class FakeServer:
-    """`before` and `after` run around every call and may raise: the call is then lost, or done and not acknowledged."""
+    """A fake server. `before` and `after` run around every call and may raise: the call is lost, or done but not
+    acknowledged."""
 
     def __init__(self) -> None:
         self.runs: dict[str, FakeRun] = {}

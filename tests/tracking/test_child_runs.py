@@ -1,4 +1,5 @@
-"""Many trials' runs by one thread: once whatever fails and wherever, nobody waits, and the thousandth costs as the first."""
+"""Runs of many trials through one thread: each arrives once despite any failure, nobody waits, and the last costs as
+much as the first."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Killed(BaseException):
-    """The driver ends here."""
+    """Raised at the point where the driver is killed."""
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def uploader(server: FakeServer, **options: object) -> ChildRunUploader:
 
 
 def rows(spool_dir: Path, steps: range, time_ms: int = 1000) -> None:
-    """What a trial's process logs, which is gone then: a metric of its own and one of its node, each step."""
+    """Log as a trial's process that then ends: at each step one metric of its own and one of its node."""
     writer = SegmentWriter(Spool(spool_dir), 1 << 20)
     for step in steps:
         writer.append(line("m", time_ms + step, step, {"loss": step / 10, "system/cpu": 1.0}))
@@ -74,7 +75,7 @@ def whole(run: FakeRun, steps: range = range(3)) -> bool:
 def test_a_trial_costs_three_requests_and_leaves_nothing_behind(tmp_path: Path, server: FakeServer) -> None:
     created: dict[Path, str] = {}
     threads = threading.active_count()
-    # Nothing is sent before the end: the first round is the last.
+    # Nothing is sent before `close`, because the first round is also the last.
     of = uploader(server, interval_s=60.0, on_created=created.__setitem__)
     for name in "ab":
         assert trial(of, tmp_path / name).startswith("offline-")
@@ -99,7 +100,7 @@ def test_a_trial_is_seen_while_it_runs(tmp_path: Path, server: FakeServer) -> No
     for step in range(3):
         writer.append(line("m", step, step, {"loss": step / 10, "system/cpu": 1.0}))
         until(lambda: len(run.rows) == 2 * (step + 1))  # noqa: B023
-    # Its process has not closed its spool: what it still writes comes before the end.
+    # The process has not closed its spool yet. What it still writes must arrive before the end.
     before = time.time()
     texts = {"error.txt": "Traceback\n  of it"}
     of.finish(tmp_path / "a", "FAILED", "it diverged", tags={"pruned": "true"}, texts=texts)
@@ -114,7 +115,7 @@ def test_a_trial_is_seen_while_it_runs(tmp_path: Path, server: FakeServer) -> No
     assert run.artifacts == texts
     assert run.end_time is not None
     assert 1000 * before - 1 <= run.end_time <= 1000 * time.time()
-    # The run that this thread made is not asked for, nor looked up.
+    # This thread created the run, so it neither reads it nor looks it up.
     assert {"run", "find_run"}.isdisjoint(server.calls)
     assert server.calls[-1] == "set_terminated"
     assert of.close()
@@ -137,7 +138,7 @@ def test_a_process_that_never_closes_its_spool_holds_the_end_back_for_a_moment(
     assert of.close()
 
 
-# Three trials: a request of each is lost, or done and not acknowledged (asking for the experiment changes nothing).
+# For three trials, 12 requests can be lost. 9 of them change something, so they can also be done but not acknowledged.
 FAILURES = [*(("lost", at) for at in range(12)), *(("unacknowledged", at) for at in range(9))]
 
 
@@ -168,7 +169,7 @@ def test_once_whenever_the_driver_is_killed(tmp_path: Path, server: FakeServer, 
     assert not of.close()
     assert len(failed) == 1
     again = uploader(server)
-    # A resume knows the ids from its own record, and cannot know what was told.
+    # A resume knows the ids from its own record, but it cannot know what was uploaded.
     for folder, run_id in ids.items():
         again.adopt(folder, run_id)
         again.finish(folder, "FINISHED", ended=2.5)
@@ -199,17 +200,17 @@ def test_once_whenever_the_driver_is_killed_between_two_files(
         for name in ("replace", "unlink", "rmdir"):
             patch.setattr(Path, name, dying(getattr(Path, name)))
         of.close()
-    assert next(count) > at  # it died there
+    assert next(count) > at  # it was killed there
     again = uploader(server)
     again.adopt(tmp_path / "a", run_id)
     assert again.close()
     assert [whole(run) for run in server.runs.values()] == [True]
-    # Only the empty directory may stay, of a driver that was killed before its last change.
+    # Only an empty directory may remain, if the driver was killed before its last change.
     assert [path for path in tmp_path.rglob("*") if path.is_file() and not path.name.startswith(".")] == []
 
 
 def fail_at(server: FakeServer, at: int, how: str, error: BaseException) -> list[str]:
-    """The `at`-th call fails before or after it is done; returns the list of what failed."""
+    """Make the `at`-th call fail before or after it is done. Return the list of failed calls, which is filled later."""
     failed: list[str] = []
     count = iter(range(1000))
 
@@ -241,13 +242,13 @@ def test_a_hanging_server_holds_up_nobody(tmp_path: Path, server: FakeServer) ->
         if not number:
             assert hanging.wait(10)
     median = sorted(seconds)[15]
-    # Half a millisecond; of the processor, because tests share theirs.
+    # Half a millisecond of CPU time; wall time would include other tests on the same CPUs.
     assert median < 0.002 or median < 0.002 * slowness()
     within = Within(1.0)
     assert not of.close(0.1)
     within.check()
     go_on.set()
-    # The thread that was left behind begins with no other trial.
+    # The abandoned thread does not begin another trial.
     until(lambda: not any(thread.name == "tracking-uploader" for thread in threading.enumerate()))
     assert len(server.runs) <= 1
 
@@ -336,7 +337,7 @@ def test_a_run_that_is_deleted_by_hand_is_said_once_and_stops_no_other(
     until(lambda: len(server.calls) > calls + 6)
     assert sum("deleted" in message for message in caplog.messages) == len(caplog.messages) == 1
     assert server.runs["run0"].rows == set()
-    server.runs["run0"].active = True  # and restored
+    server.runs["run0"].active = True  # the run is restored
     until(lambda: not (tmp_path / "a").exists())
     assert [whole(run) for run in server.runs.values()] == [True, True]
     assert of.close()
@@ -345,7 +346,7 @@ def test_a_run_that_is_deleted_by_hand_is_said_once_and_stops_no_other(
 def test_a_trial_that_goes_on_without_its_run_gets_a_new_one(
     tmp_path: Path, server: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """MLflow's database was deleted, or the sweep's runs were, before the sweep went on."""
+    """A trial gets a new MLflow run if the database or its old run was deleted before the sweep continued."""
     created: dict[Path, str] = {}
     of = uploader(server, on_created=created.__setitem__)
     server.add("old").active = False
@@ -375,10 +376,10 @@ def test_children_wait_for_their_parent(tmp_path: Path, server: FakeServer) -> N
     assert server.calls == []
     parents.append("sweep")
     until(lambda: not (tmp_path / "a").exists())
-    # From now on the spool alone says whose child it is.
+    # From now on the spool itself names the parent.
     of.open(tmp_path / "b", "b", params={}, tags={})
     note = Spool(tmp_path / "b").note()
-    if note is not None:  # not told yet
+    if note is not None:  # not uploaded yet
         assert note.tags[PARENT_TAG] == "sweep"
     of.close()
     assert [run.tags[PARENT_TAG] for run in server.runs.values()] == ["sweep", "sweep"]
@@ -387,7 +388,7 @@ def test_children_wait_for_their_parent(tmp_path: Path, server: FakeServer) -> N
 def test_without_a_parent_nothing_is_made_and_all_is_kept(tmp_path: Path, server: FakeServer) -> None:
     of = uploader(server, parent=lambda: None)
     run_id = trial(of, tmp_path / "a")
-    assert not of.close()  # which does not wait for what cannot come
+    assert not of.close()  # does not wait for a parent that cannot come
     assert server.calls == []
     again = uploader(server)
     again.adopt(tmp_path / "a", run_id)
@@ -406,7 +407,7 @@ def test_a_run_goes_on(tmp_path: Path, server: FakeServer, by: str) -> None:
     assert of.open(tmp_path / "a", "a", params={"lr": "9", "new": "1"}, tags={"trial": "a"}, run_id=run_id) == run_id
     until(lambda: run.status == "RUNNING")
     until(lambda: "new" in run.params)
-    # It goes on from a checkpoint of step 1: what it does again is not told again; its node's values go on counting.
+    # It continues from a checkpoint. Repeated steps are not sent again, and its node's values continue counting.
     rows(tmp_path / "a", range(1, 5), 9000)
     of.finish(tmp_path / "a", "FINISHED")
     until(lambda: not (tmp_path / "a").exists())
@@ -464,7 +465,7 @@ def test_what_mlflow_refuses_is_left_out_alone(
     assert run.count() == {("loss", step): 1 for step in range(3)}
     assert run.params == {"lr": "0.1", "wd": "0"}
     assert (run.tags["pruned"], run.status) == ("true", "FINISHED")
-    assert sum("refuses" in message for message in caplog.messages) == 2  # a tag of a new run is not validated
+    assert sum("refuses" in message for message in caplog.messages) == 2  # tags of a new run are not validated
 
 
 def test_a_full_disk_keeps_what_is_to_be_told_in_memory(
@@ -511,7 +512,7 @@ def test_the_thread_survives_a_bug_and_a_callback_that_fails(
 
 
 def _bare(uri: str, trials: int) -> float:
-    """Processor seconds a trial of MLflow's own client, which logs the same and has nothing to remember."""
+    """Return the CPU seconds per trial of MLflow's own client, which logs the same and keeps no record."""
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param, RunTag
 
@@ -529,7 +530,7 @@ def _bare(uri: str, trials: int) -> float:
 
 @pytest.mark.parametrize("block", [10, pytest.param(50, marks=pytest.mark.nightly)])
 def test_many_trials_on_a_real_store(tmp_path: Path, caplog: pytest.LogCaptureFixture, block: int) -> None:
-    """Whole and once in the database, deleted from the disk, and the last ones as cheap as the first."""
+    """Every trial arrives once and completely, its files are deleted, and the last ones cost as little as the first."""
     uri = default_tracking_uri(tmp_path)
     parent = open_run(uri, "sweeps", "sweep", params={}, tags={})
     of = ChildRunUploader(uri, "sweeps", parent=lambda: parent.run_id, interval_s=0.01)
@@ -550,7 +551,7 @@ def test_many_trials_on_a_real_store(tmp_path: Path, caplog: pytest.LogCaptureFi
                 of.finish(spool_dir, "KILLED" if number % 2 else "FINISHED", tags={"pruned": "true"})
             until(lambda: not any(folder.iterdir()), 60.0)
             cpu = of.cpu_s
-            until(lambda: of.cpu_s > cpu)  # noqa: B023  # the round that deleted the last is counted
+            until(lambda: of.cpu_s > cpu)  # noqa: B023  # counts the round that deleted the last one
             costs.append((of.cpu_s - before) / block)
             open_files.append(len(list(Path("/proc/self/fd").iterdir())) if sys.platform == "linux" else 0)
     assert of.close()
@@ -602,5 +603,5 @@ def test_a_run_and_an_experiment_that_are_deleted_in_a_real_store(
         until(lambda: tmp_path / "c" in created)
         of.finish(tmp_path / "c", "FINISHED")
         until(lambda: not (tmp_path / "c").exists())
-        assert len(caplog.messages) <= said + 1  # that it is back
+        assert len(caplog.messages) <= said + 1  # one message says that the server is back
     assert of.close()

@@ -1,4 +1,5 @@
-"""MLflow's SQLite file: created once by many, whole or not at all, and refused in a sentence where MLflow cannot use it."""
+"""MLflow's SQLite file: created once by concurrent processes, completely or not at all, and refused with one sentence
+if MLflow cannot use it."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from raytrainer.tracking.server import Server, _translated
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database of the installed MLflow with one run."""
+    """Return a database of the installed MLflow with one run."""
     uri = default_tracking_uri(tmp_path_factory.mktemp("made"))
     open_run(uri, "digits", "first", params={}, tags={"raytrainer.where": "here"}).finish("FINISHED")
     return database.sqlite_path(uri)
@@ -42,7 +43,7 @@ def execute(path: Path, *statements: str) -> None:
 
 
 def launch(uri: str, number: int, results: multiprocessing.Queue[str]) -> None:
-    """A driver's first calls, in a process of its own."""
+    """Make a driver's first calls, in its own process."""
     try:
         check_tracking(uri)
         run = open_run(uri, "digits", f"run-{number}", params={"n": str(number)}, tags={"raytrainer.where": "here"})
@@ -61,11 +62,11 @@ def test_six_first_launches_at_once_get_one_database_and_one_experiment(
     execute(fresh, "DELETE FROM experiments WHERE name = 'digits'")
 
     def make(path: Path, artifact_root: str | None) -> None:
-        time.sleep(0.2)  # so that the others come meanwhile
+        time.sleep(0.2)  # so that the others arrive meanwhile
         shutil.copy(fresh, path)  # seventy migrations in each of six processes would take a minute
 
     monkeypatch.setattr(database, "_make", make)
-    context = multiprocessing.get_context("fork")  # MLflow is imported already
+    context = multiprocessing.get_context("fork")  # MLflow is already imported
     results = context.Queue()
     processes = [context.Process(target=launch, args=(uri, number, results)) for number in range(6)]
     for process in processes:
@@ -84,7 +85,7 @@ def test_threads_of_one_process_create_it_once(tmp_path: Path, monkeypatch: pyte
 
     def make(path: Path, artifact_root: str | None) -> None:
         made.append(path)
-        time.sleep(0.05)  # so that the others come meanwhile
+        time.sleep(0.05)  # so that the others arrive meanwhile
         execute(path, "CREATE TABLE a (x)")
 
     monkeypatch.setattr(database, "_make", make)
@@ -97,7 +98,7 @@ def test_threads_of_one_process_create_it_once(tmp_path: Path, monkeypatch: pyte
 def test_without_locks_everybody_ends_with_the_database_of_the_fastest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on NFS, where a folder cannot be locked."""
+    """Without directory locks, as on NFS, two concurrent creations still give one complete database."""
     uri, both = default_tracking_uri(tmp_path), threading.Barrier(2)
 
     def make(path: Path, artifact_root: str | None) -> None:
@@ -176,7 +177,7 @@ def test_another_schema_is_refused_with_the_fix_by_everything_that_opens_it(
         with pytest.raises(TrackingUnreachable, match=message) as caught:
             ask(uri)
         assert "\n" not in str(caught.value)
-        assert "deleted" not in str(caught.value)  # it holds a run
+        assert "deleted" not in str(caught.value)  # the file holds a run
 
 
 def test_a_database_without_a_run_may_also_be_deleted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

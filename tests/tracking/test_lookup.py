@@ -1,4 +1,4 @@
-"""Searching a store for runs: by MLflow's client, and by plain HTTP, which must find the same and say no secret."""
+"""Searches for runs in a store: MLflow's client and plain HTTP find the same runs, and no message contains a secret."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RUN = {
         "experiment_id": "3",
         "status": "FINISHED",
         "start_time": 1000,
-        "end_time": "61000",  # a 64-bit number in JSON may be a text
+        "end_time": "61000",  # JSON may hold a 64-bit number as text
     },
     "data": {
         "metrics": [
@@ -49,7 +49,7 @@ RUN = {
 
 
 class Mlflow:
-    """A server's REST interface: what it was asked, and what it answers to each path."""
+    """A server's REST interface: the requests that it got, and its answers by path."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, dict[str, Any], str | None]] = []
@@ -208,7 +208,7 @@ def test_a_certificate_that_is_not_trusted(mlflow: Mlflow, monkeypatch: pytest.M
 
 
 def certificate(folder: Path) -> tuple[Path, Path]:
-    """A certificate of 127.0.0.1 that is its own authority: the file to trust, and the one to serve with."""
+    """Write a self-signed certificate for 127.0.0.1. Return the file to trust and the file to serve with."""
     key = ec.generate_private_key(ec.SECP256R1())
     name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")]), datetime.now(UTC)
     made = (

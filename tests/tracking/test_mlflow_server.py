@@ -1,5 +1,7 @@
-"""A real `mlflow server` on loopback: away, slow, in trouble, and a writer killed with SIGKILL. Rows are counted in its
-database. One server for the module; a proxy before it does what is asked of it.
+"""A real `mlflow server` on loopback: unreachable, slow or failing, and with a writer killed by SIGKILL. Rows are
+counted in its database.
+
+The module shares one server. A proxy in front of it delays, refuses or loses requests.
 """
 
 from __future__ import annotations
@@ -46,8 +48,8 @@ ROOT = Path(__file__).parents[2]
 SLOW_S = 30.0
 
 
-# `mlflow ARGUMENTS` in one process. The command would start the server as a second program. Here the process itself becomes
-# the server, and imports again the modules that read the variables which the command has set.
+# `mlflow ARGUMENTS` in one process. The command would start the server as a second program. Instead, the process itself
+# becomes the server, and imports again the modules that read the variables that the command has set.
 SERVER = """
 import os, runpy, sys
 from mlflow import cli, server
@@ -100,8 +102,8 @@ class MlflowServer:
 
 
 class Proxy:
-    """Forwards requests, one a connection, after `delay(path)` seconds, or answers `status` itself. The answer to a
-    request of which `loses(path)` is true goes nowhere: the connection ends without it."""
+    """A proxy that forwards one request per connection after `delay(path)` seconds, or answers `status` itself. If
+    `loses(path)` is true, the connection ends without the server's answer."""
 
     def __init__(self, target: int) -> None:
         self._target = target
@@ -200,7 +202,7 @@ def test_plain_http_finds_what_mlflows_client_finds(server: MlflowServer, tmp_pa
     everything = "attributes.run_name LIKE '%'"
     plain, client = Rest(uri).search(everything, 1000), Server(uri).search(everything, 1000)
     assert len(plain) >= 2
-    assert repr(plain) == repr(client)  # a NaN is not equal to itself
+    assert repr(plain) == repr(client)  # as text, because NaN does not equal itself
     (found,) = lookup.search_runs(uri, limit=5)
     assert (found.name, found.status, found.tags["raytrainer.cause"]) == ("one", "FAILED", "why")
     assert found.metrics["train/loss"] == (0.5, 9)
@@ -220,7 +222,7 @@ def test_a_batch_without_an_answer_is_sent_again_and_stored_once(
     if how == "lost":
         proxy.loses = lambda path: path.endswith("log-batch") and next(first, False)
     else:
-        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "8")  # a slow machine answers the others within it
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "8")  # even a slow machine answers the others in time
         proxy.delay = lambda path: 10.0 if path.endswith("log-batch") and next(first, False) else 0.0
     tracker = MlflowTracker(run.run_id, proxy.uri, tmp_path, flush_interval_s=0.1, system_metrics=False)
     for step in range(1200):
@@ -320,7 +322,7 @@ def test_a_writer_killed_while_it_sends_and_started_again_at_an_earlier_step(
     process.kill()
     process.wait()
     sent = max(step for key, step in server.counts(run.run_id) if key == "a")
-    # The driver sends what was on disk; then the worker trains the last steps again, on a node with another disk.
+    # The driver sends what was on disk. Then the worker trains the last steps again, on a node with another disk.
     replay(tmp_path, run.run_id, uri)
     spooled = max(step for key, step in server.counts(run.run_id) if key == "a")
     assert spooled >= sent
@@ -329,7 +331,7 @@ def test_a_writer_killed_while_it_sends_and_started_again_at_an_earlier_step(
     assert process.wait(60) == 0
     counts = server.counts(run.run_id)
     assert {key: n for key, n in counts.items() if key[0] in "ab"} == expected("ab", spooled + 200)
-    assert set(counts.values()) == {1}  # system metrics go on counting
+    assert set(counts.values()) == {1}  # system metrics continue counting
     assert run.finish("FINISHED")
 
 
@@ -342,13 +344,13 @@ def test_a_server_that_takes_30_seconds_a_call(server: MlflowServer, proxy: Prox
     within = Within(10.0)
     for step in range(1, 400):
         tracker.log_metrics({"a": float(step)}, step)
-    until(lambda: Spool(tmp_path).size() > 400 * 20, SLOW_S / 2)  # on disk, though the sender sits in a call
+    until(lambda: Spool(tmp_path).size() > 400 * 20, SLOW_S / 2)  # on disk, although the uploader waits for a call
     tracker.close(timeout_s=1.0)
     within.check()
     assert Spool(tmp_path).pending()
     assert not server.counts(run.run_id)
     proxy.ended.set()
-    # What the hanging call sends, and what the driver sends after it, is each there once.
+    # What the hanging call sends and what the driver sends after it arrive once each.
     replay(tmp_path, run.run_id, f"http://127.0.0.1:{server.port}")
     until(lambda: server.counts(run.run_id) == expected("a", 400))
 
@@ -371,7 +373,7 @@ def test_a_server_that_is_away_when_it_starts_while_it_trains_and_when_it_ends(
     for step in range(1, 1000):
         live.log_metrics({"a": float(step)}, step)
         worker.log_metrics({"a": float(step - 1)}, step - 1)
-    within.check()  # 1 ms a call
+    within.check()  # 1 ms per call
     before.set_tags({"late": "1"})
     before.log_text("hello", "logs/x.txt")
     worker.close()

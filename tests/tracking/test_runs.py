@@ -1,4 +1,5 @@
-"""The driver's run: opened, reopened, described without a server, closed truthfully; nothing said twice or lost."""
+"""The driver's run: opened, reopened, described without a server, and closed with its true status; nothing is sent
+twice or lost."""
 
 from __future__ import annotations
 
@@ -68,7 +69,7 @@ def test_a_reopened_run_is_running_keeps_its_parameters_and_gets_a_new_end(serve
 def test_a_run_that_is_gone_continues_in_a_new_one(
     server: FakeServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
-    """Also what was logged since it was deleted, in the middle of the attempt before."""
+    """The new run also gets what was logged after the old one was deleted, in the middle of the earlier attempt."""
     first = start(server, tmp_path)
     if how == "deleted":
         server.runs[first.run_id].active = False
@@ -78,7 +79,7 @@ def test_a_run_that_is_gone_continues_in_a_new_one(
     tracker = MlflowTracker(first.run_id, URI, tmp_path, ship=False, system_metrics=False)
     tracker.log_metrics({"a": 1.0}, 7)
     tracker.close()
-    first.set_tags({"a": "1"})  # no error: training goes on
+    first.set_tags({"a": "1"})  # no error: training continues
     first.log_text("text", "config.yaml")
     assert not first.finish("FINISHED", timeout_s=0.0)
     caplog.clear()
@@ -100,7 +101,7 @@ def test_a_cause_lasts_until_a_later_attempt(server: FakeServer, tmp_path: Path)
     assert kept.tags["raytrainer.cause"] == "out of memory"
     second = start(server, tmp_path, run_id=first.run_id)
     assert kept.tags["raytrainer.cause"] == ""
-    kept.tags["raytrainer.cause"] = "its driver died"  # somebody took it for dead meanwhile
+    kept.tags["raytrainer.cause"] = "its driver died"  # another process marked it FAILED meanwhile
     second.finish("FINISHED")
     assert (kept.status, kept.tags["raytrainer.cause"]) == ("FINISHED", "")
 

@@ -1,4 +1,5 @@
-"""Exactly once: whatever call is lost or not acknowledged, whatever is trained again, each key and step is there once."""
+"""Exactly once: whichever call is lost or not acknowledged, and whatever is trained again, each key and step arrives
+once."""
 
 from __future__ import annotations
 
@@ -23,11 +24,11 @@ from tests.tracking.fakes import FakeServer
 
 
 class Killed(BaseException):
-    """The process ends here."""
+    """Raised at the point where the process is killed."""
 
 
 def write(spool: Spool, steps: range, attempt_time: int, *, keys: tuple[str, ...] = ("a", "b"), size: int = 90) -> None:
-    """One attempt: a row of each key a step; the process then dies (its lock goes)."""
+    """Write one attempt: a row per key and step. Then the process dies, which releases its lock."""
     writer = SegmentWriter(spool, size)
     for step in steps:
         writer.append(line("m", attempt_time + step, step, dict.fromkeys(keys, attempt_time + step / 10)))
@@ -85,7 +86,7 @@ def test_system_metrics_go_on_counting(tmp_path: Path) -> None:
 
 
 def test_each_nodes_system_metrics_go_on_counting(tmp_path: Path) -> None:
-    """Nodes write at their own pace, and a later attempt may have other ones."""
+    """Nodes write at their own pace and differ between attempts, but each node's steps continue without a gap."""
     spool, server = Spool(tmp_path), FakeServer()
     run = server.add()
     write(spool, range(5), 1000, keys=("system/cpu", "system/disk"))
@@ -156,7 +157,8 @@ def test_exactly_once_whatever_fails(
         expected: set[int] = set()
         spool = Spool(Path(folder, "0"))
         for number, (start, length) in enumerate(attempts):
-            # A restart begins at or before the step after the last one; a new disk has lost nothing unsent here.
+            # A restart begins at or before the step after the last one. In this test, a new disk means that all rows
+            # were sent.
             start = min(start, max(expected, default=-1) + 1)
             if number and not same_disk[number]:
                 send_all(spool, server)
@@ -278,7 +280,7 @@ def test_replay_says_when_time_is_up(tmp_path: Path) -> None:
 
 
 class Turn:
-    """Lets a test wait for a call of the shipper's thread."""
+    """Lets a test wait until the shipper's thread makes a call."""
 
     def __init__(self, server: FakeServer) -> None:
         self.called = threading.Event()
@@ -364,7 +366,8 @@ def test_a_spool_of_another_version_is_not_sent(tmp_path: Path) -> None:
 def test_a_run_that_another_process_makes_is_waited_for_and_what_it_is_told_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A trial's process on another node, while MLflow is away: it is back after the trial has ended."""
+    """A process on another node than the driver uploads its rows once the driver has created the run, even after the
+    trial has ended, and leaves the run's status unchanged."""
     monkeypatch.setattr("raytrainer.tracking.sender._BACKOFF_S", (0.01, 0.05))
     server, spool = FakeServer(), Spool(tmp_path / "here")
     server.down = True
@@ -373,7 +376,7 @@ def test_a_run_that_another_process_makes_is_waited_for_and_what_it_is_told_is_l
     assert not shipper.close(timeout_s=5.0)
     server.down = False
     own = RunNote("offline-1", "exp", "trial", tags={"a": "b"}, status="FINISHED", end_time=9)
-    spool.write_note(own)  # of the driver, where both are on one machine
+    spool.write_note(own)  # the driver's note, if both are on one machine
     until(lambda: "find_run" in server.calls)
     assert server.runs == {}
     run_id = server.create_run(server.experiment("exp", None), "trial", {LOCAL_ID_TAG: "offline-1"}, None)

@@ -1,4 +1,4 @@
-"""Answers and silences of a server, as our errors: in bounded time, without a retry and without a secret."""
+"""Answers and timeouts of a server as our errors: in bounded time, without a retry and without a secret."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SECRET = "hunter2-token"
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
-    """Answers every request with `status` and `body`, which quotes the request's credentials back."""
+    """Answers every request with `status` and `body`, which may repeat the request's credentials."""
 
     status, body = 500, "{}"
     seen: list[str]
@@ -81,7 +81,7 @@ def test_refused_credentials_are_said_at_once_without_them(
         check_tracking(uri)
     assert SECRET not in repr(caught.value)
     assert caught.value.__cause__ is None
-    assert len(answers.seen) <= 2  # the second to learn the status of an answer that hides it
+    assert len(answers.seen) <= 2  # a second one finds the status of an answer that hides it
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
@@ -129,7 +129,7 @@ def test_silence_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     silent = pytest.raises(TrackingUnreachable, match=r"no answer in 0\.5 s")
     with socket.create_server(("127.0.0.1", 0)) as listener, silent:
         check_tracking(f"http://127.0.0.1:{listener.getsockname()[1]}")
-    for thread in threading.enumerate():  # MLflow's settings are ours as long as it asks
+    for thread in threading.enumerate():  # the thread keeps our MLflow settings until it ends
         if thread.name == "tracking-check":
             thread.join()
 
@@ -142,7 +142,7 @@ def test_mlflows_settings_are_ours_during_a_call_and_the_users_after(monkeypatch
     before = dict(os.environ)
     first, second = module._request_settings(10), module._request_settings(60)
     with first:
-        # MLflow reads them at each call, not when it is imported.
+        # MLflow reads them at each call, not at import.
         assert (MLFLOW_HTTP_REQUEST_MAX_RETRIES.get(), MLFLOW_HTTP_REQUEST_TIMEOUT.get()) == (0, 10)
         second.__enter__()
         assert MLFLOW_HTTP_REQUEST_TIMEOUT.get() == 60
@@ -155,7 +155,8 @@ def test_mlflows_settings_are_ours_during_a_call_and_the_users_after(monkeypatch
 
 
 def test_a_call_leaves_the_environment_of_native_code_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is read without a lock: by a thread that starts Ray, while another's call to MLflow begins."""
+    """A call changes only `os.environ`. Native code reads the C environment without a lock, as when another thread
+    starts Ray."""
     getenv = ctypes.CDLL(None).getenv
     getenv.restype = ctypes.c_char_p
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
@@ -169,7 +170,7 @@ def test_a_call_leaves_the_environment_of_native_code_alone(monkeypatch: pytest.
 
 
 def test_importing_mlflow_in_a_call_does_not_write_the_environment() -> None:
-    """Its telemetry would, and would tell of every launch."""
+    """MLflow's telemetry would set variables and report every launch, so it is off."""
     program = """
 import os
 from raytrainer.tracking.server import _request_settings
@@ -204,7 +205,7 @@ def test_a_sqlite_store_that_cannot_be_written(tmp_path: Path, monkeypatch: pyte
     sqlite3.connect(sqlite_path(uri)).close()
     sqlite_path(uri).touch()
     with monkeypatch.context() as patched:
-        patched.setattr(os, "access", lambda *_: False)  # a test may run as root, who may write anywhere
+        patched.setattr(os, "access", lambda *_: False)  # a test may run as root, which may write anywhere
         with pytest.raises(TrackingUnreachable, match=r"mlflow.db cannot be written: permission denied$"):
             check_tracking(uri)
 

@@ -1,4 +1,5 @@
-"""The spool's files: whole lines or nothing, one sender, one format version, and no space said as such."""
+"""The spool's files: complete lines or none, one uploader, one format version, and a clear error if the disk is
+full."""
 
 from __future__ import annotations
 
@@ -37,9 +38,9 @@ def lines(*rows: tuple[int, dict[str, float]]) -> bytes:
 def test_where_metrics_wait(tmp_path: Path) -> None:
     assert spool_of(Storage(tmp_path)) == tmp_path / "spool"
     places = [Storage(f"s3://bucket/{root}/{name}?region=eu-1") for root in ("a", "b") for name in ("run", "other")]
-    assert len({spool_of(place) for place in places}) == 4  # also two runs of one name
+    assert len({spool_of(place) for place in places}) == 4  # two runs with one name differ too
     assert all(spool_of(place).is_absolute() for place in places)
-    # A worker may know the place without its password.
+    # A worker may know the URI without its password.
     assert spool_of(Storage("s3://KEY:secret@bucket/a")) == spool_of(Storage("s3://bucket/a"))
 
 

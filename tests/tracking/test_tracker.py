@@ -1,4 +1,4 @@
-"""The tracker's own part: what a call costs, what is on disk when, and what happens at every bound."""
+"""The tracker itself: the cost of a call, what is on disk and when, and what happens at every limit."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_call_costs_microseconds(tmp_path: Path) -> None:
         tracker.log_metrics(metrics, step)
         costs.append(time.perf_counter_ns() - start)
     tracker.close()
-    # 0.9 µs here; the bound leaves room for a busy machine. The median, because the thread writes in between.
+    # 0.9 µs here; the limit leaves room for a busy machine. The median is used because the thread writes in between.
     assert sorted(costs)[len(costs) // 2] < 50_000
     assert len(rows(tmp_path)) == 3000 * 8
 
@@ -264,7 +264,7 @@ def test_system_metrics_have_mlflows_names_and_own_steps(tmp_path: Path) -> None
 
 
 class FakePsutil:
-    """Two cores, of which one is busy from the first look on."""
+    """A machine with two cores, one of which is busy from the first sample on."""
 
     def __init__(self) -> None:
         import psutil
@@ -282,7 +282,7 @@ class FakePsutil:
 
 
 def test_the_load_is_measured_whichever_thread_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """psutil's own `cpu_percent` gives 0 to a thread that asks for the first time, as a checkpoint's thread does."""
+    """Every thread measures the load. psutil's own `cpu_percent` returns 0 on a thread's first call."""
     pytest.importorskip("psutil")
     monkeypatch.setitem(sys.modules, "psutil", FakePsutil())
     now = iter(range(100))

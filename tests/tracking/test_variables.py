@@ -1,4 +1,4 @@
-"""`MLFLOW_*` variables with odd values: honoured, or refused by name."""
+"""`MLFLOW_*` variables with unusual values: honoured, or refused by name."""
 
 from __future__ import annotations
 

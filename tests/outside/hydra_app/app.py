@@ -1,6 +1,5 @@
-"""An application of somebody else: Hydra's, with nothing of ours in it. `python app.py x=0.5` notes its call in ./calls,
-a line of JSON each, and does what `what` says.
-"""
+"""A user's application that uses Hydra and nothing of raytrainer. `python app.py x=0.5` appends its call to ./calls, as
+one JSON line, and does what `what` says."""
 
 import json
 import logging
@@ -21,7 +20,7 @@ OmegaConf.register_new_resolver("twice", lambda number: 2 * number)
 
 
 class Parabola:
-    """In the script itself: `_target_: __main__.Parabola`."""
+    """A class in the script itself: `_target_: __main__.Parabola`."""
 
     def __init__(self, scale: float) -> None:
         self.scale = scale

@@ -1,4 +1,4 @@
-"""An application in a package, which tells how far it is: `python -c 'from hydra_app.curves import main; main()'`."""
+"""An application in a package, which reports its progress: `python -c 'from hydra_app.curves import main; main()'`."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def main(cfg: DictConfig) -> float:
         for last, loss in enumerate(losses(cfg.x), start=1):
             try:
                 report(loss, step=10 * last)
-            except Exception:  # noqa: BLE001  what stops a trial is none
+            except Exception:  # noqa: BLE001  # a stopped trial raises no Exception
                 swallowed = True
     finally:
         time.sleep(float(os.environ.get("CURVES_CLEAN_UP_S", "0")))

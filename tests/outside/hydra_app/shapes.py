@@ -1,4 +1,4 @@
-"""A module of the application, found beside its script."""
+"""A module of the application, beside its script."""
 
 SHIFT = 1.0
 
