@@ -1,5 +1,5 @@
-"""Whole launches as processes: started, watched step by step, killed, and looked at afterwards.
-For the tests of integration and faults; what a launch trains with is in tests/outside/.
+"""Start whole launches as processes, watch them step by step, kill them and inspect what they leave behind.
+The integration and fault tests use this module. What a launch trains with is in tests/outside/.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from tests import forkserver
 from tests.promises import Within
 
 OUTSIDE = Path(__file__).parent / "outside"
-START_S = 120.0  # the longest a launch may take to its first step, on a loaded machine
+START_S = 120.0  # the longest that a launch may take to its first step, on a loaded machine
 ENDS_S = 20.0  # the longest that anything may outlive a killed driver
-# Keys that measure time: no two runs have them equal.
+# Prefixes of keys that measure time. Two runs never have equal values for them.
 _MEASURED = ("system/", "checkpoint/stall_seconds", "train/samples_per_second")
-_OF_SWEEP = "best/"  # a key that a run alone does not have
+_OF_SWEEP = "best/"  # the prefix of a key that a run outside a sweep does not have
 
 
 class Step(NamedTuple):
-    """A step as `probes.Steps` noted it: in which process, and when (monotonic seconds)."""
+    """A step that `probes.Steps` recorded: the process that did it, and the time in monotonic seconds."""
 
     pid: int
     step: int
@@ -51,7 +51,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Ended:
-    """How a launch ended, with what it wrote."""
+    """How a launch ended, and what it wrote."""
 
     code: int
     out: str
@@ -61,14 +61,14 @@ class Ended:
         return f"exit code {self.code}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
 
     def exits(self, code: int) -> Ended:
-        """Asserts the exit code; a failure shows all of the output."""
+        """Assert the exit code. A failure shows the whole output."""
         assert self.code == code, f"not {code}: {self}"
         return self
 
 
 @functools.cache
 def empty_store() -> bytes:
-    """A store of MLflow's with its tables and nothing in them."""
+    """Return the content of a new MLflow database: its tables exist, and it has no runs."""
     from mlflow import MlflowClient
 
     with tempfile.TemporaryDirectory() as folder:
@@ -77,14 +77,14 @@ def empty_store() -> bytes:
 
 
 class Launch:
-    """`python -m raytrainer ARGUMENTS` (or another `program`) in `folder`, in a session of its own, as a terminal's
-    foreground job is.
+    """`python -m raytrainer ARGUMENTS` (or another `program`) in `folder`, in its own session, like a terminal's foreground
+    job.
 
     Args:
-        environment: Variables beside those of the test.
-        store: The folder gets an empty store of MLflow's: making one costs a launch a second.
-        fresh: Start a new interpreter, for a test of what happens before the launch is composed, or of the seconds until
-            then. Otherwise `tests/forkserver.py` forks the launch where that makes no other difference.
+        environment: Variables in addition to those of the test.
+        store: Put an empty MLflow database into the folder, because creating one costs each launch a second.
+        fresh: Start a new interpreter. Needed for a test of what happens before the configuration is composed, or of how
+            long that takes. Otherwise `tests/forkserver.py` forks the launch if this makes no other difference.
     """
 
     _numbers = itertools.count()
@@ -130,13 +130,13 @@ class Launch:
         return self.process.pid
 
     def output(self) -> Ended:
-        """What it has written so far."""
+        """Return what it has written so far. The exit code is -999 while it runs."""
         out, err = (path.read_text(encoding="utf-8", errors="replace") for path in (self._out, self._err))
         code = self.process.poll()
         return Ended(-999 if code is None else code, out, err)
 
     def wait(self, timeout_s: float = 180.0) -> Ended:
-        """Its end; no later than `timeout_s` from now."""
+        """Wait until it ends, at most `timeout_s`, and return its output."""
         within = Within(timeout_s)
         while True:
             try:
@@ -147,7 +147,7 @@ class Launch:
                 timeout_s = 1.0
 
     def until(self, what: str, found: Callable[[], Any], timeout_s: float = START_S) -> Any:
-        """Waits until `found()` is true, and returns it; fails where the launch ends before."""
+        """Wait until `found()` is true and return its value. Fail if the launch ends before that."""
         within = Within(timeout_s)
         while not (value := found()):
             assert self.process.poll() is None, f"it ended before: {what}\n{self.output()}"
@@ -157,11 +157,12 @@ class Launch:
         return value
 
     def said(self, text: str, timeout_s: float = START_S) -> None:
-        """Waits until it has printed `text`."""
+        """Wait until it has printed `text` to stderr."""
         self.until(f"it prints {text!r}", lambda: text in self._err.read_text(errors="replace"), timeout_s)
 
     def reaches(self, step: int, rank: int = 0, *, but: frozenset[int] = frozenset()) -> Step:
-        """Waits until `rank` has done `step` in a process that is none of `but`; the last step it has done then."""
+        """Wait until `rank` has done `step` in a process that is not in `but`. Return the last step that the rank has
+        done."""
 
         def found() -> Step | None:
             steps = steps_of(self.steps, rank)
@@ -170,23 +171,24 @@ class Launch:
         return self.until(f"rank {rank} does step {step}", found)  # type: ignore[no-any-return]
 
     def signal(self, number: signal.Signals, *, group: bool = False) -> None:
-        """Sends a signal to the launching process alone, or as a terminal does to its whole process group."""
+        """Send a signal to the launching process only, or to its whole process group as a terminal does."""
         if group:
             os.killpg(self.pid, number)
         else:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """SIGKILL of the launching process alone."""
+        """Kill only the launching process, by SIGKILL."""
         self.process.kill()
         self.process.wait()
 
     def left(self) -> list[psutil.Process]:
-        """What it started and is still there: processes of its session, or with its mark in their environment."""
+        """Return the processes that it started and that still run: they are in its session, or have its mark in their
+        environment."""
         return [process for process in psutil.process_iter() if self._is_mine(process)]
 
     def nothing_left(self, within_s: float = 10.0) -> float:
-        """Waits until `left` is empty; returns the seconds that took."""
+        """Wait until `left` is empty. Return the seconds that this took."""
         within = Within(within_s)
         while left := self.left():
             names = [f"{process.pid} {name_of(process)[:120]}" for process in left]
@@ -198,13 +200,13 @@ class Launch:
         try:
             if process.status() == psutil.STATUS_ZOMBIE:
                 return False
-            # Ray's workers write their titles over their environment: those are told by the session.
+            # Ray's workers write their titles over their environment, so only the session identifies them.
             return os.getsid(process.pid) == self.pid or process.environ().get("LAUNCH_MARK") == self._mark
         except (psutil.Error, ProcessLookupError, PermissionError):
             return False
 
     def end(self) -> None:
-        """Kills whatever is left of it: the end of a test, however that went."""
+        """Kill whatever is left of it. A test calls this at its end, even if it failed."""
         for process in self.left():
             with suppress(psutil.Error):
                 process.kill()
@@ -221,7 +223,7 @@ def name_of(process: psutil.Process) -> str:
 
 @contextmanager
 def launch(folder: Path, *arguments: str, **more: Any) -> Iterator[Launch]:
-    """A launch that does not outlive the test; `more` as `Launch` takes it."""
+    """Yield a launch that does not outlive the test. `more` goes to `Launch`."""
     started = Launch(folder, *arguments, **more)
     try:
         yield started
@@ -230,7 +232,7 @@ def launch(folder: Path, *arguments: str, **more: Any) -> Iterator[Launch]:
 
 
 def launched(folder: Path, *arguments: str, **more: Any) -> Ended:
-    """A launch to its end, which leaves nothing behind."""
+    """Run a launch to its end. It must leave no process behind."""
     with launch(folder, *arguments, **more) as started:
         ended = started.wait()
         started.nothing_left()
@@ -238,17 +240,17 @@ def launched(folder: Path, *arguments: str, **more: Any) -> Ended:
 
 
 def observed(pause_s: float = 0.0) -> list[str]:
-    """Arguments by which every rank notes each step below ./steps (tests/outside/probes.py), and then pauses."""
+    """Return arguments that make every rank record each step below ./steps (tests/outside/probes.py) and then pause."""
     return ["+callbacks.steps._target_=probes.Steps", f"+callbacks.steps.pause_s={pause_s}"]
 
 
 def observed_trials(pause_s: float = 0.0) -> list[str]:
-    """The same for the trials of a sweep, in the one file ./observed: see `seen`."""
+    """Return the same for the trials of a sweep, which record into the one file ./observed: see `seen`."""
     return ["+callbacks.observed._target_=probes.Observed", f"+callbacks.observed.pause_s={pause_s}"]
 
 
 def steps_of(folder: Path, rank: int = 0) -> list[Step]:
-    """The steps that a rank has noted, in their order."""
+    """Return the steps that a rank has recorded, in order."""
     try:
         lines = (folder / f"rank-{rank}").read_text().splitlines(keepends=True)
     except FileNotFoundError:
@@ -258,7 +260,7 @@ def steps_of(folder: Path, rank: int = 0) -> list[Step]:
 
 
 def trials(folder: Path, name: str = "sweep") -> dict[str, Trial]:
-    """What a sweep's journal says of its trials, by their ids; empty before there is one."""
+    """Return the trials in a sweep's journal, by id. Empty before the journal exists."""
     return TrialJournal.open(Storage(folder / "runs" / name)).trials
 
 
@@ -275,7 +277,7 @@ class Seen(NamedTuple):
 
 
 def seen(folder: Path, kind: str = "", trial: str = "") -> list[Seen]:
-    """What trials with `+callbacks.observed._target_=probes.Observed` have noted, in the order in which they did."""
+    """Return what trials with `+callbacks.observed._target_=probes.Observed` have recorded, in order."""
     try:
         lines = (folder / "observed").read_text().splitlines(keepends=True)
     except FileNotFoundError:
@@ -285,18 +287,18 @@ def seen(folder: Path, kind: str = "", trial: str = "") -> list[Seen]:
 
 
 def restarts(steps: list[Step]) -> list[tuple[int, int]]:
-    """(last step before, first step after) of each change of process."""
+    """Return (last step before, first step after) of each change of process."""
     return [(a.step, b.step) for a, b in itertools.pairwise(steps) if a.pid != b.pid]
 
 
 class Runs:
-    """MLflow's store of a launch directory, read as it is."""
+    """The MLflow database of a launch directory, read without MLflow."""
 
     def __init__(self, folder: Path, database: Path | None = None) -> None:
         self.folder, self.path = folder, database or folder / "mlflow.db"
 
     def id_of(self, name: str) -> str:
-        """The run of that name; there is exactly one."""
+        """Return the id of the run with this name. There must be exactly one."""
         ((run_id,),) = self._query("SELECT run_uuid FROM runs WHERE name = ?", name)
         return str(run_id)
 
@@ -311,7 +313,7 @@ class Runs:
         return dict(self._query("SELECT key, value FROM params WHERE run_uuid = ?", self.id_of(name)))
 
     def rows(self, name: str) -> dict[str, list[tuple[int, float]]]:
-        """Key → (step, value), in the order of steps; rows that differ in time alone count as two."""
+        """Return key → (step, value), in the order of steps. Rows that differ only in time count as two."""
         found = defaultdict(list)
         for key, step, value, is_nan in self._query(
             "SELECT key, step, value, is_nan FROM metrics WHERE run_uuid = ? ORDER BY step", self.id_of(name)
@@ -320,7 +322,7 @@ class Runs:
         return dict(found)
 
     def results(self, name: str) -> dict[str, list[tuple[int, float]]]:
-        """The rows of keys that do not measure time: those of two equal runs are equal to the last bit."""
+        """Return the rows of keys that do not measure time. Those of two equal runs are bitwise equal."""
         return {key: rows for key, rows in self.rows(name).items() if not key.startswith((*_MEASURED, _OF_SWEEP))}
 
     def _query(self, text: str, *values: str) -> list[Any]:
@@ -335,23 +337,23 @@ def quoted(path: Path) -> str:
 
 
 def record(folder: Path, name: str) -> dict[str, Any]:
-    """What the run's directory says of it."""
+    """Return the run record from the run directory."""
     found: dict[str, Any] = json.loads((folder / "runs" / name / "run.json").read_text())
     return found
 
 
 def checkpoints(folder: Path, name: str) -> list[CheckpointInfo]:
-    """The committed checkpoints of a run."""
+    """Return the committed checkpoints of a run."""
     return Checkpointer(Storage(folder / "runs" / name / "checkpoints")).list()
 
 
 def final_state(folder: Path, name: str) -> dict[str, Any]:
-    """Everything in a run's last checkpoint that is the same on every rank: see `flat_state`."""
+    """Return everything in a run's last checkpoint that is the same on every rank: see `flat_state`."""
     return flat_state(Checkpointer(Storage(folder / "runs" / name / "checkpoints")))
 
 
 def flat_state(checkpointer: Checkpointer) -> dict[str, Any]:
-    """The state of the last checkpoint, flat: weights, optimizer, position, metrics."""
+    """Return the state of the last checkpoint as a flat mapping: weights, optimizer, position and metrics."""
     info = checkpointer.latest()
     assert info is not None
     shared, _ = checkpointer.load(info)
@@ -359,7 +361,7 @@ def flat_state(checkpointer: Checkpointer) -> dict[str, Any]:
 
 
 def assert_equal_states(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
-    """Bit for bit."""
+    """Assert that two states are bitwise equal."""
     import torch
 
     assert one.keys() == other.keys()
@@ -384,7 +386,7 @@ def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def summary(out: str) -> dict[str, str]:
-    """The summary's lines by their first word; the second of two that belong together is `next2`."""
+    """Return the summary's lines by their first word. The second line of a pair has the key `next2`."""
     found: dict[str, str] = {}
     for line in out.splitlines():
         if match := re.match(r"(\w*) +(\S.*)", line):
@@ -393,7 +395,7 @@ def summary(out: str) -> dict[str, str]:
 
 
 def seeded(name: str) -> random.Random:
-    """Random numbers for kill points, another each time; the seed is printed, and given by LAUNCH_SEED."""
+    """Return random numbers for kill points, different each time. The seed is printed, and LAUNCH_SEED sets it."""
     seed = os.environ.get("LAUNCH_SEED") or str(random.SystemRandom().randrange(10**6))
     print(f"LAUNCH_SEED={seed} repeats the kill points of {name}")
     return random.Random(f"{seed} {name}")

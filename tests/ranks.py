@@ -1,5 +1,5 @@
-"""Functions on 1 to 4 ranks, by gloo or NCCL, in processes that all tests share: starting them costs more than most of the
-tests. Each call gets a process group of its own."""
+"""Run functions on 1 to 4 ranks, with gloo or NCCL. All tests share the processes, because starting them takes longer
+than most of the tests. Each call gets its own process group."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ LIMIT_S = 150.0
 
 
 def run(size: int, function: Callable[..., Any], *args: Any, backend: str = "gloo", cuda: bool = False) -> list[Any]:
-    """What `function(world, *args)` returns on each of `size` ranks; it must be importable, its values picklable.
+    """Return what `function(world, *args)` returns on each of `size` ranks. It must be importable, and its values picklable.
 
-    With `cuda` rank r is on the GPU of that number; where there are fewer they share them, which NCCL does not take.
+    With `cuda`, rank r uses GPU r. If there are fewer GPUs than ranks, they share them, which NCCL does not support.
 
     Raises:
-        AssertionError: It raised on some rank (with the tracebacks), or takes too long.
+        AssertionError: The function raised on some rank (the message has the tracebacks), or it took too long.
     """
     with tempfile.TemporaryDirectory() as folder:
         ranks = [_rank(number) for number in range(size)]
@@ -40,7 +40,7 @@ def run(size: int, function: Callable[..., Any], *args: Any, backend: str = "glo
                 answers[number] = pickle.loads(rank.pipe.recv_bytes())
         if None in answers:
             _end()
-    # A rank may wait for one that has failed: what that one says is the reason.
+    # A rank that is late may wait for one that has failed; that rank's traceback is the reason.
     late = f"no answer in {LIMIT_S:g} s"
     failed = [f"rank {n}: {late if a is None else a[0]}" for n, a in enumerate(answers) if a is None or a[0]]
     assert not failed, "\n".join(failed)
@@ -48,8 +48,8 @@ def run(size: int, function: Callable[..., Any], *args: Any, backend: str = "glo
 
 
 def new_processes() -> Any:
-    """The context of multiprocessing in which tests start processes: they are forked by one that has imported what ranks
-    need, and nothing else has happened in."""
+    """Return the multiprocessing context in which tests start processes. They are forked from a process that has
+    imported what ranks need and has done nothing else."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["tests.ranks", "torch._dynamo", "torch.distributed.fsdp", "raytrainer.trainer", "raytrainer.state"]
@@ -61,7 +61,7 @@ class _Rank:
     def __init__(self) -> None:
         context = new_processes()
         self.pipe, there = context.Pipe()
-        # Daemonic: it ends with the process that runs the tests, however that ends.
+        # Daemonic: it ends with the process that runs the tests, however that process ends.
         self.process = context.Process(target=_serve, args=(there,), daemon=True)
         self.process.start()
         there.close()
@@ -95,16 +95,16 @@ def _serve(pipe: Connection) -> None:
                 torch.cuda.set_device(device)
             dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=rank, world_size=size)
             value = function(World(rank, size, rank, device), *args)
-        except BaseException:  # noqa: BLE001  told to the test, which fails with it
+        except BaseException:  # noqa: BLE001  sent to the test, which fails with it
             text = traceback.format_exc()
         finally:
-            dist.destroy_process_group()  # which also frees the ranks that wait for this one
+            dist.destroy_process_group()  # this also frees the ranks that wait for this one
             _forget_groups()
         pipe.send_bytes(pickle.dumps((text, value)))
 
 
 def _forget_groups() -> None:
-    """DTensor's caches hold on to the groups of a mesh by name, and the next call's mesh looks the same to them."""
+    """Clear DTensor's caches. They keep the groups of a mesh by name, and the next call's mesh has the same names."""
     if "torch.distributed.tensor" in sys.modules:
         from torch.distributed.tensor import _redistribute
         from torch.distributed.tensor.debug import _clear_sharding_prop_cache

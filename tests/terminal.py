@@ -1,5 +1,5 @@
-"""A terminal for tests: a stream that keeps what a person would see, as one that wraps, scrolls and is resized does.
-It knows the few sequences that a live block needs, and refuses every other."""
+"""A terminal for tests: a stream that keeps what a person would see on a terminal that wraps, scrolls and is resized.
+It supports the few escape sequences that a live block needs, and refuses all others."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _PART = re.compile(r"\x1b\[(\d*)([A-Za-z])|(\r)|(\n)|([^\x00-\x1f\x7f]+)|(.)", r
 
 
 class Terminal(io.StringIO):
-    """Write to it, then read `screen()`; `getvalue()` has every byte.
+    """Write to it, then read `screen()`. `getvalue()` has every byte.
 
     Args:
-        columns: Its width. Change it, with `rows`, by `resize`.
-        rows: Its height; what scrolls out stays in `scrolled`.
+        columns: Its width. `resize` changes it.
+        rows: Its height. Rows that scroll out are kept in `scrolled`.
     """
 
     def __init__(self, columns: int = 80, rows: int = 24) -> None:
         super().__init__()
         self.columns, self.rows = columns, rows
-        # Each row, with whether the next one is its rest.
+        # Each row, and whether the next row continues it.
         self._rows: list[tuple[str, bool]] = [("", False)]
         self._y = self._x = 0
         self.scrolled: list[str] = []
@@ -32,7 +32,7 @@ class Terminal(io.StringIO):
         return True
 
     def resize(self, columns: int, rows: int) -> None:
-        """As terminals that flow their text anew do it; the cursor stays on its character."""
+        """Resize like terminals that reflow their text. The cursor stays on its character."""
         lines: list[str] = []
         begin, cursor, going_on = 0, (0, 0), False
         for number, (text, wraps) in enumerate(self._rows):
@@ -54,7 +54,7 @@ class Terminal(io.StringIO):
         self._scroll()
 
     def screen(self) -> list[str]:
-        """The rows as they are seen, without empty ones at the end."""
+        """Return the visible rows, without empty ones at the end."""
         rows = [text.rstrip() for text, _ in self._rows]
         while rows and not rows[-1]:
             rows.pop()
@@ -102,7 +102,7 @@ class Terminal(io.StringIO):
 
 
 def attach(monkeypatch: pytest.MonkeyPatch, terminal: Terminal) -> None:
-    """Makes the system tell the size of this terminal, and that it is a capable one."""
+    """Make the system report this terminal's size, and a capable terminal type."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(terminal, "fileno", lambda: 99)
     monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((terminal.columns, terminal.rows)))

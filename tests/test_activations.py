@@ -1,4 +1,4 @@
-"""The blocks of a model, and their recomputation: the same results to the last bit, the same names, less memory."""
+"""The blocks of a model and their recomputation: bitwise equal results, the same names, less memory."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ def names(model: nn.Module, classes: list[str] | None = None) -> list[str]:
 
 
 def test_blocks_are_those_the_model_names_or_repeats() -> None:
-    # Neither single layers, nor containers, nor what is there once outside of a list.
+    # Single layers, containers, and modules that occur once outside a list are not blocks.
     assert names(Whole()) == ["stages.0.0", "stages.0.1", "list.0.0"]
     assert names(Named()) == [name for name, m in Named().named_modules() if isinstance(m, nn.Linear)]
     assert names(nn.Sequential(Whole(), Named())) == [f"{i}.{name}" for i in (0, 1) for name in names(Named())]
     resnet = ResNet(block="basic", layers=[1, 1], num_classes=4, in_channels=1, width=4, stem="small", norm="batch")
     assert len(names(resnet)) == 2
     assert names(nn.Linear(2, 2)) == []
-    # Those that recompute are still they, for what is sharded.
+    # Blocks that recompute are still found, so that they can be sharded.
     checkpoint_activations(find_units(resnet, None, "trainer.activation_checkpointing"))
     assert len(names(resnet)) == 2
-    # Blocks within blocks: the outer ones.
+    # Of nested blocks, only the outer ones count.
     assert names(nn.ModuleList([Whole(), Whole()])) == ["0", "1"]
 
 
@@ -75,7 +75,7 @@ def test_classes_are_named_bare_or_dotted() -> None:
 
 
 class Block(nn.Module):
-    """Draws, and keeps statistics of the batch."""
+    """A block that draws random numbers and keeps batch statistics."""
 
     def __init__(self, width: int, momentum: float | None) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ def test_it_goes_with_compile(backend: str) -> None:
 
 
 class Quiet(Blocks):
-    """Without what a compiled model draws otherwise."""
+    """Blocks without dropout, because a compiled model draws different random numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class Quiet(Blocks):
 
 
 def kept_bytes(model: nn.Module) -> int:
-    """What the forward pass keeps for the backward pass."""
+    """Return how many bytes the forward pass keeps for the backward pass."""
     found: dict[int, int] = {}
 
     def keep(t: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""The walk over a batch: every container keeps its type and loses no tensor, whatever is done with the tensors.
+"""Walking over a batch: every container keeps its type and loses no tensor, whatever is done with the tensors.
 
-The meta device stands in for a GPU: what is on it was moved.
+The meta device stands in for a GPU: a tensor on it was moved.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Named(NamedTuple):
 
 
 class Own(collections.UserDict[str, Any]):
-    """A mapping of attribute access too, like transformers' BatchEncoding."""
+    """A mapping that also has attribute access, like transformers' BatchEncoding."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -60,7 +60,7 @@ class Frozen(Mapping[str, Any]):
 
 
 class Both(dict[str, Any]):
-    """Its keys are attributes too (as of ModelOutput and EasyDict)."""
+    """A dictionary whose keys are also attributes, like ModelOutput and EasyDict."""
 
     def __setitem__(self, key: str, value: Any) -> None:
         super().__setitem__(key, value)
@@ -103,14 +103,14 @@ class Slots:
 
 
 class Plain:
-    """No container, no dataclass: an object with tensors in its attributes."""
+    """Neither a container nor a dataclass: an object with tensors in its attributes."""
 
     def __init__(self) -> None:
         self.x, self.note = x(), "a"
 
 
 class Graph(Plain):
-    """Moves itself, into a new object; no tensor of it is in sight otherwise."""
+    """An object that moves itself into a new object."""
 
     def to(self, device: Any) -> Graph:
         moved = Graph()
@@ -119,14 +119,14 @@ class Graph(Plain):
 
 
 class InPlace(Plain):
-    """Moves itself in place, and returns nothing."""
+    """An object that moves itself in place and returns nothing."""
 
     def to(self, device: Any, non_blocking: bool = False) -> None:
         self.x = self.x.to(device)
 
 
 class Applied(Plain):
-    """As torch_geometric's Data: changes in place, by a function that it calls with whatever it holds."""
+    """An object like torch_geometric's Data: it changes in place, by a function that it calls with each attribute."""
 
     def to(self, device: Any) -> Applied:
         return self.apply(lambda value: value.to(device) if isinstance(value, Tensor) else value)

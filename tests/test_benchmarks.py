@@ -1,4 +1,5 @@
-"""The benchmarks run: those of GPUs in a tiny size on the CPU, where both sides do the same work; figures are none of this."""
+"""The benchmarks run. Those for GPUs run in a tiny size on the CPU, where both sides do the same work. Figures are not
+checked."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("benchmark", [bench_resnet, bench_gpt2])
 def test_a_trainer_and_a_plain_loop_in_turn(benchmark: Any) -> None:
-    """The losses are compared there, to 1e-4: it raises where they differ."""
+    """The comparison raises if the losses differ by more than 1e-4."""
     found = benchmark.compare(Namespace(smoke=True))
     first, last = found["loss_of_first_and_last_window"]
     assert last < first
@@ -48,7 +49,7 @@ def test_every_way_of_saving_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_save_that_is_not_a_copy_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever kept the state itself, and wrote it later, would win all the rest."""
+    """A save that keeps the state itself, and writes it later, would win every comparison."""
     saved = bench_checkpoint.TorchSave.save
     monkeypatch.setattr(
         bench_checkpoint.TorchSave, "save", lambda self, state, step: setattr(self, "_late", (state, step))

@@ -1,5 +1,6 @@
-"""Checkpoints on one process: what goes in comes out, and what is torn, tampered, hostile, full or killed is survived.
-Several ranks are in test_checkpoint_ranks.py, which also records the fixture of format version 1."""
+"""Checkpoints on one process: what is saved is loaded exactly, in spite of torn, tampered or hostile files, full disks
+and kills. Tests with several ranks are in test_checkpoint_ranks.py, which also records the fixture of format version
+1."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def checkpointer(root: Path | Storage, **options: Any) -> Checkpointer:
 
 
 def saved(root: Path | Storage, steps: int = 1, **options: Any) -> Checkpointer:
-    """Steps 1, 2, … saved, the value of each its step."""
+    """Save steps 1, 2, …, each with its step as the value. Return the checkpointer."""
     made = checkpointer(root, num_to_keep=None, **options)
     for step in range(1, steps + 1):
         made.save(step, state(step), {"rank": 0})
@@ -64,7 +65,7 @@ def directories(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
 
 
-# -- what goes in comes out --------------------------------------------------------------------------------------
+# -- saving and loading ------------------------------------------------------------------------------------------
 
 
 def test_a_state_comes_back_exactly(tmp_path: Path) -> None:
@@ -162,7 +163,7 @@ def test_what_json_lacks_comes_back_in_its_own_type(tmp_path: Path) -> None:
         "empty": np.zeros((0, 2), dtype=np.uint16),
         "number": np.array(2.5),
     }
-    tied = {"same": {1: torch.ones(1), "1": torch.zeros(1)}}  # two paths that are written alike
+    tied = {"same": {1: torch.ones(1), "1": torch.zeros(1)}}  # two paths with the same text
     made = checkpointer(tmp_path)
     made.save(1, {**value, "arrays": arrays, **tied}, {})
     shared, _ = made.load(latest(made))
@@ -285,7 +286,7 @@ def test_what_is_torn_in_a_store_is_no_checkpoint(storage: Storage, caplog: pyte
     name = "step-000000003/shared-00000.safetensors"
     data = storage.read_bytes(name)
     storage.write_bytes(name, data[:-1] + bytes([data[-1] ^ 1]))
-    # What a killed save leaves: files and no manifest.
+    # What a killed save leaves: files without a manifest.
     storage.write_bytes("step-000000002.1/shared.json", b"{")
     fresh = checkpointer(storage, num_to_keep=1)
     with caplog.at_level(logging.WARNING, logger="raytrainer"):
@@ -296,12 +297,12 @@ def test_what_is_torn_in_a_store_is_no_checkpoint(storage: Storage, caplog: pyte
     assert names_in(storage) == ["step-000000003.1"]
 
 
-# -- while training goes on --------------------------------------------------------------------------------------
+# -- while training continues ------------------------------------------------------------------------------------
 
 
 @contextmanager
 def held_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Saves wait before their first byte until the block ends."""
+    """Make saves wait before their first byte until the block ends."""
     go, write = threading.Event(), files.write
 
     def wait_and_write(*args: Any) -> Any:
@@ -362,7 +363,7 @@ def test_wrong_options_are_refused(tmp_path: Path, options: dict[str, Any]) -> N
         checkpointer(tmp_path, **options)
 
 
-# -- which ones stay ---------------------------------------------------------------------------------------------
+# -- which checkpoints are kept ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -410,7 +411,7 @@ def test_unfinished_saves_are_ignored_and_swept_when_passed(tmp_path: Path) -> N
     assert latest(made).step == 1
     made.save(2, state(2), {})
     made.wait()
-    # Step 9 is ahead: it might be one that is being written.
+    # Step 9 is later than the last save, so it may still be in progress.
     assert directories(tmp_path) == sorted(["step-000000001", "step-000000002.1", "step-000000009", *others])
 
 
@@ -427,7 +428,7 @@ def test_a_link_is_no_checkpoint_and_nothing_behind_it_is_deleted(tmp_path: Path
         files.delete(Storage(tmp_path), "other")
 
 
-# -- torn, tampered, hostile -------------------------------------------------------------------------------------
+# -- torn, tampered or hostile files -----------------------------------------------------------------------------
 
 FILES = ["manifest.json", "shared.json", "shared-00000.safetensors", "local-00000.json"]
 
@@ -451,14 +452,14 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning_that_names_the_file(
     newest = made.list()[-1]
     damage(tmp_path / "step-000000003" / name)
     fresh = checkpointer(tmp_path, num_to_keep=1)
-    gone = name == "manifest.json" and damage is Path.unlink  # what a kill leaves: no checkpoint at all
+    gone = name == "manifest.json" and damage is Path.unlink  # a kill leaves no manifest, so this is not a checkpoint
     with caplog.at_level(logging.WARNING, logger="raytrainer"):
         assert latest(fresh).step == 2
     assert (f"step-000000003/{name}" in caplog.text) == (not gone)
     if not gone:
         with pytest.raises(CheckpointCorrupt, match=name):
             checkpointer(tmp_path).load(newest)
-    # It does not count among the ones to keep, and goes when training has passed it.
+    # A damaged checkpoint does not count among those to keep, and is deleted when training has passed it.
     fresh.save(3, state(30), {})
     fresh.wait()
     assert directories(tmp_path) == ["step-000000003.1"]
@@ -498,7 +499,7 @@ def test_an_unknown_format_version_is_refused_and_left_alone(tmp_path: Path) -> 
 
 
 def recommit(directory: Path) -> None:
-    """What an attacker can do who writes there: fit the manifest to the files."""
+    """Do what an attacker with write access can do: fit the manifest to the files."""
     import hashlib
 
     old = manifest.decode((directory / "manifest.json").read_bytes(), "")
@@ -641,7 +642,7 @@ def test_a_full_disk_is_said_at_the_next_save_and_costs_no_older_checkpoint(tmp_
         made.save(2, state(2, size=200_000), {})
         with pytest.raises(StorageFull, match=f"no space at {place}/step-000000002"):
             made.save(3, state(3), {})
-        assert directories(place) == ["step-000000001"]  # the room is given back at once
+        assert directories(place) == ["step-000000001"]  # the space is freed at once
         assert latest(made).step == 1
         made.save(4, state(4), {})
         assert latest(made).step == 4
@@ -765,7 +766,7 @@ def test_a_kill_at_a_random_moment_leaves_whole_checkpoints(storage: Storage, at
             told = max([told, *map(int, process.stdout.read().split())])
         made = checkpointer(place)
         info = latest(made)
-        assert info.step >= told - 1  # all but the one in flight
+        assert info.step >= told - 1  # all but the one in progress
         for item in made.list():
             shared, local = made.load(item)
             assert torch.equal(shared["weight"], torch.full((100_000,), float(item.step)))

@@ -1,5 +1,5 @@
-"""Checkpoints of several ranks: saved on 2, loaded on 1 and on 4, plain and sharded, and what fails on one fails on all.
-Run as a program it records the fixture of the present format version: `python -m tests.test_checkpoint_ranks`."""
+"""Checkpoints of several ranks: saved on 2, loaded on 1 and on 4, plain and sharded. What fails on one rank fails on
+all. Run as a program, it records the fixture of the current format version: `python -m tests.test_checkpoint_ranks`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FIXTURE = Path(__file__).parent / "fixtures" / "checkpoint-v1"
 
 
 def launch(world_size: int, work: Callable[[int, int, Any, Path], None], root: Path) -> None:
-    """Call `work(rank, world_size, group, root)` in as many processes, with gloo."""
+    """Call `work(rank, world_size, group, root)` in `world_size` processes, with gloo."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "rendezvous").unlink(missing_ok=True)
     context = ranks.new_processes()
@@ -50,7 +50,8 @@ def checkpointer(rank: int, world_size: int, group: Any, root: Path, **options: 
 
 
 def shared_state(world_size: int) -> dict[str, Any]:
-    """Plain tensors, and DTensors sharded unevenly, along the second dimension, copied, and in two dimensions."""
+    """Return plain tensors, and DTensors: sharded unevenly, along the second dimension, replicated, and in two
+    dimensions."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -71,7 +72,7 @@ def shared_state(world_size: int) -> dict[str, Any]:
 
 
 def plain_state() -> dict[str, Any]:
-    """What `shared_state` is as a whole."""
+    """Return the values of `shared_state` as whole tensors."""
     values = torch.arange(35.0).reshape(7, 5)
     whole = dict.fromkeys(("rows", "columns", "copied", "both", "half"), values)
     few, scalar = torch.ones(1, 2, dtype=torch.float64), torch.tensor(3)
@@ -79,7 +80,7 @@ def plain_state() -> dict[str, Any]:
 
 
 def full(value: Any) -> Any:
-    """The whole of a DTensor; anything else as it is."""
+    """Return the whole of a DTensor, and anything else unchanged."""
     whole = value.full_tensor() if hasattr(value, "full_tensor") else value
     return whole.detach() if isinstance(whole, torch.Tensor) else whole
 
@@ -108,7 +109,7 @@ def load_shared(rank: int, world_size: int, group: Any, root: Path) -> None:
     if local is not None:
         assert local["rank"] == rank
         assert torch.equal(local["random"], torch.arange(4) + 10 * rank)
-    # Onto this number of ranks' own sharding, in place.
+    # Load in place, into the sharding of this number of ranks.
     template = shared_state(world_size)
     for value in template.values():
         if isinstance(value, torch.Tensor):
@@ -140,11 +141,11 @@ def test_saved_on_2_ranks_loaded_on_1_2_and_4(tmp_path: Path) -> None:
     assert local is None
     launch(2, load_shared, tmp_path)
     launch(4, load_shared, tmp_path)
-    # What is copied on both ranks is written once: the columns of the files add up to the state.
+    # What both ranks hold is written once, so the sizes of the files add up to the size of the state.
     written = sum(path.stat().st_size for path in (tmp_path / "run" / "step-000000120").glob("shared-*"))
     header = 2 * 1500
     assert written < 6 * 4 + 5 * 35 * 4 + 16 + 8 + header
-    # A shard that is lost is not taken for a whole.
+    # If a shard is missing, the rest is not taken for the whole.
     (tmp_path / "run" / "step-000000120" / "shared-00001.safetensors").unlink()
     with pytest.raises(CheckpointCorrupt, match=r"shared-00001.safetensors is missing"):
         Checkpointer(Storage(tmp_path / "run")).load(info)
@@ -196,7 +197,7 @@ def resume_fsdp(rank: int, world_size: int, group: Any, root: Path) -> None:
     model, optimizer = sharded(world_size)
     for parameter in model.parameters():
         parameter.data.zero_()
-    train(model, optimizer, 1)  # the optimizer's state exists, and is another
+    train(model, optimizer, 1)  # the optimizer's state exists, and differs
     state = training_state(model, optimizer)
     made = checkpointer(rank, world_size, group, root)
     info = made.latest()
@@ -243,7 +244,7 @@ def fail_on_one(rank: int, world_size: int, group: Any, root: Path) -> None:
         made.save(3, state, {"rank": rank})
     files.write = write
 
-    # A value that only this rank cannot keep: it raises at once, the other at its next call.
+    # Only this rank has a value that cannot be saved. It raises at once, and the other rank at its next call.
     with pytest.raises(CheckpointError, match=r"the state at bad is a .*object|rank 0: the state at bad"):
         save_and_wait(made, {"bad": object() if rank == 0 else 0})
 
@@ -255,7 +256,7 @@ def fail_on_one(rank: int, world_size: int, group: Any, root: Path) -> None:
     dist.barrier()
     assert sorted(path.name for path in (root / "run").iterdir()) == ["step-000000001", "step-000000005"]
 
-    # A file that only one rank checks is corrupt for both.
+    # A file that only one rank checks is corrupt for both ranks.
     if rank == 0:
         (root / "run" / "step-000000005" / "local-00001.json").write_text("{}")
     dist.barrier()
@@ -264,7 +265,7 @@ def fail_on_one(rank: int, world_size: int, group: Any, root: Path) -> None:
     assert info.step == 1
     dist.barrier()
 
-    # Format versions that are not read are refused by all.
+    # All ranks refuse a format version that they cannot read.
     if rank == 0:
         place = root / "run" / "step-000000005" / "manifest.json"
         place.write_text(place.read_text().replace('"version": 1', '"version": 9'))
@@ -277,7 +278,7 @@ def test_what_fails_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
 
 
 def lose_one(rank: int, world_size: int, group: Any, root: Path) -> None:
-    """Rank 1 is gone in the middle of a save; what rank 0 has committed stays."""
+    """Rank 1 dies in the middle of a save; what rank 0 has committed stays."""
     made = checkpointer(rank, world_size, group, root)
     made.save(1, {"weight": torch.ones(4)}, {"rank": rank})
     made.wait()
@@ -287,7 +288,7 @@ def lose_one(rank: int, world_size: int, group: Any, root: Path) -> None:
     with pytest.raises(RaytrainerError, match="the other ranks cannot be reached"):
         made.wait()
     assert [info.step for info in made.list()] == [1]
-    os._exit(0)  # its process group cannot be ended in good order any more
+    os._exit(0)  # its process group can no longer be destroyed cleanly
 
 
 def test_a_lost_rank_is_an_error_and_not_a_wait(tmp_path: Path) -> None:
@@ -298,7 +299,7 @@ def test_a_lost_rank_is_an_error_and_not_a_wait(tmp_path: Path) -> None:
 
 
 def record() -> None:
-    """Write the fixture with the present code: 2 ranks, sharded and plain."""
+    """Write the fixture with the current code: 2 ranks, sharded and plain."""
     root = FIXTURE.with_name("recording")
     launch(2, save_shared, root)
     shutil.rmtree(FIXTURE, ignore_errors=True)

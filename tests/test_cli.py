@@ -1,6 +1,6 @@
-"""The command line: verbs, Hydra's own options, exit codes, and that nothing wrong starts anything.
+"""The command line: verbs, Hydra's own options and exit codes. A wrong command starts nothing.
 
-Whole launches are few here: a sweep inline with its resume, and one batch of debug.
+Few tests launch whole runs: a sweep inline with its resume, and one batch of debug.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ Run = Callable[..., Said]
 
 @pytest.fixture
 def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a command line in this process."""
+    """Return a function that runs a command line in this process."""
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     monkeypatch.setattr(sys, "argv", ["/somewhere/raytrainer/__main__.py"])
-    # The trial of the first batch is a process of its own, of seconds: tests/test_first_batch.py has it.
+    # The first-batch probe is a process that takes seconds: tests/test_first_batch.py tests it.
     passed = Verdict("passed", "loss 1.0")
     monkeypatch.setattr(FirstBatch, "run", lambda self: passed)
 
@@ -79,7 +79,7 @@ def forked(*arguments: str, timeout_s: float = 120) -> Said:
 
 
 def refused(said: Said) -> str:
-    """The one line of a refusal."""
+    """Return the only line of a refusal."""
     assert said.code == 2
     assert said.out == ""
     lines = said.err.splitlines()
@@ -88,7 +88,7 @@ def refused(said: Said) -> str:
     return lines[0].removeprefix("raytrainer: refused: ")
 
 
-# --- what a refusal is ---------------------------------------------------------------------------------------------
+# --- refusals ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_ray_address_with_a_ray_of_ones_own(here: Run, monkeypatch: pytest.Monke
 
 @pytest.mark.slow
 def test_an_mlflow_that_does_not_answer_is_refused_in_time(here: Run, in_tmp: Path) -> None:
-    """One port is closed; behind the other nobody answers. Each within the 15 seconds promised."""
+    """A closed port and a server that never answers are each refused within the promised 15 seconds."""
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -194,7 +194,7 @@ def test_an_mlflow_that_does_not_answer_is_refused_in_time(here: Run, in_tmp: Pa
 
 @pytest.mark.slow
 def test_a_cluster_that_is_not_there_is_refused_in_time() -> None:
-    """`ray.init` alone takes seven minutes to say so."""
+    """`ray.init` alone takes seven minutes to report this."""
     said = forked("check", "experiment=mlp", "cluster=existing", "cluster.address=127.0.0.1:9", timeout_s=30)
     assert refused(said).startswith("cluster.address=127.0.0.1:9 is no running Ray cluster: nothing answers there")
     with socket.socket() as silent:
@@ -290,7 +290,7 @@ def test_a_failed_job_does_not_end_its_sweep(here: Run, monkeypatch: pytest.Monk
 
 
 def test_after_a_grid_of_whole_runs_all_are_told_of(here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worst exit code is the command's."""
+    """The command's exit code is the worst of the runs'."""
 
     def launch(composition: Composition, **_: object) -> run.Outcome:
         seed = composition.experiment.seed
@@ -409,7 +409,7 @@ def test_a_sweep_is_checked_and_nothing_started(here: Run, in_tmp: Path) -> None
     assert not (in_tmp / "runs").exists()
 
 
-# --- what shows and starts nothing ---------------------------------------------------------------------------------
+# --- commands that show and start nothing --------------------------------------------------------------------------
 
 
 def test_check_starts_nothing(here: Run, in_tmp: Path) -> None:
@@ -562,7 +562,7 @@ def test_a_sweep_inline_and_a_resume(in_tmp: Path, monkeypatch: pytest.MonkeyPat
     assert sorted(path.name for path in in_tmp.iterdir()) == ["mlartifacts", "mlflow.db", "runs"]
     assert rows(in_tmp / "mlflow.db", "SELECT status FROM runs") == [("FINISHED",), ("FINISHED",)]
 
-    # The summary's own next command, as it is printed, goes on with the last of the two.
+    # The summary's own next command, as it is printed, continues the last of the two runs.
     command = re.findall(r"python -m raytrainer (resume \S+ \S+)=…", said.out)[-1]
     assert command.endswith("trainer.max_steps")
     said = forked(*command.split()[:2], f"{command.split()[2]}=6")

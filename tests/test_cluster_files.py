@@ -1,4 +1,4 @@
-"""The `ray up` files: accepted by Ray's own schema and preparation, and safe as they are."""
+"""The `ray up` files: Ray's own schema and preparation accept them, and they are safe as they are."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ def test_there_is_one_for_each_cloud() -> None:
 
 
 def test_ray_accepts_it(config: dict[str, Any]) -> None:
-    # As `ray up` does, before it calls a cloud.
+    # `ray up` does this before it calls a cloud.
     prepared = prepare_config(copy.deepcopy(config))
     validate_config(prepared)
     assert {name: kind["max_workers"] for name, kind in prepared["available_node_types"].items()} == {
         "head": 0,
         "gpu": 4,
     }
-    # None of the provider's defaults is left: those install a nightly Ray and open the dashboard to the network.
+    # None of the provider's defaults is left: they install a nightly Ray and open the dashboard to the network.
     assert prepared["setup_commands"] == config["setup_commands"]
     assert prepared["head_start_ray_commands"] == config["head_start_ray_commands"]
     assert prepared["head_setup_commands"] == [*config["setup_commands"], *config["head_setup_commands"]]
 
 
 def test_ray_refuses_a_misspelt_one(config: dict[str, Any]) -> None:
-    """Or the test above would prove nothing."""
+    """Ray refuses every misspelt key; otherwise the test above would prove nothing."""
     for key in config:
         wrong = prepare_config(copy.deepcopy(config))
         wrong[f"{key}x"] = wrong.pop(key)
@@ -73,7 +73,7 @@ def test_it_wants_a_token_and_shows_the_dashboard_to_itself_alone(config: dict[s
             assert "RAY_AUTH_MODE=token ray start" in command
     assert sum("ray start" in command for command in starts) == 2
     assert any("--dashboard-host=127.0.0.1" in command for command in config["head_start_ray_commands"])
-    # The token itself is in a file of the user's.
+    # The token itself is in one of the user's own files.
     assert config["file_mounts"]["/home/ray/.ray/auth_token"] == "~/.ray/auth_token"
     assert not re.search(r"AUTH_TOKEN=", yaml.safe_dump(config))
 
@@ -92,7 +92,8 @@ def test_what_it_installs_is_here_and_pinned(config: dict[str, Any]) -> None:
 
 
 def test_what_is_copied_can_be_installed(config: dict[str, Any], tmp_path: Path) -> None:
-    """As the setup command does on a new machine, where there is nothing else; without the dependencies."""
+    """The copied files can be installed as the setup command does it on a new machine, here without the
+    dependencies."""
     for there, here in config["file_mounts"].items():
         if not here.startswith("~"):
             target = tmp_path / Path(there).relative_to("/home/ray")

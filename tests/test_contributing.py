@@ -1,4 +1,4 @@
-"""The table of promises in CONTRIBUTING.md: its tests are there, each where the table says that it runs."""
+"""The table of promises in CONTRIBUTING.md: its tests exist, and each runs as often as the table says."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NIGHTLY = "mark.nightly"
 
 
 def nightly_of(file: Path) -> dict[str, bool | None]:
-    """Each test of a file by its id: whether it is nightly; None where only some of its parameters are."""
+    """Return the tests of a file by id, and whether each is nightly; None if only some of its parameters are."""
     module = ast.parse(file.read_text())
     whole, values = False, {}
     for node in module.body:

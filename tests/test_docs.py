@@ -1,4 +1,4 @@
-"""The documents: every key described, every link alive, the README short enough to be read."""
+"""The documents: every key is described, every link works, and the README is short enough to be read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forwarded variables: by name, from the cluster's environment or a private file; never a value in an error."""
+"""Forwarded variables come by name, from the cluster's environment or a private file, and no error shows a value."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The promises of DESIGN.md section 5: the same run on 1, 2 and 4 workers, and bit for bit the same after a resume.
-The ranks are processes with gloo, in tests/ranks.py."""
+"""Two promises: a run has the same curve on 1, 2 and 4 workers, and is bitwise the same after a resume. The ranks are
+processes with gloo, from tests/ranks.py."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def assert_equal_curves(e: Experiment, steps: int, tolerance: float) -> None:
     alone = curve(World(), e)
     assert sorted(alone[0]) == list(range(1, steps + 1))
     assert len(alone[2]) > 0
-    assert alone[0][steps] < 0.9 * alone[0][1]  # it learns: two curves of a model that stands still would be equal too
+    assert alone[0][steps] < 0.9 * alone[0][1]  # two curves of a model that learns nothing would be equal too
     for size in (2, 4):
         for curves in ranks.run(size, curve, e):  # on each rank
             for got, expected in zip(curves, alone, strict=True):
@@ -40,7 +40,7 @@ AUGMENTED = node(images, rows=90, transform=node("raytrainer.data.RandomCropFlip
 
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
 def test_mlp_in_fp32(micro_batch_size: int | None) -> None:
-    # 30 samples on 4 workers are 7, 8, 7 and 8; the epoch's fourth batch would not be full, and is dropped.
+    # On 4 workers, 30 samples are split into 7, 8, 7 and 8. An epoch has three batches.
     e = experiment(
         data={"train": AUGMENTED, "global_batch_size": 30, "micro_batch_size": micro_batch_size},
         trainer={"max_steps": 10, "eval_every_n_steps": 5},
@@ -72,7 +72,7 @@ LANGUAGE: dict[str, Any] = {
 
 
 def test_transformer_in_fp32() -> None:
-    # An epoch of 63 windows, the last of which is not full: 30 samples, 30, and 3 on 4 workers.
+    # An epoch has 63 windows, in batches of 30, 30 and 3 samples; 4 workers share the 3.
     e = experiment(
         **LANGUAGE,
         data={"train": sources(1000), "val": sources(300), "global_batch_size": 30, "drop_last": False},
@@ -85,7 +85,7 @@ def test_mlp_in_float64_over_100_steps() -> None:
     e = experiment(
         optimizer=node("torch.optim.AdamW", lr=0.01, fused=True),
         lr_scheduler=node("raytrainer.optim.Cosine", warmup_steps=0.1),
-        # An epoch of 7 batches and one of 6 samples: slices of 1 and 2.
+        # An epoch has 7 full batches and one of 6 samples: slices of 1 and 2 on 4 ranks.
         data={"train": AUGMENTED, "drop_last": False},
         trainer={"max_steps": 100, "precision": "64-true", "max_grad_norm": 0.5, "ema_decay": 0.9},
     )
@@ -96,7 +96,7 @@ def test_mlp_in_float64_over_100_steps() -> None:
 
 
 def gradients(world: World, cases: list[Experiment], batches: int) -> list[list[dict[str, Tensor]]]:
-    """Of each case, the gradients of its first steps; the learning rate is 0."""
+    """Return the gradients of the first steps of each case. The learning rate is 0."""
     found = []
     for e in cases:
         trainer, steps = Trainer(e, world=world), []
@@ -117,7 +117,7 @@ TOKENS: dict[str, Any] = {
 
 
 def direct(e: Experiment, batch: list[int]) -> dict[str, Tensor]:
-    """The gradient of the mean over all tokens of these rows that count, by autograd alone."""
+    """Return the gradient of the mean over all counted tokens of these rows, by autograd alone."""
     trainer = Trainer(e)
     model, dataset = trainer.raw_model, build(e.data.train or {})
     ids, labels = dataset.tensors["input_ids"][batch], dataset.tensors["labels"][batch]
@@ -128,7 +128,7 @@ def direct(e: Experiment, batch: list[int]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_a_token_weighted_gradient_is_that_of_one_process(size: int) -> None:
-    # Rows 0 and 1 have no token that counts: with one sample each, a rank or a micro-batch has nothing to say.
+    # Rows 0 and 1 have no counted token: with one sample each, a rank or a micro-batch has weight 0.
     cases = [
         experiment(
             **TOKENS,
@@ -142,7 +142,7 @@ def test_a_token_weighted_gradient_is_that_of_one_process(size: int) -> None:
             },
             trainer={"precision": "64-true", "max_steps": 2},
         )
-        # 5 on 4 ranks: 1, 1, 1, 2; then 3 of 8: a rank has none.
+        # 5 samples on 4 ranks are 1, 1, 1 and 2. Then 3 of the 8 rows are left, and one rank has none.
         for global_batch_size, micro_batch_size in [(5, None), (5, 1), (5, 2), (6, None), (6, 1)]
     ]
     found = gradients(World(), cases, 2) if size == 1 else ranks.run(size, gradients, cases, 2)[-1]
@@ -173,7 +173,7 @@ def test_a_weight_of_whole_numbers_loses_no_digits() -> None:
 
 def test_micro_batches_and_an_empty_rank_give_the_gradient_of_whole_batches() -> None:
     def case(micro_batch_size: int | None) -> Experiment:
-        # Batches of 4 samples, the last of 2: on 4 ranks two of them have none.
+        # Batches have 4 samples, and the last one 2: on 4 ranks, two ranks have none of it.
         return experiment(
             optimizer=node("torch.optim.SGD", lr=0.0),
             data={
@@ -203,7 +203,7 @@ def evaluated(world: World, e: Experiment) -> dict[str, float]:
 
 
 def test_evaluation_counts_each_sample_once() -> None:
-    # 17 in batches of 12 and of 5; on 4 ranks 5 are 1, 1, 1 and 2.
+    # Batches have 12 and 5 samples; on 4 ranks, the 5 are 1, 1, 1 and 2.
     e = experiment(trainer={"precision": "64-true"}, data={"micro_batch_size": 2})
     model, dataset = Trainer(e).raw_model, build(e.data.val or {})
     with torch.no_grad():
@@ -219,7 +219,7 @@ def test_evaluation_counts_each_sample_once() -> None:
 
 def test_evaluation_weighs_tokens() -> None:
     e = experiment(**TOKENS, trainer={"precision": "64-true"})
-    e.data.val = node(training.tokens, rows=13, empty=(12,))  # alone in the last batch: its rank counts nothing
+    e.data.val = node(training.tokens, rows=13, empty=(12,))  # alone in the last batch, so its rank has weight 0
     model, dataset = Trainer(e).raw_model, build(e.data.val)
     labels = dataset.tensors["labels"]
     kept = labels != -100
@@ -233,7 +233,8 @@ def test_evaluation_weighs_tokens() -> None:
 
 
 def hard(**trainer: Any) -> Experiment:
-    """All that advances, at once. 4 batches in an epoch, the last of 14 samples, on 4 ranks 3 or 4."""
+    """Return an experiment in which everything that can advance does so. An epoch has 4 batches, and the last one 14
+    samples, 3 or 4 on each of 4 ranks."""
     return experiment(
         model=node(training.Net),
         optimizer=node("torch.optim.AdamW", lr=0.01, fused=True),
@@ -258,14 +259,14 @@ def hard(**trainer: Any) -> Experiment:
 
 
 def killed_and_resumed(world: World, e: Experiment, folder: Path, kills: list[int]) -> list[str]:
-    """What differs between a run, and the same begun anew from its checkpoint after each of the steps `kills`."""
+    """Return what differs between a run and its resumes from the checkpoints after the steps `kills`."""
     whole, told = fitted(e, world, checkpointer=checkpointer(world, folder / "whole"))
     end = {"shared": snapshot.shared(whole), "local": snapshot.local(whole)}
     series = {name: told.series(name) for name in ("train/loss", "val/loss", "mine/steps")}
     assert min(map(len, series.values())) > 1
     found = []
     for kill in kills:
-        torch.manual_seed(kill)  # nothing of this process's past may matter
+        torch.manual_seed(kill)  # what this process has drawn before must not matter
         again = Trainer(e, world=world, checkpointer=whole.checkpointer, listeners=[told := training.Recorder()])
         assert whole.checkpointer is not None
         again.restore(next(info for info in whole.checkpointer.list() if info.step == kill))
@@ -281,7 +282,7 @@ def killed_and_resumed(world: World, e: Experiment, folder: Path, kills: list[in
     return found
 
 
-# Within a window of 5 and an epoch of 4; at the end of an epoch, of a window, and after the first step.
+# After the first step, at the end of an epoch (4 steps), at the end of a log window (5 steps), and within both.
 KILLS = [1, 4, 5, 7, 11]
 
 
@@ -330,7 +331,7 @@ def test_a_stream_goes_on_where_it_was_without_reading_it_again(tmp_path: Path) 
 
 
 def test_what_is_observed_changes_nothing() -> None:
-    # Evaluation draws nothing of training's random numbers, and logging and saving neither.
+    # Evaluation, logging and saving draw none of training's random numbers.
     e = hard(eval_every_n_steps=0)
     e.callbacks, e.loss = {}, node(training.drawing_loss, _partial_=True)
     e.checkpoint.monitor, e.trainer.early_stopping = "val/loss", None

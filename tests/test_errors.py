@@ -1,4 +1,4 @@
-"""The tree of exceptions: drawn as it is, each survives pickling, and their messages read well."""
+"""The tree of exceptions: the drawing is correct, each exception survives pickling, and the messages read well."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_each_survives_pickling(error: RaytrainerError) -> None:
 
 
 class OddError(TrainingError):
-    """A user's subclass, with a constructor of another shape."""
+    """A user's subclass whose constructor has other parameters."""
 
     def __init__(self, a: int, *, b: int) -> None:
         self.a, self.b = a, b
@@ -112,7 +112,7 @@ def test_a_worker_error_says_who() -> None:
     ("word", "choices", "first"),
     [
         ("experimnt", ["checkpoint", "experiment", "optimizer"], "experiment"),
-        ("modle", ["module", "model", "middle"], "model"),  # two letters exchanged
+        ("modle", ["module", "model", "middle"], "model"),  # two letters swapped
         ("optimzer", ["optimizer", "optimize"], "optimizer"),
         ("Resnet18", ["resnet50", "resnet18"], "resnet18"),
         ("max_epoch", ["max_steps", "max_time", "max_epochs"], "max_epochs"),

@@ -1,4 +1,4 @@
-"""Evaluation: several validation sets, the objects of `metrics`, and of a checkpoint; on one rank as on several."""
+"""Evaluation on one rank and on several: several validation sets, the objects of `metrics`, and a checkpoint."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SETS = {"near": node(images, rows=17, seed=1), "far": node(images, rows=31, seed
 
 
 class Seen:
-    """A metric of nobody's library that knows nothing of ranks: how many samples it was shown since the last reset."""
+    """A metric that belongs to no library and ignores ranks. It counts the samples since the last reset."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -48,7 +48,7 @@ class Seen:
 
 
 class SeenByAll(Seen):
-    """The same, reduced over ranks."""
+    """The same number, summed over ranks."""
 
     def compute(self) -> int:
         total = torch.tensor(self.count)
@@ -58,14 +58,14 @@ class SeenByAll(Seen):
 
 
 class Odd(Seen):
-    """Gives what is no number."""
+    """A metric whose value is not a number."""
 
     def compute(self) -> Any:
         return torch.zeros(4, 4)
 
 
 class Gives(Seen):
-    """Gives what it was made with, as `_target_` nodes can write it: lists become tensors."""
+    """A metric that returns the value given in its `_target_` node. Lists become tensors."""
 
     def __init__(self, value: Any) -> None:
         super().__init__()
@@ -78,14 +78,14 @@ class Gives(Seen):
 
 
 class OfItsRank(Seen):
-    """Gives each rank a vector of another length."""
+    """A metric that returns a vector of a different length on each rank."""
 
     def compute(self) -> Any:
         return torch.ones(2 + torch.distributed.get_rank())
 
 
 class Detector(nn.Module):
-    """As those of torchvision: losses while it trains, predictions alone in eval()."""
+    """A model like torchvision's detectors, which return losses in training and only predictions in eval()."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class Detector(nn.Module):
 
 
 def detector_loss(model: Any, batch: Any) -> dict[str, Any]:
-    """No loss in evaluation."""
+    """Return a loss only in training, and predictions and targets in evaluation."""
     result = model(batch["image"], batch["label"])
     if isinstance(result, dict):
         return {"loss": result["loss_classifier"]}
@@ -105,7 +105,7 @@ def detector_loss(model: Any, batch: Any) -> dict[str, Any]:
 
 
 class Boxes(Seen):
-    """Counts lists of dicts, as detection metrics take them."""
+    """A metric that counts lists of dicts, which detection metrics take."""
 
     def update(self, preds: Any, target: Any) -> None:
         assert {"labels"} == set(preds[0]) == set(target[0])
@@ -113,7 +113,7 @@ class Boxes(Seen):
 
 
 def colliding(model: nn.Module, batch: Any) -> dict[str, Tensor]:
-    """Entries of the names of raytrainer's own figures."""
+    """Return entries with the names of raytrainer's own metrics."""
     loss = F.cross_entropy(model(batch["image"]), batch["label"])
     one = torch.ones(())
     own = {"lr": 77 * one, "loss_lr": 78 * one, "samples_per_second": 79 * one}
@@ -121,7 +121,7 @@ def colliding(model: nn.Module, batch: Any) -> dict[str, Tensor]:
 
 
 class Loud:
-    """A callback that logs under names of other figures."""
+    """A callback that logs under the names of other metrics."""
 
     def on_step_end(self, trainer: Any, event: Any) -> None:
         names = ("train/lr", "epoch", "val/loss", "system/cpu", "mine")
@@ -129,7 +129,7 @@ class Loud:
 
 
 def silent(model: nn.Module, batch: Any) -> dict[str, Tensor]:
-    """A loss with a mean of its own and no predictions."""
+    """Return a loss and a further entry, and no predictions."""
     loss = F.cross_entropy(model(batch["image"]), batch["label"])
     return {"loss": loss, "double": 2 * loss.detach()}
 
@@ -218,7 +218,7 @@ def test_what_cannot_be_a_metric_is_told_on_every_rank() -> None:
         assert "metrics give each rank values of other names" in said
     for said in ranks.run(2, refused, val, {"seen": node(Seen)}):
         assert said.startswith("metrics.seen gives each rank another value")
-    for one in (node(images, rows=1), node(training.Counting, rows=1)):  # the latter's length shows only at its end
+    for one in (node(images, rows=1), node(training.Counting, rows=1)):  # the latter's length is known only at its end
         for said in ranks.run(2, refused, one, {"seen": node(SeenByAll)}):
             assert said == "data.val has 1 sample for 2 workers, and each needs one for the metrics"
 
@@ -298,10 +298,10 @@ def test_two_figures_of_one_name_are_both_logged(caplog: pytest.LogCaptureFixtur
     assert recorder.series("val/lr") == {2: 77, 4: 77}
     for name in ("train/lr", "epoch", "system/cpu"):
         assert set(recorder.series(f"callback/{name}").values()) == {5}
-    assert recorder.series("callback/val/loss") == {3: 5, 4: 5}  # no evaluation before
+    assert recorder.series("callback/val/loss") == {3: 5, 4: 5}  # before step 3, no evaluation had used the name
     assert set(recorder.series("mine").values()) == {5}
     said = "The metric name 'train/lr' is in use for another figure"
-    assert caplog.text.count(said) == 2  # of the loss, of a callback
+    assert caplog.text.count(said) == 2  # once for the loss and once for the callback
     assert "is logged as 'train/loss_lr_2'" in caplog.text
 
 
@@ -379,11 +379,11 @@ def test_from_the_command_line() -> None:
     assert e.metrics == {"f1": {"_target_": F1, "num_classes": 10}}
 
 
-# -- of a checkpoint ---------------------------------------------------------------------------------------------------
+# -- evaluation of a checkpoint ----------------------------------------------------------------------------------------
 
 
 def trained(world: World, folder: Path) -> list[float]:
-    """The validation losses of a run with batch norm that kept all its checkpoints."""
+    """Return the validation losses of a run with batch norm that kept all its checkpoints."""
     e = experiment(model=node(training.Net), trainer={"max_steps": 4, "eval_every_n_steps": 2})
     saved = checkpointer(world, folder)
     _, recorder = fitted(e, world, checkpointer=saved)
@@ -406,7 +406,8 @@ def test_a_checkpoint_evaluates_as_it_did_in_training(tmp_path: Path) -> None:
         for wanted, expected in (("best", best), ("last", (4, fourth)), ("2", (2, second))):
             for found in [evaluated(World(), folder, wanted)] if size == 1 else ranks.run(2, evaluated, folder, wanted):
                 assert found == expected
-    # Written by two ranks, read by one: the buffers are the mean over those that wrote it; or by two, each with a shard.
+    # Two ranks wrote the checkpoint. One rank reads it, and its buffers are the mean over both. Then two ranks read it,
+    # each with a shard.
     assert evaluated(World(), tmp_path / "2", "last") == pytest.approx((4, fourth), rel=1e-5)
     for found in ranks.run(2, evaluated, tmp_path / "2", "last", "fsdp"):
         assert found == pytest.approx((4, fourth), rel=1e-5)

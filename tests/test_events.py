@@ -1,4 +1,5 @@
-"""The hooks: each is called once for its event, in the order of the listeners, and one that none has costs nothing."""
+"""The hooks: each is called once for its event, in the order of the listeners. A hook that no listener has costs
+nothing."""
 
 from __future__ import annotations
 

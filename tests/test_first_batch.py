@@ -1,4 +1,4 @@
-"""`preflight.first_batch`: one real batch before the start, and which of its failures refuse the run."""
+"""`preflight.first_batch` trains one real batch before the start; some of its failures refuse the run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from raytrainer.run import driver, launching
 from raytrainer.storage import Storage
 from tests.training import images, node
 
-# --- what a user may bring --------------------------------------------------------------------------------------------
+# --- user objects -----------------------------------------------------------------------------------------------------
 
 
 def bare(model: nn.Module, batch: Any) -> Any:
@@ -83,7 +83,7 @@ class Closure(torch.optim.SGD):
 
 
 class OnPlateau:
-    """A schedule whose step wants the metric."""
+    """A scheduler whose `step` needs the metric."""
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
@@ -106,7 +106,7 @@ class TwoHeads(nn.Module):
 
 
 class FewSamples:
-    """A metric that wants more than one batch."""
+    """A metric that needs more than one batch."""
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         pass
@@ -118,12 +118,12 @@ class FewSamples:
         pass
 
 
-# --- what the trial says ----------------------------------------------------------------------------------------------
+# --- the verdict of the probe -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
 def _private_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a process of its own, where TMPDIR is private."""
+    """Make the temporary directory private, as it is in the probe's process."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
@@ -132,7 +132,7 @@ def function(target: Any) -> dict[str, Any]:
 
 
 def composed(*overrides: str, **sections: Any) -> Composition:
-    """A small experiment; sections by keyword are whole nodes, their dots as underscores."""
+    """Return a small experiment. A keyword replaces a whole section, or a node of `data`."""
     values: dict[str, Any] = {
         "name": "one",
         "storage_path": str(Path.cwd() / "runs"),
@@ -251,7 +251,7 @@ def test_a_model_or_a_step_that_is_too_large_is_skipped_with_the_limit(monkeypat
     assert found["verdict"] == "skipped"
     assert "floating-point operations" in found["text"]
     large = node("raytrainer.models.MLP", in_features=16, num_classes=4, width=60000, depth=2)
-    found = tried(model=large)  # made on the meta device alone: no memory
+    found = tried(model=large)  # created only on the meta device, which needs no memory
     assert found["verdict"] == "skipped"
     assert "more than the 50 million" in found["text"]
 
@@ -281,7 +281,7 @@ def test_an_error_of_ours_is_told_in_its_own_words() -> None:
     assert trial_step.judged(SystemExit("usage: train.py"))["verdict"] == "refused"
 
 
-# --- around it --------------------------------------------------------------------------------------------------------
+# --- around the probe -------------------------------------------------------------------------------------------------
 
 
 def test_only_an_answer_can_refuse() -> None:
@@ -337,7 +337,8 @@ def test_check_tries_it_and_a_launch_only_when_it_is_told_to(in_tmp: Path, monke
 
 
 class Trial:
-    """Stands for the process of a trial; a launch with `cluster=inline` for one beside a Ray that starts."""
+    """A stand-in for the probe's process. A launch with `cluster=inline` stands in for one that starts Ray
+    meanwhile."""
 
     def __init__(self, verdict: Verdict | None) -> None:
         self.verdict, self.closed = verdict, False
@@ -395,7 +396,7 @@ def test_beside_ray_it_needs_a_free_core(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_whole_way_through_a_process_of_its_own(in_tmp: Path) -> None:
-    """The one test with the real process: the user's module is in the current directory, as on the command line."""
+    """The one test with a real process. The user's module is in the current directory, as on the command line."""
     (in_tmp / "mine.py").write_text(
         "import os\n"
         "def loss(model, batch):\n"

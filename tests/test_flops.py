@@ -1,4 +1,4 @@
-"""The floating-point operations of a model against the published formula, and the utilisation that a Trainer tells."""
+"""The floating-point operations of a model match the published formula, and a Trainer logs the utilisation."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ SHAPE: dict[str, Any] = {"vocab_size": 7, "dim": HEADS * HEAD_DIM, "num_layers":
 
 
 def palm(model: Transformer, length: int) -> int:
-    """Chowdhery et al. 2022 (arXiv:2204.02311), appendix B: 6N + 12LHQT a token, N the parameters that multiply."""
+    """Return the operations per token by Chowdhery et al. 2022 (arXiv:2204.02311), appendix B: 6N + 12LHQT, where N
+    counts the parameters that multiply."""
     multiply = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     if model.lm_head is not None:
-        multiply -= model.embed_tokens.weight.numel()  # looked up; a tied one is the output matrix
+        multiply -= model.embed_tokens.weight.numel()  # an embedding is looked up; a tied one is the output matrix
     return 6 * multiply + 12 * LAYERS * HEADS * HEAD_DIM * length
 
 
@@ -117,7 +118,7 @@ def test_counting_changes_nothing_of_the_training() -> None:
 
 
 def test_frozen_parameters_cost_no_gradient() -> None:
-    # Without the embedding nothing below the last feed-forward layer needs one: its own three matrices and the output's.
+    # Only the three matrices of the last feed-forward layer need a gradient: the output matrix is the frozen embedding.
     e = language(
         peak_tflops=1.0, freeze=["embed_tokens.*", "layers.[01].*", "layers.2.self_attn.*", "layers.2.*norm.*"]
     )
@@ -126,7 +127,7 @@ def test_frozen_parameters_cost_no_gradient() -> None:
     forward = palm(model, LENGTH) / 3
     mlp = sum(p.numel() for name, p in model.named_parameters() if name.startswith("layers.2.mlp."))
     head = model.embed_tokens.weight.numel()
-    # The inner layers' own gradients, and that of what goes into the outer ones: the output's, and the last matrix's.
+    # The gradients of the three matrices, and of the inputs of two: of the output matrix and of the last of the three.
     backward = 2 * mlp + 2 * head + 2 * mlp // 3
     found = metrics["train/mfu"] * 1e12 / metrics["train/samples_per_second"] / LENGTH
     assert found == pytest.approx(forward + backward)
@@ -139,7 +140,7 @@ def test_where_the_peak_is_not_known_nothing_is_counted(peak: float | None, monk
 
 
 class OnlyWithValues(nn.Module):
-    """Looks at its own values, which there are none of on the meta device."""
+    """A model that reads its own values, which do not exist on the meta device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,4 +154,4 @@ def test_a_model_that_cannot_be_counted_trains_without_the_figure() -> None:
     trainer, _ = fitted(experiment(model=node(OnlyWithValues), trainer={"peak_tflops": 1.0}))
     assert trainer.step == 4
     assert "train/mfu" not in trainer.metrics
-    assert "train/tokens_per_second" not in trainer.metrics  # its loss gives no weight
+    assert "train/tokens_per_second" not in trainer.metrics  # its loss returns no weight

@@ -1,4 +1,4 @@
-"""The server that forks launches: its children are what a new interpreter would be."""
+"""The server that forks launches: its children behave like a new interpreter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 from tests.forkserver import Forked, Server, server
 
-# What a program can see of how it was started; then it does as it is asked.
+# What a program can see of how it was started. Then it ends as the test asks.
 PROGRAM = """
     import json, os, signal, sys, threading
 
@@ -84,7 +84,7 @@ def test_a_child_is_as_a_new_interpreter(kind: str, program: Path) -> None:
         )
     assert new.returncode == 7
     expected = seen(program)
-    # What torch keeps open is no file of the server's, or of another child.
+    # The files that torch keeps open do not belong to the server or to another child.
     kept = found.pop("files")
     assert expected.pop("files") == []
     assert len(kept) <= 2
@@ -99,7 +99,7 @@ def test_its_end_is_told_as_subprocess_tells_it(program: Path) -> None:
         forked.wait(0.01)
     os.kill(forked.pid, signal.SIGTERM)
     assert forked.wait(60) == -signal.SIGTERM
-    forked.kill()  # nothing is there any more
+    forked.kill()  # does nothing: the process has ended
     assert forked.poll() == -signal.SIGTERM
 
 

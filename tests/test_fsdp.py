@@ -1,5 +1,6 @@
-"""Sharded training: the same run as DDP's, from the same weights, with the same checkpoints and resume, in less memory.
-The ranks are processes with gloo, in tests/ranks.py. As a program it prints docs/fsdp.md's table of memory."""
+"""Sharded training gives the same run as DDP: from the same weights, with the same checkpoints and resume, in less
+memory. The ranks are processes with gloo, from tests/ranks.py. Run as a program, it prints the memory table of
+docs/fsdp.md."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from tests.training import checkpointer, experiment, fitted, images, node
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a DTensor, a copy of another."""
+    """Return the whole of a DTensor, or a copy of another tensor."""
     whole: Any = tensor.detach()
     found: Tensor = whole.full_tensor() if parallel.is_sharded(whole) else whole.clone()
     return found
@@ -38,7 +39,7 @@ class Block(nn.Module):
     def __init__(self, width: int, dropout: float, inner: int = 5) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        # 5 is not divisible by 2 or 4: uneven shards, and an empty one of the bias on 4 ranks.
+        # 5 is not divisible by 2 or 4: shards are uneven, and on 4 ranks one shard of the bias is empty.
         self.inner, self.outer = nn.Linear(width, inner), nn.Linear(inner, width)
         self.dropout = nn.Dropout(dropout)
 
@@ -48,7 +49,8 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks between two layers that share their weight, with a buffer that no state dict has, and a frozen part."""
+    """Blocks between two layers that share their weight, with a buffer that no state dict has, and a frozen
+    parameter."""
 
     def __init__(self, depth: int = 3, width: int = 16, dropout: float = 0.0, classes: int = 4) -> None:
         super().__init__()
@@ -70,7 +72,7 @@ class Stack(nn.Module):
 
 
 class Looking(Stack):
-    """A constructor that looks at its values, which the meta device has none of."""
+    """A model whose constructor reads its values, which do not exist on the meta device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +80,7 @@ class Looking(Stack):
 
 
 class Loose(Stack):
-    """A tensor that is neither a parameter nor a buffer."""
+    """A model with a tensor that is neither a parameter nor a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +110,7 @@ def with_strategy(e: Experiment, strategy: str) -> Experiment:
     )
 
 
-# -- the same curve as one process's, and as DDP's -------------------------------------------------------------------
+# -- the same curve as on one process and with DDP -------------------------------------------------------------------
 
 
 def curves(world: World, cases: list[Experiment]) -> list[list[dict[int, float]]]:
@@ -122,7 +124,7 @@ def curves(world: World, cases: list[Experiment]) -> list[list[dict[int, float]]
 
 def test_it_is_equal_to_one_process_and_to_ddp() -> None:
     def exact(steps: int, **fsdp: Any) -> Experiment:
-        # Epochs of 7 batches and one of 6 samples, on 4 ranks 1 or 2 of them.
+        # An epoch has 7 full batches and one of 6 samples, 1 or 2 on each of 4 ranks.
         e = stack(
             max_steps=steps, precision="64-true", max_grad_norm=0.5, ema_decay=0.9, eval_every_n_steps=20, fsdp=fsdp
         )
@@ -155,7 +157,7 @@ def test_it_is_equal_to_one_process_and_to_ddp() -> None:
 
 
 def gradients(world: World, cases: list[Experiment]) -> list[dict[str, Tensor]]:
-    """Of each case the gradient of its first step."""
+    """Return the gradients of the first step of each case."""
     found = []
     for e in cases:
         trainer = Trainer(e, world=world)
@@ -166,7 +168,7 @@ def gradients(world: World, cases: list[Experiment]) -> list[dict[str, Tensor]]:
 
 
 def test_a_token_weighted_gradient_is_that_of_one_process() -> None:
-    # Rows 0 and 1 have no token that counts, and 3 samples leave one of 4 ranks without any.
+    # Rows 0 and 1 have no counted token, and 3 samples leave one of 4 ranks without any.
     cases = [
         experiment(
             **TOKENS,
@@ -221,7 +223,7 @@ def test_the_weights_are_those_of_a_model_built_whole(kind: type) -> None:
 
 
 def state_of(trainer: Trainer) -> dict[str, Any]:
-    """Model, average and optimizer, whole."""
+    """Return the model, its average and the optimizer, all with whole tensors."""
     moments = named_optimizer_state(trainer.optimizer, trainer.raw_model)
     assert trainer.ema_model is not None
     return {
@@ -237,7 +239,7 @@ def trained(world: World, e: Experiment, folder: Path) -> dict[str, Any]:
 
 
 def gone_on(world: World, e: Experiment, folder: Path) -> tuple[dict[str, Any], dict[int, float]]:
-    """The state as it was loaded, and the losses after it."""
+    """Return the state as it was loaded, and the losses after it."""
     saved, recorder = checkpointer(world, folder), training.Recorder()
     trainer = Trainer(e, world=world, checkpointer=saved, listeners=[recorder])
     trainer.restore(saved.list()[-1])
@@ -277,7 +279,7 @@ def three_classes(model: nn.Module, batch: Any) -> dict[str, Tensor]:
 
 
 def overflowing(world: World, e: Experiment) -> tuple[float, bool]:
-    """The scale after a step in which one rank's gradients overflow, and whether the weights are as before."""
+    """Return the scale after a step in which one rank's gradients overflow, and whether the weights are unchanged."""
     trainer = Trainer(e, world=world)
     before = {name: full(t) for name, t in trainer.raw_model.named_parameters()}
     batch = next(trainer.train_loader.batches(0, 1))
@@ -291,7 +293,8 @@ def overflowing(world: World, e: Experiment) -> tuple[float, bool]:
 
 
 def head_alone(world: World, e: Experiment, folder: Path) -> tuple[dict[int, float], list[int], list[bool]]:
-    """The losses, this rank's values of what is trained, and which groups of the optimizer are fused."""
+    """Return the losses, how many values of each trained parameter this rank holds, and whether each optimizer group is
+    fused."""
     saved = checkpointer(world, folder)
     recorder = training.Recorder()
     trainer = Trainer(e, world=world, checkpointer=saved, listeners=[recorder])
@@ -303,7 +306,7 @@ def head_alone(world: World, e: Experiment, folder: Path) -> tuple[dict[int, flo
 
 
 def test_a_new_head_of_fewer_classes_than_ranks_by_fused_sgd(tmp_path: Path) -> None:
-    # Ranks without any value that is trained, and an optimizer that has no kernel for shards.
+    # Some ranks hold no trained value, and the optimizer has no kernel for shards.
     e = stack(max_steps=3, freeze=["first.*", "blocks.*", "last.*"], max_grad_norm=0.5, precision="64-true")
     e.model, e.loss = node(Stack, classes=3), node(three_classes, _partial_=True)
     e.optimizer = node("torch.optim.SGD", lr=0.1, momentum=0.9, fused=True)
@@ -313,7 +316,7 @@ def test_a_new_head_of_fewer_classes_than_ranks_by_fused_sgd(tmp_path: Path) -> 
     assert found[3][1:] == ([0, 0], [False, False])
     for losses, _, _ in found:
         assert losses == pytest.approx(expected, rel=1e-9)
-    # On one process it is fused again.
+    # On one process the optimizer is fused again.
     e.trainer.max_steps = 5
     losses, _, fused = head_alone(World(), e, tmp_path)
     assert fused == [True, True]
@@ -329,11 +332,11 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(optimizer: str) -> None:
 
 
 def started_from(world: World, e: Experiment, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    """The weights after `init_from`; and, from rank 0 alone, those that a model is exported with."""
+    """Return the weights after `init_from`, and on rank 0 also the weights with which a model is exported."""
     trainer = Trainer(e, world=world, checkpointer=checkpointer(world, folder))
     with pytest.raises(CheckpointNotFound, match=r"init_from=/nowhere: neither"):
         trainer.init_from("/nowhere")
-    # Only the first rank has the whole of them in its memory, or asks for them.
+    # Only the first rank looks for the weights and holds all of them in its memory.
     trainer.init_from(str(folder.parent if world.rank == 0 else "/nowhere"))
     found = {name: full(t) for name, t in trainer.raw_model.state_dict().items()}
     return found, trainer.best_weights()[1] if world.rank == 0 else None
@@ -370,7 +373,7 @@ class Wide(nn.Module):
 
 
 def peak(world: World, e: Experiment) -> dict[str, int]:
-    """Bytes that this rank holds when it holds the most, by what they are for, in its second step."""
+    """Return the bytes that this rank holds at the peak of its second step, by what they are for."""
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
     from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -410,7 +413,7 @@ def test_memory_falls_with_the_number_of_ranks() -> None:
     assert recomputed["Total"] < 0.35 * ddp
 
 
-# -- what else there is to training ----------------------------------------------------------------------------------
+# -- other parts of training -----------------------------------------------------------------------------------------
 
 
 def losses(world: World, cases: list[Experiment]) -> list[dict[int, float]]:
@@ -468,7 +471,7 @@ def test_types_are_those_of_the_precision() -> None:
 
 
 class Choosy(nn.Module):
-    """Each rank uses a half of its own, of one unit."""
+    """A unit with two halves. Each rank uses its own half."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -487,7 +490,7 @@ def test_ranks_may_use_different_parts_of_a_unit() -> None:
 
 
 def compiled(world: World, e: Experiment, backend: str) -> tuple[dict[int, float], dict[int, float], int]:
-    """The losses without and with torch.compile, and how many graphs it made."""
+    """Return the losses without and with torch.compile, and how many graphs it made."""
     from torch._dynamo.utils import counters
 
     plain = losses(world, [e])[0]
@@ -528,7 +531,7 @@ def test_what_cannot_be_sharded_is_refused(model: type, wrap: list[str] | None, 
 
 
 class Twice(nn.Module):
-    """A batch norm of two names."""
+    """A model in which one batch norm has two names."""
 
     def __init__(self) -> None:
         super().__init__()

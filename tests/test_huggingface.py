@@ -1,4 +1,5 @@
-"""A tiny model of Hugging Face's, randomly made and saved here, fine-tuned: whole from the command line, and by LoRA."""
+"""A tiny Hugging Face model, randomly initialized and saved here, is fine-tuned: whole from the command line, and by
+LoRA."""
 
 from __future__ import annotations
 
@@ -75,7 +76,7 @@ tracking: {log_model: false}
 
 
 def saved(folder: Path, **options: Any) -> dict[str, Tensor]:
-    """A model's folder as its makers would publish it, in several files; its state dict."""
+    """Save a model as its authors would publish it, in several files. Return its state dict."""
     with torch.random.fork_rng():
         torch.manual_seed(11)
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **options))
@@ -102,20 +103,20 @@ def test_an_outside_project_fine_tunes_it_from_the_command_line(
     done = launched(in_tmp, *tune, "name=one").exits(0)
     shown = f"weights of {in_tmp}/hub/model.safetensors.index.json: {len(published) - 1} tensors taken"
     assert shown in done.err
-    size = sum(t.numel() for n, t in published.items() if n != "lm_head.weight")  # which is the embedding again
+    size = sum(t.numel() for n, t in published.items() if n != "lm_head.weight")  # the same tensor as the embedding
     assert f"training {size - 7 * 32:,} of {size:,} parameters" in done.err
     assert differences(load_file("at-0.safetensors"), published) == []
     after = load_file("at-8.safetensors")
     assert differences(after, published) != []
     assert torch.equal(after["model.embed_tokens.weight"], published["model.embed_tokens.weight"])
 
-    # The folder may be gone by then, but for the config that the model is made by.
+    # A resume does not need the published weights, only the config that creates the model.
     (in_tmp / "hub" / "model.safetensors.index.json").unlink()
     resumed = launched(in_tmp, "resume", "one", "trainer.max_steps=12").exits(0)
     assert "weights of" not in resumed.err
     assert differences(load_file("at-8.safetensors"), after) == []
 
-    # Another run begins with this one's weights, by its id in MLflow alone.
+    # Another run starts from this run's weights, given only by its id in MLflow.
     run_id = json.loads(Path("runs/one/run.json").read_text())["run_id"]
     another = [*tune[:-1], "model.config.pretrained_model_name_or_path=hub"]
     assert cli.main(["check", *another, f"init_from={run_id}", "preflight.first_batch=false"]) == 0
@@ -175,7 +176,7 @@ def test_lora_trains_only_its_adapters_and_goes_on_exactly(tmp_path: Path) -> No
     again.fit()
     assert differences(weights(again), weights(trainer)) == []
 
-    # The adapter alone, on the published model, is the trained model.
+    # The published model with the adapter is the trained model.
     assert sum(f.stat().st_size for f in (tmp_path / "adapter").iterdir()) < 20_000
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hub")
     model = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
@@ -189,7 +190,7 @@ def weights_of_base(found: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def lora_without(e: Any, folder: Path, published: dict[str, Tensor]) -> Any:
-    """The same, from a folder that lacks two tensors."""
+    """Return the same experiment, with weights from a folder that lacks two tensors."""
     import copy
 
     from safetensors.torch import save_file

@@ -1,4 +1,4 @@
-"""Hydra applications of other projects compose our configs, and keep their own."""
+"""Hydra applications of other projects can compose our configs, and keep their own."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_another_application_composes_ours_and_its_own_wins(in_tmp: Path) -> Non
 
 
 def test_an_application_that_does_not_ask_for_our_groups_has_none_of_them(in_tmp: Path) -> None:
-    """Its key `debug` is a key, though we have a group of that name."""
+    """The application's `debug` stays a plain key, although we have a config group of that name."""
     (in_tmp / "app.py").write_text(APPLICATION)
     (in_tmp / "conf").mkdir()
     (in_tmp / "conf" / "root.yaml").write_text("debug: false\nmodel: small\n")
@@ -75,7 +75,7 @@ def test_the_settings_are_in_the_application_s_own_config(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     shown = {key: value for key, value in yaml.safe_load(done.stdout).items() if not key.startswith("_")}
     assert shown == {**DEFAULTS, "resources_per_trial": {"CPU": 1, "GPU": 0.5}, "params": {"x": "1,2"}}
-    # Without -m it changes nothing.
+    # Without -m, the plugin changes nothing.
     assert app(tmp_path, "hydra/sweeper=ray_tune", "hydra.run.dir=.").returncode == 0
     assert (tmp_path / "calls").exists()
 
@@ -135,13 +135,13 @@ def wrapper(inner: Any) -> Any:
 
 
 def _bare() -> None:
-    """Not wrapped."""
+    """A task function that is not wrapped."""
 
 
 @wrapper
 @wrapper
 def _wrapped() -> None:
-    """The task function is below what the module has by its name, as `hydra.main` leaves it."""
+    """A task function below the wrapper that its module has under its name, as `hydra.main` leaves it."""
 
 
 def test_a_function_of_a_module_is_sent_by_its_name() -> None:
@@ -163,7 +163,7 @@ def test_what_hydra_cannot_compose_is_hydras_own_error(tmp_path: Path) -> None:
 
 
 def test_a_secret_of_the_environment_stays_a_reference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Hydra resolves a plugin's settings; the trials' parameters are kept and logged."""
+    """Hydra resolves a plugin's settings, but the trials' parameters are kept and logged."""
     monkeypatch.setenv("A_SECRET", "hunter2")
     params = {
         "token": ["${oc.env:A_SECRET}", "none"],

@@ -1,5 +1,5 @@
-"""The Dockerfile, read and tried as far as that goes without a Docker engine: what it copies is there and nothing else
-is sent, everything is pinned, nobody is root, and the steps that are Python's own run.
+"""The Dockerfile, read and tried as far as possible without a Docker engine: what it copies exists and nothing else is
+sent, everything is pinned, the user is not root, and the steps that run Python work.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass
 class Stage:
-    """What one FROM begins."""
+    """The part of the Dockerfile that one FROM begins."""
 
     image: str
     name: str
-    steps: list[tuple[str, str]] = field(default_factory=list)  # instruction, its text with lines joined
+    steps: list[tuple[str, str]] = field(default_factory=list)  # (instruction, its text with lines joined)
 
     def texts(self, instruction: str) -> list[str]:
         return [text for found, text in self.steps if found == instruction]
 
 
 def parsed() -> tuple[dict[str, str], list[Stage]]:
-    """The arguments before the first FROM, and the stages."""
+    """Return the arguments before the first FROM, and the stages."""
     lines = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
     text = re.sub(r"\\\n\s*", " ", "\n".join(lines))
     arguments: dict[str, str] = {}
@@ -58,13 +58,14 @@ def parsed() -> tuple[dict[str, str], list[Stage]]:
 
 
 def copied(stage: Stage) -> list[tuple[list[str], str]]:
-    """Sources and target of each COPY from the tree."""
+    """Return the sources and the target of each COPY from the source tree."""
     words = [shlex.split(text) for text in stage.texts("COPY")]
     return [(found[:-1], found[-1]) for found in words if not found[0].startswith("--from=")]
 
 
 def is_sent(path: str) -> bool:
-    """Whether .dockerignore lets a file into the build: the last pattern that matches it, or a folder above, decides."""
+    """Return whether .dockerignore lets a file into the build. The last pattern that matches it, or a folder above,
+    decides."""
     sent = True
     for pattern in (ROOT / ".dockerignore").read_text().splitlines():
         if not pattern or pattern.startswith("#"):
@@ -73,7 +74,7 @@ def is_sent(path: str) -> bool:
         parts = path.split("/")
         for depth in range(1, len(parts) + 1):
             above = "/".join(parts[:depth])
-            # `**/` is any folder, none too; a `*` stays within one.
+            # `**/` matches any folders or none; a `*` stays within one folder.
             name = pattern.removeprefix("**/")
             if fnmatch.fnmatchcase(parts[depth - 1] if pattern.startswith("**/") else above, name) and (
                 "/" not in above or "*" not in pattern or pattern.startswith("**/")
@@ -84,7 +85,7 @@ def is_sent(path: str) -> bool:
 
 
 def tracked() -> list[str]:
-    """Files that are, or may be, part of the repository."""
+    """Return the files that are, or may become, part of the repository."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     return [path for path in found if (ROOT / path).exists()]
@@ -98,7 +99,7 @@ def test_what_is_copied_is_there_and_is_sent() -> None:
         below = [file for file in files if file == source or file.startswith(f"{source}/")]
         assert below, source
         assert [file for file in below if not is_sent(file)] == []
-    # And nothing else: what is sent and not copied could only be there by mistake.
+    # Nothing else is sent: a file that is sent but not copied could only be there by mistake.
     tops = {file.split("/")[0] for file in files if is_sent(file)}
     assert tops == sources
 
@@ -136,7 +137,7 @@ def test_it_runs_as_nobody_in_particular() -> None:
     # The check of the image runs as that user, too.
     assert instructions.index("USER") < len(instructions) - 1 - instructions[::-1].index("RUN")
     assert f"--uid {kuberay._USER}" in " ".join(last.texts("RUN"))
-    # KubeRay and `ray up` bring commands of their own, which an entrypoint would take for its arguments.
+    # KubeRay and `ray up` bring their own commands, which an entrypoint would take for its arguments.
     assert "ENTRYPOINT" not in instructions
 
 
@@ -169,7 +170,7 @@ def test_every_package_is_pinned() -> None:
 
 
 def test_the_steps_of_python_run(tmp_path: Path) -> None:
-    """The tree as the engine gets it, and the build's own commands in it, with this Python and without a network."""
+    """Run the build's own commands in the tree that the engine gets, with this Python and without a network."""
     _, (build, last) = parsed()
     source, wheels = tmp_path / "src", tmp_path / "wheels"
     source.mkdir()
@@ -198,7 +199,7 @@ def test_the_steps_of_python_run(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "raytrainer/configs/train.yaml" in names
     assert "hydra_plugins/raytrainer/ray_tune.py" in names
-    # What is asked for and what is pinned fit together: here it is installed, so pip has nothing to fetch.
+    # The requirements and the pinned versions fit together: they are installed here, so pip has nothing to fetch.
     install = next(text for text in last.texts("RUN") if "requirements.txt" in text)
     run(re.sub(r"\$\{(PACKAGES|TORCH_INDEX:[^ ]* \S+)\}*", "", install).replace("pip install", "pip install --dry-run"))
     composed = next(text for text in last.texts("RUN") if "--cfg" in text)

@@ -1,4 +1,5 @@
-"""Signals of the launching process, sent to this one: which end it, with which code, and which do not count."""
+"""Signals to the launching process, here sent to this one: which of them end it, with which exit code, and which do not
+count."""
 
 from __future__ import annotations
 
@@ -31,14 +32,14 @@ def test_each_signal_has_its_code(number: signal.Signals, code: int) -> None:
 
 
 def test_further_hangups_do_not_force_the_end() -> None:
-    """A shell sends one to its jobs when it gets one, and the kernel another when the shell ends."""
+    """A shell sends a hangup to its jobs when it gets one, and the kernel sends another when the shell ends."""
     with Interrupts() as interrupts:
         interrupts.deferred = True
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGHUP)
         assert (interrupts.count, interrupts.exit_code) == (1, 129)
         with pytest.raises(Interrupted):
-            os.kill(os.getpid(), signal.SIGINT)  # somebody insists
+            os.kill(os.getpid(), signal.SIGINT)  # another kind of signal forces the end
         assert interrupts.exit_code == 129
 
 

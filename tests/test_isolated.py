@@ -1,4 +1,4 @@
-"""A function in a process of its own: what it returns, how it can end, and what is left of it."""
+"""A function in its own process: what it returns, how it can end, and what is left of it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def isolated(tmp_path: Path) -> Callable[..., Isolated]:
 
 
 def gone(pids: list[int], within_s: float = 10) -> bool:
-    """Whether the processes end; one that nobody has waited for yet has ended too."""
+    """Return whether the processes end in time. A zombie has ended, too."""
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         states = [psutil.Process(pid).status() for pid in pids if psutil.pid_exists(pid)]
@@ -75,7 +75,7 @@ def test_the_answer_and_the_surroundings(isolated: Callable[..., Isolated], monk
     assert ended.value["x"] == [1, 2]
     assert (ended.value["argv"], ended.value["cwd"], ended.value["stdin"]) == (["-c"], str(Path.cwd()), "")
     variables = ended.value["variables"]
-    assert "WORLD_SIZE" not in variables  # it is no rank of the group that its parent is in
+    assert "WORLD_SIZE" not in variables  # it is not a rank of its parent's group
     assert (variables["OF_THE_USER"], variables["EXTRA"], variables["CUDA_VISIBLE_DEVICES"]) == ("kept", "here", "")
     assert variables["TMPDIR"] == str(process.folder)
     assert not process.folder.exists()
@@ -130,7 +130,7 @@ def test_it_ends_with_its_parent(tmp_path: Path) -> None:
         parent.kill()
         parent.wait()
     assert gone([child, same_group])
-    psutil.Process(own_group).kill()  # whoever leaves the group of a parent that was killed is on its own
+    psutil.Process(own_group).kill()  # nothing ends a process that left the group of a killed parent
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of private memory are Linux's")

@@ -1,4 +1,5 @@
-"""The best evaluation's weights are kept, whatever checkpoints are due: what is evaluated, evaluate and export can use."""
+"""The best evaluation's weights are kept, whichever checkpoints are due, so that `evaluate` and `export` can use
+them."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ SPARSE = {"monitor": "val/score", "mode": "max", "min_interval_s": 1000.0}
 def trained(
     place: Path, values: Sequence[float], *, objective: Objective | None = None, **checkpoint: Any
 ) -> tuple[Trainer, Checkpointer]:
-    """A trainer that has evaluated once a step, and got these values of `val/score`."""
+    """Return a trainer that has evaluated after each step and got these values of `val/score`, and its checkpointer."""
     e = experiment(
         trainer={"max_steps": len(values), "eval_every_n_steps": 1},
         checkpoint={**SPARSE, "num_to_keep": 1, **checkpoint},
@@ -39,7 +40,7 @@ def trained(
 
 
 def steps_written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The steps of the checkpoints that are written from now on."""
+    """Return a list that gets the steps of the checkpoints written from now on."""
     written: list[int] = []
     start = Checkpointer._start
 
@@ -63,15 +64,15 @@ def test_the_best_evaluation_has_a_checkpoint(tmp_path: Path, checkpoint: dict[s
 
 
 def test_checkpoints_are_no_closer_than_they_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values that are better each time are kept in memory; on the disk there are the first and the last."""
+    """Values that improve each time are kept in memory; only the best and the last are written."""
     written = steps_written(monkeypatch)
     trained(tmp_path, [0.1, 0.2, 0.3, 0.4, 0.5, 0.45])
     assert written == [5, 6]
 
 
 def test_a_trial_keeps_the_best_by_its_sweeps_metric(tmp_path: Path) -> None:
-    """Which may be another than the one that the run itself watches, and of another direction."""
-    objective = Objective("val/loss", "max")  # best where val/score is the least
+    """The sweep's metric may differ from the run's own monitor, and have the other mode."""
+    objective = Objective("val/loss", "max")  # best where val/score is lowest
     trainer, checkpoints = trained(tmp_path, [0.5, 0.1, 0.7, 0.6], objective=objective)
     best = checkpoints.best()
     assert best is not None
@@ -86,7 +87,8 @@ def test_one_that_may_be_killed_writes_its_best_at_once(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_trial_that_is_stopped_writes_its_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type) -> None:
-    """A scheduler stops it after a worse evaluation: by an exception in the report, which is no Exception."""
+    """A trial that a scheduler stops after a worse evaluation still writes its best, whichever exception the report
+    raises."""
     monkeypatch.chdir(tmp_path)
     values = iter(BEST_IN_THE_MIDDLE)
     monkeypatch.setattr(Trainer, "evaluate", lambda self: {"val/accuracy": next(values), "val/loss": 1.0})
@@ -120,7 +122,7 @@ def test_held_states(tmp_path: Path) -> None:
     checkpoints.hold(1, {"n": 1}, {}, metric=1.0)
     checkpoints.hold(2, {"n": 2}, {}, metric=2.0)
     assert checkpoints.list() == []
-    checkpoints.save(4, {"n": 4}, {}, metric=0.0)  # what is held comes first
+    checkpoints.save(4, {"n": 4}, {}, metric=0.0)  # the held state is written first
     checkpoints.hold(5, {"n": 5}, {}, metric=5.0)
     checkpoints.drop_held()
     checkpoints.write_held()
@@ -131,7 +133,7 @@ def test_held_states(tmp_path: Path) -> None:
 
 
 def test_what_is_taken_in_does_not_cost_a_trial_its_best(tmp_path: Path) -> None:
-    """Population based training puts another's checkpoint in the place of a trial's own."""
+    """Population based training replaces a trial's own checkpoint with that of another trial."""
     own, other = Storage(tmp_path / "own"), Storage(tmp_path / "other")
     states(own, 0.3, 0.9, 0.2)
     states(other, 0.6, first=2)

@@ -1,4 +1,4 @@
-"""`experiment=transformer` learns more than the frequencies of bytes and of pairs of bytes, on two workers."""
+"""`experiment=transformer` on two workers learns more than the frequencies of bytes and of pairs of bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def evaluated(world: World, e: Experiment) -> dict[str, float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("layers", [2, pytest.param(3, marks=pytest.mark.nightly)])
 def test_it_beats_a_unigram_and_a_bigram_model(layers: int) -> None:
-    """Also with a layer less than the experiment has."""
+    """The model beats both even with one layer less than the experiment has."""
     steps = ["trainer.max_steps=80", "trainer.eval_every_n_steps=80", "data.val.max_bytes=40000"]
     model = f"model.num_layers={layers}"
     e = compose(["experiment=transformer", "trainer.num_threads=1", model, *steps]).experiment
@@ -30,7 +30,7 @@ def test_it_beats_a_unigram_and_a_bigram_model(layers: int) -> None:
     train, val = (build(node or {}).tokens for node in (e.data.train, e.data.val))
     assert (len(train), len(val)) == (2_000_000, 40_000)
 
-    # Both with one more of each than was counted in the training text, on the targets of the validation.
+    # The counts in the training text, each increased by one, give the losses on the validation targets.
     singles = np.bincount(train, minlength=256) + 1.0
     pairs = np.ones((256, 256))
     np.add.at(pairs, (train[:-1], train[1:]), 1)

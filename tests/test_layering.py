@@ -1,6 +1,6 @@
-"""The code's layers, the rooms of third parties and the lazy imports, read from the syntax trees.
+"""The layers of the code, the modules that may import third parties, and the lazy imports, read from the syntax trees.
 
-The tables below are those of the design; a new module is given a layer here, or this file fails.
+The tables below follow the design. A new module needs a layer here, or a test of this file fails.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-# A module imports only from layers below its own. Those of one layer do not know each other; the files of a package
-# (data/, models/, ...) are one module here.
+# A module imports only from layers below its own, and modules of one layer do not import each other. The files of a
+# package (data/, models/, ...) are one module here.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "garbage", "git", "proxies", "streams"),
     (
@@ -64,10 +64,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("completion",),
     ("cli", "__main__", "__init__", "hydra_plugins"),
 )
-# The one pair that shares a layer and a direction: the program is the command line, started.
+# The only import within a layer: the program starts the command line.
 ALLOWED_IN_LAYER = {("__main__", "cli")}
 
-# Third parties stay in their rooms, imports inside functions included.
+# Only these modules import these third-party packages, also inside functions.
 ROOMS: dict[str, frozenset[str]] = {
     "ray": frozenset({"data", "worker", "run", "supervise", "sweep", "cluster", "history"}),
     "mlflow": frozenset({"tracking", "mlflow_model"}),
@@ -75,9 +75,9 @@ ROOMS: dict[str, frozenset[str]] = {
     "hydra": frozenset({"config", "cli", "hydra_plugins"}),
     "omegaconf": frozenset({"config", "cli", "hydra_plugins"}),
 }
-# What writes the model is one function. In data: only RayDataset, for whom Ray reads.
+# Only one function imports these: the one that writes the model, and in `data` RayDataset, for which Ray reads.
 ONE_FUNCTION = {("mlflow", "mlflow_model"), ("ray", "data")}
-# Never torch, wherever in the file. (In `seeds` it is imported inside functions.)
+# These modules never import torch, not even inside functions. (`seeds` imports it inside functions.)
 NO_TORCH = frozenset({"errors", "config", "storage", "events", "tracking", "completion", "cli", "__main__"})
 
 # Importing the module imports none of these.
@@ -99,8 +99,8 @@ LAZY: dict[str, tuple[str, ...]] = {
     "hydra_plugins.raytrainer": ("torch", "ray", "mlflow"),
 }
 
-# Variables of Ray that users set and several places honour; every other one, and whatever of Ray is private, is in
-# one module.
+# Variables of Ray that users set and several modules honour. All others, and Ray's private names, are in one module
+# only.
 HONOURED = re.compile(r"RAY_(ADDRESS|TMPDIR|API_SERVER_ADDRESS|AUTH_\w+)")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,7 +109,7 @@ LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module i
 
 @dataclass(frozen=True)
 class Import:
-    """One imported name: where it stands, and what it names."""
+    """One imported name, and where the import is."""
 
     file: Path
     line: int
@@ -122,7 +122,7 @@ class Import:
 
 
 def module_of(file: Path) -> str:
-    """The name in the tables: the first part below raytrainer/, or hydra_plugins."""
+    """Return the name in the tables: the first part below raytrainer/, or hydra_plugins."""
     parts = file.relative_to(ROOT).with_suffix("").parts
     return parts[1] if parts[0] == "raytrainer" else parts[0]
 
@@ -138,7 +138,7 @@ def tree_of(file: Path) -> ast.Module:
 
 
 def imports_of(file: Path) -> Iterator[Import]:
-    """All of them, also inside functions, under TYPE_CHECKING, and by `import_module` of a literal name."""
+    """Yield all imports, also inside functions, under TYPE_CHECKING, and by `import_module` with a literal name."""
     yield from _imports(tree_of(file), file, None)
 
 
@@ -167,13 +167,14 @@ def all_imports() -> list[Import]:
 
 
 def ours(name: str) -> str | None:
-    """The module of ours that an imported name belongs to."""
+    """Return our module that an imported name belongs to; None if it is not ours."""
     parts = name.split(".")
     if parts[0] == "hydra_plugins":
         return "hydra_plugins"
     if parts[0] != "raytrainer":
         return None
-    # `from raytrainer import seeds` is the module; `from raytrainer import Trainer` is a public name of __init__.
+    # `from raytrainer import seeds` imports the module; `from raytrainer import Trainer` imports a public name of
+    # __init__.
     return parts[1] if len(parts) > 1 and (parts[1] in LAYER_OF or parts[1] == "configs") else "__init__"
 
 
@@ -247,11 +248,11 @@ def present(module: str) -> bool:
 
 @pytest.mark.parametrize("module", [module for module in LAZY if present(module)])
 def test_importing_stays_light(module: str) -> None:
-    # A process of its own: in this one, other tests have imported everything.
+    # In this process, other tests have imported everything, so start a new one.
     program = (
         "import importlib, json, pkgutil, sys\n"
         f"module = importlib.import_module({module!r})\n"
-        # Hydra imports every module of every plugin package before it does anything.
+        # Hydra imports every module of every plugin package before it does anything else.
         "if module.__name__.startswith('hydra_plugins'):\n"
         "    for found in pkgutil.walk_packages(module.__path__, module.__name__ + '.'):\n"
         "        importlib.import_module(found.name)\n"

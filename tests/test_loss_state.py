@@ -1,4 +1,4 @@
-"""A loss with parameters or buffers is trained, moved, saved and evaluated as the model is."""
+"""A loss with parameters or buffers is trained, moved, saved and evaluated like the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from tests.training import checkpointer, differences, experiment, fitted, node
 
 
 class Learned(nn.Module):
-    """A head and a temperature that are trained, a running mean that is kept, and dropout that only training has."""
+    """A head and a temperature that are trained, a running mean that is kept, and dropout that is active only in
+    training."""
 
     def __init__(self, track: bool = True, drop: float = 0.0) -> None:
         super().__init__()
@@ -58,9 +59,9 @@ def test_it_is_trained_counted_and_evaluated_in_its_mode() -> None:
     assert (start.parameters, start.trainable) == (model + 21, model + 21)
     assert isinstance(trainer.loss, Learned)
     assert int(trainer.loss.seen) == 4
-    assert trainer.loss.evaluated_in is False  # the last call was the evaluation's
+    assert trainer.loss.evaluated_in is False  # its last call was in the evaluation
     assert trainer.loss.training
-    # Exported are the model's weights alone.
+    # Only the model's weights are exported.
     assert not [name for name in trainer.best_weights()[1] if name.startswith("loss")]
 
 
@@ -101,7 +102,7 @@ def test_two_ranks_are_one(strategy: str) -> None:
 
 
 def resumed(world: World, folder: Path, e: Experiment) -> list[str]:
-    """Where 4 steps and 4 more, in another trainer, are not 8."""
+    """Return what differs between 8 steps, and 4 steps with 4 more in another trainer."""
     e.trainer.max_steps = 8
     straight, _ = fitted(e, world)
     e.trainer.max_steps = 4
@@ -160,7 +161,7 @@ def test_a_loss_alone_may_be_trained() -> None:
 
 
 class Keeping(nn.Module):
-    """Keeps the model that it is called with."""
+    """A loss that keeps the model that it is called with."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,7 +217,7 @@ def test_muon_leaves_it_to_adamw() -> None:
 
 
 class Plain:
-    """An object that is no module itself, with one among its attributes."""
+    """An object that is not a module, but has one among its attributes."""
 
     def __init__(self) -> None:
         self.head = nn.Linear(4, 4)

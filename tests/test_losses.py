@@ -1,4 +1,5 @@
-"""The reference losses: values against torch and by hand, weights that make any split equal, errors that name."""
+"""The reference losses: values match torch and calculations by hand, weights make any split equal, and errors name the
+problem."""
 
 from __future__ import annotations
 
@@ -124,7 +125,7 @@ def test_mean_squared_error_never_broadcasts() -> None:
 
 
 class Output:
-    """As Hugging Face's models give."""
+    """An output like those of Hugging Face's models."""
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits

@@ -1,4 +1,4 @@
-"""Means over uneven steps and ranks, the best value so far, and the clock of the throughput."""
+"""Means over uneven steps and ranks, the best value so far, and the throughput."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_the_weight_is_what_was_added_here() -> None:
     again.load_state_dict(means.state_dict())
     again.add({"loss": torch.tensor(1.0)}, 10)
     assert (means.reduce(), means.weight) == (({"loss": 1.0}, []), 5)
-    assert (again.reduce(), again.weight) == (({"loss": 1.0}, []), 10)  # its clock began after the other five
+    assert (again.reduce(), again.weight) == (({"loss": 1.0}, []), 10)  # its clock began after the loaded 5
     again.add({"loss": torch.tensor(1.0)}, 1)
     assert (again.reduce(), again.weight) == (({"loss": 1.0}, []), 1)
 
@@ -124,14 +124,14 @@ def test_a_long_window_is_folded_and_stays_a_mean(monkeypatch: pytest.MonkeyPatc
             each.add({"other": torch.tensor(10.0)}, 5)
     expected = {"loss": pytest.approx((sum(value * (value + 1) for value in range(5)) + 50) / 20)}
     assert [each.reduce()[0] for each in (means, again)] == [expected, expected]
-    for later in (math.inf, 1.0, 1.0, 1.0):  # the first is folded away
+    for later in (math.inf, 1.0, 1.0, 1.0):  # the infinite value is folded into the sums
         means.add({"loss": torch.tensor(later)}, 1)
     assert means.nonfinite()
 
 
 def on_rank(world: World) -> tuple[dict[str, float], list[float]]:
     means = WeightedMeans(CPU, world.all_reduce)
-    means.add({"loss": torch.tensor(float(world.rank))}, world.rank)  # 0 of weight 0, 1 of 1, 2 of 2
+    means.add({"loss": torch.tensor(float(world.rank))}, world.rank)  # rank r adds the value r with weight r
     return means.reduce(float(world.rank == 1))
 
 
@@ -139,7 +139,7 @@ def test_ranks_are_weighted_too() -> None:
     assert ranks.run(3, on_rank) == [({"loss": pytest.approx(5 / 3)}, [1.0])] * 3
 
 
-# -- the best --------------------------------------------------------------------------------------------------------
+# -- the best value --------------------------------------------------------------------------------------------------
 
 
 def follow(monitor: Monitor, values: list[float]) -> list[tuple[float | None, int | None, int]]:
@@ -159,7 +159,7 @@ def test_the_best_and_how_long_there_was_none_better() -> None:
         (2, 4, 1),
     ]
     assert follow(Monitor("val/loss", "max"), [3, 4, 4]) == [(3, 1, 0), (4, 2, 0), (4, 2, 1)]
-    # Gains that are too small do not add up: each is compared with the best that counted.
+    # Gains that are too small do not add up: each value is compared with the last best that counted.
     assert follow(Monitor("val/loss", "min", 0.5), [3, 2.6, 2.5, 2.4]) == [(3, 1, 0), (3, 1, 1), (3, 1, 2), (2.4, 4, 0)]
 
 
@@ -196,10 +196,10 @@ def test_throughput_leaves_out_what_is_no_training(monkeypatch: pytest.MonkeyPat
     throughput.go_on()
     assert throughput.rate() == pytest.approx(20)
     assert throughput.seconds == pytest.approx(2)
-    throughput.go_on()  # without a pause: nothing
+    throughput.go_on()  # it was not paused, so this does nothing
     now[0] += 1
     assert throughput.rate() == 0
-    assert math.isfinite(throughput.rate())  # no time at all went by
+    assert math.isfinite(throughput.rate())  # no time has passed
 
 
 def test_the_best_value_of_another_metric_or_mode_is_not_taken_over() -> None:
@@ -209,7 +209,7 @@ def test_the_best_value_of_another_metric_or_mode_is_not_taken_over() -> None:
         after = Monitor(metric, mode)
         after.load_state_dict(before.state_dict())
         assert (after.value, after.step, after.without_gain) == (None, None, 0)
-    recorded = {"value": 0.1, "step": 5, "without_gain": 2}  # before it said what it is of
+    recorded = {"value": 0.1, "step": 5, "without_gain": 2}  # an older checkpoint, without the metric's name
     after = Monitor("val/loss", "min")
     after.load_state_dict(recorded)
     assert (after.value, after.step, after.without_gain) == (0.1, 5, 2)

@@ -1,4 +1,5 @@
-"""MLflow's form of a trained model: written apart, from what was recorded, with the user's source and a time limit."""
+"""MLflow's form of a trained model: written in its own process from what was recorded, with the user's source and a
+time limit."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ def loss(model, batch):
 
 @pytest.fixture
 def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of the user's: a package, a module beside it, and what must not go along."""
+    """Yield a user's folder: a package, a module beside it, and files that must not be copied."""
     folder = tmp_path / "user"
     (folder / "mine").mkdir(parents=True)
     (folder / "mine/__init__.py").write_text("")
@@ -109,7 +110,7 @@ def test_a_pickled_model_of_the_users_own_loads_from_another_folder(
 ) -> None:
     mlflow = pytest.importorskip("mlflow.pytorch")
     net = importlib.import_module("mine.net").Net()
-    # Its forward takes a dictionary: no graph.
+    # Its forward takes a dictionary, so no graph can be exported.
     batch = {"image": torch.randn(3, 1, 4, 4)}
     example = {"args": (batch,), "kwargs": {}, "output": net(batch).detach()}
     model = {"_target_": "mine.net.Net"}
@@ -174,11 +175,11 @@ def test_a_forward_that_hangs_is_ended_and_the_model_is_pickled_by_a_real_proces
     assert time.monotonic() - began < 600
 
 
-# --- what is recorded -------------------------------------------------------------------------------------------------
+# --- the recorded example ---------------------------------------------------------------------------------------------
 
 
 class Calls:
-    """A loss that counts its calls, and may be told that training is over."""
+    """A loss that counts its calls."""
 
     count = 0
 
@@ -189,7 +190,7 @@ class Calls:
 
 @pytest.mark.parametrize("changes", [{}, {"data": {"val": None}}, {"trainer": {"ema_decay": 0.9}}])
 def test_after_training_the_loss_is_not_called(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A collective in it would wait for ranks that have ended."""
+    """A collective in the loss would wait for ranks that have ended."""
     trainer = Trainer(experiment(loss=node(Calls), **changes))
     trainer.fit()
     seen = trainer.example.example

@@ -1,4 +1,4 @@
-"""The reference models: published sizes, every norm and stem, errors that name the choices."""
+"""The reference models: the published sizes, every norm and stem, and errors that list the choices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from raytrainer.errors import ConfigError
 from raytrainer.models import MLP, ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
 from raytrainer.models.resnet import Stem, normalisation
 
-# He et al. 2015, as implemented in torchvision: parameters with 1,000 classes.
+# Numbers of parameters with 1,000 classes, of He et al. 2015 as implemented in torchvision.
 PUBLISHED = [
     (resnet18, 11_689_512),
     (resnet34, 21_797_672),

@@ -1,4 +1,4 @@
-"""Muon against its definition and torch's own, what of a model is its, and that sharding changes nothing."""
+"""Muon matches its definition and torch's implementation, takes the right parameters, and sharding changes nothing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Block(nn.Module):
 
 
 class Language(nn.Module):
-    """Embeddings, hidden matrices of several shapes, a kernel, and an output layer (or the embedding again)."""
+    """Embeddings, hidden matrices of several shapes, a convolution, and an output layer (or the embedding again)."""
 
     def __init__(self, tied: bool = False) -> None:
         super().__init__()
@@ -81,11 +81,11 @@ def names_of(model: nn.Module, **patterns: Any) -> tuple[list[str], list[str]]:
 @pytest.mark.parametrize("shape", [(1, 24, 24), (3, 8, 32), (2, 32, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_near_the_orthogonal_polar_factor(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    # Singular values from 1 down to 0.1, so that each is within the iteration's reach.
+    # Singular values from 1 down to 0.1 are all within the iteration's reach.
     rank, generator = min(shape[1:]), torch.Generator().manual_seed(0)
     u, _, vh = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
     found = orthogonal(1e3 * u @ torch.diag(torch.linspace(1, 0.1, rank)) @ vh, 5, dtype).float()
-    # The same singular vectors, and values between the iteration's bounds.
+    # The singular vectors are the same, and the values are between the iteration's bounds.
     inside = u.mT @ found @ vh.mT
     diagonal = torch.diagonal(inside, dim1=1, dim2=2)
     assert 0.65 < diagonal.min() < diagonal.max() < 1.25
@@ -146,14 +146,14 @@ def test_the_update_has_the_size_of_the_rate() -> None:
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = Muon(model, lr=0.5, weight_decay=0.0, ns_dtype="float32")
     for p in model.parameters():
-        p.grad = 1e-9 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))  # whatever the gradient's
+        p.grad = 1e-9 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))  # its scale does not matter
     optimizer.step()
-    weight = "hidden.0.weight"  # [32, 16]: tall, so the factor is the root of 2
+    weight = "hidden.0.weight"  # [32, 16] is tall, so the factor is the square root of 2
     values = torch.linalg.svdvals(before[weight] - dict(model.named_parameters())[weight])
     assert 0.5 * math.sqrt(2) * 0.6 < values.min() < values.max() < 0.5 * math.sqrt(2) * 1.25
 
 
-# -- what is whose ---------------------------------------------------------------------------------------------------
+# -- which parameters Muon takes -------------------------------------------------------------------------------------
 
 
 def test_embeddings_the_output_layer_and_vectors_are_adamws() -> None:
@@ -161,7 +161,7 @@ def test_embeddings_the_output_layer_and_vectors_are_adamws() -> None:
     hidden = [f"blocks.{i}.{n}.weight" for i in range(2) for n in ("up", "down")]
     assert matrices == ["mix.weight", *hidden]
     assert {"tokens.weight", "head.weight", "norm.weight", "mix.bias", "blocks.0.up.bias"} <= set(rest)
-    assert names_of(language(tied=True))[0] == matrices  # the last matrix in a block is no output layer
+    assert names_of(language(tied=True))[0] == matrices  # the last matrix in a block is not an output layer
     model = ResNet("bottleneck", (1, 1), 10, width=4)
     matrices, rest = names_of(model)
     assert "fc.weight" in rest
@@ -213,7 +213,7 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], message: str) -> Non
 
 
 def test_before_anything_starts(in_tmp: Path) -> None:
-    """The names are those of the model on the meta device: nothing of it is allocated."""
+    """The names come from the model on the meta device, so nothing is allocated."""
     preflight.check_objects(compose(["experiment=resnet", "optimizer=muon"]).experiment)
     wrong = compose(["experiment=resnet", "optimizer=muon", "optimizer.adamw_params=[layr1.*]"]).experiment
     with pytest.raises(
@@ -305,7 +305,7 @@ def sharded(world: World) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def test_a_sharded_model_gets_the_update_of_the_whole() -> None:
-    """Three ranks, between which neither 8 nor 20 rows divide evenly."""
+    """Neither 8 nor 20 rows divide evenly among three ranks."""
     whole = language()
     stepped(whole, Muon(whole), 4)
     for found, plain in ranks.run(3, sharded):
@@ -316,7 +316,7 @@ def test_a_sharded_model_gets_the_update_of_the_whole() -> None:
 
 
 def fine_tuned(world: World, strategy: str, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The weights after six steps from those of a file, with a frozen part; and again, resumed after three."""
+    """Return the weights after six steps from those of a file, with a frozen part; and again, resumed after three."""
     from raytrainer.trainer import Trainer
 
     e = experiment(

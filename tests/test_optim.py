@@ -1,4 +1,4 @@
-"""Parameter groups, and the curves against their closed forms."""
+"""Parameter groups, and the schedules compared with their closed forms."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_pattern_that_freezes_nothing(pattern: str, close: str) -> None:
     ("factory", "expected"),
     [
         (partial(torch.optim.SGD, lr=0.1, weight_decay=5e-4, fused=True), [5e-4, 0.0]),
-        (partial(torch.optim.AdamW, lr=1e-3), [0.01, 0.0]),  # its own default
+        (partial(torch.optim.AdamW, lr=1e-3), [0.01, 0.0]),  # AdamW's default
         (partial(torch.optim.SGD, lr=0.1), [0.0, 0.0]),
     ],
 )
@@ -174,7 +174,7 @@ def test_a_curve_stays_in_its_bounds_and_falls_after_the_warm_up(
         assert now >= floor - 1e-12
     else:
         assert now > 0
-        # A warm-up as long as the run ends where the run does.
+        # A warm-up as long as the run ends with the run.
         assert then > now or step + 1 >= max(total, steps)
     if step >= max(total, steps):
         assert now == pytest.approx(floor)

@@ -1,4 +1,4 @@
-"""A project of somebody's own, without a fork: its package, its groups, its experiment, on the workers and inline."""
+"""A user's own project without a fork: its package, config groups and experiment, on workers and inline."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ CONF = {
         "collate_fn:\n  _target_: mine.parts.collate\n  _partial_: true\nglobal_batch_size: 16\n"
     ),
     "lr_scheduler/halving.yaml": "_target_: mine.parts.halving\n_partial_: true\nevery: 4\n",
-    # A group of their own, which writes where its first line says.
+    # A config group of the project, which sets its package in its first line.
     "witness/written.yaml": "# @package callbacks.witness\n_target_: mine.parts.Witness\nfolder: ${oc.env:PWD}\n",
     "experiment/mine.yaml": (
         "# @package _global_\n"
@@ -150,7 +150,8 @@ def test_inline_by_searchpath_and_console_script(project: Path) -> None:
     assert "raytrainer resume one trainer.max_epochs=…" in done.out
     assert list(witnesses(project)) == ["witness-0-1"]
 
-    # Going on needs neither the search path nor the conf: the run has its whole config. The callback's state goes on.
+    # A resume needs neither the search path nor the conf folder: the run has its whole config. The callback's state
+    # continues.
     (project / "conf").rename(project / "moved")
     by_console_script(project, "resume", "one", "trainer.max_epochs=4").exits(0)
     assert witnesses(project)["witness-0-1"][1:] == [16, 16]

@@ -1,5 +1,5 @@
-"""State that objects of the user's keep in their own way comes back bit for bit: 4 + 4 steps are 8 steps.
-And what cannot come back is refused at the first save, with the object and the key."""
+"""State that user objects keep in their own way is restored bit for bit: 4 + 4 steps equal 8 steps. State that cannot
+be restored is refused at the first save, with the object and the key."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from tests.training import Recorder, checkpointer, differences, experiment, fitt
 
 
 def _hook(module: Any, kind: str, function: Any) -> None:
-    """One of torch's hooks, which has no types."""
+    """Register one of torch's hooks, which have no types."""
     getattr(module, f"register_{kind}_hook")(function)
 
 
 class Body(nn.Module):
-    """Two layers and batch statistics, which differ by rank."""
+    """Two layers, and batch statistics that differ by rank."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Body(nn.Module):
 
 
 class Clones(Body):
-    """Gives copies, where torch's own state dict gives the tensors themselves."""
+    """A model that saves copies. Torch's own state dict has the tensors themselves."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Clones(Body):
 
 
 class Renames(Body):
-    """Keeps its old names, of weights and of buffers."""
+    """A model that saves weights and buffers under their old names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Renames(Body):
 
 
 class Adds(Body):
-    """Keeps one tensor more, which it takes out again; and one weight in two halves."""
+    """A model that saves one more tensor, which it takes out again on loading, and one weight in two halves."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Adds(Body):
 
 
 class Extra(Body):
-    """Counts its batches in an attribute, on which its output depends; of each rank another number."""
+    """A model that counts its batches in an attribute that its output depends on. The number differs by rank."""
 
     form: Any = staticmethod(lambda seen: {"seen": seen, "words": ["a", ("b", None)]})
     read: Any = staticmethod(lambda state: state["seen"])
@@ -148,7 +148,7 @@ class Orthogonal(Body):
 
 
 class OldSpectralNorm(Body):
-    """Its hook takes what it reads for a version of long ago, unless the state dict's metadata says otherwise."""
+    """A model with a hook that assumes a very old version, unless the state dict's metadata says otherwise."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class Tied(Body):
 
 
 class Wrapped(nn.Module):
-    """Its state dict is that of the module inside, as of one that never was wrapped."""
+    """A model whose state dict is that of the inner module, as if it had never been wrapped."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,12 +186,12 @@ class Wrapped(nn.Module):
 
 
 def compiled() -> Any:
-    """As `torch.compile` gives it: all names begin with `_orig_mod.`."""
+    """Return a model by `torch.compile`: all names begin with `_orig_mod.`."""
     return torch.compile(Body(), backend="eager")
 
 
 class Nested(nn.Module):
-    """A state dict that is not flat."""
+    """A model whose state dict is not flat."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ class Nested(nn.Module):
 
 
 class Rows:
-    """A map-style dataset that changes as it is read: harder with each row."""
+    """A map-style dataset whose images depend on the number of rows read so far."""
 
     def __init__(self, rows: int) -> None:
         self.rows, self.given = rows, 0
@@ -259,7 +259,7 @@ class Highest:
 
 
 class Keeps:
-    """A callback whose state has every type that a checkpoint holds besides tensors and JSON's."""
+    """A callback whose state has every type that a checkpoint supports besides tensors and JSON types."""
 
     def __init__(self) -> None:
         self.counts, self.seen, self.array = CountOf[int](), set[int](), np.zeros(3, dtype=np.float32)
@@ -284,7 +284,7 @@ class Keeps:
 
 
 class Momentum(torch.optim.SGD):
-    """Keeps more than a state for each parameter, in other types than the parameters', and under other keys."""
+    """An optimizer with state besides that of parameters, in other types than the parameters', and under other keys."""
 
     def __init__(self, params: Any, lr: float) -> None:
         super().__init__(params, lr=lr)
@@ -316,7 +316,7 @@ class Momentum(torch.optim.SGD):
 
 
 class Warming:
-    """A loss that is no module, and is scaled by how often it was called in training."""
+    """A loss that is not a module, and is scaled by its number of calls in training."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -334,7 +334,7 @@ class Warming:
 
 
 class WarmingModule(nn.Module):
-    """The same as a module that has no tensor, but extra state."""
+    """The same loss as a module without tensors, but with extra state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -350,7 +350,7 @@ class WarmingModule(nn.Module):
         return self.inner(model, batch)
 
 
-# -- 4 + 4 steps are 8 ------------------------------------------------------------------------------------------------
+# -- 4 + 4 steps equal 8 ----------------------------------------------------------------------------------------------
 
 
 def case(model: Any = Body, **sections: Any) -> Experiment:
@@ -367,7 +367,7 @@ def case(model: Any = Body, **sections: Any) -> Experiment:
 
 
 def halves(world: World, e: Experiment, folder: Path) -> list[str]:
-    """What differs between 8 steps, and 4 of them after the checkpoint of the first 4."""
+    """Return what differs between 8 steps, and 4 steps from the checkpoint of the first 4."""
     saved = checkpointer(world, folder)
     whole, told = fitted(e, world, checkpointer=saved)
     middle = next(info for info in saved.list() if info.step == 4)
@@ -423,7 +423,7 @@ def test_on_two_ranks(tmp_path: Path) -> None:
 
 
 class Units(nn.Module):
-    """With units that FSDP shards by themselves, which rename their weights."""
+    """A model with units that FSDP shards individually, and that rename their weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -469,11 +469,11 @@ def test_a_renamed_statistic_is_saved_as_the_mean(model: Any, name: str, tmp_pat
     torch.testing.assert_close(shared["model"][name], (first + second) / 2)
 
 
-# -- what cannot be restored is refused at the first save ---------------------------------------------------------------
+# -- state that cannot be restored is refused at the first save ---------------------------------------------------------
 
 
 class Halves(Body):
-    """Saves its weights with half of their digits."""
+    """A model that saves one of its weights in half precision."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -486,7 +486,7 @@ class Halves(Body):
 
 
 class Drops(Body):
-    """Saves less than it has, and takes that."""
+    """A model that saves less than it has, and accepts that on loading."""
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
         return {k: v for k, v in super().state_dict(*args, **options).items() if k != "b.weight"}
@@ -554,7 +554,7 @@ def test_one_rank_fails_for_all(tmp_path: Path) -> None:
 
 
 class Saves:
-    """A callback with a state that nobody takes."""
+    """A callback that saves a state and cannot load one."""
 
     def __init__(self) -> None:
         self.state: dict[str, Any] = {"a": 1}
@@ -620,7 +620,7 @@ def test_an_optimizer_that_is_not_restored(tmp_path: Path) -> None:
 
 
 class Ticks(Saves):
-    """A state that changes by itself, a lock that cannot be copied, and the trainer."""
+    """A callback with a value in its state that changes by itself, and with a reference to the trainer."""
 
     def __init__(self) -> None:
         self.clock = 0
@@ -643,13 +643,13 @@ def test_what_changes_by_itself_is_no_fault_and_a_check_changes_nothing(tmp_path
     assert differences(tensors_of(with_check.raw_model.state_dict()), tensors_of(without.raw_model.state_dict())) == []
 
 
-# -- a checkpoint of before ---------------------------------------------------------------------------------------------
+# -- an older checkpoint ------------------------------------------------------------------------------------------------
 
 RECORDED = Path(__file__).parent / "fixtures" / "run-v1"
 
 
 def recorded() -> Experiment:
-    """The run of which `fixtures/run-v1` is the checkpoint after 4 steps, written before states had metadata."""
+    """Return the experiment whose checkpoint after 4 steps is `fixtures/run-v1`, written before states had metadata."""
     return experiment(
         model=node(training.Net),
         optimizer=node("torch.optim.AdamW", lr=0.01, fused=True),
@@ -668,13 +668,13 @@ def test_a_checkpoint_of_before_goes_on(tmp_path: Path) -> None:
     trainer.restore(saved.list()[0])
     assert [step for step, _ in recorder.series("train/loss").items()] == []
     trainer.fit()
-    # What the run itself went on with, on another machine.
+    # The losses with which the original run continued, on another machine.
     losses = {5: 1.2732301950454712, 6: 1.0880601406097412, 7: 1.1493088006973267, 8: 0.963189959526062}
     assert recorder.series("train/loss") == pytest.approx(losses, rel=1e-3)
     assert recorder.series("val/loss") == pytest.approx({8: 1.3884042852065142}, rel=1e-3)
 
 
-# -- weights of another run, and for others -------------------------------------------------------------------------------
+# -- weights of another run, and exported weights -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", [Extra, ExtraTensor, ExtraBytes, Renames, Clones, Wrapped, OldSpectralNorm])
@@ -685,7 +685,7 @@ def test_weights_of_a_run_begin_another(model: Any, ema: float | None, tmp_path:
     e.seed += 1
     second = Trainer(e)
     second.init_from(str(tmp_path))
-    # The averaged ones are taken where there are such.
+    # The averaged weights are taken if they exist.
     source = first.raw_model if first.ema_model is None else first.ema_model
     assert differences(dict(second.raw_model.state_dict()), dict(source.state_dict())) == []
     if second.ema_model is not None:
@@ -693,7 +693,7 @@ def test_weights_of_a_run_begin_another(model: Any, ema: float | None, tmp_path:
 
 
 class Plain(nn.Module):
-    """What `Renames` and `Normed` were in an older version."""
+    """The older version of `Renames` and `Normed`."""
 
     def __init__(self) -> None:
         super().__init__()

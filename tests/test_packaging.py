@@ -1,5 +1,5 @@
-"""A wheel, an sdist and an editable install each bring the code, the configs and the Hydra plugins, seen from a
-directory that is not ours. Built and installed offline.
+"""A wheel, an sdist and an editable install each contain the code, the configs and the Hydra plugins, as seen from a
+directory outside the repository. They are built and installed offline.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Run by the fresh environment's Python. Hydra's own reader of pkg:// says whether the configs can be composed from.
+# The fresh environment's Python runs this. Hydra's own reader of pkg:// shows whether the configs can be composed.
 PROBE = """
 import importlib, json, raytrainer, raytrainer.configs
 from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
@@ -39,17 +39,17 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the sdist, and the wheel that is built from it."""
+    """Return a directory with the sdist and the wheel that is built from it."""
     out = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT, cwd=out)
     return out
 
 
 def fresh_environment(where: Path) -> Path:
-    """An environment with our dependencies and without ourselves; its Python."""
+    """Create an environment with our dependencies and without raytrainer. Return its Python."""
     run(sys.executable, "-m", "venv", "--without-pip", where, cwd=where.parent)
     (site,) = where.glob("lib/python*/site-packages")
-    # Paths named in a .pth file are searched, but .pth files there are not read: an editable raytrainer stays unseen.
+    # Paths in a .pth file are searched, but .pth files in them are not read, so an editable raytrainer stays invisible.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return where / "bin" / "python"
 

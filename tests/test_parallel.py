@@ -1,4 +1,5 @@
-"""One process among many: precision, determinism, DDP without needless synchronisation, buffers that differ by rank."""
+"""One process among many: precision, determinism, DDP without needless synchronisation, and buffers that differ by
+rank."""
 
 from __future__ import annotations
 
@@ -96,7 +97,7 @@ def test_threads_and_determinism_are_the_process_s() -> None:
 
 
 def reductions(world: World, micro_batch_size: int | None) -> tuple[int, int, bool]:
-    """(micro-batches, gradient reductions) of one step, and whether all ranks then have the same weights."""
+    """Return (micro-batches, gradient reductions) of one step, and whether all ranks then have the same weights."""
     trainer = Trainer(experiment(data={"micro_batch_size": micro_batch_size}), world=world)
     calls = []
 
@@ -107,7 +108,7 @@ def reductions(world: World, micro_batch_size: int | None) -> tuple[int, int, bo
         future.set_result(bucket.buffer())
         return future
 
-    count.__annotations__.clear()  # DDP wants none, or its own class
+    count.__annotations__.clear()  # DDP accepts no annotation, or its own class
     assert isinstance(trainer.model, DistributedDataParallel)
     trainer.model.register_comm_hook(None, count)
     batch = next(trainer.train_loader.batches(0, 1))
@@ -122,7 +123,7 @@ def test_gradients_are_reduced_once_a_step() -> None:
 
 
 class Forked(nn.Module):
-    """Half of it is unused."""
+    """A model whose second half is unused."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +150,8 @@ def test_unused_parameters_train_where_they_are_looked_for() -> None:
 
 
 def buffers(world: World) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Before, within and after `averaged_buffers`, of buffers that are the rank's number (or odd and even)."""
+    """Return the buffers before, within and after `averaged_buffers`. They hold the rank's number (booleans: whether it
+    is odd)."""
     model = training.Net()
     for b in model.buffers():
         b.fill_(world.rank % 2 if b.dtype == torch.bool else world.rank)
@@ -171,7 +173,7 @@ def test_buffers_are_averaged_and_put_back() -> None:
         assert within == {
             "norm.running_mean": 1.0,
             "norm.running_var": 1.0,
-            "norm.num_batches_tracked": 0,  # what has no mean is rank 0's
+            "norm.num_batches_tracked": 0,  # a buffer that has no mean is rank 0's
             "mask": False,
             "turn": 0,
         }

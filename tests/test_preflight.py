@@ -1,4 +1,5 @@
-"""Pure checks over an experiment and what probes found: each problem a sentence with key, value and the way out."""
+"""Pure checks of an experiment against probed values: each problem is a sentence with the key, the value and the
+fix."""
 
 from __future__ import annotations
 
@@ -37,12 +38,12 @@ def experiment(*overrides: str) -> Experiment:
             ["scaling.num_workers=4 × 1 CPU = 4 CPUs, and here has 2 CPUs; scaling"],
         ),
         (["scaling.num_workers=4"], Resources(2), ["scaling.num_workers=2 fits"]),
-        (["scaling.num_workers=[2,8]"], Resources(2), []),  # elastic: the least is what must fit
+        (["scaling.num_workers=[2,8]"], Resources(2), []),  # elastic: the minimum must fit
         (["scaling.num_workers=[3,8]"], Resources(2), ["scaling.num_workers=3 × 1 CPU"]),
         (["scaling.use_gpu=true"], Resources(2), ["scaling.num_workers=1 × 1 GPU = 1 GPU, and here has 0 GPUs"]),
         (["scaling.use_gpu=true"], Resources(2), ["scaling.use_gpu=false trains on CPUs"]),
         (["scaling.use_gpu=true", "scaling.num_workers=3"], Resources(8, 2), ["scaling.num_workers=2 fits"]),
-        (["scaling.num_workers=2"], Resources(8, 1), []),  # auto: not enough GPUs for all, so CPUs
+        (["scaling.num_workers=2"], Resources(8, 1), []),  # auto: not enough GPUs for all workers, so CPUs
         (["+scaling.resources_per_worker={CPU: 4}"], Resources(2), ["resources_per_worker.CPU must be at most 2"]),
         (["+scaling.resources_per_worker={CPU: 0.5}", "scaling.num_workers=4"], Resources(2), []),
         (
@@ -80,7 +81,7 @@ def test_whether_gpus_are_used(use_gpu: str, gpus: int, uses: bool) -> None:
 
 @pytest.mark.parametrize(("share", "gpus", "uses"), [(0.5, 1, True), (0.5, 0, True), (0.0, 8, False)])
 def test_gpus_that_are_asked_for_by_number(share: float, gpus: int, uses: bool) -> None:
-    """`auto` follows them; Ray takes no number of GPUs beside `use_gpu=False`."""
+    """`auto` uses GPUs if their number is set. Ray accepts no number of GPUs with `use_gpu=False`."""
     asked = [f"+scaling.resources_per_worker.GPU={share}", "scaling.num_workers=2"]
     assert preflight.uses_gpu(experiment(*asked), Resources(2, gpus)) is uses
     problems = preflight.check_resources(experiment(*asked), Resources(2, gpus), "here")
@@ -93,7 +94,7 @@ def test_gpus_that_are_asked_for_by_number(share: float, gpus: int, uses: bool) 
 
 
 def test_the_kinds_of_gpus_are_asked_of_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not of CUDA, which would make a context on one."""
+    """The kinds come from the driver's files, because asking CUDA would create a context on a GPU."""
     (tmp_path / "0000:01:00.0").mkdir()
     (tmp_path / "0000:01:00.0" / "information").write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 16\n")
     assert _gpu_kinds(tmp_path) == {}
@@ -113,7 +114,7 @@ def cluster(nodes: list[dict[str, float]], more: list[dict[str, float]] | None =
 @pytest.mark.parametrize(
     ("overrides", "resources", "problems"),
     [
-        # What two nodes have together is no room for one worker.
+        # One worker cannot use the resources of two nodes.
         (["+scaling.resources_per_worker.CPU=3"], cluster([{"CPU": 2}, {"CPU": 2}]), ["a worker asks for 3 CPUs, and"]),
         (
             ["+scaling.resources_per_worker.CPU=2", "scaling.num_workers=3"],
@@ -131,13 +132,13 @@ def cluster(nodes: list[dict[str, float]], more: list[dict[str, float]] | None =
             cluster([{"CPU": 2}, {"CPU": 2}]),
             ["scaling.placement_strategy=STRICT_PACK, and here has room for 2"],
         ),
-        # Every GPU of a kind is on one node, the CPUs are on another.
+        # All GPUs of the kind are on one node, and the CPUs are on another.
         (
             ["+scaling.resources_per_worker={CPU: 4, GPU: 1}", "scaling.accelerator_type=A100"],
             cluster([{"CPU": 1, "GPU": 1, "accelerator_type:A100": 1}, {"CPU": 8, "GPU": 1, "accelerator_type:T4": 1}]),
             ["a worker asks for 4 CPUs, 1 GPU of A100, and no node of here has that"],
         ),
-        # A cluster that grows: by so many nodes of those at a time.
+        # A cluster that can add two of the listed nodes.
         (["scaling.num_workers=5"], cluster([{"CPU": 1}], [{"CPU": 2}, {"CPU": 2}, {"CPU": 1}], 2), []),
         (
             ["scaling.num_workers=6"],
@@ -150,7 +151,7 @@ def cluster(nodes: list[dict[str, float]], more: list[dict[str, float]] | None =
             cluster([{"CPU": 2}], [{"CPU": 3}], 1),
             ["a worker asks for 4 CPUs, and no node of here, nodes that it can add included, has that"],
         ),
-        # The memory of a node type is rarely told.
+        # The memory of a node type is rarely known.
         (
             ["+scaling.resources_per_worker={CPU: 2, memory: 9e9}"],
             cluster([{"CPU": 1, "memory": 1e9}], [{"CPU": 2}], 1),
@@ -180,13 +181,13 @@ def test_this_machine() -> None:
 
 @pytest.mark.parametrize("path", ["/proc/runs", "a-file/runs", "a-file"])
 def test_storage_that_cannot_be_written(in_tmp: Path, path: str) -> None:
-    """As root too: no permission refuses these, the file system does."""
+    """The paths are refused for root too, by the file system and not by a permission."""
     (in_tmp / "a-file").write_text("")
     storage = Storage(str(in_tmp / path))
     (problem,) = preflight.check_storage(storage.child("run").check_writable, path)
     assert problem.startswith(f"storage_path={path} cannot be used: ")
     assert preflight.check_storage(Storage(str(in_tmp / "new" / "deep")).check_writable, "new") == []
-    assert not (in_tmp / "new").exists()  # looking creates nothing
+    assert not (in_tmp / "new").exists()  # the check creates nothing
 
 
 def test_other_errors_of_storage() -> None:
@@ -399,7 +400,7 @@ def test_a_schedule_that_is_shorter_than_the_run() -> None:
     with pytest.raises(ConfigError, match=r"lr_scheduler=OneCycleLR ends after 6 steps, .*trainer\.max_steps=12"):
         preflight.check_objects(experiment(*one_cycle(6)))
     preflight.check_objects(experiment(*one_cycle(12)))
-    preflight.check_objects(experiment(*one_cycle(6), "trainer.max_time=1h"))  # which may end before
+    preflight.check_objects(experiment(*one_cycle(6), "trainer.max_time=1h"))  # the time limit may end the run before
 
 
 def test_a_check_leaves_the_random_state_alone() -> None:
@@ -420,7 +421,7 @@ def test_a_launch_says_which_value_is_the_best() -> None:
     assert launching.best_words(experiment()) == "the highest val/accuracy is the best (checkpoint.mode=max)"
     lowest = experiment("checkpoint.monitor=val/mine", "checkpoint.mode=min")
     assert launching.best_words(lowest) == "the lowest val/mine is the best (checkpoint.mode=min)"
-    assert launching.best_words(compose(["experiment=smoke"]).experiment) is None  # val/loss
+    assert launching.best_words(compose(["experiment=smoke"]).experiment) is None  # the monitor is val/loss
 
 
 def test_weights_to_begin_with(in_tmp: Path) -> None:
@@ -437,7 +438,7 @@ def test_weights_to_begin_with(in_tmp: Path) -> None:
     preflight.check_init_from(experiment("init_from=weights.safetensors"))
     preflight.check_init_from(experiment("init_from=weights.pt"))
     for name in ("weights.safetensors", "weights.pt"):
-        with pytest.raises(ConfigError) as caught:  # of their headers: nothing is started
+        with pytest.raises(ConfigError) as caught:  # only their headers are read
             preflight.check_init_from(experiment(f"init_from={name}", "model.width=8"))
         assert str(caught.value) == (
             f"init_from={in_tmp}/{name} holds another model: shapes differ: head.weight: (10, 256) there, (10, 8) here, "
@@ -450,7 +451,7 @@ def test_weights_to_begin_with(in_tmp: Path) -> None:
 
 
 def test_an_error_of_ours_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bug in a probe is not told as the user's mistake."""
+    """A bug in a probe is not reported as the user's mistake."""
 
     def broken(*_: Any) -> None:
         raise ZeroDivisionError
@@ -483,12 +484,12 @@ def test_data_that_are_not_here(overrides: list[str], message: str, in_tmp: Path
     with pytest.raises(ConfigError) as refused:
         preflight.check_objects(e)
     assert str(refused.value) == message.format(here=in_tmp)
-    e.cluster.kind = "existing"  # on other machines nobody knows from here
+    e.cluster.kind = "existing"  # files on other machines cannot be checked from here
     preflight.check_objects(e)
 
 
 class Guarded:
-    """A dataset that sees before a start what it cannot read."""
+    """A dataset that finds before the start what it cannot read."""
 
     def __init__(self, folder: str, size: int = 3) -> None:
         raise AssertionError("a dataset is not made before a start")
@@ -506,7 +507,7 @@ def test_a_users_dataset_has_a_say_before_the_start() -> None:
 
 
 def test_a_dataset_says_before_the_start_what_it_lacks(in_tmp: Path) -> None:
-    """Empty ones, and columns that are not there: known from a footer or a head, without reading the data."""
+    """Empty datasets and missing columns are found in a footer or a header, without reading the data."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -1,4 +1,4 @@
-"""What a person sees while it trains: messages from rank 0, one live line on a terminal, clean lines elsewhere."""
+"""What a person sees during training: messages from rank 0, one live line on a terminal, and plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LOG: dict[str, Any] = {
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Time by hand."""
+    """Return a clock that the test sets."""
     now = SimpleNamespace(seconds=100.0)
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now.seconds))
     return now
@@ -86,7 +86,7 @@ def test_the_reporter_tells_what_the_loop_tells(clock: SimpleNamespace) -> None:
     reporter.on_eval_end(None, EvalEnd(step=33, epoch=2, metrics={"val/loss": 1.0}))
     reporter.on_checkpoint(None, CheckpointSaved(step=33, metric=1.0, stall_s=0.1))
     assert [m["kind"] for m in told] == ["start", "log", "eval", "checkpoint"]
-    # From step 10, where it went on: 20 steps in 4 s, 80 to go.
+    # It continued from step 10: 20 steps took 4 s, and 80 are left.
     assert told[1]["left"] == pytest.approx(16.0)
     assert (told[1]["epoch"], told[1]["epochs"], told[1]["total"]) == (3, 10, 110)
     assert all(from_line(to_line(m)) == m for m in told)
@@ -109,7 +109,7 @@ def test_no_terminal_gets_clean_lines_one_in_five_seconds(clock: SimpleNamespace
     for step in range(1, 11):
         clock.seconds += 1.0
         display.show({**LOG, "step": step, "total": 100})
-    display.show({**LOG, "step": 100, "total": 100})  # the last is always said
+    display.show({**LOG, "step": 100, "total": 100})  # the last step is always shown
     display.show({"kind": "eval", "step": 100, "epoch": 9, "metrics": {"val/loss": 0.5}})
     lines = stream.getvalue().splitlines()
     assert [line.split("  ")[1] for line in lines] == ["step 1/100", "step 6/100", "step 100/100", "step 100"]
@@ -121,7 +121,7 @@ def test_a_terminal_gets_one_live_line(clock: SimpleNamespace, monkeypatch: pyte
     attach(monkeypatch, stream)
     display = Display(stream)
     display.show(LOG)
-    assert stream.getvalue() == progress_line(LOG)[:29]  # never wraps
+    assert stream.getvalue() == progress_line(LOG)[:29]  # it never wraps
     display.show({**LOG, "step": 31})
     assert "\n" not in stream.getvalue()
     display.say("kept")
@@ -191,7 +191,7 @@ def test_a_block_fits_the_window_whatever_its_size_becomes(monkeypatch: pytest.M
     assert stream.scrolled == ["kept"]
     display.draw(block[:4])
     for columns, rows in [(15, 20), (80, 24), (33, 12), (100, 30)]:
-        stream.resize(columns, rows)  # the terminal has flowed the old block anew
+        stream.resize(columns, rows)  # the terminal has reflowed the old block
         display.draw(block[:3])
         assert stream.screen() == [line[: columns - 1] for line in block[:3]]
     assert stream.scrolled == ["kept"]
@@ -245,7 +245,7 @@ def test_the_size_is_that_of_the_stream_whatever_else_is_a_terminal(monkeypatch:
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 17, 91, 0, 0))
         with open(theirs, "w", closefd=False) as stream:
             assert Display(stream).size() == (91, 17)
-            fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 0, 0, 0, 0))  # some say so where none is known
+            fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 0, 0, 0, 0))  # how an unknown size is reported
             monkeypatch.setenv("COLUMNS", "77")
             monkeypatch.setenv("LINES", "19")
             assert Display(stream).size() == (77, 19)

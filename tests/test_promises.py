@@ -1,4 +1,4 @@
-"""Limits of time that a slow machine extends: the tests' own tool, which must be able to fail."""
+"""Time limits that a slow machine extends. Other tests rely on them, so they must be able to fail."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.promises import Within
 
 
 def asked(monkeypatch: pytest.MonkeyPatch, slower: float) -> list[float]:
-    """A machine that is slower by that factor; how often it was measured."""
+    """Pretend that the machine is slower by this factor. Return a list that grows with each measurement."""
     found: list[float] = []
 
     def slowness() -> float:

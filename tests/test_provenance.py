@@ -1,4 +1,4 @@
-"""Where a run comes from, read from a real git repository made here."""
+"""Where a run comes from, read from a real git repository that is created here."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_patch_makes_the_tree_again(repository: Path, tmp_path_factory: pyte
 
 
 def test_the_patch_is_byte_for_byte(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Windows' line ends, another encoding, and a directory below the root."""
+    """The patch keeps Windows line ends, another encoding, and files in a directory below the root."""
     (repository / "below").mkdir()
     (repository / "windows.txt").write_bytes(b"one\r\ntwo\r\n")
     (repository / "below/latin.py").write_bytes("caf\xe9 = 1\n".encode("latin-1"))
@@ -178,7 +178,7 @@ def test_a_bare_repository_and_the_inside_of_one_are_no_checkout(repository: Pat
 
 @pytest.fixture
 def with_submodule(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with the submodule `lib/sub`, which has the file `s.py`, and one of its own."""
+    """Return a repository with the submodule `lib/sub`, which has the file `s.py` and its own submodule `inner`."""
     inner, outer = tmp_path_factory.mktemp("inner"), tmp_path_factory.mktemp("outer")
     for folder, name in ((inner, "i.py"), (outer, "s.py")):
         git(folder, "init", "-q")
@@ -203,7 +203,7 @@ def test_a_clean_submodule_is_no_change(with_submodule: Path) -> None:
 def test_the_patch_has_the_changes_inside_of_submodules(
     with_submodule: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    git(with_submodule, "config", "submodule.lib/sub.ignore", "all")  # hides them from git's own diff
+    git(with_submodule, "config", "submodule.lib/sub.ignore", "all")  # hides changes in it from git's own diff
     (with_submodule / "a.txt").write_text("one\nthree\n")
     (with_submodule / "lib/sub/s.py").write_text("v = 2\n")
     (with_submodule / "lib/sub/.env").write_text("hunter2\n")
@@ -269,7 +269,7 @@ def test_names_with_line_breaks(repository: Path) -> None:
 
 
 def test_a_commit_under_way_a_file_that_is_to_be_added_and_a_conflict(repository: Path) -> None:
-    (repository / ".git/index.lock").touch()  # of another git
+    (repository / ".git/index.lock").touch()  # held by another git process
     (repository / "a.txt").write_text("one\n")
     assert "-two" in provenance.collect([], repository).diff
     (repository / ".git/index.lock").unlink()

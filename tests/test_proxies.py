@@ -1,4 +1,5 @@
-"""Proxies of the environment: never for this machine's own addresses, whoever asks, and named where a server is not reached."""
+"""Proxies from the environment: never used for this machine's own addresses, and named if a server cannot be
+reached."""
 
 from __future__ import annotations
 
@@ -24,9 +25,9 @@ VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROX
 
 @pytest.fixture
 def dead_proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Every variable names a proxy that is not there; nothing is exempt."""
+    """Set every variable to a proxy that does not exist, and exempt nothing."""
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # and does not listen
+        taken.bind(("127.0.0.1", 0))  # bound, but not listening
         for name in VARIABLES:
             monkeypatch.setenv(name, f"http://anna:hunter2@127.0.0.1:{taken.getsockname()[1]}")
         for name in ("no_proxy", "NO_PROXY"):

@@ -1,4 +1,4 @@
-"""The public names, frozen: a change here is a change for users, and belongs into CHANGELOG.md."""
+"""The public names are frozen: a change here is a change for users, and belongs in CHANGELOG.md."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raytrainer.events import HOOKS
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# By `__all__`.
+# The names in `__all__`.
 PUBLIC = {
     "raytrainer": """
         Composition Experiment FitResult Outcome Trainer __version__ check compose errors launch
@@ -57,7 +57,7 @@ PUBLIC = {
         find_own_dir find_run_dir odd_values open_run recorded_run_id redacted register_model replay
     """,
 }
-# Modules that users name in a `_target_`, and the exceptions: what they define.
+# The names that these modules define. Users name the modules in a `_target_`, or catch the exceptions.
 DEFINED = {
     "raytrainer.errors": """
         CheckpointCorrupt CheckpointError CheckpointNotFound ClusterDenied ClusterError ClusterLost ClusterUnreachable
@@ -121,7 +121,7 @@ def test_other_names_are_attribute_errors() -> None:
 
 
 def test_each_name_is_imported_when_it_is_used() -> None:
-    """In a process of its own: here, other tests have imported everything."""
+    """The imports happen in a new process, because other tests have imported everything in this one."""
     program = """
 import json, sys
 heavy = lambda: sorted({"torch", "ray", "mlflow", "hydra", "omegaconf", "pyarrow"} & set(sys.modules))

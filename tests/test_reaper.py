@@ -1,4 +1,4 @@
-"""The reaper: it kills what it was told to when its owner is killed, and nothing when it is dismissed."""
+"""The reaper kills the given processes when its owner is killed, and nothing when it is dismissed."""
 
 from __future__ import annotations
 

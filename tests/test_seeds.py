@@ -1,4 +1,4 @@
-"""Keys and random states: stable numbers, and states that come back exactly and need no pickle."""
+"""Keys and random states: the numbers are stable, and states are restored exactly and need no pickle."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def draws() -> tuple[Any, ...]:
 
 
 def test_numbers_are_what_they_were() -> None:
-    """A change here would change every run's order and augmentation."""
+    """A change of these numbers would change every run's order and augmentation."""
     assert seeds.mix() == 3797230976420062948
     assert seeds.mix("order", 0, 1) == 4903768209408768952
     assert seeds.numpy_generator("x", 7).integers(0, 2**32, 3).tolist() == [2262385551, 919471216, 2132410941]
@@ -58,7 +58,7 @@ def test_seed_everything_repeats() -> None:
 
 def test_state_comes_back_exactly() -> None:
     seeds.seed_everything(1)
-    draws()  # leaves a second gaussian kept in Python's and numpy's generators
+    draws()  # leaves a second Gaussian number in Python's and numpy's generators
     state = seeds.random_state()
     expected = [draws() for _ in range(3)]
     seeds.seed_everything(99)

@@ -1,4 +1,5 @@
-"""Optimizer state and weights by name: into another order and grouping, and what is refused with which words."""
+"""Optimizer state and weights are restored by name, also into another order and grouping; refusals name what
+differs."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ def model(names: str = "ab") -> nn.Module:
 
 
 def trained(of: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 2) -> None:
-    """Steps on gradients that depend on the parameter's name alone."""
+    """Train with gradients that depend only on the parameter's name and the step."""
     for step in range(steps):
         for name, p in of.named_parameters():
             torch.manual_seed(sum(map(ord, name)) + step)
@@ -40,13 +41,13 @@ OPTIMIZERS: list[Any] = [
 
 @pytest.mark.parametrize("make", OPTIMIZERS)
 def test_the_state_finds_its_parameters_by_name(make: Any) -> None:
-    first, second = model("ab"), model("ba")  # the same layers, registered the other way round
+    first, second = model("ab"), model("ba")  # the same layers, registered in reverse order
     from_, to = make(parameter_groups(first, 0.1)), make(parameter_groups(second, 0.1))
     trained(first, from_)
     saved = named_optimizer_state(from_, first)
     assert set(saved["state"]) <= {"a.weight", "a.bias", "b.weight", "b.bias"}
     assert [sorted(group["names"]) for group in saved["groups"]] == [["a.weight", "b.weight"], ["a.bias", "b.bias"]]
-    # As JSON would bring it back: no tuples.
+    # JSON has no tuples, so a loaded state has lists.
     for group in saved["groups"]:
         group.update({k: list(v) for k, v in group.items() if isinstance(v, tuple)})
     restore_module(second, first.state_dict(), "here")

@@ -1,5 +1,5 @@
-"""Storage and its locks: names that cannot leave the root, atomic writes, errors with the place in them.
-What a URI gets is tested over pyarrow's own file systems, which need no server, and with a real S3's interface."""
+"""Storage and its locks: names cannot leave the root, writes are atomic, and errors name the place. The code for URIs
+is tested with pyarrow's own file systems, which need no server, and with a real S3's interface."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from tests.promises import Within
 
 
 def through_pyarrow(root: Path) -> Storage:
-    """The code of a URI, on a local directory."""
+    """Return a storage that uses the code for URIs, on a local directory."""
     return Storage("bucket", filesystem=fs.SubTreeFileSystem(str(root), fs.LocalFileSystem()))
 
 
 @contextmanager
 def tiny_disk(tmp_path: Path, kib: int) -> Iterator[Path]:
-    """A file system of `kib` KiB; skips where this process may not mount one."""
+    """Yield a file system of `kib` KiB. Skip the test if this process may not mount one."""
     place = tmp_path / "tiny"
     place.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(place)], capture_output=True)
@@ -269,7 +269,7 @@ def test_a_store_without_the_bucket_or_without_an_answer_is_refused(
 ) -> None:
     with pytest.raises(StorageError, match=r"^s3://no-bucket/a/.*NO_SUCH_BUCKET"):
         Storage("s3://no-bucket/a").check_writable()
-    # A server that is silent: pyarrow itself gives one up after 99 s, and new connections to others wait for that.
+    # A silent server: pyarrow itself gives up after 99 s, and new connections to other servers wait for that.
     answers = threading.Event()
     monkeypatch.setattr(files, "_CHECK_S", 0.1)
     monkeypatch.setattr(Storage, "_probe", lambda self: answers.wait(60))
@@ -340,7 +340,7 @@ def test_of_processes_that_ask_at_once_one_wins_and_a_killed_owner_is_taken_over
             )
             winner = [answer.split()[0] for answer in answers].index("held")
             holders[winner].send_signal(signal.SIGKILL)
-            # Not reaped on purpose: a zombie owns nothing any more.
+            # Not reaped on purpose: a zombie owns nothing.
             os.waitid(os.P_PID, holders[winner].pid, os.WEXITED | os.WNOWAIT)
             for holder in holders:
                 holder.kill()
@@ -351,7 +351,7 @@ def test_of_processes_that_ask_at_once_one_wins_and_a_killed_owner_is_taken_over
             holder.kill()
             holder.wait()
     with storage.lock("lock", {"run": "last"}):
-        assert len(storage.list("lock")) == 2  # nothing is left of the dead ones
+        assert len(storage.list("lock")) == 2  # nothing is left of the dead owners
 
 
 def plant_claim(storage: Storage, name: str, **fields: Any) -> None:
@@ -376,7 +376,7 @@ def test_another_machines_claim_lives_as_long_as_its_heart_beats(tmp_path: Path)
 
 @pytest.mark.parametrize("storage", ["s3"], indirect=True)
 def test_a_stores_own_clock_says_how_old_a_claim_is(storage: Storage) -> None:
-    """It counts whole seconds."""
+    """The store's clock counts whole seconds."""
     plant_claim(storage, "a" * 32)
     began, within = time.monotonic(), Within(10.0)
     while True:
@@ -421,7 +421,7 @@ def test_a_heartbeat_renews_the_claim_and_notices_a_takeover(storage: Storage) -
     assert held._thread is not None
     until = time.monotonic() + 10
     while held._thread.is_alive() and time.monotonic() < until:
-        storage.delete(f"lock/{claim.name}")  # again, where a beat that was on its way has written it again
+        storage.delete(f"lock/{claim.name}")  # again, in case a heartbeat in progress has rewritten it
         held._thread.join(timeout=0.5)
     with pytest.raises(StorageLocked, match="taken over"):
         held.check()

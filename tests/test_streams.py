@@ -1,4 +1,5 @@
-"""Output that nobody takes, or not in these characters, changes no exit code; seen in processes that own their streams."""
+"""Output that nobody reads, or that the stream cannot encode, changes no exit code. The processes tested own their
+streams."""
 
 from __future__ import annotations
 
@@ -90,7 +91,7 @@ def test_a_pipe_that_does_not_block_loses_nothing() -> None:
         stdout=subprocess.PIPE,
     )
     assert process.stdout is not None
-    time.sleep(0.1)  # so that the pipe is full; it is no failure of the test if it is not
+    time.sleep(0.1)  # so that the pipe is full; the test also passes if it is not
     assert len(process.stdout.read()) == 1000001
     assert process.wait(60) == 0
 
@@ -108,7 +109,7 @@ class Broken(io.StringIO):
 
 @pytest.mark.parametrize("kind", ["broken", "closed", "none", "ascii"])
 def test_progress_is_shown_or_not_and_never_fails(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also on the stream of a program that is not ours, as of an application that is swept."""
+    """Progress never fails, also on the stream of another program, such as an application that is swept."""
     data = io.BytesIO()
     stream = {"broken": Broken(), "closed": io.StringIO(), "none": None, "ascii": io.TextIOWrapper(data, "ascii")}[kind]
     if kind == "closed":

@@ -1,4 +1,4 @@
-"""Which failure of a group is the cause, and which are worth another try; driven by hand, without a Ray."""
+"""Which failure of a worker group is the cause, and which failures are retried; driven by hand, without Ray."""
 
 from __future__ import annotations
 
@@ -96,7 +96,8 @@ def test_the_same_error_without_a_step_in_between_ends_the_run() -> None:
 
 
 def test_the_last_lines_of_the_ranks_are_waited_for() -> None:
-    """Ray's log monitor brings them late; a process that was replaced by another of its rank is not waited for."""
+    """Ray's log monitor delivers the lines late. A process that another one of its rank has replaced is not waited
+    for."""
     lines: list[tuple[int | None, str]] = []
     output = supervise.WorkerOutput(lambda rank, message: None, lambda rank, line: lines.append((rank, line)))
 

@@ -92,7 +92,8 @@ def test_a_relative_one(text: str) -> None:
 def test_one_that_cannot_be_written(
     error: OSError, has_ray: bool, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another user's folder among them; a test may run as root, who may write anywhere."""
+    """Another user's folder is one case. The errors are simulated, because a test may run as root, which may write
+    anywhere."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         if has_ray:
             Path(folder, "ray").mkdir()

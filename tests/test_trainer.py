@@ -1,5 +1,5 @@
 """The training loop in one process, and where its ranks must agree: what it does at each step, and how it ends.
-Equality over workers and exact resume are in tests/test_equality.py."""
+Equality over workers and exact resume are tested in tests/test_equality.py."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def test_alone_in_a_notebook(in_tmp: Path) -> None:
     assert list(in_tmp.iterdir()) == []
 
 
-# -- what it tells ---------------------------------------------------------------------------------------------------
+# -- events and logs -------------------------------------------------------------------------------------------------
 
 
 def test_hooks_in_order(tmp_path: Path) -> None:
-    # 4 batches in an epoch: an evaluation and a checkpoint after step 4, and at the end.
+    # An epoch has 4 batches: there is an evaluation and a checkpoint after step 4, and at the end.
     e = experiment(trainer={"max_steps": 6, "log_every_n_steps": 3}, checkpoint={"monitor": "val/accuracy"})
     trainer, recorder = fitted(e, checkpointer=checkpointer(World(), tmp_path))
     assert [(name.removeprefix("on_"), event.step) for name, event in recorder.told] == [
@@ -91,7 +91,7 @@ def test_hooks_in_order(tmp_path: Path) -> None:
 
 
 class Talkative:
-    """Logs after each step, and once more after the last log; gives a file."""
+    """A callback that logs after each step and once more after the last log, and that logs a file."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -144,7 +144,7 @@ def test_a_trace_of_some_steps_is_an_artifact(tmp_path: Path) -> None:
     assert folder == "profile"
     steps = {event["name"] for event in trace["traceEvents"] if str(event.get("name")).startswith("ProfilerStep")}
     assert steps == {"ProfilerStep#2", "ProfilerStep#3"}  # torch counts from 0
-    # Resumed before those steps, among them and after them.
+    # Resume before those steps, among them and after them.
     for step, expected in ((2, 1), (4, 0), (6, 0)):
         keep.traces.clear()
         trainer = Trainer(e, checkpointer=checkpointer(World(), tmp_path), listeners=[keep])
@@ -158,7 +158,7 @@ def test_a_trace_of_some_steps_is_an_artifact(tmp_path: Path) -> None:
 
 
 class HostReader(TorchFunctionMode):
-    """Fails where Python asks a tensor for its values."""
+    """A mode that fails if Python asks a tensor for its values."""
 
     ASKS = frozenset(
         ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__", "__array__")
@@ -170,7 +170,8 @@ class HostReader(TorchFunctionMode):
 
 
 class DeviceReader(TorchDispatchMode):
-    """Fails where an operation waits for the device: `item` inside of torch, sizes that depend on values, copies."""
+    """A mode that fails if an operation waits for the device: `item` inside torch, sizes that depend on values, and
+    copies."""
 
     ASKS = frozenset(("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero", "equal"))
 
@@ -189,10 +190,10 @@ class DeviceReader(TorchDispatchMode):
 
 def step_without_host(e: Experiment) -> None:
     trainer = Trainer(e)
-    # A weight on the CPU may be read, there is no device to wait for: this is the way of an accelerator.
+    # A weight on the CPU may be read, because there is no device to wait for. Take the code path of an accelerator.
     trainer._gradients.zero_weights.reads_cpu = False
     batches = trainer.train_loader.batches(0, 3)
-    trainer.train_step(next(batches))  # makes the optimizer's state
+    trainer.train_step(next(batches))  # creates the optimizer's state
     for batch in batches:
         with DeviceReader(), HostReader():
             trainer.train_step(batch)
@@ -250,7 +251,7 @@ def test_every_precision_trains(precision: str) -> None:
 
 
 def test_a_scaler_that_skips_the_first_step_leaves_the_momentum_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    # These gradients are infinite in half precision at the scaler's first scale of 65536, and at some of the next.
+    # These gradients overflow half precision at the scaler's first scale of 65536, and at some of the next.
     e = experiment(
         loss=node(steep_loss, _partial_=True),
         optimizer=node("torch.optim.SGD", lr=1e-3, momentum=0.9, fused=True),
@@ -275,7 +276,7 @@ def test_a_checkpoint_of_a_gpu_trains_in_half_precision_on_the_cpu(tmp_path: Pat
         trainer.train_step(batch)
     for group in trainer.optimizer.param_groups:
         assert group["fused"] is False
-        group["fused"] = True  # as it is there
+        group["fused"] = True  # as in a checkpoint saved on a GPU
     trainer.save()
     saved.wait()
     again = Trainer(e, checkpointer=saved)
@@ -330,7 +331,7 @@ def test_ema_is_the_running_mean_of_the_weights() -> None:
     for name, p in trainer.ema_model.named_parameters():
         torch.testing.assert_close(p, expected[name], rtol=1e-12, atol=1e-14)
         assert not p.requires_grad
-    # Evaluation is of these weights, with the batch statistics of training.
+    # Evaluation uses these weights, with the batch statistics of training.
     got = trainer.evaluate()
     trainer.raw_model.load_state_dict({**trainer.raw_model.state_dict(), **expected})
     trainer.ema_model = None
@@ -360,7 +361,7 @@ def test_a_compiled_model_trains_as_the_plain_one() -> None:
     e.trainer.compile = True
     trainer, recorder = fitted(e)
     assert recorder.series("train/loss") == pytest.approx(expected.series("train/loss"), rel=1e-4)
-    assert weights(trainer).keys() == weights(plain).keys()  # no prefix: a checkpoint of one loads in the other
+    assert weights(trainer).keys() == weights(plain).keys()  # no prefix: each loads checkpoints of the other
 
 
 def test_a_loss_must_give_the_same_entries() -> None:
@@ -379,7 +380,7 @@ def frozen() -> nn.Module:
     return nn.Linear(2, 2).requires_grad_(False)
 
 
-# -- how it ends -----------------------------------------------------------------------------------------------------
+# -- the end of training ---------------------------------------------------------------------------------------------
 
 
 def test_early_stopping(tmp_path: Path) -> None:
@@ -394,7 +395,7 @@ def test_early_stopping(tmp_path: Path) -> None:
     assert (result.reason, result.step, result.best and result.best[1]) == ("early_stopping", 9, 3)
     assert trainer.checkpointer is not None
     assert [info.step for info in trainer.checkpointer.list()] == [3, 9]  # the best and the last
-    # Killed after that: it was at its end.
+    # If it is killed after that, it has already reached its end.
     again = Trainer(e, checkpointer=trainer.checkpointer)
     again.restore(trainer.checkpointer.list()[-1])
     assert again.fit() == result
@@ -413,7 +414,7 @@ def test_early_stopping_needs_a_gain_of_min_delta() -> None:
 
 
 def test_max_time_ends_with_an_evaluation_and_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = itertools.count()  # read once at the start and once at each log: a second between them
+    clock = itertools.count()  # read once at the start and once at each log, one second apart
     monkeypatch.setattr("raytrainer.trainer.loop.time.monotonic", lambda: float(next(clock)))
     e = experiment(trainer={"max_steps": None, "max_time": 3.0, "log_every_n_steps": 2})
     trainer, recorder = fitted(e, checkpointer=checkpointer(World(), tmp_path))
@@ -435,7 +436,7 @@ def stopped(world: World, folder: Path) -> tuple[FitResult, list[int]]:
 def test_a_stop_on_one_rank_ends_both_after_the_same_step(tmp_path: Path) -> None:
     for result, saved in [stopped(World(), tmp_path / "1"), *ranks.run(2, stopped, tmp_path / "2")]:
         assert (result.step, result.reason, saved) == (9, "stopped", [9])
-        assert "val/loss" not in result.metrics  # there was no time for it
+        assert "val/loss" not in result.metrics  # a stop skips the evaluation
 
 
 def test_a_run_of_the_last_step_is_finished() -> None:
@@ -526,11 +527,12 @@ def test_the_best_is_kept_between_the_regular_checkpoints(tmp_path: Path) -> Non
     assert trainer.best_weights()[0] == best.step
 
 
-# -- what is not finite ----------------------------------------------------------------------------------------------
+# -- values that are not finite --------------------------------------------------------------------------------------
 
 
 def bad_row(world: World, folder: Path, **trainer: Any) -> tuple[str, list[int]]:
-    """Sample 40 is infinite, in the last of the 4 batches, in the hands of one rank alone."""
+    """Train with sample 40 infinite: it is in the last of the 4 batches, and on one rank only. Return the result as
+    text, and the steps with a checkpoint."""
     e = experiment(
         data={"train": node(images, rows=50, bad=40), "shuffle": False},
         trainer={"max_steps": 8, "log_every_n_steps": 100, "eval_every_n_steps": 0, **trainer},
@@ -561,13 +563,13 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_and_is_never_saved(tmp_path: P
 def test_with_warn_it_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="raytrainer.trainer"):
         text, saved = bad_row(World(), tmp_path, nonfinite="warn", log_every_n_steps=4)
-    assert (text, saved) == ("finished", [1, 2, 3])  # weights that are NaN are no state to go on from
+    assert (text, saved) == ("finished", [1, 2, 3])  # no run could continue from weights that are NaN
     assert "the loss is nan at step 4; trainer.nonfinite=warn goes on" in caplog.text
     assert "no checkpoint after step 8: the weights are not finite" in caplog.text
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
-    # The loss of step 3 was still finite: only the next one would show it.
+    # The loss of step 3 is still finite: only the next one would show it.
     e = experiment(
         callbacks={"poison": node(training.Poison, at=3)},
         trainer={"log_every_n_steps": 100, "eval_every_n_steps": 0, "max_steps": 8},
@@ -592,13 +594,13 @@ def test_nan_is_never_best() -> None:
     assert math.isfinite(result.best[0])
 
 
-# -- changed settings of a resume ------------------------------------------------------------------------------------
+# -- changed settings in a resume ------------------------------------------------------------------------------------
 
 
 def resumed(
     folder: Path, changed: tuple[str, ...], scheduler: dict[str, Any] | None, **optimizer: Any
 ) -> dict[int, float]:
-    """Learning rates of the steps after a resume at step 4 of 10, with other settings in the experiment."""
+    """Return the learning rates of the steps after a resume at step 4 of 10, with other settings in the experiment."""
 
     def case(**settings: Any) -> Experiment:
         return experiment(
@@ -623,7 +625,7 @@ def resumed(
     wanted = {"momentum": 0.9, "weight_decay": 0.01} | {
         k: v for k, v in optimizer.items() if k in changed and k != "lr"
     }
-    # Vectors do not decay, whatever is asked for.
+    # Vectors do not decay, whatever the settings say.
     assert settings == [(wanted["momentum"], wanted["weight_decay"]), (wanted["momentum"], 0.0)]
     return found
 
@@ -661,7 +663,7 @@ def test_other_settings_change_alone(tmp_path: Path) -> None:
 
 
 def test_a_changed_rate_is_changed_once(tmp_path: Path) -> None:
-    # A worker that dies again after the resume is given the same settings again, on a checkpoint that has them.
+    # If a worker dies again after the resume, it gets the same settings again, with a checkpoint that has them already.
     e = experiment(lr_scheduler=COSINE, trainer={"max_steps": 6}, checkpoint={"every_n_steps": 1})
     saved = checkpointer(World(), tmp_path)
     fitted(e, checkpointer=saved)
@@ -678,7 +680,7 @@ def test_a_changed_rate_is_changed_once(tmp_path: Path) -> None:
     assert again.series("train/lr") == {8: told.series("train/lr")[8]}
 
 
-# -- a part that stays as it is ---------------------------------------------------------------------------------------
+# -- frozen parameters ------------------------------------------------------------------------------------------------
 
 FROZEN = {"freeze": ["conv.*", "norm.*"], "max_steps": 6, "ema_decay": 0.9}
 
@@ -713,7 +715,7 @@ def test_what_is_frozen_has_no_state_and_the_run_goes_on_exactly(tmp_path: Path)
     assert differences(weights(again), weights(whole)) == []
 
 
-# -- weights from elsewhere ------------------------------------------------------------------------------------------
+# -- weights from other runs and files -------------------------------------------------------------------------------
 
 
 def test_init_from_a_file(tmp_path: Path) -> None:
@@ -832,11 +834,11 @@ def test_max_time_counts_over_all_launches(tmp_path: Path) -> None:
     assert 3000.0 <= again._elapsed < 3600.0
 
 
-# -- targets that build something else ---------------------------------------------------------------------------------
+# -- targets that build the wrong thing --------------------------------------------------------------------------------
 
 
 def nothing(**arguments: Any) -> None:
-    """Forgets its return."""
+    """A function without its `return`."""
 
 
 def empty() -> list[Any]:

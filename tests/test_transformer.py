@@ -1,5 +1,5 @@
-"""The transformer against what it claims to be: attention and rotary positions as defined, causal, Llama's and GPT-2's
-logits from their own weights, published sizes."""
+"""The transformer: attention and rotary positions follow their definitions, no position sees a later one, the weights
+of Llama and GPT-2 give their logits, and the sizes are the published ones."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_parameter_count_of_the_small_one_is_as_its_file_says() -> None:
 
 
 def naive_attention(layer: Attention, x: Tensor, theta: float | None) -> Tensor:
-    """Position by position and head by head, from the definition."""
+    """Return the attention by its definition, position by position and head by head."""
     length, head_dim = x.shape[0], layer.head_dim
     q, k, v = ((p(x)).reshape(length, -1, head_dim) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
     if theta is not None:
@@ -65,7 +65,7 @@ def naive_attention(layer: Attention, x: Tensor, theta: float | None) -> Tensor:
 
 
 def turned(x: Tensor, theta: float) -> Tensor:
-    """`[T, D]` rotated as arXiv:2104.09864 (14) says, by complex numbers: pair i by the angle t * theta^(-2i/D)."""
+    """Rotate `[T, D]` as in arXiv:2104.09864 (14), by complex numbers: pair i by the angle t * theta^(-2i/D)."""
     length, dim = x.shape
     frequency = torch.tensor([theta ** (-2 * i / dim) for i in range(dim // 2)], dtype=torch.float64)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
@@ -90,7 +90,7 @@ def test_rotary_is_a_complex_rotation() -> None:
     got = rotate(x, *rotary_tables(50, 8, 10_000.0, x))
     expected = torch.stack([turned(row, 10_000.0) for row in x.flatten(0, 1)]).view_as(x)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
-    # What it is for: a product depends on the distance of two positions alone.
+    # The purpose of the rotation: a product depends only on the distance of two positions.
     q, k = (rotate(x[0, row, :1].expand(50, 8), *rotary_tables(50, 8, 10_000.0, x)) for row in (0, 1))
     torch.testing.assert_close(q[7] @ k[4], q[40] @ k[37])
     assert not torch.isclose(q[7] @ k[4], q[7] @ k[5])
@@ -122,7 +122,7 @@ def test_no_position_sees_a_later_one(options: dict[str, Any]) -> None:
         after[:, t] = (after[:, t] + 1) % 11
         a, b = model(before), model(after)
         torch.testing.assert_close(a[:, :t], b[:, :t], rtol=0, atol=1e-6)
-        assert ((a[:, t:] - b[:, t:]).abs().amax((0, 2)) > 1e-6).all()  # it, and all later ones
+        assert ((a[:, t:] - b[:, t:]).abs().amax((0, 2)) > 1e-6).all()  # position t and all later ones
 
 
 @pytest.mark.parametrize("options", [{}, {"num_kv_heads": 1, "dropout": 0.1}, GPT2, {"tied": False}])
@@ -130,7 +130,7 @@ def test_every_parameter_learns(options: dict[str, Any]) -> None:
     model = small(**options)
     nn.functional.cross_entropy(model(ids(4, 8)).flatten(0, 1), ids(4, 8, seed=1).flatten()).backward()
     still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    # A bias of the keys adds the same to all scores of a position: softmax does not see it.
+    # A bias of the keys adds the same to all scores of a position, so it does not change their softmax.
     assert [name for name in still if not name.endswith("k_proj.bias")] == []
 
 
@@ -177,7 +177,7 @@ def test_half_precision_stays_near_the_full_one() -> None:
     torch.testing.assert_close(got.float(), model(ids(2, 64)), rtol=0.1, atol=0.03)
 
 
-# -- the models that it can be ---------------------------------------------------------------------------------------
+# -- other models as special cases -----------------------------------------------------------------------------------
 
 
 def test_with_llamas_weights_it_gives_llamas_logits() -> None:
@@ -219,7 +219,7 @@ def test_with_gpt2s_weights_it_gives_gpt2s_logits() -> None:
         here = name
         for theirs_name, ours_name in names.items():
             here = here.replace(theirs_name, ours_name)
-        t = value.T if ".c_" in name and value.dim() == 2 else value  # their matrices are [in, out]
+        t = value.T if ".c_" in name and value.dim() == 2 else value  # GPT-2's matrices are [in, out]
         if "c_attn" in here:
             for part, piece in zip("qkv", t.chunk(3), strict=True):
                 state[here.replace("attn.c_attn", f"self_attn.{part}_proj")] = piece
@@ -230,7 +230,7 @@ def test_with_gpt2s_weights_it_gives_gpt2s_logits() -> None:
     torch.testing.assert_close(ours(ids(2, 8)), theirs(ids(2, 8)).logits, rtol=1e-4, atol=1e-5)
 
 
-# -- what is refused -------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

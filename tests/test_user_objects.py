@@ -1,4 +1,4 @@
-"""What users bring either works, or is refused in a sentence that names the key, the object and the fix."""
+"""User objects work, or are refused in a sentence that names the key, the object and the fix."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_a_model_that_cannot_be_trained_is_refused(model: dict[str, Any], messag
 
 
 class Locked(Net):
-    """Cannot be copied: a lock is among its attributes."""
+    """A model that cannot be copied: a lock is among its attributes."""
 
     def __init__(self) -> None:
         super().__init__(dropout=0.0)
@@ -158,7 +158,7 @@ class Locked(Net):
 
 
 class Graph(nn.Module):
-    """Cannot be copied: one of its tensors is computed from another, as torch's old weight norm does."""
+    """A model that cannot be copied: one of its tensors is computed from another, as in torch's old weight norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ def test_one_that_cannot_be_built_twice_either() -> None:
 
 
 class Numbers(nn.Module):
-    """Parameters and buffers of unusual types."""
+    """A model with parameters and buffers of unusual types."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class Numbers(nn.Module):
 
 
 def again(world: World, folder: Path, e: Experiment) -> list[str]:
-    """Where an epoch of 4 steps and another, in another trainer, are not 8 steps."""
+    """Return what differs between 8 steps, and 4 steps (an epoch) with 4 more in another trainer."""
     e.trainer.max_steps = 8
     straight, _ = fitted(e, world)
     e.trainer.max_steps = 4
@@ -244,7 +244,8 @@ def test_complex_and_whole_numbers_in_a_model(tmp_path: Path, precision: str) ->
 
 
 class ScheduleFree(torch.optim.SGD):
-    """Has other parameters for training than for evaluation; their difference is lost in rounding, there and back."""
+    """An optimizer whose parameters differ between training and evaluation. Switching there and back causes rounding
+    errors."""
 
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, lr=lr)
@@ -278,10 +279,10 @@ def test_a_schedule_free_optimizer_is_told_and_resumes_exactly(tmp_path: Path) -
 
     assert again(World(), tmp_path / "1", case()) == []
     assert ranks.run(2, again, tmp_path / "2", case()) == [[], []]
-    # Evaluations change nothing of the training.
+    # Evaluations do not change the training.
     often, seldom = (fitted(case(eval_every_n_steps=n))[0] for n in (1, 0))
     assert differences(often.raw_model.state_dict(), seldom.raw_model.state_dict()) == []
-    # What is evaluated, exported and saved as the model's weights are those of eval().
+    # The weights of eval() are evaluated, exported and saved as the model's weights.
     trainer, recorder = fitted(case(), checkpointer=checkpointer(World(), tmp_path / "3"))
     trained = {k: v.clone() for k, v in trainer.raw_model.state_dict().items()}
     for weights in (trainer.best_weights()[1], fitted(case())[0].best_weights()[1]):
@@ -302,7 +303,7 @@ class Others(torch.optim.SGD):
 
 
 class Duck:
-    """An optimizer that is no subclass of torch's."""
+    """An optimizer that is not a subclass of torch's."""
 
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         self.inner = torch.optim.SGD(params, lr=lr)
@@ -350,7 +351,7 @@ class NeedsMetric:
 
 
 class Halving(NeedsMetric):
-    """A scheduler that is no subclass of torch's."""
+    """A scheduler that is not a subclass of torch's."""
 
     def step(self, metric: float = 0.0) -> None:
         for group in self.optimizer.param_groups:
@@ -420,7 +421,7 @@ def test_an_optimizer_without_sparse_gradients_is_refused() -> None:
 
 
 class Unused(nn.Module):
-    """Leaves `spare` out: on every rank, on rank 0 alone, or after the first step."""
+    """A model that does not use `spare`: on any rank, on rank 0, or after the first step."""
 
     def __init__(self, when: str) -> None:
         super().__init__()
@@ -438,7 +439,7 @@ def refusal(world: World, when: str, find: bool) -> str:
     said = "trained"
     try:
         Trainer(e, world=world).fit()
-    except Exception as error:  # noqa: BLE001  the other rank fails in whatever way, when this one is gone
+    except Exception as error:  # noqa: BLE001  the other rank may fail in any way after this one is gone
         said = f"{type(error).__name__}: {error}"
     gc.collect()  # a process group that DDP still holds would keep the other rank waiting
     return said
@@ -473,7 +474,7 @@ class Short:
 
 
 class Further:
-    """Of another framework too, whose hooks are called otherwise."""
+    """A callback that also belongs to another framework, whose hooks have other names."""
 
     def on_log(self, trainer: Any, event: Any, more: Any = None) -> None: ...
 
@@ -496,7 +497,7 @@ def make(what: str) -> Any:
     ],
 )
 def test_a_hook_that_would_not_be_called_is_refused(what: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):  # of an object, whose class nobody knew before
+    with pytest.raises(ConfigError, match=message):  # an object whose class is known only after it is built
         Trainer(experiment(callbacks={"mine": node(make, what=what)}))
     with pytest.raises(ConfigError, match=message):
         check_objects(experiment(callbacks={"mine": node(type(make(what)))}))

@@ -1,4 +1,4 @@
-"""What is said while a run waits for its place: what is missing, who holds it, what is on its way, and not too often."""
+"""Messages while a run waits for resources: what is missing, who holds it, what is on its way, and not too often."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.terminal import Terminal
 
 
 class Cluster:
-    """Stands for `supervise`."""
+    """A stand-in for `supervise`."""
 
     def __init__(self) -> None:
         self.held: dict[str, dict[str, float]] = {}
@@ -115,7 +115,7 @@ HEAD = {"CPU": 2.0, "node:__internal_head__": 1.0}
         ([HEAD], 3, 2, 3),
         ([HEAD, {"CPU": 8.0, "GPU": 1.0, "memory": 1e9}], 2, 1, 2),
         ([HEAD, *[{"CPU": 8.0, "GPU": 1.0}] * 2], 1, 0, 1),
-        ([HEAD, {"CPU": 64.0}], 3, 2, 3),  # somebody joined it by hand
+        ([HEAD, {"CPU": 64.0}], 3, 2, 3),  # a node was added by hand
     ],
 )
 def test_what_an_autoscaler_can_add(there: list[dict[str, float]], most: int, gpus: int, cpu_nodes: int) -> None:

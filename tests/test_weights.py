@@ -1,4 +1,4 @@
-"""Weights of elsewhere: where they are found, and which of them a model takes."""
+"""Weights from other runs and files: where they are found, and which of them a model takes."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def stored(seed: int = 8) -> dict[str, Tensor]:
 
 
 def folder_of(kind: str, tensors: dict[str, Tensor], place: Path) -> None:
-    """As Hugging Face's save_pretrained writes it."""
+    """Write a folder as Hugging Face's `save_pretrained` does."""
     place.mkdir()
     (place / "config.json").write_text("{}")
     names = list(tensors)

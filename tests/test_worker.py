@@ -1,4 +1,4 @@
-"""The glue of one training process, without a Ray: the inline path, and what it refuses."""
+"""The code that connects one training process with its run, without Ray: the inline path, and what it refuses."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def test_an_error_of_a_worker_travels() -> None:
 
 
 def test_one_process_of_each_node_samples_its_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of four workers on two nodes rank 0 has the run's tracker, and the first of the second node one for that node."""
+    """Four workers run on two nodes. Rank 0 has the run's tracker, and the first worker of the second node has its
+    own."""
     made: list[dict[str, Any]] = []
     tags: dict[str, str] = {}
 
@@ -95,7 +96,7 @@ def test_a_node_that_cannot_write_its_spool_trains_all_the_same(tmp_path: Path) 
 
 
 def test_what_a_list_of_runs_shows_is_told_while_it_trains() -> None:
-    """The steps to do, the workers, and the best value as soon as it is."""
+    """The tracker gets the number of steps, the number of workers, and the best value after each evaluation."""
     tags: dict[str, str] = {}
 
     class Kept(NullTracker):

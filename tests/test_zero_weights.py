@@ -1,4 +1,4 @@
-"""Micro-batches and ranks of weight 0 add nothing to the gradient, also where their loss is NaN."""
+"""Micro-batches and ranks of weight 0 add nothing to the gradient, even if their loss is NaN."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.training import experiment, fitted, node
 
 
 def masked(rows: int = 12, every: int = 3, sparse: bool = False) -> Arrays:
-    """Numbers `[4]` and whether each row counts: every third does not. Their input is NaN, as padding may be."""
+    """Return rows `[4]`, and whether each counts: every third does not. Its input is NaN, as padding may be."""
     generator = torch.Generator().manual_seed(0)
     counts = torch.arange(rows) % every != 0
     x = torch.randn(rows, 4, generator=generator, dtype=torch.float64)
@@ -37,8 +37,8 @@ class Net(nn.Module):
 
 
 def mean_of_nothing(model: nn.Module, batch: Any, kind: str = "float") -> dict[str, Any]:
-    """A masked mean as everybody writes it: 0/0 where nothing counts. With NaN in the inputs the model's own derivatives are
-    NaN too."""
+    """Return a masked mean as everybody writes it: 0/0 if nothing counts. With NaN in the inputs, the model's own
+    derivatives are NaN too."""
     counts = batch["counts"]
     each = (model(batch["x"][counts]) - 1).square() if counts.any() else (model(batch["x"]) - 1).square()
     number = counts.sum()
@@ -97,7 +97,7 @@ def test_micro_batches(reads_cpu: bool) -> None:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_ranks(strategy: str) -> None:
-    # With one sample in a micro-batch one rank has weight 0 where another has not, in a last micro-batch too.
+    # With one sample in a micro-batch, one rank has weight 0 while the other has not, also in the last micro-batch.
     for reads_cpu in (True, False):
         for e in (case(1, strategy=strategy), case(None, every=2, strategy=strategy)):
             expected = end(World(), case(None, every=2 if e.data.micro_batch_size is None else 3))
@@ -112,7 +112,7 @@ def rank_without(world: World, strategy: str, reads_cpu: bool) -> tuple[dict[str
 
 
 def half() -> Arrays:
-    """Nothing counts in the first half: all that rank 0 of 2 gets."""
+    """Return rows whose first half does not count. Rank 0 of 2 gets only that half."""
     found = masked(12, 12)
     found.tensors["counts"][:6] = False
     found.tensors["x"][:6] = torch.nan
@@ -131,7 +131,7 @@ def test_a_rank_of_weight_0(strategy: str) -> None:
 def test_a_batch_of_weight_0_changes_nothing_and_has_no_mean(reads_cpu: bool) -> None:
     e = case(4, every=1)
     weights, losses = end(World(), e, reads_cpu)
-    assert losses == {}  # no NaN, and none to stop for
+    assert losses == {}  # no mean is logged, so no NaN ends the run
     assert all(bool(w.isfinite().all()) for w in weights.values())
     initial = Trainer(e).raw_model.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in initial.items())
@@ -147,7 +147,7 @@ def test_a_scaler_sees_no_overflow() -> None:
 
 
 def plain_zero(model: nn.Module, batch: Any) -> dict[str, Any]:
-    """Returns at once where nothing counts."""
+    """Return a plain 0 if nothing counts."""
     counts = batch["counts"]
     if not counts.any():
         return {"loss": torch.zeros(()), "weight": 0}

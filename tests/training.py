@@ -1,4 +1,4 @@
-"""Small experiments, and their parts, for the tests of the training core: datasets, models, losses, callbacks."""
+"""Small experiments and their parts, for the tests of the training core: datasets, models, losses and callbacks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = ["EarlyStopping", "Profile"]
 
 
 def node(target: Any, **arguments: Any) -> dict[str, Any]:
-    """The `_target_` node of a class or function."""
+    """Return the `_target_` node of a class or function."""
     path = target if isinstance(target, str) else f"{target.__module__}.{target.__qualname__}"
     return {"_target_": path, **arguments}
 
@@ -47,7 +47,8 @@ def experiment(
     fsdp: dict[str, Any] | None = None,
     **sections: Any,
 ) -> Experiment:
-    """A perceptron on 50 random images, 12 in a batch, logging at each step; sections and single keys can be other."""
+    """Return an experiment: a perceptron on 50 random images, 12 in a batch, logging at each step. The arguments
+    replace sections and single keys."""
     made: dict[str, Any] = {
         "name": "test",
         "seed": 3,
@@ -75,7 +76,7 @@ def checkpointer(world: World, folder: Path, **options: Any) -> Checkpointer:
 
 
 class Recorder:
-    """A listener that keeps what it is told, as (hook, event)."""
+    """A listener that records what it receives, as (hook, event)."""
 
     def __init__(self) -> None:
         self.told: list[tuple[str, Any]] = []
@@ -89,13 +90,13 @@ class Recorder:
         return [event for name, event in self.told if name == hook]
 
     def series(self, metric: str) -> dict[int, float]:
-        """The metric by step, of logs and evaluations."""
+        """Return the metric by step, from logs and evaluations."""
         told = [e for name, e in self.told if name in ("on_log", "on_eval_end")]
         return {e.step: e.metrics[metric] for e in told if metric in e.metrics}
 
 
 def fitted(e: Experiment, world: World | None = None, **options: Any) -> tuple[Trainer, Recorder]:
-    """A Trainer that has trained, and what it told."""
+    """Return a Trainer that has trained, and what its listener recorded."""
     recorder = Recorder()
     trainer = Trainer(e, world=world, listeners=[recorder, *options.pop("listeners", ())], **options)
     trainer.fit()
@@ -116,9 +117,10 @@ def compiling(backend: str) -> Iterator[None]:
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Where two nested states are not the same bit for bit; rates, which are of the clock, are left out."""
+    """Return the paths at which two nested states are not bitwise equal. Rates are left out, because they depend on the
+    clock."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        a, b = parallel.local_parts([a, b])  # of shards each rank sees its own
+        a, b = parallel.local_parts([a, b])  # each rank sees its own shards
         return [] if a.dtype == b.dtype and torch.equal(a, b) else [path]
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         return [] if a.dtype == b.dtype and np.array_equal(a, b) else [path]
@@ -135,7 +137,7 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
 
 
 def images(rows: int, seed: int = 0, bad: int | None = None, dtype: str = "float32", transform: Any = None) -> Arrays:
-    """Random images `[1, 4, 4]` of 4 classes that can be told apart; image `bad` is infinite."""
+    """Return random images `[1, 4, 4]` of 4 classes that can be told apart. Image `bad` is infinite."""
     generator = torch.Generator().manual_seed(seed)
     label = torch.randint(4, (rows,), generator=generator)
     image = torch.randn(rows, 1, 4, 4, generator=generator)
@@ -146,7 +148,8 @@ def images(rows: int, seed: int = 0, bad: int | None = None, dtype: str = "float
 
 
 def tokens(rows: int, length: int = 5, seed: int = 0, empty: tuple[int, ...] = ()) -> Arrays:
-    """Token ids and targets `[length]`; a different number of targets counts in each row, none in the `empty` ones."""
+    """Return token ids and targets `[length]`. The number of counted targets differs by row, and is 0 in the `empty`
+    rows."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(7, (rows, length), generator=generator)
     labels = torch.randint(7, (rows, length), generator=generator)
@@ -157,7 +160,7 @@ def tokens(rows: int, length: int = 5, seed: int = 0, empty: tuple[int, ...] = (
 
 
 class Counting(torch.utils.data.IterableDataset[dict[str, Tensor]]):
-    """An endless or finite stream of images with a position."""
+    """An endless or finite stream of images that keeps its position."""
 
     def __init__(self, rows: int) -> None:
         self.rows, self.at, self.read = rows, 0, 0
@@ -181,7 +184,8 @@ class Counting(torch.utils.data.IterableDataset[dict[str, Tensor]]):
 
 
 class Net(nn.Module):
-    """Everything that makes resuming hard: a convolution, batch norm, dropout, and buffers of other kinds."""
+    """A model with everything that makes resuming hard: a convolution, batch norm, dropout, and buffers of other
+    kinds."""
 
     def __init__(self, dropout: float = 0.3) -> None:
         super().__init__()
@@ -198,20 +202,20 @@ class Net(nn.Module):
 
 
 def counted_loss(model: nn.Module, batch: Any) -> dict[str, Tensor]:
-    """A mean over as many things as the label says, a whole number; 0 for a batch of zeros."""
+    """Return a mean weighted by the labels, with their sum as the weight: an integer, and 0 for a batch of zeros."""
     count = batch["label"].sum()
     each = nn.functional.cross_entropy(model(batch["image"]), batch["label"], reduction="none")
     return {"loss": (each * batch["label"]).sum() / count.clamp(min=1), "weight": count}
 
 
 def drawing_loss(model: nn.Module, batch: Any) -> dict[str, Tensor]:
-    """Draws from the generator that dropout draws from, in evaluation too."""
+    """Return a loss with noise from the generator that dropout draws from, in evaluation too."""
     noise = 0.01 * torch.rand(())
     return {"loss": nn.functional.cross_entropy(model(batch["image"]), batch["label"]) + noise}
 
 
 class Fickle:
-    """A loss that gives other entries from its third call on."""
+    """A loss that returns different entries from its third call on."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -226,7 +230,8 @@ class Fickle:
 
 
 class Counter:
-    """Counts steps, keeps the number in the checkpoint and logs it; draws from the generator that dropout draws from."""
+    """A callback that counts steps, keeps the number in the checkpoint and logs it. It draws from dropout's
+    generator."""
 
     def __init__(self, every: int = 1) -> None:
         self.every, self.steps, self.total = every, 0, torch.zeros(())
@@ -246,7 +251,7 @@ class Counter:
 
 
 class Poison:
-    """Makes a weight NaN after step `at`."""
+    """A callback that makes a weight NaN after step `at`."""
 
     def __init__(self, at: int) -> None:
         self.at = at
