@@ -1,9 +1,9 @@
-"""What saving a checkpoint costs the training loop: `Checkpointer.save` against `torch.save` and `torch.distributed.checkpoint`,
-with the weights and the Adam state of a transformer, 500 MB together.
+"""Cost of saving a checkpoint for the training loop: `Checkpointer.save` against `torch.save` and
+`torch.distributed.checkpoint`, with the weights and the Adam state of a transformer, 500 MB together.
 
-In turn (A B C D …) in one process. The stall is the time until the loop may change the state again, and the benchmark does
-change it there at once: what is loaded back must be, bit for bit, what was handed over. Beside it the time until the
-checkpoint is on disk for good, and the time to load it from the page cache.
+The ways alternate (A B C D …) in one process. The stall is the time until the loop may change the state again. The
+benchmark changes the state at that moment, and the loaded state must equal the saved one bit for bit. It also measures
+the time until the checkpoint is durable on disk, and the time to load it from the page cache.
 
     python -m benchmarks.bench_checkpoint --rounds 7
 """
@@ -36,7 +36,7 @@ GOALS = {"torch.save": 0.15, "dcp.async_save": 0.3}
 
 
 def make_state(megabytes: float, device: str) -> State:
-    """Weights of a decoder, width 768, and Adam's two moments of each: fp32, in as many layers as make the size."""
+    """Return the fp32 weights of a decoder of width 768 with Adam's two moments, in as many layers as make the size."""
     width, generator = 768, torch.Generator(device).manual_seed(0)
     layer: dict[str, tuple[int, ...]] = {
         "qkv": (3 * width, width),
@@ -63,7 +63,7 @@ def make_state(megabytes: float, device: str) -> State:
 
 
 def tensors(state: State) -> list[Tensor]:
-    """All of a state, in its order."""
+    """Return all tensors of a state, in its order."""
     return [t for value in state.values() for t in (tensors(value) if isinstance(value, dict) else [value])]
 
 
@@ -72,32 +72,32 @@ def copied(state: State, make: Callable[[Tensor], Tensor]) -> State:
 
 
 class Way:
-    """A way of saving.
+    """One way of saving a checkpoint.
 
     Args:
-        folder: Where it saves.
+        folder: The directory of the checkpoints.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def save(self, state: State, step: int) -> None:
-        """Returns when the state may be changed."""
+        """Save the state, and return when the state may be changed."""
         raise NotImplementedError
 
     def wait(self) -> None:
-        """Until it is on disk for good."""
+        """Wait until the checkpoint is durable on disk."""
 
     def load(self, into: State, step: int) -> State:
-        """What was saved; `into` may be filled and returned."""
+        """Return what was saved; `into` may be filled and returned."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """The end of what it started."""
+        """End everything that this way has started."""
 
 
 class Ours(Way):
-    """Written, synced to disk, checksummed and committed by a thread; loading verifies the checksums."""
+    """raytrainer: a thread writes, syncs, checksums and commits; loading verifies the checksums."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -120,7 +120,7 @@ class Ours(Way):
 
 
 class TorchSave(Way):
-    """As everybody writes it. That it reaches the disk (fsync) is waited for afterwards, and is no part of the stall."""
+    """The usual `torch.save`. `wait` then syncs the file to disk, which is not part of the stall."""
 
     def _file(self, step: int) -> Path:
         return self.folder / f"{step}.pt"
@@ -150,7 +150,7 @@ class Dcp(Way):
 
 
 class AsyncDcp(Dcp):
-    """`dcp.async_save` as its documentation has it: the copy is made in new memory."""
+    """`dcp.async_save` as in its documentation: it copies the state into new memory."""
 
     stager: DefaultStager | None = None
     _future: Any = None
@@ -163,7 +163,7 @@ class AsyncDcp(Dcp):
 
 
 class AsyncDcpKept(AsyncDcp):
-    """The same with a stager that keeps its memory, pinned where there is a GPU: the best that it can do."""
+    """`dcp.async_save` at its best: its stager keeps its memory, which is pinned if there is a GPU."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -185,10 +185,10 @@ WAYS: dict[str, type[Way]] = {
 
 
 def measure(way: Way, state: State, step: int) -> dict[str, float]:
-    """Seconds of one save and load, proven."""
+    """Return the seconds of one save and one load, and check that the loaded state equals the saved one."""
     expected = copied(state, Tensor.clone)
     empty = copied(state, torch.empty_like)
-    os.sync()  # what others have left to write is not waited for here
+    os.sync()  # so that earlier writes of others are not measured
     began = time.perf_counter()
     way.save(state, step)
     stall = time.perf_counter() - began
@@ -204,7 +204,7 @@ def measure(way: Way, state: State, step: int) -> dict[str, float]:
 
 
 def compare(megabytes: float, rounds: int, device: str = "cpu", directory: Path | None = None) -> dict[str, Any]:
-    """All ways in turn, the first round not counted: the time of a first save is beside the others."""
+    """Measure all ways in turn. The first round does not count; the stalls of its saves are reported separately."""
     state = make_state(megabytes, device)
     figures: dict[str, dict[str, list[float]]] = {name: {} for name in WAYS}
     first: dict[str, float] = {}
@@ -219,7 +219,7 @@ def compare(megabytes: float, rounds: int, device: str = "cpu", directory: Path 
                 first.setdefault(name, measured["stall_s"])
                 for key, value in measured.items() if step else ():
                     figures[name].setdefault(key, []).append(value)
-                if not isinstance(way, Ours):  # which keeps one, as it does in training
+                if not isinstance(way, Ours):  # ours keeps one checkpoint, as in training
                     shutil.rmtree(way.folder)
     finally:
         for way in ways.values():

@@ -1,7 +1,8 @@
-"""Batches a second and the time to the first one: our loader against PyTorch's DataLoader and Ray Data, over the same rows.
+"""Rows a second and the time to the first batch: our loader against PyTorch's DataLoader and Ray Data.
 
 60,000 rows of 3,073 bytes (an image of 3x32x32 and a label) in one Parquet file, shuffled, in batches of 512: from memory
-and from the memory-mapped Arrow cache. In turn (A B C …) in one process with one thread, each epoch's rows proven the same.
+and from the memory-mapped Arrow cache. The ways alternate (A B C …) in one process with one thread. Before that, each
+must return every row exactly once.
 
     python -m benchmarks.bench_data --runs 15
     python -m benchmarks.bench_data --runs 2 --rows 6000 --dry-run      # does it work
@@ -37,7 +38,7 @@ Batches = Iterable[dict[str, Any]]
 
 
 def write_rows(path: Path, rows: int) -> tuple[Tensor, Tensor]:
-    """Writes the rows; the label of each is its number, so that a batch says which rows are in it."""
+    """Write the rows and return them. The label of a row is its number, so a batch shows which rows it contains."""
     images = np.random.default_rng(0).integers(0, 256, (rows, *SHAPE), dtype=np.uint8)
     column = pa.Array.from_buffers(pa.binary(3072), rows, [None, pa.py_buffer(images)])
     pq.write_table(pa.table({"image": column, "label": np.arange(rows)}), path, compression="none")
@@ -45,7 +46,7 @@ def write_rows(path: Path, rows: int) -> tuple[Tensor, Tensor]:
 
 
 class ByBatch:
-    """A whole batch in one call, the fastest that a DataLoader can be given: it collates nothing."""
+    """Returns a whole batch in one call, the fastest dataset for a DataLoader, which then collates nothing."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images, labels
@@ -61,7 +62,7 @@ class ByBatch:
 
 
 class ByItem:
-    """As datasets are usually written."""
+    """Returns one row a call, as datasets usually do."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images, labels
@@ -91,7 +92,7 @@ def usual(dataset: Any) -> DataLoader[Any]:
 
 
 class Ours:
-    """Each pass is the next epoch."""
+    """Our loader; each pass is the next epoch."""
 
     def __init__(self, dataset: Any) -> None:
         self._loader = Loader(dataset, global_batch_size=BATCH, shuffle=True)
@@ -105,9 +106,9 @@ class Ours:
 
 
 class RayData:
-    """Ray Data with its local shuffle, over a buffer of all rows: every other way here draws from all of them too.
+    """Ray Data with its local shuffle over a buffer of all rows, because every other way here draws from all rows, too.
 
-    Most of an epoch is the start of its tasks, which each epoch pays; what comes after the first batch is told apart.
+    Most of an epoch is the start of its tasks, in each epoch. The rest, after the first batch, is reported separately.
     """
 
     def __init__(self, path: Path, rows: int) -> None:
@@ -123,7 +124,7 @@ class RayData:
 
 
 def timed(batches: Batches) -> tuple[float, float]:
-    """Seconds to the first batch, and to the end of the epoch."""
+    """Return the seconds to the first batch and to the end of the epoch."""
     gc.collect()
     began = time.perf_counter()
     first, rows = 0.0, 0
@@ -134,7 +135,7 @@ def timed(batches: Batches) -> tuple[float, float]:
 
 
 def prove(name: str, batches: Batches, images: Tensor) -> None:
-    """Every row once, whole, and not in the order of the file."""
+    """Check that each row comes once and unchanged, and that the order is not that of the file."""
     seen = []
     for batch in batches:
         labels = torch.as_tensor(batch["label"])
@@ -151,7 +152,7 @@ def prove(name: str, batches: Batches, images: Tensor) -> None:
 
 
 def first_of(make: Callable[[], Batches]) -> float:
-    """Seconds from nothing but a dataset to the first batch."""
+    """Return the seconds from a dataset, without a loader, to the first batch."""
     gc.collect()
     began = time.perf_counter()
     iterator = iter(make())
@@ -245,7 +246,7 @@ def main() -> None:
     options = parser.parse_args()
     import ray
 
-    torch.set_num_threads(1)  # as a worker of one CPU has, and as each process of a DataLoader
+    torch.set_num_threads(1)  # like a worker with one CPU, and like each DataLoader process
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
         figures = measure(Path(folder), options.rows, options.runs)

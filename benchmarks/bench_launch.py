@@ -1,7 +1,7 @@
-"""From the shell to the first step, and to the exit: `python -m raytrainer` against a minimal Ray Train script.
+"""Time from the shell to the first step and to the exit: `python -m raytrainer` against a minimal Ray Train script.
 
-Both train the same model for the same steps on the same data with 2 workers, cold, and end with the validation
-accuracy; raytrainer also keeps config, metrics, checkpoints and logs in MLflow. In turn: A B A B …
+Both start cold, train the same model for the same steps on the same data with 2 workers, and end with the validation
+accuracy. raytrainer also keeps config, metrics, checkpoints and logs in MLflow. The two alternate: A B A B …
 
     python -m benchmarks.bench_launch --runs 5
 """
@@ -36,7 +36,7 @@ class FirstStep:
 
 
 def timed(command: list[str], folder: Path, first: Path) -> dict[str, Any]:
-    """Runs a command in `folder`; seconds to the first step and to the exit, and what it printed."""
+    """Run a command in `folder`, and return the seconds to the first step and to the exit, and its output."""
     env = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{HERE.parent}", "MLFLOW_TRACKING_URI": ""}
     del env["MLFLOW_TRACKING_URI"]
     began = time.time()
@@ -115,7 +115,7 @@ def main() -> None:
                 name: {what: report.spread([r[what] for r in runs]) for what in ("first_step", "exit", "lines")}
                 for name, runs in found.items()
             },
-            # Seconds since the process began, of the whole launch: where it goes.
+            # Seconds since the process began, at each mark of the launch.
             "breakdown": {
                 mark: report.spread([r["marks"][mark] for r in found["raytrainer"]])
                 for mark in found["raytrainer"][0]["marks"]

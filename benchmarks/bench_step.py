@@ -1,7 +1,8 @@
-"""What a step costs beyond PyTorch: `Trainer.fit` against a bare loop over the same batches, model and optimizer.
+"""Cost of a step beyond PyTorch: `Trainer.fit` against a bare loop over the same batches, model and optimizer.
 
-In turn (A B A B …) in one process, the same final weights proven bit for bit, on a model of about 5 ms a step; beside it the
-host's microseconds a step (a model that computes next to nothing) and the synchronisations with the device.
+The two alternate (A B A B …) in one process on a model of about 5 ms a step, and their final weights must be equal bit
+for bit. The benchmark also measures the host's microseconds a step, with a model that computes almost nothing, and
+counts the synchronisations with the device.
 
     python -m benchmarks.bench_step --rounds 15
 """
@@ -24,7 +25,7 @@ from raytrainer.optim import build_optimizer, build_scheduler
 from raytrainer.trainer import Trainer
 
 LOG_EVERY = 50
-# What makes the host wait for a device: a value read back, or a copy to the host.
+# Operations that read a value on the host, which makes the host wait for the device.
 SYNCHRONISING = {"aten._local_scalar_dense.default", "aten.item.default", "aten.is_nonzero.default"}
 
 
@@ -47,7 +48,7 @@ def experiment(width: int, depth: int, steps: int) -> Any:
 
 
 class Losses:
-    """Keeps the logged losses, and the clock from the first batch to the last step."""
+    """Keeps the logged losses, and the seconds from the start of `fit` to its end."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
@@ -71,7 +72,7 @@ def by_trainer(e: Any) -> tuple[float, list[float], list[torch.Tensor]]:
 
 
 def by_hand(e: Any) -> tuple[float, list[float], list[torch.Tensor]]:
-    """The loop that one writes without a framework: the batches lie ready in memory, the mean loss every 50 steps."""
+    """Train with a bare loop: the batches are ready in memory, and it keeps the mean loss of every 50 steps."""
     torch.set_num_threads(1)
     seeds.seed_everything("model", e.seed)
     model, loss_function = build(e.model), build(e.loss)
@@ -98,7 +99,7 @@ def by_hand(e: Any) -> tuple[float, list[float], list[torch.Tensor]]:
 
 
 class Synchronisations(TorchDispatchMode):
-    """Counts operations that wait for the device, by step."""
+    """Counts the operations that wait for the device."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -110,7 +111,7 @@ class Synchronisations(TorchDispatchMode):
 
 
 def synchronisations(e: Any) -> int:
-    """In 20 steps of `train_step` that do not log."""
+    """Return the number of synchronisations in 20 steps of `train_step` that do not log."""
     trainer = Trainer(e)
     batches = list(trainer.train_loader.batches(0, 21))
     trainer.train_step(batches[0])
@@ -125,7 +126,7 @@ def compare(e: Any, rounds: int) -> dict[str, Any]:
     for number in range(rounds + 1):
         a, a_losses, a_weights = by_trainer(e)
         b, b_losses, b_weights = by_hand(e)
-        # The work is the same to the last bit; the mean of 50 losses is added up in another order.
+        # The weights are equal bit for bit. The means of the losses differ in the order of their sums.
         assert all(torch.equal(x, y) for x, y in zip(a_weights, b_weights, strict=True))
         assert all(math.isclose(x, y, rel_tol=1e-12) for x, y in zip(a_losses, b_losses, strict=True))
         if number:

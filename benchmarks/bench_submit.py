@@ -1,8 +1,9 @@
-"""From the command to the job's first log line: `python -m raytrainer cluster=job` against `ray job submit` of a script.
+"""Time from the command to the job's first log line: `python -m raytrainer cluster=job` against `ray job submit`.
 
-The same launching directory, one cluster that wants a token, each submission a new job that is followed and ends well;
-raytrainer also asks the cluster, the storage and MLflow whether the run can be, and its job then trains. In turn: A B A B …
-Then what `list` and `status` take, which ask that cluster too, and whether they import torch.
+Both use the same launching directory and one cluster that requires a token. Each submission is a new job that is
+followed and succeeds. raytrainer also asks the cluster, the storage and MLflow whether the run is possible, and its job
+trains. The two alternate: A B A B … Then the benchmark measures `list` and `status`, which also ask that cluster, and
+checks whether they import torch.
 
     python -m benchmarks.bench_submit --runs 5
 """
@@ -29,7 +30,7 @@ SCRIPT = 'print("the first line", flush=True)\n'
 
 
 def first_line(command: Sequence[str], folder: Path, env: dict[str, str], pattern: str) -> tuple[float, float]:
-    """Runs a command that follows a job; seconds until it has printed a line like `pattern`, and until its end."""
+    """Run a command that follows a job, and return the seconds until a line matches `pattern` and until its end."""
     began, seen, lines = time.monotonic(), None, []
     with subprocess.Popen(
         command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -57,7 +58,7 @@ def bare(name: str, head: Head, folder: Path, env: dict[str, str]) -> tuple[floa
 
 
 def verb(words: Sequence[str], folder: Path, env: dict[str, str]) -> tuple[float, list[str]]:
-    """Seconds of a verb; and, from another call, which of torch, ray and mlflow it imports."""
+    """Return the seconds of a command and, from a second call, which of torch, ray and mlflow it imports."""
     command = [sys.executable, "-m", "raytrainer", *words]
     began = time.monotonic()
     subprocess.run(command, cwd=folder, env=env, capture_output=True, check=True, timeout=60)
@@ -80,7 +81,7 @@ def main() -> None:
         (folder / "script.py").write_text(SCRIPT)
         for number in range(20):
             (folder / "mine" / f"module_{number}.py").write_text(f'"""Module {number}."""\n' * 100)
-        (folder / ".rayignore").write_text("/runs/\n/mlartifacts/\n/mlflow.db*\n")  # so that Ray sends the same
+        (folder / ".rayignore").write_text("/runs/\n/mlartifacts/\n/mlflow.db*\n")  # Ray then sends the same files
         head = Head(Path(place, "head"), token="a-token-of-the-benchmark", cpus=2)
         env = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "RAY_"))}
         env |= {"PYTHONPATH": str(ROOT), "HOME": place, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": head.token}

@@ -1,8 +1,9 @@
-"""What a trial of a sweep costs: the real command, MLflow and all, against the ways in which people run sweeps.
+"""Cost of a trial of a sweep: the real command, including MLflow, against the ways in which people run sweeps.
 
-64 trials of a 10-epoch MLP on digits, random search with successive halving, 2 at a time, the same hyperparameters for
-all; at every evaluation that two of them reached, loss and accuracy are equal to the bit. In turn: A B C … A B C …
-Then many trials that do nothing: does the thousandth cost as the hundredth, and does the driver's memory stay?
+64 trials of a 10-epoch MLP on digits, random search with successive halving, 2 at a time, with the same hyperparameters
+for all ways. At each evaluation that raytrainer and a peer both reach, loss and accuracy must be equal bit for bit. The
+ways alternate: A B C … A B C … Then many trials of one step show whether the thousandth trial costs as much as the
+hundredth, and whether the driver's memory grows.
 
     python -m benchmarks.bench_sweep --rounds 5 --trials 1000
 """
@@ -28,7 +29,7 @@ from raytrainer.sweep.journal import Trial, TrialJournal
 
 ROOT = Path(__file__).resolve().parents[1]
 SPACE = ["optimizer.lr=tag(log,interval(1e-4,1e-1))", "model.width=64,128"]
-# How many of the 64 trials a peer runs (the slow ones take minutes), and what raytrainer may cost of it.
+# For each peer: how many of the 64 trials it runs (slow peers take minutes), and raytrainer's largest relative cost.
 PEERS: Mapping[str, tuple[int, float | None]] = {
     "nested": (4, 0.03),
     "fresh": (12, 0.12),
@@ -48,7 +49,7 @@ BLOCK = 20  # trials between two readings of the clock
 
 
 def command(arguments: Sequence[str], folder: Path, rss: list[tuple[float, float]] | None = None) -> float:
-    """Runs `python -m …` in `folder`; seconds from start to exit. `rss`: gets the process's MiB over time."""
+    """Run `python -m …` in `folder`, and return the seconds to its exit. `rss` receives the process's MiB over time."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     env.pop("MLFLOW_TRACKING_URI", None)
     began = time.time()
@@ -82,7 +83,7 @@ def watch(pid: int, rss: list[tuple[float, float]], done: threading.Event) -> No
 def ours(
     arguments: Sequence[str], folder: Path, rss: list[tuple[float, float]] | None = None
 ) -> tuple[float, list[Trial]]:
-    """Seconds of the whole command, and the trials as its journal has them."""
+    """Return the seconds of the whole command, and the trials from its journal."""
     seconds = command(["raytrainer", "-m", *arguments, "sweep.max_concurrent_trials=2", "name=bench"], folder, rss)
     return seconds, list(TrialJournal.open(Storage(str(folder / "runs/bench"))).trials.values())
 
@@ -106,7 +107,7 @@ def by_peer(kind: str, folder: Path, trials: Sequence[Mapping[str, Any]]) -> dic
 
 
 def equal(ours: Sequence[Any], theirs: Sequence[Any]) -> tuple[int, int]:
-    """The evaluations that both reached, which are equal to the bit, and how many trials both finished."""
+    """Check that common evaluations are equal, and return their number and how many trials both have finished."""
     evaluations = finished = 0
     for a, b in zip(ours, theirs, strict=False):
         common = min(len(a), len(b))
@@ -169,7 +170,7 @@ def against_peers(rounds: int, count: int, peers: Sequence[str]) -> dict[str, An
 
 
 def many(count: int) -> dict[str, Any]:
-    """Trials of one step of a linear model: seconds a trial and the driver's memory, near the 100th and at the end."""
+    """Measure trials of one step of a linear model: seconds a trial and driver memory, at the 100th and the last."""
     tiny = ["model.depth=0", "trainer.max_steps=1", "trainer.max_epochs=null", "sweep=random"]
     rss: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as folder:

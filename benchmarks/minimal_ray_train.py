@@ -1,4 +1,4 @@
-"""The peer of bench_launch: a short Ray Train script, as Ray's documentation shows one, made as quiet as it gets.
+"""The peer of bench_launch: a short Ray Train script as in Ray's documentation, with as little output as possible.
 
 python benchmarks/minimal_ray_train.py STEPS FILE   (writes the time of its first step to FILE)
 """

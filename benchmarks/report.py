@@ -1,4 +1,4 @@
-"""What every benchmark here shares: running commands in turn, medians and spread, and a result file with its origin."""
+"""Shared by all benchmarks: medians with their spread, and a result file with its origin."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and most."""
+    """Return the median, the minimum, the maximum and the number of values."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "runs": len(values)}
 
 
@@ -33,7 +33,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> str:
-    """Processor, cores and memory, without a name of this host."""
+    """Return processor, cores, memory and GPUs, without the name of this host."""
     model = platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -44,7 +44,7 @@ def machine() -> str:
 
 
 def _gpus() -> str:
-    """The GPUs and CUDA's version, where a benchmark has brought torch along and there are some."""
+    """Return the GPUs and the CUDA version, if the benchmark has imported torch and the machine has GPUs."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return ""
@@ -58,7 +58,7 @@ def commit() -> str:
 
 
 def write(name: str, figures: dict[str, Any]) -> None:
-    """Prints the figures and keeps them in `results/NAME.json` with command, machine, versions, date and commit."""
+    """Print the figures, and write them to `results/NAME.json` with command, machine, versions, date and commit."""
     RESULTS.mkdir(exist_ok=True)
     program = Path(sys.argv[0]).resolve().relative_to(RESULTS.parents[1]).with_suffix("")
     command = shlex.join(["python", "-m", ".".join(program.parts), *sys.argv[1:]])

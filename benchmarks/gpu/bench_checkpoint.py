@@ -1,4 +1,4 @@
-"""What saving a checkpoint costs the training loop where the state is in a GPU's memory: `benchmarks.bench_checkpoint` there.
+"""Cost of saving a checkpoint if the state is in a GPU's memory: `benchmarks.bench_checkpoint` on a GPU.
 
 python -m benchmarks.gpu.bench_checkpoint
 """

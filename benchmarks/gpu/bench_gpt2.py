@@ -1,9 +1,9 @@
-"""GPT-2 with 124M parameters on sequences of 1,024 tokens: `Trainer.fit` against a tuned plain loop, tokens a second and
-the part of the GPU's peak that the model's arithmetic is (MFU).
+"""GPT-2 with 124M parameters on sequences of 1,024 tokens: `Trainer.fit` against a tuned plain loop, in tokens a second
+and as the fraction of the GPU's peak that the model's arithmetic reaches (MFU).
 
-Both: bf16 autocast, flash attention, torch.compile, fused AdamW, the tokens on the device, the vocabulary padded to 50,304.
-The plain loop has a model of its own, with queries, keys and values as one matrix and the loss compiled with it. The weights
-are the same at the beginning, and so the losses.
+Both use bf16 autocast, flash attention, torch.compile, fused AdamW, tokens on the device and a vocabulary padded to
+50,304. The plain loop has its own model, with queries, keys and values as one matrix, and compiles the loss with it.
+Both begin with the same weights, and so with the same losses.
 
     python -m benchmarks.gpu.bench_gpt2
 """
@@ -24,8 +24,9 @@ from raytrainer.trainer import Trainer
 
 
 def utilisation(tokens_per_second: float, dim: int, depth: int, length: int, vocabulary: int) -> float | None:
-    """The part of the peak of this GPU, if that is known, by Chowdhery et al. 2022 (arXiv:2204.02311, appendix B): 6 FLOPs a
-    token for each weight of a matrix product, and attention over the whole square."""
+    """Return the fraction of this GPU's peak, or None if the peak is unknown, by Chowdhery et al. 2022
+    (arXiv:2204.02311, appendix B): 6 FLOPs a token for each weight of a matrix product, and attention over the whole
+    square."""
     peak = peak_flops(torch.device("cuda"), "bf16-mixed") if torch.cuda.is_available() else None
     flops = 6 * (12 * depth * dim**2 + vocabulary * dim) + 12 * depth * dim * length
     return tokens_per_second * flops / peak if peak else None
@@ -48,7 +49,7 @@ class Block(nn.Module):
 
 
 class Gpt2(nn.Module):
-    """Token ids and the next ones `[N, T]` to the mean cross entropy."""
+    """A GPT-2 whose output is the mean cross entropy of token ids and the ids that follow them, both `[N, T]`."""
 
     def __init__(self, vocabulary: int, length: int, dim: int, heads: int, depth: int) -> None:
         super().__init__()
@@ -63,7 +64,7 @@ class Gpt2(nn.Module):
 
     @torch.no_grad()
     def take(self, state: dict[str, Tensor]) -> None:
-        """The weights of our Transformer."""
+        """Copy the weights of our Transformer."""
         names = {"tokens": "embed_tokens", "positions": "embed_positions", "norm": "norm"}
         for number in range(len(self.blocks)):
             mine, theirs = f"blocks.{number}", f"layers.{number}"
@@ -83,7 +84,7 @@ class Gpt2(nn.Module):
 
 
 class Plain(rounds.PlainLoop):
-    """The loop that one writes for speed."""
+    """A plain loop written for speed."""
 
     def __init__(self, trainer: Trainer, mode: str | None) -> None:
         e, device = trainer.experiment, trainer.world.device
@@ -109,7 +110,7 @@ class Plain(rounds.PlainLoop):
             loss: Tensor = self._model(self._ids[at], self._following[at])
         loss.backward()
         self._optimizer.step()
-        return loss.detach().clone()  # the next replay of a CUDA graph writes over it
+        return loss.detach().clone()  # the next replay of the CUDA graph overwrites it
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """ResNet-50 on images of 224 pixels: `Trainer.fit` against a tuned plain loop over torchvision's, images a second.
 
-Both: bf16 autocast, channels_last, torch.compile(mode="max-autotune"), fused SGD, cuDNN's own benchmark, the data on the
-device. The plain loop finds its batches ready there in the right layout; the Trainer gathers them. The weights are the
-same at the beginning, and so the losses.
+Both use bf16 autocast, channels_last, torch.compile(mode="max-autotune"), fused SGD, cuDNN's benchmark mode and data on
+the device. The plain loop has its batches ready in the right layout; the Trainer gathers them. Both begin with the same
+weights, and so with the same losses.
 
     python -m benchmarks.gpu.bench_resnet
 """
@@ -25,12 +25,12 @@ from raytrainer.trainer import Trainer
 
 
 def peers_model(smoke: bool) -> tuple[Callable[[], nn.Module], str]:
-    """torchvision's network, and its name; where there is no torchvision our own, which then says nothing of the model."""
+    """Return torchvision's network and its name. Without torchvision, return our own: only the loops are compared."""
     if smoke:
         return lambda: ResNet("bottleneck", [1, 1], num_classes=10, width=8, norm="group"), "ours, tiny"
     try:
         models: Any = importlib.import_module("torchvision.models")
-    except (ImportError, RuntimeError) as error:  # beside another build of torch it raises the latter
+    except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
         print(f"the peer's model is our own resnet50: torchvision cannot be imported ({error})")
         return lambda: ResNet("bottleneck", [3, 4, 6, 3], num_classes=1000), "ours: torchvision is not there"
     version = importlib.import_module("torchvision").__version__
@@ -38,12 +38,12 @@ def peers_model(smoke: bool) -> tuple[Callable[[], nn.Module], str]:
 
 
 class Plain(rounds.PlainLoop):
-    """The loop that one writes for speed."""
+    """A plain loop written for speed."""
 
     def __init__(self, trainer: Trainer, make: Callable[[], nn.Module], mode: str | None) -> None:
         e, device = trainer.experiment, trainer.world.device
         self._model = make().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        # The names of the parameters are torchvision's.
+        # Our parameters have torchvision's names.
         self._model.load_state_dict(trainer.raw_model.state_dict())
         if mode:
             self._model.compile(mode=mode)

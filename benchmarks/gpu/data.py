@@ -1,4 +1,4 @@
-"""The data of the benchmarks for GPUs: random, made once a process, so that both sides have the very same."""
+"""Random data for the GPU benchmarks, made once in each process, so that both sides use the same."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from raytrainer.data import Arrays
 
 @cache
 def images(rows: int, size: int, classes: int) -> Arrays:
-    """Float32 `[rows, 3, size, size]`, and labels."""
+    """Return float32 images `[rows, 3, size, size]` and their labels."""
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(rows, 3, size, size, generator=generator)
     return Arrays({"image": image, "label": torch.randint(classes, (rows,), generator=generator)})
@@ -19,8 +19,7 @@ def images(rows: int, size: int, classes: int) -> Arrays:
 
 @cache
 def tokens(rows: int, length: int, vocabulary: int) -> Arrays:
-    """Ids `[rows, length]` and the next of each. They are drawn as words are: by Zipf's law, so that there is something
-    to learn."""
+    """Return token ids `[rows, length]` and the id after each. They follow Zipf's law, so that a model can learn."""
     generator = torch.Generator().manual_seed(0)
     weights = 1 / torch.arange(1, vocabulary + 1, dtype=torch.float64)
     ids = torch.multinomial(weights, rows * (length + 1), replacement=True, generator=generator).view(rows, length + 1)

@@ -1,5 +1,5 @@
-"""A Trainer and a plain loop in turn on one device, A B A B …, inside one `fit`: each is built and compiled once.
-What both measure: seconds a chunk of steps, the device waited for at its ends; and the loss of every window of steps.
+"""Run a Trainer and a plain loop in turn on one device, A B A B …, inside one `fit`: each is built and compiled once.
+It measures the seconds of each chunk of steps, with a device synchronisation at both ends, and the loss of each window.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ LOG_EVERY = 10
 
 
 class PlainLoop:
-    """`step(i)` does one step on batch `i` of the same batches, and returns the loss without waiting for the device."""
+    """A plain loop over the same batches: `step(i)` trains on batch `i` and returns the loss without waiting for it."""
 
     def step(self, number: int) -> Tensor:
         raise NotImplementedError
 
 
 class Alternating:
-    """A callback of the Trainer: after its warm-up, and then after each chunk of steps, it lets the plain loop do as many.
+    """A callback of the Trainer. After the warm-up and after each chunk of steps, the plain loop does as many steps.
 
     Args:
-        plain: Made when the Trainer has its first weights, which it begins with.
-        warmup: Steps of each that are not measured: compilation, autotuning, the first allocations.
-        chunk: Steps of each in a round; the Trainer's logs are among them.
+        plain: Makes the plain loop when the Trainer has its first weights, with which the loop begins.
+        warmup: Steps of each that are not measured, because they compile, autotune and allocate memory.
+        chunk: Steps of each in a round, including the Trainer's logging.
     """
 
     def __init__(self, plain: Callable[[Trainer], PlainLoop], warmup: int, chunk: int) -> None:
@@ -72,7 +72,7 @@ class Alternating:
 
     @property
     def plain_losses(self) -> list[float]:
-        """The means of the windows over which the Trainer logs."""
+        """The mean loss of each window over which the Trainer logs."""
         losses = torch.stack(self._losses).double().tolist()
         return [statistics.fmean(losses[i : i + LOG_EVERY]) for i in range(0, len(losses), LOG_EVERY)]
 
@@ -83,7 +83,7 @@ class Alternating:
 
 
 def options(description: str | None) -> argparse.Namespace:
-    """The command line of a benchmark for GPUs; without one only `--smoke` goes on."""
+    """Parse the command line of a GPU benchmark. Without a GPU it exits, unless `--smoke` is set."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--batch", type=int, help="samples in a step; default: what suits 80 GB of memory")
@@ -108,16 +108,16 @@ def compare(
     rounds: int,
     tolerance: float,
 ) -> dict[str, Any]:
-    """Trains by the experiment of `overrides` and by `plain` in turn, and gives the seconds a step of both.
+    """Train with the experiment of `overrides` and with `plain` in turn, and return the seconds a step of both.
 
     Args:
-        overrides: The experiment, without length and logs.
-        plain: As `Alternating` takes it.
-        warmup, chunk, rounds: Steps not measured, steps of each in a round, and how many rounds.
-        tolerance: How far, relatively, the losses may be apart in a window of 10 steps: the same work is proven by them.
+        overrides: The experiment, without its length and its logging.
+        plain: As in `Alternating`.
+        warmup, chunk, rounds: Steps that are not measured, steps of each in a round, and the number of rounds.
+        tolerance: The largest relative difference of the losses in a window of 10 steps. Equal losses prove equal work.
 
     Raises:
-        AssertionError: They are further apart.
+        AssertionError: A loss is not finite, or the losses differ by more than `tolerance`.
     """
     steps = warmup + chunk * rounds
     fixed = ["cluster=inline", "data.val=null", "data.shuffle=false", "trainer.max_epochs=null", "seed=7"]

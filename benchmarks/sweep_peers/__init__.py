@@ -1,4 +1,4 @@
-"""A trial of bench_sweep in plain torch, as a careful user writes it; `python -m benchmarks.sweep_peers` runs sweeps of it."""
+"""A trial of bench_sweep in plain torch, as a careful user writes it. `python -m benchmarks.sweep_peers` runs them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Report = Callable[[dict[str, float]], None]
 
 @functools.cache
 def digits() -> dict[str, Any]:
-    """Read once a process."""
+    """Return the data, which is read once in each process."""
     from raytrainer.data import Digits
 
     return {split: Digits(split).tensors for split in ("train", "val")}
 
 
 def train(trial: Mapping[str, Any], report: Report) -> None:
-    """A trial in plain torch: initial weights, order of batches and curve are raytrainer's, so that bits can be equal."""
+    """Run a trial. Initial weights, batch order and schedule are raytrainer's, so results can be equal bit for bit."""
     import torch
     from torch.nn import functional
 
@@ -44,7 +44,7 @@ def train(trial: Mapping[str, Any], report: Report) -> None:
             functional.cross_entropy(model(image[rows]), label[rows]).backward()
             optimizer.step()
             scheduler.step()
-        # Over batches of the same size as in training, summed in double precision: as the trainer evaluates.
+        # Like the trainer, evaluate in batches of the training size and sum in double precision.
         means, sizes = [], []
         with torch.no_grad():
             for images, labels in zip(val_image.split(BATCH), val_label.split(BATCH), strict=True):

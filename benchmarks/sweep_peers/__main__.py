@@ -1,10 +1,10 @@
-"""The peers of bench_sweep: its trials by a plain torch loop, run in the ways that people run sweeps.
+"""The peers of bench_sweep: its trials with a plain torch loop, run in the ways that people run sweeps.
 
     python -m benchmarks.sweep_peers nested|fresh|reused|bare|optuna TRIALS.json RESULT.json
 
-nested: a TorchTrainer inside a Tune function, as Ray's documentation shows; fresh: Tune with its defaults, a new process
-a trial; reused: Tune with `reuse_actors`; bare: that without the files that Tune writes of each trial; optuna: one
-process, no Ray. None of them tracks anything.
+nested: a TorchTrainer inside a Tune function, as in Ray's documentation; fresh: Tune with its defaults, a new process
+for each trial; reused: Tune with `reuse_actors`; bare: like reused, but without the files that Tune writes for each
+trial; optuna: one process, no Ray. None of them tracks anything.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.sweep_peers import EPOCHS, train
 
 AT_ONCE = 2
-GRACE, FACTOR = 1, 3  # of successive halving
+GRACE, FACTOR = 1, 3  # for successive halving
 
 
 def by_tune(kind: str, trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def by_tune(kind: str, trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             ).fit()
 
     class Collected(tune.Callback):  # type: ignore[misc]
-        """What was reported, and the clock from Tune's first step to the last trial's end."""
+        """Keeps the reports, and the times of Tune's first step and of the last trial's end."""
 
         def __init__(self) -> None:
             self.reports: dict[int, list[dict[str, float]]] = {}
@@ -73,7 +73,7 @@ def by_tune(kind: str, trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     torch.set_num_threads(1)
     if kind == "bare":
         os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    # A nested trial's function has a CPU of its own, by default, beside its worker's; it only waits.
+    # By default the function of a nested trial has one CPU beside its worker's, although it only waits.
     cpus = AT_ONCE * (2 if kind == "nested" else 1)
     ray.init(address="local", num_cpus=cpus, logging_level=logging.ERROR, log_to_driver=False)
     logging.getLogger("ray").setLevel(logging.ERROR)

@@ -1,10 +1,9 @@
-"""The schema of a RayJob as far as our manifests go: cut out of KubeRay's, and made as strict as a server that refuses
-unknown fields.
+"""The part of KubeRay's RayJob schema that our manifests use, as strict as a server that refuses unknown fields.
 
-tests/fixtures/rayjob-schema.json is written by `python -m tests.cluster.crd CRD`, where CRD is the file of the custom
-resource definition, `ray-operator/config/crd/bases/ray.io_rayjobs.yaml` of a KubeRay release, or the schema in it
-(`openAPIV3Schema`) as JSON. It keeps each field that a manifest of `manifests()` sets, with everything that the schema
-says of that field. A manifest that sets one more wants it written again, from the definition.
+`python -m tests.cluster.crd CRD` writes tests/fixtures/rayjob-schema.json. CRD is the file of the custom resource
+definition, `ray-operator/config/crd/bases/ray.io_rayjobs.yaml` of a KubeRay release, or its schema
+(`openAPIV3Schema`) as JSON. The fixture keeps each field that a manifest of `manifests()` sets, with everything that
+the schema says about that field. If a manifest sets a new field, write the fixture again from the definition.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import jsonschema
 import yaml
 
 SCHEMA = Path(__file__).resolve().parent.parent / "fixtures" / "rayjob-schema.json"
-# Of every object of Kubernetes, which no definition describes.
+# Every Kubernetes object has these fields, but no resource definition describes them.
 OBJECT_META = {name: {"type": "string"} for name in ("name", "namespace")} | {
     name: {"type": "object", "additionalProperties": {"type": "string"}} for name in ("labels", "annotations")
 }
@@ -27,7 +26,7 @@ ANYTHING = "x-kubernetes-preserve-unknown-fields"
 
 
 def cut(schema: Mapping[str, Any], values: Iterable[Any]) -> dict[str, Any]:
-    """The schema without the fields that none of the values has."""
+    """Return the schema without the fields that none of the values has."""
     values = list(values)
     kept = {key: value for key, value in schema.items() if key not in ("properties", "description")}
     if "properties" in schema:
@@ -43,7 +42,7 @@ def cut(schema: Mapping[str, Any], values: Iterable[Any]) -> dict[str, Any]:
 
 
 def strict(schema: Any) -> Any:
-    """With every field forbidden that it does not name, unless it says that it keeps them."""
+    """Return the schema with unnamed fields forbidden, unless it says that it preserves them."""
     if isinstance(schema, list):
         return [strict(one) for one in schema]
     if not isinstance(schema, Mapping):
@@ -55,7 +54,7 @@ def strict(schema: Any) -> Any:
 
 
 def problems(manifest: Mapping[str, Any], schema: Mapping[str, Any]) -> list[str]:
-    """`spec.backoffLimit: 'two' is not of type 'integer'`, and so on."""
+    """Return the violations as text, for example `spec.backoffLimit: 'two' is not of type 'integer'`."""
     schema = json.loads(json.dumps(schema))
     schema["properties"]["metadata"] = {"type": "object", "properties": OBJECT_META}
     found = jsonschema.Draft7Validator(strict(schema)).iter_errors(manifest)

@@ -1,4 +1,4 @@
-"""The Jobs API of a real cluster that wants a token: sent once, followed through lost connections, stopped, and free again."""
+"""Tests of the Jobs API on a real cluster that requires a token: submission, lost connections, stops and resources."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _names = itertools.count()
 
 @dataclass
 class Sent:
-    """As much of a request as is sent: a script, and what it reads."""
+    """The part of a request that is sent: a script and the module `given` that it reads."""
 
     script: str
     given: str = ""
@@ -67,7 +67,7 @@ Submit = Callable[..., str]
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the developer's own, with a token in it."""
+    """Use an empty home directory, because the developer's own may hold a token."""
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
@@ -80,7 +80,7 @@ def token_file(head: Head, tmp_path: Path) -> str:
 
 @pytest.fixture
 def jobs(head: Head, token_file: str) -> Iterator[Jobs]:
-    """The cluster, and at the end nothing of this test's on it."""
+    """The cluster's Jobs API. At the end all jobs of the test are stopped and have ended."""
     found = Jobs(head.address, token_file=token_file)
     before = {job.submission_id for job in found.list()}
     yield found
@@ -110,7 +110,7 @@ def until(holds: Callable[[], Any], within_s: float = 60) -> Any:
 
 
 def ended(jobs: Jobs, name: str) -> JobInfo:
-    """Waits for a job's end, and until nothing of it is there any more."""
+    """Wait until a job has ended and holds no resources or processes, and return it."""
 
     def found() -> JobInfo | None:
         job = jobs.info(name)
@@ -128,23 +128,23 @@ def lives(pid: int) -> bool:
 
 
 def logged(jobs: Jobs, name: str) -> list[str]:
-    """What the script has printed."""
+    """Return the lines that the script has printed."""
     return [line.removeprefix("> ") for line in jobs.logs(name).splitlines() if line.startswith("> ")]
 
 
 class Between:
-    """Passes bytes on between a client and a server on loopback, until told to lose some."""
+    """A TCP proxy on loopback that can drop connections."""
 
     def __init__(self, port: int) -> None:
         self._target, self._open = port, set[socket.socket]()
-        self.refused: bytes | None = None  # a connection on which this is asked for is closed
-        self.unanswered: bytes | None = None  # so is one on which this is answered
+        self.refused: bytes | None = None  # a connection is closed when its request contains this
+        self.unanswered: bytes | None = None  # a connection is closed when the answer to such a request arrives
         self._server = socket.create_server(("127.0.0.1", 0))
         self.address = f"http://127.0.0.1:{self._server.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self) -> int:
-        """Loses all connections; returns how many there were."""
+        """Close all connections, and return the number of their sockets."""
         lost, self._open = self._open, set()
         for one in lost:
             self._close(one)
@@ -193,7 +193,7 @@ def between(head: Head) -> Iterator[Between]:
     found.close()
 
 
-# --- sent once --------------------------------------------------------------------------------------------------------
+# --- submission -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -212,7 +212,7 @@ def test_a_job_from_its_submission_to_its_end(jobs: Jobs, submit: Submit, monkey
     assert submit(first) == first.submission_id
     assert len(uploads) == 2
     assert submit(second) == second.submission_id
-    assert len(uploads) == 3  # of the same tree nothing
+    assert len(uploads) == 3  # the same tree is not uploaded again
     done, failed = ended(jobs, first.submission_id), ended(jobs, second.submission_id)
     assert (done.status, done.exit_code, done.metadata) == ("SUCCEEDED", 0, first.metadata)
     assert (failed.status, failed.exit_code) == ("FAILED", 3)
@@ -246,7 +246,7 @@ def test_a_lost_answer_is_no_lost_job(jobs: Jobs, submit: Submit, between: Betwe
     sent = Sent("print('> once')")
     assert submit(sent, Jobs(between.address, token_file=token_file)) == sent.submission_id
     ended(jobs, sent.submission_id)
-    between.unanswered, between.refused = None, b"POST /api/jobs/ "  # a request that is lost: no job
+    between.unanswered, between.refused = None, b"POST /api/jobs/ "  # the request itself is lost, so there is no job
     lost = Sent("")
     with pytest.raises(ClusterUnreachable):
         submit(lost, Jobs(between.address, token_file=token_file))
@@ -259,7 +259,7 @@ def test_what_ray_does_not_take(submit: Submit, monkeypatch: pytest.MonkeyPatch)
         submit(Sent(""))
 
 
-# --- followed ---------------------------------------------------------------------------------------------------------
+# --- following the log ------------------------------------------------------------------------------------------------
 
 LINES = "import time\nfor i in range(300):\n    print('>', i)\n    time.sleep(0.02)"
 
@@ -288,7 +288,7 @@ def test_where_no_websocket_comes_through(submit: Submit, jobs: Jobs, between: B
 
 
 def test_a_log_that_is_no_text(jobs: Jobs, submit: Submit) -> None:
-    """Ray's own answer to both is an error."""
+    """Ray's own API returns an error for such a log, followed or read at once."""
     name = submit(Sent("import os, time\nos.write(1, b'> a\\xff\\r\\n> \\xc3\\xbc\\n')\ntime.sleep(1)\nprint('> end')"))
     text = "".join(jobs.tail(name))
     assert "> a\ufffd\n> ü\n> end\n" in text
@@ -296,7 +296,7 @@ def test_a_log_that_is_no_text(jobs: Jobs, submit: Submit) -> None:
 
 
 def test_a_log_that_is_gone_with_its_node() -> None:
-    """The job has ended, and its log cannot be had: whoever follows it is told the end all the same."""
+    """The log of an ended job is lost with its node: following it ends normally, and reading it raises an error."""
     row = {"submission_id": "x", "status": "FAILED", "message": "its node has died", "start_time": 1, "end_time": 2}
 
     def answer(request: BaseHTTPRequestHandler) -> None:
@@ -332,7 +332,7 @@ def test_a_cluster_that_is_gone_for_good(monkeypatch: pytest.MonkeyPatch) -> Non
     assert asked[0] < 40
 
 
-# --- what it has, and who holds it ------------------------------------------------------------------------------------
+# --- resources and their holders --------------------------------------------------------------------------------------
 
 HOLD = """
 import os, ray
@@ -363,7 +363,7 @@ def test_who_holds_it_what_waits_and_when_it_is_free(jobs: Jobs, submit: Submit)
     until(lambda: "CPU" in jobs.explain_waiting(waits))
     assert jobs.explain_waiting(waits).startswith(f"for 2 CPUs: 0 of 2 CPUs free; {holds} (anna) holds 2 CPUs for ")
     assert jobs.explain_waiting(holds) == "for 2 CPUs: 0 of 2 CPUs free"
-    assert jobs.held_by(holds) == {"CPU": 2, "processes": 3}  # the driver, its supervisor, the actor
+    assert jobs.held_by(holds) == {"CPU": 2, "processes": 3}  # the driver, its supervisor and the actor
     facts = jobs.facts()
     assert [(one.name, one.user, one.resources) for one in facts.holders] == [(holds, "anna", {"CPU": 2})]
     jobs.stop(holds)
@@ -376,7 +376,7 @@ def test_who_holds_it_what_waits_and_when_it_is_free(jobs: Jobs, submit: Submit)
 
 @pytest.mark.slow
 def test_a_cluster_that_grows(tmp_path: Path) -> None:
-    """Ray's own autoscaler, with fake machines: 1 CPU now, and at most 1 + 1 + 2 more."""
+    """Ray's own autoscaler with fake machines: 1 CPU now, and at most 1 + 1 + 2 CPUs more."""
     port = free_port()
     with subprocess.Popen(
         [
@@ -408,7 +408,7 @@ def test_a_cluster_that_grows(tmp_path: Path) -> None:
             assert "room for 1" in str(impossible([{"CPU": 2.0}] * 2, found))
             within.check()
         finally:
-            cluster.communicate()  # it ends with its input
+            cluster.communicate()  # the program ends when its input is closed
 
 
 def test_a_job_that_there_is_not(jobs: Jobs) -> None:
@@ -432,7 +432,7 @@ def test_another_ray_is_told_before_its_tables_are_read() -> None:
     assert "has ray 2.9.3" in str(found.version_problem())
 
 
-# --- let in, or not ---------------------------------------------------------------------------------------------------
+# --- access -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -460,7 +460,7 @@ def test_a_variable_that_names_another_cluster(jobs: Jobs, submit: Submit, monke
             ConfigError, match=rf"cluster\.address={jobs.address} .*{name}=http://10\.0\.0\.9:8265 is set"
         ):
             submit(Sent(""))
-        jobs.list()  # nothing here follows it
+        jobs.list()  # the variable does not affect our own requests
         monkeypatch.setenv(name, f"{jobs.address}/")
         check_environment(jobs.address)
 

@@ -1,4 +1,4 @@
-"""The token of a cluster: which one is taken, which file is refused, and what a refusal of it is told as; never the token."""
+"""Tests of a cluster's token: which one is used, which files are refused, and that no message contains it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_order_of_the_places(file: Path, home: Path) -> None:
     given = find_token(str(file), environ)
     assert given is not None
     assert given.value == SECRET
-    # As Ray's own client, which then sends none; a file that was named is sent all the same.
+    # In this mode no token is sent, as by Ray's own client, except from a file that the user has named.
     environ["RAY_AUTH_MODE"] = "disabled"
     assert find_token(environ=environ) is None
     assert find_token(str(file), environ) == given
@@ -99,7 +99,7 @@ def test_what_is_no_token(file: Path, tmp_path: Path) -> None:
         assert "one word" in said
         assert SECRET not in said
     assert "RAY_AUTH_TOKEN holds" in told("", {"RAY_AUTH_TOKEN": f"{SECRET} x"})
-    # A token where its file belongs.
+    # The user gives the token itself instead of the path of its file.
     assert SECRET not in told(SECRET)
     assert "the path of a file" in told(SECRET)
     assert SECRET not in told("", {"RAY_AUTH_TOKEN_PATH": SECRET})

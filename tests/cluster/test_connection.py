@@ -1,4 +1,4 @@
-"""HTTP to a dashboard: bounded in time, and each way in which it can fail told with its way out; no token in any of it."""
+"""Tests of HTTP to a dashboard: requests are bounded in time, and each failure names its fix and never the token."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def saying(status: int, text: str = "", **headers: str) -> Answer:
 
 @contextmanager
 def serving(answer: Answer, certificate: tuple[Path, Path] | None = None) -> Iterator[int]:
-    """A web server on loopback, with TLS where there is a certificate; its port."""
+    """Run a web server on loopback, with TLS if a certificate is given, and yield its port."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -68,12 +68,12 @@ def serving(answer: Answer, certificate: tuple[Path, Path] | None = None) -> Ite
 
 
 def told(address: str, kind: type[ClusterError] = ClusterUnreachable, **options: Any) -> str:
-    """What a question to it comes to: of this kind, and without the token."""
+    """Return the message of a failed request. Its error has this type, and neither it nor its causes show the token."""
     with pytest.raises(ClusterError) as caught:
         Connection(address, token=TOKEN, **options).get("/api/version", dict)
     assert type(caught.value) is kind, caught.value
     shown, error = str(caught.value), caught.value
-    while error is not None:  # a traceback shows those as well
+    while error is not None:  # a traceback also shows causes and contexts
         assert SECRET not in f"{error!r} {error}"
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)  # type: ignore[assignment]
     assert "Traceback" not in shown
@@ -81,11 +81,11 @@ def told(address: str, kind: type[ClusterError] = ClusterUnreachable, **options:
     return shown
 
 
-# --- that it is asked as it should ------------------------------------------------------------------------------------
+# --- requests ---------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # For requests a password of this file goes before any header.
+    # The requests library prefers a password in this file to any header.
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login anna password hers")
     monkeypatch.setenv("HOME", str(tmp_path))
     seen = []
@@ -126,7 +126,7 @@ def test_a_kept_connection_that_was_closed_meanwhile() -> None:
     def answer(request: BaseHTTPRequestHandler) -> None:
         counted.append(request.path)
         saying(200, "{}")(request)
-        request.close_connection = True  # without having said so
+        request.close_connection = True  # without announcing it in a header
 
     with serving(answer) as port:
         asked = Connection(f"http://127.0.0.1:{port}")
@@ -190,7 +190,7 @@ def test_statuses_that_the_caller_knows() -> None:
 
 def test_nobody_listens() -> None:
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # and does not listen
+        taken.bind(("127.0.0.1", 0))  # bound, but not listening
         said = told(f"http://127.0.0.1:{taken.getsockname()[1]}")
     assert said.startswith("nothing listens at 127.0.0.1:")
     assert "8265" in said
@@ -235,7 +235,7 @@ def test_one_that_takes_the_connection_and_says_nothing() -> None:
 
 
 def test_one_that_drips(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes often enough for a socket's timeout, and no answer for ever."""
+    """The server sends bytes often enough for the socket's timeout, but never completes its answer."""
     released = threading.Event()
 
     def drip(request: BaseHTTPRequestHandler) -> None:
@@ -302,7 +302,7 @@ def test_an_authority_that_the_environment_names(certificates: Certificates, mon
     with serving(OK, certificates.issue()) as port:
         asked = Connection(f"https://localhost:{port}")
         assert asked.get("/api/version", dict) == {"ray_version": "2"}
-        context = asked.ssl_context()  # of the websocket
+        context = asked.ssl_context()  # for the websocket
         assert context is not None
         with socket.create_connection(("localhost", port)) as plain:
             context.wrap_socket(plain, server_hostname="localhost").close()

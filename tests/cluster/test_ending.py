@@ -1,4 +1,4 @@
-"""How a job ended: its status, the exit code, and one line of cause, whatever Ray quotes of its log."""
+"""Tests of how a job ended: its status, exit code and one-line cause, whatever part of the log Ray quotes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.history.past import FakeJob
 
 
 def message(code: int, *log: str) -> str:
-    """As Ray 2.60 makes it of a driver that ended."""
+    """Return the message that Ray 2.60 writes when a driver has ended."""
     return "\n".join(
         [f"Job entrypoint command failed with exit code {code}, last available logs (truncated to 20,000 chars):", *log]
     )
@@ -75,7 +75,7 @@ def test_a_long_message_becomes_a_line() -> None:
 def test_the_last_line_of_the_entrypoint_has_the_cause(
     error: RaytrainerError, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Ray keeps ten lines of a log, and a refusal may have more."""
+    """Ray keeps the last ten lines of a log, and a refusal may be longer; the cause is still found."""
     from raytrainer.cluster import entry
 
     entry._say_end("refused", error)

@@ -1,4 +1,4 @@
-"""What a job's driver does with a request: the run that was asked for, once, and as it was asked for."""
+"""Tests of what a job's driver does with a request: it starts the requested run once, exactly as requested."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ JOB = {"submission_id": "one", "cluster_address": "https://203.0.113.7", "conten
 
 @pytest.fixture
 def launched(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What `launch` of a run or a sweep was called with."""
+    """The arguments of each call of `launch` for a run or a sweep."""
     calls = list[dict[str, Any]]()
 
     def launch(thing: Any, **given: Any) -> Any:
@@ -97,13 +97,13 @@ def test_a_sweep(launched: list[dict[str, Any]], capsys: pytest.CaptureFixture[s
 def test_what_has_ended_is_not_done_again(
     launched: list[dict[str, Any]], status: str, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A cluster that forgot the job, or one that tries whatever failed once more."""
+    """An ended run does not start again if its cluster forgets the job or retries every failed job."""
     Record("one", directory().uri, status=status, job=JOB).write(directory())
     assert entry.run(asked()) == code
     assert entry.run(asked(job={**JOB, "resumes": "true"})) == code
     assert launched == []
     assert f"one has ended before: {status}" in capsys.readouterr().out
-    # Another job that goes on with it does.
+    # Another job that resumes the run starts it.
     assert entry.run(asked(job={**JOB, "submission_id": "one--2", "resumes": "true"})) == 0
     assert launched[0]["record"].status == status
 
@@ -116,7 +116,7 @@ def test_what_died_goes_on(launched: list[dict[str, Any]]) -> None:
 
 
 def test_what_somebody_has_closed_goes_on_all_the_same(launched: list[dict[str, Any]]) -> None:
-    """`list` closes a run as FAILED whose driver was killed, before its next attempt begins."""
+    """The next attempt starts even if `list` has marked the run FAILED because its driver was killed."""
     Record("one", directory().uri, status="FAILED", job=JOB).write(directory())
     assert entry.run(asked(job={**JOB, "submission_id": "one--2", "replaces": "one"})) == 0
     assert len(launched) == 1
@@ -127,7 +127,7 @@ def test_what_somebody_has_closed_goes_on_all_the_same(launched: list[dict[str, 
 
 @contextmanager
 def claimed(job: str, machine: str | None = "another") -> Iterator[Callable[[], None]]:
-    """A driver of `job` has the run's directory, on another machine; what is given shows that it lives."""
+    """Hold a lease for a driver of `job` on another machine, and yield a function that renews it."""
     with directory().lock("lock", {"run": "one", "job": job}):
         (file,) = (directory().local_path / "lock").glob("*.json")
         file.write_text(json.dumps({**json.loads(file.read_text()), "machine": machine}))
@@ -137,7 +137,7 @@ def claimed(job: str, machine: str | None = "another") -> Iterator[Callable[[], 
 
 @pytest.mark.parametrize("job", ["one", "one--2"])
 def test_the_claim_of_a_dead_driver_is_withdrawn(launched: list[dict[str, Any]], job: str) -> None:
-    """Of the attempt that this replaces, and of this one before its cluster started it anew."""
+    """The lease belongs to the attempt that this one replaces, or to this one before its cluster restarted it."""
     record, lock = Record("one", directory().uri, job=JOB), directory().child("lock")
     said, now = list[str](), [0.0]
 
@@ -177,7 +177,7 @@ def test_another_runs_name(launched: list[dict[str, Any]]) -> None:
 
 
 def test_the_program_reads_its_files(tmp_path: Path) -> None:
-    """As Ray starts it, with something that is refused: no cluster is needed for it."""
+    """The program runs as Ray starts it. Its request is refused, so the test needs no cluster."""
     folder = tmp_path / entry.REQUEST
     folder.mkdir()
     (folder / "__init__.py").write_bytes(b"")

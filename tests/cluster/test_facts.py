@@ -1,4 +1,4 @@
-"""What a cluster can never have, what is waited for and who holds it, in words; without a cluster."""
+"""Tests of the messages about resources that a job waits for, who holds them, or that a cluster can never provide."""
 
 from __future__ import annotations
 
@@ -82,12 +82,12 @@ def test_enough_but_not_together() -> None:
 
 
 def test_what_comes_one_after_the_other_is_possible() -> None:
-    one = [{"GPU": 3.0}]  # each on one node
+    one = [{"GPU": 3.0}]  # must fit on one node
     assert "never" not in explain_waiting([one, one, one], facts(free=free(GPU=0.0)))
     assert "it never can" in explain_waiting([one * 3], facts(free=free(GPU=0.0)))
 
 
-# --- never ------------------------------------------------------------------------------------------------------------
+# --- resources that the cluster can never provide ---------------------------------------------------------------------
 
 
 def test_what_can_never_be() -> None:

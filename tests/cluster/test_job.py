@@ -1,4 +1,4 @@
-"""Whole jobs on a real cluster that wants a token: submitted, followed, looked at, killed, stopped, gone on with."""
+"""Tests of whole jobs on a real cluster that requires a token: submit, follow, inspect, kill, stop and resume."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tests.outside.head import Head
 from tests.promises import Within
 
 pytestmark = pytest.mark.slow
-# So long that it ends only if somebody ends it.
+# So many steps that the run ends only when it is stopped.
 LONG = ["trainer.max_steps=1000000", "trainer.log_every_n_steps=20"]
 
 
 @pytest.fixture(autouse=True)
 def project(head: Head, monkeypatch: pytest.MonkeyPatch, in_tmp: Path) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", head.token)
-    # What the tests themselves write there is no part of what is submitted.
+    # Files that the tests write there are not part of the package.
     (in_tmp / ".rayignore").write_text("/launch-*\n/steps/\n")
 
 
@@ -42,12 +42,12 @@ def submit(head: Head, in_tmp: Path) -> Callable[..., Any]:
 
 
 def verb(folder: Path, *arguments: str) -> Any:
-    """What a verb tells as JSON."""
+    """Return a command's JSON output."""
     return json.loads(launched(folder, *arguments, "--json").exits(0).out)
 
 
 def driver_of(head: Head) -> psutil.Process:
-    """The process of the job that runs."""
+    """Return the driver process of the running job."""
     (found,) = (
         process
         for process in psutil.process_iter(["cmdline"])
@@ -66,12 +66,12 @@ def driven(head: Head) -> bool:
     return True
 
 
-# --- one job, submitted by two at once, with a secret -----------------------------------------------------------------
+# --- one job with a secret, submitted twice at once -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Whole:
-    """A job that has ended; it was asked for twice, at once."""
+    """A job that has ended. It was submitted twice at the same time."""
 
     folder: Path
     command: list[str]
@@ -80,7 +80,7 @@ class Whole:
     second: Ended
 
     def submitted(self, *overrides: str) -> Ended:
-        """The same once more."""
+        """Submit the same run again."""
         with launch(self.folder, *self.command, *overrides, environment=self.environment) as again:
             return again.wait()
 
@@ -125,7 +125,7 @@ def test_once_more_is_no_second_job(whole: Whole) -> None:
 
 
 def test_its_evaluation_is_a_job_too(whole: Whole) -> None:
-    """On the cluster that the run was on, without being told so; a child of the run, which stays as it is."""
+    """The evaluation runs on the run's cluster by default, as a child run, and leaves the run's record unchanged."""
     before = record(whole.folder, "whole")
     with launch(whole.folder, "evaluate", "whole", environment=whole.environment) as evaluating:
         said = evaluating.wait().exits(0).out
@@ -140,7 +140,7 @@ def test_its_evaluation_is_a_job_too(whole: Whole) -> None:
 
 
 def test_no_secret_is_anywhere(whole: Whole, head: Head) -> None:
-    """Used on a worker, referred to in the config, set on both sides, and in nothing that Ray or MLflow hold."""
+    """A worker uses the secret and the config refers to it, but nothing that Ray or MLflow stores contains it."""
     ((_, secret),) = head.secrets.items()
     assert (whole.folder / "digest").read_text() == hashlib.sha256(secret.encode()).hexdigest()
     jobs = Jobs(head.address)
@@ -152,7 +152,7 @@ def test_no_secret_is_anywhere(whole: Whole, head: Head) -> None:
     assert found + [place for place, text in texts.items() if secret in text or head.token in text] == []
 
 
-# --- jobs that are looked at, killed, stopped ---------------------------------------------------------------------------
+# --- jobs that are inspected, killed and stopped ----------------------------------------------------------------------
 
 
 def test_whoever_follows_may_go_and_the_verbs_go_on(submit: Callable[..., Any], in_tmp: Path, head: Head) -> None:
@@ -172,7 +172,7 @@ def test_whoever_follows_may_go_and_the_verbs_go_on(submit: Callable[..., Any], 
             assert "saving a checkpoint, then stopping" in following.stdout.read()
         assert not driven(head)
         saved = verb(in_tmp, "status", "long")["checkpoints"][-1]["step"]
-    # And from there on.
+    # A resume continues from the saved step.
     with launch(in_tmp, "resume", "long", f"trainer.max_steps={saved + 3}") as resumed:
         assert f"outcome  finished, {saved + 3} steps" in resumed.wait().exits(0).out
     assert record(in_tmp, "long")["job"]["submission_id"] == "long--2"
@@ -201,7 +201,7 @@ def test_a_job_whose_driver_is_killed_goes_on_in_the_same_run(
     assert Runs(in_tmp).status("dies") == "FINISHED"
 
 
-@pytest.mark.nightly  # tests/cluster/test_entry.py has the job of a sweep without a cluster
+@pytest.mark.nightly  # tests/cluster/test_entry.py tests the job of a sweep without a cluster
 def test_a_sweep_as_a_job(in_tmp: Path, head: Head) -> None:
     to = ["cluster=job", f"cluster.address={head.address}"]
     swept = ["experiment=smoke", "name=swept", "trainer.max_steps=2", "sweep=grid", "optimizer.lr=0.1,0.01"]

@@ -1,5 +1,5 @@
-"""What raytrainer does to Kubernetes, through a program that stands for kubectl: sent once, told truthfully, explained
-in our words, bounded in time. The messages are kubectl's own, as version 1.32 prints them."""
+"""Tests of what raytrainer does to Kubernetes, with a program in place of kubectl: each job is sent once, its status is
+true, errors are explained, and calls are bounded in time. The error messages are those of kubectl 1.32."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.promises import Within
 
 
 class Kubernetes:
-    """A directory for a Kubernetes: its objects, the calls, and what it answers when told to."""
+    """A directory in place of Kubernetes: its objects, the calls of kubectl, and scripted answers."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -77,7 +77,7 @@ def test_sent(kubernetes: Kubernetes) -> None:
     sent = kubernetes.read("rayjob-run")
     assert sent["spec"] == job["spec"]
     (config,) = (name for name in kubernetes.objects() if name.startswith("configmap"))
-    # Whoever deletes the RayJob deletes what was asked for, too.
+    # Deleting the RayJob also deletes the ConfigMap with its request.
     assert kubernetes.read(config)["metadata"]["ownerReferences"] == [
         {"apiVersion": "ray.io/v1", "kind": "RayJob", "name": "run", "uid": "uid-of-run"}
     ]
@@ -103,7 +103,7 @@ def test_the_current_context_is_kubectls(kubernetes: Kubernetes) -> None:
 def test_the_same_again_is_one_job(kubernetes: Kubernetes) -> None:
     assert HERE.apply(*documents(*TEAM))
     assert not HERE.apply(*documents(*TEAM))
-    # Kueue has let it go, and is the one that says so from now on.
+    # Kueue has admitted the job and now manages its `suspend` field.
     found = kubernetes.read("rayjob-run")
     kubernetes.put("rayjob-run", {**found, "managed": "kueue"})
     assert not HERE.apply(*documents(*TEAM))
@@ -120,7 +120,7 @@ def test_the_name_of_another_run_is_refused(kubernetes: Kubernetes) -> None:
 
 @pytest.mark.parametrize("contents", [["same", "same", "same"], ["one", "two", "three"]])
 def test_sent_by_several_at_once(kubernetes: Kubernetes, contents: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """All have seen that it is not there before any has sent it."""
+    """All senders have seen that the job does not exist before any of them sends it."""
     seen = threading.Barrier(len(contents))
     first = threading.local()
     status = Kubectl.status
@@ -150,7 +150,7 @@ def test_sent_by_several_at_once(kubernetes: Kubernetes, contents: list[str], mo
     jobs = [name for name in kubernetes.objects() if name.startswith("rayjob")]
     assert jobs == ["rayjob-run"]
     if len(set(contents)) == 1:
-        # The server takes the same again: each thinks that it was the one, and there is one.
+        # The server accepts the same object again, so each sender believes that it created the one job.
         assert outcomes == ["sent"] * 3
     else:
         assert sorted(outcomes) == ["refused", "refused", "sent"]
@@ -231,7 +231,7 @@ def test_deleted_when_its_pods_are_gone(kubernetes: Kubernetes) -> None:
     deleting.join(30)
     assert left == [[]]
     assert kubernetes.objects() == []
-    # What does not go is named.
+    # An object that is not deleted in time is reported.
     kubernetes.put("pod-a", pod("run-workers-a", {}))
     assert HERE.delete("run", within_s=0) == ["run-workers-a"]
 
@@ -292,7 +292,7 @@ def test_as_the_verbs_see_it(kubernetes: Kubernetes) -> None:
     jobs.stop("run")
     stopped = jobs.info("run")
     assert (stopped.status, stopped.message) == ("STOPPED", "its RayJob is not there any more")
-    assert jobs.held_by("run")  # its pods take their time
+    assert jobs.held_by("run")  # its pods have not ended yet
     (kubernetes.folder / "pod-a.json").unlink()
     assert not jobs.held_by("run")
     with pytest.raises(ClusterError, match=r"there is no RayJob of run \(context arn:"):
@@ -300,7 +300,7 @@ def test_as_the_verbs_see_it(kubernetes: Kubernetes) -> None:
 
 
 class Looks(kubectl.RayJobs):
-    """Kubernetes, as it is found at one look after the other; and what each `kubectl logs` then gives, if it does."""
+    """RayJobs with one scripted status for each look and one scripted output for each `kubectl logs`."""
 
     def __init__(self, looks: list[RayJobStatus | ClusterError], logs: list[list[str] | ClusterError]) -> None:
         super().__init__("kubernetes:///research")
@@ -329,14 +329,14 @@ NO_LOGS = ClusterError("jobs.batch not found")
 @pytest.mark.parametrize(
     ("looks", "logs", "printed"),
     [
-        # The submitter's pod is made while the cluster runs already.
+        # The submitter's pod is created after the cluster has started.
         ([at("Running"), at("Running", "RUNNING"), at("Complete", "SUCCEEDED")], [["1", "2"]], "12"),
-        # `kubectl logs` ends early, or gives none, and the last lines come after the end.
+        # `kubectl logs` ends early or fails, and the last lines come after the job's end.
         ([at("Running", "RUNNING")] * 3 + [at("Complete")], [["1"], NO_LOGS, ["1", "2"]], "12"),
         ([at("Running", "RUNNING"), at("Failed", "FAILED")], [NO_LOGS, ["1"]], "1"),
-        # Its Job is gone.
+        # The submitter's Job is gone.
         ([at("Complete", "SUCCEEDED")], [NO_LOGS], ""),
-        # KubeRay tries it again.
+        # KubeRay retries the job on a new cluster.
         (
             [
                 at("Running", "RUNNING"),
@@ -347,7 +347,7 @@ NO_LOGS = ClusterError("jobs.batch not found")
             [["1", "2"], ["3", "4"]],
             "1234",
         ),
-        # It is deleted while it waits.
+        # The RayJob is deleted while it waits.
         ([at("Initializing"), at("Complete", "STOPPED", "", "")], [], ""),
         ([ClusterUnreachable("away"), at("Running", "RUNNING"), at("Complete")], [["1"]], "1"),
     ],
@@ -387,7 +387,7 @@ def test_a_run_goes_on_in_place_of_its_ended_attempt(kubernetes: Kubernetes, in_
         kubernetes.put("rayjob-one", {**found, "status": {**status, "jobId": found["spec"]["jobId"]}})
         told = submitted()
         assert (told.status, told.exit_code) == ("FAILED", 1)
-        # Its record does not count the attempts that never came to it.
+        # The record does not count attempts that ended before they could write it.
         went_on = submitted(*overrides, record=record)
         assert (went_on.submission_id, went_on.status, went_on.sent) == (f"one--{attempt}", "PENDING", True)
         assert kubernetes.read("rayjob-one")["spec"]["jobId"] == f"one--{attempt}"
@@ -506,7 +506,7 @@ def test_no_kubectl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_a_job_that_is_not_accepted_leaves_nothing(kubernetes: Kubernetes) -> None:
-    """The ConfigMap goes first, and would stay."""
+    """The ConfigMap is sent before the job, so it must be deleted if the job is refused."""
     config_map, job = documents(*TEAM)
     kubernetes.put(CONFIG_MAP, config_map)
     kubernetes.says("apply", code=1, stderr=FORBIDDEN)

@@ -1,5 +1,5 @@
-"""The RayJob of a run: accepted by KubeRay's schema with unknown fields forbidden, the same as recorded, and refused
-where Kubernetes could only leave it waiting."""
+"""Tests of a run's RayJob: it follows KubeRay's schema without unknown fields and equals the recorded manifest.
+Jobs that Kubernetes could never start are refused."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def documents(*overrides: str, **asked: Any) -> tuple[dict[str, Any], dict[str, 
 
 
 def manifests() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """One of each kind; what they set is what tests/fixtures/rayjob-schema.json has."""
+    """Yield one manifest of each kind. tests/fixtures/rayjob-schema.json has exactly the fields that they set."""
     yield documents(*PLAIN)
     yield documents(*FULL, runtime_env={"env_vars": {"NCCL_DEBUG": "INFO"}, "pip": ["einops==0.8.1"]})
     yield documents(*QUEUED)
@@ -93,7 +93,7 @@ def test_the_schema_accepts_every_kind(schema: dict[str, Any]) -> None:
 
 
 def keys(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of every field; those below a map of free names (labels, limits, …) are left out."""
+    """Yield the path of every field, except below maps with free names (labels, limits, …)."""
     free = {"labels", "annotations", "limits", "requests", "rayStartParams", "metadata"}
     if isinstance(value, dict):
         for name, below in value.items():
@@ -107,7 +107,7 @@ def keys(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def test_every_misspelt_field_is_refused(schema: dict[str, Any]) -> None:
-    """Or the test above would prove nothing: each field of each manifest, one at a time, with a letter more."""
+    """Each field of each manifest is refused with one letter added; otherwise the test above would prove nothing."""
     tried = 0
     for _, job in manifests():
         for *path, name in keys(job):
@@ -156,7 +156,7 @@ def test_a_wrong_value_is_refused(path: list[Any], value: Any, schema: dict[str,
 
 @pytest.mark.parametrize(("name", "number"), [("plain", 0), ("full", 1), ("queued", 2)])
 def test_the_manifest_is_the_recorded_one(name: str, number: int) -> None:
-    """After a wanted change: RECORD=1 pytest tests/cluster/test_kuberay.py, and look at the difference."""
+    """After an intended change, run `RECORD=1 pytest tests/cluster/test_kuberay.py` and review the diff."""
     text = kuberay.to_text(*list(manifests())[number])
     file = FIXTURES / f"rayjob-{name}.yaml"
     if os.environ.get("RECORD"):
@@ -167,11 +167,11 @@ def test_the_manifest_is_the_recorded_one(name: str, number: int) -> None:
 def test_the_text_is_what_it_was_made_of() -> None:
     for pair in manifests():
         assert tuple(yaml.safe_load_all(kuberay.to_text(*pair))) == pair
-    # A reader of YAML 1.2 takes 1e3 for a number.
+    # A YAML 1.2 parser reads an unquoted 1e3 as a number.
     assert "'1e3'" in kuberay.to_text({"a": "1e3"})
 
 
-# --- what is in it --------------------------------------------------------------------------------------------------
+# --- contents -------------------------------------------------------------------------------------------------------
 
 
 def test_the_cluster_ends_with_the_job_and_wants_a_token() -> None:
@@ -191,7 +191,7 @@ def test_nothing_runs_as_root_or_may_become_it() -> None:
         assert pod["securityContext"]["runAsUser"] > 0
         (container,) = pod["containers"]
         assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-    # The autoscaler, which is beside the head, talks to Kubernetes; what trains does not.
+    # The autoscaler runs beside the head and calls the Kubernetes API. The other pods do not.
     assert [pod["automountServiceAccountToken"] for pod in pods] == [True, False, False]
     _, job = documents(*PLAIN)
     assert pod_of(spec(job)["headGroupSpec"])["automountServiceAccountToken"] is False
@@ -214,7 +214,7 @@ def test_what_is_asked_for_is_mounted_where_the_entrypoint_looks() -> None:
     assert variable == {"name": "RAYTRAINER_REQUEST", "value": mount["mountPath"]}
     assert {"name": "request", "configMap": {"name": config_map["metadata"]["name"]}} in head["volumes"]
     assert head["volumes"][0] == {"name": "shm", "emptyDir": {"medium": "Memory"}}
-    # Of other content, of another name: a job that has read the one keeps it.
+    # Other content gets another name, so a job that uses this ConfigMap keeps it.
     other, _ = documents(*PLAIN, content="other")
     assert other["metadata"]["name"] != config_map["metadata"]["name"]
 
@@ -345,6 +345,6 @@ def test_names_that_people_choose_stay() -> None:
     assert kuberay.object_name("resnet-20261124-041832-4b1d") == "resnet-20261124-041832-4b1d"
     assert kuberay.object_name("A.b").startswith("a-b-")
     assert kuberay.object_name("1-2").startswith("run-1-2-")
-    # One that looks as another one made of a name.
+    # A run whose name equals another run's generated name gets a different one.
     made = kuberay.object_name("A")
     assert kuberay.object_name(made) != made

@@ -1,4 +1,5 @@
-"""What goes along: as git sees it, less data, secrets and .rayignore; the same contents are one package, also to Ray."""
+"""Tests of the package: git's files without data, secrets and what .rayignore excludes. The same contents give one
+package, also in Ray."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ def refusal(root: Path, **given: float) -> str:
 
 @pytest.fixture(params=["git", "no git"])
 def tree(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A project, as a checkout of git's and as a plain directory; what goes along is the same."""
+    """A project, once as a git checkout and once as a plain directory. Both give the same package."""
     root = write(
         tmp_path / "project", {"train.py": "import torch\n", "mine/net.py": "", "mine/__pycache__/net.pyc": ""}
     )
@@ -75,12 +76,12 @@ def test_what_git_tracks_goes_along_though_it_ignores_it_and_what_is_deleted_doe
 def test_rayignore_leaves_out_more(tree: Path) -> None:
     write(tree, {".rayignore": "/new\ndocs/\n*.csv\n!small.csv\n", "new": "", "sub/new": "", "docs/a.md": ""})
     write(tree, {"a.csv": "", "small.csv": "", "sub/.rayignore": "!a.csv\nb.*\n", "sub/a.csv": "", "sub/b.py": ""})
-    write(tree, {"docs/.rayignore": "!a.md\n"})  # what is in a directory that is left out stays out
+    write(tree, {"docs/.rayignore": "!a.md\n"})  # files in an excluded directory stay excluded
     assert names(collect(tree)) == ["mine/net.py", "small.csv", "sub/a.csv", "sub/new", "train.py"]
 
 
 def test_a_walk_ignores_what_git_ignores(tmp_path: Path) -> None:
-    """The same tree, listed by git and by us."""
+    """git and our own walk list the same files of a tree."""
     patterns = ["*.a", "!keep.a", "/top.b", "deep/", "x/**/y.c", "**/z.d", "[ab]?.e", "\\#f", "sp ace.g ", "!/in/deep/"]
     files = [
         *("keep.a", "no.a", "in/keep.a", "in/no.a", "top.b", "in/top.b", "deep/f", "in/deep/f", "deep", "x/y.c"),
@@ -182,7 +183,7 @@ def test_links_that_lead_out_or_round_are_refused(tree: Path) -> None:
 
 
 def test_a_link_to_another_part_of_the_repository(tmp_path: Path) -> None:
-    """Launched in a subdirectory: what is imported there is below it, wherever the files are."""
+    """The package of a subdirectory contains what links in it lead to, wherever in the repository those files are."""
     git(tmp_path, "init")
     root = write(
         tmp_path, {"common/x.py": "", "common/ignored": "", "projects/one/train.py": "", "projects/two/y.py": ""}
@@ -199,7 +200,7 @@ def test_repositories_within_the_repository(tmp_path: Path) -> None:
         git(tmp_path / name, "init")
         git(tmp_path / name, "add", ".")
         git(tmp_path / name, "commit", "-m", "one")
-    git(tmp_path, "add", "tracked")  # as a submodule is
+    git(tmp_path, "add", "tracked")  # like a submodule
     (tmp_path / "empty").mkdir()
     assert names(collect(tmp_path)) == ["tracked/a.py", "untracked/a.py"]
 
@@ -225,7 +226,7 @@ def test_without_git_installed(tree: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture
 def nobody() -> Iterator[None]:
-    """The test reads as somebody without rights."""
+    """Run the test as a user without access rights."""
     if os.geteuid() != 0:
         yield
         return
@@ -267,7 +268,7 @@ def test_a_name_that_is_no_text(tree: Path) -> None:
 
 
 def uri(folder: Path) -> str:
-    """What Ray calls the package of a directory, with the excludes that it has for a working directory."""
+    """Return Ray's URI for the package of a directory, with Ray's excludes for a working directory."""
     return str(get_uri_for_directory(str(folder), include_gitignore=True, excludes=get_runtime_env_default_excludes()))
 
 
@@ -298,7 +299,7 @@ def test_ray_makes_one_package_of_the_same_contents(tree: Path, tmp_path: Path) 
     again.stage(tmp_path / "elsewhere/two")
     assert uri(tmp_path / "one") == uri(tmp_path / "elsewhere/two")
     assert again.digest == one.digest
-    # Nothing of it does Ray leave out: a tracked file that .gitignore has, for one.
+    # Ray leaves out no file of the package, not even a tracked file that .gitignore matches.
     create_package(str(tmp_path / "one"), tmp_path / "p.zip", True, excludes=get_runtime_env_default_excludes())
     with zipfile.ZipFile(tmp_path / "p.zip") as archive:
         assert sorted(archive.namelist()) == names(one)
@@ -371,7 +372,7 @@ def test_the_table_shows_what_is_large(tmp_path: Path) -> None:
     assert total == f"    1.7 MB  in 104 files of {tmp_path}"
 
 
-# --- code that is elsewhere -------------------------------------------------------------------------------------------
+# --- code in other places ---------------------------------------------------------------------------------------------
 
 
 def test_imports_are_found_in_python_files(tree: Path) -> None:
@@ -418,14 +419,14 @@ def test_code_that_is_imported_from_elsewhere(tree: Path, tmp_path: Path, monkey
 def test_raytrainer_itself_is_sent_where_it_is_a_checkout(tmp_path: Path) -> None:
     root = Path(package.__file__).resolve().parents[2]
     modules, single = elsewhere(["raytrainer"], tmp_path)
-    if "site-packages" in root.parts:  # the image has it
+    if "site-packages" in root.parts:  # installed from a wheel, which the image has, too
         assert modules == []
         return
     assert [one.name for one in modules] == ["raytrainer"]
     found = names(modules[0].package)
     assert {"__init__.py", "cluster/entry.py", "configs/train.yaml", "configs/experiment/mlp.yaml"} <= set(found)
     assert single == []
-    # Where it is what is launched from, it is in the tree.
+    # If the launch is from the checkout itself, its tree contains raytrainer.
     assert elsewhere(["raytrainer"], root) == ([], [])
     staged = tmp_path / "py_modules/raytrainer"
     modules[0].package.stage(staged)
@@ -441,7 +442,7 @@ def test_raytrainer_itself_is_sent_where_it_is_a_checkout(tmp_path: Path) -> Non
     assert done.stdout.split() == [str(staged / "__init__.py"), "0"]
 
 
-# --- documents --------------------------------------------------------------------------------------------------------
+# --- documentation ----------------------------------------------------------------------------------------------------
 
 
 def test_what_stays_here_is_written_down() -> None:
@@ -449,7 +450,7 @@ def test_what_stays_here_is_written_down() -> None:
     section = re.sub(r"```.*?```", "", text.partition("## What goes along")[2].partition("\n## ")[0], flags=re.DOTALL)
     told = set(re.findall(r"`([^`]+)`", section))
     assert {*package.DATA, *package.RECORDS, *package._SECRET_FOLDERS} <= told
-    # What is told to be a secret is one.
+    # Every name that the page lists as a secret is one, except .env.example.
     always = section.partition("**secrets, always**")[2].partition(";\n- ")[0]
     names = [name.replace("*", "x") for name in re.findall(r"`([^`]+)`", always) if not name.startswith("cluster.")]
     assert [name for name in names if not (may_hold_secrets(name) or name in package._SECRET_FOLDERS)] == [

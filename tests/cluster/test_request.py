@@ -1,4 +1,4 @@
-"""A submission as one value: the same as recorded, the same for the same, without a secret, and whole on the other side."""
+"""Tests of the request: it equals the recorded one, is reproducible and complete, and holds no secrets."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def recorded(kind: str) -> Request:
 
 @pytest.mark.parametrize("kind", ["run", "sweep"])
 def test_the_request_is_the_recorded_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a wanted change: RECORD=1 pytest tests/cluster/test_request.py, and look at the difference."""
+    """After an intended change, run `RECORD=1 pytest tests/cluster/test_request.py` and review the diff."""
     monkeypatch.setenv("WANDB_API_KEY", "planted-secret")
     text, file = recorded(kind).to_text(), FIXTURES / f"request-{kind}.yaml"
     if os.environ.get("RECORD"):
@@ -133,7 +133,7 @@ def test_what_is_shown_is_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown["package"]["left_out"] == {".env": "secret", "weights.pt": "data"}
     assert "planted-secret" not in found.to_text()
     assert "${oc.env:WANDB_API_KEY}" in text_of(found)
-    # What everyone sees of a job is short, and has nothing of the user's but the names.
+    # Every user of the cluster sees these values, so they are short and show nothing of the user's but names.
     assert found.entrypoint == "python -m raytrainer.cluster.entry"
     assert all(len(value) < 200 for value in found.metadata.values())
 
@@ -149,7 +149,7 @@ def test_a_large_file_is_not_printed() -> None:
 def test_the_same_is_the_same(make: Callable[..., Composition | Plan]) -> None:
     one = built(make())
     assert built(make()) == one
-    # However and by whom it is sent, and how often.
+    # The content does not depend on how, by whom or how often the request is sent.
     again = built(
         make("cluster.wait=false", "cluster.retries=3", "cluster.package_limit_mb=7", "cluster.ca_file=/x"),
         argv=["other", "words"],
@@ -215,7 +215,7 @@ def test_ids_of_submissions_of_long_names() -> None:
     )
 
 
-# --- what the other side reads ----------------------------------------------------------------------------------------
+# --- reading the request on the cluster -------------------------------------------------------------------------------
 
 
 def on_the_cluster(found: Request, folder: Path) -> Asked:
@@ -248,7 +248,7 @@ def test_a_sweep_arrives_whole(in_tmp: Path) -> None:
 
 
 def test_what_variables_say_here_is_what_they_say_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Addresses and names that the tools' own variables give: there they are not set, or to something else."""
+    """Addresses and names from the tools' own variables are resolved here, because the cluster may set other values."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example.com")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "https://ray.example.com/")
@@ -274,7 +274,7 @@ def test_what_variables_say_here_is_what_they_say_there(monkeypatch: pytest.Monk
 
 
 def test_a_relative_store_is_the_launching_directorys(in_tmp: Path) -> None:
-    """On a cluster of this machine, where jobs have directories of their own."""
+    """A relative path is resolved here, because jobs on this machine's cluster have their own working directories."""
     found = built(compose(["experiment=mlp", "name=one", "cluster=job", "cluster.address=http://127.0.0.1:8265"]))
     assert from_text(text_of(found)).experiment.tracking.tracking_uri == f"sqlite:///{in_tmp}/mlflow.db"
     assert request.problems(found) == ([], [])
@@ -366,7 +366,7 @@ def test_a_token_that_can_be_read_on_its_way_is_told(monkeypatch: pytest.MonkeyP
     (said,) = told("http://203.0.113.7:8265")
     assert said.startswith("the token of RAY_AUTH_TOKEN goes to http://203.0.113.7:8265 over plain http")
     assert told("https://203.0.113.7") == told("http://127.0.0.1:8265") == []
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # none is sent
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # then no token is sent
     assert told("http://203.0.113.7:8265") == []
 
 
@@ -376,7 +376,7 @@ def test_what_stands_in_place_of_a_password_in_them_is_none() -> None:
 
 
 def test_files_with_the_value_of_a_secret_do_not_go_along(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOME_FILE_KEY", str(project))  # a path is no secret
+    monkeypatch.setenv("SOME_FILE_KEY", str(project))  # a path is not a secret
     Path("mine/net.py").write_text(f"# {project}\nkey = 'planted-secret'\ndef net(): pass\n")
     prepare(mine(), ["x"])
     monkeypatch.setenv("WANDB_API_KEY", "planted-secret")
@@ -401,7 +401,7 @@ def test_files_of_this_machine_may_be_referred_to(in_tmp: Path, monkeypatch: pyt
 def test_the_context_that_is_current_now_is_named(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = compose(["experiment=mlp", "name=one", "cluster=kuberay", "cluster.image=x", *ELSEWHERE])
     monkeypatch.setenv("PATH", str(in_tmp))
-    assert prepare(asked, ["x"]).address == "kubernetes:///default"  # without kubectl
+    assert prepare(asked, ["x"]).address == "kubernetes:///default"  # kubectl is not installed
     (in_tmp / "kubectl").write_text("#!/bin/sh\necho mine\n")
     (in_tmp / "kubectl").chmod(0o755)
     assert prepare(asked, ["x"]).address == "kubernetes://mine/default"
@@ -443,7 +443,7 @@ def test_what_ray_takes(in_tmp: Path) -> None:
     assert set(found) == {"pip", "config", "a_plugin"}
 
 
-# --- what goes along --------------------------------------------------------------------------------------------------
+# --- the package ------------------------------------------------------------------------------------------------------
 
 
 def write(folder: Path, files: Mapping[str, str]) -> Path:
@@ -463,7 +463,7 @@ def uri(folder: str) -> str:
 
 
 def imports(staged: Mapping[str, Any], *modules: str) -> list[str]:
-    """Where a process of the job, set up as Ray sets it up, imports modules from."""
+    """Return the files from which a process of the job imports modules, with the import paths that Ray sets."""
     program = f"import sys, {', '.join(modules)}\nfor m in {modules!r}: print(sys.modules[m].__file__)"
     paths = [str(Path(path).parent) for path in staged["py_modules"]]
     done = subprocess.run(
@@ -480,7 +480,7 @@ def imports(staged: Mapping[str, Any], *modules: str) -> list[str]:
 
 @pytest.fixture
 def project(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository with a package in a subdirectory, launched from there, and code of its own beside it."""
+    """A repository with a package in a subdirectory, which is the launching directory, and libraries beside it."""
     root = write(
         in_tmp / "repository",
         {
@@ -496,7 +496,7 @@ def project(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     subprocess.run(["git", "init", "-q", str(root)], check=True)
     monkeypatch.chdir(root / "projects/vision")
-    # As `pip install -e libraries` does.
+    # `pip install -e libraries` has the same effect.
     monkeypatch.syspath_prepend(str(root / "libraries/src"))
     monkeypatch.syspath_prepend(str(root / "projects/vision"))
     return root
@@ -526,7 +526,7 @@ def test_the_users_own_code_is_importable_there_as_here(project: Path) -> None:
     ]
     assert "mine/net.py" in found.table()
     assert "planted-secret" not in found.to_text()
-    RuntimeEnv(**staged)  # Ray takes it
+    RuntimeEnv(**staged)  # Ray accepts it
 
 
 def test_a_second_submission_of_the_same_tree_uploads_nothing_of_it(project: Path) -> None:
@@ -534,7 +534,8 @@ def test_a_second_submission_of_the_same_tree_uploads_nothing_of_it(project: Pat
     one, two = first.stage(project / "one"), second.stage(project / "two")
     assert uri(one["working_dir"]) == uri(two["working_dir"])
     changed = {uri(path) for path in one["py_modules"]} ^ {uri(path) for path in two["py_modules"]}
-    assert changed == {uri(one["py_modules"][0]), uri(two["py_modules"][0])}  # the requests' own
+    # Only the modules that hold the requests differ.
+    assert changed == {uri(one["py_modules"][0]), uri(two["py_modules"][0])}
     assert Path(one["py_modules"][0]).name == REQUEST
 
 
@@ -562,7 +563,7 @@ def test_more_than_the_limit(project: Path) -> None:
 
 
 def with_env(**env: Any) -> Composition:
-    """`mine` with a runtime environment."""
+    """Return `mine` with a runtime environment."""
     asked = mine()
     asked.experiment.cluster.runtime_env = env
     return asked
@@ -643,7 +644,7 @@ class Said(NamedTuple):
 
 @pytest.fixture
 def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
-    """Runs a command line in this process."""
+    """Return a function that runs a command line in this process."""
     monkeypatch.setattr(sys, "argv", ["/somewhere/raytrainer/__main__.py"])
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
 
@@ -661,13 +662,13 @@ def test_dry_run_prints_the_request_and_sends_nothing(project: Path, here: Calla
     assert (shown["name"], shown["kind"], shown["address"]) == ("x", "run", "https://203.0.113.7")
     assert json.loads(shown["files"]["request.json"])["argv"] == ["experiment=resnet", *JOB, "name=x"]
     assert "mine/net.py" in shown["package"]["files"]
-    assert "mine/net.py" in said.err  # the table
+    assert "mine/net.py" in said.err  # the table of files
     assert [line.partition("=")[0] for line in said.err.splitlines() if "would be refused" in line] == [
         "raytrainer: would be refused: storage_path",
         "raytrainer: would be refused: tracking.tracking_uri",
     ]
     assert sorted(project.rglob("*")) == before
-    # The same words are the same content, wherever --dry-run stands.
+    # The same arguments give the same content, wherever --dry-run stands.
     again = yaml.safe_load(here("--dry-run", "experiment=resnet", *JOB, "name=x").out)
     assert again["metadata"] == shown["metadata"]
 
@@ -732,7 +733,7 @@ def test_dry_run_of_what_was_run_before(project: Path, here: Callable[..., Said]
 def test_dry_run_of_what_runs_here(
     here: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
 ) -> None:
-    # The trial of the first batch is a process of its own, of seconds: tests/test_first_batch.py has it.
+    # The first-batch probe is a process that takes seconds. tests/test_first_batch.py tests it.
     monkeypatch.setattr(FirstBatch, "run", lambda self: Verdict("passed", "loss 1.0"))
     said = here(*arguments, "--dry-run")
     assert said.code == 0, said.err

@@ -1,4 +1,5 @@
-"""A submission from its command to its end, with a cluster in memory: one job whoever asks how often, and the truth told."""
+"""Tests of a submission from its command to its end, with a cluster in memory: repeated and concurrent commands create
+one job, and its end is reported correctly."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("in_tmp")
 
 @dataclass
 class Cluster:
-    """The Jobs API in memory. `ends`: how each submitted job ends, one after the other."""
+    """The Jobs API in memory. `ends` says how each submitted job ends, in order."""
 
     ends: list[tuple[str, int | None, str]] = field(default_factory=lambda: [("SUCCEEDED", 0, "")])
     jobs: dict[str, JobInfo] = field(default_factory=dict)
@@ -113,7 +114,7 @@ def asked(*overrides: str) -> Composition:
 
 
 def sent(*overrides: str, record: Record | None = None) -> tuple[Submission, str, list[str]]:
-    """What became of it, what the job printed, and what was said."""
+    """Submit a run, and return the submission, what the job printed and the lines that were reported."""
     out, said = io.StringIO(), list[str]()
     found = launch(asked(*overrides), [*ASKED, *overrides], record=record, say=said.append, out=out)
     return found, out.getvalue(), said
@@ -202,7 +203,7 @@ def test_another_of_this_name_is_refused_with_the_difference(cluster: Cluster, s
 
 
 def test_two_at_once_are_one_job(cluster: Cluster) -> None:
-    """The other comes between our look and our submission."""
+    """The other job appears between our check and our submission."""
 
     def other(request: Request) -> None:
         cluster.put("one", "RUNNING", metadata=dict(request.metadata))
@@ -260,7 +261,7 @@ def test_detached_it_tells_how_the_same_is(
 
 
 def test_what_was_refused_is_not_in_the_way(cluster: Cluster) -> None:
-    """Of the same, since what refused it may be mended; of another config, since there is no run of it."""
+    """The same run is sent again, as its cause may be fixed, and so is another config, as no run exists."""
     cluster.ends = [("FAILED", 2, ""), ("FAILED", 2, ""), ("SUCCEEDED", 0, "")]
     assert sent()[0].status == "REFUSED"
     assert sent()[0].status == "REFUSED"
@@ -279,7 +280,7 @@ def test_an_id_that_is_somebody_elses(cluster: Cluster) -> None:
         sent()
 
 
-# --- what dies --------------------------------------------------------------------------------------------------------
+# --- dead drivers -----------------------------------------------------------------------------------------------------
 
 DIED = ("FAILED", 137, "the driver was killed")
 
@@ -325,7 +326,7 @@ def test_a_cluster_that_forgets_a_job_is_sent_it_again(cluster: Cluster) -> None
 
 
 def test_room_is_no_question_for_another_attempt(cluster: Cluster) -> None:
-    """The node whose end killed the driver will come again."""
+    """A further attempt does not check for room, because the node that failed may come back."""
     cluster.ends = [DIED, ("SUCCEEDED", 0, "")]
     cluster.while_following = lambda: setattr(cluster, "known", replace(cluster.known, nodes=()))
     assert sent("cluster.retries=1")[0].exit_code == 0
@@ -420,7 +421,7 @@ def test_an_interrupt_before_it_is_sent(cluster: Cluster, monkeypatch: pytest.Mo
 
 
 def test_an_interrupt_while_it_is_sent(cluster: Cluster) -> None:
-    """The request goes on in its thread."""
+    """Its thread still sends the request, so the job may exist."""
     cluster.while_sending = lambda request: os.kill(os.getpid(), signal.SIGTERM)
     found, _, said = sent()
     assert (found.status, found.exit_code) == ("RUNNING", 143)
@@ -436,7 +437,7 @@ def test_the_verbs_know_it_at_once(cluster: Cluster, monkeypatch: pytest.MonkeyP
 
     cluster.while_sending = look
     monkeypatch.setenv("STORE", "s3://KEY:password@bucket/runs")
-    monkeypatch.setattr("raytrainer.history.finding.reached", lambda known: known)  # there is no such bucket
+    monkeypatch.setattr("raytrainer.history.finding.reached", lambda known: known)  # the bucket does not exist
     sent("cluster.wait=false", "storage_path=${oc.env:STORE}", "cluster.forward_env=[STORE]")
     known = look_up("one").record
     assert (known.run_dir, known.storage_path) == ("s3://bucket/runs/one", "${oc.env:STORE}")

@@ -1,4 +1,4 @@
-"""Ray's tables read: rows as the dashboard of Ray 2.60 gives them, of the columns that are looked at."""
+"""Tests of reading Ray's tables. Rows are as in the dashboard of Ray 2.60, with only the columns that are read."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def worker(id_: str, pid: int, type_: str = "WORKER", place: str = HEAD) -> dict
     return {"worker_id": id_, "pid": pid, "worker_type": type_, "node_id": place}
 
 
-# A run of two workers with a GPU each, a notebook, and a submission that waits.
+# A run with two workers that have a GPU each, a notebook, and a submission that waits.
 ROWS = Tables(
     nodes=[node(HEAD, "ALIVE", "node:__internal_head__"), node(OTHER), node("gone", "DEAD")],
     groups=[
@@ -82,7 +82,7 @@ def test_who_holds_what_and_what_is_free() -> None:
     assert [node["CPU"] for node in found.free] == [1.5, 2.0]
     assert [node["GPU"] for node in found.free] == [1.0, 0.0]
     assert (found.total["CPU"], found.available["GPU"]) == (8.0, 1.0)
-    assert found.endless  # nothing is known of an autoscaler
+    assert found.endless  # nothing is known about an autoscaler
 
 
 def test_what_a_submission_asks_for() -> None:
@@ -97,10 +97,10 @@ def test_what_a_submission_still_has() -> None:
     workers = [worker("s", 10), worker("w2", 20), worker("02000000ffff", 77, "DRIVER"), worker("w3", 30, place=OTHER)]
     living = Tables(actors=ROWS.actors, groups=ROWS.groups, tasks=ROWS.tasks, jobs=ROWS.jobs, workers=workers)
     assert tables.held_by("resnet-a", living) == {"CPU": 2.5, "GPU": 2.0, "processes": 3.0}
-    # Its actors are dead, and one of their processes has not ended.
+    # Its actors are dead, but one of their processes has not ended.
     dead = [actor("02000000", pid, "DEAD") for pid in (20, 21)]
     assert tables.held_by("resnet-a", Tables(actors=dead, jobs=ROWS.jobs, workers=workers[1:2])) == {"processes": 1.0}
-    # The same number on another node, and another job's driver, are others' processes.
+    # The same process id on another node, and another job's driver, do not count.
     others = [worker("x", 20, place=OTHER), worker("20000000ffff", 78, "DRIVER")]
     assert tables.held_by("resnet-a", Tables(actors=dead, jobs=ROWS.jobs, workers=others)) == {}
 

@@ -1,5 +1,5 @@
-"""A whole command through the proxy that docs/clusters.md shows: nginx, TLS by an authority of one's own, and a token.
-Its parts are in test_api.py, through the same configuration; the whole is for the night."""
+"""Test of a whole command through the proxy that docs/clusters.md shows: nginx, TLS with an own authority, and a token.
+It runs nightly; test_api.py tests the parts with the same configuration."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "clusters.md"
 
 
 def documented() -> str:
-    """The page's own configuration, with a second way in, as below a path of a company's one server."""
+    """Return the page's own configuration with a second location below a path, as on a server that a company shares."""
     found = re.search(r"```nginx\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert found is not None
     text = found[1]
@@ -57,11 +57,11 @@ def proxy(
 def test_from_the_command_to_the_verbs(
     proxy: Nginx, head: Head, certificates: Certificates, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HOME", str(in_tmp))  # with no token in it
+    monkeypatch.setenv("HOME", str(in_tmp))  # this directory holds no token
     to = ["cluster=job", f"cluster.address={proxy.uri}", f"cluster.token_file={head.token_file}"]
     arguments = ["experiment=smoke", "name=tls", "trainer.max_steps=4", *to, f"cluster.ca_file={certificates.ca_file}"]
     (in_tmp / ".rayignore").write_text("/launch-*\n")
-    # Whom it does not trust it sends nothing to.
+    # Nothing is sent to a server whose certificate is not trusted.
     unknown = launched(in_tmp, *arguments[:-1])
     assert unknown.code in (1, 2), str(unknown)
     assert "cluster.ca_file=PATH" in unknown.err
@@ -81,7 +81,7 @@ def test_from_the_command_to_the_verbs(
 
     told = json.loads(verb("status", "tls", "--json").out)
     assert (told["status"], told["job"]["status"]) == ("FINISHED", "SUCCEEDED")
-    # As it is told where the address is one below a path.
+    # An address with a path works, too.
     below = Jobs(f"{proxy.uri}/ray", ca_file=str(certificates.ca_file), token_file=str(head.token_file))
     assert "tls" in {job.submission_id for job in below.list()}
     assert "".join(below.tail("tls")) == below.logs("tls")

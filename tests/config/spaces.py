@@ -1,4 +1,4 @@
-"""Spaces for the tests of `raytrainer.config.space`, and values as Hydra's own parser reads them."""
+"""Search spaces for the tests of `raytrainer.config.space`, and values as Hydra's own parser reads them."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def refusal(*overrides: str, space: dict[Any, Any] | None = None) -> str:
 
 
 def read(override: str) -> Any:
-    """As Hydra's own parser reads it."""
+    """Return the value that Hydra's own parser reads."""
     return PLAIN.parse_override(override).value()
 
 
 def same(a: Any, b: Any) -> bool:
-    return repr(a) == repr(b)  # 1, 1.0 and true differ, nan is itself
+    return repr(a) == repr(b)  # 1, 1.0 and true differ, and nan equals itself

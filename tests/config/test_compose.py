@@ -1,4 +1,4 @@
-"""Composing: Hydra's command line and anybody's YAML → one typed experiment, and errors in words of ours."""
+"""Tests of composing: Hydra's command line and any YAML give one typed experiment, and errors are in our own words."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_references_to_secrets_stay_references(monkeypatch: pytest.MonkeyPatch) 
         ("~model", "model is not set; choose one of the group"),
         ("optimizer@foo=sgd", "optimizer@foo=sgd chooses from a group that no config has a choice of"),
         ("+optimizer@foo=sgd", "foo is not a key; valid: name, seed"),
-        # what cannot be read or resolved
+        # values that cannot be read or resolved
         ("foo", "'foo' is not key=value; a command comes first"),
         ("=3", "'=3' is not key=value"),
         ("optimizer.lr=[1", "optimizer.lr=[1 cannot be read: put text in quotes"),
@@ -155,7 +155,7 @@ def test_references_to_secrets_stay_references(monkeypatch: pytest.MonkeyPatch) 
         ("cluster=job cluster.address=x:8265", "; http://x:8265 or https://x:8265, or use cluster=existing"),
         ("cluster=job cluster.address=http://me:pw@x", "cluster.address=http://…@x must be http"),
         ("cluster=job cluster.address='http://x?token=pw'", "cluster.address=http://x must be http"),
-        # what everybody would see
+        # secrets that every user of the cluster would see, and other errors
         (
             "cluster.runtime_env={env_vars:{A_TOKEN:b}}",
             "cluster.runtime_env.env_vars.A_TOKEN would be shown to everyon",
@@ -204,7 +204,7 @@ def test_what_is_wrong_is_told_in_our_words(overrides: str, reason: str) -> None
 def test_a_runtime_environment_is_given_as_any_mapping(overrides: list[str], found: dict[str, Any]) -> None:
     composed = compose(["experiment=mlp", *overrides])
     assert composed.experiment.cluster.runtime_env == found
-    # On top of a run's own, as resume and rerun take it.
+    # resume and rerun apply it to a saved config in this way.
     again = from_text(compose(["experiment=mlp"]).text, [o.lstrip("+") for o in overrides])
     assert again.experiment.cluster.runtime_env == found
 
@@ -278,7 +278,7 @@ def test_a_key_of_ours_that_the_choice_lacks_is_not_called_foreign() -> None:
     assert "framework" not in said
 
 
-# --- a project of one's own ----------------------------------------------------------------------------------------
+# --- a user's own project ------------------------------------------------------------------------------------------
 
 
 def test_own_groups_and_experiments(in_tmp: Path) -> None:
@@ -352,7 +352,7 @@ def test_a_choice_that_ours_would_shadow_is_refused_not_ignored(in_tmp: Path) ->
     said = refusal("experiment=mlp", "model=resnet18", config_dir=in_tmp / "conf")
     assert said.startswith("model=resnet18 is in ")
     assert "give yours another name" in said
-    compose(["experiment=mlp"], in_tmp / "conf")  # not chosen: nobody's harm
+    compose(["experiment=mlp"], in_tmp / "conf")  # not chosen, so not refused
 
 
 def test_no_directory(in_tmp: Path) -> None:
@@ -404,7 +404,7 @@ def test_a_config_saved_before_a_key_existed_gets_its_default(saved: Composition
 def test_flattened() -> None:
     text = "a: {b: {c: 1, d: [1, 2]}, e: {}}\nf: true\ng: null\n"
     assert flattened(text) == {"a.b.c": "1", "a.b.d": "[1, 2]", "f": "true", "g": "null"}
-    # One such name and MLflow refuses all.
+    # MLflow would refuse all parameters because of one such name.
     assert flattened("sweep: {space: {+model.x: '1,2', data/a@b: 3}}") == {
         "sweep.space.model.x": "1,2",
         "sweep.space.data/a_b": "3",

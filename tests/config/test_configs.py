@@ -1,4 +1,4 @@
-"""Every YAML in configs/ composes, binds and passes what of `check` needs no machine: each experiment, each choice."""
+"""Tests that every YAML in configs/ composes, binds and passes the parts of `check` that need no machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from raytrainer.data.tokens import TokenWriter
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("*/*.yaml"))
 ELSEWHERE = ["storage_path=s3://bucket/runs", "tracking.tracking_uri=https://mlflow.example.com"]
-# What a choice needs beside it to be a whole experiment.
+# The overrides that a choice needs to be a complete experiment.
 BESIDE = {
     ("experiment", "*"): [],
     ("data", "tokens"): ["experiment=transformer", "data.train.path=train.tokens"],
@@ -32,9 +32,9 @@ pytestmark = pytest.mark.usefixtures("in_tmp")
 
 @pytest.fixture
 def data_here(in_tmp: Path) -> None:
-    """What the choices of `data` that are of the user's own files look for, by the names that they have."""
+    """Create the files that the `data` choices for the user's own files look for, under the names in the configs."""
     for split in ("train", "val"):
-        # As many as a batch at least: fewer are refused. Nothing is decoded before a start.
+        # At least one batch, because fewer samples are refused. Nothing is decoded before a start.
         folder = in_tmp / "images" / split / "cat"
         folder.mkdir(parents=True)
         for number in range(1024):
@@ -80,7 +80,7 @@ def test_a_cluster_elsewhere_has_nothing_of_this_machine(choice: str) -> None:
 def test_says_what_it_is(file: Path) -> None:
     lines = [line for line in file.read_text().splitlines() if not line.startswith("# @package")]
     assert re.match(r"# \w.{10,}", lines[0]), "the first line says what the file is for"
-    # A file that sets keys elsewhere than below its group's name says where.
+    # A file that sets keys outside its group's section must declare its package.
     elsewhere = file.parent.name in ("experiment", "debug", "sweep")
     assert file.read_text().startswith("# @package _global_\n") == elsewhere
 

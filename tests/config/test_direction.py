@@ -1,4 +1,4 @@
-"""Which way a metric is better: by its name or its object, and what `mode` may say of it."""
+"""Tests of which direction of a metric is better, by its name or its object, and which `mode` is accepted."""
 
 from __future__ import annotations
 
@@ -116,14 +116,14 @@ def test_a_sweep_has_its_own_metrics_direction() -> None:
     assert sweep_mode(e) == "max"
     e = experiment("val/loss")
     e.sweep.metric, e.sweep.mode = "val/accuracy", "min"
-    assert mode_problem(e) is None  # there is no sweep
+    assert mode_problem(e) is None  # without a sweep
     assert problem(e, sweep=True).startswith("sweep.mode=min contradicts sweep.metric=val/accuracy")
     e.sweep.metric, e.sweep.mode = "val/score", None
     assert "sweep.mode=min or sweep.mode=max" in problem(e, sweep=True)
 
 
 class Cost:
-    """A metric of one's own that is lower when better, whatever it is called."""
+    """A user's metric for which lower is better, whatever its name."""
 
     higher_is_better = False
 
@@ -153,10 +153,10 @@ def test_torchmetrics_say_it_also_where_the_class_depends_on_the_task() -> None:
     assert checkpoint_mode(experiment("val/mine", mine={"_target_": "torchmetrics.MeanSquaredError"})) == "min"
     mean = {"_target_": "torchmetrics.MeanMetric"}
     assert "checkpoint.mode=min or" in problem(experiment("val/mine", mine=mean))
-    assert checkpoint_mode(experiment("val/accuracy", accuracy=mean)) == "max"  # by its name
+    assert checkpoint_mode(experiment("val/accuracy", accuracy=mean)) == "max"  # the name decides
 
 
-# --- in a composed config, and in a saved one -------------------------------------------------------------------------
+# --- composed and saved configs ---------------------------------------------------------------------------------------
 
 
 def mode_in(text: str) -> Any:
@@ -200,7 +200,7 @@ def test_what_was_recorded_with_the_wrong_mode_keeps_it() -> None:
     assert "checkpoint.mode=min contradicts" in str(mode_problem(e))
     early = {"trainer.early_stopping": {"monitor": "val/loss", "mode": None}}
     old = from_text(with_values(text, {"checkpoint.mode": "max", **early})).experiment
-    assert early_stopping_mode(old) == "max"  # then it was always that of the checkpoints
+    assert early_stopping_mode(old) == "max"  # older versions used the checkpoints' mode
 
 
 def test_a_derived_mode_follows_another_monitor_and_a_given_one_stays() -> None:

@@ -1,4 +1,4 @@
-"""Composing inside another Hydra application, and from several threads: Hydra's state is as before, whatever happens."""
+"""Tests of composing inside another Hydra application and from several threads: Hydra's state stays unchanged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KINDS = (GlobalHydra, HydraConfig, JobRuntime, VersionBase)
 
 @pytest.fixture
 def application(tmp_path: Path) -> Iterator[Any]:
-    """Another application of Hydra in the middle of its work; its config."""
+    """Start another Hydra application, and yield its config."""
     (tmp_path / "app.yaml").write_text("x: 1\nname: ${hydra:job.name}\n")
     with initialize_config_dir(str(tmp_path), job_name="theirs", version_base="1.2"):
         cfg = hydra_compose("app", return_hydra_config=True)
@@ -39,7 +39,7 @@ def application(tmp_path: Path) -> Iterator[Any]:
 
 
 def state() -> dict[str, Any]:
-    """What Hydra has in this process, by identity."""
+    """Return Hydra's state and the state of this process that it could change, with objects by identity."""
     return {
         **{kind.__name__: id(Singleton._instances.get(kind)) for kind in KINDS},
         "stored": sorted(ConfigStore.instance().repo),
@@ -70,7 +70,7 @@ def test_another_applications_state_is_as_it_was(application: Any) -> None:
 
 
 def test_a_process_without_hydra_has_none_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(ConfigStore.instance().repo, "experiment_schema.yaml", raising=False)  # our own command line's
+    monkeypatch.delitem(ConfigStore.instance().repo, "experiment_schema.yaml", raising=False)  # from our command line
     known = {kind for kind in KINDS if kind in Singleton._instances}
     compose(["experiment=smoke"])
     assert {kind for kind in KINDS if kind in Singleton._instances} == known
@@ -78,7 +78,7 @@ def test_a_process_without_hydra_has_none_after_it(monkeypatch: pytest.MonkeyPat
 
 
 def test_threads_compose_at_the_same_time() -> None:
-    """Different experiments, good and bad ones, saved ones too: each thread has its own."""
+    """Each thread composes its own experiments: valid, invalid and saved ones."""
     text = compose(["experiment=smoke", "name=saved"]).text
     begin, found, failed = threading.Barrier(2), dict[int, list[Any]](), list[BaseException]()
 
@@ -93,7 +93,7 @@ def test_threads_compose_at_the_same_time() -> None:
             again = from_text(text, [f"trainer.max_steps={seed + 1}"]).experiment
             assert e.model is not None
             found.setdefault(number, []).append((e.seed, e.model["_target_"], again.trainer.max_steps))
-        except BaseException as error:  # noqa: BLE001  told by the main thread
+        except BaseException as error:  # noqa: BLE001  the main thread reports it
             failed.append(error)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]

@@ -1,4 +1,4 @@
-"""`_target_` nodes: bound against their targets' signatures at any depth before anything is called, then built."""
+"""Tests of `_target_` nodes: bound to their targets' signatures at any depth before anything is called, then built."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ NOT_CALLABLE = 3
 
 @pytest.fixture(autouse=True)
 def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pytest's import mode leaves this module out of `sys.modules` under a name that a `_target_` could give."""
+    """Add this module to `sys.modules` under a name that a `_target_` can use; pytest's import mode does not."""
     import sys
 
     monkeypatch.setitem(sys.modules, "nodes_under_test", sys.modules[HERE])
@@ -181,7 +181,7 @@ def test_building() -> None:
     made = build(leaf(size=1, sizes=[1, 2], anything={"x": leaf(size=2)}))
     assert isinstance(made, Leaf)
     assert made.arguments["sizes"] == [1, 2]
-    assert type(made.arguments["sizes"]) is list  # plain values, none of Hydra's
+    assert type(made.arguments["sizes"]) is list  # plain values, not Hydra's containers
     assert isinstance(made.arguments["anything"]["x"], Leaf)
     assert build({"_target_": "collections.Counter"}) == collections.Counter()
     assert isinstance(factory(leaf(size=1)), functools.partial)
@@ -222,7 +222,7 @@ def test_a_module_that_parses_the_command_line_when_it_is_imported(
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "argv", given := ["raytrainer", "experiment=mlp", "--dry-run"])
     bind("model", {"_target_": "parses_argv.net"})
-    assert build({"_target_": "parses_nested.net"}) == 3  # as in a worker, which binds nothing before
+    assert build({"_target_": "parses_nested.net"}) == 3  # like a worker, which does not bind first
     with pytest.raises(ConfigError, match=r"wants_argv.net cannot be imported: the module ends the process .*__main__"):
         bind("model", {"_target_": "wants_argv.net"})
     with pytest.raises(ConfigError, match="ended the process when it was built"):
@@ -231,7 +231,7 @@ def test_a_module_that_parses_the_command_line_when_it_is_imported(
 
 
 def takes_more(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A decorator that takes arguments of its own out of what it is given."""
+    """A decorator that removes its own arguments before it calls the function."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, retries: int = 0, **kwargs: Any) -> Any:
@@ -254,7 +254,7 @@ def wrapped(hidden_size: int = 3) -> int:
 
 @pytest.mark.parametrize("target", ["Wrapped", "wrapped"])
 def test_an_argument_that_a_decorator_takes(target: str) -> None:
-    """`transformers.BertConfig(num_labels=8)` is right, though the signature below its decorator has no such name."""
+    """`transformers.BertConfig(num_labels=8)` is valid, though the signature below its decorator lacks that name."""
     node = {"_target_": f"{HERE}.{target}", "num_labels": 8, "retries": 2, "hidden_size": 4}
     bind("model", node)
     build(node)

@@ -1,4 +1,4 @@
-"""Overrides of mappings whose keys are numbers: class weights and the like."""
+"""Tests of overrides of mappings whose keys are numbers, such as class weights."""
 
 from __future__ import annotations
 

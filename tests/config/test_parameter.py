@@ -1,4 +1,4 @@
-"""A parameter's values: each is set by an override that Hydra reads as the very same one."""
+"""Tests of a parameter's values: Hydra reads the override of each value as the same value."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_an_override_sets_the_value_in_a_trial_and_in_hydra(in_tmp: Path) -> Non
     assert cfg.data.train.x == ["2", 2.0]
 
 
-# What YAML has and an override can write; a key is not quoted in the grammar, so it is a word here.
+# All that YAML holds and an override can write. Hydra's grammar does not quote keys, so keys are words here.
 numbers = st.integers() | st.floats()
 scalars = st.none() | st.booleans() | numbers | st.text() | st.text("'\"\\,${}[]()=: ae1")
 words = st.from_regex(r"[a-z_][a-z0-9_]{0,5}", fullmatch=True).filter(
@@ -128,7 +128,7 @@ def test_any_listed_value_comes_back_from_its_override(values: list[Any]) -> Non
 def test_any_value_of_the_command_line_comes_back(values: list[Any]) -> None:
     (listed,) = parse(a=values)
     forms = [",".join(listed.texts)]
-    if None not in values:  # Hydra has no null in choice()
+    if None not in values:  # Hydra's choice() does not accept null
         forms.append(f"choice({forms[0]})")
     for form in forms:
         found = one(f"a={form}")

@@ -1,4 +1,4 @@
-"""Resolvers of the user's own: in a process that composes nothing, and what is said of one that is missing or fickle."""
+"""Tests of users' resolvers: use in a process that composes nothing, and errors if one is missing or not constant."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAME = "test_tripled"
 
 @pytest.fixture
 def plugin(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A text that uses a resolver of a Hydra plugin in the current directory, in a process that has not loaded it."""
+    """A text that uses a resolver of a Hydra plugin in the current directory, which this process has not loaded."""
     from hydra.core.plugins import Plugins
     from hydra.core.singleton import Singleton
 
@@ -46,7 +46,7 @@ def test_a_worker_loads_the_plugin_that_registers_it(plugin: str) -> None:
     assert e.model is not None
     assert (e.model["width"], e.trainer.max_steps) == (12, 3)
     composition = from_text(plugin)
-    assert f"${{{NAME}:4}}" in composition.text  # a reference still
+    assert f"${{{NAME}:4}}" in composition.text  # still a reference
 
 
 def test_a_reference_in_a_record_is_resolved_too(plugin: str) -> None:

@@ -1,4 +1,4 @@
-"""The schema: every key typed, bounded, and refused by name where it is wrong, however deep it is."""
+"""Tests of the schema: every key is typed and bounded, and an error names the wrong key at any depth."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from raytrainer.errors import ConfigError
 
 
 def nested(name: str, value: Any) -> dict[str, Any]:
-    """`a.b`, 3 → `{"a": {"b": 3}}`"""
+    """Return a dotted key as nested mappings: `a.b`, 3 → `{"a": {"b": 3}}`."""
     for part in reversed(name.split(".")):
         value = {part: value}
     found: dict[str, Any] = value
@@ -103,7 +103,7 @@ def test_what_is_wrong_is_refused_by_key_and_value(name: str, value: Any, reason
 
 @pytest.mark.parametrize("name", leaves())
 def test_no_key_takes_a_list_of_mappings(name: str) -> None:
-    """Every typed leaf refuses what it surely is not; `Any` ones are judged by their choices or by `check_together`."""
+    """Typed leaves refuse it. Leaves of type `Any` are checked by their choices or by `check_together`."""
     if name in {"trainer.max_time", "scaling.num_workers", "sweep.time_budget_s", "sweep.allow_failed"}:
         return
     if name in {
@@ -125,7 +125,7 @@ def test_nothing_but_a_config_error_comes_of_a_value(name: str, value: Any) -> N
     try:
         validate(typed(nested(name, value)))
     except ConfigError as error:
-        assert error.key == name  # noqa: PT017  the point is that no other exception comes
+        assert error.key == name  # noqa: PT017  no other exception may occur
 
 
 def test_a_file_without_its_package_line_is_explained() -> None:

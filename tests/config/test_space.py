@@ -1,4 +1,4 @@
-"""The search space: every form of Hydra's sweep grammar, and what is refused."""
+"""Tests of the search space: every form of Hydra's sweep grammar, and what is refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.config.spaces import GROUPS, one, parse, read, refusal, same
         ("'1',\"2\"", ("1", "2"), "'1' \"2\""),
         ("'null',nullx", ("null", "nullx"), "'null' nullx"),
         ("'',x", ("", "x"), "'' x"),
-        # Hydra's functions drop quotes, and its own multirun then takes '1' for a number.
+        # Hydra's functions drop quotes, and its own multirun then reads '1' as a number.
         ("choice('1',2)", ("1", 2), "'1' 2"),
         ("choice('true',true)", ("true", True), "'true' true"),
         ("choice(a\\,b,c)", ("a,b", "c"), "'a,b' c"),
@@ -81,7 +81,7 @@ def test_choices(sweep: str, values: tuple[Any, ...], texts: str) -> None:
         ("float(range(1,3))", {"low": 1.0, "high": 2.0, "step": 1.0}, (1.0, 2.0)),
         ("int(range(1.0,3.0))", {"low": 1, "high": 2, "step": 1, "integer": True}, (1, 2)),
         ("range(7,8)", {"low": 7, "high": 7, "step": 1, "integer": True}, (7,)),
-        # Sorted by Hydra itself these have other values: -2 and 12.
+        # Hydra's own sort gives these other values: -2 and 12.
         ("sort(range(0,10,3),reverse=true)", {"low": 0, "high": 9, "step": -3, "integer": True}, (9, 6, 3, 0)),
         ("sort(range(10,0,-3))", {"low": 1, "high": 10, "step": 3, "integer": True}, (1, 4, 7, 10)),
         ("sort(sweep=range(0,3))", {"low": 0, "high": 2, "step": 1, "integer": True}, (0, 1, 2)),
@@ -138,7 +138,7 @@ def test_intervals(sweep: str, expected: dict[str, Any]) -> None:
         ("experiment=choice(mlp,resnet)", "experiment", True),
         ("model='1','2'", "model", True),
         ("model=[a,b],[c]", "model", True),
-        # A dict for a group is merged into its section, by Hydra too.
+        # A dict for a group is merged into its section, as in Hydra.
         ("model={width:1},{width:2}", "model", False),
         ("model.width=1,2", "model.width", False),
         ("+model.dropout=0.1,0.2", "+model.dropout", False),
@@ -187,7 +187,7 @@ def test_glob_chooses_among_the_choices_of_raytrainer_and_of_a_config_dir(own_co
 
 @pytest.mark.usefixtures("running")
 def test_glob_asks_the_hydra_that_runs() -> None:
-    # The groups of the application that runs, not raytrainer's: those are on its path only where it says so.
+    # The groups are those of the running application. raytrainer's are among them only if its search path has them.
     assert one("model=glob([wid*,mlp])").values == ("wide", "wider")
     assert refusal("model=glob(nope)").startswith(
         "model=glob(nope) matches no choice of the group; valid: thin, wide, wider"
@@ -217,7 +217,7 @@ def test_the_space_comes_first_and_fixed_overrides_stay_as_written() -> None:
     ],
 )
 def test_the_command_line_wins_over_the_space(overrides: list[str], keys: list[str]) -> None:
-    # What it takes the place of is not even read.
+    # A value of the space that the command line replaces is not even parsed.
     space: dict[str, Any] = {"+model.dropout": "interval(0,1)", "model.width": [64, 128]}
     parameters, fixed = parse_space(overrides, space, groups=GROUPS)
     assert [p.key for p in parameters] == keys
@@ -254,7 +254,7 @@ HOW = "a sweep is a list a,b or choice(a,b), range(1,10), interval(0,1), "
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
-        # what is empty or has no sense
+        # empty or meaningless
         (
             "a=interval(5,1)",
             "a=interval(5,1) is empty: it ends at 1.0, which is not above its begin 5.0: interval(1.0,5.0)",
@@ -301,7 +301,7 @@ HOW = "a sweep is a list a,b or choice(a,b), range(1,10), interval(0,1), "
         ("a=[1,interval(2,3)]", "a=[1,interval(2,3)] has a sweep inside of a value"),
         ("a={x:range(3)}", "a={x:range(3)} has a sweep inside of a value"),
         ("a=1,choice(2,3)", "a=1,choice(2,3) has a sweep inside of a value"),
-        # what Hydra cannot read
+        # not readable by Hydra
         ("a=1,,2", f"a=1,,2 cannot be read: {HOW}"),
         ("a=interval(1,2", "a=interval(1,2 cannot be read: it has 1 ( and 0 ); a sweep is "),
         (
@@ -337,7 +337,7 @@ HOW = "a sweep is a list a,b or choice(a,b), range(1,10), interval(0,1), "
         ("seed=glob(*)", "seed=glob(*) is no group, and glob chooses among a group's configs"),
         ("model=glob(nope*)", "model=glob(nope*) matches no choice of the group; valid: gpt2_124m, llama_1b"),
         ("model=glob([1,2])", "model=glob([1,2]) must have patterns of names, as glob(*)"),
-        # what no trial has of its own
+        # keys that cannot differ between trials
         ("~seed=1,2", "~seed=1,2 cannot be swept: ~ deletes the key"),
         ("name=a,b", "name=a,b cannot be swept: a trial is named by its number below the sweep's name"),
         ("+name=a,b", "name=a,b cannot be swept: a trial is named"),

@@ -1,4 +1,4 @@
-"""A composed config as an experiment of its own: it composes to the same, anywhere, and overrides work on top of it."""
+"""Tests of a composed config as an experiment of its own: it composes to the same anywhere and accepts overrides."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("in_tmp")
 
 
 def kept(overrides: list[str], folder: Path, config_dir: Path | None = None, about: tuple[str, ...] = ()) -> Experiment:
-    """What the overrides compose, also written to `experiment/best.yaml` below the folder."""
+    """Return what the overrides compose, and write it to `experiment/best.yaml` below the folder."""
     found = compose(overrides, config_dir)
     (folder / "experiment").mkdir(parents=True)
     (folder / "experiment" / "best.yaml").write_text(as_experiment(found.text, about))
@@ -77,12 +77,12 @@ def test_it_composes_to_the_same_experiment(
     again = compose(["experiment=best"], in_tmp / "best")
     assert same(again.experiment, before)
     assert (again.experiment.name or "").startswith("best-")
-    # Nothing of the sweep is left; its mode is the derived one, of the metric that checkpoints go by.
+    # The sweep's settings are gone; its mode is derived from the monitor of the checkpoints.
     assert again.experiment.sweep == SweepConfig(mode=again.experiment.checkpoint.mode)
 
 
 def test_it_is_one_file_that_needs_nothing_else(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even the config directory that the sweep was given, nor where it was started."""
+    """It needs neither the config directory of the original nor its working directory."""
     conf = in_tmp / "conf"
     (conf / "model").mkdir(parents=True)
     (conf / "cluster").mkdir()

@@ -1,4 +1,4 @@
-"""The strategy, the section `fsdp` and the number of workers are refused together where they do not fit."""
+"""Tests that the strategy, the section `fsdp` and the number of workers are refused if they do not fit together."""
 
 from __future__ import annotations
 
@@ -43,5 +43,5 @@ def test_what_fits_is_taken() -> None:
         [*FSDP, "scaling.num_workers=[2,4]", "fsdp.wrap=Block", "trainer.activation_checkpointing=[A,b.C]"]
     ).experiment
     assert (e.fsdp.wrap, e.trainer.activation_checkpointing) == (["Block"], ["A", "b.C"])
-    # What is made for many workers can be debugged in one process.
+    # A config for many workers can be debugged in one process.
     assert compose([*FSDP, "debug=default", "fsdp.replicas=4"]).experiment.max_workers == 1

@@ -1,4 +1,4 @@
-"""The transformer on a CUDA device: attention takes the flash kernel, and that gives what the plain one does."""
+"""Tests of the transformer on a CUDA device: attention can use the flash kernel, with the result of the plain one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("kv_heads", [None, 2])
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 def test_flash_attention_is_possible_and_right(positions: str, kv_heads: int | None) -> None:
-    """With another kernel it would be refused here: under autocast everything that it needs is in bfloat16."""
+    """The flash kernel needs 16-bit inputs, which autocast provides; otherwise the forward pass raises an error."""
     torch.manual_seed(0)
     sizes = {"dim": 256, "num_layers": 2, "num_heads": 4, "num_kv_heads": kv_heads, "max_seq_len": 128}
     model = Transformer(64, positions=positions, **sizes).cuda()  # type: ignore[arg-type]

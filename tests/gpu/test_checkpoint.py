@@ -1,4 +1,4 @@
-"""A checkpoint of a CUDA device's state: the copy is made before `save` returns, through pinned memory that is kept."""
+"""Test of a checkpoint of a CUDA device's state: `save` copies it before it returns, through pinned memory it keeps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_what_changes_after_the_save_is_not_in_it(tmp_path: Path) -> None:
     }
     checkpointer = Checkpointer(Storage(tmp_path), num_to_keep=None)
     expected = []
-    for step in (1, 2):  # the second into memory that is there already
+    for step in (1, 2):  # the second save reuses the pinned memory
         expected.append({name: tensor.cpu().clone() for name, tensor in state.items()})
         checkpointer.save(step, state, {"of this rank": state["fp32"][:3]})
         for tensor in state.values():

@@ -1,4 +1,4 @@
-"""Batches on their way to a CUDA device: the very rows, whatever the way, and no batch is overwritten while it is used."""
+"""Tests of moving batches to a CUDA device: each way gives the same rows, and no batch is overwritten while in use."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def columns() -> dict[str, Any]:
 
 
 class Rows:
-    """The same rows, one at a time."""
+    """The rows of `columns()`, read one at a time."""
 
     def __init__(self) -> None:
         self._columns = columns()
@@ -46,7 +46,7 @@ def loader(dataset: Any, **options: Any) -> Loader:
 )
 @pytest.mark.parametrize("kind", ["columns", "rows"])
 def test_each_way_gives_the_same_batches(kind: str, options: dict[str, Any]) -> None:
-    """While the device is busy, so that a copy that was not waited for would show."""
+    """The device is busy, so a batch that is used before its copy has finished would be wrong."""
     if kind == "rows" and options["resident"]:
         pytest.skip("rows that are read one at a time are never resident")
     whole, busy = columns(), torch.randn(4096, 4096, device=device())
@@ -56,7 +56,7 @@ def test_each_way_gives_the_same_batches(kind: str, options: dict[str, Any]) -> 
         busy = torch.tanh(busy @ busy)
         data = batch.micro[0].data
         assert data["x"].device == device()
-        sums.append(data["x"].double().sum(1))  # queued behind what keeps the device busy
+        sums.append(data["x"].double().sum(1))  # queued behind the other work of the device
         seen.append(data["y"].clone())
         del data, batch
     rows = torch.cat(seen).cpu()

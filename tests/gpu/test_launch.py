@@ -1,4 +1,5 @@
-"""Whole launches with a GPU in sight: `scaling.use_gpu=auto` finds it, a share of it is enough, and false leaves it alone."""
+"""Tests of whole launches on a machine with a GPU: `scaling.use_gpu=auto` uses it, a share of it is enough, and false
+does not use it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Muon on a CUDA device gives what it gives on the CPU, where its definition is tested."""
+"""Test that Muon on a CUDA device gives the same as on the CPU, where its definition is tested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks by NCCL on the GPUs that there are, and two on one GPU by gloo: the same curve as alone, and a checkpoint of theirs."""
+"""Tests of several ranks on GPUs, with NCCL and gloo: the curve of one rank, and a bit-identical resume."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def adamw(**more: Any) -> Experiment:
 
 
 def sizes() -> list[tuple[int, str]]:
-    """NCCL on every GPU, and on two of them, and one GPU for two ranks by gloo."""
+    """Return numbers of ranks and backends: NCCL on all GPUs and on at most two, and two ranks with gloo."""
     there = torch.cuda.device_count()
     return sorted({(there, "nccl"), (min(there, 2), "nccl"), (2, "gloo")})
 
@@ -42,14 +42,14 @@ def test_the_same_curve_as_alone(strategy: str) -> None:
     alone = curve(World(device=torch.device("cuda", 0)), adamw())
     for size, backend in sizes():
         if (strategy, backend) == ("fsdp", "gloo"):
-            continue  # it gathers by NCCL
+            continue  # FSDP gathers with NCCL
         for curves in ranks.run(size, curve, adamw(strategy=strategy), backend=f"cpu:gloo,cuda:{backend}", cuda=True):
             for got, expected in zip(curves, alone, strict=True):
                 assert got == pytest.approx(expected, rel=1e-9), (size, backend)
 
 
 def resumed(world: World, e: Experiment, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The weights of a whole run, and of one that went on from its middle."""
+    """Return the weights of a whole run, and of a run that continued from its middle."""
     whole, _ = fitted(e, world, checkpointer=checkpointer(world, folder))
     found = whole.checkpointer
     assert found is not None

@@ -1,5 +1,5 @@
-"""On a CUDA device: every precision trains, compiled and in channels_last too, a step that does not log never waits for the
-device, and a resumed run is the same to the bit.
+"""Tests of training on a CUDA device: every precision learns, compiled and in channels_last, too; a step that does not
+log never waits for the device; a resumed run is bit-identical.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def losses(e: Any) -> dict[int, float]:
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """What waits for the device raises."""
+    """Raise an error for every operation that waits for the device."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -67,7 +67,7 @@ def test_each_precision_learns(precision: str) -> None:
     "override", ["trainer.channels_last=true", "trainer.compile=true", "trainer.compile=max-autotune"]
 )
 def test_it_is_the_same_training(override: str) -> None:
-    """Another layout and compiled kernels round differently, and that is all."""
+    """Another memory layout and compiled kernels change only the rounding."""
     plain, other = (losses(experiment("trainer.log_every_n_steps=1", *more)) for more in ([], [override]))
     first = [step for step in plain if step <= 5]
     assert [other[step] for step in first] == pytest.approx([plain[step] for step in first], rel=2e-3)
@@ -76,7 +76,7 @@ def test_it_is_the_same_training(override: str) -> None:
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_cuda_graphs_and_micro_batches(mode: str) -> None:
-    """The gradient of a step is that of all of its micro-batches, though a graph's replay writes where the last did."""
+    """A step's gradient is that of all its micro-batches, although a graph's replay overwrites its last outputs."""
     cut = ["trainer.log_every_n_steps=1", "model.norm=group", "data.micro_batch_size=32", "trainer.max_steps=8"]
     plain, compiled = (losses(experiment(*cut, *more)) for more in ([], [f"trainer.compile={mode}"]))
     assert compiled == pytest.approx(plain, rel=2e-3)
@@ -100,7 +100,7 @@ def test_cuda_graphs_and_micro_batches(mode: str) -> None:
 def test_a_step_that_does_not_log_never_waits_for_the_device(net: str, override: str) -> None:
     trainer = Trainer(experiment(override, net=net), world=world())
     batches = trainer.train_loader.batches(0, 20)
-    for _ in range(5):  # allocations, autotuning and compilation of the first steps
+    for _ in range(5):  # the first steps allocate memory, autotune and compile
         trainer.train_step(next(batches))
     with no_waiting():
         for batch in batches:
@@ -113,7 +113,7 @@ def test_a_step_that_does_not_log_never_waits_for_the_device(net: str, override:
     [("resnet", "32-true"), ("resnet", "bf16-mixed"), ("resnet", "16-mixed"), ("gpt", "bf16-mixed")],
 )
 def test_a_resumed_run_is_the_same_to_the_bit(net: str, precision: str, tmp_path: Path) -> None:
-    """The scaler and the generator of the device, from which dropout draws, among the rest."""
+    """The restored state includes the gradient scaler and the device's generator, which dropout uses."""
     overrides = ["trainer.deterministic=true", "checkpoint.every_n_steps=13", f"trainer.precision={precision}"]
     e = experiment(*overrides, net=net)
     whole = Trainer(e, world=world(), checkpointer=Checkpointer(Storage(str(tmp_path / "a")), num_to_keep=None))
@@ -128,7 +128,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(net: str, precision: str, tmp_path
 
 
 def test_a_checkpoint_of_the_cpu_goes_on_here_and_back(tmp_path: Path) -> None:
-    """The tensors are the same; nothing in it knows of a device but the generators' states, which are left out."""
+    """Only the state of the device's generator belongs to one device; a resume on another device does not need it."""
     e = experiment("checkpoint.every_n_steps=10", "trainer.max_steps=10")
     checkpointer = Checkpointer(Storage(str(tmp_path)), num_to_keep=None)
     here = Trainer(e, world=World(), checkpointer=checkpointer)
@@ -145,7 +145,7 @@ def test_a_checkpoint_of_the_cpu_goes_on_here_and_back(tmp_path: Path) -> None:
 
 
 def test_utilisation_is_part_of_the_log() -> None:
-    """Whatever the device: its peak is given; no model here comes near it."""
+    """The peak is given, so the device does not matter; no model here comes near it."""
     told = Recorder()
     e = experiment("trainer.log_every_n_steps=10", "trainer.peak_tflops=1000", net="gpt")
     Trainer(e, world=world(), listeners=[told]).fit()

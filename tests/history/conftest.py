@@ -1,4 +1,4 @@
-"""A store of MLflow's for each test: making a database takes a second, copying one nothing."""
+"""An MLflow store for each test. Creating a database takes a second, so each test copies an empty one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(in_tmp: Path, empty_database: Path) -> Store:
-    """A store in the test's directory, which is the current one."""
+    """An MLflow store in the test's directory, which is the current directory."""
     shutil.copy(empty_database, in_tmp / "mlflow.db")
     uri = tracking.default_tracking_uri(in_tmp)
     root = default_artifact_root(uri)

@@ -1,4 +1,4 @@
-"""Runs that were, as a launch leaves them: a directory below ./runs, and a run in a real SQLite store of MLflow's."""
+"""Past runs as a launch leaves them: a directory below ./runs, and a run in a real SQLite store of MLflow."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ADDRESS = "http://cluster.example:8265"
 
 
 def record(name: str, **fields: Any) -> tuple[Record, Storage]:
-    """A run's directory with its config and its record."""
+    """Create a run directory with its config and its record."""
     composition = compose(["experiment=mlp", f"name={name}"])
     assert composition.experiment.storage_path is not None
     storage = Storage(composition.experiment.storage_path).child(name)
@@ -37,7 +37,7 @@ def record(name: str, **fields: Any) -> tuple[Record, Storage]:
 
 @dataclass
 class Store:
-    """The store in ./mlflow.db, filled as a launch fills it."""
+    """The MLflow store in ./mlflow.db, filled as a launch fills it."""
 
     uri: str
     artifact_root: str
@@ -60,7 +60,7 @@ class Store:
         kind: str = "run",
         started: float | None = None,
     ) -> tuple[Record, Storage]:
-        """A run of a launch that wrote its end, unless it is RUNNING."""
+        """Add a run with its directory and its MLflow run. It has a final status unless it is RUNNING."""
         made, storage = record(name, kind=kind, status=status, job=dict(job or {}), tracking_uri=self.uri)
         told = {
             "raytrainer.name": name,
@@ -91,7 +91,7 @@ class Store:
         return self._run(f"{sweep}.{number}", tags, {}, status, None, None)
 
     def status(self, run_id: str | None) -> tuple[str, str | None]:
-        """Status and cause, as MLflow has them."""
+        """Return the status and the cause in MLflow."""
         assert run_id is not None
         run = self.client.get_run(run_id)
         return run.info.status, run.data.tags.get("raytrainer.cause")
@@ -128,7 +128,7 @@ def claim(
     age_s: float = 0.0,
     name: str = "a" * 32,
 ) -> str:
-    """Writes a claim on a run's directory, made and with its last sign of life so long ago."""
+    """Write a lease on a run directory, taken and last renewed `age_s` seconds ago, and return its name."""
     since = datetime.fromtimestamp(time.time() - age_s, UTC).isoformat(timespec="seconds")
     fields = {"run": "x", "host": "elsewhere", "pid": str(pid), "since": since, **(owner or {})}
     data = json.dumps({"owner": fields, "machine": machine, "started": started}).encode()
@@ -141,13 +141,13 @@ def claim(
 
 
 def of_here(pid: int) -> dict[str, Any]:
-    """What a claim of a process of this machine says."""
+    """Return the fields of a lease whose owner is a process of this machine."""
     return {"machine": locks.machine(), "pid": pid, "started": locks.process_start(pid)}
 
 
 @dataclass
 class FakeJob:
-    """As Ray tells of a job."""
+    """A job as Ray reports it."""
 
     submission_id: str
     status: str = "RUNNING"
@@ -160,7 +160,7 @@ class FakeJob:
 
 @dataclass
 class FakeCluster:
-    """A Jobs API in memory. `ends` says what a stop makes of a job; `holds` is what its processes hold, look by look."""
+    """A Jobs API in memory. `ends` is a job's status after a stop; `holds` are the answers of `held_by`, in order."""
 
     jobs: dict[str, FakeJob] = field(default_factory=dict)
     log: str = "one\n[rank 1] two\nthree\n"
@@ -208,5 +208,5 @@ class FakeCluster:
             raise self.down
 
     def clusters(self) -> Clusters:
-        """Of which this is the only one."""
+        """Return clusters in which every address leads to this one."""
         return Clusters(lambda address, ca_file, token_file: self)

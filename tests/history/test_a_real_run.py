@@ -1,4 +1,4 @@
-"""The verbs on runs of real launches: looked at, followed, stopped with all their processes, killed and closed."""
+"""Tests of the commands on real launches: list, follow, stop with all processes, and mark a killed run FAILED."""
 
 from __future__ import annotations
 

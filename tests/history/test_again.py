@@ -1,4 +1,4 @@
-"""Runs that were, gone on with, or done again; and what is refused of it."""
+"""Tests of `resume` and `rerun` of past runs and sweeps, and of what they refuse."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RUN_ID = "0123456789abcdef0123456789abcdef"
 
 @pytest.fixture
 def past(in_tmp: Path) -> Record:
-    """A run that was, as its directory says: `mlp-20260101-120000-abcd`, below ./runs."""
+    """A past run with a directory below ./runs: `mlp-20260101-120000-abcd`."""
     return recorded("mlp-20260101-120000-abcd", RUN_ID)
 
 
@@ -155,7 +155,7 @@ def test_rerun_refuses_wrong_keys(past: Record) -> None:
 
 @pytest.fixture
 def swept(in_tmp: Path) -> Record:
-    """A sweep over the learning rate and the model, whose second trial is to be had again."""
+    """A sweep over the learning rate and the model with two trials, of which tests repeat the second."""
     plan = make_plan(
         ["experiment=mlp", "sweep=random", "optimizer.lr=tag(log,interval(1e-4,1e-1))", "model=mlp,resnet_digits"],
         choice="random",
@@ -250,5 +250,5 @@ def test_a_sweep_is_done_again_under_another_name(swept: Record) -> None:
         history.to_rerun_sweep(swept.name, ["optimizer.lr=0.1"])
     with pytest.raises(ConfigError, match=r"model is what the sweep is over"):
         history.to_rerun_sweep(swept.name, ["+model=mlp"])
-    # The command printed for its best is of the changed sweep.
+    # The command that is printed for the best trial contains these, so it must include the change.
     assert plan.fixed == ("experiment=mlp", "sweep=random", "trainer.max_epochs=3", f"name={plan.experiment.name}")

@@ -1,5 +1,5 @@
-"""The end of a launch, `status`, `list`, --json, the run's record and MLflow tell the same; and what becomes of a run whose
-MLflow run, database or directory is deleted in the middle. Real runs, inline in this process."""
+"""Tests that the summary of a launch, `status`, `list`, --json, the run record and MLflow agree. They also cover a run
+whose MLflow run, database or directory is deleted while it trains. The runs are real, inline in this process."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Deletes:
 
 
 def forget_connections() -> None:
-    """As in another process: MLflow keeps a connection to a database that was deleted, and reads it."""
+    """Drop MLflow's connections, as in a new process. Otherwise MLflow still reads a database that was deleted."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
     from mlflow.tracking._tracking_service.utils import _tracking_store_registry
 
@@ -78,7 +78,7 @@ def forget_connections() -> None:
 
 
 def told(store: Store, outcome: Outcome) -> list[RunSummary]:
-    """What everybody says of the run but its launch."""
+    """Return the summaries of the run from all sources except its launch."""
     record = Record.read(Storage(Path("runs/one").absolute()))
     assert record is not None
     (listed,) = [facts for facts in list_runs() if facts.name == "one"]
@@ -123,7 +123,7 @@ def test_a_run_and_what_goes_on_from_it(store: Store) -> None:
 
 
 def test_a_run_that_fails_and_then_does_not(store: Store) -> None:
-    """How far it came, for how long, and why; and no more why once it has finished."""
+    """A failed run has its step, duration and cause; once it has finished, it has no cause."""
     failed = launched(f"+callbacks.fails._target_={ME}.Fails")
     assert (failed.status, failed.step) == ("FAILED", 4)
     assert "ValueError: enough" in (failed.cause or "")
@@ -151,14 +151,15 @@ def test_a_driver_that_was_killed_is_closed_with_the_time_it_had(store: Store) -
     dead = replace(outcome.record, status="RUNNING", attempts=2, launched=1000.0, ended=0.0, seconds=7.0)
     assert dead.closed("FAILED", 1010.5, "it died").seconds == pytest.approx(17.5)
     assert dead.closed("FAILED", 1010.5).closed("KILLED", 1011.0).seconds == pytest.approx(18.0)
-    assert replace(dead, launched=0.0).closed("FAILED", 1010.5).seconds == 7.0  # of a version that did not note it
+    # Older versions wrote records without `launched`.
+    assert replace(dead, launched=0.0).closed("FAILED", 1010.5).seconds == 7.0
     dead.write(place)
     assert Record.read(place) == dead
 
 
 @pytest.mark.parametrize("what", ["run", "database"])
 def test_mlflow_loses_the_run_in_the_middle(store: Store, what: str) -> None:
-    """Training goes on, the record keeps the truth, and resume continues in a new MLflow run."""
+    """Training continues, the record stays correct, and resume continues in a new MLflow run."""
     first = launched(f"+callbacks.deletes._target_={ME}.Deletes", f"+callbacks.deletes.what={what}")
     assert (first.status, first.step) == ("FINISHED", 5)
     forget_connections()
@@ -179,7 +180,7 @@ def test_mlflow_loses_the_run_in_the_middle(store: Store, what: str) -> None:
 
 
 def test_the_directory_is_deleted_in_the_middle(store: Store) -> None:
-    """The run fails, says so, and nothing of the directory comes back."""
+    """The run fails with a message that says so, and nothing creates the directory again."""
     outcome = launched(f"+callbacks.deletes._target_={ME}.Deletes", "+callbacks.deletes.what=directory")
     assert (outcome.status, outcome.exit_code, outcome.gone) == ("FAILED", 1, True)
     assert "StorageGone: The run's directory" in (outcome.cause or "")

@@ -1,4 +1,4 @@
-"""What a resume changes by a reference, or by name: what its checkpoint cannot follow is refused, the rest goes on."""
+"""Tests of values that a resume changes, by name or by reference: refused if the checkpoint cannot follow them."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_reference_changes_what_the_checkpoint_means() -> None:
     before, after = (experiment(data=DataConfig(global_batch_size=n)) for n in (64, 128))
     assert refusal(before, after, "scaling.num_workers=2").startswith("data.global_batch_size=128 was 64")
     before, after = (experiment(loss={"_target_": "x.Y", "n": n}) for n in (6, 12))
-    assert change(before, after, "trainer.max_steps=12") == []  # a loss has its new value
+    assert change(before, after, "trainer.max_steps=12") == []  # a loss takes its new value
 
 
 def test_a_fixed_value_may_be_named_where_it_is_the_same() -> None:

@@ -1,4 +1,4 @@
-"""The verbs as they are typed: output for people and programs, exit codes, help, and how long a list takes."""
+"""Tests of the commands as users type them: output for people and programs, exit codes, help, and CPU time."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_outcomes_for_programs() -> None:
 
 
 def _processor_seconds(program: str, *arguments: str) -> float:
-    """Which other work on the machine changes less than the time that passes."""
+    """Return the CPU seconds of a program, which other work on the machine affects less than wall time."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-c", program, *arguments], check=True, timeout=60, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -163,13 +163,13 @@ def _processor_seconds(program: str, *arguments: str) -> float:
 
 
 def test_list_and_status_need_no_torch_and_little_time(two: Store) -> None:
-    """No more than a bare question to the same store by MLflow's own client; 200 runs are in benchmarks/."""
+    """Each needs less than 1.1 times the CPU time of a bare query to the same store by MLflow's own client."""
     asks = "from mlflow.tracking import MlflowClient; asked = MlflowClient('sqlite:///mlflow.db'); "
     asks += "found = asked.search_runs([e.experiment_id for e in asked.search_experiments()]); assert len(found) == 2"
     verb = "import sys; from raytrainer.__main__ import entry\n"
     verb += "try: entry()\nfinally: assert not {'torch', 'ray'} & set(sys.modules)"
     for arguments in (["list"], ["status", "one"]):
-        # One after the other, and again where others made the machine slower in between.
+        # Measure both in turn, and again if other work slowed the machine in between.
         assert any(_processor_seconds(verb, *arguments) < 1.1 * _processor_seconds(asks) for _ in range(4))
 
 

@@ -1,4 +1,4 @@
-"""What `evaluate` launches for runs that were, and what of it is refused."""
+"""Tests of what `evaluate` launches for past runs, and of what it refuses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RUN_ID = "0123456789abcdef0123456789abcdef"
 
 @pytest.fixture
 def run(in_tmp: Path) -> Record:
-    """A run with checkpoints after 10 and 20 steps, of which the first is the best."""
+    """A run with checkpoints after 10 and 20 steps; the first is the best."""
     record, storage = past.record("mlp-20260101-120000-abcd", run_id=RUN_ID, experiment_name="mlp")
     saved(storage)
     return record
@@ -48,7 +48,7 @@ def test_a_run_of_its_own_below_the_one_that_it_is_of(run: Record) -> None:
     assert e.name.startswith("mlp-evaluate-")
     assert (e.data.global_batch_size, e.data.val_sets[""]["transform"]) == (7, None)
     assert (e.tracking.log_model, e.tracking.experiment_name) == (False, "mlp")
-    assert e.cluster.kind == "local"  # as the run did
+    assert e.cluster.kind == "local"  # like the run
 
 
 def test_another_validation_set_and_another_place(run: Record, tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_another_validation_set_and_another_place(run: Record, tmp_path: Path) -
     )
     e = found.experiment
     assert list(e.data.val_sets) == ["night", "day"]
-    assert e.data.train == {"_target_": "raytrainer.data.Digits", "split": "train"}  # the run's
+    assert e.data.train == {"_target_": "raytrainer.data.Digits", "split": "train"}  # from the run's config
     assert "${oc.env:NOT_HERE,val}" in found.text
     assert (e.cluster.kind, e.max_workers, e.evaluate and e.evaluate.checkpoint) == ("inline", 1, "last")
     sent = history.to_evaluate(run.name, ["cluster=job", "cluster.address=http://x:8265"]).experiment
@@ -112,7 +112,7 @@ def test_a_trial_of_a_sweep(in_tmp: Path) -> None:
 
 
 def test_it_is_told_to_the_store_of_the_run(run: Record, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not to the one that is set here now, which has no run that it could be below."""
+    """The store that is set here now does not have the parent run, so the run's own store is used."""
     storage = Storage(run.run_dir)
     replace(run, tracking_uri="http://theirs:5000").write(storage)
 
@@ -121,13 +121,13 @@ def test_it_is_told_to_the_store_of_the_run(run: Record, monkeypatch: pytest.Mon
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://others:5000")
     assert told_to() == "http://theirs:5000"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@theirs:5000")  # the same one, with credentials
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@theirs:5000")  # the same store, with credentials
     assert told_to() == "http://me:secret@theirs:5000"
     assert "me:secret" not in history.to_evaluate(run.name, []).text
 
 
 def test_the_text_is_complete(run: Record) -> None:
-    """It is what a cluster gets: nothing but the text says what to do."""
+    """A cluster receives only this text, so the text must say everything."""
     text = history.to_evaluate(run.name, []).text
     assert "evaluate:" in text
     assert compose(["experiment=mlp"]).experiment.evaluate is None

@@ -1,4 +1,4 @@
-"""Export: a checkpoint's weights and config in a folder that others read, whole or not at all."""
+"""Tests of `export`: a checkpoint's weights and config in a folder that other programs read, complete or not at all."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ GPT2 = {
 
 
 def run_with(model: dict[str, Any], *, ema: bool = False) -> dict[int, dict[str, torch.Tensor]]:
-    """A run `past` with checkpoints of random weights after 10 and 20 steps, of which the first is the best."""
+    """Create a run `past` with checkpoints after 10 (best) and 20 steps, and return their random weights."""
     _, storage = past.record("past", run_id="0" * 32, status="FINISHED")
     text = with_values(compose(["experiment=mlp", "name=past"]).text, {"model": model})
     storage.write_bytes("config.yaml", (text + "# ${oc.env:SECRET}\n").encode())
@@ -65,7 +65,7 @@ def test_the_best_the_last_and_one_of_a_step(in_tmp: Path, capsys: pytest.Captur
     assert told["folder"] == str(in_tmp / "past-step-10")
     assert told["files"] == ["config.yaml", "model.safetensors"]
     assert equal(told["folder"], weights[10])
-    # As it was recorded: references stay references.
+    # The config is the recorded one: references stay references.
     assert (in_tmp / "past-step-10/config.yaml").read_text() == (in_tmp / "runs/past/config.yaml").read_text()
     assert main(["export", "past", "--last", "--to", "out/last"]) == 0
     assert equal("out/last", weights[20])
@@ -106,7 +106,7 @@ def test_what_is_refused(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> No
     for arguments, said in (
         (["--to", "there"], "is there already; nothing is written over"),
         (["--to", "file/below"], "cannot be made"),
-        (["--to", "/proc/weights"], "cannot be made"),  # a place that is there and takes nothing
+        (["--to", "/proc/weights"], "cannot be made"),  # the parent exists, but nothing can be created in it
         (["--to", "s3://bucket/x"], "is a folder of this machine"),
         (["--step", "15"], "--step=15 is no checkpoint of it; valid: 10, 20"),
         (["--step", "ten"], "'ten' is no whole number"),
@@ -150,9 +150,9 @@ def test_a_hugging_face_model_is_read_by_its_own_from_pretrained(in_tmp: Path) -
 
 
 def test_a_disk_that_takes_no_more(in_tmp: Path) -> None:
-    """The folder that was asked for is not there, and no other: neither before the weights' end nor after it."""
+    """A failed export leaves no folder behind, whether the disk fills up within the weights or after them."""
     run_with(MLP)
-    for most in (100, 2000):  # bytes of a file
+    for most in (100, 2000):  # the size limit of a file, in bytes
         limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most}))"
         program = f"import raytrainer.history.exporting, sys\nfrom raytrainer.cli import main\n{limited}\nsys.exit(main(sys.argv[1:]))"
         ended = subprocess.run([sys.executable, "-c", program, "export", "past"], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Which run an ID means: by name, MLflow id and submission id, below ./runs, among what was submitted, and in MLflow."""
+"""Tests of which run an ID means: a name, MLflow id or submission id, below ./runs, in submissions or in MLflow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ JOB = {"submission_id": f"{NAME}--2", "cluster_address": ADDRESS}
 
 @pytest.fixture
 def past(in_tmp: Path) -> Record:
-    """A run that was, as its directory says, below ./runs."""
+    """A past run with a directory below ./runs."""
     found, storage = record(NAME, run_id=RUN_ID, status="FINISHED", job=JOB)
     found.write(storage)
     return found
@@ -144,7 +144,7 @@ def test_a_record_of_a_later_version_is_read(past: Record) -> None:
 
 
 def test_what_was_submitted_and_cannot_be_read_from_here_is_found_in_mlflow(store: Store) -> None:
-    """By its place: another's run has its name, and its job's, too."""
+    """The run directory identifies the run, because another user's run has the same name and the same job id."""
     job = {"submission_id": "one", "cluster_address": ADDRESS}
     made, storage = store.add("one", job=job, started=1_000_000.0)
     storage.delete("run.json")
@@ -181,5 +181,5 @@ def test_an_attempt_that_its_directory_does_not_know_yet(
     assert look_up("one").coming == coming
     Record("one", made.run_dir, attempts=2, job=own).write(storage)
     assert look_up("one").coming == (None if job is None else coming)
-    Record("one", "s3://elsewhere/one", attempts=9, job=place).write(sent)  # another run of this name
+    Record("one", "s3://elsewhere/one", attempts=9, job=place).write(sent)  # another run with this name
     assert look_up("one").sent is None

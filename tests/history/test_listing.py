@@ -1,4 +1,4 @@
-"""`list`: mine and everybody's, by status, sweeps folded, orphans closed on the way; without MLflow from ./runs."""
+"""Tests of `list`: runs of one or all users, by status, one row per sweep, orphans marked FAILED, without MLflow."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_one_that_cannot_be_looked_at_says_so(store: Store) -> None:
 
 
 def test_a_sweeps_trials_are_below_it(store: Store) -> None:
-    """Of one that runs its journal knows how far it is, of one that has ended MLflow."""
+    """The numbers of trials come from the journal for a running sweep, and from MLflow for one that has ended."""
     _, storage = store.add(
         "sweep", kind="sweep", status="RUNNING", tags={"raytrainer.sweep.metric": "val/loss"}, started=2000.0
     )
@@ -166,7 +166,7 @@ def sent(name: str) -> Record:
 
 
 def refusal(cause: str) -> str:
-    """What Ray says of a job that was refused on its cluster."""
+    """Return Ray's message for a job that was refused on its cluster."""
     log = "".join(f"a line of its log, {number}\n" for number in range(9))
     return (
         f"Job entrypoint command failed with exit code 2, last available logs (…):\n{log}raytrainer: refused: {cause}"
@@ -174,7 +174,7 @@ def refusal(cause: str) -> str:
 
 
 def test_a_refused_job_shows_why_in_one_line(store: Store) -> None:
-    """Of a run, a sweep and an evaluation alike; until the same name is submitted again."""
+    """Runs and sweeps show it alike, until the same name is submitted again."""
     cluster = FakeCluster()
     for name, kind in (("one", "run"), ("two", "sweep")):
         replace(sent(name), kind=kind).write(Storage(Path.cwd() / "runs" / SUBMITTED / name))
@@ -197,7 +197,7 @@ def test_a_refused_job_shows_why_in_one_line(store: Store) -> None:
 
 @pytest.mark.parametrize("status", ["FINISHED", "KILLED"])
 def test_a_refused_resume_is_told_beside_what_the_run_is(store: Store, status: str) -> None:
-    """The run itself ended as it did. The refusal disappears when a later attempt goes on with the run."""
+    """The run keeps its own status. The refusal disappears when a later attempt continues the run."""
     made, storage = store.add(
         "one", status=status, cause="stopped by SIGTERM", job={"submission_id": "one", "cluster_address": ADDRESS}
     )
@@ -212,7 +212,7 @@ def test_a_refused_resume_is_told_beside_what_the_run_is(store: Store, status: s
         assert (found.status, found.cause) == (status, "REFUSED: job one--2: trainer.max_epochs=0 is wrong")
         assert found.to_json()["last_job"] == expected
     assert "REFUSED: job one--2: trainer.max_epochs=0 is wrong" in table([facts])
-    replace(made, attempts=2, job={}).write(storage)  # it went on here
+    replace(made, attempts=2, job={}).write(storage)  # it continued on this machine
     store.client.set_tag(made.run_id, "raytrainer.submission_id", "")
     store.client.set_tag(made.run_id, "raytrainer.cluster_address", "")
     assert status_of("one", clusters=cluster.clusters()).facts.last_job is None
@@ -288,7 +288,7 @@ def test_a_table_is_as_wide_as_its_terminal(store: Store) -> None:
     ]
     assert max(map(len, lines)) == 100
     assert "USER" in table(found, users=True)
-    assert len(table(found).splitlines()[1]) > 300  # a file has all of it
+    assert len(table(found).splitlines()[1]) > 300  # output to a file is not cut
     assert table([]) == "no runs"
     assert json.dumps(RunSummary("a", "run", "FAILED", best=float("nan")).to_json())
 
@@ -319,7 +319,7 @@ def test_anothers_run_of_the_same_name_leaves_mine_alone(store: Store) -> None:
 
 @pytest.mark.parametrize("how", ["resumed", "resumed elsewhere", "sent again", "sent again from elsewhere"])
 def test_the_attempt_that_goes_is_listed(store: Store, how: str) -> None:
-    """In the place of the run, as MLflow has it: once, and not hidden by it."""
+    """The attempt replaces the run's status in MLflow: it is listed once, and the earlier status does not hide it."""
     job = None if how == "resumed elsewhere" else {"submission_id": "one", "cluster_address": ADDRESS}
     status = "RUNNING" if how.startswith("sent again") else "FAILED"
     made, _ = store.add("one", status=status, cause=None if status == "RUNNING" else "it failed", job=job)
@@ -349,7 +349,7 @@ def test_what_others_have_submitted_is_listed_before_it_begins(store: Store, mon
         theirs = {"raytrainer.name": name, "raytrainer.user": "somebody", "raytrainer.kind": "sweep"}
         here.add(name, status, metadata=theirs, started=2.0)
     here.add("again--2", "PENDING", metadata={"raytrainer.name": "again"}, started=3.0)
-    here.add("raysubmit_1", "RUNNING")  # of another program
+    here.add("raysubmit_1", "RUNNING")  # a job of another program
     other.add("begins", "RUNNING", metadata={"raytrainer.name": "begins"}, started=4.0)
     clusters = {ADDRESS: here, "http://other.example:8265": other}
     assert names(list_runs(clusters=Clusters(lambda address, *_: clusters[address]))) == ["mine"]

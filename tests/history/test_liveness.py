@@ -1,4 +1,5 @@
-"""Whether a run's driver lives: both sides of every rule, with real processes, real claims, and clocks that differ."""
+"""Tests of whether a run's driver is alive: both sides of every rule, with real processes, real leases and clocks that
+differ."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ def storage(tmp_path: Path) -> Storage:
 
 @pytest.fixture
 def process() -> Iterator[subprocess.Popen[bytes]]:
-    """One that does nothing at all: no heartbeat, no word."""
+    """A process that does nothing: it sends no heartbeat and prints nothing."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as started:
         yield started
         started.kill()
@@ -44,7 +45,7 @@ def old(storage: Storage, name: str = "run.json") -> None:
     os.utime(storage.local_path / name, (when, when))
 
 
-# --- this machine ---------------------------------------------------------------------------------------------------
+# --- this machine -----------------------------------------------------------------------------------------------------
 
 
 def test_alive_but_silent(storage: Storage, process: subprocess.Popen[bytes]) -> None:
@@ -63,7 +64,7 @@ def test_dead(storage: Storage, process: subprocess.Popen[bytes]) -> None:
     assert (verdict.life, verdict.status) == ("dead", "FAILED")
     assert verdict.cause == f"its driver died: process {process.pid} on here is gone"
     written = (storage.local_path / "lock" / ("a" * 32 + ".json")).stat().st_mtime
-    assert verdict.when == pytest.approx(written)  # the end is the last sign of life
+    assert verdict.when == pytest.approx(written)  # the run ended at the last heartbeat
 
 
 def test_a_zombie_is_dead(storage: Storage, process: subprocess.Popen[bytes]) -> None:
@@ -103,11 +104,11 @@ def test_another_machine_by_the_age_of_its_claim(storage: Storage, age_s: float,
     assert verdict.life == life
     if life == "dead":
         assert verdict.cause == f"its driver died: no heartbeat from process 4242 on elsewhere for 5:{age_s - 300:02g}"
-    assert [e.name for e in storage.list("lock")] == ["a" * 32 + ".held", "a" * 32 + ".json"]  # nothing is left of us
+    assert [e.name for e in storage.list("lock")] == ["a" * 32 + ".held", "a" * 32 + ".json"]  # no probe file is left
 
 
 class ClockedFiles(fs.FileSystemHandler):  # type: ignore[misc]
-    """A file system whose clock is another than ours: an object store's."""
+    """A file system with a clock of its own, like an object store."""
 
     def __init__(self, clock: Iterator[datetime]) -> None:
         self._clock, self._times = clock, dict[str, datetime]()
@@ -172,7 +173,7 @@ def test_clocks_that_differ_decide_nothing(tmp_path: Path, off: timedelta, age_s
     assert judge(RUN, Liveness.read(storage)).life == life
 
 
-# --- jobs ---------------------------------------------------------------------------------------------------------------
+# --- jobs -------------------------------------------------------------------------------------------------------------
 
 JOB = {"job": "x"}
 
@@ -201,7 +202,7 @@ def test_a_job_that_runs_is_alive_whatever_its_claim_says(storage: Storage, stat
 def test_a_job_that_ended_is_dead_and_with_it_its_claim(
     storage: Storage, job: FakeJob, status: str, cause: str
 ) -> None:
-    name = claim(storage, owner=JOB)  # fresh: a killed driver's is for a while
+    name = claim(storage, owner=JOB)  # not stale: a killed driver's lease still looks valid for a while
     job.started, job.ended = time.time() - 60, time.time()
     for liveness in (Liveness.read(storage), Liveness.read(None)):
         verdict = judge(RUN, liveness, job)
@@ -213,16 +214,16 @@ def test_a_job_that_ended_is_dead_and_with_it_its_claim(
 @pytest.mark.parametrize(
     ("exit_code", "began_s", "ended_s", "since_s", "beat_s"),
     [
-        (2, 60, 1, 30, 1),  # it found what cannot work, and never had the run
-        (1, 60, 1, 900, 1),  # the claim was made before it began
-        (1, 900, 300, 600, 1),  # it has shown life long after the end
+        (2, 60, 1, 30, 1),  # the job was refused, so it never started the run
+        (1, 60, 1, 900, 1),  # the lease was taken before the job started
+        (1, 900, 300, 600, 1),  # the lease was renewed long after the job's end
         (1, 900, None, 600, 1),
     ],
 )
 def test_a_job_of_the_same_name_elsewhere_proves_nothing(
     storage: Storage, exit_code: int, began_s: float, ended_s: float | None, since_s: float, beat_s: float
 ) -> None:
-    """By the same address, which means another cluster by now, or from another machine."""
+    """The same address may now mean another cluster, or the lease may belong to a driver on another machine."""
     now = time.time()
     since = datetime.fromtimestamp(now - since_s, UTC).isoformat(timespec="seconds")
     claim(storage, owner={**JOB, "since": since}, age_s=beat_s)
@@ -243,7 +244,7 @@ def test_the_record_knows_better_how_a_job_went(storage: Storage) -> None:
 
 
 def test_a_run_that_another_goes_on_with_is_alive(storage: Storage) -> None:
-    """After its job ended: a resubmission, a resume on another machine, or one here."""
+    """A resubmission, or a resume here or on another machine, keeps the run alive after its job has ended."""
     ended = FakeJob("x", "FAILED")
     assert judge(RUN, Liveness.read(storage), ended, [FakeJob("x--2", "PENDING")]).life == "alive"
     assert judge(RUN, Liveness.read(storage), ended, [FakeJob("x--2", "FAILED")]).life == "dead"
@@ -262,7 +263,7 @@ def test_a_job_that_its_cluster_does_not_know_says_nothing(storage: Storage) -> 
     assert judge(RUN, Liveness.read(storage), None).life == "dead"
 
 
-# --- what cannot be read ------------------------------------------------------------------------------------------------
+# --- what cannot be read ----------------------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_read_is_no_sign_of_death(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`logs ID`: from the directory, from the cluster, from MLflow; all of it, as it comes, and no longer than it comes."""
+"""Tests of `logs ID`: from the directory, the cluster or MLflow; complete, followed live, and ending with the run."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_log_that_is_damaged_is_shown_all_the_same(ended: Storage) -> None:
 
 
 def following(later: list[Any], rank: int | None = None) -> Iterator[str]:
-    """Follows; at each look that finds nothing new the next of `later` happens."""
+    """Follow the logs. Each look that finds nothing new calls the next function of `later`."""
 
     def sleep(_: float) -> None:
         later.pop(0)()
@@ -76,7 +76,7 @@ def test_a_job_that_ends_while_its_local_log_is_followed(ended: Storage, monkeyp
 
 
 def test_what_comes_while_it_is_followed(ended: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line in two pieces, in the middle of a letter; the last one comes with the end."""
+    """One line arrives in two pieces, split within a letter, and the last line arrives as the driver ends."""
     monkeypatch.setattr(logs, "_ALIVE_S", 0.0)
     made = Record.read(ended)
     assert made is not None
@@ -122,7 +122,7 @@ def test_a_trial_has_its_sweeps(in_tmp: Path) -> None:
     assert list(logs.lines("sweep.0003")) == ["a trial"]
 
 
-# --- jobs ---------------------------------------------------------------------------------------------------------------
+# --- jobs -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_job_that_runs_is_asked_of_its_cluster(store: Store) -> None:
@@ -156,7 +156,7 @@ def test_after_the_head_node_is_gone(store: Store, tmp_path: Path) -> None:
     (folder / "driver.log").write_text("of the driver\n")
     (folder / "rank-0.log").write_text("of rank 0\n")
     Server(store.uri).log_artifact(made.run_id, folder, None)
-    storage.delete("run.json")  # nor is the directory there any more
+    storage.delete("run.json")  # the run directory is gone, too
     assert list(logs.lines("one", clusters=away.clusters())) == ["of the driver"]
     assert list(logs.lines("one", rank=0, clusters=away.clusters())) == ["of rank 0"]
     with pytest.raises(ConfigError, match=r"--rank=3 has no log; valid: 0"):
@@ -169,7 +169,7 @@ def test_one_that_runs_on_another_machine_with_its_logs_there(store: Store) -> N
         list(logs.lines("one"))
 
 
-# --- what was submitted -------------------------------------------------------------------------------------------------
+# --- submissions ------------------------------------------------------------------------------------------------------
 
 
 def sent(name: str, run_dir: str, job: str, **fields: Any) -> Storage:
@@ -195,7 +195,7 @@ def test_a_run_that_cannot_be_read_from_here_has_its_logs_in_mlflow(store: Store
 
 
 def test_the_attempt_that_goes_is_followed(ended: Storage) -> None:
-    """Not the log of the one before it, which is here."""
+    """With `follow`, the log is that of the new attempt, not that of the earlier attempt, which is here."""
     made = Record.read(ended)
     assert made is not None
     replace(made, status="FAILED", job=JOB).write(ended)
@@ -204,7 +204,7 @@ def test_the_attempt_that_goes_is_followed(ended: Storage) -> None:
     cluster.add("one", "FAILED")
     cluster.add("one--2", "PENDING")
     assert next(iter(logs.lines("one", follow=True, clusters=cluster.clusters()))) == "one"
-    assert next(iter(logs.lines("one", clusters=cluster.clusters()))) == "a"  # until it goes there is no other
+    assert next(iter(logs.lines("one", clusters=cluster.clusters()))) == "a"  # the new attempt has no log yet
     replace(made, status="RUNNING", job={**JOB, "submission_id": "one--2"}).write(ended)
     cluster.add("one--2", "FAILED")
     assert next(iter(logs.lines("one", follow=True, clusters=cluster.clusters()))) == "a"

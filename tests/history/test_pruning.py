@@ -1,4 +1,4 @@
-"""Pruning: what goes, what never goes, and that looking deletes nothing."""
+"""Tests of `prune`: what it deletes, what it always keeps, and that a dry run deletes nothing."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ LONG_AGO = time.time() - 40 * 86_400
 
 
 def saved(storage: Storage, *steps: int, best: int = 20) -> None:
-    """Checkpoints of these steps; the metric is to be high, and highest at `best`."""
+    """Save checkpoints of these steps with the best metric at `best` (mode `max`), and add two other folders."""
     checkpoints = Checkpointer(storage.child("checkpoints"), mode="max", num_to_keep=None)
     for step in steps:
         checkpoints.save(step, {"step": step}, {}, metric=0.9 if step == best else 0.1)
     checkpoints.close()
     (storage.local_path / "checkpoints/step-000000099").mkdir()  # a save that was killed
     (storage.local_path / "checkpoints/step-000000099/shared.json").write_text("{}")
-    (storage.local_path / "checkpoints/notes").mkdir()  # nobody's
+    (storage.local_path / "checkpoints/notes").mkdir()  # does not belong to raytrainer
 
 
 def steps(storage: Storage) -> list[str]:
@@ -54,7 +54,7 @@ def prune(identifier: str | None = None, delete: bool = True, **options: object)
 
 @pytest.fixture
 def ended(in_tmp: Path) -> Storage:
-    """A finished run with five checkpoints, Ray's records and a spool that MLflow has."""
+    """A finished run with five checkpoints, Ray's records and a spool that MLflow has completely."""
     _, storage = past.record("ended", status="FINISHED")
     saved(storage, 10, 20, 30, 40, 50)
     (storage.local_path / "attempt-1").mkdir()
@@ -223,7 +223,7 @@ def test_a_job_that_goes_on_or_whose_cluster_is_silent(ended: Storage) -> None:
 
 
 def test_who_goes_on_with_it_meanwhile_wins(ended: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the look and the lock somebody has resumed it, and ended again."""
+    """A resume of the run starts and ends between the check and the lock."""
 
     def then_resumed(*arguments: object) -> object:
         found = look_at(*arguments)  # type: ignore[arg-type]
@@ -314,7 +314,7 @@ def test_the_tree_of_a_rerun_that_was_killed(in_tmp: Path) -> None:
         owner = {"pid": pid, "started": made["started"] or "1", "machine": made["machine"]}
         (place / "owner.json").write_text(json.dumps(owner))
     (in_tmp / "runs" / "ended").mkdir()
-    # The run itself outlives the process that waited for it.
+    # The run may outlive the process that waits for it.
     with subprocess.Popen(["sleep", "60"], cwd=in_tmp / "runs" / tree.PLACE / "dead/tree") as run:
         assert not prune().items
         run.kill()
@@ -329,7 +329,8 @@ def test_in_s3_and_only_what_is_below_the_run(in_s3: str, in_tmp: Path) -> None:
     storage.write_bytes("config.yaml", composition.text.encode())
     record = Record("far", storage.display, created="2026-01-01T12:00:00+00:00", attempts=1, status="FINISHED")
     record.write(storage)
-    record.write(Storage(in_tmp / "runs" / SUBMITTED / "far"))  # sent from here: its name is all that is here
+    # The run was submitted from here, so only its submission is on this machine.
+    record.write(Storage(in_tmp / "runs" / SUBMITTED / "far"))
     checkpoints = Checkpointer(storage.child("checkpoints"), mode="max", num_to_keep=None)
     for step in (10, 20, 30):
         checkpoints.save(step, {"step": step}, {}, metric=1 / step)

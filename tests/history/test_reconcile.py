@@ -1,4 +1,4 @@
-"""Closing runs that are surely dead: in MLflow and in their records, once, under their lock, and never one that lives."""
+"""Tests of marking dead runs with their final status, in MLflow and in their records: once, and never a live run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ JOB = {"submission_id": "one", "cluster_address": ADDRESS}
 
 
 def killed() -> dict[str, Any]:
-    """What the claim of a process of this machine says that was there, and is gone."""
+    """Return the lease fields of a process of this machine that has been killed."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         who = of_here(process.pid)
         process.kill()
@@ -51,7 +51,7 @@ def test_a_killed_driver(store: Store) -> None:
     assert cause.startswith("its driver died: process ")
     assert cause.endswith(" on elsewhere is gone")
     ended = store.client.get_run(made.run_id).info.end_time
-    assert ended / 1000 == pytest.approx(time.time() - 1000, abs=60)  # its last sign of life, not now
+    assert ended / 1000 == pytest.approx(time.time() - 1000, abs=60)  # its last heartbeat, not now
     found = Record.read(storage)
     assert found is not None
     assert found.status == "FAILED"
@@ -68,7 +68,7 @@ def test_one_that_lives_is_left_alone(store: Store) -> None:
     known, verdict = look("one", clusters)
     assert verdict.life == "alive"
     assert reconcile.close_dead([(known, verdict)], clusters, print) == set()
-    # A verdict that was true when it was given, and is not any more: somebody goes on with the run.
+    # The verdict was true when it was made, but the run has been resumed since then.
     assert not reconcile.close(known, Verdict("dead", "", "FAILED", "x"), clusters)
     assert store.status(made.run_id) == ("RUNNING", None)
 
@@ -152,7 +152,7 @@ def test_a_dead_sweep_takes_its_trials_along(store: Store) -> None:
 )
 def test_a_job_that_ended(store: Store, state: str, status: str, cause: str) -> None:
     made, storage = store.add("one", status="RUNNING", job=JOB)
-    claim(storage, owner={"job": "one"})  # of a driver that was killed just now, on another machine
+    claim(storage, owner={"job": "one"})  # of a driver on another machine that was just killed
     cluster = FakeCluster(log="the last words\n")
     now = float(int(time.time()))
     cluster.add("one", state, message="no more memory", started=now - 60, ended=now)
@@ -163,7 +163,7 @@ def test_a_job_that_ended(store: Store, state: str, status: str, cause: str) -> 
     assert made.run_id is not None
     assert Server(store.uri).read_artifact(made.run_id, "logs/job.log") == b"the last words\n"
     assert reconcile.close_dead([look("one", clusters)], clusters, print) == set()
-    assert storage.list("lock") == []  # nobody has to wait until it is old
+    assert storage.list("lock") == []  # nobody has to wait until the lease is stale
     assert cluster.asked.count("list") == 1  # a cluster is asked once, however many runs it has
 
 
@@ -171,7 +171,8 @@ def test_a_job_whose_directory_cannot_be_read(store: Store) -> None:
     made, _ = store.add("one", status="RUNNING", job=JOB, on_disk=False)
     cluster = FakeCluster()
     clusters = cluster.clusters()
-    assert look("one", clusters)[1].life == "unsure"  # nobody knows it, nothing can be read
+    # The cluster does not know the job, and the directory cannot be read.
+    assert look("one", clusters)[1].life == "unsure"
     cluster.add("one", "STOPPED")
     clusters = cluster.clusters()
     assert reconcile.close_dead([look("one", clusters)], clusters, print) == {"one"}
@@ -188,7 +189,7 @@ def test_a_job_that_went_well_and_could_not_tell(store: Store) -> None:
 
 
 def test_a_cluster_that_is_gone(store: Store) -> None:
-    """Its claim decides: the driver died with it, or did not."""
+    """The lease decides: the driver is dead only when its lease is stale."""
     made, storage = store.add("one", status="RUNNING", job=JOB)
     name = claim(storage, owner={"job": "one"}, age_s=100)
     clusters = FakeCluster(down=OSError("connection refused")).clusters()

@@ -1,4 +1,4 @@
-"""`status ID`: what is told of one run, that runs, waits, has ended or died, with and without MLflow and its cluster."""
+"""Tests of `status ID` for a run that is running, pending, ended or dead, with and without MLflow and its cluster."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_what_was_never_sent(in_tmp: Path) -> None:
 @pytest.mark.parametrize("state", ["PENDING", "RUNNING", "FAILED"])
 @pytest.mark.parametrize("before", ["FAILED", "RUNNING"])
 def test_the_attempt_that_goes_is_shown(store: Store, before: str, state: str) -> None:
-    """A resume, and a job sent again of which MLflow has not heard that its driver died."""
+    """The attempt is a resume, or a resubmission whose dead driver is still RUNNING in MLflow."""
     made, _ = store.add(
         "one", status=before, cause="it failed" if before == "FAILED" else None, job={**JOB, "submission_id": "one"}
     )

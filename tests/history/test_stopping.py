@@ -1,4 +1,4 @@
-"""`stop ID`: real processes asked and killed, files for other machines, jobs; and what is said of what is left."""
+"""Tests of `stop ID`: signals to real processes, stop files for other machines, jobs, and the reported result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.history.test_reconcile import killed
 
 JOB = {"submission_id": "one", "cluster_address": ADDRESS}
 
-# A driver with a worker of its own; with `deaf` it does not end by a signal, and writes how many it got.
+# A driver with one worker. With `deaf` it does not end on SIGTERM. It writes how many signals it has received.
 DRIVER = """
 import pathlib, signal, subprocess, sys, time
 deaf, worker_stays, place = sys.argv[1] == "deaf", sys.argv[2] == "stays", pathlib.Path(sys.argv[3])
@@ -53,7 +53,7 @@ record.write_text(record.read_text().replace('"RUNNING"', '"KILLED"'))
 
 @contextmanager
 def driver(storage: Storage, *, deaf: bool = False, worker_stays: bool = False) -> Iterator[tuple[Any, int]]:
-    """The driver of a run, and its worker's number."""
+    """Start the driver of a run, and yield its process and the process id of its worker."""
     arguments = ["deaf" if deaf else "hears", "stays" if worker_stays else "goes", str(storage.local_path)]
     program = textwrap.dedent(DRIVER)
     with subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True) as process:
@@ -74,7 +74,7 @@ def gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-# --- a process of this machine ------------------------------------------------------------------------------------------
+# --- a process of this machine ----------------------------------------------------------------------------------------
 
 
 def test_asked_and_waited_for_with_all_it_started(store: Store) -> None:
@@ -87,7 +87,7 @@ def test_asked_and_waited_for_with_all_it_started(store: Store) -> None:
     assert (result.done, result.status, result.told) == (True, "KILLED", "its 2 processes are gone")
     assert said == [f"one: asked process {process.pid} to end after a last checkpoint"]
     assert text(result, "raytrainer") == "one is stopped (KILLED) after 0:00: its 2 processes are gone"
-    assert store.status(made.run_id)[0] == "KILLED"  # which its record said, and nobody had told MLflow
+    assert store.status(made.run_id)[0] == "KILLED"  # the record had this status, but MLflow did not
 
 
 def test_what_outlives_its_driver_is_waited_for_and_said(store: Store) -> None:
@@ -110,7 +110,7 @@ def test_one_that_does_not_hear_is_killed_with_force_only(store: Store, monkeypa
         assert gone(process.pid)
         assert gone(worker)
     assert (result.done, result.status) == (True, "KILLED")
-    assert (storage.local_path / "got").read_text() == "3"  # one of the first stop, two of the second
+    assert (storage.local_path / "got").read_text() == "3"  # one signal from the first stop, two from the second
     assert "one: still there; ending it without a checkpoint" in said
     assert store.status(made.run_id) == ("KILLED", "killed by stop --force")
 
@@ -120,7 +120,7 @@ def test_a_later_process_with_its_number_is_left_alone(store: Store) -> None:
     with driver(storage, deaf=True) as (process, _):
         claim(storage, **{**of_here(process.pid), "started": "1"})
         result = Stopper("one").stop()
-        time.sleep(0.1)  # it would have heard by now
+        time.sleep(0.1)  # enough time for a signal to arrive
         assert (storage.local_path / "got").read_text() == "0"
         assert process.poll() is None
     assert result.done
@@ -137,11 +137,11 @@ def test_a_command_that_closes_the_run_is_no_driver(store: Store) -> None:
     assert result.seconds < 60
 
 
-# --- another machine ----------------------------------------------------------------------------------------------------
+# --- another machine --------------------------------------------------------------------------------------------------
 
 
 def at_look(number: int, what: Callable[[], object]) -> Callable[[float], None]:
-    """A sleep in which the world goes on: at its `number`th time `what` happens."""
+    """Return a `sleep` that calls `what` the `number`th time it is called."""
     left = [number]
 
     def sleep(_: float) -> None:
@@ -179,7 +179,7 @@ def test_another_machines_driver_that_does_not_hear(store: Store) -> None:
     )
 
 
-# --- a job --------------------------------------------------------------------------------------------------------------
+# --- a job ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_a_job_ends_by_itself_after_a_checkpoint(store: Store, job: tuple[Record
 
     def end() -> None:
         if storage.exists("stop"):
-            running.status = "FAILED"  # its exit code is 143
+            running.status = "FAILED"  # Ray reports FAILED for exit code 143
             replace(made, status="KILLED").write(storage)
             store.client.set_terminated(made.run_id, "KILLED")
 
@@ -255,7 +255,7 @@ def test_the_resubmission_is_what_is_stopped(store: Store, job: tuple[Record, St
     assert (result.done, cluster.jobs["one--2"].status) == (True, "STOPPED")
 
 
-# --- one that has ended, or cannot be reached ---------------------------------------------------------------------------
+# --- runs that have ended or cannot be reached ------------------------------------------------------------------------
 
 
 def test_one_that_had_ended(store: Store) -> None:
@@ -316,7 +316,7 @@ def test_what_is_printed_for_programs() -> None:
 
 
 def test_nothing_is_left_of_the_asking(store: Store, tmp_path: Path) -> None:
-    """A driver that was asked, and ends, takes the file away when it begins again (`StopAsked`); a stop leaves no lock."""
+    """A stop of an ended run leaves neither a lock nor a stop file. A new driver removes an old file (`StopAsked`)."""
     _, storage = store.add("one", status="FINISHED")
     Stopper("one").stop()
     assert storage.list("lock") == []
@@ -344,7 +344,7 @@ def test_what_was_asked_of_a_job_while_it_started_counts(
 
 
 def sent(name: str, root: Path, **fields: Any) -> Record:
-    """What was submitted from here."""
+    """Write the record of a run that was submitted from here."""
     made = Record(name, fields.pop("run_dir", f"/nowhere/{name}"), **{"job": JOB, **fields})
     made.write(Storage(root / "runs" / SUBMITTED / name))
     return made
@@ -384,7 +384,7 @@ def test_what_was_never_sent_is_said(in_tmp: Path) -> None:
 
 
 def test_a_job_that_ray_cannot_end_yet_has_been_asked(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray answers that it is stopped, and it waits on for its driver's resources."""
+    """Ray accepts the stop, but the job stays PENDING until its driver gets its resources."""
     monkeypatch.setattr(stopping, "_PLACED_S", 0.02)
     sent("one", in_tmp)
     cluster = FakeCluster(ends="PENDING")

@@ -1,4 +1,5 @@
-"""`rerun` with the code that a run had: commit and patch in a working tree, with real git; what differs is told."""
+"""Tests of `rerun` with the code of the earlier run: commit and patch in a worktree of real git, with a report of what
+differs."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def repository(in_tmp: Path) -> Path:
-    """With code in its second version, which is committed, and a third that is not; data and a note beside it."""
+    """A repository with a committed second and an uncommitted third version, ignored data and an untracked note."""
     git(in_tmp, "init", "-q")
     (in_tmp / ".gitignore").write_text("runs/\ndata/\n__pycache__/\nmlflow.db*\nmlartifacts/\n*.out\n*.err\n")
     (in_tmp / "code.txt").write_text("first\n")
@@ -57,7 +58,7 @@ def repository(in_tmp: Path) -> Path:
 
 @pytest.fixture
 def past(repository: Path) -> Storage:
-    """A run of the third version; by now the fourth is here."""
+    """A run of the third version, in a repository that now has a fourth."""
     _, storage = record("one", status="FINISHED")
     storage.write_bytes(provenance.FILE, provenance.collect(["experiment=mlp"], repository).to_json())
     (repository / "code.txt").write_text("fourth\n")
@@ -66,7 +67,7 @@ def past(repository: Path) -> Storage:
 
 
 class Seen:
-    """What a command would have found in the tree, and what it was given."""
+    """Records what a command finds in the tree, and its arguments and environment."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, code: int = 0) -> None:
         self.files: dict[str, str] = {}
@@ -102,7 +103,7 @@ def test_commit_and_patch_are_what_they_were(past: Storage, monkeypatch: pytest.
     here = Path.cwd()
     assert seen.environment["MLFLOW_TRACKING_URI"] == f"sqlite:///{here}/mlflow.db"
     assert seen.environment["PYTHONPATH"].split(os.pathsep)[0] == str(seen.path)
-    # In it the program finds that nothing differs, whatever it looks at.
+    # Inside the tree, the recorded commit and patch equal those of the earlier run.
     then = Provenance.from_json(past.read_bytes(provenance.FILE))
     assert (seen.origin.commit, seen.origin.diff) == (then.commit, then.diff)
     assert seen.origin.untracked == ["note.txt"]  # data/ is ignored there too
@@ -140,14 +141,14 @@ def test_submodules_are_there_with_their_changes(
     assert tree.rerun_there("one", []) == 0
     assert seen.files["libs/library/library.txt"] == "changed\n"
     assert seen.files["libs/library/in/inner.txt"] == "changed, too\n"
-    # The checkout is what it was, and knows of no other tree.
+    # The checkout is unchanged and has no other worktree.
     assert (library / "in/inner.txt").read_text() == "something else\n"
     for folder in (repository, library, library / "in"):
         assert len(git(folder, "worktree", "list").splitlines()) == 1
 
 
 def test_code_that_was_never_added_goes_to_a_cluster(past: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package has no links that lead out of the tree; data, which stays here, is linked."""
+    """Code is copied, because a package has no links out of the tree. Data stays on this machine and is linked."""
     here = Path.cwd()
     (here / "mine" / "deep").mkdir(parents=True)
     (here / "mine" / "deep" / "code.py").write_text("x = 1\n")
@@ -196,7 +197,7 @@ def test_the_tree_of_a_killed_process_is_removed_by_the_next(past: Storage, monk
     left = seen.path
     Seen(monkeypatch)
     tree.rerun_there("one", [])
-    assert left.exists()  # its process, this one, lives
+    assert left.exists()  # its owner is this process, which is alive
     owner = left.parent / "owner.json"
     owner.write_text(json.dumps({**json.loads(owner.read_text()), "started": "1"}))
     tree.rerun_there("one", [])
@@ -232,11 +233,11 @@ def test_from_a_directory_below_the_root(repository: Path, monkeypatch: pytest.M
     seen = Seen(monkeypatch)
     assert tree.rerun_there("one", []) == 0
     assert seen.path.name == "below"
-    assert (seen.path.parent / "code.txt").exists() is False  # removed by now
+    assert (seen.path.parent / "code.txt").exists() is False  # the tree is already removed
     assert seen.run is not None
 
 
-# --- where nothing can be made of it ------------------------------------------------------------------------------------
+# --- no tree is made --------------------------------------------------------------------------------------------------
 
 
 def test_a_run_without_git_and_a_directory_without(
@@ -299,11 +300,11 @@ def test_what_mlflow_recorded_will_do(store: Store) -> None:
     assert found.diff.encode("utf-8", "surrogateescape") == b"diff \xe9\r\n"
 
 
-# --- processes ----------------------------------------------------------------------------------------------------------
+# --- processes --------------------------------------------------------------------------------------------------------
 
 
 def test_a_signal_is_the_childs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM of the command is passed on, its exit code is the child's."""
+    """SIGTERM is passed on to the child, and the command ends with the child's exit code."""
     program = tmp_path / "child"
     program.write_text(
         f"#!{sys.executable}\nimport pathlib, signal, sys\n"
@@ -325,7 +326,7 @@ def test_a_signal_is_the_childs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.slow
 def test_a_rerun_trains_with_the_old_code(in_tmp: Path) -> None:
-    """The program itself: a callback of the user's package says which version of it ran, in the first and the rerun."""
+    """A callback in the user's module writes which version of it ran, in the first run and in the rerun."""
     code = "from pathlib import Path\n\nclass Says:\n    def on_fit_start(self, trainer, event):\n"
     code += "        Path(self.place).open('a').write(VERSION + ' ' + Path('data/values').read_text())\n"
     code += "    def __init__(self, place):\n        self.place = place\n\n"

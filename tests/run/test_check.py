@@ -1,4 +1,4 @@
-"""`check` and a launch refuse the same, in the same words: what `check` accepts does not fail by what it could have seen."""
+"""Tests that `check` and a launch refuse the same configs with the same message."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RUN = ["experiment=mlp", "name=run", "cluster=inline", "trainer.max_steps=2", "t
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What a command that is refused says."""
+    """Return the error line of a refused command."""
     capsys.readouterr()
     assert cli.main(arguments) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("raytrainer: refused: ")]
@@ -72,7 +72,7 @@ def test_both_refuse(
 
 
 def test_a_run_that_goes_on_elsewhere(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`resume` and its dry run: the owner, who lives, is named."""
+    """`resume` and its dry run refuse the run and name the owner of its lock, which is alive."""
     assert cli.main([*RUN, "trainer.max_epochs=null"]) == 0
     with Storage(in_tmp / "runs" / "run").lock("lock", {"run": "run"}):
         checked = refusal(capsys, "resume", "run", "trainer.max_steps=4", "--dry-run")

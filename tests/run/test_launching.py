@@ -1,4 +1,4 @@
-"""What a launch says at its end, without a launch."""
+"""Tests of which limit a launch reports at its end, without a launch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The logs of driver and ranks, wherever the run's directory is: those of one attempt come after those of the one before."""
+"""Tests of the logs of driver and ranks, in local and remote storage: each attempt appends to the earlier logs."""
 
 from __future__ import annotations
 
