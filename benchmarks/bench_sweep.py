@@ -196,7 +196,7 @@ def many(count: int) -> dict[str, Any]:
         "driver_MiB": {str(place): round(memory(place - 1), 1) for place in (1, 100, *range(250, count + 1, 250))},
         "driver_grows_KiB_a_trial": 1024 * grown / (count - 100),
         "goal": {"ratio": 1.2, "driver_grows_KiB_a_trial": 16},
-        "holds": late["median"] / early["median"] <= 1.2 and 1024 * grown / (count - 100) <= 32,
+        "holds": late["median"] / early["median"] <= 1.2 and 1024 * grown / (count - 100) <= 16,
     }
 
 
