@@ -242,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--rows", type=int, default=60_000)
-    parser.add_argument("--dry-run", action="store_true", help="print, and keep no result")
+    parser.add_argument("--dry-run", action="store_true", help="print the result without writing the file")
     options = parser.parse_args()
     import ray
 

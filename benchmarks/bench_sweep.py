@@ -209,7 +209,7 @@ def main() -> None:
     options = parser.parse_args()
     peers = options.peers
     if "optuna" in peers and subprocess.run([sys.executable, "-c", "import optuna"], capture_output=True).returncode:
-        print("optuna is not installed: pip install optuna; its sweep is left out")
+        print("optuna is not installed: pip install optuna; its sweep is skipped")
         peers = [name for name in peers if name != "optuna"]
     figures: dict[str, Any] = {"what": "seconds from the first trial's draw to the last one's end, by trials"}
     if options.rounds:

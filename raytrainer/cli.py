@@ -389,7 +389,7 @@ def _parser() -> argparse.ArgumentParser:
     from hydra._internal.utils import get_args_parser
 
     def refuse(message: str) -> NoReturn:
-        raise ConfigError(f"{message}; {provenance.program()} --help shows what there is")
+        raise ConfigError(f"{message}; {provenance.program()} --help lists the options")
 
     parser: argparse.ArgumentParser = get_args_parser()
     parser.prog = provenance.program()

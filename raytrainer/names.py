@@ -118,7 +118,7 @@ def _differences(missing: Sequence[str], surplus: Sequence[str], shapes: Sequenc
         close = nearest(missing[0], surplus, 1)
         parts.append(f"it lacks {few(missing)}" + (f" ({missing[0]} may be its {close[0]})" if close else ""))
     if surplus:
-        parts.append(f"it has {few(surplus)} too much")
+        parts.append(f"it has unexpected {few(surplus)}")
     if shapes:
         parts.append(f"shapes differ: {few(shapes)}")
     return "; ".join(parts)
@@ -153,6 +153,9 @@ def _renamed(found: Iterable[str], mapping: Mapping[str, str]) -> dict[str, str]
         renamed[new] = name
     if idle := sorted(mapping.keys() - used):
         raise ConfigError(
-            "begins no name in the source", key="init_from.mapping", value=idle[0], choices=sorted(renamed.values())
+            "is not a prefix of any name in the source",
+            key="init_from.mapping",
+            value=idle[0],
+            choices=sorted(renamed.values()),
         )
     return renamed

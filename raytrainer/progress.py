@@ -106,7 +106,7 @@ class Display:
         """Show a message from rank 0."""
         self.step = max(self.step, int(message.get("step", 0)))
         if message["kind"] == "start" and message["step"]:
-            self.say(f"going on after step {message['step']}")
+            self.say(f"continuing after step {message['step']}")
         elif message["kind"] == "start":
             whole, trained = message["parameters"], message["trainable"]
             of = "" if trained == whole else f" of {whole:,}"

@@ -64,7 +64,7 @@ def test_classes_are_named_bare_or_dotted() -> None:
     assert names(Whole(), ["Part"]) == ["stages.0.0", "stages.0.1", "list.0.0", "single"]
     assert names(Whole(), [f"{__name__}.Part"]) == names(Whole(), ["Part"])
     with pytest.raises(
-        ConfigError, match=r"fsdp.wrap=Pert is no class of the model's modules; valid: Part, Linear, Seq"
+        ConfigError, match=r"fsdp.wrap=Pert is not a class of the model's modules; valid: Part, Linear, Seq"
     ):
         names(Whole(), ["Part", "Pert"])
     with pytest.raises(ConfigError, match=r"fsdp.wrap=ModuleList is a container that is never called"):

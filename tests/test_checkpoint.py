@@ -557,7 +557,7 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path, name: str) -> No
     old = manifest.decode(place.read_bytes(), "")
     old.files[name] = (1, "0" * 64)
     place.write_bytes(manifest.encode(old))
-    with pytest.raises(CheckpointCorrupt, match="a file called"):
+    with pytest.raises(CheckpointCorrupt, match="is not a valid file name"):
         checkpointer(tmp_path).latest()
 
 

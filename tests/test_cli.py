@@ -104,16 +104,16 @@ def refused(said: Said) -> str:
         ("status", "which run? status takes ID, --json"),
         ("stop x y", "y has no meaning here; stop takes ID, --json, --force, --timeout"),
         ("list --stats FAILED", "--stats has no meaning here (did you mean --status?); list takes --json, -a, --all"),
-        ("list --status RUNING", "--status=RUNING is no status; valid: RUNNING"),
-        ("list --limit few", "argument -n/--limit: 'few' is no whole number; list takes"),
-        ("logs x --rank=-1", "argument -r/--rank: '-1' is no whole number; logs takes"),
-        ("stop x --timeout soon", "argument --timeout: 'soon' is no number of seconds; stop takes"),
+        ("list --status RUNING", "--status=RUNING is not a status; valid: RUNNING"),
+        ("list --limit few", "argument -n/--limit: 'few' is not a whole number; list takes"),
+        ("logs x --rank=-1", "argument -r/--rank: '-1' is not a whole number; logs takes"),
+        ("stop x --timeout soon", "argument --timeout: 'soon' is not a number of seconds; stop takes"),
         ("status ../x", "'../x' is neither a run's name nor an MLflow run id"),
         ("resume x", "x: no run of this name, MLflow id or submission id in "),
         ("rerun ../x", "'../x' is neither a run's name nor an MLflow run id"),
         ("experiment=mlp check", "'check' is not key=value; a command comes first"),
         ("experiment=mlp trainer.max_epoch=3", "trainer.max_epoch=3 is not a key; valid: trainer.max_epochs"),
-        ("experiment=resnt", "experiment=resnt is no such choice; valid: resnet"),
+        ("experiment=resnt", "experiment=resnt is not a valid choice; valid: resnet"),
         ("check experiment=mlp optimizer.lr=fast", "optimizer.lr=fast must be a number"),
         (
             "check experiment=mlp +model.widht=3",
@@ -133,7 +133,7 @@ def refused(said: Said) -> str:
             "check experiment=mlp storage_path=ftp://x",
             "storage_path=ftp://x cannot be used: ftp:// is not a known scheme",
         ),
-        ("check experiment=mlp init_from=nope", "init_from=nope cannot be used: neither a file of weights, nor a run"),
+        ("check experiment=mlp init_from=nope", "init_from=nope cannot be used: no weights file, run, checkpoint"),
         (
             "check experiment=mlp tracking.tracking_uri=sqlite:////proc/x.db",
             "the tracking database /proc/x.db cannot be",
@@ -146,12 +146,12 @@ def refused(said: Said) -> str:
         ("--config-name=nope", "--config-name=nope is not a config on the search path"),
         ("--cfg job trainer.max_epochs=abc", "trainer.max_epochs=abc must be a whole number"),
         ("--cfg job +trainer.max_epoch=3", "trainer.max_epoch=3 is not a key"),
-        ("-m experiment=mlp,nope", "experiment=nope is no such choice"),
+        ("-m experiment=mlp,nope", "experiment=nope is not a valid choice"),
         ("-m experiment=mlp optimizer.lr=0.1,fast", "optimizer.lr=fast must be a number"),
         ("-m experiment=mlp seed=1,2 name=same", "name=same would be the name of every job; leave it out"),
         ("-m experiment=mlp optimizer.lr=interval(0,1)", "optimizer.lr=interval(0,1) has no list of values"),
         ("--multirun experiment=mlp trainer.max_epoch=1,2", "trainer.max_epoch=1 is not a key"),
-        ("hydra/launcher=nope experiment=mlp", "hydra/launcher=nope is no such choice"),
+        ("hydra/launcher=nope experiment=mlp", "hydra/launcher=nope is not a valid choice"),
     ],
 )
 def test_one_line_and_exit_code_2(here: Run, in_tmp: Path, arguments: str, reason: str) -> None:
@@ -196,14 +196,14 @@ def test_an_mlflow_that_does_not_answer_is_refused_in_time(here: Run, in_tmp: Pa
 def test_a_cluster_that_is_not_there_is_refused_in_time() -> None:
     """`ray.init` alone takes seven minutes to report this."""
     said = forked("check", "experiment=mlp", "cluster=existing", "cluster.address=127.0.0.1:9", timeout_s=30)
-    assert refused(said).startswith("cluster.address=127.0.0.1:9 is no running Ray cluster: nothing answers there")
+    assert refused(said).startswith("cluster.address=127.0.0.1:9 is not a running Ray cluster: nothing answers there")
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         address = f"cluster.address=127.0.0.1:{silent.getsockname()[1]}"
         said = forked("check", "experiment=mlp", "cluster=existing", address, timeout_s=45)
     assert said.code == 2
-    assert "is no running Ray cluster: what listens there does not answer as Ray does" in said.err
+    assert "is not a running Ray cluster: the process that listens there did not answer like a Ray cluster" in said.err
 
 
 def test_stage_one_imports_no_torch_ray_or_mlflow() -> None:
@@ -343,8 +343,8 @@ def test_help_of_a_sweep_helps(here: Run) -> None:
     [
         ("-m experiment=mlp sweep=random", "sweep=random needs something to sweep over: optimizer.lr=0.1,0.01"),
         ("-m experiment=mlp sweep=random,asha seed=1,2", "sweep=random,asha is one choice: a sweep has one way"),
-        ("experiment=mlp sweep.num_samples=3", "sweep.num_samples=3 is of a sweep, and there is none: choose sweep="),
-        ("-m experiment=mlp seed=1,2 sweep.num_samples=3", "sweep.num_samples=3 is of a sweep, and there is none"),
+        ("experiment=mlp sweep.num_samples=3", "sweep.num_samples=3 needs a sweep: choose sweep="),
+        ("-m experiment=mlp seed=1,2 sweep.num_samples=3", "sweep.num_samples=3 needs a sweep"),
         (
             "-m experiment=mlp sweep=random optimizer.lr=loguniform(1e-4,1)",
             "optimizer.lr=loguniform(1e-4,1) cannot be ",
@@ -358,7 +358,7 @@ def test_help_of_a_sweep_helps(here: Run) -> None:
             "-m experiment=mlp sweep=random seed=1,2 optimizer.lr=[1,2]",
             "optimizer.lr=[1,2] must be a number; optimizer.lr",
         ),
-        ("-m experiment=mlp sweep=nope seed=1,2", "sweep=nope is no such choice; valid: "),
+        ("-m experiment=mlp sweep=nope seed=1,2", "sweep=nope is not a valid choice; valid: "),
         ("-m experiment=mlp sweep=grid optimizer.lr=interval(0,1)", "optimizer.lr=interval("),
         ("check -m experiment=mlp sweep=random optimizer.lr=0.1,fast", "optimizer.lr=fast must be a number"),
         (
@@ -366,7 +366,7 @@ def test_help_of_a_sweep_helps(here: Run) -> None:
             "optimizer is refused by its constructor: Invalid learning rate",
         ),
         ("check -m experiment=mlp sweep=random model.widht=3,4", "model.widht=3 is not "),
-        ("check -m experiment=mlp,nope sweep=random", "experiment=nope is no such choice; valid: "),
+        ("check -m experiment=mlp,nope sweep=random", "experiment=nope is not a valid choice; valid: "),
         ("check -m experiment=mlp sweep=random seed=1,2 cluster=inline", "cluster=inline has no processes for trials"),
         ("check -m experiment=mlp sweep=random seed=1,2 debug=default", "debug=true is one batch of one run"),
         (
@@ -567,7 +567,7 @@ def test_a_sweep_inline_and_a_resume(in_tmp: Path, monkeypatch: pytest.MonkeyPat
     assert command.endswith("trainer.max_steps")
     said = forked(*command.split()[:2], f"{command.split()[2]}=6")
     assert said.code == 0, said.err
-    assert "going on after step 4" in said.err
+    assert "continuing after step 4" in said.err
     assert "outcome  finished, 6 steps" in said.out
     assert rows(in_tmp / "mlflow.db", "SELECT count(*), min(status) FROM runs") == [(2, "FINISHED")]
 
@@ -584,8 +584,8 @@ def test_a_name_is_used_once(in_tmp: Path, here: Run) -> None:
     (in_tmp / "runs" / "one").mkdir(parents=True)
     (in_tmp / "runs" / "one" / "config.yaml").write_text("")
     reason = refused(here("experiment=smoke", "cluster=inline", "name=one"))
-    assert reason.startswith("name=one is the name of a run that exists in ")
-    assert "resume one goes on with it" in reason
+    assert reason.startswith("name=one is the name of an existing run in ")
+    assert "resume one continues it" in reason
 
 
 def test_a_crash_of_native_code_says_where_it_was() -> None:

@@ -251,7 +251,7 @@ def test_what_is_no_scalar_is_logged_one_by_one_or_left_out(caplog: pytest.LogCa
             "x_mar_100_per_class_7": 0.1,
         }
     )
-    assert "metrics.x: these results are no numbers and are not logged: ['precision', 'ious']" in caplog.text
+    assert "metrics.x: these results are not numbers and are not logged: ['precision', 'ious']" in caplog.text
     off = {"map": 0.4, "map_per_class": -1.0, "mar_100_per_class": -1.0, "classes": 3}
     assert given(off) == pytest.approx({"x_map": 0.4})
     assert given({"map": 0.4, "map_per_class": 0.4, "classes": 3}) == pytest.approx(
@@ -339,11 +339,11 @@ def refusal(**changes: Any) -> str:
 
 
 def test_what_is_watched_must_be_of_a_set() -> None:
-    said = "checkpoint.monitor=val/loss is of none of the validation sets; valid: val/far/loss, val/near/loss"
+    said = "checkpoint.monitor=val/loss names no validation set; valid: val/far/loss, val/near/loss"
     assert refusal(checkpoint__monitor="val/loss") == said
-    assert "sweep.metric=val/near_f1 is of none" in refusal(sweep__metric="val/near_f1")
+    assert "sweep.metric=val/near_f1 names no validation set" in refusal(sweep__metric="val/near_f1")
     early = training.EarlyStopping(monitor="val/f1")
-    assert "trainer.early_stopping.monitor=val/f1 is of none" in refusal(trainer__early_stopping=early)
+    assert "trainer.early_stopping.monitor=val/f1 names no validation set" in refusal(trainer__early_stopping=early)
     assert "must be a metric of the evaluation" in refusal(checkpoint__monitor="train/loss")
     e = experiment(data={"val": {**SETS, "near": None, "split": None}}, checkpoint={"monitor": "val/far/loss"})
     check_together(e)
@@ -360,7 +360,7 @@ def test_names_and_nodes_are_checked() -> None:
     assert "metrics.f1._target_" in near
     assert "MulticlassF1Score" in near
     assert "Unexpected keyword arguments: `classes`" in refusal(metrics={"a": node(F1, num_classes=4, classes=4)})
-    assert "metrics.a=Calibrated has no compute(), which a metric has" in refusal(metrics={"a": node(Calibrated)})
+    assert "metrics.a=Calibrated has no compute(), which a metric needs" in refusal(metrics={"a": node(Calibrated)})
 
 
 class Calibrated:

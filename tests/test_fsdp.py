@@ -334,7 +334,7 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(optimizer: str) -> None:
 def started_from(world: World, e: Experiment, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """Return the weights after `init_from`, and on rank 0 also the weights with which a model is exported."""
     trainer = Trainer(e, world=world, checkpointer=checkpointer(world, folder))
-    with pytest.raises(CheckpointNotFound, match=r"init_from=/nowhere: neither"):
+    with pytest.raises(CheckpointNotFound, match=r"init_from=/nowhere: no weights file"):
         trainer.init_from("/nowhere")
     # Only the first rank looks for the weights and holds all of them in its memory.
     trainer.init_from(str(folder.parent if world.rank == 0 else "/nowhere"))
@@ -519,7 +519,7 @@ class Scalar(nn.Linear):
     ("model", "wrap", "message"),
     [
         (Stack, ["Linear"], r"fsdp.wrap puts first.weight and last.weight, which are one parameter, into different"),
-        (Stack, ["Blok"], r"fsdp.wrap=Blok is no class of the model's modules; valid: Block, "),
+        (Stack, ["Blok"], r"fsdp.wrap=Blok is not a class of the model's modules; valid: Block, "),
         (Scalar, None, r"trainer.strategy=fsdp cannot shard this model: .*scalar parameters"),
     ],
 )

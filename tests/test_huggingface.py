@@ -121,7 +121,7 @@ def test_an_outside_project_fine_tunes_it_from_the_command_line(
     another = [*tune[:-1], "model.config.pretrained_model_name_or_path=hub"]
     assert cli.main(["check", *another, f"init_from={run_id}", "preflight.first_batch=false"]) == 0
     assert cli.main(["check", *another, "init_from=0123456789abcdef"]) == 2
-    assert "init_from=0123456789abcdef cannot be used: neither a file" in capsys.readouterr().err
+    assert "init_from=0123456789abcdef cannot be used: no weights file" in capsys.readouterr().err
 
     tuned = transformers.AutoModelForCausalLM.from_pretrained("tuned").state_dict()
     last = load_file("at-12.safetensors")

@@ -84,7 +84,7 @@ def test_a_wrong_setting_is_named_with_those_that_there_are(tmp_path: Path) -> N
     done = app(tmp_path, "-m", "hydra/sweeper=ray_tune", "hydra.sweeper.num_sample=3", "x=1,2", "hydra.sweep.dir=swept")
     assert done.returncode == 1
     first, *_ = done.stderr.splitlines()
-    assert first.startswith("hydra.sweeper.num_sample is no setting of ray_tune; valid: num_samples, ")
+    assert first.startswith("hydra.sweeper.num_sample is not a setting of ray_tune; valid: num_samples, ")
     assert all(name in first for name in DEFAULTS)
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "swept").exists()

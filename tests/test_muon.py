@@ -198,7 +198,7 @@ def test_a_models_own_word_for_its_output_layer() -> None:
             {"adamw_params": ["blcoks.*"]},
             r"optimizer.adamw_params=blcoks.\* matches no name of the model's; valid: blocks",
         ),
-        ({"muon_params": ["norm.weight"]}, "optimizer.muon_params=norm.weight is no matrix"),
+        ({"muon_params": ["norm.weight"]}, "optimizer.muon_params=norm.weight is not a matrix"),
         ({"muon_params": ["mix.*t"], "adamw_params": ["mix.*"]}, "adamw_params both name mix.weight"),
         ({"adamw_params": ["*"]}, "optimizer=muon finds no hidden matrix"),
         ({"momentum": 1.0}, "optimizer.momentum=1.0 must be at least 0 and below 1"),
@@ -220,7 +220,7 @@ def test_before_anything_starts(in_tmp: Path) -> None:
         ConfigError, match=r"optimizer.adamw_params=layr1.\* matches no name of the model's; valid: layer1.\*"
     ):
         preflight.check_objects(wrong)
-    with pytest.raises(ConfigError, match=r"trainer.precision=16-mixed is not for optimizer=muon"):
+    with pytest.raises(ConfigError, match=r"trainer.precision=16-mixed does not work with optimizer=muon"):
         compose(["experiment=mlp", "optimizer=muon", "trainer.precision=16-mixed"])
 
 

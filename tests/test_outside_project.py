@@ -166,7 +166,7 @@ def test_inline_by_searchpath_and_console_script(project: Path) -> None:
         ),
         ("+model.widht=3", "model.widht=3 is not an argument of mine.parts.Net; valid: width"),
         ("model.width=wide", "model.width=wide must be a whole number"),
-        ("model=nett", "model=nett is no such choice; valid: net, "),
+        ("model=nett", "model=nett is not a valid choice; valid: net, "),
         ("+data.train.sed=3", "data.train.sed=3 is not an argument of mine.parts.Sums; valid: seed, size"),
         ("+loss.scal=3", "loss.scal=3 is not an argument of mine.parts.squared_error; valid: scale"),
         (

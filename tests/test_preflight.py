@@ -119,7 +119,7 @@ def cluster(nodes: list[dict[str, float]], more: list[dict[str, float]] | None =
         (
             ["+scaling.resources_per_worker.CPU=2", "scaling.num_workers=3"],
             cluster([{"CPU": 3}, {"CPU": 3}]),
-            ["3 × (2 CPUs), and here has room for 2: what two nodes have together is none; scaling.num_workers=2 fits"],
+            ["3 × (2 CPUs), and here has room for 2: each worker must fit on one node; scaling.num_workers=2 fits"],
         ),
         (["+scaling.resources_per_worker={CPU: 0.1}", "scaling.num_workers=3"], cluster([{"CPU": 0.3}]), []),
         (
@@ -143,13 +143,13 @@ def cluster(nodes: list[dict[str, float]], more: list[dict[str, float]] | None =
         (
             ["scaling.num_workers=6"],
             cluster([{"CPU": 1}], [{"CPU": 2}, {"CPU": 2}, {"CPU": 1}], 2),
-            ["6 CPUs, and here has at most 5 CPUs, nodes that it can add included; scaling.num_workers=5 fits"],
+            ["6 CPUs, and here has at most 5 CPUs, including nodes that it can add; scaling.num_workers=5 fits"],
         ),
         (["scaling.use_gpu=true"], cluster([{"CPU": 1}], [{"CPU": 8, "GPU": 1}], 1), []),
         (
             ["+scaling.resources_per_worker.CPU=4"],
             cluster([{"CPU": 2}], [{"CPU": 3}], 1),
-            ["a worker asks for 4 CPUs, and no node of here, nodes that it can add included, has that"],
+            ["a worker asks for 4 CPUs, and no node of here, including nodes that it can add, has that"],
         ),
         # The memory of a node type is rarely known.
         (
@@ -207,7 +207,7 @@ def test_a_tracking_server_that_is_not_there() -> None:
     uri = f"http://127.0.0.1:{closed_port()}"
     (problem,) = preflight.check_tracking(check_tracking, uri, required=True)
     assert uri in problem
-    assert "tracking.required=false trains all the same" in problem
+    assert "tracking.required=false trains without it" in problem
     assert preflight.check_tracking(check_tracking, uri, required=False) == []
 
 
@@ -278,32 +278,32 @@ def test_this_machine_by_its_names() -> None:
             ["storage_path=/nfs2/runs", "cluster.shared_paths=[/nfs]"],
             REACHED,
             [
-                "storage_path=/nfs2/runs is this machine's, and cluster=job runs on other machines: storage_path=s3://buck"
+                "storage_path=/nfs2/runs is on this machine, and cluster=job runs on other machines: set storage_path=s3:"
             ],
         ),
         (
             ["storage_path=/nfs/../home/runs", "cluster.shared_paths=[/nfs]"],
             REACHED,
-            ["storage_path=/home/runs is this"],
+            ["storage_path=/home/runs is on this"],
         ),
         (
             ["storage_path='s3://a:b@bucket/runs?endpoint_override=127.0.0.1:5000&scheme=http'"],
             REACHED,
-            ["has an endpoint_override=127.0.0.1:5000 that is this machine"],
+            ["has an endpoint_override=127.0.0.1:5000 that is on this machine"],
         ),
         (
             ["storage_path=s3://bucket/runs"],
             "sqlite:////home/mlflow.db",
             [
-                "tracking.tracking_uri=sqlite:////home/mlflow.db is a file of this machine, and cluster=job runs on other "
+                "tracking.tracking_uri=sqlite:////home/mlflow.db is a file on this machine, and cluster=job runs on other "
             ],
         ),
-        (["storage_path=s3://bucket/runs"], "/home/mlruns", ["tracking.tracking_uri=/home/mlruns is a file of this"]),
+        (["storage_path=s3://bucket/runs"], "/home/mlruns", ["tracking.tracking_uri=/home/mlruns is a file on this"]),
         (
             ["storage_path=s3://bucket/runs"],
             "http://me:pw@localhost:5000",
             [
-                "tracking.tracking_uri=http://localhost:5000 is on this machine's loopback, and cluster=job runs on other"
+                "tracking.tracking_uri=http://localhost:5000 is a loopback address of this machine, and cluster=job runs on"
             ],
         ),
         (["storage_path=s3://bucket/runs", "init_from=another-run"], REACHED, []),
@@ -311,7 +311,7 @@ def test_this_machine_by_its_names() -> None:
         (
             ["storage_path=s3://bucket/runs", "init_from=weights.safetensors"],
             REACHED,
-            ["weights.safetensors is this machine's, and cluster=job runs on other machines: copy it to the storage"],
+            ["weights.safetensors is on this machine, and cluster=job runs on other machines: copy it to the storage"],
         ),
     ],
 )
@@ -339,7 +339,7 @@ def test_files_that_the_workers_may_miss(in_tmp: Path) -> None:
     named = [f"+data.train.words={absolute}", "+data.val.words=data/words.json", "+data.train.other=data/not-there"]
     e = experiment(*JOB, *named)
     first, second = preflight.local_files(e)
-    assert first.startswith(f"data.train.words={absolute} is on this machine, and does not go along")
+    assert first.startswith(f"data.train.words={absolute} is on this machine and is not uploaded")
     assert second.startswith("data.val.words=data/words.json is on this machine")
     assert preflight.local_files(e, ["data/words.json"]) == [first]
     assert (
@@ -363,7 +363,7 @@ def test_all_problems_are_told_at_once() -> None:
         (["optimizer=sgd", "optimizer.momentum=0"], "Nesterov momentum requires a momentum"),
         (["lr_scheduler.warmup_steps=-3"], "lr_scheduler.warmup_steps=-3 must be"),
         (["model.width=1.5"], "model.width=1.5 must be a whole number"),
-        (["data.train.split=trn"], "data.train.split=trn is no such choice; valid: train, val"),
+        (["data.train.split=trn"], "data.train.split=trn is not a valid choice; valid: train, val"),
         (["+callbacks.mine={_target_: collections.OrderedDict}"], "callbacks.mine=OrderedDict has none of the hooks"),
     ],
 )
@@ -443,10 +443,10 @@ def test_weights_to_begin_with(in_tmp: Path) -> None:
         assert str(caught.value) == (
             f"init_from={in_tmp}/{name} holds another model: shapes differ: head.weight: (10, 256) there, (10, 8) here, "
             "hidden.0.bias: (256,) there, (8,) here, hidden.0.weight: (256, 64) there, (8, 64) here and 2 more; "
-            "init_from.mapping, exclude or strict=false say what to do with such names"
+            "init_from.mapping, exclude or strict=false handle such names"
         )
     for source in ("nope", "/not/there", "runs"):
-        with pytest.raises(ConfigError, match=f"^init_from={source} cannot be used: neither a file of weights"):
+        with pytest.raises(ConfigError, match=f"^init_from={source} cannot be used: no weights file, run"):
             preflight.check_init_from(experiment(f"init_from={source}"))
 
 
@@ -559,14 +559,14 @@ def test_a_dataset_says_before_the_start_what_it_lacks(in_tmp: Path) -> None:
     assert "data.val has 2 samples for 4 workers" in said(
         parquet, workers=4, val=few, metrics={"a": {"_target_": "collections.Counter"}}
     )
-    assert "0 tokens are no text" in said({**few, "begin": 0.0, "end": 0.1})
+    assert "at least two tokens are needed, and there are 0" in said({**few, "begin": 0.0, "end": 0.1})
     assert "begin, end=0.5, 0.2 must be fractions" in said({**few, "begin": 0.5, "end": 0.2})
     assert said(few, 2) == ""
     encoded: dict[str, Any] = {
         "_target_": "EncodedImages",
         "dataset": {**parquet, "_target_": "raytrainer.data.ParquetDataset"},
     }
-    assert "key=img is no entry of the dataset; valid: image, label" in said({**encoded, "key": "img"})
+    assert "key=img is not an entry of the dataset; valid: image, label" in said({**encoded, "key": "img"})
     assert "is more than the dataset's 6 samples" in said(encoded, 8)
     pictures: dict[str, Any] = {"_target_": "raytrainer.data.ImageFolder", "path": "pictures"}
     assert "data.train.dataset cannot be used: pictures: no image is in it" in said({**encoded, "dataset": pictures})

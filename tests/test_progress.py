@@ -147,7 +147,7 @@ def test_going_on_is_said_and_the_last_step_is_remembered(clock: SimpleNamespace
     display.show({"kind": "start", "step": 40, "parameters": 1, "trainable": 1})
     display.show({"kind": "checkpoint", "step": 55})
     display.show({"kind": "hello", "rank": 0})
-    assert stream.getvalue() == "going on after step 40\n"
+    assert stream.getvalue() == "continuing after step 40\n"
     assert display.step == 55
 
 

@@ -93,7 +93,7 @@ def test_all_that_differs_is_said_at_once() -> None:
         restore_module(target, weights, "run.pt")
     assert str(caught.value) == (
         "run.pt holds another model: it lacks 0.weight, 1.weight (0.weight may be its 0.wieght); "
-        "it has 0.wieght, 1.wieght, extra.0 and 8 more too much; "
+        "it has unexpected 0.wieght, 1.wieght, extra.0 and 8 more; "
         "shapes differ: 0.bias: (3,) there, (2,) here, 1.bias: (3,) there, (2,) here"
     )
     assert differences(dict(target.state_dict()), before) == []

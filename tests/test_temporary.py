@@ -77,7 +77,7 @@ def test_what_is_no_directory(make: Callable[[Path], None], message: str) -> Non
 @pytest.mark.parametrize("text", ["", "tmp", "~/tmp"])
 def test_a_relative_one(text: str) -> None:
     (problem,) = check_temporary(LOCAL, {"TMPDIR": text})
-    assert problem.startswith(f"TMPDIR={text} is no absolute path")
+    assert problem.startswith(f"TMPDIR={text} is not an absolute path")
 
 
 @pytest.mark.parametrize(

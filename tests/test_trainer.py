@@ -564,7 +564,7 @@ def test_with_warn_it_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.WARNING, logger="raytrainer.trainer"):
         text, saved = bad_row(World(), tmp_path, nonfinite="warn", log_every_n_steps=4)
     assert (text, saved) == ("finished", [1, 2, 3])  # no run could continue from weights that are NaN
-    assert "the loss is nan at step 4; trainer.nonfinite=warn goes on" in caplog.text
+    assert "the loss is nan at step 4; the run continues (trainer.nonfinite=warn)" in caplog.text
     assert "no checkpoint after step 8: the weights are not finite" in caplog.text
 
 
@@ -773,7 +773,7 @@ def test_init_from_what_is_not_there_or_not_weights(tmp_path: Path) -> None:
     e.storage_path = str(tmp_path)
     trainer = Trainer(e)
     before = weights(trainer)
-    with pytest.raises(CheckpointNotFound, match=r"init_from=nowhere: neither a file of weights, nor a run"):
+    with pytest.raises(CheckpointNotFound, match=r"init_from=nowhere: no weights file, run, checkpoint"):
         trainer.init_from("nowhere")
     (tmp_path / "text.pt").write_text("no weights")
     with pytest.raises(CheckpointCorrupt, match=r"text.pt cannot be read as weights"):
@@ -789,7 +789,7 @@ def test_init_from_what_is_not_there_or_not_weights(tmp_path: Path) -> None:
         trainer.init_from(str(tmp_path / "other.safetensors"))
     assert str(caught.value) == (
         f"{tmp_path}/other.safetensors holds another model: it lacks hidden.0.weight (hidden.0.weight may be its "
-        "hidden.0.weihgt); it has hidden.0.weihgt too much; shapes differ: head.bias: (5,) there, (4,) here"
+        "hidden.0.weihgt); it has unexpected hidden.0.weihgt; shapes differ: head.bias: (5,) there, (4,) here"
     )
     assert differences(weights(trainer), before) == []
 
@@ -817,7 +817,7 @@ def test_a_monitor_that_no_evaluation_gives_is_refused() -> None:
     e = experiment()
     e.checkpoint.monitor, e.checkpoint.mode = "val/acuracy", "max"
     with pytest.raises(
-        ConfigError, match=r"checkpoint.monitor=val/acuracy is no metric of the evaluation; valid: val/"
+        ConfigError, match=r"checkpoint.monitor=val/acuracy is not a metric of the evaluation; valid: val/"
     ):
         Trainer(e).fit()
 
@@ -848,8 +848,8 @@ def empty() -> list[Any]:
 @pytest.mark.parametrize(
     ("sections", "says"),
     [
-        ({"data": {"train": node(nothing)}}, "data.train builds nothing (None), which is no dataset"),
-        ({"data": {"val": {"far": node(nothing)}}}, "data.val.far builds nothing (None), which is no dataset"),
+        ({"data": {"train": node(nothing)}}, "data.train builds nothing (None), which is not a dataset"),
+        ({"data": {"val": {"far": node(nothing)}}}, "data.val.far builds nothing (None), which is not a dataset"),
         ({"data": {"collate_fn": node(nothing)}}, "data.collate_fn builds a NoneType, which cannot be called"),
         ({"metrics": {"f1": node(nothing)}}, "metrics.f1 builds a NoneType, which has no update()"),
         ({"callbacks": {"mine": node(nothing)}}, "callbacks.mine builds a NoneType, which has none of the hooks"),

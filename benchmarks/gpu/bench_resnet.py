@@ -32,7 +32,7 @@ def peers_model(smoke: bool) -> tuple[Callable[[], nn.Module], str]:
         models: Any = importlib.import_module("torchvision.models")
     except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
         print(f"the peer's model is our own resnet50: torchvision cannot be imported ({error})")
-        return lambda: ResNet("bottleneck", [3, 4, 6, 3], num_classes=1000), "ours: torchvision is not there"
+        return lambda: ResNet("bottleneck", [3, 4, 6, 3], num_classes=1000), "ours: torchvision cannot be imported"
     version = importlib.import_module("torchvision").__version__
     return lambda: models.resnet50(), f"torchvision {version}"
 

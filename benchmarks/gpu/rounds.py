@@ -86,12 +86,12 @@ def options(description: str | None) -> argparse.Namespace:
     """Parse the command line of a GPU benchmark. Without a GPU it exits, unless `--smoke` is set."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--batch", type=int, help="samples in a step; default: what suits 80 GB of memory")
-    parser.add_argument("--compile", default="max-autotune", help="a mode of torch.compile, of both; or false")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, also on a CPU, no result file: does it run?")
+    parser.add_argument("--batch", type=int, help="samples in a step; default: a size for 80 GB of memory")
+    parser.add_argument("--compile", default="max-autotune", help="a mode of torch.compile for both, or false")
+    parser.add_argument("--smoke", action="store_true", help="run tiny sizes, also on a CPU, and write no result file")
     found = parser.parse_args()
     if not found.smoke and not torch.cuda.is_available():
-        sys.exit("no CUDA device: this benchmark is of GPUs; --smoke tries it in a tiny size on the CPU")
+        sys.exit("No CUDA device was found. This benchmark needs a GPU; --smoke runs a tiny size on the CPU.")
     return found
 
 

@@ -103,7 +103,9 @@ def scan(storage: Storage) -> list[Found]:
             if data is not None:
                 manifest = manifests.decode(data, storage.where(place))
                 if manifest.step != order[0]:
-                    problem = CheckpointCorrupt(f"{storage.where(place)} is of step {manifest.step}")
+                    problem = CheckpointCorrupt(
+                        f"{storage.where(place)} names step {manifest.step} instead of {order[0]}"
+                    )
                     manifest = None
         except CheckpointCorrupt as exc:
             problem = exc

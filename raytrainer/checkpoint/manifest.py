@@ -108,12 +108,12 @@ def decode(data: bytes, where: str) -> Manifest:
     try:
         checksum = plain.pop("checksum", None)
         if checksum != _checksum(plain):
-            raise ValueError("its checksum does not fit its content")
+            raise ValueError("its checksum does not match its content")
         body = tree.restore(json.dumps(plain).encode(), _no_tensors)
         files = {name: (int(file["size"]), str(file["sha256"])) for name, file in body["files"].items()}
         for name in files:
             if _FILE.fullmatch(name) is None:
-                raise ValueError(f"a file called {name!r}")
+                raise ValueError(f"{name!r} is not a valid file name")
         metric = None if body["metric"] is None else float(body["metric"])
         return Manifest(int(body["step"]), metric, int(body["world_size"]), str(body["created"]), files, checksum)
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
@@ -154,7 +154,7 @@ class UnknownVersion(CheckpointCorrupt):
 
 
 def _no_tensors(name: str, dtype: str, shape: tuple[int, ...], template: Any) -> torch.Tensor:
-    raise ValueError(f"a tensor {name!r} in a manifest")
+    raise ValueError(f"a manifest cannot hold the tensor {name!r}")
 
 
 def _checksum(plain: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ def surplus(storage: Storage, *, mode: str, keep: int = 1) -> Surplus:
         StorageError: The storage cannot be read.
     """
     if keep < 1:
-        raise ValueError(f"keep={keep}: the last one always stays")
+        raise ValueError(f"keep={keep}: must be at least 1, because the last checkpoint is always kept")
     found = files.scan(storage)
     valid = files.committed(found)
     kept = {item.name for item in valid[-keep:]}

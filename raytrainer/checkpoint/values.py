@@ -98,7 +98,7 @@ def _decode_state_dict(content: Any, metadata: Any) -> Any:
 def _torch_type(name: str) -> torch.dtype:
     found = getattr(torch, name)
     if not isinstance(found, torch.dtype):
-        raise ValueError(f"torch.{name} is no dtype")
+        raise ValueError(f"torch.{name} is not a dtype")
     return found
 
 

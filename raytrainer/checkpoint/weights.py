@@ -84,7 +84,7 @@ def find_weights(source: str, storage_path: str, look_up: Callable[[str], str | 
     if directory is not None and (found := _at(directory, storage_path)) is not None:
         return found
     raise CheckpointNotFound(
-        f"init_from={redacted(source)}: neither a file of weights, nor a run or checkpoint there, nor a folder of Hugging Face's"
+        f"init_from={redacted(source)}: no weights file, run, checkpoint or Hugging Face folder has this path or name"
     )
 
 
@@ -155,7 +155,7 @@ def take(model: nn.Module, weights: Weights, options: InitFrom) -> tuple[dict[st
     for first, *others in match.same:
         if unlike := [name for name in others if not torch.equal(found[first], found[name])]:
             raise CheckpointCorrupt(
-                f"{weights.place} has other values for {first} than for {unlike[0]}, which are one tensor in the model"
+                f"{weights.place} has different values for {first} and {unlike[0]}, which are one tensor in the model"
             )
     taken: dict[str, Any] = {name: found[theirs] for name, theirs in match.taken.items()}
     extra = {names.renamed(name, options.mapping or {}): v for name, v in found.items() if is_extra_state(name)}
@@ -296,17 +296,17 @@ class _File:
             for name, file in index.items():
                 by_file.setdefault(file, []).append(name)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointCorrupt(f"{self.place} is no index of a model's files: {error}") from error
+            raise CheckpointCorrupt(f"{self.place} is not an index of model files: {error}") from error
         for file, wanted in by_file.items():
             if not self.folder.exists(file):
-                raise CheckpointCorrupt(f"{self.place} lists {file}, which is not there")
+                raise CheckpointCorrupt(f"{self.place} lists {file}, which does not exist")
             yield file, wanted
 
     def _chosen(self, file: str, found: dict[str, Any], wanted: list[str] | None) -> dict[str, Any]:
         if wanted is None:
             return found
         if lacking := sorted(set(wanted) - found.keys()):
-            raise CheckpointCorrupt(f"{self.folder.where(file)} lacks {names.few(lacking)}, of which {self.name} tells")
+            raise CheckpointCorrupt(f"{self.folder.where(file)} lacks {names.few(lacking)}, which {self.name} lists")
         return {name: found[name] for name in wanted}
 
     def _header(self, file: str) -> dict[str, Shape]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from raytrainer.errors import ClusterDenied, ConfigError
 
 _LEAST_TOKEN = 16  # a shorter value that is not a file is a mistyped path
-_ASK = "`ray get-auth-token` on its head node prints the one it has"
+_ASK = "`ray get-auth-token` on its head node prints it"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def find_token(token_file: str | None = None, environ: Mapping[str, str] = os.en
         return _of_file(usual, None)
     if mode == "token":
         raise ConfigError(
-            "RAY_AUTH_MODE=token is set, and there is no token: cluster.token_file=PATH, RAY_AUTH_TOKEN, "
+            "RAY_AUTH_MODE=token is set, and there is no token: set cluster.token_file=PATH, RAY_AUTH_TOKEN, "
             f"RAY_AUTH_TOKEN_PATH or {usual}"
         )
     return None
@@ -73,28 +73,29 @@ def denied(
     if scheme and not scheme.lower().startswith("bearer"):
         return ClusterDenied(
             f"{address} asks for {scheme.split()[0]} authentication ({status}), which is not Ray's: a proxy in front of it "
-            "does, and must let a Ray token through"
+            "asks for it, and must let a Ray token through"
         )
     if token is None:
         why = "none was found"
         if environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
             why = "RAY_AUTH_MODE=disabled is set, so none was sent; unset it"
         return ClusterDenied(
-            f"{address} wants a token ({status}), and {why}: cluster.token_file=PATH, RAY_AUTH_TOKEN or "
+            f"{address} requires a token ({status}), and {why}: set cluster.token_file=PATH, RAY_AUTH_TOKEN or "
             f"RAY_AUTH_TOKEN_PATH; {_ASK}"
         )
     # Ray's own 403 mentions the token; a 403 without it comes from a proxy.
     if status == 403 and "token" not in said.lower():
         return ClusterDenied(
-            f"{address} answers 403 Forbidden, and it is not Ray that does: a proxy in front of it denies access"
+            f"{address} answers 403 Forbidden, and the answer is not from Ray: a proxy in front of it denies access"
         )
     if status == 401:
         return ClusterDenied(
-            f"{address} answers that no token came (401), though that of {token.source} was sent: a proxy in front of it "
-            "must pass the header Authorization on"
+            f"{address} answers that it got no token (401), although that of {token.source} was sent: a proxy in front "
+            "of it must pass on the header Authorization"
         )
     return ClusterDenied(
-        f"{address} refuses the token of {token.source} (403): it is another cluster's, or the cluster's was changed; {_ASK}"
+        f"{address} refuses the token of {token.source} (403): it belongs to another cluster, or the "
+        f"cluster's token was changed; {_ASK}"
     )
 
 
@@ -114,12 +115,12 @@ def _of_file(path: Path, key: str | None) -> Token:
     except OSError as error:
         raise ConfigError(f"{shown} cannot be read: {error.strerror}") from None
     if not value:
-        raise ConfigError(f"{shown} is empty: a token belongs in it; {_ASK}")
+        raise ConfigError(f"{shown} is empty, and must hold a token; {_ASK}")
     return _checked(shown, value)
 
 
 def _checked(source: str, value: str) -> Token:
     # An HTTP client quotes an invalid header value in its error message, and would thus print the token.
     if not re.fullmatch(r"[\x21-\x7e]+", value):
-        raise ConfigError(f"{source} holds something else than a token: one word of ASCII; {_ASK}")
+        raise ConfigError(f"{source} does not hold a token, which is one word of ASCII; {_ASK}")
     return Token(source, value)

@@ -216,19 +216,19 @@ class Connection:
             where = last_line(response.headers.get("Location", ""))
             path = urlsplit(response.request.url or "").path
             fix = f": cluster.address={where.removesuffix(path)}" if path and where.endswith(path) else f" ({where})"
-            raise ClusterError(f"{self.address} sends us elsewhere{fix}")
+            raise ClusterError(f"{self.address} redirects to another address{fix}")
         if status in (401, 403):
             raise self.denied(status, said, response.headers.get("WWW-Authenticate", ""))
         if status == 400 and "plain HTTP request was sent to HTTPS port" in said:
             raise self._speaks("https")
         if status == 413 or "Request Entity Too Large" in said:
             raise ClusterError(
-                f"{self.address} does not take so large a package: of a proxy, nginx's client_max_body_size or its like "
-                "says how large; Ray's own limit is 100 MiB; .rayignore leaves files out"
+                f"{self.address} does not accept so large a package: a proxy has a limit, such as nginx's "
+                "client_max_body_size, and Ray's own limit is 100 MiB; .rayignore leaves files out"
             )
         if status in (502, 503, 504):
             raise ClusterUnreachable(
-                f"{self.address} answers {status}: the proxy there has no answer from Ray's dashboard"
+                f"{self.address} answers {status}: the proxy there got no answer from Ray's dashboard"
                 f"{proxies.hint(self.address)}"
             )
         kind = NotThere if status == 404 else ClusterError
@@ -247,7 +247,7 @@ class Connection:
         root = _root(failure)
         name = f"{self._host}:{self._port}"
         if isinstance(failure, requests.exceptions.ProxyError):
-            return ClusterUnreachable(f"{self.address} cannot be reached: its proxy does not take us there")
+            return ClusterUnreachable(f"{self.address} cannot be reached through its proxy")
         if isinstance(root, ssl.SSLError):
             return self._tls_explained(root)
         if isinstance(root, socket.gaierror):
@@ -257,7 +257,9 @@ class Connection:
                 f"nothing listens at {name}: is the cluster up, and is that its dashboard's port (8265 by default)?"
             )
         if isinstance(failure, requests.ReadTimeout) or (isinstance(root, TimeoutError) and failure is not root):
-            return ClusterUnreachable(f"{self.address} takes the connection, and has not answered within {read_s:g} s")
+            return ClusterUnreachable(
+                f"{self.address} accepts the connection, but has not answered within {read_s:g} s"
+            )
         if isinstance(failure, TimeoutError | requests.ConnectTimeout):
             return ClusterUnreachable(
                 f"{self.address} does not answer within {_CONNECT_S:g} s: is the cluster up, and may this machine reach it "
@@ -267,8 +269,8 @@ class Connection:
             return self._speaks("https")
         if isinstance(root, (*_GONE, http.client.HTTPException)):
             return ClusterUnreachable(
-                f"what listens at {name} speaks no HTTP: the Jobs API is at the port of the dashboard, 8265 by default; "
-                "Ray's others (6379, 10001) are for cluster=existing"
+                f"what listens at {name} does not speak HTTP: the Jobs API is at the port of the dashboard, 8265 by "
+                "default; Ray's others (6379, 10001) are for cluster=existing"
             )
         reason = getattr(root, "strerror", None) or last_line(str(root)) or type(root).__name__
         return ClusterUnreachable(f"{self.address} cannot be reached: {self._without_token(reason)}")
@@ -284,8 +286,9 @@ class Connection:
         why = {
             9: "is not valid yet: is the clock of this machine right?",
             10: "has expired: it must be renewed there (or the clock of this machine is wrong)",
-            18: f"is signed by itself, and is not in {known}: cluster.ca_file=PATH of that certificate trusts it",
-            62: f"is for other names than {self._host}: cluster.address must have one of those, or the certificate be renewed",
+            18: f"is self-signed, and is not in {known}: cluster.ca_file=PATH of that certificate trusts it",
+            62: f"is for other names than {self._host}: cluster.address must have one of those, or the certificate must be "
+            "renewed",
             64: f"is for other addresses than {self._host}: cluster.address must have a name that is in it",
         }
         unknown = f"is signed by an authority that is not in {known}: cluster.ca_file=PATH of its certificate trusts it"
@@ -313,7 +316,7 @@ class Connection:
             return False
 
     def _no_dashboard(self) -> ClusterError:
-        return ClusterError(f"what answers at {self.address} is no Ray dashboard: is cluster.address right?")
+        return ClusterError(f"what answers at {self.address} is not a Ray dashboard: is cluster.address right?")
 
     def _without_token(self, text: str) -> str:
         return text.replace(self.token.value, "***") if self.token is not None else text

@@ -166,7 +166,7 @@ def _earlier(composition: Composition, asked: Asked) -> Record | None:
         return None
     if record.job.get("content") != job.get("content") and not job.get("resumes"):
         raise ConfigError(
-            f"is the name of a run that exists in {redacted(e.storage_path or '')}, of another content; resume {e.name} goes on with it",
+            f"is the name of an existing run with different content in {redacted(e.storage_path or '')}; resume {e.name} continues that run",
             key="name",
             value=e.name,
         )
@@ -211,7 +211,7 @@ def _wait_for_claims(
         if now - began > _CLAIM_S:
             return  # then the launch raises an error that names the owner
         if not told and now - began > 1.0:
-            say(f"{record.name}: an earlier driver has its directory; waiting until that is sure to be gone")
+            say(f"{record.name}: an earlier driver holds the run directory; waiting for its lease to become stale")
             told = True
         sleep(0.5)
 
@@ -230,7 +230,7 @@ def _ended(record: Record, asked: Asked) -> int | None:
     is_the_same = record.job.get("submission_id") == asked.job.get("submission_id") or not asked.job.get("resumes")
     if record.status not in _CODES or not is_the_same:
         return None
-    print(f"raytrainer: {record.name} has ended before: {record.status}; nothing is done again", flush=True)
+    print(f"raytrainer: {record.name} has already ended: {record.status}; nothing is repeated", flush=True)
     return _CODES[record.status]
 
 
@@ -241,7 +241,7 @@ def _folder() -> Path:
     found = importlib.util.find_spec(REQUEST)
     if found is None or not found.submodule_search_locations:
         raise ConfigError(
-            f"the package {REQUEST}, which a submission brings, is not here: this is no job of raytrainer's"
+            f"the package {REQUEST}, which every submission contains, is missing: this job was not submitted by raytrainer"
         )
     return Path(found.submodule_search_locations[0])
 

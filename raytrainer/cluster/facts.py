@@ -141,7 +141,7 @@ def explain_waiting(
     lacking = [name for name, share in wanted.items() if share > free.get(name, 0.0) + _EPSILON]
     names = lacking or [name for name, share in wanted.items() if share]
     if not lacking and _fits(bundles, facts.free):
-        return f"for {_amounts(wanted, names)}: enough is free, it is about to be placed"
+        return f"for {_amounts(wanted, names)}: enough is free, and it is about to be placed"
     parts = [", ".join(_free(name, free.get(name, 0.0), total.get(name, 0.0)) for name in names)]
     if not lacking:
         most = {name: max((node.get(name, 0.0) for node in facts.free), default=0.0) for name in names}
@@ -151,7 +151,7 @@ def explain_waiting(
     held.sort(key=lambda one: (-one[0], one[1].name))
     parts += [_holding(holder, names, time.time() if now is None else now) for _, holder in held[:_HOLDERS]]
     if len(held) > _HOLDERS:
-        parts.append(f"{len(held) - _HOLDERS} others hold the rest")
+        parts.append(f"{len(held) - _HOLDERS} other jobs hold the rest")
     if facts.most_addable or facts.endless:
         parts.append("the cluster can add nodes")
     return f"for {_amounts(wanted, names)}: {'; '.join(parts)}"
@@ -162,16 +162,22 @@ def impossible(bundles: Sequence[Mapping[str, float]], facts: ClusterFacts) -> s
     most = facts.resources
     if most.endless:
         return None
-    added = ", nodes that it can add included" if most.more else ""
+    added = ", including nodes that it can add" if most.more else ""
     for name, share in total_of(bundles).items():
         has = most.get(name)
         if has is not None and share > has + _EPSILON:
-            return f"{amount(name, share)} asked for, and {facts.address} has {amount(name, has)}{added}: it never can"
+            return (
+                f"{amount(name, share)} asked for, and {facts.address} has {amount(name, has)}{added}: "
+                "the job can never run"
+            )
     for bundle, count in Counter(tuple(sorted(bundle.items())) for bundle in bundles).items():
         room = most.places(dict(bundle))
         if room < count:
             one = _amounts(dict(bundle), [name for name, share in bundle if share])
-            return f"{count} × ({one}), each on one node, and {facts.address} has room for {room}{added}: it never can"
+            return (
+                f"{count} × ({one}), each on one node, and {facts.address} has room for {room}{added}: "
+                "the job can never run"
+            )
     return None
 
 

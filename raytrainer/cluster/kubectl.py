@@ -266,8 +266,8 @@ class Kubectl:
         if there.content == content:
             return True
         raise ConfigError(
-            f"is the name of a run in namespace {self.namespace} that was asked for with other content "
-            f"({there.deployment or 'not begun'}); another name starts a new one, and kubectl shows that one: "
+            f"is the name of a run in namespace {self.namespace} with other content "
+            f"({there.deployment or 'not begun'}); another name starts a new one, and kubectl shows the existing one: "
             f"kubectl get rayjob {name} --namespace={self.namespace} -o yaml",
             key="name",
             value=there.name,
@@ -313,7 +313,7 @@ class Kubectl:
             )
         except OSError as error:
             raise ConfigError(
-                f"needs kubectl, and it cannot be started ({error.strerror}): https://kubernetes.io/docs/tasks/tools, "
+                f"needs kubectl, which cannot be started ({error.strerror}): https://kubernetes.io/docs/tasks/tools, "
                 "or write the manifest with --dry-run and send it from elsewhere",
                 key="cluster.kind",
                 value="kuberay",
@@ -333,7 +333,7 @@ class Kubectl:
         where = self.where
         if "context was not found" in said or re.search(r'context "[^"]*" does not exist', said):
             return ConfigError(
-                "is no context of kubectl's; kubectl config get-contexts lists them",
+                "is not a kubectl context; kubectl config get-contexts lists them",
                 key="cluster.context",
                 value=self.context,
             )
@@ -359,17 +359,17 @@ class Kubectl:
             )
         if match := re.search(r'namespaces "([^"]+)" not found', said):
             return ConfigError(
-                f"is not there: kubectl create namespace {match[1]}", key="cluster.namespace", value=match[1]
+                f"does not exist: kubectl create namespace {match[1]}", key="cluster.namespace", value=match[1]
             )
         if "Unauthorized" in said or "provide credentials" in said or "must be logged in" in said:
             return ClusterDenied(
-                f"Kubernetes does not know who we are{where}: log in again, as for any kubectl command"
+                f"Kubernetes does not accept your credentials{where}: log in again, as for any kubectl command"
             )
         if "(Forbidden)" in said or "forbidden" in said:
             return ClusterDenied(
-                f"Kubernetes denies permission{where}: {first}. It takes get, list, create, patch and delete of "
+                f"Kubernetes denies permission{where}: {first}. raytrainer needs get, list, create, patch and delete of "
                 f"rayjobs.ray.io and configmaps, and get and list of pods and pods/log; "
-                f"kubectl auth can-i create rayjobs.ray.io --namespace={self.namespace} asks"
+                f"kubectl auth can-i create rayjobs.ray.io --namespace={self.namespace} checks this"
             )
         if "localhost:8080" in said and self.context is None:
             return ConfigError(
@@ -407,7 +407,7 @@ class RayJobs:
         """
         if instead_of is not None and (left := self.kubectl.delete(instead_of.object)):
             raise ClusterError(
-                f"the attempt before, {instead_of.submission_id}, does not go{self.kubectl.where}: {', '.join(left)}; "
+                f"the previous attempt, {instead_of.submission_id}, cannot be deleted{self.kubectl.where}: {', '.join(left)}; "
                 f"kubectl describe rayjob {instead_of.object} says why"
             )
         return self.kubectl.apply(config_map, job)
@@ -416,7 +416,7 @@ class RayJobs:
         """Return the state of a run's job; STOPPED if its RayJob was deleted."""
         found = self._find(submission_id)
         gone = RayJobStatus(submission_id, "", submission_id, deployment="Complete", job="STOPPED")
-        return found or replace(gone, message="its RayJob is not there any more")
+        return found or replace(gone, message="its RayJob no longer exists")
 
     def stop(self, submission_id: str) -> None:
         """Delete the RayJob, because KubeRay offers no other way to end a job."""
@@ -466,7 +466,7 @@ class RayJobs:
         if found.suspended:
             return f"it waits for Kueue to admit it (queue {found.queue})"
         why = self.kubectl.waiting(found.object)
-        return "; ".join(why) or one_line(found.message) or f"KubeRay: {found.deployment or 'has not begun with it'}"
+        return "; ".join(why) or one_line(found.message) or f"KubeRay: {found.deployment or 'has not started it'}"
 
     def _lines(self, job: RayJobStatus, follow: bool) -> Generator[str]:
         yield from self.kubectl.logs(job.object, follow)

@@ -82,7 +82,8 @@ def documents(
         )
     if e.scaling.label_selector:
         raise ConfigError(
-            "has no meaning with cluster=kuberay: the pods are made for the run, cluster.pod_resources says of what",
+            "has no meaning with cluster=kuberay: the pods are created for the run, and cluster.pod_resources sets their "
+            "resources",
             key="scaling.label_selector",
         )
     _check_shell(job_metadata, "the job's metadata")
@@ -91,7 +92,7 @@ def documents(
         for where in [v] if isinstance(v := runtime_env.get(key) or [], str) else v:
             if "://" not in str(where):
                 raise ConfigError(
-                    "is no URI, and nothing is uploaded to Kubernetes: the image has the code",
+                    "is not a URI, and nothing is uploaded to Kubernetes: the image has the code",
                     key=f"cluster.runtime_env.{key}",
                     value=where,
                 )
@@ -259,7 +260,7 @@ def _pod(e: Experiment) -> tuple[dict[str, str], int]:
             has[name] = quantity(amount)
         except ValueError:
             raise ConfigError(
-                "is no quantity of Kubernetes: 4, 500m, 64Gi", key=f"cluster.pod_resources.{name}", value=amount
+                "is not a Kubernetes quantity: 4, 500m, 64Gi", key=f"cluster.pod_resources.{name}", value=amount
             ) from None
     # Ray counts the whole CPUs of a pod, at least one.
     rays = {"CPU": max(1.0, math.floor(has["cpu"])), "memory": has["memory"], "GPU": has.get(_gpu_of(pod) or "", 0.0)}
@@ -292,8 +293,8 @@ def _bounds(e: Experiment, workers: tuple[int, int], fit: int) -> tuple[int, int
     if c.min_pods is not None and low < high:
         # Kueue reserves a job's resources once, and refuses a job that grows by itself.
         raise ConfigError(
-            f"is fewer than the {high} at most, and a job of Kueue (cluster.queue={c.queue}) has all its pods from the "
-            "beginning: leave it out",
+            f"is less than the maximum of {high}, and Kueue (cluster.queue={c.queue}) starts all pods of a job at "
+            "once: leave it out",
             key="cluster.min_pods",
             value=low,
         )
@@ -375,8 +376,8 @@ def _config_map(
     if total > _FILES_BYTES:
         largest = max(files, key=lambda key: len(files[key]))
         raise ConfigError(
-            f"the request's files have {total:,} bytes ({largest}: {len(files[largest]):,}), and a ConfigMap of "
-            f"Kubernetes holds {_FILES_BYTES:,}: put what is large into a file of the image or of the storage, and its "
+            f"the request's files have {total:,} bytes ({largest}: {len(files[largest]):,}), and a Kubernetes "
+            f"ConfigMap holds {_FILES_BYTES:,}: put what is large into a file of the image or of the storage, and its "
             "path into the config"
         )
     text, binary = {}, {}
@@ -404,7 +405,7 @@ def _check_shell(value: Any, key: str) -> None:
         for below in value:
             _check_shell(below, key)
     elif isinstance(value, str) and (found := re.search(r"[$`\x00-\x08\x0b-\x1f\x7f]", value)):
-        raise ConfigError(f"has a {found[0]!r}, which KubeRay hands to a shell", key=key)
+        raise ConfigError(f"has a {found[0]!r}, which KubeRay passes to a shell", key=key)
 
 
 def _gpu_of(pod: Mapping[str, str]) -> str | None:

@@ -103,7 +103,7 @@ class Package:
         """Return a table of the largest files or directories, the total, and what was left out and why."""
         lines = [f"{_bytes(size):>10}  {name}" for name, size in _largest(self.files, most)]
         lines.append(f"{_bytes(self.size):>10}  in {_count(len(self.entries), 'file')} of {self.root}")
-        for why, words in (("data", f"data; !NAME in {IGNORE} brings one along"), ("secret", "may hold secrets")):
+        for why, words in (("data", f"data; !NAME in {IGNORE} includes one"), ("secret", "may hold secrets")):
             names = [name for name, reason in self.left_out if reason == why]
             if names:
                 more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -126,7 +126,7 @@ class Package:
                 except OSError:  # another disk, or another user's file
                     shutil.copy2(one.source, target)
             except OSError as error:
-                raise ConfigError(f"{one.source} cannot be read any more: {error.strerror}") from error
+                raise ConfigError(f"{one.source} can no longer be read: {error.strerror}") from error
 
     def with_files(self, more: Iterable[Path]) -> Package:
         """Return a copy of the package with further files at its root."""
@@ -173,7 +173,7 @@ def collect(
     if tree.outside:
         raise _refusal(sorted(tree.outside), f"is a link that leads out of {tree.inside}, or back to where it is")
     if unnamed := [name for name in tree.found if not _is_text(name)]:
-        raise _refusal(unnamed, "has a name that is no UTF-8")
+        raise _refusal(unnamed, "has a name that is not UTF-8")
     sizes = {}
     for name, path in tree.found.items():
         with contextlib.suppress(OSError):  # unreadable files are reported below, all together

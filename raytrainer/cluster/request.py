@@ -269,7 +269,7 @@ def build(
     if any(holds_password(text) for _, text in texts_of([first.text, plan, list(argv)], "")):
         raise ConfigError(
             "a URL with a password is in the config or the command line, and would be sent and logged: write it as "
-            "${oc.env:NAME}, with cluster.forward_env=[NAME] and its value on the cluster's side"
+            "${oc.env:NAME}, with cluster.forward_env=[NAME], and set its value on the cluster"
         )
     if holds_password(_PLACEHOLDER.sub("", origin.patch)):
         raise ConfigError(
@@ -350,7 +350,7 @@ def submission_id(name: str, attempt: int) -> str:
     """
     if re.search(r"--\d+$", name):
         raise ConfigError(
-            f"ends as the id of attempt {name.rpartition('--')[2]} at a run {name.rpartition('--')[0]!r} does; give another",
+            f"looks like the id of attempt {name.rpartition('--')[2]} of run {name.rpartition('--')[0]!r}; give another",
             key="name",
             value=name,
         )
@@ -376,7 +376,7 @@ def checked_runtime_env(given: Mapping[str, Any]) -> dict[str, Any]:
     known = {key for key in RuntimeEnv.known_fields if not key.startswith("_")} | {"nsight", "rocprof_sys"}
     for key, value in given.items():
         if key not in known and (close := nearest(key, known)):  # other keys may belong to a plugin
-            raise ConfigError("is no field of Ray's", key=f"cluster.runtime_env.{key}", choices=close)
+            raise ConfigError("is not a field of Ray's runtime_env", key=f"cluster.runtime_env.{key}", choices=close)
         if key == "env_vars" and isinstance(value, dict):
             for name, text in value.items():
                 if not isinstance(text, str):
@@ -412,8 +412,10 @@ def _readable_token(e: Experiment) -> list[str]:
             token = find_token(e.cluster.token_file)
     if token is None:
         return []
-    said = f"the token of {token.source} goes to {address} over plain http, and whoever can read it on its way has the cluster"
-    return [f"{said}: https://, through a proxy, unless the network is trusted (docs/clusters.md has one for nginx)"]
+    said = f"the token of {token.source} goes to {address} over plain http, and whoever reads it on its way controls the cluster"
+    return [
+        f"{said}: use https://, through a proxy, unless the network is trusted (docs/clusters.md shows one with nginx)"
+    ]
 
 
 # --- what is sent -----------------------------------------------------------------------------------------------------
@@ -427,8 +429,8 @@ def _packages(
     for key in ("container", "image_uri"):
         if key in env:
             raise ConfigError(
-                "is an image that Ray starts processes in, with which it takes no package: give pip, uv or conda, or "
-                "have the cluster run that image",
+                "is an image in which Ray starts processes, and Ray accepts no package with it: give pip, uv or "
+                "conda, or have the cluster run that image",
                 key=f"cluster.runtime_env.{key}",
                 value=env[key],
             )
@@ -449,7 +451,7 @@ def _packages(
         package = package.with_files(single)
     elif single:
         raise ConfigError(
-            f"cannot bring {single[0].name} along, a file of its own in {single[0].parent}", key="cluster.runtime_env"
+            f"cannot upload {single[0].name}, a single file in {single[0].parent}", key="cluster.runtime_env"
         )
     own, kept = {one.name: one for one in modules}, list[str]()
     for path in env.pop("py_modules", None) or []:
@@ -490,7 +492,7 @@ def _check_sent(named: Mapping[str, str], package: Package) -> None:
             for name in (f"{path}.py", f"{path}/__init__.py"):
                 if (package.root / name).is_file() and name not in sent:
                     raise ConfigError(
-                        f"is in {name}, which git ignores or {IGNORE} leaves out; a line !/{name} in {IGNORE} brings it along",
+                        f"is in {name}, which git ignores or {IGNORE} leaves out; a line !/{name} in {IGNORE} includes it",
                         key=key,
                         value=target,
                     )
@@ -546,8 +548,8 @@ def _check_references(text: str, forward_env: Sequence[str], environ: Mapping[st
         for name, default in _VARIABLE.findall(value):
             if name not in forward_env and (name in environ or not default):
                 raise ConfigError(
-                    f"refers to the variable {name} of this machine, which the cluster's do not have: "
-                    f"cluster.forward_env=[{name}], and its value on the cluster's side; or write the value, if it is no "
+                    f"refers to the variable {name} of this machine, which the cluster's machines do not have: "
+                    f"set cluster.forward_env=[{name}] and its value on the cluster; or write the value, if it is not a "
                     "secret",
                     key=key.lstrip("."),
                 )
@@ -600,7 +602,7 @@ def _check_secrets(request: Request, secrets: Mapping[str, str]) -> None:
                     place, place
                 )
                 where = "the changes that git has not committed" if place == provenance.FILE else where
-                fix = f"write ${{oc.env:{name}}}, with cluster.forward_env=[{name}] and the value on the cluster's side"
+                fix = f"write ${{oc.env:{name}}}, with cluster.forward_env=[{name}], and set its value on the cluster"
                 if not name.isidentifier() or place == provenance.FILE:
                     fix = "take it out of there"
                 raise ConfigError(f"the value of {name} is in {where}, and would be sent: {fix}")

@@ -123,7 +123,7 @@ def launch(
             if not sender.is_sent:
                 raise
             interrupts.install()
-            gone = "may have been sent" if sender.is_sending else "goes on"
+            gone = "may have been sent" if sender.is_sending else "continues"
             say(f"no longer followed: {request.name} {gone} at {request.address}")
             return sender.submission("RUNNING", interrupts.exit_code or 128 + signal.SIGINT, sent=True)
 
@@ -210,7 +210,7 @@ class _Sender:
             except JobExists:  # another process sends the same at this moment
                 if self.cluster.info(self.request.submission_id) is not None and self._last_attempt() == last:
                     raise ConfigError(
-                        f"is the id of a job at {self.request.address} that is none of raytrainer's; give another name",
+                        f"is the id of a job at {self.request.address} that was not submitted by raytrainer; give another name",
                         key="name",
                         value=self.request.submission_id,
                     ) from None
@@ -237,7 +237,7 @@ class _Sender:
             if not again or used >= left or not isinstance(self.cluster, Jobs):
                 return self.submission(status, code, sent=sent, cause=cause)
             if self._is_to_stop():
-                return self.submission("KILLED", 143, sent=sent, cause=f"it was to stop, and died: {cause}")
+                return self.submission("KILLED", 143, sent=sent, cause=f"a stop was requested, and it died: {cause}")
             used += 1
             died = self.request.submission_id
             self.say(f"{died} died: {cause}; submitting it again ({used} of {left})")
@@ -246,7 +246,7 @@ class _Sender:
                 # Not checked for capacity: the cluster will replace a node that died.
                 self._submit(self.cluster, checked=True)
             except JobExists:
-                self.say(f"{self.request.submission_id} is there already: another command follows the run, too")
+                self.say(f"{self.request.submission_id} already exists: another command follows the run, too")
 
     def submission(self, status: str, code: int, *, sent: bool, cause: str | None = None) -> Submission:
         r = self.request
@@ -283,7 +283,7 @@ class _Sender:
         raise ConfigError(
             f"is the name of a job that {what} at {self.request.address} with another {other}"
             f" ({job.submission_id}, {job.status}); another name starts a new run"
-            + ("" if going else f", and resume {name} goes on with that one"),
+            + ("" if going else f", and resume {name} continues that one"),
             key="name",
             value=name,
         )
@@ -307,7 +307,7 @@ class _Sender:
         if not checked:
             _check_cluster(request, cluster, self.say)
             if table := request.table():
-                self.say(f"what goes along:\n{table}")
+                self.say(f"uploading:\n{table}")
         self._remember()
         with tempfile.TemporaryDirectory(prefix="raytrainer-") as folder:
             self.is_sent = self.is_sending = True
@@ -371,7 +371,7 @@ class _Sender:
                 if time.monotonic() - began > _PATIENCE_S:
                     raise
                 if not told:
-                    self.say(f"{error}; asking again for {_PATIENCE_S:g} s")
+                    self.say(f"{error}; trying again for {_PATIENCE_S:g} s")
                 told = True
                 time.sleep(_AGAIN_S)
 
@@ -416,7 +416,7 @@ def _number_of(submission_id: str) -> int:
 def _end(job: Job | None) -> tuple[str, int, str | None]:
     """Return, for a job that has ended, the run's status, our exit code, and why it did not finish."""
     if job is None:
-        return "FAILED", 1, "its cluster does not know it any more: the head was started anew"
+        return "FAILED", 1, "its cluster no longer knows it: its head was restarted"
     end = ending_of(job)
     return end.status, end.exit_code, end.cause
 

@@ -80,7 +80,7 @@ class _Client(JobSubmissionClient):  # type: ignore[misc]
             # 400 and 500: an existing job is reported as the server's traceback.
             answer = self._connection.request(method, endpoint, body=json_data, read_s=_SUBMIT_S, ok=(400, 500))
             if answer.status_code >= 400 and "already exists" in answer.text:
-                raise JobExists(f"{self._connection.address} has a job {json_data['submission_id']} already")
+                raise JobExists(f"{self._connection.address} already has a job {json_data['submission_id']}")
             return self._connection.checked(answer)
         # 404: a package that is not uploaded yet.
         return self._connection.request(method, endpoint, data=data, body=json_data, ok=(404,))

@@ -42,7 +42,7 @@ def check_together(e: Experiment) -> None:
         )
     if t.precision == "16-mixed" and (e.optimizer or {}).get("_target_") == "raytrainer.optim.Muon":
         raise ConfigError(
-            "is not for optimizer=muon, whose update is of the same size however small a gradient is; use bf16-mixed",
+            "does not work with optimizer=muon, whose updates do not shrink with the gradients; use bf16-mixed",
             key="trainer.precision",
             value=t.precision,
         )
@@ -59,7 +59,7 @@ def check_together(e: Experiment) -> None:
         raise ConfigError("needs data.val, whose metrics it watches", key="trainer.early_stopping")
     if t.max_grad_norm == 0:
         raise ConfigError(
-            "must be more than 0, or every gradient is 0; null does not clip", key="trainer.max_grad_norm", value=0
+            "must be more than 0, or every gradient is 0; null turns clipping off", key="trainer.max_grad_norm", value=0
         )
     _check_monitors(e)
     if e.tracking.register_model and not e.tracking.log_model:
@@ -88,7 +88,7 @@ def _check_monitors(e: Experiment) -> None:
             raise ConfigError("must be a metric of the evaluation, as val/loss", key=name, value=metric)
         if sets and not any(rest.startswith(f"{one}/") for one in sets):
             raise ConfigError(
-                "is of none of the validation sets",
+                "names no validation set",
                 key=name,
                 value=metric,
                 choices=[f"val/{one}/{rest.rpartition('/')[2]}" for one in sets],
@@ -130,7 +130,7 @@ def _check_cluster(c: ClusterConfig) -> None:
     for name in ("namespace", "queue", "service_account"):
         value = getattr(c, name)
         if value is not None and not re.fullmatch(_KUBERNETES, value):
-            raise ConfigError("is no name of Kubernetes: a-z, 0-9, '-', '.'", key=f"cluster.{name}", value=value)
+            raise ConfigError("is not a valid Kubernetes name: a-z, 0-9, '-', '.'", key=f"cluster.{name}", value=value)
     _check_runtime_env(c)
     if c.min_pods is not None and c.max_pods is not None and c.min_pods > c.max_pods:
         raise ConfigError(f"is more than cluster.max_pods={c.max_pods}", key="cluster.min_pods", value=c.min_pods)
@@ -146,7 +146,7 @@ def _check_address(kind: str, address: str | None) -> None:
         # lost connection would end the run.
         host = address.removeprefix("ray://").rpartition(":")[0] or "HOST"
         raise ConfigError(
-            "is the Ray Client's, through which nothing can be trained that outlives a dropped connection; "
+            "is a Ray Client address, and a training over it would end when the connection drops; "
             f"cluster=job cluster.address=http://{host}:8265 submits to the same cluster, and cluster=existing with "
             "host:6379 is for a machine of the cluster",
             key="cluster.address",
@@ -169,7 +169,7 @@ def _check_address(kind: str, address: str | None) -> None:
     raise ConfigError(f"must be {examples} with cluster={kind}{hint}", key="cluster.address", value=shown)
 
 
-_FORWARD = "give its name alone, cluster.forward_env=[{name}], and its value on the cluster's side"
+_FORWARD = "send only its name, cluster.forward_env=[{name}], and set its value on the cluster"
 
 
 def looks_secret(variable: str) -> bool:
@@ -210,7 +210,7 @@ def check_references(runtime_env: Any, forward_env: Any) -> None:
         for name in re.findall(r"\$\{oc\.env:([^,}]+)", value):
             if looks_secret(name) or name in forward_env:
                 raise ConfigError(
-                    f"would show what {name} holds to everyone on the cluster: {_FORWARD.format(name=name)}", key=path
+                    f"would show the value of {name} to everyone on the cluster: {_FORWARD.format(name=name)}", key=path
                 )
 
 

@@ -147,7 +147,7 @@ def refuse_settings_of_no_sweep(overrides: Sequence[str]) -> None:
     for override in overrides:
         if key_of(override).startswith("sweep."):
             raise ConfigError(
-                "is of a sweep, and there is none: choose sweep=random, grid, asha, optuna or pbt, with -m first",
+                "needs a sweep: choose sweep=random, grid, asha, optuna or pbt, with -m first",
                 key=key_of(override),
                 value=value_of(override),
             )
@@ -565,12 +565,12 @@ def _choices(runtime: Any) -> dict[str, str]:
         except ModuleNotFoundError:
             folder = None
         if folder is None or not folder.is_dir():
-            raise ConfigError("is not there", key="hydra.searchpath", value=f"{source.schema}://{source.path}")
+            raise ConfigError("was not found", key="hydra.searchpath", value=f"{source.schema}://{source.path}")
         for group, choice in choices.items():
             name = f"{group.partition('@')[0]}/{choice}.yaml"
             if folder.joinpath(name).is_file() and ours.joinpath(name).is_file():
                 raise ConfigError(
-                    f"is in {source.path} and also a choice of raytrainer's own, which would win: give yours another name",
+                    f"is in {source.path} and is also one of raytrainer's choices, which would win: give yours another name",
                     key=group,
                     value=choice,
                 )

@@ -209,14 +209,14 @@ def _unknown(w: _Watched) -> ConfigError:
 def _contradiction(e: Experiment, w: _Watched, direction: Mode) -> ConfigError:
     if w.follows(e) is not None:
         return ConfigError(
-            f"contradicts checkpoint.mode={direction}, which is of the same metric {w.metric}; leave {w.mode_key} out",
+            f"contradicts checkpoint.mode={direction}, which is for the same metric {w.metric}; leave {w.mode_key} out",
             key=w.mode_key,
             value=w.mode,
         )
     better, worst = ("higher", "lowest") if direction == "max" else ("lower", "highest")
     return ConfigError(
-        f"contradicts {w.metric_key}={w.metric}: of that metric {better} values are better, and the {worst} would be kept "
-        f"as the best; leave {w.mode_key} out or set {w.mode_key}={direction}. If it is meant, give the metric another "
+        f"contradicts {w.metric_key}={w.metric}: {better} values of it are better, and the {worst} would be kept "
+        f"as the best; leave {w.mode_key} out or set {w.mode_key}={direction}. If this is intended, give the metric another "
         "name, or a class in `metrics` whose `higher_is_better` says so",
         key=w.mode_key,
         value=w.mode,

@@ -61,11 +61,11 @@ def explain(
         if m := re.search(r"does not support sweep type : (\w+)_SWEEP", str(one)):
             sweep = next((o for o in overrides if f"{m[1].lower()}(" in o), "")
             reason = (
-                f"is a sweep over an {m[1].lower()}, of which Hydra's own sweeper takes no values; list them: 0.1,0.2"
+                f"is a sweep over an {m[1].lower()}, which Hydra's own sweeper cannot sample; list its values: 0.1,0.2"
             )
             return ConfigError(reason, key=key_of(sweep) or "-m", value=value_of(sweep))
         if m := re.search(r"Unsupported item value in defaults : (\w+)", str(one)):
-            kind = {"bool": "true or false (as on, off, yes and no are, too)"}.get(m[1], m[1])
+            kind = {"bool": "true or false (on, off, yes and no mean these, too)"}.get(m[1], m[1])
             return ConfigError(
                 f"a choice in the defaults of a config is {kind}, where a name must be: put it in quotes"
             )
@@ -134,7 +134,7 @@ def _missing_config(error: MissingConfigException, values: dict[str, str | None]
     place = f" (chosen in {where[1]})" if where and "/" in where[1] else ""
     place = place or ("" if group in values or not slash else " (chosen in a config file)")
     if slash and error.options is not None:
-        return ConfigError(f"is no such choice{place}", key=group, value=choice, choices=sorted(error.options))
+        return ConfigError(f"is not a valid choice{place}", key=group, value=choice, choices=sorted(error.options))
     if "primary config" in str(error):
         return ConfigError("is not a config on the search path", key="--config-name", value=path)
     return ConfigError(f"is not a config on the search path{place}", key=path)
@@ -161,7 +161,7 @@ def no_resolver(name: str) -> str:
     close = nearest(name, own, 1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     return (
-        f"there is no resolver {name}{hint}. One of your own is registered in a module of the package hydra_plugins "
+        f"there is no resolver {name}{hint}. Register your own in a module of the package hydra_plugins "
         "(hydra_plugins/mine/__init__.py), which the launch and every worker import; see docs/your-code.md"
     )
 
@@ -177,12 +177,12 @@ def _of_composition(
         if where or ("does not exist" not in m[2] and _is_group(name, text, values)):
             if "append to your default list" in text and f"+{name}" in text:
                 return ConfigError(
-                    f"chooses from a group that no config has a choice of; add it: +{name}={values.get(name)}",
+                    f"chooses from a group that is in no defaults list; add it: +{name}={values.get(name)}",
                     key=name,
                     value=values.get(name),
                 )
             return ConfigError(
-                f"cannot be chosen: no config has a choice of {name}{place}", key=name, value=values.get(name)
+                f"cannot be chosen: no defaults list has the group {name}{place}", key=name, value=values.get(name)
             )
         return _wrong_key(
             name, values.get(name), known(), deleted=f"~{name}" in {o.partition("=")[0] for o in overrides}
@@ -195,7 +195,7 @@ def _of_composition(
         return ConfigError(f"is not a group{place}", key=m[1], choices=[k for k in known() if "." not in k])
     if m := re.search(r"Override '([^':]+?) ?: ?[^']*' is defined before", first):
         return ConfigError(
-            f"'override /{m[1]}: …' comes last in the defaults of a config{place}, after all without override"
+            f"'override /{m[1]}: …' must come last in the defaults of a config{place}, after all entries without override"
         )
     if m := re.search(r"Multiple values for ([^.]+)\.", first):
         return ConfigError(
@@ -210,7 +210,7 @@ def _of_composition(
     if m := re.search(r"You must specify '([^']+)'", first):
         return ConfigError("must be chosen", key=m[1], choices=[x.strip() for x in text.splitlines()[2:]])
     if m := re.search(r"Error merging override [+~]*([^=]+)=?(.*)", first):
-        sweep = ": a sweep inside of a value is a text, in quotes" if "(" in m[2] else ""
+        sweep = ": write a sweep inside of a value as a text, in quotes" if "(" in m[2] else ""
         return ConfigError(f"cannot be set{sweep}", key=m[1], value=m[2] or None)
     return None
 
@@ -237,18 +237,15 @@ def _wrong_key(name: str, value: str | None, known: Sequence[str], deleted: bool
     if name.startswith("hydra."):
         return ConfigError("is not a key; --cfg hydra shows Hydra's own", key=name, value=value)
     if section == "callbacks":
-        return ConfigError(f"is not there; a callback is added as +{name}={{_target_: …}}", key=name, value=value)
+        return ConfigError(f"does not exist; add a callback as +{name}={{_target_: …}}", key=name, value=value)
     if name in known and (value or "").startswith("{"):
         return ConfigError(
-            f"brings keys that are not there: with a + in front they are added to those that are, of which ~{name}.KEY "
-            "takes one away",
+            f"has keys that do not exist: a + in front adds them to the existing keys, and ~{name}.KEY removes one",
             key=name,
             value=value,
         )
     if name in known or section in OPEN:
-        return ConfigError(
-            f"is below {section}, which is null here; with a + in front it is set", key=name, value=value
-        )
+        return ConfigError(f"is below {section}, which is null here; a + in front sets it", key=name, value=value)
     return unknown_key(name, value, known)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 FOREIGN_KEYS = {
     # Lightning
     "gradient_clip_val": "trainer.max_grad_norm",
-    "gradient_clip_algorithm": "trainer.max_grad_norm (by the norm; clipping by value is not there)",
+    "gradient_clip_algorithm": "trainer.max_grad_norm (by the norm; clipping by value is not supported)",
     "accumulate_grad_batches": "data.micro_batch_size (accumulation follows from it and data.global_batch_size)",
     "devices": "scaling.num_workers",
     "num_nodes": "scaling.num_workers (the total; placement: scaling.placement_strategy)",

@@ -90,9 +90,9 @@ def unread(line: str, error: Exception) -> Exception:
         takes = re.search(r": (\w+?)(?:Sweep)? is incompatible", reason)
         what = takes[1].lower() if takes else "that"
         if what == "nonetype":
-            reason = f"{function}() takes no null, which only a plain list may have: null,1"
+            reason = f"{function}() does not accept null, which only a plain list may have: null,1"
         else:
-            reason = f"{function}() does not take {what} there; {HOW}"
+            reason = f"{function}() does not accept {what} there; {HOW}"
     return ConfigError(f"cannot be read: {reason}", key=key, value=text)
 
 

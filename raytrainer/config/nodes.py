@@ -278,7 +278,7 @@ def _check_type(key: str, value: Any, hint: Any) -> None:
     options = _options(hint)
     literals = [str(a) for o in options if typing.get_origin(o) is typing.Literal for a in typing.get_args(o)]
     if literals:
-        raise ConfigError("is no such choice", key=key, value=value, choices=literals)
+        raise ConfigError("is not a valid choice", key=key, value=value, choices=literals)
     raise ConfigError(f"must be {_words(options)}", key=key, value=value)
 
 

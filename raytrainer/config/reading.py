@@ -89,7 +89,7 @@ class Reader:
             self.refuse_key(named, content)
             return self.choice(named, _listed(content), content)
         raise ConfigError(
-            f"is one value, not several: {HOW}; what all trials share stands outside of it", key=key, value=content
+            f"is one value, not several: {HOW}; put what all trials share outside of it", key=key, value=content
         )
 
     def parameter(self, override: Override) -> Parameter:
@@ -141,7 +141,7 @@ class Reader:
 
         key, written = key_element(override), text_of(override)
         if not self.is_group(override.key_or_group):
-            raise ConfigError("is no group, and glob chooses among a group's configs", key=key, value=written)
+            raise ConfigError("is not a group, and glob chooses among a group's configs", key=key, value=written)
         if not all(isinstance(pattern, str) for pattern in (*glob.include, *glob.exclude)):
             raise ConfigError(
                 "must have patterns of names, as glob(*) or glob([a*,b*],exclude=ab)", key=key, value=written
@@ -164,7 +164,7 @@ class Reader:
         group = self.is_group(override.key_or_group) and not all(isinstance(v, dict) for v in values)
         if group and not all(is_text(v) or isinstance(v, list) for v in values):
             raise ConfigError(
-                "is over a group, whose choices are names; a name that looks like something else is put in quotes",
+                "is over a group, whose choices are names; put a name that looks like something else in quotes",
                 key=key,
                 value=written,
             )
@@ -234,8 +234,8 @@ def _interval(override: Override, sweep: IntervalSweep) -> Parameter:
     if not finite(low, high):
         raise ConfigError("must begin and end with finite numbers", key=key, value=written)
     if low > high or (low == high and not integer):
-        ends = f"ends at {high!r}, which is not above its begin {low!r}"
-        swap = f": interval({high!r},{low!r})" if low > high else "; one value is given without interval"
+        ends = f"ends at {high!r}, which is not above its start {low!r}"
+        swap = f": interval({high!r},{low!r})" if low > high else "; write one value without interval"
         raise ConfigError(f"is empty: it {ends}{swap}", key=key, value=written)
     log = "log" in sweep.tags
     if log:
@@ -255,14 +255,18 @@ def _range(override: Override, sweep: RangeSweep) -> Parameter:
     integer = all(isinstance(x, int) for x in (start, stop, step))
     if not (start < stop if step > 0 else start > stop):
         wrong = "" if start == stop else f", with a step of {step!r}"
-        raise ConfigError(f"is empty: from {start!r} to {stop!r}, which is not in it{wrong}", key=key, value=written)
+        raise ConfigError(
+            f"is empty: it goes from {start!r} to {stop!r}, which it excludes{wrong}", key=key, value=written
+        )
     if integer:
         last: float = range(int(start), int(stop), int(step))[-1]
         start, step = int(start), int(step)
     else:
         if steps_between(start, stop, step) > MOST_VALUES:
             raise ConfigError(
-                "has more than a million values: interval(…) has every number between two", key=key, value=written
+                "has more than a million values: use interval(…), which has every number between two",
+                key=key,
+                value=written,
             )
         *_, last = sweep.range()
         start, step = float(start), float(step)

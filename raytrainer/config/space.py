@@ -180,7 +180,7 @@ def _flat(space: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any
     """Yield the entries of a space with dotted keys: `+sweep.space.a.b=…` composes to `{a: {b: …}}`, which is `a.b`."""
     for name, content in space.items():
         if not isinstance(name, str) or not name:
-            raise ConfigError(f"has the key {name!r}, where a text must be", key="sweep.space")
+            raise ConfigError(f"has the key {name!r}, which must be a text", key="sweep.space")
         if isinstance(content, Mapping):
             if not content:
                 raise ConfigError(f"is empty (in sweep.space): {HOW}", key=f"{prefix}{name}")

@@ -48,8 +48,7 @@ def check_strategy(e: Experiment) -> None:
     elastic = isinstance(workers, list) and workers[0] != workers[1]
     if f.replicas > 1 and (elastic or e.max_workers % f.replicas):
         raise ConfigError(
-            "must divide the number of workers, whatever it comes to be: "
-            f"scaling.num_workers={str(workers).replace(' ', '')}",
+            f"must divide every possible number of workers: scaling.num_workers={str(workers).replace(' ', '')}",
             key="fsdp.replicas",
             value=f.replicas,
         )

@@ -100,12 +100,12 @@ class Agreement:
             raise failure
         failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
         counts = [
-            f"rank {rank}: {samples} samples" + ("" if ends == 1 else " and it goes on")
+            f"rank {rank}: {samples} samples" + ("" if ends == 1 else " and continues")
             for rank, (epoch, _, ends, samples) in enumerate(said)
             if epoch >= 0
         ]
         if failed:
-            raise DataError(f"{'; '.join(failed)} (the other ranks read on: {', '.join(counts)})")
+            raise DataError(f"{'; '.join(failed)} (the other ranks continue reading: {', '.join(counts)})")
         fix = (
             "Each shard must have the same number of full batches: make them equally long, or let them end together"
             if self._sharded

@@ -102,7 +102,7 @@ class RandomCropFlip:
             ) from error
         if not isinstance(images, Tensor) or images.ndim != 4:
             shape = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise DataError(f"RandomCropFlip wants images [n, channels, height, width], and {self.key!r} is {shape}")
+            raise DataError(f"RandomCropFlip needs images [n, channels, height, width], and {self.key!r} is {shape}")
         return images
 
 
@@ -124,7 +124,7 @@ class Normalize:
         key: str = "image",
     ) -> None:
         if len(mean) != len(std) or not all(value > 0 for value in std):
-            raise ConfigError(f"wants {len(mean)} numbers above 0, as there are in mean", key="std", value=list(std))
+            raise ConfigError(f"must have {len(mean)} numbers above 0, as many as mean", key="std", value=list(std))
         self.key = key
         self._mean = torch.tensor(list(mean), dtype=torch.float32).view(-1, 1, 1)
         self._std = torch.tensor(list(std), dtype=torch.float32).view(-1, 1, 1)

@@ -142,7 +142,7 @@ class EncodedImages:
             raise ConfigError("is not a way to crop", key="crop", value=crop, choices=("center", "random"))
         for name, bounds in (("scale", scale), ("ratio", ratio)):
             if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
-                raise ConfigError("wants [least, most], both above 0", key=name, value=list(bounds))
+                raise ConfigError("must be [least, most], both above 0", key=name, value=list(bounds))
         self.height, self.width = (size, size) if isinstance(size, int) else tuple(size)
         self.resize = resize or round(min(self.height, self.width) * 8 / 7)
         if min(self.height, self.width) < 1 or self.resize < max(self.height, self.width):
@@ -160,7 +160,7 @@ class EncodedImages:
 
             names = local_columns(str(dataset["path"]), dataset.get("columns"))
         if names and key not in names:
-            raise ConfigError("is no entry of the dataset", key="key", value=key, choices=names)
+            raise ConfigError("is not an entry of the dataset", key="key", value=key, choices=names)
 
     def __len__(self) -> int:
         return len(self.dataset)

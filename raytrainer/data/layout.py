@@ -33,7 +33,7 @@ class Layout:
         for chunk in column.chunks:
             numbers = self._numbers(chunk, wanted, where)
             if numbers.null_count:
-                raise DataError(f"{where}: {numbers.null_count} nulls, and a batch of numbers has no place for them")
+                raise DataError(f"{where}: {numbers.null_count} nulls, and a batch of numbers cannot hold them")
             values = _view(numbers)
             if self.unsigned64 and values.size and values.max() > np.iinfo(np.int64).max:
                 raise DataError(f"{where}: {values.max()} is more than int64 holds")
@@ -43,7 +43,7 @@ class Layout:
     def _numbers(self, chunk: pa.Array, wanted: int, where: str) -> pa.Array:
         while True:
             if chunk.null_count:
-                raise DataError(f"{where}: {chunk.null_count} nulls, and a batch of numbers has no place for them")
+                raise DataError(f"{where}: {chunk.null_count} nulls, and a batch of numbers cannot hold them")
             if isinstance(chunk, pa.ExtensionArray):
                 chunk = chunk.storage
             elif pa.types.is_fixed_size_list(chunk.type):
@@ -52,7 +52,7 @@ class Layout:
                 lengths = np.diff(chunk.offsets.to_numpy())
                 odd = np.flatnonzero(lengths != wanted)
                 if odd.size:
-                    raise DataError(f"{where}: row {odd[0]} has {lengths[odd[0]]} values, and reshape wants {wanted}")
+                    raise DataError(f"{where}: row {odd[0]} has {lengths[odd[0]]} values, but reshape expects {wanted}")
                 chunk = chunk.flatten()
             else:
                 return chunk

@@ -112,7 +112,7 @@ class Loader:
         _at_least("prefetch", prefetch, 0)
         if resident not in ("auto", True, False):
             raise ConfigError(
-                "is no choice",
+                "is not a valid choice",
                 key="data.resident",
                 value=resident,
                 choices=("auto", "true", "false"),
@@ -494,7 +494,7 @@ def _is_map_style(dataset: Any, key: str) -> bool:
     made = "nothing (None)" if dataset is None else f"a {name_of(dataset)}"
     function = callable(dataset) and not isinstance(dataset, type)
     raise ConfigError(
-        f"builds {made}, which is no dataset: it has neither __len__ with __getitem__ or __getitems__, nor __iter__"
+        f"builds {made}, which is not a dataset: it has neither __len__ with __getitem__ or __getitems__, nor __iter__"
         + ("; a function is called where _partial_ is false" if function else ""),
         key=key,
     )

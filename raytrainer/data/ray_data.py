@@ -61,7 +61,7 @@ class RayDataset:
         transform: Transform | None = None,
     ) -> None:
         if (dataset is None) == (path is None):
-            raise ConfigError("RayDataset wants one of dataset and path", key="dataset")
+            raise ConfigError("and path are alternatives: RayDataset needs exactly one of them", key="dataset")
         if shuffle_rows < 0:
             raise ConfigError("is negative", key="shuffle_rows", value=shuffle_rows)
         self._ray = _ray()
@@ -104,7 +104,7 @@ class RayDataset:
             return data.read_parquet(self._path)
         made = self._dataset() if callable(self._dataset) else self._dataset
         if not isinstance(made, data.Dataset):
-            raise DataError(f"RayDataset: dataset is a {type(made).__name__}, and not a ray.data.Dataset")
+            raise DataError(f"RayDataset: dataset is a {type(made).__name__}, not a ray.data.Dataset")
         return made
 
 

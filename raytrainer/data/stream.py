@@ -37,7 +37,9 @@ class Stream:
         self.sharded = callable(getattr(dataset, "shard", None))
         self.dataset = dataset.shard(rank, world_size) if self.sharded else dataset
         if not callable(getattr(self.dataset, "__iter__", None)):
-            raise ConfigError(f"{name_of(dataset)}.shard(rank, world_size) returns no iterable, but {self.dataset!r}")
+            raise ConfigError(
+                f"{name_of(dataset)}.shard(rank, world_size) returns {self.dataset!r}, which is not an iterable"
+            )
         self.name = name_of(dataset)
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.world_size, self.pad_empty = rank, world_size, pad_empty
@@ -122,7 +124,7 @@ class Stream:
         if count == 0 and (epoch > 0 or self._exhausted or self._is_iterator):
             return DataError(
                 f"{self.name}: epoch {epoch} gave no samples, though the iterable has been read before. It can be iterated "
-                "only once, as a generator can; each epoch calls iter() again, so give an object whose __iter__ begins anew"
+                "only once, as a generator can; each epoch calls iter() again, so give an object whose __iter__ starts again"
             )
         if count == 0:
             return DataError(f"{self.name} has no samples: epoch {epoch} of the iterable gave none")

@@ -108,7 +108,7 @@ def _load(path: Path) -> tuple[Any, str]:
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", key="--tokenizer", value=str(path)) from error
     except Exception as error:  # tokenizers raises a plain Exception
-        raise ConfigError(f"is no tokenizer.json: {error}", key="--tokenizer", value=str(path)) from error
+        raise ConfigError(f"is not a tokenizer.json: {error}", key="--tokenizer", value=str(path)) from error
 
 
 def _separator(wanted: str | None, vocabulary: dict[str, int]) -> int | None:
@@ -118,7 +118,9 @@ def _separator(wanted: str | None, vocabulary: dict[str, int]) -> int | None:
         return None
     if wanted not in vocabulary:
         known = [token for token in vocabulary if token.startswith("<") and token.endswith(">")]
-        raise ConfigError("is no token of it", key="--separator", value=wanted, choices=(*sorted(known)[:20], "none"))
+        raise ConfigError(
+            "is not in the vocabulary", key="--separator", value=wanted, choices=(*sorted(known)[:20], "none")
+        )
     return vocabulary[wanted]
 
 
@@ -192,7 +194,7 @@ def _of_lines(file: io.TextIOWrapper, path: str, column: str) -> Iterator[str]:
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{where}: is {type(value).__name__} and no text")
+        raise DataError(f"{where}: is {type(value).__name__}, not text")
     return value
 
 
@@ -219,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokenizer", required=True, metavar="FILE", help="a Hugging Face tokenizer.json")
     parser.add_argument("--output", required=True, metavar="FILE", help="the file to write")
     parser.add_argument("--column", default="text", help="the field or column that holds the text (text)")
-    parser.add_argument("--format", choices=FORMATS, help="of all sources; otherwise by their suffixes")
+    parser.add_argument("--format", choices=FORMATS, help="the format of all sources; by default each suffix decides")
     parser.add_argument(
         "--separator", metavar="TOKEN", help="after each document; none: no token; otherwise a usual one"
     )

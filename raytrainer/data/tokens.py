@@ -57,7 +57,7 @@ class TokenWindows:
         if seq_len < 1:
             raise ConfigError("must be at least 1", key="seq_len", value=seq_len)
         if len(tokens) < 2:
-            raise DataError(f"{len(tokens)} tokens are no text: it takes two to predict one")
+            raise DataError(f"at least two tokens are needed, and there are {len(tokens)}")
         self.tokens, self.seq_len = tokens, seq_len
         whole = (len(tokens) - 1) // seq_len
         step = tokens.itemsize
@@ -176,9 +176,9 @@ def _check_vocabulary(head: TokenFile, vocab_size: int | None, path: str) -> Non
 
 def _copied(uri: str, cache: str | Path) -> Path:
     """Copy the file of a URI to this machine's disk, where it can be memory-mapped. Return the path."""
-    filesystem, found = find_files(uri, (), "file of tokens")
+    filesystem, found = find_files(uri, (), "token file")
     if len(found) != 1:
-        raise DataError(f"{redacted(uri)}: are {len(found)} files, and one is wanted")
+        raise DataError(f"{redacted(uri)}: matches {len(found)} files; expected one")
     (entry,) = found
     kept = Cache(cache_folder(cache), {"tokens": redacted(uri), "size": entry.size, "mtime": entry.mtime_ns})
 
@@ -219,7 +219,7 @@ def _parsed(page: bytes, size: int, path: Path) -> TokenFile:
         head = TokenFile(**values)
         wanted = _PAGE + head.tokens * _TYPES[head.dtype].itemsize
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{path}: is no file of tokens: make one with python -m raytrainer.data.tokenize") from error
+        raise DataError(f"{path}: is not a token file: make one with python -m raytrainer.data.tokenize") from error
     if size != wanted:
         raise DataError(f"{path}: has {size:,} bytes, and {head.tokens:,} tokens take {wanted:,}")
     return head

@@ -31,14 +31,14 @@ def to_resume(identifier: str, overrides: Sequence[str]) -> tuple[Composition, R
         if "." not in name and name not in FIXED:
             raise ConfigError(
                 "is a choice of a group; resume takes values (trainer.max_epochs=20). For another choice: "
-                f"raytrainer rerun {record.name} …, a new run",
+                f"raytrainer rerun {record.name} … starts a new run",
                 key=name,
                 value=value,
             )
     _refuse_moved(record, storage)
     if record.status == "FINISHED" and not storage.exists("checkpoints"):
         raise RunNotFound(
-            f"{record.name} finished, and has no checkpoint to go on from; raytrainer rerun {record.name} does it again"
+            f"{record.name} finished, and has no checkpoint to continue from; raytrainer rerun {record.name} repeats it"
         )
     recorded, composition = (_composed(record, storage, given) for given in ((), overrides))
     return composition, record, check_changes(recorded.experiment, composition.experiment, record, overrides)
@@ -83,16 +83,16 @@ def to_resume_sweep(identifier: str, overrides: Sequence[str]) -> tuple[Plan, Re
     record, storage = find(identifier)
     if trial_of(identifier, record):
         raise ConfigError(
-            f"{identifier} is a trial of {record.name}, which goes on with it: resume {record.name}; rerun {identifier} "
-            "trains its configuration anew"
+            f"{identifier} is a trial of {record.name}: resume {record.name} continues it; rerun {identifier} "
+            "trains its configuration in a new run"
         )
     for override in overrides:
         name, _, value = override.partition("=")
         if name.startswith("sweep.") and name.removeprefix("sweep.") not in SweepConfig.__dataclass_fields__:
-            raise ConfigError("is no key", key=name, choices=[f"sweep.{key}" for key in _OF_A_SWEEP])
+            raise ConfigError("is not a key", key=name, choices=[f"sweep.{key}" for key in _OF_A_SWEEP])
         if name.removeprefix("sweep.") not in _OF_A_SWEEP or not name.startswith("sweep."):
             raise ConfigError(
-                "would make the sweep's later trials others than its earlier; rerun starts a new sweep with it",
+                "would make later trials of the sweep differ from earlier ones; rerun starts a new sweep with it",
                 key=name,
                 value=value,
                 choices=[f"sweep.{key}" for key in _OF_A_SWEEP],
@@ -115,7 +115,7 @@ def to_rerun_sweep(identifier: str, overrides: Sequence[str]) -> Plan:
     swept = {key_of(p.key) for p in plan.parameters}
     for key in map(key_of, overrides):
         if key in swept:
-            raise ConfigError("is what the sweep is over; start another with -m", key=key)
+            raise ConfigError("is a parameter of the sweep; start another sweep with -m", key=key)
     return plan.with_overrides(overrides)
 
 

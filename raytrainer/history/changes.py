@@ -48,7 +48,7 @@ def check_changes(before: Experiment, after: Experiment, record: Record, overrid
         if changes_meaning(key) and not _is_below(key, _FOLLOWS) and not _is_below(key, named):
             raise ConfigError(
                 f"was {_shown(old.get(key))} when the run was recorded: it refers to what {_named(named)} changes, and the "
-                f"run's checkpoint means nothing with another. raytrainer rerun {record.name} "
+                f"run's checkpoint does not fit another value. raytrainer rerun {record.name} "
                 f"{' '.join(named.values())} starts a new run",
                 key=key,
                 value=_shown(new.get(key)),
@@ -78,7 +78,7 @@ def _check_scheduler(before: Experiment, after: Experiment, record: Record, name
     reason = "" if key in named else ", since it refers to another value that has changed"
     raise ConfigError(
         f"was {_shown(was)} when the run was recorded{reason}, and {target} cannot follow: its state in the checkpoint was "
-        f"made with {_shown(was)}. To go on, {fix}start a new run from the weights: "
+        f"made with {_shown(was)}. To continue, {fix}start a new run from the weights: "
         f"raytrainer rerun {record.name} init_from={record.name}{f' {more}' if more else ''}. Only curves of raytrainer.optim "
         "(lr_scheduler=cosine, linear, wsd) and your own functions of (step, total_steps) follow new values and a longer run",
         key=key,

@@ -19,14 +19,14 @@ from raytrainer.history.listing import STATUSES
 
 _ABOUT = {
     "list": "Runs and sweeps, the newest first. Runs marked RUNNING whose driver is dead are marked FAILED.",
-    "status": "All that is known of a run: where, how far, its best value, what it waits for, what to do next.",
+    "status": "Everything about a run: where it is, how far, its best value, what it waits for, what to do next.",
     "logs": "What a run printed. Ctrl-C while following stops nothing.",
-    "stop": "Ask a run to end after a last checkpoint, and wait until all that it held is free.",
-    "resume": "Go on with a run or sweep from where it came to, in the same MLflow run.",
-    "rerun": "A new run of the same thing: commit and patch, config and seed; values on top.",
-    "evaluate": "Validate a checkpoint, its best, on its own validation set or another: a run of its own, below it in MLflow.",
-    "prune": "Old checkpoints, spools that MLflow has, and what killed runs left. It shows them; only --yes deletes.",
-    "export": "Write the weights of a checkpoint, the best, as safetensors, with the config: into a new folder.",
+    "stop": "Ask a run to end after a last checkpoint, and wait until its resources are free.",
+    "resume": "Continue a run or sweep where it stopped, in the same MLflow run.",
+    "rerun": "Start a new run with the same commit, patch, config and seed, and with the given values.",
+    "evaluate": "Validate a checkpoint (the best) on its own validation set or another, in a new child run in MLflow.",
+    "prune": "List old checkpoints, uploaded spools and leftovers of killed runs. Only --yes deletes them.",
+    "export": "Write the weights of a checkpoint (the best) as safetensors, with the config, into a new folder.",
 }
 
 _TAKE_OVERRIDES = ("resume", "rerun", "evaluate")
@@ -92,51 +92,67 @@ def parser(verb: str) -> Parser:
     found = Parser(verb, _ABOUT[verb])
     add = found.add_argument
     if verb == "list":
-        add("-a", "--all", action="store_true", help="everybody's, not only mine")
-        add("-s", "--status", metavar="STATUS", help=f"only those: {', '.join(STATUSES)}")
-        add("-n", "--limit", metavar="N", type=_positive, default=30, help="at most so many (30)")
+        add("-a", "--all", action="store_true", help="runs of all users, not only mine")
+        add("-s", "--status", metavar="STATUS", help=f"only runs with this status: {', '.join(STATUSES)}")
+        add("-n", "--limit", metavar="N", type=_positive, default=30, help="at most this many (30)")
         return found
     if verb == "logs":
-        add("-f", "--follow", action="store_true", help="and what it prints from now on, until it ends")
-        add("-r", "--rank", metavar="N", type=_count, help="of one rank alone")
+        add("-f", "--follow", action="store_true", help="follow new output until the run ends")
+        add("-r", "--rank", metavar="N", type=_count, help="only the output of this rank")
     elif verb == "stop":
-        add("--force", action="store_true", help="end it without one, if it has not ended after 10 s")
-        add("--timeout", metavar="S", type=_seconds, default=120.0, help="wait at most so many seconds (120)")
+        add("--force", action="store_true", help="end it without a checkpoint, if it has not ended after 10 s")
+        add("--timeout", metavar="S", type=_seconds, default=120.0, help="wait at most this many seconds (120)")
     elif verb == "rerun":
-        add("--here", action="store_true", help="with the code that is here, whatever it ran with")
+        add("--here", action="store_true", help="use the code in this directory instead of the recorded code")
     elif verb == "evaluate":
         _add_checkpoint(found)
-        add("--config-dir", "-cd", metavar="DIR", help="where choices of data=… may be besides")
+        add("--config-dir", "-cd", metavar="DIR", help="a further directory with choices of data=…")
     elif verb == "export":
         _add_checkpoint(found)
-        add("--to", metavar="DIR", help="the folder (NAME-step-N); it must not be there")
-        add("--mlflow", action="store_true", help="with MLflow's form of the model, in DIR/mlflow_model")
-        add("--register", metavar="NAME", help="put that into the run, and register it as a new version of NAME")
+        add("--to", metavar="DIR", help="the folder (NAME-step-N); it must not exist")
+        add("--mlflow", action="store_true", help="also write the MLflow model to DIR/mlflow_model")
+        add(
+            "--register",
+            metavar="NAME",
+            help="upload the MLflow model to the run, and register it as a new version of NAME",
+        )
     elif verb == "prune":
         add("--yes", action="store_true", help="delete it")
-        add("--dry-run", action="store_true", help="delete nothing, whatever else is given")
+        add("--dry-run", action="store_true", help="delete nothing, even with --yes")
         add(
             "--keep",
             metavar="N",
             type=_positive,
             default=1,
-            help="the last checkpoints that stay, besides the best (1)",
+            help="how many last checkpoints to keep, besides the best (1)",
         )
-        add("--older-than", metavar="AGE", type=_age, default=0.0, help="only of runs that ended so long ago: 30d, 12h")
-        add("id", metavar="ID", nargs="?", help="a run or sweep; all below ./runs without one")
+        add(
+            "--older-than",
+            metavar="AGE",
+            type=_age,
+            default=0.0,
+            help="only runs that ended at least this long ago: 30d, 12h",
+        )
+        add("id", metavar="ID", nargs="?", help="a run or sweep; without it, all below ./runs")
         return found
     add("id", metavar="ID", help="a run's name, its MLflow run id, or its Ray submission id")
     if verb in _TAKE_OVERRIDES:
-        add("overrides", metavar="key=value", nargs="*", help="values that are to be others")
+        add("overrides", metavar="key=value", nargs="*", help="values to change")
     return found
 
 
 def _add_checkpoint(found: Parser) -> None:
     """Add the options that choose a run's checkpoint: the best, the last, or that of a step."""
     one = found.add_mutually_exclusive_group()
-    one.add_argument("--last", dest="checkpoint", action="store_const", const="last", help="its last, not its best one")
     one.add_argument(
-        "--step", dest="checkpoint", metavar="N", type=lambda text: str(_count(text)), help="that of a step"
+        "--last", dest="checkpoint", action="store_const", const="last", help="the last checkpoint, not the best"
+    )
+    one.add_argument(
+        "--step",
+        dest="checkpoint",
+        metavar="N",
+        type=lambda text: str(_count(text)),
+        help="the checkpoint of this step",
     )
 
 
@@ -170,7 +186,7 @@ def _list(given: argparse.Namespace) -> int:
 
     status = given.status.upper() if given.status else None
     if status is not None and status not in STATUSES:
-        raise ConfigError("is no status", key="--status", value=given.status, choices=STATUSES)
+        raise ConfigError("is not a status", key="--status", value=given.status, choices=STATUSES)
     found = listing.list_runs(everyone=given.all, status=status, limit=given.limit, say=_say)
     if given.json:
         print(json.dumps([facts.to_json() for facts in found], indent=1))
@@ -196,7 +212,7 @@ def _logs(given: argparse.Namespace) -> int:
             if streams.is_lost(sys.stdout):  # `logs -f ID | head`
                 break
     except KeyboardInterrupt:
-        _say(f"not following any more; it goes on. {provenance.program()} stop {given.id} stops it")
+        _say(f"stopped following; the run continues. {provenance.program()} stop {given.id} stops it")
         return 130
     return 0
 
@@ -207,7 +223,7 @@ def _stop(given: argparse.Namespace) -> int:
     try:
         result = stopping.Stopper(given.id, force=given.force, timeout_s=given.timeout, say=_say).stop()
     except KeyboardInterrupt:
-        _say(f"not waiting any more; what {given.id} was asked stands")
+        _say(f"stopped waiting; the stop request for {given.id} remains")
         return 130
     print(json.dumps(result.to_json(), indent=1) if given.json else stopping.text(result, provenance.program()))
     return 0 if result.done else 1
@@ -217,7 +233,7 @@ def _export(given: argparse.Namespace) -> int:
     from raytrainer.history import exporting
 
     if given.to and "://" in given.to:
-        raise ConfigError("is a folder of this machine", key="--to", value=given.to)
+        raise ConfigError("must be a folder of this machine", key="--to", value=given.to)
     found = exporting.export(
         given.id,
         checkpoint=given.checkpoint or "best",
@@ -260,7 +276,7 @@ def _say(text: str) -> None:
 
 def _count(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
 
 
@@ -274,14 +290,14 @@ def _seconds(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds") from None
 
 
 def _age(text: str) -> float:
     try:
         return seconds(text, "--older-than") or 0.0
     except ConfigError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no duration: 30d, 12h, 90m") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a duration: 30d, 12h, 90m") from None
 
 
 def completions(words: Sequence[str]) -> list[str] | None:

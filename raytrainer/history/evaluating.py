@@ -86,8 +86,8 @@ def _sorted(overrides: Sequence[str], config_dir: str | None) -> tuple[dict[str,
             choices[name] = value
         elif section in _OF_THE_MODEL or name in _OF_ITS_STATE or _is_group(name, config_dir):
             raise ConfigError(
-                "would be another model, or says nothing about an evaluation, which takes a checkpoint as it is; values "
-                "of data, loss, metrics, scaling, cluster and tracking can be others",
+                "cannot be changed in an evaluation, which uses a checkpoint as it is; values of data, loss, metrics, "
+                "scaling, cluster and tracking can be changed",
                 key=name,
                 value=value,
                 choices=[f"{group}=…" for group in _CHOICES],

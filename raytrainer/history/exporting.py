@@ -84,14 +84,14 @@ def export(
     source = trained(identifier, checkpoint)
     e = from_text(source.text).experiment
     if to is not None and to.exists():
-        raise ConfigError("is there already; nothing is written over", key="--to", value=str(to))
+        raise ConfigError("exists already; nothing is overwritten", key="--to", value=str(to))
     uri = tracking_uri_of(source.record)
     if register is not None and (uri is None or source.run_id is None or source.run_id.startswith("offline-")):
         raise ConfigError(f"needs the run in MLflow, which does not have {source.name}", key="--register")
     info, weights, averaged = _read(source, e, checkpoint)
     folder = to or Path.cwd() / f"{source.name}-step-{info.step}"
     if folder.exists():
-        raise ConfigError("is there already; nothing is written over", key="--to", value=str(folder))
+        raise ConfigError("exists already; nothing is overwritten", key="--to", value=str(folder))
     version = None
     with _beside(folder) as beside:
         made = beside / "export"
@@ -156,15 +156,15 @@ def _write_weights(
     # A transformers model is saved in its own format with its config, so that `from_pretrained` reads the folder.
     if (model := _hugging_face(e, say)) is not None:
         if others:
-            say(f"left out, as save_pretrained writes tensors alone: {few(sorted(others))}")
+            say(f"skipped, because save_pretrained writes only tensors: {few(sorted(others))}")
         model.save_pretrained(folder, state_dict=weights, max_shard_size="10000GB")
         return
     if others:
         text, inside = flatten(others)
         if inside:
-            say(f"left out, as it is no tensor but has some: {few(sorted(others))}")
+            say(f"skipped, because it is not a tensor but contains some: {few(sorted(others))}")
         else:
-            say(f"{few(sorted(others))}: no tensor, so it is in the metadata of {WEIGHTS}, as JSON")
+            say(f"{few(sorted(others))}: not a tensor, so it is in the metadata of {WEIGHTS}, as JSON")
             about = {**about, EXTRA_STATE: text.decode()}
 
     # A further name of a tensor gets a copy, because the file has no shared memory.

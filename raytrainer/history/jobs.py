@@ -152,7 +152,7 @@ class Clusters:
 
 def never_sent(known: RunHandle) -> str:
     """Return the text about a job that its cluster does not have."""
-    return f"{known.cluster_address} has no job {known.submission_id}: it was not sent, or the cluster was started anew since"
+    return f"{known.cluster_address} has no job {known.submission_id}: it was not submitted, or the cluster has restarted since"
 
 
 def _addresses(known: RunHandle) -> dict[str, RunHandle]:

@@ -136,15 +136,15 @@ def judge(record: Record, liveness: Liveness, job: Job | None = None, others: Se
         others: Other jobs of the same run, one for each further attempt.
     """
     if (claim := liveness.here) is not None:
-        return Verdict("alive", f"process {claim.owner.get('pid')} of this machine has it")
+        return Verdict("alive", f"process {claim.owner.get('pid')} of this machine holds the lock")
     if job is not None and job.status in GOING:
         return Verdict("alive", f"its job {job.submission_id} is {job.status}", going=job)
     if going := next((other for other in others if other.status in GOING), None):
-        return Verdict("alive", f"the job {going.submission_id} goes on with it", going=going)
+        return Verdict("alive", f"the job {going.submission_id} continues it", going=going)
     ended = [one for one in (job, *others) if one is not None]
     gone = [claim for claim in liveness.elsewhere if any(_ended_with(claim, one) for one in ended)]
     if left := [claim for claim in liveness.elsewhere if claim not in gone]:
-        return Verdict("alive", f"{_named(left[0])} has it")
+        return Verdict("alive", f"{_named(left[0])} holds the lock")
     if job is not None and job.exit_code != REFUSED:  # a refused job never started the run
         status, cause = _end_of_job(job)
         if record.status != "RUNNING":

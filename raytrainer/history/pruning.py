@@ -80,7 +80,7 @@ class Pruned:
         rows.append(("in all", str(len(self.items)), f"{self.bytes:,}"))
         wide = [max(len(row[column]) for row in rows) for column in range(3)]
         lines = [f"{a:<{wide[0]}}  {b:<{wide[1]}}  {c:>{wide[2]}}" for a, b, c in rows]
-        done = "deleted" if self.deleted else "nothing is deleted; with --yes it is"
+        done = "deleted" if self.deleted else "nothing is deleted; --yes deletes it"
         return "\n".join(
             [*lines, done] if self.items else ["nothing is deleted" if self.failed else "nothing to delete"]
         )
@@ -221,7 +221,7 @@ def _delete(known: RunHandle, items: Sequence[Item], keep: int, pruned: Pruned) 
         with storage.lock(LOCK, {"run": f"{record.name}, being pruned"}) as lock:
             fresh = Record.read(storage)
             if fresh is None or (fresh.attempts, fresh.status) != (record.attempts, record.status):
-                raise StorageError("somebody has gone on with it")
+                raise StorageError("another attempt has continued it")
             still = {item.path for item in _items(record, storage, keep)}
             items = [item for item in items if item.path in still]
             _check_kept(record, storage, items, keep)
@@ -235,7 +235,7 @@ def _delete(known: RunHandle, items: Sequence[Item], keep: int, pruned: Pruned) 
                     pruned.failed[f"{record.name}/{item.path}"] = str(error)
             return deleted
     except StorageLocked as error:
-        raise StorageError(f"somebody has it: {error}") from error
+        raise StorageError(f"it is in use: {error}") from error
 
 
 def _check_kept(record: Record, storage: Storage, items: Sequence[Item], keep: int) -> None:
@@ -250,9 +250,7 @@ def _check_kept(record: Record, storage: Storage, items: Sequence[Item], keep: i
             try:
                 retention.verify(checkpoints, name)
             except CheckpointError as error:
-                raise StorageError(
-                    f"a checkpoint that would stay is corrupt, so that none is deleted: {error}"
-                ) from error
+                raise StorageError(f"a checkpoint to keep is corrupt, so none is deleted: {error}") from error
 
 
 def _delete_one(storage: Storage, item: Item) -> bool:

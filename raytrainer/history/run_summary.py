@@ -105,7 +105,7 @@ def facts_of(known: RunHandle, verdict: Verdict | None = None) -> RunSummary:
     started = stored.started if stored is not None else _seconds(record.created)
     ended = (stored.ended if stored is not None else record.ended or None) if status != "RUNNING" else None
     if verdict is not None and verdict.life == "unsure":
-        cause = f"uncertain whether it lives: {verdict.why}"
+        cause = f"uncertain whether its driver is alive: {verdict.why}"
     return RunSummary(
         name=f"{record.name}.{known.trial}" if known.trial else record.name,
         kind="trial" if known.trial else record.kind,

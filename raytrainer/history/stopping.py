@@ -121,13 +121,13 @@ class Stopper:
         if has_ended:
             return self._result(True, "it had ended")
         if self.known.submission_id is not None and self.known.storage is None and self.known.stored is None:
-            raise RaytrainerError(f"there is nothing of {self.name} to stop: {never_sent(self.known)}")
+            raise RaytrainerError(f"{self.name} has nothing to stop: {never_sent(self.known)}")
         if self.force:
             cause = "declared dead by stop --force"
             return self._result(True, self._closed(Verdict("dead", verdict.why, "KILLED", cause)) or verdict.why)
         raise RaytrainerError(
             f"{self.name} cannot be reached ({verdict.why}), so it is not known whether it runs"
-            f"{self._where()}; where you know that it does not: stop --force {self.name} closes it"
+            f"{self._where()}; if you know that it does not: stop --force {self.name} marks it KILLED"
         )
 
     # --- a process of this machine --------------------------------------------------------------------------------
@@ -194,10 +194,10 @@ class Stopper:
         while (verdict := verdict_of(self.known, self.clusters)).life == "alive":
             if time.monotonic() > self.deadline:
                 force = f"; on {owner.get('host', 'that machine')}: kill -9 {owner.get('pid', '?')}"
-                return self._result(False, f"{where} still has its directory{force}")
+                return self._result(False, f"{where} still holds its lock{force}")
             self.sleep(1.0)
             self.clusters.forget(self.known)
-        return self._result(True, self._closed(verdict) or f"{where} has given up its directory")
+        return self._result(True, self._closed(verdict) or f"{where} has released its lock")
 
     def _ask_by_file(self, job: str | None = None) -> None:
         assert self.known.storage is not None

@@ -68,6 +68,6 @@ def trained(identifier: str, checkpoint: str) -> Trained:
         raise RunNotFound(f"{found.name} has no checkpoint in {found.place.display}")
     if checkpoint not in ("best", "last", *map(str, steps)):
         raise ConfigError(
-            "is no checkpoint of it", key="--step", value=checkpoint, choices=[str(step) for step in steps]
+            "is not one of its checkpoints", key="--step", value=checkpoint, choices=[str(step) for step in steps]
         )
     return found

@@ -98,12 +98,14 @@ def recorded(known: RunHandle) -> Provenance | None:
 def differences(then: Provenance | None, now: Provenance, overrides: Sequence[str]) -> list[str]:
     """Return what differs from the original run, one line each."""
     if then is None:
-        return ["what code it ran with is not recorded; this is the code that is here"]
+        return ["its code is not recorded; the code in this directory is used"]
     found = []
     if then.commit is None:
-        found.append("it did not run from a git checkout; this is the code that is here")
+        found.append("it did not run from a git checkout; the code in this directory is used")
     elif now.commit is None:
-        found.append(f"this is no git checkout, it ran with commit {then.commit[:12]}; this is the code that is here")
+        found.append(
+            f"this is not a git checkout, it ran with commit {then.commit[:12]}; the code in this directory is used"
+        )
     elif _same(then, now):
         found.append(f"same code, commit {now.commit[:12]}" + (" with the same patch" if now.diff else ""))
     else:
@@ -139,7 +141,7 @@ def _tree(known: RunHandle, then: Provenance, say: Callable[[str], None]) -> Ite
     here, name = Path.cwd(), known.record.name
     top = Path(_git(here, "rev-parse", "--show-toplevel").strip("\n"))
     assert then.commit is not None
-    way_out = f"rerun --here {name} takes the code that is here"
+    way_out = f"rerun --here {name} uses the code in this directory"
     if then.is_cut:
         raise ConfigError(f"the patch of {name} was too large to be recorded whole; {way_out}")
     try:

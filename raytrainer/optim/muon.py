@@ -188,7 +188,9 @@ def split(
     if both := sorted(asked & refused):
         raise ConfigError(f"and optimizer.adamw_params both name {both[0]}", key="optimizer.muon_params")
     if vectors := sorted(name for name in asked if parameters[name].ndim < 2):
-        raise ConfigError("is no matrix: of fewer than two dimensions", key="optimizer.muon_params", value=vectors[0])
+        raise ConfigError(
+            "is not a matrix: it has fewer than two dimensions", key="optimizer.muon_params", value=vectors[0]
+        )
     theirs = (theirs | asked) - refused
     if not theirs:
         raise ConfigError(

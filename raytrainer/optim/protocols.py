@@ -30,7 +30,7 @@ def check_optimizer(optimizer: Any, trained: dict[str, nn.Parameter]) -> None:
     kind = type(optimizer).__name__
     if lacking := [name for name in _OPTIMIZER if not hasattr(optimizer, name)]:
         raise ConfigError(
-            f"gives a {kind}, which has no {lacking[0]} and so is no optimizer. Name a class of torch.optim, or one with "
+            f"gives a {kind}, which has no {lacking[0]}, so it is not an optimizer. Name a class of torch.optim, or one with "
             f"its methods ({', '.join(_OPTIMIZER)})",
             key="optimizer._target_",
         )

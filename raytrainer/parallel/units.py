@@ -35,7 +35,7 @@ def find_units(model: nn.Module, classes: Sequence[str] | None, key: str) -> lis
     for name in classes:
         if not any(name in _names(module) for module in below):
             choices = sorted({type(module).__name__ for module in below if _has_forward(module)})
-            raise ConfigError("is no class of the model's modules", key=key, value=name, choices=choices)
+            raise ConfigError("is not a class of the model's modules", key=key, value=name, choices=choices)
     found = [module for module in below if not _names(module).isdisjoint(classes)]
     if bad := next((module for module in found if not _has_forward(module)), None):
         raise ConfigError("is a container that is never called", key=key, value=type(bad).__name__)

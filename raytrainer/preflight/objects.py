@@ -33,7 +33,7 @@ def check_objects(e: Experiment) -> None:
     _check_main(e)
     if (e.debug or e.cluster.kind == "inline") and (keys := through_ray(e)):
         raise ConfigError(
-            "needs a Ray cluster, which cluster=inline and debug have not; cluster=local starts one",
+            "needs a Ray cluster, which cluster=inline and debug do not have; cluster=local starts one",
             key=keys[0],
             value="RayDataset",
         )
@@ -47,7 +47,9 @@ def check_objects(e: Experiment) -> None:
         target = locate(f"metrics.{name}", node["_target_"]) if node else None
         lacks = [method for method in ("update", "compute", "reset") if not hasattr(target, method)]
         if isinstance(target, type) and lacks and target.__module__.partition(".")[0] != "torchmetrics":
-            raise ConfigError(f"has no {lacks[0]}(), which a metric has", key=f"metrics.{name}", value=target.__name__)
+            raise ConfigError(
+                f"has no {lacks[0]}(), which a metric needs", key=f"metrics.{name}", value=target.__name__
+            )
         # Classes of torchmetrics accept any keyword, and refuse a misspelt one only when they are built.
         if node and str(node["_target_"]).startswith("torchmetrics."):
             build(node)
@@ -61,8 +63,8 @@ def _check_main(e: Experiment) -> None:
         if target.startswith("__main__."):
             name = target.removeprefix("__main__.")
             raise ConfigError(
-                "is defined in the program that launches the run, which the workers, processes of their own, cannot "
-                f"import: move it to a module beside that program (my_code.py) and write my_code.{name}, or use "
+                "is defined in the program that launches the run, which the worker processes cannot import: "
+                f"move it to a module beside that program (my_code.py) and write my_code.{name}, or use "
                 "cluster=inline",
                 key=key,
                 value=target,
@@ -209,7 +211,5 @@ def check_init_from(e: Experiment, look_up: Callable[[str], str | None] = lambda
     except Exception:  # noqa: BLE001  a state dict that needs values; the worker that loads reports it
         return
     if problem:
-        advice = (
-            "; init_from.mapping, exclude or strict=false say what to do with such names" if e.init_from.strict else ""
-        )
+        advice = "; init_from.mapping, exclude or strict=false handle such names" if e.init_from.strict else ""
         raise ConfigError(f"{problem}{advice}", key="init_from", value=weights.place)

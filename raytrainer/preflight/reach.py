@@ -33,7 +33,7 @@ def check_tracking(probe: Callable[[str], None], uri: str, required: bool) -> li
     try:
         probe(uri)
     except (TrackingUnreachable, TrackingDenied) as error:
-        return [f"{error}; tracking.required=false trains all the same and keeps the metrics until it answers"]
+        return [f"{error}; tracking.required=false trains without it and keeps the metrics until it answers"]
     except TrackingError as error:  # the server refuses this run, and not requiring it would not help
         return [str(error)]
     return []
@@ -42,7 +42,7 @@ def check_tracking(probe: Callable[[str], None], uri: str, required: bool) -> li
 def check_environment(e: Experiment, environ: Mapping[str, str]) -> list[str]:
     """Return problems of variables that would send the run elsewhere, and of the temporary directory."""
     if e.cluster.kind == "local" and (address := environ.get("RAY_ADDRESS")):
-        own = f"RAY_ADDRESS={address} is set and cluster=local starts a Ray of its own on this machine; "
+        own = f"RAY_ADDRESS={address} is set and cluster=local starts its own Ray on this machine; "
         return [own + "use cluster=existing for that cluster, or unset RAY_ADDRESS"]
     return check_temporary(e, environ)
 
@@ -89,29 +89,29 @@ def check_reach(e: Experiment, tracking_uri: str, is_here: Callable[[str], bool]
     where = f"cluster={e.cluster.kind} runs on other machines"
     if (path := _local_path(e.storage_path or "")) is not None and not _is_below(path, shared):
         problems.append(
-            f"storage_path={path} is this machine's, and {where}: storage_path=s3://bucket/runs (or gs://, abfs://), or "
+            f"storage_path={path} is on this machine, and {where}: set storage_path=s3://bucket/runs (or gs://, abfs://), or "
             f"cluster.shared_paths=[{path}] if it is the same directory there"
         )
     endpoint = dict(parse_qsl(urlsplit(e.storage_path or "").query)).get("endpoint_override", "")
     if endpoint and _is_loopback(endpoint):
         problems.append(
-            f"storage_path={Storage(e.storage_path or '').display} has an endpoint_override={endpoint} that is this "
-            f"machine, and {where}: give the address that they reach"
+            f"storage_path={Storage(e.storage_path or '').display} has an endpoint_override={endpoint} that is on "
+            f"this machine, and {where}: give the address that they reach"
         )
     # The name of a run is not a path: only an existing file was made absolute.
     source = e.init_from.source if e.init_from else None
     if source and (path := _local_path(source)) and path.startswith("/") and not _is_below(path, shared):
         problems.append(
-            f"init_from={path} is this machine's, and {where}: copy it to the storage (s3://…), or give the name of a run "
-            "that is there, or name a directory that both have in cluster.shared_paths"
+            f"init_from={path} is on this machine, and {where}: copy it to the storage (s3://…), or give the name of a run "
+            "that is there, or list a directory that both share in cluster.shared_paths"
         )
     uri, fix = redacted(tracking_uri), "tracking.tracking_uri=https://… of an MLflow server that they reach"
     path = re.sub(r"^(sqlite(\+\w+)?:///|file://)", "", tracking_uri)
     if "://" not in path:
         if not _is_below(path, shared):
-            problems.append(f"tracking.tracking_uri={uri} is a file of this machine, and {where}: {fix}")
+            problems.append(f"tracking.tracking_uri={uri} is a file on this machine, and {where}: {fix}")
     elif _is_loopback(tracking_uri):
-        problems.append(f"tracking.tracking_uri={uri} is on this machine's loopback, and {where}: {fix}")
+        problems.append(f"tracking.tracking_uri={uri} is a loopback address of this machine, and {where}: {fix}")
     return problems
 
 
@@ -134,7 +134,9 @@ def local_files(e: Experiment, sent: Collection[str] = ()) -> list[str]:
         relative = os.path.normpath(value)
         goes = any(name == relative or name.startswith(f"{relative}/") for name in sent)
         if there and not (goes if not path.is_absolute() else _is_below(value, e.cluster.shared_paths)):
-            found.append(f"{key}={value} is on this machine, and does not go along; it must be on the workers' too")
+            found.append(
+                f"{key}={value} is on this machine and is not uploaded; it must also be on the workers' machines"
+            )
     return found
 
 

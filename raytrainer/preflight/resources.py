@@ -165,7 +165,7 @@ def check_resources(e: Experiment, available: Resources, where: str) -> list[str
     count, gpu = least_workers(e), uses_gpu(e, available)
     each = per_worker(e, gpu)
     most_has = f"{where} has at most" if available.more else f"{where} has"
-    added = ", nodes that it can add included" if available.more else ""
+    added = ", including nodes that it can add" if available.more else ""
     for name, share in each.items():
         has = available.get(name)
         if has is None or share * count <= has + 1e-9:  # 3 × 0.1 is 0.30000000000000004
@@ -199,7 +199,7 @@ def _check_ray_data(e: Experiment, each: Mapping[str, float], available: Resourc
         return []
     has = f"{most_has} {amount('CPU', available.cpus)} for {count} workers of {amount('CPU', share)}"
     return [
-        f"{keys[0]} needs a CPU beside the workers' for Ray's tasks, and {has}: let there be fewer, or each with less"
+        f"{keys[0]} needs a CPU beside the workers' for Ray's tasks, and {has}: use fewer workers, or fewer CPUs for each"
     ]
 
 
@@ -212,11 +212,11 @@ def _check_nodes(e: Experiment, each: Mapping[str, float], available: Resources,
     if places >= count:
         return []
     one = ", ".join(amount(name, share) for name, share in each.items() if share) + (f" of {kind}" if kind else "")
-    of = f"{where}, nodes that it can add included," if available.more else where
+    of = f"{where}, including nodes that it can add," if available.more else where
     if places == 0:
-        return [f"a worker asks for {one}, and no node of {of} has that; scaling.resources_per_worker says how much"]
+        return [f"a worker asks for {one}, and no node of {of} has that; scaling.resources_per_worker sets how much"]
     strictly = f" with scaling.placement_strategy={strategy}" if strategy.startswith("STRICT") else ""
-    room = f"room for {places}: what two nodes have together is none; scaling.num_workers={places} fits"
+    room = f"room for {places}: each worker must fit on one node; scaling.num_workers={places} fits"
     return [f"scaling.num_workers={count} × ({one}){strictly}, and {of} has {room}"]
 
 

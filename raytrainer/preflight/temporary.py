@@ -40,13 +40,13 @@ def _check_of_ray(environ: Mapping[str, str]) -> list[str]:
     folder, shown = Path(text), f"{name}={text}" if name is not None else text
     other = f"{name}=/tmp, or another short path on a local disk" if name else "RAY_TMPDIR=DIR names another directory"
     if not text.startswith("/"):
-        return [f"{shown} is no absolute path, and Ray keeps its sockets and logs there: {other}"]
+        return [f"{shown} is not an absolute path, and Ray keeps its sockets and logs there: {other}"]
     length = len(os.fsencode(text.rstrip("/") + _SESSION.format(pid=os.getpid())))
     if length > _SOCKET_BYTES:
         most = _SOCKET_BYTES - (length - len(os.fsencode(text.rstrip("/"))))
         return [
             (
-                f"{shown} is too long: Ray's sockets in it would have paths of {length} bytes, and {_SOCKET_BYTES} are possible;"
+                f"{shown} is too long: Ray's sockets in it would have paths of {length} bytes, and the limit is {_SOCKET_BYTES};"
                 f" it may have at most {most} bytes: {other}"
             )
         ]
@@ -92,7 +92,7 @@ def _check_of_compiler(environ: Mapping[str, str]) -> list[str]:
     return [
         (
             f"{shown} is on a file system from which no code can be loaded (noexec), and trainer.compile keeps its code there:"
-            " TORCHINDUCTOR_CACHE_DIR=DIR names another directory, trainer.compile=false does without"
+            " TORCHINDUCTOR_CACHE_DIR=DIR names another directory, and trainer.compile=false needs none"
         )
     ]
 

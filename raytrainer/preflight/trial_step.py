@@ -169,8 +169,8 @@ def _importable(e: Experiment) -> None:
         check_targets(e)
     except ConfigError as error:
         raise ConfigError(
-            f"{error}. The launching process imports it, and a new process, as each worker is, does not: put its folder "
-            "on PYTHONPATH, or install it"
+            f"{error}. The launching process can import it, but a new process such as a worker cannot: put its "
+            "folder on PYTHONPATH, or install it"
         ) from error
 
 

@@ -125,7 +125,7 @@ class Driver:
             self.display.say(f"Forced exit. Unsent metrics are in {self.spool_dir}; resume uploads them.")
         except (RaytrainerError, OSError) as failed:
             # Only the upload failed. The outcome is unchanged, and the record below gets the status.
-            self.display.say(f"warning: MLflow does not have everything: {type(failed).__name__}: {failed}")
+            self.display.say(f"warning: could not upload everything to MLflow: {type(failed).__name__}: {failed}")
         if not self.record.ended:  # MLflow did not get the end, so `_close` has not closed the record
             self.record = self._ended(outcome)
         # Since then, a signal or a lost server may have changed the outcome.
@@ -227,11 +227,11 @@ class Driver:
         if not run.finish(outcome.status, outcome.cause, tags=tags, ended=record.ended, timeout_s=patience):  # type: ignore[arg-type]
             if self.spool_dir.is_dir():
                 self.display.say(
-                    f"MLflow does not have everything yet. Unsent metrics are in {self.spool_dir}; resume uploads them."
+                    f"Could not upload everything to MLflow. Unsent metrics are in {self.spool_dir}; resume uploads them."
                 )
         elif gone := lost_database(run.tracking_uri):
             self.display.say(
-                f"warning: MLflow's database {gone} was deleted while the run was going on; resume {self.record.name} "
+                f"warning: MLflow's database {gone} was deleted during the run; resume {self.record.name} "
                 "continues in a new MLflow run"
             )
         # With the path of this Python, because the environment's programs may not be on the user's PATH.

@@ -272,8 +272,7 @@ def refuse_existing(e: Experiment, storage: Storage) -> None:
     """
     if storage.exists(CONFIG) or storage.exists("checkpoints"):
         raise ConfigError(
-            f"is the name of a run that exists in {shown(e)}; resume {e.name} goes on with it, "
-            "another name starts a new one",
+            f"is the name of an existing run in {shown(e)}; resume {e.name} continues it, another name starts a new run",
             key="name",
             value=e.name,
         )
@@ -322,5 +321,5 @@ def _existing_resources(e: Experiment) -> tuple[preflight.Resources, str]:
         found = supervise.attach(address, e.cluster.runtime_env, e.name or "")
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"is no running Ray cluster: {first}", key="cluster.address", value=address) from error
+        raise ConfigError(f"is not a running Ray cluster: {first}", key="cluster.address", value=address) from error
     return cluster_resources(e), f"the cluster at {found}"

@@ -49,7 +49,7 @@ class _File:
                 self._cut = True
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT)
                 where = f"no space at {self._path}" if full else f"{self._path}: {error.strerror}"
-                self._say(f"warning: {where}: this log is not complete")
+                self._say(f"warning: {where}; this log is incomplete")
 
     def close(self) -> None:
         if self._file is not None:

@@ -148,7 +148,7 @@ class Record:
             # Records of later versions may have more fields.
             return cls(**{k: v for k, v in found.items() if k in cls.__dataclass_fields__})
         except (ValueError, TypeError, AttributeError) as error:
-            raise StorageError(f"{storage.uri}/{RECORD} is no record of a run: {error}") from error
+            raise StorageError(f"{storage.uri}/{RECORD} is not a valid run record: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -151,9 +151,7 @@ class Storage:
     def check_there(self) -> None:
         """Raise StorageGone if the directory to which this storage is anchored no longer exists."""
         if self._anchor is not None and not self._anchor.is_dir():
-            raise StorageGone(
-                f"The run's directory {self._anchor} is gone: it was deleted or moved while the run was going on"
-            )
+            raise StorageGone(f"The run's directory {self._anchor} is gone: it was deleted or moved during the run")
 
     def _make_parent(self, path: Path) -> None:
         self.check_there()

@@ -118,11 +118,13 @@ class Lock:
         """
         if self._is_gone():
             raise StorageGone(
-                f"The run's directory {self._directory.local_path.parent} is gone: it was deleted or moved while the run was "
-                "going on"
+                f"The run's directory {self._directory.local_path.parent} is gone: it was deleted or moved "
+                "during the run"
             )
         if self._lost:
-            raise StorageLocked(f"{self._directory.display} was taken over while {named(self._owner)} was out of touch")
+            raise StorageLocked(
+                f"{self._directory.display} was taken over while {named(self._owner)} sent no heartbeat"
+            )
 
     def _remove(self, name: str) -> None:
         self._directory.delete(f"{name}.held")
@@ -150,10 +152,10 @@ class Lock:
                     self._lost = True
                     if self._is_gone():  # `check` raises it
                         return
-                    _log.error("the lock %s was taken over by another", self._directory.display)
+                    _log.error("the lock %s was taken over by another process", self._directory.display)
                     return
             except StorageError as exc:  # the next heartbeat may succeed, or show a takeover
-                _log.warning("no heartbeat for the lock: %s", exc)
+                _log.warning("could not write the heartbeat of the lock: %s", exc)
 
     def _is_gone(self) -> bool:
         """Return whether the locked directory was deleted, and not only the lease."""
@@ -255,7 +257,7 @@ def _parse(name: str, data: bytes, *, held: bool, beat: float) -> Claim:
         owner = {str(key): str(value) for key, value in claim["owner"].items()}
         return Claim(name, held, owner, claim["machine"], claim["started"], beat)
     except (ValueError, KeyError, TypeError, AttributeError):
-        return Claim(name, held, {"run": "an unreadable claim"}, None, None, beat)
+        return Claim(name, held, {"run": "an unreadable lease"}, None, None, beat)
 
 
 def named(owner: Mapping[str, str]) -> str:

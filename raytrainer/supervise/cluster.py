@@ -163,7 +163,9 @@ def find_cluster(address: str) -> None:
 
     threading.Thread(target=ask, name="ray-probe", daemon=True).start()
     if not answered.wait(_ANSWER_S):
-        raise ConnectionError(f"what listens there does not answer as Ray does within {_ANSWER_S:g} s")
+        raise ConnectionError(
+            f"the process that listens there did not answer like a Ray cluster within {_ANSWER_S:g} s"
+        )
 
 
 def attach(address: str, runtime_env: Mapping[str, Any], name: str) -> str:

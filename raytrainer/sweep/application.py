@@ -189,8 +189,8 @@ class _Sweep:
         )
         if schedule.pauses(self._search.scheduler):
             raise ConfigError(
-                "pauses or copies trials, which takes checkpoints, and a function has none: asha and median stop the "
-                "worse ones only",
+                "pauses or copies trials, which needs checkpoints, and a function has none: use asha or median, which "
+                "only stop the worse trials",
                 key="sweep.scheduler",
                 value=type(self._search.scheduler).__name__,
             )
@@ -226,7 +226,7 @@ class _Sweep:
             self._board.close()
         for trial in self._journal.trials.values():
             if trial.status == "running":
-                self._journal.end(trial.id, "stopped", self._interrupts.reason or "the sweep ended before it")
+                self._journal.end(trial.id, "stopped", self._interrupts.reason or "the sweep ended before the trial")
         with contextlib.suppress(StorageError):  # Tune's own files, which nothing reads
             self._storage.delete("tune")
         found = self._results()
@@ -256,7 +256,7 @@ class _Sweep:
             supervise.attach(address, {}, f"sweep {self._storage.uri.rsplit('/', 1)[-1]}")
         except Exception as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ConfigError(f"is no running Ray cluster: {first}", key=f"{KEY}.address", value=address) from error
+            raise ConfigError(f"is not a running Ray cluster: {first}", key=f"{KEY}.address", value=address) from error
         return Experiment(cluster=ClusterConfig(kind="existing", address=address))
 
     def _trials(self) -> str:
@@ -277,7 +277,7 @@ class _Sweep:
         count = "trials" if total is None else f"{total} trials"
         self._display.say(
             f"{self._shared.name}: {count} over {', '.join(p.key for p in self._parameters)}, {limit} at a time; "
-            f"what they print: {self._storage.where(OUTPUT)}"
+            f"their output: {self._storage.where(OUTPUT)}"
         )
         self._display.say(_aim(self._settings.direction, self._shared.name))
         for note in self._search.notes:
@@ -418,7 +418,7 @@ def _opened(
     place = storage.local_path
     if not settings.resume:
         raise ConfigError(
-            f"has a sweep of {len(journal.trials)} trials; {KEY}.resume=true goes on with it, another one starts a new",
+            f"has a sweep of {len(journal.trials)} trials; {KEY}.resume=true continues it, another directory starts a new sweep",
             key="hydra.sweep.dir",
             value=place,
         )
@@ -427,7 +427,11 @@ def _opened(
             what = {"parameters": "other parameters", "fixed": "other overrides", "direction": "another direction"}[
                 name
             ]
-            raise ConfigError(f"has a sweep with {what}, which cannot go on", key="hydra.sweep.dir", value=place)
+            raise ConfigError(
+                f"has a sweep with {what}, which cannot be continued; another directory starts a new sweep",
+                key="hydra.sweep.dir",
+                value=place,
+            )
     return journal
 
 
@@ -461,8 +465,8 @@ def _packed(jobs: Jobs) -> bytes:
         return bytes(cloudpickle.dumps(jobs.keeping(_is_packable)))
     except Exception as error:
         raise ConfigError(
-            f"cannot send {jobs.name}() to another process: {type(error).__name__}: {error}; what stands in the script "
-            "itself goes along with the function, a module that is imported does not",
+            f"cannot send {jobs.name}() to another process: {type(error).__name__}: {error}; what the script itself "
+            "defines is sent with the function, an imported module is not",
             key="hydra/sweeper",
             value="ray_tune",
         ) from error

@@ -149,7 +149,7 @@ class SweepDriver:
             self.display.say(f"Forced exit. Unsent metrics are in {self.storage.uri}; resume uploads them.")
         except (RaytrainerError, OSError) as failed:
             outcome = self._outcome(reason, error or failed)
-            self.display.say(f"warning: not everything was written: {type(failed).__name__}: {failed}")
+            self.display.say(f"warning: could not write everything: {type(failed).__name__}: {failed}")
         for trial in self._gone:
             self._tidy.submit(_delete_checkpoints, self._trial_dir(trial))
         self._tidy.shutdown(wait=outcome.status != "KILLED", cancel_futures=outcome.status == "KILLED")
@@ -256,7 +256,7 @@ class SweepDriver:
             )
         if reason != "finished":
             budget = duration(self.e.sweep.time_budget_s or 0)
-            self._say_stopping(f"its time of {budget} (sweep.time_budget_s) is over")
+            self._say_stopping(f"the time budget of {budget} (sweep.time_budget_s) is used up")
         return reason
 
     def _between(self, waits: bool) -> None:
@@ -281,7 +281,7 @@ class SweepDriver:
             return
         self._stopping = True
         running = sum(trial.status == "running" for trial in self.journal.trials.values())
-        trials = f" {running} trial{'' if running == 1 else 's'}, which can go on from the last checkpoint"
+        trials = f" {running} trial{'' if running == 1 else 's'}, which can continue from the last checkpoint"
         self.display.say(f"{why}: stopping{trials if running else ''}")
 
     def _fixed(self, gpu: bool) -> list[str]:
@@ -443,7 +443,7 @@ class SweepDriver:
     def _stop_the_rest(self, error: BaseException | None) -> BaseException | None:
         """Mark running trials as stopped, also in MLflow, even if the journal cannot be written. A resume continues
         them. Return the error that ended the sweep, which may come from the journal."""
-        cause = str(error) if error is not None else "the sweep's time is over"
+        cause = str(error) if error is not None else "the sweep's time budget is used up"
         for trial in self.journal.trials.values():
             if trial.status == "running":
                 try:
@@ -491,7 +491,7 @@ class SweepDriver:
             try:
                 writing.result(_DRAW_STOPPED_S if stopped else None)
             except TimeoutError:
-                self.display.say("warning: not all results are written yet, and nobody waits for them")
+                self.display.say("warning: not all result files were written in time")
         outcome = replace(outcome, weights=self._weights(outcome.trials))
         run = self._opened(opening, stopped)
         if run is not None:
@@ -501,7 +501,9 @@ class SweepDriver:
                 try:
                     tell(run, outcome)
                 except (RaytrainerError, OSError) as failed:  # the rest is sent in any case
-                    self.display.say(f"warning: MLflow does not have everything: {type(failed).__name__}: {failed}")
+                    self.display.say(
+                        f"warning: could not upload everything to MLflow: {type(failed).__name__}: {failed}"
+                    )
         done = self._uploader.close(patience if run is not None or opening.done() else 0.0)
         if run is None:
             return outcome
@@ -512,10 +514,10 @@ class SweepDriver:
             )
             done = told and done
         except (RaytrainerError, OSError) as failed:
-            self.display.say(f"warning: MLflow does not have the final status: {type(failed).__name__}: {failed}")
+            self.display.say(f"warning: could not send the final status to MLflow: {type(failed).__name__}: {failed}")
         if not done:
             self.display.say(
-                f"MLflow does not have everything yet. Unsent metrics are in {self.storage.uri}; resume uploads them."
+                f"Could not upload everything to MLflow. Unsent metrics are in {self.storage.uri}; resume uploads them."
             )
         if run.offline and (made := tracking.recorded_run_id(self.spool_dir)):
             self.record = replace(self.record, run_id=made)
@@ -530,7 +532,7 @@ class SweepDriver:
         try:
             return opening.result(timeout=_CLOSE_STOPPED_S if stopped and hangs else _OPEN_S)
         except TimeoutError:
-            self.display.say("warning: MLflow does not answer; resume tells it what became of the sweep")
+            self.display.say("warning: MLflow does not answer; resume uploads the sweep's outcome")
         except (RaytrainerError, OSError) as failed:
             if not self.e.tracking.required:  # otherwise the outcome shows it
                 self.display.say(f"warning: the sweep has no run in MLflow: {type(failed).__name__}: {failed}")
@@ -595,7 +597,7 @@ class SweepDriver:
             )
         except Exception as error:  # noqa: BLE001  drawing may fail in many ways; the journal has the results
             self.logs.text_of("driver", "".join(traceback.format_exception(error)))
-            self.display.say(f"warning: not all results were written: {type(error).__name__}: {error}")
+            self.display.say(f"warning: could not write all result files: {type(error).__name__}: {error}")
 
     # --- the end --------------------------------------------------------------------------------------------------
 
@@ -635,8 +637,8 @@ class SweepDriver:
             return f"no trial has a value of {self.plan.metric} that is a number"
         if reason != "finished":
             budget = duration(self.e.sweep.time_budget_s or 0)
-            return f"its time of {budget} (sweep.time_budget_s) was over before a trial had finished"
-        return "no trial finished: all were pruned" if trials else "no trial was drawn"
+            return f"the time budget of {budget} (sweep.time_budget_s) ended before any trial finished"
+        return "no trial finished: all were pruned" if trials else "no trial was sampled"
 
 
 def at_once(asked: int | None, fit: int, *, grows: bool = False) -> tuple[int, str | None]:

@@ -221,7 +221,7 @@ class Search:
 
     def recovered(self, trial: Trial, tune_id: str) -> None:
         cause, _ = self._deaths[tune_id]
-        self._listener.say(f"trial {trial.id}: {_line(cause)}; it is tried again")
+        self._listener.say(f"trial {trial.id}: {_line(cause)}; retrying")
 
     def _end(self, trial: Trial, status: Status, cause: str | None, trace: str | None = None) -> None:
         cause = None if cause is None else _line(cause)

@@ -379,7 +379,7 @@ def _number(value: Any) -> Any:
     if isinstance(value, str):
         return float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{value!r} is no number")
+        raise ValueError(f"{value!r} is not a number")
     return value
 
 

@@ -101,17 +101,17 @@ def resume_words(plan: Plan, journal: TrialJournal) -> str:
     open_ = sum(t.status in ("running", "stopped") for t in trials)
     failed = sum(t.status == "failed" and not t.diverged for t in trials) - retried
     kept = len(trials) - open_ - retried
-    parts = [f"{kept} trial{' has' if kept == 1 else 's have'} ended and {'is' if kept == 1 else 'are'} kept"]
-    parts += [f"{open_} {'goes' if open_ == 1 else 'go'} on"] if open_ else []
-    parts += [f"{retried} that failed {'is' if retried == 1 else 'are'} tried again"] if retried else []
+    parts = [f"{kept} ended trial{' is' if kept == 1 else 's are'} kept"]
+    parts += [f"{open_} {'continues' if open_ == 1 else 'continue'}"] if open_ else []
+    parts += [f"{retried} failed trial{' is' if retried == 1 else 's are'} retried"] if retried else []
     if total is None or total > len(trials):
         parts.append(
             "the remaining trials will be sampled" if total is None else f"{total - len(trials)} more will be sampled"
         )
-    told = "going on: " + ", ".join(parts)
+    told = "resuming: " + ", ".join(parts)
     if failed and not retried:
         more = plan.experiment.sweep.max_trial_failures + 1
-        told += f"; sweep.max_trial_failures={more} would try the {failed} that failed again"
+        told += f"; sweep.max_trial_failures={more} would retry the {failed} that failed"
     return told
 
 

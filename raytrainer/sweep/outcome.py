@@ -60,14 +60,14 @@ def summary(outcome: SweepOutcome, program: str) -> str:
         )
     ]
     if outcome.note:
-        rows.append(("", f"{outcome.note}; resume goes on"))
+        rows.append(("", f"{outcome.note}; resume continues the sweep"))
     if outcome.cause and outcome.status == "FAILED":
         rows.append(("cause", outcome.cause))
     failed = [t for t in outcome.trials if t.status == "failed"]
     for trial in failed[:_MOST_FAILED]:
         # The cause of the sweep's end is shown above.
         whole = outcome.cause is None or not (trial.cause or "").endswith(outcome.cause)
-        rows.append(("failed", f"{trial.id}: {trial.cause}" if whole else f"{trial.id}: that was its cause"))
+        rows.append(("failed", f"{trial.id}: {trial.cause}" if whole else f"{trial.id}: this failure ended the sweep"))
         if trial.error is not None:
             rows.append(("", f"{record.run_dir}/{trial.error}"))
     if counts["failed"] > _MOST_FAILED:
@@ -84,7 +84,12 @@ def summary(outcome: SweepOutcome, program: str) -> str:
         overrides = plan.overrides_of(parameters_at(best[0], report))
         rows.append(("", command_line(program, plan.options, plan.fixed, overrides)))
         if len(path := parameter_segments(best[0], report, outcome.trials)) > 1:
-            rows.append(("", f"schedule: {schedule_text(path)}; trained under all of it, the command has the last"))
+            rows.append(
+                (
+                    "",
+                    f"schedule: {schedule_text(path)}; the trial trained with all of it, the command has the last values",
+                )
+            )
         if outcome.weights is not None:
             rows.append(("weights", outcome.weights))
     following = [outcome.mlflow_command] if outcome.mlflow_command else []

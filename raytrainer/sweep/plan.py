@@ -155,7 +155,7 @@ class Plan:
                 raise StorageError(f"{storage.where(PLAN)} was written by a later version of raytrainer")
             return cls.from_dict(found)
         except (ValueError, TypeError, KeyError) as error:
-            raise StorageError(f"{storage.where(PLAN)} is no plan of a sweep: {error}") from error
+            raise StorageError(f"{storage.where(PLAN)} is not a valid sweep plan: {error}") from error
 
 
 def make_plan(

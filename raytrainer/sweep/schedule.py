@@ -80,7 +80,7 @@ def make_scheduler(
     if not node:
         return FIFOScheduler()
     if inspect.isclass(target) and not issubclass(target, TrialScheduler):
-        raise ConfigError("is no ray.tune.schedulers.TrialScheduler", key=f"{key}._target_", value=node["_target_"])
+        raise ConfigError("is not a ray.tune.schedulers.TrialScheduler", key=f"{key}._target_", value=node["_target_"])
     names = inspect.signature(target).parameters
     given = {name: value for name, value in node.items() if not (name == "max_t" and value is None)}
     bind(key, given, SUPPLIED["sweep.scheduler"])
@@ -140,8 +140,8 @@ def _check_population(
         if p.group or not may_change(p.key):
             what = "chooses another config" if p.group else "changes what a checkpoint means"
             raise ConfigError(
-                f"{what}, and cannot change in the middle of a trial as population based training has it; leave it out, "
-                "or choose sweep=asha",
+                f"{what}, and cannot change in the middle of a trial, as population based training requires; leave it "
+                "out, or choose sweep=asha",
                 key=p.key,
             )
     if not _is(drawn_by, RandomSearch):
@@ -222,8 +222,8 @@ def check_bounded(scheduler: TrialScheduler, search: Mapping[str, Any] | None, n
     grid = search is not None and _is(locate("sweep.search_alg", search["_target_"]), GridSearch)
     if pauses(scheduler) and num_samples is None and not grid:
         raise ConfigError(
-            f"must be set: {type(scheduler).__name__} has all trials drawn before it compares them, and "
-            "sweep.time_budget_s says nothing of their number",
+            f"must be set: {type(scheduler).__name__} samples all trials before it compares them, and "
+            "sweep.time_budget_s does not limit their number",
             key="sweep.num_samples",
         )
 
@@ -259,17 +259,17 @@ def replay(scheduler: TrialScheduler, trials: Sequence[Trial]) -> str | None:
         _replay(scheduler, seen, scheduler.on_trial_result, _renamed_rungs)
         if len(scheduler._brackets) == 1:
             return None
-        return f"{name} does not know in which of its brackets a trial was: they were drawn anew"
+        return f"{name} cannot restore in which of its brackets a trial was: the brackets are drawn again"
     if isinstance(scheduler, MedianStoppingRule):
         # Reports go to `on_trial_complete`, which stores a result without making a decision.
         _replay(scheduler, seen, scheduler.on_trial_complete, _renamed_results)
         return None
-    anew = "it begins anew"
+    anew = "it starts from scratch"
     if isinstance(scheduler, HyperBandScheduler):
-        anew = "its brackets begin anew"
+        anew = "its brackets start from scratch"
     if isinstance(scheduler, PopulationBasedTraining):
-        anew = "the trials that go on are compared with each other only"
-    return f"{name} cannot be told of what the earlier trials reported: {anew}"
+        anew = "the trials that continue are compared only with each other"
+    return f"{name} cannot restore the reports of the earlier trials: {anew}"
 
 
 def _replay(

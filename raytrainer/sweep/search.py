@@ -213,7 +213,7 @@ class Translated(Searcher):  # type: ignore[misc]
             return drawn
         missing = [p.key for p in self.parameters if alias(p.key) not in drawn]
         if missing:
-            raise ConfigError(f"{type(self.inner).__name__} drew no value of it", key=missing[0])
+            raise ConfigError(f"got no value from {type(self.inner).__name__}", key=missing[0])
         return {p.key: decoded(p, drawn[alias(p.key)]) for p in self.parameters}
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
@@ -272,7 +272,7 @@ def check_search(
     target = locate(key, node.get("_target_"))
     if inspect.isclass(target) and not issubclass(target, Searcher):
         hint = "; leave sweep.search_alg null for random draws" if issubclass(target, SearchAlgorithm) else ""
-        raise ConfigError(f"is no ray.tune.search.Searcher{hint}", key=f"{key}._target_", value=node["_target_"])
+        raise ConfigError(f"is not a ray.tune.search.Searcher{hint}", key=f"{key}._target_", value=node["_target_"])
     bind(key, dict(node), SUPPLIED["sweep.search_alg"])
     if inspect.isclass(target) and issubclass(target, GridSearch):
         grid_size(parameters)
@@ -344,7 +344,7 @@ def tell(search: Translated, trials: Sequence[Trial], mode: Mode) -> str | None:
         return None
     name = type(search.inner).__name__
     if not search.takes_points:
-        return f"{name} cannot be told of the {len(ended)} trials that have ended: it learns anew"
+        return f"{name} cannot learn from the {len(ended)} ended trials and starts from scratch"
     from raytrainer.supervise import METRIC  # not at the top, because trial processes import this module without it
 
     search.set_search_properties(METRIC, mode, {})
@@ -358,7 +358,11 @@ def tell(search: Translated, trials: Sequence[Trial], mode: Mode) -> str | None:
             search.add_evaluated_point(trial.parameters, value, error)
         except (KeyError, ValueError, ConfigError):
             refused += 1
-    return f"{name} did not get {refused} trials, which are outside the current search space" if refused else None
+    return (
+        f"{name} cannot learn from {refused} ended trials, which are outside the current search space"
+        if refused
+        else None
+    )
 
 
 # --- the trials -----------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ class Settings:
                 )
         if not isinstance(self.direction, str) or self.direction not in DIRECTIONS:
             raise ConfigError(
-                "is no direction, of which there is one since one number is searched for",
+                "must be one direction, since a sweep optimizes one number",
                 key=f"{KEY}.direction",
                 value=self.direction,
                 choices=DIRECTIONS,
@@ -94,7 +94,7 @@ class Settings:
         known = [f.name for f in fields(cls)]
         for name in given:
             if name not in known:
-                raise ConfigError("is no setting of ray_tune", key=f"{KEY}.{name}", choices=known)
+                raise ConfigError("is not a setting of ray_tune", key=f"{KEY}.{name}", choices=known)
         return cls(**given)
 
     @property
@@ -121,7 +121,7 @@ class Settings:
             if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 <= amount < float("inf"):
                 raise ConfigError("must be a number, not below 0", key=f"{key}.{name}", value=amount)
         if not any(resources.values()):
-            raise ConfigError("must have something: nothing else bounds how many run at a time", key=key)
+            raise ConfigError("must have an amount above 0: nothing else limits how many trials run at a time", key=key)
 
 
 def _node(name: str, value: Any, short: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any] | None:

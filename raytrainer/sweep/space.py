@@ -77,10 +77,10 @@ def nearest(parameter: Parameter, value: Any) -> Any:
             return next(one for one in parameter.values if parameter.override(one) == parameter.override(value))
         numbers = [one for one in parameter.values if _is_number(one)]
         if not numbers or not _is_number(value):
-            raise ConfigError("was drawn with a value that it cannot have", key=parameter.key, value=value)
+            raise ConfigError("was sampled with a value that it cannot have", key=parameter.key, value=value)
         return min(numbers, key=lambda one: abs(one - value))
     if not _is_number(value):
-        raise ConfigError("was drawn with a value that is no number", key=parameter.key, value=value)
+        raise ConfigError("was sampled with a value that is not a number", key=parameter.key, value=value)
     assert parameter.low is not None
     assert parameter.high is not None
     inside = min(max(value, parameter.low), parameter.high)

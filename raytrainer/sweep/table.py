@@ -86,7 +86,7 @@ class Board:
     def start(self, trial: Trial) -> None:
         """Show that a trial starts or continues."""
         self._running[trial.id] = (trial, self._clock())
-        last = f"goes on after evaluation {trial.reports[-1].evaluation}" if trial.reports else "begins"
+        last = f"continues after evaluation {trial.reports[-1].evaluation}" if trial.reports else "begins"
         self._display.note(f"trial {trial.id} {last}: {_settings(trial.parameters, self._names)}")
         self.tick()
 

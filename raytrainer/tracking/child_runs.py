@@ -157,10 +157,12 @@ class ChildRunUploader:
         try:
             note = spool.note()
             if note is None and run_id.startswith(LOCAL_PREFIX) and spool.state().run_id is None:
-                logger.warning("%s has no description of the run %s, which cannot be made", spool.root, run_id)
+                logger.warning(
+                    "%s has no description of the run %s, so its MLflow run cannot be created", spool.root, run_id
+                )
                 return False
         except StorageError as error:
-            logger.warning("%s. It is left as it is", error)
+            logger.warning("%s. This spool is not uploaded", error)
             return False
         child = _Child(spool, run_id, note.run_name if note else "")
         if note is not None and note.end_time is not None:
@@ -224,7 +226,7 @@ class ChildRunUploader:
                 path.write_text(text, errors="replace")
                 child.spool.add_artifact(path, None)
         except (StorageError, OSError) as error:
-            self._say("artifact", f"{error}. {name} of a trial is left out")
+            self._say("artifact", f"{error}. {name} of a trial is skipped")
 
     def _write(self, child: _Child, change: Callable[[RunNote | None], RunNote]) -> None:
         with self._lock:
@@ -237,7 +239,7 @@ class ChildRunUploader:
                     child.unsaved = None
             except StorageError as error:
                 child.unsaved = note or change(child.unsaved)
-                self._say("note", f"{error}. What is to be told of a trial is kept in memory until it can be written")
+                self._say("note", f"{error}. Updates of a trial are kept in memory until its spool can be written")
 
     def _say(self, what: str, text: str) -> None:
         if what not in self._said:
@@ -265,11 +267,11 @@ class ChildRunUploader:
             self._delay_s, self._denied = 0.0, False
         except TrackingDenied as error:
             well, self._denied = False, True
-            self._say("denied", f"{error}. No more is sent; trials are kept in their spools")
+            self._say("denied", f"{error}. Uploading stops; trials are kept in their spools")
         except TrackingError as error:
             well = False
             if not self._delay_s:
-                logger.warning("%s. Trials are kept in their spools until it can", error)
+                logger.warning("%s. Trials are kept in their spools and sent when the server answers", error)
             self._delay_s = _longer(self._delay_s)
         self.cpu_s = time.thread_time()
         return well
@@ -358,7 +360,7 @@ class ChildRunUploader:
         try:
             self._on_created(spool_dir, run_id)
         except Exception as error:  # noqa: BLE001  # an error in the caller's function must not stop the upload
-            logger.warning("the id of the run %s cannot be noted: %s", run_id, error)
+            logger.warning("the id of the run %s could not be recorded: %s", run_id, error)
 
     def _parent(self) -> str | None:
         if not self._parent_id:

@@ -160,8 +160,8 @@ def schema_problem(shown: str, revision: str | None) -> str:
     installed = f"MLflow {_mlflow_version()} (schema {head})"
     if revision is None:
         return (
-            f"the tracking database {shown} has an incomplete schema: its creation was interrupted, or it is of an MLflow"
-            f" before 1.0; back it up, then run `mlflow db upgrade {shown}`"
+            f"the tracking database {shown} has an incomplete schema: its creation was interrupted, or it was created"
+            f" by MLflow before 1.0; back it up, then run `mlflow db upgrade {shown}`"
         )
     if revision in known:
         return (
@@ -170,7 +170,7 @@ def schema_problem(shown: str, revision: str | None) -> str:
         )
     return (
         f"the tracking database {shown} has the schema {revision} of a newer MLflow, which {installed} cannot read:"
-        " install the MLflow version that made it, or name another database in tracking.tracking_uri"
+        " install the MLflow version that created it, or name another database in tracking.tracking_uri"
     )
 
 
@@ -351,12 +351,12 @@ def _unusable(path: Path, error: sqlite3.Error) -> TrackingUnreachable:
     text = str(error)
     if "locked" in text:
         return TrackingUnreachable(
-            f"the tracking database {path} is locked by another process, for more than {_BUSY_S:g} s: end that process,"
+            f"the tracking database {path} has been locked by another process for more than {_BUSY_S:g} s: end that process,"
             f" which `fuser {path}` names"
         )
     if "not a database" in text or "malformed" in text:
         return TrackingUnreachable(
-            f"the tracking database {path} is not a database of SQLite, or is damaged ({text}): restore it from a backup,"
+            f"the tracking database {path} is not a SQLite database, or is damaged ({text}): restore it from a backup,"
             " or name another file in tracking.tracking_uri"
         )
     return TrackingUnreachable(f"the tracking database {path} cannot be used: {text}")

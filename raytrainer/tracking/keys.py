@@ -33,7 +33,7 @@ class MetricKeys:
         self._keys[name], self._names[key] = key, name
         if key == name:
             return ""
-        why = "MLflow does not take this name" if cleaned != name else "the name is in use"
+        why = "MLflow does not accept this name" if cleaned != name else "the name is in use"
         other = f"; {cleaned!r} is the metric {self._names[cleaned]!r}" if key != cleaned else ""
         return f"The metric {name!r} is logged to MLflow as {key!r}: {why}{other}."
 

@@ -83,7 +83,7 @@ class Rest:
                 f"the tracking server {self._base} cannot be used: {reason}{proxies.hint(self._base)}"
             ) from None
         if not isinstance(found, dict):
-            raise TrackingUnreachable(f"the tracking server {self._base} does not answer as MLflow does")
+            raise TrackingUnreachable(f"the tracking server {self._base} does not answer like an MLflow server")
         return found
 
 

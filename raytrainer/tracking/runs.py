@@ -80,7 +80,9 @@ def open_run(
         note.run_id = note.run_id or f"{LOCAL_PREFIX}{uuid.uuid4().hex}"
         with spool.note_lock():
             spool.write_note(merged(spool.note(), note))
-        logger.warning("%s. tracking.required=false: the run is kept in %s until it can", error, spool.root)
+        logger.warning(
+            "%s. tracking.required=false: the run is kept in %s and sent when the server accepts it", error, spool.root
+        )
         experiment_id = ""
     return Run(note.run_id, experiment_id, tracking_uri, experiment_name, run_name, calls, spool)
 
@@ -164,12 +166,14 @@ class Run:
             except (TrackingUnreachable, TrackingDenied, RunGone) as error:
                 if self._spool is None:
                     raise
-                logger.warning("%s. %s is kept in %s until it can", error, source.name, self._spool.root)
+                logger.warning(
+                    "%s. %s is kept in %s and sent when the server accepts it", error, source.name, self._spool.root
+                )
         if self._spool is not None:
             try:
                 self._spool.add_artifact(source, folder)
             except StorageError as error:
-                logger.warning("the artifact %s is left out: %s", source, error)
+                logger.warning("the artifact %s is skipped: %s", source, error)
 
     def finish(
         self,
@@ -219,7 +223,7 @@ class Run:
             replay(self._spool.root, self.run_id, self.tracking_uri, timeout_s=left, server=server)
             return True
         except (TrackingError, StorageError) as error:
-            logger.warning("%s. What is left of the run, which ended as %s, is in %s", error, status, self._spool.root)
+            logger.warning("%s. The run ended as %s; its unsent data is in %s", error, status, self._spool.root)
             return False
 
     def _has_cause(self, server: Calls) -> bool:
@@ -246,7 +250,11 @@ class Run:
             except (TrackingUnreachable, TrackingDenied, RunGone) as error:
                 if self._spool is None:
                     raise
-                logger.warning("%s. The run's description is kept in %s until it can", error, self._spool.root)
+                logger.warning(
+                    "%s. The run's description is kept in %s and sent when the server accepts it",
+                    error,
+                    self._spool.root,
+                )
         if self._spool is not None:
             self._keep(self._spool, note)
 
@@ -257,7 +265,7 @@ class Run:
                 note = merged(spool.note(), note)
                 spool.write_note(note)
         except StorageError as error:
-            logger.warning("%s. The run's description cannot be kept there", error)
+            logger.warning("%s. The run's description could not be written", error)
         return note
 
 
@@ -287,8 +295,8 @@ def _open(server: Calls, note: RunNote, spool: Spool | None) -> str:
     apply_note(server, note.run_id, note)
     if state is None and existing:
         logger.warning(
-            "MLflow does not have the run %s any more: it, or its database, was deleted. %s continues in the new MLflow run "
-            "%s, without the metrics of before",
+            "MLflow no longer has the run %s: it, or its database, was deleted. %s continues in the new MLflow run "
+            "%s, without the earlier metrics",
             existing,
             note.run_name,
             note.run_id,

@@ -235,7 +235,7 @@ class Sender:
             state.floors[segment.attempt] = {} if self._no_rows else self._server.run(run_id).steps
             self._spool.write_state(state)
         if batch.broken:
-            logger.warning("%s: %d lines cannot be read and are left out", segment.path, batch.broken)
+            logger.warning("%s: %d lines cannot be read and are skipped", segment.path, batch.broken)
         rows = self._above_floor(batch.rows, state.floors.get(segment.attempt, {}))
         if len(rows) + len(more) > MAX_ROWS:
             self._log(run_id, more, {}, {})
@@ -286,7 +286,7 @@ class Sender:
                 key = rows[0].key if rows else next(iter({**tags, **params}))
                 if key not in self._warned:
                     self._warned.add(key)
-                    logger.warning("MLflow refuses %r, which is left out: %s", key, error)
+                    logger.warning("MLflow refuses %r, which is skipped: %s", key, error)
                 return len(rows), len(tags) + len(params)
         refused = [self._log(run_id, *part) for part in _parts(rows, tags, params)]
         return sum(rows for rows, _ in refused), sum(texts for _, texts in refused)
@@ -295,7 +295,7 @@ class Sender:
         try:
             self._server.log_artifact(run_id, artifact.path, artifact.folder)
         except Rejected as error:
-            logger.warning("MLflow refuses the artifact %s, which is left out: %s", artifact.path.name, error)
+            logger.warning("MLflow refuses the artifact %s, which is skipped: %s", artifact.path.name, error)
         shutil.rmtree(artifact.entry)
 
     def _resolve(self, state: State) -> str:
@@ -306,7 +306,7 @@ class Sender:
             experiment = self._server.experiment(*self._awaited)
             state.run_id = self._server.find_run(experiment, LOCAL_ID_TAG, self._run_id)
             if state.run_id is None:
-                raise Awaited(f"the run {self._run_id} is not made yet")
+                raise Awaited(f"the run {self._run_id} does not exist yet")
             self._spool.write_state(state)
         elif state.run_id is None:
             note = self._spool.note()
@@ -464,13 +464,15 @@ class Shipper:
             self._delay_s = _longer(self._delay_s)
         except (TrackingDenied, RunGone) as error:
             if not self._given_up:
-                logger.warning("%s. No more is sent; metrics are kept in %s", error, self._spool.root)
+                logger.warning("%s. Uploading stops; metrics are kept in %s", error, self._spool.root)
             self._given_up = True
         except Exception as error:  # noqa: BLE001
             # A tracking error must not stop training: the thread continues, logs the error and tries again.
             if not self._down:
                 kept = (
-                    "" if isinstance(error, StorageGone) else f". Metrics are kept in {self._spool.root} until it can"
+                    ""
+                    if isinstance(error, StorageGone)
+                    else f". Metrics are kept in {self._spool.root} and sent when the server answers"
                 )
                 logger.warning("%s%s", error, kept)
             self._down = True
@@ -510,7 +512,7 @@ class _Leftovers:
                 sender.send()
                 over = not spool.pending(notes=False)
             except (TrackingDenied, RunGone) as error:
-                logger.warning("%s. No more is sent of %s", error, spool.root)
+                logger.warning("%s. Uploading of %s stops", error, spool.root)
                 over = True
             except Exception as error:  # noqa: BLE001  already logged at close; continue with the next spool
                 logger.debug("%s is kept: %s", spool.root, error)

@@ -265,7 +265,7 @@ def check_tracking(tracking_uri: str, experiment_name: str | None = None) -> Non
         return
     if scheme in ("", "file"):
         raise TrackingUnreachable(
-            f"tracking.tracking_uri={tracking_uri} is a directory, a store that MLflow has given up:"
+            f"tracking.tracking_uri={tracking_uri} is a directory, that is, a file store, which MLflow no longer supports:"
             " use sqlite:////ABSOLUTE/PATH/mlflow.db or a server's http(s) address"
         )
     problem: list[Exception] = []

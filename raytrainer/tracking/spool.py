@@ -144,9 +144,7 @@ class Spool:
             StorageGone: The parent directory existed earlier and no longer does.
         """
         if self._is_in_place and not self.root.parent.is_dir():
-            raise StorageGone(
-                f"The run's directory {self.root.parent} is gone: it was deleted or moved while the run was going on"
-            )
+            raise StorageGone(f"The run's directory {self.root.parent} is gone: it was deleted or moved during the run")
         with storage_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
         self._is_in_place = True
@@ -486,7 +484,7 @@ def _read_json(path: Path) -> Any:
     except ValueError as error:
         raise StorageError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict) or data.get("version") != FORMAT:
-        raise StorageError(f"{path} has another format than version {FORMAT}, which this version reads")
+        raise StorageError(f"{path} does not have format version {FORMAT}, which this version reads")
     return data
 
 

@@ -110,11 +110,11 @@ class MlflowTracker:
         try:
             size = sum(file.stat().st_size for file in ([source] if source.is_file() else source.rglob("*")))
             if self._spool.size() + size > self._max_spool_bytes:
-                logger.warning("the artifact %s is left out: %s is full", source, self._spool.root)
+                logger.warning("the artifact %s is skipped: %s is full", source, self._spool.root)
                 return
             self._spool.add_artifact(source, folder)
         except (OSError, StorageError) as error:
-            logger.warning("the artifact %s is left out: %s", source, error)
+            logger.warning("the artifact %s is skipped: %s", source, error)
 
     def flush(self) -> None:
         """Write everything logged so far to disk and wait for it. Any thread may call it; disk errors are only logged.
@@ -188,7 +188,7 @@ class MlflowTracker:
                 rows = {str(key)[:_KEY_BYTES]: str(value) for key, value in entry[1].items()}
                 data = line("t", rows)
         except (TypeError, ValueError, OverflowError) as error:
-            self._drop(len(entry[-1]), f"not a number among {sorted(map(str, entry[-1]))} ({error})")
+            self._drop(len(entry[-1]), f"one of {sorted(map(str, entry[-1]))} is not a number ({error})")
             return
         if not rows:
             return
@@ -203,7 +203,7 @@ class MlflowTracker:
         if self._line_bytes > room:
             self._drop(
                 sum(rows for _, rows in self._lines),
-                f"{self._spool.root} is at its bound, max_spool_bytes={self._max_spool_bytes}",
+                f"{self._spool.root} has reached its limit, max_spool_bytes={self._max_spool_bytes}",
             )
             self._lines.clear()
             self._line_bytes = 0

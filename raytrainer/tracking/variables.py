@@ -17,7 +17,7 @@ _TRUTHS = ("MLFLOW_TRACKING_INSECURE_TLS", "MLFLOW_DISABLE_TELEMETRY", "MLFLOW_T
 _FILES = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "MLFLOW_TRACKING_CLIENT_CERT_PATH")
 _CREDENTIALS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 _IGNORED = {
-    "MLFLOW_RUN_ID": "raytrainer makes a run of its own; raytrainer resume ID goes on with one",
+    "MLFLOW_RUN_ID": "raytrainer creates its own run; raytrainer resume ID continues one",
     "MLFLOW_EXPERIMENT_ID": "an experiment is chosen by its name: MLFLOW_EXPERIMENT_NAME or tracking.experiment_name",
 }
 
@@ -44,7 +44,7 @@ def odd_values(environ: Mapping[str, str], uri: str | None) -> list[str]:
         if name in environ and re.search(r"[\x00-\x1f\x7f]", environ[name]):
             problems.append(f"{name} has a line break or another control character, which no request can carry")
     if given.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1") and _FILES[0] in given:
-        problems.append(f"MLFLOW_TRACKING_INSECURE_TLS and {_FILES[0]} are both set; MLflow takes one of them")
+        problems.append(f"MLFLOW_TRACKING_INSECURE_TLS and {_FILES[0]} are both set; MLflow accepts only one of them")
     problems += [
         f"{name}={given[name]} is set, and would be ignored: {why}; unset {name}"
         for name, why in _IGNORED.items()
@@ -68,7 +68,7 @@ def _of_uri(uri: str | None, given: Mapping[str, str]) -> list[str]:
     if re.fullmatch(r"[\w.-]+:\d+(/.*)?", uri):
         return [f"{shown} has no scheme; write {source}=http://{uri}"]
     if uri == "databricks" or scheme in ("databricks", "uc", "databricks-uc"):
-        return [f"{shown} is a store of Databricks, which raytrainer cannot log to; write {_FORMS}"]
+        return [f"{shown} is a Databricks store, which raytrainer cannot log to; write {_FORMS}"]
     if scheme in ("", "file"):
-        return [f"{shown} is a directory, a store that MLflow has given up; write {_FORMS}"]
-    return [f"{shown} is no store of MLflow; write {_FORMS}"]
+        return [f"{shown} is a directory, that is, a file store, which MLflow no longer supports; write {_FORMS}"]
+    return [f"{shown} is not an MLflow store; write {_FORMS}"]

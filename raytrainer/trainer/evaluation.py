@@ -260,7 +260,7 @@ class Metrics:
             if skipped and name not in self._skipped:
                 self._skipped.add(name)
                 if self._world.rank == 0:
-                    _log.warning("metrics.%s: these results are no numbers and are not logged: %s", name, skipped)
+                    _log.warning("metrics.%s: these results are not numbers and are not logged: %s", name, skipped)
         self.reset()  # their state may hold every prediction
         return self._agreed(values)
 

@@ -448,7 +448,9 @@ class Trainer:
             if self.experiment.trainer.nonfinite == "stop":
                 raise self._nonfinite(f"loss became {means['loss']}")
             if self.world.rank == 0:
-                _log.warning("the loss is %s at step %d; trainer.nonfinite=warn goes on", means["loss"], self.step)
+                _log.warning(
+                    "the loss is %s at step %d; the run continues (trainer.nonfinite=warn)", means["loss"], self.step
+                )
         self._logged_at = self.step
         return "stopped" if stop else "max_time" if timed_out else None
 
@@ -465,7 +467,7 @@ class Trainer:
         return NonFiniteLoss(
             f"the {what} after step {self._logged_at}, by step {self.step}; the checkpoints before it are "
             "valid. A lower optimizer.lr, trainer.max_grad_norm or another trainer.precision may help; "
-            "trainer.nonfinite=warn goes on"
+            "trainer.nonfinite=warn continues the run"
         )
 
     def _nonfinite_state(self) -> tuple[bool, bool]:
@@ -502,7 +504,7 @@ class Trainer:
         for key, monitor in (("checkpoint.monitor", self.best), ("trainer.early_stopping.monitor", self._progress)):
             if monitor.metric not in metrics:
                 raise ConfigError(
-                    "is no metric of the evaluation", key=key, value=monitor.metric, choices=list(metrics)
+                    "is not a metric of the evaluation", key=key, value=monitor.metric, choices=list(metrics)
                 )
 
     def _evaluation_due(self, ends_epoch: bool, last: bool) -> bool:
@@ -568,8 +570,8 @@ class Trainer:
         collate_fn = build(d.collate_fn) if d.collate_fn else None
         if d.collate_fn and not callable(collate_fn):
             raise ConfigError(
-                f"builds a {type(collate_fn).__name__}, which cannot be called: want a function from a list of samples to a "
-                "batch (with _partial_: true the _target_ itself is it)",
+                f"builds a {type(collate_fn).__name__}, which cannot be called: it must be a function from a list of samples "
+                "to a batch (with _partial_: true, the _target_ itself)",
                 key="data.collate_fn",
             )
         return Loader(

@@ -221,7 +221,7 @@ def test_a_job_from_its_submission_to_its_end(jobs: Jobs, submit: Submit, monkey
     assert [logged(jobs, name) for name in (first.submission_id, second.submission_id)] == [["one"], ["zwei ü"]]
     assert {first.submission_id, second.submission_id} <= {job.submission_id for job in jobs.list()}
     assert list(jobs.tail(second.submission_id)) == [jobs.logs(second.submission_id)]
-    with pytest.raises(JobExists, match=rf"has a job {first.submission_id} already"):
+    with pytest.raises(JobExists, match=rf"already has a job {first.submission_id}"):
         submit(Sent(script, "TEXT, CODE = 'other', 0", first.submission_id))
 
 
@@ -402,7 +402,7 @@ def test_a_cluster_that_grows(tmp_path: Path) -> None:
             found = jobs.facts()
             assert impossible([{"CPU": 1.0}] * 5, found) is None
             assert impossible([{"CPU": 2.0}], found) is None
-            assert "has 5 CPUs, nodes that it can add included: it never can" in str(
+            assert "has 5 CPUs, including nodes that it can add: the job can never run" in str(
                 impossible([{"CPU": 1.0}] * 6, found)
             )
             assert "room for 1" in str(impossible([{"CPU": 2.0}] * 2, found))

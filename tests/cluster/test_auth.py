@@ -98,7 +98,7 @@ def test_what_is_no_token(file: Path, tmp_path: Path) -> None:
         said = told(str(holding(file, text)))
         assert "one word" in said
         assert SECRET not in said
-    assert "RAY_AUTH_TOKEN holds" in told("", {"RAY_AUTH_TOKEN": f"{SECRET} x"})
+    assert "RAY_AUTH_TOKEN does not hold" in told("", {"RAY_AUTH_TOKEN": f"{SECRET} x"})
     # The user gives the token itself instead of the path of its file.
     assert SECRET not in told(SECRET)
     assert "the path of a file" in told(SECRET)
@@ -113,7 +113,14 @@ def test_one_that_is_demanded_and_not_there(home: Path) -> None:
 @pytest.mark.parametrize(
     ("status", "said", "scheme", "token", "environ", "told"),
     [
-        (401, "Unauthorized", "", None, {}, r"wants a token \(401\), and none was found: cluster\.token_file=PATH"),
+        (
+            401,
+            "Unauthorized",
+            "",
+            None,
+            {},
+            r"requires a token \(401\), and none was found: set cluster\.token_file=PATH",
+        ),
         (401, "Unauthorized", "", None, {"RAY_AUTH_MODE": "disabled"}, r"RAY_AUTH_MODE=disabled.*unset it"),
         (
             403,
@@ -123,10 +130,10 @@ def test_one_that_is_demanded_and_not_there(home: Path) -> None:
             {},
             r"refuses the token of HERE \(403\).*get-auth-",
         ),
-        (401, "Unauthorized", "", SECRET, {}, r"no token came \(401\), though that of HERE was sent: a proxy"),
-        (403, "<html>403</html>", "", SECRET, {}, r"403 Forbidden, and it is not Ray"),
+        (401, "Unauthorized", "", SECRET, {}, r"it got no token \(401\), although that of HERE was sent: a proxy"),
+        (403, "<html>403</html>", "", SECRET, {}, r"403 Forbidden, and the answer is not from Ray"),
         (401, "", 'Basic realm="x"', SECRET, {}, r"asks for Basic authentication"),
-        (401, "", "Bearer", None, {}, r"wants a token"),
+        (401, "", "Bearer", None, {}, r"requires a token"),
     ],
 )
 def test_a_refusal_is_explained(

@@ -143,8 +143,8 @@ PAGE = "<html><h1>502</h1></html>"
 @pytest.mark.parametrize(
     ("answer", "kind", "words"),
     [
-        (saying(200, PAGE), ClusterError, ["is no Ray dashboard: is cluster.address right?"]),
-        (saying(200, "[]"), ClusterError, ["is no Ray dashboard"]),
+        (saying(200, PAGE), ClusterError, ["is not a Ray dashboard: is cluster.address right?"]),
+        (saying(200, "[]"), ClusterError, ["is not a Ray dashboard"]),
         (saying(404, PAGE), NotThere, ["answers 404: Not Found"]),
         (saying(404, "Job x does not exist"), NotThere, ["Job x does not exist"]),
         (
@@ -158,9 +158,13 @@ PAGE = "<html><h1>502</h1></html>"
         (saying(413, PAGE), ClusterError, ["client_max_body_size", ".rayignore"]),
         (saying(401, "Unauthorized: Missing authentication token"), ClusterDenied, ["that of HERE was sent", "401"]),
         (saying(403, "Forbidden: Invalid authentication token"), ClusterDenied, ["refuses the token of HERE (403)"]),
-        (saying(403, PAGE), ClusterDenied, ["it is not Ray"]),
+        (saying(403, PAGE), ClusterDenied, ["the answer is not from Ray"]),
         (saying(401, PAGE, WWW_Authenticate="Basic realm=x"), ClusterDenied, ["Basic authentication"]),
-        (saying(301, Location="https://there/api/version"), ClusterError, ["elsewhere: cluster.address=https://there"]),
+        (
+            saying(301, Location="https://there/api/version"),
+            ClusterError,
+            ["to another address: cluster.address=https://there"],
+        ),
         (saying(302, Location="https://login.example.com/?to=x"), ClusterError, ["(https://login.example.com/?to=x)"]),
         (
             saying(400, "The plain HTTP request was sent to HTTPS port"),
@@ -267,7 +271,7 @@ def test_no_http(monkeypatch: pytest.MonkeyPatch) -> None:
         threading.Thread(target=hang_up, args=(server,), daemon=True).start()
         said = told(f"http://127.0.0.1:{server.getsockname()[1]}")
         server.shutdown(socket.SHUT_RDWR)
-    assert "speaks no HTTP" in said
+    assert "does not speak HTTP" in said
     assert "cluster=existing" in said
 
 

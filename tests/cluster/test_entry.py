@@ -102,7 +102,7 @@ def test_what_has_ended_is_not_done_again(
     assert entry.run(asked()) == code
     assert entry.run(asked(job={**JOB, "resumes": "true"})) == code
     assert launched == []
-    assert f"one has ended before: {status}" in capsys.readouterr().out
+    assert f"one has already ended: {status}" in capsys.readouterr().out
     # Another job that resumes the run starts it.
     assert entry.run(asked(job={**JOB, "submission_id": "one--2", "resumes": "true"})) == 0
     assert launched[0]["record"].status == status
@@ -148,7 +148,7 @@ def test_the_claim_of_a_dead_driver_is_withdrawn(launched: list[dict[str, Any]],
         entry._wait_for_claims(record, lock, {"one", "one--2"}, say=said.append, sleep=sleep, clock=lambda: now[0])
         assert claims(lock) == []
     assert entry._BEAT_S <= now[0] < entry._BEAT_S + 1
-    assert said == ["one: an earlier driver has its directory; waiting until that is sure to be gone"]
+    assert said == ["one: an earlier driver holds the run directory; waiting for its lease to become stale"]
 
 
 def test_the_claim_of_one_that_lives_stays(launched: list[dict[str, Any]]) -> None:
@@ -170,7 +170,7 @@ def test_the_claim_of_one_that_lives_stays(launched: list[dict[str, Any]]) -> No
 
 def test_another_runs_name(launched: list[dict[str, Any]]) -> None:
     Record("one", directory().uri, job={**JOB, "content": "other"}).write(directory())
-    with pytest.raises(ConfigError, match=r"name=one is the name of a run that exists .* resume one"):
+    with pytest.raises(ConfigError, match=r"name=one is the name of an existing run .* resume one"):
         entry.run(asked())
     entry.run(asked(job={**JOB, "resumes": "true", "submission_id": "one--2"}))
     assert len(launched) == 1

@@ -70,21 +70,21 @@ def test_several_resources_and_many_holders() -> None:
     )
     assert "run-2" in said
     assert "run-1" not in said
-    assert said.endswith("2 others hold the rest; the cluster can add nodes")
+    assert said.endswith("2 other jobs hold the rest; the cluster can add nodes")
 
 
 def test_enough_but_not_together() -> None:
     said = explain_waiting([[{"GPU": 3.0}]], facts(free=free(GPU=2.0), holders=(holding("a", 0, GPU=4.0),)), now=NOW)
     assert said == "for 3 GPUs: enough is free, but at most 2 GPUs on one node; a holds 4 GPUs for 0 s"
     assert explain_waiting([[{"GPU": 2.0}] * 2], facts(free=free(GPU=2.0))) == (
-        "for 4 GPUs: enough is free, it is about to be placed"
+        "for 4 GPUs: enough is free, and it is about to be placed"
     )
 
 
 def test_what_comes_one_after_the_other_is_possible() -> None:
     one = [{"GPU": 3.0}]  # must fit on one node
     assert "never" not in explain_waiting([one, one, one], facts(free=free(GPU=0.0)))
-    assert "it never can" in explain_waiting([one * 3], facts(free=free(GPU=0.0)))
+    assert "the job can never run" in explain_waiting([one * 3], facts(free=free(GPU=0.0)))
 
 
 # --- resources that the cluster can never provide ---------------------------------------------------------------------
@@ -92,18 +92,22 @@ def test_what_comes_one_after_the_other_is_possible() -> None:
 
 def test_what_can_never_be() -> None:
     assert impossible([{"GPU": 4.0}] * 2, facts()) is None
-    assert impossible([{"GPU": 1.0}] * 9, facts()) == f"9 GPUs asked for, and {ADDRESS} has 8 GPUs: it never can"
-    assert impossible([{"TPU": 1.0}], facts()) == f"1 TPU asked for, and {ADDRESS} has 0 TPU: it never can"
+    assert (
+        impossible([{"GPU": 1.0}] * 9, facts()) == f"9 GPUs asked for, and {ADDRESS} has 8 GPUs: the job can never run"
+    )
+    assert impossible([{"TPU": 1.0}], facts()) == f"1 TPU asked for, and {ADDRESS} has 0 TPU: the job can never run"
     assert impossible([{"GPU": 3.0}] * 3, facts(nodes=(NODE,) * 3 + ({"CPU": 1.0},))) is None
     said = impossible([{"GPU": 3.0, "CPU": 1.0}] * 2, facts(nodes=(NODE, {"GPU": 2.0, "CPU": 8.0})))
-    assert said == f"2 × (1 CPU, 3 GPUs), each on one node, and {ADDRESS} has room for 1: it never can"
+    assert said == f"2 × (1 CPU, 3 GPUs), each on one node, and {ADDRESS} has room for 1: the job can never run"
 
 
 def test_what_can_once_it_has_grown() -> None:
     grows = facts(addable=(NODE, NODE, NODE), most_addable=2)
     assert impossible([{"GPU": 4.0}] * 4, grows) is None
     said = impossible([{"GPU": 4.0}] * 5, grows)
-    assert said == f"20 GPUs asked for, and {ADDRESS} has 16 GPUs, nodes that it can add included: it never can"
+    assert (
+        said == f"20 GPUs asked for, and {ADDRESS} has 16 GPUs, including nodes that it can add: the job can never run"
+    )
     assert impossible([{"GPU": 4.0}] * 5, facts(endless=True)) is None
 
 

@@ -160,7 +160,7 @@ def test_whoever_follows_may_go_and_the_verbs_go_on(submit: Callable[..., Any], 
         started.until("it trains", lambda: "epoch 1" in started.output().out)
         started.signal(signal.SIGINT)
         ended = started.wait().exits(130)
-        assert "long goes on at " in ended.err
+        assert "long continues at " in ended.err
         assert driven(head)
         (listed,) = [run for run in verb(in_tmp, "list") if run["name"] == "long"]
         assert (listed["status"], listed["life"]) == ("RUNNING", "alive")

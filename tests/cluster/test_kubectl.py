@@ -113,7 +113,7 @@ def test_the_same_again_is_one_job(kubernetes: Kubernetes) -> None:
 def test_the_name_of_another_run_is_refused(kubernetes: Kubernetes) -> None:
     assert HERE.apply(*documents(*TEAM))
     before = kubernetes.read("rayjob-run")
-    with pytest.raises(ConfigError, match="is the name of a run in namespace research that was asked for with other"):
+    with pytest.raises(ConfigError, match="is the name of a run in namespace research with other content"):
         HERE.apply(*documents(*TEAM, content="other"))
     assert kubernetes.read("rayjob-run") == before
 
@@ -291,7 +291,7 @@ def test_as_the_verbs_see_it(kubernetes: Kubernetes) -> None:
     kubernetes.is_itself()
     jobs.stop("run")
     stopped = jobs.info("run")
-    assert (stopped.status, stopped.message) == ("STOPPED", "its RayJob is not there any more")
+    assert (stopped.status, stopped.message) == ("STOPPED", "its RayJob no longer exists")
     assert jobs.held_by("run")  # its pods have not ended yet
     (kubernetes.folder / "pod-a.json").unlink()
     assert not jobs.held_by("run")
@@ -428,7 +428,7 @@ REFUSED = "The connection to the server 10.0.0.1:6443 was refused - did you spec
                 "--validate=false"
             ),
             ClusterDenied,
-            "does not know who we are (context staging, namespace research)",
+            "does not accept your credentials (context staging, namespace research)",
         ),
         (
             (
@@ -501,7 +501,7 @@ def test_no_context_at_all(kubernetes: Kubernetes) -> None:
 
 def test_no_kubectl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"needs kubectl, and it cannot be started \(No such file or directory\)"):
+    with pytest.raises(ConfigError, match=r"needs kubectl, which cannot be started \(No such file or directory\)"):
         HERE.status("run")
 
 

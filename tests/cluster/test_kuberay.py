@@ -286,7 +286,7 @@ def test_a_queue_of_kueue() -> None:
     ("overrides", "asked", "key", "says"),
     [
         (["name=run"], {}, "cluster.image", "docker build"),
-        ([*PLAIN, "+scaling.label_selector={zone: a}"], {}, "scaling.label_selector", "pods are made for the run"),
+        ([*PLAIN, "+scaling.label_selector={zone: a}"], {}, "scaling.label_selector", "pods are created for the run"),
         (
             [*PLAIN, "+scaling.resources_per_worker.TPU=4"],
             {},
@@ -300,11 +300,16 @@ def test_a_queue_of_kueue() -> None:
         ([*PLAIN, "cluster.queue=q", "cluster.min_pods=1", "scaling.num_workers=3"], {}, "cluster.min_pods", "Kueue"),
         ([*PLAIN, "cluster.forward_env=[TOKEN]"], {}, "cluster.forward_env", "create secret generic"),
         (PLAIN, {"runtime_env": {"working_dir": "."}}, "cluster.runtime_env.working_dir", "the image has the code"),
-        (PLAIN, {"runtime_env": {"py_modules": ["s3://b/a.zip", "/x"]}}, "cluster.runtime_env.py_modules", "no URI"),
+        (
+            PLAIN,
+            {"runtime_env": {"py_modules": ["s3://b/a.zip", "/x"]}},
+            "cluster.runtime_env.py_modules",
+            "is not a URI",
+        ),
         (PLAIN, {"runtime_env": {"env_vars": {"A": "$(id)"}}}, "cluster.runtime_env.env_vars.A", "shell"),
         (PLAIN, {"runtime_env": {"pip": ["a`id`"]}}, "cluster.runtime_env.pip", "shell"),
         (PLAIN, {"job_metadata": {"user": "$HOME"}}, "the job's metadata.user", "shell"),
-        (PLAIN, {"files": {"config.yaml": b"x" * 2**20}}, None, "a ConfigMap of Kubernetes holds 1,048,576"),
+        (PLAIN, {"files": {"config.yaml": b"x" * 2**20}}, None, "a Kubernetes ConfigMap holds 1,048,576"),
     ],
 )
 def test_refused(overrides: list[str], asked: dict[str, Any], key: str | None, says: str) -> None:

@@ -104,7 +104,7 @@ def test_data_stays_here_unless_it_is_named(tree: Path) -> None:
     found = collect(tree, leave_out=RECORDS)
     assert names(found) == ["mine/net.py", "mine/runs/x.py", "train.py"]
     assert found.left_out == (("a/b.parquet", "data"), ("mlflow.db-wal", "data"), ("runs/", "data"), ("w.pt", "data"))
-    assert "left out  a/b.parquet, mlflow.db-wal, runs/, w.pt (data; !NAME in .rayignore brings" in found.table()
+    assert "left out  a/b.parquet, mlflow.db-wal, runs/, w.pt (data; !NAME in .rayignore includes" in found.table()
     write(tree, {".rayignore": "!*.pt\n!/runs/\n", ".gitignore": "/runs/\n"})
     brought = ["mine/net.py", "mine/runs/x.py", "runs/one/run.json", "train.py", "w.pt"]
     assert names(collect(tree, leave_out=RECORDS)) == brought
@@ -261,7 +261,7 @@ def test_what_cannot_be_read_is_named(tmp_path_factory: pytest.TempPathFactory, 
 
 def test_a_name_that_is_no_text(tree: Path) -> None:
     (tree / os.fsdecode(b"\xff.py")).write_text("")
-    assert refusal(tree).startswith("?.py has a name that is no UTF-8; ")
+    assert refusal(tree).startswith("?.py has a name that is not UTF-8; ")
 
 
 # --- the same contents ------------------------------------------------------------------------------------------------
@@ -322,7 +322,7 @@ def test_staged_on_another_disk(tree: Path, tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "one/train.py").read_text() == "import torch\n"
     assert os.access(tmp_path / "one/train.py", os.X_OK)
     (tree / "train.py").unlink()
-    with pytest.raises(ConfigError, match=r"train\.py cannot be read any more: No such file"):
+    with pytest.raises(ConfigError, match=r"train\.py can no longer be read: No such file"):
         found.stage(tmp_path / "two")
 
 

@@ -211,7 +211,7 @@ def test_ids_of_submissions_of_long_names() -> None:
     assert {len(one), len(two)} == {100}
     assert one.endswith("--2")
     assert refusal(lambda: submission_id("one--2", 1)).startswith(
-        "name=one--2 ends as the id of attempt 2 at a run 'one'"
+        "name=one--2 looks like the id of attempt 2 of run 'one'"
     )
 
 
@@ -288,11 +288,11 @@ def test_a_relative_store_is_the_launching_directorys(in_tmp: Path) -> None:
     [
         (
             ["+model.a=${oc.env:THERE}"],
-            "model.a refers to the variable THERE of this machine, which the cluster's do not",
+            "model.a refers to the variable THERE of this machine, which the cluster's machines do not",
         ),
         (
             ["+model.a=${oc.env:THERE}"],
-            "cluster.forward_env=[THERE], and its value on the cluster's side; or write the",
+            "set cluster.forward_env=[THERE] and its value on the cluster; or write the",
         ),
         (["+model.a=${oc.env:THERE,5}"], "model.a refers to the variable THERE"),
         (["+model.a='x-${oc.env:NOT_THERE,${oc.env:THERE}}'"], "model.a refers to the variable THERE"),
@@ -340,7 +340,7 @@ def test_references(monkeypatch: pytest.MonkeyPatch, overrides: list[str], reaso
 def test_the_value_of_a_secret_is_never_sent(where: str, other: Mapping[str, Any]) -> None:
     asked = composition() if other else composition("+model.a=planted-secret")
     said = refusal(lambda: built(asked, environ={"WANDB_API_KEY": "planted-secret", "A": "mlp", "KEY": "mlp"}, **other))
-    fix = "write ${oc.env:WANDB_API_KEY}, with cluster.forward_env=[WANDB_API_KEY] and the value on the cluster's side"
+    fix = "write ${oc.env:WANDB_API_KEY}, with cluster.forward_env=[WANDB_API_KEY], and set its value on the cluster"
     if "git" in where:
         fix = "take it out of there"
     assert said == f"the value of WANDB_API_KEY is in {where}, and would be sent: {fix}"
@@ -416,7 +416,7 @@ def test_the_context_that_is_current_now_is_named(in_tmp: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ({"envvars": {"A": "b"}}, "cluster.runtime_env.envvars is no field of Ray's; valid: env_vars"),
+        ({"envvars": {"A": "b"}}, "cluster.runtime_env.envvars is not a field of Ray's runtime_env; valid: env_vars"),
         ({"env_vars": {"A": True}}, "cluster.runtime_env.env_vars.A must be text: put it in quotes"),
         ({"pip": 3}, "cluster.runtime_env is refused by Ray: runtime_env['pip'] must be of type str or"),
         (
@@ -549,7 +549,7 @@ def test_code_that_a_target_names_and_that_stays_here(project: Path) -> None:
     write(project, {".gitignore": "net.py\n"})
     assert refusal(lambda: prepare(mine(), ["x"])) == (
         "model._target_=mine.net.net is in mine/net.py, which git ignores or .rayignore leaves out; a line !/mine/net.py in "
-        ".rayignore brings it along"
+        ".rayignore includes it"
     )
     write(project, {"projects/vision/.rayignore": "!/mine/net.py\n"})
     assert "mine/net.py" in names(prepare(mine(), ["x"]).package)
@@ -595,7 +595,7 @@ def test_a_working_directory_of_the_users_own(project: Path) -> None:
     assert found.content != there.content
     said = refusal(lambda: prepare(with_env(image_uri="registry.example.com/x:1"), ["x"]))
     assert said.startswith(
-        "cluster.runtime_env.image_uri=registry.example.com/x:1 is an image that Ray starts processes"
+        "cluster.runtime_env.image_uri=registry.example.com/x:1 is an image in which Ray starts processes"
     )
 
 
@@ -677,9 +677,7 @@ def test_dry_run_warns_of_files_of_this_machine(project: Path, here: Callable[..
     said = here("experiment=mlp", *JOB, *ELSEWHERE, f"+data.train.words={project}/other/unused.py", "--dry-run")
     assert said.code == 0
     assert "would be refused" not in said.err
-    assert (
-        f"raytrainer: warning: data.train.words={project}/other/unused.py is on this machine, and does not" in said.err
-    )
+    assert f"raytrainer: warning: data.train.words={project}/other/unused.py is on this machine and is not" in said.err
 
 
 def test_dry_run_of_a_sweep(project: Path, here: Callable[..., Said]) -> None:

@@ -276,7 +276,7 @@ def test_what_could_not_be_set_up_is_tried_again(cluster: Cluster) -> None:
 
 def test_an_id_that_is_somebody_elses(cluster: Cluster) -> None:
     cluster.put("one", "RUNNING")
-    with pytest.raises(ConfigError, match=r"name=one is the id of a job at .* none of raytrainer's"):
+    with pytest.raises(ConfigError, match=r"name=one is the id of a job at .* not submitted by raytrainer"):
         sent()
 
 
@@ -322,7 +322,7 @@ def test_a_cluster_that_forgets_a_job_is_sent_it_again(cluster: Cluster) -> None
     cluster.while_following = lambda: cluster.jobs.clear() if len(cluster.requests) == 1 else None
     found, _, said = sent("cluster.retries=1")
     assert (found.submission_id, found.exit_code) == ("one--2", 0)
-    assert any("the head was started anew; submitting it again (1 of 1)" in text for text in said)
+    assert any("its head was restarted; submitting it again (1 of 1)" in text for text in said)
 
 
 def test_room_is_no_question_for_another_attempt(cluster: Cluster) -> None:
@@ -346,7 +346,7 @@ def test_an_answer_that_does_not_come_is_waited_for(cluster: Cluster, monkeypatc
     cluster.waits, cluster.silent = 2, 3
     found, _, said = sent()
     assert found.exit_code == 0
-    assert said.count(f"no answer; asking again for {submit._PATIENCE_S:g} s") == 1
+    assert said.count(f"no answer; trying again for {submit._PATIENCE_S:g} s") == 1
     cluster.silent = 1
     monkeypatch.setattr(submit, "_PATIENCE_S", -1.0)
     with pytest.raises(ClusterUnreachable):
@@ -407,7 +407,7 @@ def test_whoever_interrupts_stops_nothing(cluster: Cluster) -> None:
     cluster.while_following = lambda: os.kill(os.getpid(), signal.SIGINT)
     found, _, said = sent()
     assert (found.status, found.exit_code) == ("RUNNING", 130)
-    assert f"no longer followed: one goes on at {ADDRESS}" in said
+    assert f"no longer followed: one continues at {ADDRESS}" in said
     assert "next     x logs -f one" in found.text("x")
     assert cluster.jobs["one"].status == "RUNNING"
     assert threading.current_thread() is threading.main_thread()

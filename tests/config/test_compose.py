@@ -85,7 +85,7 @@ def test_references_to_secrets_stay_references(monkeypatch: pytest.MonkeyPatch) 
         ("model=resnet_digits model.norms=group", "model.norms=group is not a key (with a +"),
         ("model=resnet_digits model.norms=group", r"valid: model.norm"),
         ("+optimizer.lr=3", "optimizer.lr=3 is a key already: write it without the +"),
-        ("callbacks.mine=3", "callbacks.mine=3 is not there; a callback is added as +callbacks.mine={_target_: …}"),
+        ("callbacks.mine=3", "callbacks.mine=3 does not exist; add a callback as +callbacks.mine={_target_: …}"),
         (
             "trainer.early_stopping.patience=3",
             "trainer.early_stopping.patience=3 is below trainer.early_stopping, which is",
@@ -96,9 +96,9 @@ def test_references_to_secrets_stay_references(monkeypatch: pytest.MonkeyPatch) 
         ),
         ("hydra.foo=1", "hydra.foo=1 is not a key; --cfg hydra shows Hydra's own"),
         # groups
-        ("optimizer=sdg", "optimizer=sdg is no such choice; valid: sgd, adamw"),
-        ("experiment=resnt", "experiment=resnt is no such choice; valid: resnet, "),
-        ("experiment=", "experiment= is no such choice; valid: "),
+        ("optimizer=sdg", "optimizer=sdg is not a valid choice; valid: sgd, adamw"),
+        ("experiment=resnt", "experiment=resnt is not a valid choice; valid: resnet, "),
+        ("experiment=", "experiment= is not a valid choice; valid: "),
         ("optimizers=sgd", "optimizers=sgd is not a key; valid: optimizer"),
         ("experimnt=resnet", "experimnt=resnet is not a key; valid: experiment"),
         ("+experimnt=resnet", "experimnt=resnet is not a key; valid: experiment"),
@@ -109,7 +109,7 @@ def test_references_to_secrets_stay_references(monkeypatch: pytest.MonkeyPatch) 
         ("model=null", "model=null is a group; to choose nothing write ~model"),
         ("debug=true", "debug=true is a group: it takes the name of a choice"),
         ("~model", "model is not set; choose one of the group"),
-        ("optimizer@foo=sgd", "optimizer@foo=sgd chooses from a group that no config has a choice of"),
+        ("optimizer@foo=sgd", "optimizer@foo=sgd chooses from a group that is in no defaults list"),
         ("+optimizer@foo=sgd", "foo is not a key; valid: name, seed"),
         # values that cannot be read or resolved
         ("foo", "'foo' is not key=value; a command comes first"),
@@ -124,8 +124,8 @@ def test_references_to_secrets_stay_references(monkeypatch: pytest.MonkeyPatch) 
         ),
         ("data.train.split=${foo:3}", "data.train.split cannot be resolved: there is no resolver foo"),
         ("optimizer.lr=???", "optimizer.lr is ??? and must be given"),
-        ("hydra.searchpath=[file:///not/there]", "hydra.searchpath=file:///not/there is not there"),
-        ("hydra.searchpath=[pkg://not.there]", "hydra.searchpath=pkg://not.there is not there"),
+        ("hydra.searchpath=[file:///not/there]", "hydra.searchpath=file:///not/there was not found"),
+        ("hydra.searchpath=[pkg://not.there]", "hydra.searchpath=pkg://not.there was not found"),
         ("hydra.searchpath=3", "hydra.searchpath must be a list of strings"),
         # values that do not fit together
         (
@@ -162,18 +162,18 @@ def test_references_to_secrets_stay_references(monkeypatch: pytest.MonkeyPatch) 
         ),
         (
             "cluster.runtime_env.env_vars.HF_KEY=b",
-            "name alone, cluster.forward_env=[HF_KEY], and its value on the cluster's",
+            "send only its name, cluster.forward_env=[HF_KEY], and set its value on the cluster",
         ),
         ("cluster.forward_env=[A] cluster.runtime_env.env_vars.A=b", "cluster.runtime_env.env_vars.A would be shown"),
         ("cluster.runtime_env={pip:[http://me:pw@x/y.whl]}", "cluster.runtime_env.pip holds a URL with a password"),
         (
             "cluster.runtime_env.env_vars.A=${oc.env:HF_TOKEN,null}",
-            "cluster.runtime_env.env_vars.A would show what HF_TOKEN holds to everyone on the cluster: give its name",
+            "cluster.runtime_env.env_vars.A would show the value of HF_TOKEN to everyone on the cluster: send only its name",
         ),
         ("trainer.precision=16-mixed optimizer.fused=false", "trainer.precision=16-mixed needs a fused optimizer"),
         ("+trainer.early_stopping.patience=3 data.val=null", "trainer.early_stopping needs data.val"),
         ("data.train=null", "data.train is not set"),
-        ("data.val={path:x}", "data.val={path:x} brings keys that are not there: with a + in front they are added"),
+        ("data.val={path:x}", "data.val={path:x} has keys that do not exist: a + in front adds them"),
         ("~model._target_", "model has no _target_"),
         ("+callbacks.a={}", "callbacks.a has no _target_"),
     ],
@@ -322,18 +322,18 @@ def test_their_keys_are_judged_as_ours(in_tmp: Path, text: str, reason: str) -> 
 @pytest.mark.parametrize(
     ("defaults", "reason"),
     [
-        ("override /model: resnt", "model=resnt is no such choice (chosen in a config file); valid: resnet"),
-        ("override /modl: mlp", "cannot be chosen: no config has a choice of modl (in experiment/mine)"),
+        ("override /model: resnt", "model=resnt is not a valid choice (chosen in a config file); valid: resnet"),
+        ("override /modl: mlp", "cannot be chosen: no defaults list has the group modl (in experiment/mine)"),
         ("/model: resnet18", "model is chosen twice; an experiment's file writes 'override /model: …'"),
         (
             "override /model: mlp\n  - /data: digits",
-            "'override /model: …' comes last in the defaults of a config (in exper",
+            "'override /model: …' must come last in the defaults of a config (in exper",
         ),
         (
             "override /model: on",
-            "a choice in the defaults of a config is true or false (as on, off, yes and no are, too)",
+            "a choice in the defaults of a config is true or false (on, off, yes and no mean these, too)",
         ),
-        ("/nope: x", "nope=x is no such choice"),
+        ("/nope: x", "nope=x is not a valid choice"),
         ("/nope", "nope is not a config on the search path (chosen in experiment/mine)"),
     ],
 )

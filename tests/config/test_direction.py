@@ -103,7 +103,7 @@ def test_early_stopping_has_its_own_metrics_direction() -> None:
     e.trainer.early_stopping = EarlyStopping(monitor="val/other")
     assert "trainer.early_stopping.mode=min or" in problem(e)
     e.trainer.early_stopping = EarlyStopping(mode="min")
-    assert "contradicts checkpoint.mode=max, which is of the same metric val/score" in problem(e)
+    assert "contradicts checkpoint.mode=max, which is for the same metric val/score" in problem(e)
     e.trainer.early_stopping = EarlyStopping(monitor="val/loss", mode="max")
     assert problem(e).startswith("trainer.early_stopping.mode=max contradicts trainer.early_stopping.monitor=val/loss")
 

@@ -96,7 +96,7 @@ def test_what_a_signature_allows_passes(arguments: dict[str, Any]) -> None:
         ({"size": True}, "model.size=true must be a whole number"),
         ({"size": None}, "model.size must be a whole number"),
         ({"size": 1, "rate": "fast"}, "model.rate=fast must be a number"),
-        ({"size": 1, "kind": "c"}, "model.kind=c is no such choice; valid: a, b"),
+        ({"size": 1, "kind": "c"}, "model.kind=c is not a valid choice; valid: a, b"),
         ({"size": 1, "sizes": 3}, "model.sizes=3 must be a list (of a whole number)"),
         ({"size": 1, "sizes": [1, "x"]}, "model.sizes=[1,x] must be a list"),
         ({"size": 1, "pair": [1.0]}, "model.pair=[1.0] must be a list of 2 (a number)"),

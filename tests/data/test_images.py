@@ -164,7 +164,7 @@ def test_normalised_on_the_device(photos: Path) -> None:
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     for (image, _), (pixels, _) in zip(batches(images), batches(EncodedImages(images.dataset, size=16)), strict=True):
         torch.testing.assert_close(image, (pixels / 255 - mean) / std)
-    with pytest.raises(ConfigError, match=r"std=\[1\] wants 3 numbers"):
+    with pytest.raises(ConfigError, match=r"std=\[1\] must have 3 numbers"):
         Normalize(std=[1])
 
 
@@ -173,7 +173,7 @@ def test_normalised_on_the_device(photos: Path) -> None:
     [
         ({"crop": "middle"}, "crop=middle is not a way to crop; valid: center, random"),
         ({"resize": 100}, "resize=100 leaves no crop of 224x224"),
-        ({"scale": [0, 1]}, r"scale=\[0,1\] wants \[least, most\]"),
+        ({"scale": [0, 1]}, r"scale=\[0,1\] must be \[least, most\]"),
         ({"ratio": [2.0, 1.0]}, "ratio="),
     ],
 )

@@ -321,7 +321,7 @@ def test_processes_end_with_their_parent() -> None:
         ({"global_batch_size": 4, "micro_batch_size": 0}, "data.micro_batch_size=0"),
         ({"global_batch_size": 4, "num_workers": -1}, "data.num_workers=-1"),
         ({"global_batch_size": 4, "prefetch": -1}, "data.prefetch=-1"),
-        ({"global_batch_size": 4, "resident": "always"}, "data.resident=always is no choice; valid: "),
+        ({"global_batch_size": 4, "resident": "always"}, "data.resident=always is not a valid choice; valid: "),
         ({"global_batch_size": 4, "rank": 2, "world_size": 2}, "rank 2"),
         ({"global_batch_size": 400, "drop_last": True}, "drop_last=true drops the only batch"),
     ],
@@ -334,5 +334,5 @@ def test_arguments_that_cannot_be(arguments: dict[str, Any], says: str) -> None:
 def test_datasets_that_cannot_be() -> None:
     with pytest.raises(DataError, match="Rows has no samples"):
         Loader(Rows(0), global_batch_size=1)
-    with pytest.raises(ConfigError, match="builds a object, which is no dataset"):
+    with pytest.raises(ConfigError, match="builds a object, which is not a dataset"):
         Loader(object(), global_batch_size=1)

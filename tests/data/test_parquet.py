@@ -236,7 +236,7 @@ def test_columns_that_cannot_be_read(tmp_path: Path) -> None:
     assert "part-0.parquet, row group 0" in attempt("null lists", lists)  # Arrow itself refuses these
     assert "1 nulls" in attempt("null in list", pa.array([[1, 2], [None, 1]], pa.list_(pa.int64(), 2)))
     uneven = attempt("uneven", pa.array([[1, 2], [1], [2, 3]]), reshape={"x": [2]})
-    assert "row 1 has 1 values, and reshape wants 2" in uneven
+    assert "row 1 has 1 values, but reshape expects 2" in uneven
     assert "more than int64" in attempt("large", pa.array([2**63], pa.uint64()))
     assert "only numbers can be shaped" in attempt("text", pa.array(["a"]), reshape={"x": [1]})
 

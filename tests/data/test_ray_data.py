@@ -82,9 +82,9 @@ def test_an_evaluation_starts_no_second_epoch() -> None:
 def test_without_a_cluster_it_is_refused() -> None:
     with pytest.raises(ConfigError, match="use cluster=local, or existing"):
         RayDataset(path="x")
-    with pytest.raises(ConfigError, match="one of dataset and path"):
+    with pytest.raises(ConfigError, match="RayDataset needs exactly one of them"):
         RayDataset()
-    with pytest.raises(ConfigError, match="one of dataset and path"):
+    with pytest.raises(ConfigError, match="RayDataset needs exactly one of them"):
         RayDataset(path="x", dataset=1)
 
 
@@ -106,7 +106,7 @@ def test_workers_that_take_every_cpu_are_refused(in_tmp: Any) -> None:
     (problem,) = check_resources(two, Resources(2), "here")
     assert problem == (
         "data.train needs a CPU beside the workers' for Ray's tasks, and here has 2 CPUs for 2 workers of 1 CPU: "
-        "let there be fewer, or each with less"
+        "use fewer workers, or fewer CPUs for each"
     )
     assert check_resources(two, Resources(3), "here") == []
     half = experiment("scaling.num_workers=2", "+scaling.resources_per_worker={CPU: 0.5}")

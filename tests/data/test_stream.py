@@ -311,18 +311,16 @@ def test_ranks_agree_on_where_a_stream_ends() -> None:
         assert both(Part(9, 9), prefetch=prefetch) == (12, "")
         count, message = both(Part(6, 20), prefetch=prefetch)
         assert count == 2
-        assert (
-            "epoch 0 does not end on all ranks alike (rank 0: 6 samples, rank 1: 8 samples and it goes on)" in message
-        )
+        assert "epoch 0 does not end on all ranks alike (rank 0: 6 samples, rank 1: 8 samples and continues)" in message
         assert "Each shard must have the same number of full batches" in message
     for count, message in ranks.run(2, seen, Part(1, 20), None, {}):  # in the first batch
         assert count == 0
         assert "Part: epoch 0 gave 1 samples, fewer than the 2 of one full batch of this rank (0 of 2)" in message
     assert message.startswith("rank 0: Part")
-    assert "rank 1: 4 samples and it goes on" in message
+    assert "rank 1: 4 samples and continues" in message
     count, message = both(Plain, [9, 14])  # both ranks read whole datasets, of different lengths
     assert count == 2
-    assert "rank 0: 9 samples, rank 1: 14 samples and it goes on" in message
+    assert "rank 0: 9 samples, rank 1: 14 samples and continues" in message
     assert "shard(rank, world_size)" in message
     assert both(Plain, [9, 9]) == (12, "")
 

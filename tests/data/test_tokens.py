@@ -67,7 +67,7 @@ def test_windows_go_through_the_loader() -> None:
 
 @pytest.mark.parametrize(("tokens", "seq_len", "error"), [(1, 4, DataError), (0, 4, DataError), (9, 0, ConfigError)])
 def test_what_makes_no_window(tokens: int, seq_len: int, error: type[Exception]) -> None:
-    with pytest.raises(error, match=r"takes two to predict one|seq_len=0 must be at least 1"):
+    with pytest.raises(error, match=r"at least two tokens are needed|seq_len=0 must be at least 1"):
         TokenWindows(np.zeros(tokens, np.uint16), seq_len)
 
 
@@ -121,9 +121,9 @@ def test_what_is_no_file_of_tokens(tmp_path: Path) -> None:
     path = write(tmp_path / "a", [[1, 2, 3]])
     whole = path.read_bytes()
     for data, message in [
-        (b"", "is no file of tokens"),
-        (b"\x93NUMPY" * 900, "is no file of tokens"),
-        (b'{"format": "other"}'.ljust(5000), "is no file of tokens"),
+        (b"", "is not a token file"),
+        (b"\x93NUMPY" * 900, "is not a token file"),
+        (b'{"format": "other"}'.ljust(5000), "is not a token file"),
         (whole[:-1], "has 4,101 bytes, and 3 tokens take 4,102"),
         (whole + b"x", "has 4,103 bytes"),
     ]:
@@ -295,16 +295,16 @@ def test_what_cannot_be_tokenized(tmp_path: Path, tokenizer: Path, capsys: pytes
             1,
             "no column 'body'; valid: id, text",
         ),
-        ([str(bad), *tokens], 1, "line 2, field 'text': is int and no text"),
+        ([str(bad), *tokens], 1, "line 2, field 'text': is int, not text"),
         ([str(broken), *tokens], 1, "broken.jsonl, line 2: Expecting value"),
         ([str(binary), *tokens], 1, "can't decode byte 0xff"),
         ([str(lines), "--format", "parquet", *tokens], 1, "Parquet magic bytes not found"),
-        ([str(lines), "--tokenizer", str(lines)], 2, "is no tokenizer.json"),
+        ([str(lines), "--tokenizer", str(lines)], 2, "is not a tokenizer.json"),
         ([str(lines), "--tokenizer", str(empty)], 2, "--tokenizer="),
         (
             [str(lines), *tokens, "--separator", "</s>"],
             2,
-            "--separator=</s> is no token of it; valid: <|endoftext|>, none",
+            "--separator=</s> is not in the vocabulary; valid: <|endoftext|>, none",
         ),
     ]:
         assert main([*arguments, "--output", str(tmp_path / "out")]) == code, arguments

@@ -111,7 +111,7 @@ def test_what_it_can_never_serve_is_refused(cluster: Growing, on: list[str], tmp
     ended = launched(tmp_path, *RUN, *on, "scaling.num_workers=6", fresh=True).exits(2)
     within.check()
     assert "scaling.num_workers=6 × 1 CPU = 6 CPUs" in ended.err
-    assert f"the cluster at {cluster.address} has at most 5 CPUs, nodes that it can add included" in ended.err
+    assert f"the cluster at {cluster.address} has at most 5 CPUs, including nodes that it can add" in ended.err
     assert "scaling.num_workers=5 fits" in ended.err
     # There are enough CPUs in total, but not on one node.
     ended = launched(tmp_path, "check", *RUN, *on, "+scaling.resources_per_worker.CPU=3").exits(2)

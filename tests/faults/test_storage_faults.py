@@ -83,7 +83,7 @@ def test_truncated_checkpoint(tmp_path: Path) -> None:
     ended = launched(tmp_path, "resume", "run", "trainer.max_epochs=4").exits(0)
     assert "skipping a corrupt checkpoint" in ended.err
     assert str(last) in ended.err
-    assert "going on after step 22" in ended.err
+    assert "continuing after step 22" in ended.err
     assert restarts(steps_of(tmp_path / "steps")) == [(33, 23)]
     assert checkpoints(tmp_path, "run")[-1].step == 44
     rows = Runs(tmp_path).rows("run")["val/loss"]

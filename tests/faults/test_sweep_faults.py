@@ -131,7 +131,7 @@ def test_a_failed_trial_is_tried_again(tmp_path: Path) -> None:
     assert starts[0] in ([0, 11], [0, 22])
     assert starts[1] in ([0, 11], [0, 22])
     assert starts[2] == [0]
-    assert "trial 0001: OSError: raises, this once; it is tried again" in ended.err
+    assert "trial 0001: OSError: raises, this once; retrying" in ended.err
     assert "trial 0002: the process died" in ended.err
     assert_in_mlflow(Runs(tmp_path), found)
 

@@ -37,7 +37,7 @@ def recorded(name: str, run_id: str | None = None) -> Record:
 
 def test_a_finished_run_whose_checkpoints_are_gone(past: Record) -> None:
     Storage(past.run_dir).delete("checkpoints")
-    with pytest.raises(RunNotFound, match="has no checkpoint to go on from; raytrainer rerun"):
+    with pytest.raises(RunNotFound, match="has no checkpoint to continue from; raytrainer rerun"):
         history.to_resume(past.name, [])
 
 
@@ -210,7 +210,7 @@ def test_a_trial_is_done_again_as_a_run(swept: Record) -> None:
 
 
 def test_a_trial_is_not_resumed_by_itself(swept: Record) -> None:
-    with pytest.raises(ConfigError, match=f"is a trial of {swept.name}, which goes on with it: resume {swept.name}"):
+    with pytest.raises(ConfigError, match=f"is a trial of {swept.name}: resume {swept.name} continues it"):
         history.to_resume_sweep(f"{swept.name}.0002", [])
 
 
@@ -236,7 +236,7 @@ def test_a_sweep_does_not_go_on_as_another(swept: Record, override: str) -> None
 
 
 def test_a_key_that_a_sweep_does_not_have_is_told_with_the_nearest(swept: Record) -> None:
-    with pytest.raises(ConfigError, match=r"^sweep\.num_sample is no key; valid: sweep\.num_samples, "):
+    with pytest.raises(ConfigError, match=r"^sweep\.num_sample is not a key; valid: sweep\.num_samples, "):
         history.to_resume_sweep(swept.name, ["sweep.num_sample=20"])
 
 
@@ -246,9 +246,9 @@ def test_a_sweep_is_done_again_under_another_name(swept: Record) -> None:
     assert len({c.experiment.name for c in plan.compositions.values()}) == 1
     assert {c.experiment.trainer.max_epochs for c in plan.compositions.values()} == {3}
     assert plan.parameters == Plan.read(Storage(swept.run_dir)).parameters
-    with pytest.raises(ConfigError, match=r"optimizer\.lr is what the sweep is over"):
+    with pytest.raises(ConfigError, match=r"optimizer\.lr is a parameter of the sweep"):
         history.to_rerun_sweep(swept.name, ["optimizer.lr=0.1"])
-    with pytest.raises(ConfigError, match=r"model is what the sweep is over"):
+    with pytest.raises(ConfigError, match=r"model is a parameter of the sweep"):
         history.to_rerun_sweep(swept.name, ["+model=mlp"])
     # The command that is printed for the best trial contains these, so it must include the change.
     assert plan.fixed == ("experiment=mlp", "sweep=random", "trainer.max_epochs=3", f"name={plan.experiment.name}")

@@ -88,7 +88,7 @@ def test_ctrl_c_ends_the_following_only(two: Store, run: Run, monkeypatch: pytes
     monkeypatch.setattr(logs, "lines", interrupted)
     said = run("logs", "-f", "one")
     assert (said.code, said.out) == (130, "hello\n")
-    assert said.err == "raytrainer: not following any more; it goes on. raytrainer stop one stops it\n"
+    assert said.err == "raytrainer: stopped following; the run continues. raytrainer stop one stops it\n"
 
 
 @pytest.mark.parametrize("done", [True, False])

@@ -73,14 +73,14 @@ def test_another_validation_set_and_another_place(run: Record, tmp_path: Path) -
 def test_what_would_be_another_model_is_refused(run: Record) -> None:
     for override in ("model=resnet18", "model.width=3", "optimizer.lr=1", "trainer.ema_decay=0.9", "loss=mse"):
         assert f"{override.partition('=')[0]}=" in refusal(run.name, override)
-        assert "would be another model" in refusal(run.name, override)
-    assert "data=digitz is no such choice" in refusal(run.name, "data=digitz")
+        assert "cannot be changed in an evaluation" in refusal(run.name, override)
+    assert "data=digitz is not a valid choice" in refusal(run.name, "data=digitz")
     assert "data.vall=1 is not a key" in refusal(run.name, "data.vall=1")
     assert refusal(run.name, "data.val=null").startswith("data.val is not set")
 
 
 def test_a_checkpoint_that_is_not_there_is_refused(run: Record) -> None:
-    assert refusal(run.name, checkpoint="15") == "--step=15 is no checkpoint of it; valid: 10, 20"
+    assert refusal(run.name, checkpoint="15") == "--step=15 is not one of its checkpoints; valid: 10, 20"
     history.to_evaluate(run.name, [], checkpoint="20")
     Storage(run.run_dir).delete("checkpoints")
     assert "has no checkpoint in" in refusal(run.name)

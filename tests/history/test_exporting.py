@@ -91,7 +91,7 @@ def test_extra_state_goes_along_and_is_read_back(in_tmp: Path, capsys: pytest.Ca
     checkpoints.save(10, {"model": module.state_dict()}, {})
     checkpoints.close()
     assert main(["export", "past"]) == 0
-    assert "_extra_state: no tensor, so it is in the metadata of model.safetensors" in capsys.readouterr().err
+    assert "_extra_state: not a tensor, so it is in the metadata of model.safetensors" in capsys.readouterr().err
     tensors = load_file("past-step-10/model.safetensors")
     assert tensors.keys() == {name for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
     trainer = Trainer(case(ExtraBytes))
@@ -104,12 +104,12 @@ def test_what_is_refused(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> No
     (in_tmp / "there").mkdir()
     (in_tmp / "file").touch()
     for arguments, said in (
-        (["--to", "there"], "is there already; nothing is written over"),
+        (["--to", "there"], "exists already; nothing is overwritten"),
         (["--to", "file/below"], "cannot be made"),
         (["--to", "/proc/weights"], "cannot be made"),  # the parent exists, but nothing can be created in it
-        (["--to", "s3://bucket/x"], "is a folder of this machine"),
-        (["--step", "15"], "--step=15 is no checkpoint of it; valid: 10, 20"),
-        (["--step", "ten"], "'ten' is no whole number"),
+        (["--to", "s3://bucket/x"], "must be a folder of this machine"),
+        (["--step", "15"], "--step=15 is not one of its checkpoints; valid: 10, 20"),
+        (["--step", "ten"], "'ten' is not a whole number"),
         (["--last", "--step", "10"], "not allowed with"),
         (["--register", "net"], "needs the run in MLflow"),
     ):

@@ -133,7 +133,7 @@ def test_others_in_the_directory_do_no_harm(past: Record) -> None:
         (runs / name).mkdir()
         (runs / name / "run.json").write_text(text)
     assert history.find(RUN_ID)[0] == past
-    with pytest.raises(StorageError, match=r"broken/run\.json is no record of a run"):
+    with pytest.raises(StorageError, match=r"broken/run\.json is not a valid run record"):
         history.find("broken")
 
 

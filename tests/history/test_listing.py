@@ -112,7 +112,7 @@ def test_one_that_cannot_be_looked_at_says_so(store: Store) -> None:
     made, _ = store.add("one", status="RUNNING", on_disk=False)
     (facts,) = list_runs()
     assert (facts.status, facts.life) == ("RUNNING", "unsure")
-    assert facts.cause == "uncertain whether it lives: its directory cannot be read from here"
+    assert facts.cause == "uncertain whether its driver is alive: its directory cannot be read from here"
     assert "RUNNING?" in table([facts])
     assert store.status(made.run_id)[0] == "RUNNING"
 

@@ -52,7 +52,7 @@ def test_alive_but_silent(storage: Storage, process: subprocess.Popen[bytes]) ->
     claim(storage, **of_here(process.pid), age_s=30 * 86400)
     old(storage)
     verdict = judge(RUN, Liveness.read(storage))
-    assert (verdict.life, verdict.why) == ("alive", f"process {process.pid} of this machine has it")
+    assert (verdict.life, verdict.why) == ("alive", f"process {process.pid} of this machine holds the lock")
 
 
 def test_dead(storage: Storage, process: subprocess.Popen[bytes]) -> None:
@@ -230,7 +230,7 @@ def test_a_job_of_the_same_name_elsewhere_proves_nothing(
     job = FakeJob("x", "FAILED", exit_code=exit_code, started=now - began_s)
     job.ended = None if ended_s is None else now - ended_s
     verdict = judge(RUN, Liveness.read(storage), job)
-    assert (verdict.life, verdict.why) == ("alive", "process 4242 on elsewhere has it")
+    assert (verdict.life, verdict.why) == ("alive", "process 4242 on elsewhere holds the lock")
 
 
 def test_a_refused_job_says_nothing_where_nothing_can_be_read() -> None:

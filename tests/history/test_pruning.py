@@ -231,7 +231,7 @@ def test_who_goes_on_with_it_meanwhile_wins(ended: Storage, monkeypatch: pytest.
         return found
 
     monkeypatch.setattr(pruning, "look_at", then_resumed)
-    assert prune().left == {"ended": "somebody has gone on with it"}
+    assert prune().left == {"ended": "another attempt has continued it"}
     assert len(steps(ended)) == 7
 
 

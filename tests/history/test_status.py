@@ -40,7 +40,7 @@ def test_one_that_runs(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     for line in (
         "name     one",
         "status   RUNNING",
-        f"         process {os.getpid()} of this machine has it",
+        f"         process {os.getpid()} of this machine holds the lock",
         "where    local Ray, 2 workers on CPU, launched on somewhere",
         "step     30/132",
         "best     val/accuracy 0.97 at step 22",
@@ -162,7 +162,7 @@ def test_what_was_never_sent(in_tmp: Path) -> None:
     sent.write(Storage(in_tmp / "runs" / SUBMITTED / "one"))
     found = status_of("one", clusters=FakeCluster().clusters())
     assert found.facts.status == "UNKNOWN"
-    assert found.facts.cause == f"{ADDRESS} has no job one--2: it was not sent, or the cluster was started anew since"
+    assert found.facts.cause == f"{ADDRESS} has no job one--2: it was not submitted, or the cluster has restarted since"
     found = status_of("one", clusters=FakeCluster(down=OSError("refused")).clusters())
     assert found.facts.cause == "its cluster does not say"
 

@@ -175,7 +175,7 @@ def test_another_machines_driver_that_does_not_hear(store: Store) -> None:
     result = Stopper("one", timeout_s=0.05, sleep=lambda _: time.sleep(0.02)).stop()
     assert (result.done, result.told) == (
         False,
-        "process 4242 on elsewhere still has its directory; on elsewhere: kill -9 4242",
+        "process 4242 on elsewhere still holds its lock; on elsewhere: kill -9 4242",
     )
 
 
@@ -379,7 +379,9 @@ def test_one_that_has_ended_and_may_wait_again_on_a_cluster_that_is_silent(store
 
 def test_what_was_never_sent_is_said(in_tmp: Path) -> None:
     sent("one", in_tmp)
-    with pytest.raises(RaytrainerError, match=f"nothing of one to stop: {ADDRESS} has no job one: it was not sent, or"):
+    with pytest.raises(
+        RaytrainerError, match=f"one has nothing to stop: {ADDRESS} has no job one: it was not submitted, or"
+    ):
         Stopper("one", force=True, clusters=FakeCluster().clusters()).stop()
 
 

@@ -247,21 +247,21 @@ def test_a_run_without_git_and_a_directory_without(
     origin = Provenance.from_json(past.read_bytes(provenance.FILE))
     past.write_bytes(provenance.FILE, replace(origin, commit=None).to_json())
     assert tree.rerun_there("one", [], say=said.append) is None
-    assert said == ["rerun of one: it did not run from a git checkout; this is the code that is here"]
+    assert said == ["rerun of one: it did not run from a git checkout; the code in this directory is used"]
     past.write_bytes(provenance.FILE, origin.to_json())
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(in_tmp))
     (in_tmp / ".git").rename(in_tmp / "git")
     assert tree.rerun_there("one", [], say=said.append) is None
-    assert said[1].startswith("rerun of one: this is no git checkout, it ran with commit ")
+    assert said[1].startswith("rerun of one: this is not a git checkout, it ran with commit ")
     past.delete(provenance.FILE)
     assert tree.rerun_there("one", [], say=said.append) is None
-    assert said[2] == "rerun of one: what code it ran with is not recorded; this is the code that is here"
+    assert said[2] == "rerun of one: its code is not recorded; the code in this directory is used"
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"commit": "0" * 40}, r"the commit 0+ of one is not in .*: git fetch it, or rerun --here one takes"),
+        ({"commit": "0" * 40}, r"the commit 0+ of one is not in .*: git fetch it, or rerun --here one uses"),
         ({"patch": "diff --git a/nope b/nope\n--- a/nope\n+++ b/nope\n@@ -1 +1 @@\n-a\n+b\n"}, "does not apply to its"),
         ({"patch": "x\n" + provenance._CUT}, "the patch of one was too large to be recorded whole; rerun --here one"),
     ],

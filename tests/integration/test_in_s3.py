@@ -87,7 +87,7 @@ def test_a_run_whose_worker_and_then_driver_are_killed(in_s3: str, tmp_path: Pat
         run.nothing_left(ENDS_S)
     assert Runs(there).status(name) == "RUNNING"
     ended = launched(there, "resume", name).exits(0)
-    assert "going on after step" in ended.err
+    assert "continuing after step" in ended.err
     went_on = restarts(steps_of(there / "steps"))
     assert len(went_on) == 2
     for (before, after), killed in zip(went_on, (first, second), strict=True):

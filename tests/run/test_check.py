@@ -49,7 +49,7 @@ def file_in_place_of_runs(folder: Path) -> None:
     [
         (deleted_experiment, [], "the experiment 'mlp' is deleted in MLflow"),
         (database_of_another_program, [], "mlflow.db"),
-        (run_of_that_name, [], "name=run is the name of a run that exists"),
+        (run_of_that_name, [], "name=run is the name of an existing run"),
         (file_in_place_of_runs, [], "storage_path="),
         (None, ["scaling.num_workers=2"], "cluster=inline"),
         (None, ["scaling.use_gpu=true"], "scaling.use_gpu=false trains on CPUs"),

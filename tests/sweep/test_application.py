@@ -307,20 +307,23 @@ def test_without_the_sweeper_hydra_sweeps_as_ever(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"nm_samples": 3}, "hydra.sweeper.nm_samples is no setting of ray_tune; valid: num_samples, "),
+        ({"nm_samples": 3}, "hydra.sweeper.nm_samples is not a setting of ray_tune; valid: num_samples, "),
         ({"num_samples": 0}, "hydra.sweeper.num_samples=0 must be a whole number of at least 1, or null"),
         ({"num_samples": "3"}, "hydra.sweeper.num_samples=3 must be"),
         ({"max_concurrent_trials": True}, "hydra.sweeper.max_concurrent_trials=true must be"),
         ({"seed": None}, "hydra.sweeper.seed must be a whole number of at least 0"),
         ({"max_trial_failures": -1}, "hydra.sweeper.max_trial_failures=-1 must be"),
-        ({"direction": "up"}, "hydra.sweeper.direction=up is no direction.*valid: minimize, maximize"),
-        ({"direction": ["minimize", "maximize"]}, r"hydra.sweeper.direction=\[minimize,maximize\] is no direction"),
+        ({"direction": "up"}, "hydra.sweeper.direction=up must be one direction.*valid: minimize, maximize"),
+        (
+            {"direction": ["minimize", "maximize"]},
+            r"hydra.sweeper.direction=\[minimize,maximize\] must be one direction",
+        ),
         ({"resume": "yes"}, "hydra.sweeper.resume=yes must be true or false"),
         ({"address": 6379}, "hydra.sweeper.address=6379 must be the address"),
         ({"params": ["x"]}, r"hydra.sweeper.params=\[x\] must be keys"),
         ({"resources_per_trial": {"cpu": 1}}, "hydra.sweeper.resources_per_trial.cpu is written CPU"),
         ({"resources_per_trial": {"CPU": -1}}, "hydra.sweeper.resources_per_trial.CPU=-1 must be a number"),
-        ({"resources_per_trial": {"CPU": 0}}, "hydra.sweeper.resources_per_trial must have something"),
+        ({"resources_per_trial": {"CPU": 0}}, "hydra.sweeper.resources_per_trial must have an amount above 0"),
         ({"resources_per_trial": 2}, "hydra.sweeper.resources_per_trial=2 must be names"),
     ],
 )
@@ -422,7 +425,7 @@ def test_a_folder_with_a_sweep_is_not_gone_on_with_by_accident(tmp_path: Path) -
     journal.begin(application._about(Settings(), [x], ["n=3"]))
     journal.start(Trial("0001", {"x": 1}, ["x=1"], 0.0))
     journal.close()
-    assert "hydra.sweeper.resume=true goes on with it" in refused(tmp_path, "x=1,2", "n=3")
+    assert "hydra.sweeper.resume=true continues it" in refused(tmp_path, "x=1,2", "n=3")
     assert "other parameters" in refused(tmp_path, "x=1,2,3", "n=3", resume=True)
     assert "other overrides" in refused(tmp_path, "x=1,2", "n=4", resume=True)
     assert "another direction" in refused(tmp_path, "x=1,2", "n=3", resume=True, direction="maximize")

@@ -221,7 +221,7 @@ def test_a_resume_that_is_stopped_at_once_ends_the_runs_that_a_killed_driver_lef
     shutil.rmtree(place.storage.local_path / "trials/0002/spool")
     outcome = place.attempt(interrupted)
     assert (outcome.status, outcome.exit_code) == ("KILLED", 130)
-    assert place.said.getvalue().count("interrupted: stopping 2 trials, which can go on") == 1
+    assert place.said.getvalue().count("interrupted: stopping 2 trials, which can continue") == 1
     assert (place.status(), place.status("0001"), place.status("0002")) == ("KILLED", "KILLED", "KILLED")
     assert ended(place) == {"0001": "stopped", "0002": "stopped"}
     tags = [run.tags for run in place.server.runs.values() if run.name != "sweep"]
@@ -312,7 +312,7 @@ def test_time_that_was_over_before_a_trial_had_finished_is_told_as_that(place: P
 
     outcome = place.attempt(script, "sweep.time_budget_s=90")
     assert (outcome.status, outcome.exit_code) == ("FAILED", 1)
-    assert outcome.cause == "its time of 1:30 (sweep.time_budget_s) was over before a trial had finished"
+    assert outcome.cause == "the time budget of 1:30 (sweep.time_budget_s) ended before any trial finished"
     assert outcome.note == "time budget reached"
 
 

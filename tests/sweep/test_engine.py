@@ -310,7 +310,7 @@ def test_a_process_that_dies_is_replaced(sweep: Callable[..., Sweep]) -> None:
     assert [trial.status for trial in one.trials.values()] == ["finished", "finished", "failed", "finished", "finished"]
     assert [report.evaluation for report in one.trials["0002"].reports] == [1, 2, 3]
     assert [line.partition(":")[0] for line in one.said] == ["trial 0002", "trial 0003"]
-    assert all(line.endswith("it is tried again") for line in one.said)
+    assert all(line.endswith("; retrying") for line in one.said)
 
 
 def test_a_trial_without_a_value_that_is_a_number_has_failed(sweep: Callable[..., Sweep]) -> None:

@@ -42,11 +42,11 @@ def journal(tmp_path: Path) -> TrialJournal:
 def test_what_going_on_does(journal: TrialJournal) -> None:
     words = resume_words(plan(total=10), journal)
     assert words == (
-        "going on: 5 trials have ended and are kept, 1 goes on, 4 more will be sampled; "
-        "sweep.max_trial_failures=1 would try the 2 that failed again"
+        "resuming: 5 ended trials are kept, 1 continues, 4 more will be sampled; "
+        "sweep.max_trial_failures=1 would retry the 2 that failed"
     )
     words = resume_words(plan(failures=1), journal)
-    assert words == "going on: 3 trials have ended and are kept, 1 goes on, 2 that failed are tried again"
+    assert words == "resuming: 3 ended trials are kept, 1 continues, 2 failed trials are retried"
     assert "the remaining trials will be sampled" in resume_words(plan(total=None), journal)
 
 

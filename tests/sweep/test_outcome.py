@@ -165,7 +165,10 @@ def test_the_best_of_a_population_is_told_with_its_schedule(in_tmp: Path, monkey
     best.inherited = [{"evaluation": n, "from": "0001", "parameters": {}} for n in (1, 2)]
     assert "optimizer.lr=0.02" in best_command(plan, best)
     said = summary(outcome(plan, best), "raytrainer")
-    assert "schedule: lr 0.01 to step 10, lr 0.02 to step 20; trained under all of it, the command has the last" in said
+    assert (
+        "schedule: lr 0.01 to step 10, lr 0.02 to step 20; the trial trained with all of it, the command has the last values"
+        in said
+    )
 
 
 def test_failed_trials_are_told_with_their_tracebacks_and_what_to_do(

@@ -72,7 +72,7 @@ def test_as_it_was_written(tmp_path: Path) -> None:
     values = {"model": "mlp", "optimizer.lr": 0.1 + 0.2, "+trainer.max_time": None, "seed": 2}
     assert again.composition_of(values).text == found.composition_of(values).text
     (tmp_path / "sweep.json").write_text("[]")
-    with pytest.raises(StorageError, match="is no plan of a sweep"):
+    with pytest.raises(StorageError, match="is not a valid sweep plan"):
         Plan.read(storage)
     (tmp_path / "sweep.json").write_text(json.dumps({"version": 99}))
     with pytest.raises(StorageError, match="later version"):

@@ -133,7 +133,7 @@ def test_time_is_counted_in_evaluations() -> None:
     ("wrong", "said"),
     [
         ({"_target_": "ray.tune.schedulers.AshaScheduler"}, "ASHAScheduler"),
-        ({"_target_": "collections.OrderedDict"}, "is no ray.tune.schedulers.TrialScheduler"),
+        ({"_target_": "collections.OrderedDict"}, "is not a ray.tune.schedulers.TrialScheduler"),
         (node("asha", metric="val/loss"), "is given by raytrainer; leave it out"),
         (node("asha", time_attr="time_total_s"), "is given by raytrainer; leave it out"),
         (node("pbt", hyperparam_mutations={}), "is given by raytrainer; leave it out"),
@@ -381,20 +381,20 @@ def test_a_trial_stays_in_the_bracket_that_its_reports_were_put_into() -> None:
 def test_what_a_scheduler_cannot_take_back_is_said() -> None:
     trials = ended([1.0, 2.0], [3.0, 4.0])
     said = {
-        "hyperband": "HyperBandScheduler cannot be told of what the earlier trials reported: its brackets begin anew",
-        "bohb": "HyperBandForBOHB cannot be told of what the earlier trials reported: its brackets begin anew",
-        "pbt": "PopulationBasedTraining cannot be told of what the earlier trials reported: the trials that go on are "
-        "compared with each other only",
+        "hyperband": "HyperBandScheduler cannot restore the reports of the earlier trials: its brackets start from scratch",
+        "bohb": "HyperBandForBOHB cannot restore the reports of the earlier trials: its brackets start from scratch",
+        "pbt": "PopulationBasedTraining cannot restore the reports of the earlier trials: the trials that continue are "
+        "compared only with each other",
     }
     for kind, sentence in said.items():
         assert replay(made(kind), trials) == sentence
         assert replay(made(kind), []) is None
-    assert "drawn anew" in str(replay(made("asha", brackets=2), trials))
+    assert "drawn again" in str(replay(made("asha", brackets=2), trials))
 
     class Own(FIFOScheduler):  # type: ignore[misc]
         pass
 
-    assert replay(Own(), trials) == "Own cannot be told of what the earlier trials reported: it begins anew"
+    assert replay(Own(), trials) == "Own cannot restore the reports of the earlier trials: it starts from scratch"
 
 
 def test_configs_of_the_group_name_arguments_that_exist(in_tmp: Path) -> None:

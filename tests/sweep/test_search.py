@@ -207,7 +207,7 @@ def test_values_keep_their_types() -> None:
 
 def test_what_is_no_value_is_refused() -> None:
     for p, value in [(LR, math.nan), (LR, "fast"), (DEPTH, True), (MODEL, "vit"), (MODEL, 3), (WIDTH, None)]:
-        with pytest.raises(ConfigError, match="was drawn with a value"):
+        with pytest.raises(ConfigError, match="was sampled with a value"):
             nearest(p, value)
 
 
@@ -347,7 +347,7 @@ def test_what_a_searcher_draws_is_put_into_the_space(tmp_path: Path) -> None:
     assert (second["optimizer.lr"], second["model.width"]) == (1e-4, 64)
     assert type(second["optimizer.lr"]) is float
     assert sweep.draws.suggest("later") is None, "it waits for others"
-    with pytest.raises(ConfigError, match=r"model\.width Recorder drew no value of it"):
+    with pytest.raises(ConfigError, match=r"model\.width got no value from Recorder"):
         sweep.draws.suggest("later")
     assert list(sweep.journal.trials) == ["0001", "0002"]
 
@@ -468,10 +468,10 @@ def test_of_a_function_stopped_in_the_middle_its_last_value_is_told() -> None:
 def test_what_is_lost_of_a_history_is_said() -> None:
     assert tell(Translated(Recorder(), [LR, WIDTH]), [], "min") is None
     said = tell(Translated(Recorder(), [LR, WIDTH]), history(), "min")
-    assert said == "Recorder cannot be told of the 6 trials that have ended: it learns anew"
+    assert said == "Recorder cannot learn from the 6 ended trials and starts from scratch"
     other = Parameter("dropout", "interval", low=0.0, high=1.0)
     said = tell(Translated(Learner(), [LR, other]), history(), "min")
-    assert said == "Learner did not get 5 trials, which are outside the current search space"
+    assert said == "Learner cannot learn from 5 ended trials, which are outside the current search space"
     assert tell(Translated(RandomSearch(), [LR]), history(), "min") is None
 
 
@@ -614,7 +614,7 @@ def test_a_missing_library_is_said_with_the_command(monkeypatch: pytest.MonkeyPa
 
 def test_what_is_no_searcher_is_refused() -> None:
     nodes: list[tuple[dict[str, Any], str]] = [
-        ({"_target_": "collections.OrderedDict"}, "is no ray.tune.search.Searcher$"),
+        ({"_target_": "collections.OrderedDict"}, "is not a ray.tune.search.Searcher$"),
         ({"_target_": "ray.tune.search.BasicVariantGenerator"}, "leave sweep.search_alg null for random draws"),
         ({"_target_": "raytrainer.sweep.RandomSerch"}, "RandomSearch"),
         ({"_target_": "raytrainer.sweep.RandomSearch", "sede": 1}, "is not an argument of .*seed"),

@@ -274,7 +274,7 @@ def test_a_log_gets_a_line_a_trial_and_a_summary_in_thirty_seconds() -> None:
     for _ in range(50):
         watched.tick(0.5)
     assert watched.lines()[:2] == [
-        "trial 0009 goes on after evaluation 1: lr 0.01111  width 576",
+        "trial 0009 continues after evaluation 1: lr 0.01111  width 576",
         "trial 0010 begins: lr 0.01  width 640",
     ]
     assert watched.lines()[3:] == [

@@ -170,7 +170,7 @@ def test_credentials_of_a_file(mlflow: Mlflow, monkeypatch: pytest.MonkeyPatch, 
         (400, b"{}", Rejected, "answers 400"),
         (503, b"", TrackingUnreachable, "answers 503"),
         (200, b"<html>", TrackingUnreachable, "cannot be used: Expecting value"),
-        (200, b"[]", TrackingUnreachable, "does not answer as MLflow does"),
+        (200, b"[]", TrackingUnreachable, "does not answer like an MLflow server"),
     ],
 )
 def test_answers_that_are_none(

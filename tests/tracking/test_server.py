@@ -195,7 +195,7 @@ def test_a_sqlite_store_is_checked_without_making_it(tmp_path: Path) -> None:
     sqlite3.connect(sqlite_path(uri)).close()
     check_tracking(uri)
     sqlite_path(uri).write_bytes(b"not a database, but long enough to have a header" * 10)
-    with pytest.raises(TrackingUnreachable, match="not a database"):
+    with pytest.raises(TrackingUnreachable, match="is not a SQLite database"):
         check_tracking(uri)
     sqlite_path(uri).unlink()
 

@@ -111,7 +111,7 @@ def test_what_is_no_number_is_left_out_and_said(tmp_path: Path, caplog: pytest.L
     tracker.close()
     assert [row.value for row in rows(tmp_path)] == [1.0, 2.0]
     assert sum(batch.dropped for batch in content(tmp_path)) == 2
-    assert "not a number among ['a']" in caplog.messages[0]
+    assert "one of ['a'] is not a number" in caplog.messages[0]
 
 
 @pytest.mark.parametrize(

@@ -15,16 +15,16 @@ from raytrainer.tracking import odd_values
 @pytest.mark.parametrize(
     ("uri", "reason"),
     [
-        ("mlruns", "is a directory, a store that MLflow has given up"),
+        ("mlruns", "is a directory, that is, a file store, which MLflow no longer supports"),
         ("file:./mlruns", "is a directory"),
         ("/tmp/mlruns", "is a directory"),
-        ("databricks", "is a store of Databricks"),
-        ("databricks://profile", "is a store of Databricks"),
+        ("databricks", "is a Databricks store"),
+        ("databricks://profile", "is a Databricks store"),
         ("127.0.0.1:5000", "has no scheme; write MLFLOW_TRACKING_URI=http://127.0.0.1:5000"),
         ("http://", "names no host"),
         ("http:/127.0.0.1", "names no host"),
         ("sqlite://", "names no database"),
-        ("s3://bucket/x", "is no store of MLflow"),
+        ("s3://bucket/x", "is not an MLflow store"),
         ("http://a b", "has a space in it"),
     ],
 )
@@ -52,7 +52,7 @@ def test_one_that_is_one(uri: str | None) -> None:
         ("MLFLOW_TRACKING_INSECURE_TLS", "yes", "must be true or false"),
         ("MLFLOW_TRACKING_SERVER_CERT_PATH", "/not/there.pem", "is not a file"),
         ("MLFLOW_TRACKING_TOKEN", "secret\nvalue", "has a line break"),
-        ("MLFLOW_RUN_ID", "0123", "would be ignored: raytrainer makes a run of its own"),
+        ("MLFLOW_RUN_ID", "0123", "would be ignored: raytrainer creates its own run"),
         ("MLFLOW_EXPERIMENT_ID", "3", "MLFLOW_EXPERIMENT_NAME or tracking.experiment_name"),
     ],
 )
