@@ -352,7 +352,7 @@ def test_help_of_a_sweep_helps(here: Run) -> None:
         ("-m experiment=mlp sweep=random optimizer.lr=fast", "optimizer.lr=fast must be a number"),
         (
             "-m experiment=mlp sweep=random sweep.space={x:interval(0,1)}",
-            "sweep.space={x:interval(0,1)} cannot be set: a",
+            "sweep.space={x:interval(0,1)} cannot be set: write a sweep inside of a value as a text, in quotes",
         ),
         (
             "-m experiment=mlp sweep=random seed=1,2 optimizer.lr=[1,2]",

@@ -177,7 +177,7 @@ def _of_composition(
         if where or ("does not exist" not in m[2] and _is_group(name, text, values)):
             if "append to your default list" in text and f"+{name}" in text:
                 return ConfigError(
-                    f"chooses from a group that is in no defaults list; add it: +{name}={values.get(name)}",
+                    f"chooses from a group that no config has among its defaults; add it: +{name}={values.get(name)}",
                     key=name,
                     value=values.get(name),
                 )

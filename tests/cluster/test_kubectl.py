@@ -280,7 +280,7 @@ def test_as_the_verbs_see_it(kubernetes: Kubernetes) -> None:
     sent = kubernetes.read("rayjob-run")
     sent["spec"]["suspend"] = False
     kubernetes.put("rayjob-run", sent)
-    assert jobs.explain_waiting("run") == "KubeRay: has not begun with it"
+    assert jobs.explain_waiting("run") == "KubeRay: has not started it"
     group = sent["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]
     kubernetes.put("pod-a", {"metadata": {"name": "a", **group["metadata"]}, "spec": group["spec"], "status": {}})
     over = {"metadata": {"name": "b", **group["metadata"]}, "spec": group["spec"], "status": {"phase": "Succeeded"}}

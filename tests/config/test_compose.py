@@ -109,7 +109,7 @@ def test_references_to_secrets_stay_references(monkeypatch: pytest.MonkeyPatch) 
         ("model=null", "model=null is a group; to choose nothing write ~model"),
         ("debug=true", "debug=true is a group: it takes the name of a choice"),
         ("~model", "model is not set; choose one of the group"),
-        ("optimizer@foo=sgd", "optimizer@foo=sgd chooses from a group that is in no defaults list"),
+        ("optimizer@foo=sgd", "optimizer@foo=sgd chooses from a group that no config has among its defaults"),
         ("+optimizer@foo=sgd", "foo is not a key; valid: name, seed"),
         # values that cannot be read or resolved
         ("foo", "'foo' is not key=value; a command comes first"),

@@ -80,7 +80,7 @@ def test_resume_applies_values(past: Record) -> None:
     "override", ["model=resnet18", "optimizer=sgd", "experiment=resnet", "+cluster=inline", "~lr_scheduler"]
 )
 def test_resume_refuses_choices_of_groups(past: Record, override: str) -> None:
-    with pytest.raises(ConfigError, match=f"raytrainer rerun {past.name} …, a new run"):
+    with pytest.raises(ConfigError, match=f"raytrainer rerun {past.name} … starts a new run"):
         history.to_resume(past.name, [override])
 
 
