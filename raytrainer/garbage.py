@@ -1,7 +1,8 @@
 """How often Python's garbage collector runs.
 
 Importing torch, ray and mlflow makes millions of objects and hardly any garbage. With Python's default threshold the collector
-takes a quarter of that time; with a high one, next to none. During training the default is in force again, because garbage
+takes a quarter of that time: compare `python -c "import ray, torch, mlflow"` with `python -c "import gc; gc.disable();
+import ray, torch, mlflow"` (2.5 s and 1.9 s on 2026-12-01). With a high threshold it takes next to none. During training the default is in force again, because garbage
 may hold the memory of a GPU.
 """
 

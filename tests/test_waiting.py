@@ -10,7 +10,7 @@ import pytest
 from raytrainer.autoscaling import addable
 from raytrainer.preflight import Resources
 from raytrainer.progress import Display
-from raytrainer.run.waiting import Waiting
+from raytrainer.run.waiting import Waiting, selected_nodes
 from tests.terminal import Terminal
 
 
@@ -51,6 +51,16 @@ def test_what_is_missing_and_who_holds_it() -> None:
     assert line == (
         "waiting for 4 CPUs, 2 GPUs (0:03): 1 CPU free, 0 GPUs free; run-a holds 1 GPU; run-b holds 2 GPUs, 4 CPUs"
     ).replace("2 GPUs, 4 CPUs", "4 CPUs, 2 GPUs")
+
+
+def test_which_nodes_it_waits_for() -> None:
+    stream = io.StringIO()
+    nodes = selected_nodes("A100", {"zone": "a"})
+    waiting = Waiting(Display(stream), Cluster(), {"CPU": 1.0}, Resources(8), nodes)
+    waiting.look(lambda: True, 0.0)
+    waiting.look(lambda: True, 3.0)
+    assert stream.getvalue() == "waiting for 1 CPU on nodes with A100, zone=a (0:03): 1 CPU free\n"
+    assert selected_nodes(None, None) == ""
 
 
 def test_nodes_on_their_way_and_those_that_do_not_come() -> None:

@@ -40,13 +40,13 @@ class Ending:
         status: FINISHED, FAILED, KILLED or REFUSED.
         exit_code: The exit code for the command that submitted the job.
         cause: One line that says why the job did not finish; None if it finished.
-        told: Whether the entrypoint reported how the run ended. Otherwise its driver was killed or never started.
+        reported: Whether the entrypoint reported how the run ended. Otherwise its driver was killed or never started.
     """
 
     status: str
     exit_code: int
     cause: str | None = None
-    told: bool = True
+    reported: bool = True
 
 
 def ending_of(job: Ended) -> Ending:
@@ -58,7 +58,7 @@ def ending_of(job: Ended) -> Ending:
     if job.exit_code in STATUSES:
         cause = _said(job.message) or f"exit code {job.exit_code}; the last lines of its log say why"
         return Ending(STATUSES[job.exit_code], job.exit_code, cause)
-    return Ending("FAILED", 1, one_line(job.message) or "Ray does not say why", told=False)
+    return Ending("FAILED", 1, one_line(job.message) or "Ray does not say why", reported=False)
 
 
 def one_line(message: str) -> str:

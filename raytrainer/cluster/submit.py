@@ -426,7 +426,7 @@ def _is_mute(job: Job) -> bool:
 
     Its driver or supervisor was killed, or its environment could not be set up.
     """
-    return job.status == "FAILED" and not ending_of(job).told
+    return job.status == "FAILED" and not ending_of(job).reported
 
 
 def _had_no_environment(job: Job) -> bool:

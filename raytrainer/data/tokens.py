@@ -176,10 +176,10 @@ def _check_vocabulary(head: TokenFile, vocab_size: int | None, path: str) -> Non
 
 def _copied(uri: str, cache: str | Path) -> Path:
     """Copy the file of a URI to this machine's disk, where it can be memory-mapped. Return the path."""
-    filesystem, found = find_files(uri, (), "token file")
-    if len(found) != 1:
-        raise DataError(f"{redacted(uri)}: matches {len(found)} files; expected one")
-    (entry,) = found
+    filesystem, entries = find_files(uri, (), "token file")
+    if len(entries) != 1:
+        raise DataError(f"{redacted(uri)}: matches {len(entries)} files; expected one")
+    (entry,) = entries
     kept = Cache(cache_folder(cache), {"tokens": redacted(uri), "size": entry.size, "mtime": entry.mtime_ns})
 
     def blocks() -> Iterator[bytes]:

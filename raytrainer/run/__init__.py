@@ -24,7 +24,7 @@ from raytrainer.run.record import (
     written_storage_path,
 )
 from raytrainer.run.session import ray_session
-from raytrainer.run.waiting import Waiting
+from raytrainer.run.waiting import Waiting, selected_nodes
 
 __all__ = [
     "CONFIG",
@@ -47,6 +47,7 @@ __all__ = [
     "lock_owner",
     "ray_session",
     "refuse_existing",
+    "selected_nodes",
     "summary",
     "table",
     "took",

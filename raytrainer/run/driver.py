@@ -30,7 +30,7 @@ from raytrainer.progress import Display
 from raytrainer.run.logs import Logs
 from raytrainer.run.record import CONFIG, Outcome, Record, StopAsked, begin_tags, end_tags, job_tags, tracking_uri
 from raytrainer.run.session import ray_session
-from raytrainer.run.waiting import Waiting
+from raytrainer.run.waiting import Waiting, selected_nodes
 from raytrainer.storage import Lock, Storage
 from raytrainer.tracking.database import lost_database
 from raytrainer.tracking.spool import spool_of
@@ -357,7 +357,8 @@ class Driver:
 
         least = preflight.least_workers(e)
         wanted = {name: share * least for name, share in preflight.per_worker(e, gpu).items()}
-        waiting = Waiting(self.display, supervise, wanted, available)
+        nodes_wanted = selected_nodes(scaling.accelerator_type, scaling.label_selector)
+        waiting = Waiting(self.display, supervise, wanted, available, nodes_wanted)
         # Not in the main thread, which waits for signals, and in which Ray Train would install its own SIGINT handler.
         threading.Thread(target=fit, name="ray-train", daemon=True).start()
         try:

@@ -28,10 +28,18 @@ class Waiting:
         cluster: The cluster to query.
         wanted: The resources of all workers together.
         available: The resources that the cluster has and can add.
+        nodes: Which nodes may hold them, as `selected_nodes` says; empty: all.
     """
 
-    def __init__(self, display: Display, cluster: Cluster, wanted: Mapping[str, float], available: Resources) -> None:
-        self._display, self._cluster, self._available = display, cluster, available
+    def __init__(
+        self,
+        display: Display,
+        cluster: Cluster,
+        wanted: Mapping[str, float],
+        available: Resources,
+        nodes: str = "",
+    ) -> None:
+        self._display, self._cluster, self._available, self._nodes = display, cluster, available, nodes
         self._wanted = {name: n for name, n in wanted.items() if n}
         self._began: float | None = None  # when the run began to wait; None if it has its resources
         self._due = self._said = 0.0
@@ -60,7 +68,7 @@ class Waiting:
 
     def _say(self, now: float, text: str) -> None:
         waited = 0.0 if self._began is None else now - self._began
-        line = f"waiting for {_listed(self._wanted)} ({duration(waited)}): {text}"
+        line = f"waiting for {_listed(self._wanted)}{self._nodes} ({duration(waited)}): {text}"
         if self._display.live:
             self._display.draw([line])
         elif waited < _OFTEN_S or text != self._last or now - self._said >= _OFTEN_S:
@@ -82,6 +90,13 @@ class Waiting:
             parts.append("the cluster adds nodes")
         parts += [f"it could not add {why}" for why in failed[:2]]
         return "; ".join(parts)
+
+
+def selected_nodes(accelerator_type: str | None, label_selector: Mapping[str, str] | None) -> str:
+    """Return the nodes that `scaling` selects, as the end of a sentence: ` on nodes with A100, zone=a`."""
+    selected = [accelerator_type] if accelerator_type else []
+    selected += [f"{label}={value}" for label, value in (label_selector or {}).items()]
+    return f" on nodes with {', '.join(selected)}" if selected else ""
 
 
 def _listed(resources: Mapping[str, float]) -> str:

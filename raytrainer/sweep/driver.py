@@ -32,6 +32,7 @@ from raytrainer.run import (
     in_background,
     job_tags,
     ray_session,
+    selected_nodes,
     tracking_uri,
 )
 from raytrainer.storage import Lock, Storage
@@ -239,7 +240,8 @@ class SweepDriver:
             time_budget_s=e.sweep.time_budget_s,
         )
         wanted = {resource: share * workers for resource, share in each.items()}
-        self._waiting = Waiting(self.display, supervise, wanted, available)
+        nodes_wanted = selected_nodes(e.scaling.accelerator_type, e.scaling.label_selector)
+        self._waiting = Waiting(self.display, supervise, wanted, available, nodes_wanted)
         self.interrupts.deferred = True  # signals are handled between two steps, never inside a call to Ray
         with supervise.WorkerOutput(lambda rank, message: None, self._said):
             reason = search.run(
@@ -470,7 +472,9 @@ class SweepDriver:
         key = metric_key(self.plan.metric)
         if self._may_pause or key.startswith("train/"):
             return
-        logged = last_logged(Spool(spool_of(self._trial_dir(trial))), key)
+        logged = None
+        with contextlib.suppress(StorageError):  # the spool is a copy, so a damaged one must not fail the sweep
+            logged = last_logged(Spool(spool_of(self._trial_dir(trial))), key)
         if logged is None:
             return
         at, step, metrics = logged

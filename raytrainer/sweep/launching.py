@@ -108,11 +108,11 @@ def resume_words(plan: Plan, journal: TrialJournal) -> str:
         parts.append(
             "the remaining trials will be sampled" if total is None else f"{total - len(trials)} more will be sampled"
         )
-    told = "resuming: " + ", ".join(parts)
+    text = "resuming: " + ", ".join(parts)
     if failed and not retried:
         more = plan.experiment.sweep.max_trial_failures + 1
-        told += f"; sweep.max_trial_failures={more} would retry the {failed} that failed"
-    return told
+        text += f"; sweep.max_trial_failures={more} would retry the {failed} that failed"
+    return text
 
 
 def launch(

@@ -47,9 +47,9 @@ REFUSAL = "raytrainer: refused: model.width=-1 must be positive"
         ),
         (
             FakeJob("x", "FAILED", message(-9, "epoch 1", "epoch 2"), exit_code=-9),
-            Ending("FAILED", 1, "Job entrypoint command failed with exit code -9", told=False),
+            Ending("FAILED", 1, "Job entrypoint command failed with exit code -9", reported=False),
         ),
-        (FakeJob("x", "FAILED"), Ending("FAILED", 1, "Ray does not say why", told=False)),
+        (FakeJob("x", "FAILED"), Ending("FAILED", 1, "Ray does not say why", reported=False)),
     ],
 )
 def test_how_a_job_ended(job: FakeJob, ending: Ending) -> None:

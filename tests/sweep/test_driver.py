@@ -5,6 +5,7 @@ A script plays the trials; the journal, the spools and the uploader thread are r
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import math
@@ -19,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from raytrainer import preflight, tracking
+from raytrainer import preflight, supervise, tracking
 from raytrainer.checkpoint import Checkpointer, take_in
 from raytrainer.config import group_names
 from raytrainer.errors import StorageFull
@@ -29,6 +30,7 @@ from raytrainer.run import Logs, Record
 from raytrainer.storage import Storage
 from raytrainer.sweep import Plan, driver, make_plan, pictures
 from raytrainer.sweep.driver import SweepDriver
+from raytrainer.sweep.engine import Search
 from raytrainer.sweep.journal import Report, Status, Trial, TrialJournal
 from raytrainer.sweep.outcome import SweepOutcome
 from raytrainer.tracking.spool import SegmentWriter, Spool, line, spool_of
@@ -385,6 +387,36 @@ def test_what_was_reported_is_not_recorded_twice(place: Place) -> None:
     place.attempt(script)
     (trial,) = TrialJournal.open(place.storage).trials.values()
     assert [report.value for report in trial.reports] == [0.5]
+
+
+def test_a_spool_that_cannot_be_read_does_not_hide_how_a_stopped_sweep_ended(place: Place) -> None:
+    def script(sweep: Acting) -> str:
+        trial = sweep.starts()
+        sweep.reports(trial, 0.5)
+        (sweep._trial_dir(trial).local_path / "spool/metrics-000001-00000000.jsonl").mkdir(parents=True)
+        return interrupted(sweep)
+
+    assert place.attempt(script).status == "KILLED"
+    (trial,) = TrialJournal.open(place.storage).trials.values()
+    assert (trial.status, [report.value for report in trial.reports]) == ("stopped", [0.5])
+
+
+def test_trials_request_the_nodes_that_scaling_selects(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    requested: dict[str, Any] = {}
+
+    def run(self: Search, trainable: type, **arguments: Any) -> str:
+        requested.update(arguments)
+        return "finished"
+
+    monkeypatch.setattr(Search, "run", run)
+    monkeypatch.setattr("ray.tune.with_parameters", lambda trainable, **_: trainable)
+    monkeypatch.setattr(supervise, "nodes", lambda: [{"CPU": 9.0}, {"CPU": 3.0, "accelerator_type:A100": 1.0}])
+    monkeypatch.setattr(supervise, "WorkerOutput", lambda *_: contextlib.nullcontext())
+    scaling = ["scaling.accelerator_type=A100", "scaling.label_selector={zone: a}", "scaling.num_workers=2"]
+    place.attempt(lambda sweep: SweepDriver._search(sweep, preflight.this_machine()), *scaling)
+    bundle = {"CPU": 1.0, "accelerator_type:A100": 0.001}
+    assert requested["resources"] == supervise.trial_resources(bundle, 2, "PACK", {"zone": "a"})
+    assert requested["limit"] == 1  # the node with the accelerator has three CPUs
 
 
 def test_pictures_of_a_stopped_sweep_hold_up_nobody(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
