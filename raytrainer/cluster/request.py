@@ -412,10 +412,11 @@ def _readable_token(e: Experiment) -> list[str]:
             token = find_token(e.cluster.token_file)
     if token is None:
         return []
-    said = f"the token of {token.source} goes to {address} over plain http, and whoever reads it on its way controls the cluster"
-    return [
-        f"{said}: use https://, through a proxy, unless the network is trusted (docs/clusters.md shows one with nginx)"
-    ]
+    warning = (
+        f"the token of {token.source} goes to {address} over plain http, and anyone who intercepts it controls the "
+        "cluster: use https://, through a proxy, unless the network is trusted (docs/clusters.md shows one with nginx)"
+    )
+    return [warning]
 
 
 # --- what is sent -----------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def launch(
     request = prepared(asked, argv, record=record, changed=changed, say=say, folder=folder)
     cluster, wait = connect(request), request.experiment.cluster.wait
     if not wait and request.experiment.cluster.kind == "job":
-        preflight.check_objects(request.experiment)  # checked here, because nobody follows the job's own messages
+        preflight.check_objects(request.experiment)  # here, because the user does not see the job's messages
     with Interrupts() as interrupts:
         sender = _Sender(request, cluster, record, say, folder)
         try:

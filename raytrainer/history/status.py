@@ -60,7 +60,7 @@ class Status:
 def status_of(
     identifier: str, *, say: Callable[[str], None] = lambda text: None, clusters: Clusters | None = None
 ) -> Status:
-    """Return what is known of a run. If its driver is dead, the run is closed on the way.
+    """Return what `status` shows of a run. A run marked RUNNING whose driver is dead gets its final status first.
 
     Raises:
         RunNotFound: There is no such run.

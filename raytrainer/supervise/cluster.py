@@ -268,7 +268,7 @@ def _is_autoscaled() -> bool:
     """Return whether an autoscaler has reported to the cluster."""
     try:
         status = get_cluster_status(ray.get_runtime_context().gcs_address, timeout=2)
-    except Exception:  # noqa: BLE001  without an answer, assume that there is none
+    except Exception:  # noqa: BLE001  a cluster that gives no answer is treated as one without an autoscaler
         return False
     return int(status.stats.autoscaler_version or 0) > 0
 
