@@ -48,5 +48,5 @@ RUN pip install --no-deps /opt/raytrainer/wheels/*.whl
 USER 1000:1000
 WORKDIR /home/ray/app
 # An image that cannot compose and import is not built.
-RUN python -m raytrainer --cfg job experiment=smoke > /dev/null && python -c "import mlflow, ray, torch, raytrainer.run"
+RUN python -m raytrainer --cfg job experiment=smoke > /dev/null && python -c "import mlflow, ray, torch, raytrainer.attempt"
 CMD ["python", "-m", "raytrainer", "--help"]

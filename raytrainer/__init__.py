@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raytrainer import errors
+    from raytrainer.attempt import Outcome, check, launch
     from raytrainer.config import Composition, Experiment, compose
-    from raytrainer.run import Outcome, check, launch
     from raytrainer.trainer import FitResult, Trainer
 
 __version__ = "0.1.0"
@@ -33,9 +33,9 @@ _HOMES = {
     "Composition": "raytrainer.config",
     "Experiment": "raytrainer.config",
     "compose": "raytrainer.config",
-    "Outcome": "raytrainer.run",
-    "check": "raytrainer.run",
-    "launch": "raytrainer.run",
+    "Outcome": "raytrainer.attempt",
+    "check": "raytrainer.attempt",
+    "launch": "raytrainer.attempt",
     "FitResult": "raytrainer.trainer",
     "Trainer": "raytrainer.trainer",
 }

@@ -10,7 +10,7 @@ import sys
 import threading
 from types import FrameType
 
-from raytrainer import garbage, proxies, streams
+from raytrainer.core import garbage, proxies, streams
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -52,9 +52,9 @@ def _command(arguments: list[str]) -> int:
 
     code = _hydra(arguments, train, _sweep)
     if len(outcomes) > 1:  # a grid of whole runs
-        from raytrainer import run
+        from raytrainer import attempt
 
-        print(f"\n{run.table(outcomes)}", flush=True)
+        print(f"\n{attempt.table(outcomes)}", flush=True)
     return code
 
 
@@ -84,19 +84,19 @@ def _verb(verb: str, rest: list[str], *, dry: bool) -> int:
         raise ConfigError(f"{verb!r} is not a command{hint} (keys are given as key=value)")
     if verb == "check":
         return _hydra(rest, _check, _check_sweep, before=["check", *([_DRY_RUN] if dry else [])])
-    from raytrainer import history
+    from raytrainer import runs
 
     if verb not in ("resume", "rerun", "evaluate"):
         if dry and verb != "prune":
             raise ConfigError(f"{_DRY_RUN} is for experiment=…, resume, rerun, evaluate and prune")
         rest = [*rest, _DRY_RUN] if dry else rest
-        return history.command(verb, rest)
-    parser = history.parser(verb)
+        return runs.command(verb, rest)
+    parser = runs.parser(verb)
     given = parser.parse(rest)
     if "=" in given.id:
         raise ConfigError(f"which run? {parser.takes()}")
     if verb == "evaluate":
-        composition = history.to_evaluate(
+        composition = runs.to_evaluate(
             given.id, given.overrides, checkpoint=given.checkpoint or "best", config_dir=given.config_dir
         )
         return _launch(composition, [verb, *rest], as_json=given.json, dry=dry)
@@ -104,17 +104,17 @@ def _verb(verb: str, rest: list[str], *, dry: bool) -> int:
 
 
 def _rerun(given: argparse.Namespace, rest: list[str], *, dry: bool) -> int:
-    from raytrainer import history
+    from raytrainer import runs
 
     options = [*(["--json"] if given.json else []), *([_DRY_RUN] if dry else [])]
-    code = history.rerun_there(given.id, [*given.overrides, *options], here=given.here, say=_say)
+    code = runs.rerun_there(given.id, [*given.overrides, *options], here=given.here, say=_say)
     if code is not None:
         return code
-    record, _ = history.find(given.id)
-    if record.kind == "sweep" and history.trial_of(given.id, record) is None:
-        plan = history.to_rerun_sweep(given.id, given.overrides)
+    record, _ = runs.find(given.id)
+    if record.kind == "sweep" and runs.trial_of(given.id, record) is None:
+        plan = runs.to_rerun_sweep(given.id, given.overrides)
         return _would_send(plan, ["rerun", *rest]) if dry else _run_sweep(plan, ["rerun", *rest], as_json=given.json)
-    composition = history.to_rerun(given.id, given.overrides)
+    composition = runs.to_rerun(given.id, given.overrides)
     return _launch(composition, ["rerun", *rest], as_json=given.json, dry=dry)
 
 
@@ -128,29 +128,29 @@ def _launch(composition: config.Composition, arguments: list[str], *, as_json: b
 
 
 def _resume(given: argparse.Namespace, rest: list[str], *, dry: bool) -> int:
-    from raytrainer import history, run
+    from raytrainer import attempt, runs
 
-    record, _ = history.find(given.id)
+    record, _ = runs.find(given.id)
     if record.kind == "sweep":
-        plan, record = history.to_resume_sweep(given.id, given.overrides)
+        plan, record = runs.to_resume_sweep(given.id, given.overrides)
         if dry:
             return _would_send(plan, ["resume", *rest], record)
         return _run_sweep(plan, ["resume", *rest], record, as_json=given.json)
-    composition, record, changed = history.to_resume(given.id, given.overrides)
+    composition, record, changed = runs.to_resume(given.id, given.overrides)
     if dry:
         return _would_send(composition, ["resume", *rest], record, changed)
     if _is_sent(composition):
         return _submit(composition, ["resume", *rest], record, changed, as_json=given.json)
-    outcome = run.launch(composition, argv=["resume", *rest], record=record, changed=changed)
-    return _told(outcome, run.summary(outcome, provenance.program()), as_json=given.json)
+    outcome = attempt.launch(composition, argv=["resume", *rest], record=record, changed=changed)
+    return _told(outcome, attempt.summary(outcome, provenance.program()), as_json=given.json)
 
 
 def _trained(composition: config.Composition, arguments: list[str], *, as_json: bool = False) -> Any:
     """Train a run, print its summary, and return its outcome."""
-    from raytrainer import run
+    from raytrainer import attempt
 
-    outcome = run.launch(composition, argv=arguments)
-    _told(outcome, run.summary(outcome, provenance.program()), as_json=as_json)
+    outcome = attempt.launch(composition, argv=arguments)
+    _told(outcome, attempt.summary(outcome, provenance.program()), as_json=as_json)
     return outcome
 
 
@@ -177,9 +177,9 @@ def _check(composition: config.Composition, arguments: list[str], record: Any = 
 
         where = submit.check(composition, arguments, record=record, say=_say)
     else:
-        from raytrainer import run
+        from raytrainer import attempt
 
-        where = run.check(composition, record, say=_say)
+        where = attempt.check(composition, record, say=_say)
     e = composition.experiment
     print(f"ok: {e.name} would {'train' if e.evaluate is None else 'evaluate'}: {where}")
     return 0
@@ -192,7 +192,7 @@ def _would_send(asked: Any, arguments: list[str], record: Any = None, changed: S
         asked: A composed config, or the plan of a sweep.
         arguments: The command line.
         record: The record of the run that would continue.
-        changed: As for `run.launch`.
+        changed: As for `attempt.launch`.
     """
     if not _is_sent(asked):
         if isinstance(asked, config.Composition):
@@ -226,7 +226,7 @@ def _check_sweep(plan: Any, arguments: list[str], record: Any = None) -> int:
         where = submit.check(plan, arguments, record=record, say=_say)
     else:
         where = sweep.check(plan, record, say=_say)
-    print(f"ok: {plan.experiment.name} would run {sweep.in_words(plan)}, each on {where}")
+    print(f"ok: {plan.experiment.name} would run {sweep.describe_sweep(plan)}, each on {where}")
     return 0
 
 
@@ -243,9 +243,9 @@ def _told(outcome: Any, summary: str, *, as_json: bool = False) -> int:
     if outcome.traceback:
         print(outcome.traceback, file=sys.stderr)
     if as_json:
-        from raytrainer import history
+        from raytrainer import runs
 
-        summary = history.outcome_json(outcome)
+        summary = runs.outcome_json(outcome)
     print(summary, flush=True)
     return int(outcome.exit_code)
 

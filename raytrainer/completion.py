@@ -36,9 +36,9 @@ def prepare(parsed: argparse.Namespace, verbs: Sequence[str]) -> str | None:
             if verb.startswith(words[1]):
                 print(verb)
     elif len(words) > 2 and words[1] in verbs:
-        from raytrainer import history
+        from raytrainer import runs
 
-        found = history.completions(words[1:])
+        found = runs.completions(words[1:])
         if found is not None:
             print("\n".join(found))
             return None

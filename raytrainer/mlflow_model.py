@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from raytrainer import config
+from raytrainer.core.isolated import Isolated
 from raytrainer.errors import TrainingError
-from raytrainer.isolated import Isolated
 from raytrainer.own_code import CannotCopy, copy_sources
 
 GRAPH_S, PICKLE_S = 300.0, 120.0

@@ -59,7 +59,7 @@ class Match:
     same: list[list[str]] = field(default_factory=list)
     problem: str = ""
 
-    def in_words(self) -> str:
+    def describe_sweep(self) -> str:
         """Return the result as one line of text."""
         parts = [f"{len(self.taken)} tensors taken"]
         parts += [f"as initialised: {few(self.kept)}"] if self.kept else []

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
-from raytrainer import streams
+from raytrainer.core import streams
 
 # The start of an output line of a worker that is a message for the launching process, not text for a person.
 MARK = "\x1eraytrainer "

@@ -16,7 +16,7 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from raytrainer import git
+from raytrainer.core import git
 
 _log = logging.getLogger("raytrainer.provenance")
 FILE = "provenance.json"  # in the run directory

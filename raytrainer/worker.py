@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raytrainer import config, environment, errors, garbage, mlflow_model, streams
+from raytrainer import config, errors, mlflow_model
+from raytrainer.core import environment, garbage, streams
 from raytrainer.errors import CheckpointNotFound
 from raytrainer.progress import Reporter, to_line
 from raytrainer.storage import Storage

@@ -49,7 +49,7 @@ PRELOADED = (
     *("mlflow.store.model_registry.sqlalchemy_store", "mlflow.store.db.utils"),
     *(
         f"raytrainer.{name}"
-        for name in ("cli", "run", "sweep", "history", "worker", "trainer", "checkpoint", "parallel")
+        for name in ("cli", "attempt", "sweep", "runs", "worker", "trainer", "checkpoint", "parallel")
     ),
     *(f"raytrainer.{name}" for name in ("data", "models", "losses", "optim", "metrics", "preflight", "tracking")),
 )

@@ -22,7 +22,7 @@ import pytest
 import yaml
 
 import raytrainer
-from raytrainer import cli, run
+from raytrainer import attempt, cli
 from raytrainer.config import Composition
 from raytrainer.errors import ConfigError, Stopped, StorageError, WorkerError
 from raytrainer.preflight import FirstBatch, Verdict
@@ -250,14 +250,14 @@ def test_exit_codes(
     def launch(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(run, "launch", launch)
+    monkeypatch.setattr(attempt, "launch", launch)
     said = here("experiment=mlp")
     assert said.code == code
     assert (f"raytrainer: {what}: " in said.err) == (what is not None)
 
 
 def test_a_bug_is_not_told_as_the_users_mistake(here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "launch", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(attempt, "launch", lambda *_, **__: 1 / 0)
     for arguments in (["experiment=mlp"], ["-m", "experiment=mlp", "seed=1,2"]):
         with pytest.raises(ZeroDivisionError):
             here(*arguments)
@@ -270,7 +270,7 @@ def test_a_stopped_job_ends_its_sweep(here: Run, monkeypatch: pytest.MonkeyPatch
         launched.append(composition)
         raise Stopped("interrupted", exit_code=130)
 
-    monkeypatch.setattr(run, "launch", launch)
+    monkeypatch.setattr(attempt, "launch", launch)
     assert here("-m", "experiment=mlp", "seed=1,2,3").code == 130
     assert len(launched) == 1
 
@@ -282,7 +282,7 @@ def test_a_failed_job_does_not_end_its_sweep(here: Run, monkeypatch: pytest.Monk
         seeds.append(composition.experiment.seed)  # type: ignore[attr-defined]
         raise WorkerError("ValueError: x", rank=0)
 
-    monkeypatch.setattr(run, "launch", launch)
+    monkeypatch.setattr(attempt, "launch", launch)
     said = here("-m", "experiment=mlp", "seed=1,2,3")
     assert said.code == 1
     assert seeds == [1, 2, 3]
@@ -292,15 +292,15 @@ def test_a_failed_job_does_not_end_its_sweep(here: Run, monkeypatch: pytest.Monk
 def test_after_a_grid_of_whole_runs_all_are_told_of(here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command's exit code is the worst of the runs'."""
 
-    def launch(composition: Composition, **_: object) -> run.Outcome:
+    def launch(composition: Composition, **_: object) -> attempt.Outcome:
         seed = composition.experiment.seed
-        record = run.Record(f"run-{seed}", f"/runs/run-{seed}")
+        record = attempt.Record(f"run-{seed}", f"/runs/run-{seed}")
         if seed == 2:
-            return run.Outcome("FAILED", 1, record, "here", cause="rank 0: ValueError: x", seconds=7)
+            return attempt.Outcome("FAILED", 1, record, "here", cause="rank 0: ValueError: x", seconds=7)
         result = {"reason": "finished", "step": 9, "best": (0.5, 8), "monitor": "val/loss"}
-        return run.Outcome("FINISHED", 0, record, "here", result, seconds=65)
+        return attempt.Outcome("FINISHED", 0, record, "here", result, seconds=65)
 
-    monkeypatch.setattr(run, "launch", launch)
+    monkeypatch.setattr(attempt, "launch", launch)
     said = here("-m", "experiment=mlp", "seed=1,2")
     assert said.code == 1
     assert [line.split() for line in said.out.splitlines()[-3:]] == [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from raytrainer.environment import provide, put_back
+from raytrainer.core.environment import provide, put_back
 from raytrainer.errors import ConfigError
 
 

@@ -14,14 +14,14 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor, nn
 
-from raytrainer import preflight, run
+from raytrainer import attempt, preflight
+from raytrainer.attempt import driver, launching
 from raytrainer.config import Composition, from_text
+from raytrainer.core.isolated import Ended
 from raytrainer.data import Arrays
 from raytrainer.errors import ConfigError, DataError, PreflightError
-from raytrainer.isolated import Ended
-from raytrainer.preflight import first_batch, objects, trial_step
+from raytrainer.preflight import first_batch, objects, probe
 from raytrainer.preflight.first_batch import Verdict, verdict_of, why_not_tried
-from raytrainer.run import driver, launching
 from raytrainer.storage import Storage
 from tests.training import images, node
 
@@ -151,7 +151,7 @@ def composed(*overrides: str, **sections: Any) -> Composition:
 
 def tried(*overrides: str, elsewhere: bool = False, most_tflop: float = 1.0, **sections: Any) -> dict[str, str]:
     text = composed(*overrides, **sections).text
-    return trial_step.try_step(text, gpu=False, elsewhere=elsewhere, most_tflop=most_tflop)
+    return probe.try_step(text, gpu=False, elsewhere=elsewhere, most_tflop=most_tflop)
 
 
 def test_a_good_one_passes_and_leaves_the_random_state_and_the_directory_alone(in_tmp: Path) -> None:
@@ -213,13 +213,13 @@ def test_fewer_samples_than_workers_for_a_metric_are_refused() -> None:
 
 def test_the_batch_is_the_one_of_the_first_of_several_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    step = trial_step._FirstRank.train_step
+    step = probe._FirstRank.train_step
 
     def noted(self: Any, batch: Any) -> None:
         sizes.append(batch.micro[0].size)
         step(self, batch)
 
-    monkeypatch.setattr(trial_step._FirstRank, "train_step", noted)
+    monkeypatch.setattr(probe._FirstRank, "train_step", noted)
     assert tried("scaling.num_workers=3")["verdict"] == "passed"
     assert sizes == [4]
 
@@ -269,16 +269,16 @@ def test_a_model_or_a_step_that_is_too_large_is_skipped_with_the_limit(monkeypat
     ],
 )
 def test_exceptions_that_say_nothing(error: Exception) -> None:
-    assert trial_step.judged(error)["verdict"] == "unknown"
+    assert probe.judged(error)["verdict"] == "unknown"
     wrapped = ConfigError("could not be built", key="model")
     wrapped.__cause__ = error
-    assert trial_step.judged(wrapped)["verdict"] == "unknown"
+    assert probe.judged(wrapped)["verdict"] == "unknown"
 
 
 def test_an_error_of_ours_is_told_in_its_own_words() -> None:
-    assert trial_step.judged(ConfigError("is wrong", key="loss"))["text"] == "loss is wrong"
-    assert "sample 3 is bad" in trial_step.judged(DataError("sample 3 is bad"))["text"]
-    assert trial_step.judged(SystemExit("usage: train.py"))["verdict"] == "refused"
+    assert probe.judged(ConfigError("is wrong", key="loss"))["text"] == "loss is wrong"
+    assert "sample 3 is bad" in probe.judged(DataError("sample 3 is bad"))["text"]
+    assert probe.judged(SystemExit("usage: train.py"))["verdict"] == "refused"
 
 
 # --- around the probe -------------------------------------------------------------------------------------------------
@@ -327,12 +327,12 @@ def test_check_tries_it_and_a_launch_only_when_it_is_told_to(in_tmp: Path, monke
 
     monkeypatch.setattr(first_batch.FirstBatch, "run", refuse)
     with pytest.raises(PreflightError, match="The first batch fails"):
-        run.check(composed("cluster.kind=inline"))
+        attempt.check(composed("cluster.kind=inline"))
     with pytest.raises(PreflightError, match="The first batch fails"):
-        run.launch(composed("preflight.first_batch=true"))
+        attempt.launch(composed("preflight.first_batch=true"))
     assert trials == ["tried"] * 2
     assert not (in_tmp / "runs" / "one").exists()
-    run.check(composed("preflight.first_batch=false"))
+    attempt.check(composed("preflight.first_batch=false"))
     assert trials == ["tried"] * 2
 
 
@@ -352,11 +352,11 @@ class Trial:
 
 def test_what_the_trial_beside_ray_refuses_is_not_recorded(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trial = Trial(Verdict("refused", "The first batch fails."))
-    monkeypatch.setattr(launching, "_trial_beside_ray", lambda *_: trial)
+    monkeypatch.setattr(launching, "_probe_beside_ray", lambda *_: trial)
     monkeypatch.setattr(driver.Driver, "_inline", lambda *_: pytest.fail("started"))
     c = composed("cluster.kind=inline", f"tracking.tracking_uri=sqlite:///{in_tmp}/mlflow.db")
     with pytest.raises(PreflightError, match="The first batch fails"):
-        run.launch(c)
+        attempt.launch(c)
     assert trial.closed
     assert not (in_tmp / "runs/one/run.json").exists()
     assert not (in_tmp / "runs/one/config.yaml").exists()
@@ -365,14 +365,14 @@ def test_what_the_trial_beside_ray_refuses_is_not_recorded(in_tmp: Path, monkeyp
 
 @pytest.mark.parametrize("verdict", [None, Verdict("unknown", "it crashed"), Verdict("passed", "loss 1")])
 def test_nobody_waits_for_a_trial_longer_than_for_ray(verdict: Verdict | None, in_tmp: Path) -> None:
-    attempt = driver.Driver.__new__(driver.Driver)
-    attempt.trial = trial = Trial(verdict)  # type: ignore[assignment]
-    attempt._ray_is_up = threading.Event()
-    attempt.storage, attempt.composition = Storage(in_tmp / "one"), composed()
-    attempt.record = run.Record("one", "", created="")
+    this = driver.Driver.__new__(driver.Driver)
+    this.trial = trial = Trial(verdict)  # type: ignore[assignment]
+    this._ray_is_up = threading.Event()
+    this.storage, this.composition = Storage(in_tmp / "one"), composed()
+    this.record = attempt.Record("one", "", created="")
     if verdict is None:
-        attempt._ray_is_up.set()
-    attempt._admit()
+        this._ray_is_up.set()
+    this._admit()
     assert trial.closed
     assert sorted(p.name for p in (in_tmp / "one").iterdir()) == ["config.yaml", "run.json"]
 
@@ -385,13 +385,13 @@ def test_beside_ray_it_needs_a_free_core(monkeypatch: pytest.MonkeyPatch) -> Non
     started: list[str] = []
     monkeypatch.setattr(preflight, "is_free_beside_ray", lambda: True)
     monkeypatch.setattr(first_batch.FirstBatch, "start", lambda self: started.append("started"))
-    record = run.Record("one", "", created="", attempts=1)
-    trial = launching._trial_beside_ray(composed(), record, False)
+    record = attempt.Record("one", "", created="", attempts=1)
+    trial = launching._probe_beside_ray(composed(), record, False)
     assert trial is not None
     trial.close()
     for changed in ("cluster.kind=inline", "preflight.first_batch=false", "preflight.first_batch=true"):
-        assert launching._trial_beside_ray(composed(changed), record, False) is None
-    assert launching._trial_beside_ray(composed(), run.Record("one", "", created="", attempts=2), False) is None
+        assert launching._probe_beside_ray(composed(changed), record, False) is None
+    assert launching._probe_beside_ray(composed(), attempt.Record("one", "", created="", attempts=2), False) is None
     assert started == ["started"]
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from raytrainer import __main__, garbage, worker
+from raytrainer import __main__, worker
+from raytrainer.core import garbage
 from raytrainer.parallel import World
 
 

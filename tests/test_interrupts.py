@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from raytrainer.core.interrupts import Interrupted, Interrupts
 from raytrainer.errors import Stopped
-from raytrainer.interrupts import Interrupted, Interrupts
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ __main__.entry()
 
 
 def test_what_ray_starts_does_not_get_a_hangup_and_ours_is_taken_afterwards() -> None:
-    from raytrainer.supervise.cluster import _our_signals
+    from raytrainer.ray_internals.cluster import _our_signals
 
     with Interrupts() as interrupts:
         interrupts.deferred = True

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from raytrainer.isolated import Isolated
+from raytrainer.core.isolated import Isolated
 
 CODE = """
 import os, subprocess, sys, time
@@ -116,7 +116,7 @@ def test_a_time_limit_ends_it_with_all_that_it_has_started(isolated: Callable[..
 def test_it_ends_with_its_parent(tmp_path: Path) -> None:
     (tmp_path / "user_code.py").write_text(CODE)
     program = (
-        "import time; from raytrainer.isolated import Isolated\n"
+        "import time; from raytrainer.core.isolated import Isolated\n"
         f"Isolated('user_code:hang', {{'folder': {str(tmp_path)!r}}}, path=[{str(tmp_path)!r}]).start(); time.sleep(600)"
     )
     parent = subprocess.Popen([sys.executable, "-c", program])

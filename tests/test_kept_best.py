@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from raytrainer import worker
-from raytrainer.checkpoint import Checkpointer, copy_out, take_in
+from raytrainer.checkpoint import Checkpointer, copy_out, import_checkpoint
 from raytrainer.config import compose
 from raytrainer.parallel import World
 from raytrainer.storage import Storage
@@ -139,7 +139,7 @@ def test_what_is_taken_in_does_not_cost_a_trial_its_best(tmp_path: Path) -> None
     states(other, 0.6, first=2)
     for number in range(2):
         copy_out(other, tmp_path / f"carried-{number}")
-        take_in(tmp_path / f"carried-{number}", own, {"from": "other"}, mode="max")
+        import_checkpoint(tmp_path / f"carried-{number}", own, {"from": "other"}, mode="max")
         checkpoints = Checkpointer(own, mode="max")
         latest, best = checkpoints.latest(), checkpoints.best()
         assert latest is not None
@@ -148,7 +148,7 @@ def test_what_is_taken_in_does_not_cost_a_trial_its_best(tmp_path: Path) -> None
         assert (best.step, best.metric, checkpoints.load(best)[0]["model"]["step"]) == (2, 0.9, 2)
     states(own, 0.95, first=3)
     copy_out(other, tmp_path / "again")
-    take_in(tmp_path / "again", own, mode="max")
+    import_checkpoint(tmp_path / "again", own, mode="max")
     assert [entry.name for entry in own.child("aside").list()] == ["step-000000003"]
     better = Checkpointer(own, mode="max").best()
     assert better is not None

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from raytrainer import mlflow_model, own_code, worker
 from raytrainer.config import from_text
+from raytrainer.core.isolated import Ended
 from raytrainer.errors import TrainingError
-from raytrainer.isolated import Ended
 from raytrainer.parallel import World
 from raytrainer.tracking import NullTracker
 from raytrainer.trainer import Trainer

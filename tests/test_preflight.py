@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from raytrainer import preflight, run
+from raytrainer import attempt, preflight
+from raytrainer.attempt import Record, launching
 from raytrainer.config import Experiment, compose, from_text, with_values
 from raytrainer.errors import ConfigError, PreflightError, StorageError, StorageFull, TrackingDenied
 from raytrainer.preflight import Resources
 from raytrainer.preflight.resources import _gpu_kinds
-from raytrainer.run import Record, launching
 from raytrainer.storage import Storage
 from raytrainer.tracking import check_tracking
 
@@ -327,9 +327,9 @@ def test_a_launch_on_other_machines_is_refused_what_only_this_one_has(monkeypatc
     monkeypatch.setattr(launching, "_existing_resources", lambda e: (Resources(8), "the cluster"))
     asked = ["experiment=mlp", "cluster=existing", "cluster.address=203.0.113.7:6379"]
     with pytest.raises(PreflightError) as caught:
-        run.check(compose(asked))
+        attempt.check(compose(asked))
     assert [p.partition("=")[0] for p in caught.value.problems] == ["storage_path", "tracking.tracking_uri"]
-    run.check(compose([*asked[:-1], "cluster.address=127.0.0.1:6379"]))
+    attempt.check(compose([*asked[:-1], "cluster.address=127.0.0.1:6379"]))
 
 
 def test_files_that_the_workers_may_miss(in_tmp: Path) -> None:
@@ -413,8 +413,8 @@ def test_a_recorded_mode_that_contradicts_its_metric_goes_on_and_is_not_done_aga
     text = with_values(compose(["experiment=mlp", "name=old", "cluster=inline"]).text, {"checkpoint.mode": "min"})
     composition = from_text(text)
     with pytest.raises(ConfigError, match=r"checkpoint\.mode=min contradicts checkpoint\.monitor=val/accuracy"):
-        run.check(composition)
-    assert run.check(composition, Record("old", f"{Path.cwd()}/runs/old")).startswith("inline")
+        attempt.check(composition)
+    assert attempt.check(composition, Record("old", f"{Path.cwd()}/runs/old")).startswith("inline")
 
 
 def test_a_launch_says_which_value_is_the_best() -> None:

@@ -295,7 +295,7 @@ def test_a_git_that_hangs_or_is_none(
         (folder / "git").write_text(program)
         (folder / "git").chmod(0o755 if program.startswith("#!") else 0o644)
     monkeypatch.setenv("PATH", f"{folder}:/bin" if program and program.startswith("#!") else str(folder))
-    monkeypatch.setattr("raytrainer.git.TIME_LIMIT_S", 0.2)
+    monkeypatch.setattr("raytrainer.core.git.TIME_LIMIT_S", 0.2)
     within = Within(10.0)
     found = provenance.collect([], repository)
     assert found.commit is None

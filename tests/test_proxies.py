@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import pytest
 import requests
 
-from raytrainer import proxies
 from raytrainer.cluster.connection import Connection
+from raytrainer.core import proxies
 from raytrainer.errors import ClusterUnreachable, TrackingUnreachable
 from raytrainer.tracking.rest import Rest
 from raytrainer.tracking.server import Server

@@ -24,7 +24,7 @@ PUBLIC = {
         Composition Experiment FitResult Outcome Trainer __version__ check compose errors launch
     """,
     "raytrainer.checkpoint": """
-        CheckpointInfo Checkpointer EXTRA_STATE Weights as_read copy_out find_weights fit take take_in taken_in unread
+        CheckpointInfo Checkpointer EXTRA_STATE Weights as_read copy_out find_weights fit take import_checkpoint import_note unread
     """,
     "raytrainer.config": """
         CONFIG_MODULE CONFIG_NAME CheckpointConfig ClusterConfig Composition DataConfig EarlyStopping
@@ -50,11 +50,11 @@ PUBLIC = {
         Entry Lock Storage redacted
     """,
     "raytrainer.sweep": """
-        GridSearch TrialJournal Plan RandomSearch Report SweepOutcome Trial check in_words launch make_plan report summary
+        GridSearch TrialJournal Plan RandomSearch Report SweepOutcome Trial check describe_sweep launch make_plan report summary
     """,
     "raytrainer.tracking": """
-        ChildRunUploader MlflowTracker NullTracker Run Shipper Tracker check_tracking default_tracking_uri
-        find_own_dir find_run_dir odd_values open_run recorded_run_id redacted register_model replay
+        ChildRunUploader MlflowTracker NullTracker Run Uploader Tracker check_tracking default_tracking_uri
+        find_own_dir find_run_dir variable_problems open_run recorded_run_id redacted register_model replay
     """,
 }
 # The names that these modules define. Users name the modules in a `_target_`, or catch the exceptions.

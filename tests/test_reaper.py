@@ -5,11 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from raytrainer.reaper import Reaper
+from raytrainer.core.reaper import Reaper
 
 OWNER = """
 import sys
-from raytrainer.reaper import Reaper
+from raytrainer.core.reaper import Reaper
 reaper = Reaper([int(sys.argv[1])])
 print("ready", flush=True)
 sys.stdin.read()

@@ -16,7 +16,7 @@ import pytest
 from raytrainer.progress import Display
 
 ASCII = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "POSIX", "LANG": "C", "PYTHONIOENCODING": "ascii"}
-BEGIN = "from raytrainer import streams; streams.protect(); import os, sys\n"
+BEGIN = "from raytrainer.core import streams; streams.protect(); import os, sys\n"
 
 
 def run(program: str, environment: dict[str, str] | None = None, **how: object) -> subprocess.CompletedProcess[bytes]:

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 
 import pytest
 
+from raytrainer.attempt.waiting import Waiting, selected_nodes
 from raytrainer.autoscaling import addable
 from raytrainer.preflight import Resources
 from raytrainer.progress import Display
-from raytrainer.run.waiting import Waiting, selected_nodes
 from tests.terminal import Terminal
 
 
 class Cluster:
-    """A stand-in for `supervise`."""
+    """A stand-in for `ray_internals`."""
 
     def __init__(self) -> None:
         self.held: dict[str, dict[str, float]] = {}

@@ -29,7 +29,7 @@ OWN = {"body.weight": (4, 4), "body.bias": (4,), "head.weight": (2, 4)}
 def test_the_same_names_are_taken() -> None:
     found = match(OWN, dict(reversed(OWN.items())))
     assert (found.taken, found.kept, found.unused, found.problem) == ({n: n for n in sorted(OWN)}, [], [], "")
-    assert found.in_words() == "3 tensors taken"
+    assert found.describe_sweep() == "3 tensors taken"
 
 
 def test_the_longest_beginning_is_replaced() -> None:
@@ -45,7 +45,7 @@ def test_what_is_excluded_is_missed_nowhere() -> None:
     assert "shapes differ: head.weight: (9, 4) there, (2, 4) here" in match(OWN, there).problem
     found = match(OWN, there, exclude=["head.*"])
     assert (found.problem, found.kept, found.unused) == ("", ["head.weight"], ["head.bias", "head.weight"])
-    assert found.in_words() == "2 tensors taken; as initialised: head.weight; not used: head.bias, head.weight"
+    assert found.describe_sweep() == "2 tensors taken; as initialised: head.weight; not used: head.bias, head.weight"
 
 
 def test_strict_tells_all_that_differs_at_once() -> None:

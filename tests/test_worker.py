@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from raytrainer import worker
+from raytrainer.attempt import Record
 from raytrainer.config import compose
 from raytrainer.errors import ConfigError, DataError, WorkerError
 from raytrainer.events import EvalEnd, FitStart
 from raytrainer.metrics import Monitor
 from raytrainer.parallel import World
-from raytrainer.run import Record
 from raytrainer.storage import Storage
 from raytrainer.tracking import NullTracker
 

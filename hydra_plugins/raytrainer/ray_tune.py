@@ -13,7 +13,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from raytrainer import streams
+from raytrainer.core import streams
 from raytrainer.errors import ConfigError, RaytrainerError, Stopped
 from raytrainer.sweep.settings import KEY, Settings
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from raytrainer.checkpoint.checkpointer import Checkpointer
 from raytrainer.checkpoint.files import unread
 from raytrainer.checkpoint.manifest import CheckpointInfo
-from raytrainer.checkpoint.moving import copy_out, take_in, taken_in
+from raytrainer.checkpoint.moving import copy_out, import_checkpoint, import_note
 from raytrainer.checkpoint.tree import as_read
 from raytrainer.checkpoint.weights import EXTRA_STATE, Weights, find_weights, fit, take
 
@@ -19,8 +19,8 @@ __all__ = [
     "copy_out",
     "find_weights",
     "fit",
+    "import_checkpoint",
+    "import_note",
     "take",
-    "take_in",
-    "taken_in",
     "unread",
 ]

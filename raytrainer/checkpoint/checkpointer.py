@@ -246,7 +246,7 @@ class Checkpointer:
         return None
 
     def best(self) -> CheckpointInfo | None:
-        """Return the checkpoint with the best metric, including those that `take_in` has put aside.
+        """Return the checkpoint with the best metric, including those that `import_checkpoint` has put aside.
 
         A checkpoint whose metric is NaN, infinite or missing is never the best.
         """

@@ -118,7 +118,7 @@ def committed(found: list[Found]) -> list[Found]:
     return list({item.order[0]: item for item in found if item.manifest is not None}.values())
 
 
-# The folder beside the checkpoints for the best one from before `take_in`. Runs never resume from it.
+# The folder beside the checkpoints for the best one from before `import_checkpoint`. Runs never resume from it.
 ASIDE = "aside"
 
 

@@ -14,7 +14,7 @@ from raytrainer.checkpoint.manifest import CheckpointInfo
 from raytrainer.errors import CheckpointNotFound
 from raytrainer.storage import Storage
 
-_NOTE = "taken_in.json"  # beside the checkpoints: says where the first of them came from
+_NOTE = "import_note.json"  # beside the checkpoints: says where the first of them came from
 
 
 def copy_out(storage: Storage, directory: Path) -> CheckpointInfo:
@@ -30,7 +30,7 @@ def copy_out(storage: Storage, directory: Path) -> CheckpointInfo:
     return found[-1]
 
 
-def take_in(
+def import_checkpoint(
     directory: Path, storage: Storage, note: Mapping[str, Any] | None = None, *, mode: str | None = None
 ) -> None:
     """Make the checkpoint in the local `directory` the only one below `storage` from which a run continues.
@@ -40,7 +40,7 @@ def take_in(
     Args:
         directory: The directory that `copy_out` filled.
         storage: The storage of the run that continues from the checkpoint.
-        note: Plain JSON that `taken_in` returns once the checkpoint is committed.
+        note: Plain JSON that `import_note` returns once the checkpoint is committed.
         mode: `max` or `min`: keep the best of the existing checkpoints aside, where `Checkpointer.best` finds it. None:
             delete all of them.
 
@@ -84,7 +84,7 @@ def _put_aside(storage: Storage, mode: str) -> None:
             aside.delete(entry.name)
 
 
-def taken_in(storage: Storage) -> dict[str, Any] | None:
+def import_note(storage: Storage) -> dict[str, Any] | None:
     """Return the note of the last checkpoint that was taken in below `storage`, even if later checkpoints exist.
 
     A note whose checkpoint was never committed is deleted.

@@ -164,7 +164,7 @@ def take(model: nn.Module, weights: Weights, options: InitFrom) -> tuple[dict[st
         for name, value in extra.items()
         if name in model.state_dict() and not any(fnmatchcase(name, pattern) for pattern in options.exclude)
     }
-    return taken, f"weights of {weights.place}: {match.in_words()}"
+    return taken, f"weights of {weights.place}: {match.describe_sweep()}"
 
 
 def _without_adapters(model: nn.Module, own: dict[str, Shape], shapes: dict[str, Shape]) -> dict[str, str]:

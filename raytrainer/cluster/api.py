@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from raytrainer.attempt import in_background
 from raytrainer.cluster import facts, tables
 from raytrainer.cluster.auth import find_token
 from raytrainer.cluster.connection import Connection, NotThere
 from raytrainer.cluster.facts import ClusterFacts
 from raytrainer.cluster.tables import Tables
 from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, ConfigError
-from raytrainer.run import in_background
 
 if TYPE_CHECKING:
     from raytrainer.cluster.request import Request

@@ -15,10 +15,10 @@ import certifi
 import requests
 from requests.auth import AuthBase
 
-from raytrainer import proxies
+from raytrainer.attempt import in_background
 from raytrainer.cluster.auth import Token, denied
+from raytrainer.core import proxies
 from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, ConfigError
-from raytrainer.run import in_background
 
 T = TypeVar("T")
 

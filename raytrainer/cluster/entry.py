@@ -16,13 +16,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from raytrainer import environment, provenance, proxies, streams
+from raytrainer import provenance
+from raytrainer.attempt import Record
 from raytrainer.config import Composition, Experiment, from_text
+from raytrainer.core import environment, proxies, streams
 from raytrainer.errors import ConfigError, RaytrainerError, Refused, Stopped
 from raytrainer.provenance import Provenance
-from raytrainer.run import Record
 from raytrainer.storage import Storage, redacted
-from raytrainer.storage.lock import claims, withdraw
+from raytrainer.storage.lock import leases_in, withdraw
 
 REQUEST = "raytrainer_request"
 MOUNTED = "RAYTRAINER_REQUEST"  # a variable: the directory of a request's files that come in a Kubernetes ConfigMap
@@ -122,12 +123,12 @@ def _run(asked: Asked) -> int:
     record = _earlier(composition, asked)
     if record is not None and (code := _ended(record, asked)) is not None:
         return code
-    from raytrainer import run
+    from raytrainer import attempt
 
-    outcome = run.launch(composition, argv=asked.argv, record=record, changed=asked.changed, job=asked.place)
+    outcome = attempt.launch(composition, argv=asked.argv, record=record, changed=asked.changed, job=asked.place)
     if outcome.traceback:
         print(outcome.traceback, file=sys.stderr)
-    print(run.summary(outcome, "python -m raytrainer"), flush=True)
+    print(attempt.summary(outcome, "python -m raytrainer"), flush=True)
     return outcome.exit_code
 
 
@@ -170,15 +171,15 @@ def _earlier(composition: Composition, asked: Asked) -> Record | None:
             key="name",
             value=e.name,
         )
-    _wait_for_claims(record, storage.child("lock"), {job.get("submission_id", ""), job.get("replaces", "")}, say=_say)
+    _wait_for_leases(record, storage.child("lock"), {job.get("submission_id", ""), job.get("replaces", "")}, say=_say)
     return record
 
 
-_CLAIM_S = 80.0  # after this time a lease without a heartbeat is stale
-_BEAT_S = 15.0  # a live driver renews its lease more often
+_LEASE_S = 80.0  # after this time a lease without a heartbeat is stale
+_HEARTBEAT_S = 15.0  # a live driver renews its lease more often
 
 
-def _wait_for_claims(
+def _wait_for_leases(
     record: Record,
     lock: Storage,
     jobs: Collection[str],
@@ -200,15 +201,15 @@ def _wait_for_claims(
         sleep, clock: Replaced in tests.
     """
     began, told, beats = clock(), False, dict[str, tuple[float, float]]()
-    while theirs := [c for c in claims(lock) if c.owner.get("job") in jobs]:
+    while theirs := [c for c in leases_in(lock) if c.owner.get("job") in jobs]:
         now = clock()
-        for claim in theirs:
-            beat, since = beats.setdefault(claim.name, (claim.beat, now))
-            if beat != claim.beat:
-                beats[claim.name] = (claim.beat, now)
-            if not claim.lives if claim.is_here else now - since >= _BEAT_S:
-                withdraw(lock, claim)
-        if now - began > _CLAIM_S:
+        for lease in theirs:
+            beat, since = beats.setdefault(lease.name, (lease.heartbeat, now))
+            if beat != lease.heartbeat:
+                beats[lease.name] = (lease.heartbeat, now)
+            if not lease.lives if lease.is_here else now - since >= _HEARTBEAT_S:
+                withdraw(lock, lease)
+        if now - began > _LEASE_S:
             return  # then the launch raises an error that names the owner
         if not told and now - began > 1.0:
             say(f"{record.name}: an earlier driver holds the run directory; waiting for its lease to become stale")

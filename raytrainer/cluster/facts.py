@@ -1,6 +1,6 @@
 """The capacity of a cluster and the holders of its resources; what can never run there, and what a job waits for.
 
-This module makes no requests. `run.waiting` and `supervise` do the same for a cluster that this process has joined.
+This module makes no requests. `attempt.waiting` and `ray_internals` do the same for a cluster that this process has joined.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 
 from pathspec import GitIgnoreSpec
 
-from raytrainer import git
+from raytrainer.core import git
 from raytrainer.errors import ConfigError
 from raytrainer.provenance import may_hold_secrets
 

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from raytrainer import preflight, provenance
+from raytrainer.attempt import tracking_uri
 from raytrainer.cluster import kuberay
 from raytrainer.cluster.auth import Token, find_token
 from raytrainer.cluster.entry import REQUEST
@@ -36,7 +37,6 @@ from raytrainer.config import (
 )
 from raytrainer.errors import ClusterError, ConfigError, StorageError, nearest
 from raytrainer.provenance import Provenance
-from raytrainer.run import tracking_uri
 from raytrainer.storage import Storage
 from raytrainer.sweep import Plan
 

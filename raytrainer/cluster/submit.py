@@ -20,19 +20,19 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from raytrainer import preflight, tracking
+from raytrainer.attempt import CONFIG, STOP, SUBMITTED, Record, probe_first_batch, tracking_uri, written_storage_path
 from raytrainer.cluster import request as requests
 from raytrainer.cluster.api import JobInfo, Jobs, check_environment
 from raytrainer.cluster.ending import REFUSED, ending_of
 from raytrainer.cluster.kubectl import RayJobs, RayJobStatus
 from raytrainer.cluster.request import Request
 from raytrainer.config import Composition
+from raytrainer.core.interrupts import Interrupted, Interrupts
 from raytrainer.errors import ClusterError, ClusterUnreachable, ConfigError, JobExists, PreflightError, StorageError
-from raytrainer.interrupts import Interrupted, Interrupts
-from raytrainer.run import CONFIG, STOP, SUBMITTED, Record, tracking_uri, try_first_batch, written_storage_path
 from raytrainer.storage import Storage
 from raytrainer.sweep import Plan
 
-GOING = ("PENDING", "RUNNING")
+ACTIVE = ("PENDING", "RUNNING")
 _LOOK_S, _TELL_S = 0.25, 10.0
 _PATIENCE_S, _AGAIN_S = 120.0, 2.0  # how long the cluster may not answer; between two tries
 _ATTEMPT = re.compile(r".*--(\d+)")
@@ -74,7 +74,7 @@ class Submission:
         if self.cause:
             rows.append(("cause", self.cause))
         rows.append(("where", f"job {self.submission_id} at {self.address}"))
-        if self.status in GOING:
+        if self.status in ACTIVE:
             verbs = ["logs -f", "status", "stop"]
         elif self.status == "REFUSED":
             verbs = ["logs"]
@@ -141,7 +141,7 @@ def check(asked: Asked, argv: Sequence[str], *, record: Record | None = None, sa
     if isinstance(cluster, Jobs):
         _check_cluster(request, cluster, say)
     example = asked.example if isinstance(asked, Plan) else asked
-    try_first_batch(example, request.experiment.scaling.use_gpu is not False, say)
+    probe_first_batch(example, request.experiment.scaling.use_gpu is not False, say)
     return f"a job at {request.address}"
 
 
@@ -222,7 +222,7 @@ class _Sender:
         if sent:
             return self.submission("PENDING", 0, sent=True)
         job = self._job()
-        if job is None or job.status in GOING:
+        if job is None or job.status in ACTIVE:
             return self.submission(job.status if job else "PENDING", 0, sent=False)
         status, code, cause = _end(job)
         return self.submission(status, code, sent=False, cause=cause)
@@ -268,7 +268,7 @@ class _Sender:
         Raises:
             ConfigError: The job has other content and blocks the name.
         """
-        name, going = self.request.name, job.status in GOING
+        name, going = self.request.name, job.status in ACTIVE
         same = job.metadata.get("raytrainer.content") == self.request.content
         if not going and (self.record is not None or job.exit_code == REFUSED):
             return False  # an ended job is continued by a new one, and a refused job has started nothing
@@ -357,7 +357,7 @@ class _Sender:
         for piece in self.cluster.tail(job.submission_id):
             out.write(piece)
             out.flush()
-        while (job := self._job()) is not None and job.status in GOING:  # its log ends a moment before the job
+        while (job := self._job()) is not None and job.status in ACTIVE:  # its log ends a moment before the job
             time.sleep(_LOOK_S)
         return job
 

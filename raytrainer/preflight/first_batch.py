@@ -1,6 +1,6 @@
 """`preflight.first_batch`: whether the first batch of a run is tried before the start, and what the result means.
 
-The probe (trial_step.py) runs in a separate process with a time limit. Only an error that the run itself would surely
+The probe (probe.py) runs in a separate process with a time limit. Only an error that the run itself would surely
 raise is a refusal. A probe that takes too long, runs out of memory, crashes, or needs a GPU proves nothing.
 """
 
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from raytrainer.config import Experiment, texts_of
+from raytrainer.core.isolated import Ended, Isolated
 from raytrainer.errors import PreflightError
-from raytrainer.isolated import Ended, Isolated
 from raytrainer.preflight.reach import is_elsewhere
 from raytrainer.preflight.resources import this_machine, through_ray
 
@@ -79,7 +79,7 @@ class FirstBatch:
         self._limit_s = e.preflight.first_batch_timeout_s
         tflop = _TFLOP_BESIDE_RAY if beside_ray else _TFLOP
         self._process = Isolated(
-            "raytrainer.preflight.trial_step:try_step",
+            "raytrainer.preflight.probe:try_step",
             {"text": text, "gpu": gpu, "elsewhere": is_elsewhere(e), "most_tflop": tflop},
             path=_path_of_workers(e),
             environment=_QUIET,

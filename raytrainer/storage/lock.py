@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("raytrainer.storage")
 
 _POLL_S = 0.05
-_CLAIM = re.compile(r"[0-9a-f]{32}\.json")
+_LEASE = re.compile(r"[0-9a-f]{32}\.json")
 
 
 class Lock:
@@ -76,8 +76,8 @@ class Lock:
             StorageLocked: Another process holds it; the message names that process. It is raised at once, or after some
                 seconds if two processes ask at the same moment.
         """
-        claim = {"owner": self._owner, "machine": self._machine, "started": self._started}
-        self._content = json.dumps(claim, indent=1).encode()
+        lease = {"owner": self._owner, "machine": self._machine, "started": self._started}
+        self._content = json.dumps(lease, indent=1).encode()
         self._directory.write_bytes(f"{self._name}.json", self._content)
         try:
             deadline = time.monotonic() + self._limit_s
@@ -130,19 +130,19 @@ class Lock:
         self._directory.delete(f"{name}.held")
         self._directory.delete(f"{name}.json")
 
-    def _rivals(self) -> list[Claim]:
+    def _rivals(self) -> list[Lease]:
         """Return the live leases of others, and remove stale ones."""
-        leases = {claim.name: claim for claim in claims(self._directory)}
+        leases = {lease.name: lease for lease in leases_in(self._directory)}
         mine = leases.pop(self._name, None)
         rivals = []
-        for claim in leases.values():
+        for lease in leases.values():
             # Both times come from the storage's clock, so this machine's clock does not matter.
-            age = mine.beat - claim.beat if mine is not None else 0.0
-            if not claim.lives if claim.is_here else age > self._limit_s:
-                _log.warning("taking over the stale lock of %s", named(claim.owner))
-                withdraw(self._directory, claim)
+            age = mine.heartbeat - lease.heartbeat if mine is not None else 0.0
+            if not lease.lives if lease.is_here else age > self._limit_s:
+                _log.warning("taking over the stale lock of %s", named(lease.owner))
+                withdraw(self._directory, lease)
             else:
-                rivals.append(claim)
+                rivals.append(lease)
         return rivals
 
     def _beat(self) -> None:
@@ -163,23 +163,23 @@ class Lock:
 
     def _touch(self) -> bool:
         """Renew the lease. Return False if it is gone."""
-        claim = f"{self._name}.json"
+        lease = f"{self._name}.json"
         if self._directory.is_local:
             try:
-                os.utime(self._directory.local_path / claim)
+                os.utime(self._directory.local_path / lease)
             except FileNotFoundError:
                 return False
             except OSError as exc:
-                raise StorageError(f"{self._directory.where(claim)}: {exc.strerror}") from exc
+                raise StorageError(f"{self._directory.where(lease)}: {exc.strerror}") from exc
             return True
-        if not self._directory.exists(claim):
+        if not self._directory.exists(lease):
             return False
-        self._directory.write_bytes(claim, self._content)
+        self._directory.write_bytes(lease, self._content)
         return True
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class Lease:
     """The lease of a lock's owner, or of a contender.
 
     Attributes:
@@ -187,7 +187,7 @@ class Claim:
         held: Whether its process holds the lock, or only asks for it.
         owner: The owner as given to `Lock`, with `host`, `pid` and `since`.
         machine, started: What `machine` and `process_start` return for its process.
-        beat: The last heartbeat, in seconds since the epoch by the storage's clock; 0.0 if it is unknown.
+        heartbeat: The last heartbeat, in seconds since the epoch by the storage's clock; 0.0 if it is unknown.
     """
 
     name: str
@@ -195,7 +195,7 @@ class Claim:
     owner: dict[str, str]
     machine: str | None
     started: str | None
-    beat: float = 0.0
+    heartbeat: float = 0.0
 
     @property
     def is_here(self) -> bool:
@@ -209,22 +209,22 @@ class Claim:
         return pid.isdecimal() and process_start(int(pid)) == self.started is not None
 
 
-def claims(directory: Storage) -> list[Claim]:
+def leases_in(directory: Storage) -> list[Lease]:
     """Return all leases in a lock's directory, stale ones included. Nothing is changed."""
     entries = {entry.name: entry for entry in directory.list()}
     leases = []
-    for name in (entry.removesuffix(".json") for entry in entries if _CLAIM.fullmatch(entry)):
+    for name in (entry.removesuffix(".json") for entry in entries if _LEASE.fullmatch(entry)):
         data = directory.read_if_exists(f"{name}.json")
         if data is not None:  # else it was released since the listing
             held = f"{name}.held" in entries
-            leases.append(_parse(name, data, held=held, beat=entries[f"{name}.json"].mtime))
+            leases.append(_parse(name, data, held=held, heartbeat=entries[f"{name}.json"].mtime))
     return leases
 
 
-def withdraw(directory: Storage, claim: Claim) -> None:
+def withdraw(directory: Storage, lease: Lease) -> None:
     """Remove a lease whose process is known to be dead, before the lease is stale."""
     for kind in ("held", "json"):
-        directory.delete(f"{claim.name}.{kind}")
+        directory.delete(f"{lease.name}.{kind}")
 
 
 @cache
@@ -250,14 +250,14 @@ def process_start(pid: int) -> str | None:
     return None if fields[0] in ("Z", "X") else fields[19]
 
 
-def _parse(name: str, data: bytes, *, held: bool, beat: float) -> Claim:
+def _parse(name: str, data: bytes, *, held: bool, heartbeat: float) -> Lease:
     """Parse a lease. One that cannot be parsed counts as alive until its age makes it stale."""
     try:
-        claim = json.loads(data)
-        owner = {str(key): str(value) for key, value in claim["owner"].items()}
-        return Claim(name, held, owner, claim["machine"], claim["started"], beat)
+        lease = json.loads(data)
+        owner = {str(key): str(value) for key, value in lease["owner"].items()}
+        return Lease(name, held, owner, lease["machine"], lease["started"], heartbeat)
     except (ValueError, KeyError, TypeError, AttributeError):
-        return Claim(name, held, {"run": "an unreadable lease"}, None, None, beat)
+        return Lease(name, held, {"run": "an unreadable lease"}, None, None, heartbeat)
 
 
 def named(owner: Mapping[str, str]) -> str:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raytrainer.sweep.journal import Report, Trial, TrialJournal
-    from raytrainer.sweep.launching import check, in_words, launch
+    from raytrainer.sweep.launching import check, describe_sweep, launch
     from raytrainer.sweep.outcome import SweepOutcome, summary
     from raytrainer.sweep.plan import Plan, make_plan
     from raytrainer.sweep.reporting import report
@@ -38,7 +38,7 @@ __all__ = [
     "Trial",
     "TrialJournal",
     "check",
-    "in_words",
+    "describe_sweep",
     "launch",
     "make_plan",
     "report",
@@ -54,7 +54,7 @@ _HOMES = {
     "SweepOutcome": "outcome",
     "Trial": "journal",
     "check": "launching",
-    "in_words": "launching",
+    "describe_sweep": "launching",
     "launch": "launching",
     "make_plan": "plan",
     "report": "reporting",

@@ -21,14 +21,14 @@ from typing import Any, Protocol, TextIO, cast
 import yaml
 from ray import cloudpickle, tune
 
-from raytrainer import preflight, supervise
+from raytrainer import preflight, ray_internals
+from raytrainer.attempt import ray_session
 from raytrainer.config import ClusterConfig, Experiment, Parameter, locate, parse_space
 from raytrainer.config.checks import seconds
 from raytrainer.config.schema import SweepConfig
+from raytrainer.core.interrupts import Interrupted, Interrupts
 from raytrainer.errors import ClusterLost, ConfigError, StorageError, StorageLocked
-from raytrainer.interrupts import Interrupted, Interrupts
 from raytrainer.progress import Display, duration
-from raytrainer.run import ray_session
 from raytrainer.storage import Lock, Storage
 from raytrainer.sweep import results, schedule
 from raytrainer.sweep.engine import Listener, Search
@@ -249,11 +249,11 @@ class _Sweep:
         address = self._settings.address
         if address is None:
             return Experiment(cluster=ClusterConfig(kind="local"))
-        supervise.prepare(embedded=False)
+        ray_internals.prepare(embedded=False)
         try:
             if address != "auto":
-                supervise.find_cluster(address)
-            supervise.attach(address, {}, f"sweep {self._storage.uri.rsplit('/', 1)[-1]}")
+                ray_internals.find_cluster(address)
+            ray_internals.attach(address, {}, f"sweep {self._storage.uri.rsplit('/', 1)[-1]}")
         except Exception as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(f"is not a running Ray cluster: {first}", key=f"{KEY}.address", value=address) from error
@@ -264,7 +264,7 @@ class _Sweep:
 
         each = {name: float(amount) for name, amount in self._settings.resources_per_trial.items() if amount}
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        most = supervise.capacity(each, 1, nodes, "PACK")
+        most = ray_internals.capacity(each, 1, nodes, "PACK")
         if most < 1:
             has = ", ".join(
                 f"{k}: {v:g}" for k, v in sorted(ray.cluster_resources().items()) if k in {"CPU", "GPU", *each}
@@ -294,12 +294,12 @@ class _Sweep:
             time_budget_s=self._config.time_budget_s,
         )
         self._interrupts.deferred = True  # signals are handled between two steps, never inside a call to Ray
-        with supervise.WorkerOutput(self._take_message, self._take_line):
+        with ray_internals.WorkerOutput(self._take_message, self._take_line):
             reason = self._search.run(
                 tune.with_parameters(FunctionProcess, shared=self._shared),
                 name="tune",
                 storage_path=self._storage.uri,
-                resources=supervise.trial_resources(each, 1, "PACK"),
+                resources=ray_internals.trial_resources(each, 1, "PACK"),
                 limit=limit,
                 between=self._between,
                 drain_s=ENDS_S,
@@ -312,7 +312,7 @@ class _Sweep:
     def _between(self, waits: bool) -> None:
         self._interrupts.check()
         self._lock.check()
-        if part := supervise.dead_part():
+        if part := ray_internals.dead_part():
             raise ClusterLost(f"Ray's {part} died")
         assert self._board is not None
         self._board.tick()

@@ -16,12 +16,7 @@ from pathlib import Path
 from typing import cast
 
 from raytrainer import preflight, provenance, tracking
-from raytrainer.checkpoint import taken_in
-from raytrainer.config import Parameter, flattened, parameters_of
-from raytrainer.errors import ClusterLost, ConfigError, RaytrainerError, Stopped, StorageError, WorkerError
-from raytrainer.interrupts import Interrupted, Interrupts
-from raytrainer.progress import Display, duration
-from raytrainer.run import (
+from raytrainer.attempt import (
     Logs,
     Record,
     StopAsked,
@@ -35,6 +30,11 @@ from raytrainer.run import (
     selected_nodes,
     tracking_uri,
 )
+from raytrainer.checkpoint import import_note
+from raytrainer.config import Parameter, flattened, parameters_of
+from raytrainer.core.interrupts import Interrupted, Interrupts
+from raytrainer.errors import ClusterLost, ConfigError, RaytrainerError, Stopped, StorageError, WorkerError
+from raytrainer.progress import Display, duration
 from raytrainer.storage import Lock, Storage
 from raytrainer.sweep import results
 from raytrainer.sweep.journal import ERROR, Mode, Report, Trial, TrialJournal
@@ -171,7 +171,7 @@ class SweepDriver:
         """Record in the journal what trials copied from others if the sweep was killed before they reported it."""
         for trial in self.journal.trials.values():
             if trial.status in ("running", "stopped"):
-                found = taken_in(self._trial_dir(trial).child("checkpoints"))
+                found = import_note(self._trial_dir(trial).child("checkpoints"))
                 if found is not None and found not in trial.inherited[-1:]:
                     own = found["parameters"]
                     self.journal.inherit(trial.id, found["from"], found["evaluation"], own, self.plan.overrides_of(own))
@@ -179,7 +179,7 @@ class SweepDriver:
     def _search(self, available: preflight.Resources) -> str:
         import ray
 
-        from raytrainer import supervise
+        from raytrainer import ray_internals
         from raytrainer.sweep.engine import Listener, Search
         from raytrainer.sweep.schedule import pauses
         from raytrainer.sweep.trial import Shared, TrialProcess
@@ -187,8 +187,8 @@ class SweepDriver:
         e, gpu = self.e, preflight.uses_gpu(self.e, available)
         each, bundle, workers = preflight.per_worker(e, gpu), preflight.bundle(e, gpu), preflight.least_workers(e)
         # Include the nodes that an autoscaler can add.
-        nodes = [*supervise.nodes(), *available.more[: available.most_more]]
-        fit = max(1, supervise.capacity(bundle, workers, nodes, e.scaling.placement_strategy))
+        nodes = [*ray_internals.nodes(), *available.more[: available.most_more]]
+        fit = max(1, ray_internals.capacity(bundle, workers, nodes, e.scaling.placement_strategy))
         limit, note = at_once(e.sweep.max_concurrent_trials, fit, grows=available.endless)
         if note is not None:
             self.display.say(note)
@@ -241,14 +241,14 @@ class SweepDriver:
         )
         wanted = {resource: share * workers for resource, share in each.items()}
         nodes_wanted = selected_nodes(e.scaling.accelerator_type, e.scaling.label_selector)
-        self._waiting = Waiting(self.display, supervise, wanted, available, nodes_wanted)
+        self._waiting = Waiting(self.display, ray_internals, wanted, available, nodes_wanted)
         self.interrupts.deferred = True  # signals are handled between two steps, never inside a call to Ray
-        with supervise.WorkerOutput(lambda rank, message: None, self._said):
+        with ray_internals.WorkerOutput(lambda rank, message: None, self._said):
             reason = search.run(
                 ray.tune.with_parameters(TrialProcess, shared=shared),
                 name=_OF_TUNE,
                 storage_path=self.storage.uri,
-                resources=supervise.trial_resources(
+                resources=ray_internals.trial_resources(
                     bundle, workers, e.scaling.placement_strategy, e.scaling.label_selector
                 ),
                 limit=limit,
@@ -262,7 +262,7 @@ class SweepDriver:
         return reason
 
     def _between(self, waits: bool) -> None:
-        from raytrainer import supervise
+        from raytrainer import ray_internals
 
         if self._stop_asked():
             self.interrupts.ask("stopped by request")
@@ -270,7 +270,7 @@ class SweepDriver:
             self._say_stopping(self.interrupts.reason)
         self.interrupts.check()
         self.lock.check()
-        if part := supervise.dead_part():
+        if part := ray_internals.dead_part():
             raise ClusterLost(f"Ray's {part} died")
         assert self._board is not None
         assert self._waiting is not None
@@ -500,7 +500,7 @@ class SweepDriver:
         run = self._opened(opening, stopped)
         if run is not None:
             if stopped:
-                run.hurry(patience)
+                run.set_timeout(patience)
             for tell in (self._tell_end, self._tell_files):
                 try:
                     tell(run, outcome)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ray import tune
 
-from raytrainer import supervise
+from raytrainer import ray_internals
 from raytrainer.config import Parameter, SweepConfig
 from raytrainer.errors import ConfigError
 from raytrainer.sweep import schedule, search
@@ -124,7 +124,7 @@ class Search:
         """Run trials until all have ended or the time is over. Return `finished` or `time budget`.
 
         Args:
-            trainable: As for `supervise.make_controller`.
+            trainable: As for `ray_internals.make_controller`.
             name, storage_path: Where Tune writes the checkpoints that a scheduler needs.
             resources: The resources of a trial.
             limit: The maximum number of concurrent trials.
@@ -140,7 +140,7 @@ class Search:
         """
         schedule.check_bounded(self.scheduler, self._config.search_alg, self._config.num_samples)
         pauses = schedule.pauses(self.scheduler)
-        controller = supervise.make_controller(
+        controller = ray_internals.make_controller(
             trainable,
             searcher=self._draws,
             scheduler=self.scheduler,

@@ -23,7 +23,7 @@ from ray import cloudpickle, tune
 
 from raytrainer import worker
 from raytrainer.config import Parameter
-from raytrainer.environment import put_back
+from raytrainer.core.environment import put_back
 from raytrainer.errors import WorkerError
 from raytrainer.progress import to_line
 from raytrainer.sweep.journal import Mode, worst

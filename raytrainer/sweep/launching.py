@@ -9,12 +9,8 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import cast
 
-from raytrainer import run, tracking
-from raytrainer.config import mode_problem
-from raytrainer.errors import ConfigError, PreflightError, StorageLocked
-from raytrainer.interrupts import Interrupts
-from raytrainer.progress import Display
-from raytrainer.run import (
+from raytrainer import attempt, tracking
+from raytrainer.attempt import (
     CONFIG,
     Logs,
     Record,
@@ -24,6 +20,10 @@ from raytrainer.run import (
     tracking_uri,
     written_storage_path,
 )
+from raytrainer.config import mode_problem
+from raytrainer.core.interrupts import Interrupts
+from raytrainer.errors import ConfigError, PreflightError, StorageLocked
+from raytrainer.progress import Display
 from raytrainer.storage import Storage
 from raytrainer.sweep.driver import SweepDriver, may_change
 from raytrainer.sweep.journal import Mode, Trial, TrialJournal
@@ -47,7 +47,7 @@ def check(
     Args:
         plan: The sweep.
         record: The record of the sweep to resume; None for a new sweep.
-        first_batch, say: As for `run.check`, for the plan's example.
+        first_batch, say: As for `attempt.check`, for the plan's example.
 
     Raises:
         Refused: A check failed.
@@ -64,10 +64,10 @@ def check(
     )
     check_bounded(scheduler, s.search_alg, s.num_samples)
     # Last, because the first-batch probe takes seconds, and the checks above are fast.
-    return run.check(plan.example, record, first_batch=first_batch, say=say)
+    return attempt.check(plan.example, record, first_batch=first_batch, say=say)
 
 
-def in_words(plan: Plan) -> str:
+def describe_sweep(plan: Plan) -> str:
     """Describe the sweep, e.g. `64 trials of sweep=asha over optimizer.lr, model.width`."""
     s = plan.experiment.sweep
     total = total_of(s.search_alg, plan.parameters, s.num_samples, distinct=not parts_ways(s.scheduler))
@@ -84,7 +84,7 @@ def to_retry(plan: Plan, journal: TrialJournal) -> list[Trial]:
     return [t for t in journal.trials.values() if t.status == "failed" and not t.diverged]
 
 
-def resume_words(plan: Plan, journal: TrialJournal) -> str:
+def describe_resume(plan: Plan, journal: TrialJournal) -> str:
     """Describe what a resumed sweep does with the trials in its journal.
 
     Raises:
@@ -130,7 +130,7 @@ def launch(
         argv: The command line, for the records.
         record: The record of the sweep to resume; None for a new sweep.
         display: The display for progress.
-        job: As for `run.launch`.
+        job: As for `attempt.launch`.
 
     Raises:
         Refused: The sweep was refused before anything started.
@@ -150,7 +150,7 @@ def launch(
                 refuse_existing(e, storage)  # again, now that this process has the lock
             now = datetime.now(UTC).isoformat(timespec="seconds")
             journal = TrialJournal.open(storage)
-            resumption = None if record is None else resume_words(plan, journal)
+            resumption = None if record is None else describe_resume(plan, journal)
             written = written_storage_path(plan.first)
             old = record or Record(e.name or "", storage.display, created=now, kind="sweep", storage_path=written)
             record = replace(
@@ -171,7 +171,7 @@ def launch(
                 journal.reopen(trial.id)
             with Logs(storage, display) as logs:
                 logs.mark("checked")
-                display.say(f"{record.name}: {in_words(plan)}, {where}")
+                display.say(f"{record.name}: {describe_sweep(plan)}, {where}")
                 if resumption is not None:
                     display.say(resumption)
                     if problem := mode_problem(e, objects=True, sweep=True):

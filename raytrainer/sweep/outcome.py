@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
-from raytrainer.run import Record, took
+from raytrainer.attempt import Record, took
 from raytrainer.sweep.journal import Mode, Trial
 from raytrainer.sweep.lineage import parameter_segments, parameters_at
 from raytrainer.sweep.plan import Plan

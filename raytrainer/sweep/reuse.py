@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from raytrainer.environment import put_back
+from raytrainer.core.environment import put_back
 
 _Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
 

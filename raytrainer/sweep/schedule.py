@@ -26,7 +26,7 @@ from ray.tune.schedulers.pb2 import PB2
 from raytrainer.config import Parameter, bind, factory, locate
 from raytrainer.config.nodes import SUPPLIED
 from raytrainer.errors import ConfigError
-from raytrainer.supervise import METRIC
+from raytrainer.ray_internals import METRIC
 from raytrainer.sweep.journal import Mode, Trial, worst
 from raytrainer.sweep.search import RUN, TRIAL, GridSearch, RandomSearch
 from raytrainer.sweep.space import domain, nearest, points

@@ -345,7 +345,7 @@ def tell(search: Translated, trials: Sequence[Trial], mode: Mode) -> str | None:
     name = type(search.inner).__name__
     if not search.takes_points:
         return f"{name} cannot learn from the {len(ended)} ended trials and starts from scratch"
-    from raytrainer.supervise import METRIC  # not at the top, because trial processes import this module without it
+    from raytrainer.ray_internals import METRIC  # not at the top, because trial processes import this module without it
 
     search.set_search_properties(METRIC, mode, {})
     least = _worst_of((report.value for trial in trials for report in trial.reports), mode)

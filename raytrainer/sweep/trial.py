@@ -172,15 +172,15 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
 
     def load_checkpoint(self, checkpoint: str) -> None:
         """Continue from the state in the directory `checkpoint`. Tune calls this for a paused trial or a clone."""
-        from raytrainer.checkpoint import take_in
+        from raytrainer.checkpoint import import_checkpoint
 
         source = json.loads(Path(checkpoint, _SOURCE).read_text())
         self._heard = self._evaluation = int(source["evaluation"])
         inherited = {"from": source["trial"], "evaluation": self._heard, "parameters": self._values}
         if source["trial"] == self._trial:
-            take_in(Path(checkpoint), self._checkpoints)
+            import_checkpoint(Path(checkpoint), self._checkpoints)
         else:
-            take_in(Path(checkpoint), self._checkpoints, inherited, mode=self._shared.mode)
+            import_checkpoint(Path(checkpoint), self._checkpoints, inherited, mode=self._shared.mode)
             self._inherited = {"from": source["trial"], "evaluation": self._heard}
 
     def cleanup(self) -> None:
@@ -213,9 +213,9 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
         """Run in the training thread. The last message says how the trial ended."""
         try:
             if self._shared.pauses:  # the checkpoint may have been copied by an earlier process that was killed
-                from raytrainer.checkpoint import taken_in
+                from raytrainer.checkpoint import import_note
 
-                self._job = replace(self._job, inherited=taken_in(self._checkpoints) or {})
+                self._job = replace(self._job, inherited=import_note(self._checkpoints) or {})
             with as_found():
                 nested = self._shared.workers > 1
                 result = self._train_on_workers() if nested else self._train_here()
@@ -242,11 +242,11 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
         return worker.run(self._job, world, emit=lambda message: None, report=self._report, later=self._in_background)
 
     def _train_on_workers(self) -> dict[str, Any]:
-        from raytrainer import supervise
+        from raytrainer import ray_internals
 
-        supervise.prepare(embedded=False)
+        ray_internals.prepare(embedded=False)
         shared, done = self._shared, threading.Event()
-        trainer = supervise.make_trainer(
+        trainer = ray_internals.make_trainer(
             self._job,
             num_workers=shared.workers,
             use_gpu=shared.gpu,
@@ -267,7 +267,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
             result: dict[str, Any] = trainer.fit().return_value
             return result
         except Exception as error:
-            first = supervise.first_error(error)
+            first = ray_internals.first_error(error)
             raise first if isinstance(first, Exception) else error from error
         finally:
             done.set()

@@ -11,28 +11,28 @@ from raytrainer.tracking.child_runs import ChildRunUploader
 from raytrainer.tracking.database import default_tracking_uri
 from raytrainer.tracking.lookup import find_own_dir, find_run_dir, register_model
 from raytrainer.tracking.runs import Run, open_run
-from raytrainer.tracking.sender import Shipper, recorded_run_id, replay
+from raytrainer.tracking.sender import Uploader, recorded_run_id, replay
 from raytrainer.tracking.server import check_tracking, redacted
 from raytrainer.tracking.tracker import MlflowTracker
-from raytrainer.tracking.variables import odd_values
+from raytrainer.tracking.variables import variable_problems
 
 __all__ = [
     "ChildRunUploader",
     "MlflowTracker",
     "NullTracker",
     "Run",
-    "Shipper",
     "Tracker",
+    "Uploader",
     "check_tracking",
     "default_tracking_uri",
     "find_own_dir",
     "find_run_dir",
-    "odd_values",
     "open_run",
     "recorded_run_id",
     "redacted",
     "register_model",
     "replay",
+    "variable_problems",
 ]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from raytrainer.errors import StorageError, TrackingDenied, TrackingError, TrackingUnreachable
 from raytrainer.tracking.database import default_artifact_root
 from raytrainer.tracking.runs import CAUSE_TAG, CONTINUES_TAG, Status, merged, source_tags
-from raytrainer.tracking.sender import LOCAL_PREFIX, Busy, Calls, Sender, Undescribed
+from raytrainer.tracking.sender import LOCAL_PREFIX, Busy, Calls, NoteMissing, Sender
 from raytrainer.tracking.server import RunGone, Server
 from raytrainer.tracking.spool import RunNote, Spool
 
@@ -300,7 +300,7 @@ class ChildRunUploader:
                 if not self._renewed(child, error):
                     self._put_off(child, child.run_id, error)
             except Exception as error:
-                if isinstance(error, TrackingDenied | TrackingUnreachable) and not isinstance(error, Undescribed):
+                if isinstance(error, TrackingDenied | TrackingUnreachable) and not isinstance(error, NoteMissing):
                     raise
                 # A problem with one child run must not stop the others or the thread.
                 well = False

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from raytrainer import proxies
+from raytrainer.core import proxies
 from raytrainer.errors import TrackingUnreachable
 from raytrainer.tracking.server import Rejected, StoredRun, denied, redacted, with_fix, without_secrets
 

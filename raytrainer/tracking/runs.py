@@ -132,7 +132,7 @@ class Run:
             return None
         return f"mlflow ui --backend-store-uri {shlex.quote(redacted(self.tracking_uri))}"
 
-    def hurry(self, timeout_s: float) -> None:
+    def set_timeout(self, timeout_s: float) -> None:
         """Set the timeout of all later calls, in seconds."""
         self._server = self._server.with_timeout(max(1, int(timeout_s)))
 

@@ -61,11 +61,11 @@ class Busy(TrackingError):
     """Another process is sending this spool."""
 
 
-class Undescribed(TrackingUnreachable):
+class NoteMissing(TrackingUnreachable):
     """A run that was opened without a server cannot be created, because its note is missing or not written yet."""
 
 
-class Awaited(Undescribed):
+class RunNotCreated(NoteMissing):
     """The run that another process has to create does not exist yet."""
 
 
@@ -154,7 +154,7 @@ class Sender:
                 return False
             if note.status == "RUNNING":
                 self._server.set_running(run_id)
-            untold = (*self._untold(run_id, note), self._untold_rows(note))
+            untold = (*self._unsent(run_id, note), self._untold_rows(note))
             self._send_all(run_id, state, stop, *untold, keep_newest=keep_newest)
             self._described = note
             if note.end_time is None:
@@ -175,7 +175,7 @@ class Sender:
                 raise Busy(f"another process is sending {self._spool.root}")
             yield self._spool.state()
 
-    def _untold(self, run_id: str, note: RunNote) -> tuple[dict[str, str], dict[str, str]]:
+    def _unsent(self, run_id: str, note: RunNote) -> tuple[dict[str, str], dict[str, str]]:
         """Return the tags and parameters of the note that MLflow may not have."""
         if note == self._described:
             return {}, {}
@@ -306,12 +306,12 @@ class Sender:
             experiment = self._server.experiment(*self._awaited)
             state.run_id = self._server.find_run(experiment, LOCAL_ID_TAG, self._run_id)
             if state.run_id is None:
-                raise Awaited(f"the run {self._run_id} does not exist yet")
+                raise RunNotCreated(f"the run {self._run_id} does not exist yet")
             self._spool.write_state(state)
         elif state.run_id is None:
             note = self._spool.note()
             if note is None:
-                raise Undescribed(f"{self._spool.root} has no description of the run {self._run_id}")
+                raise NoteMissing(f"{self._spool.root} has no description of the run {self._run_id}")
             experiment = self._server.experiment(note.experiment_name, note.artifact_root)
             # The run may exist: a sender may have created it and died before it recorded the id, or it may not have
             # received the answer.
@@ -380,7 +380,7 @@ def _parts(
         yield rows[part], dict(list(tags.items())[part]), dict(list(params.items())[part])
 
 
-class Shipper:
+class Uploader:
     """An uploader: a thread that sends a spool while it grows. Another process may write the spool.
 
     It logs once when the server cannot be used and once when the server is back. After each failure it doubles the
@@ -459,7 +459,7 @@ class Shipper:
             return True
         except Busy:
             self._delay_s = 0.0
-        except Awaited:
+        except RunNotCreated:
             # The run will exist later. If the server is down, the process that creates the run reports it.
             self._delay_s = _longer(self._delay_s)
         except (TrackingDenied, RunGone) as error:
@@ -481,7 +481,7 @@ class Shipper:
 
 
 class _Leftovers:
-    """Spools that were not fully sent when their `Shipper` was closed.
+    """Spools that were not fully sent when their `Uploader` was closed.
 
     One thread tries them again while the process lives, because a trial process lives longer than one trial.
     """

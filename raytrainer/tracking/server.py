@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from raytrainer import proxies
+from raytrainer.core import proxies
 from raytrainer.errors import TrackingDenied, TrackingError, TrackingUnreachable
 from raytrainer.tracking.database import (
     check_schema,

@@ -14,7 +14,7 @@ from typing import Any
 
 from raytrainer.errors import StorageError, TrackingError
 from raytrainer.tracking.keys import MetricKeys
-from raytrainer.tracking.sender import Shipper, replay
+from raytrainer.tracking.sender import Uploader, replay
 from raytrainer.tracking.spool import SegmentWriter, Spool, line
 from raytrainer.tracking.system import SystemSampler
 
@@ -44,7 +44,7 @@ class MlflowTracker:
         node: The number of this node in the run, for the names of its system metrics, as in `SystemSampler`.
         system_interval_s: Seconds between two samples of system metrics.
         ship: Whether this process sends. If false, it never imports mlflow (1.3 s), and another process must send.
-        awaited_in: As in `Shipper`.
+        awaited_in: As in `Uploader`.
 
     Raises:
         StorageError: The spool cannot be written at all.
@@ -83,9 +83,11 @@ class MlflowTracker:
         self._stop = threading.Event()
         self._writing = threading.Lock()
         self._writer = SegmentWriter(self._spool, min(_SEGMENT_BYTES, max(max_spool_bytes // 8, 4096)))
-        self._shipper: Shipper | None = None
+        self._shipper: Uploader | None = None
         if ship:
-            self._shipper = Shipper(spool_dir, run_id, tracking_uri, interval_s=flush_interval_s, awaited_in=awaited_in)
+            self._shipper = Uploader(
+                spool_dir, run_id, tracking_uri, interval_s=flush_interval_s, awaited_in=awaited_in
+            )
         self._thread = threading.Thread(target=self._loop, name="tracking-spool", daemon=True)
         self._thread.start()
         # A process that ends without close() still writes its last half second to disk.

@@ -22,7 +22,7 @@ _IGNORED = {
 }
 
 
-def odd_values(environ: Mapping[str, str], uri: str | None) -> list[str]:
+def variable_problems(environ: Mapping[str, str], uri: str | None) -> list[str]:
     """Return what is wrong with the variables and the tracking URI: one sentence per problem, without secrets.
 
     Args:

@@ -6,7 +6,7 @@ import pytest
 
 from raytrainer.cluster.ending import Ending, ending_of, one_line
 from raytrainer.errors import ConfigError, PreflightError, RaytrainerError
-from tests.history.past import FakeJob
+from tests.runs.past import FakeJob
 
 
 def message(code: int, *log: str) -> str:

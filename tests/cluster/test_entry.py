@@ -15,15 +15,15 @@ from typing import Any
 
 import pytest
 
-from raytrainer import provenance, run, sweep
+from raytrainer import attempt, provenance, sweep
+from raytrainer.attempt import Outcome, Record
 from raytrainer.cluster import entry
 from raytrainer.cluster.entry import Asked
 from raytrainer.config import compose, group_names
 from raytrainer.errors import ConfigError
 from raytrainer.provenance import Provenance
-from raytrainer.run import Outcome, Record
 from raytrainer.storage import Storage
-from raytrainer.storage.lock import claims
+from raytrainer.storage.lock import leases_in
 from raytrainer.sweep import Plan, make_plan
 
 JOB = {"submission_id": "one", "cluster_address": "https://203.0.113.7", "content": "abc"}
@@ -41,7 +41,7 @@ def launched(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, An
             return Outcome("FAILED", 1, record, "", traceback="Traceback of a trial")
         return Outcome("FINISHED", 0, record, "Ray, 2 workers")
 
-    monkeypatch.setattr(run, "launch", launch)
+    monkeypatch.setattr(attempt, "launch", launch)
     monkeypatch.setattr(sweep, "launch", launch)
     monkeypatch.setattr(sweep, "summary", lambda outcome, program: "the summary of a sweep")
     monkeypatch.setattr(provenance, "_submitted", None)
@@ -145,9 +145,9 @@ def test_the_claim_of_a_dead_driver_is_withdrawn(launched: list[dict[str, Any]],
         now[0] += seconds
 
     with claimed(job):
-        entry._wait_for_claims(record, lock, {"one", "one--2"}, say=said.append, sleep=sleep, clock=lambda: now[0])
-        assert claims(lock) == []
-    assert entry._BEAT_S <= now[0] < entry._BEAT_S + 1
+        entry._wait_for_leases(record, lock, {"one", "one--2"}, say=said.append, sleep=sleep, clock=lambda: now[0])
+        assert leases_in(lock) == []
+    assert entry._HEARTBEAT_S <= now[0] < entry._HEARTBEAT_S + 1
     assert said == ["one: an earlier driver holds the run directory; waiting for its lease to become stale"]
 
 
@@ -160,11 +160,11 @@ def test_the_claim_of_one_that_lives_stays(launched: list[dict[str, Any]]) -> No
             now[0] += seconds
             beat()
 
-        entry._wait_for_claims(record, lock, {"one"}, say=lambda text: None, sleep=sleep, clock=lambda: now[0])
-        assert len(claims(lock)) == 1
-        assert now[0] > entry._CLAIM_S
+        entry._wait_for_leases(record, lock, {"one"}, say=lambda text: None, sleep=sleep, clock=lambda: now[0])
+        assert len(leases_in(lock)) == 1
+        assert now[0] > entry._LEASE_S
         now[0] = 0.0
-        entry._wait_for_claims(record, lock, {"another"}, say=lambda text: None, sleep=sleep, clock=lambda: now[0])
+        entry._wait_for_leases(record, lock, {"another"}, say=lambda text: None, sleep=sleep, clock=lambda: now[0])
         assert now[0] == 0.0
 
 

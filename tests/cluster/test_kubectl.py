@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
+from raytrainer.attempt import Record
 from raytrainer.cluster import kubectl, submit
 from raytrainer.cluster.ending import ending_of
 from raytrainer.cluster.kubectl import Kubectl, RayJobStatus
 from raytrainer.config import compose
 from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, ConfigError
-from raytrainer.run import Record
 from tests.cluster.test_kuberay import PLAIN, documents
 from tests.launches import OUTSIDE
 from tests.promises import Within

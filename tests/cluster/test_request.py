@@ -17,6 +17,7 @@ from ray._private.runtime_env.packaging import get_uri_for_directory
 from ray.runtime_env import RuntimeEnv
 
 from raytrainer import cli
+from raytrainer.attempt import Record
 from raytrainer.cluster import request
 from raytrainer.cluster.auth import Token
 from raytrainer.cluster.entry import REQUEST, Asked
@@ -26,7 +27,6 @@ from raytrainer.config import Composition, compose, from_text, group_names
 from raytrainer.errors import ConfigError
 from raytrainer.preflight import FirstBatch, Verdict
 from raytrainer.provenance import Provenance
-from raytrainer.run import Record
 from raytrainer.storage import Storage
 from raytrainer.sweep import Plan, make_plan
 from tests.cluster.crd import SCHEMA

@@ -20,13 +20,13 @@ from typing import Any
 
 import pytest
 
-from raytrainer import preflight, supervise, tracking
-from raytrainer.checkpoint import Checkpointer, take_in
+from raytrainer import preflight, ray_internals, tracking
+from raytrainer.attempt import Logs, Record
+from raytrainer.checkpoint import Checkpointer, import_checkpoint
 from raytrainer.config import group_names
+from raytrainer.core.interrupts import Interrupts
 from raytrainer.errors import StorageFull
-from raytrainer.interrupts import Interrupts
 from raytrainer.progress import Display
-from raytrainer.run import Logs, Record
 from raytrainer.storage import Storage
 from raytrainer.sweep import Plan, driver, make_plan, pictures
 from raytrainer.sweep.driver import SweepDriver
@@ -410,12 +410,12 @@ def test_trials_request_the_nodes_that_scaling_selects(place: Place, monkeypatch
 
     monkeypatch.setattr(Search, "run", run)
     monkeypatch.setattr("ray.tune.with_parameters", lambda trainable, **_: trainable)
-    monkeypatch.setattr(supervise, "nodes", lambda: [{"CPU": 9.0}, {"CPU": 3.0, "accelerator_type:A100": 1.0}])
-    monkeypatch.setattr(supervise, "WorkerOutput", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(ray_internals, "nodes", lambda: [{"CPU": 9.0}, {"CPU": 3.0, "accelerator_type:A100": 1.0}])
+    monkeypatch.setattr(ray_internals, "WorkerOutput", lambda *_: contextlib.nullcontext())
     scaling = ["scaling.accelerator_type=A100", "scaling.label_selector={zone: a}", "scaling.num_workers=2"]
     place.attempt(lambda sweep: SweepDriver._search(sweep, preflight.this_machine()), *scaling)
     bundle = {"CPU": 1.0, "accelerator_type:A100": 0.001}
-    assert requested["resources"] == supervise.trial_resources(bundle, 2, "PACK", {"zone": "a"})
+    assert requested["resources"] == ray_internals.trial_resources(bundle, 2, "PACK", {"zone": "a"})
     assert requested["limit"] == 1  # the node with the accelerator has three CPUs
 
 
@@ -443,7 +443,7 @@ def test_what_was_taken_over_before_all_was_killed_is_written_down(place: Place,
     checkpointer.save(10, {}, {})
     checkpointer.close()
     note = {"from": "0001", "evaluation": 1, "parameters": {"optimizer.lr": 0.7}}
-    take_in(tmp_path / "carried", place.storage.child("trials/0002/checkpoints"), note)
+    import_checkpoint(tmp_path / "carried", place.storage.child("trials/0002/checkpoints"), note)
 
     def script(sweep: Acting) -> str:
         first, second = sweep.journal.trials.values()

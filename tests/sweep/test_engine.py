@@ -22,7 +22,7 @@ import psutil
 import pytest
 from ray import tune
 
-from raytrainer import supervise
+from raytrainer import ray_internals
 from raytrainer.config import Parameter
 from raytrainer.config.schema import SweepConfig
 from raytrainer.errors import ConfigError, StorageError, WorkerError
@@ -109,13 +109,13 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COUNTS", str(told))
         cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["_"]))
-        supervise.prepare(embedded=True)
+        ray_internals.prepare(embedded=True)
         forkserver.fork_rays_processes(forkserver.server().python)
-        supervise.start_embedded(2, 0)
+        ray_internals.start_embedded(2, 0)
         try:
             yield told
         finally:
-            supervise.stop()
+            ray_internals.stop()
 
 
 @dataclass
@@ -155,7 +155,7 @@ class Sweep:
                 Counts,
                 name="tune",
                 storage_path=str(self.folder),
-                resources=supervise.trial_resources({"CPU": 1}, 1, "PACK"),
+                resources=ray_internals.trial_resources({"CPU": 1}, 1, "PACK"),
                 limit=self.limit,
                 between=self._between,
             )

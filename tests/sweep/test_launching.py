@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from raytrainer.attempt import Record
 from raytrainer.errors import ConfigError
-from raytrainer.run import Record
 from raytrainer.storage import Storage
 from raytrainer.sweep.journal import Report, Status, Trial, TrialJournal
-from raytrainer.sweep.launching import resume_words, to_retry
+from raytrainer.sweep.launching import describe_resume, to_retry
 from raytrainer.sweep.outcome import SweepOutcome, summary
 
 
@@ -40,19 +40,19 @@ def journal(tmp_path: Path) -> TrialJournal:
 
 
 def test_what_going_on_does(journal: TrialJournal) -> None:
-    words = resume_words(plan(total=10), journal)
+    words = describe_resume(plan(total=10), journal)
     assert words == (
         "resuming: 5 ended trials are kept, 1 continues, 4 more will be sampled; "
         "sweep.max_trial_failures=1 would retry the 2 that failed"
     )
-    words = resume_words(plan(failures=1), journal)
+    words = describe_resume(plan(failures=1), journal)
     assert words == "resuming: 3 ended trials are kept, 1 continues, 2 failed trials are retried"
-    assert "the remaining trials will be sampled" in resume_words(plan(total=None), journal)
+    assert "the remaining trials will be sampled" in describe_resume(plan(total=None), journal)
 
 
 def test_fewer_trials_than_there_are_already(journal: TrialJournal) -> None:
     with pytest.raises(ConfigError, match=r"^sweep\.num_samples=5 is less than the 6 trials that were sampled"):
-        resume_words(plan(total=5), journal)
+        describe_resume(plan(total=5), journal)
 
 
 def test_failed_trials_are_tried_again_where_more_failures_are_permitted(journal: TrialJournal) -> None:

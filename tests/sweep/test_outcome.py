@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from raytrainer import cli, run
+from raytrainer import attempt, cli
+from raytrainer.attempt import Record
 from raytrainer.config import Composition
-from raytrainer.run import Record
 from raytrainer.sweep import Plan, SweepOutcome, Trial, summary
 from raytrainer.sweep.journal import Report
 from tests.launches import OUTSIDE
@@ -62,14 +62,14 @@ def trained(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> Compositio
     """Return the configuration that a command line would train."""
     found: list[Composition] = []
 
-    def launch(composition: Composition, *_: object, **__: object) -> run.Outcome:
+    def launch(composition: Composition, *_: object, **__: object) -> attempt.Outcome:
         found.append(composition)
-        return run.Outcome(
+        return attempt.Outcome(
             "FINISHED", 0, Record("r", "/r"), "here", {"reason": "finished", "step": 1, "best": None, "monitor": ""}
         )
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "launch", launch)
+        patch.setattr(attempt, "launch", launch)
         assert cli.main(arguments) == 0
     (composition,) = found
     return composition

@@ -19,7 +19,7 @@ from ray.tune.search.search_generator import SearchGenerator
 
 from raytrainer.config import Parameter
 from raytrainer.errors import ConfigError
-from raytrainer.supervise import METRIC
+from raytrainer.ray_internals import METRIC
 from raytrainer.sweep import RandomSearch
 from raytrainer.sweep.journal import Mode, Report, Trial, worst
 from raytrainer.sweep.schedule import make_scheduler, pauses, replay

@@ -21,8 +21,8 @@ from ray.tune.search import Searcher
 
 from raytrainer.config import Parameter
 from raytrainer.errors import ConfigError
+from raytrainer.ray_internals import METRIC
 from raytrainer.storage import Storage
-from raytrainer.supervise import METRIC
 from raytrainer.sweep import RandomSearch
 from raytrainer.sweep.journal import WORST, Mode, Report, Status, Trial, TrialJournal
 from raytrainer.sweep.search import RUN, TRIAL, Draws, Translated, check_search, grid_size, make_search, tell, total_of

@@ -25,10 +25,10 @@ import pytest
 import torch
 import torch._dynamo  # sets environment variables at import
 
-from raytrainer.checkpoint import Checkpointer, take_in, taken_in
+from raytrainer.attempt import Record
+from raytrainer.checkpoint import Checkpointer, import_checkpoint, import_note
 from raytrainer.config import Parameter, compose, experiment_of
 from raytrainer.errors import WorkerError
-from raytrainer.run import Record
 from raytrainer.storage import Storage
 from raytrainer.sweep import trial
 from raytrainer.sweep.journal import WORST
@@ -392,9 +392,9 @@ def test_a_clone_goes_on_from_the_state_of_the_other(process: Callable[..., Proc
     clone.reset(config(2, **{"optimizer.lr": 0.002}))
     clone.tune.load_checkpoint(str(tmp_path))
     taken = {"from": "0001", "evaluation": 2, "parameters": {"optimizer.lr": 0.002}}
-    assert taken_in(of_trial("0002")) == taken  # before any report says so
+    assert import_note(of_trial("0002")) == taken  # before any report says so
     said = clone.steps()
-    assert taken_in(of_trial("0002")) == taken
+    assert import_note(of_trial("0002")) == taken
     assert [report["evaluation"] for report in reports(said)] == [3]
     assert reports(said)[0]["inherited"] == {"from": "0001", "evaluation": 2}
     assert_equal_states(loaded("0001", 22), loaded("0002", 22))
@@ -414,12 +414,12 @@ def test_a_copy_that_was_not_finished_is_none(process: Callable[..., Process], t
     source = process(shared(pauses=True), config(1))
     source.steps(stop=1)
     source.tune.save_checkpoint(str(tmp_path))
-    take_in(tmp_path, of_trial("0002"), {"from": "0001"})
-    assert taken_in(of_trial("0002")) == {"from": "0001"}
+    import_checkpoint(tmp_path, of_trial("0002"), {"from": "0001"})
+    assert import_note(of_trial("0002")) == {"from": "0001"}
     of_trial("0002").delete("step-000000011/manifest.json")  # it is written last
-    assert taken_in(of_trial("0002")) is None
+    assert import_note(of_trial("0002")) is None
     assert reports(process(shared(pauses=True), config(2)).steps())[0]["step"] == 11
-    assert taken_in(of_trial("0002")) is None
+    assert import_note(of_trial("0002")) is None
 
 
 def test_workers_that_may_be_paused_have_a_checkpoint_of_each_evaluation() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from ray.air.execution.resources import request
 
-from raytrainer import preflight, supervise
+from raytrainer import preflight, ray_internals
 from raytrainer.config import compose
 
 
@@ -30,8 +30,8 @@ def test_the_accelerator_type_is_requested_for_each_worker(requested: list[dict[
     e = compose(["experiment=mlp", *scaling]).experiment
     bundle = preflight.bundle(e, gpu=True)
     assert bundle == {"CPU": 4.0, "GPU": 2.0, "accelerator_type:A100": 0.001}
-    supervise.trial_resources(bundle, 1, "PACK").to_placement_group()
-    supervise.trial_resources(bundle, 2, "SPREAD").to_placement_group()
+    ray_internals.trial_resources(bundle, 1, "PACK").to_placement_group()
+    ray_internals.trial_resources(bundle, 2, "SPREAD").to_placement_group()
     assert requested == [
         {"bundles": [bundle], "strategy": "PACK", "labels": None},
         {"bundles": [bundle, bundle], "strategy": "SPREAD", "labels": None},
@@ -41,9 +41,9 @@ def test_the_accelerator_type_is_requested_for_each_worker(requested: list[dict[
 @pytest.mark.parametrize("workers", [1, 3])
 def test_each_worker_is_placed_by_its_labels(workers: int, requested: list[dict[str, Any]]) -> None:
     labels = {"zone": "a"}
-    resources = supervise.trial_resources({"CPU": 1.0}, workers, "PACK", labels)
+    resources = ray_internals.trial_resources({"CPU": 1.0}, workers, "PACK", labels)
     resources.to_placement_group()
     assert requested == [{"bundles": [{"CPU": 1.0}] * workers, "strategy": "PACK", "labels": [labels] * workers}]
-    assert resources == supervise.trial_resources({"CPU": 1.0}, workers, "PACK", labels)
-    assert resources != supervise.trial_resources({"CPU": 1.0}, workers, "PACK")
-    assert len({resources, supervise.trial_resources({"CPU": 1.0}, workers, "PACK", labels)}) == 1
+    assert resources == ray_internals.trial_resources({"CPU": 1.0}, workers, "PACK", labels)
+    assert resources != ray_internals.trial_resources({"CPU": 1.0}, workers, "PACK")
+    assert len({resources, ray_internals.trial_resources({"CPU": 1.0}, workers, "PACK", labels)}) == 1

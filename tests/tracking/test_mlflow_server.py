@@ -29,7 +29,7 @@ from raytrainer.errors import TrackingDenied, TrackingUnreachable
 from raytrainer.tracking import (
     MlflowTracker,
     Run,
-    Shipper,
+    Uploader,
     check_tracking,
     default_tracking_uri,
     lookup,
@@ -381,7 +381,7 @@ def test_a_server_that_is_away_when_it_starts_while_it_trains_and_when_it_ends(
     assert not before.finish("KILLED", timeout_s=0.0)
 
     server.start()
-    follower = Shipper(tmp_path / "offline", offline.run_id, uri, interval_s=0.05)
+    follower = Uploader(tmp_path / "offline", offline.run_id, uri, interval_s=0.05)
     replay(tmp_path / "before", before.run_id, uri)
     assert server.counts(before.run_id) == expected("a", 1000)
     until(lambda: not Spool(tmp_path / "offline").pending())

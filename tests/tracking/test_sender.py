@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytrainer.errors import StorageError, TrackingDenied, TrackingError, TrackingUnreachable
-from raytrainer.tracking.sender import DROPPED_TAG, LOCAL_ID_TAG, Busy, Sender, Shipper, recorded_run_id, replay
+from raytrainer.tracking.sender import DROPPED_TAG, LOCAL_ID_TAG, Busy, Sender, Uploader, recorded_run_id, replay
 from raytrainer.tracking.server import RunGone
 from raytrainer.tracking.spool import RunNote, SegmentWriter, Spool, line
 from tests.tracking.fakes import FakeServer
@@ -296,7 +296,7 @@ def test_the_shipper_sends_while_rows_come_and_says_an_outage_once(
     server.down = True
     writer = SegmentWriter(spool, 1 << 20)
     writer.append(line("m", 0, 0, {"a": 1.0}))
-    shipper = Shipper(tmp_path, "r", "", interval_s=0.01, server=server)
+    shipper = Uploader(tmp_path, "r", "", interval_s=0.01, server=server)
     while len(server.calls) < 5:
         threading.Event().wait(0.01)
     turn = Turn(server)
@@ -321,7 +321,7 @@ def test_the_shipper_makes_no_second_try_at_credentials_until_it_is_closed(tmp_p
         raise TrackingDenied("401")
 
     server.before = deny
-    shipper = Shipper(tmp_path, "r", "", interval_s=0.001, server=server)
+    shipper = Uploader(tmp_path, "r", "", interval_s=0.001, server=server)
     assert asked.wait(10)
     threading.Event().wait(0.1)
     assert len(server.calls) == 1
@@ -339,7 +339,7 @@ def test_the_shipper_survives_what_it_does_not_know(tmp_path: Path, caplog: pyte
         raise ZeroDivisionError("a bug")
 
     server.before = fail
-    shipper = Shipper(tmp_path, "r", "", interval_s=0.001, server=server)
+    shipper = Uploader(tmp_path, "r", "", interval_s=0.001, server=server)
     while not caplog.messages:
         threading.Event().wait(0.01)
     assert "a bug" in caplog.messages[0]
@@ -349,7 +349,7 @@ def test_the_shipper_survives_what_it_does_not_know(tmp_path: Path, caplog: pyte
 def test_closing_without_draining_leaves_the_rows(tmp_path: Path) -> None:
     server = FakeServer()
     server.add()
-    shipper = Shipper(tmp_path, "r", "", interval_s=60.0, server=server)
+    shipper = Uploader(tmp_path, "r", "", interval_s=60.0, server=server)
     write(Spool(tmp_path), range(2), 0)
     assert not shipper.close(drain=False)
     assert server.calls == []
@@ -371,7 +371,7 @@ def test_a_run_that_another_process_makes_is_waited_for_and_what_it_is_told_is_l
     monkeypatch.setattr("raytrainer.tracking.sender._BACKOFF_S", (0.01, 0.05))
     server, spool = FakeServer(), Spool(tmp_path / "here")
     server.down = True
-    shipper = Shipper(spool.root, "offline-1", "http://x", interval_s=0.005, awaited_in="exp", server=server)
+    shipper = Uploader(spool.root, "offline-1", "http://x", interval_s=0.005, awaited_in="exp", server=server)
     write(spool, range(5), 1000)
     assert not shipper.close(timeout_s=5.0)
     server.down = False

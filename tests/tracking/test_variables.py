@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from raytrainer.attempt import check
 from raytrainer.config import compose
 from raytrainer.errors import PreflightError
-from raytrainer.run import check
-from raytrainer.tracking import odd_values
+from raytrainer.tracking import variable_problems
 
 
 @pytest.mark.parametrize(
@@ -29,10 +29,10 @@ from raytrainer.tracking import odd_values
     ],
 )
 def test_a_tracking_uri_that_is_none(uri: str, reason: str) -> None:
-    (said,) = odd_values({"MLFLOW_TRACKING_URI": uri}, uri)
+    (said,) = variable_problems({"MLFLOW_TRACKING_URI": uri}, uri)
     assert said.startswith(f"MLFLOW_TRACKING_URI={uri} ")
     assert reason in said
-    (said,) = odd_values({}, uri)  # from the config
+    (said,) = variable_problems({}, uri)  # from the config
     assert said.startswith("tracking.tracking_uri=")
 
 
@@ -41,7 +41,7 @@ def test_a_tracking_uri_that_is_none(uri: str, reason: str) -> None:
     [None, "http://127.0.0.1:5000", "https://mlflow.example.com/x", "sqlite:////a/b.db", "postgresql+psycopg://u@h/d"],
 )
 def test_one_that_is_one(uri: str | None) -> None:
-    assert odd_values({"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_TRACKING_INSECURE_TLS": "TRUE"}, uri) == []
+    assert variable_problems({"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_TRACKING_INSECURE_TLS": "TRUE"}, uri) == []
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_one_that_is_one(uri: str | None) -> None:
     ],
 )
 def test_a_variable_with_an_odd_value_is_named(name: str, value: str, reason: str) -> None:
-    (said,) = odd_values({name: value}, None)
+    (said,) = variable_problems({name: value}, None)
     assert said.startswith(name)
     assert reason in said
     assert "secret" not in said
@@ -69,7 +69,7 @@ def test_an_empty_variable_is_one_that_is_not_set(in_tmp: Path, monkeypatch: pyt
         monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", value)
         e = compose(["experiment=smoke"]).experiment
         assert (e.tracking.tracking_uri, e.tracking.experiment_name) == (None, None)
-    assert odd_values({"MLFLOW_RUN_ID": " ", "MLFLOW_HTTP_REQUEST_TIMEOUT": ""}, None) == []
+    assert variable_problems({"MLFLOW_RUN_ID": " ", "MLFLOW_HTTP_REQUEST_TIMEOUT": ""}, None) == []
 
 
 def test_they_are_refused_before_a_start(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,4 +84,4 @@ def test_they_are_refused_before_a_start(in_tmp: Path, monkeypatch: pytest.Monke
 
 
 def test_a_database_in_a_folder_with_a_space_in_its_name_is_fine() -> None:
-    assert odd_values({}, "sqlite:////home/you/my runs/mlflow.db") == []
+    assert variable_problems({}, "sqlite:////home/you/my runs/mlflow.db") == []

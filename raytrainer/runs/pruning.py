@@ -1,0 +1,294 @@
+"""`prune`: show or delete old checkpoints, spools that MLflow has stored, and what killed runs and Ray have left.
+
+Nothing is deleted of a run that is or may be alive, nor a run's last or best checkpoint, nor anything outside the run
+directory. Deletion holds the run's lock, and includes only what was already found before the lock was taken.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raytrainer.errors import CheckpointError, RaytrainerError, StorageError, StorageLocked
+from raytrainer.runs import finding, tree
+from raytrainer.runs.finding import RunHandle
+from raytrainer.runs.jobs import Clusters
+from raytrainer.runs.liveness import LIMIT_S, LOCK, Liveness, Verdict
+from raytrainer.runs.reconcile import look_at
+from raytrainer.attempt import CONFIG, Record
+from raytrainer.storage import Storage
+from raytrainer.sweep.plan import Plan
+from raytrainer.tracking.spool import Spool
+
+KINDS = ("checkpoint", "unfinished save", "spool", "ray", "worktree")
+_OF_RAY = re.compile(r"attempt-[0-9a-f]+")  # Ray Train's own records of an attempt, which are not used
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something to delete.
+
+    Attributes:
+        run: The run to which it belongs.
+        kind: One of `KINDS`.
+        path: Relative to the run directory, or for a worktree to ./runs.
+        bytes: Its size.
+    """
+
+    run: str
+    kind: str
+    path: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What can be deleted, and the result.
+
+    Attributes:
+        items: The items that were deleted, or that can be.
+        deleted: Whether they were deleted, or only shown.
+        left: Run → why it is left unchanged.
+        failed: Path → why it could not be deleted.
+    """
+
+    items: Sequence[Item]
+    deleted: bool = False
+    left: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        return sum(item.bytes for item in self.items)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "bytes": self.bytes}
+
+    def text(self) -> str:
+        """Return the result as text: a line for each run, and the sum."""
+        rows = [("RUN", "WHAT", "BYTES")]
+        for run in dict.fromkeys(item.run for item in self.items):
+            own = [item for item in self.items if item.run == run]
+            count = {kind: sum(item.kind == kind for item in own) for kind in KINDS}
+            what = ", ".join(f"{number} {kind}" for kind, number in count.items() if number)
+            rows.append((run, what, f"{sum(item.bytes for item in own):,}"))
+        rows.append(("in all", str(len(self.items)), f"{self.bytes:,}"))
+        wide = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines = [f"{a:<{wide[0]}}  {b:<{wide[1]}}  {c:>{wide[2]}}" for a, b, c in rows]
+        done = "deleted" if self.deleted else "nothing is deleted; --yes deletes it"
+        return "\n".join(
+            [*lines, done] if self.items else ["nothing is deleted" if self.failed else "nothing to delete"]
+        )
+
+
+def prune(
+    identifier: str | None,
+    *,
+    delete: bool,
+    keep: int = 1,
+    older_than_s: float = 0.0,
+    say: Callable[[str], None],
+    clusters: Clusters | None = None,
+    root: Path | None = None,
+) -> Pruned:
+    """Find what can be deleted of one run or of all, and delete it on request.
+
+    Args:
+        identifier: The ID of a run or sweep; None for all below ./runs and those submitted from here.
+        delete: Whether to delete, or only to show.
+        keep: How many of a run's last checkpoints to keep, in addition to the best.
+        older_than_s: Only prune runs that ended at least this many seconds ago.
+        say: Called with a message for each run that is left unchanged and each path that could not be deleted.
+        clusters: The clusters that may know jobs.
+        root: The directory with the runs; None for ./runs.
+
+    Raises:
+        RunNotFound: There is no such run.
+    """
+    root, clusters = root or Path.cwd() / "runs", clusters or Clusters()
+    runs = [finding.look_up(identifier, root)] if identifier is not None else list(_all(root))
+    found = Pruned([], delete)
+    for known, verdict in look_at(runs, clusters):
+        name = known.record.name
+        try:
+            if why := _untouchable(known, verdict, clusters, older_than_s):
+                found.left[name] = why
+                continue
+            assert known.storage is not None
+            items = _items(known.record, known.storage, keep)
+            if items and delete:
+                items = _delete(known, items, keep, found)
+            found = replace(found, items=[*found.items, *items])
+        except (RaytrainerError, OSError) as error:
+            found.left[name] = str(error)
+    if identifier is None:
+        found = _with_trees(found, root, delete)
+    for name, why in found.left.items():
+        say(f"{name} is left alone: {why}")
+    for path, why in found.failed.items():
+        say(f"{path} could not be deleted: {why}")
+    return found
+
+
+def _all(root: Path) -> Iterator[RunHandle]:
+    names = set()
+    for record, storage in finding.records(root):
+        names.add(record.name)
+        yield finding.with_sent(RunHandle(record, storage), root)
+    for sent in finding.submitted(root):
+        if sent.record.name not in names:
+            yield finding.reached(RunHandle(sent.record, None, sent=sent))
+
+
+def _untouchable(known: RunHandle, verdict: Verdict, clusters: Clusters, older_than_s: float) -> str | None:
+    """Return why nothing of a run may be deleted; None if the run has certainly ended."""
+    if known.trial is not None:
+        return "it is a trial; its sweep is pruned as a whole"
+    if known.storage is None:
+        return "its directory cannot be read from here"
+    if verdict.life != "dead":
+        return verdict.why
+    if known.storage.is_local and known.storage.local_path.is_symlink():
+        return "its directory is a link to another place"
+    liveness = Liveness.read(known.storage)
+    if not liveness.readable or liveness.now is None:
+        return "its directory cannot be written from here"
+    if (silence := clusters.silence_of(known)) and (known.record.status == "RUNNING" or known.coming):
+        return silence
+    last = max([liveness.written or 0.0, *(lease.heartbeat for lease in liveness.leases)])
+    if known.record.status == "RUNNING" and liveness.now - last < LIMIT_S:
+        return "it died a moment ago; its workers may still be there"  # workers outlive a killed driver by seconds
+    if liveness.now - last < older_than_s:
+        return "it has not ended long enough ago"
+    return None
+
+
+def _items(record: Record, storage: Storage, keep: int) -> list[Item]:
+    """Return what can be deleted of a run, or of a sweep and its trials."""
+    mode = _mode(record, storage)
+    places = [""]
+    # A link named `trials` would lead out of the run directory.
+    if record.kind == "sweep" and any(entry.name == "trials" and entry.is_dir for entry in storage.list()):
+        places += [f"trials/{entry.name}/" for entry in storage.list("trials") if entry.is_dir]
+    found: list[Item] = []
+    for place in places:
+        found += _of_place(record, storage, place, mode, keep)
+    return found
+
+
+def _of_place(record: Record, storage: Storage, place: str, mode: str, keep: int) -> Iterator[Item]:
+    from raytrainer.checkpoint import retention
+
+    def item(kind: str, path: str) -> Item:
+        return Item(record.name, kind, place + path, size_of(storage, place + path))
+
+    here = {entry.name for entry in storage.list(place.rstrip("/")) if entry.is_dir}
+    if "checkpoints" in here:
+        surplus = retention.surplus(storage.child(f"{place}checkpoints"), mode=mode, keep=keep)
+        yield from (item("checkpoint", f"checkpoints/{name}") for name in surplus.old)
+        yield from (item("unfinished save", f"checkpoints/{name}") for name in surplus.unfinished)
+    # The spool of a run that was created offline knows which MLflow run it became.
+    offline = (record.run_id or "").startswith("offline-")
+    sent = storage.is_local and not offline and not Spool(storage.local_path / place / "spool").pending()
+    if "spool" in here and sent:
+        yield item("spool", "spool")
+    yield from (item("ray", name) for name in sorted(here) if _OF_RAY.fullmatch(name))
+
+
+def _mode(record: Record, storage: Storage) -> str:
+    """Return the mode of the monitor, without which the best checkpoint is not known."""
+    if record.kind == "sweep":
+        return Plan.read(storage).mode
+    try:
+        found = yaml.safe_load(storage.read_if_exists(CONFIG) or b"")["checkpoint"]["mode"]
+    except (yaml.YAMLError, ValueError, TypeError, KeyError):  # missing, truncated or overwritten
+        found = None
+    if found not in ("min", "max"):
+        raise StorageError(f"its {CONFIG} does not say which checkpoint is the best")
+    return str(found)
+
+
+def _delete(known: RunHandle, items: Sequence[Item], keep: int, pruned: Pruned) -> list[Item]:
+    """Delete, under the run's lock, the items that can still be deleted. Return those that were deleted."""
+    storage, record = known.storage, known.record
+    assert storage is not None
+    try:
+        with storage.lock(LOCK, {"run": f"{record.name}, being pruned"}) as lock:
+            fresh = Record.read(storage)
+            if fresh is None or (fresh.attempts, fresh.status) != (record.attempts, record.status):
+                raise StorageError("another attempt has continued it")
+            still = {item.path for item in _items(record, storage, keep)}
+            items = [item for item in items if item.path in still]
+            _check_kept(record, storage, items, keep)
+            deleted = []
+            for item in items:
+                try:
+                    lock.check()
+                    if _delete_one(storage, item):
+                        deleted.append(item)
+                except (RaytrainerError, OSError) as error:
+                    pruned.failed[f"{record.name}/{item.path}"] = str(error)
+            return deleted
+    except StorageLocked as error:
+        raise StorageError(f"it is in use: {error}") from error
+
+
+def _check_kept(record: Record, storage: Storage, items: Sequence[Item], keep: int) -> None:
+    """Check that the remaining checkpoints are valid: if one is corrupt, resume needs an older checkpoint."""
+    from raytrainer.checkpoint import retention
+
+    mode = _mode(record, storage)
+    places = {item.path.rpartition("/")[0] for item in items if item.kind == "checkpoint"}
+    for place in sorted(places):
+        checkpoints = storage.child(place)
+        for name in retention.surplus(checkpoints, mode=mode, keep=keep).kept:
+            try:
+                retention.verify(checkpoints, name)
+            except CheckpointError as error:
+                raise StorageError(f"a checkpoint to keep is corrupt, so none is deleted: {error}") from error
+
+
+def _delete_one(storage: Storage, item: Item) -> bool:
+    from raytrainer.checkpoint import retention
+
+    if item.kind in ("checkpoint", "unfinished save"):
+        place, _, name = item.path.rpartition("/")
+        retention.delete(storage.child(place), name)
+        return True
+    if item.kind == "spool":
+        spool = Spool(storage.local_path / item.path)
+        with spool.lock() as alone:  # a late uploader may still use it
+            if not alone or spool.pending():
+                return False
+            storage.delete(item.path)
+            return True
+    storage.delete(item.path)
+    return True
+
+
+def _with_trees(found: Pruned, root: Path, delete: bool) -> Pruned:
+    """Add the working trees of reruns whose process was killed."""
+    items = []
+    for place in tree.leftovers(root):
+        item = Item("(rerun)", "worktree", f"{tree.PLACE}/{place.name}", _bytes_below(place))
+        if delete:
+            tree.remove(place)
+        items.append(item)
+    return replace(found, items=[*found.items, *items])
+
+
+def size_of(storage: Storage, path: str) -> int:
+    """Return the size of all files below a directory, in bytes."""
+    if storage.is_local:
+        return _bytes_below(storage.local_path / path)
+    entries = storage.list(path)
+    return sum(size_of(storage, f"{path}/{entry.name}") if entry.is_dir else entry.size for entry in entries)
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
