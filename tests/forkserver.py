@@ -458,7 +458,8 @@ def _run(program: Sequence[str], arguments: Sequence[str]) -> None:
 
 
 def main() -> None:
-    path = sys.path[1:]  # less the directory of this file
+    # Without the directory of this file. In a git worktree, the installed raytrainer is that of another checkout.
+    path = [str(Path(__file__).resolve().parents[1]), *sys.path[1:]]
     sys.path[:] = path
     for_ray, for_launches = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
     ready, _, _ = select.select([for_ray, for_launches, sys.stdin], [], [])

@@ -33,6 +33,7 @@ from raytrainer.sweep import Trial, TrialJournal
 from tests import forkserver
 from tests.promises import Within
 
+ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = Path(__file__).parent / "outside"
 START_S = 120.0  # the longest that a launch may take to its first step, on a loaded machine
 ENDS_S = 20.0  # the longest that anything may outlive a killed driver
@@ -106,7 +107,9 @@ class Launch:
         self.began = time.monotonic()
         environment = {
             **os.environ,
-            "PYTHONPATH": str(OUTSIDE),
+            "PYTHONPATH": os.pathsep.join(
+                [str(OUTSIDE), str(ROOT)]
+            ),  # in a git worktree, another checkout is installed
             "LAUNCH_MARK": self._mark,
             **(environment or {}),
         }
