@@ -19,16 +19,15 @@ import pytest
 
 from benchmarks import compare_weights
 from raytrainer import provenance
+from raytrainer.attempt import Record
 from raytrainer.cluster import entry
 from raytrainer.cluster.entry import Asked
 from raytrainer.config import Experiment, compose, from_text
-from raytrainer.history import listing
-from raytrainer.history.finding import look_up
 from raytrainer.provenance import Provenance
-from raytrainer.run import Record
+from raytrainer.runs import listing
+from raytrainer.runs.finding import look_up
 from raytrainer.storage import Storage
 from raytrainer.sweep import Plan, TrialJournal, results
-from tests.history.past import FakeCluster
 from tests.launches import Runs, empty_store, launched
 from tests.recorded.record import (
     HERE,
@@ -42,6 +41,7 @@ from tests.recorded.record import (
     versions,
     weights_of,
 )
+from tests.runs.past import FakeCluster
 
 Recording = Callable[[str], Restored]
 ON_DISK = ("finished", "stopped", "sweep", "interrupted")
