@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raytrainer.core.atomic import write_atomically
+
 _ROOT = str(Path(__file__).resolve().parent.parent)
 _REQUEST, _RESULT, _OUTPUT = "request.json", "result.json", "output.txt"
 # With `-c`, `sys.path` begins with the current directory, as in a worker. Our own directory comes last, so that
@@ -226,9 +228,8 @@ def _serve(request: str, result: str) -> None:
     except BaseException as error:  # noqa: BLE001  the parent process gets every error
         answer["problem"] = f"{type(error).__name__}: {error}"
         traceback.print_exc()
-    # Renamed into place, so that a process that is killed meanwhile leaves no partial result.
-    Path(f"{result}.part").write_text(json.dumps(answer))
-    Path(f"{result}.part").rename(result)
+    # A process that is killed meanwhile leaves no partial result.
+    write_atomically(Path(result), json.dumps(answer).encode(), durable=False)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # a thread of user code must not keep the process alive

@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from raytrainer.tracking.checking import check_tracking
 from raytrainer.tracking.child_runs import ChildRunUploader
 from raytrainer.tracking.database import default_tracking_uri
+from raytrainer.tracking.failures import redacted
 from raytrainer.tracking.lookup import find_own_dir, find_run_dir, register_model
 from raytrainer.tracking.runs import Run, open_run
-from raytrainer.tracking.sender import Uploader, recorded_run_id, replay
-from raytrainer.tracking.server import check_tracking, redacted
+from raytrainer.tracking.sender import recorded_run_id
 from raytrainer.tracking.tracker import MlflowTracker
+from raytrainer.tracking.uploader import Uploader, replay
 from raytrainer.tracking.variables import variable_problems
 
 __all__ = [

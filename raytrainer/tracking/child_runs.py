@@ -10,19 +10,20 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from raytrainer.core.retry import Backoff
 from raytrainer.errors import StorageError, TrackingDenied, TrackingError, TrackingUnreachable
 from raytrainer.tracking.database import default_artifact_root
+from raytrainer.tracking.failures import RunGone
 from raytrainer.tracking.runs import CAUSE_TAG, CONTINUES_TAG, Status, merged, source_tags
 from raytrainer.tracking.sender import LOCAL_PREFIX, Busy, Calls, NoteMissing, Sender
-from raytrainer.tracking.server import RunGone, Server
+from raytrainer.tracking.server import Server
 from raytrainer.tracking.spool import RunNote, Spool
 
 PARENT_TAG = "mlflow.parentRunId"
 
-_BACKOFF_S = (1.0, 60.0)  # first and last delay, doubling between
 _WRITER_S = 5.0  # how long the end of a run waits for a process that still has its spool open
 _LAST_TRIES = 3
 _LAST_PAUSE_S = 0.2  # between rounds at the end
@@ -43,7 +44,7 @@ class _Child:
     unsaved: RunNote | None = None  # a note that could not be written to disk
     sender: Sender | None = None
     announced: bool = False
-    delay_s: float = 0.0  # after failures of this run alone
+    backoff: Backoff = field(default_factory=Backoff)  # after failures of this run alone
     due: float = 0.0
 
 
@@ -96,7 +97,7 @@ class ChildRunUploader:
         self._lock = threading.Lock()
         self._children: dict[Path, _Child] = {}
         self._said: set[str] = set()
-        self._delay_s = 0.0
+        self._backoff = Backoff()
         self._denied = False
         self._closing, self._abandon = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._loop, name="tracking-uploader", daemon=True)
@@ -247,7 +248,7 @@ class ChildRunUploader:
             logger.warning("%s", text)
 
     def _loop(self) -> None:
-        while not self._closing.wait(self._delay_s or self._interval_s):
+        while not self._closing.wait(self._backoff.delay_s or self._interval_s):
             if not self._denied:
                 self._try()
         # The last tries: a lost answer must not lose metrics, and a dead server must not delay the end of the sweep.
@@ -262,17 +263,18 @@ class ChildRunUploader:
     def _try(self) -> bool:
         try:
             well = self._send_all()
-            if self._delay_s:
+            if self._backoff.delay_s:
                 logger.warning("the tracking server is back")
-            self._delay_s, self._denied = 0.0, False
+            self._backoff.succeeded()
+            self._denied = False
         except TrackingDenied as error:
             well, self._denied = False, True
             self._say("denied", f"{error}. Uploading stops; trials are kept in their spools")
         except TrackingError as error:
             well = False
-            if not self._delay_s:
+            if not self._backoff.delay_s:
                 logger.warning("%s. Trials are kept in their spools and sent when the server answers", error)
-            self._delay_s = _longer(self._delay_s)
+            self._backoff.failed()
         self.cpu_s = time.thread_time()
         return well
 
@@ -292,7 +294,8 @@ class ChildRunUploader:
                         # The run may have been opened again meanwhile.
                         if self._children.get(child.spool.root) is child:
                             del self._children[child.spool.root]
-                child.delay_s, child.reached = 0.0, True
+                child.backoff.succeeded()
+                child.reached = True
             except Busy:
                 well = False
             except RunGone as error:
@@ -309,8 +312,8 @@ class ChildRunUploader:
 
     def _put_off(self, child: _Child, what: str, error: Exception) -> None:
         self._say(what, f"{error}. The trial is kept in {child.spool.root}")
-        child.delay_s = _longer(child.delay_s)
-        child.due = time.monotonic() + child.delay_s
+        child.backoff.failed()
+        child.due = time.monotonic() + child.backoff.delay_s
 
     def _renewed(self, child: _Child, error: RunGone) -> bool:
         """Give a trial a new run if MLflow lost its run before this attempt; return whether it did. A run that a person
@@ -371,10 +374,6 @@ class ChildRunUploader:
         with self._lock:
             children = list(self._children.values())
         return any(child.ended is not None or child.unsaved or _pending(child.spool) for child in children)
-
-
-def _longer(delay_s: float) -> float:
-    return min(max(2 * delay_s, _BACKOFF_S[0]), _BACKOFF_S[1])
 
 
 def _pending(spool: Spool) -> bool:

@@ -16,9 +16,11 @@ from typing import Literal
 from raytrainer import provenance
 from raytrainer.errors import StorageError, TrackingDenied, TrackingError, TrackingUnreachable
 from raytrainer.tracking.database import default_artifact_root
-from raytrainer.tracking.sender import LOCAL_ID_TAG, LOCAL_PREFIX, Calls, apply_note, recorded_run_id, replay
-from raytrainer.tracking.server import RunGone, RunState, Server, redacted
+from raytrainer.tracking.failures import RunGone, redacted
+from raytrainer.tracking.sender import LOCAL_ID_TAG, LOCAL_PREFIX, Calls, apply_note, recorded_run_id
+from raytrainer.tracking.server import RunState, Server
 from raytrainer.tracking.spool import RunNote, Spool
+from raytrainer.tracking.uploader import replay
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 CAUSE_TAG = "raytrainer.cause"

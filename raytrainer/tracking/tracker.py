@@ -14,9 +14,10 @@ from typing import Any
 
 from raytrainer.errors import StorageError, TrackingError
 from raytrainer.tracking.keys import MetricKeys
-from raytrainer.tracking.sender import Uploader, replay
-from raytrainer.tracking.spool import SegmentWriter, Spool, line
+from raytrainer.tracking.segments import SegmentWriter, line
+from raytrainer.tracking.spool import Spool
 from raytrainer.tracking.system import SystemSampler
+from raytrainer.tracking.uploader import Uploader, replay
 
 _TICK_S = 0.5  # a row is on disk after this time and one write
 _QUEUE_ENTRIES = 100_000  # calls of log_metrics between two ticks

@@ -23,8 +23,9 @@ from cryptography.x509.oid import NameOID
 
 from raytrainer.errors import TrackingDenied, TrackingUnreachable
 from raytrainer.tracking import lookup
+from raytrainer.tracking.failures import Rejected
 from raytrainer.tracking.rest import Rest, is_plain
-from raytrainer.tracking.server import Rejected, Server, StoredRun
+from raytrainer.tracking.server import Server, StoredRun
 
 SECRET = "hunter2 and more"
 
@@ -169,7 +170,7 @@ def test_credentials_of_a_file(mlflow: Mlflow, monkeypatch: pytest.MonkeyPatch, 
         (403, b"", TrackingDenied, "answers 403"),
         (400, b"{}", Rejected, "answers 400"),
         (503, b"", TrackingUnreachable, "answers 503"),
-        (200, b"<html>", TrackingUnreachable, "cannot be used: Expecting value"),
+        (200, b"<html>", TrackingUnreachable, "does not answer like an MLflow server"),
         (200, b"[]", TrackingUnreachable, "does not answer like an MLflow server"),
     ],
 )

@@ -37,8 +37,9 @@ from raytrainer.tracking import (
     replay,
 )
 from raytrainer.tracking.rest import Rest
+from raytrainer.tracking.segments import Row
 from raytrainer.tracking.server import Server
-from raytrainer.tracking.spool import Row, Spool
+from raytrainer.tracking.spool import Spool
 from tests import forkserver
 from tests.launches import empty_store
 from tests.outside.ports import free_port

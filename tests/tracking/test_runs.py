@@ -9,7 +9,8 @@ import pytest
 
 from raytrainer.errors import StorageFull, TrackingDenied, TrackingUnreachable
 from raytrainer.tracking import MlflowTracker, Run, open_run, recorded_run_id, replay
-from raytrainer.tracking.spool import Spool, line
+from raytrainer.tracking.segments import line
+from raytrainer.tracking.spool import Spool
 from tests.tracking.fakes import FakeServer
 
 URI = "http://user:secret@tracking.example:5000/"

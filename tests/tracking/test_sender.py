@@ -17,9 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytrainer.errors import StorageError, TrackingDenied, TrackingError, TrackingUnreachable
-from raytrainer.tracking.sender import DROPPED_TAG, LOCAL_ID_TAG, Busy, Sender, Uploader, recorded_run_id, replay
-from raytrainer.tracking.server import RunGone
-from raytrainer.tracking.spool import RunNote, SegmentWriter, Spool, line
+from raytrainer.tracking.failures import RunGone
+from raytrainer.tracking.segments import SegmentWriter, line
+from raytrainer.tracking.sender import DROPPED_TAG, LOCAL_ID_TAG, Busy, Sender, recorded_run_id
+from raytrainer.tracking.spool import RunNote, Spool
+from raytrainer.tracking.uploader import Uploader, replay
 from tests.tracking.fakes import FakeServer
 
 
@@ -290,7 +292,7 @@ class Turn:
 def test_the_shipper_sends_while_rows_come_and_says_an_outage_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raytrainer.tracking.sender._BACKOFF_S", (0.01, 0.02))
+    monkeypatch.setattr("raytrainer.core.retry.LIMITS_S", (0.01, 0.02))
     spool, server = Spool(tmp_path), FakeServer()
     run = server.add()
     server.down = True
@@ -368,7 +370,7 @@ def test_a_run_that_another_process_makes_is_waited_for_and_what_it_is_told_is_l
 ) -> None:
     """A process on another node than the driver uploads its rows once the driver has created the run, even after the
     trial has ended, and leaves the run's status unchanged."""
-    monkeypatch.setattr("raytrainer.tracking.sender._BACKOFF_S", (0.01, 0.05))
+    monkeypatch.setattr("raytrainer.core.retry.LIMITS_S", (0.01, 0.05))
     server, spool = FakeServer(), Spool(tmp_path / "here")
     server.down = True
     shipper = Uploader(spool.root, "offline-1", "http://x", interval_s=0.005, awaited_in="exp", server=server)
@@ -384,7 +386,7 @@ def test_a_run_that_another_process_makes_is_waited_for_and_what_it_is_told_is_l
     assert server.runs[run_id].status == "RUNNING"
     assert spool.note() == own
     until(lambda: not spool.pending(notes=False))
-    assert all(thread.name != "tracking-shipper" for thread in threading.enumerate())
+    assert all(thread.name != "tracking-uploads" for thread in threading.enumerate())
     until(lambda: all(thread.name != "tracking-leftovers" for thread in threading.enumerate()))
 
 

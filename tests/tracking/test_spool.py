@@ -13,17 +13,8 @@ import pytest
 
 from raytrainer.errors import StorageError, StorageFull
 from raytrainer.storage import Storage
-from raytrainer.tracking.spool import (
-    Row,
-    RunNote,
-    SegmentWriter,
-    Spool,
-    State,
-    discard_if_finished,
-    line,
-    read_batch,
-    spool_of,
-)
+from raytrainer.tracking.segments import Row, SegmentWriter, discard_if_finished, line, read_batch
+from raytrainer.tracking.spool import RunNote, Spool, State, spool_of
 
 
 @pytest.fixture

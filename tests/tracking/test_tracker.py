@@ -18,8 +18,9 @@ import pytest
 from raytrainer.errors import StorageError
 from raytrainer.tracking import MlflowTracker, NullTracker, Tracker, replay
 from raytrainer.tracking.keys import metric_key
+from raytrainer.tracking.segments import Batch, Row, read_batch
 from raytrainer.tracking.sender import DROPPED_TAG
-from raytrainer.tracking.spool import Batch, Row, Spool, read_batch
+from raytrainer.tracking.spool import Spool
 from raytrainer.tracking.system import SystemSampler
 from tests.tracking.fakes import FakeServer
 
