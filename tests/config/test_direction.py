@@ -9,12 +9,10 @@ import pytest
 import yaml
 
 from raytrainer.config import (
-    EarlyStopping,
     Experiment,
     check_modes,
     checkpoint_mode,
     compose,
-    derive_modes,
     early_stopping_mode,
     from_text,
     mode_problem,
@@ -22,7 +20,8 @@ from raytrainer.config import (
     with_modes,
     with_values,
 )
-from raytrainer.config.direction import by_name
+from raytrainer.config.direction import by_name, derive_modes
+from raytrainer.config.schema import EarlyStopping
 from raytrainer.errors import ConfigError
 
 LOWER = """

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrainer.config import Experiment, schema, validate
+from raytrainer.config import Experiment, schema
 from raytrainer.config.checks import seconds
+from raytrainer.config.schema import validate
 from raytrainer.config.typed import defaults, typed
 from raytrainer.errors import ConfigError
 
