@@ -136,16 +136,21 @@ def _check_optimizer(e: Experiment) -> None:
     optimizer = build_optimizer(factory(e.optimizer), model if target == _MUON else small)
     if e.lr_scheduler and str(e.lr_scheduler["_target_"]).startswith(_OURS_TO_TRY):
         scheduler = build_scheduler(factory(e.lr_scheduler), optimizer, e.trainer.max_steps or 1_000_000)
-        length = getattr(scheduler, "total_steps", None)  # OneCycleLR has it, and raises when it is stepped further
-        t = e.trainer
-        alone = t.max_steps is not None and t.max_epochs is None and t.max_time is None  # else it may end earlier
-        if alone and isinstance(length, int) and length < (t.max_steps or 0):
-            raise ConfigError(
-                f"ends after {length} steps, and the run has trainer.max_steps={t.max_steps}; set "
-                "lr_scheduler.total_steps=${trainer.max_steps}",
-                key="lr_scheduler",
-                value=type(scheduler).__name__,
-            )
+        _check_length_of_curve(e, scheduler)
+
+
+def _check_length_of_curve(e: Experiment, scheduler: Any) -> None:
+    t = e.trainer
+    length = getattr(scheduler, "total_steps", None)  # OneCycleLR has it, and raises when it is stepped further
+    if t.max_steps is None or t.max_epochs is not None or t.max_time is not None:
+        return  # the run may end earlier
+    if isinstance(length, int) and length < t.max_steps:
+        raise ConfigError(
+            f"ends after {length} steps, and the run has trainer.max_steps={t.max_steps}; set "
+            "lr_scheduler.total_steps=${trainer.max_steps}",
+            key="lr_scheduler",
+            value=type(scheduler).__name__,
+        )
 
 
 _OURS_TO_TRY = ("torch.optim.", "raytrainer.optim.")

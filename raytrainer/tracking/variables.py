@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
 
 from raytrainer.tracking.failures import redacted
@@ -15,6 +15,11 @@ _FORMS = "an address http(s)://host[:port] of a server, or a database as sqlite:
 _WHOLE = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR")
 _TRUTHS = ("MLFLOW_TRACKING_INSECURE_TLS", "MLFLOW_DISABLE_TELEMETRY", "MLFLOW_TRACKING_AWS_SIGV4")
 _FILES = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "MLFLOW_TRACKING_CLIENT_CERT_PATH")
+_FORMS_OF_VARIABLES: tuple[tuple[tuple[str, ...], Callable[[str], object], str], ...] = (
+    (_WHOLE, re.compile(r"\d+").fullmatch, "must be a whole number; unset it for the default"),
+    (_TRUTHS, re.compile("true|false|1|0", re.IGNORECASE).fullmatch, "must be true or false"),
+    (_FILES, os.path.exists, "is not a file on this machine"),
+)
 _CREDENTIALS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 _IGNORED = {
     "MLFLOW_RUN_ID": "raytrainer creates its own run; raytrainer resume ID continues one",
@@ -29,34 +34,31 @@ def variable_problems(environ: Mapping[str, str], uri: str | None) -> list[str]:
         environ: The environment. An empty or blank variable counts as not set.
         uri: The resolved `tracking.tracking_uri`; None for the default store.
     """
-    given = {name: value.strip() for name, value in environ.items() if name.startswith("MLFLOW_") and value.strip()}
-    problems = _of_uri(uri, given)
-    for name in _WHOLE:
-        if name in given and not re.fullmatch(r"\d+", given[name]):
-            problems.append(f"{name}={given[name]} must be a whole number; unset it for the default")
-    for name in _TRUTHS:
-        if name in given and given[name].lower() not in ("true", "false", "1", "0"):
-            problems.append(f"{name}={given[name]} must be true or false")
-    for name in _FILES:
-        if name in given and not Path(given[name]).exists():
-            problems.append(f"{name}={given[name]} is not a file on this machine")
-    for name in _CREDENTIALS:
-        if name in environ and re.search(r"[\x00-\x1f\x7f]", environ[name]):
-            problems.append(f"{name} has a line break or another control character, which no request can carry")
-    if given.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1") and _FILES[0] in given:
+    variables = {name: value.strip() for name, value in environ.items() if name.startswith("MLFLOW_") and value.strip()}
+    problems = _of_uri(uri, variables)
+    for names, is_valid, must in _FORMS_OF_VARIABLES:
+        problems += [
+            f"{name}={variables[name]} {must}" for name in names if name in variables and not is_valid(variables[name])
+        ]
+    problems += [
+        f"{name} has a line break or another control character, which no request can carry"
+        for name in _CREDENTIALS
+        if re.search(r"[\x00-\x1f\x7f]", environ.get(name, ""))
+    ]
+    if variables.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1") and _FILES[0] in variables:
         problems.append(f"MLFLOW_TRACKING_INSECURE_TLS and {_FILES[0]} are both set; MLflow accepts only one of them")
     problems += [
-        f"{name}={given[name]} is set, and would be ignored: {why}; unset {name}"
+        f"{name}={variables[name]} is set, and would be ignored: {why}; unset {name}"
         for name, why in _IGNORED.items()
-        if name in given
+        if name in variables
     ]
     return problems
 
 
-def _of_uri(uri: str | None, given: Mapping[str, str]) -> list[str]:
+def _of_uri(uri: str | None, variables: Mapping[str, str]) -> list[str]:
     if uri is None:
         return []
-    source = _URI if given.get(_URI) == uri else "tracking.tracking_uri"
+    source = _URI if variables.get(_URI) == uri else "tracking.tracking_uri"
     shown = f"{source}={redacted(uri)}"
     scheme, rest = urlsplit(uri).scheme.partition("+")[0].lower(), uri.partition("://")[2]
     if re.search(r"\s", uri) and scheme != "sqlite":  # a folder's name may contain a space
