@@ -1,7 +1,7 @@
 """The configuration: a typed schema, its composition with Hydra, and the objects that `_target_` nodes name.
 
 Stage one (keys, types, groups) imports no torch. Stage two (`check_targets`) imports the libraries of the targets.
-This package exports what others use; `tests/config/test_exports.py` has the list.
+This package exports what others use; `tests/test_public.py` has the list.
 """
 
 from raytrainer.config.checks import holds_password, looks_secret, texts_of

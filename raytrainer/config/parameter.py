@@ -116,11 +116,11 @@ class Parameter:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the parameter as values for strict JSON: a float that is not finite becomes `{"float": "inf"}`."""
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        found["values"] = [
+        saved = {f.name: getattr(self, f.name) for f in fields(self)}
+        saved["values"] = [
             {"float": repr(v)} if isinstance(v, float) and not math.isfinite(v) else v for v in self.values
         ]
-        return {**found, "texts": list(self.texts)}
+        return {**saved, "texts": list(self.texts)}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Parameter:

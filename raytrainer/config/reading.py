@@ -58,22 +58,22 @@ class Reader:
         from hydra.errors import OverrideParseException
 
         try:
-            found = self.parser.parse_overrides([line])[0]
+            override = self.parser.parse_overrides([line])[0]
         except OverrideParseException as error:
             raise unread(line, error) from error
-        if found.is_sweep_override() and not found.key_or_group:
+        if override.is_sweep_override() and not override.key_or_group:
             raise ConfigError(f"{line!r} is not key=value")
-        return found
+        return override
 
     def named(self, key: str) -> Override:
         """Parse a key of `sweep.space`."""
         try:
-            found = self.parse(f"{key}=0")
+            override = self.parse(f"{key}=0")
         except ConfigError as error:
             raise ConfigError("cannot be a key", key=key) from error
-        if key_element(found) != key:
+        if key_element(override) != key:
             raise ConfigError("cannot be a key", key=key)
-        return found
+        return override
 
     def of_content(self, key: str, named: Override, content: Any) -> Parameter:
         """Return the parameter of one entry of `sweep.space`; `named` is its parsed key."""

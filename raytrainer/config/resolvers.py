@@ -67,6 +67,6 @@ def _own(text: str) -> set[str]:
 
 def _different(a: object, b: object, path: str) -> str | None:
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        found = (_different(a[name], b[name], f"{path}.{name}" if path else str(name)) for name in a)
-        return next((key for key in found if key is not None), None)
+        keys = (_different(a[name], b[name], f"{path}.{name}" if path else str(name)) for name in a)
+        return next((key for key in keys if key is not None), None)
     return None if repr(a) == repr(b) else path

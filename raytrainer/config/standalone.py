@@ -49,8 +49,8 @@ def as_experiment(text: str, about: Sequence[str] = ()) -> str:
 def _chosen() -> list[str]:
     """Return the groups for which the root config has a default choice."""
     entries = _read(f"{CONFIG_NAME}.yaml")["defaults"]
-    found = [next(iter(entry.items())) for entry in entries if isinstance(entry, dict)]
-    return [group for group, choice in found if choice is not None and not group.startswith("override ")]
+    choices = [next(iter(entry.items())) for entry in entries if isinstance(entry, dict)]
+    return [group for group, choice in choices if choice is not None and not group.startswith("override ")]
 
 
 def _cluster(section: Any) -> tuple[str | None, dict[str, Any]]:
@@ -63,6 +63,6 @@ def _cluster(section: Any) -> tuple[str | None, dict[str, Any]]:
 
 
 def _read(name: str) -> dict[str, Any]:
-    found = yaml.safe_load(importlib.resources.files(CONFIG_MODULE).joinpath(name).read_text())
-    assert isinstance(found, dict)
-    return found
+    content = yaml.safe_load(importlib.resources.files(CONFIG_MODULE).joinpath(name).read_text())
+    assert isinstance(content, dict)
+    return content

@@ -104,6 +104,21 @@ def run(
         )
     except (OSError, ValueError) as error:  # git is missing or not executable; ValueError: the path has a NUL byte
         return Answer(None, error=f"git cannot be run: {error}")
+    out, errors, is_late = _communicate(process, stdin, time_limit_s, most_bytes + 1)
+    if is_late:
+        return Answer(None, error=f"git did not answer within {time_limit_s:g} s")
+    is_cut = len(out) > most_bytes
+    reason = _reason(errors) or f"git {arguments[0]} fails"
+    return Answer(0 if is_cut else process.returncode, out[:most_bytes], reason, is_cut)
+
+
+def _communicate(
+    process: subprocess.Popen[bytes], stdin: bytes, time_limit_s: float, most_bytes: int
+) -> tuple[bytes, bytes, bool]:
+    """Return at most `most_bytes` of the output, the error output, and whether git was killed at its time limit.
+
+    It is also killed as soon as it has written `most_bytes`.
+    """
     is_late = threading.Event()
 
     def expire() -> None:
@@ -121,9 +136,8 @@ def run(
     try:
         for thread in (timer, *threads):
             thread.start()
-        out = process.stdout.read(most_bytes + 1)
-        is_cut = len(out) > most_bytes
-        if is_cut:
+        out = process.stdout.read(most_bytes)
+        if len(out) == most_bytes:
             _kill(process)
         process.wait()
     finally:
@@ -134,10 +148,7 @@ def run(
         for thread in threads:
             thread.join(1.0)
         process.stdout.close()
-    if is_late.is_set():
-        return Answer(None, error=f"git did not answer within {time_limit_s:g} s")
-    reason = _reason(b"".join(errors)) or f"git {arguments[0]} fails"
-    return Answer(0 if is_cut else process.returncode, out[:most_bytes], reason, is_cut)
+    return out, b"".join(errors), is_late.is_set()
 
 
 def submodules(folder: Path, time_limit_s: float = TIME_LIMIT_S) -> dict[str, str]:

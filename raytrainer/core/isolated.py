@@ -115,8 +115,8 @@ class Isolated:
 
     def start(self) -> None:
         """Start the process. Files that the function needs can be put into `folder` before."""
-        asked = {"function": self._function, "request": dict(self._request), **self._options}
-        (self.folder / _REQUEST).write_text(json.dumps(asked))
+        call = {"function": self._function, "request": dict(self._request), **self._options}
+        (self.folder / _REQUEST).write_text(json.dumps(call))
         environment = {k: v for k, v in {**os.environ, **self.environment}.items() if v is not None}
         with (self.folder / _OUTPUT).open("wb") as output:
             self._process = subprocess.Popen(
@@ -218,13 +218,13 @@ def _serve(request: str, result: str) -> None:
     """Run the function and write its result: the main function of an isolated process."""
     sys.argv[1:] = []
     _end_with_parent()
-    asked = json.loads(Path(request).read_text())
-    sys.path[:0] = [folder for folder in asked["path"] if folder not in sys.path]
-    _be_modest(asked["niceness"], asked["memory"])
+    call = json.loads(Path(request).read_text())
+    sys.path[:0] = [folder for folder in call["path"] if folder not in sys.path]
+    _be_modest(call["niceness"], call["memory"])
     answer: dict[str, Any] = {}
     try:
-        module, _, name = asked["function"].partition(":")
-        answer["value"] = getattr(importlib.import_module(module), name)(**asked["request"])
+        module, _, name = call["function"].partition(":")
+        answer["value"] = getattr(importlib.import_module(module), name)(**call["request"])
     except BaseException as error:  # noqa: BLE001  the parent process gets every error
         answer["problem"] = f"{type(error).__name__}: {error}"
         traceback.print_exc()

@@ -96,7 +96,7 @@ class ChildRunUploader:
         self._tags = source_tags()
         self._lock = threading.Lock()
         self._children: dict[Path, _Child] = {}
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
         self._backoff = Backoff()
         self._denied = False
         self._closing, self._abandon = threading.Event(), threading.Event()
@@ -202,9 +202,9 @@ class ChildRunUploader:
             return
         for name, text in (texts or {}).items():
             self._attach(child, name, text)
-        told = {**(tags or {}), **({} if cause is None else {CAUSE_TAG: cause})}
+        all_tags = {**(tags or {}), **({} if cause is None else {CAUSE_TAG: cause})}
         end_time = _now() if ended is None else round(1000 * ended)
-        note = RunNote(child.run_id, self._experiment_name, child.name, tags=told, status=status, end_time=end_time)
+        note = RunNote(child.run_id, self._experiment_name, child.name, tags=all_tags, status=status, end_time=end_time)
         note.metrics = {key: [value, round(1000 * at), step] for key, (value, step, at) in (metrics or {}).items()}
         child.ended = time.monotonic()
         self._write(child, lambda old: merged(old, note))
@@ -227,7 +227,7 @@ class ChildRunUploader:
                 path.write_text(text, errors="replace")
                 child.spool.add_artifact(path, None)
         except (StorageError, OSError) as error:
-            self._say("artifact", f"{error}. {name} of a trial is skipped")
+            self._warn_once("artifact", f"{error}. {name} of a trial is skipped")
 
     def _write(self, child: _Child, change: Callable[[RunNote | None], RunNote]) -> None:
         with self._lock:
@@ -240,11 +240,13 @@ class ChildRunUploader:
                     child.unsaved = None
             except StorageError as error:
                 child.unsaved = note or change(child.unsaved)
-                self._say("note", f"{error}. Updates of a trial are kept in memory until its spool can be written")
+                self._warn_once(
+                    "note", f"{error}. Updates of a trial are kept in memory until its spool can be written"
+                )
 
-    def _say(self, what: str, text: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
+    def _warn_once(self, subject: str, text: str) -> None:
+        if subject not in self._warned:
+            self._warned.add(subject)
             logger.warning("%s", text)
 
     def _loop(self) -> None:
@@ -269,7 +271,7 @@ class ChildRunUploader:
             self._denied = False
         except TrackingDenied as error:
             well, self._denied = False, True
-            self._say("denied", f"{error}. Uploading stops; trials are kept in their spools")
+            self._warn_once("denied", f"{error}. Uploading stops; trials are kept in their spools")
         except TrackingError as error:
             well = False
             if not self._backoff.delay_s:
@@ -311,7 +313,7 @@ class ChildRunUploader:
         return well
 
     def _put_off(self, child: _Child, what: str, error: Exception) -> None:
-        self._say(what, f"{error}. The trial is kept in {child.spool.root}")
+        self._warn_once(what, f"{error}. The trial is kept in {child.spool.root}")
         child.backoff.failed()
         child.due = time.monotonic() + child.backoff.delay_s
 
@@ -330,7 +332,7 @@ class ChildRunUploader:
             child.spool.write_state(state)
             child.spool.write_note(replace(note, run_id=new, tags={**note.tags, CONTINUES_TAG: gone}))
         child.run_id, child.sender, child.fresh, child.announced = new, None, True, False
-        self._say("renewed", f"{error}. Trials whose runs are gone continue in new ones")
+        self._warn_once("renewed", f"{error}. Trials whose runs are gone continue in new ones")
         return True
 
     def _send(self, child: _Child) -> bool:

@@ -322,8 +322,8 @@ def known_revisions() -> tuple[str, frozenset[str]]:
     for script in scripts.glob("*.py"):
         text = script.read_text(encoding="utf-8")
         for name, kept in (("revision", revisions), ("down_revision", parents)):
-            found = re.search(rf"^{name}\s*(?::[^=\n]+)?=\s*(\([^)]*\)|.*)$", text, re.MULTILINE)
-            kept.update(re.findall(r"[\"'](\w+)[\"']", found[1]) if found else ())
+            match = re.search(rf"^{name}\s*(?::[^=\n]+)?=\s*(\([^)]*\)|.*)$", text, re.MULTILINE)
+            kept.update(re.findall(r"[\"'](\w+)[\"']", match[1]) if match else ())
     (head,) = revisions - parents
     return head, frozenset(revisions)
 

@@ -55,9 +55,9 @@ def find_run(tracking_uri: str, identifier: str) -> StoredRun | None:
         f"attributes.run_name = '{name}'",
         f"tags.`{SUBMISSION_TAG}` = '{name}'",
     ):
-        found = [run for run in _search(tracking_uri, where, 20) if RUN_DIR_TAG in run.tags]
-        if found:
-            return found[0]
+        runs = [run for run in _search(tracking_uri, where, 20) if RUN_DIR_TAG in run.tags]
+        if runs:
+            return runs[0]
     return None
 
 
@@ -67,13 +67,13 @@ def missing(tracking_uri: str, run_ids: Iterable[str]) -> set[str]:
     Raises:
         TrackingUnreachable, TrackingDenied: The store cannot be queried.
     """
-    asked = sorted(set(run_ids))
+    wanted = sorted(set(run_ids))
     there = set[str]()
-    for first in range(0, len(asked), _AT_ONCE):
-        part = asked[first : first + _AT_ONCE]
+    for first in range(0, len(wanted), _AT_ONCE):
+        part = wanted[first : first + _AT_ONCE]
         listed = ", ".join(f"'{_quoted(run_id)}'" for run_id in part)
         there |= {run.run_id for run in _search(tracking_uri, f"attributes.run_id IN ({listed})", len(part))}
-    return set(asked) - there
+    return set(wanted) - there
 
 
 def find_launched(tracking_uri: str, name: str, run_dir: str, submission_id: str | None) -> StoredRun | None:
@@ -90,10 +90,10 @@ def find_launched(tracking_uri: str, name: str, run_dir: str, submission_id: str
     Raises:
         TrackingUnreachable, TrackingDenied: The store cannot be queried.
     """
-    asked = [f"attributes.run_name = '{_quoted(name)}'"]
+    filters = [f"attributes.run_name = '{_quoted(name)}'"]
     if submission_id is not None:
-        asked.insert(0, f"tags.`{SUBMISSION_TAG}` = '{_quoted(submission_id)}'")
-    for where in asked:
+        filters.insert(0, f"tags.`{SUBMISSION_TAG}` = '{_quoted(submission_id)}'")
+    for where in filters:
         for run in _search(tracking_uri, where, 20):
             if RUN_DIR_TAG in run.tags and run_dir_of(run).partition("?")[0].rstrip("/") == run_dir:
                 return run
@@ -101,13 +101,13 @@ def find_launched(tracking_uri: str, name: str, run_dir: str, submission_id: str
 
 
 def find_run_dir(tracking_uri: str, identifier: str) -> str | None:
-    """Return the storage of a run, found as in `find_run`, or of a trial's sweep; None if nothing is found.
+    """Return the storage of the run that `find_run` returns, or of a trial's sweep; None if there is no such run.
 
     Raises:
         TrackingUnreachable, TrackingDenied: The store cannot be queried.
     """
-    found = find_run(tracking_uri, identifier)
-    return None if found is None else run_dir_of(found)
+    run = find_run(tracking_uri, identifier)
+    return None if run is None else run_dir_of(run)
 
 
 def find_own_dir(tracking_uri: str, identifier: str) -> str | None:
@@ -116,8 +116,8 @@ def find_own_dir(tracking_uri: str, identifier: str) -> str | None:
     Raises:
         TrackingUnreachable, TrackingDenied: The store cannot be queried.
     """
-    found = find_run(tracking_uri, identifier)
-    return None if found is None else found.tags[RUN_DIR_TAG]
+    run = find_run(tracking_uri, identifier)
+    return None if run is None else run.tags[RUN_DIR_TAG]
 
 
 def run_dir_of(run: StoredRun) -> str:
@@ -159,8 +159,8 @@ def close_run(
     """
     server = Server(tracking_uri)
     # Query again: a driver that was considered dead may have ended its run in the meantime.
-    found = server.search(f"attributes.run_id = '{_quoted(run_id)}'", 1)
-    if not found or found[0].status != "RUNNING":
+    runs = server.search(f"attributes.run_id = '{_quoted(run_id)}'", 1)
+    if not runs or runs[0].status != "RUNNING":
         return False
     server.log_batch(run_id, [], {CAUSE_TAG: cause, **(tags or {})})
     server.set_terminated(run_id, status, int(ended * 1e3))

@@ -202,9 +202,9 @@ class Run:
         """
         deadline = time.monotonic() + timeout_s
         server = self._server.with_timeout(max(1, int(timeout_s)))
-        told = {**(tags or {}), **({} if cause is None else {CAUSE_TAG: cause})}
+        all_tags = {**(tags or {}), **({} if cause is None else {CAUSE_TAG: cause})}
         end_time = _now() if ended is None else round(1000 * ended)
-        note = RunNote(self.run_id, *self._names, tags=told, status=status, end_time=end_time)
+        note = RunNote(self.run_id, *self._names, tags=all_tags, status=status, end_time=end_time)
         if status == "FINISHED" and cause is None and self._has_cause(server):
             note.tags[CAUSE_TAG] = ""
         if self._spool is None:
@@ -276,8 +276,8 @@ def _open(server: Calls, note: RunNote, spool: Spool | None) -> str:
     old = None if spool is None else spool.note()
     if old is not None:
         # An earlier attempt's status that could not be sent is no longer true. Everything else in its note still is.
-        told = merged(replace(old, status=None, end_time=None), note)
-        note.params, note.tags, note.start_time = told.params, told.tags, told.start_time
+        pending = merged(replace(old, status=None, end_time=None), note)
+        note.params, note.tags, note.start_time = pending.params, pending.tags, pending.start_time
     existing = note.run_id
     if existing.startswith(LOCAL_PREFIX):
         experiment_id = server.experiment(note.experiment_name, note.artifact_root)

@@ -119,10 +119,10 @@ class Server:
             return self._experiments[name]
         for _ in range(2):
             with self._call() as client:
-                found = client.get_experiment_by_name(name)
-            if found is not None:
-                refuse_deleted(name, found.experiment_id, found.lifecycle_stage)
-                return self._experiments.setdefault(name, str(found.experiment_id))
+                experiment = client.get_experiment_by_name(name)
+            if experiment is not None:
+                refuse_deleted(name, experiment.experiment_id, experiment.lifecycle_stage)
+                return self._experiments.setdefault(name, str(experiment.experiment_id))
             try:
                 with self._call() as client:
                     created = str(client.create_experiment(name, artifact_location=artifact_root))
@@ -143,8 +143,8 @@ class Server:
     def find_run(self, experiment_id: str, tag: str, value: str) -> str | None:
         """Return a run with this tag. Tags and values are raytrainer's own, so they need no quoting."""
         with self._call() as client:
-            found = client.search_runs([experiment_id], f"tags.`{tag}` = '{value}'", max_results=1)
-        return str(found[0].info.run_id) if found else None
+            runs = client.search_runs([experiment_id], f"tags.`{tag}` = '{value}'", max_results=1)
+        return str(runs[0].info.run_id) if runs else None
 
     def search(self, where: str, limit: int) -> list[StoredRun]:
         """Return runs of all experiments that are not deleted, newest first.
@@ -159,8 +159,8 @@ class Server:
                 page = client.search_experiments(page_token=token)
                 everywhere += [e.experiment_id for e in page]
                 token = page.token or ""
-            found = client.search_runs(everywhere, where, max_results=limit, order_by=["attributes.start_time DESC"])
-            return [_stored_run(run) for run in found]
+            runs = client.search_runs(everywhere, where, max_results=limit, order_by=["attributes.start_time DESC"])
+            return [_stored_run(run) for run in runs]
 
     def artifacts(self, run_id: str, folder: str) -> list[str]:
         """Return the paths of the files directly in a folder of the run's artifacts."""

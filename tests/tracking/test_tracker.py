@@ -197,8 +197,8 @@ def test_a_full_spool_keeps_what_it_has_and_counts_the_rest(tmp_path: Path, capl
 
 
 def test_a_full_queue_is_counted_and_never_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raytrainer.tracking.tracker._QUEUE_ENTRIES", 10)
-    monkeypatch.setattr("raytrainer.tracking.tracker._TICK_S", 3600.0)
+    monkeypatch.setattr("raytrainer.tracking.mlflow_tracker._QUEUE_ENTRIES", 10)
+    monkeypatch.setattr("raytrainer.tracking.mlflow_tracker._TICK_S", 3600.0)
     tracker = make(tmp_path)
     for step in range(15):
         tracker.log_metrics({"a": 1.0, "b": 1.0}, step)
@@ -232,7 +232,7 @@ def test_a_full_disk_is_named_and_rows_wait_in_memory(
 def test_memory_is_bounded_on_a_full_disk(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raytrainer.tracking.tracker._MEMORY_BYTES", 1000)
+    monkeypatch.setattr("raytrainer.tracking.mlflow_tracker._MEMORY_BYTES", 1000)
     tracker = make(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
