@@ -23,11 +23,10 @@ WORDS = {
     r"anew": "again, or another",
     r"(is|are) no (name|file|directory|folder|path|key|kind|type|number) (of|that|from)": "is not a …",
     r"nobody has": "… does not exist, or no process has …",
-    r"what (was|is|were|are) not": "a noun: the unsent metrics, the missing keys",
-    r"those that (say|are)": "a noun",
+    r"what (was|were) not": "a noun: the unsent metrics, the missing keys",
+    r"those that say": "a noun",
     r"of which (a|the|one)": "two sentences",
     r"lets? us": "permission, or allow",
-    r"on the way": "during …",
     r"without a word": "without a message",
 }
 # Names of variables, arguments and attributes that say nothing about what they hold.
@@ -35,8 +34,26 @@ NAMES = {"found", "told", "given", "said", "asked", "several"}
 # Parts of identifiers whose word the glossary replaces.
 PARTS = {"hopeless", "claim", "claims", "beat", "ledger", "told", "said", "mute", "shipper"}
 
-# Whose turn has not come yet: folders, files and documents that are not checked.
-NOT_YET: tuple[str, ...] = ()
+# Not checked yet: the beginnings of paths. Remove each when its words are replaced.
+NOT_YET = (
+    *("CONTRIBUTING.md", "README.md"),
+    *("docs/clusters", "docs/data", "docs/failures", "docs/hydra-sweeper", "docs/language-models", "docs/runs"),
+    *("docs/sweeps", "docs/tracking", "docs/your-code", "hydra_plugins/"),
+    *("raytrainer/attempt/", "raytrainer/backends/", "raytrainer/checkpoint/", "raytrainer/cli", "raytrainer/cluster/"),
+    *("raytrainer/config/checks.py", "raytrainer/data/", "raytrainer/optim/", "raytrainer/parallel/"),
+    *("raytrainer/ray_internals/", "raytrainer/runs/", "raytrainer/storage/lock.py", "raytrainer/submission/"),
+    *("raytrainer/sweep/", "raytrainer/trainer/"),
+    *(
+        "raytrainer/__init__",
+        "raytrainer/autoscaling",
+        "raytrainer/batches",
+        "raytrainer/completion",
+        "raytrainer/events",
+    ),
+    *("raytrainer/flops", "raytrainer/losses", "raytrainer/metrics", "raytrainer/mlflow_model", "raytrainer/names"),
+    *("raytrainer/own_code", "raytrainer/progress", "raytrainer/provenance", "raytrainer/sharding", "raytrainer/state"),
+    *("raytrainer/worker",),
+)
 
 _WORDS = re.compile("|".join(rf"\b(?P<w{i}>{word})\b" for i, word in enumerate(WORDS)), re.IGNORECASE)
 

@@ -269,16 +269,16 @@ def test_a_model_or_a_step_that_is_too_large_is_skipped_with_the_limit(monkeypat
     ],
 )
 def test_exceptions_that_say_nothing(error: Exception) -> None:
-    assert probe.judged(error)["verdict"] == "unknown"
+    assert probe.verdict_of_error(error)["verdict"] == "unknown"
     wrapped = ConfigError("could not be built", key="model")
     wrapped.__cause__ = error
-    assert probe.judged(wrapped)["verdict"] == "unknown"
+    assert probe.verdict_of_error(wrapped)["verdict"] == "unknown"
 
 
 def test_an_error_of_ours_is_told_in_its_own_words() -> None:
-    assert probe.judged(ConfigError("is wrong", key="loss"))["text"] == "loss is wrong"
-    assert "sample 3 is bad" in probe.judged(DataError("sample 3 is bad"))["text"]
-    assert probe.judged(SystemExit("usage: train.py"))["verdict"] == "refused"
+    assert probe.verdict_of_error(ConfigError("is wrong", key="loss"))["text"] == "loss is wrong"
+    assert "sample 3 is bad" in probe.verdict_of_error(DataError("sample 3 is bad"))["text"]
+    assert probe.verdict_of_error(SystemExit("usage: train.py"))["verdict"] == "refused"
 
 
 # --- around the probe -------------------------------------------------------------------------------------------------

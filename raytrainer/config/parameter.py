@@ -146,13 +146,13 @@ class Parameter:
 
     def _place(self, value: Any) -> int | None:
         """Return the index in `values` of the same value and type (1, 1.0 and true differ), else of an equal number."""
-        for place, one in enumerate(self.values):
-            if repr(one) == repr(value):
-                return place
-        for place, one in enumerate(self.values):
-            if one == value and not isinstance(one, bool) and not isinstance(value, bool):
-                return place
-        return None
+        same = (i for i, choice in enumerate(self.values) if repr(choice) == repr(value))
+        equal = (
+            i
+            for i, choice in enumerate(self.values)
+            if choice == value and not isinstance(choice, bool) and not isinstance(value, bool)
+        )
+        return next(same, next(equal, None))
 
 
 def _floats(first: float, last: float, step: float) -> Iterator[float]:

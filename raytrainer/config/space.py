@@ -34,7 +34,7 @@ SHARED: Mapping[str, str] = {
     "sweep": "a sweep has one way of searching",
     "debug": "debugging is one run, without -m",
 }
-_HYDRAS_OWN = {"hydra": "it is Hydra's own, once for all trials"}
+_HYDRA_SECTION = {"hydra": "it is Hydra's own, once for all trials"}
 _MOST_REFERENCES = 16  # in a chain; a longer chain is a cycle
 
 
@@ -66,7 +66,7 @@ def parse_space(
     """
     parser = make_parser()
     is_group = groups if callable(groups) else groups.__contains__
-    reader = Reader(parser, is_group, {**shared, **_HYDRAS_OWN}, config_dir)
+    reader = Reader(parser, is_group, {**shared, **_HYDRA_SECTION}, config_dir)
     parsed = [reader.parse(o) for o in overrides]
     reader.searchpath = [str(p) for o in parsed if o.key_or_group == "hydra.searchpath" for p in _list_of(o.value())]
     before: dict[str, Override] = {}
@@ -113,9 +113,9 @@ def _written_part(config: DictConfig, root: Any, section: str, name: Any, conten
     place = [*section.split("."), str(name)]
     content = _followed(root, place, content)
     if isinstance(content, dict):
-        return {key: _written_part(config, root, f"{section}.{name}", key, one) for key, one in content.items()}
+        return {key: _written_part(config, root, f"{section}.{name}", key, child) for key, child in content.items()}
     if isinstance(content, list):
-        return [_followed(root, [*place, "-"], one) for one in content]
+        return [_followed(root, [*place, "-"], item) for item in content]
     if not isinstance(content, str) or "${" not in content or _is_readable(content):
         return content
     scratch = config.copy()

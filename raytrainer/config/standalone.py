@@ -16,7 +16,7 @@ from raytrainer.config.compose import CONFIG_MODULE, CONFIG_NAME
 from raytrainer.config.typed import defaults
 
 # Keys that belong to one launch and not to the experiment.
-_OF_A_LAUNCH = ("name", "storage_path", "sweep")
+_KEYS_OF_A_LAUNCH = ("name", "storage_path", "sweep")
 
 
 def as_experiment(text: str, about: Sequence[str] = ()) -> str:
@@ -33,7 +33,7 @@ def as_experiment(text: str, about: Sequence[str] = ()) -> str:
     # Include the defaults: a key that an override removed must not come back from the root config.
     config = OmegaConf.merge(OmegaConf.create(defaults()), OmegaConf.create(text))
     assert isinstance(config, DictConfig)
-    for name in _OF_A_LAUNCH:
+    for name in _KEYS_OF_A_LAUNCH:
         config.pop(name, None)
     overrides: dict[str, str | None] = dict.fromkeys(_chosen())
     overrides["cluster"], rest = _cluster(OmegaConf.to_container(config.cluster, resolve=False))

@@ -17,7 +17,7 @@ from typing import IO
 TIME_LIMIT_S = 20.0
 _OUTPUT_BYTES = 2**28
 # Git sets these variables for its hooks. They name another repository than that of the given folder.
-_OTHERS = {
+_HOOK_VARIABLES = {
     "GIT_DIR",
     "GIT_WORK_TREE",
     "GIT_INDEX_FILE",
@@ -30,7 +30,7 @@ _OTHERS = {
     "GIT_NOGLOB_PATHSPECS",
     "GIT_ICASE_PATHSPECS",
 }
-_FIXED = {
+_SETTINGS = {
     "LC_ALL": "C",  # its messages are parsed
     "GIT_OPTIONAL_LOCKS": "0",  # reading neither waits for nor disturbs a concurrent commit
     "GIT_TERMINAL_PROMPT": "0",
@@ -92,7 +92,7 @@ def run(
         time_limit_s: Seconds after which git and everything that it started is killed.
         most_bytes: The maximum size of the output that is kept.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in _OTHERS} | _FIXED
+    environment = {name: value for name, value in os.environ.items() if name not in _HOOK_VARIABLES} | _SETTINGS
     try:
         process = subprocess.Popen(
             ["git", "-C", str(folder), *_OPTIONS, *arguments],

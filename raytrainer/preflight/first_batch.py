@@ -20,10 +20,10 @@ from raytrainer.preflight.reach import is_elsewhere
 from raytrainer.preflight.resources import this_machine, through_ray
 
 _TFLOP, _TFLOP_BESIDE_RAY = 0.5, 0.05  # about a minute, and a few seconds, of a slow core
-_NICE_BESIDE_RAY = 10
-_RAY_NEEDS = 2.0  # cores that are busy while Ray starts: this process, and Ray's own processes
+_NICENESS_BESIDE_RAY = 10
+_RAY_CORES = 2.0  # cores that are busy while Ray starts: this process, and Ray's own processes
 # For other trackers and hubs: the probe records nothing there, and downloads nothing.
-_QUIET: dict[str, str | None] = {
+_ENVIRONMENT: dict[str, str | None] = {
     "MLFLOW_RUN_ID": None,
     "WANDB_MODE": "disabled",
     "HF_HUB_OFFLINE": "1",
@@ -82,8 +82,8 @@ class FirstBatch:
             "raytrainer.preflight.probe:try_step",
             {"text": text, "gpu": gpu, "elsewhere": is_elsewhere(e), "most_tflop": tflop},
             path=_path_of_workers(e),
-            environment=_QUIET,
-            niceness=_NICE_BESIDE_RAY if beside_ray else 0,
+            environment=_ENVIRONMENT,
+            niceness=_NICENESS_BESIDE_RAY if beside_ray else 0,
             threads=1 if beside_ray else max(1, min(4, int(this_machine().cpus))),
             memory=_half_of_free_memory(),
         )
@@ -136,7 +136,7 @@ def is_free_beside_ray() -> bool:
         busy = os.getloadavg()[0]
     except OSError:
         return False
-    return this_machine().cpus - busy >= _RAY_NEEDS + 1
+    return this_machine().cpus - busy >= _RAY_CORES + 1
 
 
 def targets_of(e: Experiment) -> Iterator[tuple[str, str]]:

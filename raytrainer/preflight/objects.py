@@ -124,7 +124,7 @@ def _check_optimizer(e: Experiment) -> None:
         from raytrainer.optim import freeze
 
         freeze(_with_loss(model, e), e.trainer.freeze)
-    if not e.optimizer or not target.startswith(_OURS_TO_TRY) or (target == _MUON and model is None):
+    if not e.optimizer or not target.startswith(_BUILT_TARGETS) or (target == _MUON and model is None):
         return
     import torch
 
@@ -134,7 +134,7 @@ def _check_optimizer(e: Experiment) -> None:
     with torch.random.fork_rng(devices=[]):  # a check must not change the caller's generator
         small = torch.nn.Linear(2, 2, bias=False)
     optimizer = build_optimizer(factory(e.optimizer), model if target == _MUON else small)
-    if e.lr_scheduler and str(e.lr_scheduler["_target_"]).startswith(_OURS_TO_TRY):
+    if e.lr_scheduler and str(e.lr_scheduler["_target_"]).startswith(_BUILT_TARGETS):
         scheduler = build_scheduler(factory(e.lr_scheduler), optimizer, e.trainer.max_steps or 1_000_000)
         _check_length_of_curve(e, scheduler)
 
@@ -153,7 +153,7 @@ def _check_length_of_curve(e: Experiment, scheduler: Any) -> None:
         )
 
 
-_OURS_TO_TRY = ("torch.optim.", "raytrainer.optim.")
+_BUILT_TARGETS = ("torch.optim.", "raytrainer.optim.")
 _MUON = "raytrainer.optim.Muon"
 
 

@@ -211,13 +211,17 @@ def _check_nodes(e: Experiment, each: Mapping[str, float], available: Resources,
     places = available.places(bundle(e, uses_gpu(e, available)), strategy)
     if places >= count:
         return []
-    one = ", ".join(amount(name, share) for name, share in each.items() if share) + (f" of {kind}" if kind else "")
+    share_of_one = ", ".join(amount(name, share) for name, share in each.items() if share) + (
+        f" of {kind}" if kind else ""
+    )
     of = f"{where}, including nodes that it can add," if available.more else where
     if places == 0:
-        return [f"a worker asks for {one}, and no node of {of} has that; scaling.resources_per_worker sets how much"]
+        return [
+            f"a worker asks for {share_of_one}, and no node of {of} has that; scaling.resources_per_worker sets how much"
+        ]
     strictly = f" with scaling.placement_strategy={strategy}" if strategy.startswith("STRICT") else ""
     room = f"room for {places}: each worker must fit on one node; scaling.num_workers={places} fits"
-    return [f"scaling.num_workers={count} × ({one}){strictly}, and {of} has {room}"]
+    return [f"scaling.num_workers={count} × ({share_of_one}){strictly}, and {of} has {room}"]
 
 
 def _no_fit(e: Experiment, name: str, has: float) -> str:

@@ -15,7 +15,7 @@ from raytrainer.tracking.server import Server, StoredRun
 RUN_DIR_TAG = "raytrainer.run_dir"
 SUBMISSION_TAG = "raytrainer.submission_id"
 SWEEP_TAG = "raytrainer.sweep"
-_AT_ONCE = 100  # run ids in one query
+_IDS_PER_QUERY = 100  # run ids in one query
 # Runs and sweeps have this tag; the trials of a sweep do not.
 _OWN_TAG = "raytrainer.where"
 
@@ -69,8 +69,8 @@ def missing(tracking_uri: str, run_ids: Iterable[str]) -> set[str]:
     """
     wanted = sorted(set(run_ids))
     there = set[str]()
-    for first in range(0, len(wanted), _AT_ONCE):
-        part = wanted[first : first + _AT_ONCE]
+    for first in range(0, len(wanted), _IDS_PER_QUERY):
+        part = wanted[first : first + _IDS_PER_QUERY]
         listed = ", ".join(f"'{_quoted(run_id)}'" for run_id in part)
         there |= {run.run_id for run in _search(tracking_uri, f"attributes.run_id IN ({listed})", len(part))}
     return set(wanted) - there
