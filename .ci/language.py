@@ -16,7 +16,7 @@ from pathlib import Path
 # In comments, docstrings, messages, configs and documents: what not to write, and what to write instead.
 WORDS = {
     r"hopeless": "non-retryable",
-    r"claim(s|ed)?": "lease",
+    r"claim(s|ed)?(?! about)": "lease",
     r"beats?": "heartbeat",
     r"ledger(?!\.jsonl)": "trial journal",
     r"told": "the verb of what happened: logged, sent, reported, passed",

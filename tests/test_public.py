@@ -31,7 +31,7 @@ PUBLIC = {
         SweepConfig TrainerConfig bind
         build check_keys check_modes check_sweep check_targets checkpoint_mode compose composed_keys
         early_stopping_mode experiment_of explain factory flattened
-        from_hydra from_text group_names holds_password key_of locate looks_secret mode_problem new_name parameters_of
+        from_hydra from_text group_names holds_password key_of leaves_of locate looks_secret mode_problem new_name parameters_of
         parse_space quiet refuse_settings_of_no_sweep register_schema resolved with_modes sweep_mode texts_of
         with_number_keys with_values written_space
     """,
@@ -53,7 +53,7 @@ PUBLIC = {
     """,
     "raytrainer.tracking": """
         ChildRunUploader MlflowTracker NullTracker Run Uploader Tracker check_tracking default_tracking_uri
-        find_own_dir find_run_dir variable_problems open_run recorded_run_id redacted register_model replay
+        find_own_dir variable_problems open_run recorded_run_id redacted register_model replay
     """,
 }
 # The names that these modules define. Users name the modules in a `_target_`, or catch the exceptions.

@@ -4,7 +4,7 @@ Stage one (keys, types, groups) imports no torch. Stage two (`check_targets`) im
 This package exports what others use; `tests/test_public.py` has the list.
 """
 
-from raytrainer.config.checks import holds_password, looks_secret, texts_of
+from raytrainer.config.checks import holds_password, leaves_of, looks_secret, texts_of
 from raytrainer.config.compose import (
     CONFIG_MODULE,
     CONFIG_NAME,
@@ -70,6 +70,7 @@ __all__ = [
     "group_names",
     "holds_password",
     "key_of",
+    "leaves_of",
     "locate",
     "looks_secret",
     "mode_problem",

@@ -233,16 +233,21 @@ def _check_runtime_env(c: ClusterConfig) -> None:
             raise ConfigError("holds a URL with a password, which everyone on the cluster would see", key=path)
 
 
-def texts_of(node: Any, path: str) -> Iterator[tuple[str, str]]:
-    """Yield every text below a node, with its dotted key."""
+def leaves_of(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield every value below a node that is neither a mapping nor a list, with its dotted key."""
     if isinstance(node, dict):
         for name, below in node.items():
-            yield from texts_of(below, f"{path}.{name}")
+            yield from leaves_of(below, f"{path}.{name}")
     elif isinstance(node, list):
         for below in node:
-            yield from texts_of(below, path)
-    elif isinstance(node, str):
+            yield from leaves_of(below, path)
+    else:
         yield path, node
+
+
+def texts_of(node: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Yield every text below a node, with its dotted key."""
+    return ((key, value) for key, value in leaves_of(node, path) if isinstance(value, str))
 
 
 def _check_nodes(e: Experiment) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raytrainer.config import Experiment, texts_of
+from raytrainer.config import Experiment, leaves_of, texts_of
 from raytrainer.core.isolated import Ended, Isolated
 from raytrainer.errors import PreflightError
 from raytrainer.preflight.reach import is_elsewhere
@@ -120,7 +120,7 @@ def why_not_tried(e: Experiment) -> str | None:
         return ""
     if keys := through_ray(e):
         return f"{keys[0]} is a RayDataset, which a Ray cluster reads"
-    for key, value in _values_of_data(e):
+    for key, value in (pair for name, node in e.data.sets.items() for pair in leaves_of(node, name)):
         if isinstance(value, str) and "://" in value and not value.startswith("file://"):
             return f"{key} is not on this machine"
         if key.rpartition(".")[2] == "download" and value is True:
@@ -145,21 +145,6 @@ def targets_of(e: Experiment) -> Iterator[tuple[str, str]]:
     sections |= {"callbacks": e.callbacks, "metrics": e.metrics, "data.collate_fn": e.data.collate_fn, **e.data.sets}
     for key, node in sections.items():
         yield from texts_of(node, key)
-
-
-def _values_of_data(e: Experiment) -> Iterator[tuple[str, Any]]:
-    def below(node: Any, key: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(node, dict):
-            for name, value in node.items():
-                yield from below(value, f"{key}.{name}")
-        elif isinstance(node, list):
-            for value in node:
-                yield from below(value, key)
-        else:
-            yield key, node
-
-    for key, node in e.data.sets.items():
-        yield from below(node, key)
 
 
 def _path_of_workers(e: Experiment) -> list[str]:

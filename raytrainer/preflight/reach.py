@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
 from raytrainer.config import Experiment, texts_of
+from raytrainer.core import proxies
 from raytrainer.errors import StorageError, TrackingDenied, TrackingError, TrackingUnreachable
 from raytrainer.preflight.temporary import check_temporary
 from raytrainer.storage import Storage
@@ -153,8 +154,4 @@ def _is_below(path: str, folders: Iterable[str]) -> bool:
 
 
 def _is_loopback(address: str) -> bool:
-    host = urlsplit(address if "://" in address else f"http://{address}").hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+    return proxies.is_loopback(urlsplit(address if "://" in address else f"http://{address}").hostname or "")

@@ -7,7 +7,7 @@ from raytrainer.tracking.checking import check_tracking
 from raytrainer.tracking.child_runs import ChildRunUploader
 from raytrainer.tracking.database import default_tracking_uri
 from raytrainer.tracking.failures import redacted
-from raytrainer.tracking.lookup import find_own_dir, find_run_dir, register_model
+from raytrainer.tracking.lookup import find_own_dir, register_model
 from raytrainer.tracking.mlflow_tracker import MlflowTracker
 from raytrainer.tracking.runs import Run, open_run
 from raytrainer.tracking.sender import recorded_run_id
@@ -25,7 +25,6 @@ __all__ = [
     "check_tracking",
     "default_tracking_uri",
     "find_own_dir",
-    "find_run_dir",
     "open_run",
     "recorded_run_id",
     "redacted",

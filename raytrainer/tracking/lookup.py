@@ -1,5 +1,8 @@
 """Queries to a tracking store that are not part of logging a run: search runs, and find the directory of a run.
-It also ends the MLflow run of a dead driver and registers models."""
+It also ends the MLflow run of a dead driver and registers models.
+
+The functions raise TrackingUnreachable or TrackingDenied if the store cannot be used.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +34,6 @@ def search_runs(
         user: Return only runs of this user.
         status: Return only runs with this MLflow status.
         sweep: The name of a sweep, to return its trials.
-
-    Raises:
-        TrackingUnreachable, TrackingDenied: The store cannot be queried.
     """
     where = [f"tags.`{_OWN_TAG}` LIKE '%'" if sweep is None else f"tags.`{SWEEP_TAG}` = '{_quoted(sweep)}'"]
     if user is not None:
@@ -44,11 +44,7 @@ def search_runs(
 
 
 def find_run(tracking_uri: str, identifier: str) -> StoredRun | None:
-    """Return the run of raytrainer with this MLflow id, name (the newest with the name) or Ray submission id.
-
-    Raises:
-        TrackingUnreachable, TrackingDenied: The store cannot be queried.
-    """
+    """Return the run of raytrainer with this MLflow id, name (the newest with the name) or Ray submission id."""
     name = _quoted(identifier)
     for where in (
         f"attributes.run_id = '{name}'",
@@ -62,11 +58,7 @@ def find_run(tracking_uri: str, identifier: str) -> StoredRun | None:
 
 
 def missing(tracking_uri: str, run_ids: Iterable[str]) -> set[str]:
-    """Return those of these MLflow run ids whose run was deleted or is not in the store.
-
-    Raises:
-        TrackingUnreachable, TrackingDenied: The store cannot be queried.
-    """
+    """Return those of these MLflow run ids whose run was deleted or is not in the store."""
     wanted = sorted(set(run_ids))
     there = set[str]()
     for first in range(0, len(wanted), _IDS_PER_QUERY):
@@ -86,9 +78,6 @@ def find_launched(tracking_uri: str, name: str, run_dir: str, submission_id: str
         name: The name of the run.
         run_dir: The storage of the run, without options.
         submission_id: The submission id of its job, if it has one.
-
-    Raises:
-        TrackingUnreachable, TrackingDenied: The store cannot be queried.
     """
     filters = [f"attributes.run_name = '{_quoted(name)}'"]
     if submission_id is not None:
@@ -100,22 +89,8 @@ def find_launched(tracking_uri: str, name: str, run_dir: str, submission_id: str
     return None
 
 
-def find_run_dir(tracking_uri: str, identifier: str) -> str | None:
-    """Return the storage of the run that `find_run` returns, or of a trial's sweep; None if there is no such run.
-
-    Raises:
-        TrackingUnreachable, TrackingDenied: The store cannot be queried.
-    """
-    run = find_run(tracking_uri, identifier)
-    return None if run is None else run_dir_of(run)
-
-
 def find_own_dir(tracking_uri: str, identifier: str) -> str | None:
-    """Return the same as `find_run_dir`, but for a trial its own directory, which holds its checkpoints.
-
-    Raises:
-        TrackingUnreachable, TrackingDenied: The store cannot be queried.
-    """
+    """Return the directory of the run or trial that `find_run` returns, which holds its checkpoints."""
     run = find_run(tracking_uri, identifier)
     return None if run is None else run.tags[RUN_DIR_TAG]
 
@@ -130,11 +105,7 @@ def run_dir_of(run: StoredRun) -> str:
 
 
 def reach(tracking_uri: str) -> None:
-    """Connect to the store, so that later calls need no import and no first connection.
-
-    Raises:
-        TrackingUnreachable, TrackingDenied: The store cannot be used.
-    """
+    """Connect to the store, so that later calls need no import and no first connection."""
     Server(tracking_uri).probe()
 
 
@@ -153,9 +124,6 @@ def close_run(
 
     Returns:
         False if the run has already ended or does not exist.
-
-    Raises:
-        TrackingError: The store cannot be written.
     """
     server = Server(tracking_uri)
     # Query again: a driver that was considered dead may have ended its run in the meantime.

@@ -207,10 +207,14 @@ def test_plain_http_finds_what_mlflows_client_finds(server: MlflowServer, tmp_pa
     (found,) = lookup.search_runs(uri, limit=5)
     assert (found.name, found.status, found.tags["raytrainer.cause"]) == ("one", "FAILED", "why")
     assert found.metrics["train/loss"] == (0.5, 9)
-    assert lookup.find_run_dir(uri, "two") == "/x"
+    two = lookup.find_run(uri, "two")
+    assert two is not None
+    assert lookup.run_dir_of(two) == "/x"
     tags = {"raytrainer.run_dir": "/x/many/trials/0003", "raytrainer.sweep": "many"}
     trial = open_run(uri, "searched", "many.0003", params={}, tags=tags, artifact_root=str(tmp_path))
-    assert lookup.find_run_dir(uri, trial.run_id) == "/x/many"
+    stored = lookup.find_run(uri, trial.run_id)
+    assert stored is not None
+    assert lookup.run_dir_of(stored) == "/x/many"
     assert lookup.find_own_dir(uri, trial.run_id) == "/x/many/trials/0003"
 
 

@@ -32,10 +32,9 @@ def test_a_run_from_opening_to_the_end(server: FakeServer) -> None:
     assert (kept.params, kept.tags["git"], kept.status) == ({"lr": "0.1"}, "abc", "RUNNING")
     assert kept.tags["mlflow.source.name"] == "raytrainer"
     run.set_tags({"a": "1"})
-    run.log_params({"lr": "0.2", "wd": "0"})
     run.log_text("yaml", "config/all.yaml")
     assert run.finish("FAILED", "rank 1: out of memory")
-    assert (kept.params, kept.tags["a"]) == ({"lr": "0.1", "wd": "0"}, "1")
+    assert (kept.params, kept.tags["a"]) == ({"lr": "0.1"}, "1")
     assert (kept.status, kept.tags["raytrainer.cause"]) == ("FAILED", "rank 1: out of memory")
     assert kept.artifacts == {"config/all.yaml": "yaml"}
 
@@ -138,13 +137,12 @@ def test_a_run_without_a_server_is_made_later_with_everything(
     tracker.log_metrics({"a": 1.0}, 1)
     tracker.close()
     run.set_tags({"git": "def", "a": "1"})
-    run.log_params({"lr": "0.2", "wd": "0"})
     run.log_text("yaml", "config.yaml")
     assert not run.finish("FINISHED", timeout_s=0.0)
     server.down = False
     assert replay(tmp_path, run.run_id, URI, server=server) == 1
     (kept,) = server.runs.values()
-    assert (kept.params, kept.tags["git"], kept.tags["a"]) == ({"lr": "0.1", "wd": "0"}, "def", "1")
+    assert (kept.params, kept.tags["git"], kept.tags["a"]) == ({"lr": "0.1"}, "def", "1")
     assert (kept.artifacts, kept.status) == ({"config.yaml": "yaml"}, "FINISHED")
     assert kept.count() == {("a", 1): 1}
     assert recorded_run_id(tmp_path) in server.runs
