@@ -18,13 +18,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from raytrainer.config import number_keys, resolvers
 from raytrainer.config.checks import check_references, check_together
 from raytrainer.config.direction import check_modes, derive_modes
 from raytrainer.config.explain import explain, key_of, unresolved
+from raytrainer.config.fixing import failing_key, fix_times, make_absolute
 from raytrainer.config.isolation import LOCK, SCHEMA, borrowed
 from raytrainer.config.saved import with_overrides, write_modes
 from raytrainer.config.schema import Experiment, known_keys, validate
@@ -145,12 +146,12 @@ def _of_running(cfg: DictConfig, overrides: Sequence[str] | None) -> Composition
         overrides = [str(o) for o in task]
     try:
         cfg.name = new_name(choices.get("experiment", "run")) if cfg.get("name") is None else cfg.name
-        _fix_times(cfg)
+        fix_times(cfg)
         if cfg.get("storage_path") is None:
             cfg.storage_path = "runs"
-        _make_absolute(cfg)
+        make_absolute(cfg)
     except OmegaConfBaseException as error:
-        raise unresolved(_failing(cfg), error) from error
+        raise unresolved(failing_key(cfg), error) from error
     composition = _composition(cfg, tuple(overrides), tuple(sorted(choices.items())))
     with _standing_in(cfg):
         resolvers.check_same(cfg, composition.text)
@@ -308,7 +309,7 @@ def _experiment(cfg: DictConfig, choices: tuple[tuple[str, str], ...]) -> Experi
         with _standing_in(cfg):
             values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise unresolved(_failing(cfg) or error.full_key, error) from error
+        raise unresolved(failing_key(cfg) or error.full_key, error) from error
     assert isinstance(values, dict)
     experiment = typed({str(k): v for k, v in values.items()}, [group for group, _ in choices])
     validate(experiment)
@@ -337,29 +338,6 @@ def _standing_in(cfg: DictConfig) -> Iterator[None]:
             del os.environ[name]
 
 
-def _leaves(node: DictConfig | ListConfig) -> Iterator[tuple[DictConfig | ListConfig, Any]]:
-    """Yield each value that is not a section, as the section and the name in it. Nothing is resolved."""
-    names: Any = list(node) if isinstance(node, DictConfig) else range(len(node))
-    for name in names:
-        raw = node._get_node(name)
-        if isinstance(raw, DictConfig | ListConfig) and not (
-            raw._is_none() or raw._is_interpolation() or raw._is_missing()
-        ):
-            yield from _leaves(raw)
-        else:
-            yield node, name
-
-
-def _failing(cfg: DictConfig) -> str | None:
-    """Return the first key that cannot be resolved, because OmegaConf's error does not name it."""
-    for node, name in _leaves(cfg):
-        try:
-            node[name]
-        except OmegaConfBaseException:
-            return str(node._get_full_key(name))
-    return None
-
-
 def _choices(runtime: Any) -> dict[str, str]:
     """Return group → choice for the config that Hydra just composed. Refuse ambiguous choices and missing folders."""
     choices = {k: str(v) for k, v in runtime.choices.items() if not k.startswith("hydra/") and v is not None}
@@ -386,25 +364,3 @@ def _choices(runtime: Any) -> dict[str, str]:
                     value=choice,
                 )
     return choices
-
-
-def _fix_times(cfg: DictConfig) -> None:
-    """Resolve `${now:…}` and `${hydra:…}`, which another process would resolve differently or not at all."""
-    for node, name in list(_leaves(cfg)):
-        if OmegaConf.is_interpolation(node, name):
-            # Resolve only those parts: `${oc.env:TOKEN}-${now:%Y}` must not put the token into the logged text.
-            written = str(node._get_node(name)._value())  # type: ignore[union-attr]
-            fixed = re.sub(r"\$\{(?:now|hydra):[^{}]*\}", lambda m: str(OmegaConf.create({"x": m[0]}).x), written)
-            if fixed != written:
-                node[name] = fixed
-
-
-def _make_absolute(cfg: DictConfig) -> None:
-    """Make paths absolute that are relative to the launching directory, because a worker runs in another directory."""
-    for name in ("storage_path", "init_from", "init_from.source"):
-        value = OmegaConf.select(cfg, name) if "." not in name or isinstance(cfg.get("init_from"), DictConfig) else None
-        if isinstance(value, str) and "://" not in value:
-            path = Path(value).expanduser()
-            # `init_from` may also be the name of a run, so it is a path only if the file exists.
-            if str(path.absolute()) != value and (name == "storage_path" or path.exists()):
-                OmegaConf.update(cfg, name, str(path.absolute()))

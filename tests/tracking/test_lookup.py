@@ -241,15 +241,17 @@ def test_what_is_left_to_mlflows_own_client(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_denial_is_tried_by_the_client_that_knows_more_ways(mlflow: Mlflow, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow.status, mlflow.body = 401, b"{}"
-    asked = []
+    filters = []
 
     def search(self: object, where: str, limit: int) -> list[StoredRun]:
-        asked.append(where)
+        filters.append(where)
         return []
 
     monkeypatch.setattr(Server, "search", search)
     assert lookup.search_runs(mlflow.uri, limit=1, user="o'me", status="FAILED") == []
-    assert asked == ["tags.`raytrainer.where` LIKE '%' AND tags.`mlflow.user` = 'ome' AND attributes.status = 'FAILED'"]
+    assert filters == [
+        "tags.`raytrainer.where` LIKE '%' AND tags.`mlflow.user` = 'ome' AND attributes.status = 'FAILED'"
+    ]
 
 
 def test_where_a_trials_sweep_is() -> None:

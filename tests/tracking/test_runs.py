@@ -106,7 +106,7 @@ def test_a_cause_lasts_until_a_later_attempt(server: FakeServer, tmp_path: Path)
     assert (kept.status, kept.tags["raytrainer.cause"]) == ("FINISHED", "")
 
 
-def test_the_end_is_told_with_its_time(server: FakeServer) -> None:
+def test_the_end_is_logged_with_its_time(server: FakeServer) -> None:
     run = start(server, started=1000.5)
     run.finish("FINISHED", tags={"raytrainer.seconds": "2.250"}, ended=1002.75)
     kept = server.runs[run.run_id]
@@ -152,7 +152,7 @@ def test_a_run_without_a_server_is_made_later_with_everything(
     assert len(server.runs) == 1
 
 
-def test_a_resume_of_a_run_that_was_never_told_tells_all(server: FakeServer, tmp_path: Path) -> None:
+def test_a_resume_uploads_a_run_that_was_never_sent(server: FakeServer, tmp_path: Path) -> None:
     server.down = True
     first = start(server, tmp_path, required=False)
     assert not first.finish("FAILED", "why", timeout_s=0.0)
@@ -212,7 +212,7 @@ def test_without_a_spool_a_server_that_goes_is_an_error(server: FakeServer) -> N
         run.finish("FINISHED")
 
 
-def test_the_status_is_told_past_a_sender_that_hangs_and_a_disk_that_is_full(
+def test_the_status_is_sent_past_an_uploader_that_hangs_and_a_full_disk(
     server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = start(server, tmp_path)

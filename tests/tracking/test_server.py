@@ -73,7 +73,7 @@ def uri(http_server: tuple[str, type[Answers]]) -> str:
 
 @pytest.mark.parametrize("status", [401, 403])
 @pytest.mark.parametrize("body", ["you sent {auth}", '{{"error_code": "X", "message": "{auth}"}}'])
-def test_refused_credentials_are_said_at_once_without_them(
+def test_denied_credentials_are_reported_at_once_without_them(
     uri: str, answers: type[Answers], status: int, body: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", SECRET)
@@ -94,7 +94,7 @@ def test_a_server_in_trouble_is_unreachable_and_asked_once(uri: str, answers: ty
     assert len(answers.seen) == 1
 
 
-def test_refused_content_is_told_apart(uri: str, answers: type[Answers]) -> None:
+def test_rejected_content_has_an_error_of_its_own(uri: str, answers: type[Answers]) -> None:
     answers.status, answers.body = 400, '{{"error_code": "INVALID_PARAMETER_VALUE", "message": "bad name"}}'
     with pytest.raises(Rejected, match="bad name"):
         Server(uri).log_batch("a" * 32, [Row("a", 1.0, 1, 1)], {})
@@ -118,7 +118,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_nobody_there_is_said_within_seconds_with_the_reason() -> None:
+def test_an_unreachable_server_is_reported_within_seconds_with_the_reason() -> None:
     within = Within(10.0)
     with pytest.raises(TrackingUnreachable, match="Connection refused"):
         check_tracking(f"http://127.0.0.1:{free_port()}")
