@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from raytrainer.errors import TrackingError, TrackingUnreachable
 from raytrainer.tracking.failures import Rejected, RunGone
@@ -52,6 +52,29 @@ class NoteMissing(TrackingUnreachable):
 
 class RunNotCreated(NoteMissing):
     """The run that another process has to create does not exist yet."""
+
+
+class Content(NamedTuple):
+    """What one request logs."""
+
+    rows: Sequence[Row]
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+
+    @property
+    def size(self) -> int:
+        return len(self.rows) + len(self.tags) + len(self.params)
+
+    def parts(self) -> list[Content]:
+        """Split the content: by kind if it has several kinds, otherwise in halves."""
+        rows, tags, params = self
+        if sum(map(bool, self)) > 1:
+            return [Content(rows, {}, {}), Content([], tags, {}), Content([], {}, params)]
+        halves = slice(self.size // 2), slice(self.size // 2, None)
+        return [Content(rows[s], dict(list(tags.items())[s]), dict(list(params.items())[s])) for s in halves]
+
+
+NOTHING = Content([], {}, {})
 
 
 class Sender:
@@ -139,8 +162,7 @@ class Sender:
                 return False
             if note.status == "RUNNING":
                 self._server.set_running(run_id)
-            untold = (*self._unsent(run_id, note), self._untold_rows(note))
-            self._send_all(run_id, state, stop, *untold, keep_newest=keep_newest)
+            self._send_all(run_id, state, stop, self._unsent(run_id, note), keep_newest=keep_newest)
             self._described = note
             if note.end_time is None:
                 self._spool.drop_note(note)
@@ -160,34 +182,30 @@ class Sender:
                 raise Busy(f"another process is sending {self._spool.root}")
             yield self._spool.state()
 
-    def _unsent(self, run_id: str, note: RunNote) -> tuple[dict[str, str], dict[str, str]]:
-        """Return the tags and parameters of the note that MLflow may not have."""
-        if note == self._described:
-            return {}, {}
+    def _unsent(self, run_id: str, note: RunNote) -> Content:
+        """Return what MLflow may not have of the note."""
         old = self._described
+        if note == old:
+            return NOTHING
+        rows = [row for row in note.rows if old is None or row not in old.rows]
         tags = {key: value for key, value in note.tags.items() if old is None or old.tags.get(key) != value}
-        if not note.params or self._no_params:
-            return tags, note.params
-        known = self._server.run(run_id).params
-        return tags, {key: value for key, value in note.params.items() if key not in known}
-
-    def _untold_rows(self, note: RunNote) -> list[Row]:
-        old = [] if self._described is None else self._described.rows
-        return [row for row in note.rows if row not in old]
+        params = note.params
+        if params and not self._no_params:
+            known = self._server.run(run_id).params
+            params = {key: value for key, value in params.items() if key not in known}
+        return Content(rows, tags, params)
 
     def _send_all(
         self,
         run_id: str,
         state: State,
         stop: Callable[[], bool],
-        tags: Mapping[str, str] | None = None,
-        params: Mapping[str, str] | None = None,
-        rows: Sequence[Row] = (),
+        content: Content = NOTHING,
         *,
         keep_newest: bool = False,
     ) -> int:
         """Send the note's content with the first rows, then artifacts. Return the number of accepted rows."""
-        sent, along = 0, (tags or {}, params or {}, rows)
+        sent = 0
         segments = self._spool.segments()
         for segment in segments:
             while not stop():
@@ -196,37 +214,28 @@ class Sender:
                     if not (keep_newest and segment is segments[-1]):
                         discard_if_finished(segment, batch.end)
                     break
-                sent += self._send_batch(segment, batch, run_id, state, *along)
-                along = ({}, {}, ())
-        if any(along):
-            self._log(run_id, along[2], *along[:2])
+                sent += self._send_batch(segment, batch, run_id, state, content)
+                content = NOTHING
+        self._log(run_id, content)
         for artifact in self._spool.artifacts():
             if stop():
                 break
             self._upload(artifact, run_id)
         return sent
 
-    def _send_batch(
-        self,
-        segment: Segment,
-        batch: Batch,
-        run_id: str,
-        state: State,
-        tags: Mapping[str, str],
-        params: Mapping[str, str],
-        more: Sequence[Row],
-    ) -> int:
+    def _send_batch(self, segment: Segment, batch: Batch, run_id: str, state: State, content: Content) -> int:
+        """Send a batch and further content. Return the number of accepted rows."""
         if batch.rows and segment.attempt not in state.floors:
             state.floors[segment.attempt] = {} if self._no_rows else self._server.run(run_id).steps
             self._spool.write_state(state)
         if batch.broken:
             logger.warning("%s: %d lines cannot be read and are skipped", segment.path, batch.broken)
         rows = self._above_floor(batch.rows, state.floors.get(segment.attempt, {}))
-        if len(rows) + len(more) > MAX_ROWS:
-            self._log(run_id, more, {}, {})
+        if len(rows) + len(content.rows) > MAX_ROWS:
+            self._log(run_id, Content(content.rows, {}, {}))
         else:
-            rows += more
-        refused, refused_texts = self._log(run_id, rows, {**tags, **batch.tags}, params)
+            rows += content.rows
+        refused, refused_texts = self._log(run_id, Content(rows, {**content.tags, **batch.tags}, content.params))
         lost = refused + refused_texts + batch.dropped + batch.broken
         if lost:
             state.dropped += lost
@@ -251,29 +260,28 @@ class Sender:
                 kept.append(row)
         return kept
 
-    def _log(
-        self, run_id: str, rows: Sequence[Row], tags: Mapping[str, str], params: Mapping[str, str]
-    ) -> tuple[int, int]:
+    def _log(self, run_id: str, content: Content) -> tuple[int, int]:
         """Log one batch. If MLflow rejects it because of its content, find the entries at fault and log the others.
 
         Returns:
             The number of rejected rows, and the number of rejected tags and parameters.
         """
-        if not (rows or tags or params):
+        if not content.size:
             return 0, 0
+        rows, tags, params = content
         self._no_rows, self._no_params = self._no_rows and not rows, self._no_params and not params
         try:
-            self._server.log_batch(run_id, rows, tags, params)
+            self._server.log_batch(run_id, *content)
             return 0, 0
         except Rejected as error:
             _check_active(self._server, run_id)
-            if len(rows) + len(tags) + len(params) == 1:
+            if content.size == 1:
                 key = rows[0].key if rows else next(iter({**tags, **params}))
                 if key not in self._warned:
                     self._warned.add(key)
                     logger.warning("MLflow refuses %r, which is skipped: %s", key, error)
                 return len(rows), len(tags) + len(params)
-        refused = [self._log(run_id, *part) for part in _parts(rows, tags, params)]
+        refused = [self._log(run_id, part) for part in content.parts()]
         return sum(rows for rows, _ in refused), sum(texts for _, texts in refused)
 
     def _upload(self, artifact: Artifact, run_id: str) -> None:
@@ -351,18 +359,6 @@ def _check_active(server: Calls, run_id: str) -> None:
     """
     if not server.run(run_id).active:
         raise RunGone(f"the MLflow run {run_id} is deleted") from None
-
-
-def _parts(
-    rows: Sequence[Row], tags: Mapping[str, str], params: Mapping[str, str]
-) -> Iterator[tuple[Sequence[Row], Mapping[str, str], Mapping[str, str]]]:
-    """Split a batch: by kind if it has several kinds, otherwise in halves."""
-    if sum(map(bool, (rows, tags, params))) > 1:
-        yield from ((rows, {}, {}), ([], tags, {}), ([], {}, params))
-        return
-    half = (len(rows) + len(tags) + len(params)) // 2
-    for part in (slice(half), slice(half, None)):
-        yield rows[part], dict(list(tags.items())[part]), dict(list(params.items())[part])
 
 
 def recorded_run_id(spool_dir: Path) -> str | None:
