@@ -203,7 +203,7 @@ def test_another_schema_on_a_database_server_is_named() -> None:
 
     for revision, word in (("0584bdc529eb", "older"), ("ffffffffffff", "newer"), ("None", "incomplete")):
         error = MlflowException(
-            f"Detected out-of-date database schema (revision version {revision}, but expected abc). Take"
+            f"Detected out-of-date database schema (found version {revision}, but expected abc). Take"
         )
         assert word in str(_translated(error, "postgresql://me:hunter2@db/x"))
         assert "hunter2" not in str(_translated(error, "postgresql://me:hunter2@db/x"))
