@@ -25,6 +25,7 @@ check: .venv/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/python .ci/language.py
 
 format: .venv/.installed-dev
 	$(BIN)/ruff check --fix

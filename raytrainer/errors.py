@@ -80,12 +80,12 @@ class ConfigError(Refused):
         message = str(self.args[0])
         if self.key is None:
             return message
-        given = "" if self.value is None else f"={_written(self.value)}"
+        assigned = "" if self.value is None else f"={_written(self.value)}"
         wanted = str(self.value) if self.value is not None else self.key.rpartition(".")[2]
         close = [] if self.ranked else nearest(wanted, self.choices)
         ordered = list(dict.fromkeys([*close, *self.choices]))
         shown = ", ".join(ordered[:12]) + (", …" if len(ordered) > 12 else "")
-        return f"{self.key}{given} {message}" + (f"; valid: {shown}" if shown else "")
+        return f"{self.key}{assigned} {message}" + (f"; valid: {shown}" if shown else "")
 
 
 def _written(value: Any) -> str:
@@ -222,10 +222,10 @@ class Stopped(RaytrainerError):
 
 def nearest(word: str, choices: Iterable[str], limit: int = 3) -> list[str]:
     """Return the choices that `word` was probably meant to be, those with the fewest changed letters first."""
-    given = list(dict.fromkeys(choices))
+    options = list(dict.fromkeys(choices))
     lower = word.lower()
-    alike = set(get_close_matches(lower, [c.lower() for c in given], n=len(given) or 1, cutoff=0.5))
-    distances = {c: _distance(lower, c.lower()) for c in given if c.lower() in alike}
+    alike = set(get_close_matches(lower, [c.lower() for c in options], n=len(options) or 1, cutoff=0.5))
+    distances = {c: _distance(lower, c.lower()) for c in options if c.lower() in alike}
     letters = sorted(lower)
 
     def rank(choice: str) -> tuple[int, bool, float]:

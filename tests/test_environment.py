@@ -43,7 +43,7 @@ def test_only_named_ones_are_taken(env_file: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_a_missing_one_is_named_and_no_value_is_told(given: bool, env_file: Path) -> None:
+def test_a_missing_variable_is_named_without_any_value(given: bool, env_file: Path) -> None:
     with pytest.raises(ConfigError, match=r"cluster\.forward_env=WANDB_API_KEY is set neither") as caught:
         provide(["WANDB_API_KEY"], str(env_file) if given else None)
     assert "s3cr3t" not in str(caught.value)

@@ -90,8 +90,8 @@ def test_so_does_a_subclass_with_a_constructor_of_its_own(monkeypatch: pytest.Mo
     ],
 )
 def test_a_config_error_names_key_value_and_the_nearest_first(arguments: dict[str, Any], said: str | None) -> None:
-    found = str(ConfigError("is bad", **arguments))
-    assert found == said or (said is None and found.endswith("c11, …"))
+    message = str(ConfigError("is bad", **arguments))
+    assert message == said or (said is None and message.endswith("c11, …"))
 
 
 def test_a_long_value_is_cut() -> None:

@@ -155,9 +155,9 @@ def tried(*overrides: str, elsewhere: bool = False, most_tflop: float = 1.0, **s
 
 
 def test_a_good_one_passes_and_leaves_the_random_state_and_the_directory_alone(in_tmp: Path) -> None:
-    found = tried("trainer.ema_decay=0.9", "trainer.max_grad_norm=1")
-    assert found["verdict"] == "passed", found
-    assert found["text"].startswith("loss ")
+    verdict = tried("trainer.ema_decay=0.9", "trainer.max_grad_norm=1")
+    assert verdict["verdict"] == "passed", verdict
+    assert verdict["text"].startswith("loss ")
     assert {p.name for p in in_tmp.iterdir()} <= {"checkpoints", f"torchinductor_{getpass.getuser()}"}  # its TMPDIR
     assert not dist.is_initialized()
 
@@ -178,9 +178,9 @@ def test_a_good_one_passes_and_leaves_the_random_state_and_the_directory_alone(i
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "-",
 )
 def test_what_the_first_step_would_raise_is_refused(sections: dict[str, Any], words: tuple[str, ...]) -> None:
-    found = tried(**sections)
-    assert found["verdict"] == "refused", found
-    assert all(word in found["text"] for word in words), found
+    verdict = tried(**sections)
+    assert verdict["verdict"] == "refused", verdict
+    assert all(word in verdict["text"] for word in words), verdict
 
 
 def test_a_refusal_names_the_line_of_the_user_and_the_way_around() -> None:
@@ -190,25 +190,25 @@ def test_a_refusal_names_the_line_of_the_user_and_the_way_around() -> None:
 
 
 def test_a_monitor_that_the_evaluation_does_not_give_is_refused() -> None:
-    found = tried("checkpoint.monitor=val/acuracy", "checkpoint.mode=max")
-    assert found["verdict"] == "refused"
-    assert "checkpoint.monitor=val/acuracy" in found["text"]
+    verdict = tried("checkpoint.monitor=val/acuracy", "checkpoint.mode=max")
+    assert verdict["verdict"] == "refused"
+    assert "checkpoint.monitor=val/acuracy" in verdict["text"]
 
 
 def test_parameters_without_a_gradient_are_refused_where_several_workers_would_wait_for_them() -> None:
     assert tried(model=node(TwoHeads))["verdict"] == "passed"
-    found = tried("scaling.num_workers=2", model=node(TwoHeads))
-    assert found["verdict"] == "refused"
-    assert "trainer.find_unused_parameters" in found["text"]
-    assert "unused.weight" in found["text"]
-    found = tried("scaling.num_workers=2", "trainer.find_unused_parameters=true", model=node(TwoHeads))
-    assert found["verdict"] == "passed"
+    verdict = tried("scaling.num_workers=2", model=node(TwoHeads))
+    assert verdict["verdict"] == "refused"
+    assert "trainer.find_unused_parameters" in verdict["text"]
+    assert "unused.weight" in verdict["text"]
+    verdict = tried("scaling.num_workers=2", "trainer.find_unused_parameters=true", model=node(TwoHeads))
+    assert verdict["verdict"] == "passed"
 
 
 def test_fewer_samples_than_workers_for_a_metric_are_refused() -> None:
-    found = tried("scaling.num_workers=3", metrics={"some": node(FewSamples)}, val=node(images, rows=2))
-    assert found["verdict"] == "refused"
-    assert "2 samples for 3 workers" in found["text"]
+    verdict = tried("scaling.num_workers=3", metrics={"some": node(FewSamples)}, val=node(images, rows=2))
+    assert verdict["verdict"] == "refused"
+    assert "2 samples for 3 workers" in verdict["text"]
 
 
 def test_the_batch_is_the_one_of_the_first_of_several_workers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,13 +247,13 @@ def test_a_loss_that_uses_the_process_group_finds_one() -> None:
 
 
 def test_a_model_or_a_step_that_is_too_large_is_skipped_with_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = tried(most_tflop=1e-9)
-    assert found["verdict"] == "skipped"
-    assert "floating-point operations" in found["text"]
+    verdict = tried(most_tflop=1e-9)
+    assert verdict["verdict"] == "skipped"
+    assert "floating-point operations" in verdict["text"]
     large = node("raytrainer.models.MLP", in_features=16, num_classes=4, width=60000, depth=2)
-    found = tried(model=large)  # created only on the meta device, which needs no memory
-    assert found["verdict"] == "skipped"
-    assert "more than the 50 million" in found["text"]
+    verdict = tried(model=large)  # created only on the meta device, which needs no memory
+    assert verdict["verdict"] == "skipped"
+    assert "more than the 50 million" in verdict["text"]
 
 
 @pytest.mark.parametrize(
@@ -269,16 +269,16 @@ def test_a_model_or_a_step_that_is_too_large_is_skipped_with_the_limit(monkeypat
     ],
 )
 def test_exceptions_that_say_nothing(error: Exception) -> None:
-    assert probe.judged(error)["verdict"] == "unknown"
+    assert probe.verdict_of_error(error)["verdict"] == "unknown"
     wrapped = ConfigError("could not be built", key="model")
     wrapped.__cause__ = error
-    assert probe.judged(wrapped)["verdict"] == "unknown"
+    assert probe.verdict_of_error(wrapped)["verdict"] == "unknown"
 
 
-def test_an_error_of_ours_is_told_in_its_own_words() -> None:
-    assert probe.judged(ConfigError("is wrong", key="loss"))["text"] == "loss is wrong"
-    assert "sample 3 is bad" in probe.judged(DataError("sample 3 is bad"))["text"]
-    assert probe.judged(SystemExit("usage: train.py"))["verdict"] == "refused"
+def test_an_error_of_ours_keeps_its_message() -> None:
+    assert probe.verdict_of_error(ConfigError("is wrong", key="loss"))["text"] == "loss is wrong"
+    assert "sample 3 is bad" in probe.verdict_of_error(DataError("sample 3 is bad"))["text"]
+    assert probe.verdict_of_error(SystemExit("usage: train.py"))["verdict"] == "refused"
 
 
 # --- around the probe -------------------------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ def test_the_choices_and_the_limit_are_checked() -> None:
         composed("preflight.first_batch_timeout_s=0")
 
 
-def test_check_tries_it_and_a_launch_only_when_it_is_told_to(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_tries_it_and_a_launch_only_on_request(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trials: list[str] = []
 
     def refuse(self: Any) -> Verdict:

@@ -15,8 +15,8 @@ from raytrainer.parallel import World
 @pytest.fixture(autouse=True)
 def usual() -> Iterator[tuple[int, int, int]]:
     before = gc.get_threshold()
-    gc.set_threshold(*garbage._AS_USUAL)
-    yield garbage._AS_USUAL
+    gc.set_threshold(*garbage._DEFAULT)
+    yield garbage._DEFAULT
     gc.set_threshold(*before)
 
 
@@ -46,7 +46,7 @@ def test_the_program_imports_with_less(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("signal.signal", lambda *_: None)
     with pytest.raises(SystemExit):
         __main__.entry()
-    assert seen == [garbage._LESS[0]]
+    assert seen == [garbage._HIGH[0]]
 
 
 def test_a_worker_trains_as_usual(usual: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:

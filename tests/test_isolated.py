@@ -42,6 +42,9 @@ def hang(folder):
 
 def eat():
     return len(bytearray(400_000_000))
+
+def path():
+    return sys.path
 """
 
 
@@ -138,3 +141,9 @@ def test_a_limit_of_memory(isolated: Callable[..., Isolated]) -> None:
     ended = isolated("eat", memory=200_000_000).run(60)
     assert ended.problem is not None
     assert ended.problem.startswith("MemoryError")
+
+
+def test_it_imports_this_package_wherever_it_lies(isolated: Callable[..., Isolated]) -> None:
+    with isolated("path") as process:
+        path = process.run(60).value
+    assert path[-1] == str(Path(__file__).resolve().parents[1])

@@ -67,9 +67,9 @@ def experiment(*overrides: str) -> Experiment:
     ],
 )
 def test_more_than_there_is(overrides: list[str], resources: Resources, problems: list[str]) -> None:
-    found = preflight.check_resources(experiment(*overrides), resources, "here")
-    assert len(found) == len(problems)
-    assert all(wanted in one for wanted, one in zip(problems, found, strict=True))
+    problems = preflight.check_resources(experiment(*overrides), resources, "here")
+    assert len(problems) == len(problems)
+    assert all(wanted in one for wanted, one in zip(problems, problems, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -82,15 +82,15 @@ def test_whether_gpus_are_used(use_gpu: str, gpus: int, uses: bool) -> None:
 @pytest.mark.parametrize(("share", "gpus", "uses"), [(0.5, 1, True), (0.5, 0, True), (0.0, 8, False)])
 def test_gpus_that_are_asked_for_by_number(share: float, gpus: int, uses: bool) -> None:
     """`auto` uses GPUs if their number is set. Ray accepts no number of GPUs with `use_gpu=False`."""
-    asked = [f"+scaling.resources_per_worker.GPU={share}", "scaling.num_workers=2"]
-    assert preflight.uses_gpu(experiment(*asked), Resources(2, gpus)) is uses
-    problems = preflight.check_resources(experiment(*asked), Resources(2, gpus), "here")
+    overrides = [f"+scaling.resources_per_worker.GPU={share}", "scaling.num_workers=2"]
+    assert preflight.uses_gpu(experiment(*overrides), Resources(2, gpus)) is uses
+    problems = preflight.check_resources(experiment(*overrides), Resources(2, gpus), "here")
     assert [problem.partition("; ")[2] for problem in problems] == (
         ["scaling.resources_per_worker without GPU trains on CPUs"] if uses > gpus else []
     )
     contradiction = str(not uses).lower()
     with pytest.raises(ConfigError, match=rf"GPU={share} contradicts scaling.use_gpu={contradiction}"):
-        experiment(*asked, f"scaling.use_gpu={contradiction}")
+        experiment(*overrides, f"scaling.use_gpu={contradiction}")
 
 
 def test_the_kinds_of_gpus_are_asked_of_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,8 +103,14 @@ def test_the_kinds_of_gpus_are_asked_of_the_driver(tmp_path: Path, monkeypatch: 
 
 
 def test_resources_of_a_cluster() -> None:
-    found = Resources.of_ray({"CPU": 4.0, "memory": 8.0, "node:10.0.0.1": 1.0, "TPU": 2.0})
-    assert (found.cpus, found.gpus, found.memory, found.get("TPU"), found.get("nothing")) == (4.0, 0, 8.0, 2.0, 0.0)
+    resources = Resources.of_ray({"CPU": 4.0, "memory": 8.0, "node:10.0.0.1": 1.0, "TPU": 2.0})
+    assert (resources.cpus, resources.gpus, resources.memory, resources.get("TPU"), resources.get("nothing")) == (
+        4.0,
+        0,
+        8.0,
+        2.0,
+        0.0,
+    )
 
 
 def cluster(nodes: list[dict[str, float]], more: list[dict[str, float]] | None = None, most: int = 0) -> Resources:
@@ -161,9 +167,9 @@ def cluster(nodes: list[dict[str, float]], more: list[dict[str, float]] | None =
     ],
 )
 def test_more_than_the_nodes_of_a_cluster_have(overrides: list[str], resources: Resources, problems: list[str]) -> None:
-    found = preflight.check_resources(experiment(*overrides), resources, "here")
-    assert len(found) == len(problems), found
-    assert all(wanted in one for wanted, one in zip(problems, found, strict=True)), found
+    problems = preflight.check_resources(experiment(*overrides), resources, "here")
+    assert len(problems) == len(problems), problems
+    assert all(wanted in one for wanted, one in zip(problems, problems, strict=True)), problems
 
 
 def test_gpus_that_can_be_added_are_used() -> None:
@@ -173,10 +179,10 @@ def test_gpus_that_can_be_added_are_used() -> None:
 
 
 def test_this_machine() -> None:
-    found = preflight.this_machine()
-    assert 1 <= found.cpus <= (os.cpu_count() or 1)
-    assert found.memory is not None
-    assert found.memory > 2**28
+    machine = preflight.this_machine()
+    assert 1 <= machine.cpus <= (os.cpu_count() or 1)
+    assert machine.memory is not None
+    assert machine.memory > 2**28
 
 
 @pytest.mark.parametrize("path", ["/proc/runs", "a-file/runs", "a-file"])
@@ -317,19 +323,19 @@ def test_this_machine_by_its_names() -> None:
 )
 def test_what_only_this_machine_has(in_tmp: Path, overrides: list[str], tracking_uri: str, problems: list[str]) -> None:
     (in_tmp / "weights.safetensors").write_bytes(b"x")
-    found = preflight.check_reach(experiment(*JOB, *overrides), tracking_uri, elsewhere)
-    assert len(found) == len(problems), found
-    assert all(wanted in one for wanted, one in zip(problems, found, strict=True)), found
-    assert not [one for one in found if "pw" in one or "a:b" in one]
+    problems = preflight.check_reach(experiment(*JOB, *overrides), tracking_uri, elsewhere)
+    assert len(problems) == len(problems), problems
+    assert all(wanted in one for wanted, one in zip(problems, problems, strict=True)), problems
+    assert not [one for one in problems if "pw" in one or "a:b" in one]
 
 
 def test_a_launch_on_other_machines_is_refused_what_only_this_one_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launching, "_existing_resources", lambda e: (Resources(8), "the cluster"))
-    asked = ["experiment=mlp", "cluster=existing", "cluster.address=203.0.113.7:6379"]
+    overrides = ["experiment=mlp", "cluster=existing", "cluster.address=203.0.113.7:6379"]
     with pytest.raises(PreflightError) as caught:
-        attempt.check(compose(asked))
+        attempt.check(compose(overrides))
     assert [p.partition("=")[0] for p in caught.value.problems] == ["storage_path", "tracking.tracking_uri"]
-    attempt.check(compose([*asked[:-1], "cluster.address=127.0.0.1:6379"]))
+    attempt.check(compose([*overrides[:-1], "cluster.address=127.0.0.1:6379"]))
 
 
 def test_files_that_the_workers_may_miss(in_tmp: Path) -> None:
@@ -348,7 +354,7 @@ def test_files_that_the_workers_may_miss(in_tmp: Path) -> None:
     assert preflight.local_files(experiment(*JOB)) == []
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     preflight.refuse([])
     with pytest.raises(PreflightError) as caught:
         preflight.refuse(["one", "two"])
@@ -516,7 +522,7 @@ def test_a_dataset_says_before_the_start_what_it_lacks(in_tmp: Path) -> None:
 
     whole = experiment()
 
-    def said(train: dict[str, Any], batch: int = 6, drop_last: bool = True, **sections: Any) -> str:
+    def refusal_of(train: dict[str, Any], batch: int = 6, drop_last: bool = True, **sections: Any) -> str:
         e = copy.deepcopy(whole)
         e.data.global_batch_size, e.data.drop_last = batch, drop_last
         e.scaling.num_workers = sections.get("workers", 1)
@@ -543,33 +549,37 @@ def test_a_dataset_says_before_the_start_what_it_lacks(in_tmp: Path) -> None:
         writer.add([[1, 2, 3]], 3)
 
     parquet: dict[str, Any] = {"_target_": "ParquetDataset", "path": "full"}
-    assert said(parquet) == ""
-    assert "data.train cannot be used: empty: 1 Parquet file(s), and no row in them" in said(
+    assert refusal_of(parquet) == ""
+    assert "data.train cannot be used: empty: 1 Parquet file(s), and no row in them" in refusal_of(
         {**parquet, "path": "empty"}
     )
-    assert "data.train cannot be used: none: no Parquet file is in it" in said({**parquet, "path": "none"})
-    wrong = said({**parquet, "columns": ["image", "lable"]})
+    assert "data.train cannot be used: none: no Parquet file is in it" in refusal_of({**parquet, "path": "none"})
+    wrong = refusal_of({**parquet, "columns": ["image", "lable"]})
     assert "no column 'lable'; the nearest: label" in wrong
     assert "valid: label, image" in wrong
-    assert "the column is fixed_size_list" in said({**parquet, "reshape": {"image": [3, 3]}})
-    dropped = said(parquet, 8)
+    assert "the column is fixed_size_list" in refusal_of({**parquet, "reshape": {"image": [3, 3]}})
+    dropped = refusal_of(parquet, 8)
     assert "data.global_batch_size=8 is more than the dataset's 6 samples, and data.drop_last=true" in dropped
-    assert said(parquet, 8, drop_last=False) == ""
+    assert refusal_of(parquet, 8, drop_last=False) == ""
     few: dict[str, Any] = {"_target_": "TokenDataset", "path": "few.tokens", "seq_len": 1}
-    assert "data.val has 2 samples for 4 workers" in said(
+    assert "data.val has 2 samples for 4 workers" in refusal_of(
         parquet, workers=4, val=few, metrics={"a": {"_target_": "collections.Counter"}}
     )
-    assert "at least two tokens are needed, and there are 0" in said({**few, "begin": 0.0, "end": 0.1})
-    assert "begin, end=0.5, 0.2 must be fractions" in said({**few, "begin": 0.5, "end": 0.2})
-    assert said(few, 2) == ""
+    assert "at least two tokens are needed, and there are 0" in refusal_of({**few, "begin": 0.0, "end": 0.1})
+    assert "begin, end=0.5, 0.2 must be fractions" in refusal_of({**few, "begin": 0.5, "end": 0.2})
+    assert refusal_of(few, 2) == ""
     encoded: dict[str, Any] = {
         "_target_": "EncodedImages",
         "dataset": {**parquet, "_target_": "raytrainer.data.ParquetDataset"},
     }
-    assert "key=img is not an entry of the dataset; valid: image, label" in said({**encoded, "key": "img"})
-    assert "is more than the dataset's 6 samples" in said(encoded, 8)
+    assert "key=img is not an entry of the dataset; valid: image, label" in refusal_of({**encoded, "key": "img"})
+    assert "is more than the dataset's 6 samples" in refusal_of(encoded, 8)
     pictures: dict[str, Any] = {"_target_": "raytrainer.data.ImageFolder", "path": "pictures"}
-    assert "data.train.dataset cannot be used: pictures: no image is in it" in said({**encoded, "dataset": pictures})
-    assert "pictures/*/*: no image matches" not in said({**encoded, "dataset": {**pictures, "path": "pictures/*/*"}})
-    assert "no image matches" in said({**encoded, "dataset": {**pictures, "path": "pictures/*.png"}})
-    assert said({**encoded, "dataset": {**pictures, "path": "images"}}) == ""
+    assert "data.train.dataset cannot be used: pictures: no image is in it" in refusal_of(
+        {**encoded, "dataset": pictures}
+    )
+    assert "pictures/*/*: no image matches" not in refusal_of(
+        {**encoded, "dataset": {**pictures, "path": "pictures/*/*"}}
+    )
+    assert "no image matches" in refusal_of({**encoded, "dataset": {**pictures, "path": "pictures/*.png"}})
+    assert refusal_of({**encoded, "dataset": {**pictures, "path": "images"}}) == ""

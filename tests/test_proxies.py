@@ -89,11 +89,11 @@ def test_the_proxy_is_named_where_a_server_is_not_reached(address: str, dead_pro
     for ask in asks:
         with pytest.raises((TrackingUnreachable, ClusterUnreachable)) as caught:
             ask()
-        said = str(caught.value)
-        assert f"through the proxy {dead_proxy} of {variable}" in said
-        assert "NO_PROXY=mlflow.example.com" in said
-        assert "hunter2" not in said
-        assert "anna" not in said
+        message = str(caught.value)
+        assert f"through the proxy {dead_proxy} of {variable}" in message
+        assert "NO_PROXY=mlflow.example.com" in message
+        assert "hunter2" not in message
+        assert "anna" not in message
 
 
 @pytest.mark.parametrize(
@@ -108,10 +108,10 @@ def test_the_proxy_is_named_where_a_server_is_not_reached(address: str, dead_pro
     ],
 )
 def test_what_the_user_has_exempted_stays(environment: dict[str, str], expected: str | dict[str, str]) -> None:
-    found = proxies.exemptions(environment)
-    assert found == ({"no_proxy": expected, "NO_PROXY": expected} if expected else {})
-    again = proxies.exemptions({**environment, **found})
-    assert again == found
+    exempt = proxies.exemptions(environment)
+    assert exempt == ({"no_proxy": expected, "NO_PROXY": expected} if expected else {})
+    again = proxies.exemptions({**environment, **exempt})
+    assert again == exempt
 
 
 @pytest.mark.parametrize("exempt", ["", "corp.example", ".corp.example", "10.0.0.0/8", "*", "corp.example:8080", "ple"])
@@ -126,8 +126,8 @@ def test_which_addresses_are_exempt_is_as_requests_has_it(
     theirs = requests.utils.select_proxy(address, requests.utils.get_environ_proxies(address))
     if exempt == "ple":  # requests compares the ends of names; urllib and curl compare whole labels
         theirs = "http://p:1"
-    found = proxies.proxy_of(address, environment)
-    assert (found and found[1]) == theirs
+    proxy = proxies.proxy_of(address, environment)
+    assert (proxy and proxy[1]) == theirs
 
 
 def test_the_variable_that_counts() -> None:

@@ -27,13 +27,12 @@ PUBLIC = {
         CheckpointInfo Checkpointer EXTRA_STATE Weights as_read copy_out find_weights fit take import_checkpoint import_note unread
     """,
     "raytrainer.config": """
-        CONFIG_MODULE CONFIG_NAME CheckpointConfig ClusterConfig Composition DataConfig EarlyStopping
-        Experiment FSDPConfig FailureConfig InitFrom Parameter Profile ScalingConfig SweepConfig TrackingConfig
-        TrainerConfig bind
-        build check_keys check_modes check_sweep check_targets checkpoint_mode compose composed_keys derive_modes
+        CONFIG_MODULE CONFIG_NAME CheckpointConfig ClusterConfig Composition Experiment FSDPConfig InitFrom Parameter
+        SweepConfig TrainerConfig bind
+        build check_keys check_modes check_sweep check_targets checkpoint_mode compose composed_keys
         early_stopping_mode experiment_of explain factory flattened
-        from_hydra from_text group_names holds_password key_of locate looks_secret mode_problem new_name parameters_of
-        parse_space quiet refuse_settings_of_no_sweep register_schema resolved with_modes sweep_mode texts_of validate
+        from_hydra from_text group_names holds_password key_of leaves_of locate looks_secret mode_problem new_name parameters_of
+        parse_space quiet refuse_settings_of_no_sweep register_schema resolved with_modes sweep_mode texts_of
         with_number_keys with_values written_space
     """,
     "raytrainer.data": """
@@ -54,7 +53,7 @@ PUBLIC = {
     """,
     "raytrainer.tracking": """
         ChildRunUploader MlflowTracker NullTracker Run Uploader Tracker check_tracking default_tracking_uri
-        find_own_dir find_run_dir variable_problems open_run recorded_run_id redacted register_model replay
+        find_own_dir variable_problems open_run recorded_run_id redacted register_model replay
     """,
 }
 # The names that these modules define. Users name the modules in a `_target_`, or catch the exceptions.

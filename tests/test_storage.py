@@ -154,7 +154,7 @@ def test_trees_go_up_and_down(storage: Storage, tmp_path: Path) -> None:
     assert (tmp_path / "back" / "deep" / "file").read_bytes() == b"1"
 
 
-def test_a_directory_is_claimed_once(tmp_path: Path) -> None:
+def test_a_directory_is_created_once(tmp_path: Path) -> None:
     for storage in (Storage(tmp_path / "bucket"), through_pyarrow(tmp_path)):
         assert storage.create_dir("a/new") == storage.is_local
         storage.write_bytes("a/new/file", b"")
@@ -190,19 +190,19 @@ def test_who_reads_what_others_write_and_delete_gets_all_of_it_or_nothing(storag
             storage.write_bytes("file", content(next(lengths)))
             storage.delete("file")
 
-    found: set[bytes | None] = set()
+    contents: set[bytes | None] = set()
     deadline = time.monotonic() + 30
     with ThreadPoolExecutor(2) as pool:
         changing = [pool.submit(change) for _ in range(2)]  # both delete it
         try:
-            while len(found) < 30 or None not in found:
+            while len(contents) < 30 or None not in contents:
                 assert time.monotonic() < deadline
-                found.add(storage.read_if_exists("file"))
+                contents.add(storage.read_if_exists("file"))
         finally:
             ended.set()
         for one in changing:
             one.result()
-    assert all(data == content(len(data)) for data in found if data is not None)
+    assert all(data == content(len(data)) for data in contents if data is not None)
 
 
 @pytest.mark.parametrize("storage", ["local", "s3"], indirect=True)
@@ -354,16 +354,16 @@ def test_of_processes_that_ask_at_once_one_wins_and_a_killed_owner_is_taken_over
         assert len(storage.list("lock")) == 2  # nothing is left of the dead owners
 
 
-def plant_claim(storage: Storage, name: str, **fields: Any) -> None:
+def plant_lease(storage: Storage, name: str, **fields: Any) -> None:
     owner = {"run": "elsewhere", "host": "other", "pid": str(os.getpid())}
-    claim = {"owner": owner, "machine": "another boot", "started": "1", **fields}
-    storage.write_bytes(f"lock/{name}.json", json.dumps(claim).encode())
+    lease = {"owner": owner, "machine": "another boot", "started": "1", **fields}
+    storage.write_bytes(f"lock/{name}.json", json.dumps(lease).encode())
     storage.write_bytes(f"lock/{name}.held", b"")
 
 
-def test_another_machines_claim_lives_as_long_as_its_heart_beats(tmp_path: Path) -> None:
+def test_another_machines_lease_is_valid_as_long_as_its_heartbeat_is_fresh(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
-    plant_claim(storage, "a" * 32)
+    plant_lease(storage, "a" * 32)
     with pytest.raises(StorageLocked, match="elsewhere"):
         storage.lock("lock", {"run": "mine"}).acquire()
     old = tmp_path / "lock" / ("a" * 32 + ".json")
@@ -375,9 +375,9 @@ def test_another_machines_claim_lives_as_long_as_its_heart_beats(tmp_path: Path)
 
 
 @pytest.mark.parametrize("storage", ["s3"], indirect=True)
-def test_a_stores_own_clock_says_how_old_a_claim_is(storage: Storage) -> None:
+def test_a_stores_own_clock_says_how_old_a_lease_is(storage: Storage) -> None:
     """The store's clock counts whole seconds."""
-    plant_claim(storage, "a" * 32)
+    plant_lease(storage, "a" * 32)
     began, within = time.monotonic(), Within(10.0)
     while True:
         try:
@@ -392,16 +392,16 @@ def test_a_stores_own_clock_says_how_old_a_claim_is(storage: Storage) -> None:
 
 def test_a_process_number_used_again_is_not_its_former_owner(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
-    plant_claim(storage, "a" * 32, machine=locks.machine(), started="1")
+    plant_lease(storage, "a" * 32, machine=locks.machine(), started="1")
     with storage.lock("lock", {"run": "mine"}):
         pass
 
 
-def test_an_unreadable_claim_is_respected_until_it_is_old(tmp_path: Path) -> None:
+def test_an_unreadable_lease_is_respected_until_it_is_stale(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     storage.write_bytes("lock/" + "b" * 32 + ".json", b"\x80\x04not json")
     storage.write_bytes("lock/" + "b" * 32 + ".held", b"")
-    storage.write_bytes("lock/notes.txt", b"not a claim at all")
+    storage.write_bytes("lock/notes.txt", b"not a lease at all")
     with pytest.raises(StorageLocked, match="unreadable"):
         storage.lock("lock", {"run": "mine"}).acquire()
     os.utime(tmp_path / "lock" / ("b" * 32 + ".json"), (0, 0))
@@ -409,11 +409,11 @@ def test_an_unreadable_claim_is_respected_until_it_is_old(tmp_path: Path) -> Non
         pass
 
 
-def test_a_heartbeat_renews_the_claim_and_notices_a_takeover(storage: Storage) -> None:
+def test_a_heartbeat_renews_the_lease_and_notices_a_takeover(storage: Storage) -> None:
     held = storage.lock("lock", {"run": "mine"}, limit_s=0.06).acquire()
-    claim = next(entry for entry in storage.list("lock") if entry.name.endswith(".json"))
+    lease = next(entry for entry in storage.list("lock") if entry.name.endswith(".json"))
     for _ in range(1000):
-        if next(e for e in storage.list("lock") if e.name == claim.name).mtime > claim.mtime:
+        if next(e for e in storage.list("lock") if e.name == lease.name).mtime > lease.mtime:
             break
         held._stop.wait(0.01)
     else:
@@ -421,7 +421,7 @@ def test_a_heartbeat_renews_the_claim_and_notices_a_takeover(storage: Storage) -
     assert held._thread is not None
     until = time.monotonic() + 10
     while held._thread.is_alive() and time.monotonic() < until:
-        storage.delete(f"lock/{claim.name}")  # again, in case a heartbeat in progress has rewritten it
+        storage.delete(f"lock/{lease.name}")  # again, in case a heartbeat in progress has rewritten it
         held._thread.join(timeout=0.5)
     with pytest.raises(StorageLocked, match="taken over"):
         held.check()
@@ -439,9 +439,9 @@ def test_what_is_shown_of_a_place_is_found_again_with_its_password() -> None:
     assert Storage.shown_as("/runs/one", "/runs").uri == "/runs/one"
 
 
-def test_ray_is_told_no_password() -> None:
+def test_ray_gets_no_password() -> None:
     whole = Storage("s3://KEY:secret@bucket/runs/one?region=eu-west-1")
-    told = whole.for_ray()
-    assert told["storage_path"] == "bucket/runs/one"
-    assert told["storage_filesystem"].region == "eu-west-1"
+    arguments = whole.for_ray()
+    assert arguments["storage_path"] == "bucket/runs/one"
+    assert arguments["storage_filesystem"].region == "eu-west-1"
     assert Storage("s3://bucket/runs").for_ray() == {"storage_path": "s3://bucket/runs"}

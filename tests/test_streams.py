@@ -58,8 +58,8 @@ sys.exit(4)
     process.stdout.readline()
     process.stdout.close()
     process.stderr.close()
-    with os.fdopen(read) as told:
-        assert told.read() == "True"
+    with os.fdopen(read) as reader:
+        assert reader.read() == "True"
     assert process.wait(60) == 4
 
 

@@ -32,15 +32,15 @@ def test_how_long_it_may_be_is_how_long_a_socket_can_be(over: int, monkeypatch: 
         folder.mkdir()
         bound = Path(f"{folder}/ray/session_2026-11-30_09-13-00_123456_1234567/sockets/plasma_store")
         bound.parent.mkdir(parents=True)
-        found = check_temporary(LOCAL, {"TMPDIR": str(folder)})
+        problems = check_temporary(LOCAL, {"TMPDIR": str(folder)})
         with socket.socket(socket.AF_UNIX) as probe:
             if not over:
                 probe.bind(str(bound))
-                assert found == []
+                assert problems == []
                 return
             with pytest.raises(OSError):
                 probe.bind(str(bound))
-    (problem,) = found
+    (problem,) = problems
     assert f"TMPDIR={folder} is too long" in problem
     assert "at most 39 bytes" in problem
 

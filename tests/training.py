@@ -15,16 +15,8 @@ from torch import Tensor, nn
 
 from raytrainer import parallel
 from raytrainer.checkpoint import Checkpointer
-from raytrainer.config import (
-    CheckpointConfig,
-    DataConfig,
-    EarlyStopping,
-    Experiment,
-    FSDPConfig,
-    Profile,
-    TrainerConfig,
-    validate,
-)
+from raytrainer.config import CheckpointConfig, Experiment, FSDPConfig, TrainerConfig
+from raytrainer.config.schema import DataConfig, EarlyStopping, Profile, validate
 from raytrainer.data import Arrays
 from raytrainer.parallel import World
 from raytrainer.storage import Storage

@@ -13,11 +13,11 @@ from urllib.parse import urlsplit
 
 import certifi
 import requests
-from requests.auth import AuthBase
 
 from raytrainer.attempt import in_background
 from raytrainer.cluster.auth import Token, denied
 from raytrainer.core import proxies
+from raytrainer.core.http import Authorization, proxy_exemptions, root_cause
 from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, ConfigError
 
 T = TypeVar("T")
@@ -57,8 +57,7 @@ class Connection:
         self._tls = _trusting(ca_file, self.address) if ca_file is not None else None
         self._verify = str(Path(ca_file).expanduser()) if ca_file is not None else True
         self._session = requests.Session()
-        # An auth object, because without one requests would send a password from ~/.netrc for the host.
-        self._session.auth = _Bearer(token)
+        self._session.auth = Authorization(f"Bearer {token.value}" if token is not None else None)
 
     def get(self, path: str, kind: type[T], read_s: float = _READ_S, **params: Any) -> T:
         """Return the JSON of an answer.
@@ -156,7 +155,7 @@ class Connection:
                 timeout=(_CONNECT_S, read_s),
                 # Passed with each request, because environment variables take precedence over the session's value.
                 verify=self._verify,
-                proxies=proxies.exemptions() and {"no_proxy": proxies.exemptions()["no_proxy"]},
+                proxies=proxy_exemptions(),
                 # A redirect leads to an address that the user did not give, and the token is not meant for it.
                 allow_redirects=False,
                 stream=stream,
@@ -172,7 +171,7 @@ class Connection:
             except (requests.RequestException, OSError, http.client.HTTPException, ValueError) as error:
                 failure = error
                 # The server has closed a kept-alive connection meanwhile.
-                if method == "GET" and attempt == 1 and isinstance(_root(error), _GONE):
+                if method == "GET" and attempt == 1 and isinstance(root_cause(error), _GONE):
                     continue
             break
         # Raised outside the except clause, because the library's error holds the request with its token header.
@@ -244,7 +243,7 @@ class Connection:
 
     def _without_proxy(self, failure: Exception, read_s: float) -> ClusterError:
         """Return an error that explains a failure, without the hint about the environment's proxy."""
-        root = _root(failure)
+        root = root_cause(failure)
         name = f"{self._host}:{self._port}"
         if isinstance(failure, requests.exceptions.ProxyError):
             return ClusterUnreachable(f"{self.address} cannot be reached through its proxy")
@@ -322,16 +321,6 @@ class Connection:
         return text.replace(self.token.value, "***") if self.token is not None else text
 
 
-class _Bearer(AuthBase):
-    def __init__(self, token: Token | None) -> None:
-        self._token = token
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if self._token is not None:
-            request.headers["Authorization"] = f"Bearer {self._token.value}"
-        return request
-
-
 def within(seconds: float | None, ask: Callable[[], T]) -> T:
     """Return the result of `ask`, which may wait for something that no socket timeout limits.
 
@@ -362,13 +351,3 @@ def _trusting(ca_file: str, address: str) -> ssl.SSLContext:
         raise ConfigError("holds no certificate (PEM)", key="cluster.ca_file", value=str(ca_file)) from None
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", key="cluster.ca_file", value=str(ca_file)) from None
-
-
-def _root(error: BaseException) -> BaseException:
-    """Return the original error, which requests and urllib3 wrap as cause, reason or argument."""
-    seen = set[int]()
-    while id(error) not in seen:
-        seen.add(id(error))
-        inner = [error.__cause__, getattr(error, "reason", None), *error.args, error.__context__]
-        error = next((e for e in inner if isinstance(e, BaseException)), error)
-    return error

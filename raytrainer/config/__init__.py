@@ -1,57 +1,41 @@
 """The configuration: a typed schema, its composition with Hydra, and the objects that `_target_` nodes name.
 
 Stage one (keys, types, groups) imports no torch. Stage two (`check_targets`) imports the libraries of the targets.
+This package exports what others use; `tests/test_public.py` has the list.
 """
 
-from raytrainer.config.checks import holds_password, looks_secret, texts_of
+from raytrainer.config.checks import holds_password, leaves_of, looks_secret, texts_of
 from raytrainer.config.compose import (
     CONFIG_MODULE,
     CONFIG_NAME,
     Composition,
     check_keys,
-    check_sweep,
     compose,
     composed_keys,
     experiment_of,
-    flattened,
     from_hydra,
     from_text,
     group_names,
     new_name,
     quiet,
-    refuse_settings_of_no_sweep,
     register_schema,
-    resolved,
     with_modes,
     with_number_keys,
-    with_values,
 )
-from raytrainer.config.direction import (
-    check_modes,
-    checkpoint_mode,
-    derive_modes,
-    early_stopping_mode,
-    mode_problem,
-    sweep_mode,
-)
+from raytrainer.config.direction import check_modes, checkpoint_mode, early_stopping_mode, mode_problem, sweep_mode
 from raytrainer.config.explain import explain, key_of
+from raytrainer.config.multirun import check_sweep, refuse_settings_of_no_sweep
 from raytrainer.config.nodes import bind, build, check_targets, factory, locate, parameters_of
 from raytrainer.config.parameter import Parameter
+from raytrainer.config.saved import flattened, resolved, with_values
 from raytrainer.config.schema import (
     CheckpointConfig,
     ClusterConfig,
-    DataConfig,
-    EarlyStopping,
     Experiment,
-    FailureConfig,
     FSDPConfig,
     InitFrom,
-    Profile,
-    ScalingConfig,
     SweepConfig,
-    TrackingConfig,
     TrainerConfig,
-    validate,
 )
 from raytrainer.config.space import parse_space, written_space
 
@@ -61,17 +45,11 @@ __all__ = [
     "CheckpointConfig",
     "ClusterConfig",
     "Composition",
-    "DataConfig",
-    "EarlyStopping",
     "Experiment",
     "FSDPConfig",
-    "FailureConfig",
     "InitFrom",
     "Parameter",
-    "Profile",
-    "ScalingConfig",
     "SweepConfig",
-    "TrackingConfig",
     "TrainerConfig",
     "bind",
     "build",
@@ -82,7 +60,6 @@ __all__ = [
     "checkpoint_mode",
     "compose",
     "composed_keys",
-    "derive_modes",
     "early_stopping_mode",
     "experiment_of",
     "explain",
@@ -93,6 +70,7 @@ __all__ = [
     "group_names",
     "holds_password",
     "key_of",
+    "leaves_of",
     "locate",
     "looks_secret",
     "mode_problem",
@@ -105,7 +83,6 @@ __all__ = [
     "resolved",
     "sweep_mode",
     "texts_of",
-    "validate",
     "with_modes",
     "with_number_keys",
     "with_values",

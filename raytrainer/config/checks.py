@@ -30,6 +30,21 @@ def check_together(e: Experiment) -> None:
     _check_nodes(e)
     _check_workers(e)
     check_strategy(e)
+    _check_length(e)
+    _check_trainer(e)
+    _check_init_from(e)
+    _check_monitors(e)
+    if e.tracking.register_model and not e.tracking.log_model:
+        raise ConfigError(
+            "needs tracking.log_model=true: there is no model to register",
+            key="tracking.register_model",
+            value=e.tracking.register_model,
+        )
+    _check_cluster(e.cluster)
+    _check_sweep(e)
+
+
+def _check_length(e: Experiment) -> None:
     t = e.trainer
     if e.debug:
         t.max_steps, t.max_epochs, t.max_time = 1, None, None  # one step, whatever length is configured
@@ -40,36 +55,26 @@ def check_together(e: Experiment) -> None:
             "one; training ends at the first that is reached (experiment=mlp sets max_epochs)",
             key="trainer.max_steps",
         )
-    if t.precision == "16-mixed" and (e.optimizer or {}).get("_target_") == "raytrainer.optim.Muon":
-        raise ConfigError(
-            "does not work with optimizer=muon, whose updates do not shrink with the gradients; use bf16-mixed",
-            key="trainer.precision",
-            value=t.precision,
-        )
-    if t.precision == "16-mixed" and not (e.optimizer or {}).get("fused"):
-        raise ConfigError(
-            "needs a fused optimizer, or the gradient scaler waits for the device at every step: set optimizer.fused=true",
-            key="trainer.precision",
-            value=t.precision,
-        )
+
+
+def _check_trainer(e: Experiment) -> None:
+    t, optimizer = e.trainer, e.optimizer or {}
+    if t.precision == "16-mixed":
+        reason = ""
+        if optimizer.get("_target_") == "raytrainer.optim.Muon":
+            reason = "does not work with optimizer=muon, whose updates do not shrink with the gradients; use bf16-mixed"
+        elif not optimizer.get("fused"):
+            reason = "needs a fused optimizer, or the gradient scaler waits for the device at every step: set optimizer.fused=true"
+        if reason:
+            raise ConfigError(reason, key="trainer.precision", value=t.precision)
     if not isinstance(t.freeze, list) or not all(isinstance(pattern, str) for pattern in t.freeze):
         raise ConfigError("must be a list of patterns, as [backbone.*]", key="trainer.freeze", value=t.freeze)
-    _check_init_from(e)
     if t.early_stopping is not None and not e.data.val:
         raise ConfigError("needs data.val, whose metrics it watches", key="trainer.early_stopping")
     if t.max_grad_norm == 0:
         raise ConfigError(
             "must be more than 0, or every gradient is 0; null turns clipping off", key="trainer.max_grad_norm", value=0
         )
-    _check_monitors(e)
-    if e.tracking.register_model and not e.tracking.log_model:
-        raise ConfigError(
-            "needs tracking.log_model=true: there is no model to register",
-            key="tracking.register_model",
-            value=e.tracking.register_model,
-        )
-    _check_cluster(e.cluster)
-    _check_sweep(e)
 
 
 def _check_monitors(e: Experiment) -> None:
@@ -86,12 +91,12 @@ def _check_monitors(e: Experiment) -> None:
         first, _, rest = metric.partition("/")
         if first != "val" or not rest:
             raise ConfigError("must be a metric of the evaluation, as val/loss", key=name, value=metric)
-        if sets and not any(rest.startswith(f"{one}/") for one in sets):
+        if sets and not any(rest.startswith(f"{name_of_set}/") for name_of_set in sets):
             raise ConfigError(
                 "names no validation set",
                 key=name,
                 value=metric,
-                choices=[f"val/{one}/{rest.rpartition('/')[2]}" for one in sets],
+                choices=[f"val/{name_of_set}/{rest.rpartition('/')[2]}" for name_of_set in sets],
             )
 
 
@@ -193,8 +198,8 @@ def holds_password(text: str) -> bool:
         text = left
     public = re.compile(r"abfss?|(.*\+)?ssh", re.IGNORECASE)
     lines = (line for line in text.splitlines() if "://" in line and "@" in line)
-    found = (match for line in lines for match in _BEFORE_AT.findall(line))
-    return any(not user or not public.fullmatch(scheme) for scheme, user in found)
+    matches = (match for line in lines for match in _BEFORE_AT.findall(line))
+    return any(not user or not public.fullmatch(scheme) for scheme, user in matches)
 
 
 def check_references(runtime_env: Any, forward_env: Any) -> None:
@@ -228,16 +233,21 @@ def _check_runtime_env(c: ClusterConfig) -> None:
             raise ConfigError("holds a URL with a password, which everyone on the cluster would see", key=path)
 
 
-def texts_of(node: Any, path: str) -> Iterator[tuple[str, str]]:
-    """Yield every text below a node, with its dotted key."""
+def leaves_of(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield every value below a node that is neither a mapping nor a list, with its dotted key."""
     if isinstance(node, dict):
         for name, below in node.items():
-            yield from texts_of(below, f"{path}.{name}")
+            yield from leaves_of(below, f"{path}.{name}")
     elif isinstance(node, list):
         for below in node:
-            yield from texts_of(below, path)
-    elif isinstance(node, str):
+            yield from leaves_of(below, path)
+    else:
         yield path, node
+
+
+def texts_of(node: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Yield every text below a node, with its dotted key."""
+    return ((key, value) for key, value in leaves_of(node, path) if isinstance(value, str))
 
 
 def _check_nodes(e: Experiment) -> None:

@@ -13,22 +13,23 @@ import re
 import secrets
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from raytrainer.config import number_keys, resolvers
 from raytrainer.config.checks import check_references, check_together
-from raytrainer.config.direction import by_name, check_modes, derive_modes
-from raytrainer.config.explain import explain, key_of, unresolved, value_of
+from raytrainer.config.direction import check_modes, derive_modes
+from raytrainer.config.explain import explain, key_of, unresolved
+from raytrainer.config.fixing import failing_key, fix_times, make_absolute
 from raytrainer.config.isolation import LOCK, SCHEMA, borrowed
-from raytrainer.config.nodes import check_targets
+from raytrainer.config.saved import with_overrides, write_modes
 from raytrainer.config.schema import Experiment, known_keys, validate
-from raytrainer.config.typed import OPEN, defaults, is_below_node, typed, unknown_key
+from raytrainer.config.typed import OPEN, defaults, node_keys, typed
 from raytrainer.errors import ConfigError
 
 CONFIG_MODULE = "raytrainer.configs"
@@ -67,8 +68,8 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
 
     try:
         with searching(config_dir), quiet():
-            given = number_keys.rewritten(overrides, lambda: _choices_alone(overrides))
-            cfg = hydra_compose(CONFIG_NAME, given, return_hydra_config=True)
+            rewritten = number_keys.rewritten(overrides, lambda: _choices_alone(overrides))
+            cfg = hydra_compose(CONFIG_NAME, rewritten, return_hydra_config=True)
             return from_hydra(cfg, overrides)
     except Exception as error:
         raise explain(error, overrides, lambda: composed_keys(overrides, config_dir)) from error
@@ -92,79 +93,6 @@ def check_keys(overrides: Sequence[str], config_dir: str | Path | None = None) -
         raise explain(error, overrides, lambda: composed_keys(overrides, config_dir)) from error
 
 
-def check_sweep(overrides: Sequence[str], config_dir: str | Path | None = None) -> None:
-    """Compose every value of every sweep (`optimizer.lr=0.1,0.2`) once, to find wrong values before any job starts.
-
-    Raises:
-        ConfigError: A key, type, choice or argument is wrong, or all jobs would have the same name.
-    """
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    try:
-        with searching(config_dir):
-            loader = GlobalHydra.instance().config_loader()
-            parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
-            # Only lists of values can be checked. An interval is left to the sweeper that supports it.
-            sweeps = {
-                str(o.input_line): [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()]
-                for o in parsed
-                if o.is_sweep_override() and o.is_discrete_sweep()
-            }
-    except Exception as error:
-        raise explain(error, overrides) from error
-    fixed = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
-    first = {line: values[0] for line, values in sweeps.items()}
-    if _chosen("sweep", [*fixed, *first.values()], config_dir):
-        return  # the experiment itself chooses a sweep, which is checked later
-    refuse_settings_of_no_sweep(overrides)
-    if any(o.is_sweep_override() for o in parsed):
-        for o in parsed:
-            if o.is_sweep_override() and not o.is_discrete_sweep():
-                raise ConfigError(
-                    "has no list of values to run one after the other; sweep=random, asha or optuna draws from it",
-                    key=o.key_or_group,
-                    value=str(o.input_line).partition("=")[2],
-                )
-        for o in parsed:
-            if o.key_or_group == "name" and not o.is_sweep_override():
-                raise ConfigError("would be the name of every job; leave it out", key="name", value=o.value())
-    seen: set[tuple[str, ...]] = set()
-    for line, values in sweeps.items() or [("", [""])]:
-        for value in values:
-            one = tuple(v for v in {**first, line: value}.values() if v)
-            if one not in seen:
-                seen.add(one)
-                check_targets(compose([*fixed, *one], config_dir).experiment)
-
-
-def refuse_settings_of_no_sweep(overrides: Sequence[str]) -> None:
-    """Refuse settings of a sweep if the group `sweep` has no choice, because they would be ignored.
-
-    Raises:
-        ConfigError: An override sets a key of the section `sweep`.
-    """
-    for override in overrides:
-        if key_of(override).startswith("sweep."):
-            raise ConfigError(
-                "needs a sweep: choose sweep=random, grid, asha, optuna or pbt, with -m first",
-                key=key_of(override),
-                value=value_of(override),
-            )
-
-
-def _chosen(group: str, overrides: Sequence[str], config_dir: str | Path | None) -> str | None:
-    """Return the choice of a group; None also if the config cannot be composed, which is reported elsewhere."""
-    from hydra import compose as hydra_compose
-
-    try:
-        with searching(config_dir), quiet():
-            choices = hydra_compose(CONFIG_NAME, list(overrides), return_hydra_config=True).hydra.runtime.choices
-    except Exception:  # noqa: BLE001  every error is reported elsewhere
-        return None
-    return str(choices[group]) if choices.get(group) is not None else None
-
-
 def group_names(config_dir: str | Path | None = None, searchpath: Sequence[str] = ()) -> set[str]:
     """Return the names of all config groups, e.g. `model`, including nested groups.
 
@@ -174,18 +102,17 @@ def group_names(config_dir: str | Path | None = None, searchpath: Sequence[str] 
     """
     from hydra.core.global_hydra import GlobalHydra
 
-    found: set[str] = set()
+    groups: set[str] = set()
     with searching(config_dir, searchpath), quiet():
         loader = GlobalHydra.instance().config_loader()
-        below = [""]
-        while below:
-            parent = below.pop()
-            for name in loader.list_groups(parent):
-                group = f"{parent}/{name}" if parent else name
-                if group not in found and not group.startswith("hydra"):
-                    found.add(group)
-                    below.append(group)
-    return found
+        parents = [""]
+        while parents:
+            parent = parents.pop()
+            below = {f"{parent}/{name}".lstrip("/") for name in loader.list_groups(parent)}
+            new = {group for group in below - groups if not group.startswith("hydra")}
+            groups |= new
+            parents += new
+    return groups
 
 
 def from_hydra(cfg: DictConfig, overrides: Sequence[str] | None = None) -> Composition:
@@ -219,12 +146,12 @@ def _of_running(cfg: DictConfig, overrides: Sequence[str] | None) -> Composition
         overrides = [str(o) for o in task]
     try:
         cfg.name = new_name(choices.get("experiment", "run")) if cfg.get("name") is None else cfg.name
-        _fix_times(cfg)
+        fix_times(cfg)
         if cfg.get("storage_path") is None:
             cfg.storage_path = "runs"
-        _make_absolute(cfg)
+        make_absolute(cfg)
     except OmegaConfBaseException as error:
-        raise unresolved(_failing(cfg), error) from error
+        raise unresolved(failing_key(cfg), error) from error
     composition = _composition(cfg, tuple(overrides), tuple(sorted(choices.items())))
     with _standing_in(cfg):
         resolvers.check_same(cfg, composition.text)
@@ -240,18 +167,9 @@ def from_text(text: str, overrides: Sequence[str] = ()) -> Composition:
     """
     try:
         with LOCK:
-            return _composition(_with_values(text, overrides), tuple(overrides), ())
+            return _composition(with_overrides(text, overrides), tuple(overrides), ())
     except Exception as error:
         raise explain(error, overrides) from error
-
-
-def resolved(text: str) -> str:
-    """Return a text with its references resolved on this machine; unchanged if one of them cannot be resolved."""
-    try:
-        resolvers.load_for(text)
-        return str(OmegaConf.create({"x": text}).x)
-    except (OmegaConfBaseException, ValueError):
-        return text
 
 
 def experiment_of(text: str, overrides: Sequence[str] = ()) -> Experiment:
@@ -262,68 +180,9 @@ def experiment_of(text: str, overrides: Sequence[str] = ()) -> Experiment:
     """
     try:
         with LOCK:
-            return _experiment(_with_values(text, overrides), ())
+            return _experiment(with_overrides(text, overrides), ())
     except Exception as error:
         raise explain(error, overrides) from error
-
-
-def _with_values(text: str, overrides: Sequence[str]) -> DictConfig:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    saved = _saved(text)
-    cfg = saved.copy()
-    known: list[str] | None = None
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        name = override.key_or_group
-        if override.is_delete():
-            raise ConfigError("cannot be deleted here; give it a value", key=name)
-        if override.is_sweep_override():
-            raise ConfigError("is a sweep; here it must be one value", key=name, value=str(override.value()))
-        known = known or [*known_keys(), *_node_keys(cfg)]
-        added = (override.is_add() or override.is_force_add()) and is_below_node(name)
-        if name not in known and not added and not name.startswith(tuple(f"{section}." for section in OPEN)):
-            raise unknown_key(name, override.value(), known)
-        if isinstance(override.value(), dict | list):
-            known = None  # the value may add further keys
-        OmegaConf.update(cfg, *number_keys.nested(cfg, name, override.value()), force_add=True)
-    _forget_modes(cfg, saved)
-    return cfg
-
-
-# Each key that names a metric, and the key that says whether lower or higher values are better.
-_MODES = (
-    ("checkpoint.monitor", "checkpoint.mode"),
-    ("trainer.early_stopping.monitor", "trainer.early_stopping.mode"),
-    ("sweep.metric", "sweep.mode"),
-)
-
-
-def _forget_modes(cfg: DictConfig, saved: DictConfig) -> None:
-    """Clear a mode that followed from the previous metric if an override has changed the metric."""
-    for metric, mode in _MODES:
-        before, now = _value(saved, metric), _value(cfg, metric)
-        if before == now or before is None or _value(saved, mode) != _value(cfg, mode):
-            continue
-        if _is_own(cfg, before) or by_name(str(before)) == _value(saved, mode):
-            OmegaConf.update(cfg, mode, None)
-
-
-@functools.lru_cache(maxsize=8)
-def _saved(text: str) -> DictConfig:
-    resolvers.load_for(text)
-    cfg = OmegaConf.merge(OmegaConf.create(defaults()), OmegaConf.create(text))
-    assert isinstance(cfg, DictConfig)
-    early = "trainer.early_stopping"
-    monitor, mode = _value(cfg, f"{early}.monitor"), _value(cfg, f"{early}.mode")
-    if monitor is not None and mode is None and not _is_own(cfg, monitor):
-        # Saved by a version that used the mode of the checkpoints for every mode that was not set.
-        OmegaConf.update(cfg, f"{early}.mode", _value(cfg, "checkpoint.mode"), force_add=True)
-    return cfg
-
-
-def _is_own(cfg: DictConfig, metric: Any) -> bool:
-    """Return whether a metric comes from the section `metrics`."""
-    return str(metric).rpartition("/")[2] in (_value(cfg, "metrics") or {})
 
 
 def register_schema() -> None:
@@ -354,36 +213,6 @@ def new_name(experiment: str) -> str:
     return f"{stem[:60]}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
-def with_values(text: str, values: Mapping[str, Any]) -> str:
-    """Return a `Composition.text` in which some keys have other values."""
-    if not values:
-        return text
-    cfg = OmegaConf.create(text)
-    assert isinstance(cfg, DictConfig)
-    for name, value in values.items():
-        OmegaConf.update(cfg, name, value, merge=False, force_add=True)
-    return OmegaConf.to_yaml(cfg)
-
-
-def flattened(text: str) -> dict[str, str]:
-    """Return a composition's text as a flat mapping `a.b.c` → value, for tracking. Empty nodes are left out.
-
-    Names become valid for MLflow: `sweep.space.+model.dropout` loses its `+`, and other characters become `_`.
-    """
-    found: dict[str, str] = {}
-
-    def walk(node: Any, prefix: str) -> None:
-        if isinstance(node, dict) and node:
-            for name, child in node.items():
-                part = re.sub(r"[^\w./: -]", "_", str(name).lstrip("+"))
-                walk(child, f"{prefix}.{part}" if prefix else part)
-        elif not isinstance(node, dict):
-            found[prefix] = _as_text(node)
-
-    walk(OmegaConf.to_container(OmegaConf.create(text), resolve=False), "")
-    return found
-
-
 def with_number_keys(overrides: Sequence[str], config_dir: str | Path | None = None) -> list[str]:
     """Return the overrides in Hydra's form: `loss.weights.1=9.0` becomes `loss.weights={1:9.0}` for numeric keys."""
 
@@ -412,7 +241,7 @@ def composed_keys(overrides: Sequence[str], config_dir: str | Path | None = None
     """Return the keys that an error can suggest: the schema's, the groups, and those of the chosen `_target_` nodes."""
     try:
         with searching(config_dir), quiet():
-            nodes = _node_keys(_choices_alone(overrides))
+            nodes = node_keys(OmegaConf.to_container(_choices_alone(overrides), resolve=False))
             return list(dict.fromkeys([*known_keys(), *sorted(group_names(config_dir)), *nodes]))
     except Exception:  # noqa: BLE001  only a message needs the keys; the caller reports its error
         return [*known_keys(), "experiment"]
@@ -459,7 +288,7 @@ def searching(config_dir: str | Path | None, searchpath: Sequence[str] = ()) -> 
 
 def _composition(cfg: DictConfig, overrides: tuple[str, ...], choices: tuple[tuple[str, str], ...]) -> Composition:
     experiment = _experiment(cfg, choices)
-    _write_modes(cfg, experiment)
+    write_modes(cfg, experiment)
     return Composition(experiment, OmegaConf.to_yaml(cfg), overrides, choices)
 
 
@@ -471,26 +300,8 @@ def with_modes(composition: Composition) -> Composition:
     cfg = OmegaConf.create(composition.text)
     assert isinstance(cfg, DictConfig)
     return (
-        replace(composition, text=OmegaConf.to_yaml(cfg)) if _write_modes(cfg, composition.experiment) else composition
+        replace(composition, text=OmegaConf.to_yaml(cfg)) if write_modes(cfg, composition.experiment) else composition
     )
-
-
-def _write_modes(cfg: DictConfig, e: Experiment) -> bool:
-    """Write the derived modes into the config, as another version may derive others. Return whether any was missing."""
-    early = e.trainer.early_stopping
-    given = {
-        "checkpoint.mode": e.checkpoint.mode,
-        "trainer.early_stopping.mode": early.mode if early is not None and early.monitor is not None else None,
-        "sweep.mode": e.sweep.mode if e.sweep.metric is not None else None,
-    }
-    missing = {key: mode for key, mode in given.items() if mode is not None and _value(cfg, key) is None}
-    for key, mode in missing.items():
-        OmegaConf.update(cfg, key, mode, force_add=True)
-    return bool(missing)
-
-
-def _value(cfg: DictConfig, key: str) -> Any:
-    return OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
 
 
 def _experiment(cfg: DictConfig, choices: tuple[tuple[str, str], ...]) -> Experiment:
@@ -498,7 +309,7 @@ def _experiment(cfg: DictConfig, choices: tuple[tuple[str, str], ...]) -> Experi
         with _standing_in(cfg):
             values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise unresolved(_failing(cfg) or error.full_key, error) from error
+        raise unresolved(failing_key(cfg) or error.full_key, error) from error
     assert isinstance(values, dict)
     experiment = typed({str(k): v for k, v in values.items()}, [group for group, _ in choices])
     validate(experiment)
@@ -527,28 +338,6 @@ def _standing_in(cfg: DictConfig) -> Iterator[None]:
             del os.environ[name]
 
 
-def _failing(cfg: DictConfig) -> str | None:
-    """Return the first key that cannot be resolved, because OmegaConf's error does not name it."""
-
-    def walk(node: DictConfig | ListConfig) -> str | None:
-        names: Any = list(node) if isinstance(node, DictConfig) else range(len(node))
-        for name in names:
-            raw = node._get_node(name)
-            if isinstance(raw, DictConfig | ListConfig) and not (
-                raw._is_none() or raw._is_interpolation() or raw._is_missing()
-            ):
-                if found := walk(raw):
-                    return found
-                continue
-            try:
-                node[name]
-            except OmegaConfBaseException:
-                return str(node._get_full_key(name))
-        return None
-
-    return walk(cfg)
-
-
 def _choices(runtime: Any) -> dict[str, str]:
     """Return group → choice for the config that Hydra just composed. Refuse ambiguous choices and missing folders."""
     choices = {k: str(v) for k, v in runtime.choices.items() if not k.startswith("hydra/") and v is not None}
@@ -575,53 +364,3 @@ def _choices(runtime: Any) -> dict[str, str]:
                     value=choice,
                 )
     return choices
-
-
-def _node_keys(cfg: DictConfig) -> list[str]:
-    found: list[str] = []
-
-    def walk(node: Any, prefix: str) -> None:
-        if isinstance(node, dict):
-            for name, child in node.items():
-                if is_below_node(path := f"{prefix}{name}"):
-                    found.append(path)
-                walk(child, f"{path}.")
-
-    walk(OmegaConf.to_container(cfg, resolve=False), "")
-    return found
-
-
-def _as_text(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _fix_times(cfg: DictConfig) -> None:
-    """Resolve `${now:…}` and `${hydra:…}`, which another process would resolve differently or not at all."""
-
-    def walk(node: DictConfig | ListConfig) -> None:
-        names: Any = list(node) if isinstance(node, DictConfig) else range(len(node))
-        for name in names:
-            raw = node._get_node(name)
-            if isinstance(raw, DictConfig | ListConfig) and not (
-                raw._is_none() or raw._is_interpolation() or raw._is_missing()
-            ):
-                walk(raw)
-            elif OmegaConf.is_interpolation(node, name):
-                # Resolve only those parts: `${oc.env:TOKEN}-${now:%Y}` must not put the token into the logged text.
-                written = str(raw._value())  # type: ignore[union-attr]
-                fixed = re.sub(r"\$\{(?:now|hydra):[^{}]*\}", lambda m: str(OmegaConf.create({"x": m[0]}).x), written)
-                if fixed != written:
-                    node[name] = fixed
-
-    walk(cfg)
-
-
-def _make_absolute(cfg: DictConfig) -> None:
-    """Make paths absolute that are relative to the launching directory, because a worker runs in another directory."""
-    for name in ("storage_path", "init_from", "init_from.source"):
-        value = OmegaConf.select(cfg, name) if "." not in name or isinstance(cfg.get("init_from"), DictConfig) else None
-        if isinstance(value, str) and "://" not in value:
-            path = Path(value).expanduser()
-            # `init_from` may also be the name of a run, so it is a path only if the file exists.
-            if str(path.absolute()) != value and (name == "storage_path" or path.exists()):
-                OmegaConf.update(cfg, name, str(path.absolute()))

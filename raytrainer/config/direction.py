@@ -130,15 +130,15 @@ class _Watched:
 
 
 def _watched(e: Experiment) -> list[_Watched]:
-    found = [_Watched("checkpoint.monitor", e.checkpoint.monitor, "checkpoint.mode", e.checkpoint.mode, e.checkpoint)]
+    watched = [_Watched("checkpoint.monitor", e.checkpoint.monitor, "checkpoint.mode", e.checkpoint.mode, e.checkpoint)]
     if (early := e.trainer.early_stopping) is not None:
         key = "trainer.early_stopping"
-        found.append(
+        watched.append(
             _Watched(f"{key}.monitor", early.monitor or e.checkpoint.monitor, f"{key}.mode", early.mode, early)
         )
     metric = e.sweep.metric or e.checkpoint.monitor
-    found.append(_Watched("sweep.metric", metric, "sweep.mode", e.sweep.mode, e.sweep))
-    return found
+    watched.append(_Watched("sweep.metric", metric, "sweep.mode", e.sweep.mode, e.sweep))
+    return watched
 
 
 def derive_modes(e: Experiment, *, objects: bool = False) -> None:
@@ -234,9 +234,9 @@ def _by_object(key: str, node: dict[str, Any]) -> Mode | None:
     from raytrainer.config.nodes import build, locate
 
     try:
-        found = locate(key, node["_target_"])
-        value = getattr(found, "higher_is_better", None)
-        if not isinstance(value, bool) and str(getattr(found, "__module__", "")).partition(".")[0] == "torchmetrics":
+        target = locate(key, node["_target_"])
+        value = getattr(target, "higher_is_better", None)
+        if not isinstance(value, bool) and str(getattr(target, "__module__", "")).partition(".")[0] == "torchmetrics":
             value = getattr(build(node), "higher_is_better", None)
     except ConfigError:  # reported when the metric is built
         return None

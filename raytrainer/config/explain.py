@@ -6,8 +6,9 @@ Hydra's errors have few fields, so their texts are matched, as hydra-core 1.3 wr
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import yaml
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException, SearchPathException
@@ -33,47 +34,50 @@ def explain(
         overrides: The overrides of the command line.
         known: Returns the valid keys of the same command line without its values. It is called only if a key is wrong.
     """
-    chain: list[BaseException] = []
+    links: list[BaseException] = []
     link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
+    while link is not None and link not in links:
+        links.append(link)
         link = link.__cause__ or link.__context__
     values = {key_of(o): value_of(o) for o in overrides}
-    for one in chain:
-        if isinstance(one, RaytrainerError):
-            return one
-        if isinstance(one, OverrideParseException):
-            return _unparsed(one.override)
-        if isinstance(one, MissingConfigException):
-            return _missing_config(one, values)
-        if isinstance(one, yaml.MarkedYAMLError):
-            mark = one.problem_mark or one.context_mark
+    explanations: Iterator[Exception | None] = itertools.chain(
+        (_of_type(link, values) for link in links),
+        (_of_composition(str(e), overrides, values, known) for e in links if isinstance(e, ConfigCompositionException)),
+        (_of_text(str(link), overrides) for link in links),
+        (_of_value(o, str(error), known) for o in overrides if isinstance(error, AssertionError | ValueError)),
+    )
+    return next((e for e in explanations if e is not None), None) or ConfigError(_first_line(links))
+
+
+def _of_type(error: BaseException, values: dict[str, str | None]) -> Exception | None:
+    """Explain an error whose class has the fields that are needed."""
+    match error:
+        case RaytrainerError():
+            return error
+        case OverrideParseException():
+            return _unparsed(error.override)
+        case MissingConfigException():
+            return _missing_config(error, values)
+        case yaml.MarkedYAMLError():
+            mark = error.problem_mark or error.context_mark
             place = f"{mark.name}, line {mark.line + 1}" if mark else "a config file"
-            return ConfigError(f"{place}: not valid YAML: {one.problem or one.context}")
-        if isinstance(one, MissingMandatoryValue | InterpolationKeyError | InterpolationResolutionError):
-            return unresolved(one.full_key, one)
-    for one in chain:
-        if isinstance(one, ConfigCompositionException) and (
-            found := _of_composition(str(one), overrides, values, known)
-        ):
-            return found
-    for one in chain:
-        if m := re.search(r"does not support sweep type : (\w+)_SWEEP", str(one)):
-            sweep = next((o for o in overrides if f"{m[1].lower()}(" in o), "")
-            reason = (
-                f"is a sweep over an {m[1].lower()}, which Hydra's own sweeper cannot sample; list its values: 0.1,0.2"
-            )
-            return ConfigError(reason, key=key_of(sweep) or "-m", value=value_of(sweep))
-        if m := re.search(r"Unsupported item value in defaults : (\w+)", str(one)):
-            kind = {"bool": "true or false (on, off, yes and no mean these, too)"}.get(m[1], m[1])
-            return ConfigError(
-                f"a choice in the defaults of a config is {kind}, where a name must be: put it in quotes"
-            )
-    if isinstance(error, AssertionError | ValueError):
-        for override in overrides:
-            if found := _of_value(override, str(error), known):
-                return found
-    return ConfigError(_first_line(chain))
+            return ConfigError(f"{place}: not valid YAML: {error.problem or error.context}")
+        case MissingMandatoryValue() | InterpolationKeyError() | InterpolationResolutionError():
+            return unresolved(error.full_key, error)
+    return None
+
+
+def _of_text(text: str, overrides: Sequence[str]) -> ConfigError | None:
+    """Explain two errors that Hydra raises without a class of their own."""
+    if m := re.search(r"does not support sweep type : (\w+)_SWEEP", text):
+        kind = m[1].lower()
+        sweep = next((o for o in overrides if f"{kind}(" in o), "")
+        reason = f"is a sweep over an {kind}, which Hydra's own sweeper cannot sample; list its values: 0.1,0.2"
+        return ConfigError(reason, key=key_of(sweep) or "-m", value=value_of(sweep))
+    if m := re.search(r"Unsupported item value in defaults : (\w+)", text):
+        kind = {"bool": "true or false (on, off, yes and no mean these, too)"}.get(m[1], m[1])
+        return ConfigError(f"a choice in the defaults of a config is {kind}, where a name must be: put it in quotes")
+    return None
 
 
 def key_of(override: str) -> str:
@@ -166,47 +170,50 @@ def no_resolver(name: str) -> str:
     )
 
 
+# Hydra's sentence → ours, with {1}, {2}, … for the groups and {place} for the config file; and the numbers of the groups
+# that are the key and the value. The value is that of the override if its number is 0.
+_SENTENCES: tuple[tuple[str, str, int | None, int | None], ...] = (
+    (r"The value of '([^']+)' is (.*) and not (.*)\.$", "cannot be deleted: its value is {2}", 1, 3),
+    (r"An item is already at '([^']+)'", "is a key already: write it without the +", 1, 0),
+    (
+        r"Override '([^':]+?) ?: ?[^']*' is defined before",
+        "'override /{1}: …' must come last in the defaults of a config{place}, after all entries without override",
+        None,
+        None,
+    ),
+    (
+        r"Multiple values for ([^.]+)\.",
+        "is chosen twice; an experiment's file writes 'override /{1}: …' in its defaults",
+        1,
+        None,
+    ),
+    (
+        r"Ambiguous value for argument '([^'=]+)=(.*)'",
+        "is several values: as a list {1}=[{2}], as a sweep over them with -m first",
+        1,
+        2,
+    ),
+    (r"Sweep parameters '([^'=]+)=(.*)' requires", "is a sweep, which needs -m first", 1, 2),
+)
+
+
 def _of_composition(
     text: str, overrides: Sequence[str], values: dict[str, str | None], known: Callable[[], Sequence[str]]
 ) -> ConfigError | None:
-    first = text.strip().splitlines()[0] if text.strip() else ""
+    """Explain an error of Hydra's composition by its first line."""
+    first = text.strip().partition("\n")[0]
     where = re.match(r"In '?([^':]+)'?: ", first)
     place = f" (in {where[1]})" if where else ""
-    if m := re.search(r"Could not (?:override|delete from config\.|delete) '([^'=]+)(?:=[^']*)?'(.*)", first):
-        name = m[1]
-        if where or ("does not exist" not in m[2] and _is_group(name, text, values)):
-            if "append to your default list" in text and f"+{name}" in text:
-                return ConfigError(
-                    f"chooses from a group that no config has among its defaults; add it: +{name}={values.get(name)}",
-                    key=name,
-                    value=values.get(name),
-                )
-            return ConfigError(
-                f"cannot be chosen: no defaults list has the group {name}{place}", key=name, value=values.get(name)
-            )
-        return _wrong_key(
-            name, values.get(name), known(), deleted=f"~{name}" in {o.partition("=")[0] for o in overrides}
-        )
-    if m := re.search(r"The value of '([^']+)' is (.*) and not (.*)\.$", first):
-        return ConfigError(f"cannot be deleted: its value is {m[2]}", key=m[1], value=m[3])
-    if m := re.search(r"An item is already at '([^']+)'", first):
-        return ConfigError("is a key already: write it without the +", key=m[1], value=values.get(m[1]))
+    if error := _of_missing(first, text, overrides, values, known, place):
+        return error
+    for pattern, sentence, key, value in _SENTENCES:
+        if m := re.search(pattern, first):
+            groups = dict(enumerate((m[0], *m.groups())))
+            shown = values.get(m[1]) if value == 0 else groups.get(value or -1)
+            message = sentence.format(*groups.values(), place=place)
+            return ConfigError(message, key=groups.get(key or -1), value=shown)
     if m := re.search(r"looks like a config group override, but config group '([^']+)' does not", first):
         return ConfigError(f"is not a group{place}", key=m[1], choices=[k for k in known() if "." not in k])
-    if m := re.search(r"Override '([^':]+?) ?: ?[^']*' is defined before", first):
-        return ConfigError(
-            f"'override /{m[1]}: …' must come last in the defaults of a config{place}, after all entries without override"
-        )
-    if m := re.search(r"Multiple values for ([^.]+)\.", first):
-        return ConfigError(
-            f"is chosen twice; an experiment's file writes 'override /{m[1]}: …' in its defaults", key=m[1]
-        )
-    if m := re.search(r"Ambiguous value for argument '([^'=]+)=(.*)'", first):
-        return ConfigError(
-            f"is several values: as a list {m[1]}=[{m[2]}], as a sweep over them with -m first", key=m[1], value=m[2]
-        )
-    if m := re.search(r"Sweep parameters '([^'=]+)=(.*)' requires", first):
-        return ConfigError("is a sweep, which needs -m first", key=m[1], value=m[2])
     if m := re.search(r"You must specify '([^']+)'", first):
         return ConfigError("must be chosen", key=m[1], choices=[x.strip() for x in text.splitlines()[2:]])
     if m := re.search(r"Error merging override [+~]*([^=]+)=?(.*)", first):
@@ -215,36 +222,55 @@ def _of_composition(
     return None
 
 
-def _is_group(name: str, text: str, values: dict[str, str | None]) -> bool:
+def _of_missing(
+    first: str,
+    text: str,
+    overrides: Sequence[str],
+    values: dict[str, str | None],
+    known: Callable[[], Sequence[str]],
+    place: str,
+) -> ConfigError | None:
+    """Explain that a key or group to override or delete does not exist."""
+    m = re.search(r"Could not (?:override|delete from config\.|delete) '([^'=]+)(?:=[^']*)?'(.*)", first)
+    if m is None:
+        return None
     # Hydra writes "To append to your config use +x" for a key, and "…to your default list…" for a group.
-    return "defaults list" in text or "default list" in text or "override one of" in text
+    is_group = any(words in text for words in ("defaults list", "default list", "override one of"))
+    if place or ("does not exist" not in m[2] and is_group):
+        return _unchosen(m[1], values.get(m[1]), text, place)
+    deleted = any(o.partition("=")[0] == f"~{m[1]}" for o in overrides)
+    return _wrong_key(m[1], values.get(m[1]), known(), deleted=deleted)
+
+
+def _unchosen(group: str, choice: str | None, text: str, place: str) -> ConfigError:
+    """Return the error for a group that has no choice to replace."""
+    reason = f"cannot be chosen: no defaults list has the group {group}{place}"
+    if "append to your default list" in text and f"+{group}" in text:
+        reason = f"chooses from a group that no config has among its defaults; add it: +{group}={choice}"
+    return ConfigError(reason, key=group, value=choice)
 
 
 def _wrong_key(name: str, value: str | None, known: Sequence[str], deleted: bool = False) -> ConfigError:
-    section = name.rpartition(".")[0]
-    number = name in known and re.fullmatch(r"-?\d+", name.rpartition(".")[2]) is not None
-    if number and deleted:
-        return ConfigError(
-            f"has a number as its key, which ~ cannot name; give the config that you start from another {section}",
-            key=name,
-        )
-    if number:
-        return ConfigError(
-            f"has a number as its key: write {section}={{{name.rpartition('.')[2]}:{value}}}", key=name, value=value
-        )
-    if deleted and name in known:
+    section, _, last = name.rpartition(".")
+    is_known = name in known
+    if is_known and re.fullmatch(r"-?\d+", last):
+        fix = f": write {section}={{{last}:{value}}}"
+        if deleted:
+            fix = f", which ~ cannot name; give the config that you start from another {section}"
+        return ConfigError(f"has a number as its key{fix}", key=name, value=None if deleted else value)
+    if deleted and is_known:
         return ConfigError("is null already", key=name)
     if name.startswith("hydra."):
         return ConfigError("is not a key; --cfg hydra shows Hydra's own", key=name, value=value)
     if section == "callbacks":
         return ConfigError(f"does not exist; add a callback as +{name}={{_target_: …}}", key=name, value=value)
-    if name in known and (value or "").startswith("{"):
+    if is_known and (value or "").startswith("{"):
         return ConfigError(
             f"has keys that do not exist: a + in front adds them to the existing keys, and ~{name}.KEY removes one",
             key=name,
             value=value,
         )
-    if name in known or section in OPEN:
+    if is_known or section in OPEN:
         return ConfigError(f"is below {section}, which is null here; a + in front sets it", key=name, value=value)
     return unknown_key(name, value, known)
 
@@ -264,11 +290,9 @@ def _of_value(override: str, reason: str, known: Callable[[], Sequence[str]]) ->
     return None
 
 
-def _first_line(chain: Sequence[BaseException]) -> str:
-    for one in chain:
-        if lines := [x.strip() for x in str(one).splitlines() if x.strip() and "hydra.cc" not in x]:
-            own = isinstance(
-                one, ConfigCompositionException | SearchPathException | OmegaConfBaseException | ValueError
-            )
-            return lines[0] if own else f"{type(one).__name__}: {lines[0]}"
-    return type(chain[0]).__name__
+def _first_line(errors: Sequence[BaseException]) -> str:
+    for error in errors:
+        if lines := [x.strip() for x in str(error).splitlines() if x.strip() and "hydra.cc" not in x]:
+            explained = ConfigCompositionException | SearchPathException | OmegaConfBaseException | ValueError
+            return lines[0] if isinstance(error, explained) else f"{type(error).__name__}: {lines[0]}"
+    return type(errors[0]).__name__

@@ -119,6 +119,6 @@ FOREIGN_KEYS = {
 
 def answer(name: str) -> str | None:
     """Return what the unknown key `name` is called in raytrainer; None if no other framework has it."""
-    found = FOREIGN_KEYS.get(name) or FOREIGN_KEYS.get(name.rpartition(".")[2])
+    equivalent = FOREIGN_KEYS.get(name) or FOREIGN_KEYS.get(name.rpartition(".")[2])
     # `optimizer.lr` is a key of raytrainer, but it is unknown if the chosen optimizer has no such argument.
-    return None if found is None or found.split()[0] == name else found
+    return None if equivalent is None or equivalent.split()[0] == name else equivalent

@@ -24,13 +24,13 @@ def make_parser() -> OverridesParser:
 
     def keeping(cast: Callable[..., Any]) -> Callable[..., Any]:
         def kept(*args: Any, **named: Any) -> Any:
-            found = cast(*args, **named)
-            for given in (*args, *named.values()):
-                if isinstance(given, Sweep) and isinstance(found, Sweep):
-                    found.tags = set(given.tags)
-                    if isinstance(given, ChoiceSweep | RangeSweep) and isinstance(found, ChoiceSweep | RangeSweep):
-                        found.shuffle = given.shuffle
-            return found
+            result = cast(*args, **named)
+            for argument in (*args, *named.values()):
+                if isinstance(argument, Sweep) and isinstance(result, Sweep):
+                    result.tags = set(argument.tags)
+                    if isinstance(argument, ChoiceSweep | RangeSweep) and isinstance(result, ChoiceSweep | RangeSweep):
+                        result.shuffle = argument.shuffle
+            return result
 
         return kept
 
@@ -74,9 +74,9 @@ def unread(line: str, error: Exception) -> Exception:
     key = key.lstrip("+~")
     m = re.search(r"(\w+) while evaluating '(\w+).*?': (.*)", str(error), re.DOTALL)
     if m is None:
-        found = explain(error)
-        if isinstance(found, ConfigError) and found.key is None:
-            return found  # its key cannot be parsed either
+        explained = explain(error)
+        if isinstance(explained, ConfigError) and explained.key is None:
+            return explained  # its key cannot be parsed either
         return ConfigError(f"cannot be read: {why_unread(text)}", key=key, value=text)
     kind, function, reason = m.groups()
     if unknown := re.match(r"Unknown function '(\w+)'\s+Available: (\S+)", reason):

@@ -146,26 +146,20 @@ def _bind_names(
     key: str, node: Mapping[str, Any], target: Any, signature: inspect.Signature, supplied: Sequence[str]
 ) -> None:
     parameters = signature.parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     names = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     valid = [n for n in names if n not in supplied]
-    for name, value in node.items():
-        if name in _SPECIAL:
-            continue
+    for name in node:
         if name in supplied:
             raise ConfigError("is given by raytrainer; leave it out", key=f"{key}.{name}")
-        # `_anything_` is a misspelt keyword of Hydra, which a target with **kwargs would accept.
-        if name not in names and (not open_ended or (name.startswith("_") and name.endswith("_"))):
-            if _taken_by_wrapper(name, target, [n for n in valid if n not in node]):
-                continue
-            shown = None if isinstance(value, dict | list) else value
-            close = nearest(name, valid)
-            choices = close + [n for n in valid if n not in close]
+        if name not in names and name not in _SPECIAL and not _is_accepted(name, node, target, parameters, valid):
             raise ConfigError(
-                f"is not an argument of {node['_target_']}", key=f"{key}.{name}", value=shown, choices=choices
+                f"is not an argument of {node['_target_']}",
+                key=f"{key}.{name}",
+                value=None if isinstance(node[name], dict | list) else node[name],
+                choices=dict.fromkeys([*nearest(name, valid), *valid]),
             )
-    given = {*node, *supplied, *names[: len(node.get("_args_") or ())]}
-    missing = [n for n in names if n not in given and parameters[n].default is inspect.Parameter.empty]
+    bound = {*node, *supplied, *names[: len(node.get("_args_") or ())]}
+    missing = [n for n in names if n not in bound and parameters[n].default is inspect.Parameter.empty]
     # A partial may leave arguments open, such as the model and the batch of a loss function.
     if missing and not node.get("_partial_"):
         hint = ""
@@ -174,7 +168,22 @@ def _bind_names(
         raise ConfigError(f"is a required argument of {node['_target_']}{hint}", key=f"{key}.{missing[0]}")
 
 
-def _taken_by_wrapper(name: str, target: Any, free: Sequence[str]) -> bool:
+def _is_accepted(
+    name: str,
+    node: Mapping[str, Any],
+    target: Any,
+    parameters: Mapping[str, inspect.Parameter],
+    valid: Sequence[str],
+) -> bool:
+    """Return whether a target accepts an argument that its signature does not name."""
+    # `_anything_` is a misspelt keyword of Hydra, which a target with **kwargs would accept.
+    is_hydras = name.startswith("_") and name.endswith("_")
+    if not is_hydras and any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return True
+    return _is_taken_by_wrapper(name, target, [n for n in valid if n not in node])
+
+
+def _is_taken_by_wrapper(name: str, target: Any, free: Sequence[str]) -> bool:
     """Return whether a decorator may accept an argument that the decorated function lacks.
 
     `inspect.signature` returns the signature of the decorated function.
@@ -204,48 +213,51 @@ def locate(key: str, path: Any) -> Any:
     if not isinstance(path, str) or not all(part.isidentifier() for part in path.split(".")):
         raise ConfigError("must be a dotted path, as in torch.optim.SGD", key=f"{key}._target_", value=path)
     parts = path.split(".")
-    found: Any = None
-    for i in range(1, len(parts) + 1):
-        name = ".".join(parts[:i])
-        if i == 1 or (inspect.ismodule(found) and not hasattr(found, parts[i - 1])):
-            try:
-                with plain_argv():
-                    found = importlib.import_module(name)
+    target: Any = None
+    for i, part in enumerate(parts):
+        if target is None or (inspect.ismodule(target) and not hasattr(target, part)):
+            module = _import(key, path, ".".join(parts[: i + 1]))
+            if module is not None:
+                target = module
                 continue
-            except SystemExit as error:
-                raise ConfigError(
-                    f"cannot be imported: the module ends the process ({_exit(error)}); what it does as a program belongs "
-                    'below `if __name__ == "__main__":`',
-                    key=f"{key}._target_",
-                    value=path,
-                ) from error
-            except ModuleNotFoundError as error:
-                if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
-                    raise ConfigError(f"cannot be imported: {error}", key=f"{key}._target_", value=path) from error
-            except Exception as error:
-                raise ConfigError(
-                    f"cannot be imported: {type(error).__name__}: {error}", key=f"{key}._target_", value=path
-                ) from error
-        if found is None or not hasattr(found, parts[i - 1]):
-            raise _not_there(key, path, found, parts[: i - 1], parts[i - 1])
-        found = getattr(found, parts[i - 1])
-    if not callable(found):
+        if target is None or not hasattr(target, part):
+            raise _missing_name(key, path, target, ".".join(parts[:i]), part)
+        target = getattr(target, part)
+    if not callable(target):
         raise ConfigError("cannot be called", key=f"{key}._target_", value=path)
-    return found
+    return target
 
 
-def _not_there(key: str, path: str, found: Any, where: Sequence[str], missing: str) -> ConfigError:
-    if found is None:
-        reason = f"there is no module {missing} (the current directory is on the path)"
-        return ConfigError(f"cannot be imported: {reason}", key=f"{key}._target_", value=path)
-    names = {n for n in dir(found) if not n.startswith("_")}
-    if hasattr(found, "__path__"):
-        names |= {module.name for module in pkgutil.iter_modules(found.__path__)}
-    place = ".".join(where)
-    close = [f"{place}.{n}" for n in nearest(missing, sorted(names))]
-    return ConfigError(
-        f"cannot be imported: {place} has no {missing}", key=f"{key}._target_", value=path, choices=close
-    )
+def _import(key: str, path: str, name: str) -> types.ModuleType | None:
+    """Import a module; None if there is none of this name."""
+    try:
+        with plain_argv():
+            return importlib.import_module(name)
+    except SystemExit as error:
+        cause: BaseException = error
+        reason = (
+            f"the module ends the process ({_exit(error)}); what it does as a program belongs "
+            'below `if __name__ == "__main__":`'
+        )
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
+            return None
+        cause, reason = error, str(error)
+    except Exception as error:  # noqa: BLE001  a user's module may raise anything
+        cause, reason = error, f"{type(error).__name__}: {error}"
+    raise ConfigError(f"cannot be imported: {reason}", key=f"{key}._target_", value=path) from cause
+
+
+def _missing_name(key: str, path: str, parent: Any, place: str, missing: str) -> ConfigError:
+    """Return the error for a name that a module or class, or the path of modules (None), does not have."""
+    if parent is None:
+        reason, close = f"there is no module {missing} (the current directory is on the path)", []
+    else:
+        names = {n for n in dir(parent) if not n.startswith("_")}
+        if hasattr(parent, "__path__"):
+            names |= {module.name for module in pkgutil.iter_modules(parent.__path__)}
+        reason, close = f"{place} has no {missing}", [f"{place}.{n}" for n in nearest(missing, sorted(names))]
+    return ConfigError(f"cannot be imported: {reason}", key=f"{key}._target_", value=path, choices=close)
 
 
 def parameters_of(key: str, node: Mapping[str, Any]) -> frozenset[str]:

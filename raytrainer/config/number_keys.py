@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-_MAYBE = re.compile(r"(\+{0,2})([A-Za-z_][\w./@-]*\.(?:-?\d+|true|false)(?:\.[\w.-]+)?)=(.*)", re.DOTALL)
+_POSSIBLE_NUMBER_KEY = re.compile(r"(\+{0,2})([A-Za-z_][\w./@-]*\.(?:-?\d+|true|false)(?:\.[\w.-]+)?)=(.*)", re.DOTALL)
 
 
 def rewritten(overrides: Sequence[str], composed: Callable[[], DictConfig]) -> list[str]:
@@ -23,7 +23,7 @@ def rewritten(overrides: Sequence[str], composed: Callable[[], DictConfig]) -> l
         overrides: The overrides of the command line.
         composed: Returns the config without values. It is called only if an override may need it.
     """
-    if not any(_MAYBE.fullmatch(o) for o in overrides):
+    if not any(_POSSIBLE_NUMBER_KEY.fullmatch(o) for o in overrides):
         return list(overrides)
     cfg = composed()
     return [_written(override, cfg) for override in overrides]
@@ -63,7 +63,7 @@ def _keys_of(cfg: DictConfig, name: str, *, new: bool) -> list[Any]:
 
 
 def _written(override: str, cfg: DictConfig) -> str:
-    match = _MAYBE.fullmatch(override)
+    match = _POSSIBLE_NUMBER_KEY.fullmatch(override)
     if match is None:
         return override
     sign, name, text = match.groups()

@@ -116,11 +116,11 @@ class Parameter:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the parameter as values for strict JSON: a float that is not finite becomes `{"float": "inf"}`."""
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        found["values"] = [
+        saved = {f.name: getattr(self, f.name) for f in fields(self)}
+        saved["values"] = [
             {"float": repr(v)} if isinstance(v, float) and not math.isfinite(v) else v for v in self.values
         ]
-        return {**found, "texts": list(self.texts)}
+        return {**saved, "texts": list(self.texts)}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Parameter:
@@ -146,13 +146,13 @@ class Parameter:
 
     def _place(self, value: Any) -> int | None:
         """Return the index in `values` of the same value and type (1, 1.0 and true differ), else of an equal number."""
-        for place, one in enumerate(self.values):
-            if repr(one) == repr(value):
-                return place
-        for place, one in enumerate(self.values):
-            if one == value and not isinstance(one, bool) and not isinstance(value, bool):
-                return place
-        return None
+        same = (i for i, choice in enumerate(self.values) if repr(choice) == repr(value))
+        equal = (
+            i
+            for i, choice in enumerate(self.values)
+            if choice == value and not isinstance(choice, bool) and not isinstance(value, bool)
+        )
+        return next(same, next(equal, None))
 
 
 def _floats(first: float, last: float, step: float) -> Iterator[float]:

@@ -31,6 +31,11 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Glob, IntervalSweep, Override, RangeSweep
 
 
+def _wrong(override: Override, message: str, choices: Sequence[str] = ()) -> ConfigError:
+    """Return the error for a sweep, with its key and value as they are written."""
+    return ConfigError(message, key=key_element(override), value=text_of(override), choices=choices)
+
+
 class Reader:
     """A reader of single sweeps. Every method raises a ConfigError if its input is not valid.
 
@@ -58,22 +63,22 @@ class Reader:
         from hydra.errors import OverrideParseException
 
         try:
-            found = self.parser.parse_overrides([line])[0]
+            override = self.parser.parse_overrides([line])[0]
         except OverrideParseException as error:
             raise unread(line, error) from error
-        if found.is_sweep_override() and not found.key_or_group:
+        if override.is_sweep_override() and not override.key_or_group:
             raise ConfigError(f"{line!r} is not key=value")
-        return found
+        return override
 
     def named(self, key: str) -> Override:
         """Parse a key of `sweep.space`."""
         try:
-            found = self.parse(f"{key}=0")
+            override = self.parse(f"{key}=0")
         except ConfigError as error:
             raise ConfigError("cannot be a key", key=key) from error
-        if key_element(found) != key:
+        if key_element(override) != key:
             raise ConfigError("cannot be a key", key=key)
-        return found
+        return override
 
     def of_content(self, key: str, named: Override, content: Any) -> Parameter:
         """Return the parameter of one entry of `sweep.space`; `named` is its parsed key."""
@@ -100,30 +105,17 @@ class Reader:
         self.refuse_key(override, written)
         tags: set[str] = getattr(sweep, "tags", set())
         if unknown := sorted(tags - {"log"}):
-            raise ConfigError(
-                f"has the tag {unknown[0]!r}, which means nothing here",
-                key=key_element(override),
-                value=written,
-                choices=["log"],
-            )
+            raise _wrong(override, f"has the tag {unknown[0]!r}, which means nothing here", ["log"])
         if isinstance(sweep, Glob):
             return self.glob(override, sweep)
         if self.is_group(override.key_or_group) and isinstance(sweep, RangeSweep | IntervalSweep):
-            raise ConfigError(
-                "is over a group, whose choices are names: list them, as a,b, or glob(*)",
-                key=key_element(override),
-                value=written,
-            )
+            raise _wrong(override, "is over a group, whose choices are names: list them, as a,b, or glob(*)")
         if isinstance(sweep, IntervalSweep):
             return _interval(override, sweep)
         if isinstance(sweep, RangeSweep) and not sweep.shuffle:
             return _range(override, sweep)
         if "log" in tags:
-            raise ConfigError(
-                "is a list, which has no scale: leave out tag(log, …), or give an interval",
-                key=key_element(override),
-                value=written,
-            )
+            raise _wrong(override, "is a list, which has no scale: leave out tag(log, …), or give an interval")
         if isinstance(sweep, RangeSweep):
             values: list[Any] = list(_range(override, sweep).grid())
         else:
@@ -139,20 +131,17 @@ class Reader:
         from hydra.core.global_hydra import GlobalHydra
         from hydra.core.object_type import ObjectType
 
-        key, written = key_element(override), text_of(override)
         if not self.is_group(override.key_or_group):
-            raise ConfigError("is not a group, and glob chooses among a group's configs", key=key, value=written)
+            raise _wrong(override, "is not a group, and glob chooses among a group's configs")
         if not all(isinstance(pattern, str) for pattern in (*glob.include, *glob.exclude)):
-            raise ConfigError(
-                "must have patterns of names, as glob(*) or glob([a*,b*],exclude=ab)", key=key, value=written
-            )
+            raise _wrong(override, "must have patterns of names, as glob(*) or glob([a*,b*],exclude=ab)")
         running = GlobalHydra.instance().is_initialized() and not self.searchpath
         with contextlib.nullcontext() if running else searching(self.config_dir, self.searchpath):
             loader = GlobalHydra.instance().config_loader()
             options = loader.get_group_options(override.key_or_group, results_filter=ObjectType.CONFIG)
         if not (names := glob.filter(options)):
-            raise ConfigError("matches no choice of the group", key=key, value=written, choices=options)
-        return self.choice(override, names, written)
+            raise _wrong(override, "matches no choice of the group", options)
+        return self.choice(override, names, text_of(override))
 
     def choice(self, override: Override, values: Sequence[Any], written: Any) -> Parameter:
         """Return the parameter of listed values, which are parsed or plain."""
@@ -217,80 +206,66 @@ class Reader:
         from hydra.core.override_parser.types import Glob, Sweep
 
         if isinstance(value, Sweep | Glob):
-            raise ConfigError(
-                "has a sweep inside of a value: sweep over whole values, as [1,2],[1,3], or write one list",
-                key=key_element(override),
-                value=text_of(override),
+            raise _wrong(
+                override, "has a sweep inside of a value: sweep over whole values, as [1,2],[1,3], or write one list"
             )
         for inner in value if isinstance(value, list) else value.values() if isinstance(value, dict) else ():
             self.refuse_nested(override, inner)
 
 
 def _interval(override: Override, sweep: IntervalSweep) -> Parameter:
-    key, written, low, high = key_element(override), text_of(override), sweep.start, sweep.end
+    low, high = sweep.start, sweep.end
     assert low is not None
     assert high is not None
     integer = isinstance(low, int) and isinstance(high, int)
     if not finite(low, high):
-        raise ConfigError("must begin and end with finite numbers", key=key, value=written)
+        raise _wrong(override, "must begin and end with finite numbers")
     if low > high or (low == high and not integer):
         ends = f"ends at {high!r}, which is not above its start {low!r}"
         swap = f": interval({high!r},{low!r})" if low > high else "; write one value without interval"
-        raise ConfigError(f"is empty: it {ends}{swap}", key=key, value=written)
-    log = "log" in sweep.tags
-    if log:
-        _check_log(key, written, low)
-    return Parameter(key, "interval", low=low, high=high, log=log, integer=integer)
+        raise _wrong(override, f"is empty: it {ends}{swap}")
+    log = _is_logarithmic(override, sweep, low)
+    return Parameter(key_element(override), "interval", low=low, high=high, log=log, integer=integer)
 
 
 def _range(override: Override, sweep: RangeSweep) -> Parameter:
-    key, written = key_element(override), text_of(override)
     start, stop, step = sweep.start, sweep.stop, sweep.step
     assert start is not None
     assert stop is not None
     if not finite(start, stop, step):
-        raise ConfigError("must have finite numbers", key=key, value=written)
+        raise _wrong(override, "must have finite numbers")
     if step == 0:
-        raise ConfigError("has a step of 0: give another", key=key, value=written)
+        raise _wrong(override, "has a step of 0: give another")
     integer = all(isinstance(x, int) for x in (start, stop, step))
     if not (start < stop if step > 0 else start > stop):
-        wrong = "" if start == stop else f", with a step of {step!r}"
-        raise ConfigError(
-            f"is empty: it goes from {start!r} to {stop!r}, which it excludes{wrong}", key=key, value=written
-        )
+        with_step = "" if start == stop else f", with a step of {step!r}"
+        raise _wrong(override, f"is empty: it goes from {start!r} to {stop!r}, which it excludes{with_step}")
     if integer:
         last: float = range(int(start), int(stop), int(step))[-1]
         start, step = int(start), int(step)
     else:
         if steps_between(start, stop, step) > MOST_VALUES:
-            raise ConfigError(
-                "has more than a million values: use interval(…), which has every number between two",
-                key=key,
-                value=written,
+            raise _wrong(
+                override, "has more than a million values: use interval(…), which has every number between two"
             )
         *_, last = sweep.range()
         start, step = float(start), float(step)
     low, high = min(start, last), max(start, last)
-    log = "log" in sweep.tags
-    if log:
-        _check_log(key, written, low)
-        if not integer or abs(step) != 1:
-            raise ConfigError(
-                "is both logarithmic and equally spaced: list the values, as 1,10,100, or take "
-                f"tag(log,{f'int(interval({low!r},{high!r}))' if integer else f'interval({low!r},{high!r})'})",
-                key=key,
-                value=written,
-            )
-    return Parameter(key, "range", low=low, high=high, step=step, log=log, integer=integer)
+    log = _is_logarithmic(override, sweep, low)
+    if log and (not integer or abs(step) != 1):
+        interval = f"interval({low!r},{high!r})"
+        instead = f"tag(log,{f'int({interval})' if integer else interval})"
+        reason = f"is both logarithmic and equally spaced: list the values, as 1,10,100, or take {instead}"
+        raise _wrong(override, reason)
+    return Parameter(key_element(override), "range", low=low, high=high, step=step, log=log, integer=integer)
 
 
-def _check_log(key: str, written: str, low: float) -> None:
-    if low <= 0:
-        raise ConfigError(
-            f"begins at {low!r}, which has no logarithm: begin above 0, as tag(log,interval(1e-5,0.1)), or leave out tag(log, …)",
-            key=key,
-            value=written,
-        )
+def _is_logarithmic(override: Override, sweep: IntervalSweep | RangeSweep, low: float) -> bool:
+    is_log = "log" in sweep.tags
+    if is_log and low <= 0:
+        fix = "begin above 0, as tag(log,interval(1e-5,0.1)), or leave out tag(log, …)"
+        raise _wrong(override, f"begins at {low!r}, which has no logarithm: {fix}")
+    return is_log
 
 
 def _listed(content: Sequence[Any]) -> list[Any]:

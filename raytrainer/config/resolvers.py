@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from raytrainer.errors import ConfigError
 
 _NAME = re.compile(r"\$\{\s*([A-Za-z_][\w.]*)\s*:")
-_HYDRAS = frozenset({"now", "hydra", "python_version"})
+_HYDRA_RESOLVERS = frozenset({"now", "hydra", "python_version"})
 
 
 def load_for(text: str) -> None:
@@ -22,7 +22,7 @@ def load_for(text: str) -> None:
     Raises:
         ConfigError: One of the modules raised an error while it was imported.
     """
-    if all(OmegaConf.has_resolver(name) for name in _own(text)):
+    if all(OmegaConf.has_resolver(name) for name in _custom_resolvers(text)):
         return
     from hydra.core.plugins import Plugins
 
@@ -47,7 +47,7 @@ def check_same(cfg: DictConfig, text: str) -> None:
     Raises:
         ConfigError: A value differs; the message names the first such key.
     """
-    if not _own(text):
+    if not _custom_resolvers(text):
         return
     values = []
     for _ in range(2):
@@ -61,12 +61,12 @@ def check_same(cfg: DictConfig, text: str) -> None:
         )
 
 
-def _own(text: str) -> set[str]:
-    return {name for name in _NAME.findall(text) if not name.startswith("oc.")} - _HYDRAS
+def _custom_resolvers(text: str) -> set[str]:
+    return {name for name in _NAME.findall(text) if not name.startswith("oc.")} - _HYDRA_RESOLVERS
 
 
 def _different(a: object, b: object, path: str) -> str | None:
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        found = (_different(a[name], b[name], f"{path}.{name}" if path else str(name)) for name in a)
-        return next((key for key in found if key is not None), None)
+        keys = (_different(a[name], b[name], f"{path}.{name}" if path else str(name)) for name in a)
+        return next((key for key in keys if key is not None), None)
     return None if repr(a) == repr(b) else path

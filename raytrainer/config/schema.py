@@ -39,9 +39,9 @@ class DataConfig:
     @property
     def val_sets(self) -> dict[str, dict[str, Any]]:
         """The nodes of the validation sets by name. If `val` is itself a node, its name is the empty string."""
-        given = {name: node for name, node in (self.val or {}).items() if node is not None}
-        if given and all(isinstance(node, dict) for node in given.values()):
-            return given
+        sets = {name: node for name, node in (self.val or {}).items() if node is not None}
+        if sets and all(isinstance(node, dict) for node in sets.values()):
+            return sets
         return {"": self.val} if self.val else {}
 
     @property
@@ -253,8 +253,8 @@ def known_keys(kind: type = Experiment, prefix: str = "") -> Iterator[str]:
 def section_of(f: dataclasses.Field[Any]) -> type | None:
     """Return the dataclass of a field that is a section, else None. Annotations are strings here: `Profile | None`."""
     name = str(f.type).removesuffix(" | None")
-    found = globals().get(name)
-    return found if isinstance(found, type) and dataclasses.is_dataclass(found) else None
+    section = globals().get(name)
+    return section if isinstance(section, type) and dataclasses.is_dataclass(section) else None
 
 
 def validate(section: Any, prefix: str = "") -> None:

@@ -34,7 +34,7 @@ SHARED: Mapping[str, str] = {
     "sweep": "a sweep has one way of searching",
     "debug": "debugging is one run, without -m",
 }
-_HYDRAS_OWN = {"hydra": "it is Hydra's own, once for all trials"}
+_HYDRA_SECTION = {"hydra": "it is Hydra's own, once for all trials"}
 _MOST_REFERENCES = 16  # in a chain; a longer chain is a cycle
 
 
@@ -66,11 +66,11 @@ def parse_space(
     """
     parser = make_parser()
     is_group = groups if callable(groups) else groups.__contains__
-    reader = Reader(parser, is_group, {**shared, **_HYDRAS_OWN}, config_dir)
-    given = [reader.parse(o) for o in overrides]
-    reader.searchpath = [str(p) for o in given if o.key_or_group == "hydra.searchpath" for p in _list_of(o.value())]
+    reader = Reader(parser, is_group, {**shared, **_HYDRA_SECTION}, config_dir)
+    parsed = [reader.parse(o) for o in overrides]
+    reader.searchpath = [str(p) for o in parsed if o.key_or_group == "hydra.searchpath" for p in _list_of(o.value())]
     before: dict[str, Override] = {}
-    for o in given:
+    for o in parsed:
         other = before.get(target(o))
         if other is not None and (o.is_sweep_override() or other.is_sweep_override()):
             raise ConfigError(
@@ -78,9 +78,9 @@ def parse_space(
             )
         if not o.is_delete():
             before[target(o)] = o
-    parameters = _of_space(reader, space, {target(o) for o in given})
+    parameters = _of_space(reader, space, {target(o) for o in parsed})
     fixed = []
-    for o in given:
+    for o in parsed:
         if o.is_sweep_override():
             parameters.append(reader.parameter(o))
         else:
@@ -100,10 +100,10 @@ def written_space(config: DictConfig, key: str = "sweep.space") -> dict[str, Any
         key: The key of the space.
     """
     root = OmegaConf.to_container(config, resolve=False)
-    found = _followed(root, key.split("."), f"${{{key}}}")
-    if not isinstance(found, dict):
-        raise ConfigError("must be keys with their sweeps, as {optimizer.lr: [0.1,0.2]}", key=key, value=found)
-    return {name: _written_part(config, root, key, name, content) for name, content in found.items()}
+    space = _followed(root, key.split("."), f"${{{key}}}")
+    if not isinstance(space, dict):
+        raise ConfigError("must be keys with their sweeps, as {optimizer.lr: [0.1,0.2]}", key=key, value=space)
+    return {name: _written_part(config, root, key, name, content) for name, content in space.items()}
 
 
 def _written_part(config: DictConfig, root: Any, section: str, name: Any, content: Any) -> Any:
@@ -113,9 +113,9 @@ def _written_part(config: DictConfig, root: Any, section: str, name: Any, conten
     place = [*section.split("."), str(name)]
     content = _followed(root, place, content)
     if isinstance(content, dict):
-        return {key: _written_part(config, root, f"{section}.{name}", key, one) for key, one in content.items()}
+        return {key: _written_part(config, root, f"{section}.{name}", key, child) for key, child in content.items()}
     if isinstance(content, list):
-        return [_followed(root, [*place, "-"], one) for one in content]
+        return [_followed(root, [*place, "-"], item) for item in content]
     if not isinstance(content, str) or "${" not in content or _is_readable(content):
         return content
     scratch = config.copy()
@@ -151,29 +151,29 @@ def _followed(root: Any, place: Sequence[str], content: Any) -> Any:
             return content
         dots = len(m[1])
         where = [*(place[: len(place) - dots] if dots else ()), *m[2].split(".")]
-        found = root
+        value = root
         for part in where:
-            if not isinstance(found, dict) or part not in found:
+            if not isinstance(value, dict) or part not in value:
                 return content
-            found = found[part]
-        place, content = where, found
+            value = value[part]
+        place, content = where, value
     return content
 
 
 def _of_space(reader: Reader, space: Mapping[str, Any], taken: Collection[str]) -> list[Parameter]:
-    found: dict[str, Parameter] = {}
+    parameters: dict[str, Parameter] = {}
     for key, content in _flat(space):
         try:
             named = reader.named(key)
             if target(named) in taken:
                 continue
-            if target(named) in found:
+            if target(named) in parameters:
                 raise ConfigError("is given twice; leave one out", key=key)
-            found[target(named)] = reader.of_content(key, named, content)
+            parameters[target(named)] = reader.of_content(key, named, content)
         except ConfigError as error:
             message = f"{error.args[0]} (in sweep.space)"
             raise ConfigError(message, key=error.key, value=error.value, choices=error.choices) from error
-    return list(found.values())
+    return list(parameters.values())
 
 
 def _flat(space: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,7 @@ from raytrainer.config.compose import CONFIG_MODULE, CONFIG_NAME
 from raytrainer.config.typed import defaults
 
 # Keys that belong to one launch and not to the experiment.
-_OF_A_LAUNCH = ("name", "storage_path", "sweep")
+_KEYS_OF_A_LAUNCH = ("name", "storage_path", "sweep")
 
 
 def as_experiment(text: str, about: Sequence[str] = ()) -> str:
@@ -33,7 +33,7 @@ def as_experiment(text: str, about: Sequence[str] = ()) -> str:
     # Include the defaults: a key that an override removed must not come back from the root config.
     config = OmegaConf.merge(OmegaConf.create(defaults()), OmegaConf.create(text))
     assert isinstance(config, DictConfig)
-    for name in _OF_A_LAUNCH:
+    for name in _KEYS_OF_A_LAUNCH:
         config.pop(name, None)
     overrides: dict[str, str | None] = dict.fromkeys(_chosen())
     overrides["cluster"], rest = _cluster(OmegaConf.to_container(config.cluster, resolve=False))
@@ -49,8 +49,8 @@ def as_experiment(text: str, about: Sequence[str] = ()) -> str:
 def _chosen() -> list[str]:
     """Return the groups for which the root config has a default choice."""
     entries = _read(f"{CONFIG_NAME}.yaml")["defaults"]
-    found = [next(iter(entry.items())) for entry in entries if isinstance(entry, dict)]
-    return [group for group, choice in found if choice is not None and not group.startswith("override ")]
+    choices = [next(iter(entry.items())) for entry in entries if isinstance(entry, dict)]
+    return [group for group, choice in choices if choice is not None and not group.startswith("override ")]
 
 
 def _cluster(section: Any) -> tuple[str | None, dict[str, Any]]:
@@ -63,6 +63,6 @@ def _cluster(section: Any) -> tuple[str | None, dict[str, Any]]:
 
 
 def _read(name: str) -> dict[str, Any]:
-    found = yaml.safe_load(importlib.resources.files(CONFIG_MODULE).joinpath(name).read_text())
-    assert isinstance(found, dict)
-    return found
+    content = yaml.safe_load(importlib.resources.files(CONFIG_MODULE).joinpath(name).read_text())
+    assert isinstance(content, dict)
+    return content

@@ -63,9 +63,11 @@ def typed(values: Mapping[str, Any], groups: Sequence[str] = ()) -> Experiment:
                 f"e.g. '# @package {where}'",
                 key=str(name),
             )
-    found = _section(Experiment, values, "", list(_paths(values)))
-    assert isinstance(found, Experiment)
-    return found
+    # A wrong key may have been meant to be one of these. `experiment` is a group, but not a section.
+    known = [*known_keys(), "experiment", *node_keys(values)]
+    experiment = _section(Experiment, values, "", known)
+    assert isinstance(experiment, Experiment)
+    return experiment
 
 
 def is_below_node(name: str) -> bool:
@@ -98,24 +100,21 @@ def _is_key(name: str) -> bool:
     return name in {f.name for f in dataclasses.fields(Experiment)}
 
 
-def _paths(values: Mapping[str, Any], prefix: str = "") -> typing.Iterator[str]:
-    """Yield the keys that a wrong key may have been meant to be: those of the schema and of the composed nodes."""
-    if not prefix:
-        yield from known_keys()
-        yield "experiment"  # a group, but not a section
-    for name, child in values.items():
-        path = f"{prefix}{name}"
-        if is_below_node(path):
-            yield path
-        if isinstance(child, Mapping):
-            yield from _paths(child, f"{path}.")
+def node_keys(values: Any, prefix: str = "") -> list[str]:
+    """Return the dotted keys of composed values that are arguments of a `_target_`, or below one."""
+    keys = []
+    for name, child in values.items() if isinstance(values, Mapping) else ():
+        if is_below_node(path := f"{prefix}{name}"):
+            keys.append(path)
+        keys += node_keys(child, f"{path}.")
+    return keys
 
 
 def _section(kind: type, values: Any, prefix: str, known: Sequence[str]) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     if not isinstance(values, Mapping):
         raise ConfigError("must be a section of keys", key=prefix.rstrip("."), value=values, choices=list(fields))
-    given = {}
+    arguments = {}
     for name, value in values.items():
         path = f"{prefix}{name}"
         if name not in fields:
@@ -127,12 +126,12 @@ def _section(kind: type, values: Any, prefix: str, known: Sequence[str]) -> Any:
         if isinstance(value, str) and (main := fields[name].metadata.get("text")):
             value = {main: value}  # text is short for a section with that one key
         if section is not None and value is not None:
-            given[name] = _section(section, value, f"{path}.", known)
+            arguments[name] = _section(section, value, f"{path}.", known)
         elif section is not None and "None" not in str(fields[name].type):
             raise ConfigError("must be a section of keys, not null", key=path)
         else:
-            given[name] = _converted(path, value, _hints(kind)[name])
-    return kind(**given)
+            arguments[name] = _converted(path, value, _hints(kind)[name])
+    return kind(**arguments)
 
 
 @cache

@@ -23,14 +23,14 @@ def provide(names: Sequence[str], env_file: str | None) -> None:
     missing = [name for name in names if name not in os.environ]
     if not missing:
         return
-    found = _read(Path(env_file).expanduser()) if env_file is not None else {}
+    values = _read(Path(env_file).expanduser()) if env_file is not None else {}
     for name in missing:
-        if name not in found:
+        if name not in values:
             where = f"in the environment of this machine's Ray nor in cluster.env_file={env_file}"
             if env_file is None:
                 where = "in the environment of this machine's Ray, and cluster.env_file is not set"
             raise ConfigError(f"is set neither {where}", key="cluster.forward_env", value=name)
-        os.environ[name] = found[name]
+        os.environ[name] = values[name]
 
 
 def put_back(before: Mapping[str, str]) -> None:
@@ -51,11 +51,11 @@ def _read(path: Path) -> dict[str, str]:
         lines = path.read_text().splitlines()
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", key="cluster.env_file", value=str(path)) from None
-    found = {}
+    values = {}
     for line in lines:
         name, sign, value = line.strip().removeprefix("export ").partition("=")
         if sign and not name.startswith("#"):
             value = value.strip()
             quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-            found[name.strip()] = value[1:-1] if quoted else value
-    return found
+            values[name.strip()] = value[1:-1] if quoted else value
+    return values

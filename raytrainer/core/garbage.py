@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import gc
 
-_AS_USUAL = gc.get_threshold()
-_LESS = (50_000, 20, 50)
+_DEFAULT = gc.get_threshold()
+_HIGH = (50_000, 20, 50)
 
 
 def collect_less() -> None:
     """Collect garbage rarely, while modules are imported. A threshold that somebody else has set stays."""
-    if gc.get_threshold() == _AS_USUAL:
-        gc.set_threshold(*_LESS)
+    if gc.get_threshold() == _DEFAULT:
+        gc.set_threshold(*_HIGH)
 
 
 def collect_as_usual() -> None:
     """End what `collect_less` began."""
-    if gc.get_threshold() == _LESS:
-        gc.set_threshold(*_AS_USUAL)
+    if gc.get_threshold() == _HIGH:
+        gc.set_threshold(*_DEFAULT)

@@ -12,11 +12,12 @@ import subprocess
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 TIME_LIMIT_S = 20.0
 _OUTPUT_BYTES = 2**28
 # Git sets these variables for its hooks. They name another repository than that of the given folder.
-_OTHERS = {
+_HOOK_VARIABLES = {
     "GIT_DIR",
     "GIT_WORK_TREE",
     "GIT_INDEX_FILE",
@@ -29,7 +30,7 @@ _OTHERS = {
     "GIT_NOGLOB_PATHSPECS",
     "GIT_ICASE_PATHSPECS",
 }
-_FIXED = {
+_SETTINGS = {
     "LC_ALL": "C",  # its messages are parsed
     "GIT_OPTIONAL_LOCKS": "0",  # reading neither waits for nor disturbs a concurrent commit
     "GIT_TERMINAL_PROMPT": "0",
@@ -91,7 +92,7 @@ def run(
         time_limit_s: Seconds after which git and everything that it started is killed.
         most_bytes: The maximum size of the output that is kept.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in _OTHERS} | _FIXED
+    environment = {name: value for name, value in os.environ.items() if name not in _HOOK_VARIABLES} | _SETTINGS
     try:
         process = subprocess.Popen(
             ["git", "-C", str(folder), *_OPTIONS, *arguments],
@@ -103,48 +104,51 @@ def run(
         )
     except (OSError, ValueError) as error:  # git is missing or not executable; ValueError: the path has a NUL byte
         return Answer(None, error=f"git cannot be run: {error}")
-    late = threading.Event()
+    out, errors, is_late = _communicate(process, stdin, time_limit_s, most_bytes + 1)
+    if is_late:
+        return Answer(None, error=f"git did not answer within {time_limit_s:g} s")
+    is_cut = len(out) > most_bytes
+    reason = _reason(errors) or f"git {arguments[0]} fails"
+    return Answer(0 if is_cut else process.returncode, out[:most_bytes], reason, is_cut)
 
-    def kill() -> None:
-        with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)
+
+def _communicate(
+    process: subprocess.Popen[bytes], stdin: bytes, time_limit_s: float, most_bytes: int
+) -> tuple[bytes, bytes, bool]:
+    """Return at most `most_bytes` of the output, the error output, and whether git was killed at its time limit.
+
+    It is also killed as soon as it has written `most_bytes`.
+    """
+    is_late = threading.Event()
 
     def expire() -> None:
-        late.set()
-        kill()
+        is_late.set()
+        _kill(process)
 
     timer = threading.Timer(time_limit_s, expire)
     timer.daemon = True
-    timer.start()
     errors: list[bytes] = []
-    assert process.stdin is not None
+    threads = [
+        threading.Thread(target=lambda: errors.append(_read(process.stderr)), name="git-stderr", daemon=True),
+        threading.Thread(target=_write, args=(process, stdin), name="git-stdin", daemon=True),
+    ]
     assert process.stdout is not None
-    assert process.stderr is not None
-    reader = threading.Thread(target=lambda: errors.append(_all_of(process)), name="git-stderr", daemon=True)
-    writer = threading.Thread(target=_write, args=(process, stdin), name="git-stdin", daemon=True)
     try:
-        reader.start()
-        writer.start()
-        out = process.stdout.read(most_bytes + 1)
-        is_cut = len(out) > most_bytes
-        if is_cut:
-            kill()
+        for thread in (timer, *threads):
+            thread.start()
+        out = process.stdout.read(most_bytes)
+        if len(out) == most_bytes:
+            _kill(process)
         process.wait()
     finally:
         timer.cancel()
         if process.returncode is None:
-            kill()
+            _kill(process)
             process.wait()
-        reader.join(1.0)
-        writer.join(1.0)
+        for thread in threads:
+            thread.join(1.0)
         process.stdout.close()
-    if late.is_set():
-        return Answer(None, error=f"git did not answer within {time_limit_s:g} s")
-    said = errors[0].decode(errors="replace").strip() if errors else ""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    # The advice about a repository of another user has several lines.
-    why = " ".join(lines) if "safe.directory" in said else (lines[-1] if lines else f"git {arguments[0]} fails")
-    return Answer(0 if is_cut else process.returncode, out[:most_bytes], why, is_cut)
+    return out, b"".join(errors), is_late.is_set()
 
 
 def submodules(folder: Path, time_limit_s: float = TIME_LIMIT_S) -> dict[str, str]:
@@ -154,10 +158,23 @@ def submodules(folder: Path, time_limit_s: float = TIME_LIMIT_S) -> dict[str, st
     return {path: entry.split()[1] for entry, path in entries}
 
 
-def _all_of(process: subprocess.Popen[bytes]) -> bytes:
-    assert process.stderr is not None
-    with process.stderr:
-        return process.stderr.read()
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill git and everything that it started."""
+    with contextlib.suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _reason(output: bytes) -> str:
+    """Return the last line of git's error output."""
+    lines = [line.strip() for line in output.decode(errors="replace").splitlines() if line.strip()]
+    # The advice about a repository of another user has several lines.
+    return " ".join(lines if any("safe.directory" in line for line in lines) else lines[-1:])
+
+
+def _read(stream: IO[bytes] | None) -> bytes:
+    assert stream is not None
+    with stream:
+        return stream.read()
 
 
 def _write(process: subprocess.Popen[bytes], data: bytes) -> None:

@@ -24,15 +24,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_ROOT = str(Path(__file__).resolve().parent.parent)
+from raytrainer.core.atomic import write_atomically
+
+_ROOT = str(Path(__file__).resolve().parents[2])  # the folder that contains the package
 _REQUEST, _RESULT, _OUTPUT = "request.json", "result.json", "output.txt"
 # With `-c`, `sys.path` begins with the current directory, as in a worker. Our own directory comes last, so that
 # packages installed beside ours cannot hide a module of the standard library.
-_BOOT = (
+_PROGRAM = (
     "import sys; sys.path.append(sys.argv[-1]); from raytrainer.core import isolated; isolated._serve(*sys.argv[1:3])"
 )
 # Variables that name a rank. User code that sees them would create a process group and wait for other ranks.
-_GROUP = (
+_RANK_VARIABLES = (
     "RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",
@@ -94,7 +96,7 @@ class Isolated:
         self._function, self._request = function, request
         self._options = {"path": list(path), "niceness": niceness, "memory": memory}
         self.environment: dict[str, str | None] = {
-            **dict.fromkeys(_GROUP),
+            **dict.fromkeys(_RANK_VARIABLES),
             "TMPDIR": str(self.folder),
             "CUDA_VISIBLE_DEVICES": "",
             "PYTHONDONTWRITEBYTECODE": "1",
@@ -113,12 +115,12 @@ class Isolated:
 
     def start(self) -> None:
         """Start the process. Files that the function needs can be put into `folder` before."""
-        asked = {"function": self._function, "request": dict(self._request), **self._options}
-        (self.folder / _REQUEST).write_text(json.dumps(asked))
+        call = {"function": self._function, "request": dict(self._request), **self._options}
+        (self.folder / _REQUEST).write_text(json.dumps(call))
         environment = {k: v for k, v in {**os.environ, **self.environment}.items() if v is not None}
         with (self.folder / _OUTPUT).open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _BOOT, str(self.folder / _REQUEST), str(self.folder / _RESULT), _ROOT],
+                [sys.executable, "-c", _PROGRAM, str(self.folder / _REQUEST), str(self.folder / _RESULT), _ROOT],
                 stdin=subprocess.PIPE,  # the process ends when this pipe is closed
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -175,7 +177,7 @@ class Isolated:
             result = json.loads((self.folder / _RESULT).read_text())
         except (OSError, ValueError):
             assert self._process is not None
-            return Ended(problem=_death(self._process), output=self._output())
+            return Ended(problem=_cause_of_death(self._process), output=self._output())
         return Ended(result.get("value"), result.get("problem"), output=self._output())
 
     def _output(self, lines: int = 30) -> str:
@@ -189,7 +191,7 @@ def _has_ended(process: subprocess.Popen[bytes]) -> bool:
     return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def _death(process: subprocess.Popen[bytes]) -> str:
+def _cause_of_death(process: subprocess.Popen[bytes]) -> str:
     info = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     if info is None:
         return "its process ended without an answer"
@@ -216,19 +218,18 @@ def _serve(request: str, result: str) -> None:
     """Run the function and write its result: the main function of an isolated process."""
     sys.argv[1:] = []
     _end_with_parent()
-    asked = json.loads(Path(request).read_text())
-    sys.path[:0] = [folder for folder in asked["path"] if folder not in sys.path]
-    _be_modest(asked["niceness"], asked["memory"])
+    call = json.loads(Path(request).read_text())
+    sys.path[:0] = [folder for folder in call["path"] if folder not in sys.path]
+    _limit_resources(call["niceness"], call["memory"])
     answer: dict[str, Any] = {}
     try:
-        module, _, name = asked["function"].partition(":")
-        answer["value"] = getattr(importlib.import_module(module), name)(**asked["request"])
+        module, _, name = call["function"].partition(":")
+        answer["value"] = getattr(importlib.import_module(module), name)(**call["request"])
     except BaseException as error:  # noqa: BLE001  the parent process gets every error
         answer["problem"] = f"{type(error).__name__}: {error}"
         traceback.print_exc()
-    # Renamed into place, so that a process that is killed meanwhile leaves no partial result.
-    Path(f"{result}.part").write_text(json.dumps(answer))
-    Path(f"{result}.part").rename(result)
+    # A process that is killed meanwhile leaves no partial result.
+    write_atomically(Path(result), json.dumps(answer).encode(), durable=False)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # a thread of user code must not keep the process alive
@@ -249,7 +250,7 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, name="lifeline", daemon=True).start()
 
 
-def _be_modest(niceness: int, memory: int | None) -> None:
+def _limit_resources(niceness: int, memory: int | None) -> None:
     with contextlib.suppress(OSError):
         os.nice(niceness)
     # If the machine runs out of memory, the kernel kills this process first, and not the run beside it.

@@ -48,10 +48,10 @@ def proxy_of(address: str, environ: Mapping[str, str] = os.environ) -> tuple[str
 
 def hint(address: str, environ: Mapping[str, str] = os.environ) -> str:
     """Return what to add to an error about a server behind a proxy, without passwords; empty if no proxy is used."""
-    found = proxy_of(address, environ)
-    if found is None:
+    variable = proxy_of(address, environ)
+    if variable is None:
         return ""
-    name, proxy = found
+    name, proxy = variable
     host = urlsplit(address).hostname
     return f"; it is asked through the proxy {redacted(proxy)} of {name}: NO_PROXY={host} would ask it directly"
 
@@ -63,12 +63,12 @@ def redacted(proxy: str) -> str:
 
 def passwords(environ: Mapping[str, str] = os.environ) -> list[str]:
     """Return the passwords of proxies, which must not be in a message, as written and decoded."""
-    found = []
+    secrets = []
     for name, value in environ.items():
         if name.lower().endswith("_proxy") and name not in _EXEMPT and "@" in value:
             password = urlsplit(value if "://" in value else f"//{value}").password
-            found += [password, unquote(password)] if password else []
-    return found
+            secrets += [password, unquote(password)] if password else []
+    return secrets
 
 
 def is_loopback(host: str) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from raytrainer.core.atomic import sync
 from raytrainer.errors import ConfigError, DataError, StorageLocked
 from raytrainer.storage import Storage
 
@@ -105,12 +106,12 @@ class Cache:
             record["files"] = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
             (part / _RECORD).write_text(json.dumps(record, indent=1))
             for place in [*part.iterdir(), part]:
-                _sync(place)
+                sync(place)
             check()
             if self.path.exists():  # incomplete, otherwise `find` would have returned it
                 shutil.rmtree(self.path)
             part.rename(self.path)
-            _sync(self._folder)
+            sync(self._folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
         return content
@@ -129,12 +130,3 @@ def cache_folder(chosen: str | Path) -> Path:
             "is a URI, and a cache is mapped into memory from a disk of each machine", key="cache", value=str(chosen)
         )
     return Path(chosen).expanduser().absolute()
-
-
-def _sync(place: Path) -> None:
-    """Sync a file or directory, so that a crash of the machine leaves a complete cache or none."""
-    handle = os.open(place, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

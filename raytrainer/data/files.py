@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from raytrainer.errors import DataError
-from raytrainer.storage.files import redacted
+from raytrainer.storage import redacted
 
 _MOST_FOLDERS = 10_000
 PARQUET = (".parquet", ".parq", ".pq")

@@ -25,7 +25,7 @@ from raytrainer.data.datasets import Transform, name_of
 from raytrainer.data.files import check_local, find_files
 from raytrainer.data.order import Indices
 from raytrainer.errors import ConfigError, DataError, RaytrainerError
-from raytrainer.storage.files import redacted
+from raytrainer.storage import redacted
 
 T = TypeVar("T")
 R = TypeVar("R")

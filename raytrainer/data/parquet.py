@@ -27,7 +27,7 @@ from raytrainer.data.datasets import ColumnDataset, Transform
 from raytrainer.data.files import check_local, find_files
 from raytrainer.data.layout import layout_of
 from raytrainer.errors import ConfigError, DataError, nearest
-from raytrainer.storage.files import redacted
+from raytrainer.storage import redacted
 
 IN_MEMORY_BYTES = 2**30
 """Up to this size, decoded, `cache="auto"` keeps the data in memory: each worker has its own copy then."""

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from raytrainer.data.tokens import TokenFile, TokenWriter
 from raytrainer.errors import ConfigError, DataError, RaytrainerError
-from raytrainer.storage.files import redacted
+from raytrainer.storage import redacted
 
 FORMATS = ("text", "jsonl", "parquet")
 _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".parq": "parquet", ".pq": "parquet"}

@@ -23,7 +23,7 @@ from torch import Tensor
 from raytrainer.data.cache import Cache, cache_folder
 from raytrainer.data.files import find_files
 from raytrainer.errors import ConfigError, DataError
-from raytrainer.storage.files import redacted
+from raytrainer.storage import redacted
 
 IGNORED = -100
 """The label of a position that does not count, as `torch.nn.functional.cross_entropy` and `TokenCrossEntropy` have it."""

@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raytrainer.config import Experiment, texts_of
+from raytrainer.config import Experiment, leaves_of, texts_of
 from raytrainer.core.isolated import Ended, Isolated
 from raytrainer.errors import PreflightError
 from raytrainer.preflight.reach import is_elsewhere
 from raytrainer.preflight.resources import this_machine, through_ray
 
 _TFLOP, _TFLOP_BESIDE_RAY = 0.5, 0.05  # about a minute, and a few seconds, of a slow core
-_NICE_BESIDE_RAY = 10
-_RAY_NEEDS = 2.0  # cores that are busy while Ray starts: this process, and Ray's own processes
+_NICENESS_BESIDE_RAY = 10
+_RAY_CORES = 2.0  # cores that are busy while Ray starts: this process, and Ray's own processes
 # For other trackers and hubs: the probe records nothing there, and downloads nothing.
-_QUIET: dict[str, str | None] = {
+_ENVIRONMENT: dict[str, str | None] = {
     "MLFLOW_RUN_ID": None,
     "WANDB_MODE": "disabled",
     "HF_HUB_OFFLINE": "1",
@@ -82,8 +82,8 @@ class FirstBatch:
             "raytrainer.preflight.probe:try_step",
             {"text": text, "gpu": gpu, "elsewhere": is_elsewhere(e), "most_tflop": tflop},
             path=_path_of_workers(e),
-            environment=_QUIET,
-            niceness=_NICE_BESIDE_RAY if beside_ray else 0,
+            environment=_ENVIRONMENT,
+            niceness=_NICENESS_BESIDE_RAY if beside_ray else 0,
             threads=1 if beside_ray else max(1, min(4, int(this_machine().cpus))),
             memory=_half_of_free_memory(),
         )
@@ -120,7 +120,7 @@ def why_not_tried(e: Experiment) -> str | None:
         return ""
     if keys := through_ray(e):
         return f"{keys[0]} is a RayDataset, which a Ray cluster reads"
-    for key, value in _values_of_data(e):
+    for key, value in (pair for name, node in e.data.sets.items() for pair in leaves_of(node, name)):
         if isinstance(value, str) and "://" in value and not value.startswith("file://"):
             return f"{key} is not on this machine"
         if key.rpartition(".")[2] == "download" and value is True:
@@ -136,7 +136,7 @@ def is_free_beside_ray() -> bool:
         busy = os.getloadavg()[0]
     except OSError:
         return False
-    return this_machine().cpus - busy >= _RAY_NEEDS + 1
+    return this_machine().cpus - busy >= _RAY_CORES + 1
 
 
 def targets_of(e: Experiment) -> Iterator[tuple[str, str]]:
@@ -145,21 +145,6 @@ def targets_of(e: Experiment) -> Iterator[tuple[str, str]]:
     sections |= {"callbacks": e.callbacks, "metrics": e.metrics, "data.collate_fn": e.data.collate_fn, **e.data.sets}
     for key, node in sections.items():
         yield from texts_of(node, key)
-
-
-def _values_of_data(e: Experiment) -> Iterator[tuple[str, Any]]:
-    def below(node: Any, key: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(node, dict):
-            for name, value in node.items():
-                yield from below(value, f"{key}.{name}")
-        elif isinstance(node, list):
-            for value in node:
-                yield from below(value, key)
-        else:
-            yield key, node
-
-    for key, node in e.data.sets.items():
-        yield from below(node, key)
 
 
 def _path_of_workers(e: Experiment) -> list[str]:

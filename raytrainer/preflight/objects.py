@@ -124,7 +124,7 @@ def _check_optimizer(e: Experiment) -> None:
         from raytrainer.optim import freeze
 
         freeze(_with_loss(model, e), e.trainer.freeze)
-    if not e.optimizer or not target.startswith(_OURS_TO_TRY) or (target == _MUON and model is None):
+    if not e.optimizer or not target.startswith(_BUILT_TARGETS) or (target == _MUON and model is None):
         return
     import torch
 
@@ -134,21 +134,26 @@ def _check_optimizer(e: Experiment) -> None:
     with torch.random.fork_rng(devices=[]):  # a check must not change the caller's generator
         small = torch.nn.Linear(2, 2, bias=False)
     optimizer = build_optimizer(factory(e.optimizer), model if target == _MUON else small)
-    if e.lr_scheduler and str(e.lr_scheduler["_target_"]).startswith(_OURS_TO_TRY):
+    if e.lr_scheduler and str(e.lr_scheduler["_target_"]).startswith(_BUILT_TARGETS):
         scheduler = build_scheduler(factory(e.lr_scheduler), optimizer, e.trainer.max_steps or 1_000_000)
-        length = getattr(scheduler, "total_steps", None)  # OneCycleLR has it, and raises when it is stepped further
-        t = e.trainer
-        alone = t.max_steps is not None and t.max_epochs is None and t.max_time is None  # else it may end earlier
-        if alone and isinstance(length, int) and length < (t.max_steps or 0):
-            raise ConfigError(
-                f"ends after {length} steps, and the run has trainer.max_steps={t.max_steps}; set "
-                "lr_scheduler.total_steps=${trainer.max_steps}",
-                key="lr_scheduler",
-                value=type(scheduler).__name__,
-            )
+        _check_length_of_curve(e, scheduler)
 
 
-_OURS_TO_TRY = ("torch.optim.", "raytrainer.optim.")
+def _check_length_of_curve(e: Experiment, scheduler: Any) -> None:
+    t = e.trainer
+    length = getattr(scheduler, "total_steps", None)  # OneCycleLR has it, and raises when it is stepped further
+    if t.max_steps is None or t.max_epochs is not None or t.max_time is not None:
+        return  # the run may end earlier
+    if isinstance(length, int) and length < t.max_steps:
+        raise ConfigError(
+            f"ends after {length} steps, and the run has trainer.max_steps={t.max_steps}; set "
+            "lr_scheduler.total_steps=${trainer.max_steps}",
+            key="lr_scheduler",
+            value=type(scheduler).__name__,
+        )
+
+
+_BUILT_TARGETS = ("torch.optim.", "raytrainer.optim.")
 _MUON = "raytrainer.optim.Muon"
 
 

@@ -37,18 +37,18 @@ from raytrainer.storage import Storage
 from raytrainer.trainer import Trainer, evaluation
 from raytrainer.trainer.system import stateful_part, together
 
-PARAMETERS = 50_000_000
-"""The largest model that is tried: with its gradients and Adam's averages it takes 0.8 GB."""
-_PARAMETERS_SAVED = 5_000_000  # the size of the largest model whose checkpoint is written and read again
+# The size of the largest model that is tried. With its gradients and Adam's averages it takes 0.8 GB.
+MAX_PARAMETERS = 50_000_000
+_MAX_PARAMETERS_SAVED = 5_000_000  # the size of the largest model whose checkpoint is written and read again
 
 # Errors that prove nothing about the run, which may have a GPU, a process group, a network and more memory.
-_ONLY_HERE = re.compile(
+_LOCAL_PROBLEMS = re.compile(
     r"not implemented for|not supported on cpu|cuda|cudnn|triton|nvidia|nccl|\bhip\b|xformers|flash.?att|bitsandbytes"
     r"|process group|torch\.distributed|ray\.(train|init)|offline|huggingface\.co"
     r"|out of memory|not enough memory|cannot allocate|can't allocate",
     re.IGNORECASE,
 )
-_ESCAPE = "preflight.first_batch=false starts without this test"
+_HOW_TO_SKIP = "preflight.first_batch=false starts without this test"
 
 
 class _Skipped(Exception):
@@ -73,52 +73,52 @@ def try_step(text: str, *, gpu: bool, elsewhere: bool, most_tflop: float) -> dic
     """
     began = time.monotonic()
     try:
-        loss = _tried(text, gpu=gpu, elsewhere=elsewhere, most_tflop=most_tflop)
+        loss = _loss_of_step(text, gpu=gpu, elsewhere=elsewhere, most_tflop=most_tflop)
     except _Skipped as reason:
         return {"verdict": "skipped", "text": str(reason)}
     except BaseException as error:  # noqa: BLE001  user code may raise anything, SystemExit included
         traceback.print_exc()
-        return judged(error, elsewhere=elsewhere)
+        return verdict_of_error(error, elsewhere=elsewhere)
     return {"verdict": "passed", "text": f"loss {loss:.4g}, {time.monotonic() - began:.1f} s on this machine's CPU"}
 
 
-def judged(error: BaseException, *, elsewhere: bool = False) -> dict[str, str]:
+def verdict_of_error(error: BaseException, *, elsewhere: bool = False) -> dict[str, str]:
     """Return what an exception of the probe means for the run: `refused` only if the run would surely raise it, too."""
     chain = list(_chain(error))
     root = chain[-1]
     words = f"{type(root).__name__}: {str(root).strip() or '(no message)'}".splitlines()[0][:500]
-    data = elsewhere and any(isinstance(one, OSError | RaytrainerError) and _is_of_data(one) for one in chain)
-    if data or any(_only_here(one) for one in chain):
+    data = elsewhere and any(isinstance(e, OSError | RaytrainerError) and _concerns_data(e) for e in chain)
+    if data or any(_is_local_problem(e) for e in chain):
         return {"verdict": "unknown", "text": words}
-    refusal = next((one for one in chain if isinstance(one, RaytrainerError)), None)
+    refusal = next((e for e in chain if isinstance(e, RaytrainerError)), None)
     if isinstance(refusal, ConfigError):
         return {"verdict": "refused", "text": str(refusal)}
     return {
         "verdict": "refused",
-        "text": f"The first batch fails{_place(root)}: {words if refusal is None else refusal}; {_ESCAPE}",
+        "text": f"The first batch fails{_place(root)}: {words if refusal is None else refusal}; {_HOW_TO_SKIP}",
     }
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """Yield the exception, and those that caused it."""
     seen: set[int] = set()
-    one: BaseException | None = error
-    while one is not None and id(one) not in seen:
-        seen.add(id(one))
-        yield one
-        one = one.__cause__
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__
 
 
-def _only_here(error: BaseException) -> bool:
+def _is_local_problem(error: BaseException) -> bool:
     if isinstance(error, NotImplementedError | MemoryError | TimeoutError | ConnectionError | NonFiniteLoss | _Partial):
         return True
     if isinstance(error, OSError):  # only a missing file is certain, because the probe is on the machine of the run
         missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
         return not (missing and error.filename is not None)
-    return _ONLY_HERE.search(str(error)) is not None
+    return _LOCAL_PROBLEMS.search(str(error)) is not None
 
 
-def _is_of_data(error: BaseException) -> bool:
+def _concerns_data(error: BaseException) -> bool:
     return isinstance(error, OSError) or type(error).__name__ in ("DataError", "StorageError")
 
 
@@ -138,7 +138,7 @@ def _place(error: BaseException) -> str:
     return f" in {own[-1].filename if path.startswith('..') else path}:{own[-1].lineno}"
 
 
-def _tried(text: str, *, gpu: bool, elsewhere: bool, most_tflop: float) -> float:
+def _loss_of_step(text: str, *, gpu: bool, elsewhere: bool, most_tflop: float) -> float:
     """Try the step and return its loss, or the evaluation's."""
     e = config.experiment_of(text)
     if not elsewhere:
@@ -147,8 +147,8 @@ def _tried(text: str, *, gpu: bool, elsewhere: bool, most_tflop: float) -> float
     _simplify(e, gpu)
     if (model := unbuilt_model(e)) is not None:
         size = sum(p.numel() for p in model.parameters())
-        if size > PARAMETERS:
-            limit = f"{PARAMETERS / 1e6:g} million that are tried on a CPU"
+        if size > MAX_PARAMETERS:
+            limit = f"{MAX_PARAMETERS / 1e6:g} million that are tried on a CPU"
             raise _Skipped(f"the model has {size / 1e6:,.0f} million parameters, more than the {limit}")
     with _group_of_one(e):
         trainer = _FirstRank(e)
@@ -158,7 +158,7 @@ def _tried(text: str, *, gpu: bool, elsewhere: bool, most_tflop: float) -> float
             _train(trainer, most_tflop)
         if trainer.val_loaders and e.trainer.eval_every_n_steps != 0:
             _evaluate(trainer)
-        if e.evaluate is None and sum(p.numel() for p in trainer.raw_model.parameters()) <= _PARAMETERS_SAVED:
+        if e.evaluate is None and sum(p.numel() for p in trainer.raw_model.parameters()) <= _MAX_PARAMETERS_SAVED:
             _save_and_restore(trainer)
     key = "train/loss" if e.evaluate is None else next(k for k in trainer.metrics if k.endswith("loss"))
     return trainer.metrics[key]
@@ -270,7 +270,7 @@ def _train(trainer: Trainer, most_tflop: float) -> None:
 def _evaluate(trainer: Trainer) -> None:
     whole = all(loader.steps_per_epoch == 1 for loader in trainer.val_loaders.values())
     loaders = trainer.val_loaders
-    trainer.val_loaders = {name: _OneBatch(one) for name, one in trainer.val_loaders.items()}  # type: ignore[misc]
+    trainer.val_loaders = {name: _OneBatch(loader) for name, loader in trainer.val_loaders.items()}  # type: ignore[misc]
     compute = trainer.val_metrics.compute
 
     def computed() -> dict[str, float]:

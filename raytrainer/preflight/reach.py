@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
 from raytrainer.config import Experiment, texts_of
+from raytrainer.core import proxies
 from raytrainer.errors import StorageError, TrackingDenied, TrackingError, TrackingUnreachable
 from raytrainer.preflight.temporary import check_temporary
 from raytrainer.storage import Storage
@@ -68,11 +69,11 @@ def is_this_machine(host: str) -> bool:
     import psutil
 
     try:
-        found = {str(info[4][0]).partition("%")[0] for info in socket.getaddrinfo(host, None)}
+        addresses = {str(info[4][0]).partition("%")[0] for info in socket.getaddrinfo(host, None)}
     except (OSError, UnicodeError):
         return False
-    own = {a.address.partition("%")[0] for several in psutil.net_if_addrs().values() for a in several}
-    return all(address in own or ipaddress.ip_address(address).is_loopback for address in found)
+    own = {a.address.partition("%")[0] for interface in psutil.net_if_addrs().values() for a in interface}
+    return all(address in own or ipaddress.ip_address(address).is_loopback for address in addresses)
 
 
 def check_reach(e: Experiment, tracking_uri: str, is_here: Callable[[str], bool] | None = None) -> list[str]:
@@ -122,7 +123,7 @@ def local_files(e: Experiment, sent: Collection[str] = ()) -> list[str]:
         e: The experiment.
         sent: Relative paths of the files that are sent.
     """
-    found = []
+    problems = []
     sections = {name: getattr(e, name) for name in ("model", "loss", "optimizer", "lr_scheduler", "callbacks")}
     sections |= {f"data.{name}": getattr(e.data, name) for name in ("train", "val", "collate_fn")}
     for key, value in (pair for name, node in sections.items() for pair in texts_of(node, name)):
@@ -134,10 +135,10 @@ def local_files(e: Experiment, sent: Collection[str] = ()) -> list[str]:
         relative = os.path.normpath(value)
         goes = any(name == relative or name.startswith(f"{relative}/") for name in sent)
         if there and not (goes if not path.is_absolute() else _is_below(value, e.cluster.shared_paths)):
-            found.append(
+            problems.append(
                 f"{key}={value} is on this machine and is not uploaded; it must also be on the workers' machines"
             )
-    return found
+    return problems
 
 
 def _local_path(text: str) -> str | None:
@@ -153,8 +154,4 @@ def _is_below(path: str, folders: Iterable[str]) -> bool:
 
 
 def _is_loopback(address: str) -> bool:
-    host = urlsplit(address if "://" in address else f"http://{address}").hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+    return proxies.is_loopback(urlsplit(address if "://" in address else f"http://{address}").hostname or "")

@@ -32,14 +32,14 @@ class Resources:
     endless: bool = False
 
     @classmethod
-    def of_ray(cls, found: Mapping[str, float]) -> Resources:
+    def of_ray(cls, resources: Mapping[str, float]) -> Resources:
         """Return the resources in the result of `ray.cluster_resources()`."""
         known = ("CPU", "GPU", "memory")
         return cls(
-            found.get("CPU", 0),
-            found.get("GPU", 0),
-            found.get("memory"),
-            {k: v for k, v in found.items() if k not in known},
+            resources.get("CPU", 0),
+            resources.get("GPU", 0),
+            resources.get("memory"),
+            {k: v for k, v in resources.items() if k not in known},
         )
 
     @classmethod
@@ -56,10 +56,10 @@ class Resources:
         for name in {name for node in (*nodes, *more) for name in node}:
             added = sorted((node.get(name, 0.0) for node in more), reverse=True)
             sums[name] = sum(node.get(name, 0.0) for node in nodes) + sum(added[:most_more])
-        found = cls.of_ray(sums)
+        total = cls.of_ray(sums)
         if any("memory" not in node for node in more):  # a node type that does not state its memory
-            found = replace(found, memory=None)
-        return replace(found, nodes=nodes, more=more, most_more=most_more, endless=endless)
+            total = replace(total, memory=None)
+        return replace(total, nodes=nodes, more=more, most_more=most_more, endless=endless)
 
     def get(self, name: str) -> float | None:
         return {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory}.get(name, (self.other or {}).get(name, 0.0))
@@ -104,8 +104,8 @@ def _gpu_kinds(driver: Path = Path("/proc/driver/nvidia/gpus")) -> dict[str, flo
     """Return Ray's resource for each word in the GPUs' names: `accelerator_type:H100` for "NVIDIA H100 80GB HBM3"."""
     if not _gpus():
         return {}
-    told = "".join(file.read_text() for file in driver.glob("*/information"))
-    names = re.findall(r"^Model:\s*(.+)$", told, re.MULTILINE)
+    information = "".join(file.read_text() for file in driver.glob("*/information"))
+    names = re.findall(r"^Model:\s*(.+)$", information, re.MULTILINE)
     if not names:
         import torch
 
@@ -116,9 +116,9 @@ def _gpu_kinds(driver: Path = Path("/proc/driver/nvidia/gpus")) -> dict[str, flo
 
 def _room(node: Mapping[str, float], wanted: Mapping[str, float], unknown: tuple[str, ...] = ()) -> int:
     """Return how many times a node has the wanted resources."""
-    asked = {name: share for name, share in wanted.items() if name in node or name not in unknown}
+    shares = {name: share for name, share in wanted.items() if name in node or name not in unknown}
     # A small tolerance, because 0.3 / 0.1 is 2.9999999999999996.
-    return min((int(node.get(name, 0.0) / share + 1e-9) for name, share in asked.items()), default=1_000_000)
+    return min((int(node.get(name, 0.0) / share + 1e-9) for name, share in shares.items()), default=1_000_000)
 
 
 def uses_gpu(e: Experiment, available: Resources) -> bool:
@@ -143,12 +143,12 @@ def per_worker(e: Experiment, gpu: bool) -> dict[str, float]:
 
     The default is one GPU if GPUs are used, else one CPU.
     """
-    asked = dict(e.scaling.resources_per_worker or {})
+    resources = dict(e.scaling.resources_per_worker or {})
     if gpu:
-        asked.setdefault("GPU", 1.0)
-    if not any(name in asked for name in ("CPU", "GPU")):
-        asked["CPU"] = 1.0
-    return asked
+        resources.setdefault("GPU", 1.0)
+    if not any(name in resources for name in ("CPU", "GPU")):
+        resources["CPU"] = 1.0
+    return resources
 
 
 def bundle(e: Experiment, gpu: bool) -> dict[str, float]:
@@ -211,19 +211,23 @@ def _check_nodes(e: Experiment, each: Mapping[str, float], available: Resources,
     places = available.places(bundle(e, uses_gpu(e, available)), strategy)
     if places >= count:
         return []
-    one = ", ".join(amount(name, share) for name, share in each.items() if share) + (f" of {kind}" if kind else "")
+    share_of_one = ", ".join(amount(name, share) for name, share in each.items() if share) + (
+        f" of {kind}" if kind else ""
+    )
     of = f"{where}, including nodes that it can add," if available.more else where
     if places == 0:
-        return [f"a worker asks for {one}, and no node of {of} has that; scaling.resources_per_worker sets how much"]
+        return [
+            f"a worker asks for {share_of_one}, and no node of {of} has that; scaling.resources_per_worker sets how much"
+        ]
     strictly = f" with scaling.placement_strategy={strategy}" if strategy.startswith("STRICT") else ""
     room = f"room for {places}: each worker must fit on one node; scaling.num_workers={places} fits"
-    return [f"scaling.num_workers={count} × ({one}){strictly}, and {of} has {room}"]
+    return [f"scaling.num_workers={count} × ({share_of_one}){strictly}, and {of} has {room}"]
 
 
 def _no_fit(e: Experiment, name: str, has: float) -> str:
     if name == "GPU":
-        asked = "GPU" in (e.scaling.resources_per_worker or {})
-        return f"{'scaling.resources_per_worker without GPU' if asked else 'scaling.use_gpu=false'} trains on CPUs"
+        is_set = "GPU" in (e.scaling.resources_per_worker or {})
+        return f"{'scaling.resources_per_worker without GPU' if is_set else 'scaling.use_gpu=false'} trains on CPUs"
     return f"scaling.resources_per_worker.{name} must be at most {has:.0f}"
 
 

@@ -37,48 +37,50 @@ def _check_of_ray(environ: Mapping[str, str]) -> list[str]:
     # As Ray reads them: an empty one counts, too.
     name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in environ), None)
     text = environ[name] if name is not None else "/tmp"  # noqa: S108  Ray's default
-    folder, shown = Path(text), f"{name}={text}" if name is not None else text
+    shown = f"{name}={text}" if name is not None else text
     other = f"{name}=/tmp, or another short path on a local disk" if name else "RAY_TMPDIR=DIR names another directory"
+    problem = _problem_of_path(text, shown, other) or _problem_of_space(Path(text), shown, other)
+    return [problem] if problem else []
+
+
+def _problem_of_path(text: str, shown: str, other: str) -> str | None:
+    """Return why Ray cannot use a path, whatever is in it."""
     if not text.startswith("/"):
-        return [f"{shown} is not an absolute path, and Ray keeps its sockets and logs there: {other}"]
-    length = len(os.fsencode(text.rstrip("/") + _SESSION.format(pid=os.getpid())))
-    if length > _SOCKET_BYTES:
-        most = _SOCKET_BYTES - (length - len(os.fsencode(text.rstrip("/"))))
-        return [
-            (
-                f"{shown} is too long: Ray's sockets in it would have paths of {length} bytes, and the limit is {_SOCKET_BYTES};"
-                f" it may have at most {most} bytes: {other}"
-            )
-        ]
-    if not folder.exists():
-        return [f"{shown} does not exist, and Ray keeps its sockets and logs there: mkdir -p {text}, or {other}"]
-    if not folder.is_dir():
-        return [f"{shown} is not a directory, and Ray keeps its sockets and logs there: {other}"]
+        return f"{shown} is not an absolute path, and Ray keeps its sockets and logs there: {other}"
+    length, session = len(os.fsencode(text.rstrip("/"))), len(_SESSION.format(pid=os.getpid()))
+    if length + session > _SOCKET_BYTES:
+        return (
+            f"{shown} is too long: Ray's sockets in it would have paths of {length + session} bytes, and the limit is"
+            f" {_SOCKET_BYTES}; it may have at most {_SOCKET_BYTES - session} bytes: {other}"
+        )
+    if not Path(text).exists():
+        return f"{shown} does not exist, and Ray keeps its sockets and logs there: mkdir -p {text}, or {other}"
+    if not Path(text).is_dir():
+        return f"{shown} is not a directory, and Ray keeps its sockets and logs there: {other}"
+    return None
+
+
+def _problem_of_space(folder: Path, shown: str, other: str) -> str | None:
+    """Return why Ray cannot write into an existing directory, or to `ray` in it."""
     own = folder / "ray"
     if (own.exists() or own.is_symlink()) and not own.is_dir():
-        return [f"{own} is not a directory, and Ray would keep its sockets and logs there: remove it, or {other}"]
+        return f"{own} is not a directory, and Ray would keep its sockets and logs there: remove it, or {other}"
     place = own if own.is_dir() else folder
     try:
         with tempfile.TemporaryDirectory(prefix=".raytrainer-", dir=place):
             pass
     except OSError as error:
         if place == own and isinstance(error, PermissionError):
-            return [
-                (
-                    f"{own} belongs to {_owner(own)} and cannot be written, and Ray would keep its sockets and logs there:"
-                    f" chmod 1777 {own} by its owner, or RAY_TMPDIR=DIR names another directory"
-                )
-            ]
-        return [f"{shown} cannot be written ({error.strerror}), and Ray keeps its sockets and logs in {place}: {other}"]
-    free = os.statvfs(place)
-    if free.f_bavail * free.f_frsize < _LEAST_BYTES:
-        return [
-            (
-                f"{shown} has {free.f_bavail * free.f_frsize / 2**20:.1f} MiB left, and Ray's logs need"
-                f" {_LEAST_BYTES / 2**20:.0f} MiB: {other}"
+            return (
+                f"{own} belongs to {_owner(own)} and cannot be written, and Ray would keep its sockets and logs there:"
+                f" chmod 1777 {own} by its owner, or RAY_TMPDIR=DIR names another directory"
             )
-        ]
-    return []
+        return f"{shown} cannot be written ({error.strerror}), and Ray keeps its sockets and logs in {place}: {other}"
+    disk = os.statvfs(place)
+    free = disk.f_bavail * disk.f_frsize
+    if free < _LEAST_BYTES:
+        return f"{shown} has {free / 2**20:.1f} MiB left, and Ray's logs need {_LEAST_BYTES / 2**20:.0f} MiB: {other}"
+    return None
 
 
 def _check_of_compiler(environ: Mapping[str, str]) -> list[str]:

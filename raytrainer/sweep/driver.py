@@ -42,7 +42,8 @@ from raytrainer.sweep.outcome import Status, SweepOutcome
 from raytrainer.sweep.plan import Plan
 from raytrainer.sweep.table import Board, ranked
 from raytrainer.tracking.keys import metric_key
-from raytrainer.tracking.spool import Spool, last_logged, spool_of
+from raytrainer.tracking.segments import last_logged
+from raytrainer.tracking.spool import Spool, spool_of
 
 _OPEN_S = 30.0  # importing mlflow and making a database, on a busy machine
 _CLOSE_S, _CLOSE_STOPPED_S = 60.0, 3.0  # timeouts for the tracking server at the end

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from raytrainer.errors import NonFiniteLoss, StorageError, StorageFull
 from raytrainer.storage import Storage
-from raytrainer.tracking.spool import storage_errors
+from raytrainer.storage.os_errors import storage_errors
 
 FILE = "ledger.jsonl"
 ERROR = "error.txt"

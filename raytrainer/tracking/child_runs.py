@@ -10,19 +10,20 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from raytrainer.core.retry import Backoff
 from raytrainer.errors import StorageError, TrackingDenied, TrackingError, TrackingUnreachable
 from raytrainer.tracking.database import default_artifact_root
+from raytrainer.tracking.failures import RunGone
 from raytrainer.tracking.runs import CAUSE_TAG, CONTINUES_TAG, Status, merged, source_tags
 from raytrainer.tracking.sender import LOCAL_PREFIX, Busy, Calls, NoteMissing, Sender
-from raytrainer.tracking.server import RunGone, Server
+from raytrainer.tracking.server import Server
 from raytrainer.tracking.spool import RunNote, Spool
 
 PARENT_TAG = "mlflow.parentRunId"
 
-_BACKOFF_S = (1.0, 60.0)  # first and last delay, doubling between
 _WRITER_S = 5.0  # how long the end of a run waits for a process that still has its spool open
 _LAST_TRIES = 3
 _LAST_PAUSE_S = 0.2  # between rounds at the end
@@ -43,7 +44,7 @@ class _Child:
     unsaved: RunNote | None = None  # a note that could not be written to disk
     sender: Sender | None = None
     announced: bool = False
-    delay_s: float = 0.0  # after failures of this run alone
+    backoff: Backoff = field(default_factory=Backoff)  # after failures of this run alone
     due: float = 0.0
 
 
@@ -95,8 +96,8 @@ class ChildRunUploader:
         self._tags = source_tags()
         self._lock = threading.Lock()
         self._children: dict[Path, _Child] = {}
-        self._said: set[str] = set()
-        self._delay_s = 0.0
+        self._warned: set[str] = set()
+        self._backoff = Backoff()
         self._denied = False
         self._closing, self._abandon = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._loop, name="tracking-uploader", daemon=True)
@@ -201,9 +202,9 @@ class ChildRunUploader:
             return
         for name, text in (texts or {}).items():
             self._attach(child, name, text)
-        told = {**(tags or {}), **({} if cause is None else {CAUSE_TAG: cause})}
+        all_tags = {**(tags or {}), **({} if cause is None else {CAUSE_TAG: cause})}
         end_time = _now() if ended is None else round(1000 * ended)
-        note = RunNote(child.run_id, self._experiment_name, child.name, tags=told, status=status, end_time=end_time)
+        note = RunNote(child.run_id, self._experiment_name, child.name, tags=all_tags, status=status, end_time=end_time)
         note.metrics = {key: [value, round(1000 * at), step] for key, (value, step, at) in (metrics or {}).items()}
         child.ended = time.monotonic()
         self._write(child, lambda old: merged(old, note))
@@ -226,7 +227,7 @@ class ChildRunUploader:
                 path.write_text(text, errors="replace")
                 child.spool.add_artifact(path, None)
         except (StorageError, OSError) as error:
-            self._say("artifact", f"{error}. {name} of a trial is skipped")
+            self._warn_once("artifact", f"{error}. {name} of a trial is skipped")
 
     def _write(self, child: _Child, change: Callable[[RunNote | None], RunNote]) -> None:
         with self._lock:
@@ -239,15 +240,17 @@ class ChildRunUploader:
                     child.unsaved = None
             except StorageError as error:
                 child.unsaved = note or change(child.unsaved)
-                self._say("note", f"{error}. Updates of a trial are kept in memory until its spool can be written")
+                self._warn_once(
+                    "note", f"{error}. Updates of a trial are kept in memory until its spool can be written"
+                )
 
-    def _say(self, what: str, text: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
+    def _warn_once(self, subject: str, text: str) -> None:
+        if subject not in self._warned:
+            self._warned.add(subject)
             logger.warning("%s", text)
 
     def _loop(self) -> None:
-        while not self._closing.wait(self._delay_s or self._interval_s):
+        while not self._closing.wait(self._backoff.delay_s or self._interval_s):
             if not self._denied:
                 self._try()
         # The last tries: a lost answer must not lose metrics, and a dead server must not delay the end of the sweep.
@@ -262,17 +265,18 @@ class ChildRunUploader:
     def _try(self) -> bool:
         try:
             well = self._send_all()
-            if self._delay_s:
+            if self._backoff.delay_s:
                 logger.warning("the tracking server is back")
-            self._delay_s, self._denied = 0.0, False
+            self._backoff.succeeded()
+            self._denied = False
         except TrackingDenied as error:
             well, self._denied = False, True
-            self._say("denied", f"{error}. Uploading stops; trials are kept in their spools")
+            self._warn_once("denied", f"{error}. Uploading stops; trials are kept in their spools")
         except TrackingError as error:
             well = False
-            if not self._delay_s:
+            if not self._backoff.delay_s:
                 logger.warning("%s. Trials are kept in their spools and sent when the server answers", error)
-            self._delay_s = _longer(self._delay_s)
+            self._backoff.failed()
         self.cpu_s = time.thread_time()
         return well
 
@@ -292,7 +296,8 @@ class ChildRunUploader:
                         # The run may have been opened again meanwhile.
                         if self._children.get(child.spool.root) is child:
                             del self._children[child.spool.root]
-                child.delay_s, child.reached = 0.0, True
+                child.backoff.succeeded()
+                child.reached = True
             except Busy:
                 well = False
             except RunGone as error:
@@ -308,9 +313,9 @@ class ChildRunUploader:
         return well
 
     def _put_off(self, child: _Child, what: str, error: Exception) -> None:
-        self._say(what, f"{error}. The trial is kept in {child.spool.root}")
-        child.delay_s = _longer(child.delay_s)
-        child.due = time.monotonic() + child.delay_s
+        self._warn_once(what, f"{error}. The trial is kept in {child.spool.root}")
+        child.backoff.failed()
+        child.due = time.monotonic() + child.backoff.delay_s
 
     def _renewed(self, child: _Child, error: RunGone) -> bool:
         """Give a trial a new run if MLflow lost its run before this attempt; return whether it did. A run that a person
@@ -327,7 +332,7 @@ class ChildRunUploader:
             child.spool.write_state(state)
             child.spool.write_note(replace(note, run_id=new, tags={**note.tags, CONTINUES_TAG: gone}))
         child.run_id, child.sender, child.fresh, child.announced = new, None, True, False
-        self._say("renewed", f"{error}. Trials whose runs are gone continue in new ones")
+        self._warn_once("renewed", f"{error}. Trials whose runs are gone continue in new ones")
         return True
 
     def _send(self, child: _Child) -> bool:
@@ -371,10 +376,6 @@ class ChildRunUploader:
         with self._lock:
             children = list(self._children.values())
         return any(child.ended is not None or child.unsaved or _pending(child.spool) for child in children)
-
-
-def _longer(delay_s: float) -> float:
-    return min(max(2 * delay_s, _BACKOFF_S[0]), _BACKOFF_S[1])
 
 
 def _pending(spool: Spool) -> bool:

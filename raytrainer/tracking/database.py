@@ -136,7 +136,7 @@ def check_schema(tracking_uri: str, *, sleep: Callable[[float], None] = time.sle
     before: Schema | None = None
     while True:
         schema = read_schema(path)
-        if schema is None or schema.is_empty or schema.revision == _head():
+        if schema is None or schema.is_empty or schema.revision == known_revisions()[0]:
             return
         is_mlflows = schema.revision in known_revisions()[1] or "experiments" in schema.tables
         if not is_mlflows or schema == before or time.monotonic() > deadline:
@@ -322,14 +322,10 @@ def known_revisions() -> tuple[str, frozenset[str]]:
     for script in scripts.glob("*.py"):
         text = script.read_text(encoding="utf-8")
         for name, kept in (("revision", revisions), ("down_revision", parents)):
-            found = re.search(rf"^{name}\s*(?::[^=\n]+)?=\s*(\([^)]*\)|.*)$", text, re.MULTILINE)
-            kept.update(re.findall(r"[\"'](\w+)[\"']", found[1]) if found else ())
+            match = re.search(rf"^{name}\s*(?::[^=\n]+)?=\s*(\([^)]*\)|.*)$", text, re.MULTILINE)
+            kept.update(re.findall(r"[\"'](\w+)[\"']", match[1]) if match else ())
     (head,) = revisions - parents
     return head, frozenset(revisions)
-
-
-def _head() -> str:
-    return known_revisions()[0]
 
 
 def _mlflow_version() -> str:

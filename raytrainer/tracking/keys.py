@@ -22,7 +22,11 @@ class MetricKeys:
     def add(self, names: Iterable[str]) -> list[str]:
         """Assign keys to new names. Return one sentence for each name whose key differs from it."""
         new = dict.fromkeys(name for name in names if name not in self._keys)
-        return [said for name in sorted(new, key=lambda name: metric_key(name) != name) if (said := self._added(name))]
+        return [
+            sentence
+            for name in sorted(new, key=lambda name: metric_key(name) != name)
+            if (sentence := self._added(name))
+        ]
 
     def _added(self, name: str) -> str:
         cleaned = key = metric_key(name)

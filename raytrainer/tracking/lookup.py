@@ -1,5 +1,8 @@
 """Queries to a tracking store that are not part of logging a run: search runs, and find the directory of a run.
-It also ends the MLflow run of a dead driver and registers models."""
+It also ends the MLflow run of a dead driver and registers models.
+
+The functions raise TrackingUnreachable or TrackingDenied if the store cannot be used.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from raytrainer.tracking.server import Server, StoredRun
 RUN_DIR_TAG = "raytrainer.run_dir"
 SUBMISSION_TAG = "raytrainer.submission_id"
 SWEEP_TAG = "raytrainer.sweep"
-_AT_ONCE = 100  # run ids in one query
+_IDS_PER_QUERY = 100  # run ids in one query
 # Runs and sweeps have this tag; the trials of a sweep do not.
 _OWN_TAG = "raytrainer.where"
 
@@ -31,9 +34,6 @@ def search_runs(
         user: Return only runs of this user.
         status: Return only runs with this MLflow status.
         sweep: The name of a sweep, to return its trials.
-
-    Raises:
-        TrackingUnreachable, TrackingDenied: The store cannot be queried.
     """
     where = [f"tags.`{_OWN_TAG}` LIKE '%'" if sweep is None else f"tags.`{SWEEP_TAG}` = '{_quoted(sweep)}'"]
     if user is not None:
@@ -44,36 +44,28 @@ def search_runs(
 
 
 def find_run(tracking_uri: str, identifier: str) -> StoredRun | None:
-    """Return the run of raytrainer with this MLflow id, name (the newest with the name) or Ray submission id.
-
-    Raises:
-        TrackingUnreachable, TrackingDenied: The store cannot be queried.
-    """
+    """Return the run of raytrainer with this MLflow id, name (the newest with the name) or Ray submission id."""
     name = _quoted(identifier)
     for where in (
         f"attributes.run_id = '{name}'",
         f"attributes.run_name = '{name}'",
         f"tags.`{SUBMISSION_TAG}` = '{name}'",
     ):
-        found = [run for run in _search(tracking_uri, where, 20) if RUN_DIR_TAG in run.tags]
-        if found:
-            return found[0]
+        runs = [run for run in _search(tracking_uri, where, 20) if RUN_DIR_TAG in run.tags]
+        if runs:
+            return runs[0]
     return None
 
 
 def missing(tracking_uri: str, run_ids: Iterable[str]) -> set[str]:
-    """Return those of these MLflow run ids whose run was deleted or is not in the store.
-
-    Raises:
-        TrackingUnreachable, TrackingDenied: The store cannot be queried.
-    """
-    asked = sorted(set(run_ids))
+    """Return those of these MLflow run ids whose run was deleted or is not in the store."""
+    wanted = sorted(set(run_ids))
     there = set[str]()
-    for first in range(0, len(asked), _AT_ONCE):
-        part = asked[first : first + _AT_ONCE]
+    for first in range(0, len(wanted), _IDS_PER_QUERY):
+        part = wanted[first : first + _IDS_PER_QUERY]
         listed = ", ".join(f"'{_quoted(run_id)}'" for run_id in part)
         there |= {run.run_id for run in _search(tracking_uri, f"attributes.run_id IN ({listed})", len(part))}
-    return set(asked) - there
+    return set(wanted) - there
 
 
 def find_launched(tracking_uri: str, name: str, run_dir: str, submission_id: str | None) -> StoredRun | None:
@@ -86,38 +78,21 @@ def find_launched(tracking_uri: str, name: str, run_dir: str, submission_id: str
         name: The name of the run.
         run_dir: The storage of the run, without options.
         submission_id: The submission id of its job, if it has one.
-
-    Raises:
-        TrackingUnreachable, TrackingDenied: The store cannot be queried.
     """
-    asked = [f"attributes.run_name = '{_quoted(name)}'"]
+    filters = [f"attributes.run_name = '{_quoted(name)}'"]
     if submission_id is not None:
-        asked.insert(0, f"tags.`{SUBMISSION_TAG}` = '{_quoted(submission_id)}'")
-    for where in asked:
+        filters.insert(0, f"tags.`{SUBMISSION_TAG}` = '{_quoted(submission_id)}'")
+    for where in filters:
         for run in _search(tracking_uri, where, 20):
             if RUN_DIR_TAG in run.tags and run_dir_of(run).partition("?")[0].rstrip("/") == run_dir:
                 return run
     return None
 
 
-def find_run_dir(tracking_uri: str, identifier: str) -> str | None:
-    """Return the storage of a run, found as in `find_run`, or of a trial's sweep; None if nothing is found.
-
-    Raises:
-        TrackingUnreachable, TrackingDenied: The store cannot be queried.
-    """
-    found = find_run(tracking_uri, identifier)
-    return None if found is None else run_dir_of(found)
-
-
 def find_own_dir(tracking_uri: str, identifier: str) -> str | None:
-    """Return the same as `find_run_dir`, but for a trial its own directory, which holds its checkpoints.
-
-    Raises:
-        TrackingUnreachable, TrackingDenied: The store cannot be queried.
-    """
-    found = find_run(tracking_uri, identifier)
-    return None if found is None else found.tags[RUN_DIR_TAG]
+    """Return the directory of the run or trial that `find_run` returns, which holds its checkpoints."""
+    run = find_run(tracking_uri, identifier)
+    return None if run is None else run.tags[RUN_DIR_TAG]
 
 
 def run_dir_of(run: StoredRun) -> str:
@@ -130,11 +105,7 @@ def run_dir_of(run: StoredRun) -> str:
 
 
 def reach(tracking_uri: str) -> None:
-    """Connect to the store, so that later calls need no import and no first connection.
-
-    Raises:
-        TrackingUnreachable, TrackingDenied: The store cannot be used.
-    """
+    """Connect to the store, so that later calls need no import and no first connection."""
     Server(tracking_uri).probe()
 
 
@@ -153,14 +124,11 @@ def close_run(
 
     Returns:
         False if the run has already ended or does not exist.
-
-    Raises:
-        TrackingError: The store cannot be written.
     """
     server = Server(tracking_uri)
     # Query again: a driver that was considered dead may have ended its run in the meantime.
-    found = server.search(f"attributes.run_id = '{_quoted(run_id)}'", 1)
-    if not found or found[0].status != "RUNNING":
+    runs = server.search(f"attributes.run_id = '{_quoted(run_id)}'", 1)
+    if not runs or runs[0].status != "RUNNING":
         return False
     server.log_batch(run_id, [], {CAUSE_TAG: cause, **(tags or {})})
     server.set_terminated(run_id, status, int(ended * 1e3))

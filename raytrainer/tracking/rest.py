@@ -5,18 +5,21 @@ from __future__ import annotations
 
 import base64
 import configparser
-import json
 import os
-import ssl
-import urllib.error
-import urllib.request
+import warnings
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from raytrainer.core import proxies
+from raytrainer.core.http import Authorization, proxy_exemptions
 from raytrainer.errors import TrackingUnreachable
-from raytrainer.tracking.server import Rejected, StoredRun, denied, redacted, with_fix, without_secrets
+from raytrainer.tracking.failures import Rejected, denied, reason_of, redacted, unusable
+from raytrainer.tracking.server import StoredRun
+
+if TYPE_CHECKING:
+    import requests
 
 # If one of these is set, or the address has another scheme, MLflow's own client is used.
 _NOT_PLAIN = (
@@ -43,9 +46,6 @@ class Rest:
     def __init__(self, uri: str, *, timeout_s: float = 10) -> None:
         self._uri, self._timeout_s = uri, timeout_s
         self._base = redacted(uri).rstrip("/")
-        through = urllib.request.ProxyHandler(None if proxies.proxy_of(self._base) else {})
-        self._opener = urllib.request.build_opener(through, urllib.request.HTTPSHandler(context=_tls(self._base)))
-        self._headers = {"Content-Type": "application/json", **_credentials(uri)}
 
     def search(self, where: str, limit: int) -> list[StoredRun]:
         """Search runs as `Server.search` does."""
@@ -53,38 +53,51 @@ class Rest:
         token: str | None = None
         while token != "":
             page = {"max_results": 1000, **({"page_token": token} if token else {})}
-            found = self._post("experiments/search", page)
-            experiments += [str(e["experiment_id"]) for e in found.get("experiments", [])]
-            token = str(found.get("next_page_token") or "")
-        asked = {
+            answer = self._post("experiments/search", page)
+            experiments += [str(e["experiment_id"]) for e in answer.get("experiments", [])]
+            token = str(answer.get("next_page_token") or "")
+        query = {
             "experiment_ids": experiments,
             "filter": where,
             "max_results": limit,
             "order_by": ["attributes.start_time DESC"],
         }
-        return [_stored(run) for run in self._post("runs/search", asked).get("runs", [])] if experiments else []
+        return [_stored(run) for run in self._post("runs/search", query).get("runs", [])] if experiments else []
 
     def _post(self, endpoint: str, body: dict[str, Any]) -> dict[str, Any]:
-        url, data = f"{self._base}/api/2.0/mlflow/{endpoint}", json.dumps(body).encode()
-        request = urllib.request.Request(url, data, self._headers)  # noqa: S310  `is_plain` has checked the scheme
         try:
-            with self._opener.open(request, timeout=self._timeout_s) as answer:
-                found = json.load(answer)
-        except urllib.error.HTTPError as error:
-            with error:
-                if error.code in (401, 403):
-                    raise denied(self._uri, error.code) from None
-                hint = proxies.hint(self._base)
-                kind = Rejected if error.code in (400, 404, 413, 422) else TrackingUnreachable
-                raise kind(f"the tracking server {self._base} answers {error.code} {error.reason}{hint}") from None
-        except (OSError, ValueError) as error:  # ValueError: the answer is not JSON, or the address is invalid
-            reason = with_fix(without_secrets(str(getattr(error, "reason", None) or error), self._uri))
-            raise TrackingUnreachable(
-                f"the tracking server {self._base} cannot be used: {reason}{proxies.hint(self._base)}"
-            ) from None
-        if not isinstance(found, dict):
-            raise TrackingUnreachable(f"the tracking server {self._base} does not answer like an MLflow server")
-        return found
+            response = self._response(f"{self._base}/api/2.0/mlflow/{endpoint}", body)
+            if response.status_code in (401, 403):
+                raise denied(self._uri, response.status_code)
+            if response.status_code >= 400:
+                kind = Rejected if response.status_code in (400, 404, 413, 422) else TrackingUnreachable
+                raise kind(
+                    f"the tracking server {self._base} answers {response.status_code} {response.reason}"
+                    f"{proxies.hint(self._base)}"
+                )
+        except (OSError, ValueError) as error:  # ValueError: the address is invalid
+            raise unusable(self._uri, reason_of(error, self._uri)) from None
+        with suppress(ValueError):  # the answer is not JSON
+            content = response.json()
+            if isinstance(content, dict):
+                return content
+        raise TrackingUnreachable(f"the tracking server {self._base} does not answer like an MLflow server")
+
+    def _response(self, url: str, body: dict[str, Any]) -> requests.Response:
+        import requests  # 60 ms, which a listing without a server does not need
+
+        is_insecure = os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Unverified HTTPS request")  # the user has asked for it
+            return requests.post(
+                url,
+                json=body,
+                auth=_credentials(self._uri),
+                timeout=self._timeout_s,
+                # Without the variable, requests reads REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE.
+                verify=False if is_insecure else os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or True,
+                proxies=proxy_exemptions(),
+            )
 
 
 def _stored(run: dict[str, Any]) -> StoredRun:
@@ -106,8 +119,8 @@ def _stored(run: dict[str, Any]) -> StoredRun:
     )
 
 
-def _credentials(uri: str) -> dict[str, str]:
-    """Return the authorization header: user and password, else the token.
+def _credentials(uri: str) -> Authorization | None:
+    """Return user and password, else the token; None if there are none, so that ~/.netrc is read, as by MLflow.
 
     User and password come from the address, else from MLflow's variables, else from its credentials file.
     """
@@ -122,29 +135,6 @@ def _credentials(uri: str) -> dict[str, str]:
     if parts.username is not None:
         user, password = unquote(parts.username), unquote(parts.password or "")
     if user and password:
-        return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
+        return Authorization("Basic " + base64.b64encode(f"{user}:{password}".encode()).decode())
     token = os.environ.get("MLFLOW_TRACKING_TOKEN")
-    return {"Authorization": f"Bearer {token}"} if token else {}
-
-
-def _tls(base: str) -> ssl.SSLContext | None:
-    if not base.startswith("https://"):
-        return None
-    # The variables that requests reads, and therefore MLflow.
-    bundle = next(
-        (
-            os.environ[name]
-            for name in ("MLFLOW_TRACKING_SERVER_CERT_PATH", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
-            if os.environ.get(name)
-        ),
-        None,
-    )
-    if bundle is None:
-        context = ssl.create_default_context()
-    elif Path(bundle).is_dir():
-        context = ssl.create_default_context(capath=bundle)
-    else:
-        context = ssl.create_default_context(cafile=bundle)
-    if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1"):
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context
+    return Authorization(f"Bearer {token}") if token else None

@@ -8,7 +8,7 @@ import shlex
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -16,9 +16,11 @@ from typing import Literal
 from raytrainer import provenance
 from raytrainer.errors import StorageError, TrackingDenied, TrackingError, TrackingUnreachable
 from raytrainer.tracking.database import default_artifact_root
-from raytrainer.tracking.sender import LOCAL_ID_TAG, LOCAL_PREFIX, Calls, apply_note, recorded_run_id, replay
-from raytrainer.tracking.server import RunGone, RunState, Server, redacted
+from raytrainer.tracking.failures import RunGone, redacted
+from raytrainer.tracking.sender import LOCAL_ID_TAG, LOCAL_PREFIX, Calls, apply_note, recorded_run_id
+from raytrainer.tracking.server import RunState, Server
 from raytrainer.tracking.spool import RunNote, Spool
+from raytrainer.tracking.uploader import replay
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 CAUSE_TAG = "raytrainer.cause"
@@ -137,16 +139,12 @@ class Run:
         self._server = self._server.with_timeout(max(1, int(timeout_s)))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        self._tell(RunNote(self.run_id, *self._names, tags=dict(tags)))
+        self._log(RunNote(self.run_id, *self._names, tags=dict(tags)))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, time: float) -> None:
         """Log values at a step. Logging them again with the same time (seconds since the epoch) changes nothing."""
         rows = {key: [value, round(1000 * time), step] for key, value in metrics.items()}
-        self._tell(RunNote(self.run_id, *self._names, metrics=rows))
-
-    def log_params(self, params: Mapping[str, str]) -> None:
-        """Log the parameters that the run does not have yet. MLflow stores each parameter only once."""
-        self._tell(RunNote(self.run_id, *self._names, params=dict(params)))
+        self._log(RunNote(self.run_id, *self._names, metrics=rows))
 
     def log_text(self, text: str, path: str) -> None:
         """Log a text as the artifact `path`. Bytes that could not be decoded when the text was read are restored."""
@@ -159,16 +157,8 @@ class Run:
     def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
         """Log a file, or a directory under its own name, into `folder` of the run's artifacts."""
         source = Path(path)
-        if self._direct():
-            try:
-                self._server.log_artifact(self.run_id, source, folder)
-                return
-            except (TrackingUnreachable, TrackingDenied, RunGone) as error:
-                if self._spool is None:
-                    raise
-                logger.warning(
-                    "%s. %s is kept in %s and sent when the server accepts it", error, source.name, self._spool.root
-                )
+        if self._sent(lambda: self._server.log_artifact(self.run_id, source, folder), source.name):
+            return
         if self._spool is not None:
             try:
                 self._spool.add_artifact(source, folder)
@@ -200,9 +190,9 @@ class Run:
         """
         deadline = time.monotonic() + timeout_s
         server = self._server.with_timeout(max(1, int(timeout_s)))
-        told = {**(tags or {}), **({} if cause is None else {CAUSE_TAG: cause})}
+        all_tags = {**(tags or {}), **({} if cause is None else {CAUSE_TAG: cause})}
         end_time = _now() if ended is None else round(1000 * ended)
-        note = RunNote(self.run_id, *self._names, tags=told, status=status, end_time=end_time)
+        note = RunNote(self.run_id, *self._names, tags=all_tags, status=status, end_time=end_time)
         if status == "FINISHED" and cause is None and self._has_cause(server):
             note.tags[CAUSE_TAG] = ""
         if self._spool is None:
@@ -232,31 +222,28 @@ class Run:
         except TrackingError:  # the next call reports the error
             return False
 
-    def _direct(self) -> bool:
-        """Return whether a call may go directly to the server.
-
-        It may not while the spool has content: an older value must not overwrite a newer one, and a server that hangs
-        should be waited for only once.
-        """
-        if self.offline:
-            return False
-        return self._spool is None or not (self._spool.note_path.exists() or any(self._spool.artifacts()))
-
-    def _tell(self, note: RunNote) -> None:
-        if self._direct():
-            try:
-                apply_note(self._server, self.run_id, note)
-                return
-            except (TrackingUnreachable, TrackingDenied, RunGone) as error:
-                if self._spool is None:
-                    raise
-                logger.warning(
-                    "%s. The run's description is kept in %s and sent when the server accepts it",
-                    error,
-                    self._spool.root,
-                )
-        if self._spool is not None:
+    def _log(self, note: RunNote) -> None:
+        if not self._sent(lambda: apply_note(self._server, self.run_id, note), "The run's description"):
+            assert self._spool is not None
             self._keep(self._spool, note)
+
+    def _sent(self, send: Callable[[], None], content: str) -> bool:
+        """Send something to the server. Return False if the spool must keep it.
+
+        Nothing is sent while the spool has content: an older value must not overwrite a newer one, and a server that
+        hangs should be waited for only once.
+        """
+        spool = self._spool
+        if spool is not None and (self.offline or spool.note_path.exists() or any(spool.artifacts())):
+            return False
+        try:
+            send()
+        except (TrackingUnreachable, TrackingDenied, RunGone) as error:
+            if spool is None:
+                raise
+            logger.warning("%s. %s is kept in %s and sent when the server accepts it", error, content, spool.root)
+            return False
+        return True
 
     @staticmethod
     def _keep(spool: Spool, note: RunNote) -> RunNote:
@@ -274,8 +261,8 @@ def _open(server: Calls, note: RunNote, spool: Spool | None) -> str:
     old = None if spool is None else spool.note()
     if old is not None:
         # An earlier attempt's status that could not be sent is no longer true. Everything else in its note still is.
-        told = merged(replace(old, status=None, end_time=None), note)
-        note.params, note.tags, note.start_time = told.params, told.tags, told.start_time
+        pending = merged(replace(old, status=None, end_time=None), note)
+        note.params, note.tags, note.start_time = pending.params, pending.tags, pending.start_time
     existing = note.run_id
     if existing.startswith(LOCAL_PREFIX):
         experiment_id = server.experiment(note.experiment_name, note.artifact_root)

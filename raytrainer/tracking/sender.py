@@ -6,37 +6,22 @@ from __future__ import annotations
 
 import logging
 import shutil
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from raytrainer.errors import StorageGone, TrackingDenied, TrackingError, TrackingUnreachable
-from raytrainer.tracking.database import default_artifact_root
-from raytrainer.tracking.server import Rejected, RunGone, RunState, Server
-from raytrainer.tracking.spool import (
-    MAX_ROWS,
-    Artifact,
-    Batch,
-    Row,
-    RunNote,
-    Segment,
-    Spool,
-    State,
-    discard_if_finished,
-    read_batch,
-)
+from raytrainer.errors import TrackingError, TrackingUnreachable
+from raytrainer.tracking.failures import Rejected, RunGone
+from raytrainer.tracking.segments import MAX_ROWS, Batch, Row, Segment, discard_if_finished, read_batch
+from raytrainer.tracking.server import RunState
+from raytrainer.tracking.spool import Artifact, RunNote, Spool, State
 
 SYSTEM_PREFIX = "system/"
 LOCAL_PREFIX = "offline-"
 LOCAL_ID_TAG = "raytrainer.offline_id"
 DROPPED_TAG = "raytrainer.dropped_rows"
-
-_BACKOFF_S = (1.0, 60.0)  # first and last delay in seconds, doubling between
-_LAST_TRIES = 3
 
 logger = logging.getLogger("raytrainer.tracking")
 
@@ -67,6 +52,29 @@ class NoteMissing(TrackingUnreachable):
 
 class RunNotCreated(NoteMissing):
     """The run that another process has to create does not exist yet."""
+
+
+class Content(NamedTuple):
+    """What one request logs."""
+
+    rows: Sequence[Row]
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+
+    @property
+    def size(self) -> int:
+        return len(self.rows) + len(self.tags) + len(self.params)
+
+    def parts(self) -> list[Content]:
+        """Split the content: by kind if it has several kinds, otherwise in halves."""
+        rows, tags, params = self
+        if sum(map(bool, self)) > 1:
+            return [Content(rows, {}, {}), Content([], tags, {}), Content([], {}, params)]
+        halves = slice(self.size // 2), slice(self.size // 2, None)
+        return [Content(rows[s], dict(list(tags.items())[s]), dict(list(params.items())[s])) for s in halves]
+
+
+NOTHING = Content([], {}, {})
 
 
 class Sender:
@@ -154,8 +162,7 @@ class Sender:
                 return False
             if note.status == "RUNNING":
                 self._server.set_running(run_id)
-            untold = (*self._unsent(run_id, note), self._untold_rows(note))
-            self._send_all(run_id, state, stop, *untold, keep_newest=keep_newest)
+            self._send_all(run_id, state, stop, self._unsent(run_id, note), keep_newest=keep_newest)
             self._described = note
             if note.end_time is None:
                 self._spool.drop_note(note)
@@ -175,34 +182,30 @@ class Sender:
                 raise Busy(f"another process is sending {self._spool.root}")
             yield self._spool.state()
 
-    def _unsent(self, run_id: str, note: RunNote) -> tuple[dict[str, str], dict[str, str]]:
-        """Return the tags and parameters of the note that MLflow may not have."""
-        if note == self._described:
-            return {}, {}
+    def _unsent(self, run_id: str, note: RunNote) -> Content:
+        """Return what MLflow may not have of the note."""
         old = self._described
+        if note == old:
+            return NOTHING
+        rows = [row for row in note.rows if old is None or row not in old.rows]
         tags = {key: value for key, value in note.tags.items() if old is None or old.tags.get(key) != value}
-        if not note.params or self._no_params:
-            return tags, note.params
-        known = self._server.run(run_id).params
-        return tags, {key: value for key, value in note.params.items() if key not in known}
-
-    def _untold_rows(self, note: RunNote) -> list[Row]:
-        old = [] if self._described is None else self._described.rows
-        return [row for row in note.rows if row not in old]
+        params = note.params
+        if params and not self._no_params:
+            known = self._server.run(run_id).params
+            params = {key: value for key, value in params.items() if key not in known}
+        return Content(rows, tags, params)
 
     def _send_all(
         self,
         run_id: str,
         state: State,
         stop: Callable[[], bool],
-        tags: Mapping[str, str] | None = None,
-        params: Mapping[str, str] | None = None,
-        rows: Sequence[Row] = (),
+        content: Content = NOTHING,
         *,
         keep_newest: bool = False,
     ) -> int:
         """Send the note's content with the first rows, then artifacts. Return the number of accepted rows."""
-        sent, along = 0, (tags or {}, params or {}, rows)
+        sent = 0
         segments = self._spool.segments()
         for segment in segments:
             while not stop():
@@ -211,37 +214,28 @@ class Sender:
                     if not (keep_newest and segment is segments[-1]):
                         discard_if_finished(segment, batch.end)
                     break
-                sent += self._send_batch(segment, batch, run_id, state, *along)
-                along = ({}, {}, ())
-        if any(along):
-            self._log(run_id, along[2], *along[:2])
+                sent += self._send_batch(segment, batch, run_id, state, content)
+                content = NOTHING
+        self._log(run_id, content)
         for artifact in self._spool.artifacts():
             if stop():
                 break
             self._upload(artifact, run_id)
         return sent
 
-    def _send_batch(
-        self,
-        segment: Segment,
-        batch: Batch,
-        run_id: str,
-        state: State,
-        tags: Mapping[str, str],
-        params: Mapping[str, str],
-        more: Sequence[Row],
-    ) -> int:
+    def _send_batch(self, segment: Segment, batch: Batch, run_id: str, state: State, content: Content) -> int:
+        """Send a batch and further content. Return the number of accepted rows."""
         if batch.rows and segment.attempt not in state.floors:
             state.floors[segment.attempt] = {} if self._no_rows else self._server.run(run_id).steps
             self._spool.write_state(state)
         if batch.broken:
             logger.warning("%s: %d lines cannot be read and are skipped", segment.path, batch.broken)
         rows = self._above_floor(batch.rows, state.floors.get(segment.attempt, {}))
-        if len(rows) + len(more) > MAX_ROWS:
-            self._log(run_id, more, {}, {})
+        if len(rows) + len(content.rows) > MAX_ROWS:
+            self._log(run_id, Content(content.rows, {}, {}))
         else:
-            rows += more
-        refused, refused_texts = self._log(run_id, rows, {**tags, **batch.tags}, params)
+            rows += content.rows
+        refused, refused_texts = self._log(run_id, Content(rows, {**content.tags, **batch.tags}, content.params))
         lost = refused + refused_texts + batch.dropped + batch.broken
         if lost:
             state.dropped += lost
@@ -266,29 +260,28 @@ class Sender:
                 kept.append(row)
         return kept
 
-    def _log(
-        self, run_id: str, rows: Sequence[Row], tags: Mapping[str, str], params: Mapping[str, str]
-    ) -> tuple[int, int]:
+    def _log(self, run_id: str, content: Content) -> tuple[int, int]:
         """Log one batch. If MLflow rejects it because of its content, find the entries at fault and log the others.
 
         Returns:
             The number of rejected rows, and the number of rejected tags and parameters.
         """
-        if not (rows or tags or params):
+        if not content.size:
             return 0, 0
+        rows, tags, params = content
         self._no_rows, self._no_params = self._no_rows and not rows, self._no_params and not params
         try:
-            self._server.log_batch(run_id, rows, tags, params)
+            self._server.log_batch(run_id, *content)
             return 0, 0
         except Rejected as error:
             _check_active(self._server, run_id)
-            if len(rows) + len(tags) + len(params) == 1:
+            if content.size == 1:
                 key = rows[0].key if rows else next(iter({**tags, **params}))
                 if key not in self._warned:
                     self._warned.add(key)
                     logger.warning("MLflow refuses %r, which is skipped: %s", key, error)
                 return len(rows), len(tags) + len(params)
-        refused = [self._log(run_id, *part) for part in _parts(rows, tags, params)]
+        refused = [self._log(run_id, part) for part in content.parts()]
         return sum(rows for rows, _ in refused), sum(texts for _, texts in refused)
 
     def _upload(self, artifact: Artifact, run_id: str) -> None:
@@ -366,203 +359,6 @@ def _check_active(server: Calls, run_id: str) -> None:
     """
     if not server.run(run_id).active:
         raise RunGone(f"the MLflow run {run_id} is deleted") from None
-
-
-def _parts(
-    rows: Sequence[Row], tags: Mapping[str, str], params: Mapping[str, str]
-) -> Iterator[tuple[Sequence[Row], Mapping[str, str], Mapping[str, str]]]:
-    """Split a batch: by kind if it has several kinds, otherwise in halves."""
-    if sum(map(bool, (rows, tags, params))) > 1:
-        yield from ((rows, {}, {}), ([], tags, {}), ([], {}, params))
-        return
-    half = (len(rows) + len(tags) + len(params)) // 2
-    for part in (slice(half), slice(half, None)):
-        yield rows[part], dict(list(tags.items())[part]), dict(list(params.items())[part])
-
-
-class Uploader:
-    """An uploader: a thread that sends a spool while it grows. Another process may write the spool.
-
-    It logs once when the server cannot be used and once when the server is back. After each failure it doubles the
-    delay, up to a minute. After 401, 403 or the deletion of the run it stops until it is closed, and then tries one
-    last time.
-
-    Args:
-        spool_dir: The run's spool.
-        run_id: As in `Sender`.
-        tracking_uri: The tracking server.
-        interval_s: Seconds between two checks of the spool.
-        awaited_in: The experiment in which another process creates and ends the run of a local id. This uploader then
-            sends only what is logged, and continues after `close` for as long as the process lives.
-        server: Replaced in tests; by default it is made from `tracking_uri`.
-    """
-
-    def __init__(
-        self,
-        spool_dir: Path,
-        run_id: str,
-        tracking_uri: str,
-        *,
-        interval_s: float = 5.0,
-        awaited_in: str | None = None,
-        server: Calls | None = None,
-    ) -> None:
-        self._spool, self._interval_s = Spool(spool_dir), interval_s
-        awaited = None if awaited_in is None else (awaited_in, default_artifact_root(tracking_uri))
-        self._notes = awaited is None
-        # A request may take a minute, because no caller waits for it. A slow server that needs 30 s for a call still
-        # works.
-        server = server or Server(tracking_uri, timeout_s=60)
-        self._sender = Sender(self._spool, run_id, server, awaited=awaited)
-        self._closing, self._abandon = threading.Event(), threading.Event()
-        self._delay_s = 0.0
-        self._down = self._given_up = False
-        self._thread = threading.Thread(target=self._loop, name="tracking-shipper", daemon=True)
-        self._thread.start()
-
-    def close(self, *, drain: bool = True, timeout_s: float = 30.0) -> bool:
-        """End the thread. Return whether everything was sent; the rest stays in the spool for `replay`.
-
-        Args:
-            drain: Whether to try to send the rest first. If false, only the current call may finish.
-            timeout_s: The longest time to wait, in seconds. A thread that hangs in a call ends with the process.
-        """
-        if not drain:
-            self._abandon.set()
-        self._closing.set()
-        self._thread.join(timeout_s)
-        self._abandon.set()
-        if not self._thread.is_alive() and not self._spool.pending(notes=self._notes):
-            return True
-        if drain and not self._notes and not self._given_up:
-            _leftovers.add(self._spool, self._sender)
-        return False
-
-    def _loop(self) -> None:
-        while not self._closing.wait(self._delay_s or self._interval_s):
-            if not self._given_up:
-                self._send()
-        # The last tries: one lost answer must not leave rows behind, and a dead server must not delay the end of the
-        # run.
-        for _ in range(_LAST_TRIES):
-            if self._abandon.is_set() or self._send() or self._given_up:
-                break
-            self._abandon.wait(0.5)
-
-    def _send(self) -> bool:
-        try:
-            if self._spool.pending(notes=self._notes):
-                sent = self._sender.send(self._abandon.is_set)
-                if self._down:
-                    logger.warning("the tracking server is back: %d rows sent", sent)
-            self._down, self._delay_s = False, 0.0
-            return True
-        except Busy:
-            self._delay_s = 0.0
-        except RunNotCreated:
-            # The run will exist later. If the server is down, the process that creates the run reports it.
-            self._delay_s = _longer(self._delay_s)
-        except (TrackingDenied, RunGone) as error:
-            if not self._given_up:
-                logger.warning("%s. Uploading stops; metrics are kept in %s", error, self._spool.root)
-            self._given_up = True
-        except Exception as error:  # noqa: BLE001
-            # A tracking error must not stop training: the thread continues, logs the error and tries again.
-            if not self._down:
-                kept = (
-                    ""
-                    if isinstance(error, StorageGone)
-                    else f". Metrics are kept in {self._spool.root} and sent when the server answers"
-                )
-                logger.warning("%s%s", error, kept)
-            self._down = True
-            self._delay_s = _longer(self._delay_s)
-        return False
-
-
-class _Leftovers:
-    """Spools that were not fully sent when their `Uploader` was closed.
-
-    One thread tries them again while the process lives, because a trial process lives longer than one trial.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._waiting: list[tuple[Spool, Sender]] = []
-        self._thread: threading.Thread | None = None
-
-    def add(self, spool: Spool, sender: Sender) -> None:
-        with self._lock:
-            self._waiting.append((spool, sender))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._loop, name="tracking-leftovers", daemon=True)
-                self._thread.start()
-
-    def _loop(self) -> None:
-        delay_s = _longer(0.0)
-        while True:
-            time.sleep(delay_s)
-            with self._lock:
-                if not self._waiting:
-                    self._thread = None
-                    return
-                spool, sender = self._waiting[0]
-            over = failed = False
-            try:
-                sender.send()
-                over = not spool.pending(notes=False)
-            except (TrackingDenied, RunGone) as error:
-                logger.warning("%s. Uploading of %s stops", error, spool.root)
-                over = True
-            except Exception as error:  # noqa: BLE001  already logged at close; continue with the next spool
-                logger.debug("%s is kept: %s", spool.root, error)
-                failed = True
-            delay_s = _longer(delay_s) if failed else _BACKOFF_S[0] if not over else 0.0
-            with self._lock:
-                first = self._waiting.pop(0)
-                if not over:
-                    self._waiting.append(first)
-
-
-_leftovers = _Leftovers()
-
-
-def _longer(delay_s: float) -> float:
-    return min(max(2 * delay_s, _BACKOFF_S[0]), _BACKOFF_S[1])
-
-
-def replay(
-    spool_dir: Path, run_id: str, tracking_uri: str, *, timeout_s: float = 30.0, server: Calls | None = None
-) -> int:
-    """Send what workers left in the spool and what the driver could not send. Return the number of rows sent.
-
-    The driver calls it at the end of a run. It tries three times, and starts no new try and no new batch after
-    `timeout_s` seconds.
-
-    Raises:
-        TrackingError: Not everything could be sent. The rest stays in the spool, and another `replay` continues from
-            there.
-    """
-    spool = Spool(spool_dir)
-    if not spool.pending():
-        return 0
-    sender = Sender(spool, run_id, server or Server(tracking_uri, timeout_s=60))
-    deadline = time.monotonic() + timeout_s
-    tries = 0
-    while True:
-        try:
-            sent = sender.send(lambda: time.monotonic() > deadline)
-        except (Busy, TrackingUnreachable) as error:
-            # A worker that was killed during a call releases its lock when its process ends. A live sender may take
-            # longer.
-            tries += not isinstance(error, Busy)
-            if tries >= _LAST_TRIES or time.monotonic() + 1.0 >= deadline:
-                raise
-            time.sleep(1.0)
-            continue
-        if time.monotonic() > deadline and spool.pending():
-            raise TrackingUnreachable(f"not everything could be sent in {timeout_s:g} s; the rest is in {spool_dir}")
-        return sent
 
 
 def recorded_run_id(spool_dir: Path) -> str | None:

@@ -4,46 +4,23 @@ Every call is short and is not retried by MLflow itself. It fails with one of ou
 
 from __future__ import annotations
 
-import importlib
 import logging
-import os
 import re
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
-from raytrainer.core import proxies
-from raytrainer.errors import TrackingDenied, TrackingError, TrackingUnreachable
-from raytrainer.tracking.database import (
-    check_schema,
-    check_writable,
-    create,
-    is_sqlite,
-    read_experiment,
-    schema_problem,
-)
-from raytrainer.tracking.spool import Row
+from raytrainer.errors import TrackingError, TrackingUnreachable
+from raytrainer.tracking.database import check_schema, create, is_sqlite, schema_problem
+from raytrainer.tracking.failures import Rejected, RunGone, denied, reason_of, redacted, shortened, unusable
+from raytrainer.tracking.request_settings import request_settings
+from raytrainer.tracking.segments import Row
 
-CHECK_SECONDS = 14  # below the 15 s that `check_tracking` promises
 MAX_PARAM = 6000  # characters, the limit of MLflow's validation
 MAX_TAG = 8000
-MAX_KEY = 250
-
-_SECRETS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD")
-_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
-
-
-class Rejected(TrackingError):
-    """The server understood the call and rejects its content."""
-
-
-class RunGone(TrackingError):
-    """The run was deleted or never existed."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +93,7 @@ class Server:
             client.log_batch(
                 run_id,
                 metrics=[Metric(row.key, row.value, row.time, row.step) for row in rows],
-                params=[Param(key, _cut(value, MAX_PARAM)) for key, value in (params or {}).items()],
+                params=[Param(key, shortened(value, MAX_PARAM)) for key, value in (params or {}).items()],
                 tags=[RunTag(key, value[:MAX_TAG]) for key, value in tags.items()],
                 synchronous=True,
             )
@@ -142,10 +119,10 @@ class Server:
             return self._experiments[name]
         for _ in range(2):
             with self._call() as client:
-                found = client.get_experiment_by_name(name)
-            if found is not None:
-                _refuse_deleted(name, found.experiment_id, found.lifecycle_stage)
-                return self._experiments.setdefault(name, str(found.experiment_id))
+                experiment = client.get_experiment_by_name(name)
+            if experiment is not None:
+                refuse_deleted(name, experiment.experiment_id, experiment.lifecycle_stage)
+                return self._experiments.setdefault(name, str(experiment.experiment_id))
             try:
                 with self._call() as client:
                     created = str(client.create_experiment(name, artifact_location=artifact_root))
@@ -166,8 +143,8 @@ class Server:
     def find_run(self, experiment_id: str, tag: str, value: str) -> str | None:
         """Return a run with this tag. Tags and values are raytrainer's own, so they need no quoting."""
         with self._call() as client:
-            found = client.search_runs([experiment_id], f"tags.`{tag}` = '{value}'", max_results=1)
-        return str(found[0].info.run_id) if found else None
+            runs = client.search_runs([experiment_id], f"tags.`{tag}` = '{value}'", max_results=1)
+        return str(runs[0].info.run_id) if runs else None
 
     def search(self, where: str, limit: int) -> list[StoredRun]:
         """Return runs of all experiments that are not deleted, newest first.
@@ -182,8 +159,8 @@ class Server:
                 page = client.search_experiments(page_token=token)
                 everywhere += [e.experiment_id for e in page]
                 token = page.token or ""
-            found = client.search_runs(everywhere, where, max_results=limit, order_by=["attributes.start_time DESC"])
-            return [_stored_run(run) for run in found]
+            runs = client.search_runs(everywhere, where, max_results=limit, order_by=["attributes.start_time DESC"])
+            return [_stored_run(run) for run in runs]
 
     def artifacts(self, run_id: str, folder: str) -> list[str]:
         """Return the paths of the files directly in a folder of the run's artifacts."""
@@ -228,11 +205,11 @@ class Server:
             client.search_experiments(max_results=1)
             experiment = None if experiment_name is None else client.get_experiment_by_name(experiment_name)
         if experiment_name is not None and experiment is not None:
-            _refuse_deleted(experiment_name, experiment.experiment_id, experiment.lifecycle_stage)
+            refuse_deleted(experiment_name, experiment.experiment_id, experiment.lifecycle_stage)
 
     @contextmanager
     def _call(self) -> Iterator[Any]:
-        with _request_settings(self.timeout_s):
+        with request_settings(self.timeout_s):
             try:
                 if self._client is None:
                     self._client = _client(self.uri)
@@ -245,66 +222,13 @@ class Server:
                 raise _translated(error, self.uri) from None
 
 
-def check_tracking(tracking_uri: str, experiment_name: str | None = None) -> None:
-    """Check within 15 seconds that runs can be logged to the store. This does not create a SQLite file.
-
-    Args:
-        tracking_uri: An http(s) address, or a database URL.
-        experiment_name: The experiment of a new run, which need not exist.
-
-    Raises:
-        TrackingUnreachable: The server does not answer, or MLflow cannot use the store.
-        TrackingDenied: The first answer is 401 or 403.
-        TrackingError: The experiment was deleted.
-    """
-    scheme = urlsplit(tracking_uri).scheme
-    if is_sqlite(tracking_uri):
-        check_writable(tracking_uri)
-        if experiment_name is not None and (id_and_stage := read_experiment(tracking_uri, experiment_name)):
-            _refuse_deleted(experiment_name, *id_and_stage)
-        return
-    if scheme in ("", "file"):
-        raise TrackingUnreachable(
-            f"tracking.tracking_uri={tracking_uri} is a directory, that is, a file store, which MLflow no longer supports:"
-            " use sqlite:////ABSOLUTE/PATH/mlflow.db or a server's http(s) address"
-        )
-    problem: list[Exception] = []
-
-    def probe() -> None:
-        try:
-            Server(tracking_uri, timeout_s=10).probe(experiment_name)
-        except Exception as error:  # noqa: BLE001  passed to the caller's thread, which raises it
-            problem.append(error)
-
-    # Import before the time limit starts, because the import alone takes seconds on a slow machine.
-    with _request_settings(10):
-        importlib.import_module("mlflow.tracking")
-    # Use a thread, because database drivers and name lookups do not respect our timeout.
-    thread = threading.Thread(target=probe, name="tracking-check", daemon=True)
-    thread.start()
-    thread.join(CHECK_SECONDS)
-    if thread.is_alive():
-        raise TrackingUnreachable(
-            f"the tracking server {redacted(tracking_uri)} gave no answer in {CHECK_SECONDS} s{proxies.hint(tracking_uri)}"
-        )
-    if problem:
-        raise problem[0]
-
-
-def _refuse_deleted(name: str, experiment_id: str, stage: str) -> None:
+def refuse_deleted(name: str, experiment_id: str, stage: str) -> None:
+    """Raise `Rejected` if an experiment is in another lifecycle stage than `active`."""
     if stage != "active":
         raise Rejected(
             f"the experiment {name!r} is deleted in MLflow: choose another tracking.experiment_name,"
             f" or `mlflow experiments restore --experiment-id {experiment_id}`"
         )
-
-
-def redacted(uri: str) -> str:
-    """Return the URI without its user and password."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _client(uri: str) -> Any:
@@ -320,71 +244,6 @@ def _client(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-class _Settings:
-    """Environment variables that MLflow reads at each call, set while any of our calls runs in this process.
-
-    They change only Python's view of the environment. Calls are made by threads, and `putenv` may move the C
-    environment while native code reads it. A start of Ray, for example, reads hundreds of variables. With glibc before
-    2.41 that can cause a segmentation fault.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._timeouts: list[int] = []
-        self._saved: dict[str, str | None] = {}
-
-    @contextmanager
-    def use(self, timeout_s: int) -> Iterator[None]:
-        with self._lock:
-            self._timeouts.append(timeout_s)
-            self._apply()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._timeouts.remove(timeout_s)
-                self._apply()
-
-    def _apply(self) -> None:
-        if not self._timeouts:
-            for name, value in self._saved.items():
-                _show(name, value)
-            self._saved = {}
-            return
-        values = {
-            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # 7 by default, about 4 minutes; the sender retries
-            "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(self._timeouts)),
-            "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
-            "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-            # MLflow reads this once, on import. Its telemetry would write to the C environment.
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-        }
-        values |= proxies.exemptions()  # needed in a worker of another cluster too, whose environment we do not set
-        if not self._saved:
-            self._saved = {name: os.environ.get(name) for name in values}
-        for name in _USERS:
-            if self._saved[name] is not None:
-                del values[name]
-        for name, value in values.items():
-            _show(name, value)
-
-
-# If the user has set these variables, their values are kept.
-_USERS = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_DISABLE_TELEMETRY")
-
-
-def _show(name: str, value: str | None) -> None:
-    """Set what Python code in this process finds in `os.environ`; None removes the variable. `putenv` is not called."""
-    python: dict[bytes, bytes] = os.environ._data  # type: ignore[attr-defined]
-    if value is None:
-        python.pop(os.fsencode(name), None)
-    else:
-        python[os.fsencode(name)] = os.fsencode(value)
-
-
-_request_settings = _Settings().use
-
-
 def _translated(error: Exception, uri: str) -> TrackingError:
     from mlflow.exceptions import MlflowException
 
@@ -394,22 +253,13 @@ def _translated(error: Exception, uri: str) -> TrackingError:
         return denied(uri, status)
     if schema := re.search(r"out-of-date database schema \(found version (\w+)", str(error)):
         return TrackingUnreachable(schema_problem(name, None if schema[1] == "None" else schema[1]))
-    reason = with_fix(without_secrets(_reason(error), uri))
+    reason = reason_of(error, uri)
     if isinstance(error, MlflowException):
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return RunGone(f"{name}: {reason}")
         if status in (400, 413, 422):
             return Rejected(f"{name}: {reason}")
-    return TrackingUnreachable(f"the tracking server {name} cannot be used: {reason}{proxies.hint(uri)}")
-
-
-def denied(uri: str, status: int) -> TrackingDenied:
-    """Return the error for an answer of 401 or 403. It names the variables that were set, never their values."""
-    given = [key for key in (*_SECRETS, "MLFLOW_TRACKING_USERNAME") if os.environ.get(key)]
-    return TrackingDenied(
-        f"the tracking server {redacted(uri)} answers {status} to the credentials given"
-        f" ({', '.join(given) if given else 'none: MLFLOW_TRACKING_TOKEN or _USERNAME and _PASSWORD are not set'}){proxies.hint(uri)}"
-    )
+    return unusable(uri, reason)
 
 
 def _status(error: Exception, uri: str) -> int | None:
@@ -436,38 +286,6 @@ def _asked_status(uri: str) -> int | None:
         return int(http_request(get_default_host_creds(uri), endpoint, "GET", raise_on_status=False).status_code)
     except MlflowException:
         return None
-
-
-def _reason(error: BaseException) -> str:
-    """Return the innermost cause in one line: `[Errno 111] Connection refused` instead of four wrappers around it."""
-    seen = {id(error)}
-    inner = error
-    while (deeper := inner.__cause__ or inner.__context__) is not None and id(deeper) not in seen:
-        seen.add(id(deeper))
-        inner = deeper
-    text = next((line.strip() for line in str(inner).splitlines() if line.strip()), "")
-    return _cut(f"{type(inner).__name__}: {text}" if text else type(inner).__name__, 300)
-
-
-def without_secrets(text: str, uri: str) -> str:
-    """Remove secrets from a text that may quote the address or a header."""
-    secrets = [os.environ.get(key) for key in _SECRETS]
-    password = urlsplit(uri).password
-    for secret in (*secrets, password, unquote(password) if password else None, *proxies.passwords()):
-        if secret:
-            text = text.replace(secret, "***")
-    return text
-
-
-def with_fix(reason: str) -> str:
-    """Return the reason; if a certificate's authority is unknown, with the setting that makes it known."""
-    if "self-signed certificate" in reason or "unable to get local issuer certificate" in reason:
-        return f"{reason}; MLFLOW_TRACKING_SERVER_CERT_PATH=FILE names the authority that signed its certificate"
-    return reason
-
-
-def _cut(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _run_state(run: Any) -> RunState:

@@ -1,24 +1,17 @@
 """The spool of a run: files with everything that MLflow does not have yet. They survive the death of any process.
 This module defines only the formats and their invariants. It has no threads and uses no network.
 
-    metrics-000001-4f1c09aa.jsonl   a segment: one JSON array per line; the 8 hex digits name the attempt that wrote it
+    metrics-000001-4f1c09aa.jsonl   a segment (segments.py); the 8 hex digits name the attempt that wrote it
     state.json                      what MLflow has acknowledged; only the holder of send.lock replaces it, atomically
     run.json                        what the driver could not send to MLflow yet (see `RunNote`)
     artifacts/                      copies of files to upload, one directory each
-
-A segment's first line is `["segment", 1]` (the format's version). Further lines are
-`["m", time in ms, step, {key: value}]`, `["t", {tag: value}]` and `["dropped", rows]`. Each line holds its time, so
-sending a line twice produces the same rows.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 import uuid
@@ -28,16 +21,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from raytrainer.errors import StorageError, StorageFull, StorageGone
+from raytrainer.core.atomic import write_atomically
+from raytrainer.errors import StorageError, StorageGone
 from raytrainer.storage import Storage
-
-FORMAT = 1
-MAX_ROWS = 1000  # MLflow's limits for one log_batch call: metrics, tags, and bytes of a request (1 MB) with a margin
-MAX_TAGS = 100
-MAX_BATCH_BYTES = 400_000
-
-_SEGMENT = re.compile(r"metrics-(\d{6,})-([0-9a-f]{8})\.jsonl")
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+from raytrainer.storage.os_errors import storage_errors
+from raytrainer.tracking.segments import FORMAT, HEADER_BYTES, Row, Segment, flock, names_in, segments_in, size
 
 
 def spool_of(place: Storage) -> Path:
@@ -50,33 +38,6 @@ def spool_of(place: Storage) -> Path:
         return place.local_path / "spool"
     name = hashlib.sha256(place.display.encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir(), f"raytrainer-{os.getuid()}", "spools", name)
-
-
-class Row(NamedTuple):
-    """One metric value; `time` is in milliseconds since the epoch."""
-
-    key: str
-    value: float
-    time: int
-    step: int
-
-
-class Batch(NamedTuple):
-    """Whole lines of a segment, up to byte `end`. `broken` counts lines that cannot be parsed."""
-
-    rows: list[Row]
-    tags: dict[str, str]
-    dropped: int
-    broken: int
-    end: int
-
-
-class Segment(NamedTuple):
-    """A file of lines. `attempt` identifies the writer that created it; each start of a process is another writer."""
-
-    path: Path
-    number: int
-    attempt: str
 
 
 class Artifact(NamedTuple):
@@ -127,7 +88,7 @@ class RunNote:
 
     @property
     def rows(self) -> list[Row]:
-        return [Row(key, *found) for key, found in self.metrics.items()]
+        return [Row(key, *row) for key, row in self.metrics.items()]
 
 
 class Spool:
@@ -153,18 +114,13 @@ class Spool:
 
     def segments(self) -> list[Segment]:
         """Return all segments, in the order in which their rows were logged."""
-        return sorted(self._segments(), key=lambda segment: (segment.number, segment.attempt))
-
-    def _segments(self) -> Iterator[Segment]:
-        for name in _names(self.root):
-            if match := _SEGMENT.fullmatch(name):
-                yield Segment(self.root / name, int(match[1]), match[2])
+        return sorted(segments_in(self.root), key=lambda segment: (segment.number, segment.attempt))
 
     def size(self) -> int:
         """Return the bytes on disk: segments, and files waiting for upload."""
-        total = sum(_size(segment.path) for segment in self._segments())
+        total = sum(size(segment.path) for segment in segments_in(self.root))
         for folder, _, names in os.walk(self.root / "artifacts"):
-            total += sum(_size(Path(folder, name)) for name in names)
+            total += sum(size(Path(folder, name)) for name in names)
         return total
 
     def pending(self, *, notes: bool = True) -> bool:
@@ -179,7 +135,7 @@ class Spool:
         if not segments:
             return False
         acked = self.state().acked
-        return any(_size(segment.path) > max(acked.get(segment.path.name, 0), _HEADER_BYTES) for segment in segments)
+        return any(size(segment.path) > max(acked.get(segment.path.name, 0), HEADER_BYTES) for segment in segments)
 
     # State and note
 
@@ -189,11 +145,11 @@ class Spool:
 
     def write_state(self, state: State) -> None:
         """Write the state without segments that no longer exist. The caller holds the lock."""
-        segments = list(self._segments())
+        segments = list(segments_in(self.root))
         names, attempts = {segment.path.name for segment in segments}, {segment.attempt for segment in segments}
         state.acked = {name: offset for name, offset in state.acked.items() if name in names}
         state.floors = {attempt: floor for attempt, floor in state.floors.items() if attempt in attempts}
-        _replace(self.root / "state.json", asdict(state))
+        self._write_json("state.json", asdict(state))
 
     @property
     def note_path(self) -> Path:
@@ -206,7 +162,7 @@ class Spool:
     def write_note(self, note: RunNote, *, durable: bool = True) -> None:
         """Write the note; if `durable`, so that it survives a power cut. The caller holds `note_lock` since reading."""
         self.create()
-        _replace(self.note_path, asdict(note), durable)
+        self._write_json("run.json", asdict(note), durable)
 
     def drop_note(self, applied: RunNote) -> None:
         """Delete the note, unless it was changed after `applied` was read."""
@@ -214,10 +170,10 @@ class Spool:
             if self.note() == applied:
                 self.note_path.unlink(missing_ok=True)
 
-    def remove(self, told: RunNote) -> bool:
-        """Delete everything unless the note differs from `told` or something is unsent. Return whether it did."""
+    def remove(self, sent: RunNote) -> bool:
+        """Delete everything unless the note differs from `sent` or something is unsent. Return whether it did."""
         with self.note_lock():
-            if self.note() != told or self.segments() or any(self.artifacts()):
+            if self.note() != sent or self.segments() or any(self.artifacts()):
                 return False
             shutil.rmtree(self.root / "artifacts", ignore_errors=True)
             for name in ("state.json", "send.lock", "run.lock"):
@@ -233,8 +189,12 @@ class Spool:
         """Hold the note's lock while the driver or a sender changes the note."""
         self.create()
         with storage_errors(self.root), (self.root / "run.lock").open("ab") as file:
-            _flock(file.fileno(), wait=True)
+            flock(file.fileno(), wait=True)
             yield
+
+    def _write_json(self, name: str, content: dict[str, Any], durable: bool = True) -> None:
+        with storage_errors(self.root / name):
+            write_atomically(self.root / name, json.dumps(content).encode(), durable=durable)
 
     # Artifacts
 
@@ -248,7 +208,7 @@ class Spool:
             try:
                 shutil.copytree(path, payload) if path.is_dir() else shutil.copy2(path, payload)
                 (partial / "folder.json").write_text(json.dumps(folder), encoding="utf-8")
-                number = max((int(name.split("-")[0]) for name in _names(home) if name[0] != "."), default=0) + 1
+                number = max((int(name.split("-")[0]) for name in names_in(home) if name[0] != "."), default=0) + 1
                 partial.replace(home / f"{number:06d}-{partial.name[1:9]}")
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -256,9 +216,9 @@ class Spool:
 
     def artifacts(self) -> Iterator[Artifact]:
         """Yield the artifacts that were copied completely, oldest first."""
-        for name in sorted(name for name in _names(self.root / "artifacts") if name[0] != "."):
+        for name in sorted(name for name in names_in(self.root / "artifacts") if name[0] != "."):
             entry = self.root / "artifacts" / name
-            for payload in _names(entry / "payload"):
+            for payload in names_in(entry / "payload"):
                 folder = json.loads((entry / "folder.json").read_text(encoding="utf-8"))
                 yield Artifact(entry, entry / "payload" / payload, folder)
 
@@ -269,208 +229,7 @@ class Spool:
         """Yield whether this caller alone may send now. The kernel releases the lock when the process dies."""
         self.create()
         with storage_errors(self.root), (self.root / "send.lock").open("ab") as file:
-            yield _flock(file.fileno())
-
-
-class SegmentWriter:
-    """Appends whole lines to the attempt's segments, durably. There is one writer, used by one thread at a time.
-
-    Args:
-        spool: The spool.
-        segment_bytes: The size after which a new segment begins, so that sent segments can be deleted.
-    """
-
-    def __init__(self, spool: Spool, segment_bytes: int) -> None:
-        self.attempt = uuid.uuid4().hex[:8]
-        self._spool, self._segment_bytes = spool, segment_bytes
-        self._path, self._descriptor, self._end = Path(), -1, 0
-        self._begin()
-
-    def append(self, data: bytes) -> None:
-        """Write lines and wait for the disk. After an error, no part of `data` is left in the file.
-
-        Raises:
-            StorageFull: No space is left.
-            StorageError: Any other error of the file system.
-        """
-        # On a file system without locks, a sender may take an open segment for a finished one and delete it after
-        # sending.
-        if self._end >= self._segment_bytes or not self._path.exists():
-            before = self._descriptor
-            self._begin()
-            os.close(before)
-        with storage_errors(self._path):
-            try:
-                _write(self._descriptor, data)
-                os.fsync(self._descriptor)
-            except OSError:
-                os.ftruncate(self._descriptor, self._end)
-                raise
-        self._end += len(data)
-
-    def close(self) -> None:
-        """Close the segment. An empty one is deleted; any other may be deleted once it is sent."""
-        if self._descriptor >= 0:
-            if self._end <= _HEADER_BYTES:
-                self._path.unlink(missing_ok=True)
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def _begin(self) -> None:
-        self._spool.create()
-        number = max((segment.number for segment in self._spool.segments()), default=0) + 1
-        path = self._spool.root / f"metrics-{number:06d}-{self.attempt}.jsonl"
-        partial = path.with_suffix(".partial")
-        with storage_errors(path):
-            descriptor = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o644)
-            try:
-                # Lock the file before it gets its name, so that a segment that a sender can see and lock has no writer.
-                _flock(descriptor)
-                _write(descriptor, _HEADER)
-                os.fsync(descriptor)
-                partial.replace(path)
-                _sync_directory(path.parent)
-            except OSError:
-                os.close(descriptor)
-                partial.unlink(missing_ok=True)
-                raise
-        self._path, self._descriptor, self._end = path, descriptor, len(_HEADER)
-
-
-def line(*fields: Any) -> bytes:
-    """Return a line of a segment. NaN and infinities are written as Python's json writes and reads them."""
-    return json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
-
-
-_HEADER = line("segment", FORMAT)
-_HEADER_BYTES = len(_HEADER)
-
-
-def read_batch(segment: Segment, offset: int) -> Batch:
-    """Read whole lines from `offset`, within the limits of one call (a single line may exceed them).
-
-    A last line without a newline is incomplete, because its writer is still writing or has died. It is not read.
-
-    Raises:
-        StorageError: The segment has another format version.
-    """
-    rows: list[Row] = []
-    tags: dict[str, str] = {}
-    dropped = broken = 0
-    end = start = offset
-    with storage_errors(segment.path), segment.path.open("rb") as file:
-        file.seek(offset)
-        for raw in file:
-            if not raw.endswith(b"\n"):
-                break
-            try:
-                kind, *fields = json.loads(raw)
-                if kind == "segment":
-                    if fields != [FORMAT]:
-                        raise StorageError(f"{segment.path} has format {fields}, this version reads {FORMAT}")
-                elif kind == "m":
-                    time, step, metrics = fields
-                    new = [Row(str(key), float(value), int(time), int(step)) for key, value in metrics.items()]
-                    if rows and len(rows) + len(new) > MAX_ROWS:
-                        break
-                    rows += new
-                elif kind == "t":
-                    if tags and len(tags) + len(fields[0]) > MAX_TAGS:
-                        break
-                    tags |= {str(key): str(value) for key, value in fields[0].items()}
-                elif kind == "dropped":
-                    dropped += int(fields[0])
-                else:
-                    broken += 1
-            except (ValueError, TypeError, AttributeError, IndexError):
-                broken += 1
-            end += len(raw)
-            if end - start >= MAX_BATCH_BYTES:
-                break
-    return Batch(rows, tags, dropped, broken, end)
-
-
-def last_logged(spool: Spool, key: str) -> tuple[float, int, dict[str, float]] | None:
-    """Return the newest line that has a value of `key`: seconds since the epoch, the step, and all metrics of the line.
-
-    Returns None if no segment has one. Segments that are sent and have no writer may already be deleted.
-
-    Raises:
-        StorageError: A segment cannot be read.
-    """
-    for segment in reversed(spool.segments()):
-        with storage_errors(segment.path):
-            lines = segment.path.read_bytes().split(b"\n")
-        for raw in reversed(lines[:-1]):  # a line without a newline is incomplete
-            with suppress(ValueError, TypeError, AttributeError):
-                kind, *fields = json.loads(raw)
-                if kind == "m" and key in fields[2]:
-                    return fields[0] / 1000, int(fields[1]), {name: float(value) for name, value in fields[2].items()}
-    return None
-
-
-def discard_if_finished(segment: Segment, acked: int) -> bool:
-    """Delete a segment that has no writer and whose whole lines are all sent. Return whether it was deleted."""
-    with storage_errors(segment.path), segment.path.open("rb") as file:
-        if not _flock(file.fileno()):
-            return False
-        file.seek(acked)
-        if b"\n" in file.read():
-            return False
-        segment.path.unlink()
-    return True
-
-
-@contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Convert errors of the file system to ours, with the path."""
-    try:
-        yield
-    except OSError as error:
-        where = error.filename or path
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageFull(f"no space at {where}") from error
-        raise StorageError(f"{where}: {error.strerror or error}") from error
-
-
-def _flock(descriptor: int, *, wait: bool = False) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-    return True
-
-
-def _write(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _replace(path: Path, data: Any, durable: bool = True) -> None:
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with storage_errors(path):
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                json.dump(data, file)
-                if durable:
-                    file.flush()
-                    os.fsync(file.fileno())
-            partial.replace(path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+            yield flock(file.fileno())
 
 
 def _read_json(path: Path) -> Any:
@@ -486,18 +245,3 @@ def _read_json(path: Path) -> Any:
     if not isinstance(data, dict) or data.get("version") != FORMAT:
         raise StorageError(f"{path} does not have format version {FORMAT}, which this version reads")
     return data
-
-
-def _names(path: Path) -> list[str]:
-    with storage_errors(path):
-        try:
-            return [entry.name for entry in path.iterdir()]
-        except FileNotFoundError:
-            return []
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
 
-from raytrainer.tracking.server import redacted
+from raytrainer.tracking.failures import redacted
 
 _URI = "MLFLOW_TRACKING_URI"
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
-_FORMS = "an address http(s)://host[:port] of a server, or a database as sqlite:////ABSOLUTE/PATH/mlflow.db"
-_WHOLE = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR")
-_TRUTHS = ("MLFLOW_TRACKING_INSECURE_TLS", "MLFLOW_DISABLE_TELEMETRY", "MLFLOW_TRACKING_AWS_SIGV4")
+_ADDRESS_FORMS = "an address http(s)://host[:port] of a server, or a database as sqlite:////ABSOLUTE/PATH/mlflow.db"
+_WHOLE_NUMBERS = (
+    "MLFLOW_HTTP_REQUEST_TIMEOUT",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR",
+)
+_BOOLEANS = ("MLFLOW_TRACKING_INSECURE_TLS", "MLFLOW_DISABLE_TELEMETRY", "MLFLOW_TRACKING_AWS_SIGV4")
 _FILES = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "MLFLOW_TRACKING_CLIENT_CERT_PATH")
+_VARIABLE_FORMS: tuple[tuple[tuple[str, ...], Callable[[str], object], str], ...] = (
+    (_WHOLE_NUMBERS, re.compile(r"\d+").fullmatch, "must be a whole number; unset it for the default"),
+    (_BOOLEANS, re.compile("true|false|1|0", re.IGNORECASE).fullmatch, "must be true or false"),
+    (_FILES, os.path.exists, "is not a file on this machine"),
+)
 _CREDENTIALS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 _IGNORED = {
     "MLFLOW_RUN_ID": "raytrainer creates its own run; raytrainer resume ID continues one",
@@ -29,46 +38,45 @@ def variable_problems(environ: Mapping[str, str], uri: str | None) -> list[str]:
         environ: The environment. An empty or blank variable counts as not set.
         uri: The resolved `tracking.tracking_uri`; None for the default store.
     """
-    given = {name: value.strip() for name, value in environ.items() if name.startswith("MLFLOW_") and value.strip()}
-    problems = _of_uri(uri, given)
-    for name in _WHOLE:
-        if name in given and not re.fullmatch(r"\d+", given[name]):
-            problems.append(f"{name}={given[name]} must be a whole number; unset it for the default")
-    for name in _TRUTHS:
-        if name in given and given[name].lower() not in ("true", "false", "1", "0"):
-            problems.append(f"{name}={given[name]} must be true or false")
-    for name in _FILES:
-        if name in given and not Path(given[name]).exists():
-            problems.append(f"{name}={given[name]} is not a file on this machine")
-    for name in _CREDENTIALS:
-        if name in environ and re.search(r"[\x00-\x1f\x7f]", environ[name]):
-            problems.append(f"{name} has a line break or another control character, which no request can carry")
-    if given.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1") and _FILES[0] in given:
+    variables = {name: value.strip() for name, value in environ.items() if name.startswith("MLFLOW_") and value.strip()}
+    problems = _of_uri(uri, variables)
+    for names, is_valid, must in _VARIABLE_FORMS:
+        problems += [
+            f"{name}={variables[name]} {must}" for name in names if name in variables and not is_valid(variables[name])
+        ]
+    problems += [
+        f"{name} has a line break or another control character, which no request can carry"
+        for name in _CREDENTIALS
+        if re.search(r"[\x00-\x1f\x7f]", environ.get(name, ""))
+    ]
+    if variables.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1") and _FILES[0] in variables:
         problems.append(f"MLFLOW_TRACKING_INSECURE_TLS and {_FILES[0]} are both set; MLflow accepts only one of them")
     problems += [
-        f"{name}={given[name]} is set, and would be ignored: {why}; unset {name}"
+        f"{name}={variables[name]} is set, and would be ignored: {why}; unset {name}"
         for name, why in _IGNORED.items()
-        if name in given
+        if name in variables
     ]
     return problems
 
 
-def _of_uri(uri: str | None, given: Mapping[str, str]) -> list[str]:
+def _of_uri(uri: str | None, variables: Mapping[str, str]) -> list[str]:
     if uri is None:
         return []
-    source = _URI if given.get(_URI) == uri else "tracking.tracking_uri"
+    source = _URI if variables.get(_URI) == uri else "tracking.tracking_uri"
     shown = f"{source}={redacted(uri)}"
     scheme, rest = urlsplit(uri).scheme.partition("+")[0].lower(), uri.partition("://")[2]
     if re.search(r"\s", uri) and scheme != "sqlite":  # a folder's name may contain a space
-        return [f"{shown} has a space in it; write {_FORMS}"]
+        return [f"{shown} has a space in it; write {_ADDRESS_FORMS}"]
     if scheme in ("http", "https"):
-        return [] if urlsplit(uri).hostname else [f"{shown} names no host; write {_FORMS}"]
+        return [] if urlsplit(uri).hostname else [f"{shown} names no host; write {_ADDRESS_FORMS}"]
     if scheme in _DATABASES:
-        return [] if rest.strip("/") else [f"{shown} names no database; write {_FORMS}"]
+        return [] if rest.strip("/") else [f"{shown} names no database; write {_ADDRESS_FORMS}"]
     if re.fullmatch(r"[\w.-]+:\d+(/.*)?", uri):
         return [f"{shown} has no scheme; write {source}=http://{uri}"]
     if uri == "databricks" or scheme in ("databricks", "uc", "databricks-uc"):
-        return [f"{shown} is a Databricks store, which raytrainer cannot log to; write {_FORMS}"]
+        return [f"{shown} is a Databricks store, which raytrainer cannot log to; write {_ADDRESS_FORMS}"]
     if scheme in ("", "file"):
-        return [f"{shown} is a directory, that is, a file store, which MLflow no longer supports; write {_FORMS}"]
-    return [f"{shown} is not an MLflow store; write {_FORMS}"]
+        return [
+            f"{shown} is a directory, that is, a file store, which MLflow no longer supports; write {_ADDRESS_FORMS}"
+        ]
+    return [f"{shown} is not an MLflow store; write {_ADDRESS_FORMS}"]

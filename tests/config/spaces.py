@@ -19,8 +19,8 @@ def parse(*overrides: str, **space: Any) -> list[Parameter]:
 
 
 def one(override: str) -> Parameter:
-    (found,) = parse(override)
-    return found
+    (parameter,) = parse(override)
+    return parameter
 
 
 def refusal(*overrides: str, space: dict[Any, Any] | None = None) -> str:

@@ -33,15 +33,15 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_an_experiment_is_typed_named_and_absolute(in_tmp: Path) -> None:
-    found = compose(["experiment=resnet", "optimizer.lr=0.05", "trainer.max_epochs=3"])
-    e = found.experiment
+    composition = compose(["experiment=resnet", "optimizer.lr=0.05", "trainer.max_epochs=3"])
+    e = composition.experiment
     assert re.fullmatch(r"resnet-\d{8}-\d{6}-[0-9a-f]{4}", e.name or "")
     assert e.storage_path == str(in_tmp / "runs")
     assert e.trainer.max_epochs == 3
     assert e.optimizer is not None
     assert e.optimizer["lr"] == 0.05
-    assert dict(found.choices)["model"] == "resnet_digits"
-    assert found.overrides == ("experiment=resnet", "optimizer.lr=0.05", "trainer.max_epochs=3")
+    assert dict(composition.choices)["model"] == "resnet_digits"
+    assert composition.overrides == ("experiment=resnet", "optimizer.lr=0.05", "trainer.max_epochs=3")
 
 
 def test_hydra_is_left_as_it_was() -> None:
@@ -51,24 +51,26 @@ def test_hydra_is_left_as_it_was() -> None:
 
 
 def test_the_text_gives_the_same_experiment_again() -> None:
-    found = compose(["experiment=mlp", "name=one-${now:%Y}", "+callbacks.a={_target_: builtins.dict, x: '${seed}'}"])
-    again = from_text(found.text)
-    assert again.experiment == found.experiment
-    assert again.text == found.text
-    assert "now:" not in found.text
+    composition = compose(
+        ["experiment=mlp", "name=one-${now:%Y}", "+callbacks.a={_target_: builtins.dict, x: '${seed}'}"]
+    )
+    again = from_text(composition.text)
+    assert again.experiment == composition.experiment
+    assert again.text == composition.text
+    assert "now:" not in composition.text
 
 
 def test_references_to_secrets_stay_references(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_SECRET", "hunter2")
-    found = compose(
+    composition = compose(
         ["experiment=mlp", "+data.train.key=${oc.env:A_SECRET}", "tracking.tracking_uri=${oc.env:A_SECRET}"]
     )
-    assert found.experiment.data.train is not None
-    assert found.experiment.data.train["key"] == "hunter2"
-    assert "hunter2" not in found.text
-    assert "${oc.env:A_SECRET}" in found.text
-    assert "hunter2" not in str(flattened(found.text))
-    assert "hunter2" not in str(found.overrides)
+    assert composition.experiment.data.train is not None
+    assert composition.experiment.data.train["key"] == "hunter2"
+    assert "hunter2" not in composition.text
+    assert "${oc.env:A_SECRET}" in composition.text
+    assert "hunter2" not in str(flattened(composition.text))
+    assert "hunter2" not in str(composition.overrides)
 
 
 @pytest.mark.parametrize(
@@ -178,11 +180,11 @@ def test_references_to_secrets_stay_references(monkeypatch: pytest.MonkeyPatch) 
         ("+callbacks.a={}", "callbacks.a has no _target_"),
     ],
 )
-def test_what_is_wrong_is_told_in_our_words(overrides: str, reason: str) -> None:
-    said = refusal("experiment=mlp", *overrides.split(" "))
-    assert reason in said
-    assert len(said.splitlines()) == 1
-    assert not re.search(r"struct|DictConfig|hydra\.cc|full_key|object_type|defaults list|OmegaConf", said)
+def test_errors_are_explained(overrides: str, reason: str) -> None:
+    message = refusal("experiment=mlp", *overrides.split(" "))
+    assert reason in message
+    assert len(message.splitlines()) == 1
+    assert not re.search(r"struct|DictConfig|hydra\.cc|full_key|object_type|defaults list|OmegaConf", message)
 
 
 @pytest.mark.parametrize(
@@ -249,8 +251,8 @@ def test_several_wrong_things_do_not_hide_the_choices_of_another() -> None:
 @pytest.mark.parametrize("key", sorted(FOREIGN_KEYS))
 def test_keys_of_other_frameworks_are_answered_with_ours(key: str) -> None:
     for name in (key, f"trainer.{key}") if "." not in key else (key,):
-        said = str(unknown_key(name, 1, list(known_keys())))
-        assert said == f"{name}=1 is another framework's name; here it is {FOREIGN_KEYS[key]}"
+        message = str(unknown_key(name, 1, list(known_keys())))
+        assert message == f"{name}=1 is another framework's name; here it is {FOREIGN_KEYS[key]}"
 
 
 @pytest.mark.parametrize(
@@ -274,8 +276,8 @@ def test_the_answers_name_keys_that_exist() -> None:
 
 
 def test_a_key_of_ours_that_the_choice_lacks_is_not_called_foreign() -> None:
-    said = refusal("experiment=mlp", "~optimizer.lr", "optimizer.lr=1")
-    assert "framework" not in said
+    message = refusal("experiment=mlp", "~optimizer.lr", "optimizer.lr=1")
+    assert "framework" not in message
 
 
 # --- a user's own project ------------------------------------------------------------------------------------------
@@ -314,9 +316,9 @@ def test_own_groups_and_experiments(in_tmp: Path) -> None:
 def test_their_keys_are_judged_as_ours(in_tmp: Path, text: str, reason: str) -> None:
     head = "# @package _global_\ndefaults:\n  - override /model: mlp\n"
     write(in_tmp / "conf" / "experiment" / "mine.yaml", head + text if not text.startswith("-") else text)
-    said = refusal("experiment=mine", config_dir=in_tmp / "conf")
-    assert reason in said
-    assert len(said.splitlines()) == 1
+    message = refusal("experiment=mine", config_dir=in_tmp / "conf")
+    assert reason in message
+    assert len(message.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -349,9 +351,9 @@ def test_a_forgotten_package_line_is_explained(in_tmp: Path) -> None:
 
 def test_a_choice_that_ours_would_shadow_is_refused_not_ignored(in_tmp: Path) -> None:
     write(in_tmp / "conf" / "model" / "resnet18.yaml", "_target_: mine.Net\n")
-    said = refusal("experiment=mlp", "model=resnet18", config_dir=in_tmp / "conf")
-    assert said.startswith("model=resnet18 is in ")
-    assert "give yours another name" in said
+    message = refusal("experiment=mlp", "model=resnet18", config_dir=in_tmp / "conf")
+    assert message.startswith("model=resnet18 is in ")
+    assert "give yours another name" in message
     compose(["experiment=mlp"], in_tmp / "conf")  # not chosen, so not refused
 
 
@@ -413,13 +415,13 @@ def test_flattened() -> None:
 
 def test_a_variable_that_only_the_cluster_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ONLY_THERE", raising=False)
-    asked = ["experiment=mlp", "+model.key=${oc.env:ONLY_THERE}", "cluster.address=https://ray.example.com"]
-    composition = compose([*asked, "cluster=job", "cluster.forward_env=[ONLY_THERE]"])
+    overrides = ["experiment=mlp", "+model.key=${oc.env:ONLY_THERE}", "cluster.address=https://ray.example.com"]
+    composition = compose([*overrides, "cluster=job", "cluster.forward_env=[ONLY_THERE]"])
     assert composition.experiment.model is not None
     assert composition.experiment.model["key"] == "(ONLY_THERE of the cluster)"
     assert "${oc.env:ONLY_THERE}" in composition.text
     assert "ONLY_THERE" not in os.environ
     with pytest.raises(ConfigError, match="ONLY_THERE"):
-        compose([*asked, "cluster=job"])
+        compose([*overrides, "cluster=job"])
     with pytest.raises(ConfigError, match="ONLY_THERE"):
-        compose([*asked[:2], "cluster.forward_env=[ONLY_THERE]"])
+        compose([*overrides[:2], "cluster.forward_env=[ONLY_THERE]"])

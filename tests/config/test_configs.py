@@ -58,9 +58,9 @@ def test_there_are_some() -> None:
 @pytest.mark.usefixtures("data_here")
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}={file.stem}")
 def test_composes_and_passes_check(file: Path) -> None:
-    found = composed(file)
-    assert dict(found.choices)[file.parent.name] == file.stem
-    e = found.experiment
+    composition = composed(file)
+    assert dict(composition.choices)[file.parent.name] == file.stem
+    e = composition.experiment
     preflight.check_objects(e)
     plenty = preflight.Resources(64.0, 8.0, 2.0**40, {"accelerator_type:H100": 8.0})
     assert preflight.check_resources(e, plenty, "here") == []

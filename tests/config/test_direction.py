@@ -9,12 +9,10 @@ import pytest
 import yaml
 
 from raytrainer.config import (
-    EarlyStopping,
     Experiment,
     check_modes,
     checkpoint_mode,
     compose,
-    derive_modes,
     early_stopping_mode,
     from_text,
     mode_problem,
@@ -22,7 +20,8 @@ from raytrainer.config import (
     with_modes,
     with_values,
 )
-from raytrainer.config.direction import by_name
+from raytrainer.config.direction import by_name, derive_modes
+from raytrainer.config.schema import EarlyStopping
 from raytrainer.errors import ConfigError
 
 LOWER = """
@@ -75,17 +74,17 @@ def test_a_mode_that_is_left_out_is_derived() -> None:
 
 
 def test_a_contradiction_is_refused_with_the_fix() -> None:
-    said = problem(experiment("val/loss", "max"))
-    assert said.startswith("checkpoint.mode=max contradicts checkpoint.monitor=val/loss")
-    assert "set checkpoint.mode=min" in said
+    message = problem(experiment("val/loss", "max"))
+    assert message.startswith("checkpoint.mode=max contradicts checkpoint.monitor=val/loss")
+    assert "set checkpoint.mode=min" in message
     assert "checkpoint.mode=min contradicts" in problem(experiment("val/accuracy", "min"))
 
 
 def test_an_unknown_direction_needs_a_mode() -> None:
-    said = problem(experiment("val/score"))
-    assert said.startswith("checkpoint.mode is not set")
-    assert "checkpoint.monitor=val/score" in said
-    assert "checkpoint.mode=min or checkpoint.mode=max" in said
+    message = problem(experiment("val/score"))
+    assert message.startswith("checkpoint.mode is not set")
+    assert "checkpoint.monitor=val/score" in message
+    assert "checkpoint.mode=min or checkpoint.mode=max" in message
     with pytest.raises(ConfigError, match=r"checkpoint\.mode=min or"):
         checkpoint_mode(experiment("val/score"))
     assert mode_problem(experiment("val/score", "min")) is None

@@ -80,19 +80,19 @@ def test_a_process_without_hydra_has_none_after_it(monkeypatch: pytest.MonkeyPat
 def test_threads_compose_at_the_same_time() -> None:
     """Each thread composes its own experiments: valid, invalid and saved ones."""
     text = compose(["experiment=smoke", "name=saved"]).text
-    begin, found, failed = threading.Barrier(2), dict[int, list[Any]](), list[BaseException]()
+    begin, composed, failed = threading.Barrier(2), dict[int, list[Any]](), list[BaseException]()
 
     def work(number: int) -> None:
         try:
             begin.wait(30)
             seed = 10 * number
-            given = ["experiment=smoke", f"seed={seed}", "model=mlp" if number % 2 else "model=resnet_digits"]
-            e = compose(given).experiment
+            overrides = ["experiment=smoke", f"seed={seed}", "model=mlp" if number % 2 else "model=resnet_digits"]
+            e = compose(overrides).experiment
             with pytest.raises(ConfigError, match=rf"trainer\.max_step={seed} "):
-                compose([*given, f"trainer.max_step={seed}"])
+                compose([*overrides, f"trainer.max_step={seed}"])
             again = from_text(text, [f"trainer.max_steps={seed + 1}"]).experiment
             assert e.model is not None
-            found.setdefault(number, []).append((e.seed, e.model["_target_"], again.trainer.max_steps))
+            composed.setdefault(number, []).append((e.seed, e.model["_target_"], again.trainer.max_steps))
         except BaseException as error:  # noqa: BLE001  the main thread reports it
             failed.append(error)
 
@@ -104,4 +104,4 @@ def test_threads_compose_at_the_same_time() -> None:
     assert failed == []
     for number in range(2):
         target = "raytrainer.models.MLP" if number % 2 else "raytrainer.models.ResNet"
-        assert found[number] == [(10 * number, target, 10 * number + 1)]
+        assert composed[number] == [(10 * number, target, 10 * number + 1)]

@@ -124,8 +124,8 @@ def test_at_any_depth() -> None:
 def test_arguments_by_position_and_by_us_are_not_missing() -> None:
     bind("model", {"_target_": "nodes_under_test.Leaf", "_args_": [1]})
     bind("optimizer", {"_target_": "torch.optim.SGD", "lr": 0.1}, ["params"])
-    said = refusal({"_target_": "torch.optim.SGD", "lr": 0.1, "params": []}, "optimizer", ["params"])
-    assert said == "optimizer.params is given by raytrainer; leave it out"
+    message = refusal({"_target_": "torch.optim.SGD", "lr": 0.1, "params": []}, "optimizer", ["params"])
+    assert message == "optimizer.params is given by raytrainer; leave it out"
 
 
 def test_open_ended_targets_take_anything_but_misspelt_words_of_hydra() -> None:
@@ -187,7 +187,7 @@ def test_building() -> None:
     assert isinstance(factory(leaf(size=1)), functools.partial)
 
 
-def test_a_constructor_that_refuses_is_told_with_its_reason() -> None:
+def test_a_constructor_that_refuses_is_named_with_its_reason() -> None:
     with pytest.raises(ConfigError, match="ValueError: no such colour") as caught:
         build({"_target_": "nodes_under_test.Failing"})
     assert isinstance(caught.value.__cause__, ValueError)
@@ -220,14 +220,14 @@ def test_a_module_that_parses_the_command_line_when_it_is_imported(
     (tmp_path / "parses_nested.py").write_text((tmp_path / "parses_argv.py").read_text())
     (tmp_path / "wants_argv.py").write_text("import sys\nsys.exit('a file is needed')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(sys, "argv", given := ["raytrainer", "experiment=mlp", "--dry-run"])
+    monkeypatch.setattr(sys, "argv", argv := ["raytrainer", "experiment=mlp", "--dry-run"])
     bind("model", {"_target_": "parses_argv.net"})
     assert build({"_target_": "parses_nested.net"}) == 3  # like a worker, which does not bind first
     with pytest.raises(ConfigError, match=r"wants_argv.net cannot be imported: the module ends the process .*__main__"):
         bind("model", {"_target_": "wants_argv.net"})
     with pytest.raises(ConfigError, match="ended the process when it was built"):
         build({"_target_": "wants_argv.net"})
-    assert sys.argv is given
+    assert sys.argv is argv
 
 
 def takes_more(function: Callable[..., Any]) -> Callable[..., Any]:

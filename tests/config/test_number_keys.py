@@ -52,7 +52,7 @@ def test_a_number_stays_a_number(folder: Path, override: str, key: str, found: d
     assert again[key] == found
 
 
-def test_what_cannot_be_is_told_as_it_is(folder: Path) -> None:
+def test_invalid_overrides_are_refused(folder: Path) -> None:
     for override, reason in (
         ("loss.weights.2=9.0", r"^loss\.weights\.2=9\.0 is not a key .*valid: loss\.weights\.0, loss\.weights\.1"),
         ("~loss.weights.1", r"^loss\.weights\.1 has a number as its key, which ~ cannot name"),
@@ -62,8 +62,8 @@ def test_what_cannot_be_is_told_as_it_is(folder: Path) -> None:
 
 
 def test_a_sweep_over_one_entry(folder: Path) -> None:
-    given = ["experiment=mine", "loss.weights.1=1.0,2.0", "seed=1"]
-    assert with_number_keys(given, folder) == ["experiment=mine", "loss.weights={1:1.0},{1:2.0}", "seed=1"]
+    overrides = ["experiment=mine", "loss.weights.1=1.0,2.0", "seed=1"]
+    assert with_number_keys(overrides, folder) == ["experiment=mine", "loss.weights={1:1.0},{1:2.0}", "seed=1"]
     assert with_number_keys(["experiment=nope", "loss.weights.1=1"], folder) == ["experiment=nope", "loss.weights.1=1"]
 
 

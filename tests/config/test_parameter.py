@@ -56,28 +56,28 @@ def test_what_samplers_give_is_written_as_python_does(sweep: str, value: Any, ov
     ],
 )
 def test_a_value_of_another_kind_has_no_override(sweep: str, value: Any, reason: str) -> None:
-    found = one(f"a={sweep}")
-    assert not found.contains(value)
+    parameter = one(f"a={sweep}")
+    assert not parameter.contains(value)
     with pytest.raises(ConfigError) as caught:
-        found.override(value)
+        parameter.override(value)
     assert str(caught.value).startswith(reason)
 
 
 def test_a_float_of_a_range_may_be_off_by_rounding() -> None:
-    found = one("a=range(0,1,0.1)")
-    assert 0.7 not in found.grid()
-    assert found.contains(0.7)
-    assert not found.contains(0.7001)
+    parameter = one("a=range(0,1,0.1)")
+    assert 0.7 not in parameter.grid()
+    assert parameter.contains(0.7)
+    assert not parameter.contains(0.7001)
     assert one("a=range(1000000,1000001,0.25)").contains(1000000.5)
     assert not one("a=range(1000000,1000001,0.25)").contains(1000000.6)
 
 
 def test_a_range_of_integers_costs_nothing_until_it_is_a_grid() -> None:
-    found = one(f"a=range(0,{10**30})")
-    assert found.probes() == (0, 10**30 - 1)
-    assert found.contains(10**29)
+    parameter = one(f"a=range(0,{10**30})")
+    assert parameter.probes() == (0, 10**30 - 1)
+    assert parameter.contains(10**29)
     with pytest.raises(ConfigError, match="has 1000000000000000000000000000000 values, too many for a grid"):
-        found.grid()
+        parameter.grid()
 
 
 @pytest.mark.usefixtures("in_tmp")
@@ -115,13 +115,13 @@ nested = st.recursive(
 def test_any_listed_value_comes_back_from_its_override(values: list[Any]) -> None:
     texts = [v for v in values if isinstance(v, str)]
     assume(not any(t[:1] in ("[", "{") for t in texts))  # a list and its text would be the same value
-    (found,) = parse(**{"data.x": values})
-    assert len(found.values) == len(values)
-    for value, written in zip(values, found.values, strict=True):
-        assert same(read(found.override(written)), value)
-        assert found.contains(written)
-    again = Parameter.from_dict(json.loads(json.dumps(found.to_dict(), allow_nan=False)))
-    assert same(again, found)
+    (parameter,) = parse(**{"data.x": values})
+    assert len(parameter.values) == len(values)
+    for value, written in zip(values, parameter.values, strict=True):
+        assert same(read(parameter.override(written)), value)
+        assert parameter.contains(written)
+    again = Parameter.from_dict(json.loads(json.dumps(parameter.to_dict(), allow_nan=False)))
+    assert same(again, parameter)
 
 
 @given(st.lists(scalars, min_size=2, max_size=4, unique_by=repr))
@@ -131,9 +131,9 @@ def test_any_value_of_the_command_line_comes_back(values: list[Any]) -> None:
     if None not in values:  # Hydra's choice() does not accept null
         forms.append(f"choice({forms[0]})")
     for form in forms:
-        found = one(f"a={form}")
-        assert same(found.values, tuple(values))
-        assert same([read(found.override(v)) for v in found.values], values)
+        parameter = one(f"a={form}")
+        assert same(parameter.values, tuple(values))
+        assert same([read(parameter.override(v)) for v in parameter.values], values)
 
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -144,14 +144,14 @@ def test_any_number_of_an_interval_comes_back_to_the_bit(a: float, b: float, par
     low, high = sorted((a, b))
     assume(low < high and high - low < math.inf)
     if integer:
-        found = one(f"a=int(interval({low!r},{high!r}))")
+        parameter = one(f"a=int(interval({low!r},{high!r}))")
         value: float = min(int(low) + round(part * (int(high) - int(low))), int(high))
     else:
-        found = one(f"a=interval({low!r},{high!r})")
+        parameter = one(f"a=interval({low!r},{high!r})")
         value = min(low + part * (high - low), high)
-    assert found.contains(value)
-    assert same(read(found.override(value)), value)
-    assert same(Parameter.from_dict(json.loads(json.dumps(found.to_dict(), allow_nan=False))), found)
+    assert parameter.contains(value)
+    assert same(read(parameter.override(value)), value)
+    assert same(Parameter.from_dict(json.loads(json.dumps(parameter.to_dict(), allow_nan=False))), parameter)
 
 
 small = st.integers(-50, 50) | st.floats(-50, 50).map(lambda x: round(x, 3))
@@ -162,11 +162,11 @@ def test_a_range_has_the_values_of_hydras_own_sweep(start: float, stop: float, s
     assume(step and (stop - start) / step > 0)
     override = f"a=range({start!r},{stop!r},{step!r})"
     expected: list[Any] = list(PLAIN.parse_override(override).sweep_iterator())
-    found = one(override)
-    again = Parameter.from_dict(json.loads(json.dumps(found.to_dict(), allow_nan=False)))
-    assert same(again, found)
+    parameter = one(override)
+    again = Parameter.from_dict(json.loads(json.dumps(parameter.to_dict(), allow_nan=False)))
+    assert same(again, parameter)
     assert same(list(again.grid()), expected)
-    assert {min(expected), max(expected)} == set(found.probes())
+    assert {min(expected), max(expected)} == set(parameter.probes())
     for value in expected:
-        assert found.contains(value)
-        assert same(read(found.override(value)), value)
+        assert parameter.contains(value)
+        assert same(read(parameter.override(value)), value)

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrainer.config import Experiment, schema, validate
+from raytrainer.config import Experiment, schema
 from raytrainer.config.checks import seconds
+from raytrainer.config.schema import validate
 from raytrainer.config.typed import defaults, typed
 from raytrainer.errors import ConfigError
 
@@ -20,8 +21,8 @@ def nested(name: str, value: Any) -> dict[str, Any]:
     """Return a dotted key as nested mappings: `a.b`, 3 → `{"a": {"b": 3}}`."""
     for part in reversed(name.split(".")):
         value = {part: value}
-    found: dict[str, Any] = value
-    return found
+    section: dict[str, Any] = value
+    return section
 
 
 def refusal(name: str, value: Any) -> str:
@@ -61,11 +62,11 @@ def test_known_keys_are_every_key_once() -> None:
     ],
 )
 def test_values_become_their_type(name: str, given_: Any, stored: Any) -> None:
-    found: Any = typed(nested(name, given_))
+    value: Any = typed(nested(name, given_))
     for part in name.split("."):
-        found = getattr(found, part)
-    assert found == stored
-    assert type(found) is type(stored)
+        value = getattr(value, part)
+    assert value == stored
+    assert type(value) is type(stored)
 
 
 @pytest.mark.parametrize(

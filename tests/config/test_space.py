@@ -55,16 +55,16 @@ from tests.config.spaces import GROUPS, one, parse, read, refusal, same
     ],
 )
 def test_choices(sweep: str, values: tuple[Any, ...], texts: str) -> None:
-    found = one(f"data.x={sweep}")
-    assert (found.key, found.kind, found.group) == ("data.x", "choice", False)
-    assert same(found.values, values)
-    assert found.texts == tuple(texts.split(" "))
-    assert found.grid() is found.probes() is found.values
-    for value, text in zip(found.values, found.texts, strict=True):
-        assert found.override(value) == f"data.x={text}"
-        assert found.contains(value)
+    parameter = one(f"data.x={sweep}")
+    assert (parameter.key, parameter.kind, parameter.group) == ("data.x", "choice", False)
+    assert same(parameter.values, values)
+    assert parameter.texts == tuple(texts.split(" "))
+    assert parameter.grid() is parameter.probes() is parameter.values
+    for value, text in zip(parameter.values, parameter.texts, strict=True):
+        assert parameter.override(value) == f"data.x={text}"
+        assert parameter.contains(value)
         listed = text.startswith(("[", "{"))
-        assert listed or same(read(found.override(value)), value)
+        assert listed or same(read(parameter.override(value)), value)
 
 
 @pytest.mark.parametrize(
@@ -91,14 +91,14 @@ def test_choices(sweep: str, values: tuple[Any, ...], texts: str) -> None:
     ],
 )
 def test_ranges(sweep: str, expected: dict[str, Any], grid: tuple[Any, ...]) -> None:
-    found = one(f"data.x={sweep}")
-    assert same(found, replace(Parameter("data.x", "range"), **expected))
-    assert same(found.grid(), grid)
-    assert set(found.probes()) == {min(grid), max(grid)}
-    assert all(found.contains(v) for v in grid)
-    assert not found.contains(max(grid) + abs(expected["step"]))
-    assert not found.contains(min(grid) - abs(expected["step"]))
-    assert not found.contains(grid[0] + abs(expected["step"]) / 2)
+    parameter = one(f"data.x={sweep}")
+    assert same(parameter, replace(Parameter("data.x", "range"), **expected))
+    assert same(parameter.grid(), grid)
+    assert set(parameter.probes()) == {min(grid), max(grid)}
+    assert all(parameter.contains(v) for v in grid)
+    assert not parameter.contains(max(grid) + abs(expected["step"]))
+    assert not parameter.contains(min(grid) - abs(expected["step"]))
+    assert not parameter.contains(grid[0] + abs(expected["step"]) / 2)
 
 
 @pytest.mark.parametrize(
@@ -117,15 +117,15 @@ def test_ranges(sweep: str, expected: dict[str, Any], grid: tuple[Any, ...]) -> 
     ],
 )
 def test_intervals(sweep: str, expected: dict[str, Any]) -> None:
-    found = one(f"data.x={sweep}")
-    assert same(found, replace(Parameter("data.x", "interval"), **expected))
-    assert found.probes() == tuple(dict.fromkeys((found.low, found.high)))
-    assert all(found.contains(v) for v in found.probes())
-    assert not found.contains(math.nextafter(expected["low"], -math.inf))
-    assert not found.contains(math.nextafter(expected["high"], math.inf))
-    assert not found.contains(math.nan)
+    parameter = one(f"data.x={sweep}")
+    assert same(parameter, replace(Parameter("data.x", "interval"), **expected))
+    assert parameter.probes() == tuple(dict.fromkeys((parameter.low, parameter.high)))
+    assert all(parameter.contains(v) for v in parameter.probes())
+    assert not parameter.contains(math.nextafter(expected["low"], -math.inf))
+    assert not parameter.contains(math.nextafter(expected["high"], math.inf))
+    assert not parameter.contains(math.nan)
     with pytest.raises(ConfigError, match=r"^data\.x=interval\(.* is an interval, which has no grid: list values"):
-        found.grid()
+        parameter.grid()
 
 
 @pytest.mark.parametrize(
@@ -148,11 +148,11 @@ def test_intervals(sweep: str, expected: dict[str, Any]) -> None:
     ],
 )
 def test_keys(override: str, key: str, group: bool) -> None:
-    found = one(override)
-    assert (found.key, found.group) == (key, group)
-    assert found.override(found.values[0]).startswith(f"{key}=")
+    parameter = one(override)
+    assert (parameter.key, parameter.group) == (key, group)
+    assert parameter.override(parameter.values[0]).startswith(f"{key}=")
     as_function = parse_space([override], {}, groups=lambda name: name in GROUPS)[0]
-    assert as_function == [found]
+    assert as_function == [parameter]
 
 
 def test_shuffling_gives_the_same_order_each_time() -> None:
@@ -181,8 +181,8 @@ def running(own_configs: Path) -> Iterator[None]:
 
 def test_glob_chooses_among_the_choices_of_raytrainer_and_of_a_config_dir(own_configs: Path) -> None:
     assert one("model=glob(resnet*,exclude=*digits)").values == ("resnet18", "resnet50")
-    (found,) = parse_space(["model@x=glob([wid*,mlp])"], {}, groups=GROUPS, config_dir=own_configs)[0]
-    assert found == Parameter("model@x", "choice", ("mlp", "wide", "wider"), ("mlp", "wide", "wider"), group=True)
+    (parameter,) = parse_space(["model@x=glob([wid*,mlp])"], {}, groups=GROUPS, config_dir=own_configs)[0]
+    assert parameter == Parameter("model@x", "choice", ("mlp", "wide", "wider"), ("mlp", "wide", "wider"), group=True)
 
 
 @pytest.mark.usefixtures("running")
@@ -238,9 +238,9 @@ def test_lists_of_yaml_are_values_as_they_are() -> None:
         [1, ["2"]],
         {"x": {"y": "z: 1", "k l": []}},
     ]
-    (found,) = parse(**{"data.x": values})
-    assert same(list(found.values[:-2]), values[:-2])
-    assert [read(found.override(v)) for v in found.values] == values
+    (parameter,) = parse(**{"data.x": values})
+    assert same(list(parameter.values[:-2]), values[:-2])
+    assert [read(parameter.override(v)) for v in parameter.values] == values
 
 
 def test_a_nested_space_has_dotted_keys() -> None:
@@ -428,14 +428,14 @@ def test_the_last_of_two_fixed_overrides_wins_as_in_hydra() -> None:
     ],
 )
 def test_refusals_of_a_space_say_where(space: dict[Any, Any], reason: str) -> None:
-    found = refusal(space=space)
-    assert found.startswith(reason)
-    assert "sweep.space" in found
+    message = refusal(space=space)
+    assert message.startswith(reason)
+    assert "sweep.space" in message
 
 
 def test_another_application_has_other_shared_sections() -> None:
-    (found,) = parse_space(["name=a,b"], {}, groups=(), shared={})[0]
-    assert found.values == ("a", "b")
+    (parameter,) = parse_space(["name=a,b"], {}, groups=(), shared={})[0]
+    assert parameter.values == ("a", "b")
     with pytest.raises(ConfigError, match="it is Hydra's own"):
         parse_space(["hydra.x=a,b"], {}, groups=(), shared={})
 
@@ -443,8 +443,8 @@ def test_another_application_has_other_shared_sections() -> None:
 @given(st.integers(-50, 50), st.integers(-50, 50), st.integers(-9, 9), st.booleans())
 def test_sorting_a_range_keeps_its_values(start: int, stop: int, step: int, reverse: bool) -> None:
     assume(range(start, stop, step or 1) and step)
-    found = one(f"a=sort(range({start},{stop},{step}),reverse={str(reverse).lower()})")
-    assert list(found.grid()) == sorted(range(start, stop, step), reverse=reverse)
+    parameter = one(f"a=sort(range({start},{stop},{step}),reverse={str(reverse).lower()})")
+    assert list(parameter.grid()) == sorted(range(start, stop, step), reverse=reverse)
 
 
 @given(

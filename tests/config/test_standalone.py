@@ -18,10 +18,10 @@ pytestmark = pytest.mark.usefixtures("in_tmp")
 
 def kept(overrides: list[str], folder: Path, config_dir: Path | None = None, about: tuple[str, ...] = ()) -> Experiment:
     """Return what the overrides compose, and write it to `experiment/best.yaml` below the folder."""
-    found = compose(overrides, config_dir)
+    composition = compose(overrides, config_dir)
     (folder / "experiment").mkdir(parents=True)
-    (folder / "experiment" / "best.yaml").write_text(as_experiment(found.text, about))
-    return found.experiment
+    (folder / "experiment" / "best.yaml").write_text(as_experiment(composition.text, about))
+    return composition.experiment
 
 
 def same(one: Experiment, other: Experiment) -> bool:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from raytrainer.config import DataConfig, Experiment
+from raytrainer.config import Experiment
+from raytrainer.config.schema import DataConfig
 from raytrainer.errors import ConfigError
 from raytrainer.runs.changes import check_changes
 from raytrainer.attempt import Record

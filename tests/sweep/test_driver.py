@@ -33,7 +33,8 @@ from raytrainer.sweep.driver import SweepDriver
 from raytrainer.sweep.engine import Search
 from raytrainer.sweep.journal import Report, Status, Trial, TrialJournal
 from raytrainer.sweep.outcome import SweepOutcome
-from raytrainer.tracking.spool import SegmentWriter, Spool, line, spool_of
+from raytrainer.tracking.segments import SegmentWriter, line
+from raytrainer.tracking.spool import Spool, spool_of
 from tests.promises import Within
 from tests.tracking.fakes import FakeServer
 
@@ -123,9 +124,9 @@ def place(tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Iterat
     monkeypatch.setattr(
         tracking, "ChildRunUploader", lambda *args, **more: uploader(*args, **{**more, "interval_s": 0.01})
     )
-    monkeypatch.setattr("raytrainer.tracking.sender.Server", lambda *_, **__: found.server)
+    monkeypatch.setattr("raytrainer.tracking.uploader.Server", lambda *_, **__: found.server)
     monkeypatch.setattr("raytrainer.tracking.child_runs._LAST_PAUSE_S", 0.01)
-    monkeypatch.setattr("raytrainer.tracking.child_runs._BACKOFF_S", (0.05, 0.2))
+    monkeypatch.setattr("raytrainer.core.retry.LIMITS_S", (0.05, 0.2))
     yield found
     # A stopped sweep does not wait for the thread that opens its run. That thread must not reach the next test's
     # server.
@@ -253,7 +254,7 @@ def test_mlflow_away_at_the_start_has_it_all_soon_after_it_is_back(place: Place)
 
 
 def test_mlflow_away_at_the_start_and_back_at_the_end(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raytrainer.tracking.child_runs._BACKOFF_S", (60.0, 60.0))
+    monkeypatch.setattr("raytrainer.core.retry.LIMITS_S", (60.0, 60.0))
     place.server.down = True
 
     def script(sweep: Acting) -> str:

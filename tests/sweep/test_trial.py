@@ -505,7 +505,7 @@ def test_the_last_metrics_are_sent_before_a_process_ends(
     server = FakeServer()
     run_id = server.create_run(server.experiment("exp", None), "sweep.0001", {LOCAL_ID_TAG: "offline-1"}, None)
     server.before = lambda name: time.sleep(0.05)
-    monkeypatch.setattr("raytrainer.tracking.sender.Server", lambda *_, **__: server)
+    monkeypatch.setattr("raytrainer.tracking.uploader.Server", lambda *_, **__: server)
     fixed = ["scaling.use_gpu=false", "tracking.tracking_uri=http://tracking.example", "tracking.experiment_name=exp"]
     of = shared(ship=True, tracking_uri="http://tracking.example", fixed=fixed)
     one = process(of, config(1, **{RUN: "offline-1"}))

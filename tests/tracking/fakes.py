@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from raytrainer.errors import TrackingUnreachable
-from raytrainer.tracking.server import Rejected, RunGone, RunState
-from raytrainer.tracking.spool import Row
+from raytrainer.tracking.failures import Rejected, RunGone
+from raytrainer.tracking.segments import Row
+from raytrainer.tracking.server import RunState
 
 
 @dataclass

@@ -17,9 +17,10 @@ import pytest
 from raytrainer.errors import StorageFull, TrackingDenied, TrackingUnreachable
 from raytrainer.tracking import ChildRunUploader, default_tracking_uri, open_run
 from raytrainer.tracking.child_runs import PARENT_TAG
+from raytrainer.tracking.segments import SegmentWriter, line
 from raytrainer.tracking.sender import LOCAL_ID_TAG
 from raytrainer.tracking.server import Server
-from raytrainer.tracking.spool import SegmentWriter, Spool, line
+from raytrainer.tracking.spool import Spool
 from tests.promises import Within, slowness
 from tests.tracking.fakes import FakeRun, FakeServer
 
@@ -276,10 +277,10 @@ def test_the_thread_does_not_hold_up_the_end_of_the_process(tmp_path: Path) -> N
     assert Spool(tmp_path / "a").pending()
 
 
-def test_an_outage_and_its_end_are_said_once(
+def test_an_outage_and_its_end_are_logged_once(
     tmp_path: Path, server: FakeServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raytrainer.tracking.child_runs._BACKOFF_S", (0.005, 0.01))
+    monkeypatch.setattr("raytrainer.core.retry.LIMITS_S", (0.005, 0.01))
     server.down = True
     of = uploader(server)
     for name in "abc":
@@ -321,10 +322,10 @@ def test_refused_credentials_are_tried_once_more_at_the_end(
     assert [whole(run) for run in server.runs.values()] == 3 * [True]
 
 
-def test_a_run_that_is_deleted_by_hand_is_said_once_and_stops_no_other(
+def test_a_run_that_is_deleted_by_hand_is_logged_once_and_stops_no_other(
     tmp_path: Path, server: FakeServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raytrainer.tracking.child_runs._BACKOFF_S", (0.005, 0.01))
+    monkeypatch.setattr("raytrainer.core.retry.LIMITS_S", (0.005, 0.01))
     of = uploader(server)
     of.open(tmp_path / "a", "a", params={"lr": "0.1"}, tags={"trial": "a"})
     until(lambda: server.runs)
@@ -364,15 +365,15 @@ def test_a_trial_that_goes_on_without_its_run_gets_a_new_one(
 
 def test_children_wait_for_their_parent(tmp_path: Path, server: FakeServer) -> None:
     parents: list[str] = []
-    asked = threading.Event()
+    is_called = threading.Event()
 
     def parent() -> str | None:
-        asked.set()
+        is_called.set()
         return parents[0] if parents else None
 
     of = uploader(server, parent=parent)
     trial(of, tmp_path / "a")
-    assert asked.wait(10)
+    assert is_called.wait(10)
     assert server.calls == []
     parents.append("sweep")
     until(lambda: not (tmp_path / "a").exists())
@@ -468,10 +469,10 @@ def test_what_mlflow_refuses_is_left_out_alone(
     assert sum("refuses" in message for message in caplog.messages) == 2  # tags of a new run are not validated
 
 
-def test_a_full_disk_keeps_what_is_to_be_told_in_memory(
+def test_a_full_disk_keeps_the_notes_in_memory(
     tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("raytrainer.tracking.child_runs._BACKOFF_S", (0.005, 0.01))
+    monkeypatch.setattr("raytrainer.core.retry.LIMITS_S", (0.005, 0.01))
     tried = threading.Event()
 
     def full(self: Spool, note: object, **_: object) -> None:
@@ -494,7 +495,7 @@ def test_a_full_disk_keeps_what_is_to_be_told_in_memory(
 def test_the_thread_survives_a_bug_and_a_callback_that_fails(
     tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("raytrainer.tracking.child_runs._BACKOFF_S", (0.005, 0.01))
+    monkeypatch.setattr("raytrainer.core.retry.LIMITS_S", (0.005, 0.01))
     failed = fail_at(server, 2, "lost", ZeroDivisionError("a bug"))
 
     def note(spool_dir: Path, run_id: str) -> None:
@@ -576,7 +577,7 @@ def test_many_trials_on_a_real_store(tmp_path: Path, caplog: pytest.LogCaptureFi
 def test_a_run_and_an_experiment_that_are_deleted_in_a_real_store(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raytrainer.tracking.child_runs._BACKOFF_S", (0.02, 0.05))
+    monkeypatch.setattr("raytrainer.core.retry.LIMITS_S", (0.02, 0.05))
     uri = default_tracking_uri(tmp_path)
     parent = open_run(uri, "sweeps", "sweep", params={}, tags={})
     created: dict[Path, str] = {}
@@ -598,10 +599,10 @@ def test_a_run_and_an_experiment_that_are_deleted_in_a_real_store(
         caplog.clear()
         of.open(tmp_path / "c", "c", params={}, tags={})
         until(lambda: any("experiment" in message for message in caplog.messages))
-        said = len(caplog.messages)
+        messages_before = len(caplog.messages)
         client.restore_experiment(experiment)
         until(lambda: tmp_path / "c" in created)
         of.finish(tmp_path / "c", "FINISHED")
         until(lambda: not (tmp_path / "c").exists())
-        assert len(caplog.messages) <= said + 1  # one message says that the server is back
+        assert len(caplog.messages) <= messages_before + 1  # one message says that the server is back
     assert of.close()

@@ -142,10 +142,10 @@ def test_an_experiment_that_another_launch_creates_meanwhile_is_taken(
     find = MlflowClient.get_experiment_by_name
 
     def overtaken(client: MlflowClient, name: str) -> object:
-        found = find(client, name)
+        experiment = find(client, name)
         if not theirs:
             theirs.append(client.create_experiment(name))
-        return found
+        return experiment
 
     monkeypatch.setattr(MlflowClient, "get_experiment_by_name", overtaken)
     assert [Server(uri).experiment("new", None)] == theirs
@@ -198,11 +198,13 @@ def test_a_migration_under_way_is_waited_for(path: Path) -> None:
     database.check_schema(f"sqlite:///{path}", sleep=migrate)
 
 
-def test_another_schema_on_a_database_server_is_told_alike() -> None:
+def test_another_schema_on_a_database_server_is_named() -> None:
     from mlflow.exceptions import MlflowException
 
-    for found, word in (("0584bdc529eb", "older"), ("ffffffffffff", "newer"), ("None", "incomplete")):
-        error = MlflowException(f"Detected out-of-date database schema (found version {found}, but expected abc). Take")
+    for revision, word in (("0584bdc529eb", "older"), ("ffffffffffff", "newer"), ("None", "incomplete")):
+        error = MlflowException(
+            f"Detected out-of-date database schema (found version {revision}, but expected abc). Take"
+        )
         assert word in str(_translated(error, "postgresql://me:hunter2@db/x"))
         assert "hunter2" not in str(_translated(error, "postgresql://me:hunter2@db/x"))
 

@@ -23,8 +23,9 @@ from cryptography.x509.oid import NameOID
 
 from raytrainer.errors import TrackingDenied, TrackingUnreachable
 from raytrainer.tracking import lookup
+from raytrainer.tracking.failures import Rejected
 from raytrainer.tracking.rest import Rest, is_plain
-from raytrainer.tracking.server import Rejected, Server, StoredRun
+from raytrainer.tracking.server import Server, StoredRun
 
 SECRET = "hunter2 and more"
 
@@ -169,7 +170,7 @@ def test_credentials_of_a_file(mlflow: Mlflow, monkeypatch: pytest.MonkeyPatch, 
         (403, b"", TrackingDenied, "answers 403"),
         (400, b"{}", Rejected, "answers 400"),
         (503, b"", TrackingUnreachable, "answers 503"),
-        (200, b"<html>", TrackingUnreachable, "cannot be used: Expecting value"),
+        (200, b"<html>", TrackingUnreachable, "does not answer like an MLflow server"),
         (200, b"[]", TrackingUnreachable, "does not answer like an MLflow server"),
     ],
 )
@@ -240,15 +241,17 @@ def test_what_is_left_to_mlflows_own_client(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_denial_is_tried_by_the_client_that_knows_more_ways(mlflow: Mlflow, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow.status, mlflow.body = 401, b"{}"
-    asked = []
+    filters = []
 
     def search(self: object, where: str, limit: int) -> list[StoredRun]:
-        asked.append(where)
+        filters.append(where)
         return []
 
     monkeypatch.setattr(Server, "search", search)
     assert lookup.search_runs(mlflow.uri, limit=1, user="o'me", status="FAILED") == []
-    assert asked == ["tags.`raytrainer.where` LIKE '%' AND tags.`mlflow.user` = 'ome' AND attributes.status = 'FAILED'"]
+    assert filters == [
+        "tags.`raytrainer.where` LIKE '%' AND tags.`mlflow.user` = 'ome' AND attributes.status = 'FAILED'"
+    ]
 
 
 def test_where_a_trials_sweep_is() -> None:

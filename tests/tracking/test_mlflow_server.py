@@ -37,8 +37,9 @@ from raytrainer.tracking import (
     replay,
 )
 from raytrainer.tracking.rest import Rest
+from raytrainer.tracking.segments import Row
 from raytrainer.tracking.server import Server
-from raytrainer.tracking.spool import Row, Spool
+from raytrainer.tracking.spool import Spool
 from tests import forkserver
 from tests.launches import empty_store
 from tests.outside.ports import free_port
@@ -97,8 +98,8 @@ class MlflowServer:
 
     def counts(self, run_id: str) -> dict[tuple[str, int], int]:
         with closing(sqlite3.connect(self.folder / "db", timeout=30)) as database:
-            found = database.execute("SELECT key, step FROM metrics WHERE run_uuid = ?", (run_id,)).fetchall()
-        return dict(Counter((str(key), int(step)) for key, step in found))
+            rows = database.execute("SELECT key, step FROM metrics WHERE run_uuid = ?", (run_id,)).fetchall()
+        return dict(Counter((str(key), int(step)) for key, step in rows))
 
 
 class Proxy:
@@ -203,13 +204,17 @@ def test_plain_http_finds_what_mlflows_client_finds(server: MlflowServer, tmp_pa
     plain, client = Rest(uri).search(everything, 1000), Server(uri).search(everything, 1000)
     assert len(plain) >= 2
     assert repr(plain) == repr(client)  # as text, because NaN does not equal itself
-    (found,) = lookup.search_runs(uri, limit=5)
-    assert (found.name, found.status, found.tags["raytrainer.cause"]) == ("one", "FAILED", "why")
-    assert found.metrics["train/loss"] == (0.5, 9)
-    assert lookup.find_run_dir(uri, "two") == "/x"
+    (listed,) = lookup.search_runs(uri, limit=5)
+    assert (listed.name, listed.status, listed.tags["raytrainer.cause"]) == ("one", "FAILED", "why")
+    assert listed.metrics["train/loss"] == (0.5, 9)
+    two = lookup.find_run(uri, "two")
+    assert two is not None
+    assert lookup.run_dir_of(two) == "/x"
     tags = {"raytrainer.run_dir": "/x/many/trials/0003", "raytrainer.sweep": "many"}
     trial = open_run(uri, "searched", "many.0003", params={}, tags=tags, artifact_root=str(tmp_path))
-    assert lookup.find_run_dir(uri, trial.run_id) == "/x/many"
+    stored = lookup.find_run(uri, trial.run_id)
+    assert stored is not None
+    assert lookup.run_dir_of(stored) == "/x/many"
     assert lookup.find_own_dir(uri, trial.run_id) == "/x/many/trials/0003"
 
 
@@ -241,10 +246,10 @@ def test_a_server_that_answers_500_in_between(server: MlflowServer, proxy: Proxy
     with pytest.raises(TrackingUnreachable, match="500"):
         check_tracking(proxy.uri)
     tracker = MlflowTracker(run.run_id, proxy.uri, tmp_path, flush_interval_s=0.1, system_metrics=False)
-    asked = len(proxy.paths)
+    requests_before = len(proxy.paths)
     for step in range(500):
         tracker.log_metrics({"a": step / 7, "b": float("nan")}, step)
-    until(lambda: len(proxy.paths) > asked)
+    until(lambda: len(proxy.paths) > requests_before)
     assert server.counts(run.run_id) == {}
     proxy.status = None
     tracker.close()

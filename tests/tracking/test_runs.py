@@ -9,7 +9,8 @@ import pytest
 
 from raytrainer.errors import StorageFull, TrackingDenied, TrackingUnreachable
 from raytrainer.tracking import MlflowTracker, Run, open_run, recorded_run_id, replay
-from raytrainer.tracking.spool import Spool, line
+from raytrainer.tracking.segments import line
+from raytrainer.tracking.spool import Spool
 from tests.tracking.fakes import FakeServer
 
 URI = "http://user:secret@tracking.example:5000/"
@@ -31,10 +32,9 @@ def test_a_run_from_opening_to_the_end(server: FakeServer) -> None:
     assert (kept.params, kept.tags["git"], kept.status) == ({"lr": "0.1"}, "abc", "RUNNING")
     assert kept.tags["mlflow.source.name"] == "raytrainer"
     run.set_tags({"a": "1"})
-    run.log_params({"lr": "0.2", "wd": "0"})
     run.log_text("yaml", "config/all.yaml")
     assert run.finish("FAILED", "rank 1: out of memory")
-    assert (kept.params, kept.tags["a"]) == ({"lr": "0.1", "wd": "0"}, "1")
+    assert (kept.params, kept.tags["a"]) == ({"lr": "0.1"}, "1")
     assert (kept.status, kept.tags["raytrainer.cause"]) == ("FAILED", "rank 1: out of memory")
     assert kept.artifacts == {"config/all.yaml": "yaml"}
 
@@ -106,7 +106,7 @@ def test_a_cause_lasts_until_a_later_attempt(server: FakeServer, tmp_path: Path)
     assert (kept.status, kept.tags["raytrainer.cause"]) == ("FINISHED", "")
 
 
-def test_the_end_is_told_with_its_time(server: FakeServer) -> None:
+def test_the_end_is_logged_with_its_time(server: FakeServer) -> None:
     run = start(server, started=1000.5)
     run.finish("FINISHED", tags={"raytrainer.seconds": "2.250"}, ended=1002.75)
     kept = server.runs[run.run_id]
@@ -137,13 +137,12 @@ def test_a_run_without_a_server_is_made_later_with_everything(
     tracker.log_metrics({"a": 1.0}, 1)
     tracker.close()
     run.set_tags({"git": "def", "a": "1"})
-    run.log_params({"lr": "0.2", "wd": "0"})
     run.log_text("yaml", "config.yaml")
     assert not run.finish("FINISHED", timeout_s=0.0)
     server.down = False
     assert replay(tmp_path, run.run_id, URI, server=server) == 1
     (kept,) = server.runs.values()
-    assert (kept.params, kept.tags["git"], kept.tags["a"]) == ({"lr": "0.1", "wd": "0"}, "def", "1")
+    assert (kept.params, kept.tags["git"], kept.tags["a"]) == ({"lr": "0.1"}, "def", "1")
     assert (kept.artifacts, kept.status) == ({"config.yaml": "yaml"}, "FINISHED")
     assert kept.count() == {("a", 1): 1}
     assert recorded_run_id(tmp_path) in server.runs
@@ -153,7 +152,7 @@ def test_a_run_without_a_server_is_made_later_with_everything(
     assert len(server.runs) == 1
 
 
-def test_a_resume_of_a_run_that_was_never_told_tells_all(server: FakeServer, tmp_path: Path) -> None:
+def test_a_resume_uploads_a_run_that_was_never_sent(server: FakeServer, tmp_path: Path) -> None:
     server.down = True
     first = start(server, tmp_path, required=False)
     assert not first.finish("FAILED", "why", timeout_s=0.0)
@@ -213,7 +212,7 @@ def test_without_a_spool_a_server_that_goes_is_an_error(server: FakeServer) -> N
         run.finish("FINISHED")
 
 
-def test_the_status_is_told_past_a_sender_that_hangs_and_a_disk_that_is_full(
+def test_the_status_is_sent_past_an_uploader_that_hangs_and_a_full_disk(
     server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = start(server, tmp_path)

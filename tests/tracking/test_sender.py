@@ -17,9 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytrainer.errors import StorageError, TrackingDenied, TrackingError, TrackingUnreachable
-from raytrainer.tracking.sender import DROPPED_TAG, LOCAL_ID_TAG, Busy, Sender, Uploader, recorded_run_id, replay
-from raytrainer.tracking.server import RunGone
-from raytrainer.tracking.spool import RunNote, SegmentWriter, Spool, line
+from raytrainer.tracking.failures import RunGone
+from raytrainer.tracking.segments import SegmentWriter, line
+from raytrainer.tracking.sender import DROPPED_TAG, LOCAL_ID_TAG, Busy, Sender, recorded_run_id
+from raytrainer.tracking.spool import RunNote, Spool
+from raytrainer.tracking.uploader import Uploader, replay
 from tests.tracking.fakes import FakeServer
 
 
@@ -184,7 +186,7 @@ def send_all(spool: Spool, server: FakeServer) -> None:
         pass
 
 
-def test_what_the_server_refuses_is_left_out_alone_counted_and_said_once(
+def test_rejected_rows_are_skipped_alone_counted_and_logged_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     spool, server = Spool(tmp_path), FakeServer()
@@ -280,23 +282,23 @@ def test_replay_says_when_time_is_up(tmp_path: Path) -> None:
 
 
 class Turn:
-    """Lets a test wait until the shipper's thread makes a call."""
+    """Lets a test wait until the uploader's thread makes a call."""
 
     def __init__(self, server: FakeServer) -> None:
         self.called = threading.Event()
         server.before = lambda name: self.called.set()
 
 
-def test_the_shipper_sends_while_rows_come_and_says_an_outage_once(
+def test_the_uploader_sends_while_rows_come_and_logs_an_outage_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raytrainer.tracking.sender._BACKOFF_S", (0.01, 0.02))
+    monkeypatch.setattr("raytrainer.core.retry.LIMITS_S", (0.01, 0.02))
     spool, server = Spool(tmp_path), FakeServer()
     run = server.add()
     server.down = True
     writer = SegmentWriter(spool, 1 << 20)
     writer.append(line("m", 0, 0, {"a": 1.0}))
-    shipper = Uploader(tmp_path, "r", "", interval_s=0.01, server=server)
+    uploader = Uploader(tmp_path, "r", "", interval_s=0.01, server=server)
     while len(server.calls) < 5:
         threading.Event().wait(0.01)
     turn = Turn(server)
@@ -304,32 +306,32 @@ def test_the_shipper_sends_while_rows_come_and_says_an_outage_once(
     assert turn.called.wait(10)
     writer.append(line("m", 1, 1, {"a": 1.0}))
     writer.close()
-    assert shipper.close()
+    assert uploader.close()
     assert run.count() == {("a", 0): 1, ("a", 1): 1}
     assert sum("connection refused" in message for message in caplog.messages) == 1
     assert sum("is back" in message for message in caplog.messages) == 1
 
 
-def test_the_shipper_makes_no_second_try_at_credentials_until_it_is_closed(tmp_path: Path) -> None:
+def test_the_uploader_does_not_retry_denied_credentials_until_it_is_closed(tmp_path: Path) -> None:
     spool, server = Spool(tmp_path), FakeServer()
     server.add()
     write(spool, range(2), 0)
-    asked = threading.Event()
+    is_called = threading.Event()
 
     def deny(name: str) -> None:
-        asked.set()
+        is_called.set()
         raise TrackingDenied("401")
 
     server.before = deny
-    shipper = Uploader(tmp_path, "r", "", interval_s=0.001, server=server)
-    assert asked.wait(10)
+    uploader = Uploader(tmp_path, "r", "", interval_s=0.001, server=server)
+    assert is_called.wait(10)
     threading.Event().wait(0.1)
     assert len(server.calls) == 1
-    assert not shipper.close()
+    assert not uploader.close()
     assert len(server.calls) == 2
 
 
-def test_the_shipper_survives_what_it_does_not_know(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_uploader_survives_unknown_errors(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     spool, server = Spool(tmp_path), FakeServer()
     server.add()
     write(spool, range(2), 0)
@@ -339,19 +341,19 @@ def test_the_shipper_survives_what_it_does_not_know(tmp_path: Path, caplog: pyte
         raise ZeroDivisionError("a bug")
 
     server.before = fail
-    shipper = Uploader(tmp_path, "r", "", interval_s=0.001, server=server)
+    uploader = Uploader(tmp_path, "r", "", interval_s=0.001, server=server)
     while not caplog.messages:
         threading.Event().wait(0.01)
     assert "a bug" in caplog.messages[0]
-    assert shipper.close()
+    assert uploader.close()
 
 
 def test_closing_without_draining_leaves_the_rows(tmp_path: Path) -> None:
     server = FakeServer()
     server.add()
-    shipper = Uploader(tmp_path, "r", "", interval_s=60.0, server=server)
+    uploader = Uploader(tmp_path, "r", "", interval_s=60.0, server=server)
     write(Spool(tmp_path), range(2), 0)
-    assert not shipper.close(drain=False)
+    assert not uploader.close(drain=False)
     assert server.calls == []
     assert Spool(tmp_path).pending()
 
@@ -363,17 +365,17 @@ def test_a_spool_of_another_version_is_not_sent(tmp_path: Path) -> None:
         replay(tmp_path, "r", "", server=FakeServer())
 
 
-def test_a_run_that_another_process_makes_is_waited_for_and_what_it_is_told_is_left_alone(
+def test_the_uploader_waits_for_a_run_of_another_process_and_leaves_its_note_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process on another node than the driver uploads its rows once the driver has created the run, even after the
     trial has ended, and leaves the run's status unchanged."""
-    monkeypatch.setattr("raytrainer.tracking.sender._BACKOFF_S", (0.01, 0.05))
+    monkeypatch.setattr("raytrainer.core.retry.LIMITS_S", (0.01, 0.05))
     server, spool = FakeServer(), Spool(tmp_path / "here")
     server.down = True
-    shipper = Uploader(spool.root, "offline-1", "http://x", interval_s=0.005, awaited_in="exp", server=server)
+    uploader = Uploader(spool.root, "offline-1", "http://x", interval_s=0.005, awaited_in="exp", server=server)
     write(spool, range(5), 1000)
-    assert not shipper.close(timeout_s=5.0)
+    assert not uploader.close(timeout_s=5.0)
     server.down = False
     own = RunNote("offline-1", "exp", "trial", tags={"a": "b"}, status="FINISHED", end_time=9)
     spool.write_note(own)  # the driver's note, if both are on one machine
@@ -384,7 +386,7 @@ def test_a_run_that_another_process_makes_is_waited_for_and_what_it_is_told_is_l
     assert server.runs[run_id].status == "RUNNING"
     assert spool.note() == own
     until(lambda: not spool.pending(notes=False))
-    assert all(thread.name != "tracking-shipper" for thread in threading.enumerate())
+    assert all(thread.name != "tracking-uploads" for thread in threading.enumerate())
     until(lambda: all(thread.name != "tracking-leftovers" for thread in threading.enumerate()))
 
 

@@ -19,11 +19,12 @@ from pathlib import Path
 import pytest
 
 from raytrainer.errors import ConfigError, TrackingDenied, TrackingError, TrackingUnreachable
-from raytrainer.tracking import check_tracking, default_tracking_uri
-from raytrainer.tracking import server as module
+from raytrainer.tracking import check_tracking, checking, default_tracking_uri
 from raytrainer.tracking.database import default_artifact_root, sqlite_path
-from raytrainer.tracking.server import Rejected, Server, redacted
-from raytrainer.tracking.spool import Row
+from raytrainer.tracking.failures import Rejected, redacted
+from raytrainer.tracking.request_settings import request_settings
+from raytrainer.tracking.segments import Row
+from raytrainer.tracking.server import Server
 from tests.promises import Within
 
 SECRET = "hunter2-token"
@@ -72,7 +73,7 @@ def uri(http_server: tuple[str, type[Answers]]) -> str:
 
 @pytest.mark.parametrize("status", [401, 403])
 @pytest.mark.parametrize("body", ["you sent {auth}", '{{"error_code": "X", "message": "{auth}"}}'])
-def test_refused_credentials_are_said_at_once_without_them(
+def test_denied_credentials_are_reported_at_once_without_them(
     uri: str, answers: type[Answers], status: int, body: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", SECRET)
@@ -93,7 +94,7 @@ def test_a_server_in_trouble_is_unreachable_and_asked_once(uri: str, answers: ty
     assert len(answers.seen) == 1
 
 
-def test_refused_content_is_told_apart(uri: str, answers: type[Answers]) -> None:
+def test_rejected_content_has_an_error_of_its_own(uri: str, answers: type[Answers]) -> None:
     answers.status, answers.body = 400, '{{"error_code": "INVALID_PARAMETER_VALUE", "message": "bad name"}}'
     with pytest.raises(Rejected, match="bad name"):
         Server(uri).log_batch("a" * 32, [Row("a", 1.0, 1, 1)], {})
@@ -117,7 +118,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_nobody_there_is_said_within_seconds_with_the_reason() -> None:
+def test_an_unreachable_server_is_reported_within_seconds_with_the_reason() -> None:
     within = Within(10.0)
     with pytest.raises(TrackingUnreachable, match="Connection refused"):
         check_tracking(f"http://127.0.0.1:{free_port()}")
@@ -125,7 +126,7 @@ def test_nobody_there_is_said_within_seconds_with_the_reason() -> None:
 
 
 def test_silence_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHECK_SECONDS", 0.5)
+    monkeypatch.setattr(checking, "CHECK_SECONDS", 0.5)
     silent = pytest.raises(TrackingUnreachable, match=r"no answer in 0\.5 s")
     with socket.create_server(("127.0.0.1", 0)) as listener, silent:
         check_tracking(f"http://127.0.0.1:{listener.getsockname()[1]}")
@@ -140,7 +141,7 @@ def test_mlflows_settings_are_ours_during_a_call_and_the_users_after(monkeypatch
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT", raising=False)
     before = dict(os.environ)
-    first, second = module._request_settings(10), module._request_settings(60)
+    first, second = request_settings(10), request_settings(60)
     with first:
         # MLflow reads them at each call, not at import.
         assert (MLFLOW_HTTP_REQUEST_MAX_RETRIES.get(), MLFLOW_HTTP_REQUEST_TIMEOUT.get()) == (0, 10)
@@ -150,7 +151,7 @@ def test_mlflows_settings_are_ours_during_a_call_and_the_users_after(monkeypatch
     second.__exit__(None, None, None)
     assert dict(os.environ) == before
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "33")
-    with module._request_settings(10):
+    with request_settings(10):
         assert MLFLOW_HTTP_REQUEST_TIMEOUT.get() == 33
 
 
@@ -162,7 +163,7 @@ def test_a_call_leaves_the_environment_of_native_code_alone(monkeypatch: pytest.
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT", raising=False)
     for _ in range(2):
-        with module._request_settings(10):
+        with request_settings(10):
             assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "10"
             assert getenv(b"MLFLOW_HTTP_REQUEST_TIMEOUT") is None
             assert getenv(b"MLFLOW_HTTP_REQUEST_MAX_RETRIES") == b"3"
@@ -173,11 +174,11 @@ def test_importing_mlflow_in_a_call_does_not_write_the_environment() -> None:
     """MLflow's telemetry would set variables and report every launch, so it is off."""
     program = """
 import os
-from raytrainer.tracking.server import _request_settings
+from raytrainer.tracking.request_settings import request_settings
 written = []
 write = os.putenv
 os.putenv = lambda name, value: (written.append(os.fsencode(name)), write(name, value))
-with _request_settings(10):
+with request_settings(10):
     from mlflow.tracking import MlflowClient
     from mlflow.telemetry.client import get_telemetry_client
 assert not [name for name in written if b"MLFLOW" in name], written

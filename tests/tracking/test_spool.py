@@ -13,17 +13,8 @@ import pytest
 
 from raytrainer.errors import StorageError, StorageFull
 from raytrainer.storage import Storage
-from raytrainer.tracking.spool import (
-    Row,
-    RunNote,
-    SegmentWriter,
-    Spool,
-    State,
-    discard_if_finished,
-    line,
-    read_batch,
-    spool_of,
-)
+from raytrainer.tracking.segments import Row, SegmentWriter, discard_if_finished, line, read_batch
+from raytrainer.tracking.spool import RunNote, Spool, State, spool_of
 
 
 @pytest.fixture
@@ -116,9 +107,7 @@ def test_a_writer_whose_segment_was_deleted_goes_on_in_a_new_one(spool: Spool) -
     assert [row.step for row in read_batch(spool.segments()[0], 0).rows] == [7]
 
 
-def test_no_space_is_said_with_the_path_and_leaves_no_part_of_a_line(
-    spool: Spool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_named_and_leaves_no_part_of_a_line(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = SegmentWriter(spool, 1 << 20)
     writer.append(lines((1, {"a": 1.0})))
     write = os.write

@@ -18,8 +18,9 @@ import pytest
 from raytrainer.errors import StorageError
 from raytrainer.tracking import MlflowTracker, NullTracker, Tracker, replay
 from raytrainer.tracking.keys import metric_key
+from raytrainer.tracking.segments import Batch, Row, read_batch
 from raytrainer.tracking.sender import DROPPED_TAG
-from raytrainer.tracking.spool import Batch, Row, Spool, read_batch
+from raytrainer.tracking.spool import Spool
 from raytrainer.tracking.system import SystemSampler
 from tests.tracking.fakes import FakeServer
 
@@ -100,7 +101,7 @@ def test_later_changes_of_the_callers_objects_change_nothing(tmp_path: Path) -> 
     assert (run.artifacts, run.tags) == ({"logs/x.txt": "first"}, {"t": "1"})
 
 
-def test_what_is_no_number_is_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_values_that_are_not_numbers_are_skipped_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tracker = make(tmp_path)
     tracker.log_metrics({"a": "one"}, 1)  # type: ignore[dict-item]
     tracker.log_metrics({"a": 10**400}, 1)
@@ -132,7 +133,7 @@ def test_metric_names(key: str, name: str) -> None:
     assert metric_key(key) == name
 
 
-def test_a_name_that_mlflow_does_not_take_is_changed_and_said_once(
+def test_a_name_that_mlflow_refuses_is_changed_and_logged_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracker = make(tmp_path)
@@ -160,10 +161,10 @@ def test_names_that_become_one_keep_their_values_apart(tmp_path: Path, caplog: p
         "x" * 248 + "_2": {4},
         "x" * 248 + "_3": {5},
     }
-    said = [message for message in caplog.messages if "'top@5'" in message]
-    assert len(said) == 1
-    assert "'top_5_2'" in said[0]
-    assert "'top_5'" in said[0]
+    warnings = [message for message in caplog.messages if "'top@5'" in message]
+    assert len(warnings) == 1
+    assert "'top_5_2'" in warnings[0]
+    assert "'top_5'" in warnings[0]
 
 
 def test_a_name_whose_key_is_in_use_gets_another(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -196,8 +197,8 @@ def test_a_full_spool_keeps_what_it_has_and_counts_the_rest(tmp_path: Path, capl
 
 
 def test_a_full_queue_is_counted_and_never_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raytrainer.tracking.tracker._QUEUE_ENTRIES", 10)
-    monkeypatch.setattr("raytrainer.tracking.tracker._TICK_S", 3600.0)
+    monkeypatch.setattr("raytrainer.tracking.mlflow_tracker._QUEUE_ENTRIES", 10)
+    monkeypatch.setattr("raytrainer.tracking.mlflow_tracker._TICK_S", 3600.0)
     tracker = make(tmp_path)
     for step in range(15):
         tracker.log_metrics({"a": 1.0, "b": 1.0}, step)
@@ -231,7 +232,7 @@ def test_a_full_disk_is_named_and_rows_wait_in_memory(
 def test_memory_is_bounded_on_a_full_disk(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raytrainer.tracking.tracker._MEMORY_BYTES", 1000)
+    monkeypatch.setattr("raytrainer.tracking.mlflow_tracker._MEMORY_BYTES", 1000)
     tracker = make(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
@@ -287,12 +288,12 @@ def test_the_load_is_measured_whichever_thread_asks(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "psutil", FakePsutil())
     now = iter(range(100))
     monkeypatch.setattr("raytrainer.tracking.system.time", SimpleNamespace(monotonic=lambda: float(next(now))))
-    sampler, found = SystemSampler(), []
+    sampler, samples = SystemSampler(), []
     for _ in range(4):
-        thread = threading.Thread(target=lambda: found.append(sampler.sample()["system/cpu_utilization_percentage"]))
+        thread = threading.Thread(target=lambda: samples.append(sampler.sample()["system/cpu_utilization_percentage"]))
         thread.start()
         thread.join()
-    assert found == [50.0] * 4
+    assert samples == [50.0] * 4
 
 
 def test_a_sample_right_after_another_says_nothing_of_the_load(monkeypatch: pytest.MonkeyPatch) -> None:

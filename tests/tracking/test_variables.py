@@ -29,11 +29,11 @@ from raytrainer.tracking import variable_problems
     ],
 )
 def test_a_tracking_uri_that_is_none(uri: str, reason: str) -> None:
-    (said,) = variable_problems({"MLFLOW_TRACKING_URI": uri}, uri)
-    assert said.startswith(f"MLFLOW_TRACKING_URI={uri} ")
-    assert reason in said
-    (said,) = variable_problems({}, uri)  # from the config
-    assert said.startswith("tracking.tracking_uri=")
+    (problem,) = variable_problems({"MLFLOW_TRACKING_URI": uri}, uri)
+    assert problem.startswith(f"MLFLOW_TRACKING_URI={uri} ")
+    assert reason in problem
+    (problem,) = variable_problems({}, uri)  # from the config
+    assert problem.startswith("tracking.tracking_uri=")
 
 
 @pytest.mark.parametrize(
@@ -57,10 +57,10 @@ def test_one_that_is_one(uri: str | None) -> None:
     ],
 )
 def test_a_variable_with_an_odd_value_is_named(name: str, value: str, reason: str) -> None:
-    (said,) = variable_problems({name: value}, None)
-    assert said.startswith(name)
-    assert reason in said
-    assert "secret" not in said
+    (problem,) = variable_problems({name: value}, None)
+    assert problem.startswith(name)
+    assert reason in problem
+    assert "secret" not in problem
 
 
 def test_an_empty_variable_is_one_that_is_not_set(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
