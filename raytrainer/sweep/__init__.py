@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from raytrainer.sweep.outcome import SweepOutcome, summary
     from raytrainer.sweep.plan import Plan, make_plan
     from raytrainer.sweep.reporting import report
-    from raytrainer.sweep.search import GridSearch, RandomSearch
+    from raytrainer.sweep.sampling import GridSearch, RandomSearch
 
 __all__ = [
     "GridSearch",
