@@ -19,6 +19,8 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 
+METRIC = "objective"  # the metric's name for schedulers and searchers, whatever the sweep's metric is
+
 
 def pauses(scheduler: TrialScheduler) -> bool:
     """Return whether the scheduler pauses trials to wait for others, and therefore needs all trials sampled early."""
@@ -56,16 +58,17 @@ def keep_own_values(scheduler: PopulationBasedTraining, names: Collection[str]) 
     scheduler._get_new_config, scheduler.on_trial_add = with_own_values, add
 
 
-def record_of(scheduler: TrialScheduler) -> Callable[..., Any] | None:
+def record_of(scheduler: Any) -> Callable[..., Any] | None:
     """Return the function that records a report, or None if the scheduler cannot restore reports.
 
     It takes `(None, trial, result)`. After it, `rename` moves the records of one trial to another.
     """
+    record: Callable[..., Any] | None = None
     if isinstance(scheduler, AsyncHyperBandScheduler):
-        return scheduler.on_trial_result
-    if isinstance(scheduler, MedianStoppingRule):
-        return scheduler.on_trial_complete  # stores a result without making a decision
-    return None
+        record = scheduler.on_trial_result
+    elif isinstance(scheduler, MedianStoppingRule):
+        record = scheduler.on_trial_complete  # stores a result without making a decision
+    return record
 
 
 def draws_brackets(scheduler: TrialScheduler) -> bool:

@@ -20,10 +20,9 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.search_generator import SearchGenerator
 
-from raytrainer.ray_internals.schedulers import pauses
+from raytrainer.ray_internals.schedulers import METRIC, pauses
 from raytrainer.ray_internals.train import death, full_words
 
-METRIC = "objective"  # the metric's name for schedulers and searchers, whatever the sweep's metric is
 _SAMPLING_S = 0.2  # time for sampling trials between two checks for signals
 
 
