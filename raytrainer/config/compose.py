@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from raytrainer.config import number_keys, resolvers
+from raytrainer.config import hydra_internals, number_keys, resolvers
 from raytrainer.config.checks import check_references, check_together
 from raytrainer.config.direction import by_name, check_modes, derive_modes
 from raytrainer.config.explain import explain, key_of, unresolved, value_of
@@ -438,11 +438,9 @@ def quiet() -> Iterator[None]:
 def searching(config_dir: str | Path | None, searchpath: Sequence[str] = ()) -> Iterator[None]:
     """Set up Hydra as the command line does, and restore its previous state afterwards."""
     from hydra import version
-    from hydra._internal.hydra import Hydra
-    from hydra._internal.utils import create_automatic_config_search_path
     from hydra.core.config_search_path import SearchPathQuery
 
-    path = create_automatic_config_search_path(None, None, f"pkg://{CONFIG_MODULE}")
+    path = hydra_internals.search_path(CONFIG_MODULE)
     if config_dir is not None:
         folder = Path(config_dir).absolute()
         if not folder.is_dir():
@@ -453,7 +451,7 @@ def searching(config_dir: str | Path | None, searchpath: Sequence[str] = ()) -> 
     with borrowed():
         version.setbase("1.3")
         register_schema()
-        Hydra.create_main_hydra2(task_name="raytrainer", config_search_path=path)
+        hydra_internals.initialize("raytrainer", path)
         yield
 
 
@@ -529,24 +527,12 @@ def _standing_in(cfg: DictConfig) -> Iterator[None]:
 
 def _failing(cfg: DictConfig) -> str | None:
     """Return the first key that cannot be resolved, because OmegaConf's error does not name it."""
-
-    def walk(node: DictConfig | ListConfig) -> str | None:
-        names: Any = list(node) if isinstance(node, DictConfig) else range(len(node))
-        for name in names:
-            raw = node._get_node(name)
-            if isinstance(raw, DictConfig | ListConfig) and not (
-                raw._is_none() or raw._is_interpolation() or raw._is_missing()
-            ):
-                if found := walk(raw):
-                    return found
-                continue
-            try:
-                node[name]
-            except OmegaConfBaseException:
-                return str(node._get_full_key(name))
-        return None
-
-    return walk(cfg)
+    for container, name in hydra_internals.leaves(cfg):
+        try:
+            container[name]
+        except OmegaConfBaseException:
+            return hydra_internals.full_key(container, name)
+    return None
 
 
 def _choices(runtime: Any) -> dict[str, str]:
@@ -597,23 +583,14 @@ def _as_text(value: Any) -> str:
 
 def _fix_times(cfg: DictConfig) -> None:
     """Resolve `${now:…}` and `${hydra:…}`, which another process would resolve differently or not at all."""
-
-    def walk(node: DictConfig | ListConfig) -> None:
-        names: Any = list(node) if isinstance(node, DictConfig) else range(len(node))
-        for name in names:
-            raw = node._get_node(name)
-            if isinstance(raw, DictConfig | ListConfig) and not (
-                raw._is_none() or raw._is_interpolation() or raw._is_missing()
-            ):
-                walk(raw)
-            elif OmegaConf.is_interpolation(node, name):
-                # Resolve only those parts: `${oc.env:TOKEN}-${now:%Y}` must not put the token into the logged text.
-                written = str(raw._value())  # type: ignore[union-attr]
-                fixed = re.sub(r"\$\{(?:now|hydra):[^{}]*\}", lambda m: str(OmegaConf.create({"x": m[0]}).x), written)
-                if fixed != written:
-                    node[name] = fixed
-
-    walk(cfg)
+    for container, name in hydra_internals.leaves(cfg):
+        if not OmegaConf.is_interpolation(container, name):
+            continue
+        # Resolve only those parts: `${oc.env:TOKEN}-${now:%Y}` must not put the token into the logged text.
+        text = hydra_internals.written(container, name)
+        fixed = re.sub(r"\$\{(?:now|hydra):[^{}]*\}", lambda m: str(OmegaConf.create({"x": m[0]}).x), text)
+        if fixed != text:
+            container[name] = fixed
 
 
 def _make_absolute(cfg: DictConfig) -> None:

@@ -27,6 +27,7 @@ from raytrainer.tracking.database import (
     read_experiment,
     schema_problem,
 )
+from raytrainer.tracking.mlflow_internals import status_of_search
 from raytrainer.tracking.spool import Row
 
 CHECK_SECONDS = 14  # below the 15 s that `check_tracking` promises
@@ -428,12 +429,9 @@ def _status(error: Exception, uri: str) -> int | None:
 
 def _asked_status(uri: str) -> int | None:
     from mlflow.exceptions import MlflowException
-    from mlflow.utils.credentials import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request
 
-    endpoint = "/api/2.0/mlflow/experiments/search?max_results=1"
     try:
-        return int(http_request(get_default_host_creds(uri), endpoint, "GET", raise_on_status=False).status_code)
+        return status_of_search(uri)
     except MlflowException:
         return None
 
