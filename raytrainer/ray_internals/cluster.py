@@ -171,7 +171,7 @@ class VersionMismatch(ConnectionError):
 
 
 def _mismatch(error: BaseException) -> VersionMismatch | None:
-    """Return our error for Ray's own check of the versions; None for any other error."""
+    """Return our error for that of Ray's `check_version_info`; None for any other error."""
     if not str(error).startswith("Version mismatch"):
         return None
     versions = re.findall(r"Ray: (\S+)\s+Python: (\S+)", str(error))

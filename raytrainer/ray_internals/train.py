@@ -94,11 +94,10 @@ def first_error(error: BaseException) -> BaseException:
     raised: list[WorkerError] = []
     died: list[WorkerError] = []
     for rank, failure in error.worker_failures.items():
-        cause = getattr(failure, "_base_exception", failure)
-        if isinstance(cause, WorkerError):
-            raised.append(cause)
+        if isinstance(failure, WorkerError):
+            raised.append(failure)
         else:
-            died.append(WorkerError(death(cause), rank=rank, node=_WorkerGroup.nodes.get(rank)))
+            died.append(WorkerError(death(failure), rank=rank, node=_WorkerGroup.nodes.get(rank)))
     causes = [e for e in raised if not any(text in e.cause for text in _COLLATERAL)]
     if causes:
         return min(causes, key=lambda e: e.when)
