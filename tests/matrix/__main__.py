@@ -1,0 +1,175 @@
+"""Run raytrainer with several versions of Ray and MLflow, and write what works as a table.
+
+    python -m tests.matrix [--ray VERSION …] [--mlflow VERSION …] [--folder FOLDER] [--write docs/versions.md]
+
+Each version gets a virtual environment that shares all other packages with this one. Clusters listen on loopback ports
+of their own and are stopped by their process id. Exit code 1: something does not work that should.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+from tests.matrix.environments import ROOT, Environment, Head, make, this_environment
+
+RAY = ("2.57.1", "2.58.1", "2.59.0", "2.60.0")
+MLFLOW = ("3.16.1", "3.17.2")
+_LIMIT_S = 900.0
+_BEGIN, _END = "<!-- matrix: begin -->", "<!-- matrix: end -->"
+
+
+@dataclass
+class Row:
+    """The results of one environment: check → `yes`, or what went wrong; and the warnings of its launches."""
+
+    environment: Environment
+    results: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Bench:
+    """Runs the checks of one environment in a folder of its own."""
+
+    row: Row
+    folder: Path
+
+    def run(self, name: str, environment: Environment, *command: str, code: int = 0, says: Sequence[str] = ()) -> None:
+        """Run `python -m COMMAND` and record under `name` whether it ends with the exit code and says the texts."""
+        log = self.folder / f"{name.replace(' ', '-')}.log"
+        began = time.monotonic()
+        print(f"{self.row.environment.name}: {name} …", end=" ", flush=True)
+        with log.open("w") as output:
+            try:
+                ended = subprocess.run(
+                    [environment.python, "-m", *command],
+                    cwd=self.folder,
+                    env=environment.variables,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    timeout=_LIMIT_S,
+                    check=False,
+                ).returncode
+            except subprocess.TimeoutExpired:
+                ended = -1
+        text = log.read_text()
+        absent = [part for part in says if part not in text]
+        if ended == code and not absent:
+            result = "yes"
+        elif ended == -1:
+            result = f"no: not ended after {_LIMIT_S:g} s"
+        else:
+            result = f"no: exit code {ended}" + (f", without {absent[0]!r}" if absent else "")
+            print("\n" + text[-3000:])
+        self.row.results[name] = result
+        warnings = re.findall(r"^(?:.*: )?warning: (.*)$", text, re.MULTILINE)
+        self.row.warnings += [w for w in warnings if w not in self.row.warnings]
+        print(f"{result} ({time.monotonic() - began:.0f} s)", flush=True)
+
+    def launch(self, name: str, environment: Environment, *arguments: str, **expected: object) -> None:
+        store = [f"storage_path={self.folder / 'runs'}", f"tracking.tracking_uri=sqlite:///{self.folder / 'mlflow.db'}"]
+        self.run(name, environment, "raytrainer", *arguments, *store, **expected)  # type: ignore[arg-type]
+
+
+def check_alone(bench: Bench) -> None:
+    """Contracts, a run of two workers, its resumption and a sweep, each on a local Ray."""
+    here = bench.row.environment
+    bench.run(
+        "contracts", here, "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", str(ROOT / "tests/contracts")
+    )
+    bench.launch("run", here, "experiment=smoke", "name=run", "scaling.num_workers=2")
+    bench.run("resume", here, "raytrainer", "resume", str(bench.folder / "runs" / "run"), "trainer.max_steps=30")
+    trials = ("sweep=asha", "sweep.num_samples=3", "optimizer.lr=interval(0.01,0.1)", "trainer.eval_every_n_steps=5")
+    bench.launch("sweep", here, "-m", "experiment=smoke", "name=sweep", *trials)
+
+
+def check_clusters(bench: Bench, main: Environment, main_head: Head) -> None:
+    """Jobs within a version and in both directions between it and the main one, and a cluster that is joined."""
+    here, there = bench.row.environment, f"cluster.address={main_head.dashboard}"
+    with Head(here, bench.folder / "head") as head:
+        own = f"cluster.address={head.dashboard}"
+        bench.launch("job", here, "experiment=smoke", "name=job", "cluster=job", own)
+        if here is main:
+            bench.launch(
+                "existing", here, "experiment=smoke", "name=joined", "cluster=existing", f"cluster.address={head.gcs}"
+            )
+            return
+        bench.launch("job from the newest", main, "experiment=smoke", "name=from-newest", "cluster=job", own)
+        bench.launch("job to the newest", here, "experiment=smoke", "name=to-newest", "cluster=job", there)
+        refusal = {"code": 2, "says": ["cluster=job", f"pip install {here.name.replace(' ', '==')}"]}
+        joined = ("experiment=smoke", "name=other", "cluster=existing", f"cluster.address={head.gcs}")
+        bench.launch("existing is refused", main, *joined, **refusal)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the results as Markdown, a row for each environment."""
+    names = list(dict.fromkeys(name for row in rows for name in row.results))
+    lines = ["| version | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for row in rows:
+        cells = [row.results.get(name, "–") for name in names]
+        lines.append(f"| {row.environment.name} | " + " | ".join(cells) + " |")
+    for row in rows:
+        lines += ["", f"Warnings with {row.environment.name}:", ""] if row.warnings else []
+        lines += [f"- {text}" for text in row.warnings]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.matrix")
+    parser.add_argument("--ray", nargs="*", default=list(RAY), metavar="VERSION")
+    parser.add_argument("--mlflow", nargs="*", default=list(MLFLOW), metavar="VERSION")
+    parser.add_argument("--folder", type=Path, default=ROOT / ".matrix", help="for environments, logs and runs")
+    parser.add_argument("--write", type=Path, help="a Markdown file whose table is replaced")
+    asked = parser.parse_args(arguments)
+    folder: Path = asked.folder.resolve()
+    newest = this_environment("ray", version("ray"))
+    begun = folder / "runs" / time.strftime("%Y%m%d-%H%M%S")
+    rows: list[Row] = []
+
+    def bench(environment: Environment) -> Bench:
+        rows.append(Row(environment))
+        place = begun / environment.name.replace(" ", "-")
+        place.mkdir(parents=True)
+        return Bench(rows[-1], place)
+
+    for number in asked.mlflow:
+        check_alone(bench(_environment(folder, "mlflow", number)))
+    with Head(newest, begun / "newest-head") as head:
+        for number in asked.ray:
+            of_ray = newest if number == version("ray") else make(folder, "ray", number)
+            here = bench(of_ray)
+            check_alone(here)
+            check_clusters(here, newest, head)
+    text = table(rows)
+    print(text)
+    if asked.write:
+        command = "python -m tests.matrix " + " ".join(arguments)
+        note = f"Measured on {date.today().isoformat()} with `{command.strip()}`, Python {sys.version.split()[0]}."
+        _replace(asked.write, f"{note}\n\n{text}")
+    return int(any(result != "yes" for row in rows for result in row.results.values()))
+
+
+def _environment(folder: Path, library: str, number: str) -> Environment:
+    return this_environment(library, number) if number == version(library) else make(folder, library, number)
+
+
+def _replace(file: Path, text: str) -> None:
+    before, found, rest = file.read_text().partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    if not found:
+        raise SystemExit(f"{file} has no {_BEGIN}")
+    file.write_text(f"{before}{_BEGIN}\n{text}\n{_END}{after}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
