@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from tests.matrix.environments import ROOT, Environment, Head, make, this_environment
 
@@ -43,6 +44,13 @@ class Bench:
     row: Row
     folder: Path
 
+    @property
+    def home(self) -> Path:
+        """A home directory without a token for clusters."""
+        home = self.folder / "home"
+        home.mkdir(exist_ok=True)
+        return home
+
     def run(self, name: str, environment: Environment, *command: str, code: int = 0, says: Sequence[str] = ()) -> None:
         """Run `python -m COMMAND` and record under `name` whether it ends with the exit code and says the texts."""
         log = self.folder / f"{name.replace(' ', '-')}.log"
@@ -53,7 +61,7 @@ class Bench:
                 ended = subprocess.run(
                     [environment.python, "-m", *command],
                     cwd=self.folder,
-                    env=environment.variables,
+                    env={**environment.variables, "HOME": str(self.home)},
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -76,9 +84,10 @@ class Bench:
         self.row.warnings += [w for w in warnings if w not in self.row.warnings]
         print(f"{result} ({time.monotonic() - began:.0f} s)", flush=True)
 
-    def launch(self, name: str, environment: Environment, *arguments: str, **expected: object) -> None:
+    def launch(self, name: str, environment: Environment, *arguments: str, **expected: Any) -> None:
+        """Launch an experiment in the environment, with its runs and its tracking database in the folder."""
         store = [f"storage_path={self.folder / 'runs'}", f"tracking.tracking_uri=sqlite:///{self.folder / 'mlflow.db'}"]
-        self.run(name, environment, "raytrainer", *arguments, *store, **expected)  # type: ignore[arg-type]
+        self.run(name, environment, "raytrainer", *arguments, *store, **expected)
 
 
 def check_alone(bench: Bench) -> None:
@@ -88,7 +97,7 @@ def check_alone(bench: Bench) -> None:
         "contracts", here, "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", str(ROOT / "tests/contracts")
     )
     bench.launch("run", here, "experiment=smoke", "name=run", "scaling.num_workers=2")
-    bench.run("resume", here, "raytrainer", "resume", str(bench.folder / "runs" / "run"), "trainer.max_steps=30")
+    bench.run("resume", here, "raytrainer", "resume", "run", "trainer.max_steps=30")
     trials = ("sweep=asha", "sweep.num_samples=3", "optimizer.lr=interval(0.01,0.1)", "trainer.eval_every_n_steps=5")
     bench.launch("sweep", here, "-m", "experiment=smoke", "name=sweep", *trials)
 

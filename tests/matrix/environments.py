@@ -69,11 +69,15 @@ def make(folder: Path, library: str, version: str, pip: tuple[str, ...] = ()) ->
             *packages,
         ]
         subprocess.run(command, check=True)
-        # Its own packages come first on the path; all others are this environment's, and raytrainer is this folder's.
-        purelib = Path(sysconfig.get_path("purelib", vars={"base": str(place), "platbase": str(place)}))
-        (purelib / "shared.pth").write_text(f"{sysconfig.get_path('purelib')}\n{ROOT}\n")
+        share_packages(place)
         finished.touch()
     return Environment(f"{library} {version}", python)
+
+
+def share_packages(folder: Path) -> None:
+    """Put this environment's packages behind those of the environment in `folder`, and raytrainer's sources."""
+    purelib = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
+    (purelib / "shared.pth").write_text(f"{sysconfig.get_path('purelib')}\n{ROOT}\n")
 
 
 class Head:
