@@ -6,11 +6,12 @@ import ast
 import importlib
 import inspect
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-from tests.contracts.private_parts import PARTS, VARIABLES, instance_attributes, look_up
+from tests.contracts.private_parts import PARTS, VARIABLES, PrivatePart, instance_attributes, look_up
 from tests.private_names import defined_names, is_private, own_private_names, private_accesses, private_imports
 from tests.test_layering import PRIVATE, PRIVATE_ROOMS, ROOT, tree_of
 
@@ -74,3 +75,16 @@ def test_a_missing_part_is_found() -> None:
         look_up("ray.tune.execution.tune_controller.TuneController._nothing")
     with pytest.raises(ImportError):
         look_up("ray.tune.nothing_here.x")
+
+
+def test_a_broken_contract_names_version_part_module_and_purpose() -> None:
+    name = "ray.tune.execution.tune_controller.TuneController._actor_failed"
+    part = PrivatePart(name, "ray_internals/tune.py", "do something", overridden=("actor",))
+    with pytest.raises(AssertionError) as raised:
+        part.check()
+    (line, *_) = str(raised.value).splitlines()
+    assert line.startswith(
+        f"ray {version('ray')} changed tune.execution.tune_controller.TuneController._actor_failed, "
+    )
+    assert "takes (tracked_actor, exception) instead of (actor)" in line
+    assert line.endswith("raytrainer/ray_internals/tune.py relies on it to do something")
