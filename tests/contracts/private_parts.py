@@ -78,7 +78,7 @@ def look_up(name: str) -> Any:
     for number, part in enumerate(parts[1:], start=2):
         if hasattr(value, part):
             value = getattr(value, part)
-        elif inspect.isclass(value) and part in instance_attributes(value):
+        elif isinstance(value, type) and part in instance_attributes(value):
             value = None
         elif inspect.ismodule(value):
             value = importlib.import_module(".".join(parts[:number]))

@@ -29,17 +29,17 @@ class Environment:
     """A virtual environment. `python` is its interpreter, `name` what differs, such as `ray 2.59.0`."""
 
     name: str
-    python: Path
+    python: str
 
     @property
     def variables(self) -> dict[str, str]:
         """The environment of its processes, without addresses and secrets of this machine's Ray."""
         own = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
-        return {**own, "PATH": f"{self.python.parent}{os.pathsep}{own.get('PATH', '')}"}
+        return {**own, "PATH": f"{Path(self.python).parent}{os.pathsep}{own.get('PATH', '')}"}
 
 
 def this_environment(library: str, version: str) -> Environment:
-    return Environment(f"{library} {version}", Path(sys.executable))
+    return Environment(f"{library} {version}", sys.executable)
 
 
 def make(folder: Path, library: str, version: str, pip: tuple[str, ...] = ()) -> Environment:
@@ -52,7 +52,7 @@ def make(folder: Path, library: str, version: str, pip: tuple[str, ...] = ()) ->
         pip: More arguments of `pip install`.
     """
     place = folder / f"{library}-{version}"
-    python, finished = place / "bin" / "python", place / "finished"
+    python, finished = str(place / "bin" / "python"), place / "finished"
     if not finished.exists():
         shutil.rmtree(place, ignore_errors=True)
         venv.create(place, with_pip=True)

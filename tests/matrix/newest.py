@@ -25,14 +25,10 @@ def install(folder: Path) -> Environment:
     if not (folder / "bin" / "python").exists():
         venv.create(folder, with_pip=True)
     share_packages(folder)
-    python = folder / "bin" / "python"
+    python = str(folder / "bin" / "python")
     options = ["--quiet", "--disable-pip-version-check", "--pre", "--upgrade", "--upgrade-strategy=only-if-needed"]
     subprocess.run([python, "-m", "pip", "install", *options, _EXTRAS], check=True)
-    print(
-        subprocess.run(
-            [python, "-c", "import ray; print('ray', ray.__version__)"], text=True, capture_output=True
-        ).stdout
-    )
+    subprocess.run([python, "-c", "import ray; print('ray', ray.__version__)"], check=True)
     return Environment("newest ray", python)
 
 
@@ -64,4 +60,4 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(*(sys.argv[1:] or [ROOT / ".venv-ray-next"]))))
+    sys.exit(main(Path(sys.argv[1]) if sys.argv[1:] else ROOT / ".venv-ray-next"))
