@@ -9,12 +9,13 @@ of their own and are stopped by their process id. Exit code 1: something does no
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -30,9 +31,10 @@ _BEGIN, _END = "<!-- matrix: begin -->", "<!-- matrix: end -->"
 
 @dataclass
 class Row:
-    """The results of one environment: check → `yes`, or what went wrong; and the warnings of its launches."""
+    """The results of one version: check → `yes`, or what went wrong; and the warnings of its launches."""
 
-    environment: Environment
+    name: str
+    measured: str
     results: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -41,6 +43,7 @@ class Row:
 class Bench:
     """Runs the checks of one environment in a folder of its own."""
 
+    environment: Environment
     row: Row
     folder: Path
 
@@ -55,7 +58,7 @@ class Bench:
         """Run `python -m COMMAND` and record under `name` whether it ends with the exit code and says the texts."""
         log = self.folder / f"{name.replace(' ', '-')}.log"
         began = time.monotonic()
-        print(f"{self.row.environment.name}: {name} …", end=" ", flush=True)
+        print(f"{self.row.name}: {name} …", end=" ", flush=True)
         with log.open("w") as output:
             try:
                 ended = subprocess.run(
@@ -92,7 +95,7 @@ class Bench:
 
 def check_alone(bench: Bench) -> None:
     """Contracts, a run of two workers, its resumption and a sweep, each on a local Ray."""
-    here = bench.row.environment
+    here = bench.environment
     bench.run(
         "contracts", here, "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", str(ROOT / "tests/contracts")
     )
@@ -102,33 +105,33 @@ def check_alone(bench: Bench) -> None:
     bench.launch("sweep", here, "-m", "experiment=smoke", "name=sweep", *trials)
 
 
-def check_clusters(bench: Bench, main: Environment, main_head: Head) -> None:
-    """Jobs within a version and in both directions between it and the main one, and a cluster that is joined."""
-    here, there = bench.row.environment, f"cluster.address={main_head.dashboard}"
+def check_clusters(bench: Bench, newest: Environment) -> None:
+    """Jobs within a version and in both directions between it and the newest one, and a cluster that is joined."""
+    here = bench.environment
     with Head(here, bench.folder / "head") as head:
-        own = f"cluster.address={head.dashboard}"
+        own, joined = f"cluster.address={head.dashboard}", f"cluster.address={head.gcs}"
         bench.launch("job", here, "experiment=smoke", "name=job", "cluster=job", own)
-        if here is main:
-            bench.launch(
-                "existing", here, "experiment=smoke", "name=joined", "cluster=existing", f"cluster.address={head.gcs}"
-            )
+        if here == newest:
+            bench.launch("existing", here, "experiment=smoke", "name=joined", "cluster=existing", joined)
             return
-        bench.launch("job from the newest", main, "experiment=smoke", "name=from-newest", "cluster=job", own)
-        bench.launch("job to the newest", here, "experiment=smoke", "name=to-newest", "cluster=job", there)
+        bench.launch("job from the newest", newest, "experiment=smoke", "name=from-newest", "cluster=job", own)
         refusal = {"code": 2, "says": ["cluster=job", f"pip install {here.name.replace(' ', '==')}"]}
-        joined = ("experiment=smoke", "name=other", "cluster=existing", f"cluster.address={head.gcs}")
-        bench.launch("existing is refused", main, *joined, **refusal)
+        name = "existing is refused"
+        bench.launch(name, newest, "experiment=smoke", "name=other", "cluster=existing", joined, **refusal)
+    with Head(newest, bench.folder / "newest-head") as head:
+        there = f"cluster.address={head.dashboard}"
+        bench.launch("job to the newest", here, "experiment=smoke", "name=to-newest", "cluster=job", there)
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return the results as Markdown, a row for each environment."""
+    """Return the results as Markdown, a row for each version."""
     names = list(dict.fromkeys(name for row in rows for name in row.results))
-    lines = ["| version | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    lines = [f"| version | {' | '.join(names)} | measured |", "|---|" + "---|" * (len(names) + 1)]
+    lines += [
+        f"| {row.name} | {' | '.join(row.results.get(name, '–') for name in names)} | {row.measured} |" for row in rows
+    ]
     for row in rows:
-        cells = [row.results.get(name, "–") for name in names]
-        lines.append(f"| {row.environment.name} | " + " | ".join(cells) + " |")
-    for row in rows:
-        lines += ["", f"Warnings with {row.environment.name}:", ""] if row.warnings else []
+        lines += ["", f"Warnings with {row.name}:", ""] if row.warnings else []
         lines += [f"- {text}" for text in row.warnings]
     return "\n".join(lines)
 
@@ -137,45 +140,53 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.matrix")
     parser.add_argument("--ray", nargs="*", default=list(RAY), metavar="VERSION")
     parser.add_argument("--mlflow", nargs="*", default=list(MLFLOW), metavar="VERSION")
-    parser.add_argument("--folder", type=Path, default=ROOT / ".matrix", help="for environments, logs and runs")
+    parser.add_argument("--folder", type=Path, default=ROOT / ".matrix", help="for environments, logs and results")
     parser.add_argument("--write", type=Path, help="a Markdown file whose table is replaced")
-    asked = parser.parse_args(arguments)
-    folder: Path = asked.folder.resolve()
-    newest = this_environment("ray", version("ray"))
-    begun = folder / "runs" / time.strftime("%Y%m%d-%H%M%S")
-    rows: list[Row] = []
+    chosen = parser.parse_args(arguments)
+    folder: Path = chosen.folder.resolve()
+    benches: list[Bench] = []
 
-    def bench(environment: Environment) -> Bench:
-        rows.append(Row(environment))
-        place = begun / environment.name.replace(" ", "-")
+    def bench(library: str, number: str) -> Bench:
+        is_this = number == version(library)
+        environment = this_environment(library, number) if is_this else make(folder, library, number)
+        place = folder / "runs" / time.strftime("%Y%m%d-%H%M%S") / environment.name.replace(" ", "-")
         place.mkdir(parents=True)
-        return Bench(rows[-1], place)
+        benches.append(Bench(environment, Row(environment.name, date.today().isoformat()), place))
+        return benches[-1]
 
-    for number in asked.mlflow:
-        check_alone(bench(_environment(folder, "mlflow", number)))
-    with Head(newest, begun / "newest-head") as head:
-        for number in asked.ray:
-            of_ray = newest if number == version("ray") else make(folder, "ray", number)
-            here = bench(of_ray)
-            check_alone(here)
-            check_clusters(here, newest, head)
-    text = table(rows)
+    for number in chosen.mlflow:
+        check_alone(bench("mlflow", number))
+        _keep(folder, benches[-1].row)
+    newest = this_environment("ray", version("ray"))
+    for number in chosen.ray:
+        own = bench("ray", number)
+        check_alone(own)
+        check_clusters(own, newest)
+        _keep(folder, own.row)
+    text = table(_kept(folder))
     print(text)
-    if asked.write:
-        command = "python -m tests.matrix " + " ".join(arguments)
-        note = f"Measured on {date.today().isoformat()} with `{command.strip()}`, Python {sys.version.split()[0]}."
-        _replace(asked.write, f"{note}\n\n{text}")
-    return int(any(result != "yes" for row in rows for result in row.results.values()))
+    if chosen.write:
+        _replace(chosen.write, f"Measured with `make matrix` and Python {sys.version.split()[0]}.\n\n{text}")
+    return int(any(result != "yes" for b in benches for result in b.row.results.values()))
 
 
-def _environment(folder: Path, library: str, number: str) -> Environment:
-    return this_environment(library, number) if number == version(library) else make(folder, library, number)
+def _keep(folder: Path, row: Row) -> None:
+    """Keep the results of a version, so that a matrix can be measured in parts."""
+    (folder / "results").mkdir(exist_ok=True)
+    (folder / "results" / f"{row.name}.json").write_text(json.dumps(asdict(row)))
+
+
+def _kept(folder: Path) -> list[Row]:
+    """Return the newest results of each supported version."""
+    names = [*(f"ray {number}" for number in RAY), *(f"mlflow {number}" for number in MLFLOW)]
+    files = [folder / "results" / f"{name}.json" for name in names]
+    return [Row(**json.loads(file.read_text())) for file in files if file.exists()]
 
 
 def _replace(file: Path, text: str) -> None:
-    before, found, rest = file.read_text().partition(_BEGIN)
+    before, begin, rest = file.read_text().partition(_BEGIN)
     _, _, after = rest.partition(_END)
-    if not found:
+    if not begin:
         raise SystemExit(f"{file} has no {_BEGIN}")
     file.write_text(f"{before}{_BEGIN}\n{text}\n{_END}{after}")
 
