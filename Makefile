@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quick nightly check format hooks bench gpu lock clean
+.PHONY: demo test quick nightly matrix ray-next check format hooks bench gpu lock clean
 
 # Train a residual network on real images with two workers, on this machine.
 demo: .venv/.installed
@@ -20,6 +20,14 @@ quick: .venv/.installed-dev
 # has around it, at once: nodes, proxies, MLflow, PostgreSQL, S3.
 nightly: .venv/.installed-dev
 	$(BIN)/python -m pytest -m nightly
+
+# Each supported version of Ray and MLflow: contracts, launches, and jobs between versions. Takes about an hour.
+matrix: .venv/.installed-dev
+	$(BIN)/python -m tests.matrix --write docs/versions.md
+
+# Contracts and a launch with the newest Ray of the package index, pre-releases included, in .venv-ray-next.
+ray-next: .venv/.installed-dev
+	$(BIN)/python -m tests.matrix.newest
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check

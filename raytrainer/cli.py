@@ -276,7 +276,8 @@ def _hydra(
         before: The words in front of the arguments, to suggest a complete command line in an error.
     """
     from hydra import version
-    from hydra._internal.utils import _run_hydra
+
+    from raytrainer.config.hydra_internals import run_hydra
 
     parser = _parser()
     parsed = parser.parse_intermixed_args(arguments)  # `experiment=mlp -m seed=1,2` too
@@ -365,7 +366,7 @@ def _hydra(
         config.register_schema()
         # With the variable set, Hydra raises its errors. Without it, Hydra prints them and ends the process with 1.
         with _variable(_FULL_ERROR, "1"), config.quiet(), completion.prefixed(taken):
-            _run_hydra(
+            run_hydra(
                 args=parsed,
                 args_parser=parser,
                 task_function=job,
@@ -386,18 +387,14 @@ def _parser() -> argparse.ArgumentParser:
     """Return Hydra's parser, with raytrainer's name, version and errors."""
     from importlib.metadata import version
 
-    from hydra._internal.utils import get_args_parser
+    from raytrainer.config.hydra_internals import argument_parser
 
     def refuse(message: str) -> NoReturn:
         raise ConfigError(f"{message}; {provenance.program()} --help lists the options")
 
-    parser: argparse.ArgumentParser = get_args_parser()
-    parser.prog = provenance.program()
+    ours = f"raytrainer {sys.modules['raytrainer'].__version__} (Hydra {version('hydra-core')})"
+    parser = argument_parser(provenance.program(), ours)
     parser.error = refuse  # type: ignore[method-assign]
-    for action in parser._actions:
-        if "--version" in action.option_strings:
-            action.version = f"raytrainer {sys.modules['raytrainer'].__version__} (Hydra {version('hydra-core')})"  # type: ignore[attr-defined]
-            action.help = "Show the version and exit"
     return parser
 
 

@@ -160,12 +160,12 @@ def called_with(e: config.Experiment, model: Any) -> dict[str, Any]:
 
 def _modules_of(model: Any) -> set[str]:
     """Return the modules that a pickle of the model names: those of its classes and of the functions that it holds."""
-    found = set()
+    names = set()
     for module in model.modules():
-        for thing in (type(module), *vars(module).values()):
-            kind = thing if isinstance(thing, type) or callable(thing) else type(thing)
-            found.add(str(getattr(kind, "__module__", None) or type(kind).__module__))
-    return found
+        for value in (type(module), *vars(module).values()):
+            kind = value if isinstance(value, type) or callable(value) else type(value)
+            names.add(str(getattr(kind, "__module__", None) or type(kind).__module__))
+    return names
 
 
 def first_line(error: BaseException) -> str:

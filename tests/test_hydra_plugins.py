@@ -31,7 +31,7 @@ assert "torch" not in sys.modules and "ray" not in sys.modules
 """
 
 
-def test_another_application_composes_ours_and_its_own_wins(in_tmp: Path) -> None:
+def test_another_application_composes_our_groups_and_its_own_win(in_tmp: Path) -> None:
     (in_tmp / "app.py").write_text(APPLICATION)
     (in_tmp / "conf" / "optimizer").mkdir(parents=True)
     (in_tmp / "conf" / "root.yaml").write_text(
@@ -46,7 +46,7 @@ def test_another_application_composes_ours_and_its_own_wins(in_tmp: Path) -> Non
     assert config["optimizer"] == {"lr": 7}
 
 
-def test_an_application_that_does_not_ask_for_our_groups_has_none_of_them(in_tmp: Path) -> None:
+def test_application_without_our_searchpath_has_none_of_our_groups(in_tmp: Path) -> None:
     """The application's `debug` stays a plain key, although we have a config group of that name."""
     (in_tmp / "app.py").write_text(APPLICATION)
     (in_tmp / "conf").mkdir()
@@ -69,7 +69,7 @@ def app(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
-def test_the_settings_are_in_the_application_s_own_config(tmp_path: Path) -> None:
+def test_settings_are_in_the_config_of_the_application(tmp_path: Path) -> None:
     arguments = ["hydra/sweeper=ray_tune", "hydra.sweeper.resources_per_trial.GPU=0.5", "hydra.sweeper.params.x='1,2'"]
     done = app(tmp_path, *arguments, "--cfg", "hydra", "--package", "hydra.sweeper")
     assert done.returncode == 0, done.stderr
@@ -80,7 +80,7 @@ def test_the_settings_are_in_the_application_s_own_config(tmp_path: Path) -> Non
     assert (tmp_path / "calls").exists()
 
 
-def test_a_wrong_setting_is_named_with_those_that_there_are(tmp_path: Path) -> None:
+def test_unknown_setting_is_refused_with_the_valid_ones(tmp_path: Path) -> None:
     done = app(tmp_path, "-m", "hydra/sweeper=ray_tune", "hydra.sweeper.num_sample=3", "x=1,2", "hydra.sweep.dir=swept")
     assert done.returncode == 1
     first, *_ = done.stderr.splitlines()
@@ -93,11 +93,11 @@ def test_a_wrong_setting_is_named_with_those_that_there_are(tmp_path: Path) -> N
 def sweeper(
     task: Any, launcher: str = "hydra._internal.core_plugins.basic_launcher.BasicLauncher", **settings: Any
 ) -> Any:
-    found = RayTuneSweeper(**settings)
+    made = RayTuneSweeper(**settings)
     config = OmegaConf.create({"hydra": {"launcher": {"_target_": launcher}}})
     context: Any = None
-    found.setup(hydra_context=context, task_function=task, config=config)
-    return found
+    made.setup(hydra_context=context, task_function=task, config=config)
+    return made
 
 
 def test_another_launcher_is_refused() -> None:
@@ -107,7 +107,7 @@ def test_another_launcher_is_refused() -> None:
         sweeper(print, launcher="a.b.Launcher").sweep(["x=1,2"])
 
 
-def test_an_experiment_of_ours_has_its_own_settings() -> None:
+def test_settings_of_an_experiment_are_below_sweep() -> None:
     def task(config: Any) -> None:
         raise AssertionError
 
@@ -119,11 +119,13 @@ def test_an_experiment_of_ours_has_its_own_settings() -> None:
         sweeper(task, direction="maximize").sweep([])
 
 
-def test_params_are_sweeps_or_values_and_the_command_line_wins() -> None:
+def test_params_are_sweeps_or_values_and_the_command_line_has_precedence() -> None:
     params = {"a": "interval(0,1)", "b": [1, 2], "c": 3, "d": None, "e": True, "f": "text", "g": "1,2", "h": "range(1"}
     fixed, space = split(params, ["f=other", "+x=1"])
     assert fixed == ["c=3", "d=null", "e=true"]
-    assert space == {"a": "interval(0,1)", "b": [1, 2], "g": "1,2", "h": "range(1"}, "what cannot be read is told later"
+    assert space == {"a": "interval(0,1)", "b": [1, 2], "g": "1,2", "h": "range(1"}, (
+        "what cannot be parsed is refused later"
+    )
 
 
 def wrapper(inner: Any) -> Any:
@@ -144,25 +146,25 @@ def _wrapped() -> None:
     """A task function below the wrapper that its module has under its name, as `hydra.main` leaves it."""
 
 
-def test_a_function_of_a_module_is_sent_by_its_name() -> None:
+def test_function_of_a_module_is_pickled_by_name() -> None:
     module: Any = sys.modules[__name__]
     below = module._wrapped.__wrapped__
     for task, depth in ((_bare, 0), (module._wrapped, 0), (below, 1), (below.__wrapped__, 2)):
-        found = _Reference.to(task)
-        assert found is not None
-        assert (found.depth, found.function) == (depth, task)
+        reference = _Reference.to(task)
+        assert reference is not None
+        assert (reference.depth, reference.function) == (depth, task)
     assert _Reference.to(lambda: 0) is None, "it is in no module by its name"
     assert _Reference.to(functools.partial(_bare)) is None
 
 
-def test_what_hydra_cannot_compose_is_hydras_own_error(tmp_path: Path) -> None:
+def test_composition_error_is_that_of_hydra(tmp_path: Path) -> None:
     done = app(tmp_path, "-m", "hydra/sweeper=ray_tune", "z=1,2", "hydra.sweep.dir=swept")
     assert done.returncode == 1
     assert done.stderr.startswith("Could not override 'z'.")
     assert not list((tmp_path / "swept").glob("[0-9]*"))
 
 
-def test_a_secret_of_the_environment_stays_a_reference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_secret_of_the_environment_stays_a_reference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Hydra resolves a plugin's settings, but the trials' parameters are kept and logged."""
     monkeypatch.setenv("A_SECRET", "hunter2")
     params = {
@@ -171,23 +173,23 @@ def test_a_secret_of_the_environment_stays_a_reference(monkeypatch: pytest.Monke
         "x": "interval(0,${top})",
         "n": "${some}",
     }
-    found = sweeper(print, params={"token": ["hunter2", "none"], "key": "hunter2", "x": "interval(0,7)", "n": "1,2"})
-    found._config = OmegaConf.merge(
-        found._config,
+    swept = sweeper(print, params={"token": ["hunter2", "none"], "key": "hunter2", "x": "interval(0,7)", "n": "1,2"})
+    swept._config = OmegaConf.merge(
+        swept._config,
         {
             "top": 7,
             "some": "1,2",
             "hydra": {"sweeper": {"params": params}, "sweep": {"dir": str(tmp_path)}, "verbose": False},
         },
     )
-    asked: dict[str, Any] = {}
+    passed: dict[str, Any] = {}
 
     def search(jobs: Any, settings: Any, arguments: list[str], *, space: dict[str, Any], **_: Any) -> Any:
-        asked.update(arguments=arguments, space=space)
+        passed.update(arguments=arguments, space=space)
         raise CompactHydraException("enough")
 
     monkeypatch.setattr("raytrainer.sweep.application.search", search)
     with pytest.raises(CompactHydraException, match="enough"):
-        found.sweep(["y=1"])
-    assert asked["arguments"] == ["key=${oc.env:A_SECRET}", "y=1"]
-    assert asked["space"] == {"token": ["${oc.env:A_SECRET}", "none"], "x": "interval(0,7)", "n": "1,2"}
+        swept.sweep(["y=1"])
+    assert passed["arguments"] == ["key=${oc.env:A_SECRET}", "y=1"]
+    assert passed["space"] == {"token": ["${oc.env:A_SECRET}", "none"], "x": "interval(0,7)", "n": "1,2"}

@@ -11,13 +11,14 @@ import json
 import re
 import subprocess
 import sys
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+from tests.private_names import defined_names, patched_modules, private_accesses, private_imports
 
 # A module imports only from layers below its own, and modules of one layer do not import each other. The files of a
 # package (data/, models/, ...) are one module here.
@@ -86,8 +87,16 @@ LAZY: dict[str, tuple[str, ...]] = {
     "hydra_plugins.raytrainer": ("torch", "ray", "mlflow"),
 }
 
-# Variables of Ray that users set and several modules honour. All others, and Ray's private names, are in one module
-# only.
+# Private names of these libraries are used in these files only. `tests/contracts/` checks each of them.
+PRIVATE = ("ray", "hydra", "omegaconf", "mlflow")
+PRIVATE_ROOMS = ("ray_internals/*.py", "config/hydra_internals.py", "tracking/mlflow_internals.py")
+# Private names of the standard library, of torch and of torchmetrics that other files use; and a documented key of Hydra.
+OF_OTHERS = re.compile(
+    r"_replace|_asdict|_make|_exit|_data|_convert_"
+    r"|_foreach_\w+|_metadata|_register_load_state_dict_pre_hook|_step_supports_amp_scaling|_compiled_call_impl"
+    r"|_C|_current_graph_task_id|_check_reducer_finalized|_indices|_values|_parameters|_buffers|_schedulers|_dynamo"
+)
+# Variables of Ray that users set and several modules honour. All others are in one module only.
 HONOURED = re.compile(r"RAY_(ADDRESS|TMPDIR|API_SERVER_ADDRESS|AUTH_\w+)")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -207,18 +216,59 @@ def test_a_room_of_one_function() -> None:
         assert None not in functions, f"{package} is imported by {module} itself, not inside a function"
 
 
-def test_what_is_private_to_ray_is_in_one_module() -> None:
-    places: dict[str, list[str]] = defaultdict(list)
-    for found in all_imports():
-        if re.match(r"ray(\.\w+)*\._", found.name):
-            places[module_of(found.file)].append(f"{found.place}: {found.name}")
-    for file in sources():
-        for node in ast.walk(tree_of(file)):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                name = node.value
-                if re.fullmatch(r"(RAY|TUNE)_\w+", name) and not HONOURED.fullmatch(name):
-                    places[module_of(file)].append(f"{file.relative_to(ROOT)}:{node.lineno}: {name}")
-    assert set(places) <= {"ray_internals"}, "\n".join(f"{module}: {what}" for module, what in places.items())
+def foreign_names(file: Path, tree: ast.AST, own: set[str]) -> list[str]:
+    """Return the uses of private names that are neither ours nor in `OF_OTHERS`.
+
+    In a file that imports one of the libraries in `PRIVATE`, only names that the file itself defines count as ours, so
+    that a name of ours elsewhere cannot hide one of theirs.
+    """
+    imported = {use.name.split(".")[0] for use in imports_of(file)} if file.exists() else set(PRIVATE)
+    ours = defined_names(tree) if imported & set(PRIVATE) else own
+    uses = [*private_imports(tree, PRIVATE), *private_accesses(tree), *patched_modules(tree, PRIVATE)]
+    return [f"{use.line}: {use.text}" for use in uses if use.name not in ours and not OF_OTHERS.fullmatch(use.name)]
+
+
+def test_private_names_of_other_libraries_stay_in_their_rooms() -> None:
+    rooms = {path for room in PRIVATE_ROOMS for path in (ROOT / "raytrainer").glob(room)}
+    own = set[str]().union(*(defined_names(tree_of(file)) for file in sources()))
+    wrong = [
+        f"{file.relative_to(ROOT)}:{use}"
+        for file in sources()
+        if file not in rooms
+        for use in foreign_names(file, tree_of(file), own)
+    ]
+    assert not wrong, "belongs into one of the rooms (PRIVATE_ROOMS), or into OF_OTHERS:\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "controller._live_trials.clear()",
+        'getattr(scheduler, "_brackets")',
+        'setattr(scheduler, "_brackets", [])',
+        "scheduler._get_new_config = print",
+        "ray.init(_memory=1)",
+        "ray.data.DataContext = None",
+        "from ray.train.v2._internal.execution import controller",
+        "import hydra._internal.hydra",
+    ],
+)
+def test_a_private_name_is_found(line: str, tmp_path: Path) -> None:
+    tree = ast.parse(f"import ray\n{line}\n")
+    assert len(foreign_names(tmp_path / "absent.py", tree, own=set())) == 1
+    assert not foreign_names(tmp_path / "absent.py", ast.parse("self._x = super()._y + cls._z + __name__"), own=set())
+
+
+def test_variables_of_ray_are_set_in_one_module() -> None:
+    wrong = [
+        f"{file.relative_to(ROOT)}:{node.lineno}: {node.value}"
+        for file in sources()
+        if module_of(file) != "ray_internals"
+        for node in ast.walk(tree_of(file))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if re.fullmatch(r"(RAY|TUNE)_\w+", node.value) and not HONOURED.fullmatch(node.value)
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_no_module_is_a_drawer() -> None:

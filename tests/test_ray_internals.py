@@ -14,7 +14,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from raytrainer import ray_internals
 from raytrainer.errors import WorkerError
 from raytrainer.progress import to_line
-from raytrainer.ray_internals import Retries, first_error
+from raytrainer.ray_internals import Retries, first_error, train
 
 
 def group(failures: dict[int, Exception]) -> WorkerGroupError:
@@ -30,8 +30,8 @@ def died() -> Exception:
     return error
 
 
-def test_the_first_that_raised_is_the_cause_not_the_noise_of_the_others() -> None:
-    found = first_error(
+def test_first_exception_is_the_cause() -> None:
+    error = first_error(
         group(
             {
                 0: raised("RuntimeError: Connection closed by peer [127.0.0.1]", 0, 10.0),
@@ -39,8 +39,8 @@ def test_the_first_that_raised_is_the_cause_not_the_noise_of_the_others() -> Non
             }
         )
     )
-    assert isinstance(found, WorkerError)
-    assert (found.rank, found.cause) == (1, "ValueError: bad sample")
+    assert isinstance(error, WorkerError)
+    assert (error.rank, error.cause) == (1, "ValueError: bad sample")
 
 
 @pytest.mark.parametrize(
@@ -51,41 +51,41 @@ def test_the_first_that_raised_is_the_cause_not_the_noise_of_the_others() -> Non
         "DistBackendError: NCCL error",
     ],
 )
-def test_a_process_that_died_without_a_word_comes_before_those_that_lost_it(noise: str) -> None:
-    found = first_error(group({0: raised(noise, 0, 1.0, retry=False), 1: died()}))
-    assert isinstance(found, WorkerError)
-    assert found.rank == 1
-    assert "the process died" in found.cause
-    assert found.retry
+def test_dead_process_takes_precedence_over_collateral_errors(noise: str) -> None:
+    error = first_error(group({0: raised(noise, 0, 1.0, retry=False), 1: died()}))
+    assert isinstance(error, WorkerError)
+    assert error.rank == 1
+    assert "the process died" in error.cause
+    assert error.retry
 
 
-def test_a_network_that_broke_between_living_ranks_is_worth_a_retry() -> None:
+def test_broken_network_between_live_ranks_is_retried() -> None:
     noise = "CheckpointError: rank 0: the other ranks cannot be reached: Timed out waiting 1800000ms"
-    found = first_error(group({0: raised(noise, 0, 1.0, retry=False), 1: raised(noise, 1, 2.0, retry=False)}))
-    assert isinstance(found, WorkerError)
-    assert found.retry
+    error = first_error(group({0: raised(noise, 0, 1.0, retry=False), 1: raised(noise, 1, 2.0, retry=False)}))
+    assert isinstance(error, WorkerError)
+    assert error.retry
 
 
-def retries(step: list[int], told: list[str], limit: int = 3) -> Retries:
-    return Retries(FailureConfig(max_failures=limit), lambda: step[0], told.append)
+def retries(step: list[int], messages: list[str], limit: int = 3) -> Retries:
+    return Retries(FailureConfig(max_failures=limit), lambda: step[0], messages.append)
 
 
-def test_a_death_is_retried_within_the_budget_and_told() -> None:
-    told: list[str] = []
-    policy = retries([0], told, limit=1)
+def test_death_is_retried_within_the_budget() -> None:
+    messages: list[str] = []
+    policy = retries([0], messages, limit=1)
     assert policy.make_decision(group({1: died()})) == FailureDecision.RETRY
     assert policy.make_decision(group({1: died()})) == FailureDecision.RAISE
-    assert len(told) == 1
-    assert "rank 1: the process died" in told[0]
-    assert "(1 of 1)" in told[0]
+    assert len(messages) == 1
+    assert "rank 1: the process died" in messages[0]
+    assert "(1 of 1)" in messages[0]
 
 
-def test_what_no_retry_mends_ends_the_run() -> None:
+def test_non_retryable_error_ends_the_run() -> None:
     policy = retries([0], [])
     assert policy.make_decision(group({0: raised("TypeError: no", 0, 1.0, retry=False)})) == FailureDecision.RAISE
 
 
-def test_the_same_error_without_a_step_in_between_ends_the_run() -> None:
+def test_same_error_without_a_step_in_between_ends_the_run() -> None:
     step = [5]
     policy = retries(step, [])
     error = group({0: raised("RuntimeError: shapes", 0, 1.0)})
@@ -95,14 +95,16 @@ def test_the_same_error_without_a_step_in_between_ends_the_run() -> None:
     assert policy.make_decision(error) == FailureDecision.RETRY
 
 
-def test_the_last_lines_of_the_ranks_are_waited_for() -> None:
+def test_last_lines_of_the_ranks_are_awaited() -> None:
     """Ray's log monitor delivers the lines late. A process that another one of its rank has replaced is not waited
     for."""
     lines: list[tuple[int | None, str]] = []
     output = ray_internals.WorkerOutput(lambda rank, message: None, lambda rank, line: lines.append((rank, line)))
 
-    def printed(pid: int, *said: str | dict[str, Any]) -> None:
-        output._take({"ip": "here", "pid": pid, "lines": [s if isinstance(s, str) else to_line(s) for s in said]})
+    def printed(pid: int, *lines_or_messages: str | dict[str, Any]) -> None:
+        output._take(
+            {"ip": "here", "pid": pid, "lines": [s if isinstance(s, str) else to_line(s) for s in lines_or_messages]}
+        )
 
     assert not output.wait_for_end(0.0), "nobody has said hello"
     printed(1, {"kind": "hello", "rank": 0, "label": ""})
@@ -114,3 +116,24 @@ def test_the_last_lines_of_the_ranks_are_waited_for() -> None:
     assert output.wait_for_end(30.0)
     late.join()
     assert lines == [(0, "the last line")]
+
+
+class OldFailureConfig:
+    """`FailureConfig` of Ray 2.57."""
+
+    def __init__(self, max_failures: int = 0, controller_failure_limit: int = -1) -> None:
+        self.max_failures = max_failures
+
+
+def test_ray_without_a_budget_for_preemptions_gets_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    messages: list[str] = []
+    assert train._failure_config(3, -1, messages.append).max_preemption_failures == -1
+    assert not messages
+    monkeypatch.setattr(train, "FailureConfig", OldFailureConfig)
+    assert train._failure_config(3, -1, messages.append).max_failures == 3
+    (message,) = messages
+    assert message.startswith(f"warning: ray {ray.__version__} ")
+    for part in ("failure.max_failures=3", "failure.max_preemption_failures=-1", "Ray 2.58"):
+        assert part in message
+    train._failure_config(3, 3, messages.append)
+    assert len(messages) == 1, "the two budgets are equal"

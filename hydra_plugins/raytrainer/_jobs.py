@@ -22,6 +22,8 @@ from hydra.errors import HydraException
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from raytrainer.config.hydra_internals import result_of
+
 _log = logging.getLogger("raytrainer.sweep")
 
 
@@ -67,7 +69,7 @@ class HydraJobs:
             hydra_context=self.context,
         )
         if returned.status is JobStatus.FAILED:
-            error = returned._return_value
+            error = result_of(returned)
             _log.error("%s() failed", self.name, exc_info=error)  # here it still goes to the job's own log
             raise error
         return returned.return_value

@@ -20,7 +20,6 @@ from raytrainer.sweep.settings import KEY, Settings
 # Plain values, because Hydra executes this module outside sys.modules, where dataclasses cannot resolve annotations.
 DEFAULTS: Mapping[str, Any] = asdict(Settings())
 _HYDRAS = {"_target_": "hydra_plugins.raytrainer.ray_tune.RayTuneSweeper", "_recursive_": False, "_convert_": "all"}
-_BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 # The names of settings in an experiment of raytrainer.
 _IN_EXPERIMENTS = {
     "direction": "sweep.mode",
@@ -69,10 +68,11 @@ class RayTuneSweeper(Sweeper):
     def _search(self, arguments: list[str]) -> Any:
         from hydra_plugins.raytrainer import _jobs as jobs
         from raytrainer.config import written_space
+        from raytrainer.config.hydra_internals import BASIC_LAUNCHER
         from raytrainer.sweep import application
 
         launcher = OmegaConf.select(self._config, "hydra.launcher._target_")
-        if launcher != _BASIC_LAUNCHER:
+        if launcher != BASIC_LAUNCHER:
             raise ConfigError(
                 "has no use with hydra/sweeper=ray_tune, whose trials are processes of Ray; leave it out",
                 key="hydra/launcher",

@@ -319,6 +319,8 @@ def _existing_resources(e: Experiment) -> tuple[preflight.Resources, str]:
         if address != "auto":
             ray_internals.find_cluster(address)
         found = ray_internals.attach(address, e.cluster.runtime_env, e.name or "")
+    except ray_internals.VersionMismatch as error:
+        raise ConfigError(str(error), key="cluster.address", value=address) from error
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"is not a running Ray cluster: {first}", key="cluster.address", value=address) from error

@@ -5,6 +5,7 @@ This module makes no requests. `attempt.waiting` and `ray_internals` do the same
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections import Counter
@@ -82,18 +83,18 @@ class ClusterFacts:
     def version_problem(self) -> str | None:
         """Return why raytrainer cannot run there because of the Ray or Python version; None if it can."""
         ours = metadata("raytrainer")
-        ray = next(one for one in ours.get_all("Requires-Dist") or () if re.match(r"ray\b", one))
+        ray = next(text for text in ours.get_all("Requires-Dist") or () if re.match(r"ray\b", text))
         for name, has, needs in (
             ("Python", self.python_version, ours["Requires-Python"] or ""),
             ("ray", self.ray_version, ray.partition(";")[0]),
         ):
-            bounds = dict(re.findall(r"(>=|<)\s*([\d.]+)", needs))
             if has is None:
                 continue
-            if ">=" in bounds and _numbers(has) < _numbers(bounds[">="]):
-                return f"{self.address} has {name} {has}, and raytrainer needs {bounds['>=']} or newer there"
-            if "<" in bounds and _numbers(has) >= _numbers(bounds["<"]):
-                return f"{self.address} has {name} {has}, and raytrainer needs one before {bounds['<']} there"
+            bounds = dict(re.findall(r"(>=|<)\s*([\d.]+)", needs))
+            least, end = bounds.get(">=", "0"), bounds.get("<")
+            if not _numbers(least) <= _numbers(has) < (_numbers(end) if end else (math.inf,)):
+                range_ = f">={least},<{end}" if end else f">={least}"
+                return f"{self.address} has {name} {has}, and this raytrainer supports {name}{range_} there"
         return None
 
     def other_versions(self, ray: str, python: str) -> list[str]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import requests
-from ray.job_submission import JobSubmissionClient
 
 from raytrainer.cluster.connection import Connection
 from raytrainer.errors import ClusterError, ConfigError, JobExists
+from raytrainer.ray_internals import JobClient
 
 _SUBMIT_S = 60.0  # the dashboard waits up to half a minute for the agent that starts the driver
 _PARTS = {"CPU": "entrypoint_num_cpus", "GPU": "entrypoint_num_gpus", "memory": "entrypoint_memory"}
@@ -50,7 +51,7 @@ def submit(
         own["entrypoint_memory"] = int(own["entrypoint_memory"])
     try:
         return str(
-            _Client(connection).submit_job(
+            JobClient(connection.address, partial(_send, connection)).submit_job(
                 entrypoint=entrypoint,
                 submission_id=submission_id,
                 runtime_env=dict(runtime_env),
@@ -65,22 +66,13 @@ def submit(
         raise ConfigError(f"cannot be sent: {error}", key="cluster.runtime_env") from error
 
 
-class _Client(JobSubmissionClient):  # type: ignore[misc]
-    """Ray's client over our connection, which limits the duration of each request and explains failures."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        # With a header set, Ray's client does not look for a token. `connection` sends its own headers instead.
-        super().__init__(connection.address, headers={"Authorization": ""})
-
-    def _do_request(
-        self, method: str, endpoint: str, *, data: bytes | None = None, json_data: Any = None, **_: Any
-    ) -> requests.Response:
-        if method == "POST" and endpoint == "/api/jobs/":
-            # 400 and 500: an existing job is reported as the server's traceback.
-            answer = self._connection.request(method, endpoint, body=json_data, read_s=_SUBMIT_S, ok=(400, 500))
-            if answer.status_code >= 400 and "already exists" in answer.text:
-                raise JobExists(f"{self._connection.address} already has a job {json_data['submission_id']}")
-            return self._connection.checked(answer)
-        # 404: a package that is not uploaded yet.
-        return self._connection.request(method, endpoint, data=data, body=json_data, ok=(404,))
+def _send(connection: Connection, method: str, endpoint: str, *, data: bytes | None, json: Any) -> requests.Response:
+    """Send a request of Ray's client over our connection, which limits its duration and explains failures."""
+    if method == "POST" and endpoint == "/api/jobs/":
+        # 400 and 500: an existing job is reported as the server's traceback.
+        answer = connection.request(method, endpoint, body=json, read_s=_SUBMIT_S, ok=(400, 500))
+        if answer.status_code >= 400 and "already exists" in answer.text:
+            raise JobExists(f"{connection.address} already has a job {json['submission_id']}")
+        return connection.checked(answer)
+    # 404: a package that is not uploaded yet.
+    return connection.request(method, endpoint, data=data, body=json, ok=(404,))

@@ -21,7 +21,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from raytrainer.config import number_keys, resolvers
+from raytrainer.config import hydra_internals, number_keys, resolvers
 from raytrainer.config.checks import check_references, check_together
 from raytrainer.config.direction import check_modes, derive_modes
 from raytrainer.config.explain import explain, key_of, unresolved
@@ -267,11 +267,9 @@ def quiet() -> Iterator[None]:
 def searching(config_dir: str | Path | None, searchpath: Sequence[str] = ()) -> Iterator[None]:
     """Set up Hydra as the command line does, and restore its previous state afterwards."""
     from hydra import version
-    from hydra._internal.hydra import Hydra
-    from hydra._internal.utils import create_automatic_config_search_path
     from hydra.core.config_search_path import SearchPathQuery
 
-    path = create_automatic_config_search_path(None, None, f"pkg://{CONFIG_MODULE}")
+    path = hydra_internals.search_path(CONFIG_MODULE)
     if config_dir is not None:
         folder = Path(config_dir).absolute()
         if not folder.is_dir():
@@ -282,7 +280,7 @@ def searching(config_dir: str | Path | None, searchpath: Sequence[str] = ()) -> 
     with borrowed():
         version.setbase("1.3")
         register_schema()
-        Hydra.create_main_hydra2(task_name="raytrainer", config_search_path=path)
+        hydra_internals.initialize("raytrainer", path)
         yield
 
 

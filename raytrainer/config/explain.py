@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import yaml
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException, SearchPathException
-from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import (
     InterpolationKeyError,
     InterpolationResolutionError,
@@ -20,6 +19,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from raytrainer.config import hydra_internals
 from raytrainer.config.typed import OPEN, unknown_key
 from raytrainer.errors import ConfigError, RaytrainerError, nearest
 
@@ -161,7 +161,7 @@ def unresolved(name: str | None, error: OmegaConfBaseException) -> ConfigError:
 
 def no_resolver(name: str) -> str:
     """Return why `${name:…}` has no value, and where to register a resolver so that every process has it."""
-    own = [f for f in sorted(BaseContainer._resolvers) if f != name]
+    own = [f for f in sorted(hydra_internals.resolvers()) if f != name]
     close = nearest(name, own, 1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     return (

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from raytrainer.config import hydra_internals
 from raytrainer.config.explain import HOW, explain, why_unread
 from raytrainer.config.parameter import MOST_VALUES
 from raytrainer.errors import ConfigError
@@ -140,7 +141,6 @@ def is_text(value: Any) -> bool:
 def as_text(value: Any) -> str:
     """Return a value as text that Hydra parses to the same value. Hydra's own writer loses quotes that a function
     dropped: `choice('1',2)` holds a text and a number."""
-    from hydra._internal.grammar.utils import escape_special_characters
     from hydra.core.override_parser.types import Quote, QuotedString
 
     if isinstance(value, QuotedString):
@@ -154,7 +154,7 @@ def as_text(value: Any) -> str:
         return f"[{','.join(map(as_text, value))}]"
     if isinstance(value, dict):
         # The grammar allows no quotes around keys.
-        keys = [escape_special_characters(k) if isinstance(k, str) else as_text(k) for k in value]
+        keys = [hydra_internals.escaped_key(k) if isinstance(k, str) else as_text(k) for k in value]
         return f"{{{','.join(f'{k}:{as_text(v)}' for k, v in zip(keys, value.values(), strict=True))}}}"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]

@@ -11,6 +11,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from raytrainer.config import hydra_internals
+
 LOCK = threading.RLock()  # Hydra's singletons and the caches of its parser are shared by all threads
 SCHEMA = "experiment_schema"
 _RESOLVERS = ("now", "hydra", "python_version")  # Hydra registers them again each time it is set up
@@ -25,14 +27,12 @@ def borrowed() -> Iterator[None]:
     from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
-    from hydra.core.singleton import Singleton
     from hydra.core.utils import JobRuntime
     from hydra.version import VersionBase
-    from omegaconf.basecontainer import BaseContainer
 
     kinds = (GlobalHydra, HydraConfig, JobRuntime, VersionBase)
     with LOCK:
-        instances, resolvers = Singleton._instances, BaseContainer._resolvers
+        instances, resolvers = hydra_internals.singletons(), hydra_internals.resolvers()
         stored = ConfigStore.instance().repo
         before = {kind: instances.pop(kind) for kind in kinds if kind in instances}
         resolved = {name: resolvers[name] for name in _RESOLVERS if name in resolvers}
@@ -40,8 +40,8 @@ def borrowed() -> Iterator[None]:
         try:
             yield
         finally:
-            _put_back(Singleton._instances, kinds, before)
-            _put_back(BaseContainer._resolvers, _RESOLVERS, resolved)
+            _put_back(hydra_internals.singletons(), kinds, before)
+            _put_back(hydra_internals.resolvers(), _RESOLVERS, resolved)
             _put_back(stored, (f"{SCHEMA}.yaml",), {} if schema is None else {f"{SCHEMA}.yaml": schema})
 
 

@@ -13,6 +13,8 @@ from typing import Any
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from raytrainer.config.hydra_internals import has_entries
+
 _POSSIBLE_NUMBER_KEY = re.compile(r"(\+{0,2})([A-Za-z_][\w./@-]*\.(?:-?\d+|true|false)(?:\.[\w.-]+)?)=(.*)", re.DOTALL)
 
 
@@ -46,7 +48,7 @@ def _keys_of(cfg: DictConfig, name: str, *, new: bool) -> list[Any]:
     node: Any = cfg
     for part in name.split("."):
         key: Any = part
-        if isinstance(node, DictConfig) and not (node._is_none() or node._is_missing() or node._is_interpolation()):
+        if isinstance(node, DictConfig) and has_entries(node):
             others = [k for k in node if not isinstance(k, str)]
             if part not in node and others:
                 key = next((k for k in others if str(k).lower() == part), part)

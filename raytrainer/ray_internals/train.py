@@ -1,12 +1,13 @@
 """Adapt Ray Train: run its controller in this process, decide which failures are retried, and find the first error.
 
-Private attributes were checked in ray 2.60 (`ray/train/v2/_internal`).
+Private attributes are in the table of `tests/contracts/private_parts.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import re
 import threading
 import time
@@ -93,11 +94,10 @@ def first_error(error: BaseException) -> BaseException:
     raised: list[WorkerError] = []
     died: list[WorkerError] = []
     for rank, failure in error.worker_failures.items():
-        cause = getattr(failure, "_base_exception", failure)
-        if isinstance(cause, WorkerError):
-            raised.append(cause)
+        if isinstance(failure, WorkerError):
+            raised.append(failure)
         else:
-            died.append(WorkerError(death(cause), rank=rank, node=_WorkerGroup.nodes.get(rank)))
+            died.append(WorkerError(death(failure), rank=rank, node=_WorkerGroup.nodes.get(rank)))
     causes = [e for e in raised if not any(text in e.cause for text in _COLLATERAL)]
     if causes:
         return min(causes, key=lambda e: e.when)
@@ -268,9 +268,21 @@ class SupervisedTrainer(TorchTrainer):  # type: ignore[misc]
             with contextlib.suppress(Exception):  # it may have ended already
                 handle.shutdown()
         group = self._controller.get_worker_group() if self._controller is not None else None
-        for one in group.get_workers() if group is not None and group.has_started() else ():
+        for member in group.get_workers() if group is not None and group.has_started() else ():
             with contextlib.suppress(Exception):
-                ray.kill(one.actor)
+                ray.kill(member.actor)
+
+
+def _failure_config(max_failures: int, max_preemption_failures: int, warn: Callable[[str], None]) -> FailureConfig:
+    if "max_preemption_failures" in inspect.signature(FailureConfig).parameters:
+        return FailureConfig(max_failures=max_failures, max_preemption_failures=max_preemption_failures)
+    if max_preemption_failures != max_failures:
+        warn(
+            f"warning: ray {ray.__version__} has no limit of its own for preempted nodes: each preemption counts as one "
+            f"of failure.max_failures={max_failures}, and failure.max_preemption_failures={max_preemption_failures} is "
+            "not used. Ray 2.58 or newer has it"
+        )
+    return FailureConfig(max_failures=max_failures)
 
 
 def make_trainer(
@@ -295,7 +307,7 @@ def make_trainer(
     `attempt` is its name below `ray_storage`. It must be unique, because Ray silently resumes a name that exists.
     `on_report` is called with each evaluation if `job.reports` is set.
     """
-    failure = FailureConfig(max_failures=max_failures, max_preemption_failures=max_preemption_failures)
+    failure = _failure_config(max_failures, max_preemption_failures, on_retry)
     return SupervisedTrainer(
         worker.on_ray,
         train_loop_config=job.to_dict(),

@@ -1,7 +1,7 @@
 """Adapt Ray Tune's controller, the loop that gives trials to processes and reuses a process for the next trial.
 
 Our driver calls the loop step by step, so that it notices a signal, a lost cluster and a lost lock between two steps.
-Private attributes were checked in ray 2.60 (`ray/tune/execution/tune_controller.py`).
+Private attributes are in the table of `tests/contracts/private_parts.py`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -19,27 +20,55 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.search_generator import SearchGenerator
 
+from raytrainer.ray_internals.schedulers import METRIC, pauses
 from raytrainer.ray_internals.train import death, full_words
 
-METRIC = "objective"  # the metric's name for schedulers and searchers, whatever the sweep's metric is
-_DRAWS_S = 0.2  # time for sampling trials between two checks for signals
+_SAMPLING_S = 0.2  # time for sampling trials between two checks for signals
+
+
+class TrialEvents(Callback):  # type: ignore[misc]
+    """Tune's callback with two more events."""
+
+    def on_death(self, trial_id: str, cause: str, text: str) -> None:
+        """A trial failed; called first. `trial_id` is Tune's id, `cause` one line, and `text` everything known."""
+
+    def on_replaced(self, cause: str) -> None:
+        """A process could not be reset for the next trial, which gets another one."""
+
+
+@dataclass(frozen=True)
+class TrialSettings:
+    """How trials run.
+
+    Attributes:
+        name, storage_path: Tune writes checkpoints of paused and cloned trials to `name` below `storage_path`.
+        resources: The resources of each trial.
+        limit: The maximum number of concurrent trials.
+        max_failures: How often a trial is tried again after its process died or raised.
+    """
+
+    name: str
+    storage_path: str
+    resources: PlacementGroupFactory
+    limit: int
+    max_failures: int
 
 
 def _as_deaths(failed: Callable[..., None]) -> Callable[..., None]:
     """Convert other exceptions, such as a kill for too much memory, to a dead actor. They would end Tune's loop, which
     knows only dead actors and tasks that raised."""
 
-    def told(tracked_actor_task: Any, exception: Exception) -> None:
+    def report(tracked_actor_task: Any, exception: Exception) -> None:
         if not isinstance(exception, ray.exceptions.RayActorError | ray.exceptions.RayTaskError):
-            gone: Exception = ray.exceptions.RayActorError(error_msg=str(exception))
-            gone.__cause__ = exception
-            exception = gone
+            died: Exception = ray.exceptions.RayActorError(error_msg=str(exception))
+            died.__cause__ = exception
+            exception = died
         failed(tracked_actor_task=tracked_actor_task, exception=exception)
 
-    return told
+    return report
 
 
-class _Drawn(SearchGenerator):  # type: ignore[misc]
+class _SearchGenerator(SearchGenerator):  # type: ignore[misc]
     """A search generator that is not finished before all trials in `waited_for` are.
 
     When the generator is finished, Tune ends each process without a trial. Processes of paused trials are needed again
@@ -63,21 +92,18 @@ class TrialController(TuneController):  # type: ignore[misc]
     def __init__(
         self,
         *,
-        resources: PlacementGroupFactory,
-        limit: int,
-        all_drawn_early: bool,
-        on_death: Callable[[str, str, str], None],
-        on_replaced: Callable[[str], None],
-        search_alg: _Drawn,
+        events: TrialEvents,
+        settings: TrialSettings,
+        search_alg: _SearchGenerator,
+        scheduler: TrialScheduler,
         **arguments: Any,
     ) -> None:
-        super().__init__(reuse_actors=True, search_alg=search_alg, **arguments)
+        super().__init__(reuse_actors=True, search_alg=search_alg, scheduler=scheduler, callbacks=[events], **arguments)
         self._fail_fast = self.RAISE  # as an argument above, Tune would announce it in the log
-        self._limit, self._all_drawn_early = limit, all_drawn_early
-        self._on_death, self._on_replaced = on_death, on_replaced
+        self._events, self._limit, self._all_sampled_early = events, settings.limit, pauses(scheduler)
         self._actor_manager._actor_task_failed = _as_deaths(self._actor_manager._actor_task_failed)
-        if all_drawn_early:  # the process of a paused trial is reused by that trial or another one
-            self._actor_cache.increase_max(resources, by=limit)
+        if self._all_sampled_early:  # the process of a paused trial is reused by that trial or another one
+            self._actor_cache.increase_max(settings.resources, by=settings.limit)
             search_alg.waited_for = self._live_trials
 
     def checkpoint(self, force: bool = False, wait: bool = False) -> None:
@@ -94,8 +120,8 @@ class TrialController(TuneController):  # type: ignore[misc]
 
     def _maybe_update_trial_queue(self) -> None:
         # Ask the searcher only when there is room for a trial, because it then knows all results so far.
-        free = 1_000_000 if self._all_drawn_early else self._limit - len(self._trial_to_actor)
-        until = time.monotonic() + _DRAWS_S
+        free = 1_000_000 if self._all_sampled_early else self._limit - len(self._trial_to_actor)
+        until = time.monotonic() + _SAMPLING_S
         while len(self._pending_trials) < free and not self._search_alg.is_finished():
             # Do not wait for the searcher or sample for long, because signals are handled between two steps.
             if not self._update_trial_queue() or time.monotonic() >= until:
@@ -115,7 +141,7 @@ class TrialController(TuneController):  # type: ignore[misc]
             self._process_trial_failure(trial, exception)
             return
         # The process could not end its previous trial. This trial has not started yet, and gets another process.
-        self._on_replaced(death(exception))
+        self._events.on_replaced(death(exception))
         self._resetting_trials.discard(trial)
         process = self._trial_to_actor.pop(trial)
         self._actor_to_trial.pop(process)
@@ -129,13 +155,13 @@ class TrialController(TuneController):  # type: ignore[misc]
 
     def _process_trial_failure(self, trial: Any, exception: BaseException) -> None:
         # Tune pickles the exception beside the trial. The journal has it as text.
-        self._on_death(trial.trial_id, death(exception), full_words(exception))
+        self._events.on_death(trial.trial_id, death(exception), full_words(exception))
         super()._process_trial_failure(trial, exception)
         self._has_errored = False  # a failed trial must not end the others
 
     def on_step_end(self) -> None:
         super().on_step_end()
-        if self._all_drawn_early:
+        if self._all_sampled_early:
             return  # such a scheduler also compares ended trials
         # Tune keeps every trial for its snapshots and its analysis, which costs tens of kilobytes each.
         for ended in (self._stopped_trials, self._failed_trials):
@@ -170,16 +196,9 @@ def make_controller(
     *,
     searcher: Searcher,
     scheduler: TrialScheduler,
-    callbacks: Iterable[Callback],
-    name: str,
-    storage_path: str,
-    resources: PlacementGroupFactory,
     mode: str,
-    limit: int,
-    all_drawn_early: bool,
-    max_failures: int,
-    on_death: Callable[[str, str, str], None],
-    on_replaced: Callable[[str], None],
+    events: TrialEvents,
+    settings: TrialSettings,
 ) -> TrialController:
     """Make a controller before its first step, set up as `ray.tune.run` would do it.
 
@@ -187,39 +206,29 @@ def make_controller(
         trainable: A `ray.tune.Trainable`, whose results have `objective`, `training_iteration` and `done`.
         searcher: The searcher, which ends the sweep with `FINISHED`.
         scheduler: The scheduler.
-        callbacks: Tune's callbacks.
-        name, storage_path: Tune writes checkpoints of paused and cloned trials to `name` below `storage_path`.
-        resources: The resources of each trial.
         mode: The mode of the objective.
-        limit: The maximum number of concurrent trials.
-        all_drawn_early: Whether the scheduler needs all trials sampled before it compares any.
-        max_failures: How often a trial is tried again after its process died or raised.
-        on_death: Called first when a trial fails, with Tune's id, the cause in one line, and the full text.
-        on_replaced: Called with the cause if a process could not be reset for the next trial, which gets another one.
+        events: Receives the events of the trials.
+        settings: How the trials run.
     """
     experiment = Experiment(
-        name=name,
+        name=settings.name,
         run=trainable,
         num_samples=1_000_000_000,  # the searcher ends the sweep
-        storage_path=storage_path,
+        storage_path=settings.storage_path,
         checkpoint_config=CheckpointConfig(num_to_keep=4),  # PBT may clone an older one
-        resources_per_trial=resources,
-        max_failures=max_failures,
+        resources_per_trial=settings.resources,
+        max_failures=settings.max_failures,
         trial_name_creator=lambda trial: trial.trial_id,
         trial_dirname_creator=lambda trial: trial.trial_id,
     )
-    search = _Drawn(searcher)
+    search = _SearchGenerator(searcher)
     search.set_search_properties(METRIC, mode, {}, **experiment.public_spec)
     scheduler.set_search_properties(METRIC, mode, **experiment.public_spec)
     controller = TrialController(
-        resources=resources,
-        limit=limit,
-        all_drawn_early=all_drawn_early,
-        on_death=on_death,
-        on_replaced=on_replaced,
+        events=events,
+        settings=settings,
         search_alg=search,
         scheduler=scheduler,
-        callbacks=list(callbacks),
         metric=METRIC,
         trial_checkpoint_config=experiment.checkpoint_config,
         storage=experiment.storage,

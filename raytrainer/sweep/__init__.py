@@ -2,6 +2,7 @@
 
     plan        the composed and checked sweep            journal    the events of its trials, append-only
     space       the parameters as Tune's domains          search     the searchers that sample their values
+    sampling    random draws and grids                    suggestions  the trials that Tune gets, in their order
     engine      the loop of Ray Tune                      schedule   the schedulers that stop, pause and clone trials
     driver      one attempt: Ray, MLflow, the status      trial      the code in a trial process
     table       the live table                            launching  the lock, the record, the directory
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from raytrainer.sweep.outcome import SweepOutcome, summary
     from raytrainer.sweep.plan import Plan, make_plan
     from raytrainer.sweep.reporting import report
-    from raytrainer.sweep.search import GridSearch, RandomSearch
+    from raytrainer.sweep.sampling import GridSearch, RandomSearch
 
 __all__ = [
     "GridSearch",
@@ -46,10 +47,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "GridSearch": "search",
+    "GridSearch": "sampling",
     "TrialJournal": "journal",
     "Plan": "plan",
-    "RandomSearch": "search",
+    "RandomSearch": "sampling",
     "Report": "journal",
     "SweepOutcome": "outcome",
     "Trial": "journal",

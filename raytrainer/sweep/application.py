@@ -254,6 +254,8 @@ class _Sweep:
             if address != "auto":
                 ray_internals.find_cluster(address)
             ray_internals.attach(address, {}, f"sweep {self._storage.uri.rsplit('/', 1)[-1]}")
+        except ray_internals.VersionMismatch as error:
+            raise ConfigError(str(error), key=f"{KEY}.address", value=address) from error
         except Exception as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(f"is not a running Ray cluster: {first}", key=f"{KEY}.address", value=address) from error

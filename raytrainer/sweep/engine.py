@@ -10,13 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray import tune
-
 from raytrainer import ray_internals
 from raytrainer.config import Parameter, SweepConfig
 from raytrainer.errors import ConfigError
 from raytrainer.sweep import schedule, search
 from raytrainer.sweep.journal import Mode, Report, Status, Trial, TrialJournal
+from raytrainer.sweep.suggestions import Suggestions, warm_start
 
 _LONGEST = 500  # characters of a cause; the file in the trial's directory has the whole text
 
@@ -77,10 +76,9 @@ class Search:
         self._journal, self._overrides_of, self._listener = journal, overrides_of, listener
         self._needs_value = needs_value
         trials = list(journal.trials.values())
-        drawn = len(trials)
         seed = seed if config.seed is None else config.seed
-        distinct = not schedule.parts_ways(config.scheduler)
-        inner = search.make_search(config.search_alg, parameters, seed=seed, drawn=drawn, distinct=distinct)
+        distinct = not schedule.changes_parameters(config.scheduler)
+        inner = search.make_search(config.search_alg, parameters, seed=seed, sampled=len(trials), distinct=distinct)
         self.total = search.total_of(config.search_alg, parameters, config.num_samples, distinct=distinct)
         self.scheduler = schedule.make_scheduler(
             config.scheduler,
@@ -90,21 +88,20 @@ class Search:
             may_change=may_change,
             search=config.search_alg,
         )
-        notes = (search.tell(inner, trials, mode), schedule.replay(self.scheduler, trials)) if trials else ()
+        notes = (warm_start(inner, trials, mode), schedule.replay(self.scheduler, trials, mode)) if trials else ()
         self.notes = [note for note in notes if note is not None]
         if self.total is not None and config.num_samples is not None and self.total < config.num_samples:
             self.notes.append(
                 f"sweep.num_samples={config.num_samples} is more than there are combinations: each of the {self.total} "
                 "is run once"
             )
-        self._draws = search.Draws(
+        self._suggestions = Suggestions(
             inner,
-            parameters,
             mode=mode,
             total=self.total,
             journal=journal,
             overrides_of=overrides_of,
-            on_draw=self._started,
+            on_suggest=self._started,
         )
         self._deaths: dict[str, tuple[str, str]] = {}
         self._hopeless: ConfigError | None = None
@@ -139,21 +136,15 @@ class Search:
             Exception: Whatever the journal, the listener, the searcher or the scheduler raised, unchanged.
         """
         schedule.check_bounded(self.scheduler, self._config.search_alg, self._config.num_samples)
-        pauses = schedule.pauses(self.scheduler)
         controller = ray_internals.make_controller(
             trainable,
-            searcher=self._draws,
+            searcher=self._suggestions,
             scheduler=self.scheduler,
-            callbacks=[_Events(self)],
-            name=name,
-            storage_path=storage_path,
-            resources=resources,
             mode=self._mode,
-            limit=limit,
-            all_drawn_early=pauses,
-            max_failures=self._config.max_trial_failures,
-            on_death=self._died,
-            on_replaced=lambda cause: self._listener.say(f"{cause}; the next trial gets another process"),
+            events=_Events(self),
+            settings=ray_internals.TrialSettings(
+                name, storage_path, resources, limit=limit, max_failures=self._config.max_trial_failures
+            ),
         )
         budget, began = self._config.time_budget_s, time.monotonic()
         try:
@@ -175,7 +166,7 @@ class Search:
     # --- events of Tune -------------------------------------------------------------------------------------------
 
     def trial_of(self, tune_id: str) -> Trial | None:
-        found = self._draws.trial_of(tune_id)
+        found = self._suggestions.trial_of(tune_id)
         return None if found is None else self._journal.trials[found]
 
     def _started(self, trial: Trial) -> None:
@@ -228,8 +219,12 @@ class Search:
         self._journal.end(trial.id, status, cause, trace=trace if status == "failed" else None)
         self._listener.end(trial)
 
-    def _died(self, tune_id: str, cause: str, trace: str) -> None:
+    def died(self, tune_id: str, cause: str, trace: str) -> None:
+        """Remember why the process of a trial died. `failed` or `recovered` follows."""
         self._deaths[tune_id] = cause, trace
+
+    def replaced(self, cause: str) -> None:
+        self._listener.say(f"{cause}; the next trial gets another process")
 
 
 def _line(text: str) -> str:
@@ -238,7 +233,7 @@ def _line(text: str) -> str:
     return found if len(found) <= _LONGEST else f"{found[:_LONGEST]}…"
 
 
-class _Events(tune.Callback):  # type: ignore[misc]
+class _Events(ray_internals.TrialEvents):
     """Translates Tune's events into calls on `Search` with our trials."""
 
     def __init__(self, search: Search) -> None:
@@ -259,3 +254,9 @@ class _Events(tune.Callback):  # type: ignore[misc]
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         if (own := self._search.trial_of(trial.trial_id)) is not None:
             self._search.recovered(own, trial.trial_id)
+
+    def on_death(self, trial_id: str, cause: str, text: str) -> None:
+        self._search.died(trial_id, cause, text)
+
+    def on_replaced(self, cause: str) -> None:
+        self._search.replaced(cause)

@@ -28,7 +28,7 @@ from raytrainer.errors import WorkerError
 from raytrainer.progress import to_line
 from raytrainer.sweep.journal import Mode, worst
 from raytrainer.sweep.reporting import as_number, described, listening
-from raytrainer.sweep.search import TRIAL
+from raytrainer.sweep.space import TRIAL
 
 PRINTED = "printed"  # kind of the message after the last line that a trial prints
 ENDS_S = 30.0  # time for a stopped function to clean up

@@ -29,7 +29,7 @@ from raytrainer.sweep.driver import SweepDriver, may_change
 from raytrainer.sweep.journal import Mode, Trial, TrialJournal
 from raytrainer.sweep.outcome import SweepOutcome
 from raytrainer.sweep.plan import Plan
-from raytrainer.sweep.schedule import check_bounded, make_scheduler, parts_ways
+from raytrainer.sweep.schedule import changes_parameters, check_bounded, make_scheduler
 from raytrainer.sweep.search import check_search, total_of
 
 _FAILURES = "max_trial_failures"  # key in the journal: the setting of an attempt
@@ -70,7 +70,7 @@ def check(
 def describe_sweep(plan: Plan) -> str:
     """Describe the sweep, e.g. `64 trials of sweep=asha over optimizer.lr, model.width`."""
     s = plan.experiment.sweep
-    total = total_of(s.search_alg, plan.parameters, s.num_samples, distinct=not parts_ways(s.scheduler))
+    total = total_of(s.search_alg, plan.parameters, s.num_samples, distinct=not changes_parameters(s.scheduler))
     count = "" if total is None else f"{total} trials of "
     return f"{count}sweep={plan.choice} over {', '.join(p.key for p in plan.parameters)}"
 

@@ -1,5 +1,5 @@
 """Build Tune's schedulers from the config, and replay a journal to them if they support it. They decide which trials
-continue; their unit of time is the evaluation. Private attributes were checked in ray 2.60 (`ray/tune/schedulers`).
+continue; their unit of time is the evaluation.
 """
 
 from __future__ import annotations
@@ -8,28 +8,28 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 from ray.tune.schedulers import (
-    AsyncHyperBandScheduler,
     FIFOScheduler,
     HyperBandForBOHB,
     HyperBandScheduler,
     MedianStoppingRule,
     PopulationBasedTraining,
-    PopulationBasedTrainingReplay,
     TrialScheduler,
 )
 from ray.tune.schedulers.pb2 import PB2
 
+from raytrainer import ray_internals
 from raytrainer.config import Parameter, bind, factory, locate
 from raytrainer.config.nodes import SUPPLIED
 from raytrainer.errors import ConfigError
-from raytrainer.ray_internals import METRIC
+from raytrainer.ray_internals import METRIC, is_full_length, pauses
 from raytrainer.sweep.journal import Mode, Trial, worst
-from raytrainer.sweep.search import RUN, TRIAL, GridSearch, RandomSearch
-from raytrainer.sweep.space import domain, nearest, points
+from raytrainer.sweep.sampling import GridSearch, RandomSearch
+from raytrainer.sweep.space import RUN, TRIAL, domain, nearest, points
+
+__all__ = ["TIME", "changes_parameters", "check_bounded", "is_full_length", "make_scheduler", "pauses", "replay"]
 
 TIME = "training_iteration"  # key in Tune's results: the number of the evaluation
 _LISTED = 1000  # a range with at most so many values is perturbed to a neighbour; a longer one by a factor
@@ -67,53 +67,63 @@ def make_scheduler(
     Raises:
         ConfigError: The scheduler cannot be built, or does not support the parameters or the searcher.
     """
-    drawn_by = locate("sweep.search_alg", search["_target_"]) if search else RandomSearch
+    searcher = locate("sweep.search_alg", search["_target_"]) if search else RandomSearch
     target = locate(key, node.get("_target_")) if node else FIFOScheduler
-    if f"{getattr(drawn_by, '__module__', '')}".startswith("ray.tune.search.bohb") and not _is(
-        target, HyperBandForBOHB
-    ):
-        raise ConfigError(
-            "is needed by TuneBOHB, which learns from the brackets of ray.tune.schedulers.HyperBandForBOHB only",
-            key=key,
-            value=None if node is None else node["_target_"],
-        )
+    _check_bohb(target, searcher, node, key)
     if not node:
         return FIFOScheduler()
     if inspect.isclass(target) and not issubclass(target, TrialScheduler):
         raise ConfigError("is not a ray.tune.schedulers.TrialScheduler", key=f"{key}._target_", value=node["_target_"])
     names = inspect.signature(target).parameters
-    given = {name: value for name, value in node.items() if not (name == "max_t" and value is None)}
-    bind(key, given, SUPPLIED["sweep.scheduler"])
-    for kind, values in _DEFAULTS.items():
-        if _is(target, kind):
-            given = {**{name: value for name, value in values.items() if name in names}, **given}
-    if "max_t" in names and "max_t" not in given:
-        if evaluations is None:
-            raise ConfigError(
-                "must be given: how often a trial is evaluated does not follow from its config", key=f"{key}.max_t"
-            )
-        given["max_t"] = evaluations
-    if "max_t" in given and given.get("grace_period", 0) > given["max_t"]:
-        raise ConfigError(
-            f"is more than the {given['max_t']} evaluations of a trial",
-            key=f"{key}.grace_period",
-            value=given["grace_period"],
-        )
+    arguments = _with_defaults(node, target, names, evaluations, key)
     supplied: dict[str, Any] = {
         name: value for name, value in (("metric", METRIC), ("mode", mode), ("time_attr", TIME)) if name in names
     }
     if not _is(target, PopulationBasedTraining):
-        return _built(given, supplied, key)
-    _check_population(parameters, may_change, drawn_by, key)
-    if _is(target, PB2):
-        if given.get("hyperparam_bounds") is None:
-            supplied["hyperparam_bounds"] = {p.key: _bounds(p, key) for p in parameters}
-    else:
+        return _built(arguments, supplied, key)
+    _check_population(parameters, may_change, searcher, key)
+    if not _is(target, PB2):
         supplied["hyperparam_mutations"] = {p.key: _mutation(p) for p in parameters}
-    supplied["custom_explore_fn"] = _Kept(tuple(parameters))
-    found = _built(given, supplied, key)
-    _adapt(found)
-    return found
+    elif arguments.get("hyperparam_bounds") is None:
+        supplied["hyperparam_bounds"] = {p.key: _bounds(p) for p in parameters}
+    supplied["custom_explore_fn"] = _MoveIntoSpace(tuple(parameters))
+    scheduler = _built(arguments, supplied, key)
+    ray_internals.keep_own_values(scheduler, (TRIAL, RUN))
+    return scheduler
+
+
+def _check_bohb(target: Any, searcher: Any, node: Mapping[str, Any] | None, key: str) -> None:
+    is_bohb = str(getattr(searcher, "__module__", "")).startswith("ray.tune.search.bohb")
+    if is_bohb and not _is(target, HyperBandForBOHB):
+        raise ConfigError(
+            "is needed by TuneBOHB, which learns from the brackets of ray.tune.schedulers.HyperBandForBOHB only",
+            key=key,
+            value=None if node is None else node["_target_"],
+        )
+
+
+def _with_defaults(
+    node: Mapping[str, Any], target: Any, names: Mapping[str, Any], evaluations: int | None, key: str
+) -> dict[str, Any]:
+    """Return the node with our defaults, and with `max_t` if the scheduler has one. `names` are its arguments."""
+    arguments = {name: value for name, value in node.items() if not (name == "max_t" and value is None)}
+    bind(key, arguments, SUPPLIED["sweep.scheduler"])
+    for kind, defaults in _DEFAULTS.items():
+        if _is(target, kind):
+            arguments = {**{name: value for name, value in defaults.items() if name in names}, **arguments}
+    if "max_t" in names and "max_t" not in arguments:
+        if evaluations is None:
+            raise ConfigError(
+                "must be given: how often a trial is evaluated does not follow from its config", key=f"{key}.max_t"
+            )
+        arguments["max_t"] = evaluations
+    if "max_t" in arguments and arguments.get("grace_period", 0) > arguments["max_t"]:
+        raise ConfigError(
+            f"is more than the {arguments['max_t']} evaluations of a trial",
+            key=f"{key}.grace_period",
+            value=arguments["grace_period"],
+        )
+    return arguments
 
 
 def _built(node: Mapping[str, Any], supplied: Mapping[str, Any], key: str) -> TrialScheduler:
@@ -130,85 +140,7 @@ def _is(target: Any, kind: type) -> bool:
     return inspect.isclass(target) and issubclass(target, kind)
 
 
-# --- population based training --------------------------------------------------------------------------------------
-
-
-def _check_population(
-    parameters: Sequence[Parameter], may_change: Callable[[str], bool], drawn_by: Any, key: str
-) -> None:
-    for p in parameters:
-        if p.group or not may_change(p.key):
-            what = "chooses another config" if p.group else "changes what a checkpoint means"
-            raise ConfigError(
-                f"{what}, and cannot change in the middle of a trial, as population based training requires; leave it "
-                "out, or choose sweep=asha",
-                key=p.key,
-            )
-    if not _is(drawn_by, RandomSearch):
-        raise ConfigError(
-            "changes parameters by itself, and begins with random draws: leave sweep.search_alg null",
-            key=key,
-            value="population based training",
-        )
-
-
-def _mutation(p: Parameter) -> Any:
-    """Return a value for `hyperparam_mutations`. A list is perturbed to a neighbour, a domain by a factor."""
-    if p.kind == "choice":
-        return list(p.values)
-    if p.kind == "range" and not p.log:
-        found = points(p)
-        if len(found) <= _LISTED:
-            return list(found)
-        return domain(Parameter(p.key, "interval", low=p.low, high=p.high, integer=p.integer))
-    return domain(p)
-
-
-def _bounds(p: Parameter, key: str) -> list[float]:
-    if p.kind == "choice":
-        raise ConfigError("is a list, and PB2 takes intervals only", key=p.key)
-    assert p.low is not None
-    assert p.high is not None
-    return [p.low, p.high]
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """Moves perturbed values back into the bounds of their parameters, and integers to whole numbers."""
-
-    parameters: tuple[Parameter, ...]
-
-    def __call__(self, config: dict[str, Any]) -> dict[str, Any]:
-        return {**config, **{p.key: nearest(p, config[p.key]) for p in self.parameters}}
-
-
-def _adapt(scheduler: Any) -> None:
-    """Change two assumptions of Tune's population based training that do not hold here."""
-    new_config, on_trial_add = scheduler._get_new_config, scheduler.on_trial_add
-
-    def kept_id(trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], Any]:
-        # A clone gets the config of the other trial, which contains the ids of that trial.
-        found, operations = new_config(trial, trial_to_clone)
-        return {**found, **{name: trial.config[name] for name in (TRIAL, RUN) if name in trial.config}}, operations
-
-    def added(tune_controller: Any, trial: Any) -> None:
-        # Tune refuses to combine it with any searcher. Ours samples at random, so it is hidden from the check.
-        on_trial_add(SimpleNamespace(search_alg=None), trial)
-
-    scheduler._get_new_config, scheduler.on_trial_add = kept_id, added
-
-
-# --- resumed sweeps -------------------------------------------------------------------------------------------------
-
-
-def pauses(scheduler: TrialScheduler) -> bool:
-    """Return whether the scheduler pauses trials to wait for others, and therefore needs all trials sampled early."""
-    if isinstance(scheduler, MedianStoppingRule):
-        return not scheduler._hard_stop or scheduler._min_time_slice != math.inf
-    return isinstance(scheduler, PopulationBasedTraining | PopulationBasedTrainingReplay | HyperBandScheduler)
-
-
-def parts_ways(node: Mapping[str, Any] | None) -> bool:
+def changes_parameters(node: Mapping[str, Any] | None) -> bool:
     """Return whether the scheduler changes parameters during trials, so that trials with equal starts are distinct."""
     return node is not None and _is(locate("sweep.scheduler", node["_target_"]), PopulationBasedTraining)
 
@@ -228,23 +160,69 @@ def check_bounded(scheduler: TrialScheduler, search: Mapping[str, Any] | None, n
         )
 
 
-def is_full_length(scheduler: TrialScheduler, evaluation: int) -> bool:
-    """Return whether a trial that the scheduler ends at this evaluation has reached its full length (`max_t`)."""
-    if isinstance(scheduler, AsyncHyperBandScheduler):
-        return bool(scheduler._stop_last_trials and evaluation >= scheduler._max_t)
-    if isinstance(scheduler, HyperBandScheduler):
-        return bool(scheduler._stop_last_trials and evaluation >= scheduler._max_t_attr)
-    return False
+# --- population based training --------------------------------------------------------------------------------------
+
+
+def _check_population(
+    parameters: Sequence[Parameter], may_change: Callable[[str], bool], searcher: Any, key: str
+) -> None:
+    for p in parameters:
+        if p.group or not may_change(p.key):
+            effect = "chooses another config" if p.group else "changes what a checkpoint means"
+            raise ConfigError(
+                f"{effect}, and cannot change in the middle of a trial, as population based training requires; leave it "
+                "out, or choose sweep=asha",
+                key=p.key,
+            )
+    if not _is(searcher, RandomSearch):
+        raise ConfigError(
+            "changes parameters by itself, and begins with random draws: leave sweep.search_alg null",
+            key=key,
+            value="population based training",
+        )
+
+
+def _mutation(p: Parameter) -> Any:
+    """Return a value for `hyperparam_mutations`. A list is perturbed to a neighbour, a domain by a factor."""
+    if p.kind == "choice":
+        return list(p.values)
+    if p.kind == "range" and not p.log:
+        values = points(p)
+        if len(values) <= _LISTED:
+            return list(values)
+        return domain(Parameter(p.key, "interval", low=p.low, high=p.high, integer=p.integer))
+    return domain(p)
+
+
+def _bounds(p: Parameter) -> list[float]:
+    if p.kind == "choice":
+        raise ConfigError("is a list, and PB2 takes intervals only", key=p.key)
+    assert p.low is not None
+    assert p.high is not None
+    return [p.low, p.high]
+
+
+@dataclass(frozen=True)
+class _MoveIntoSpace:
+    """Moves perturbed values back into the bounds of their parameters, and integers to whole numbers."""
+
+    parameters: tuple[Parameter, ...]
+
+    def __call__(self, config: dict[str, Any]) -> dict[str, Any]:
+        return {**config, **{p.key: nearest(p, config[p.key]) for p in self.parameters}}
+
+
+# --- resumed sweeps -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
-class _Earlier:
+class _EarlierTrial:
     """A trial of the journal, as a scheduler sees it."""
 
     trial_id: str
 
 
-def replay(scheduler: TrialScheduler, trials: Sequence[Trial]) -> str | None:
+def replay(scheduler: TrialScheduler, trials: Sequence[Trial], mode: Mode) -> str | None:
     """Replay the reports of a journal's trials to a new scheduler. When Tune adds a trial that continues, it is
     recognised by the id in its config.
 
@@ -255,62 +233,44 @@ def replay(scheduler: TrialScheduler, trials: Sequence[Trial]) -> str | None:
     if type(scheduler) is FIFOScheduler or not seen:
         return None
     name = type(scheduler).__name__
-    if isinstance(scheduler, AsyncHyperBandScheduler):
-        _replay(scheduler, seen, scheduler.on_trial_result, _renamed_rungs)
-        if len(scheduler._brackets) == 1:
-            return None
-        return f"{name} cannot restore in which of its brackets a trial was: the brackets are drawn again"
-    if isinstance(scheduler, MedianStoppingRule):
-        # Reports go to `on_trial_complete`, which stores a result without making a decision.
-        _replay(scheduler, seen, scheduler.on_trial_complete, _renamed_results)
+    if record := ray_internals.record_of(scheduler):
+        _replay(scheduler, seen, record, mode)
+        if ray_internals.draws_brackets(scheduler):
+            return f"{name} cannot restore in which of its brackets a trial was: the brackets are drawn again"
         return None
-    anew = "it starts from scratch"
+    effect = "it starts from scratch"
     if isinstance(scheduler, HyperBandScheduler):
-        anew = "its brackets start from scratch"
+        effect = "its brackets start from scratch"
     if isinstance(scheduler, PopulationBasedTraining):
-        anew = "the trials that continue are compared only with each other"
-    return f"{name} cannot restore the reports of the earlier trials: {anew}"
+        effect = "the trials that continue are compared only with each other"
+    return f"{name} cannot restore the reports of the earlier trials: {effect}"
 
 
-def _replay(
-    scheduler: Any, trials: Sequence[Trial], report: Callable[..., Any], rename: Callable[[Any, _Earlier, Any], None]
-) -> None:
-    going_on: dict[str, _Earlier] = {}
+def _replay(scheduler: TrialScheduler, trials: Sequence[Trial], record: Callable[..., Any], mode: Mode) -> None:
+    unfinished: dict[str, _EarlierTrial] = {}
     for trial in trials:
-        earlier = _Earlier(f"earlier-{trial.id}")
+        earlier = _EarlierTrial(f"earlier-{trial.id}")
         scheduler.on_trial_add(None, earlier)
-        results = [_result(r.evaluation, r.value, scheduler._mode) for r in trial.reports]
+        results = [_result(r.evaluation, r.value, mode) for r in trial.reports]
         # Tune passes the last result of a finished or failed trial only together with its end.
         last = results.pop() if trial.status == "finished" else results[-1] if results else None
         if trial.status == "failed":
-            last = _result(trial.reports[-1].evaluation if trial.reports else 1, math.nan, scheduler._mode)
+            last = _result(trial.reports[-1].evaluation if trial.reports else 1, math.nan, mode)
         for result in results:
-            report(None, earlier, result)
+            record(None, earlier, result)
         if trial.status in ("running", "stopped"):
-            going_on[trial.id] = earlier
+            unfinished[trial.id] = earlier
         else:
             scheduler.on_trial_complete(None, earlier, last)
     on_trial_add = scheduler.on_trial_add
 
-    def added(tune_controller: Any, trial: Any) -> None:
+    def add(tune_controller: Any, trial: Any) -> None:
         on_trial_add(tune_controller, trial)
-        if (earlier := going_on.pop(trial.config.get(TRIAL), None)) is not None:
-            rename(scheduler, earlier, trial)
+        if (earlier := unfinished.pop(trial.config.get(TRIAL), None)) is not None:
+            ray_internals.rename(scheduler, earlier, trial)
 
-    scheduler.on_trial_add = added
+    scheduler.on_trial_add = add
 
 
 def _result(evaluation: int, value: float, mode: Mode) -> dict[str, Any]:
     return {TIME: evaluation, METRIC: value if math.isfinite(value) else worst(mode)}
-
-
-def _renamed_rungs(scheduler: Any, earlier: _Earlier, trial: Any) -> None:
-    scheduler._trial_info[trial.trial_id] = scheduler._trial_info.pop(earlier.trial_id)
-    for bracket in scheduler._brackets:
-        for _, recorded in bracket._rungs:
-            if earlier.trial_id in recorded:
-                recorded[trial.trial_id] = recorded.pop(earlier.trial_id)
-
-
-def _renamed_results(scheduler: Any, earlier: _Earlier, trial: Any) -> None:
-    scheduler._results[trial] = scheduler._results.pop(earlier)

@@ -28,7 +28,7 @@ from raytrainer.storage import Storage
 from raytrainer.sweep.journal import Mode, worst
 from raytrainer.sweep.plan import choices_of
 from raytrainer.sweep.reuse import as_found
-from raytrainer.sweep.search import RUN, TRIAL
+from raytrainer.sweep.space import RUN, TRIAL
 from raytrainer.tracking.spool import spool_of
 
 # Causes with which every other trial would fail too.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib.util
 import os
 import re
 import sqlite3
@@ -22,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from raytrainer.errors import ConfigError, TrackingUnreachable
+from raytrainer.tracking.mlflow_internals import create_store, migrations
 
 _LOCK_S = 60.0  # creating a database takes about 2 s; a process that holds the lock longer is stopped or hangs
 _BUSY_S = 10.0  # MLflow's own writes take milliseconds
@@ -242,7 +242,7 @@ def create(tracking_uri: str) -> None:
                 leftover.unlink(missing_ok=True)
         new = path.with_name(f".{path.name}.new-{uuid.uuid4().hex}")
         try:
-            _make(new, default_artifact_root(tracking_uri))
+            create_store(new, default_artifact_root(tracking_uri))
             _publish(new, path)
         finally:
             for leftover in path.parent.glob(f"{new.name}*"):
@@ -255,14 +255,6 @@ def _is_there(path: Path) -> bool:
         return path.stat().st_size > 0
     except FileNotFoundError:
         return False
-
-
-def _make(path: Path, artifact_root: str | None) -> None:
-    """Create an MLflow database with its default experiment."""
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    store = SqlAlchemyStore(f"sqlite:///{path}", artifact_root)
-    store._dispose_engine()
 
 
 def _publish(new: Path, path: Path) -> None:
@@ -314,12 +306,8 @@ def known_revisions() -> tuple[str, frozenset[str]]:
 
     They are read from MLflow's migration scripts, because importing MLflow takes a second.
     """
-    spec = importlib.util.find_spec("mlflow")
-    assert spec is not None
-    assert spec.origin is not None
-    scripts = Path(spec.origin).parent / "store" / "db_migrations" / "versions"
     revisions, parents = set[str](), set[str]()
-    for script in scripts.glob("*.py"):
+    for script in migrations().glob("*.py"):
         text = script.read_text(encoding="utf-8")
         for name, kept in (("revision", revisions), ("down_revision", parents)):
             match = re.search(rf"^{name}\s*(?::[^=\n]+)?=\s*(\([^)]*\)|.*)$", text, re.MULTILINE)

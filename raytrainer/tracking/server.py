@@ -16,6 +16,7 @@ from typing import Any
 from raytrainer.errors import TrackingError, TrackingUnreachable
 from raytrainer.tracking.database import check_schema, create, is_sqlite, schema_problem
 from raytrainer.tracking.failures import Rejected, RunGone, denied, reason_of, redacted, shortened, unusable
+from raytrainer.tracking.mlflow_internals import status_of_search
 from raytrainer.tracking.request_settings import request_settings
 from raytrainer.tracking.segments import Row
 
@@ -278,12 +279,9 @@ def _status(error: Exception, uri: str) -> int | None:
 
 def _asked_status(uri: str) -> int | None:
     from mlflow.exceptions import MlflowException
-    from mlflow.utils.credentials import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request
 
-    endpoint = "/api/2.0/mlflow/experiments/search?max_results=1"
     try:
-        return int(http_request(get_default_host_creds(uri), endpoint, "GET", raise_on_status=False).status_code)
+        return status_of_search(uri)
     except MlflowException:
         return None
 

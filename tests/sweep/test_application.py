@@ -30,8 +30,8 @@ from raytrainer.sweep.application import Jobs, search
 from raytrainer.sweep.function import FunctionProcess, Shared
 from raytrainer.sweep.journal import WORST, Mode, Report, Trial, TrialJournal
 from raytrainer.sweep.reporting import as_number
-from raytrainer.sweep.search import RUN, TRIAL
 from raytrainer.sweep.settings import Settings
+from raytrainer.sweep.space import RUN, TRIAL
 from tests import forkserver
 from tests.launches import OUTSIDE, Ended, launch, launched
 

@@ -30,7 +30,7 @@ from raytrainer.storage import Storage
 from raytrainer.sweep import engine
 from raytrainer.sweep.engine import Listener, Search
 from raytrainer.sweep.journal import Trial, TrialJournal
-from raytrainer.sweep.search import TRIAL
+from raytrainer.sweep.space import TRIAL
 from tests import forkserver
 from tests.training import node
 

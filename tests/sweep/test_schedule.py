@@ -23,7 +23,7 @@ from raytrainer.ray_internals import METRIC
 from raytrainer.sweep import RandomSearch
 from raytrainer.sweep.journal import Mode, Report, Trial, worst
 from raytrainer.sweep.schedule import make_scheduler, pauses, replay
-from raytrainer.sweep.search import RUN, TRIAL
+from raytrainer.sweep.space import RUN, TRIAL
 
 LR = Parameter("optimizer.lr", "interval", low=1e-4, high=1e-1, log=True)
 DECAY = Parameter("decay", "interval", low=0.0, high=0.3)
@@ -88,10 +88,10 @@ class Controller:
 
 
 def test_none_lets_every_trial_go_to_its_end() -> None:
-    found = make_scheduler(None, [LR], mode="min", evaluations=None)
-    assert type(found) is FIFOScheduler
-    assert not pauses(found)
-    assert replay(found, ended([1.0])) is None
+    scheduler = make_scheduler(None, [LR], mode="min", evaluations=None)
+    assert type(scheduler) is FIFOScheduler
+    assert not pauses(scheduler)
+    assert replay(scheduler, ended([1.0]), "min") is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -289,10 +289,10 @@ class Life:
         running = [trial for trial in self.trials if trial.status == "running"]
         for trial in running:
             trial.status = "stopped" if trial.id == "0002" else "running"
-        said = replay(scheduler, self.trials)
+        sentence = replay(scheduler, self.trials, self.mode)
         for trial in running:
             trial.status = "running"
-        return said
+        return sentence
 
 
 def ended(*values: list[float]) -> list[Trial]:
@@ -387,14 +387,16 @@ def test_what_a_scheduler_cannot_take_back_is_said() -> None:
         "compared only with each other",
     }
     for kind, sentence in said.items():
-        assert replay(made(kind), trials) == sentence
-        assert replay(made(kind), []) is None
-    assert "drawn again" in str(replay(made("asha", brackets=2), trials))
+        assert replay(made(kind), trials, "min") == sentence
+        assert replay(made(kind), [], "min") is None
+    assert "drawn again" in str(replay(made("asha", brackets=2), trials, "min"))
 
     class Own(FIFOScheduler):  # type: ignore[misc]
         pass
 
-    assert replay(Own(), trials) == "Own cannot restore the reports of the earlier trials: it starts from scratch"
+    assert (
+        replay(Own(), trials, "min") == "Own cannot restore the reports of the earlier trials: it starts from scratch"
+    )
 
 
 def test_configs_of_the_group_name_arguments_that_exist(in_tmp: Path) -> None:

@@ -25,8 +25,10 @@ from raytrainer.ray_internals import METRIC
 from raytrainer.storage import Storage
 from raytrainer.sweep import RandomSearch
 from raytrainer.sweep.journal import WORST, Mode, Report, Status, Trial, TrialJournal
-from raytrainer.sweep.search import RUN, TRIAL, Draws, Translated, check_search, grid_size, make_search, tell, total_of
-from raytrainer.sweep.space import decoded, domain, encoded, nearest, tune_space
+from raytrainer.sweep.sampling import grid_size
+from raytrainer.sweep.search import TranslatedSearch, check_search, make_search, total_of
+from raytrainer.sweep.space import RUN, TRIAL, decoded, domain, encoded, nearest, tune_space
+from raytrainer.sweep.suggestions import Suggestions, warm_start
 
 LR = Parameter("optimizer.lr", "interval", low=1e-4, high=1e-1, log=True)
 WIDTH = Parameter("model.width", "choice", values=(64, 128), texts=("64", "128"))
@@ -51,7 +53,7 @@ needs_optuna = pytest.mark.skipif(importlib.util.find_spec("optuna") is None, re
 
 
 class Sweep:
-    """Draws with a journal, driven by hand as Tune drives them."""
+    """Suggestions with a journal, driven by hand as Tune drives them."""
 
     def __init__(
         self,
@@ -64,30 +66,30 @@ class Sweep:
         seed: int = 7,
     ) -> None:
         self.parameters = [LR, WIDTH] if parameters is None else parameters
+        self.mode = mode
         self.journal = TrialJournal.open(Storage(path))
         self.journal.begin({})
         trials = list(self.journal.trials.values())
         if isinstance(node, Searcher):
-            self.search = Translated(node, self.parameters)
+            self.search = TranslatedSearch(node, self.parameters)
         else:
-            self.search = make_search(node, self.parameters, seed=seed, drawn=len(trials))
-        self.lost = tell(self.search, trials, mode)
+            self.search = make_search(node, self.parameters, seed=seed, sampled=len(trials))
+        self.lost = warm_start(self.search, trials, mode)
         self.handed_out: list[str] = []
-        self.draws = Draws(
+        self.suggestions = Suggestions(
             self.search,
-            self.parameters,
             mode=mode,
             total=total,
             journal=self.journal,
             overrides_of=lambda values: [p.override(values[p.key]) for p in self.parameters],
-            on_draw=lambda trial: self.handed_out.append(trial.id),
+            on_suggest=lambda trial: self.handed_out.append(trial.id),
         )
-        self.draws.set_search_properties(METRIC, mode, {})
+        self.suggestions.set_search_properties(METRIC, mode, {})
 
     def suggest(self, n: int) -> list[dict[str, Any]]:
         found = []
         for _ in range(n):
-            config = self.draws.suggest(f"tune-{len(self.handed_out)}")
+            config = self.suggestions.suggest(f"tune-{len(self.handed_out)}")
             if config == Searcher.FINISHED:
                 break
             found.append(config)
@@ -98,9 +100,9 @@ class Sweep:
 
     def report(self, id: str, value: float, evaluation: int = 1) -> None:  # noqa: A002
         """Report in Tune's order: first to the searcher, then to the callback that writes the journal."""
-        mode = self.draws._mode
+        mode = self.mode
         told = value if math.isfinite(value) else (WORST if mode == "min" else -WORST)
-        self.draws.on_trial_result(self.tune_id(id), {METRIC: told, "training_iteration": evaluation})
+        self.suggestions.on_trial_result(self.tune_id(id), {METRIC: told, "training_iteration": evaluation})
         self.journal.report(id, Report(evaluation, evaluation, value, {}, 0.0))
 
     def end(self, id: str, status: Status = "finished", *, cause: str | None = None, diverged: bool = False) -> None:  # noqa: A002
@@ -110,7 +112,7 @@ class Sweep:
             result = {METRIC: last[0].value, "training_iteration": last[0].evaluation}
         if status != "pruned":
             result["end"] = json.dumps({"status": status, "cause": cause, "diverged": diverged})
-        self.draws.on_trial_complete(self.tune_id(id), result)
+        self.suggestions.on_trial_complete(self.tune_id(id), result)
         self.journal.end(id, status, cause)
 
     def close(self) -> None:
@@ -293,8 +295,8 @@ def test_so_many_trials_and_no_more(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path, total=3)
     configs = sweep.suggest(10)
     assert [c[TRIAL] for c in configs] == ["0001", "0002", "0003"] == sweep.handed_out
-    assert sweep.draws.trial_of("tune-1") == "0002"
-    assert sweep.draws.trial_of("tune-7") is None
+    assert sweep.suggestions.trial_of("tune-1") == "0002"
+    assert sweep.suggestions.trial_of("tune-7") is None
     sweep.close()
     found = TrialJournal.open(Storage(tmp_path)).trials
     for config, trial in zip(configs, found.values(), strict=True):
@@ -346,15 +348,15 @@ def test_what_a_searcher_draws_is_put_into_the_space(tmp_path: Path) -> None:
     assert "__trial_index__" not in first
     assert (second["optimizer.lr"], second["model.width"]) == (1e-4, 64)
     assert type(second["optimizer.lr"]) is float
-    assert sweep.draws.suggest("later") is None, "it waits for others"
+    assert sweep.suggestions.suggest("later") is None, "it waits for others"
     with pytest.raises(ConfigError, match=r"model\.width got no value from Recorder"):
-        sweep.draws.suggest("later")
+        sweep.suggestions.suggest("later")
     assert list(sweep.journal.trials) == ["0001", "0002"]
 
 
 def test_parameters_may_be_called_trial_and_run(tmp_path: Path) -> None:
     parameters = [Parameter(key, "choice", values=(7,), texts=("7",)) for key in ("trial", "run")]
-    assert Sweep(tmp_path, parameters=parameters).draws.suggest("tune-0") == {
+    assert Sweep(tmp_path, parameters=parameters).suggestions.suggest("tune-0") == {
         TRIAL: "0001",
         RUN: "",
         "trial": 7,
@@ -403,12 +405,12 @@ def test_a_searcher_learns_of_failures_and_early_ends(tmp_path: Path) -> None:
     sweep.suggest(5)
     sweep.report("0001", 1.0)
     sweep.end("0001", "failed", cause="OSError: disk")
-    sweep.draws.on_trial_complete("tune-1", None, error=True)  # its process died
-    sweep.draws.on_trial_complete("tune-2", None)  # it never began
+    sweep.suggestions.on_trial_complete("tune-1", None, error=True)  # its process died
+    sweep.suggestions.on_trial_complete("tune-2", None)  # it never began
     sweep.report("0004", 2.0)
-    sweep.draws.on_trial_complete("tune-3", None)  # stopped while it was paused: Tune passes no result
+    sweep.suggestions.on_trial_complete("tune-3", None)  # stopped while it was paused: Tune passes no result
     sweep.end("0005", "failed", cause="NonFiniteLoss: at step 1", diverged=True)
-    sweep.draws.on_trial_complete("nobody's", None)
+    sweep.suggestions.on_trial_complete("nobody's", None)
     ends = [told for told in inner.told if told[1] == "end"]
     assert ends == [
         ("tune-0", "end", "error"),
@@ -444,8 +446,8 @@ def history() -> list[Trial]:
 
 def test_history_is_told() -> None:
     inner = Learner()
-    search = Translated(inner, [LR, WIDTH])
-    assert tell(search, history(), "min") is None
+    search = TranslatedSearch(inner, [LR, WIDTH])
+    assert warm_start(search, history(), "min") is None
     assert [(point["optimizer.lr"], point["model.width"], told) for point, _, told in inner.told] == [
         (0.001, "64", 1.0),
         (0.002, "64", 4.0),
@@ -461,18 +463,18 @@ def test_of_a_function_stopped_in_the_middle_its_last_value_is_told() -> None:
     trials[0].reports[:2] = [replace(report, interim=True) for report in trials[0].reports[:2]]
     trials[1].reports = [Report(e, e, value, {}, 0.0, interim=True) for e, value in ((1, 0.5), (2, 4.0))]
     inner = Learner()
-    tell(Translated(inner, [LR, WIDTH]), trials, "min")
+    warm_start(TranslatedSearch(inner, [LR, WIDTH]), trials, "min")
     assert [told for _, _, told in inner.told] == [2.0, 4.0]
 
 
 def test_what_is_lost_of_a_history_is_said() -> None:
-    assert tell(Translated(Recorder(), [LR, WIDTH]), [], "min") is None
-    said = tell(Translated(Recorder(), [LR, WIDTH]), history(), "min")
+    assert warm_start(TranslatedSearch(Recorder(), [LR, WIDTH]), [], "min") is None
+    said = warm_start(TranslatedSearch(Recorder(), [LR, WIDTH]), history(), "min")
     assert said == "Recorder cannot learn from the 6 ended trials and starts from scratch"
     other = Parameter("dropout", "interval", low=0.0, high=1.0)
-    said = tell(Translated(Learner(), [LR, other]), history(), "min")
+    said = warm_start(TranslatedSearch(Learner(), [LR, other]), history(), "min")
     assert said == "Learner cannot learn from 5 ended trials, which are outside the current search space"
-    assert tell(Translated(RandomSearch(), [LR]), history(), "min") is None
+    assert warm_start(TranslatedSearch(RandomSearch(), [LR]), history(), "min") is None
 
 
 def test_a_trial_that_goes_on_is_told_when_it_ends(tmp_path: Path) -> None:
@@ -485,10 +487,10 @@ def test_a_trial_that_goes_on_is_told_when_it_ends(tmp_path: Path) -> None:
         second = Sweep(place, inner, total=2)
         second.suggest(2)
         second.report("0001", 0.7, 2)  # a searcher that did not draw the trial does not know its id
-        second.draws.on_pause("tune-0")
+        second.suggestions.on_pause("tune-0")
         second.end("0001")
         second.report("0002", 0.9)
-        second.draws.on_pause("tune-1")
+        second.suggestions.on_pause("tune-1")
         second.end("0002")
         points = [told for told in inner.told if told[1] == "point"]
         assert points == ([({"optimizer.lr": 0.01, "model.width": "64"}, "point", 0.5)] if n else [])
@@ -508,14 +510,14 @@ def test_others_search_the_whole_space(tmp_path: Path, node: dict[str, Any]) -> 
         assert all(p.contains(config[p.key]) for p in ALL), config
         id_ = config[TRIAL]
         if n % 5 == 0:
-            sweep.draws.on_pause(sweep.tune_id(id_))
-            sweep.draws.on_unpause(sweep.tune_id(id_))
+            sweep.suggestions.on_pause(sweep.tune_id(id_))
+            sweep.suggestions.on_unpause(sweep.tune_id(id_))
         value = math.nan if n % 7 == 3 else (math.log10(config["optimizer.lr"]) + 2) ** 2
         told = WORST if math.isnan(value) else value
         result = {METRIC: told, "training_iteration": 1, "hyperband_info": {"budget": 1}}
-        sweep.draws.on_trial_result(sweep.tune_id(id_), result)
+        sweep.suggestions.on_trial_result(sweep.tune_id(id_), result)
         sweep.journal.report(id_, Report(1, 1, value, {}, 0.0))
-        sweep.draws.on_trial_complete(sweep.tune_id(id_), result)
+        sweep.suggestions.on_trial_complete(sweep.tune_id(id_), result)
         sweep.journal.end(id_, "finished")
     assert sweep.suggest(1) == []
     assert len({config.parameters["optimizer.lr"] for config in sweep.journal.trials.values()}) > 20
@@ -530,7 +532,7 @@ def test_optuna_is_told_of_the_journal(tmp_path: Path) -> None:
         failed = config[TRIAL] == "0003"
         first.end(config[TRIAL], "failed" if failed else "finished", cause="OSError: no" if failed else None)
     first.close()
-    told, blank = Sweep(tmp_path, OPTUNA, parameters=ALL, total=20), Translated
+    told, blank = Sweep(tmp_path, OPTUNA, parameters=ALL, total=20), TranslatedSearch
     assert told.lost is None
     study = told.search.inner._ot_study
     assert [t.state.name for t in study.trials].count("COMPLETE") == 11
@@ -538,7 +540,7 @@ def test_optuna_is_told_of_the_journal(tmp_path: Path) -> None:
     best = min(t.best("min").value for t in told.journal.trials.values() if t.status == "finished")  # type: ignore[union-attr]
     assert study.best_value == best
     # With these reports it draws differently than without them, and differently than at its first start.
-    blank = make_search(OPTUNA, ALL, seed=7, drawn=12)
+    blank = make_search(OPTUNA, ALL, seed=7, sampled=12)
     blank.set_search_properties(METRIC, "min", {})
     configs = told.suggest(8)
     unknowing = [blank.suggest(f"t{n}") for n in range(8)]
@@ -550,8 +552,8 @@ def test_optuna_is_told_of_the_journal(tmp_path: Path) -> None:
 
 @needs_optuna
 def test_optuna_begins_other_random_numbers_when_a_sweep_goes_on() -> None:
-    def begun(seed: int, drawn: int) -> float:
-        search = make_search(OPTUNA, [LR], seed=seed, drawn=drawn)
+    def begun(seed: int, sampled: int) -> float:
+        search = make_search(OPTUNA, [LR], seed=seed, sampled=sampled)
         search.set_search_properties(METRIC, "min", {})
         return float(search.suggest("t")["optimizer.lr"])
 
@@ -564,7 +566,7 @@ def test_seeds_go_where_the_node_leaves_them_open() -> None:
     assert make_search(OPTUNA, [LR], seed=5).inner._seed == 5
     assert make_search({**OPTUNA, "seed": None}, [LR], seed=5).inner._seed == 5
     assert make_search({**OPTUNA, "seed": 3}, [LR], seed=5).inner._seed == 3
-    assert make_search({"_target_": "raytrainer.sweep.RandomSearch"}, [LR], seed=5, drawn=9).inner.seed == 5
+    assert make_search({"_target_": "raytrainer.sweep.RandomSearch"}, [LR], seed=5, sampled=9).inner.seed == 5
     assert make_search({"_target_": "raytrainer.sweep.RandomSearch", "seed": 0}, [LR], seed=5).inner.seed == 0
     assert make_search(None, [LR], seed=5).inner.seed == 5
     sampler = {"_target_": "optuna.samplers.RandomSampler"}

@@ -32,7 +32,7 @@ from raytrainer.errors import WorkerError
 from raytrainer.storage import Storage
 from raytrainer.sweep import trial
 from raytrainer.sweep.journal import WORST
-from raytrainer.sweep.search import RUN, TRIAL
+from raytrainer.sweep.space import RUN, TRIAL
 from raytrainer.sweep.trial import Shared, TrialProcess
 from raytrainer.tracking.sender import LOCAL_ID_TAG
 from tests import ranks, training

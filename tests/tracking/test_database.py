@@ -65,7 +65,7 @@ def test_six_first_launches_at_once_get_one_database_and_one_experiment(
         time.sleep(0.2)  # so that the others arrive meanwhile
         shutil.copy(fresh, path)  # seventy migrations in each of six processes would take a minute
 
-    monkeypatch.setattr(database, "_make", make)
+    monkeypatch.setattr(database, "create_store", make)
     context = multiprocessing.get_context("fork")  # MLflow is already imported
     results = context.Queue()
     processes = [context.Process(target=launch, args=(uri, number, results)) for number in range(6)]
@@ -88,7 +88,7 @@ def test_threads_of_one_process_create_it_once(tmp_path: Path, monkeypatch: pyte
         time.sleep(0.05)  # so that the others arrive meanwhile
         execute(path, "CREATE TABLE a (x)")
 
-    monkeypatch.setattr(database, "_make", make)
+    monkeypatch.setattr(database, "create_store", make)
     with ThreadPoolExecutor(4) as pool:
         for done in [pool.submit(database.create, uri) for _ in range(4)]:
             done.result()
@@ -106,7 +106,7 @@ def test_without_locks_everybody_ends_with_the_database_of_the_fastest(
         both.wait(10)
 
     monkeypatch.setattr(database, "_locked", lambda descriptor: False)
-    monkeypatch.setattr(database, "_make", make)
+    monkeypatch.setattr(database, "create_store", make)
     with ThreadPoolExecutor(2) as pool:
         for done in [pool.submit(database.create, uri) for _ in range(2)]:
             done.result()
@@ -121,14 +121,14 @@ def test_a_creation_that_was_killed_leaves_nothing_that_the_next_one_trips_over(
 ) -> None:
     (tmp_path / ".mlflow.db.new-killed").write_bytes(b"half")
     (tmp_path / ".mlflow.db.new-killed-journal").write_bytes(b"half")
-    monkeypatch.setattr(database, "_make", lambda path, root: execute(path, "CREATE TABLE a (x)"))
+    monkeypatch.setattr(database, "create_store", lambda path, root: execute(path, "CREATE TABLE a (x)"))
     database.create(default_tracking_uri(tmp_path))
     assert [file.name for file in tmp_path.iterdir()] == ["mlflow.db"]
 
 
 def test_an_empty_file_becomes_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mlflow.db").touch()
-    monkeypatch.setattr(database, "_make", lambda path, root: execute(path, "CREATE TABLE a (x)"))
+    monkeypatch.setattr(database, "create_store", lambda path, root: execute(path, "CREATE TABLE a (x)"))
     database.create(default_tracking_uri(tmp_path))
     assert database.read_schema(tmp_path / "mlflow.db") == database.Schema(frozenset({"a"}), None, 0)
 
