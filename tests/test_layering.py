@@ -48,7 +48,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sweep",),
     ("cluster",),
     ("runs",),
-    ("completion",),
     ("cli", "__main__", "__init__", "hydra_plugins"),
 )
 # The only import within a layer: the program starts the command line.
@@ -65,7 +64,7 @@ ROOMS: dict[str, frozenset[str]] = {
 # Only one function imports these: the one that writes the model, and in `data` RayDataset, for which Ray reads.
 ONE_FUNCTION = {("mlflow", "mlflow_model"), ("ray", "data")}
 # These modules never import torch, not even inside functions. (`seeds` imports it inside functions.)
-NO_TORCH = frozenset({"errors", "config", "storage", "events", "tracking", "completion", "cli", "__main__"})
+NO_TORCH = frozenset({"errors", "config", "storage", "events", "tracking", "cli", "__main__"})
 
 # Importing the module imports none of these.
 LAZY: dict[str, tuple[str, ...]] = {

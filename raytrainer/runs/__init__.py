@@ -18,11 +18,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raytrainer.runs.again import to_rerun, to_rerun_sweep, to_resume, to_resume_sweep
-    from raytrainer.runs.commands import command, completions, outcome_json, parser
-    from raytrainer.runs.evaluating import to_evaluate
-    from raytrainer.runs.finding import find, trial_of
-    from raytrainer.runs.tree import rerun_there
+    from raytrainer.runs.evaluate import to_evaluate
+    from raytrainer.runs.resolve import find, trial_of
+    from raytrainer.runs.resume import to_rerun, to_rerun_sweep, to_resume, to_resume_sweep
+    from raytrainer.runs.verbs import command, completions, outcome_json, parser
+    from raytrainer.runs.worktree import rerun_there
 
 __all__ = [
     "command",
@@ -40,18 +40,18 @@ __all__ = [
 ]
 
 _HOMES = {
-    "command": "commands",
-    "completions": "commands",
-    "find": "finding",
-    "outcome_json": "commands",
-    "parser": "commands",
-    "rerun_there": "tree",
-    "to_evaluate": "evaluating",
-    "to_rerun": "again",
-    "to_rerun_sweep": "again",
-    "to_resume": "again",
-    "to_resume_sweep": "again",
-    "trial_of": "finding",
+    "command": "verbs",
+    "completions": "verbs",
+    "find": "resolve",
+    "outcome_json": "verbs",
+    "parser": "verbs",
+    "rerun_there": "worktree",
+    "to_evaluate": "evaluate",
+    "to_rerun": "resume",
+    "to_rerun_sweep": "resume",
+    "to_resume": "resume",
+    "to_resume_sweep": "resume",
+    "trial_of": "resolve",
 }
 
 

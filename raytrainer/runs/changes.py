@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from raytrainer.attempt import Record, changes_meaning
 from raytrainer.config import Experiment, key_of, parameters_of
 from raytrainer.errors import ConfigError
-from raytrainer.attempt import Record, changes_meaning
 
 # Sections that are built again with their new values, which no saved state overrides.
 _FOLLOWS = ("loss", "callbacks", "metrics", "data.val", "tracking")

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from raytrainer.config import from_text
 from raytrainer.errors import RaytrainerError
-from raytrainer.runs.finding import RunHandle
+from raytrainer.runs.resolve import RunHandle
 
 ACTIVE = ("PENDING", "RUNNING")
 

@@ -14,16 +14,16 @@ from functools import partial
 from pathlib import Path
 
 from raytrainer import provenance, tracking
+from raytrainer.attempt import SUBMITTED, Record, in_background
 from raytrainer.cluster.ending import ending_of
 from raytrainer.errors import StorageError, TrackingError
-from raytrainer.runs import finding
-from raytrainer.runs.finding import RunHandle, SubmittedRun, reached
+from raytrainer.progress import duration
+from raytrainer.runs import resolve
 from raytrainer.runs.jobs import ACTIVE, Clusters, Job, never_sent
 from raytrainer.runs.liveness import Verdict
 from raytrainer.runs.reconcile import close_dead, look_at
-from raytrainer.runs.run_summary import RunSummary, facts_of
-from raytrainer.progress import duration
-from raytrainer.attempt import SUBMITTED, Record, in_background
+from raytrainer.runs.resolve import RunHandle, SubmittedRun, reached
+from raytrainer.runs.summary import RunSummary, facts_of
 from raytrainer.storage import Storage
 from raytrainer.tracking import lookup
 from raytrainer.tracking.sender import LOCAL_PREFIX
@@ -52,7 +52,7 @@ def list_runs(
         clusters: For tests.
     """
     clusters, root = clusters or Clusters(), Path.cwd() / "runs"
-    uri = finding.tracking_uri_here()
+    uri = resolve.tracking_uri_here()
     found: list[RunSummary] = []
     if uri is not None:
         try:
@@ -74,7 +74,7 @@ def _from_mlflow(
 ) -> list[RunSummary]:
     found = lookup.search_runs(uri, limit=_MOST_RUNNING, user=user, status="RUNNING")
     root = Path.cwd() / "runs"
-    looked = look_at([finding.with_sent(finding.as_stored(run, uri), root) for run in found], clusters)
+    looked = look_at([resolve.with_sent(resolve.as_stored(run, uri), root) for run in found], clusters)
     if close_dead(looked, clusters, say):
         again = {r.run_id for r in lookup.search_runs(uri, limit=_MOST_RUNNING, user=user, status="RUNNING")}
         looked = [(known, verdict) for known, verdict in looked if known.stored and known.stored.run_id in again]
@@ -87,7 +87,7 @@ def _from_mlflow(
     def facts(run: StoredRun) -> RunSummary:
         # For a run that has ended, MLflow has everything that a list shows, so its directory is not read.
         known, verdict = by_id.get(run.run_id, (None, None))
-        return facts_of(finding.as_stored(run, uri)) if known is None else _while_running(known, verdict)
+        return facts_of(resolve.as_stored(run, uri)) if known is None else _while_running(known, verdict)
 
     return [facts(run) for run in lookup.search_runs(uri, limit=limit, user=user, status=status)]
 
@@ -120,7 +120,7 @@ def _from_disk(
     """
     there = []
     doubtful: dict[str, RunHandle] = {}
-    for record, storage in finding.records(root):
+    for record, storage in resolve.records(root):
         if not _is_in(asked, record):
             there.append(RunHandle(record, storage))
         elif record.run_id not in told and status in (None, record.status):
@@ -129,7 +129,7 @@ def _from_disk(
         # MLflow did not return these: they belong to another user, are too old for the list, or were deleted in MLflow.
         with suppress(TrackingError):
             there += [doubtful[run_id] for run_id in sorted(lookup.missing(asked, doubtful))]
-    found = [finding.with_sent(known, root) for known in there]
+    found = [resolve.with_sent(known, root) for known in there]
     running = [known for known in found if known.record.status == "RUNNING"]
     lives = {known.record.name: verdict for known, verdict in look_at(running, clusters)}
     return [_judged(facts_of(known, lives.get(known.record.name)), lives.get(known.record.name)) for known in found]
@@ -150,7 +150,7 @@ def _judged(facts: RunSummary, verdict: Verdict | None) -> RunSummary:
 
 def _with_submitted(found: list[RunSummary], root: Path, clusters: Clusters) -> list[RunSummary]:
     """Add the runs that were submitted from here and are not in MLflow yet, with the status from their clusters."""
-    for sent in finding.submitted(root):
+    for sent in resolve.submitted(root):
         known = RunHandle(sent.record, None, sent=sent)
         if known.submission_id is None:
             continue
@@ -182,7 +182,7 @@ def _is_past(known: RunHandle, facts: RunSummary) -> bool:
         return False
     if facts.submission_id is None or known.submission_id is None:
         return False
-    return finding.number_of(facts.submission_id) >= finding.number_of(known.submission_id)
+    return resolve.number_of(facts.submission_id) >= resolve.number_of(known.submission_id)
 
 
 def _record_of(facts: RunSummary) -> Record:
@@ -195,8 +195,8 @@ def _with_others(found: list[RunSummary], root: Path, clusters: Clusters) -> lis
     address = os.environ.get("RAY_API_SERVER_ADDRESS", "").rstrip("/")
     if address.startswith(("http://", "https://")):
         places[address] = RunHandle(Record("", "", job={"cluster_address": address}), None)
-    here = [RunHandle(sent.record, None, sent=sent) for sent in finding.submitted(root)]
-    here += [RunHandle(record, storage) for record, storage in finding.records(root)]
+    here = [RunHandle(sent.record, None, sent=sent) for sent in resolve.submitted(root)]
+    here += [RunHandle(record, storage) for record, storage in resolve.records(root)]
     for known in sorted(here, key=lambda known: known.record.created, reverse=True):
         if known.cluster_address is not None:
             places.setdefault(known.cluster_address, known)

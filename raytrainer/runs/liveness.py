@@ -26,11 +26,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
+from raytrainer.attempt import Record
 from raytrainer.cluster.ending import REFUSED, ending_of
 from raytrainer.errors import StorageError
-from raytrainer.runs.jobs import ACTIVE, Job
 from raytrainer.progress import duration
-from raytrainer.attempt import Record
+from raytrainer.runs.jobs import ACTIVE, Job
 from raytrainer.storage import Storage
 from raytrainer.storage.lock import Lease, leases_in
 from raytrainer.tracking.runs import Status
@@ -160,7 +160,9 @@ def judge(record: Record, liveness: Liveness, job: Job | None = None, others: Se
         return Verdict("dead", why, record.status, why, when)  # type: ignore[arg-type]
     if last is not None:
         what = f"{_named(last)} is gone" if last.is_here else f"no heartbeat from {_named(last)}"
-        since = f" for {duration(liveness.now - last.heartbeat)}" if liveness.now is not None and not last.is_here else ""
+        since = (
+            f" for {duration(liveness.now - last.heartbeat)}" if liveness.now is not None and not last.is_here else ""
+        )
         return Verdict("dead", what + since, "FAILED", f"its driver died: {what}{since}", when)
     if liveness.is_settled():
         return Verdict(

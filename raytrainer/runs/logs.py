@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
 from raytrainer.errors import ConfigError, RunNotFound, StorageError
-from raytrainer.runs.finding import RunHandle, look_up, tracking_uri_of, with_tracking
 from raytrainer.runs.jobs import ACTIVE, Clusters
 from raytrainer.runs.reconcile import verdict_of
+from raytrainer.runs.resolve import RunHandle, look_up, tracking_uri_of, with_tracking
 from raytrainer.storage import Storage
 from raytrainer.tracking.server import Server
 

@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 
 from raytrainer import tracking
-from raytrainer.errors import RaytrainerError, StorageError, StorageLocked, TrackingError
-from raytrainer.runs.finding import RunHandle, reached, tracking_uri_of
-from raytrainer.runs.jobs import Clusters
-from raytrainer.runs.liveness import LOCK, Liveness, Verdict, judge
 from raytrainer.attempt import Record, in_background
 from raytrainer.attempt.record import SECONDS_TAG
+from raytrainer.errors import RaytrainerError, StorageError, StorageLocked, TrackingError
+from raytrainer.runs.jobs import Clusters
+from raytrainer.runs.liveness import LOCK, Liveness, Verdict, judge
+from raytrainer.runs.resolve import RunHandle, reached, tracking_uri_of
 from raytrainer.storage.lock import withdraw
 from raytrainer.tracking import lookup
 from raytrainer.tracking.runs import Status

@@ -11,13 +11,13 @@ from typing import Any
 from raytrainer import provenance, tracking
 from raytrainer.cluster.ending import ending_of, one_line
 from raytrainer.errors import RaytrainerError, StorageError, TrackingError
-from raytrainer.runs.finding import RunHandle, look_up, with_tracking
+from raytrainer.progress import duration
 from raytrainer.runs.jobs import ACTIVE, Clusters, Job
 from raytrainer.runs.listing import ago, as_attempt, facts_of_job, progress, with_failed_job
 from raytrainer.runs.liveness import Verdict
 from raytrainer.runs.reconcile import close_dead, verdict_of
-from raytrainer.runs.run_summary import RunSummary, Saved, checkpoints, facts_of
-from raytrainer.progress import duration
+from raytrainer.runs.resolve import RunHandle, look_up, with_tracking
+from raytrainer.runs.summary import RunSummary, Saved, checkpoints, facts_of
 from raytrainer.tracking.sender import LOCAL_PREFIX
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raytrainer.attempt import CONFIG, Record
 from raytrainer.config import with_values
 from raytrainer.errors import ConfigError, RunNotFound
-from raytrainer.runs.again import trial_composition
-from raytrainer.runs.finding import find, trial_of
-from raytrainer.runs.run_summary import checkpoints
-from raytrainer.attempt import CONFIG, Record
+from raytrainer.runs.resolve import find, trial_of
+from raytrainer.runs.resume import trial_composition
+from raytrainer.runs.summary import checkpoints
 from raytrainer.storage import Storage
 from raytrainer.sweep.journal import TrialJournal
 from raytrainer.sweep.plan import Plan

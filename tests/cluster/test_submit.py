@@ -25,7 +25,7 @@ from raytrainer.cluster.request import Request
 from raytrainer.cluster.submit import Submission, launch
 from raytrainer.config import Composition, compose
 from raytrainer.errors import ClusterUnreachable, ConfigError, JobExists, PreflightError, Stopped
-from raytrainer.runs.finding import look_up
+from raytrainer.runs.resolve import look_up
 from raytrainer.storage import Storage
 
 ADDRESS = "https://203.0.113.7"
@@ -437,7 +437,7 @@ def test_the_verbs_know_it_at_once(cluster: Cluster, monkeypatch: pytest.MonkeyP
 
     cluster.while_sending = look
     monkeypatch.setenv("STORE", "s3://KEY:password@bucket/runs")
-    monkeypatch.setattr("raytrainer.runs.finding.reached", lambda known: known)  # the bucket does not exist
+    monkeypatch.setattr("raytrainer.runs.resolve.reached", lambda known: known)  # the bucket does not exist
     sent("cluster.wait=false", "storage_path=${oc.env:STORE}", "cluster.forward_env=[STORE]")
     known = look_up("one").record
     assert (known.run_dir, known.storage_path) == ("s3://bucket/runs/one", "${oc.env:STORE}")

@@ -15,9 +15,9 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
+from raytrainer.attempt import Record
 from raytrainer.config import compose
 from raytrainer.runs.jobs import Clusters
-from raytrainer.attempt import Record
 from raytrainer.storage import Storage
 from raytrainer.storage import lock as locks
 

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 
 from raytrainer import attempt
-from raytrainer.config import compose
-from raytrainer.runs.again import to_resume
-from raytrainer.runs.commands import outcome_json
-from raytrainer.runs.evaluating import to_evaluate
-from raytrainer.runs.finding import RunHandle
-from raytrainer.runs.listing import list_runs
-from raytrainer.runs.run_summary import RunSummary, facts_of
-from raytrainer.runs.status import status_of, text
-from raytrainer.progress import duration
 from raytrainer.attempt import Outcome, Record, summary
+from raytrainer.config import compose
+from raytrainer.progress import duration
+from raytrainer.runs.evaluate import to_evaluate
+from raytrainer.runs.listing import list_runs
+from raytrainer.runs.resolve import RunHandle
+from raytrainer.runs.resume import to_resume
+from raytrainer.runs.status import status_of, text
+from raytrainer.runs.summary import RunSummary, facts_of
+from raytrainer.runs.verbs import outcome_json
 from raytrainer.storage import Storage
 from tests.runs.past import Store
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from raytrainer.attempt import Record
 from raytrainer.config import DataConfig, Experiment
 from raytrainer.errors import ConfigError
 from raytrainer.runs.changes import check_changes
-from raytrainer.attempt import Record
 
 TORCH = "torch.optim.lr_scheduler"
 

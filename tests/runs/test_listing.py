@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from raytrainer.attempt import SUBMITTED, Record
 from raytrainer.runs import listing
-from raytrainer.runs.finding import look_up
 from raytrainer.runs.jobs import Clusters
 from raytrainer.runs.listing import list_runs, table
-from raytrainer.runs.run_summary import RunSummary
+from raytrainer.runs.resolve import look_up
 from raytrainer.runs.status import status_of
-from raytrainer.attempt import SUBMITTED, Record
+from raytrainer.runs.summary import RunSummary
 from raytrainer.storage import Storage
 from raytrainer.sweep.journal import Report, Trial, TrialJournal
 from tests.runs.past import ADDRESS, FakeCluster, FakeJob, Store, claim, of_here, record

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from pyarrow import fs
 
+from raytrainer.attempt import Record
 from raytrainer.errors import StorageError
 from raytrainer.runs.liveness import LIMIT_S, Liveness, judge
-from raytrainer.attempt import Record
 from raytrainer.storage import Storage
 from tests.runs.past import FakeJob, claim, of_here
 

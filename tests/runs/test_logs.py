@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from raytrainer.attempt import SUBMITTED, Record
 from raytrainer.config import compose
 from raytrainer.errors import ConfigError, RunNotFound
 from raytrainer.runs import logs
 from raytrainer.runs.jobs import Clusters
-from raytrainer.attempt import SUBMITTED, Record
 from raytrainer.storage import Storage
 from raytrainer.tracking.server import Server
 from tests.runs.past import ADDRESS, FakeCluster, Store, claim, of_here, record

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from raytrainer import tracking
+from raytrainer.attempt import Record
 from raytrainer.errors import StorageLocked
 from raytrainer.runs import reconcile
-from raytrainer.runs.finding import RunHandle, look_up, with_tracking
 from raytrainer.runs.jobs import Clusters
 from raytrainer.runs.liveness import LIMIT_S, Liveness, Verdict
-from raytrainer.attempt import Record
+from raytrainer.runs.resolve import RunHandle, look_up, with_tracking
 from raytrainer.storage import Storage
 from raytrainer.tracking.server import Server
 from tests.runs.past import ADDRESS, FakeCluster, Store, claim, of_here

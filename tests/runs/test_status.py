@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from raytrainer.attempt import SUBMITTED, Record
 from raytrainer.errors import RunNotFound
 from raytrainer.runs.status import status_of, text
-from raytrainer.attempt import SUBMITTED, Record
 from raytrainer.storage import Storage
 from raytrainer.sweep import make_plan
 from raytrainer.sweep.journal import Report, Trial, TrialJournal

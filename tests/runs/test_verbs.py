@@ -1,4 +1,4 @@
-"""Tests of the commands as users type them: output for people and programs, exit codes, help, and CPU time."""
+"""Tests of the verbs as users type them: output for people and programs, exit codes, help, and CPU time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import pytest
 
 from raytrainer import cli
-from raytrainer.config import compose
-from raytrainer.runs import commands, logs, stopping
-from raytrainer.runs.commands import Parser, outcome_json
-from raytrainer.runs.stopping import StopResult
 from raytrainer.attempt import Outcome, Record
+from raytrainer.config import compose
+from raytrainer.runs import logs, stop, verbs
+from raytrainer.runs.stop import StopResult
+from raytrainer.runs.verbs import Parser, outcome_json
 from raytrainer.sweep import SweepOutcome
 from raytrainer.sweep.journal import Report, Trial
 from tests.runs.past import Store, claim, of_here
@@ -102,7 +102,7 @@ def test_stop(two: Store, run: Run, monkeypatch: pytest.MonkeyPatch, done: bool)
         def stop(self) -> StopResult:
             return StopResult("one", "KILLED" if done else "RUNNING", done, "as told", 2.0)
 
-    monkeypatch.setattr(stopping, "Stopper", Stopper)
+    monkeypatch.setattr(stop, "Stopper", Stopper)
     said = run("stop", "one", "--force", "--timeout=7")
     assert said.code == (0 if done else 1)
     assert said.out.startswith("one is stopped (KILLED) after 0:02" if done else "one is not stopped after 0:02")
@@ -110,7 +110,7 @@ def test_stop(two: Store, run: Run, monkeypatch: pytest.MonkeyPatch, done: bool)
     assert json.loads(run("stop", "one", "--json").out)["done"] is done
 
 
-@pytest.mark.parametrize("verb", commands._ABOUT)
+@pytest.mark.parametrize("verb", verbs._ABOUT)
 def test_help(verb: str, run: Run) -> None:
     said = run(verb, "--help")
     assert said.code == 0
@@ -127,9 +127,9 @@ def test_a_wrong_option_names_the_right_ones(run: Run) -> None:
 
 def test_options_and_values_in_any_order() -> None:
     for arguments in (["--here", "one", "seed=1", "~x", "+y=2"], ["one", "seed=1", "~x", "+y=2", "--here"]):
-        given = commands.parser("rerun").parse(arguments)
+        given = verbs.parser("rerun").parse(arguments)
         assert (given.id, given.overrides, given.here) == ("one", ["seed=1", "~x", "+y=2"], True)
-    assert isinstance(commands.parser("list"), Parser)
+    assert isinstance(verbs.parser("list"), Parser)
 
 
 def test_outcomes_for_programs() -> None:
@@ -174,8 +174,8 @@ def test_list_and_status_need_no_torch_and_little_time(two: Store) -> None:
 
 
 def test_a_run_that_is_resumed_says_how_it_went_in_json(two: Store, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from raytrainer import runs
     from raytrainer import attempt as running
+    from raytrainer import runs
 
     made = Record("two", "/x", "r")
     monkeypatch.setattr(runs, "to_resume", lambda *_: (compose(["experiment=mlp", "name=two"]), made, []))

@@ -14,13 +14,13 @@ from typing import Any
 
 import yaml
 
+from raytrainer.attempt import CONFIG, Record
 from raytrainer.errors import CheckpointError, RaytrainerError, StorageError, StorageLocked
-from raytrainer.runs import finding, tree
-from raytrainer.runs.finding import RunHandle
+from raytrainer.runs import resolve, worktree
 from raytrainer.runs.jobs import Clusters
 from raytrainer.runs.liveness import LIMIT_S, LOCK, Liveness, Verdict
 from raytrainer.runs.reconcile import look_at
-from raytrainer.attempt import CONFIG, Record
+from raytrainer.runs.resolve import RunHandle
 from raytrainer.storage import Storage
 from raytrainer.sweep.plan import Plan
 from raytrainer.tracking.spool import Spool
@@ -111,7 +111,7 @@ def prune(
         RunNotFound: There is no such run.
     """
     root, clusters = root or Path.cwd() / "runs", clusters or Clusters()
-    runs = [finding.look_up(identifier, root)] if identifier is not None else list(_all(root))
+    runs = [resolve.look_up(identifier, root)] if identifier is not None else list(_all(root))
     found = Pruned([], delete)
     for known, verdict in look_at(runs, clusters):
         name = known.record.name
@@ -137,12 +137,12 @@ def prune(
 
 def _all(root: Path) -> Iterator[RunHandle]:
     names = set()
-    for record, storage in finding.records(root):
+    for record, storage in resolve.records(root):
         names.add(record.name)
-        yield finding.with_sent(RunHandle(record, storage), root)
-    for sent in finding.submitted(root):
+        yield resolve.with_sent(RunHandle(record, storage), root)
+    for sent in resolve.submitted(root):
         if sent.record.name not in names:
-            yield finding.reached(RunHandle(sent.record, None, sent=sent))
+            yield resolve.reached(RunHandle(sent.record, None, sent=sent))
 
 
 def _untouchable(known: RunHandle, verdict: Verdict, clusters: Clusters, older_than_s: float) -> str | None:
@@ -274,10 +274,10 @@ def _delete_one(storage: Storage, item: Item) -> bool:
 def _with_trees(found: Pruned, root: Path, delete: bool) -> Pruned:
     """Add the working trees of reruns whose process was killed."""
     items = []
-    for place in tree.leftovers(root):
-        item = Item("(rerun)", "worktree", f"{tree.PLACE}/{place.name}", _bytes_below(place))
+    for place in worktree.leftovers(root):
+        item = Item("(rerun)", "worktree", f"{worktree.PLACE}/{place.name}", _bytes_below(place))
         if delete:
-            tree.remove(place)
+            worktree.remove(place)
         items.append(item)
     return replace(found, items=[*found.items, *items])
 

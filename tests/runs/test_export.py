@@ -154,7 +154,7 @@ def test_a_disk_that_takes_no_more(in_tmp: Path) -> None:
     run_with(MLP)
     for most in (100, 2000):  # the size limit of a file, in bytes
         limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most}))"
-        program = f"import raytrainer.runs.exporting, sys\nfrom raytrainer.cli import main\n{limited}\nsys.exit(main(sys.argv[1:]))"
+        program = f"import raytrainer.runs.export, sys\nfrom raytrainer.cli import main\n{limited}\nsys.exit(main(sys.argv[1:]))"
         ended = subprocess.run([sys.executable, "-c", program, "export", "past"], capture_output=True, text=True)
         assert ended.returncode == 1, ended
         assert "raytrainer: failed: " in ended.stderr

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from raytrainer import mlflow_model, tracking
+from raytrainer.attempt import CONFIG
 from raytrainer.config import Experiment, build, checkpoint_mode, from_text, locate
 from raytrainer.errors import CheckpointNotFound, ConfigError, StorageError
-from raytrainer.runs.finding import tracking_uri_of
-from raytrainer.runs.trained import Trained, trained
 from raytrainer.names import few
-from raytrainer.attempt import CONFIG
+from raytrainer.runs.resolve import tracking_uri_of
+from raytrainer.runs.trained import Trained, trained
 from raytrainer.tracking.server import Server
 
 WEIGHTS = "model.safetensors"

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
+from raytrainer.attempt import FIXED, Record
 from raytrainer.config import Composition, SweepConfig, from_text, key_of, new_name
 from raytrainer.errors import ConfigError, RunNotFound, nearest
 from raytrainer.runs.changes import check_changes
-from raytrainer.runs.finding import find, trial_of
-from raytrainer.attempt import FIXED, Record
+from raytrainer.runs.resolve import find, trial_of
 from raytrainer.storage import Storage, redacted
 from raytrainer.sweep.journal import Mode, TrialJournal
 from raytrainer.sweep.lineage import best_parameters

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from raytrainer import runs
-from raytrainer.errors import RunNotFound, StorageError
-from raytrainer.runs.finding import look_up, with_tracking
 from raytrainer.attempt import SUBMITTED, Record
+from raytrainer.errors import RunNotFound, StorageError
+from raytrainer.runs.resolve import look_up, with_tracking
 from raytrainer.storage import Storage
 from tests.runs.past import ADDRESS, Store, record
 

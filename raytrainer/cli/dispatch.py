@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 
 from omegaconf import DictConfig
 
-from raytrainer import completion, config, provenance
+from raytrainer import config, provenance
+from raytrainer.cli import completion
 from raytrainer.errors import ConfigError, RaytrainerError, Refused, Stopped, nearest
 
 VERBS = ("check", "list", "status", "logs", "stop", "resume", "rerun", "evaluate", "export", "prune")

@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 
 from raytrainer import runs
+from raytrainer.attempt import SUBMITTED, Record
 from raytrainer.checkpoint import Checkpointer, retention
 from raytrainer.cli import main
 from raytrainer.config import compose
 from raytrainer.errors import StorageLocked
-from raytrainer.runs import pruning, tree
-from raytrainer.runs.pruning import Pruned
+from raytrainer.runs import prune as pruning
+from raytrainer.runs import worktree
+from raytrainer.runs.prune import Pruned
 from raytrainer.runs.reconcile import look_at
-from raytrainer.attempt import SUBMITTED, Record
 from raytrainer.storage import Lock, Storage
 from raytrainer.sweep import make_plan
 from raytrainer.tracking.spool import Spool
@@ -307,7 +308,7 @@ def test_the_tree_of_a_rerun_that_was_killed(in_tmp: Path) -> None:
     process = subprocess.Popen(["true"])
     process.wait()
     for name, pid in (("dead", process.pid), ("alive", os.getpid())):
-        place = in_tmp / "runs" / tree.PLACE / name
+        place = in_tmp / "runs" / worktree.PLACE / name
         (place / "tree").mkdir(parents=True)
         (place / "tree/code.py").write_text("1234")
         made = of_here(pid)
@@ -315,12 +316,12 @@ def test_the_tree_of_a_rerun_that_was_killed(in_tmp: Path) -> None:
         (place / "owner.json").write_text(json.dumps(owner))
     (in_tmp / "runs" / "ended").mkdir()
     # The run may outlive the process that waits for it.
-    with subprocess.Popen(["sleep", "60"], cwd=in_tmp / "runs" / tree.PLACE / "dead/tree") as run:
+    with subprocess.Popen(["sleep", "60"], cwd=in_tmp / "runs" / worktree.PLACE / "dead/tree") as run:
         assert not prune().items
         run.kill()
     found = prune()
     assert [(item.kind, item.path) for item in found.items] == [("worktree", ".rerun/dead")]
-    assert [p.name for p in (in_tmp / "runs" / tree.PLACE).iterdir()] == ["alive"]
+    assert [p.name for p in (in_tmp / "runs" / worktree.PLACE).iterdir()] == ["alive"]
 
 
 def test_in_s3_and_only_what_is_below_the_run(in_s3: str, in_tmp: Path) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from raytrainer import runs
+from raytrainer.attempt import Record
 from raytrainer.config import compose, group_names
 from raytrainer.errors import ConfigError, RunNotFound
-from raytrainer.attempt import Record
 from raytrainer.storage import Storage
 from raytrainer.sweep import Plan, Trial, TrialJournal, make_plan
 from raytrainer.tracking.server import StoredRun

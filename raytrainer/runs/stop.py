@@ -15,13 +15,13 @@ from typing import Any
 import psutil
 
 from raytrainer import provenance
+from raytrainer.attempt import STOP, Record
 from raytrainer.errors import ConfigError, RaytrainerError, StorageError, TrackingError
-from raytrainer.runs.finding import look_up, with_tracking
+from raytrainer.progress import duration
 from raytrainer.runs.jobs import ACTIVE, Clusters, Job, never_sent
 from raytrainer.runs.liveness import Liveness, Verdict
 from raytrainer.runs.reconcile import close, verdict_of
-from raytrainer.progress import duration
-from raytrainer.attempt import STOP, Record
+from raytrainer.runs.resolve import look_up, with_tracking
 from raytrainer.storage.lock import Lease, process_start
 
 TIMEOUT_S = 120.0

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from raytrainer import tracking
-from raytrainer.config.schema import NAME_PATTERN
-from raytrainer.errors import RunNotFound, StorageError, nearest
 from raytrainer.attempt import SUBMITTED, Record
 from raytrainer.attempt.record import LAUNCHED_TAG, SECONDS_TAG
+from raytrainer.config.schema import NAME_PATTERN
+from raytrainer.errors import RunNotFound, StorageError, nearest
 from raytrainer.storage import Storage
 from raytrainer.tracking import lookup
 from raytrainer.tracking.server import StoredRun

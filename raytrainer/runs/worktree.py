@@ -19,8 +19,8 @@ from pathlib import Path, PurePosixPath
 from raytrainer import provenance, tracking
 from raytrainer.core import git
 from raytrainer.errors import ConfigError, RaytrainerError, TrackingError
-from raytrainer.runs.finding import RunHandle, look_up, tracking_uri_here, tracking_uri_of, with_tracking
 from raytrainer.provenance import Provenance
+from raytrainer.runs.resolve import RunHandle, look_up, tracking_uri_here, tracking_uri_of, with_tracking
 from raytrainer.storage.lock import machine, process_start
 from raytrainer.tracking.server import Server
 

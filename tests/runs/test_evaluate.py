@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from raytrainer import runs
+from raytrainer.attempt import Record
 from raytrainer.checkpoint import Checkpointer
 from raytrainer.config import compose, group_names
 from raytrainer.errors import ConfigError, RunNotFound
-from raytrainer.attempt import Record
 from raytrainer.storage import Storage
 from raytrainer.sweep import Trial, TrialJournal, make_plan
 from tests.runs import past

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, cast
 
-from raytrainer.errors import RunNotFound, StorageError
-from raytrainer.runs.finding import RunHandle
-from raytrainer.runs.liveness import Verdict
 from raytrainer.attempt.record import ATTEMPTS_TAG, LAUNCHED_TAG, SECONDS_TAG, STEP_TAG, Record
+from raytrainer.errors import RunNotFound, StorageError
+from raytrainer.runs.liveness import Verdict
+from raytrainer.runs.resolve import RunHandle
 from raytrainer.storage import Storage
 from raytrainer.sweep.journal import Mode, TrialJournal
 from raytrainer.sweep.plan import Plan

@@ -17,10 +17,10 @@ from typing import Any
 import psutil
 import pytest
 
-from raytrainer.errors import ConfigError, RaytrainerError
-from raytrainer.runs import stopping
-from raytrainer.runs.stopping import Stopper, StopResult, text
 from raytrainer.attempt import STOP, SUBMITTED, Record, StopAsked
+from raytrainer.errors import ConfigError, RaytrainerError
+from raytrainer.runs import stop
+from raytrainer.runs.stop import Stopper, StopResult, text
 from raytrainer.storage import Storage
 from tests.runs.past import ADDRESS, FakeCluster, Store, claim, of_here
 from tests.runs.test_reconcile import killed
@@ -100,8 +100,8 @@ def test_what_outlives_its_driver_is_waited_for_and_said(store: Store) -> None:
 
 def test_one_that_does_not_hear_is_killed_with_force_only(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     made, storage = store.add("one", status="RUNNING")
-    monkeypatch.setattr(stopping, "_SECOND_S", 0.3)
-    monkeypatch.setattr(stopping, "_KILL_S", 0.6)
+    monkeypatch.setattr(stop, "_SECOND_S", 0.3)
+    monkeypatch.setattr(stop, "_KILL_S", 0.6)
     with driver(storage, deaf=True, worker_stays=True) as (process, worker):
         assert not Stopper("one", timeout_s=1.0).stop().done
         assert process.poll() is None
@@ -211,7 +211,7 @@ def test_a_job_that_does_not_hear_is_stopped_by_ray(
     store: Store, job: tuple[Record, Storage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, _ = job
-    monkeypatch.setattr(stopping, "_GRACE_S", 0.02)
+    monkeypatch.setattr(stop, "_GRACE_S", 0.02)
     cluster = FakeCluster()
     cluster.add("one")
     said: list[str] = []
@@ -387,7 +387,7 @@ def test_what_was_never_sent_is_said(in_tmp: Path) -> None:
 
 def test_a_job_that_ray_cannot_end_yet_has_been_asked(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray accepts the stop, but the job stays PENDING until its driver gets its resources."""
-    monkeypatch.setattr(stopping, "_PLACED_S", 0.02)
+    monkeypatch.setattr(stop, "_PLACED_S", 0.02)
     sent("one", in_tmp)
     cluster = FakeCluster(ends="PENDING")
     cluster.add("one", "PENDING")

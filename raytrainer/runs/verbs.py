@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from raytrainer import provenance
-from raytrainer.core import streams
 from raytrainer.config.checks import seconds
+from raytrainer.core import streams
 from raytrainer.errors import ConfigError, nearest
 from raytrainer.runs.listing import STATUSES
 
@@ -219,23 +219,23 @@ def _logs(given: argparse.Namespace) -> int:
 
 
 def _stop(given: argparse.Namespace) -> int:
-    from raytrainer.runs import stopping
+    from raytrainer.runs import stop
 
     try:
-        result = stopping.Stopper(given.id, force=given.force, timeout_s=given.timeout, say=_say).stop()
+        result = stop.Stopper(given.id, force=given.force, timeout_s=given.timeout, say=_say).stop()
     except KeyboardInterrupt:
         _say(f"stopped waiting; the stop request for {given.id} remains")
         return 130
-    print(json.dumps(result.to_json(), indent=1) if given.json else stopping.text(result, provenance.program()))
+    print(json.dumps(result.to_json(), indent=1) if given.json else stop.text(result, provenance.program()))
     return 0 if result.done else 1
 
 
 def _export(given: argparse.Namespace) -> int:
-    from raytrainer.runs import exporting
+    from raytrainer.runs import export
 
     if given.to and "://" in given.to:
         raise ConfigError("must be a folder of this machine", key="--to", value=given.to)
-    found = exporting.export(
+    found = export.export(
         given.id,
         checkpoint=given.checkpoint or "best",
         to=Path(given.to).absolute() if given.to else None,
@@ -248,9 +248,9 @@ def _export(given: argparse.Namespace) -> int:
 
 
 def _prune(given: argparse.Namespace) -> int:
-    from raytrainer.runs import pruning
+    from raytrainer.runs import prune
 
-    found = pruning.prune(
+    found = prune.prune(
         given.id,
         delete=given.yes and not given.dry_run,
         keep=given.keep,

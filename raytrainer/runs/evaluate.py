@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
+from raytrainer.attempt import tracking_uri
 from raytrainer.config import Composition, compose, from_text, group_names, new_name, with_values
 from raytrainer.errors import ConfigError
-from raytrainer.runs.again import stem
+from raytrainer.runs.resume import stem
 from raytrainer.runs.trained import trained
-from raytrainer.attempt import tracking_uri
 from raytrainer.storage import redacted
 
 # The sections of a group that matter for an evaluation. The other groups belong to the model and its training.
