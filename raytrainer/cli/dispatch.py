@@ -1,28 +1,21 @@
-"""The command line: Hydra's own, with commands in front. It imports torch, Ray and MLflow only when something runs.
-
-Exit codes: 0 finished, 1 failed, 2 refused before it started, 129 hung up, 130 interrupted, 143 stopped.
-"""
+"""What a command line starts: a verb, a run, or a sweep. It imports torch, Ray and MLflow only when something runs."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
-import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
-
-from omegaconf import DictConfig
+from typing import Any
 
 from raytrainer import config, provenance
-from raytrainer.cli import completion
-from raytrainer.errors import ConfigError, RaytrainerError, Refused, Stopped, nearest
+from raytrainer.cli.exit_codes import exit_code_of
+from raytrainer.cli.hydra_line import HydraLine
+from raytrainer.errors import ConfigError, nearest
+from raytrainer.runs import verbs
 
-VERBS = ("check", "list", "status", "logs", "stop", "resume", "rerun", "evaluate", "export", "prune")
-_FULL_ERROR = "HYDRA_FULL_ERROR"
+VERBS = ("check", *verbs.VERBS)
 _DRY_RUN = "--dry-run"
 
 
@@ -33,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
-    return _guarded(lambda: _command(arguments))
+    return exit_code_of(lambda: _command(arguments))
 
 
 def _command(arguments: list[str]) -> int:
@@ -42,7 +35,7 @@ def _command(arguments: list[str]) -> int:
     if arguments and arguments[0].isalpha():
         return _verb(arguments[0], arguments[1:], dry=dry)
     if dry:
-        return _hydra(arguments, _would_send, _would_send, before=[_DRY_RUN])
+        return HydraLine(arguments, _would_send, _would_send, prefix=[_DRY_RUN]).run()
     outcomes: list[Any] = []
 
     def train(composition: config.Composition, arguments: list[str]) -> int:
@@ -51,31 +44,12 @@ def _command(arguments: list[str]) -> int:
         outcomes.append(_trained(composition, arguments))
         return int(outcomes[-1].exit_code)
 
-    code = _hydra(arguments, train, _sweep)
+    code = HydraLine(arguments, train, _sweep).run()
     if len(outcomes) > 1:  # a grid of whole runs
         from raytrainer import attempt
 
         print(f"\n{attempt.table(outcomes)}", flush=True)
     return code
-
-
-def _guarded(call: Callable[[], int]) -> int:
-    """Return the exit code of a call, and report its error in one line."""
-    try:
-        return call()
-    except Refused as error:
-        _complain("refused", error)
-        return 2
-    except Stopped as error:
-        _complain("stopped", error)
-        return error.exit_code
-    except RaytrainerError as error:
-        _complain("failed", error)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except SystemExit as end:  # argparse has shown help, or Hydra has refused an option's argument
-        return 2 if end.code else 0
 
 
 def _verb(verb: str, rest: list[str], *, dry: bool) -> int:
@@ -84,20 +58,19 @@ def _verb(verb: str, rest: list[str], *, dry: bool) -> int:
         hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(VERBS)}"
         raise ConfigError(f"{verb!r} is not a command{hint} (keys are given as key=value)")
     if verb == "check":
-        return _hydra(rest, _check, _check_sweep, before=["check", *([_DRY_RUN] if dry else [])])
-    from raytrainer import runs
-
-    if verb not in ("resume", "rerun", "evaluate"):
+        return HydraLine(rest, _check, _check_sweep, prefix=["check", *([_DRY_RUN] if dry else [])]).run()
+    if verb not in verbs.START_RUNS:
         if dry and verb != "prune":
             raise ConfigError(f"{_DRY_RUN} is for experiment=…, resume, rerun, evaluate and prune")
-        rest = [*rest, _DRY_RUN] if dry else rest
-        return runs.command(verb, rest)
-    parser = runs.parser(verb)
+        return verbs.run(verb, [*rest, _DRY_RUN] if dry else rest)
+    parser = verbs.parser(verb)
     given = parser.parse(rest)
     if "=" in given.id:
         raise ConfigError(f"which run? {parser.takes()}")
     if verb == "evaluate":
-        composition = runs.to_evaluate(
+        from raytrainer.runs.evaluate import to_evaluate
+
+        composition = to_evaluate(
             given.id, given.overrides, checkpoint=given.checkpoint or "best", config_dir=given.config_dir
         )
         return _launch(composition, [verb, *rest], as_json=given.json, dry=dry)
@@ -105,17 +78,18 @@ def _verb(verb: str, rest: list[str], *, dry: bool) -> int:
 
 
 def _rerun(given: argparse.Namespace, rest: list[str], *, dry: bool) -> int:
-    from raytrainer import runs
+    from raytrainer.runs import rerun
+    from raytrainer.runs.resolve import find, trial_of
 
     options = [*(["--json"] if given.json else []), *([_DRY_RUN] if dry else [])]
-    code = runs.rerun_there(given.id, [*given.overrides, *options], here=given.here, say=_say)
+    code = rerun.rerun_recorded_code(given.id, [*given.overrides, *options], here=given.here, say=_say)
     if code is not None:
         return code
-    record, _ = runs.find(given.id)
-    if record.kind == "sweep" and runs.trial_of(given.id, record) is None:
-        plan = runs.to_rerun_sweep(given.id, given.overrides)
+    record, _ = find(given.id)
+    if record.kind == "sweep" and trial_of(given.id, record) is None:
+        plan = rerun.to_rerun_sweep(given.id, given.overrides)
         return _would_send(plan, ["rerun", *rest]) if dry else _run_sweep(plan, ["rerun", *rest], as_json=given.json)
-    composition = runs.to_rerun(given.id, given.overrides)
+    composition = rerun.to_rerun(given.id, given.overrides)
     return _launch(composition, ["rerun", *rest], as_json=given.json, dry=dry)
 
 
@@ -129,15 +103,17 @@ def _launch(composition: config.Composition, arguments: list[str], *, as_json: b
 
 
 def _resume(given: argparse.Namespace, rest: list[str], *, dry: bool) -> int:
-    from raytrainer import attempt, runs
+    from raytrainer import attempt
+    from raytrainer.runs.resolve import find
+    from raytrainer.runs.resume import to_resume, to_resume_sweep
 
-    record, _ = runs.find(given.id)
+    record, _ = find(given.id)
     if record.kind == "sweep":
-        plan, record = runs.to_resume_sweep(given.id, given.overrides)
+        plan, record = to_resume_sweep(given.id, given.overrides)
         if dry:
             return _would_send(plan, ["resume", *rest], record)
         return _run_sweep(plan, ["resume", *rest], record, as_json=given.json)
-    composition, record, changed = runs.to_resume(given.id, given.overrides)
+    composition, record, changed = to_resume(given.id, given.overrides)
     if dry:
         return _would_send(composition, ["resume", *rest], record, changed)
     if _is_sent(composition):
@@ -244,182 +220,12 @@ def _told(outcome: Any, summary: str, *, as_json: bool = False) -> int:
     if outcome.traceback:
         print(outcome.traceback, file=sys.stderr)
     if as_json:
-        from raytrainer import runs
+        from raytrainer.runs.printing import outcome_json
 
-        summary = runs.outcome_json(outcome)
+        summary = outcome_json(outcome)
     print(summary, flush=True)
     return int(outcome.exit_code)
 
 
 def _say(text: str) -> None:
     print(f"raytrainer: {text}", file=sys.stderr, flush=True)
-
-
-class _Ended(BaseException):
-    """Carries a bug's exception or a stopped job's exit code out of Hydra, which prints or swallows Exceptions."""
-
-    def __init__(self, cause: Exception | int) -> None:
-        self.cause = cause
-
-
-def _hydra(
-    arguments: list[str],
-    task: Callable[[config.Composition, list[str]], int],
-    sweep_task: Callable[[Any, list[str]], int],
-    before: Sequence[str] = (),
-) -> int:
-    """Run Hydra's command line with raytrainer's errors and exit codes.
-
-    Args:
-        arguments: The arguments after the program's name, or after the command.
-        task: Called with a composed config.
-        sweep_task: Called with the plan of a sweep.
-        before: The words in front of the arguments, to suggest a complete command line in an error.
-    """
-    from hydra import version
-    from hydra._internal.utils import _run_hydra
-
-    parser = _parser()
-    parsed = parser.parse_intermixed_args(arguments)  # `experiment=mlp -m seed=1,2` too
-    overrides, asked = list(parsed.overrides), os.environ.get(_FULL_ERROR)
-    codes: list[int] = []
-
-    def without_m(choice: str | None) -> ConfigError:
-        meant = shlex.join([*before, "-m", *arguments])
-        return ConfigError(f"needs -m (multirun). Run: {provenance.program()} {meant}", key="sweep", value=choice)
-
-    def known() -> list[str]:
-        return config.composed_keys(overrides, parsed.config_dir)
-
-    def one(cfg: DictConfig) -> int:
-        try:
-            composition = config.from_hydra(cfg)
-        except Exception as error:
-            raise config.explain(error, overrides, known) from error
-        if sweep := dict(composition.choices).get("sweep"):  # chosen by an experiment, or by several
-            if not parsed.multirun:
-                raise without_m(sweep)
-            raise ConfigError("is chosen by one of several experiments: choose it for all", key="sweep", value=sweep)
-        config.refuse_settings_of_no_sweep(overrides)
-        return task(composition, arguments)
-
-    def job(cfg: DictConfig) -> None:
-        try:
-            with _variable(_FULL_ERROR, asked):
-                codes.append(_guarded(lambda: one(cfg)))
-        except Exception as error:
-            raise _Ended(error) from error
-        if codes[-1] >= 128:  # stopped, so the remaining jobs do not run either
-            raise _Ended(codes[-1])
-
-    def sweep(task_overrides: list[str], cfg: DictConfig) -> None:
-        """Run all trials as one task. `hydra/sweeper=ray_tune` calls this instead of `job`."""
-
-        def planned() -> int:
-            from raytrainer.sweep import make_plan
-
-            choice = cfg.hydra.runtime.choices.get("sweep")
-            if choice is None:
-                raise ConfigError("is needed with hydra/sweeper=ray_tune: random, grid, asha, optuna, pbt", key="sweep")
-            if parsed.config_name not in (None, config.CONFIG_NAME):
-                raise ConfigError(
-                    "is the root of a run, not of a sweep; put what differs into experiment/NAME.yaml of a --config-dir",
-                    key="--config-name",
-                    value=parsed.config_name,
-                )
-            # Of Hydra's own overrides, the plan needs only this one: it decides which configs the others find.
-            searchpath = [o for o in overrides if config.key_of(o) == "hydra.searchpath"]
-            plan = make_plan(
-                [*searchpath, *task_overrides],
-                choice=choice,
-                space=config.written_space(cfg),
-                groups=config.group_names(parsed.config_dir, cfg.hydra.searchpath),
-                config_dir=parsed.config_dir,
-            )
-            return sweep_task(plan, arguments)
-
-        with _variable(_FULL_ERROR, asked):
-            codes.append(_guarded(planned))
-
-    job.sweep = sweep  # type: ignore[attr-defined]
-    if parsed.help:  # help does not need them, and Hydra would refuse `sweep=`
-        parsed.overrides = [o for o in overrides if config.key_of(o).startswith("hydra")]
-    shows = parsed.help or parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion
-    choices = [o.partition("=")[2] for o in overrides if config.key_of(o) == "sweep" and not o.startswith("~")]
-    if choices and not shows:
-        if not parsed.multirun:
-            raise without_m(None)
-        if "," in choices[-1] or "(" in choices[-1]:
-            raise ConfigError("is one choice: a sweep has one way of searching", key="sweep", value=choices[-1])
-    taken = completion.prepare(parsed, VERBS) if parsed.shell_completion else ""
-    if taken is None:
-        return 0
-    if parsed.config_dir is not None and not Path(parsed.config_dir).is_dir():
-        raise ConfigError("is not a directory", key="--config-dir", value=parsed.config_dir)
-    parsed.overrides = config.with_number_keys(parsed.overrides, parsed.config_dir)
-    try:
-        if parsed.multirun and not choices:
-            config.check_sweep(overrides, parsed.config_dir)
-        elif parsed.cfg in ("job", "all"):
-            config.check_keys(overrides, parsed.config_dir)
-        version.setbase("1.3")
-        config.register_schema()
-        # With the variable set, Hydra raises its errors. Without it, Hydra prints them and ends the process with 1.
-        with _variable(_FULL_ERROR, "1"), config.quiet(), completion.prefixed(taken):
-            _run_hydra(
-                args=parsed,
-                args_parser=parser,
-                task_function=job,
-                config_path=f"pkg://{config.CONFIG_MODULE}",
-                config_name=config.CONFIG_NAME,
-            )
-    except _Ended as ended:
-        if isinstance(ended.cause, Exception):
-            raise ended.cause from None
-    except Exception as error:
-        if asked == "1":
-            raise
-        raise config.explain(error, overrides, known) from error
-    return max(codes, default=0)
-
-
-def _parser() -> argparse.ArgumentParser:
-    """Return Hydra's parser, with raytrainer's name, version and errors."""
-    from importlib.metadata import version
-
-    from hydra._internal.utils import get_args_parser
-
-    def refuse(message: str) -> NoReturn:
-        raise ConfigError(f"{message}; {provenance.program()} --help lists the options")
-
-    parser: argparse.ArgumentParser = get_args_parser()
-    parser.prog = provenance.program()
-    parser.error = refuse  # type: ignore[method-assign]
-    for action in parser._actions:
-        if "--version" in action.option_strings:
-            action.version = f"raytrainer {sys.modules['raytrainer'].__version__} (Hydra {version('hydra-core')})"  # type: ignore[attr-defined]
-            action.help = "Show the version and exit"
-    return parser
-
-
-@contextlib.contextmanager
-def _variable(name: str, value: str | None) -> Iterator[None]:
-    """Set an environment variable for a while; None unsets it."""
-    before = os.environ.get(name)
-    try:
-        _set(name, value)
-        yield
-    finally:
-        _set(name, before)
-
-
-def _set(name: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(name, None)
-    else:
-        os.environ[name] = value
-
-
-def _complain(what: str, error: BaseException) -> None:
-    first, *more = str(error).splitlines() or [""]
-    print("\n  ".join([f"raytrainer: {what}: {first}", *more]), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Find the run that an ID names: a name, an MLflow run id or a Ray submission id, in `./runs` or in the tracking store."""
+"""Resolve an ID to a run: a name, an MLflow run id or a Ray submission id, in `./runs` or in the tracking store."""
 
 from __future__ import annotations
 
@@ -6,79 +6,16 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from raytrainer import tracking
 from raytrainer.attempt import SUBMITTED, Record
-from raytrainer.attempt.record import LAUNCHED_TAG, SECONDS_TAG
 from raytrainer.config.schema import NAME_PATTERN
 from raytrainer.errors import RunNotFound, StorageError, nearest
+from raytrainer.runs.handle import RunHandle, Submission, without_options
 from raytrainer.storage import Storage
 from raytrainer.tracking import lookup
-from raytrainer.tracking.server import StoredRun
-
-
-@dataclass(frozen=True)
-class SubmittedRun:
-    """A run that was submitted from this directory, as it was sent.
-
-    Attributes:
-        record: The run record, with the last job that the run was sent as.
-        storage: The directory with the record and the config.
-    """
-
-    record: Record
-    storage: Storage
-
-    def is_of(self, record: Record) -> bool:
-        """Return whether a record of this name belongs to the same run, and not to another one with that name."""
-        if self.record.run_id is not None and self.record.run_id == record.run_id:
-            return True
-        return _place(self.record.run_dir) == _place(record.run_dir)
-
-
-@dataclass(frozen=True)
-class RunHandle:
-    """A run, and where to find it.
-
-    Attributes:
-        record: From the run directory; else from the submission; else built from what MLflow says.
-        storage: The run directory; None if it is gone, does not exist yet or cannot be read from here.
-        stored: The MLflow run; None if MLflow was not asked or does not know it.
-        trial: The number of the trial that the ID names, if the run is a sweep.
-        sent: The submission from this directory, if there is one. Its attempt may not be in the run directory yet.
-    """
-
-    record: Record
-    storage: Storage | None
-    stored: StoredRun | None = None
-    trial: str | None = None
-    sent: SubmittedRun | None = None
-
-    @property
-    def coming(self) -> str | None:
-        """The job of an attempt that was submitted from here and is not in the run record yet."""
-        there = None if self.sent is None else self.sent.record.job.get("submission_id")
-        if self.sent is None or there is None:
-            return None
-        if self.submission_id is None:
-            return there if self.record.attempts <= self.sent.record.attempts else None
-        return there if number_of(there) > number_of(self.submission_id) else None
-
-    @property
-    def submission_id(self) -> str | None:
-        return self.record.job.get("submission_id")
-
-    @property
-    def cluster_address(self) -> str | None:
-        return self.record.job.get("cluster_address")
-
-
-def number_of(submission_id: str) -> int:
-    """Return the number of the attempt that a job is: NAME is the first, NAME--3 the third."""
-    number = submission_id.rpartition("--")[2]
-    return int(number) if number != submission_id and number.isdecimal() else 1
 
 
 def find(identifier: str, root: Path | None = None) -> tuple[Record, Storage]:
@@ -87,15 +24,15 @@ def find(identifier: str, root: Path | None = None) -> tuple[Record, Storage]:
     Raises:
         RunNotFound: There is no such run, or its directory cannot be read. The message lists the nearest names.
     """
-    known = look_up(identifier, root)
-    if known.storage is not None:
-        return known.record, known.storage
-    if known.stored is None:
-        raise RunNotFound(f"{identifier} was submitted to {known.cluster_address}, and has no directory yet")
-    raise RunNotFound(f"{identifier}: its directory {known.record.run_dir} is gone, or cannot be read from here")
+    handle = resolve_run(identifier, root)
+    if handle.storage is not None:
+        return handle.record, handle.storage
+    if handle.mlflow_run is None:
+        raise RunNotFound(f"{identifier} was submitted to {handle.cluster_address}, and has no directory yet")
+    raise RunNotFound(f"{identifier}: its directory {handle.record.run_dir} is gone, or cannot be read from here")
 
 
-def look_up(identifier: str, root: Path | None = None) -> RunHandle:
+def resolve_run(identifier: str, root: Path | None = None) -> RunHandle:
     """Return the handle of a run. Its directory may be gone, or not readable from here.
 
     Raises:
@@ -108,79 +45,86 @@ def look_up(identifier: str, root: Path | None = None) -> RunHandle:
             "digits, dots, dashes and underscores"
         )
     if (handle := _by_name(identifier, root)) is not None:
-        return with_sent(handle, root)
+        return with_submission(handle, root)
     names = []
-    for record, storage in records(root):
-        if identifier in (record.run_id, record.job.get("submission_id")):
-            return with_sent(RunHandle(record, storage), root)
-        names.append(record.name)
-    for sent in submitted(root):
-        if identifier == sent.record.name:
-            return reached(RunHandle(sent.record, None, sent=sent))
-        if identifier == sent.record.job.get("submission_id"):
-            handle = reached(RunHandle(sent.record, None, sent=sent))  # its directory may still name an earlier job
-            return replace(handle, record=replace(handle.record, job=sent.record.job))
-        names.append(sent.record.name)
+    for handle in runs_in(root):
+        if identifier in (handle.record.run_id, handle.submission_id):
+            return with_submission(handle, root)
+        names.append(handle.name)
+    for handle in submitted_from(root):
+        if identifier == handle.name:
+            return with_directory(handle)
+        if identifier == handle.submission_id:
+            current = with_directory(handle)  # its directory may still name an earlier job
+            return replace(current, record=replace(current.record, job=handle.record.job))
+        names.append(handle.name)
     uri = tracking_uri_here()
-    stored = None if uri is None else lookup.find_run(uri, identifier)
-    if stored is not None and uri is not None:
-        return with_sent(from_tracking(stored, uri), root)
-    close = nearest(identifier, names) or names[-3:]
+    mlflow_run = None if uri is None else lookup.find_run(uri, identifier)
+    if mlflow_run is not None and uri is not None:
+        return with_submission(with_directory(RunHandle.of_mlflow_run(mlflow_run, uri)), root)
+    suggestions = nearest(identifier, names) or names[-3:]
     raise RunNotFound(
         f"{identifier}: no run of this name, MLflow id or submission id in {root} or the tracking store"
-        + (f"; there are {', '.join(close)}" if close else "")
+        + (f"; there are {', '.join(suggestions)}" if suggestions else "")
     )
 
 
-def with_sent(known: RunHandle, root: Path) -> RunHandle:
+def runs_in(root: Path) -> Iterator[RunHandle]:
+    """Yield all runs in a directory. A run whose record cannot be read is skipped."""
+    for path in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")) if root.is_dir() else ():
+        storage = Storage(path)
+        try:
+            record = Record.read(storage)
+        except StorageError:
+            continue
+        if record is not None:
+            yield RunHandle(record, storage)
+
+
+def submitted_from(root: Path) -> Iterator[RunHandle]:
+    """Yield the runs that were submitted from this directory, as they were sent."""
+    for handle in runs_in(root / SUBMITTED):
+        assert handle.storage is not None
+        yield RunHandle.of_submission(Submission(handle.record, handle.storage))
+
+
+def with_submission(handle: RunHandle, root: Path) -> RunHandle:
     """Add the submission of this run from this directory, if there is one."""
-    storage = Storage(root / SUBMITTED / known.record.name)
+    storage = Storage(root / SUBMITTED / handle.name)
     with suppress(StorageError):
         record = Record.read(storage)
-        if record is not None and (sent := SubmittedRun(record, storage)).is_of(known.record):
-            return replace(known, sent=sent)
-    return known
+        if record is not None and (submission := Submission(record, storage)).belongs_to(handle.record):
+            return replace(handle, submission=submission)
+    return handle
 
 
-def from_tracking(stored: StoredRun, uri: str) -> RunHandle:
-    """Return the handle of an MLflow run, with the record of its directory if that can be read."""
-    return reached(as_stored(stored, uri))
-
-
-def reached(known: RunHandle) -> RunHandle:
+def with_directory(handle: RunHandle) -> RunHandle:
     """Add the run directory and its record, if it can be read from here."""
-    if known.storage is not None:
-        return known
+    if handle.storage is not None:
+        return handle
     try:
-        storage = known.record.storage
-        own = Record.read(storage)
+        storage = handle.record.storage
+        record = Record.read(storage)
     except StorageError:  # a disk or bucket that this machine cannot read
-        own = None
-    return known if own is None else replace(known, record=own, storage=storage)
+        record = None
+    return handle if record is None else replace(handle, record=record, storage=storage)
 
 
-def as_stored(stored: StoredRun, uri: str) -> RunHandle:
-    """Return the handle of a run from its MLflow run alone."""
-    tags = stored.tags
-    trial = stored.name.rpartition(".")[2] if lookup.SWEEP_TAG in tags else None
-    record = Record(
-        name=tags.get(lookup.SWEEP_TAG) or tags.get("raytrainer.name", stored.name),
-        run_dir=lookup.run_dir_of(stored),
-        run_id=stored.run_id,
-        tracking_uri=tracking.redacted(uri),
-        status=stored.status,
-        choices={k.removeprefix(_CHOICE): v for k, v in tags.items() if k.startswith(_CHOICE)},
-        storage_path=stored.params.get("storage_path", ""),
-        kind="sweep" if trial or tags.get("raytrainer.kind") == "sweep" else "run",
-        job={k: value for k in _JOB if (value := tags.get(f"raytrainer.{k}"))},
-        launched=float(tags.get(LAUNCHED_TAG) or 0.0),
-        seconds=float(tags.get(SECONDS_TAG) or 0.0),
-    )
-    return RunHandle(record, None, stored, trial)
+def with_mlflow_run(handle: RunHandle) -> RunHandle:
+    """Add the MLflow run.
 
-
-_CHOICE = "raytrainer.choice."
-_JOB = ("submission_id", "cluster_address", "content")
+    Raises:
+        TrackingError: The tracking store does not answer.
+    """
+    uri, run_id, record = tracking_uri_of(handle.record), handle.record.run_id, handle.record
+    if handle.mlflow_run is not None or uri is None:
+        return handle
+    if run_id is None:  # a submitted run has no MLflow run yet, and its directory may not be readable from here
+        run = lookup.find_launched(uri, record.name, without_options(record.run_dir), handle.submission_id)
+        return handle if run is None else replace(handle, mlflow_run=run, record=replace(record, run_id=run.run_id))
+    if handle.trial is not None:
+        run_id = f"{record.name}.{handle.trial}"
+    return replace(handle, mlflow_run=lookup.find_run(uri, run_id))
 
 
 def trial_of(identifier: str, record: Record) -> str | None:
@@ -191,35 +135,12 @@ def trial_of(identifier: str, record: Record) -> str | None:
     """
     if record.kind != "sweep" or identifier in (record.name, record.run_id):
         return None
-    if number := _numbered(identifier, record):
+    if number := _trial_in_name(identifier, record):
         return number
     from raytrainer.sweep.journal import TrialJournal
 
     trials = TrialJournal.open(record.storage).trials.values()
     return next((trial.id for trial in trials if trial.run_id == identifier), None)
-
-
-def _numbered(identifier: str, record: Record) -> str | None:
-    sweep, _, number = identifier.rpartition(".")
-    return number if record.kind == "sweep" and sweep == record.name and re.fullmatch(r"\d{4,}", number) else None
-
-
-def records(root: Path) -> Iterator[tuple[Record, Storage]]:
-    """Yield the records of all runs in a directory. A record that cannot be read is skipped."""
-    for path in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")) if root.is_dir() else ():
-        storage = Storage(path)
-        try:
-            record = Record.read(storage)
-        except StorageError:
-            continue
-        if record is not None:
-            yield record, storage
-
-
-def submitted(root: Path) -> Iterator[SubmittedRun]:
-    """Yield the runs that were submitted from this directory."""
-    for record, storage in records(root / SUBMITTED):
-        yield SubmittedRun(record, storage)
 
 
 def tracking_uri_here() -> str | None:
@@ -238,30 +159,6 @@ def tracking_uri_of(record: Record) -> str | None:
     return record.tracking_uri or None
 
 
-def with_tracking(known: RunHandle) -> RunHandle:
-    """Add the MLflow run.
-
-    Raises:
-        TrackingError: The tracking store does not answer.
-    """
-    uri, run_id, record = tracking_uri_of(known.record), known.record.run_id, known.record
-    if known.stored is not None or uri is None:
-        return known
-    if run_id is None:  # a submitted run has no MLflow run yet, and its directory may not be readable from here
-        stored = lookup.find_launched(uri, record.name, _place(record.run_dir), known.submission_id)
-        if stored is None:
-            return known
-        return replace(known, stored=stored, record=replace(record, run_id=stored.run_id))
-    if known.trial is not None:
-        run_id = f"{record.name}.{known.trial}"
-    return replace(known, stored=lookup.find_run(uri, run_id))
-
-
-def _place(run_dir: str) -> str:
-    """Return a run directory without the options of its storage URI."""
-    return run_dir.partition("?")[0].rstrip("/")
-
-
 def _by_name(identifier: str, root: Path) -> RunHandle | None:
     for name in (identifier, identifier.rpartition(".")[0]):
         if not name or not (root / name).is_dir():
@@ -270,6 +167,11 @@ def _by_name(identifier: str, root: Path) -> RunHandle | None:
         record = Record.read(storage)
         if record is not None and name == identifier:
             return RunHandle(record, storage)
-        if record is not None and (number := _numbered(identifier, record)):
+        if record is not None and (number := _trial_in_name(identifier, record)):
             return RunHandle(record, storage, trial=number)
     return None
+
+
+def _trial_in_name(identifier: str, record: Record) -> str | None:
+    sweep, _, number = identifier.rpartition(".")
+    return number if record.kind == "sweep" and sweep == record.name and re.fullmatch(r"\d{4,}", number) else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import time
 from collections import Counter
@@ -15,8 +14,8 @@ from typing import Any, cast
 
 from raytrainer.attempt.record import ATTEMPTS_TAG, LAUNCHED_TAG, SECONDS_TAG, STEP_TAG, Record
 from raytrainer.errors import RunNotFound, StorageError
-from raytrainer.runs.liveness import Verdict
-from raytrainer.runs.resolve import RunHandle
+from raytrainer.runs.handle import RunHandle
+from raytrainer.runs.liveness import Liveness
 from raytrainer.storage import Storage
 from raytrainer.sweep.journal import Mode, TrialJournal
 from raytrainer.sweep.plan import Plan
@@ -24,7 +23,14 @@ from raytrainer.sweep.table import ranked
 from raytrainer.tracking.runs import CAUSE_TAG
 from raytrainer.tracking.server import StoredRun
 
-_MANIFEST = re.compile(r"step-(\d+)(\.\d+)?")
+_TRIAL_STATUS = {
+    "running": "RUNNING",
+    "finished": "FINISHED",
+    "failed": "FAILED",
+    "pruned": "KILLED",
+    "stopped": "KILLED",
+}
+_CHECKPOINT = re.compile(r"step-(\d+)(\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -72,20 +78,29 @@ class RunSummary:
     attempts: int | None = None
     last_job: Mapping[str, str] | None = None
 
+    @property
+    def progress(self) -> str:
+        """The progress as text: `30/132`, or for a sweep `12 trials: 3 running, 9 finished`."""
+        if self.kind == "sweep":
+            counts = ", ".join(f"{count} {status}" for status, count in sorted(self.trials.items()))
+            return f"{sum(self.trials.values())} trials" + (f": {counts}" if counts else "")
+        if self.step is None:
+            return ""
+        return f"{self.step}/{self.total_steps}" if self.total_steps else str(self.step)
+
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values. Times are ISO 8601 in UTC; a number that JSON cannot express is null."""
+        """Return plain values for JSON. Times are ISO 8601 in UTC."""
         values: dict[str, Any] = {**self.__dict__, "trials": dict(self.trials)}
         for key in ("started", "ended"):
-            values[key] = None if values[key] is None else _iso(values[key])
-        if self.best is not None and not math.isfinite(self.best):
-            values["best"] = None
+            if values[key] is not None:
+                values[key] = datetime.fromtimestamp(values[key], UTC).isoformat(timespec="seconds")
         if self.seconds is not None:
             values["seconds"] = round(self.seconds, 3)
         return values
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedCheckpoint:
     """A committed checkpoint as its manifest describes it. Its files are neither read nor verified."""
 
     name: str
@@ -94,50 +109,16 @@ class Saved:
     created: str
 
 
-def facts_of(known: RunHandle, verdict: Verdict | None = None) -> RunSummary:
-    """Return the summary of a run. It reads the run directory, and makes no request to MLflow or to a cluster."""
-    if known.trial is not None and known.storage is not None:
-        return _of_trial(known, known.storage, known.trial)
-    record, stored = known.record, known.stored
-    tags = stored.tags if stored is not None else {}
-    cause = (tags.get(CAUSE_TAG) if stored is not None else record.cause) or None
-    status = stored.status if stored is not None else record.status
-    started = stored.started if stored is not None else _seconds(record.created)
-    ended = (stored.ended if stored is not None else record.ended or None) if status != "RUNNING" else None
-    if verdict is not None and verdict.life == "unsure":
-        cause = f"uncertain whether its driver is alive: {verdict.why}"
-    return RunSummary(
-        name=f"{record.name}.{known.trial}" if known.trial else record.name,
-        kind="trial" if known.trial else record.kind,
-        status=status,
-        run_id=stored.run_id if stored is not None else record.run_id,
-        user=tags.get("mlflow.user"),
-        host=tags.get("raytrainer.host"),
-        where=_where(tags, known.cluster_address),
-        started=started,
-        ended=ended,
-        seconds=_seconds_of(record, stored, started, ended),
-        workers=tags.get("raytrainer.workers") or (stored.params.get("scaling.num_workers") if stored else None),
-        cause=cause,
-        life=verdict.life if verdict is not None else None,
-        run_dir=record.run_dir,
-        submission_id=known.submission_id,
-        cluster_address=known.cluster_address,
-        attempts=record.attempts or _number(tags.get(ATTEMPTS_TAG)),
-        **(_of_sweep(known, tags) if record.kind == "sweep" and not known.trial else _of_run(known, stored)),
-    )
-
-
-def checkpoints(storage: Storage) -> list[Saved]:
+def saved_checkpoints(storage: Storage) -> list[SavedCheckpoint]:
     """Return the committed checkpoints in a run directory, the oldest first.
 
     Raises:
         StorageError: The directory cannot be read.
     """
-    saved_checkpoints = []
+    checkpoints = []
     place = storage.child("checkpoints")
     for entry in place.list():
-        match = _MANIFEST.fullmatch(entry.name)
+        match = _CHECKPOINT.fullmatch(entry.name)
         data = place.read_if_exists(f"{entry.name}/manifest.json") if match else None
         if match is None or data is None:
             continue
@@ -145,70 +126,142 @@ def checkpoints(storage: Storage) -> list[Saved]:
             manifest = json.loads(data)
             metric = manifest.get("metric")
             value = float(metric) if isinstance(metric, int | float) else None
-            saved_checkpoints.append(Saved(entry.name, int(match[1]), value, str(manifest.get("created", ""))))
-    return sorted(saved_checkpoints, key=lambda saved: saved.step)
+            checkpoints.append(SavedCheckpoint(entry.name, int(match[1]), value, str(manifest.get("created", ""))))
+    return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
 
 
-def _seconds_of(record: Record, stored: StoredRun | None, started: float | None, ended: float | None) -> float | None:
-    """Return the duration of all attempts, from MLflow if it was asked, else from the run record. For runs of versions that
-    did not record it: the time from the start of the first attempt to the end of the last."""
-    tags = stored.tags if stored is not None else {}
-    before = _real(tags.get(SECONDS_TAG)) if stored is not None else record.seconds or None
-    launched = _real(tags.get(LAUNCHED_TAG)) if stored is not None else record.launched or None
-    running = (stored.status if stored is not None else record.status) == "RUNNING"
-    if not running and before is not None:
-        return before
-    if running and launched is not None:
-        return (before or 0.0) + max(0.0, time.time() - launched)
-    if started is None or (ended is None and not running):
-        return None
-    return max(0.0, (time.time() if ended is None else ended) - started)
+def summarize(handle: RunHandle, liveness: Liveness | None = None) -> RunSummary:
+    """Return the summary of a run. It reads the run directory, and makes no request to MLflow or to a cluster."""
+    if handle.trial is not None and handle.storage is not None:
+        return _summarize_trial(handle, handle.storage, handle.trial)
+    record, run = handle.record, handle.mlflow_run
+    tags, params = (run.tags, run.params) if run is not None else ({}, {})
+    base = _Base.of_mlflow_run(run) if run is not None else _Base.of_record(record)
+    cause, life = base.cause, None
+    if liveness is not None:
+        life = liveness.state
+        cause = f"uncertain whether its driver is alive: {liveness.reason}" if life == "unsure" else cause
+    is_sweep = record.kind == "sweep" and not handle.trial
+    return RunSummary(
+        name=f"{record.name}.{handle.trial}" if handle.trial else record.name,
+        kind="trial" if handle.trial else record.kind,
+        status=base.status,
+        run_id=base.run_id,
+        user=tags.get("mlflow.user"),
+        host=tags.get("raytrainer.host"),
+        where=_where(tags, handle.cluster_address),
+        started=base.started,
+        ended=base.ended,
+        seconds=base.total_seconds(),
+        workers=tags.get("raytrainer.workers") or params.get("scaling.num_workers"),
+        cause=cause,
+        life=life,
+        run_dir=record.run_dir,
+        submission_id=handle.submission_id,
+        cluster_address=handle.cluster_address,
+        attempts=record.attempts or _whole(tags.get(ATTEMPTS_TAG)),
+        **(_sweep_progress(handle, tags) if is_sweep else _run_progress(handle)),
+    )
 
 
-def _of_run(known: RunHandle, stored: StoredRun | None) -> dict[str, Any]:
-    record = known.record
-    if stored is None:
-        if record.step is not None and record.status != "RUNNING":
-            of_best = {"monitor": "monitor", "best": "value", "best_step": "step"}
-            return {"step": record.step, **{name: record.best.get(key) for name, key in of_best.items()}}
-        steps: list[int] = []
-        if known.storage is not None:
-            with suppress(StorageError):
-                folders = [entry.name for entry in known.storage.list("checkpoints")]
-                steps = [int(match[1]) for name in folders if (match := _MANIFEST.fullmatch(name))]
-        return {"step": max(steps, default=None)}
-    tags = stored.tags
-    best, monitor = tags.get("raytrainer.monitor.best"), tags.get("raytrainer.monitor")
+@dataclass(frozen=True)
+class _Base:
+    """What MLflow and the run record both know of a run.
+
+    Attributes:
+        seconds: The duration of all attempts that have ended.
+        launched: When the attempt that runs was launched.
+    """
+
+    status: str
+    run_id: str | None
+    started: float | None
+    ended: float | None
+    cause: str | None
+    seconds: float | None
+    launched: float | None
+
+    @classmethod
+    def of_mlflow_run(cls, run: StoredRun) -> _Base:
+        tags, ended = run.tags, run.ended if run.status != "RUNNING" else None
+        seconds, launched = _real(tags.get(SECONDS_TAG)), _real(tags.get(LAUNCHED_TAG))
+        return cls(run.status, run.run_id, run.started, ended, tags.get(CAUSE_TAG) or None, seconds, launched)
+
+    @classmethod
+    def of_record(cls, record: Record) -> _Base:
+        started = None
+        with suppress(ValueError):
+            started = datetime.fromisoformat(record.created).timestamp()
+        ended = record.ended or None if record.status != "RUNNING" else None
+        seconds, launched = record.seconds or None, record.launched or None
+        return cls(record.status, record.run_id, started, ended, record.cause or None, seconds, launched)
+
+    def total_seconds(self) -> float | None:
+        """Return the duration of all attempts. For runs of versions that did not record it, return the time from the
+        start of the first attempt to the end of the last."""
+        is_running = self.status == "RUNNING"
+        if not is_running and self.seconds is not None:
+            return self.seconds
+        if is_running and self.launched is not None:
+            return (self.seconds or 0.0) + max(0.0, time.time() - self.launched)
+        if self.started is None or (self.ended is None and not is_running):
+            return None
+        return max(0.0, (time.time() if self.ended is None else self.ended) - self.started)
+
+
+def _run_progress(handle: RunHandle) -> dict[str, Any]:
+    run = handle.mlflow_run
+    if run is None:
+        return _run_progress_on_disk(handle)
+    tags = run.tags
+    best = tags.get("raytrainer.monitor.best")
     # System metrics count their samples, not steps.
-    steps = [step for key, (_, step) in stored.metrics.items() if key.startswith(("train/", "val/"))]
-    told = _number(tags.get(STEP_TAG)) if stored.status != "RUNNING" else None
-    evaluates = "raytrainer.evaluates" in tags  # an evaluation knows only the checkpoint of its run
+    steps = [step for key, (_, step) in run.metrics.items() if key.startswith(("train/", "val/"))]
+    last_step = _whole(tags.get(STEP_TAG)) if run.status != "RUNNING" else None
+    total_steps = _whole(tags.get("raytrainer.total_steps") or run.params.get("trainer.max_steps"))
     return {
-        "step": max(steps, default=None) if told is None else told,
-        "total_steps": None
-        if evaluates
-        else _number(tags.get("raytrainer.total_steps") or stored.params.get("trainer.max_steps")),
-        "monitor": monitor or stored.params.get("checkpoint.monitor"),
+        "step": max(steps, default=None) if last_step is None else last_step,
+        # An evaluation knows only the checkpoint of its run.
+        "total_steps": None if "raytrainer.evaluates" in tags else total_steps,
+        "monitor": tags.get("raytrainer.monitor") or run.params.get("checkpoint.monitor"),
         "best": float(best) if best else None,
-        "best_step": _number(tags.get("raytrainer.monitor.best_step")),
+        "best_step": _whole(tags.get("raytrainer.monitor.best_step")),
     }
 
 
-def _of_trial(known: RunHandle, storage: Storage, number: str) -> RunSummary:
+def _run_progress_on_disk(handle: RunHandle) -> dict[str, Any]:
+    record = handle.record
+    if record.step is not None and record.status != "RUNNING":
+        best = record.best
+        return {
+            "step": record.step,
+            "monitor": best.get("monitor"),
+            "best": best.get("value"),
+            "best_step": best.get("step"),
+        }
+    steps: list[int] = []
+    if handle.storage is not None:
+        with suppress(StorageError):
+            names = [entry.name for entry in handle.storage.list("checkpoints")]
+            steps = [int(match[1]) for name in names if (match := _CHECKPOINT.fullmatch(name))]
+    return {"step": max(steps, default=None)}
+
+
+def _summarize_trial(handle: RunHandle, storage: Storage, number: str) -> RunSummary:
     """Return the summary of a trial from the trial journal, which is newer than MLflow."""
-    trials, name = TrialJournal.open(storage).trials, f"{known.record.name}.{number}"
+    trials, name = TrialJournal.open(storage).trials, f"{handle.name}.{number}"
     if number not in trials:
-        raise RunNotFound(f"{known.record.name} has no trial {number}")
-    trial, tags = trials[number], known.stored.tags if known.stored is not None else {}
+        raise RunNotFound(f"{handle.name} has no trial {number}")
+    trial, tags = trials[number], handle.mlflow_run.tags if handle.mlflow_run is not None else {}
     plan = Plan.read(storage)
     best = trial.best(cast(Mode, plan.mode))
     return RunSummary(
         name,
         "trial",
-        _IN_MLFLOW[trial.status],
+        _TRIAL_STATUS[trial.status],
         run_id=trial.run_id,
         user=tags.get("mlflow.user"),
-        where=f"trial of {known.record.name}",
+        where=f"trial of {handle.name}",
         started=trial.started,
         ended=trial.ended,
         seconds=trial.took(time.time()),
@@ -221,31 +274,22 @@ def _of_trial(known: RunHandle, storage: Storage, number: str) -> RunSummary:
     )
 
 
-_IN_MLFLOW = {
-    "running": "RUNNING",
-    "finished": "FINISHED",
-    "failed": "FAILED",
-    "pruned": "KILLED",
-    "stopped": "KILLED",
-}
-
-
-def _of_sweep(known: RunHandle, tags: Mapping[str, str]) -> dict[str, Any]:
-    metric, mode = tags.get("raytrainer.sweep.metric"), tags.get("raytrainer.sweep.mode", "min")
-    value = tags.get("raytrainer.best_value")
+def _sweep_progress(handle: RunHandle, tags: Mapping[str, str]) -> dict[str, Any]:
+    value, mode = tags.get("raytrainer.best_value"), cast(Mode, tags.get("raytrainer.sweep.mode", "min"))
     trials = {k.rpartition(".")[2]: int(v) for k, v in tags.items() if k.startswith("raytrainer.trials.")}
     best = float(value) if value else None
-    best_step, best_trial = _number(tags.get("raytrainer.best_step")), tags.get("raytrainer.best_trial")
-    running = known.stored is None or known.stored.status == "RUNNING"
-    if running and known.storage is not None and known.storage.is_local:
+    best_step, best_trial = _whole(tags.get("raytrainer.best_step")), tags.get("raytrainer.best_trial")
+    is_running = handle.mlflow_run is None or handle.mlflow_run.status == "RUNNING"
+    if is_running and handle.storage is not None and handle.storage.is_local:
         # MLflow gets these values at the end of the sweep; the trial journal has them at once.
         with suppress(StorageError):
-            all_trials = TrialJournal.open(known.storage).trials.values()
+            all_trials = TrialJournal.open(handle.storage).trials.values()
             trials = dict(Counter(trial.status for trial in all_trials))
-            first = next(iter(ranked(all_trials, cast(Mode, mode))), None)  # the order of the sweep's own table
-            report = None if first is None else first.best(cast(Mode, mode))
+            first = next(iter(ranked(all_trials, mode)), None)  # the order of the sweep's own table
+            report = None if first is None else first.best(mode)
             best, best_step = (None, None) if report is None else (report.value, report.step)
             best_trial = first.id if first is not None else None
+    metric = tags.get("raytrainer.sweep.metric")
     return {"trials": trials, "monitor": metric, "best": best, "best_step": best_step, "best_trial": best_trial}
 
 
@@ -258,7 +302,7 @@ def _where(tags: Mapping[str, str], address: str | None) -> str | None:
     return f"{address}, {rest}" if rest else address
 
 
-def _number(text: str | None) -> int | None:
+def _whole(text: str | None) -> int | None:
     return int(text) if text and text.isdecimal() else None
 
 
@@ -267,14 +311,3 @@ def _real(text: str | None) -> float | None:
         return float(text) if text else None
     except ValueError:
         return None
-
-
-def _seconds(created: str) -> float | None:
-    try:
-        return datetime.fromisoformat(created).timestamp()
-    except ValueError:
-        return None
-
-
-def _iso(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

@@ -15,7 +15,7 @@ from raytrainer.attempt import SUBMITTED, Record
 from raytrainer.runs import listing
 from raytrainer.runs.jobs import Clusters
 from raytrainer.runs.listing import list_runs, table
-from raytrainer.runs.resolve import look_up
+from raytrainer.runs.resolve import resolve_run
 from raytrainer.runs.status import status_of
 from raytrainer.runs.summary import RunSummary
 from raytrainer.storage import Storage
@@ -208,14 +208,14 @@ def test_a_refused_resume_is_told_beside_what_the_run_is(store: Store, status: s
     cluster.add("one--2", "FAILED", message=refusal("trainer.max_epochs=0 is wrong"), exit_code=2, started=2.0)
     expected = {"submission_id": "one--2", "status": "REFUSED", "cause": "trainer.max_epochs=0 is wrong"}
     (facts,) = list_runs(clusters=cluster.clusters())
-    for found in (facts, status_of("one", clusters=cluster.clusters()).facts):
+    for found in (facts, status_of("one", clusters=cluster.clusters()).summary):
         assert (found.status, found.cause) == (status, "REFUSED: job one--2: trainer.max_epochs=0 is wrong")
         assert found.to_json()["last_job"] == expected
     assert "REFUSED: job one--2: trainer.max_epochs=0 is wrong" in table([facts])
     replace(made, attempts=2, job={}).write(storage)  # it continued on this machine
     store.client.set_tag(made.run_id, "raytrainer.submission_id", "")
     store.client.set_tag(made.run_id, "raytrainer.cluster_address", "")
-    assert status_of("one", clusters=cluster.clusters()).facts.last_job is None
+    assert status_of("one", clusters=cluster.clusters()).summary.last_job is None
     (facts,) = list_runs(clusters=cluster.clusters())
     assert facts.last_job is None
 
@@ -313,7 +313,7 @@ def test_anothers_run_of_the_same_name_leaves_mine_alone(store: Store) -> None:
         ("FINISHED", "http://theirs.example:8265"),
         ("PENDING", ADDRESS),
     ]
-    known = look_up("one")
+    known = resolve_run("one")
     assert (known.submission_id, known.cluster_address) == ("one", ADDRESS)
 
 

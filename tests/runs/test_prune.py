@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from raytrainer import runs
 from raytrainer.attempt import SUBMITTED, Record
 from raytrainer.checkpoint import Checkpointer, retention
 from raytrainer.cli import main
@@ -21,8 +20,9 @@ from raytrainer.config import compose
 from raytrainer.errors import StorageLocked
 from raytrainer.runs import prune as pruning
 from raytrainer.runs import worktree
+from raytrainer.runs.evaluate import to_evaluate
 from raytrainer.runs.prune import Pruned
-from raytrainer.runs.reconcile import look_at
+from raytrainer.runs.reconcile import check_all
 from raytrainer.storage import Lock, Storage
 from raytrainer.sweep import make_plan
 from raytrainer.tracking.spool import Spool
@@ -227,11 +227,11 @@ def test_who_goes_on_with_it_meanwhile_wins(ended: Storage, monkeypatch: pytest.
     """A resume of the run starts and ends between the check and the lock."""
 
     def then_resumed(*arguments: object) -> object:
-        found = look_at(*arguments)  # type: ignore[arg-type]
+        found = check_all(*arguments)  # type: ignore[arg-type]
         rewritten(ended, attempts=2)
         return found
 
-    monkeypatch.setattr(pruning, "look_at", then_resumed)
+    monkeypatch.setattr(pruning, "check_all", then_resumed)
     assert prune().left == {"ended": "another attempt has continued it"}
     assert len(steps(ended)) == 7
 
@@ -350,6 +350,6 @@ def test_in_s3_and_only_what_is_below_the_run(in_s3: str, in_tmp: Path) -> None:
     assert [entry.name for entry in storage.list("checkpoints")] == ["step-000000010", "step-000000030"]
     assert not storage.exists("attempt-1")
     assert Storage(in_s3).exists("other/checkpoints/step-000000001/shared.json")
-    found = runs.to_evaluate("far", ["cluster=inline"]).experiment
+    found = to_evaluate("far", ["cluster=inline"]).experiment
     assert found.evaluate is not None
     assert (found.evaluate.run_dir, found.storage_path) == (storage.display, in_s3)

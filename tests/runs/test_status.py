@@ -74,9 +74,9 @@ def test_one_that_died_is_closed(store: Store) -> None:
     claim(storage, **killed())
     said: list[str] = []
     found = status_of("one", say=said.append)
-    assert found.facts.status == "FAILED"
-    assert found.facts.cause is not None
-    assert found.facts.cause.startswith("its driver died")
+    assert found.summary.status == "FAILED"
+    assert found.summary.cause is not None
+    assert found.summary.cause.startswith("its driver died")
     assert store.status(made.run_id)[0] == "FAILED"
     assert len(said) == 1
 
@@ -88,7 +88,7 @@ def test_without_mlflow_the_directory_tells(in_tmp: Path) -> None:
     saved(storage, 20, 0.5)
     said: list[str] = []
     found = status_of("one", say=said.append)
-    facts = found.facts
+    facts = found.summary
     assert (facts.status, facts.step) == ("FAILED", 20)
     assert (facts.monitor, facts.best, facts.best_step) == ("val/accuracy", 0.75, 10)
     assert "what follows is from" in said[0]
@@ -112,7 +112,7 @@ def test_a_job_that_waits_says_for_what(in_tmp: Path) -> None:
     cluster = FakeCluster()
     cluster.add("one--2", "PENDING", started=time.time() - 5)
     found = status_of("one", clusters=cluster.clusters())
-    assert found.facts.status == "PENDING"
+    assert found.summary.status == "PENDING"
     assert found.to_json()["waits"] == "it asks for 8 GPU, of which 2 are free\nother-run holds 6 GPU"
     lines = text(found).splitlines()
     assert "waits    it asks for 8 GPU, of which 2 are free" in lines
@@ -124,7 +124,7 @@ def test_a_cluster_that_does_not_answer(store: Store) -> None:
     claim(storage, owner={"job": "one--2"})
     said: list[str] = []
     found = status_of("one", clusters=FakeCluster(down=OSError("refused")).clusters(), say=said.append)
-    assert (found.facts.status, found.job) == ("RUNNING", None)
+    assert (found.summary.status, found.job) == ("RUNNING", None)
     assert said == [f"the cluster {ADDRESS} could not be asked: refused"]
 
 
@@ -150,7 +150,7 @@ def sweep(store: Store) -> Storage:
 
 def test_a_sweep_and_its_trial(sweep: Storage) -> None:
     assert "trials   1 trials: 1 finished" in text(status_of("sweep"))
-    found = status_of("sweep.0001").facts
+    found = status_of("sweep.0001").summary
     assert (found.kind, found.status, found.step, found.best, found.best_step) == ("trial", "KILLED", 20, 0.5, 10)
     assert (found.cause, found.run_dir) == ("by the scheduler", f"{sweep.uri}/trials/0001")
     with pytest.raises(RunNotFound, match="sweep has no trial 0007"):
@@ -161,10 +161,12 @@ def test_what_was_never_sent(in_tmp: Path) -> None:
     sent = Record("one", "/nowhere/one", job=JOB)
     sent.write(Storage(in_tmp / "runs" / SUBMITTED / "one"))
     found = status_of("one", clusters=FakeCluster().clusters())
-    assert found.facts.status == "UNKNOWN"
-    assert found.facts.cause == f"{ADDRESS} has no job one--2: it was not submitted, or the cluster has restarted since"
+    assert found.summary.status == "UNKNOWN"
+    assert (
+        found.summary.cause == f"{ADDRESS} has no job one--2: it was not submitted, or the cluster has restarted since"
+    )
     found = status_of("one", clusters=FakeCluster(down=OSError("refused")).clusters())
-    assert found.facts.cause == "its cluster does not say"
+    assert found.summary.cause == "its cluster does not say"
 
 
 @pytest.mark.parametrize("state", ["PENDING", "RUNNING", "FAILED"])
@@ -180,9 +182,9 @@ def test_the_attempt_that_goes_is_shown(store: Store, before: str, state: str) -
     cluster.add("one--2", state)
     found = status_of("one", clusters=cluster.clusters())
     if state == "FAILED":
-        assert (found.facts.status, found.facts.submission_id) == ("FAILED", "one")
+        assert (found.summary.status, found.summary.submission_id) == ("FAILED", "one")
         return
-    assert (found.facts.status, found.facts.cause, found.facts.submission_id) == (state, None, "one--2")
+    assert (found.summary.status, found.summary.cause, found.summary.submission_id) == (state, None, "one--2")
     assert found.job == (state, "")
     assert (found.waits is not None) == (state == "PENDING")
     assert store.status(made.run_id)[0] == before

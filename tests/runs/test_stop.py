@@ -20,7 +20,7 @@ import pytest
 from raytrainer.attempt import STOP, SUBMITTED, Record, StopAsked
 from raytrainer.errors import ConfigError, RaytrainerError
 from raytrainer.runs import stop
-from raytrainer.runs.stop import Stopper, StopResult, text
+from raytrainer.runs.stop import Stopper, StopResult
 from raytrainer.storage import Storage
 from tests.runs.past import ADDRESS, FakeCluster, Store, claim, of_here
 from tests.runs.test_reconcile import killed
@@ -84,9 +84,9 @@ def test_asked_and_waited_for_with_all_it_started(store: Store) -> None:
         result = Stopper("one", say=said.append).stop()
         assert gone(process.pid)
         assert gone(worker)
-    assert (result.done, result.status, result.told) == (True, "KILLED", "its 2 processes are gone")
+    assert (result.is_stopped, result.status, result.message) == (True, "KILLED", "its 2 processes are gone")
     assert said == [f"one: asked process {process.pid} to end after a last checkpoint"]
-    assert text(result, "raytrainer") == "one is stopped (KILLED) after 0:00: its 2 processes are gone"
+    assert replace(result, seconds=0.2).text("raytrainer") == "one is stopped (KILLED) after 0:00: its 2 processes are gone"
     assert store.status(made.run_id)[0] == "KILLED"  # the record had this status, but MLflow did not
 
 
@@ -94,8 +94,8 @@ def test_what_outlives_its_driver_is_waited_for_and_said(store: Store) -> None:
     _, storage = store.add("one", status="RUNNING")
     with driver(storage, worker_stays=True) as (_, worker):
         result = Stopper("one", timeout_s=1.0).stop()
-        assert (result.done, result.told) == (False, f"1 of its processes are still there: {worker}")
-        assert text(result, "raytrainer").splitlines()[1] == "next     raytrainer stop --force one"
+        assert (result.is_stopped, result.message) == (False, f"1 of its processes are still there: {worker}")
+        assert result.text("raytrainer").splitlines()[1] == "next     raytrainer stop --force one"
 
 
 def test_one_that_does_not_hear_is_killed_with_force_only(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,13 +103,13 @@ def test_one_that_does_not_hear_is_killed_with_force_only(store: Store, monkeypa
     monkeypatch.setattr(stop, "_SECOND_S", 0.3)
     monkeypatch.setattr(stop, "_KILL_S", 0.6)
     with driver(storage, deaf=True, worker_stays=True) as (process, worker):
-        assert not Stopper("one", timeout_s=1.0).stop().done
+        assert not Stopper("one", timeout_s=1.0).stop().is_stopped
         assert process.poll() is None
         said: list[str] = []
         result = Stopper("one", force=True, say=said.append).stop()
         assert gone(process.pid)
         assert gone(worker)
-    assert (result.done, result.status) == (True, "KILLED")
+    assert (result.is_stopped, result.status) == (True, "KILLED")
     assert (storage.local_path / "got").read_text() == "3"  # one signal from the first stop, two from the second
     assert "one: still there; ending it without a checkpoint" in said
     assert store.status(made.run_id) == ("KILLED", "killed by stop --force")
@@ -123,7 +123,7 @@ def test_a_later_process_with_its_number_is_left_alone(store: Store) -> None:
         time.sleep(0.1)  # enough time for a signal to arrive
         assert (storage.local_path / "got").read_text() == "0"
         assert process.poll() is None
-    assert result.done
+    assert result.is_stopped
     assert store.status(made.run_id)[0] == "FAILED"
 
 
@@ -163,7 +163,7 @@ def test_another_machines_driver_is_asked_by_a_file(store: Store) -> None:
 
     said: list[str] = []
     result = Stopper("one", say=said.append, sleep=at_look(3, end)).stop()
-    assert (result.done, result.status) == (True, "KILLED")
+    assert (result.is_stopped, result.status) == (True, "KILLED")
     assert said == [
         "one: asked process 4242 on elsewhere to end after a last checkpoint, by the file stop in its directory"
     ]
@@ -173,7 +173,7 @@ def test_another_machines_driver_that_does_not_hear(store: Store) -> None:
     _, storage = store.add("one", status="RUNNING")
     claim(storage)
     result = Stopper("one", timeout_s=0.05, sleep=lambda _: time.sleep(0.02)).stop()
-    assert (result.done, result.told) == (
+    assert (result.is_stopped, result.message) == (
         False,
         "process 4242 on elsewhere still holds its lock; on elsewhere: kill -9 4242",
     )
@@ -201,8 +201,8 @@ def test_a_job_ends_by_itself_after_a_checkpoint(store: Store, job: tuple[Record
             store.client.set_terminated(made.run_id, "KILLED")
 
     result = Stopper("one", clusters=cluster.clusters(), sleep=at_look(2, end)).stop()
-    assert (result.done, result.status) == (True, "KILLED")
-    assert result.told == "its job one is FAILED, and what it held is free"
+    assert (result.is_stopped, result.status) == (True, "KILLED")
+    assert result.message == "its job one is FAILED, and what it held is free"
     assert "stop" not in cluster.asked
     assert cluster.asked.count("held_by") == 3
 
@@ -216,7 +216,7 @@ def test_a_job_that_does_not_hear_is_stopped_by_ray(
     cluster.add("one")
     said: list[str] = []
     result = Stopper("one", clusters=cluster.clusters(), say=said.append, sleep=lambda _: time.sleep(0.01)).stop()
-    assert (result.done, result.status) == (True, "KILLED")
+    assert (result.is_stopped, result.status) == (True, "KILLED")
     assert said == [
         "one: asked its job to end after a last checkpoint",
         "one: stopping the job one, which did not end",
@@ -232,7 +232,7 @@ def test_a_job_that_cannot_save_is_stopped_at_once(store: Store, job: tuple[Reco
         job[1].delete("run.json")
     said: list[str] = []
     result = Stopper("one", force=how == "force", clusters=cluster.clusters(), say=said.append).stop()
-    assert result.done
+    assert result.is_stopped
     assert said[-1] == "one: stopping the job one"
     assert not job[1].exists("stop")
     assert ("cannot be written from here" in said[0]) == (how == "unreachable")
@@ -244,7 +244,7 @@ def test_gpus_that_are_held_after_the_end_are_said(store: Store, job: tuple[Reco
     result = Stopper(
         "one", force=True, timeout_s=0.05, clusters=cluster.clusters(), sleep=lambda _: time.sleep(0.02)
     ).stop()
-    assert (result.done, result.told) == (False, "its job is STOPPED, and still holds 2 GPU, 1 CPU")
+    assert (result.is_stopped, result.message) == (False, "its job is STOPPED, and still holds 2 GPU, 1 CPU")
 
 
 def test_the_resubmission_is_what_is_stopped(store: Store, job: tuple[Record, Storage]) -> None:
@@ -252,7 +252,7 @@ def test_the_resubmission_is_what_is_stopped(store: Store, job: tuple[Record, St
     cluster.add("one", "FAILED")
     cluster.add("one--2", "PENDING", metadata={"raytrainer.name": "one"})
     result = Stopper("one", clusters=cluster.clusters()).stop()
-    assert (result.done, cluster.jobs["one--2"].status) == (True, "STOPPED")
+    assert (result.is_stopped, cluster.jobs["one--2"].status) == (True, "STOPPED")
 
 
 # --- runs that have ended or cannot be reached ------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def test_the_resubmission_is_what_is_stopped(store: Store, job: tuple[Record, St
 def test_one_that_had_ended(store: Store) -> None:
     store.add("one", status="FINISHED")
     result = Stopper("one").stop()
-    assert (result.done, result.status, result.told) == (True, "FINISHED", "it had ended")
+    assert (result.is_stopped, result.status, result.message) == (True, "FINISHED", "it had ended")
 
 
 @pytest.mark.parametrize("state", ["PENDING", "FAILED"])
@@ -272,19 +272,19 @@ def test_a_job_of_which_there_is_no_run_yet(in_tmp: Path, state: str) -> None:
     cluster.add("one", state)
     result = Stopper("one", clusters=cluster.clusters()).stop()
     if state == "PENDING":
-        assert (result.done, result.status) == (True, "KILLED")
-        assert result.told == "its job one is STOPPED, and what it held is free"
+        assert (result.is_stopped, result.status) == (True, "KILLED")
+        assert result.message == "its job one is STOPPED, and what it held is free"
     else:
-        assert (result.done, result.status, result.told) == (True, "FAILED", "its job one had ended: FAILED")
+        assert (result.is_stopped, result.status, result.message) == (True, "FAILED", "its job one had ended: FAILED")
 
 
 def test_one_that_had_died(store: Store) -> None:
     made, storage = store.add("one", status="RUNNING")
     claim(storage, **killed())
     result = Stopper("one").stop()
-    assert result.done
-    assert result.told.startswith("its driver was dead already (process ")
-    assert result.told.endswith(" is gone); it is marked FAILED")
+    assert result.is_stopped
+    assert result.message.startswith("its driver was dead already (process ")
+    assert result.message.endswith(" is gone); it is marked FAILED")
     assert store.status(made.run_id)[0] == "FAILED"
 
 
@@ -293,7 +293,7 @@ def test_one_that_cannot_be_reached_is_closed_with_force_only(store: Store) -> N
     with pytest.raises(RaytrainerError, match=r"cannot be reached .* launched on somewhere; .*stop --force one"):
         Stopper("one").stop()
     assert store.status(made.run_id)[0] == "RUNNING"
-    assert Stopper("one", force=True).stop().done
+    assert Stopper("one", force=True).stop().is_stopped
     assert store.status(made.run_id) == ("KILLED", "declared dead by stop --force")
 
 
@@ -371,7 +371,7 @@ def test_a_job_that_nobody_could_be_asked_about_is_not_declared_dead(store: Stor
 def test_one_that_has_ended_and_may_wait_again_on_a_cluster_that_is_silent(store: Store) -> None:
     made, _ = store.add("one", status="FAILED", job=JOB)
     cluster = FakeCluster(down=OSError("no route to host"))
-    assert Stopper("one", clusters=cluster.clusters()).stop().told == "it had ended"
+    assert Stopper("one", clusters=cluster.clusters()).stop().message == "it had ended"
     sent("one", Path.cwd(), run_dir=made.run_dir, job={**JOB, "submission_id": "one--2"})
     with pytest.raises(RaytrainerError, match="so it is not known whether its job one--2 runs"):
         Stopper("one", clusters=cluster.clusters()).stop()
@@ -396,9 +396,9 @@ def test_a_job_that_ray_cannot_end_yet_has_been_asked(in_tmp: Path, monkeypatch:
     stopper.sleep = lambda _: time.sleep(0.01)
     result = stopper.stop()
     told = "its job one is asked to end, and does as soon as its driver gets what it waits for"
-    assert (result.done, result.asked, result.told) == (False, True, told)
+    assert (result.is_stopped, result.is_requested, result.message) == (False, True, told)
     assert said == ["one: stopping the job one", f"one: {told}"]
-    assert text(result, "raytrainer").splitlines()[1] == "next     raytrainer status one"
+    assert result.text("raytrainer").splitlines()[1] == "next     raytrainer status one"
 
 
 def test_a_resume_that_waits_at_another_cluster_is_what_is_stopped(store: Store) -> None:
@@ -408,5 +408,5 @@ def test_a_resume_that_waits_at_another_cluster_is_what_is_stopped(store: Store)
     cluster = FakeCluster()
     cluster.add("one--2", "PENDING")
     result = Stopper("one", clusters=cluster.clusters()).stop()
-    assert (result.done, result.status, cluster.jobs["one--2"].status) == (True, "FAILED", "STOPPED")
-    assert result.told == "its job one--2 is STOPPED, and what it held is free"
+    assert (result.is_stopped, result.status, cluster.jobs["one--2"].status) == (True, "FAILED", "STOPPED")
+    assert result.message == "its job one--2 is STOPPED, and what it held is free"

@@ -17,8 +17,9 @@ from raytrainer import cli
 from raytrainer.attempt import Outcome, Record
 from raytrainer.config import compose
 from raytrainer.runs import logs, stop, verbs
+from raytrainer.runs.arguments import VerbParser
+from raytrainer.runs.printing import outcome_json
 from raytrainer.runs.stop import StopResult
-from raytrainer.runs.verbs import Parser, outcome_json
 from raytrainer.sweep import SweepOutcome
 from raytrainer.sweep.journal import Report, Trial
 from tests.runs.past import Store, claim, of_here
@@ -85,7 +86,7 @@ def test_ctrl_c_ends_the_following_only(two: Store, run: Run, monkeypatch: pytes
         yield "hello"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(logs, "lines", interrupted)
+    monkeypatch.setattr(logs, "log_lines", interrupted)
     said = run("logs", "-f", "one")
     assert (said.code, said.out) == (130, "hello\n")
     assert said.err == "raytrainer: stopped following; the run continues. raytrainer stop one stops it\n"
@@ -110,7 +111,7 @@ def test_stop(two: Store, run: Run, monkeypatch: pytest.MonkeyPatch, done: bool)
     assert json.loads(run("stop", "one", "--json").out)["done"] is done
 
 
-@pytest.mark.parametrize("verb", verbs._ABOUT)
+@pytest.mark.parametrize("verb", verbs.VERBS)
 def test_help(verb: str, run: Run) -> None:
     said = run(verb, "--help")
     assert said.code == 0
@@ -127,9 +128,9 @@ def test_a_wrong_option_names_the_right_ones(run: Run) -> None:
 
 def test_options_and_values_in_any_order() -> None:
     for arguments in (["--here", "one", "seed=1", "~x", "+y=2"], ["one", "seed=1", "~x", "+y=2", "--here"]):
-        given = verbs.parser("rerun").parse(arguments)
-        assert (given.id, given.overrides, given.here) == ("one", ["seed=1", "~x", "+y=2"], True)
-    assert isinstance(verbs.parser("list"), Parser)
+        parsed = verbs.parser("rerun").parse(arguments)
+        assert (parsed.id, parsed.overrides, parsed.here) == ("one", ["seed=1", "~x", "+y=2"], True)
+    assert isinstance(verbs.parser("list"), VerbParser)
 
 
 def test_outcomes_for_programs() -> None:
@@ -175,10 +176,10 @@ def test_list_and_status_need_no_torch_and_little_time(two: Store) -> None:
 
 def test_a_run_that_is_resumed_says_how_it_went_in_json(two: Store, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from raytrainer import attempt as running
-    from raytrainer import runs
+    from raytrainer.runs import resume
 
     made = Record("two", "/x", "r")
-    monkeypatch.setattr(runs, "to_resume", lambda *_: (compose(["experiment=mlp", "name=two"]), made, []))
+    monkeypatch.setattr(resume, "to_resume", lambda *_: (compose(["experiment=mlp", "name=two"]), made, []))
     monkeypatch.setattr(running, "launch", lambda *_, **__: Outcome("KILLED", 143, made, "here"))
     said = run("resume", "two", "--json")
     assert said.code == 143

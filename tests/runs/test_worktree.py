@@ -20,8 +20,8 @@ from raytrainer.attempt import Record
 from raytrainer.cluster.package import collect
 from raytrainer.errors import ConfigError
 from raytrainer.provenance import Provenance
-from raytrainer.runs import worktree
-from raytrainer.runs.resolve import look_up
+from raytrainer.runs import rerun, worktree
+from raytrainer.runs.resolve import resolve_run
 from raytrainer.storage import Storage
 from raytrainer.tracking.server import Server
 from tests.launches import launch, launched, summary
@@ -75,7 +75,7 @@ class Seen:
         self.environment: dict[str, str] = {}
         self.origin = Provenance("")
 
-        def run(folder: worktree._Folder, arguments: list[str]) -> int:
+        def run(folder: worktree.WorkingTree, arguments: list[str]) -> int:
             self.path, self.arguments, self.environment = folder.path, list(arguments), folder.environment
             self.files = {
                 str(path.relative_to(folder.path)): path.read_text()
@@ -86,12 +86,12 @@ class Seen:
             self.origin = provenance.collect([], folder.path)
             return code
 
-        monkeypatch.setattr(worktree, "_run", run)
+        monkeypatch.setattr(worktree, "rerun_in", run)
 
 
 def test_commit_and_patch_are_what_they_were(past: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, said = Seen(monkeypatch, 7), list[str]()
-    assert worktree.rerun_there("one", ["seed=2", "--json"], say=said.append) == 7
+    assert rerun.rerun_recorded_code("one", ["seed=2", "--json"], say=said.append) == 7
     assert seen.files == {
         "code.txt": "third\n",
         "new.txt": "added\n",
@@ -138,7 +138,7 @@ def test_submodules_are_there_with_their_changes(
     git(library, "checkout", "-q", ".")
     (library / "in/inner.txt").write_text("something else\n")
     seen = Seen(monkeypatch)
-    assert worktree.rerun_there("one", []) == 0
+    assert rerun.rerun_recorded_code("one", []) == 0
     assert seen.files["libs/library/library.txt"] == "changed\n"
     assert seen.files["libs/library/in/inner.txt"] == "changed, too\n"
     # The checkout is unchanged and has no other worktree.
@@ -160,7 +160,7 @@ def test_code_that_was_never_added_goes_to_a_cluster(past: Storage, monkeypatch:
     monkeypatch.setattr(worktree, "_MOST_FILES", 2)
     found: dict[str, list[str]] = {}
 
-    def run(folder: worktree._Folder, arguments: list[str]) -> int:
+    def run(folder: worktree.WorkingTree, arguments: list[str]) -> int:
         (folder.path / "many").unlink()
         package = collect(folder.path, limit_mb=100)
         found["sent"] = sorted(name for name, _ in package.files)
@@ -168,8 +168,8 @@ def test_code_that_was_never_added_goes_to_a_cluster(past: Storage, monkeypatch:
         found["links"] = sorted(str(path.relative_to(folder.path)) for path in links)
         return 0
 
-    monkeypatch.setattr(worktree, "_run", run)
-    assert worktree.rerun_there("one", []) == 0
+    monkeypatch.setattr(worktree, "rerun_in", run)
+    assert rerun.rerun_recorded_code("one", []) == 0
     assert found["sent"] == ["code.txt", "mine/deep/code.py", "new.txt", "note.txt"]
     assert found["links"] == [".env", "data/deep", "data/values", "mine/said.out", "runs/one"]
     assert (here / "many" / "0").exists()
@@ -179,9 +179,9 @@ def test_nothing_is_left_of_the_tree(past: Storage, monkeypatch: pytest.MonkeyPa
     def run(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(worktree, "_run", run)
+    monkeypatch.setattr(worktree, "rerun_in", run)
     with pytest.raises(KeyboardInterrupt):
-        worktree.rerun_there("one", [])
+        rerun.rerun_recorded_code("one", [])
     assert not Path("runs", worktree.PLACE).exists()
     assert len(git(Path.cwd(), "worktree", "list").splitlines()) == 1
     assert (Path.cwd() / "data" / "values").read_text() == "7\n"
@@ -191,16 +191,16 @@ def test_nothing_is_left_of_the_tree(past: Storage, monkeypatch: pytest.MonkeyPa
 def test_the_tree_of_a_killed_process_is_removed_by_the_next(past: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = Seen(monkeypatch)
     monkeypatch.setattr(worktree, "_remove", lambda *_: None)
-    worktree.rerun_there("one", [])
+    rerun.rerun_recorded_code("one", [])
     monkeypatch.undo()
     monkeypatch.chdir(Path(past.uri).parent.parent)
     left = seen.path
     Seen(monkeypatch)
-    worktree.rerun_there("one", [])
+    rerun.rerun_recorded_code("one", [])
     assert left.exists()  # its owner is this process, which is alive
     owner = left.parent / "owner.json"
     owner.write_text(json.dumps({**json.loads(owner.read_text()), "started": "1"}))
-    worktree.rerun_there("one", [])
+    rerun.rerun_recorded_code("one", [])
     assert not left.exists()
 
 
@@ -209,18 +209,18 @@ def test_the_same_code_is_run_here(repository: Path) -> None:
     storage.write_bytes(provenance.FILE, provenance.collect([], repository).to_json())
     (repository / "later.txt").write_text("untracked files make no difference\n")
     said: list[str] = []
-    assert worktree.rerun_there("one", [], say=said.append) is None
+    assert rerun.rerun_recorded_code("one", [], say=said.append) is None
     commit = git(repository, "rev-parse", "HEAD")[:12]
     assert said == [f"rerun of one: same code, commit {commit} with the same patch"]
 
 
 def test_here_takes_what_is_here(past: Storage) -> None:
-    assert worktree.rerun_there("one", [], here=True) is None
+    assert rerun.rerun_recorded_code("one", [], here=True) is None
 
 
 def test_in_such_a_tree_no_other_is_made(past: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(worktree._MARK, "/somewhere")
-    assert worktree.rerun_there("one", []) is None
+    monkeypatch.setenv(worktree._VARIABLE, "/somewhere")
+    assert rerun.rerun_recorded_code("one", []) is None
 
 
 def test_from_a_directory_below_the_root(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +231,7 @@ def test_from_a_directory_below_the_root(repository: Path, monkeypatch: pytest.M
     storage.write_bytes(provenance.FILE, provenance.collect([], below).to_json())
     git(repository, "commit", "-qam", "fourth")
     seen = Seen(monkeypatch)
-    assert worktree.rerun_there("one", []) == 0
+    assert rerun.rerun_recorded_code("one", []) == 0
     assert seen.path.name == "below"
     assert (seen.path.parent / "code.txt").exists() is False  # the tree is already removed
     assert seen.run is not None
@@ -246,15 +246,15 @@ def test_a_run_without_git_and_a_directory_without(
     said: list[str] = []
     origin = Provenance.from_json(past.read_bytes(provenance.FILE))
     past.write_bytes(provenance.FILE, replace(origin, commit=None).to_json())
-    assert worktree.rerun_there("one", [], say=said.append) is None
+    assert rerun.rerun_recorded_code("one", [], say=said.append) is None
     assert said == ["rerun of one: it did not run from a git checkout; the code in this directory is used"]
     past.write_bytes(provenance.FILE, origin.to_json())
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(in_tmp))
     (in_tmp / ".git").rename(in_tmp / "git")
-    assert worktree.rerun_there("one", [], say=said.append) is None
+    assert rerun.rerun_recorded_code("one", [], say=said.append) is None
     assert said[1].startswith("rerun of one: this is not a git checkout, it ran with commit ")
     past.delete(provenance.FILE)
-    assert worktree.rerun_there("one", [], say=said.append) is None
+    assert rerun.rerun_recorded_code("one", [], say=said.append) is None
     assert said[2] == "rerun of one: its code is not recorded; the code in this directory is used"
 
 
@@ -270,14 +270,14 @@ def test_code_that_cannot_be_had_is_refused(past: Storage, change: dict[str, str
     origin = Provenance.from_json(past.read_bytes(provenance.FILE))
     past.write_bytes(provenance.FILE, replace(origin, **change).to_json())  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=reason):
-        worktree.rerun_there("one", [])
+        rerun.rerun_recorded_code("one", [])
     assert not Path("runs", worktree.PLACE).exists()
 
 
 def test_versions_that_differ_are_told() -> None:
     then = Provenance("", {"torch": "2.9", "ray": "2.60.0", "numpy": "1"}, "a" * 40)
     now = Provenance("", {"torch": "2.13", "ray": "2.60.0", "numpy": "2"}, "a" * 40)
-    assert worktree.differences(then, now, []) == ["same code, commit aaaaaaaaaaaa", "torch 2.9 → 2.13"]
+    assert rerun.differences(then, now, []) == ["same code, commit aaaaaaaaaaaa", "torch 2.9 → 2.13"]
 
 
 def test_what_mlflow_recorded_will_do(store: Store) -> None:
@@ -294,7 +294,7 @@ def test_what_mlflow_recorded_will_do(store: Store) -> None:
     patch = Path("git.patch")
     patch.write_bytes(b"# not tracked, and not in this patch: note.txt\ndiff \xe9\r\n")
     Server(store.uri).log_artifact(made.run_id, patch, None)
-    found = worktree.recorded(look_up("one"))
+    found = rerun.recorded_provenance(resolve_run("one"))
     assert found is not None
     assert (found.commit, found.versions, found.untracked) == ("b" * 40, {"torch": "2.9"}, ["note.txt"])
     assert found.diff.encode("utf-8", "surrogateescape") == b"diff \xe9\r\n"
@@ -321,7 +321,7 @@ def test_a_signal_is_the_childs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop, daemon=True).start()
-    assert worktree._run(worktree._Folder(tmp_path, {}), ["one"]) == 143
+    assert worktree.rerun_in(worktree.WorkingTree(tmp_path, {}), ["one"]) == 143
 
 
 @pytest.mark.slow
