@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 from raytrainer.core import streams
-from raytrainer.core.text import duration as duration  # also imported from here
+from raytrainer.core.formatting import duration as duration  # also imported from here
 
 # The start of an output line of a worker that is a message for the launching process, not text for a person.
 MARK = "\x1eraytrainer "

@@ -89,6 +89,10 @@ LAZY: dict[str, tuple[str, ...]] = {
 # only.
 HONOURED = re.compile(r"RAY_(ADDRESS|TMPDIR|API_SERVER_ADDRESS|AUTH_\w+)")
 
+# Two files or two public classes of one name make a reader open the wrong one. These are left, and none is added.
+SHARED_FILE_NAMES = frozenset({"__init__", "driver", "files", "launching", "logs", "plan", "space", "system"})
+SHARED_CLASS_NAMES = frozenset({"Artifact", "Batch", "Cluster", "Ended", "Job", "Jobs", "Layout", "Plan", "Shared"})
+
 ROOT = Path(__file__).resolve().parent.parent
 LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 
@@ -223,6 +227,29 @@ def test_what_is_private_to_ray_is_in_one_module() -> None:
 def test_no_module_is_a_drawer() -> None:
     drawers = {"util", "utils", "helper", "helpers", "common", "misc", "manager", "handler", "base"}
     assert not {file.stem for file in sources()} & drawers
+
+
+def shared(names: Iterator[tuple[str, Path]]) -> dict[str, list[str]]:
+    """Return the names that several files have, with those files."""
+    files: dict[str, list[str]] = defaultdict(list)
+    for name, file in names:
+        files[name].append(str(file.relative_to(ROOT)))
+    return {name: paths for name, paths in files.items() if len(paths) > 1}
+
+
+def test_no_two_files_of_one_name() -> None:
+    found = shared((file.stem, file) for file in sources())
+    assert not found.keys() - SHARED_FILE_NAMES, found
+
+
+def test_no_two_public_classes_of_one_name() -> None:
+    found = shared(
+        (node.name, file)
+        for file in sources()
+        for node in tree_of(file).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert not found.keys() - SHARED_CLASS_NAMES, found
 
 
 def present(module: str) -> bool:

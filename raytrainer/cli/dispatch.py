@@ -64,70 +64,81 @@ def _verb(verb: str, rest: list[str], *, dry: bool) -> int:
             raise ConfigError(f"{_DRY_RUN} is for experiment=…, resume, rerun, evaluate and prune")
         return verbs.run(verb, [*rest, _DRY_RUN] if dry else rest)
     parser = verbs.parser(verb)
-    given = parser.parse(rest)
-    if "=" in given.id:
+    parsed = parser.parse(rest)
+    if "=" in parsed.id:
         raise ConfigError(f"which run? {parser.takes()}")
-    if verb == "evaluate":
-        from raytrainer.runs.evaluate import to_evaluate
-
-        composition = to_evaluate(
-            given.id, given.overrides, checkpoint=given.checkpoint or "best", config_dir=given.config_dir
-        )
-        return _launch(composition, [verb, *rest], as_json=given.json, dry=dry)
-    return (_rerun if verb == "rerun" else _resume)(given, rest, dry=dry)
+    return {"resume": _resume, "rerun": _rerun, "evaluate": _evaluate}[verb](parsed, [verb, *rest], dry=dry)
 
 
-def _rerun(given: argparse.Namespace, rest: list[str], *, dry: bool) -> int:
-    from raytrainer.runs import rerun
-    from raytrainer.runs.resolve import find, trial_of
-
-    options = [*(["--json"] if given.json else []), *([_DRY_RUN] if dry else [])]
-    code = rerun.rerun_recorded_code(given.id, [*given.overrides, *options], here=given.here, say=_say)
-    if code is not None:
-        return code
-    record, _ = find(given.id)
-    if record.kind == "sweep" and trial_of(given.id, record) is None:
-        plan = rerun.to_rerun_sweep(given.id, given.overrides)
-        return _would_send(plan, ["rerun", *rest]) if dry else _run_sweep(plan, ["rerun", *rest], as_json=given.json)
-    composition = rerun.to_rerun(given.id, given.overrides)
-    return _launch(composition, ["rerun", *rest], as_json=given.json, dry=dry)
-
-
-def _launch(composition: config.Composition, arguments: list[str], *, as_json: bool, dry: bool) -> int:
-    """Start a new run that a command has composed, or show or submit it. Return the exit code."""
-    if dry:
-        return _would_send(composition, arguments)
-    if _is_sent(composition):
-        return _submit(composition, arguments, as_json=as_json)
-    return int(_trained(composition, arguments, as_json=as_json).exit_code)
-
-
-def _resume(given: argparse.Namespace, rest: list[str], *, dry: bool) -> int:
-    from raytrainer import attempt
+def _resume(parsed: argparse.Namespace, arguments: list[str], *, dry: bool) -> int:
     from raytrainer.runs.resolve import find
     from raytrainer.runs.resume import to_resume, to_resume_sweep
 
-    record, _ = find(given.id)
+    record, _ = find(parsed.id)
     if record.kind == "sweep":
-        plan, record = to_resume_sweep(given.id, given.overrides)
-        if dry:
-            return _would_send(plan, ["resume", *rest], record)
-        return _run_sweep(plan, ["resume", *rest], record, as_json=given.json)
-    composition, record, changed = to_resume(given.id, given.overrides)
+        plan, record = to_resume_sweep(parsed.id, parsed.overrides)
+        return _start(plan, arguments, record, as_json=parsed.json, dry=dry)
+    composition, record, changed = to_resume(parsed.id, parsed.overrides)
+    return _start(composition, arguments, record, changed, as_json=parsed.json, dry=dry)
+
+
+def _rerun(parsed: argparse.Namespace, arguments: list[str], *, dry: bool) -> int:
+    from raytrainer.runs.rerun import rerun_recorded_code, to_rerun, to_rerun_sweep
+    from raytrainer.runs.resolve import find, trial_of
+
+    options = [*(["--json"] if parsed.json else []), *([_DRY_RUN] if dry else [])]
+    code = rerun_recorded_code(parsed.id, [*parsed.overrides, *options], here=parsed.here, say=_say)
+    if code is not None:
+        return code
+    record, _ = find(parsed.id)
+    is_sweep = record.kind == "sweep" and trial_of(parsed.id, record) is None
+    target = (to_rerun_sweep if is_sweep else to_rerun)(parsed.id, parsed.overrides)
+    return _start(target, arguments, as_json=parsed.json, dry=dry)
+
+
+def _evaluate(parsed: argparse.Namespace, arguments: list[str], *, dry: bool) -> int:
+    from raytrainer.runs.evaluate import to_evaluate
+
+    checkpoint = parsed.checkpoint or "best"
+    composition = to_evaluate(parsed.id, parsed.overrides, checkpoint=checkpoint, config_dir=parsed.config_dir)
+    return _start(composition, arguments, as_json=parsed.json, dry=dry)
+
+
+def _start(
+    target: Any, arguments: list[str], record: Any = None, changed: Sequence[str] = (), *, as_json: bool, dry: bool
+) -> int:
+    """Start or continue the run or sweep that a verb has composed, or submit it, or only show it. Return the exit code.
+
+    Args:
+        target: A composed config, or the plan of a sweep.
+        arguments: The command line.
+        record: The record of the run that continues; None for a new one.
+        changed: As for `attempt.launch`.
+        as_json: Whether to print the outcome as JSON.
+        dry: Whether to start nothing.
+    """
     if dry:
-        return _would_send(composition, ["resume", *rest], record, changed)
-    if _is_sent(composition):
-        return _submit(composition, ["resume", *rest], record, changed, as_json=given.json)
-    outcome = attempt.launch(composition, argv=["resume", *rest], record=record, changed=changed)
-    return _told(outcome, attempt.summary(outcome, provenance.program()), as_json=given.json)
+        return _would_send(target, arguments, record, changed)
+    if not isinstance(target, config.Composition):
+        return _run_sweep(target, arguments, record, as_json=as_json)
+    if _is_sent(target):
+        return _submit(target, arguments, record, changed, as_json=as_json)
+    return int(_trained(target, arguments, record, changed, as_json=as_json).exit_code)
 
 
-def _trained(composition: config.Composition, arguments: list[str], *, as_json: bool = False) -> Any:
+def _trained(
+    composition: config.Composition,
+    arguments: list[str],
+    record: Any = None,
+    changed: Sequence[str] = (),
+    *,
+    as_json: bool = False,
+) -> Any:
     """Train a run, print its summary, and return its outcome."""
     from raytrainer import attempt
 
-    outcome = attempt.launch(composition, argv=arguments)
-    _told(outcome, attempt.summary(outcome, provenance.program()), as_json=as_json)
+    outcome = attempt.launch(composition, argv=arguments, record=record, changed=changed)
+    _print_outcome(outcome, attempt.summary(outcome, provenance.program()), as_json=as_json)
     return outcome
 
 
@@ -213,10 +224,10 @@ def _run_sweep(plan: Any, arguments: list[str], record: Any = None, *, as_json: 
     from raytrainer import sweep
 
     outcome = sweep.launch(plan, argv=arguments, record=record)
-    return _told(outcome, sweep.summary(outcome, provenance.program()), as_json=as_json)
+    return _print_outcome(outcome, sweep.summary(outcome, provenance.program()), as_json=as_json)
 
 
-def _told(outcome: Any, summary: str, *, as_json: bool = False) -> int:
+def _print_outcome(outcome: Any, summary: str, *, as_json: bool = False) -> int:
     if outcome.traceback:
         print(outcome.traceback, file=sys.stderr)
     if as_json:

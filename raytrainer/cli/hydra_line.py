@@ -53,7 +53,7 @@ class HydraLine:
         self._overrides = list(self._parsed.overrides)
         self._exit_codes: list[int] = []
         self._bug: Exception | None = None
-        self._full_error = os.environ.get(_FULL_ERROR)  # as the user has set it
+        self._users_full_error = os.environ.get(_FULL_ERROR)  # as the user has set it
 
     def run(self) -> int:
         """Run the command line and return the highest exit code of its jobs.
@@ -85,7 +85,7 @@ class HydraLine:
             if self._bug is not None:
                 raise self._bug from None
         except Exception as error:
-            if self._full_error == "1":
+            if self._users_full_error == "1":
                 raise
             raise self._explained(error) from error
         return max(self._exit_codes, default=0)
@@ -93,7 +93,7 @@ class HydraLine:
     def __call__(self, cfg: DictConfig) -> None:
         """Run one job of Hydra: a whole run."""
         try:
-            with _variable(_FULL_ERROR, self._full_error):
+            with _full_error(self._users_full_error):
                 self._exit_codes.append(exit_code_of(lambda: self._run_task(cfg)))
         except Exception as error:
             self._bug = error
@@ -103,7 +103,7 @@ class HydraLine:
 
     def sweep(self, overrides: list[str], cfg: DictConfig) -> None:
         """Run all trials as one task. `hydra/sweeper=ray_tune` calls this, instead of calling the object for each."""
-        with _variable(_FULL_ERROR, self._full_error):
+        with _full_error(self._users_full_error):
             self._exit_codes.append(exit_code_of(lambda: self._run_sweep_task(overrides, cfg)))
 
     def _check_sweep_choice(self, choice: str) -> None:
@@ -120,7 +120,7 @@ class HydraLine:
         version.setbase("1.3")
         config.register_schema()
         # With the variable set, Hydra raises its errors. Without it, Hydra prints them and ends the process with 1.
-        with _variable(_FULL_ERROR, "1"), config.quiet(), completion.prefixed(typed_choices):
+        with _full_error("1"), config.quiet(), completion.prefixed(typed_choices):
             run_hydra(
                 args=self._parsed,
                 args_parser=self._parser,
@@ -188,29 +188,25 @@ def _argument_parser() -> argparse.ArgumentParser:
     def refuse(message: str) -> NoReturn:
         raise ConfigError(f"{message}; {provenance.program()} --help lists the options")
 
-    parser: argparse.ArgumentParser = argument_parser()
-    parser.prog = provenance.program()
+    shown = f"raytrainer {sys.modules['raytrainer'].__version__} (Hydra {version('hydra-core')})"
+    parser = argument_parser(provenance.program(), shown)
     parser.error = refuse  # type: ignore[method-assign]
-    for action in parser._actions:
-        if "--version" in action.option_strings:
-            action.version = f"raytrainer {sys.modules['raytrainer'].__version__} (Hydra {version('hydra-core')})"  # type: ignore[attr-defined]
-            action.help = "Show the version and exit"
     return parser
 
 
 @contextlib.contextmanager
-def _variable(name: str, value: str | None) -> Iterator[None]:
-    """Set an environment variable for a while; None unsets it."""
-    before = os.environ.get(name)
+def _full_error(value: str | None) -> Iterator[None]:
+    """Set HYDRA_FULL_ERROR for a while; None unsets it."""
+    before = os.environ.get(_FULL_ERROR)
     try:
-        _set(name, value)
+        _set_full_error(value)
         yield
     finally:
-        _set(name, before)
+        _set_full_error(before)
 
 
-def _set(name: str, value: str | None) -> None:
+def _set_full_error(value: str | None) -> None:
     if value is None:
-        os.environ.pop(name, None)
+        os.environ.pop(_FULL_ERROR, None)
     else:
-        os.environ[name] = value
+        os.environ[_FULL_ERROR] = value

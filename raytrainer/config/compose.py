@@ -438,9 +438,9 @@ def quiet() -> Iterator[None]:
 def searching(config_dir: str | Path | None, searchpath: Sequence[str] = ()) -> Iterator[None]:
     """Set up Hydra as the command line does, and restore its previous state afterwards."""
     from hydra import version
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_automatic_config_search_path
     from hydra.core.config_search_path import SearchPathQuery
-
-    from raytrainer.config.hydra_internals import Hydra, create_automatic_config_search_path
 
     path = create_automatic_config_search_path(None, None, f"pkg://{CONFIG_MODULE}")
     if config_dir is not None:

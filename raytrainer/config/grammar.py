@@ -140,9 +140,8 @@ def is_text(value: Any) -> bool:
 def as_text(value: Any) -> str:
     """Return a value as text that Hydra parses to the same value. Hydra's own writer loses quotes that a function
     dropped: `choice('1',2)` holds a text and a number."""
+    from hydra._internal.grammar.utils import escape_special_characters
     from hydra.core.override_parser.types import Quote, QuotedString
-
-    from raytrainer.config.hydra_internals import escape_special_characters
 
     if isinstance(value, QuotedString):
         return value.with_quotes()

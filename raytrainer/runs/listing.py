@@ -16,7 +16,7 @@ from pathlib import Path
 
 from raytrainer import provenance, tracking
 from raytrainer.attempt import SUBMITTED, Record, in_background
-from raytrainer.core.text import ago, aligned
+from raytrainer.core.formatting import ago, aligned
 from raytrainer.errors import ConfigError, StorageError, TrackingError
 from raytrainer.runs.arguments import VerbParser, positive
 from raytrainer.runs.handle import RunHandle, attempt_number

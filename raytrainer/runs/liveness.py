@@ -29,7 +29,7 @@ from typing import Literal
 
 from raytrainer.attempt import Record
 from raytrainer.cluster.ending import REFUSED, ending_of
-from raytrainer.core.text import duration
+from raytrainer.core.formatting import duration
 from raytrainer.errors import StorageError
 from raytrainer.runs.jobs import ACTIVE, Job
 from raytrainer.storage import Storage

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from raytrainer.attempt import CONFIG, Record
-from raytrainer.core.text import aligned
+from raytrainer.core.formatting import aligned
 from raytrainer.errors import CheckpointError, RaytrainerError, StorageError, StorageLocked
 from raytrainer.runs import worktree
 from raytrainer.runs.arguments import VerbParser, age, positive

@@ -13,7 +13,7 @@ from raytrainer import tracking
 from raytrainer.attempt import SUBMITTED, Record
 from raytrainer.config.schema import NAME_PATTERN
 from raytrainer.errors import RunNotFound, StorageError, nearest
-from raytrainer.runs.handle import RunHandle, Submission, without_options
+from raytrainer.runs.handle import RunHandle, SubmittedRun, without_options
 from raytrainer.storage import Storage
 from raytrainer.tracking import lookup
 
@@ -85,7 +85,7 @@ def submitted_from(root: Path) -> Iterator[RunHandle]:
     """Yield the runs that were submitted from this directory, as they were sent."""
     for handle in runs_in(root / SUBMITTED):
         assert handle.storage is not None
-        yield RunHandle.of_submission(Submission(handle.record, handle.storage))
+        yield RunHandle.of_submission(SubmittedRun(handle.record, handle.storage))
 
 
 def with_submission(handle: RunHandle, root: Path) -> RunHandle:
@@ -93,7 +93,7 @@ def with_submission(handle: RunHandle, root: Path) -> RunHandle:
     storage = Storage(root / SUBMITTED / handle.name)
     with suppress(StorageError):
         record = Record.read(storage)
-        if record is not None and (submission := Submission(record, storage)).belongs_to(handle.record):
+        if record is not None and (submission := SubmittedRun(record, storage)).belongs_to(handle.record):
             return replace(handle, submission=submission)
     return handle
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from raytrainer import provenance, tracking
 from raytrainer.cluster.ending import ending_of, one_line
-from raytrainer.core.text import ago, duration
+from raytrainer.core.formatting import ago, duration
 from raytrainer.errors import RaytrainerError, StorageError, TrackingError
 from raytrainer.runs.arguments import VerbParser
 from raytrainer.runs.handle import RunHandle

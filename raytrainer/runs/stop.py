@@ -17,7 +17,7 @@ import psutil
 
 from raytrainer import provenance
 from raytrainer.attempt import STOP, Record
-from raytrainer.core.text import duration
+from raytrainer.core.formatting import duration
 from raytrainer.errors import ConfigError, RaytrainerError, StorageError, TrackingError
 from raytrainer.runs.arguments import VerbParser, number_of_seconds
 from raytrainer.runs.jobs import ACTIVE, Clusters, Job, never_sent

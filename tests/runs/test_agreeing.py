@@ -14,7 +14,7 @@ import pytest
 from raytrainer import attempt
 from raytrainer.attempt import Outcome, Record, summary
 from raytrainer.config import compose
-from raytrainer.core.text import duration
+from raytrainer.core.formatting import duration
 from raytrainer.runs.evaluate import to_evaluate
 from raytrainer.runs.handle import RunHandle
 from raytrainer.runs.listing import list_runs

@@ -86,7 +86,10 @@ def test_asked_and_waited_for_with_all_it_started(store: Store) -> None:
         assert gone(worker)
     assert (result.is_stopped, result.status, result.message) == (True, "KILLED", "its 2 processes are gone")
     assert said == [f"one: asked process {process.pid} to end after a last checkpoint"]
-    assert replace(result, seconds=0.2).text("raytrainer") == "one is stopped (KILLED) after 0:00: its 2 processes are gone"
+    assert (
+        replace(result, seconds=0.2).text("raytrainer")
+        == "one is stopped (KILLED) after 0:00: its 2 processes are gone"
+    )
     assert store.status(made.run_id)[0] == "KILLED"  # the record had this status, but MLflow did not
 
 
