@@ -89,12 +89,13 @@ def _folders(path: str) -> list[str]:
 
 def _config_dir(words: Sequence[str]) -> str | None:
     """Return the last `--config-dir` on a command line that is a directory."""
-    folders = [""]
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    folder = None
+    for place, word in enumerate(words):
         name, equals, value = word.partition("=")
         if name in ("--config-dir", "-cd"):
-            folders.append(value if equals else following.strip("'\""))
-    return next((str(path) for f in reversed(folders) if f and (path := Path(f).expanduser()).is_dir()), None)
+            path = Path(value if equals else (*words, "")[place + 1].strip("'\"")).expanduser()
+            folder = str(path) if path.is_dir() else folder
+    return folder
 
 
 def _simplified(word: str) -> str | None:

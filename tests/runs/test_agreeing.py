@@ -100,7 +100,7 @@ def in_mlflow(store: Store, outcome: Outcome) -> Any:
     return store.client.get_run(outcome.record.run_id or "")
 
 
-def test_a_run_and_what_goes_on_from_it(store: Store) -> None:
+def test_a_run_and_its_resume(store: Store) -> None:
     first = launched()
     assert (first.status, first.step) == ("FINISHED", 5)
     assert first.result is not None
@@ -122,7 +122,7 @@ def test_a_run_and_what_goes_on_from_it(store: Store) -> None:
     assert facts.seconds == pytest.approx(evaluation.seconds, abs=0.002)
 
 
-def test_a_run_that_fails_and_then_does_not(store: Store) -> None:
+def test_a_run_that_fails_and_is_resumed(store: Store) -> None:
     """A failed run has its step, duration and cause; once it has finished, it has no cause."""
     failed = launched(f"+callbacks.fails._target_={ME}.Fails")
     assert (failed.status, failed.step) == ("FAILED", 4)
@@ -158,7 +158,7 @@ def test_a_driver_that_was_killed_is_closed_with_the_time_it_had(store: Store) -
 
 
 @pytest.mark.parametrize("what", ["run", "database"])
-def test_mlflow_loses_the_run_in_the_middle(store: Store, what: str) -> None:
+def test_the_mlflow_run_is_deleted_during_the_run(store: Store, what: str) -> None:
     """Training continues, the record stays correct, and resume continues in a new MLflow run."""
     first = launched(f"+callbacks.deletes._target_={ME}.Deletes", f"+callbacks.deletes.what={what}")
     assert (first.status, first.step) == ("FINISHED", 5)
@@ -179,15 +179,15 @@ def test_mlflow_loses_the_run_in_the_middle(store: Store, what: str) -> None:
     assert not status_of("one").is_lost
 
 
-def test_the_directory_is_deleted_in_the_middle(store: Store) -> None:
+def test_the_directory_is_deleted_during_the_run(store: Store) -> None:
     """The run fails with a message that says so, and nothing creates the directory again."""
     outcome = launched(f"+callbacks.deletes._target_={ME}.Deletes", "+callbacks.deletes.what=directory")
     assert (outcome.status, outcome.exit_code, outcome.gone) == ("FAILED", 1, True)
     assert "StorageGone: The run's directory" in (outcome.cause or "")
     assert str(Path("runs/one").absolute()) in (outcome.cause or "")
-    said = summary(outcome, "raytrainer")
-    assert "is gone, and with it the run's checkpoints" in said
-    assert "resume" not in said
+    text = summary(outcome, "raytrainer")
+    assert "is gone, and with it the run's checkpoints" in text
+    assert "resume" not in text
     assert not Path("runs/one").exists()
     kept = in_mlflow(store, outcome)
     assert (kept.info.status, kept.data.tags["raytrainer.cause"]) == ("FAILED", outcome.cause)

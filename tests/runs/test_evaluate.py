@@ -40,7 +40,7 @@ def refusal(identifier: str, *overrides: str, checkpoint: str = "best") -> str:
     return str(caught.value)
 
 
-def test_a_run_of_its_own_below_the_one_that_it_is_of(run: Record) -> None:
+def test_an_evaluation_is_a_child_run(run: Record) -> None:
     e = to_evaluate(run.name, ["data.global_batch_size=7", "+data.val.transform=null"]).experiment
     assert e.evaluate is not None
     assert (e.evaluate.run_dir, e.evaluate.checkpoint, e.evaluate.run_id) == (run.run_dir, "best", RUN_ID)
@@ -51,7 +51,7 @@ def test_a_run_of_its_own_below_the_one_that_it_is_of(run: Record) -> None:
     assert e.cluster.kind == "local"  # like the run
 
 
-def test_another_validation_set_and_another_place(run: Record, tmp_path: Path) -> None:
+def test_another_validation_set_and_another_cluster(run: Record, tmp_path: Path) -> None:
     (tmp_path / "conf/data").mkdir(parents=True)
     (tmp_path / "conf/data/far.yaml").write_text(
         "val: {night: {_target_: raytrainer.data.Digits, split: val}, day: {_target_: raytrainer.data.Digits, "
@@ -68,7 +68,7 @@ def test_another_validation_set_and_another_place(run: Record, tmp_path: Path) -
     assert dict(found.choices)["data"] == "far"
 
 
-def test_what_would_be_another_model_is_refused(run: Record) -> None:
+def test_an_override_of_the_model_is_refused(run: Record) -> None:
     for override in ("model=resnet18", "model.width=3", "optimizer.lr=1", "trainer.ema_decay=0.9", "loss=mse"):
         assert f"{override.partition('=')[0]}=" in refusal(run.name, override)
         assert "cannot be changed in an evaluation" in refusal(run.name, override)
@@ -109,7 +109,7 @@ def test_a_trial_of_a_sweep(in_tmp: Path) -> None:
     assert "search is a sweep; name one of its trials" in refusal("search")
 
 
-def test_it_is_told_to_the_store_of_the_run(run: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_tracked_in_the_store_of_the_run(run: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store that is set here now does not have the parent run, so the run's own store is used."""
     storage = Storage(run.run_dir)
     replace(run, tracking_uri="http://theirs:5000").write(storage)

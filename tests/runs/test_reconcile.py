@@ -22,7 +22,7 @@ from raytrainer.runs.liveness import LIMIT_S, Liveness, LockState
 from raytrainer.runs.resolve import resolve_run, with_mlflow_run
 from raytrainer.storage import Storage
 from raytrainer.tracking.server import Server
-from tests.runs.past import ADDRESS, FakeCluster, Store, claim, of_here
+from tests.runs.past import ADDRESS, FakeCluster, Store, local_owner, write_lease
 
 JOB = {"submission_id": "one", "cluster_address": ADDRESS}
 
@@ -30,7 +30,7 @@ JOB = {"submission_id": "one", "cluster_address": ADDRESS}
 def killed() -> dict[str, Any]:
     """Return the lease fields of a process of this machine that has been killed."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        who = of_here(process.pid)
+        who = local_owner(process.pid)
         process.kill()
     return who
 
@@ -42,10 +42,10 @@ def look(name: str, clusters: Clusters) -> tuple[RunHandle, Liveness]:
 
 def test_a_killed_driver(store: Store) -> None:
     made, storage = store.add("one", status="RUNNING")
-    claim(storage, **killed(), age_s=1000)
-    said: list[str] = []
+    write_lease(storage, **killed(), age_s=1000)
+    messages: list[str] = []
     clusters = Clusters()
-    assert reconcile.close_orphans([look("one", clusters)], clusters, said.append) == {"one"}
+    assert reconcile.close_orphans([look("one", clusters)], clusters, messages.append) == {"one"}
     status, cause = store.status(made.run_id)
     assert status == "FAILED"
     assert cause is not None
@@ -57,14 +57,14 @@ def test_a_killed_driver(store: Store) -> None:
     assert found is not None
     assert found.status == "FAILED"
     assert storage.list("lock") == []
-    assert len(said) == 1
-    assert said[0].startswith("one is marked FAILED: its driver is dead (process ")
-    assert reconcile.close_orphans([look("one", clusters)], clusters, said.append) == set()
+    assert len(messages) == 1
+    assert messages[0].startswith("one is marked FAILED: its driver is dead (process ")
+    assert reconcile.close_orphans([look("one", clusters)], clusters, messages.append) == set()
 
 
-def test_one_that_lives_is_left_alone(store: Store) -> None:
+def test_a_live_run_is_left_alone(store: Store) -> None:
     made, storage = store.add("one", status="RUNNING")
-    claim(storage, **of_here(os.getpid()), age_s=1000)
+    write_lease(storage, **local_owner(os.getpid()), age_s=1000)
     clusters = Clusters()
     known, liveness = look("one", clusters)
     assert liveness.state == "alive"
@@ -74,9 +74,9 @@ def test_one_that_lives_is_left_alone(store: Store) -> None:
     assert store.status(made.run_id) == ("RUNNING", None)
 
 
-def test_an_end_told_in_between_stands(store: Store) -> None:
+def test_a_final_status_written_meanwhile_stays(store: Store) -> None:
     made, storage = store.add("one", status="RUNNING")
-    claim(storage, **killed())
+    write_lease(storage, **killed())
     clusters = Clusters()
     known, liveness = look("one", clusters)
     store.client.set_terminated(made.run_id, "FINISHED", 5000)
@@ -84,9 +84,9 @@ def test_an_end_told_in_between_stands(store: Store) -> None:
     assert store.status(made.run_id) == ("FINISHED", None)
 
 
-def test_an_attempt_that_began_in_between_is_left_alone(store: Store) -> None:
+def test_an_attempt_that_started_meanwhile_is_left_alone(store: Store) -> None:
     made, storage = store.add("one", status="RUNNING")
-    claim(storage, **killed())
+    write_lease(storage, **killed())
     clusters = Clusters()
     known, liveness = look("one", clusters)
     Record(**{**made.__dict__, "attempts": 2}).write(storage)
@@ -94,9 +94,9 @@ def test_an_attempt_that_began_in_between_is_left_alone(store: Store) -> None:
     assert store.status(made.run_id)[0] == "RUNNING"
 
 
-def test_nobody_can_go_on_with_it_while_it_is_closed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_cannot_be_resumed_while_it_is_closed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     _, storage = store.add("one", status="RUNNING")
-    claim(storage, **killed())
+    write_lease(storage, **killed())
     tried = []
 
     def told(*_: object) -> bool:
@@ -111,9 +111,9 @@ def test_nobody_can_go_on_with_it_while_it_is_closed(store: Store, monkeypatch: 
     assert tried == [True]
 
 
-def test_what_the_dead_driver_had_in_its_spool_is_sent_first(store: Store) -> None:
+def test_the_spool_of_a_dead_driver_is_uploaded_first(store: Store) -> None:
     made, storage = store.add("one", status="RUNNING")
-    claim(storage, **killed())
+    write_lease(storage, **killed())
     assert made.run_id is not None
     tracker = tracking.MlflowTracker(
         made.run_id, store.uri, storage.local_path / "spool", ship=False, system_metrics=False
@@ -126,7 +126,7 @@ def test_what_the_dead_driver_had_in_its_spool_is_sent_first(store: Store) -> No
     assert (run.info.status, run.data.metrics) == ("FAILED", {"train/loss": 0.5})
 
 
-def test_an_end_that_mlflow_was_not_told_is_told(store: Store) -> None:
+def test_a_final_status_that_mlflow_lacks_is_sent(store: Store) -> None:
     made, storage = store.add("one", status="RUNNING")
     Record(**{**made.__dict__, "status": "FINISHED"}).write(storage)
     clusters = Clusters()
@@ -134,9 +134,9 @@ def test_an_end_that_mlflow_was_not_told_is_told(store: Store) -> None:
     assert store.status(made.run_id)[0] == "FINISHED"
 
 
-def test_a_dead_sweep_takes_its_trials_along(store: Store) -> None:
+def test_the_trials_of_a_dead_sweep_are_closed(store: Store) -> None:
     made, storage = store.add("sweep", kind="sweep", status="RUNNING")
-    claim(storage, **killed())
+    write_lease(storage, **killed())
     running, ended = store.add_trial("sweep", "0001"), store.add_trial("sweep", "0002", status="FINISHED")
     other = store.add_trial("other", "0001")
     clusters = Clusters()
@@ -153,7 +153,7 @@ def test_a_dead_sweep_takes_its_trials_along(store: Store) -> None:
 )
 def test_a_job_that_ended(store: Store, state: str, status: str, cause: str) -> None:
     made, storage = store.add("one", status="RUNNING", job=JOB)
-    claim(storage, owner={"job": "one"})  # of a driver on another machine that was just killed
+    write_lease(storage, owner={"job": "one"})  # of a driver on another machine that was just killed
     cluster = FakeCluster(log="the last words\n")
     now = float(int(time.time()))
     cluster.add("one", state, message="no more memory", started=now - 60, ended=now)
@@ -180,7 +180,7 @@ def test_a_job_whose_directory_cannot_be_read(store: Store) -> None:
     assert store.status(made.run_id)[0] == "KILLED"
 
 
-def test_a_job_that_went_well_and_could_not_tell(store: Store) -> None:
+def test_a_job_that_succeeded_without_reaching_mlflow(store: Store) -> None:
     made, _ = store.add("one", status="RUNNING", job=JOB, on_disk=False)
     cluster = FakeCluster()
     cluster.add("one", "SUCCEEDED", exit_code=0)
@@ -192,7 +192,7 @@ def test_a_job_that_went_well_and_could_not_tell(store: Store) -> None:
 def test_a_cluster_that_is_gone(store: Store) -> None:
     """The lease decides: the driver is dead only when its lease is stale."""
     made, storage = store.add("one", status="RUNNING", job=JOB)
-    name = claim(storage, owner={"job": "one"}, age_s=100)
+    name = write_lease(storage, owner={"job": "one"}, age_s=100)
     clusters = FakeCluster(down=OSError("connection refused")).clusters()
     assert look("one", clusters)[1].state == "alive"
     assert clusters.silent == {ADDRESS: "connection refused"}
@@ -202,22 +202,22 @@ def test_a_cluster_that_is_gone(store: Store) -> None:
     assert store.status(made.run_id)[0] == "FAILED"
 
 
-def test_a_store_that_cannot_be_told_is_said(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_cannot_be_written_is_reported(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     _, storage = store.add("one", status="RUNNING")
-    claim(storage, **killed())
+    write_lease(storage, **killed())
     clusters = Clusters()
     found = look("one", clusters)
     Path("mlflow.db").unlink()
     Path("mlflow.db").mkdir()
-    said: list[str] = []
-    assert reconcile.close_orphans([found], clusters, said.append) == set()
-    assert len(said) == 1
-    assert "could not be closed" in said[0]
+    messages: list[str] = []
+    assert reconcile.close_orphans([found], clusters, messages.append) == set()
+    assert len(messages) == 1
+    assert "could not be closed" in messages[0]
 
 
-def test_one_that_takes_too_long_to_look_at_is_left_as_it_is(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_takes_too_long_to_check_is_left_alone(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     _, storage = store.add("one", status="RUNNING")
-    claim(storage, **killed())
+    write_lease(storage, **killed())
     store.add("two", status="RUNNING")
 
     over = threading.Event()

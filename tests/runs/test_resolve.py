@@ -26,14 +26,14 @@ def past(in_tmp: Path) -> Record:
     return found
 
 
-def test_found_by_name_mlflow_id_and_submission_id(past: Record) -> None:
+def test_by_name_mlflow_id_and_submission_id(past: Record) -> None:
     for identifier in (past.name, RUN_ID, JOB["submission_id"]):
         found, storage = find(identifier)
         assert found == past
         assert storage.uri == past.run_dir
 
 
-def test_found_elsewhere_through_the_tracking_store(
+def test_from_another_directory_through_the_tracking_store(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, _ = store.add("one", job={"submission_id": "one--2", "cluster_address": ADDRESS})
@@ -68,7 +68,7 @@ def test_the_newest_of_a_name_in_mlflow(store: Store) -> None:
     assert found.mlflow_run.run_id == newest.run_id
 
 
-def test_a_place_that_is_gone(store: Store) -> None:
+def test_a_directory_that_is_gone(store: Store) -> None:
     made, _ = store.add("one", on_disk=False, job=JOB)
     with pytest.raises(RunNotFound, match=r"its directory .*one is gone, or cannot be read from here"):
         find("one")
@@ -76,14 +76,14 @@ def test_a_place_that_is_gone(store: Store) -> None:
     assert (known.storage, known.record.run_dir, known.record.job) == (None, made.run_dir, JOB)
 
 
-def test_a_run_of_somebody_elses_in_mlflow_is_none_of_ours(store: Store) -> None:
+def test_a_foreign_run_in_mlflow_is_not_found(store: Store) -> None:
     experiment = store.client.create_experiment("other", store.artifact_root)
     store.client.create_run(experiment, run_name="theirs")
     with pytest.raises(RunNotFound, match="theirs: no run of this name"):
         find("theirs")
 
 
-def test_what_was_submitted_is_known_before_it_begins(in_tmp: Path) -> None:
+def test_a_submission_is_known_before_it_starts(in_tmp: Path) -> None:
     place = in_tmp / "shared" / "one"
     sent = Record("one", str(place), tracking_uri="http://x", job={**JOB, "submission_id": "one"})
     sent.write(Storage(in_tmp / "runs" / SUBMITTED / "one"))
@@ -96,7 +96,7 @@ def test_what_was_submitted_is_known_before_it_begins(in_tmp: Path) -> None:
     assert find("one")[0] == begun
 
 
-def test_what_mlflow_says_of_a_run_on_this_disk(store: Store) -> None:
+def test_the_mlflow_run_of_a_local_run(store: Store) -> None:
     made, _ = store.add("one", tags={"raytrainer.where": "there"})
     known = resolve_run("one")
     assert known.mlflow_run is None
@@ -105,26 +105,26 @@ def test_what_mlflow_says_of_a_run_on_this_disk(store: Store) -> None:
     assert (stored.run_id, stored.tags["raytrainer.where"]) == (made.run_id, "there")
 
 
-def test_not_found_tells_the_nearest(past: Record) -> None:
+def test_the_error_lists_the_nearest_names(past: Record) -> None:
     with pytest.raises(RunNotFound, match=f"no run of this name, MLflow id or submission id in .*; there are {NAME}"):
         find("mlp-20260101-120000-abce")
     with pytest.raises(RunNotFound, match="; there are "):
         find("zzzzzz")
 
 
-def test_nothing_there(in_tmp: Path) -> None:
+def test_an_empty_directory(in_tmp: Path) -> None:
     expected = r"^one: no run of this name, MLflow id or submission id in \S+ or the tracking store$"
     with pytest.raises(RunNotFound, match=expected):
         find("one")
 
 
 @pytest.mark.parametrize("identifier", ["../x", "/etc", "a b", "", ".", "..", "x/y", "x\n", "$(reboot)"])
-def test_hostile_names_lead_nowhere(past: Record, identifier: str) -> None:
+def test_hostile_names_are_refused(past: Record, identifier: str) -> None:
     with pytest.raises(RunNotFound, match="is neither a run's name nor an MLflow run id"):
         find(identifier)
 
 
-def test_others_in_the_directory_do_no_harm(past: Record) -> None:
+def test_other_files_in_the_directory_are_skipped(past: Record) -> None:
     folder = Path("runs")
     (folder / "a-file").write_text("")
     (folder / "empty").mkdir()
@@ -142,7 +142,7 @@ def test_a_record_of_a_later_version_is_read(past: Record) -> None:
     assert find(past.name)[0] == past
 
 
-def test_what_was_submitted_and_cannot_be_read_from_here_is_found_in_mlflow(store: Store) -> None:
+def test_an_unreadable_submission_is_found_in_mlflow(store: Store) -> None:
     """The run directory identifies the run, because another user's run has the same name and the same job id."""
     job = {"submission_id": "one", "cluster_address": ADDRESS}
     made, storage = store.add("one", job=job, started=1_000_000.0)
@@ -169,7 +169,7 @@ def test_what_was_submitted_and_cannot_be_read_from_here_is_found_in_mlflow(stor
         ("one", None, "one"),
     ],
 )
-def test_an_attempt_that_its_directory_does_not_know_yet(
+def test_an_attempt_that_is_not_in_the_record_yet(
     in_tmp: Path, attempt: str, job: str | None, coming: str | None
 ) -> None:
     own = {} if job is None else {"submission_id": job, "cluster_address": ADDRESS}

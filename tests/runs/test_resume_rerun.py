@@ -132,7 +132,7 @@ def test_a_config_that_is_gone(past: Record) -> None:
 # --- rerun ---------------------------------------------------------------------------------------------------------
 
 
-def test_rerun_is_a_new_run_of_the_same_thing(past: Record) -> None:
+def test_rerun_is_a_new_run_of_the_same_config(past: Record) -> None:
     before = to_resume(past.name, [])[0].experiment
     e = to_rerun(past.name, ["model.width=32", "seed=3"]).experiment
     assert e.name is not None
@@ -199,7 +199,7 @@ def test_a_trial_is_found_by_its_name_and_by_its_mlflow_id(swept: Record, monkey
         find("2" * 32)
 
 
-def test_a_trial_is_done_again_as_a_run(swept: Record) -> None:
+def test_a_trial_is_rerun_as_a_run(swept: Record) -> None:
     composition = to_rerun(f"{swept.name}.0002", ["trainer.max_epochs=3"])
     e = composition.experiment
     assert e.optimizer is not None
@@ -216,7 +216,7 @@ def test_a_trial_is_not_resumed_by_itself(swept: Record) -> None:
         to_resume_sweep(f"{swept.name}.0002", [])
 
 
-def test_a_sweep_goes_on_with_more_trials(swept: Record) -> None:
+def test_a_sweep_is_resumed_with_more_trials(swept: Record) -> None:
     plan, record = to_resume_sweep(swept.name, ["sweep.num_samples=20", "sweep.max_trial_failures=2"])
     assert record == swept
     assert {c.experiment.sweep.num_samples for c in plan.compositions.values()} == {20}
@@ -229,7 +229,7 @@ def test_a_sweep_goes_on_with_more_trials(swept: Record) -> None:
     "override",
     ["sweep.metric=val/loss", "optimizer.lr=0.1", "sweep=asha", "trainer.max_epochs=3", "num_samples=3", "seed=3"],
 )
-def test_a_sweep_does_not_go_on_as_another(swept: Record, override: str) -> None:
+def test_a_resumed_sweep_cannot_change_its_trials(swept: Record, override: str) -> None:
     with pytest.raises(ConfigError) as caught:
         to_resume_sweep(swept.name, [override])
     assert str(caught.value).startswith(override)
@@ -237,12 +237,12 @@ def test_a_sweep_does_not_go_on_as_another(swept: Record, override: str) -> None
     assert "sweep.allow_failed" in str(caught.value)
 
 
-def test_a_key_that_a_sweep_does_not_have_is_told_with_the_nearest(swept: Record) -> None:
+def test_an_unknown_key_of_a_sweep_is_refused_with_the_nearest(swept: Record) -> None:
     with pytest.raises(ConfigError, match=r"^sweep\.num_sample is not a key; valid: sweep\.num_samples, "):
         to_resume_sweep(swept.name, ["sweep.num_sample=20"])
 
 
-def test_a_sweep_is_done_again_under_another_name(swept: Record) -> None:
+def test_a_sweep_is_rerun_under_another_name(swept: Record) -> None:
     plan = to_rerun_sweep(swept.name, ["trainer.max_epochs=3"])
     assert plan.experiment.name != swept.name
     assert len({c.experiment.name for c in plan.compositions.values()}) == 1

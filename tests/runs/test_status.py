@@ -15,7 +15,7 @@ from raytrainer.runs.status import status_of, text
 from raytrainer.storage import Storage
 from raytrainer.sweep import make_plan
 from raytrainer.sweep.journal import Report, Trial, TrialJournal
-from tests.runs.past import ADDRESS, FakeCluster, Store, claim, of_here, record
+from tests.runs.past import ADDRESS, FakeCluster, Store, local_owner, record, write_lease
 from tests.runs.test_listing import METRICS, TAGS
 from tests.runs.test_reconcile import killed
 
@@ -27,10 +27,10 @@ def saved(storage: Storage, step: int, metric: float) -> None:
     storage.write_bytes(f"checkpoints/step-{step:09d}/manifest.json", json.dumps(manifest).encode())
 
 
-def test_one_that_runs(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_running_run(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["raytrainer"])
     made, storage = store.add("one", status="RUNNING", tags=TAGS, metrics=METRICS, started=time.time() - 100)
-    claim(storage, **of_here(os.getpid()))
+    write_lease(storage, **local_owner(os.getpid()))
     for step in (20, 30):
         saved(storage, step, 0.5)
     storage.write_bytes("checkpoints/step-000000040/tensors", b"")  # not committed
@@ -55,7 +55,7 @@ def test_one_that_runs(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.dumps(found.to_json())
 
 
-def test_one_that_failed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_run(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["raytrainer"])
     _, storage = store.add("one", status="FAILED", cause="rank 1: ValueError: x")
     saved(storage, 10, 0.5)
@@ -69,35 +69,35 @@ def test_one_that_failed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_one_that_died_is_closed(store: Store) -> None:
+def test_an_orphan_is_closed(store: Store) -> None:
     made, storage = store.add("one", status="RUNNING")
-    claim(storage, **killed())
-    said: list[str] = []
-    found = status_of("one", say=said.append)
+    write_lease(storage, **killed())
+    messages: list[str] = []
+    found = status_of("one", say=messages.append)
     assert found.summary.status == "FAILED"
     assert found.summary.cause is not None
     assert found.summary.cause.startswith("its driver died")
     assert store.status(made.run_id)[0] == "FAILED"
-    assert len(said) == 1
+    assert len(messages) == 1
 
 
-def test_without_mlflow_the_directory_tells(in_tmp: Path) -> None:
+def test_without_mlflow_the_directory_is_shown(in_tmp: Path) -> None:
     _, storage = record("one", status="RUNNING", run_id="0" * 32, tracking_uri="http://127.0.0.1:9")
-    claim(storage, **killed())
+    write_lease(storage, **killed())
     saved(storage, 10, 0.75)
     saved(storage, 20, 0.5)
-    said: list[str] = []
-    found = status_of("one", say=said.append)
+    messages: list[str] = []
+    found = status_of("one", say=messages.append)
     facts = found.summary
     assert (facts.status, facts.step) == ("FAILED", 20)
     assert (facts.monitor, facts.best, facts.best_step) == ("val/accuracy", 0.75, 10)
-    assert "what follows is from" in said[0]
-    assert "could not be closed" in said[1]
+    assert "what follows is from" in messages[0]
+    assert "could not be closed" in messages[1]
 
 
-def test_a_job_that_runs(store: Store) -> None:
+def test_a_running_job(store: Store) -> None:
     _, storage = store.add("one", status="RUNNING", job=JOB)
-    claim(storage, owner={"job": "one--2"})
+    write_lease(storage, owner={"job": "one--2"})
     cluster = FakeCluster()
     cluster.add("one--2", message="Job is currently running.")
     for identifier in ("one", "one--2"):
@@ -106,7 +106,7 @@ def test_a_job_that_runs(store: Store) -> None:
         assert f"job      one--2 at {ADDRESS}, RUNNING: Job is currently running." in text(found)
 
 
-def test_a_job_that_waits_says_for_what(in_tmp: Path) -> None:
+def test_a_pending_job_says_what_it_waits_for(in_tmp: Path) -> None:
     sent = Record("one", "/nowhere/one", job=JOB)
     sent.write(Storage(in_tmp / "runs" / SUBMITTED / "one"))
     cluster = FakeCluster()
@@ -121,11 +121,11 @@ def test_a_job_that_waits_says_for_what(in_tmp: Path) -> None:
 
 def test_a_cluster_that_does_not_answer(store: Store) -> None:
     _, storage = store.add("one", status="RUNNING", job=JOB)
-    claim(storage, owner={"job": "one--2"})
-    said: list[str] = []
-    found = status_of("one", clusters=FakeCluster(down=OSError("refused")).clusters(), say=said.append)
+    write_lease(storage, owner={"job": "one--2"})
+    messages: list[str] = []
+    found = status_of("one", clusters=FakeCluster(down=OSError("refused")).clusters(), say=messages.append)
     assert (found.summary.status, found.job) == ("RUNNING", None)
-    assert said == [f"the cluster {ADDRESS} could not be asked: refused"]
+    assert messages == [f"the cluster {ADDRESS} could not be asked: refused"]
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_a_sweep_and_its_trial(sweep: Storage) -> None:
         status_of("sweep.0007")
 
 
-def test_what_was_never_sent(in_tmp: Path) -> None:
+def test_a_job_that_was_never_submitted(in_tmp: Path) -> None:
     sent = Record("one", "/nowhere/one", job=JOB)
     sent.write(Storage(in_tmp / "runs" / SUBMITTED / "one"))
     found = status_of("one", clusters=FakeCluster().clusters())
@@ -171,7 +171,7 @@ def test_what_was_never_sent(in_tmp: Path) -> None:
 
 @pytest.mark.parametrize("state", ["PENDING", "RUNNING", "FAILED"])
 @pytest.mark.parametrize("before", ["FAILED", "RUNNING"])
-def test_the_attempt_that_goes_is_shown(store: Store, before: str, state: str) -> None:
+def test_the_running_attempt_is_shown(store: Store, before: str, state: str) -> None:
     """The attempt is a resume, or a resubmission whose dead driver is still RUNNING in MLflow."""
     made, _ = store.add(
         "one", status=before, cause="it failed" if before == "FAILED" else None, job={**JOB, "submission_id": "one"}
