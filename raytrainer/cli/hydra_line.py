@@ -62,11 +62,9 @@ class HydraLine:
             ConfigError: The command line, or the config that it composes, is wrong.
         """
         parsed = self._parsed
-        sweep_choices = [
-            o.partition("=")[2] for o in self._overrides if config.key_of(o) == "sweep" and not o.startswith("~")
-        ]
-        if sweep_choices and not _only_shows(parsed):
-            self._check_sweep_choice(sweep_choices[-1])
+        choice = self._sweep_choice()
+        if choice is not None and not _only_shows(parsed):
+            self._check_sweep_choice(choice)
         if parsed.help:  # help does not need the other overrides, and Hydra would refuse `sweep=`
             parsed.overrides = [o for o in self._overrides if config.key_of(o).startswith("hydra")]
         typed_choices = completion.prepare(parsed) if parsed.shell_completion else ""
@@ -76,7 +74,7 @@ class HydraLine:
             raise ConfigError("is not a directory", key="--config-dir", value=parsed.config_dir)
         parsed.overrides = config.with_number_keys(parsed.overrides, parsed.config_dir)
         try:
-            if parsed.multirun and not sweep_choices:
+            if parsed.multirun and choice is None:
                 config.check_sweep(self._overrides, parsed.config_dir)
             elif parsed.cfg in ("job", "all"):
                 config.check_keys(self._overrides, parsed.config_dir)
@@ -105,6 +103,11 @@ class HydraLine:
         """Run all trials as one task. `hydra/sweeper=ray_tune` calls this, instead of calling the object for each."""
         with _full_error(self._users_full_error):
             self._exit_codes.append(exit_code_of(lambda: self._run_sweep_task(overrides, cfg)))
+
+    def _sweep_choice(self) -> str | None:
+        """Return the last `sweep=` on the command line, if there is one."""
+        named = [o for o in self._overrides if config.key_of(o) == "sweep" and not o.startswith("~")]
+        return named[-1].partition("=")[2] if named else None
 
     def _check_sweep_choice(self, choice: str) -> None:
         if not self._parsed.multirun:

@@ -119,27 +119,24 @@ def status_of(
 def text(status: RunStatus, now: float | None = None) -> str:
     """Return a status as lines of text for a person."""
     now = time.time() if now is None else now
-    s, checkpoints, attempts = status.summary, status.checkpoints, status.summary.attempts or 1
-    started = None if s.started is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(s.started))
-    tried = f" in {attempts} attempts" if attempts > 1 else ""
-    more = f", and {len(checkpoints) - 1} more" if len(checkpoints) > 1 else ""
-    lost = " is gone; resume continues in a new one" if status.is_lost else ""
+    summary = status.summary
+    liveness = status.liveness
     rows = [
-        ("name", s.name + ("" if s.kind == "run" else f"  ({s.kind})")),
-        ("status", _status_text(s)),
-        ("cause", s.cause),
-        ("", status.liveness.reason if status.liveness is not None and status.liveness.state == "alive" else None),
-        ("where", s.where and s.where + (f", launched on {s.host}" if s.host else "")),
-        ("started", started and f"{started}, {ago(s.started, now)}"),
-        ("so far" if s.status == "RUNNING" else "took", None if s.seconds is None else duration(s.seconds) + tried),
-        ("trials" if s.kind == "sweep" else "step", s.progress),
-        ("best", _best_text(s)),
-        ("workers", s.workers),
+        ("name", summary.name + ("" if summary.kind == "run" else f"  ({summary.kind})")),
+        ("status", _status_text(summary)),
+        ("cause", summary.cause),
+        ("", liveness.reason if liveness is not None and liveness.state == "alive" else None),
+        ("where", summary.where and summary.where + (f", launched on {summary.host}" if summary.host else "")),
+        ("started", _started_text(summary, now)),
+        ("so far" if summary.status == "RUNNING" else "took", _duration_text(summary)),
+        ("trials" if summary.kind == "sweep" else "step", summary.progress),
+        ("best", _best_text(summary)),
+        ("workers", summary.workers),
         ("job", _job_text(status)),
         ("waits", status.waits),
-        ("saved", f"step {checkpoints[-1].step}, {checkpoints[-1].created}{more}" if checkpoints else None),
-        ("mlflow", status.mlflow and f"{status.mlflow}  run {s.run_id}{lost}"),
-        ("output", s.run_dir),
+        ("saved", _saved_text(status.checkpoints)),
+        ("mlflow", _mlflow_text(status)),
+        ("output", summary.run_dir),
         ("next", "\n".join(status.next)),
     ]
     lines = []
@@ -153,6 +150,19 @@ def _status_text(summary: RunSummary) -> str:
     uncertain = ", but that is uncertain" if summary.life == "unsure" else ""
     attempt = f", attempt {summary.attempts}" if summary.attempts and summary.attempts > 1 else ""
     return summary.status + uncertain + attempt
+
+
+def _started_text(summary: RunSummary, now: float) -> str | None:
+    if summary.started is None:
+        return None
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(summary.started))}, {ago(summary.started, now)}"
+
+
+def _duration_text(summary: RunSummary) -> str | None:
+    if summary.seconds is None:
+        return None
+    attempts = f" in {summary.attempts} attempts" if summary.attempts and summary.attempts > 1 else ""
+    return duration(summary.seconds) + attempts
 
 
 def _best_text(summary: RunSummary) -> str | None:
@@ -172,6 +182,18 @@ def _job_text(status: RunStatus) -> str | None:
         return text
     state, message = status.job
     return f"{text}, {state}" + (f": {message}" if message and message != summary.cause else "")
+
+
+def _saved_text(checkpoints: Sequence[SavedCheckpoint]) -> str | None:
+    if not checkpoints:
+        return None
+    last, more = checkpoints[-1], len(checkpoints) - 1
+    return f"step {last.step}, {last.created}" + (f", and {more} more" if more else "")
+
+
+def _mlflow_text(status: RunStatus) -> str | None:
+    lost = " is gone; resume continues in a new one" if status.is_lost else ""
+    return status.mlflow and f"{status.mlflow}  run {status.summary.run_id}{lost}"
 
 
 def _was_in_mlflow(handle: RunHandle) -> bool:

@@ -169,8 +169,12 @@ class Stopper:
         if self.force:
             forced = Liveness("dead", liveness.reason, "KILLED", "declared dead by stop --force")
             return self._result(True, self._close(forced) or liveness.reason)
-        host = handle.mlflow_run.tags.get("raytrainer.host") if handle.mlflow_run is not None else None
-        raise RaytrainerError(
+        raise self._unreachable(liveness)
+
+    def _unreachable(self, liveness: Liveness) -> RaytrainerError:
+        run = self.handle.mlflow_run
+        host = run.tags.get("raytrainer.host") if run is not None else None
+        return RaytrainerError(
             f"{self.name} cannot be reached ({liveness.reason}), so it is not known whether it runs"
             + ("" if host is None else f"; it was launched on {host}")
             + f"; if you know that it does not: stop --force {self.name} marks it KILLED"
