@@ -185,8 +185,8 @@ class _Unknown(Exception):
     """Raised if git did not return what a patch needs."""
 
 
-def _ask(deadline: float, folder: Path, *arguments: str, **limits: int) -> git.Answer:
-    return git.run(folder, *arguments, time_limit_s=max(0.1, deadline - time.monotonic()), **limits)
+def _ask(deadline: float, folder: Path, *arguments: str, most_bytes: int = 2**28) -> git.Answer:
+    return git.run(folder, *arguments, time_limit_s=max(0.1, deadline - time.monotonic()), most_bytes=most_bytes)
 
 
 def _patch(top: Path, deadline: float) -> str:
