@@ -22,7 +22,7 @@ _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
 class _LeaveHydra(BaseException):
-    """Ends Hydra at once. Of an `Exception`, Hydra prints an own report, or continues with the next job."""
+    """Ends Hydra at once. Hydra reports an `Exception` in its own words, or continues with the next job."""
 
 
 class HydraLine:
@@ -53,7 +53,7 @@ class HydraLine:
         self._overrides = list(self._parsed.overrides)
         self._exit_codes: list[int] = []
         self._bug: Exception | None = None
-        self._users_full_error = os.environ.get(_FULL_ERROR)  # as the user has set it
+        self._users_full_error = os.environ.get(_FULL_ERROR)  # None: it is not set
 
     def run(self) -> int:
         """Run the command line and return the highest exit code of its jobs.

@@ -16,9 +16,8 @@ from raytrainer.attempt import CONFIG
 from raytrainer.config import Experiment, build, checkpoint_mode, from_text, locate
 from raytrainer.errors import CheckpointNotFound, ConfigError, StorageError
 from raytrainer.names import few
+from raytrainer.runs import printing
 from raytrainer.runs.arguments import VerbParser
-from raytrainer.runs.printing import say as say_to_user
-from raytrainer.runs.printing import to_json
 from raytrainer.runs.recorded import TrainedRun, trained_run
 from raytrainer.runs.resolve import tracking_uri_of
 from raytrainer.tracking.server import Server
@@ -47,9 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
         to=Path(arguments.to).absolute() if arguments.to else None,
         mlflow=arguments.mlflow,
         register=arguments.register,
-        say=say_to_user,
+        say=printing.say,
     )
-    print(to_json(asdict(exported)) if arguments.json else exported.text())
+    print(printing.to_json(asdict(exported)) if arguments.json else exported.text())
     return 0
 
 

@@ -18,13 +18,12 @@ from raytrainer import provenance, tracking
 from raytrainer.attempt import SUBMITTED, Record, in_background
 from raytrainer.core.formatting import ago, aligned
 from raytrainer.errors import ConfigError, StorageError, TrackingError
+from raytrainer.runs import printing
 from raytrainer.runs.arguments import VerbParser, positive
 from raytrainer.runs.handle import RunHandle, attempt_number
 from raytrainer.runs.job_summary import summarize_job, with_active_job, with_last_job
 from raytrainer.runs.jobs import ACTIVE, Clusters, Job
 from raytrainer.runs.liveness import Liveness
-from raytrainer.runs.printing import say as say_to_user
-from raytrainer.runs.printing import to_json
 from raytrainer.runs.reconcile import check_all, close_orphans
 from raytrainer.runs.resolve import runs_in, submitted_from, tracking_uri_here, with_directory, with_submission
 from raytrainer.runs.summary import RunSummary, summarize
@@ -49,8 +48,12 @@ def run(arguments: argparse.Namespace) -> int:
     status = arguments.status.upper() if arguments.status else None
     if status is not None and status not in STATUSES:
         raise ConfigError("is not a status", key="--status", value=arguments.status, choices=STATUSES)
-    runs = list_runs(everyone=arguments.all, status=status, limit=arguments.limit, say=say_to_user)
-    print(to_json([summary.to_json() for summary in runs]) if arguments.json else table(runs, users=arguments.all))
+    runs = list_runs(everyone=arguments.all, status=status, limit=arguments.limit, say=printing.say)
+    print(
+        printing.to_json([summary.to_json() for summary in runs])
+        if arguments.json
+        else table(runs, users=arguments.all)
+    )
     return 0
 
 

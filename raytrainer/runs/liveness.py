@@ -1,7 +1,7 @@
 """Whether the driver of a run is alive, judged from the leases on the run directory and from the run's job.
 
-A run that says RUNNING is declared dead only when nothing that could be its driver can be alive. `RULES` are asked in this
-order, and the first that knows decides:
+A run that says RUNNING is declared dead only when nothing that could be its driver can be alive. `judge` asks these rules
+in this order, and the first that knows decides:
 
 1. **A lease of a live process on this machine**: alive. It is exact: the lease holds the process id, its start time in
    ticks since boot, the boot id and the process namespace, so a reused process id is not mistaken for the driver. Its
@@ -22,7 +22,7 @@ order, and the first that knows decides:
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -135,21 +135,6 @@ class Liveness:
     dead_leases: Sequence[Lease] = ()
 
 
-@dataclass(frozen=True)
-class _Evidence:
-    """All that the rules know: the arguments of `judge`."""
-
-    record: Record
-    lock: LockState
-    job: Job | None
-    other_jobs: Sequence[Job]
-
-    @property
-    def leases_of_ended_jobs(self) -> list[Lease]:
-        jobs = [job for job in (self.job, *self.other_jobs) if job is not None]
-        return [lease for lease in self.lock.elsewhere if any(_ended_with(lease, job) for job in jobs)]
-
-
 def judge(record: Record, lock: LockState, job: Job | None = None, other_jobs: Sequence[Job] = ()) -> Liveness:
     """Decide whether the driver of a run is alive, by the rules above. It reads and writes nothing.
 
@@ -159,59 +144,64 @@ def judge(record: Record, lock: LockState, job: Job | None = None, other_jobs: S
         job: The run's job; None if it has none, or if the cluster does not know the job or does not answer.
         other_jobs: Other jobs of the same run, one for each further attempt.
     """
-    evidence = _Evidence(record, lock, job, other_jobs)
-    for rule in RULES:
-        if (liveness := rule(evidence)) is not None:
-            return liveness
-    return Liveness("unsure", "no process holds its lock yet; it may be starting")
-
-
-def _process_here(evidence: _Evidence) -> Liveness | None:
-    lease = evidence.lock.here
+    jobs = [*other_jobs] if job is None else [job, *other_jobs]
+    left_behind = [lease for lease in lock.elsewhere if any(_ended_with(lease, ended) for ended in jobs)]
     return (
-        None if lease is None else Liveness("alive", f"process {lease.owner.get('pid')} of this machine holds the lock")
+        _process_here(lock)
+        or _active_job(job, other_jobs)
+        or _process_elsewhere(lock, left_behind)
+        or _ended_job(record, job, left_behind)
+        or _unreadable(lock)
+        or _final_status(record, lock)
+        or _stale_leases(lock)
+        or _no_lease(lock)
+        or Liveness("unsure", "no process holds its lock yet; it may be starting")
     )
 
 
-def _active_job(evidence: _Evidence) -> Liveness | None:
-    job = evidence.job
+def _process_here(lock: LockState) -> Liveness | None:
+    if lock.here is None:
+        return None
+    return Liveness("alive", f"process {lock.here.owner.get('pid')} of this machine holds the lock")
+
+
+def _active_job(job: Job | None, other_jobs: Sequence[Job]) -> Liveness | None:
     if job is not None and job.status in ACTIVE:
         return Liveness("alive", f"its job {job.submission_id} is {job.status}", active_job=job)
-    other = next((other for other in evidence.other_jobs if other.status in ACTIVE), None)
-    return None if other is None else Liveness("alive", f"the job {other.submission_id} continues it", active_job=other)
+    for other in other_jobs:
+        if other.status in ACTIVE:
+            return Liveness("alive", f"the job {other.submission_id} continues it", active_job=other)
+    return None
 
 
-def _process_elsewhere(evidence: _Evidence) -> Liveness | None:
-    left_behind = evidence.leases_of_ended_jobs
-    lease = next((lease for lease in evidence.lock.elsewhere if lease not in left_behind), None)
+def _process_elsewhere(lock: LockState, left_behind: Sequence[Lease]) -> Liveness | None:
+    lease = next((lease for lease in lock.elsewhere if lease not in left_behind), None)
     return None if lease is None else Liveness("alive", f"{_owner(lease)} holds the lock")
 
 
-def _ended_job(evidence: _Evidence) -> Liveness | None:
-    job, record = evidence.job, evidence.record
+def _ended_job(record: Record, job: Job | None, left_behind: Sequence[Lease]) -> Liveness | None:
     if job is None or job.exit_code == REFUSED:  # a refused job never started the run
         return None
     status, cause = _end_of_job(job)
     if record.status != "RUNNING":
         status = record.status  # type: ignore[assignment]
-    reason, leases = f"its job {job.submission_id} {job.status}", evidence.leases_of_ended_jobs
-    return Liveness("dead", reason, status, cause, job.ended, by_job=True, dead_leases=leases)
+    reason = f"its job {job.submission_id} {job.status}"
+    return Liveness("dead", reason, status, cause, job.ended, by_job=True, dead_leases=left_behind)
 
 
-def _unreadable(evidence: _Evidence) -> Liveness | None:
-    return None if evidence.lock.readable else Liveness("unsure", "its directory cannot be read from here")
+def _unreadable(lock: LockState) -> Liveness | None:
+    return None if lock.readable else Liveness("unsure", "its directory cannot be read from here")
 
 
-def _final_status(evidence: _Evidence) -> Liveness | None:
-    status = evidence.record.status
-    if status == "RUNNING":
+def _final_status(record: Record, lock: LockState) -> Liveness | None:
+    if record.status == "RUNNING":
         return None
-    reason = f"it ended as {status}, but MLflow does not have the status"
-    return Liveness("dead", reason, status, reason, evidence.lock.last_change)  # type: ignore[arg-type]
+    reason = f"it ended as {record.status}, but MLflow does not have the status"
+    return Liveness("dead", reason, record.status, reason, lock.last_change)  # type: ignore[arg-type]
 
 
-def _stale_leases(evidence: _Evidence) -> Liveness | None:
-    lock, lease = evidence.lock, evidence.lock.last
+def _stale_leases(lock: LockState) -> Liveness | None:
+    lease = lock.last
     if lease is None:
         return None
     reason = f"{_owner(lease)} is gone" if lease.is_here else f"no heartbeat from {_owner(lease)}"
@@ -220,23 +210,11 @@ def _stale_leases(evidence: _Evidence) -> Liveness | None:
     return Liveness("dead", reason, cause=f"its driver died: {reason}", ended=lock.last_change)
 
 
-def _no_lease(evidence: _Evidence) -> Liveness | None:
-    if evidence.lock.is_new:
+def _no_lease(lock: LockState) -> Liveness | None:
+    if lock.is_new:
         return None
     reason = "no process holds its lock"
-    return Liveness("dead", reason, cause=f"its driver died: {reason}", ended=evidence.lock.last_change)
-
-
-RULES: tuple[Callable[[_Evidence], Liveness | None], ...] = (
-    _process_here,
-    _active_job,
-    _process_elsewhere,
-    _ended_job,
-    _unreadable,
-    _final_status,
-    _stale_leases,
-    _no_lease,
-)
+    return Liveness("dead", reason, cause=f"its driver died: {reason}", ended=lock.last_change)
 
 
 def _end_of_job(job: Job) -> tuple[Status, str]:

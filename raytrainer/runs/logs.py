@@ -15,10 +15,10 @@ from contextlib import suppress
 from raytrainer import provenance
 from raytrainer.core import streams
 from raytrainer.errors import ConfigError, RunNotFound, StorageError
+from raytrainer.runs import printing
 from raytrainer.runs.arguments import VerbParser, count
 from raytrainer.runs.handle import RunHandle
 from raytrainer.runs.jobs import ACTIVE, Clusters, Job
-from raytrainer.runs.printing import say as say_to_user
 from raytrainer.runs.reconcile import check_liveness
 from raytrainer.runs.resolve import resolve_run, tracking_uri_of, with_mlflow_run
 from raytrainer.storage import Storage
@@ -39,12 +39,12 @@ def add_arguments(parser: VerbParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     identifier, follow = arguments.id, arguments.follow
     try:
-        for line in log_lines(identifier, rank=arguments.rank, follow=follow, say=say_to_user):
+        for line in log_lines(identifier, rank=arguments.rank, follow=follow, say=printing.say):
             print(json.dumps({"line": line}) if arguments.json else line, flush=follow)
             if streams.is_lost(sys.stdout):  # `logs -f ID | head`
                 break
     except KeyboardInterrupt:
-        say_to_user(f"stopped following; the run continues. {provenance.program()} stop {identifier} stops it")
+        printing.say(f"stopped following; the run continues. {provenance.program()} stop {identifier} stops it")
         return 130
     return 0
 

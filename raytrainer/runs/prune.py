@@ -18,13 +18,11 @@ import yaml
 from raytrainer.attempt import CONFIG, Record
 from raytrainer.core.formatting import aligned
 from raytrainer.errors import CheckpointError, RaytrainerError, StorageError, StorageLocked
-from raytrainer.runs import worktree
+from raytrainer.runs import printing, worktree
 from raytrainer.runs.arguments import VerbParser, age, positive
 from raytrainer.runs.handle import RunHandle
 from raytrainer.runs.jobs import Clusters
 from raytrainer.runs.liveness import LIMIT_S, LOCK, Liveness, LockState
-from raytrainer.runs.printing import say as say_to_user
-from raytrainer.runs.printing import to_json
 from raytrainer.runs.reconcile import check_all
 from raytrainer.runs.resolve import resolve_run, runs_in, submitted_from, with_directory, with_submission
 from raytrainer.storage import Storage
@@ -49,8 +47,8 @@ def add_arguments(parser: VerbParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     delete, keep = arguments.yes and not arguments.dry_run, arguments.keep
-    pruned = prune(arguments.id, delete=delete, keep=keep, older_than_s=arguments.older_than, say=say_to_user)
-    print(to_json(pruned.to_json()) if arguments.json else pruned.text())
+    pruned = prune(arguments.id, delete=delete, keep=keep, older_than_s=arguments.older_than, say=printing.say)
+    print(printing.to_json(pruned.to_json()) if arguments.json else pruned.text())
     return 1 if pruned.failed else 0
 
 

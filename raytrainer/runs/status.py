@@ -13,13 +13,12 @@ from raytrainer import provenance, tracking
 from raytrainer.cluster.ending import ending_of, one_line
 from raytrainer.core.formatting import ago, duration
 from raytrainer.errors import RaytrainerError, StorageError, TrackingError
+from raytrainer.runs import printing
 from raytrainer.runs.arguments import VerbParser
 from raytrainer.runs.handle import RunHandle
 from raytrainer.runs.job_summary import summarize_job, with_active_job, with_last_job
 from raytrainer.runs.jobs import ACTIVE, Clusters, Job
 from raytrainer.runs.liveness import Liveness
-from raytrainer.runs.printing import say as say_to_user
-from raytrainer.runs.printing import to_json
 from raytrainer.runs.reconcile import check_liveness, close_orphans
 from raytrainer.runs.resolve import resolve_run, with_mlflow_run
 from raytrainer.runs.summary import RunSummary, SavedCheckpoint, saved_checkpoints, summarize
@@ -33,8 +32,8 @@ def add_arguments(parser: VerbParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    status = status_of(arguments.id, say=say_to_user)
-    print(to_json(status.to_json()) if arguments.json else text(status))
+    status = status_of(arguments.id, say=printing.say)
+    print(printing.to_json(status.to_json()) if arguments.json else text(status))
     return 0
 
 

@@ -19,11 +19,10 @@ from raytrainer import provenance
 from raytrainer.attempt import STOP, Record
 from raytrainer.core.formatting import duration
 from raytrainer.errors import ConfigError, RaytrainerError, StorageError, TrackingError
+from raytrainer.runs import printing
 from raytrainer.runs.arguments import VerbParser, number_of_seconds
 from raytrainer.runs.jobs import ACTIVE, Clusters, Job, never_sent
 from raytrainer.runs.liveness import Liveness, LockState
-from raytrainer.runs.printing import say as say_to_user
-from raytrainer.runs.printing import to_json
 from raytrainer.runs.reconcile import check_liveness, close_orphan
 from raytrainer.runs.resolve import resolve_run, with_mlflow_run
 from raytrainer.storage.lock import Lease, process_start
@@ -47,11 +46,11 @@ def add_arguments(parser: VerbParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     identifier = arguments.id
     try:
-        result = Stopper(identifier, force=arguments.force, timeout_s=arguments.timeout, say=say_to_user).stop()
+        result = Stopper(identifier, force=arguments.force, timeout_s=arguments.timeout, say=printing.say).stop()
     except KeyboardInterrupt:
-        say_to_user(f"stopped waiting; the stop request for {identifier} remains")
+        printing.say(f"stopped waiting; the stop request for {identifier} remains")
         return 130
-    print(to_json(result.to_json()) if arguments.json else result.text(provenance.program()))
+    print(printing.to_json(result.to_json()) if arguments.json else result.text(provenance.program()))
     return 0 if result.is_stopped else 1
 
 
