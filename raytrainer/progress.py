@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 from raytrainer.core import streams
+from raytrainer.core.formatting import duration as duration  # also imported from here
 
 # The start of an output line of a worker that is a message for the launching process, not text for a person.
 MARK = "\x1eraytrainer "
@@ -207,10 +208,3 @@ def progress_line(message: Mapping[str, Any]) -> str:
 def figures(metrics: Mapping[str, float]) -> str:
     """Return metrics as text: `val/loss 0.1261  val/accuracy 0.9833`."""
     return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-
-
-def duration(seconds: float) -> str:
-    """Return a duration as text: `0:21`, `12:05`, `3:04:59`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -78,14 +78,14 @@ class Provenance:
     @property
     def diffs(self) -> dict[str, str]:
         """The patch of each checkout, with paths from the root: submodule's path → diff; "" is the root itself."""
-        found, path = {"": list[str]()}, ""
+        lines_of, path = {"": list[str]()}, ""
         for line in self.diff.split("\n"):
             if match := re.fullmatch(rf"{re.escape(_SUBMODULE)}(.+) at [0-9a-f]+", line):
                 path = _unquoted(match[1])
-                found[path] = []
+                lines_of[path] = []
             else:
-                found[path].append(line)
-        return {path: "\n".join(lines) + ("\n" if lines and lines[-1] else "") for path, lines in found.items()}
+                lines_of[path].append(line)
+        return {path: "\n".join(lines) + ("\n" if lines and lines[-1] else "") for path, lines in lines_of.items()}
 
     @property
     def is_cut(self) -> bool:
@@ -112,10 +112,10 @@ class Provenance:
     @classmethod
     def from_json(cls, data: bytes) -> Provenance:
         """Parse what `to_json` of this version or a later one wrote. Raise ValueError for anything else."""
-        found = json.loads(data)
-        if not isinstance(found, dict) or "command" not in found:
+        values = json.loads(data)
+        if not isinstance(values, dict) or "command" not in values:
             raise ValueError("no provenance")
-        return cls(**{name: found[name] for name in cls.__dataclass_fields__ if name in found})
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})
 
 
 _submitted: Provenance | None = None
@@ -185,11 +185,8 @@ class _Unknown(Exception):
     """Raised if git did not return what a patch needs."""
 
 
-def _ask(deadline: float, folder: Path, *arguments: str, most_bytes: int | None = None) -> git.Answer:
-    left = max(0.1, deadline - time.monotonic())
-    if most_bytes is None:
-        return git.run(folder, *arguments, time_limit_s=left)
-    return git.run(folder, *arguments, time_limit_s=left, most_bytes=most_bytes)
+def _ask(deadline: float, folder: Path, *arguments: str, most_bytes: int = 2**28) -> git.Answer:
+    return git.run(folder, *arguments, time_limit_s=max(0.1, deadline - time.monotonic()), most_bytes=most_bytes)
 
 
 def _patch(top: Path, deadline: float) -> str:
@@ -234,10 +231,10 @@ def _diff(folder: Path, prefix: str, deadline: float, notes: list[str]) -> str:
     options = ("--binary", "--no-ext-diff", "--no-textconv", "--no-color", *inside)
     places = (f"--src-prefix=a/{prefix}", f"--dst-prefix=b/{prefix}")
     without = [f":(top,exclude,literal){name}" for name in secret]
-    found = _ask(deadline, folder, "diff", *options, *places, "HEAD", "--", ":/", *without, most_bytes=_PATCH_LIMIT + 1)
-    if not found.ok:
-        raise _Unknown(found.error)
-    return found.out.decode("utf-8", "surrogateescape")
+    diff = _ask(deadline, folder, "diff", *options, *places, "HEAD", "--", ":/", *without, most_bytes=_PATCH_LIMIT + 1)
+    if not diff.ok:
+        raise _Unknown(diff.error)
+    return diff.out.decode("utf-8", "surrogateescape")
 
 
 def _quoted(name: str) -> str:
@@ -257,8 +254,8 @@ def program() -> str:
 def interpreter() -> str:
     """Return this Python as the user can type it: `python` if that is it, else its path, relative if possible."""
     path = Path(sys.executable)
-    found = shutil.which("python")
-    if found is not None and Path(found) == path:
+    python = shutil.which("python")
+    if python is not None and Path(python) == path:
         return "python"
     here = Path.cwd()
     return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))

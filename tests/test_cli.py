@@ -37,13 +37,13 @@ EXPERIMENTS = sorted(
 )
 
 
-class Said(NamedTuple):
+class Output(NamedTuple):
     code: int
     out: str
     err: str
 
 
-Run = Callable[..., Said]
+Run = Callable[..., Output]
 
 
 @pytest.fixture
@@ -55,35 +55,35 @@ def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     passed = Verdict("passed", "loss 1.0")
     monkeypatch.setattr(FirstBatch, "run", lambda self: passed)
 
-    def call(*arguments: str) -> Said:
+    def call(*arguments: str) -> Output:
         code = cli.main(arguments)
         assert "HYDRA_FULL_ERROR" not in os.environ
-        return Said(code, *capsys.readouterr())
+        return Output(code, *capsys.readouterr())
 
     return call
 
 
-def process(*arguments: str, timeout_s: float = 120, module: bool = True) -> Said:
+def process(*arguments: str, timeout_s: float = 120, module: bool = True) -> Output:
     program = [sys.executable, "-m", "raytrainer"] if module else [str(Path(sys.executable).with_name("raytrainer"))]
     done = subprocess.run([*program, *arguments], capture_output=True, text=True, timeout=timeout_s, check=False)
-    return Said(done.returncode, done.stdout, done.stderr)
+    return Output(done.returncode, done.stdout, done.stderr)
 
 
-def forked(*arguments: str, timeout_s: float = 120) -> Said:
+def forked(*arguments: str, timeout_s: float = 120) -> Output:
     """Run a command line in a forked process, which needs no imports. Its output files are not in the current directory."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         program = ("-m", "raytrainer")
         code = forkserver.server().start(program, arguments, Path.cwd(), out, err, os.environ).wait(timeout_s)
-        return Said(code, out.read_text(), err.read_text())
+        return Output(code, out.read_text(), err.read_text())
 
 
-def refused(said: Said) -> str:
+def refused(output: Output) -> str:
     """Return the only line of a refusal."""
-    assert said.code == 2
-    assert said.out == ""
-    lines = said.err.splitlines()
-    assert len(lines) == 1, said.err
+    assert output.code == 2
+    assert output.out == ""
+    lines = output.err.splitlines()
+    assert len(lines) == 1, output.err
     assert lines[0].startswith("raytrainer: refused: ")
     return lines[0].removeprefix("raytrainer: refused: ")
 
@@ -160,9 +160,9 @@ def test_one_line_and_exit_code_2(here: Run, in_tmp: Path, arguments: str, reaso
 
 
 def test_several_problems_of_preflight_are_one_refusal(here: Run, in_tmp: Path) -> None:
-    said = here("check", "experiment=mlp", "scaling.num_workers=128", "storage_path=/proc/runs")
-    assert said.code == 2
-    assert [line[:30] for line in said.err.splitlines()] == [
+    output = here("check", "experiment=mlp", "scaling.num_workers=128", "storage_path=/proc/runs")
+    assert output.code == 2
+    assert [line[:30] for line in output.err.splitlines()] == [
         "raytrainer: refused: scaling.n",
         "  storage_path=/proc/runs cann",
     ]
@@ -195,15 +195,17 @@ def test_an_mlflow_that_does_not_answer_is_refused_in_time(here: Run, in_tmp: Pa
 @pytest.mark.slow
 def test_a_cluster_that_is_not_there_is_refused_in_time() -> None:
     """`ray.init` alone takes seven minutes to report this."""
-    said = forked("check", "experiment=mlp", "cluster=existing", "cluster.address=127.0.0.1:9", timeout_s=30)
-    assert refused(said).startswith("cluster.address=127.0.0.1:9 is not a running Ray cluster: nothing answers there")
+    output = forked("check", "experiment=mlp", "cluster=existing", "cluster.address=127.0.0.1:9", timeout_s=30)
+    assert refused(output).startswith("cluster.address=127.0.0.1:9 is not a running Ray cluster: nothing answers there")
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         address = f"cluster.address=127.0.0.1:{silent.getsockname()[1]}"
-        said = forked("check", "experiment=mlp", "cluster=existing", address, timeout_s=45)
-    assert said.code == 2
-    assert "is not a running Ray cluster: the process that listens there did not answer like a Ray cluster" in said.err
+        output = forked("check", "experiment=mlp", "cluster=existing", address, timeout_s=45)
+    assert output.code == 2
+    assert (
+        "is not a running Ray cluster: the process that listens there did not answer like a Ray cluster" in output.err
+    )
 
 
 def test_stage_one_imports_no_torch_ray_or_mlflow() -> None:
@@ -251,12 +253,12 @@ def test_exit_codes(
         raise error
 
     monkeypatch.setattr(attempt, "launch", launch)
-    said = here("experiment=mlp")
-    assert said.code == code
-    assert (f"raytrainer: {what}: " in said.err) == (what is not None)
+    output = here("experiment=mlp")
+    assert output.code == code
+    assert (f"raytrainer: {what}: " in output.err) == (what is not None)
 
 
-def test_a_bug_is_not_told_as_the_users_mistake(here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_is_raised(here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attempt, "launch", lambda *_, **__: 1 / 0)
     for arguments in (["experiment=mlp"], ["-m", "experiment=mlp", "seed=1,2"]):
         with pytest.raises(ZeroDivisionError):
@@ -283,13 +285,13 @@ def test_a_failed_job_does_not_end_its_sweep(here: Run, monkeypatch: pytest.Monk
         raise WorkerError("ValueError: x", rank=0)
 
     monkeypatch.setattr(attempt, "launch", launch)
-    said = here("-m", "experiment=mlp", "seed=1,2,3")
-    assert said.code == 1
+    output = here("-m", "experiment=mlp", "seed=1,2,3")
+    assert output.code == 1
     assert seeds == [1, 2, 3]
-    assert said.err.count("raytrainer: failed: rank 0: ValueError: x") == 3
+    assert output.err.count("raytrainer: failed: rank 0: ValueError: x") == 3
 
 
-def test_after_a_grid_of_whole_runs_all_are_told_of(here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grid_of_whole_runs_ends_with_a_table(here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command's exit code is the worst of the runs'."""
 
     def launch(composition: Composition, **_: object) -> attempt.Outcome:
@@ -301,9 +303,9 @@ def test_after_a_grid_of_whole_runs_all_are_told_of(here: Run, monkeypatch: pyte
         return attempt.Outcome("FINISHED", 0, record, "here", result, seconds=65)
 
     monkeypatch.setattr(attempt, "launch", launch)
-    said = here("-m", "experiment=mlp", "seed=1,2")
-    assert said.code == 1
-    assert [line.split() for line in said.out.splitlines()[-3:]] == [
+    output = here("-m", "experiment=mlp", "seed=1,2")
+    assert output.code == 1
+    assert [line.split() for line in output.out.splitlines()[-3:]] == [
         ["run", "outcome", "time", "best"],
         ["run-1", "finished", "1:05", "val/loss", "0.5", "at", "step", "8"],
         ["run-2", "failed", "0:07", "rank", "0:", "ValueError:", "x"],
@@ -314,7 +316,7 @@ def test_after_a_grid_of_whole_runs_all_are_told_of(here: Run, monkeypatch: pyte
 # --- sweeps ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_without_m_is_refused_with_the_command_that_was_meant(here: Run, in_tmp: Path) -> None:
+def test_a_sweep_without_m_is_refused_with_the_right_command(here: Run, in_tmp: Path) -> None:
     asked = ("experiment=mlp", "optimizer.lr=interval(0.1,1)", "sweep=asha")
     meant = "-m experiment=mlp 'optimizer.lr=interval(0.1,1)' sweep=asha"
     reason = refused(here(*asked))
@@ -333,9 +335,9 @@ def test_a_sweep_without_m_is_refused_with_the_command_that_was_meant(here: Run,
 
 def test_help_of_a_sweep_helps(here: Run) -> None:
     for choice in ("sweep=", "sweep=asha"):
-        said = here("--help", choice)
-        assert said.code == 0
-        assert "sweep: asha, grid, optuna, pbt, random" in said.out
+        output = here("--help", choice)
+        assert output.code == 0
+        assert "sweep: asha, grid, optuna, pbt, random" in output.out
 
 
 @pytest.mark.parametrize(
@@ -391,21 +393,21 @@ def test_help_of_a_sweep_helps(here: Run) -> None:
         ),
     ],
 )
-def test_a_sweep_that_cannot_be_is_refused_in_a_line(here: Run, in_tmp: Path, arguments: str, reason: str) -> None:
+def test_an_impossible_sweep_is_refused_in_a_line(here: Run, in_tmp: Path, arguments: str, reason: str) -> None:
     assert refused(here(*arguments.split(" "))).startswith(reason)
     assert list(in_tmp.iterdir()) == []
 
 
 def test_options_may_stand_between_overrides(here: Run) -> None:
-    said = here("check", "experiment=mlp", "-m", "sweep=random", "--config-dir=.", "seed=1,2")
-    assert said.code == 0, said.err
-    assert "would run 2 trials" in said.out
+    output = here("check", "experiment=mlp", "-m", "sweep=random", "--config-dir=.", "seed=1,2")
+    assert output.code == 0, output.err
+    assert "would run 2 trials" in output.out
 
 
 def test_a_sweep_is_checked_and_nothing_started(here: Run, in_tmp: Path) -> None:
-    said = here("check", "-m", "experiment=mlp", "optimizer.lr=tag(log,interval(1e-4,1e-1))", "sweep=asha")
-    assert said.code == 0
-    assert "would run 32 trials of sweep=asha over optimizer.lr, each on local Ray, 1 worker" in said.out
+    output = here("check", "-m", "experiment=mlp", "optimizer.lr=tag(log,interval(1e-4,1e-1))", "sweep=asha")
+    assert output.code == 0
+    assert "would run 32 trials of sweep=asha over optimizer.lr, each on local Ray, 1 worker" in output.out
     assert not (in_tmp / "runs").exists()
 
 
@@ -413,10 +415,10 @@ def test_a_sweep_is_checked_and_nothing_started(here: Run, in_tmp: Path) -> None
 
 
 def test_check_starts_nothing(here: Run, in_tmp: Path) -> None:
-    said = here("check", "experiment=mlp")
-    assert said.code == 0
-    assert re.fullmatch(r"ok: mlp-\d+-\d+-\w{4} would train: local Ray, 1 worker on [CG]PU\n", said.out)
-    assert said.err == "raytrainer: first batch: loss 1.0\n"
+    output = here("check", "experiment=mlp")
+    assert output.code == 0
+    assert re.fullmatch(r"ok: mlp-\d+-\d+-\w{4} would train: local Ray, 1 worker on [CG]PU\n", output.out)
+    assert output.err == "raytrainer: first batch: loss 1.0\n"
     assert here("check", "experiment=mlp", "preflight.first_batch=false").err == ""
     assert list(in_tmp.iterdir()) == []
     assert "mlp" in here("check", "experiment=mlp", "cluster=inline").out
@@ -424,9 +426,9 @@ def test_check_starts_nothing(here: Run, in_tmp: Path) -> None:
 
 
 def test_cfg_job(here: Run) -> None:
-    said = here("--cfg", "job", "experiment=resnet", "optimizer.lr=0.3", "+optimizer.maximize=true")
-    found = yaml.safe_load(said.out)
-    assert said.code == 0
+    output = here("--cfg", "job", "experiment=resnet", "optimizer.lr=0.3", "+optimizer.maximize=true")
+    found = yaml.safe_load(output.out)
+    assert output.code == 0
     assert found["model"]["_target_"] == "raytrainer.models.ResNet"
     assert found["optimizer"]["lr"] == 0.3
     assert found["optimizer"]["maximize"] is True
@@ -436,15 +438,15 @@ def test_cfg_job(here: Run) -> None:
     assert here("--cfg", "job", "-p", "optimizr").code == 2
 
 
-def test_cfg_job_of_what_is_no_whole_experiment_yet(here: Run) -> None:
+def test_cfg_job_of_an_incomplete_experiment(here: Run) -> None:
     assert here("--cfg", "job").code == 0
     assert here("--cfg", "job", "optimizer.lr=???").code == 0
     assert here("--cfg", "job", "optimizer.lr=${oc.env:NOT_SET_AT_ALL}").code == 0
 
 
 def test_help(here: Run) -> None:
-    said = here("--help")
-    assert said.code == 0
+    output = here("--help")
+    assert output.code == 0
     for word in (
         *cli.VERBS,
         f"experiment: {', '.join(EXPERIMENTS)}",
@@ -452,26 +454,26 @@ def test_help(here: Run) -> None:
         "--config-dir",
         "debug=default",
     ):
-        assert word in said.out
+        assert word in output.out
     for command in re.findall(
-        r"^python -m raytrainer (-m .*?|--config-dir.*?|\w+ .*?)(?:  |$)", said.out, re.MULTILINE
+        r"^python -m raytrainer (-m .*?|--config-dir.*?|\w+ .*?)(?:  |$)", output.out, re.MULTILINE
     ):
         assert command.split()[0].lstrip("-").partition("=")[0] in {*cli.VERBS, "experiment", "m", "config-dir"}
-    assert max(len(line) for line in said.out.splitlines()) <= 110
+    assert max(len(line) for line in output.out.splitlines()) <= 110
 
 
 def test_version(here: Run) -> None:
-    said = here("--version")
-    assert said.code == 0
-    assert said.out.startswith(f"raytrainer {raytrainer.__version__} (Hydra 1.3.")
+    output = here("--version")
+    assert output.code == 0
+    assert output.out.startswith(f"raytrainer {raytrainer.__version__} (Hydra 1.3.")
 
 
 def test_info_and_hydra_help(here: Run, in_tmp: Path) -> None:
     (in_tmp / "conf").mkdir()
-    said = process("--info", "searchpath", "--config-dir=conf", timeout_s=30)
-    assert said.code == 0
-    assert "pkg://raytrainer.configs" in said.out + said.err
-    assert f"file://{in_tmp}/conf" in said.out + said.err
+    output = process("--info", "searchpath", "--config-dir=conf", timeout_s=30)
+    assert output.code == 0
+    assert "pkg://raytrainer.configs" in output.out + output.err
+    assert f"file://{in_tmp}/conf" in output.out + output.err
     assert "experiment: resnet" in process("--info", "defaults-tree", "experiment=resnet", timeout_s=30).out
     assert here("--hydra-help").code == 0
 
@@ -532,9 +534,9 @@ def test_completion(
 
 
 def test_completion_is_installed_for_the_console_script(in_tmp: Path) -> None:
-    said = process("-sc", "install=bash", module=False)
-    assert said.code == 0
-    assert said.out.rstrip().endswith("complete -o nospace -o default -F hydra_bash_completion raytrainer")
+    output = process("-sc", "install=bash", module=False)
+    assert output.code == 0
+    assert output.out.rstrip().endswith("complete -o nospace -o default -F hydra_bash_completion raytrainer")
 
 
 # --- whole launches ------------------------------------------------------------------------------------------------
@@ -549,10 +551,10 @@ def rows(database: Path, query: str) -> list[tuple[object, ...]]:
 def test_a_sweep_inline_and_a_resume(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_SECRET", "hunter2")
     quick = ["experiment=smoke", "cluster=inline", "trainer.max_steps=4", "tracking.log_model=false"]
-    said = forked("-m", *quick, "optimizer.lr=0.1,0.01", "tracking.experiment_name=${oc.env:A_SECRET}")
-    assert said.code == 0, said.err
-    assert said.out.count("outcome  finished, 4 steps") == 2
-    assert "Traceback" not in said.err
+    output = forked("-m", *quick, "optimizer.lr=0.1,0.01", "tracking.experiment_name=${oc.env:A_SECRET}")
+    assert output.code == 0, output.err
+    assert output.out.count("outcome  finished, 4 steps") == 2
+    assert "Traceback" not in output.err
     runs = sorted((in_tmp / "runs").glob("smoke-*"))
     configs = [(path / "config.yaml").read_text() for path in runs]
     assert sorted(yaml.safe_load(text)["optimizer"]["lr"] for text in configs) == [0.01, 0.1]
@@ -563,20 +565,20 @@ def test_a_sweep_inline_and_a_resume(in_tmp: Path, monkeypatch: pytest.MonkeyPat
     assert rows(in_tmp / "mlflow.db", "SELECT status FROM runs") == [("FINISHED",), ("FINISHED",)]
 
     # The summary's own next command, as it is printed, continues the last of the two runs.
-    command = re.findall(r"python -m raytrainer (resume \S+ \S+)=…", said.out)[-1]
+    command = re.findall(r"python -m raytrainer (resume \S+ \S+)=…", output.out)[-1]
     assert command.endswith("trainer.max_steps")
-    said = forked(*command.split()[:2], f"{command.split()[2]}=6")
-    assert said.code == 0, said.err
-    assert "continuing after step 4" in said.err
-    assert "outcome  finished, 6 steps" in said.out
+    output = forked(*command.split()[:2], f"{command.split()[2]}=6")
+    assert output.code == 0, output.err
+    assert "continuing after step 4" in output.err
+    assert "outcome  finished, 6 steps" in output.out
     assert rows(in_tmp / "mlflow.db", "SELECT count(*), min(status) FROM runs") == [(2, "FINISHED")]
 
 
 def test_debug_is_one_batch_in_this_process_and_leaves_nothing(in_tmp: Path) -> None:
-    said = forked("experiment=resnet", "debug=default")
-    assert said.code == 0, said.err
-    assert "outcome  finished, 1 steps" in said.out
-    assert "no tracking, no checkpoint" in said.out
+    output = forked("experiment=resnet", "debug=default")
+    assert output.code == 0, output.err
+    assert "outcome  finished, 1 steps" in output.out
+    assert "no tracking, no checkpoint" in output.out
     assert list(in_tmp.iterdir()) == []
 
 
@@ -588,7 +590,7 @@ def test_a_name_is_used_once(in_tmp: Path, here: Run) -> None:
     assert "resume one continues it" in reason
 
 
-def test_a_crash_of_native_code_says_where_it_was() -> None:
+def test_a_crash_of_native_code_shows_where() -> None:
     crash = "import ctypes, raytrainer.cli\nraytrainer.cli.main = lambda: ctypes.string_at(0)\n"
     program = f"{crash}from raytrainer.__main__ import entry\nentry()"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -49,7 +50,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sweep",),
     ("cluster",),
     ("runs",),
-    ("completion",),
     ("cli", "__main__", "__init__", "hydra_plugins"),
 )
 # The only import within a layer: the program starts the command line.
@@ -66,7 +66,7 @@ ROOMS: dict[str, frozenset[str]] = {
 # Only one function imports these: the one that writes the model, and in `data` RayDataset, for which Ray reads.
 ONE_FUNCTION = {("mlflow", "mlflow_model"), ("ray", "data")}
 # These modules never import torch, not even inside functions. (`seeds` imports it inside functions.)
-NO_TORCH = frozenset({"errors", "config", "storage", "events", "tracking", "completion", "cli", "__main__"})
+NO_TORCH = frozenset({"errors", "config", "storage", "events", "tracking", "cli", "__main__"})
 
 # Importing the module imports none of these.
 LAZY: dict[str, tuple[str, ...]] = {
@@ -98,6 +98,10 @@ OF_OTHERS = re.compile(
 )
 # Variables of Ray that users set and several modules honour. All others are in one module only.
 HONOURED = re.compile(r"RAY_(ADDRESS|TMPDIR|API_SERVER_ADDRESS|AUTH_\w+)")
+
+# Two files or two public classes of one name make a reader open the wrong one. These are left, and none is added.
+SHARED_FILE_NAMES = frozenset({"__init__", "driver", "files", "launching", "logs", "plan", "space", "system"})
+SHARED_CLASS_NAMES = frozenset({"Artifact", "Batch", "Cluster", "Ended", "Job", "Jobs", "Layout", "Plan", "Shared"})
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}
@@ -274,6 +278,29 @@ def test_variables_of_ray_are_set_in_one_module() -> None:
 def test_no_module_is_a_drawer() -> None:
     drawers = {"util", "utils", "helper", "helpers", "common", "misc", "manager", "handler", "base"}
     assert not {file.stem for file in sources()} & drawers
+
+
+def shared(names: Iterator[tuple[str, Path]]) -> dict[str, list[str]]:
+    """Return the names that several files have, with those files."""
+    files: dict[str, list[str]] = defaultdict(list)
+    for name, file in names:
+        files[name].append(str(file.relative_to(ROOT)))
+    return {name: paths for name, paths in files.items() if len(paths) > 1}
+
+
+def test_no_two_files_of_one_name() -> None:
+    found = shared((file.stem, file) for file in sources())
+    assert not found.keys() - SHARED_FILE_NAMES, found
+
+
+def test_no_two_public_classes_of_one_name() -> None:
+    found = shared(
+        (node.name, file)
+        for file in sources()
+        for node in tree_of(file).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert not found.keys() - SHARED_CLASS_NAMES, found
 
 
 def present(module: str) -> bool:

@@ -111,11 +111,11 @@ def test_files_for_secrets_are_left_out_of_the_patch(repository: Path) -> None:
         ("id_rsa.py", False),
     ],
 )
-def test_what_may_hold_secrets(name: str, secret: bool) -> None:
+def test_names_of_files_that_may_hold_secrets(name: str, secret: bool) -> None:
     assert provenance.may_hold_secrets(name) is secret
 
 
-def test_what_was_not_tracked_is_named_from_the_root(repository: Path) -> None:
+def test_untracked_files_are_named_from_the_root(repository: Path) -> None:
     (repository / "below").mkdir()
     (repository / "b.txt").write_text("")
     found = provenance.collect([], repository / "below")
@@ -132,7 +132,7 @@ def test_a_patch_that_is_too_large_is_cut_and_says_so(repository: Path, monkeypa
     assert len(found.patch) < 200
 
 
-def test_a_job_tells_of_the_launch_that_submitted_it(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_has_the_provenance_of_its_submission(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(provenance, "_submitted", None)
     origin = provenance.collect(["experiment=mlp"], repository)
     provenance.adopt(replace(origin, versions={"torch": "0.0"}))
@@ -141,7 +141,7 @@ def test_a_job_tells_of_the_launch_that_submitted_it(repository: Path, monkeypat
     assert found.versions == origin.versions
 
 
-def test_anything_else_is_no_provenance() -> None:
+def test_other_files_are_no_provenance() -> None:
     for data in (b"", b"[]", b"{}"):
         with pytest.raises(ValueError):
             provenance.Provenance.from_json(data)
@@ -231,7 +231,7 @@ def test_a_submodule_at_another_commit_is_a_change(with_submodule: Path) -> None
     assert list(found.diffs) == [""]
 
 
-def test_a_repository_of_another_owner_is_said_with_the_fix(
+def test_a_repository_of_another_owner_is_reported_with_the_fix(
     repository: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
@@ -286,7 +286,7 @@ def test_a_commit_under_way_a_file_that_is_to_be_added_and_a_conflict(repository
 
 
 @pytest.mark.parametrize("program", ["#!/bin/sh\nsleep 60 & sleep 60\n", "not a program", None])
-def test_a_git_that_hangs_or_is_none(
+def test_a_git_that_hangs_or_is_missing(
     program: str | None, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "bin"

@@ -25,7 +25,7 @@ from raytrainer.cluster.entry import Asked
 from raytrainer.config import Experiment, compose, from_text
 from raytrainer.provenance import Provenance
 from raytrainer.runs import listing
-from raytrainer.runs.finding import look_up
+from raytrainer.runs.resolve import resolve_run
 from raytrainer.storage import Storage
 from raytrainer.sweep import Plan, TrialJournal, results
 from tests.launches import Runs, empty_store, launched
@@ -264,8 +264,8 @@ def submitted(version: str, name: str, folder: Path) -> tuple[Restored, Asked]:
 def test_a_submission_is_found(version: str, name: str, in_tmp: Path) -> None:
     recorded, asked = submitted(version, name, in_tmp)
     job = json_of(recorded.path / "record/run.json")["job"]
-    known = look_up(name)
-    assert (known.record.job, known.storage) == (job, None)
+    handle = resolve_run(name)
+    assert (handle.record.job, handle.storage) == (job, None)
     assert asked.place == job
     cluster = FakeCluster()
     cluster.add(name, "PENDING", metadata={"raytrainer.name": name})

@@ -1,67 +1,16 @@
-"""The commands for existing runs and sweeps. They take a run's name, its MLflow id or its Ray submission id.
+"""The verbs for existing runs and sweeps. They take a run's name, its MLflow id or its Ray submission id.
 
-    finding     the run that an ID means            listing    list: my runs or all, the newest first
-    again       resume and rerun: what they launch  status     status: all that is known of one run
-    tree        rerun: the code of the original     logs       logs: of driver and ranks, live or afterwards
-    liveness    whether a run's driver is alive     stopping   stop: and wait until all resources are free
-    reconcile   closing runs whose driver is dead   jobs       shared clusters, as the commands need them
-    trained     the run of a checkpoint             evaluating evaluate: validate a checkpoint
-    exporting   export: weights and config          pruning    prune: delete what is no longer needed
-    commands    the commands' arguments and output  run_summary what `list` and `status` show of a run
+    handle      RunHandle: what is known of a run, and where to find it
+    resolve     from an ID to a run handle
+    liveness    whether a run's driver is alive
+    reconcile   marking runs whose driver is dead
+    summary     what `list` and `status` show of a run; job_summary: of its job
+    jobs        shared clusters, as the verbs need them
+    recorded    the configs of runs and trials, and those with a checkpoint
+    verbs       the table of verbs: listing (`list`), status, logs, stop, resume, rerun, evaluate, export, prune
+    arguments   the parser of verbs; printing: their messages and JSON
+    changes     what a resume may change
+    worktree    a git working tree with the code of the original run, for `rerun`
 
-Names are imported when they are first used, so that listing runs needs neither Ray nor torch.
+Each module is imported when it is first used, so that listing runs needs neither Ray nor torch.
 """
-
-from __future__ import annotations
-
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from raytrainer.runs.again import to_rerun, to_rerun_sweep, to_resume, to_resume_sweep
-    from raytrainer.runs.commands import command, completions, outcome_json, parser
-    from raytrainer.runs.evaluating import to_evaluate
-    from raytrainer.runs.finding import find, trial_of
-    from raytrainer.runs.tree import rerun_there
-
-__all__ = [
-    "command",
-    "completions",
-    "find",
-    "outcome_json",
-    "parser",
-    "rerun_there",
-    "to_evaluate",
-    "to_rerun",
-    "to_rerun_sweep",
-    "to_resume",
-    "to_resume_sweep",
-    "trial_of",
-]
-
-_HOMES = {
-    "command": "commands",
-    "completions": "commands",
-    "find": "finding",
-    "outcome_json": "commands",
-    "parser": "commands",
-    "rerun_there": "tree",
-    "to_evaluate": "evaluating",
-    "to_rerun": "again",
-    "to_rerun_sweep": "again",
-    "to_resume": "again",
-    "to_resume_sweep": "again",
-    "trial_of": "finding",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'raytrainer.runs' has no attribute {name!r}")
-    found = getattr(import_module(f"raytrainer.runs.{_HOMES[name]}"), name)
-    globals()[name] = found
-    return found
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

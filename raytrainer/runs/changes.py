@@ -10,14 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from raytrainer.attempt import Record, changes_meaning
 from raytrainer.config import Experiment, key_of, parameters_of
 from raytrainer.errors import ConfigError
-from raytrainer.attempt import Record, changes_meaning
 
 # Sections that are built again with their new values, which no saved state overrides.
-_FOLLOWS = ("loss", "callbacks", "metrics", "data.val", "tracking")
+_REBUILT_SECTIONS = ("loss", "callbacks", "metrics", "data.val", "tracking")
 # Schedulers that overwrite settings of the optimizer, so that its own values are never used.
-_RULES_OPTIMIZER = {
+_SET_BY_SCHEDULER = {
     "torch.optim.lr_scheduler.OneCycleLR": ("lr", "momentum", "betas"),
     "torch.optim.lr_scheduler.CyclicLR": ("lr", "momentum", "betas"),
 }
@@ -45,7 +45,7 @@ def check_changes(before: Experiment, after: Experiment, record: Record, overrid
         if changes_meaning(key) and not same:
             raise _meaning(record, key, override.partition("=")[2], override)
     for key in _changed(old, new):
-        if changes_meaning(key) and not _is_below(key, _FOLLOWS) and not _is_below(key, named):
+        if changes_meaning(key) and not _is_below(key, _REBUILT_SECTIONS) and not _is_below(key, named):
             raise ConfigError(
                 f"was {_shown(old.get(key))} when the run was recorded: it refers to what {_named(named)} changes, and the "
                 f"run's checkpoint does not fit another value. raytrainer rerun {record.name} "
@@ -96,7 +96,7 @@ def _optimizer(before: Experiment, after: Experiment, record: Record, named: Map
         value, was = new.get(key), old.get(key)
         if repr(value) == repr(was):
             continue
-        if name in _RULES_OPTIMIZER.get(scheduler, ()):
+        if name in _SET_BY_SCHEDULER.get(scheduler, ()):
             raise ConfigError(
                 f"would be ignored: {scheduler} sets it at each step from values of its own, which are in the checkpoint; "
                 f"raytrainer rerun {record.name} init_from={record.name} starts a new run from the weights",
@@ -120,8 +120,8 @@ def _recorded(record: Record, section: str, before: Any) -> dict[str, Any]:
     now = _flat(section, before)
     if section not in record.resolved:
         return now
-    found = _flat(section, record.resolved[section])
-    return {key: now.get(key) if "${" in str(value) else value for key, value in found.items()}
+    values = _flat(section, record.resolved[section])
+    return {key: now.get(key) if "${" in str(value) else value for key, value in values.items()}
 
 
 def _flat(section: str, node: Any) -> dict[str, Any]:

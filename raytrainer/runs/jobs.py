@@ -10,7 +10,7 @@ from typing import Protocol
 
 from raytrainer.config import from_text
 from raytrainer.errors import RaytrainerError
-from raytrainer.runs.finding import RunHandle
+from raytrainer.runs.handle import RunHandle
 
 ACTIVE = ("PENDING", "RUNNING")
 
@@ -100,7 +100,7 @@ class Clusters:
 
     def ended_before_it_began(self, known: RunHandle) -> Job | None:
         """Return the job that was submitted from here to continue a run and ended before the record knew it, if any."""
-        coming = known.coming
+        coming = known.next_submission_id
         if coming is None:
             return None
         job = next((job for _, job in self._attempts(known) if job.submission_id == coming), None)
@@ -141,8 +141,8 @@ class Clusters:
         one to which it was last submitted from here."""
         found: dict[tuple[str, str], Job] = {}
         name, ids = known.record.name, {known.submission_id}
-        if known.sent is not None:
-            ids.add(known.sent.record.job.get("submission_id"))
+        if known.submission is not None:
+            ids.add(known.submission.record.job.get("submission_id"))
         for address, one in _addresses(known).items():
             for job in self.all_of(one):
                 if job.submission_id in ids or job.metadata.get("raytrainer.name") == name:
@@ -160,22 +160,22 @@ def _addresses(known: RunHandle) -> dict[str, RunHandle]:
     found = {}
     if known.submission_id is not None and known.cluster_address is not None:
         found[known.cluster_address] = known
-    if known.sent is not None and (address := known.sent.record.job.get("cluster_address")) is not None:
-        found.setdefault(address, replace(known, record=known.sent.record))
+    if known.submission is not None and (address := known.submission.record.job.get("cluster_address")) is not None:
+        found.setdefault(address, replace(known, record=known.submission.record))
     return found
 
 
 def _access(known: RunHandle) -> tuple[str | None, str | None]:
     """Return the `cluster.ca_file` and `cluster.token_file` with which the run was submitted."""
     text = None
-    if known.sent is not None and known.sent.record.job.get("cluster_address") == known.cluster_address:
-        text = known.sent.storage.read_if_exists("config.yaml")
+    if known.submission is not None and known.submission.record.job.get("cluster_address") == known.cluster_address:
+        text = known.submission.storage.read_if_exists("config.yaml")
     if text is None and known.storage is not None:
         text = known.storage.read_if_exists("config.yaml")
     if text is not None:
         cluster = from_text(text.decode()).experiment.cluster
         return cluster.ca_file, cluster.token_file
-    params = known.stored.params if known.stored is not None else {}
+    params = known.mlflow_run.params if known.mlflow_run is not None else {}
     found = [params.get(f"cluster.{key}", "null") for key in ("ca_file", "token_file")]
     # A reference names a variable of the user who submitted the run. Without a value, Ray's own variables are used.
     ca_file, token_file = (None if value == "null" or "${" in value else value for value in found)

@@ -1,21 +1,22 @@
 """Whether the driver of a run is alive, judged from the leases on the run directory and from the run's job.
 
-A run that says RUNNING is declared dead only when nothing that could be its driver can be alive:
+A run that says RUNNING is declared dead only when nothing that could be its driver can be alive. `judge` asks these rules
+in this order, and the first that knows decides:
 
-- **A lease of a process on this machine** is exact. It holds the process id, its start time in ticks since boot, the boot
-  id and the process namespace, so a reused process id is not mistaken for the driver. Its age does not matter.
-- **A lease of another machine** is renewed every 10 s. After `LIMIT_S` without a heartbeat its driver is dead, because a
-  driver that lost contact for so long ends itself when it sees that its lease is gone. Both times come from the storage's
-  clock, never from this machine's or the other's.
-- **No lease**: the driver has released it, so the record has the final status. If the record says RUNNING and is not
-  new, no driver exists.
-- **A job** that the cluster reports as pending or running is alive, whatever its lease says. A job that has ended is
-  dead, unless another submission or another owner continues the run. A lease that names the job belongs to its driver if
-  it was taken while the job ran and has no heartbeat after the job's end, because the same address may now be another
-  cluster with another job of the same name. This compares the cluster's clock with the storage's; if they differ by
-  more than a heartbeat, the age of the lease decides. A job that the cluster does not know, or that was refused, says
-  nothing, and the lease decides.
-- **What cannot be read** (the directory, the cluster) is no evidence of death.
+1. **A lease of a live process on this machine**: alive. It is exact: the lease holds the process id, its start time in
+   ticks since boot, the boot id and the process namespace, so a reused process id is not mistaken for the driver. Its
+   age does not matter.
+2. **A job that the cluster reports as pending or running**, of this attempt or of another: alive, whatever its lease says.
+3. **A lease of another machine**, renewed within `LIMIT_S`: alive. A driver that lost contact for longer ends itself when
+   it sees that its lease is gone. Both times come from the storage's clock, never from this machine's or the other's.
+   A lease that names an ended job does not count if it was taken while the job ran and has no heartbeat after the job's
+   end. (The same address may now be another cluster with another job of the same name.) This compares the cluster's
+   clock with the storage's; if they differ by more than a heartbeat, the age of the lease decides.
+4. **A job that has ended**: dead. A job that the cluster does not know, or that was refused, says nothing.
+5. **What cannot be read** is no evidence of death: unsure.
+6. **A record with a final status**: dead. The driver writes it before it releases its lease.
+7. **Only stale leases**: dead.
+8. **No lease** on a record that is not new: dead, because the driver of a new run may just be starting.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
+from raytrainer.attempt import Record
 from raytrainer.cluster.ending import REFUSED, ending_of
+from raytrainer.core.formatting import duration
 from raytrainer.errors import StorageError
 from raytrainer.runs.jobs import ACTIVE, Job
-from raytrainer.progress import duration
-from raytrainer.attempt import Record
 from raytrainer.storage import Storage
 from raytrainer.storage.lock import Lease, leases_in
 from raytrainer.tracking.runs import Status
@@ -41,7 +42,7 @@ _HEARTBEAT_S = 10.0  # between two heartbeats
 
 
 @dataclass(frozen=True)
-class Liveness:
+class LockState:
     """What the run directory says about its driver.
 
     Attributes:
@@ -57,7 +58,7 @@ class Liveness:
     readable: bool = True
 
     @classmethod
-    def read(cls, storage: Storage | None) -> Liveness:
+    def read(cls, storage: Storage | None) -> LockState:
         """Read the leases in a run directory.
 
         If another machine has a lease, its age is measured by writing a file and deleting it again.
@@ -66,9 +67,9 @@ class Liveness:
             return cls(readable=False)
         try:
             leases = leases_in(storage.child(LOCK))
-            if any(c.is_here and c.lives for c in leases):
+            if any(lease.is_here and lease.lives for lease in leases):
                 return cls(leases)
-            written = next((e.mtime for e in storage.list() if e.name == "run.json"), None)
+            written = next((entry.mtime for entry in storage.list() if entry.name == "run.json"), None)
         except StorageError:
             return cls(readable=False)
         return cls(leases, _clock(storage), written)
@@ -76,97 +77,144 @@ class Liveness:
     @property
     def here(self) -> Lease | None:
         """The lease of a process on this machine that is alive, if there is one."""
-        return next((c for c in self.leases if c.is_here and c.lives), None)
+        return next((lease for lease in self.leases if lease.is_here and lease.lives), None)
 
     @property
     def elsewhere(self) -> list[Lease]:
         """The leases of other machines whose owners may be alive."""
-        return [c for c in self.leases if not c.is_here and not self._is_old(c.heartbeat)]
+        return [lease for lease in self.leases if not lease.is_here and not self._is_stale(lease.heartbeat)]
 
     @property
     def dead(self) -> list[Lease]:
         """The leases whose owners are dead."""
-        return [c for c in self.leases if (not c.lives if c.is_here else self._is_old(c.heartbeat))]
+        return [
+            lease for lease in self.leases if (not lease.lives if lease.is_here else self._is_stale(lease.heartbeat))
+        ]
 
     @property
     def last(self) -> Lease | None:
         """The lease with the newest heartbeat, if there is any."""
-        return max(self.leases, key=lambda c: c.heartbeat, default=None)
+        return max(self.leases, key=lambda lease: lease.heartbeat, default=None)
 
-    def is_settled(self) -> bool:
-        """Return whether the record is old enough that no driver can just be starting."""
-        return self.written is not None and self._is_old(self.written)
+    @property
+    def last_change(self) -> float | None:
+        """The newest heartbeat, or when the record was written; None if neither is known."""
+        return self.last.heartbeat if self.last is not None else self.written
 
-    def _is_old(self, when: float) -> bool:
-        return self.now is not None and self.now - when > LIMIT_S
+    @property
+    def is_new(self) -> bool:
+        """Whether the record may be so new that its driver is just starting."""
+        return self.written is None or not self._is_stale(self.written)
+
+    def _is_stale(self, heartbeat: float) -> bool:
+        return self.now is not None and self.now - heartbeat > LIMIT_S
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Liveness:
     """Whether the driver is alive, and how we know.
 
     Attributes:
-        life: `alive`, `dead`, or `unsure`, which is treated as alive.
-        why: The reason, as text.
+        state: `alive`, `dead`, or `unsure`, which is treated as alive.
+        reason: How we know, as text.
         status: The final status of a run whose driver is dead.
         cause: Why its driver died, for the records.
-        when: The last heartbeat of a dead driver, in seconds since the epoch; None if it is unknown.
+        ended: The last heartbeat of a dead driver, in seconds since the epoch; None if it is unknown.
         by_job: Whether the cluster decided it.
-        going: The job that keeps the run alive, if a job does.
-        gone: The leases that the driver of an ended job left behind.
+        active_job: The job that keeps the run alive, if a job does.
+        dead_leases: The leases that the driver of an ended job left behind.
     """
 
-    life: Literal["alive", "dead", "unsure"]
-    why: str
+    state: Literal["alive", "dead", "unsure"]
+    reason: str
     status: Status = "FAILED"
     cause: str = ""
-    when: float | None = None
+    ended: float | None = None
     by_job: bool = False
-    going: Job | None = None
-    gone: Sequence[Lease] = ()
+    active_job: Job | None = None
+    dead_leases: Sequence[Lease] = ()
 
 
-def judge(record: Record, liveness: Liveness, job: Job | None = None, others: Sequence[Job] = ()) -> Verdict:
-    """Decide whether the driver of a run is alive, by the rule above. It reads and writes nothing.
+def judge(record: Record, lock: LockState, job: Job | None = None, other_jobs: Sequence[Job] = ()) -> Liveness:
+    """Decide whether the driver of a run is alive, by the rules above. It reads and writes nothing.
 
     Args:
         record: The run record from the run directory.
-        liveness: What the run directory says.
+        lock: What the run directory says.
         job: The run's job; None if it has none, or if the cluster does not know the job or does not answer.
-        others: Other jobs of the same run, one for each further attempt.
+        other_jobs: Other jobs of the same run, one for each further attempt.
     """
-    if (lease := liveness.here) is not None:
-        return Verdict("alive", f"process {lease.owner.get('pid')} of this machine holds the lock")
+    jobs = [*other_jobs] if job is None else [job, *other_jobs]
+    left_behind = [lease for lease in lock.elsewhere if any(_ended_with(lease, ended) for ended in jobs)]
+    return (
+        _process_here(lock)
+        or _active_job(job, other_jobs)
+        or _process_elsewhere(lock, left_behind)
+        or _ended_job(record, job, left_behind)
+        or _unreadable(lock)
+        or _final_status(record, lock)
+        or _stale_leases(lock)
+        or _no_lease(lock)
+        or Liveness("unsure", "no process holds its lock yet; it may be starting")
+    )
+
+
+def _process_here(lock: LockState) -> Liveness | None:
+    if lock.here is None:
+        return None
+    return Liveness("alive", f"process {lock.here.owner.get('pid')} of this machine holds the lock")
+
+
+def _active_job(job: Job | None, other_jobs: Sequence[Job]) -> Liveness | None:
     if job is not None and job.status in ACTIVE:
-        return Verdict("alive", f"its job {job.submission_id} is {job.status}", going=job)
-    if going := next((other for other in others if other.status in ACTIVE), None):
-        return Verdict("alive", f"the job {going.submission_id} continues it", going=going)
-    ended = [one for one in (job, *others) if one is not None]
-    gone = [lease for lease in liveness.elsewhere if any(_ended_with(lease, one) for one in ended)]
-    if left := [lease for lease in liveness.elsewhere if lease not in gone]:
-        return Verdict("alive", f"{_named(left[0])} holds the lock")
-    if job is not None and job.exit_code != REFUSED:  # a refused job never started the run
-        status, cause = _end_of_job(job)
-        if record.status != "RUNNING":
-            status = record.status  # type: ignore[assignment]
-        why = f"its job {job.submission_id} {job.status}"
-        return Verdict("dead", why, status, cause, job.ended, by_job=True, gone=gone)
-    if not liveness.readable:
-        return Verdict("unsure", "its directory cannot be read from here")
-    last = liveness.last
-    when = last.heartbeat if last is not None else liveness.written
+        return Liveness("alive", f"its job {job.submission_id} is {job.status}", active_job=job)
+    for other in other_jobs:
+        if other.status in ACTIVE:
+            return Liveness("alive", f"the job {other.submission_id} continues it", active_job=other)
+    return None
+
+
+def _process_elsewhere(lock: LockState, left_behind: Sequence[Lease]) -> Liveness | None:
+    lease = next((lease for lease in lock.elsewhere if lease not in left_behind), None)
+    return None if lease is None else Liveness("alive", f"{_owner(lease)} holds the lock")
+
+
+def _ended_job(record: Record, job: Job | None, left_behind: Sequence[Lease]) -> Liveness | None:
+    if job is None or job.exit_code == REFUSED:  # a refused job never started the run
+        return None
+    status, cause = _end_of_job(job)
     if record.status != "RUNNING":
-        why = f"it ended as {record.status}, but MLflow does not have the status"
-        return Verdict("dead", why, record.status, why, when)  # type: ignore[arg-type]
-    if last is not None:
-        what = f"{_named(last)} is gone" if last.is_here else f"no heartbeat from {_named(last)}"
-        since = f" for {duration(liveness.now - last.heartbeat)}" if liveness.now is not None and not last.is_here else ""
-        return Verdict("dead", what + since, "FAILED", f"its driver died: {what}{since}", when)
-    if liveness.is_settled():
-        return Verdict(
-            "dead", "no process holds its lock", "FAILED", "its driver died: no process holds its lock", when
-        )
-    return Verdict("unsure", "no process holds its lock yet; it may be starting")
+        status = record.status  # type: ignore[assignment]
+    reason = f"its job {job.submission_id} {job.status}"
+    return Liveness("dead", reason, status, cause, job.ended, by_job=True, dead_leases=left_behind)
+
+
+def _unreadable(lock: LockState) -> Liveness | None:
+    return None if lock.readable else Liveness("unsure", "its directory cannot be read from here")
+
+
+def _final_status(record: Record, lock: LockState) -> Liveness | None:
+    if record.status == "RUNNING":
+        return None
+    reason = f"it ended as {record.status}, but MLflow does not have the status"
+    return Liveness("dead", reason, record.status, reason, lock.last_change)  # type: ignore[arg-type]
+
+
+def _stale_leases(lock: LockState) -> Liveness | None:
+    lease = lock.last
+    if lease is None:
+        return None
+    reason = f"{_owner(lease)} is gone" if lease.is_here else f"no heartbeat from {_owner(lease)}"
+    if lock.now is not None and not lease.is_here:
+        reason += f" for {duration(lock.now - lease.heartbeat)}"
+    return Liveness("dead", reason, cause=f"its driver died: {reason}", ended=lock.last_change)
+
+
+def _no_lease(lock: LockState) -> Liveness | None:
+    if lock.is_new:
+        return None
+    reason = "no process holds its lock"
+    return Liveness("dead", reason, cause=f"its driver died: {reason}", ended=lock.last_change)
 
 
 def _end_of_job(job: Job) -> tuple[Status, str]:
@@ -186,14 +234,14 @@ def _ended_with(lease: Lease, job: Job) -> bool:
     if lease.owner.get("job") != job.submission_id or job.ended is None or job.exit_code == REFUSED:
         return False
     try:
-        since = datetime.fromisoformat(lease.owner.get("since", "")).timestamp()
+        taken = datetime.fromisoformat(lease.owner.get("since", "")).timestamp()
     except ValueError:
         return False
-    made = (job.started or 0.0) - _HEARTBEAT_S <= since <= job.ended + _HEARTBEAT_S
-    return made and lease.heartbeat <= job.ended + _HEARTBEAT_S
+    last = job.ended + _HEARTBEAT_S
+    return (job.started or 0.0) - _HEARTBEAT_S <= taken <= last and lease.heartbeat <= last
 
 
-def _named(lease: Lease) -> str:
+def _owner(lease: Lease) -> str:
     return f"process {lease.owner.get('pid', '?')} on {lease.owner.get('host', 'an unknown machine')}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -10,47 +11,62 @@ from typing import Any
 
 from raytrainer import provenance, tracking
 from raytrainer.cluster.ending import ending_of, one_line
+from raytrainer.core.formatting import ago, duration
 from raytrainer.errors import RaytrainerError, StorageError, TrackingError
-from raytrainer.runs.finding import RunHandle, look_up, with_tracking
+from raytrainer.runs import printing
+from raytrainer.runs.arguments import VerbParser
+from raytrainer.runs.handle import RunHandle
+from raytrainer.runs.job_summary import summarize_job, with_active_job, with_last_job
 from raytrainer.runs.jobs import ACTIVE, Clusters, Job
-from raytrainer.runs.listing import ago, as_attempt, facts_of_job, progress, with_failed_job
-from raytrainer.runs.liveness import Verdict
-from raytrainer.runs.reconcile import close_dead, verdict_of
-from raytrainer.runs.run_summary import RunSummary, Saved, checkpoints, facts_of
-from raytrainer.progress import duration
+from raytrainer.runs.liveness import Liveness
+from raytrainer.runs.reconcile import check_liveness, close_orphans
+from raytrainer.runs.resolve import resolve_run, with_mlflow_run
+from raytrainer.runs.summary import RunSummary, SavedCheckpoint, saved_checkpoints, summarize
 from raytrainer.tracking.sender import LOCAL_PREFIX
+
+ABOUT = "Everything about a run: where it is, how far, its best value, what it waits for, what to do next."
+
+
+def add_arguments(parser: VerbParser) -> None:
+    parser.add_id()
+
+
+def run(arguments: argparse.Namespace) -> int:
+    status = status_of(arguments.id, say=printing.say)
+    print(printing.to_json(status.to_json()) if arguments.json else text(status))
+    return 0
 
 
 @dataclass(frozen=True)
-class Status:
+class RunStatus:
     """The status of one run.
 
     Attributes:
-        facts: The summary, as in a list.
+        summary: The summary, as in a list.
         checkpoints: The committed checkpoints, the oldest first; none for a sweep.
         mlflow: The address of its MLflow page, or of the tracking store.
-        lost: Whether its MLflow run, or MLflow's database, was deleted.
+        is_lost: Whether its MLflow run, or MLflow's database, was deleted.
         job: The state of its job, as Ray names it, and the cause of its end in one line.
         waits: What a pending job lacks, and who holds it.
-        verdict: Whether the driver is alive, for a run that says RUNNING.
+        liveness: Whether the driver is alive, for a run that says RUNNING.
         next: Commands that make sense now.
     """
 
-    facts: RunSummary
-    checkpoints: Sequence[Saved]
+    summary: RunSummary
+    checkpoints: Sequence[SavedCheckpoint]
     mlflow: str | None
+    is_lost: bool
     job: tuple[str, str] | None
     waits: str | None
-    verdict: Verdict | None
+    liveness: Liveness | None
     next: Sequence[str]
-    lost: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {
-            **self.facts.to_json(),
-            "checkpoints": [saved.__dict__ for saved in self.checkpoints],
+            **self.summary.to_json(),
+            "checkpoints": [checkpoint.__dict__ for checkpoint in self.checkpoints],
             "mlflow": self.mlflow,
-            "mlflow_run_is_gone": self.lost,
+            "mlflow_run_is_gone": self.is_lost,
             "job": None if self.job is None else {"status": self.job[0], "message": self.job[1]},
             "waits": self.waits,
             "next": list(self.next),
@@ -59,148 +75,195 @@ class Status:
 
 def status_of(
     identifier: str, *, say: Callable[[str], None] = lambda text: None, clusters: Clusters | None = None
-) -> Status:
+) -> RunStatus:
     """Return what `status` shows of a run. A run marked RUNNING whose driver is dead gets its final status first.
 
     Raises:
         RunNotFound: There is no such run.
     """
-    clusters, known = clusters or Clusters(), look_up(identifier)
-    lost = False
+    clusters, handle = clusters or Clusters(), resolve_run(identifier)
+    is_lost = False
     try:
-        known = with_tracking(known)
-        lost = known.stored is None and bool(known.record.run_id) and bool(known.record.tracking_uri)
-        lost = lost and not (known.record.run_id or "").startswith(LOCAL_PREFIX)
+        handle = with_mlflow_run(handle)
+        is_lost = handle.mlflow_run is None and _was_in_mlflow(handle)
     except TrackingError as error:
-        say(f"{error}; what follows is from {known.record.run_dir} alone")
-    verdict = None
-    known, job = clusters.attempt(known) if known.trial is None else (known, None)
+        say(f"{error}; what follows is from {handle.record.run_dir} alone")
+    handle, job = clusters.attempt(handle) if handle.trial is None else (handle, None)
     clusters.tell(say)
-    if known.storage is None and known.stored is None:
-        facts = facts_of_job(known, job, clusters)
-    else:
-        running = (known.stored.status if known.stored is not None else known.record.status) == "RUNNING"
-        if running and known.trial is None:
-            verdict = verdict_of(known, clusters)
-            if close_dead([(known, verdict)], clusters, say):
-                known = with_tracking(replace(known, stored=None, record=replace(known.record, status=verdict.status)))
-        facts = facts_of(known, verdict)
-        if verdict is not None and verdict.life == "dead":
-            facts = replace(facts, status=verdict.status, cause=facts.cause or verdict.cause)
-        if (last := clusters.ended_before_it_began(known)) is not None:
-            facts = with_failed_job(facts, last)
-        if job is not None and job.status in ACTIVE and (facts.status != "RUNNING" or job.status == "PENDING"):
-            facts = as_attempt(facts, known, job)
-    saved: list[Saved] = []
-    if known.storage is not None and known.trial is None and facts.kind == "run":
+    liveness = None
+    if _says_running(handle):
+        liveness = check_liveness(handle, clusters)
+        if close_orphans([(handle, liveness)], clusters, say):
+            record = replace(handle.record, status=liveness.status)
+            handle = with_mlflow_run(replace(handle, mlflow_run=None, record=record))
+    summary = _summary(handle, liveness, job, clusters)
+    checkpoints: list[SavedCheckpoint] = []
+    if handle.storage is not None and handle.trial is None and summary.kind == "run":
         with suppress(StorageError):
-            saved = checkpoints(known.storage)
-    if facts.best is None and facts.kind == "run":  # recorded by a version without the best value
-        facts = _best_of(saved, known, facts)
-    return Status(
-        facts,
-        saved,
-        _page(known),
-        None
-        if job is None
-        else (job.status, (one_line(job.message) if job.status in ACTIVE else ending_of(job).cause) or ""),
-        _waits(known, job, clusters),
-        verdict,
-        _next(facts, saved, provenance.program()),
-        lost,
+            checkpoints = saved_checkpoints(handle.storage)
+    if summary.best is None and summary.kind == "run":  # recorded by a version without the best value
+        summary = _with_best_of(checkpoints, handle, summary)
+    return RunStatus(
+        summary,
+        checkpoints,
+        _mlflow_page(handle),
+        is_lost,
+        None if job is None else (job.status, _job_message(job)),
+        _waits(handle, job, clusters),
+        liveness,
+        _next_commands(summary, checkpoints, provenance.program()),
     )
 
 
-def text(status: Status, now: float | None = None) -> str:
+def text(status: RunStatus, now: float | None = None) -> str:
     """Return a status as lines of text for a person."""
     now = time.time() if now is None else now
-    f = status.facts
-    rows = [("name", f.name + ("" if f.kind == "run" else f"  ({f.kind})"))]
-    how = {"alive": "", "unsure": ", but that is uncertain"}.get(f.life or "", "")
-    rows.append(("status", f.status + how + (f", attempt {f.attempts}" if f.attempts and f.attempts > 1 else "")))
-    if f.cause:
-        rows.append(("cause", f.cause))
-    if status.verdict is not None and status.verdict.life == "alive":
-        rows.append(("", status.verdict.why))
-    if f.where:
-        rows.append(("where", f.where + (f", launched on {f.host}" if f.host else "")))
-    if f.started is not None:
-        rows.append(
-            ("started", f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(f.started))}, {ago(f.started, now)}")
-        )
-    if f.seconds is not None:
-        several = f" in {f.attempts} attempts" if f.attempts and f.attempts > 1 else ""
-        rows.append(("so far" if f.status == "RUNNING" else "took", duration(f.seconds) + several))
-    if told := progress(f):
-        rows.append(("trials" if f.kind == "sweep" else "step", told))
-    if f.best is not None:
-        where = (f" at step {f.best_step}" if f.best_step else "") + (
-            f" of trial {f.best_trial}" if f.best_trial else ""
-        )
-        rows.append(("best", f"{f.monitor} {f.best:.4g}{where}"))
-    if f.workers:
-        rows.append(("workers", f.workers))
-    if f.submission_id:
-        why = "" if status.job is None or status.job[1] == f.cause else status.job[1]
-        state = "" if status.job is None else f", {status.job[0]}" + (f": {why}" if why else "")
-        rows.append(("job", f"{f.submission_id} at {f.cluster_address}{state}"))
-    if status.waits:
-        rows += [("waits" if not i else "", line) for i, line in enumerate(status.waits.splitlines())]
-    if status.checkpoints:
-        last = status.checkpoints[-1]
-        count = len(status.checkpoints)
-        rows.append(("saved", f"step {last.step}, {last.created}" + (f", and {count - 1} more" if count > 1 else "")))
-    if status.mlflow:
-        gone = " is gone; resume continues in a new one" if status.lost else ""
-        rows.append(("mlflow", f"{status.mlflow}  run {f.run_id}{gone}"))
-    if f.run_dir:
-        rows.append(("output", f.run_dir))
-    rows += [("next" if not i else "", line) for i, line in enumerate(status.next)]
-    return "\n".join(f"{name:<8} {line}".rstrip() for name, line in rows)
+    summary = status.summary
+    liveness = status.liveness
+    rows = [
+        ("name", summary.name + ("" if summary.kind == "run" else f"  ({summary.kind})")),
+        ("status", _status_text(summary)),
+        ("cause", summary.cause),
+        ("", liveness.reason if liveness is not None and liveness.state == "alive" else None),
+        ("where", summary.where and summary.where + (f", launched on {summary.host}" if summary.host else "")),
+        ("started", _started_text(summary, now)),
+        ("so far" if summary.status == "RUNNING" else "took", _duration_text(summary)),
+        ("trials" if summary.kind == "sweep" else "step", summary.progress),
+        ("best", _best_text(summary)),
+        ("workers", summary.workers),
+        ("job", _job_text(status)),
+        ("waits", status.waits),
+        ("saved", _saved_text(status.checkpoints)),
+        ("mlflow", _mlflow_text(status)),
+        ("output", summary.run_dir),
+        ("next", "\n".join(status.next)),
+    ]
+    lines = []
+    for name, value in rows:
+        for number, line in enumerate((value or "").splitlines()):
+            lines.append(f"{'' if number else name:<8} {line}".rstrip())
+    return "\n".join(lines)
 
 
-def _best_of(saved: Sequence[Saved], known: RunHandle, facts: RunSummary) -> RunSummary:
+def _status_text(summary: RunSummary) -> str:
+    uncertain = ", but that is uncertain" if summary.life == "unsure" else ""
+    attempt = f", attempt {summary.attempts}" if summary.attempts and summary.attempts > 1 else ""
+    return summary.status + uncertain + attempt
+
+
+def _started_text(summary: RunSummary, now: float) -> str | None:
+    if summary.started is None:
+        return None
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(summary.started))}, {ago(summary.started, now)}"
+
+
+def _duration_text(summary: RunSummary) -> str | None:
+    if summary.seconds is None:
+        return None
+    attempts = f" in {summary.attempts} attempts" if summary.attempts and summary.attempts > 1 else ""
+    return duration(summary.seconds) + attempts
+
+
+def _best_text(summary: RunSummary) -> str | None:
+    if summary.best is None:
+        return None
+    step = f" at step {summary.best_step}" if summary.best_step else ""
+    trial = f" of trial {summary.best_trial}" if summary.best_trial else ""
+    return f"{summary.monitor} {summary.best:.4g}{step}{trial}"
+
+
+def _job_text(status: RunStatus) -> str | None:
+    summary = status.summary
+    if not summary.submission_id:
+        return None
+    text = f"{summary.submission_id} at {summary.cluster_address}"
+    if status.job is None:
+        return text
+    state, message = status.job
+    return f"{text}, {state}" + (f": {message}" if message and message != summary.cause else "")
+
+
+def _saved_text(checkpoints: Sequence[SavedCheckpoint]) -> str | None:
+    if not checkpoints:
+        return None
+    last, more = checkpoints[-1], len(checkpoints) - 1
+    return f"step {last.step}, {last.created}" + (f", and {more} more" if more else "")
+
+
+def _mlflow_text(status: RunStatus) -> str | None:
+    lost = " is gone; resume continues in a new one" if status.is_lost else ""
+    return status.mlflow and f"{status.mlflow}  run {status.summary.run_id}{lost}"
+
+
+def _was_in_mlflow(handle: RunHandle) -> bool:
+    record = handle.record
+    return bool(record.run_id and record.tracking_uri) and not (record.run_id or "").startswith(LOCAL_PREFIX)
+
+
+def _says_running(handle: RunHandle) -> bool:
+    if handle.trial is not None or (handle.storage is None and handle.mlflow_run is None):
+        return False
+    return (handle.mlflow_run.status if handle.mlflow_run is not None else handle.record.status) == "RUNNING"
+
+
+def _summary(handle: RunHandle, liveness: Liveness | None, job: Job | None, clusters: Clusters) -> RunSummary:
+    """Return the summary of a run with what its liveness and its jobs add."""
+    if handle.storage is None and handle.mlflow_run is None:
+        return summarize_job(handle, job, clusters)
+    summary = summarize(handle, liveness)
+    if liveness is not None and liveness.state == "dead":
+        summary = replace(summary, status=liveness.status, cause=summary.cause or liveness.cause)
+    if (last_job := clusters.ended_before_it_began(handle)) is not None:
+        summary = with_last_job(summary, last_job)
+    if job is not None and job.status in ACTIVE and (summary.status != "RUNNING" or job.status == "PENDING"):
+        summary = with_active_job(summary, handle, job)
+    return summary
+
+
+def _with_best_of(checkpoints: Sequence[SavedCheckpoint], handle: RunHandle, summary: RunSummary) -> RunSummary:
     """Add the best value from the checkpoints, for a run whose best value is not in MLflow."""
-    values = [(s.metric, s.step) for s in saved if s.metric is not None and s.metric == s.metric]
-    config = known.storage.read_if_exists("config.yaml") if known.storage is not None else None
+    values = [(c.metric, c.step) for c in checkpoints if c.metric is not None and c.metric == c.metric]
+    config = handle.storage.read_if_exists("config.yaml") if handle.storage is not None else None
     if not values or config is None:
-        return facts
+        return summary
     from raytrainer.config import flattened
 
     flat = flattened(config.decode())
     best, step = (max if flat.get("checkpoint.mode") == "max" else min)(values)
-    return replace(facts, monitor=flat.get("checkpoint.monitor"), best=best, best_step=step)
+    return replace(summary, monitor=flat.get("checkpoint.monitor"), best=best, best_step=step)
 
 
-def _page(known: RunHandle) -> str | None:
+def _mlflow_page(handle: RunHandle) -> str | None:
     """Return the address of the MLflow page, as the summary of a launch shows it."""
-    uri = known.record.tracking_uri
-    if not uri.startswith(("http://", "https://")) or known.stored is None:
+    uri, run = handle.record.tracking_uri, handle.mlflow_run
+    if not uri.startswith(("http://", "https://")) or run is None:
         return uri or None
-    stored = known.stored
-    return f"{tracking.redacted(uri).rstrip('/')}/#/experiments/{stored.experiment_id}/runs/{stored.run_id}"
+    return f"{tracking.redacted(uri).rstrip('/')}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
 
 
-def _waits(known: RunHandle, job: Job | None, clusters: Clusters) -> str | None:
+def _job_message(job: Job) -> str:
+    return (one_line(job.message) if job.status in ACTIVE else ending_of(job).cause) or ""
+
+
+def _waits(handle: RunHandle, job: Job | None, clusters: Clusters) -> str | None:
     """Return what a pending job is waiting for."""
     if job is None or job.status != "PENDING":
         return None
     try:
-        cluster = clusters.of(known)
+        cluster = clusters.of(handle)
         return None if cluster is None else cluster.explain_waiting(job.submission_id)
     except (RaytrainerError, OSError) as error:
         return str(error)
 
 
-def _next(facts: RunSummary, saved: Sequence[Saved], program: str) -> list[str]:
-    name = facts.name
-    if facts.status in ("RUNNING", "PENDING", "UNKNOWN"):
-        return [f"{program} logs -f {name}", *([f"{program} stop {name}"] if facts.kind != "trial" else [])]
-    if facts.kind == "trial":
+def _next_commands(summary: RunSummary, checkpoints: Sequence[SavedCheckpoint], program: str) -> list[str]:
+    name = summary.name
+    if summary.status in ("RUNNING", "PENDING", "UNKNOWN"):
+        return [f"{program} logs -f {name}", *([f"{program} stop {name}"] if summary.kind != "trial" else [])]
+    if summary.kind == "trial":
         return [f"{program} rerun {name}"]
-    if facts.status == "REFUSED":  # there is no run: after the fix, the same name can be submitted again
+    if summary.status == "REFUSED":  # there is no run: after the fix, the same name can be submitted again
         return [f"{program} logs {name}"]
-    found = [f"{program} logs {name}"]
-    if facts.status != "FINISHED" and (saved or facts.kind == "sweep"):
-        found.append(f"{program} resume {name}")
-    return [*found, f"{program} rerun {name}"]
+    can_resume = summary.status != "FINISHED" and (checkpoints or summary.kind == "sweep")
+    verbs = ["logs", *(["resume"] if can_resume else []), "rerun"]
+    return [f"{program} {verb} {name}" for verb in verbs]

@@ -25,7 +25,7 @@ from raytrainer.cluster.request import Request
 from raytrainer.cluster.submit import Submission, launch
 from raytrainer.config import Composition, compose
 from raytrainer.errors import ClusterUnreachable, ConfigError, JobExists, PreflightError, Stopped
-from raytrainer.runs.finding import look_up
+from raytrainer.runs.resolve import resolve_run
 from raytrainer.storage import Storage
 
 ADDRESS = "https://203.0.113.7"
@@ -431,15 +431,15 @@ def test_an_interrupt_while_it_is_sent(cluster: Cluster) -> None:
 
 def test_the_verbs_know_it_at_once(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     def look(request: Request) -> None:
-        known = look_up("one")
+        known = resolve_run("one")
         assert (known.submission_id, known.cluster_address) == ("one", ADDRESS)
         assert known.record.run_dir == "s3://bucket/runs/one"
 
     cluster.while_sending = look
     monkeypatch.setenv("STORE", "s3://KEY:password@bucket/runs")
-    monkeypatch.setattr("raytrainer.runs.finding.reached", lambda known: known)  # the bucket does not exist
+    monkeypatch.setattr("raytrainer.runs.resolve.with_directory", lambda known: known)  # the bucket does not exist
     sent("cluster.wait=false", "storage_path=${oc.env:STORE}", "cluster.forward_env=[STORE]")
-    known = look_up("one").record
+    known = resolve_run("one").record
     assert (known.run_dir, known.storage_path) == ("s3://bucket/runs/one", "${oc.env:STORE}")
     assert known.storage.uri == "s3://KEY:password@bucket/runs/one"
     assert not [path for path in Path.cwd().rglob("*") if path.is_file() and b"password" in path.read_bytes()]

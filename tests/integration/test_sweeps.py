@@ -142,7 +142,7 @@ def test_a_trial_trained_anew(reused: Swept) -> None:
     assert reused.runs.params("again")["callbacks.changes.what"] == "nothing"
 
 
-@pytest.mark.nightly  # tests/runs/test_again.py composes the same rerun
+@pytest.mark.nightly  # tests/runs/test_resume_rerun.py composes the same rerun
 def test_a_sweep_run_anew(reused: Swept) -> None:
     """`rerun SWEEP` starts another sweep, under its own name."""
     ended = launched(reused.folder, "rerun", "sweep", "sweep.num_samples=1", "name=second").exits(0)

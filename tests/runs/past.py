@@ -15,9 +15,9 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
+from raytrainer.attempt import Record
 from raytrainer.config import compose
 from raytrainer.runs.jobs import Clusters
-from raytrainer.attempt import Record
 from raytrainer.storage import Storage
 from raytrainer.storage import lock as locks
 
@@ -118,7 +118,7 @@ class Store:
         return run_id
 
 
-def claim(
+def write_lease(
     storage: Storage,
     *,
     machine: str | None = "another boot pid:[1]",
@@ -140,7 +140,7 @@ def claim(
     return name
 
 
-def of_here(pid: int) -> dict[str, Any]:
+def local_owner(pid: int) -> dict[str, Any]:
     """Return the fields of a lease whose owner is a process of this machine."""
     return {"machine": locks.machine(), "pid": pid, "started": locks.process_start(pid)}
 

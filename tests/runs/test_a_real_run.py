@@ -46,7 +46,7 @@ def test_a_run_with_ray_is_followed_and_stopped(in_tmp: Path) -> None:
     assert found["workers"] == "1"
 
 
-def test_a_run_whose_driver_is_killed_is_closed_by_the_next_look(in_tmp: Path) -> None:
+def test_a_run_whose_driver_is_killed_is_closed_by_the_next_list(in_tmp: Path) -> None:
     arguments = ["experiment=smoke", "name=one", "cluster=inline", "trainer.max_steps=100000"]
     with launch(in_tmp, *arguments, "trainer.max_epochs=null", *observed(0.02)) as started:
         started.reaches(10)

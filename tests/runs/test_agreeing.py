@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 
 from raytrainer import attempt
-from raytrainer.config import compose
-from raytrainer.runs.again import to_resume
-from raytrainer.runs.commands import outcome_json
-from raytrainer.runs.evaluating import to_evaluate
-from raytrainer.runs.finding import RunHandle
-from raytrainer.runs.listing import list_runs
-from raytrainer.runs.run_summary import RunSummary, facts_of
-from raytrainer.runs.status import status_of, text
-from raytrainer.progress import duration
 from raytrainer.attempt import Outcome, Record, summary
+from raytrainer.config import compose
+from raytrainer.core.formatting import duration
+from raytrainer.runs.evaluate import to_evaluate
+from raytrainer.runs.handle import RunHandle
+from raytrainer.runs.listing import list_runs
+from raytrainer.runs.printing import outcome_json
+from raytrainer.runs.resume import to_resume
+from raytrainer.runs.status import status_of, text
+from raytrainer.runs.summary import RunSummary, summarize
 from raytrainer.storage import Storage
 from tests.runs.past import Store
 
@@ -82,7 +82,7 @@ def told(store: Store, outcome: Outcome) -> list[RunSummary]:
     record = Record.read(Storage(Path("runs/one").absolute()))
     assert record is not None
     (listed,) = [facts for facts in list_runs() if facts.name == "one"]
-    return [status_of("one").facts, listed, facts_of(RunHandle(record, Storage(Path("runs/one").absolute())))]
+    return [status_of("one").summary, listed, summarize(RunHandle(record, Storage(Path("runs/one").absolute())))]
 
 
 def agree(store: Store, outcome: Outcome, *, step: int, best: tuple[float, int] | None, seconds: float) -> None:
@@ -100,7 +100,7 @@ def in_mlflow(store: Store, outcome: Outcome) -> Any:
     return store.client.get_run(outcome.record.run_id or "")
 
 
-def test_a_run_and_what_goes_on_from_it(store: Store) -> None:
+def test_a_run_and_its_resume(store: Store) -> None:
     first = launched()
     assert (first.status, first.step) == ("FINISHED", 5)
     assert first.result is not None
@@ -115,14 +115,14 @@ def test_a_run_and_what_goes_on_from_it(store: Store) -> None:
     assert f"in {both} in 2 attempts, the last {duration(second.seconds)}" in summary(second, "raytrainer")
     assert f"took     {both} in 2 attempts" in text(status_of("one")).splitlines()
     evaluation = attempt.launch(to_evaluate("one", []))
-    facts = status_of(evaluation.record.name).facts
+    facts = status_of(evaluation.record.name).summary
     assert evaluation.result is not None
     assert (facts.step, facts.total_steps) == (evaluation.result["step"], None)
     assert (facts.best, facts.best_step) == evaluation.result["best"]
     assert facts.seconds == pytest.approx(evaluation.seconds, abs=0.002)
 
 
-def test_a_run_that_fails_and_then_does_not(store: Store) -> None:
+def test_a_run_that_fails_and_is_resumed(store: Store) -> None:
     """A failed run has its step, duration and cause; once it has finished, it has no cause."""
     failed = launched(f"+callbacks.fails._target_={ME}.Fails")
     assert (failed.status, failed.step) == ("FAILED", 4)
@@ -130,7 +130,7 @@ def test_a_run_that_fails_and_then_does_not(store: Store) -> None:
     for facts in told(store, failed):
         assert (facts.status, facts.step, facts.cause) == ("FAILED", facts.step, failed.cause)
         assert facts.seconds == pytest.approx(failed.seconds, abs=0.002)
-    assert status_of("one").facts.step == 4
+    assert status_of("one").summary.step == 4
     config = Path("runs/one/config.yaml")
     config.write_text(config.read_text().replace(f"{ME}.Fails", f"{ME}.Nothing"))
     finished = resumed()
@@ -158,13 +158,13 @@ def test_a_driver_that_was_killed_is_closed_with_the_time_it_had(store: Store) -
 
 
 @pytest.mark.parametrize("what", ["run", "database"])
-def test_mlflow_loses_the_run_in_the_middle(store: Store, what: str) -> None:
+def test_the_mlflow_run_is_deleted_during_the_run(store: Store, what: str) -> None:
     """Training continues, the record stays correct, and resume continues in a new MLflow run."""
     first = launched(f"+callbacks.deletes._target_={ME}.Deletes", f"+callbacks.deletes.what={what}")
     assert (first.status, first.step) == ("FINISHED", 5)
     forget_connections()
     found = status_of("one")
-    assert (found.facts.status, found.facts.step, found.lost) == ("FINISHED", 5, True)
+    assert (found.summary.status, found.summary.step, found.is_lost) == ("FINISHED", 5, True)
     assert "is gone; resume continues in a new one" in text(found)
     assert [(facts.name, facts.status) for facts in list_runs()] == [("one", "FINISHED")]
     assert list_runs(status="FAILED") == []
@@ -176,18 +176,18 @@ def test_mlflow_loses_the_run_in_the_middle(store: Store, what: str) -> None:
     assert kept.data.params["trainer.max_steps"] == "8"
     assert kept.data.tags["raytrainer.continues"] == first.record.run_id
     assert kept.data.metrics["train/loss"] == pytest.approx((second.result or {})["metrics"]["train/loss"])
-    assert not status_of("one").lost
+    assert not status_of("one").is_lost
 
 
-def test_the_directory_is_deleted_in_the_middle(store: Store) -> None:
+def test_the_directory_is_deleted_during_the_run(store: Store) -> None:
     """The run fails with a message that says so, and nothing creates the directory again."""
     outcome = launched(f"+callbacks.deletes._target_={ME}.Deletes", "+callbacks.deletes.what=directory")
     assert (outcome.status, outcome.exit_code, outcome.gone) == ("FAILED", 1, True)
     assert "StorageGone: The run's directory" in (outcome.cause or "")
     assert str(Path("runs/one").absolute()) in (outcome.cause or "")
-    said = summary(outcome, "raytrainer")
-    assert "is gone, and with it the run's checkpoints" in said
-    assert "resume" not in said
+    text = summary(outcome, "raytrainer")
+    assert "is gone, and with it the run's checkpoints" in text
+    assert "resume" not in text
     assert not Path("runs/one").exists()
     kept = in_mlflow(store, outcome)
     assert (kept.info.status, kept.data.tags["raytrainer.cause"]) == ("FAILED", outcome.cause)

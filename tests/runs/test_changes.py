@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from raytrainer.attempt import Record
 from raytrainer.config import Experiment
 from raytrainer.config.schema import DataConfig
 from raytrainer.errors import ConfigError
 from raytrainer.runs.changes import check_changes
-from raytrainer.attempt import Record
 
 TORCH = "torch.optim.lr_scheduler"
 
@@ -49,11 +49,13 @@ def refusal(*given: Any, **more: Any) -> str:
 )
 def test_an_argument_that_refers_to_the_length_cannot_follow_it(target: str, name: str) -> None:
     before, after = (experiment({"_target_": f"{TORCH}.{target}", name: n}) for n in (6, 12))
-    said = refusal(before, after, "trainer.max_steps=12")
-    assert said.startswith(f"lr_scheduler.{name}=12 was 6 when the run was recorded, since it refers to another value")
-    assert "raytrainer rerun past init_from=past trainer.max_steps=12" in said
-    assert "lr_scheduler=cosine" in said
-    assert (f"keep it with lr_scheduler.{name}=6" in said) == (name != "total_steps")
+    message = refusal(before, after, "trainer.max_steps=12")
+    assert message.startswith(
+        f"lr_scheduler.{name}=12 was 6 when the run was recorded, since it refers to another value"
+    )
+    assert "raytrainer rerun past init_from=past trainer.max_steps=12" in message
+    assert "lr_scheduler=cosine" in message
+    assert (f"keep it with lr_scheduler.{name}=6" in message) == (name != "total_steps")
     assert change(before, before, "trainer.max_steps=12", f"lr_scheduler.{name}=6") == []
 
 
@@ -62,8 +64,8 @@ def test_a_scheduler_made_of_others_is_compared_to_its_depth() -> None:
         inner = [{"_target_": f"{TORCH}.ConstantLR"}, {"_target_": f"{TORCH}.CosineAnnealingLR", "T_max": n}]
         return {"_target_": f"{TORCH}.SequentialLR", "schedulers": inner, "milestones": [2]}
 
-    said = refusal(experiment(sequential(4)), experiment(sequential(9)), "trainer.max_steps=11")
-    assert said.startswith("lr_scheduler.schedulers=")
+    message = refusal(experiment(sequential(4)), experiment(sequential(9)), "trainer.max_steps=11")
+    assert message.startswith("lr_scheduler.schedulers=")
 
 
 def test_curves_follow() -> None:
@@ -89,8 +91,8 @@ def test_a_torch_schedulers_values_are_refused_by_name_and_taken_where_they_are_
 
 def test_a_reference_changes_what_the_checkpoint_means() -> None:
     before, after = (experiment(data=DataConfig(train={"_target_": "x.Y", "n": n})) for n in (6, 12))
-    said = refusal(before, after, "trainer.max_steps=12")
-    assert said.startswith(
+    message = refusal(before, after, "trainer.max_steps=12")
+    assert message.startswith(
         "data.train.n=12 was 6 when the run was recorded: it refers to what trainer.max_steps=12 changes"
     )
     before, after = (experiment(data=DataConfig(global_batch_size=n)) for n in (64, 128))
@@ -125,9 +127,9 @@ def test_an_optimizers_setting_follows_also_by_a_reference() -> None:
 )
 def test_a_setting_that_needs_a_state_is_refused(optimizer: str, name: str, was: Any, now: Any, reason: str) -> None:
     before, after = (experiment(optimizer={"_target_": optimizer, name: value}) for value in (was, now))
-    said = refusal(before, after, f"optimizer.{name}={str(now).lower()}")
-    assert said.startswith(f"optimizer.{name}={str(now).lower()} was {str(was).lower()}")
-    assert reason in said
+    message = refusal(before, after, f"optimizer.{name}={str(now).lower()}")
+    assert message.startswith(f"optimizer.{name}={str(now).lower()} was {str(was).lower()}")
+    assert reason in message
     assert change(after, before, f"optimizer.{name}={str(was).lower()}") == [name]
 
 

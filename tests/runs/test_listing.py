@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from raytrainer.attempt import SUBMITTED, Record
 from raytrainer.runs import listing
-from raytrainer.runs.finding import look_up
 from raytrainer.runs.jobs import Clusters
 from raytrainer.runs.listing import list_runs, table
-from raytrainer.runs.run_summary import RunSummary
+from raytrainer.runs.resolve import resolve_run
 from raytrainer.runs.status import status_of
-from raytrainer.attempt import SUBMITTED, Record
+from raytrainer.runs.summary import RunSummary
 from raytrainer.storage import Storage
 from raytrainer.sweep.journal import Report, Trial, TrialJournal
-from tests.runs.past import ADDRESS, FakeCluster, FakeJob, Store, claim, of_here, record
+from tests.runs.past import ADDRESS, FakeCluster, FakeJob, Store, local_owner, record, write_lease
 from tests.runs.test_reconcile import killed
 
 TAGS = {
@@ -37,9 +37,9 @@ def names(found: list[RunSummary]) -> list[str]:
     return [facts.name for facts in found]
 
 
-def test_what_is_told_of_a_run(store: Store) -> None:
+def test_summary_of_a_run(store: Store) -> None:
     made, storage = store.add("one", status="RUNNING", tags=TAGS, metrics=METRICS)
-    claim(storage, **of_here(os.getpid()))
+    write_lease(storage, **local_owner(os.getpid()))
     (facts,) = list_runs()
     assert facts.to_json() | {"started": 0, "seconds": 0, "user": ""} == {
         "name": "one",
@@ -70,45 +70,45 @@ def test_what_is_told_of_a_run(store: Store) -> None:
     }
 
 
-def test_mine_and_everybodys(store: Store) -> None:
+def test_only_my_runs_or_all(store: Store) -> None:
     store.add("mine", started=1000.0)
     store.add("theirs", user="o'somebody", started=2000.0)
     assert names(list_runs()) == ["mine"]
     assert names(list_runs(everyone=True)) == ["theirs", "mine"]
 
 
-def test_by_status_and_at_most_so_many(store: Store) -> None:
+def test_by_status_and_limit(store: Store) -> None:
     for number, status in enumerate(["FINISHED", "FAILED", "KILLED", "FAILED", "RUNNING"]):
         _, storage = store.add(f"r{number}", status=status, started=1000.0 + number)
-    claim(storage, **of_here(os.getpid()))
+    write_lease(storage, **local_owner(os.getpid()))
     assert names(list_runs(status="FAILED")) == ["r3", "r1"]
     assert names(list_runs(status="RUNNING")) == ["r4"]
     assert names(list_runs(limit=2)) == ["r4", "r3"]
     assert names(list_runs(status="PENDING")) == []
 
 
-def test_an_orphan_is_closed_and_listed_as_what_it_is(store: Store) -> None:
+def test_an_orphan_is_closed_and_listed_with_its_true_status(store: Store) -> None:
     made, storage = store.add("one", status="RUNNING")
-    claim(storage, **killed())
-    said: list[str] = []
-    (facts,) = list_runs(status="FAILED", say=said.append)
+    write_lease(storage, **killed())
+    messages: list[str] = []
+    (facts,) = list_runs(status="FAILED", say=messages.append)
     assert (facts.status, facts.life) == ("FAILED", None)
     assert facts.cause is not None
     assert facts.cause.startswith("its driver died: ")
     assert store.status(made.run_id)[0] == "FAILED"
-    assert len(said) == 1
-    assert list_runs(status="RUNNING", say=said.append) == []
-    assert len(said) == 1
+    assert len(messages) == 1
+    assert list_runs(status="RUNNING", say=messages.append) == []
+    assert len(messages) == 1
 
 
-def test_an_orphan_of_somebody_elses_is_their_own_matter(store: Store) -> None:
+def test_an_orphan_of_another_user_is_left_alone(store: Store) -> None:
     made, storage = store.add("one", status="RUNNING", user="somebody")
-    claim(storage, **killed())
+    write_lease(storage, **killed())
     assert list_runs() == []
     assert store.status(made.run_id)[0] == "RUNNING"
 
 
-def test_one_that_cannot_be_looked_at_says_so(store: Store) -> None:
+def test_a_run_whose_directory_cannot_be_read_is_uncertain(store: Store) -> None:
     made, _ = store.add("one", status="RUNNING", on_disk=False)
     (facts,) = list_runs()
     assert (facts.status, facts.life) == ("RUNNING", "unsure")
@@ -117,12 +117,12 @@ def test_one_that_cannot_be_looked_at_says_so(store: Store) -> None:
     assert store.status(made.run_id)[0] == "RUNNING"
 
 
-def test_a_sweeps_trials_are_below_it(store: Store) -> None:
+def test_trials_are_listed_with_their_sweep(store: Store) -> None:
     """The numbers of trials come from the journal for a running sweep, and from MLflow for one that has ended."""
     _, storage = store.add(
         "sweep", kind="sweep", status="RUNNING", tags={"raytrainer.sweep.metric": "val/loss"}, started=2000.0
     )
-    claim(storage, **of_here(os.getpid()))
+    write_lease(storage, **local_owner(os.getpid()))
     journal = TrialJournal.open(storage)
     journal.begin({})
     for number, value in (("0001", 0.5), ("0002", 0.25), ("0003", None)):
@@ -152,7 +152,7 @@ def test_a_job(store: Store) -> None:
         job={"submission_id": "one", "cluster_address": ADDRESS},
         tags={"raytrainer.where": "Ray at auto, 4 workers on GPU"},
     )
-    claim(storage, owner={"job": "one"})
+    write_lease(storage, owner={"job": "one"})
     cluster = FakeCluster()
     cluster.add("one", "RUNNING")
     (facts,) = list_runs(clusters=cluster.clusters())
@@ -196,7 +196,7 @@ def test_a_refused_job_shows_why_in_one_line(store: Store) -> None:
 
 
 @pytest.mark.parametrize("status", ["FINISHED", "KILLED"])
-def test_a_refused_resume_is_told_beside_what_the_run_is(store: Store, status: str) -> None:
+def test_a_refused_resume_is_shown_beside_the_runs_status(store: Store, status: str) -> None:
     """The run keeps its own status. The refusal disappears when a later attempt continues the run."""
     made, storage = store.add(
         "one", status=status, cause="stopped by SIGTERM", job={"submission_id": "one", "cluster_address": ADDRESS}
@@ -208,19 +208,19 @@ def test_a_refused_resume_is_told_beside_what_the_run_is(store: Store, status: s
     cluster.add("one--2", "FAILED", message=refusal("trainer.max_epochs=0 is wrong"), exit_code=2, started=2.0)
     expected = {"submission_id": "one--2", "status": "REFUSED", "cause": "trainer.max_epochs=0 is wrong"}
     (facts,) = list_runs(clusters=cluster.clusters())
-    for found in (facts, status_of("one", clusters=cluster.clusters()).facts):
+    for found in (facts, status_of("one", clusters=cluster.clusters()).summary):
         assert (found.status, found.cause) == (status, "REFUSED: job one--2: trainer.max_epochs=0 is wrong")
         assert found.to_json()["last_job"] == expected
     assert "REFUSED: job one--2: trainer.max_epochs=0 is wrong" in table([facts])
     replace(made, attempts=2, job={}).write(storage)  # it continued on this machine
     store.client.set_tag(made.run_id, "raytrainer.submission_id", "")
     store.client.set_tag(made.run_id, "raytrainer.cluster_address", "")
-    assert status_of("one", clusters=cluster.clusters()).facts.last_job is None
+    assert status_of("one", clusters=cluster.clusters()).summary.last_job is None
     (facts,) = list_runs(clusters=cluster.clusters())
     assert facts.last_job is None
 
 
-def test_what_was_submitted_and_has_not_begun(store: Store) -> None:
+def test_a_submission_that_has_not_started(store: Store) -> None:
     for name in ("waits", "failed", "begun", "forgotten"):
         sent(name)
     store.add("begun", started=1.0, job={"submission_id": "begun", "cluster_address": ADDRESS})
@@ -238,35 +238,35 @@ def test_what_was_submitted_and_has_not_begun(store: Store) -> None:
     assert sorted(p.name for p in Path("runs", SUBMITTED).iterdir()) == ["failed", "forgotten", "waits"]
 
 
-def test_a_cluster_that_does_not_answer_is_said_once(in_tmp: Path) -> None:
+def test_a_cluster_that_does_not_answer_is_reported_once(in_tmp: Path) -> None:
     for name in ("one", "two"):
         sent(name)
-    said: list[str] = []
+    messages: list[str] = []
     cluster = FakeCluster(down=OSError("connection refused"))
-    found = list_runs(clusters=cluster.clusters(), say=said.append)
+    found = list_runs(clusters=cluster.clusters(), say=messages.append)
     assert [(f.status, f.cause) for f in found] == [("UNKNOWN", "its cluster does not say")] * 2
-    assert said == [f"the cluster {ADDRESS} could not be asked: connection refused"]
+    assert messages == [f"the cluster {ADDRESS} could not be asked: connection refused"]
     assert cluster.asked == ["list"]
 
 
-def test_without_mlflow_the_directories_tell(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_mlflow_the_directories_are_listed(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, status in (("dead", "RUNNING"), ("done", "FINISHED"), ("lives", "RUNNING")):
         _, storage = record(name, status=status, run_id="0" * 32, tracking_uri="http://127.0.0.1:9")
         storage.write_bytes("checkpoints/step-000000020/manifest.json", b"{}")
         storage.write_bytes("checkpoints/step-000000010/manifest.json", b"{}")
         if status == "RUNNING":
-            claim(storage, **(killed() if name == "dead" else of_here(os.getpid())))
-    said: list[str] = []
+            write_lease(storage, **(killed() if name == "dead" else local_owner(os.getpid())))
+    messages: list[str] = []
     found = {facts.name: (facts.status, facts.life, facts.step) for facts in list_runs()}
     expected = {"dead": ("FAILED", "dead", 20), "done": ("FINISHED", None, 20), "lives": ("RUNNING", "alive", 20)}
     assert found == expected
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    assert {f.name: (f.status, f.life, f.step) for f in list_runs(say=said.append)} == expected
-    assert len(said) == 1
-    assert re.search(r"http://127.0.0.1:9 cannot be used: .*; what follows is from .*runs alone", said[0])
+    assert {f.name: (f.status, f.life, f.step) for f in list_runs(say=messages.append)} == expected
+    assert len(messages) == 1
+    assert re.search(r"http://127.0.0.1:9 cannot be used: .*; what follows is from .*runs alone", messages[0])
 
 
-def test_a_run_that_mlflow_does_not_have_yet_is_listed_beside_the_others(store: Store) -> None:
+def test_a_run_that_mlflow_does_not_have_yet_is_listed(store: Store) -> None:
     store.add("there")
     record("not-yet", status="FINISHED", run_id="offline-1", tracking_uri=store.uri)
     record("other-store", status="FINISHED", run_id="1" * 32, tracking_uri="http://elsewhere")
@@ -293,7 +293,7 @@ def test_a_table_is_as_wide_as_its_terminal(store: Store) -> None:
     assert json.dumps(RunSummary("a", "run", "FAILED", best=float("nan")).to_json())
 
 
-def test_no_cluster_is_asked_for_runs_that_have_none(store: Store) -> None:
+def test_no_cluster_is_asked_for_runs_without_a_job(store: Store) -> None:
     store.add("one", status="RUNNING")
 
     def connect(*_: object) -> FakeCluster:
@@ -302,7 +302,7 @@ def test_no_cluster_is_asked_for_runs_that_have_none(store: Store) -> None:
     assert names(list_runs(clusters=Clusters(connect))) == ["one"]
 
 
-def test_anothers_run_of_the_same_name_leaves_mine_alone(store: Store) -> None:
+def test_a_run_of_another_user_with_the_same_name(store: Store) -> None:
     sent("one")
     elsewhere = {"submission_id": "one", "cluster_address": "http://theirs.example:8265"}
     store.add("one", user="somebody", on_disk=False, job=elsewhere, tags={"raytrainer.run_dir": "/theirs/one"})
@@ -313,12 +313,12 @@ def test_anothers_run_of_the_same_name_leaves_mine_alone(store: Store) -> None:
         ("FINISHED", "http://theirs.example:8265"),
         ("PENDING", ADDRESS),
     ]
-    known = look_up("one")
+    known = resolve_run("one")
     assert (known.submission_id, known.cluster_address) == ("one", ADDRESS)
 
 
 @pytest.mark.parametrize("how", ["resumed", "resumed elsewhere", "sent again", "sent again from elsewhere"])
-def test_the_attempt_that_goes_is_listed(store: Store, how: str) -> None:
+def test_the_running_attempt_is_listed(store: Store, how: str) -> None:
     """The attempt replaces the run's status in MLflow: it is listed once, and the earlier status does not hide it."""
     job = None if how == "resumed elsewhere" else {"submission_id": "one", "cluster_address": ADDRESS}
     status = "RUNNING" if how.startswith("sent again") else "FAILED"
@@ -340,7 +340,7 @@ def test_the_attempt_that_goes_is_listed(store: Store, how: str) -> None:
         assert not Path("runs", SUBMITTED, "one").exists()
 
 
-def test_what_others_have_submitted_is_listed_before_it_begins(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_submissions_of_others_are_listed_before_they_start(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://other.example:8265/")
     store.add("mine", job={"submission_id": "mine", "cluster_address": ADDRESS}, started=1.0)
     store.add("again", user="somebody", job={"submission_id": "again", "cluster_address": ADDRESS}, started=1.0)
@@ -363,7 +363,7 @@ def test_what_others_have_submitted_is_listed_before_it_begins(store: Store, mon
     assert sorted(names(waiting)) == ["again", "waits"]
 
 
-def test_a_cluster_that_takes_too_long_is_not_waited_for(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_cluster_is_not_waited_for(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listing, "_CLUSTERS_S", 0.1)
     store.add("mine", job={"submission_id": "mine", "cluster_address": ADDRESS})
     over = threading.Event()
@@ -373,7 +373,7 @@ def test_a_cluster_that_takes_too_long_is_not_waited_for(store: Store, monkeypat
             over.wait(60)
             return []
 
-    said: list[str] = []
-    assert names(list_runs(everyone=True, clusters=Slow().clusters(), say=said.append)) == ["mine"]
+    messages: list[str] = []
+    assert names(list_runs(everyone=True, clusters=Slow().clusters(), say=messages.append)) == ["mine"]
     over.set()
-    assert said == [f"the cluster {ADDRESS} could not be asked: no answer in 0.1 s"]
+    assert messages == [f"the cluster {ADDRESS} could not be asked: no answer in 0.1 s"]

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from pyarrow import fs
 
-from raytrainer.errors import StorageError
-from raytrainer.runs.liveness import LIMIT_S, Liveness, judge
 from raytrainer.attempt import Record
+from raytrainer.errors import StorageError
+from raytrainer.runs.liveness import LIMIT_S, LockState, judge
 from raytrainer.storage import Storage
-from tests.runs.past import FakeJob, claim, of_here
+from tests.runs.past import FakeJob, local_owner, write_lease
 
 RUN = Record("x", "/x", status="RUNNING")
 
@@ -48,62 +48,62 @@ def old(storage: Storage, name: str = "run.json") -> None:
 # --- this machine -----------------------------------------------------------------------------------------------------
 
 
-def test_alive_but_silent(storage: Storage, process: subprocess.Popen[bytes]) -> None:
-    claim(storage, **of_here(process.pid), age_s=30 * 86400)
+def test_a_live_process_without_heartbeats_is_alive(storage: Storage, process: subprocess.Popen[bytes]) -> None:
+    write_lease(storage, **local_owner(process.pid), age_s=30 * 86400)
     old(storage)
-    verdict = judge(RUN, Liveness.read(storage))
-    assert (verdict.life, verdict.why) == ("alive", f"process {process.pid} of this machine holds the lock")
+    liveness = judge(RUN, LockState.read(storage))
+    assert (liveness.state, liveness.reason) == ("alive", f"process {process.pid} of this machine holds the lock")
 
 
-def test_dead(storage: Storage, process: subprocess.Popen[bytes]) -> None:
-    who = of_here(process.pid)
+def test_a_dead_process(storage: Storage, process: subprocess.Popen[bytes]) -> None:
+    who = local_owner(process.pid)
     process.kill()
     process.wait()
-    claim(storage, **who, owner={"host": "here"}, age_s=20)
-    verdict = judge(RUN, Liveness.read(storage))
-    assert (verdict.life, verdict.status) == ("dead", "FAILED")
-    assert verdict.cause == f"its driver died: process {process.pid} on here is gone"
+    write_lease(storage, **who, owner={"host": "here"}, age_s=20)
+    liveness = judge(RUN, LockState.read(storage))
+    assert (liveness.state, liveness.status) == ("dead", "FAILED")
+    assert liveness.cause == f"its driver died: process {process.pid} on here is gone"
     written = (storage.local_path / "lock" / ("a" * 32 + ".json")).stat().st_mtime
-    assert verdict.when == pytest.approx(written)  # the run ended at the last heartbeat
+    assert liveness.ended == pytest.approx(written)  # the run ended at the last heartbeat
 
 
 def test_a_zombie_is_dead(storage: Storage, process: subprocess.Popen[bytes]) -> None:
-    claim(storage, **of_here(process.pid))
+    write_lease(storage, **local_owner(process.pid))
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    assert judge(RUN, Liveness.read(storage)).life == "dead"
+    assert judge(RUN, LockState.read(storage)).state == "dead"
 
 
-def test_a_number_that_is_anothers_now(storage: Storage) -> None:
-    claim(storage, **{**of_here(os.getpid()), "started": "1"})
-    verdict = judge(RUN, Liveness.read(storage))
-    assert (verdict.life, verdict.status) == ("dead", "FAILED")
+def test_a_reused_process_id(storage: Storage) -> None:
+    write_lease(storage, **{**local_owner(os.getpid()), "started": "1"})
+    liveness = judge(RUN, LockState.read(storage))
+    assert (liveness.state, liveness.status) == ("dead", "FAILED")
 
 
-def test_an_end_that_mlflow_was_not_told(storage: Storage) -> None:
+def test_a_final_status_that_is_not_in_mlflow(storage: Storage) -> None:
     for status in ("FINISHED", "FAILED", "KILLED"):
-        verdict = judge(Record("x", "/x", status=status), Liveness.read(storage))
-        assert (verdict.life, verdict.status) == ("dead", status)
-        assert verdict.cause == f"it ended as {status}, but MLflow does not have the status"
+        liveness = judge(Record("x", "/x", status=status), LockState.read(storage))
+        assert (liveness.state, liveness.status) == ("dead", status)
+        assert liveness.cause == f"it ended as {status}, but MLflow does not have the status"
 
 
-def test_nobody_and_a_record_that_is_new_or_old(storage: Storage) -> None:
-    assert judge(RUN, Liveness.read(storage)).life == "unsure"
+def test_no_lease_and_a_new_or_old_record(storage: Storage) -> None:
+    assert judge(RUN, LockState.read(storage)).state == "unsure"
     old(storage)
-    verdict = judge(RUN, Liveness.read(storage))
-    assert (verdict.life, verdict.cause) == ("dead", "its driver died: no process holds its lock")
+    liveness = judge(RUN, LockState.read(storage))
+    assert (liveness.state, liveness.cause) == ("dead", "its driver died: no process holds its lock")
 
 
 # --- another machine --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("age_s", "life"), [(0, "alive"), (LIMIT_S - 20, "alive"), (LIMIT_S + 20, "dead")])
-def test_another_machine_by_the_age_of_its_claim(storage: Storage, age_s: float, life: str) -> None:
-    claim(storage, age_s=age_s)
-    verdict = judge(RUN, Liveness.read(storage))
-    assert verdict.life == life
+def test_another_machine_by_the_age_of_its_lease(storage: Storage, age_s: float, life: str) -> None:
+    write_lease(storage, age_s=age_s)
+    liveness = judge(RUN, LockState.read(storage))
+    assert liveness.state == life
     if life == "dead":
-        assert verdict.cause == f"its driver died: no heartbeat from process 4242 on elsewhere for 5:{age_s - 300:02g}"
+        assert liveness.cause == f"its driver died: no heartbeat from process 4242 on elsewhere for 5:{age_s - 300:02g}"
     assert [e.name for e in storage.list("lock")] == ["a" * 32 + ".held", "a" * 32 + ".json"]  # no probe file is left
 
 
@@ -163,14 +163,14 @@ class ClockedFiles(fs.FileSystemHandler):  # type: ignore[misc]
 
 @pytest.mark.parametrize("off", [timedelta(hours=-9), timedelta(0), timedelta(hours=9)])
 @pytest.mark.parametrize(("age_s", "life"), [(60, "alive"), (400, "dead")])
-def test_clocks_that_differ_decide_nothing(tmp_path: Path, off: timedelta, age_s: float, life: str) -> None:
+def test_different_clocks_decide_nothing(tmp_path: Path, off: timedelta, age_s: float, life: str) -> None:
     then = datetime.now(UTC) + off
     times = itertools.chain([then] * 3, itertools.repeat(then + timedelta(seconds=age_s)))
     files = fs.SubTreeFileSystem(str(tmp_path), fs.PyFileSystem(ClockedFiles(times)))
     storage = Storage("x", filesystem=files)
     RUN.write(storage)
-    claim(storage)
-    assert judge(RUN, Liveness.read(storage)).life == life
+    write_lease(storage)
+    assert judge(RUN, LockState.read(storage)).state == life
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------------
@@ -179,9 +179,9 @@ JOB = {"job": "x"}
 
 
 @pytest.mark.parametrize("status", ["PENDING", "RUNNING"])
-def test_a_job_that_runs_is_alive_whatever_its_claim_says(storage: Storage, status: str) -> None:
-    claim(storage, owner=JOB, age_s=30 * 86400)
-    assert judge(RUN, Liveness.read(storage), FakeJob("x", status)).life == "alive"
+def test_an_active_job_is_alive_whatever_its_lease_says(storage: Storage, status: str) -> None:
+    write_lease(storage, owner=JOB, age_s=30 * 86400)
+    assert judge(RUN, LockState.read(storage), FakeJob("x", status)).state == "alive"
 
 
 @pytest.mark.parametrize(
@@ -199,16 +199,14 @@ def test_a_job_that_runs_is_alive_whatever_its_claim_says(storage: Storage, stat
         (FakeJob("x", "FAILED", exit_code=130), "KILLED", "its job x ended with exit code 130: it was asked to"),
     ],
 )
-def test_a_job_that_ended_is_dead_and_with_it_its_claim(
-    storage: Storage, job: FakeJob, status: str, cause: str
-) -> None:
-    name = claim(storage, owner=JOB)  # not stale: a killed driver's lease still looks valid for a while
+def test_an_ended_job_is_dead_and_so_is_its_lease(storage: Storage, job: FakeJob, status: str, cause: str) -> None:
+    name = write_lease(storage, owner=JOB)  # not stale: a killed driver's lease still looks valid for a while
     job.started, job.ended = time.time() - 60, time.time()
-    for liveness in (Liveness.read(storage), Liveness.read(None)):
-        verdict = judge(RUN, liveness, job)
-        assert (verdict.life, verdict.status, verdict.cause, verdict.when) == ("dead", status, cause, job.ended)
-        assert verdict.by_job
-        assert [one.name for one in verdict.gone] == ([name] if liveness.readable else [])
+    for lock in (LockState.read(storage), LockState.read(None)):
+        liveness = judge(RUN, lock, job)
+        assert (liveness.state, liveness.status, liveness.cause, liveness.ended) == ("dead", status, cause, job.ended)
+        assert liveness.by_job
+        assert [lease.name for lease in liveness.dead_leases] == ([name] if lock.readable else [])
 
 
 @pytest.mark.parametrize(
@@ -220,66 +218,64 @@ def test_a_job_that_ended_is_dead_and_with_it_its_claim(
         (1, 900, None, 600, 1),
     ],
 )
-def test_a_job_of_the_same_name_elsewhere_proves_nothing(
+def test_a_job_of_the_same_name_on_another_cluster_proves_nothing(
     storage: Storage, exit_code: int, began_s: float, ended_s: float | None, since_s: float, beat_s: float
 ) -> None:
     """The same address may now mean another cluster, or the lease may belong to a driver on another machine."""
     now = time.time()
     since = datetime.fromtimestamp(now - since_s, UTC).isoformat(timespec="seconds")
-    claim(storage, owner={**JOB, "since": since}, age_s=beat_s)
+    write_lease(storage, owner={**JOB, "since": since}, age_s=beat_s)
     job = FakeJob("x", "FAILED", exit_code=exit_code, started=now - began_s)
     job.ended = None if ended_s is None else now - ended_s
-    verdict = judge(RUN, Liveness.read(storage), job)
-    assert (verdict.life, verdict.why) == ("alive", "process 4242 on elsewhere holds the lock")
+    liveness = judge(RUN, LockState.read(storage), job)
+    assert (liveness.state, liveness.reason) == ("alive", "process 4242 on elsewhere holds the lock")
 
 
-def test_a_refused_job_says_nothing_where_nothing_can_be_read() -> None:
-    verdict = judge(RUN, Liveness.read(None), FakeJob("x", "FAILED", exit_code=2, ended=7.0))
-    assert verdict.life == "unsure"
+def test_a_refused_job_without_a_readable_directory() -> None:
+    liveness = judge(RUN, LockState.read(None), FakeJob("x", "FAILED", exit_code=2, ended=7.0))
+    assert liveness.state == "unsure"
 
 
-def test_the_record_knows_better_how_a_job_went(storage: Storage) -> None:
-    verdict = judge(Record("x", "/x", status="FINISHED"), Liveness.read(storage), FakeJob("x", "SUCCEEDED"))
-    assert verdict.status == "FINISHED"
+def test_the_record_decides_how_a_job_ended(storage: Storage) -> None:
+    liveness = judge(Record("x", "/x", status="FINISHED"), LockState.read(storage), FakeJob("x", "SUCCEEDED"))
+    assert liveness.status == "FINISHED"
 
 
-def test_a_run_that_another_goes_on_with_is_alive(storage: Storage) -> None:
+def test_a_run_that_another_job_continues_is_alive(storage: Storage) -> None:
     """A resubmission, or a resume here or on another machine, keeps the run alive after its job has ended."""
     ended = FakeJob("x", "FAILED")
-    assert judge(RUN, Liveness.read(storage), ended, [FakeJob("x--2", "PENDING")]).life == "alive"
-    assert judge(RUN, Liveness.read(storage), ended, [FakeJob("x--2", "FAILED")]).life == "dead"
-    name = claim(storage, owner={"run": "x"})
-    assert judge(RUN, Liveness.read(storage), ended).life == "alive"
+    assert judge(RUN, LockState.read(storage), ended, [FakeJob("x--2", "PENDING")]).state == "alive"
+    assert judge(RUN, LockState.read(storage), ended, [FakeJob("x--2", "FAILED")]).state == "dead"
+    name = write_lease(storage, owner={"run": "x"})
+    assert judge(RUN, LockState.read(storage), ended).state == "alive"
     storage.delete(f"lock/{name}.json")
-    claim(storage, **of_here(os.getpid()), owner=JOB)
-    assert judge(RUN, Liveness.read(storage), ended).life == "alive"
+    write_lease(storage, **local_owner(os.getpid()), owner=JOB)
+    assert judge(RUN, LockState.read(storage), ended).state == "alive"
 
 
-def test_a_job_that_its_cluster_does_not_know_says_nothing(storage: Storage) -> None:
-    name = claim(storage, owner=JOB)
-    assert judge(RUN, Liveness.read(storage), None).life == "alive"
+def test_a_job_that_its_cluster_does_not_know(storage: Storage) -> None:
+    name = write_lease(storage, owner=JOB)
+    assert judge(RUN, LockState.read(storage), None).state == "alive"
     storage.delete(f"lock/{name}.json")
-    claim(storage, owner=JOB, age_s=LIMIT_S + 10)
-    assert judge(RUN, Liveness.read(storage), None).life == "dead"
+    write_lease(storage, owner=JOB, age_s=LIMIT_S + 10)
+    assert judge(RUN, LockState.read(storage), None).state == "dead"
 
 
 # --- what cannot be read ----------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_read_is_no_sign_of_death(tmp_path: Path) -> None:
+def test_an_unreadable_directory_is_no_evidence_of_death(tmp_path: Path) -> None:
     for storage in (None, Storage(tmp_path / "file" / "x")):
         (tmp_path / "file").write_text("")
-        verdict = judge(RUN, Liveness.read(storage))
-        assert (verdict.life, verdict.why) == ("unsure", "its directory cannot be read from here")
+        liveness = judge(RUN, LockState.read(storage))
+        assert (liveness.state, liveness.reason) == ("unsure", "its directory cannot be read from here")
 
 
-def test_a_storage_that_cannot_be_written_does_not_tell_the_time(
-    storage: Storage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    claim(storage, age_s=30 * 86400)
+def test_a_storage_that_cannot_be_written_has_no_clock(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_lease(storage, age_s=30 * 86400)
 
     def refuse(self: Storage, *_: object) -> None:
         raise StorageError("read only")
 
     monkeypatch.setattr(Storage, "write_bytes", refuse)
-    assert judge(RUN, Liveness.read(storage)).life == "alive"
+    assert judge(RUN, LockState.read(storage)).state == "alive"

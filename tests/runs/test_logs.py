@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
+from raytrainer.attempt import SUBMITTED, Record
 from raytrainer.config import compose
 from raytrainer.errors import ConfigError, RunNotFound
 from raytrainer.runs import logs
 from raytrainer.runs.jobs import Clusters
-from raytrainer.attempt import SUBMITTED, Record
 from raytrainer.storage import Storage
 from raytrainer.tracking.server import Server
-from tests.runs.past import ADDRESS, FakeCluster, Store, claim, of_here, record
+from tests.runs.past import ADDRESS, FakeCluster, Store, local_owner, record, write_lease
 
 JOB = {"submission_id": "one", "cluster_address": ADDRESS}
 
@@ -34,20 +34,20 @@ def ended(in_tmp: Path) -> Storage:
 
 
 @pytest.mark.parametrize("follow", [False, True])
-def test_one_that_has_ended(ended: Storage, follow: bool) -> None:
-    assert list(logs.lines("one", follow=follow)) == ["a", "b é", "[rank 1] c", "no end"]
-    assert list(logs.lines("one", rank=1, follow=follow)) == ["c"]
+def test_a_run_that_has_ended(ended: Storage, follow: bool) -> None:
+    assert list(logs.log_lines("one", follow=follow)) == ["a", "b é", "[rank 1] c", "no end"]
+    assert list(logs.log_lines("one", rank=1, follow=follow)) == ["c"]
 
 
 @pytest.mark.parametrize("follow", [False, True])
-def test_a_rank_that_there_is_not(ended: Storage, follow: bool) -> None:
+def test_a_rank_that_does_not_exist(ended: Storage, follow: bool) -> None:
     with pytest.raises(ConfigError, match=r"^--rank=2 has no log; valid: 0, 1$"):
-        list(logs.lines("one", rank=2, follow=follow))
+        list(logs.log_lines("one", rank=2, follow=follow))
 
 
-def test_a_log_that_is_damaged_is_shown_all_the_same(ended: Storage) -> None:
+def test_a_damaged_log_is_shown(ended: Storage) -> None:
     ended.write_bytes("logs/driver.log", b"a\xff\nb\n\n")
-    assert list(logs.lines("one")) == ["a�", "b", ""]
+    assert list(logs.log_lines("one")) == ["a�", "b", ""]
 
 
 def following(later: list[Any], rank: int | None = None) -> Iterator[str]:
@@ -56,11 +56,11 @@ def following(later: list[Any], rank: int | None = None) -> Iterator[str]:
     def sleep(_: float) -> None:
         later.pop(0)()
 
-    return logs.lines("one", rank=rank, follow=True, sleep=sleep)
+    return logs.log_lines("one", rank=rank, follow=True, sleep=sleep)
 
 
 def test_a_job_that_ends_while_its_local_log_is_followed(ended: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "_ALIVE_S", 0.0)
+    monkeypatch.setattr(logs, "_CHECK_S", 0.0)
     made = Record.read(ended)
     assert made is not None
     replace(made, status="RUNNING", job=JOB).write(ended)
@@ -71,13 +71,13 @@ def test_a_job_that_ends_while_its_local_log_is_followed(ended: Storage, monkeyp
     def sleep(_: float) -> None:
         cluster.add("one", states.pop(0))
 
-    assert list(logs.lines("one", follow=True, clusters=cluster.clusters(), sleep=sleep))[-1] == "no end"
+    assert list(logs.log_lines("one", follow=True, clusters=cluster.clusters(), sleep=sleep))[-1] == "no end"
     assert states == []
 
 
-def test_what_comes_while_it_is_followed(ended: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_lines_while_it_is_followed(ended: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line arrives in two pieces, split within a letter, and the last line arrives as the driver ends."""
-    monkeypatch.setattr(logs, "_ALIVE_S", 0.0)
+    monkeypatch.setattr(logs, "_CHECK_S", 0.0)
     made = Record.read(ended)
     assert made is not None
     replace(made, status="RUNNING").write(ended)
@@ -89,7 +89,7 @@ def test_what_comes_while_it_is_followed(ended: Storage, monkeypatch: pytest.Mon
             file.write(data)
 
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as driver:
-        claim(ended, **of_here(driver.pid))
+        write_lease(ended, **local_owner(driver.pid))
 
         def end() -> None:
             append(b"last\n")
@@ -101,10 +101,10 @@ def test_what_comes_while_it_is_followed(ended: Storage, monkeypatch: pytest.Mon
     assert later == []
 
 
-def test_a_rank_whose_log_comes_later(ended: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "_ALIVE_S", 0.0)
+def test_a_rank_whose_log_appears_later(ended: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_CHECK_S", 0.0)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as driver:
-        claim(ended, **of_here(driver.pid))
+        write_lease(ended, **local_owner(driver.pid))
 
         def begin() -> None:
             ended.write_bytes("logs/rank-2.log", b"hello\n")
@@ -116,57 +116,57 @@ def test_a_rank_whose_log_comes_later(ended: Storage, monkeypatch: pytest.Monkey
         assert list(following([begin, end], rank=2)) == ["hello"]
 
 
-def test_a_trial_has_its_sweeps(in_tmp: Path) -> None:
+def test_a_trial_has_the_log_of_its_sweep(in_tmp: Path) -> None:
     _, storage = record("sweep", kind="sweep", status="FINISHED")
     storage.write_bytes("logs/trials.log", b"a trial\n")
-    assert list(logs.lines("sweep.0003")) == ["a trial"]
+    assert list(logs.log_lines("sweep.0003")) == ["a trial"]
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_job_that_runs_is_asked_of_its_cluster(store: Store) -> None:
+def test_the_log_of_a_running_job_is_read_from_its_cluster(store: Store) -> None:
     store.add("one", status="RUNNING", job=JOB)
     cluster = FakeCluster()
     cluster.add("one")
-    assert list(logs.lines("one", clusters=cluster.clusters())) == ["one", "[rank 1] two", "three"]
-    assert list(logs.lines("one", follow=True, clusters=cluster.clusters())) == ["one", "[rank 1] two", "three"]
-    assert list(logs.lines("one", rank=1, clusters=cluster.clusters())) == ["two"]
+    assert list(logs.log_lines("one", clusters=cluster.clusters())) == ["one", "[rank 1] two", "three"]
+    assert list(logs.log_lines("one", follow=True, clusters=cluster.clusters())) == ["one", "[rank 1] two", "three"]
+    assert list(logs.log_lines("one", rank=1, clusters=cluster.clusters())) == ["two"]
     assert cluster.asked.count("tail") == 1
 
 
-def test_a_job_that_ended_without_keeping_its_log(store: Store) -> None:
+def test_a_job_that_ended_without_saving_its_log(store: Store) -> None:
     store.add("one", status="FAILED", job=JOB)
     cluster = FakeCluster()
     cluster.add("one", "FAILED")
-    assert list(logs.lines("one", clusters=cluster.clusters())) == ["one", "[rank 1] two", "three"]
+    assert list(logs.log_lines("one", clusters=cluster.clusters())) == ["one", "[rank 1] two", "three"]
 
 
-def test_after_the_head_node_is_gone(store: Store, tmp_path: Path) -> None:
+def test_a_log_after_the_head_node_is_gone(store: Store, tmp_path: Path) -> None:
     made, storage = store.add("one", status="FAILED", job=JOB)
     away = FakeCluster(down=OSError("no route to host"))
     with pytest.raises(RunNotFound, match="one has no logs here"):
-        list(logs.lines("one", clusters=away.clusters()))
+        list(logs.log_lines("one", clusters=away.clusters()))
     folder = tmp_path / "logs"
     folder.mkdir()
     (folder / "job.log").write_text("of the job\n")
     assert made.run_id is not None
     Server(store.uri).log_artifact(made.run_id, folder, None)
-    assert list(logs.lines("one", clusters=away.clusters())) == ["of the job"]
+    assert list(logs.log_lines("one", clusters=away.clusters())) == ["of the job"]
     (folder / "driver.log").write_text("of the driver\n")
     (folder / "rank-0.log").write_text("of rank 0\n")
     Server(store.uri).log_artifact(made.run_id, folder, None)
     storage.delete("run.json")  # the run directory is gone, too
-    assert list(logs.lines("one", clusters=away.clusters())) == ["of the driver"]
-    assert list(logs.lines("one", rank=0, clusters=away.clusters())) == ["of rank 0"]
+    assert list(logs.log_lines("one", clusters=away.clusters())) == ["of the driver"]
+    assert list(logs.log_lines("one", rank=0, clusters=away.clusters())) == ["of rank 0"]
     with pytest.raises(ConfigError, match=r"--rank=3 has no log; valid: 0"):
-        list(logs.lines("one", rank=3, clusters=away.clusters()))
+        list(logs.log_lines("one", rank=3, clusters=away.clusters()))
 
 
-def test_one_that_runs_on_another_machine_with_its_logs_there(store: Store) -> None:
+def test_a_run_whose_logs_are_on_another_machine(store: Store) -> None:
     store.add("one", status="RUNNING", on_disk=False)
     with pytest.raises(RunNotFound, match="one has no logs here: while it runs they are on somewhere"):
-        list(logs.lines("one"))
+        list(logs.log_lines("one"))
 
 
 # --- submissions ------------------------------------------------------------------------------------------------------
@@ -188,13 +188,13 @@ def test_a_run_that_cannot_be_read_from_here_has_its_logs_in_mlflow(store: Store
     assert made.run_id is not None
     Server(store.uri).log_artifact(made.run_id, folder, None)
     sent("one", made.run_dir, "one", tracking_uri=store.uri)
-    said: list[str] = []
+    messages: list[str] = []
     away = FakeCluster(down=OSError("no route to host")).clusters()
-    assert list(logs.lines("one", follow=follow, clusters=away, say=said.append)) == ["of the driver"]
-    assert said == [f"the cluster {ADDRESS} could not be asked: no route to host"]
+    assert list(logs.log_lines("one", follow=follow, clusters=away, say=messages.append)) == ["of the driver"]
+    assert messages == [f"the cluster {ADDRESS} could not be asked: no route to host"]
 
 
-def test_the_attempt_that_goes_is_followed(ended: Storage) -> None:
+def test_the_running_attempt_is_followed(ended: Storage) -> None:
     """With `follow`, the log is that of the new attempt, not that of the earlier attempt, which is here."""
     made = Record.read(ended)
     assert made is not None
@@ -203,14 +203,14 @@ def test_the_attempt_that_goes_is_followed(ended: Storage) -> None:
     cluster = FakeCluster()
     cluster.add("one", "FAILED")
     cluster.add("one--2", "PENDING")
-    assert next(iter(logs.lines("one", follow=True, clusters=cluster.clusters()))) == "one"
-    assert next(iter(logs.lines("one", clusters=cluster.clusters()))) == "a"  # the new attempt has no log yet
+    assert next(iter(logs.log_lines("one", follow=True, clusters=cluster.clusters()))) == "one"
+    assert next(iter(logs.log_lines("one", clusters=cluster.clusters()))) == "a"  # the new attempt has no log yet
     replace(made, status="RUNNING", job={**JOB, "submission_id": "one--2"}).write(ended)
     cluster.add("one--2", "FAILED")
-    assert next(iter(logs.lines("one", follow=True, clusters=cluster.clusters()))) == "a"
+    assert next(iter(logs.log_lines("one", follow=True, clusters=cluster.clusters()))) == "a"
 
 
-def test_a_cluster_is_asked_with_what_the_run_was_submitted_with(in_tmp: Path) -> None:
+def test_a_cluster_is_asked_with_the_settings_of_the_submission(in_tmp: Path) -> None:
     asked: list[tuple[str, str | None, str | None]] = []
     cluster = FakeCluster()
     cluster.add("one")
@@ -227,5 +227,5 @@ def test_a_cluster_is_asked_with_what_the_run_was_submitted_with(in_tmp: Path) -
         ]
     ).text
     place.write_bytes("config.yaml", text.encode())
-    assert next(iter(logs.lines("one", follow=True, clusters=Clusters(connect)))) == "one"
+    assert next(iter(logs.log_lines("one", follow=True, clusters=Clusters(connect)))) == "one"
     assert set(asked) == {(ADDRESS, "/etc/ca.pem", "/etc/token")}

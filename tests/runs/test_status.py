@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from raytrainer.attempt import SUBMITTED, Record
 from raytrainer.errors import RunNotFound
 from raytrainer.runs.status import status_of, text
-from raytrainer.attempt import SUBMITTED, Record
 from raytrainer.storage import Storage
 from raytrainer.sweep import make_plan
 from raytrainer.sweep.journal import Report, Trial, TrialJournal
-from tests.runs.past import ADDRESS, FakeCluster, Store, claim, of_here, record
+from tests.runs.past import ADDRESS, FakeCluster, Store, local_owner, record, write_lease
 from tests.runs.test_listing import METRICS, TAGS
 from tests.runs.test_reconcile import killed
 
@@ -27,10 +27,10 @@ def saved(storage: Storage, step: int, metric: float) -> None:
     storage.write_bytes(f"checkpoints/step-{step:09d}/manifest.json", json.dumps(manifest).encode())
 
 
-def test_one_that_runs(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_running_run(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["raytrainer"])
     made, storage = store.add("one", status="RUNNING", tags=TAGS, metrics=METRICS, started=time.time() - 100)
-    claim(storage, **of_here(os.getpid()))
+    write_lease(storage, **local_owner(os.getpid()))
     for step in (20, 30):
         saved(storage, step, 0.5)
     storage.write_bytes("checkpoints/step-000000040/tensors", b"")  # not committed
@@ -55,7 +55,7 @@ def test_one_that_runs(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.dumps(found.to_json())
 
 
-def test_one_that_failed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_run(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["raytrainer"])
     _, storage = store.add("one", status="FAILED", cause="rank 1: ValueError: x")
     saved(storage, 10, 0.5)
@@ -69,35 +69,35 @@ def test_one_that_failed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_one_that_died_is_closed(store: Store) -> None:
+def test_an_orphan_is_closed(store: Store) -> None:
     made, storage = store.add("one", status="RUNNING")
-    claim(storage, **killed())
-    said: list[str] = []
-    found = status_of("one", say=said.append)
-    assert found.facts.status == "FAILED"
-    assert found.facts.cause is not None
-    assert found.facts.cause.startswith("its driver died")
+    write_lease(storage, **killed())
+    messages: list[str] = []
+    found = status_of("one", say=messages.append)
+    assert found.summary.status == "FAILED"
+    assert found.summary.cause is not None
+    assert found.summary.cause.startswith("its driver died")
     assert store.status(made.run_id)[0] == "FAILED"
-    assert len(said) == 1
+    assert len(messages) == 1
 
 
-def test_without_mlflow_the_directory_tells(in_tmp: Path) -> None:
+def test_without_mlflow_the_directory_is_shown(in_tmp: Path) -> None:
     _, storage = record("one", status="RUNNING", run_id="0" * 32, tracking_uri="http://127.0.0.1:9")
-    claim(storage, **killed())
+    write_lease(storage, **killed())
     saved(storage, 10, 0.75)
     saved(storage, 20, 0.5)
-    said: list[str] = []
-    found = status_of("one", say=said.append)
-    facts = found.facts
+    messages: list[str] = []
+    found = status_of("one", say=messages.append)
+    facts = found.summary
     assert (facts.status, facts.step) == ("FAILED", 20)
     assert (facts.monitor, facts.best, facts.best_step) == ("val/accuracy", 0.75, 10)
-    assert "what follows is from" in said[0]
-    assert "could not be closed" in said[1]
+    assert "what follows is from" in messages[0]
+    assert "could not be closed" in messages[1]
 
 
-def test_a_job_that_runs(store: Store) -> None:
+def test_a_running_job(store: Store) -> None:
     _, storage = store.add("one", status="RUNNING", job=JOB)
-    claim(storage, owner={"job": "one--2"})
+    write_lease(storage, owner={"job": "one--2"})
     cluster = FakeCluster()
     cluster.add("one--2", message="Job is currently running.")
     for identifier in ("one", "one--2"):
@@ -106,13 +106,13 @@ def test_a_job_that_runs(store: Store) -> None:
         assert f"job      one--2 at {ADDRESS}, RUNNING: Job is currently running." in text(found)
 
 
-def test_a_job_that_waits_says_for_what(in_tmp: Path) -> None:
+def test_a_pending_job_says_what_it_waits_for(in_tmp: Path) -> None:
     sent = Record("one", "/nowhere/one", job=JOB)
     sent.write(Storage(in_tmp / "runs" / SUBMITTED / "one"))
     cluster = FakeCluster()
     cluster.add("one--2", "PENDING", started=time.time() - 5)
     found = status_of("one", clusters=cluster.clusters())
-    assert found.facts.status == "PENDING"
+    assert found.summary.status == "PENDING"
     assert found.to_json()["waits"] == "it asks for 8 GPU, of which 2 are free\nother-run holds 6 GPU"
     lines = text(found).splitlines()
     assert "waits    it asks for 8 GPU, of which 2 are free" in lines
@@ -121,11 +121,11 @@ def test_a_job_that_waits_says_for_what(in_tmp: Path) -> None:
 
 def test_a_cluster_that_does_not_answer(store: Store) -> None:
     _, storage = store.add("one", status="RUNNING", job=JOB)
-    claim(storage, owner={"job": "one--2"})
-    said: list[str] = []
-    found = status_of("one", clusters=FakeCluster(down=OSError("refused")).clusters(), say=said.append)
-    assert (found.facts.status, found.job) == ("RUNNING", None)
-    assert said == [f"the cluster {ADDRESS} could not be asked: refused"]
+    write_lease(storage, owner={"job": "one--2"})
+    messages: list[str] = []
+    found = status_of("one", clusters=FakeCluster(down=OSError("refused")).clusters(), say=messages.append)
+    assert (found.summary.status, found.job) == ("RUNNING", None)
+    assert messages == [f"the cluster {ADDRESS} could not be asked: refused"]
 
 
 @pytest.fixture
@@ -150,26 +150,28 @@ def sweep(store: Store) -> Storage:
 
 def test_a_sweep_and_its_trial(sweep: Storage) -> None:
     assert "trials   1 trials: 1 finished" in text(status_of("sweep"))
-    found = status_of("sweep.0001").facts
+    found = status_of("sweep.0001").summary
     assert (found.kind, found.status, found.step, found.best, found.best_step) == ("trial", "KILLED", 20, 0.5, 10)
     assert (found.cause, found.run_dir) == ("by the scheduler", f"{sweep.uri}/trials/0001")
     with pytest.raises(RunNotFound, match="sweep has no trial 0007"):
         status_of("sweep.0007")
 
 
-def test_what_was_never_sent(in_tmp: Path) -> None:
+def test_a_job_that_was_never_submitted(in_tmp: Path) -> None:
     sent = Record("one", "/nowhere/one", job=JOB)
     sent.write(Storage(in_tmp / "runs" / SUBMITTED / "one"))
     found = status_of("one", clusters=FakeCluster().clusters())
-    assert found.facts.status == "UNKNOWN"
-    assert found.facts.cause == f"{ADDRESS} has no job one--2: it was not submitted, or the cluster has restarted since"
+    assert found.summary.status == "UNKNOWN"
+    assert (
+        found.summary.cause == f"{ADDRESS} has no job one--2: it was not submitted, or the cluster has restarted since"
+    )
     found = status_of("one", clusters=FakeCluster(down=OSError("refused")).clusters())
-    assert found.facts.cause == "its cluster does not say"
+    assert found.summary.cause == "its cluster does not say"
 
 
 @pytest.mark.parametrize("state", ["PENDING", "RUNNING", "FAILED"])
 @pytest.mark.parametrize("before", ["FAILED", "RUNNING"])
-def test_the_attempt_that_goes_is_shown(store: Store, before: str, state: str) -> None:
+def test_the_running_attempt_is_shown(store: Store, before: str, state: str) -> None:
     """The attempt is a resume, or a resubmission whose dead driver is still RUNNING in MLflow."""
     made, _ = store.add(
         "one", status=before, cause="it failed" if before == "FAILED" else None, job={**JOB, "submission_id": "one"}
@@ -180,9 +182,9 @@ def test_the_attempt_that_goes_is_shown(store: Store, before: str, state: str) -
     cluster.add("one--2", state)
     found = status_of("one", clusters=cluster.clusters())
     if state == "FAILED":
-        assert (found.facts.status, found.facts.submission_id) == ("FAILED", "one")
+        assert (found.summary.status, found.summary.submission_id) == ("FAILED", "one")
         return
-    assert (found.facts.status, found.facts.cause, found.facts.submission_id) == (state, None, "one--2")
+    assert (found.summary.status, found.summary.cause, found.summary.submission_id) == (state, None, "one--2")
     assert found.job == (state, "")
     assert (found.waits is not None) == (state == "PENDING")
     assert store.status(made.run_id)[0] == before

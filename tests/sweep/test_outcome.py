@@ -10,6 +10,7 @@ import pytest
 
 from raytrainer import attempt, cli
 from raytrainer.attempt import Record
+from raytrainer.cli import dispatch
 from raytrainer.config import Composition
 from raytrainer.sweep import Plan, SweepOutcome, Trial, summary
 from raytrainer.sweep.journal import Report
@@ -52,7 +53,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Plan:
         return 0
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_run_sweep", launch)
+        patch.setattr(dispatch, "_run_sweep", launch)
         assert cli.main(arguments) == 0
     (plan,) = plans
     return plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -15,20 +16,42 @@ from typing import Any
 import psutil
 
 from raytrainer import provenance
-from raytrainer.errors import ConfigError, RaytrainerError, StorageError, TrackingError
-from raytrainer.runs.finding import look_up, with_tracking
-from raytrainer.runs.jobs import ACTIVE, Clusters, Job, never_sent
-from raytrainer.runs.liveness import Liveness, Verdict
-from raytrainer.runs.reconcile import close, verdict_of
-from raytrainer.progress import duration
 from raytrainer.attempt import STOP, Record
+from raytrainer.core.formatting import duration
+from raytrainer.errors import ConfigError, RaytrainerError, StorageError, TrackingError
+from raytrainer.runs import printing
+from raytrainer.runs.arguments import VerbParser, number_of_seconds
+from raytrainer.runs.jobs import ACTIVE, Clusters, Job, never_sent
+from raytrainer.runs.liveness import Liveness, LockState
+from raytrainer.runs.reconcile import check_liveness, close_orphan
+from raytrainer.runs.resolve import resolve_run, with_mlflow_run
 from raytrainer.storage.lock import Lease, process_start
 
+ABOUT = "Ask a run to end after a last checkpoint, and wait until its resources are free."
 TIMEOUT_S = 120.0
 # A driver looks for the object every 2 s, gives its workers 8 s for a checkpoint and MLflow 6 s for the end.
 _GRACE_S = 30.0
 _PLACED_S = 10.0  # how long a pending job may take to end before the user is told that it cannot end yet
 _SECOND_S, _KILL_S = 10.0, 16.0  # with --force: from the first signal to the second, and to SIGKILL
+
+
+def add_arguments(parser: VerbParser) -> None:
+    add = parser.add_argument
+    add("--force", action="store_true", help="end it without a checkpoint, if it has not ended after 10 s")
+    about = "wait at most this many seconds (120)"
+    add("--timeout", metavar="S", type=number_of_seconds, default=TIMEOUT_S, help=about)
+    parser.add_id()
+
+
+def run(arguments: argparse.Namespace) -> int:
+    identifier = arguments.id
+    try:
+        result = Stopper(identifier, force=arguments.force, timeout_s=arguments.timeout, say=printing.say).stop()
+    except KeyboardInterrupt:
+        printing.say(f"stopped waiting; the stop request for {identifier} remains")
+        return 130
+    print(printing.to_json(result.to_json()) if arguments.json else result.text(provenance.program()))
+    return 0 if result.is_stopped else 1
 
 
 @dataclass(frozen=True)
@@ -38,21 +61,36 @@ class StopResult:
     Attributes:
         name: The run.
         status: The run's status after the stop.
-        done: Whether the run has ended and none of its processes or jobs is left.
-        told: What ended, or what is left, as text.
+        is_stopped: Whether the run has ended and none of its processes or jobs is left.
+        message: What ended, or what is left, as text.
         seconds: How long the stop took.
-        asked: Whether what is left was asked to end, and nothing more can be done.
+        is_requested: Whether what is left was asked to end, and nothing more can be done.
     """
 
     name: str
     status: str
-    done: bool
-    told: str
+    is_stopped: bool
+    message: str
     seconds: float
-    asked: bool = False
+    is_requested: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        return dict(self.__dict__)
+        return {
+            "name": self.name,
+            "status": self.status,
+            "done": self.is_stopped,
+            "told": self.message,
+            "seconds": self.seconds,
+            "asked": self.is_requested,
+        }
+
+    def text(self, program: str) -> str:
+        """Return the result as lines for the terminal."""
+        took = duration(self.seconds)
+        if self.is_stopped:
+            return f"{self.name} is stopped ({self.status}) after {took}: {self.message}"
+        verb = "status" if self.is_requested else "stop --force"
+        return f"{self.name} is not stopped after {took}: {self.message}\nnext     {program} {verb} {self.name}"
 
 
 class Stopper:
@@ -80,10 +118,10 @@ class Stopper:
         clusters: Clusters | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.known, self.force, self.say, self.sleep = look_up(identifier), force, say, sleep
+        self.handle, self.force, self.say, self.sleep = resolve_run(identifier), force, say, sleep
         self.clusters = clusters or Clusters()
-        self.name = self.known.record.name
-        if self.known.trial is not None:
+        self.name = self.handle.name
+        if self.handle.trial is not None:
             raise ConfigError(f"{identifier} is a trial; it ends with its sweep: stop {self.name}")
         self.began = time.monotonic()
         self.deadline = self.began + timeout_s
@@ -95,39 +133,50 @@ class Stopper:
             RaytrainerError: The run cannot be reached from here.
         """
         with suppress(TrackingError):
-            self.known = with_tracking(self.known)
-        self.known, job = self.clusters.attempt(self.known)
+            self.handle = with_mlflow_run(self.handle)
+        self.handle, job = self.clusters.attempt(self.handle)
         self.clusters.tell(self.say)
         if job is not None and job.status in ACTIVE:
             return self._stop_job(job)
-        liveness = Liveness.read(self.known.storage)
+        lock = LockState.read(self.handle.storage)
         # Only the run's own lease: another command may hold the directory briefly while it closes a dead run.
-        mine = [c for c in liveness.leases if c.is_here and c.lives and c.owner.get("run") == self.name]
-        if mine and (result := self._stop_process(mine[0])) is not None:
+        own = [c for c in lock.leases if c.is_here and c.lives and c.owner.get("run") == self.name]
+        if own and (result := self._stop_process(own[0])) is not None:
             return result
-        if liveness.here is not None or liveness.elsewhere:
-            return self._stop_elsewhere(liveness)
-        verdict, silence = verdict_of(self.known, self.clusters), self.clusters.silence_of(self.known)
-        has_ended = verdict.life == "dead" or (self._status() != "RUNNING" and self.known.storage is None)
+        if lock.here is not None or lock.elsewhere:
+            return self._stop_elsewhere(lock)
+        return self._stop_ended(job)
+
+    def _stop_ended(self, job: Job | None) -> StopResult:
+        """Return the result for a run without a process or an active job, as far as is known here."""
+        handle, liveness = self.handle, check_liveness(self.handle, self.clusters)
+        has_ended = liveness.state == "dead" or (self._status() != "RUNNING" and handle.storage is None)
         # A cluster that does not answer is no proof that the run is dead.
-        if silence is not None and (self.known.coming is not None or not has_ended):
+        silence, next_job = self.clusters.silence_of(handle), handle.next_submission_id
+        if silence is not None and (next_job is not None or not has_ended):
             raise RaytrainerError(
-                f"{self.name} is not stopped: {silence}; so it is not known whether its job {self.known.coming or self.known.submission_id} runs"
+                f"{self.name} is not stopped: {silence}; so it is not known whether its job "
+                f"{next_job or handle.submission_id} runs"
             )
-        if verdict.life == "dead":
-            closed = self._closed(verdict)
-            state = f"its job {job.submission_id} had ended: {job.status}" if job is not None else "it had ended"
-            return self._result(True, closed or state)
+        if liveness.state == "dead":
+            ended = f"its job {job.submission_id} had ended: {job.status}" if job is not None else "it had ended"
+            return self._result(True, self._close(liveness) or ended)
         if has_ended:
             return self._result(True, "it had ended")
-        if self.known.submission_id is not None and self.known.storage is None and self.known.stored is None:
-            raise RaytrainerError(f"{self.name} has nothing to stop: {never_sent(self.known)}")
+        if handle.submission_id is not None and handle.storage is None and handle.mlflow_run is None:
+            raise RaytrainerError(f"{self.name} has nothing to stop: {never_sent(handle)}")
         if self.force:
-            cause = "declared dead by stop --force"
-            return self._result(True, self._closed(Verdict("dead", verdict.why, "KILLED", cause)) or verdict.why)
-        raise RaytrainerError(
-            f"{self.name} cannot be reached ({verdict.why}), so it is not known whether it runs"
-            f"{self._where()}; if you know that it does not: stop --force {self.name} marks it KILLED"
+            forced = Liveness("dead", liveness.reason, "KILLED", "declared dead by stop --force")
+            return self._result(True, self._close(forced) or liveness.reason)
+        raise self._unreachable(liveness)
+
+    def _unreachable(self, liveness: Liveness) -> RaytrainerError:
+        run = self.handle.mlflow_run
+        host = run.tags.get("raytrainer.host") if run is not None else None
+        return RaytrainerError(
+            f"{self.name} cannot be reached ({liveness.reason}), so it is not known whether it runs"
+            + ("" if host is None else f"; it was launched on {host}")
+            + f"; if you know that it does not: stop --force {self.name} marks it KILLED"
         )
 
     # --- a process of this machine --------------------------------------------------------------------------------
@@ -142,14 +191,12 @@ class Stopper:
                     raise ProcessLookupError
                 family = _family(pid)
                 signal.pidfd_send_signal(process, signal.SIGTERM)
-                self.say(f"{self.name}: asked process {pid} to end after a last checkpoint")
+                self._report(f"asked process {pid} to end after a last checkpoint")
                 return self._wait_for(pid, process, family)
         except ProcessLookupError:
             return self._after_death("it had ended")
         except PermissionError:
-            self.say(
-                f"{self.name}: process {pid} is {lease.owner.get('user', 'another user')}'s; it is asked by a file"
-            )
+            self._report(f"process {pid} is {lease.owner.get('user', 'another user')}'s; it is asked by a file")
             return None
 
     def _wait_for(self, pid: int, process: int, family: dict[tuple[int, float], psutil.Process]) -> StopResult:
@@ -160,13 +207,13 @@ class Stopper:
                 family.update(_family(pid))
             if self.force and signals == 1 and waited > _SECOND_S:
                 signals = 2
-                self.say(f"{self.name}: still there; ending it without a checkpoint")
+                self._report("still there; ending it without a checkpoint")
                 with suppress(ProcessLookupError):
                     signal.pidfd_send_signal(process, signal.SIGTERM)
             if self.force and waited > _KILL_S:
-                for one in left:
+                for p in left:
                     with suppress(psutil.Error):
-                        one.kill()
+                        p.kill()
             if time.monotonic() > self.deadline:
                 names = ", ".join(str(p.pid) for p in left[:5])
                 return self._result(False, f"{len(left)} of its processes are still there: {names}")
@@ -177,78 +224,78 @@ class Stopper:
     def _after_death(self, message: str) -> StopResult:
         """Record the end of a driver that may have been killed before it could do so."""
         with suppress(TrackingError):
-            self.known = with_tracking(replace(self.known, stored=None))
-        verdict = verdict_of(self.known, self.clusters)
-        if verdict.life == "dead":
-            by_force = verdict.status == "FAILED" and self.force
-            self._closed(replace(verdict, status="KILLED", cause="killed by stop --force") if by_force else verdict)
+            self.handle = with_mlflow_run(replace(self.handle, mlflow_run=None))
+        liveness = check_liveness(self.handle, self.clusters)
+        if liveness.state == "dead":
+            by_force = liveness.status == "FAILED" and self.force
+            self._close(replace(liveness, status="KILLED", cause="killed by stop --force") if by_force else liveness)
         return self._result(True, message)
 
     # --- a driver on another machine ------------------------------------------------------------------------------
 
-    def _stop_elsewhere(self, liveness: Liveness) -> StopResult:
-        owner = next((c.owner for c in (liveness.here, *liveness.elsewhere) if c is not None), {})
+    def _stop_elsewhere(self, lock: LockState) -> StopResult:
+        owner = next((c.owner for c in (lock.here, *lock.elsewhere) if c is not None), {})
         where = f"process {owner.get('pid', '?')} on {owner.get('host', 'another machine')}"
-        self._ask_by_file()
-        self.say(f"{self.name}: asked {where} to end after a last checkpoint, by the file {STOP} in its directory")
-        while (verdict := verdict_of(self.known, self.clusters)).life == "alive":
+        self._write_stop_file()
+        self._report(f"asked {where} to end after a last checkpoint, by the file {STOP} in its directory")
+        while (liveness := check_liveness(self.handle, self.clusters)).state == "alive":
             if time.monotonic() > self.deadline:
                 force = f"; on {owner.get('host', 'that machine')}: kill -9 {owner.get('pid', '?')}"
                 return self._result(False, f"{where} still holds its lock{force}")
             self.sleep(1.0)
-            self.clusters.forget(self.known)
-        return self._result(True, self._closed(verdict) or f"{where} has released its lock")
+            self.clusters.forget(self.handle)
+        return self._result(True, self._close(liveness) or f"{where} has released its lock")
 
-    def _ask_by_file(self, job: str | None = None) -> None:
-        assert self.known.storage is not None
+    def _write_stop_file(self, job: str | None = None) -> None:
+        assert self.handle.storage is not None
         by = {"by": provenance.user(), "host": socket.gethostname(), "pid": os.getpid(), "job": job}
-        self.known.storage.write_bytes(STOP, json.dumps(by).encode())
+        self.handle.storage.write_bytes(STOP, json.dumps(by).encode())
 
     # --- a job ----------------------------------------------------------------------------------------------------
 
     def _stop_job(self, job: Job) -> StopResult:
-        cluster = self.clusters.of(self.known)
+        cluster = self.clusters.of(self.handle)
         assert cluster is not None
-        asked = job.status == "RUNNING" and not self.force and self._asked_by_file(job.submission_id)
-        if asked:
-            self.say(f"{self.name}: asked its job to end after a last checkpoint")
+        is_requested = job.status == "RUNNING" and not self.force and self._request_by_file(job.submission_id)
+        if is_requested:
+            self._report("asked its job to end after a last checkpoint")
             job = self._wait_for_job(job, min(self.deadline, time.monotonic() + _GRACE_S))
         if job.status in ACTIVE:
-            self.say(f"{self.name}: stopping the job {job.submission_id}" + (", which did not end" if asked else ""))
+            self._report(f"stopping the job {job.submission_id}" + (", which did not end" if is_requested else ""))
             cluster.stop(job.submission_id)
             job = self._wait_for_job(job, min(self.deadline, time.monotonic() + _PLACED_S))
         message = f"its job {job.submission_id} is asked to end, and does as soon as its driver gets what it waits for"
         if job.status == "PENDING":  # Ray cannot end a job whose driver is not placed yet
-            self.say(f"{self.name}: {message}")
+            self._report(f"{message}")
         if job.status in ACTIVE:
             job = self._wait_for_job(job, self.deadline)
         if job.status == "PENDING":
-            return self._result(False, message, asked=True)
+            return self._result(False, message, is_requested=True)
         if job.status == "RUNNING":
             return self._result(False, f"its job {job.submission_id} is still {job.status}")
         while held := cluster.held_by(job.submission_id):
             if time.monotonic() > self.deadline:
                 return self._result(False, f"its job is {job.status}, and still holds {_amounts(held)}")
             self.sleep(0.5)
-        self.clusters.forget(self.known)
-        verdict = verdict_of(self.known, self.clusters)
-        if verdict.life == "dead":
-            self._closed(verdict)
+        self.clusters.forget(self.handle)
+        liveness = check_liveness(self.handle, self.clusters)
+        if liveness.state == "dead":
+            self._close(liveness)
         return self._result(True, f"its job {job.submission_id} is {job.status}, and what it held is free")
 
-    def _asked_by_file(self, job: str) -> bool:
-        if self.known.storage is None:
-            self.say(f"{self.name}: its directory cannot be written from here, so it is ended without a checkpoint")
+    def _request_by_file(self, job: str) -> bool:
+        if self.handle.storage is None:
+            self._report("its directory cannot be written from here, so it is ended without a checkpoint")
             return False
         try:
-            self._ask_by_file(job)
+            self._write_stop_file(job)
         except StorageError as error:
-            self.say(f"{self.name}: {error}; it is ended without a checkpoint")
+            self._report(f"{error}; it is ended without a checkpoint")
             return False
         return True
 
     def _wait_for_job(self, job: Job, until: float) -> Job:
-        cluster = self.clusters.of(self.known)
+        cluster = self.clusters.of(self.handle)
         assert cluster is not None
         while job.status in ACTIVE and time.monotonic() < until:
             self.sleep(0.5)
@@ -257,43 +304,33 @@ class Stopper:
 
     # --- the end --------------------------------------------------------------------------------------------------
 
-    def _closed(self, verdict: Verdict) -> str | None:
+    def _close(self, liveness: Liveness) -> str | None:
         """Record the end of the run if nothing has recorded it; return a sentence about it, or None if it was recorded."""
-        stored = self.known.stored
-        if stored is None and self.known.storage is None:  # the run is no more than a job
-            self.known = replace(self.known, record=replace(self.known.record, status=verdict.status))
+        stored = self.handle.mlflow_run
+        if stored is None and self.handle.storage is None:  # the run is no more than a job
+            self.handle = replace(self.handle, record=replace(self.handle.record, status=liveness.status))
             return None
         if self._status() != "RUNNING" and (stored is None or stored.status != "RUNNING"):
             return None
         try:
-            if close(self.known, verdict, self.clusters):
-                self.known = replace(self.known, record=replace(self.known.record, status=verdict.status))
-                return f"its driver was dead already ({verdict.why}); it is marked {verdict.status}"
+            if close_orphan(self.handle, liveness, self.clusters):
+                self.handle = replace(self.handle, record=replace(self.handle.record, status=liveness.status))
+                return f"its driver was dead already ({liveness.reason}); it is marked {liveness.status}"
         except RaytrainerError as error:
             self.say(f"warning: could not update MLflow: {error}")
         return None
 
     def _status(self) -> str:
-        if self.known.storage is not None:
+        if self.handle.storage is not None:
             with suppress(StorageError):
-                return (Record.read(self.known.storage) or self.known.record).status
-        return self.known.stored.status if self.known.stored is not None else self.known.record.status
+                return (Record.read(self.handle.storage) or self.handle.record).status
+        return self.handle.mlflow_run.status if self.handle.mlflow_run is not None else self.handle.record.status
 
-    def _result(self, done: bool, message: str, *, asked: bool = False) -> StopResult:
-        return StopResult(self.name, self._status(), done, message, time.monotonic() - self.began, asked)
+    def _report(self, message: str) -> None:
+        self.say(f"{self.name}: {message}")
 
-    def _where(self) -> str:
-        host = self.known.stored.tags.get("raytrainer.host") if self.known.stored is not None else None
-        return "" if host is None else f"; it was launched on {host}"
-
-
-def text(result: StopResult, program: str) -> str:
-    """Return the result as lines for the terminal."""
-    if not result.done:
-        following = "status" if result.asked else "stop --force"
-        message = f"{result.name} is not stopped after {duration(result.seconds)}: {result.told}"
-        return f"{message}\nnext     {program} {following} {result.name}"
-    return f"{result.name} is stopped ({result.status}) after {duration(result.seconds)}: {result.told}"
+    def _result(self, is_stopped: bool, message: str, *, is_requested: bool = False) -> StopResult:
+        return StopResult(self.name, self._status(), is_stopped, message, time.monotonic() - self.began, is_requested)
 
 
 @contextmanager

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from raytrainer import runs
+from raytrainer.attempt import Record
 from raytrainer.config import compose, group_names
 from raytrainer.errors import ConfigError, RunNotFound
-from raytrainer.attempt import Record
+from raytrainer.runs.rerun import to_rerun, to_rerun_sweep
+from raytrainer.runs.resolve import find, trial_of
+from raytrainer.runs.resume import to_resume, to_resume_sweep
 from raytrainer.storage import Storage
 from raytrainer.sweep import Plan, Trial, TrialJournal, make_plan
 from raytrainer.tracking.server import StoredRun
@@ -38,7 +40,7 @@ def recorded(name: str, run_id: str | None = None) -> Record:
 def test_a_finished_run_whose_checkpoints_are_gone(past: Record) -> None:
     Storage(past.run_dir).delete("checkpoints")
     with pytest.raises(RunNotFound, match="has no checkpoint to continue from; raytrainer rerun"):
-        runs.to_resume(past.name, [])
+        to_resume(past.name, [])
 
 
 def test_a_run_that_was_moved_is_not_resumed_in_its_old_place(
@@ -48,7 +50,7 @@ def test_a_run_that_was_moved_is_not_resumed_in_its_old_place(
     shutil.copytree(past.run_dir, there)
     monkeypatch.chdir(tmp_path / "copied")
     with pytest.raises(RunNotFound, match="but it ran in"):
-        runs.to_resume(past.name, [])
+        to_resume(past.name, [])
 
 
 def test_a_torch_schedulers_values_cannot_be_changed(in_tmp: Path) -> None:
@@ -59,7 +61,7 @@ def test_a_torch_schedulers_values_cannot_be_changed(in_tmp: Path) -> None:
     )
     storage.write_bytes("config.yaml", text.encode())
     with pytest.raises(ConfigError, match="Only curves of raytrainer"):
-        runs.to_resume("steps", ["+lr_scheduler.step_size=3"])
+        to_resume("steps", ["+lr_scheduler.step_size=3"])
 
 
 # --- resume --------------------------------------------------------------------------------------------------------
@@ -67,7 +69,7 @@ def test_a_torch_schedulers_values_cannot_be_changed(in_tmp: Path) -> None:
 
 def test_resume_applies_values(past: Record) -> None:
     overrides = ["trainer.max_epochs=20", "optimizer.lr=0.01", "scaling.num_workers=2"]
-    composition, record, changed = runs.to_resume(past.name, overrides)
+    composition, record, changed = to_resume(past.name, overrides)
     assert record == past
     assert changed == ["lr"]
     e = composition.experiment
@@ -81,7 +83,7 @@ def test_resume_applies_values(past: Record) -> None:
 )
 def test_resume_refuses_choices_of_groups(past: Record, override: str) -> None:
     with pytest.raises(ConfigError, match=f"raytrainer rerun {past.name} … starts a new run"):
-        runs.to_resume(past.name, [override])
+        to_resume(past.name, [override])
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,7 @@ def test_resume_refuses_choices_of_groups(past: Record, override: str) -> None:
 )
 def test_resume_refuses_what_changes_the_checkpoints_meaning(past: Record, override: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        runs.to_resume(past.name, [override])
+        to_resume(past.name, [override])
     key = override.partition("=")[0].lstrip("+")
     assert str(caught.value).startswith(f"{key}=")
     assert f"raytrainer rerun {past.name} {override} starts a new run" in str(caught.value)
@@ -118,21 +120,21 @@ def test_resume_refuses_what_changes_the_checkpoints_meaning(past: Record, overr
 
 def test_resume_refuses_wrong_values_as_a_first_launch_does(past: Record) -> None:
     with pytest.raises(ConfigError, match=r"^trainer\.max_epoch=3 is not a key; valid: trainer\.max_epochs"):
-        runs.to_resume(past.name, ["trainer.max_epoch=3"])
+        to_resume(past.name, ["trainer.max_epoch=3"])
 
 
 def test_a_config_that_is_gone(past: Record) -> None:
     Path(past.run_dir, "config.yaml").unlink()
     with pytest.raises(RunNotFound, match=r"its config\.yaml in .* is gone"):
-        runs.to_resume(past.name, [])
+        to_resume(past.name, [])
 
 
 # --- rerun ---------------------------------------------------------------------------------------------------------
 
 
-def test_rerun_is_a_new_run_of_the_same_thing(past: Record) -> None:
-    before = runs.to_resume(past.name, [])[0].experiment
-    e = runs.to_rerun(past.name, ["model.width=32", "seed=3"]).experiment
+def test_rerun_is_a_new_run_of_the_same_config(past: Record) -> None:
+    before = to_resume(past.name, [])[0].experiment
+    e = to_rerun(past.name, ["model.width=32", "seed=3"]).experiment
     assert e.name is not None
     assert e.name.startswith("mlp-")
     assert e.name != past.name
@@ -142,12 +144,12 @@ def test_rerun_is_a_new_run_of_the_same_thing(past: Record) -> None:
 
 
 def test_rerun_under_a_name(past: Record) -> None:
-    assert runs.to_rerun(past.name, ["name=again"]).experiment.name == "again"
+    assert to_rerun(past.name, ["name=again"]).experiment.name == "again"
 
 
 def test_rerun_refuses_wrong_keys(past: Record) -> None:
     with pytest.raises(ConfigError, match=r"^model\.widht=3 is not a key .*valid: model\.width"):
-        runs.to_rerun(past.name, ["model.widht=3"])
+        to_rerun(past.name, ["model.widht=3"])
 
 
 # --- sweeps --------------------------------------------------------------------------------------------------------
@@ -188,17 +190,17 @@ def test_a_trial_is_found_by_its_name_and_by_its_mlflow_id(swept: Record, monkey
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://somewhere")
     monkeypatch.setattr("raytrainer.tracking.lookup.find_run", lambda uri, identifier: asked.get(identifier))
     for identifier in (f"{swept.name}.0002", TRIAL_ID * 2):
-        assert runs.find(identifier)[0] == swept
-        assert runs.trial_of(identifier, swept) == "0002"
+        assert find(identifier)[0] == swept
+        assert trial_of(identifier, swept) == "0002"
     for identifier in (swept.name, RUN_ID):
-        assert runs.find(identifier)[0] == swept
-        assert runs.trial_of(identifier, swept) is None
+        assert find(identifier)[0] == swept
+        assert trial_of(identifier, swept) is None
     with pytest.raises(RunNotFound):
-        runs.find("2" * 32)
+        find("2" * 32)
 
 
-def test_a_trial_is_done_again_as_a_run(swept: Record) -> None:
-    composition = runs.to_rerun(f"{swept.name}.0002", ["trainer.max_epochs=3"])
+def test_a_trial_is_rerun_as_a_run(swept: Record) -> None:
+    composition = to_rerun(f"{swept.name}.0002", ["trainer.max_epochs=3"])
     e = composition.experiment
     assert e.optimizer is not None
     assert e.model is not None
@@ -206,16 +208,16 @@ def test_a_trial_is_done_again_as_a_run(swept: Record) -> None:
     assert "ResNet" in e.model["_target_"] or "resnet" in e.model["_target_"]
     assert e.name not in (None, swept.name)
     with pytest.raises(RunNotFound, match=f"{swept.name} has no trial 0007; it has 000"):
-        runs.to_rerun(f"{swept.name}.0007", [])
+        to_rerun(f"{swept.name}.0007", [])
 
 
 def test_a_trial_is_not_resumed_by_itself(swept: Record) -> None:
     with pytest.raises(ConfigError, match=f"is a trial of {swept.name}: resume {swept.name} continues it"):
-        runs.to_resume_sweep(f"{swept.name}.0002", [])
+        to_resume_sweep(f"{swept.name}.0002", [])
 
 
-def test_a_sweep_goes_on_with_more_trials(swept: Record) -> None:
-    plan, record = runs.to_resume_sweep(swept.name, ["sweep.num_samples=20", "sweep.max_trial_failures=2"])
+def test_a_sweep_is_resumed_with_more_trials(swept: Record) -> None:
+    plan, record = to_resume_sweep(swept.name, ["sweep.num_samples=20", "sweep.max_trial_failures=2"])
     assert record == swept
     assert {c.experiment.sweep.num_samples for c in plan.compositions.values()} == {20}
     assert plan.experiment.sweep.max_trial_failures == 2
@@ -227,28 +229,28 @@ def test_a_sweep_goes_on_with_more_trials(swept: Record) -> None:
     "override",
     ["sweep.metric=val/loss", "optimizer.lr=0.1", "sweep=asha", "trainer.max_epochs=3", "num_samples=3", "seed=3"],
 )
-def test_a_sweep_does_not_go_on_as_another(swept: Record, override: str) -> None:
+def test_a_resumed_sweep_cannot_change_its_trials(swept: Record, override: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        runs.to_resume_sweep(swept.name, [override])
+        to_resume_sweep(swept.name, [override])
     assert str(caught.value).startswith(override)
     assert "sweep.num_samples" in str(caught.value)
     assert "sweep.allow_failed" in str(caught.value)
 
 
-def test_a_key_that_a_sweep_does_not_have_is_told_with_the_nearest(swept: Record) -> None:
+def test_an_unknown_key_of_a_sweep_is_refused_with_the_nearest(swept: Record) -> None:
     with pytest.raises(ConfigError, match=r"^sweep\.num_sample is not a key; valid: sweep\.num_samples, "):
-        runs.to_resume_sweep(swept.name, ["sweep.num_sample=20"])
+        to_resume_sweep(swept.name, ["sweep.num_sample=20"])
 
 
-def test_a_sweep_is_done_again_under_another_name(swept: Record) -> None:
-    plan = runs.to_rerun_sweep(swept.name, ["trainer.max_epochs=3"])
+def test_a_sweep_is_rerun_under_another_name(swept: Record) -> None:
+    plan = to_rerun_sweep(swept.name, ["trainer.max_epochs=3"])
     assert plan.experiment.name != swept.name
     assert len({c.experiment.name for c in plan.compositions.values()}) == 1
     assert {c.experiment.trainer.max_epochs for c in plan.compositions.values()} == {3}
     assert plan.parameters == Plan.read(Storage(swept.run_dir)).parameters
     with pytest.raises(ConfigError, match=r"optimizer\.lr is a parameter of the sweep"):
-        runs.to_rerun_sweep(swept.name, ["optimizer.lr=0.1"])
+        to_rerun_sweep(swept.name, ["optimizer.lr=0.1"])
     with pytest.raises(ConfigError, match=r"model is a parameter of the sweep"):
-        runs.to_rerun_sweep(swept.name, ["+model=mlp"])
+        to_rerun_sweep(swept.name, ["+model=mlp"])
     # The command that is printed for the best trial contains these, so it must include the change.
     assert plan.fixed == ("experiment=mlp", "sweep=random", "trainer.max_epochs=3", f"name={plan.experiment.name}")

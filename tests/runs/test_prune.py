@@ -13,20 +13,21 @@ from pathlib import Path
 
 import pytest
 
-from raytrainer import runs
+from raytrainer.attempt import SUBMITTED, Record
 from raytrainer.checkpoint import Checkpointer, retention
 from raytrainer.cli import main
 from raytrainer.config import compose
 from raytrainer.errors import StorageLocked
-from raytrainer.runs import pruning, tree
-from raytrainer.runs.pruning import Pruned
-from raytrainer.runs.reconcile import look_at
-from raytrainer.attempt import SUBMITTED, Record
+from raytrainer.runs import prune as pruning
+from raytrainer.runs import worktree
+from raytrainer.runs.evaluate import to_evaluate
+from raytrainer.runs.prune import Pruned
+from raytrainer.runs.reconcile import check_all
 from raytrainer.storage import Lock, Storage
 from raytrainer.sweep import make_plan
 from raytrainer.tracking.spool import Spool
 from tests.runs import past
-from tests.runs.past import FakeCluster, claim, of_here
+from tests.runs.past import FakeCluster, local_owner, write_lease
 
 LONG_AGO = time.time() - 40 * 86_400
 
@@ -64,7 +65,9 @@ def ended(in_tmp: Path) -> Storage:
     return storage
 
 
-def test_looking_deletes_nothing_and_tells_all(ended: Storage, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_yes_everything_is_listed_and_nothing_deleted(
+    ended: Storage, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = sorted(Path.cwd().rglob("*"))
     for arguments in (["prune"], ["prune", "--yes", "--dry-run"], ["prune", "ended", "--json"]):
         assert main(arguments) == 0
@@ -79,7 +82,7 @@ def test_looking_deletes_nothing_and_tells_all(ended: Storage, capsys: pytest.Ca
     assert not found["deleted"]
 
 
-def test_the_last_the_best_and_what_is_nobodys_stay(ended: Storage, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_last_the_best_and_foreign_files_stay(ended: Storage, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prune", "--yes"]) == 0
     assert steps(ended) == ["20", "50", "notes"]
     assert not (ended.local_path / "attempt-1").exists()
@@ -95,26 +98,26 @@ def test_the_last_the_best_and_what_is_nobodys_stay(ended: Storage, capsys: pyte
     assert capsys.readouterr().out == "nothing to delete\n"
 
 
-def test_more_of_the_last_can_stay(ended: Storage) -> None:
+def test_keep_more_checkpoints(ended: Storage) -> None:
     prune("ended", keep=3)
     assert steps(ended) == ["20", "30", "40", "50", "notes"]
 
 
 def alive_here(storage: Storage) -> None:
-    claim(storage, **of_here(os.getpid()))
+    write_lease(storage, **local_owner(os.getpid()))
 
 
 def alive_elsewhere(storage: Storage) -> None:
-    claim(storage, age_s=20)
+    write_lease(storage, age_s=20)
 
 
 def another_machine_may_have_it(storage: Storage) -> None:
-    claim(storage, age_s=200)
+    write_lease(storage, age_s=200)
 
 
 def died_a_moment_ago(storage: Storage) -> None:
-    gone = {**of_here(os.getpid()), "started": "1"}
-    claim(storage, **gone, age_s=60)
+    gone = {**local_owner(os.getpid()), "started": "1"}
+    write_lease(storage, **gone, age_s=60)
     rewritten(storage, status="RUNNING")
 
 
@@ -171,7 +174,7 @@ def rewritten(storage: Storage, **fields: object) -> None:
         is_a_link,
     ],
 )
-def test_a_run_that_lives_or_is_in_doubt_is_not_touched(ended: Storage, made: Callable[[Storage], None]) -> None:
+def test_a_run_that_is_or_may_be_alive_is_not_touched(ended: Storage, made: Callable[[Storage], None]) -> None:
     made(ended)
     before = steps(ended)
     found = prune()
@@ -183,25 +186,25 @@ def test_a_run_that_lives_or_is_in_doubt_is_not_touched(ended: Storage, made: Ca
 def test_a_run_that_was_killed_long_ago_is_pruned(ended: Storage) -> None:
     rewritten(ended, status="RUNNING")
     os.utime(ended.local_path / "run.json", (LONG_AGO, LONG_AGO))
-    claim(ended, pid=1, age_s=86_400)
+    write_lease(ended, pid=1, age_s=86_400)
     prune()
     assert steps(ended) == ["20", "50", "notes"]
 
 
-def test_what_mlflow_has_not_stays(ended: Storage) -> None:
+def test_a_spool_that_is_not_uploaded_stays(ended: Storage) -> None:
     spool_is_waiting(ended)
     prune()
     assert (ended.local_path / "spool/run.json").exists()
     assert steps(ended) == ["20", "50", "notes"]
 
 
-def test_the_spool_of_a_run_that_was_opened_without_a_server_stays(ended: Storage) -> None:
+def test_the_spool_of_an_offline_run_stays(ended: Storage) -> None:
     rewritten(ended, run_id="offline-1")
     prune()
     assert (ended.local_path / "spool/state.json").exists()
 
 
-def test_only_old_ones(ended: Storage, capsys: pytest.CaptureFixture[str]) -> None:
+def test_older_than(ended: Storage, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prune", "--yes", "--older-than", "30d"]) == 0
     assert "ended is left alone: it has not ended long enough ago" in capsys.readouterr().err
     os.utime(ended.local_path / "run.json", (LONG_AGO, LONG_AGO))
@@ -210,7 +213,7 @@ def test_only_old_ones(ended: Storage, capsys: pytest.CaptureFixture[str]) -> No
     assert main(["prune", "--older-than", "soon"]) == 2
 
 
-def test_a_job_that_goes_on_or_whose_cluster_is_silent(ended: Storage) -> None:
+def test_a_run_with_an_active_job_or_a_silent_cluster(ended: Storage) -> None:
     cluster = FakeCluster()
     cluster.add("ended", "RUNNING")
     rewritten(ended, job={"submission_id": "ended", "cluster_address": past.ADDRESS})
@@ -222,20 +225,20 @@ def test_a_job_that_goes_on_or_whose_cluster_is_silent(ended: Storage) -> None:
     assert len(steps(ended)) == 7
 
 
-def test_who_goes_on_with_it_meanwhile_wins(ended: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_resumed_meanwhile_is_not_touched(ended: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resume of the run starts and ends between the check and the lock."""
 
     def then_resumed(*arguments: object) -> object:
-        found = look_at(*arguments)  # type: ignore[arg-type]
+        found = check_all(*arguments)  # type: ignore[arg-type]
         rewritten(ended, attempts=2)
         return found
 
-    monkeypatch.setattr(pruning, "look_at", then_resumed)
+    monkeypatch.setattr(pruning, "check_all", then_resumed)
     assert prune().left == {"ended": "another attempt has continued it"}
     assert len(steps(ended)) == 7
 
 
-def test_what_has_become_the_best_meanwhile_stays(ended: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_became_the_best_meanwhile_stays(ended: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     first = pruning._items(past.record("other")[0], ended, 1)
     assert {item.path[-2:] for item in first if item.kind == "checkpoint"} == {"10", "30", "40"}
     real, calls = retention.surplus, []
@@ -266,7 +269,7 @@ def test_each_trial_of_a_sweep(in_tmp: Path) -> None:
         assert steps(storage.child(f"trials/{number}")) == ["20", "30", "notes"]
 
 
-def test_trials_that_a_link_leads_to_are_not_touched(in_tmp: Path) -> None:
+def test_trials_behind_a_link_are_not_touched(in_tmp: Path) -> None:
     _, storage = past.record("search", kind="sweep", status="FINISHED")
     make_plan(
         ["experiment=mlp", "name=search", "sweep=random", "seed=1,2"], choice="random", space={}, groups=set()
@@ -278,9 +281,7 @@ def test_trials_that_a_link_leads_to_are_not_touched(in_tmp: Path) -> None:
     assert steps(Storage(in_tmp / "elsewhere/0001")) == ["10", "20", "30", "99", "notes"]
 
 
-def test_what_was_deleted_is_told_also_when_the_lock_is_lost_on_the_way(
-    ended: Storage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_deleted_items_are_reported_if_the_lock_is_lost(ended: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
     def lost(lock: Lock) -> None:
@@ -303,27 +304,27 @@ def test_a_link_among_checkpoints_is_not_followed(ended: Storage, tmp_path: Path
     assert (tmp_path / "mine/manifest.json").exists()
 
 
-def test_the_tree_of_a_rerun_that_was_killed(in_tmp: Path) -> None:
+def test_the_working_tree_of_a_killed_rerun(in_tmp: Path) -> None:
     process = subprocess.Popen(["true"])
     process.wait()
     for name, pid in (("dead", process.pid), ("alive", os.getpid())):
-        place = in_tmp / "runs" / tree.PLACE / name
+        place = in_tmp / "runs" / worktree.PLACE / name
         (place / "tree").mkdir(parents=True)
         (place / "tree/code.py").write_text("1234")
-        made = of_here(pid)
+        made = local_owner(pid)
         owner = {"pid": pid, "started": made["started"] or "1", "machine": made["machine"]}
         (place / "owner.json").write_text(json.dumps(owner))
     (in_tmp / "runs" / "ended").mkdir()
     # The run may outlive the process that waits for it.
-    with subprocess.Popen(["sleep", "60"], cwd=in_tmp / "runs" / tree.PLACE / "dead/tree") as run:
+    with subprocess.Popen(["sleep", "60"], cwd=in_tmp / "runs" / worktree.PLACE / "dead/tree") as run:
         assert not prune().items
         run.kill()
     found = prune()
     assert [(item.kind, item.path) for item in found.items] == [("worktree", ".rerun/dead")]
-    assert [p.name for p in (in_tmp / "runs" / tree.PLACE).iterdir()] == ["alive"]
+    assert [p.name for p in (in_tmp / "runs" / worktree.PLACE).iterdir()] == ["alive"]
 
 
-def test_in_s3_and_only_what_is_below_the_run(in_s3: str, in_tmp: Path) -> None:
+def test_in_s3_only_the_runs_own_files(in_s3: str, in_tmp: Path) -> None:
     composition = compose(["experiment=mlp", "name=far", f"storage_path={in_s3}", "cluster=existing"])
     storage = Storage(in_s3).child("far")
     storage.write_bytes("config.yaml", composition.text.encode())
@@ -349,6 +350,6 @@ def test_in_s3_and_only_what_is_below_the_run(in_s3: str, in_tmp: Path) -> None:
     assert [entry.name for entry in storage.list("checkpoints")] == ["step-000000010", "step-000000030"]
     assert not storage.exists("attempt-1")
     assert Storage(in_s3).exists("other/checkpoints/step-000000001/shared.json")
-    found = runs.to_evaluate("far", ["cluster=inline"]).experiment
+    found = to_evaluate("far", ["cluster=inline"]).experiment
     assert found.evaluate is not None
     assert (found.evaluate.run_dir, found.storage_path) == (storage.display, in_s3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -11,16 +12,44 @@ from pathlib import Path
 from typing import Any
 
 from raytrainer import mlflow_model, tracking
+from raytrainer.attempt import CONFIG
 from raytrainer.config import Experiment, build, checkpoint_mode, from_text, locate
 from raytrainer.errors import CheckpointNotFound, ConfigError, StorageError
-from raytrainer.runs.finding import tracking_uri_of
-from raytrainer.runs.trained import Trained, trained
 from raytrainer.names import few
-from raytrainer.attempt import CONFIG
+from raytrainer.runs import printing
+from raytrainer.runs.arguments import VerbParser
+from raytrainer.runs.recorded import TrainedRun, trained_run
+from raytrainer.runs.resolve import tracking_uri_of
 from raytrainer.tracking.server import Server
 
+ABOUT = "Write the weights of a checkpoint (the best) as safetensors, with the config, into a new folder."
 WEIGHTS = "model.safetensors"
 _MLFLOW = "mlflow_model"
+
+
+def add_arguments(parser: VerbParser) -> None:
+    parser.add_checkpoint()
+    add = parser.add_argument
+    add("--to", metavar="DIR", help="the folder (NAME-step-N); it must not exist")
+    add("--mlflow", action="store_true", help="also write the MLflow model to DIR/mlflow_model")
+    about = "upload the MLflow model to the run, and register it as a new version of NAME"
+    add("--register", metavar="NAME", help=about)
+    parser.add_id()
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.to and "://" in arguments.to:
+        raise ConfigError("must be a folder of this machine", key="--to", value=arguments.to)
+    exported = export(
+        arguments.id,
+        checkpoint=arguments.checkpoint or "best",
+        to=Path(arguments.to).absolute() if arguments.to else None,
+        mlflow=arguments.mlflow,
+        register=arguments.register,
+        say=printing.say,
+    )
+    print(printing.to_json(asdict(exported)) if arguments.json else exported.text())
+    return 0
 
 
 @dataclass(frozen=True)
@@ -44,9 +73,6 @@ class Export:
     folder: str
     files: tuple[str, ...]
     version: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def text(self) -> str:
         """Return the result as text for a person."""
@@ -78,23 +104,22 @@ def export(
         say: Called with messages about the progress.
 
     Raises:
-        RunNotFound, ConfigError: As for `trained`; the folder exists; MLflow does not have the run.
+        RunNotFound, ConfigError: As for `trained_run`; the folder exists; MLflow does not have the run.
         CheckpointError, StorageError, TrackingError: Something cannot be read, written or uploaded.
     """
-    source = trained(identifier, checkpoint)
+    source = trained_run(identifier, checkpoint)
     e = from_text(source.text).experiment
-    if to is not None and to.exists():
-        raise ConfigError("exists already; nothing is overwritten", key="--to", value=str(to))
+    if to is not None:
+        _check_new(to)
     uri = tracking_uri_of(source.record)
     if register is not None and (uri is None or source.run_id is None or source.run_id.startswith("offline-")):
         raise ConfigError(f"needs the run in MLflow, which does not have {source.name}", key="--register")
     info, weights, averaged = _read(source, e, checkpoint)
     folder = to or Path.cwd() / f"{source.name}-step-{info.step}"
-    if folder.exists():
-        raise ConfigError("exists already; nothing is overwritten", key="--to", value=str(folder))
+    _check_new(folder)
     version = None
-    with _beside(folder) as beside:
-        made = beside / "export"
+    with _temporary_beside(folder) as temporary:
+        made = temporary / "export"
         made.mkdir()
         _write_weights(made, e, weights, {"raytrainer.run": source.name, "raytrainer.step": str(info.step)}, say)
         (made / CONFIG).write_text(source.text)
@@ -112,29 +137,35 @@ def export(
     return Export(source.name, info.step, info.metric, averaged, str(folder), files, version)
 
 
+def _check_new(folder: Path) -> None:
+    if folder.exists():
+        raise ConfigError("exists already; nothing is overwritten", key="--to", value=str(folder))
+
+
 @contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
+def _temporary_beside(folder: Path) -> Iterator[Path]:
     """Provide a temporary directory on the same disk as the future folder."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-")
+        temporary = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-")
     except OSError as error:
         raise ConfigError(f"cannot be made: {error.strerror}", key="--to", value=str(folder)) from error
     try:
-        with beside as name:
+        with temporary as name:
             yield Path(name)
     except OSError as error:  # for instance a full disk; the directory is already deleted
         raise StorageError(f"{folder}: {error.strerror or error}") from error
 
 
-def _read(source: Trained, e: Experiment, checkpoint: str) -> tuple[Any, dict[str, Any], bool]:
+def _read(source: TrainedRun, e: Experiment, checkpoint: str) -> tuple[Any, dict[str, Any], bool]:
     """Return the checkpoint, its weights on the CPU, and whether they are averaged."""
     from raytrainer.checkpoint import Checkpointer, unread
 
     checkpoints = Checkpointer(source.place.child("checkpoints"), mode=checkpoint_mode(e))
-    found = checkpoints.list()
     info = checkpoints.best() if checkpoint == "best" else None
-    info = info or next((one for one in reversed(found) if checkpoint in ("best", "last", str(one.step))), None)
+    if info is None:
+        newest_first = reversed(checkpoints.list())
+        info = next((saved for saved in newest_first if checkpoint in ("best", "last", str(saved.step))), None)
     if info is None:
         raise CheckpointNotFound(f"{source.name}: its checkpoint {checkpoint} is gone")
     shared, _ = checkpoints.load(info, {"optimizer": unread})
@@ -184,8 +215,8 @@ def _write_weights(
 def _hugging_face(e: Experiment, say: Callable[[str], None]) -> Any:
     """Return the model if transformers defines its class, `from_pretrained` or `from_config`, else None."""
     try:
-        found = locate("model", (e.model or {})["_target_"])
-        owner = found if isinstance(found, type) else getattr(found, "__self__", found)
+        target = locate("model", (e.model or {})["_target_"])
+        owner = target if isinstance(target, type) else getattr(target, "__self__", target)
         if str(getattr(owner, "__module__", "")).partition(".")[0] != "transformers":
             return None
         return build(e.model or {})

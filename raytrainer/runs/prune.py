@@ -6,6 +6,7 @@ directory. Deletion holds the run's lock, and includes only what was already fou
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,23 +15,45 @@ from typing import Any
 
 import yaml
 
-from raytrainer.errors import CheckpointError, RaytrainerError, StorageError, StorageLocked
-from raytrainer.runs import finding, tree
-from raytrainer.runs.finding import RunHandle
-from raytrainer.runs.jobs import Clusters
-from raytrainer.runs.liveness import LIMIT_S, LOCK, Liveness, Verdict
-from raytrainer.runs.reconcile import look_at
 from raytrainer.attempt import CONFIG, Record
+from raytrainer.core.formatting import aligned
+from raytrainer.errors import CheckpointError, RaytrainerError, StorageError, StorageLocked
+from raytrainer.runs import printing, worktree
+from raytrainer.runs.arguments import VerbParser, age, positive
+from raytrainer.runs.handle import RunHandle
+from raytrainer.runs.jobs import Clusters
+from raytrainer.runs.liveness import LIMIT_S, LOCK, Liveness, LockState
+from raytrainer.runs.reconcile import check_all
+from raytrainer.runs.resolve import resolve_run, runs_in, submitted_from, with_directory, with_submission
 from raytrainer.storage import Storage
 from raytrainer.sweep.plan import Plan
 from raytrainer.tracking.spool import Spool
 
+ABOUT = "List old checkpoints, uploaded spools and leftovers of killed runs. Only --yes deletes them."
 KINDS = ("checkpoint", "unfinished save", "spool", "ray", "worktree")
-_OF_RAY = re.compile(r"attempt-[0-9a-f]+")  # Ray Train's own records of an attempt, which are not used
+_RAY_FILES = re.compile(r"attempt-[0-9a-f]+")  # Ray Train's own records of an attempt, which are not used
+
+
+def add_arguments(parser: VerbParser) -> None:
+    add = parser.add_argument
+    add("--yes", action="store_true", help="delete it")
+    add("--dry-run", action="store_true", help="delete nothing, even with --yes")
+    about = "how many last checkpoints to keep, besides the best (1)"
+    add("--keep", metavar="N", type=positive, default=1, help=about)
+    about = "only runs that ended at least this long ago: 30d, 12h"
+    add("--older-than", metavar="AGE", type=age, default=0.0, help=about)
+    add("id", metavar="ID", nargs="?", help="a run or sweep; without it, all below ./runs")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    delete, keep = arguments.yes and not arguments.dry_run, arguments.keep
+    pruned = prune(arguments.id, delete=delete, keep=keep, older_than_s=arguments.older_than, say=printing.say)
+    print(printing.to_json(pruned.to_json()) if arguments.json else pruned.text())
+    return 1 if pruned.failed else 0
 
 
 @dataclass(frozen=True)
-class Item:
+class PruneItem:
     """Something to delete.
 
     Attributes:
@@ -57,7 +80,7 @@ class Pruned:
         failed: Path → why it could not be deleted.
     """
 
-    items: Sequence[Item]
+    items: Sequence[PruneItem]
     deleted: bool = False
     left: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -71,6 +94,8 @@ class Pruned:
 
     def text(self) -> str:
         """Return the result as text: a line for each run, and the sum."""
+        if not self.items:
+            return "nothing is deleted" if self.failed else "nothing to delete"
         rows = [("RUN", "WHAT", "BYTES")]
         for run in dict.fromkeys(item.run for item in self.items):
             own = [item for item in self.items if item.run == run]
@@ -78,12 +103,7 @@ class Pruned:
             what = ", ".join(f"{number} {kind}" for kind, number in count.items() if number)
             rows.append((run, what, f"{sum(item.bytes for item in own):,}"))
         rows.append(("in all", str(len(self.items)), f"{self.bytes:,}"))
-        wide = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines = [f"{a:<{wide[0]}}  {b:<{wide[1]}}  {c:>{wide[2]}}" for a, b, c in rows]
-        done = "deleted" if self.deleted else "nothing is deleted; --yes deletes it"
-        return "\n".join(
-            [*lines, done] if self.items else ["nothing is deleted" if self.failed else "nothing to delete"]
-        )
+        return f"{aligned(rows, right={2})}\n" + ("deleted" if self.deleted else "nothing is deleted; --yes deletes it")
 
 
 def prune(
@@ -111,81 +131,77 @@ def prune(
         RunNotFound: There is no such run.
     """
     root, clusters = root or Path.cwd() / "runs", clusters or Clusters()
-    runs = [finding.look_up(identifier, root)] if identifier is not None else list(_all(root))
-    found = Pruned([], delete)
-    for known, verdict in look_at(runs, clusters):
-        name = known.record.name
+    runs = [resolve_run(identifier, root)] if identifier is not None else list(_all(root))
+    pruned = Pruned([], delete)
+    for handle, liveness in check_all(runs, clusters):
         try:
-            if why := _untouchable(known, verdict, clusters, older_than_s):
-                found.left[name] = why
+            if reason := _reason_to_keep(handle, liveness, clusters, older_than_s):
+                pruned.left[handle.name] = reason
                 continue
-            assert known.storage is not None
-            items = _items(known.record, known.storage, keep)
+            assert handle.storage is not None
+            items = _items(handle.record, handle.storage, keep)
             if items and delete:
-                items = _delete(known, items, keep, found)
-            found = replace(found, items=[*found.items, *items])
+                items = _delete(handle, items, keep, pruned)
+            pruned = replace(pruned, items=[*pruned.items, *items])
         except (RaytrainerError, OSError) as error:
-            found.left[name] = str(error)
+            pruned.left[handle.name] = str(error)
     if identifier is None:
-        found = _with_trees(found, root, delete)
-    for name, why in found.left.items():
-        say(f"{name} is left alone: {why}")
-    for path, why in found.failed.items():
-        say(f"{path} could not be deleted: {why}")
-    return found
+        pruned = replace(pruned, items=[*pruned.items, *_worktrees(root, delete)])
+    for name, reason in pruned.left.items():
+        say(f"{name} is left alone: {reason}")
+    for path, reason in pruned.failed.items():
+        say(f"{path} could not be deleted: {reason}")
+    return pruned
 
 
 def _all(root: Path) -> Iterator[RunHandle]:
     names = set()
-    for record, storage in finding.records(root):
-        names.add(record.name)
-        yield finding.with_sent(RunHandle(record, storage), root)
-    for sent in finding.submitted(root):
-        if sent.record.name not in names:
-            yield finding.reached(RunHandle(sent.record, None, sent=sent))
+    for handle in runs_in(root):
+        names.add(handle.name)
+        yield with_submission(handle, root)
+    for handle in submitted_from(root):
+        if handle.name not in names:
+            yield with_directory(handle)
 
 
-def _untouchable(known: RunHandle, verdict: Verdict, clusters: Clusters, older_than_s: float) -> str | None:
+def _reason_to_keep(handle: RunHandle, liveness: Liveness, clusters: Clusters, older_than_s: float) -> str | None:
     """Return why nothing of a run may be deleted; None if the run has certainly ended."""
-    if known.trial is not None:
+    if handle.trial is not None:
         return "it is a trial; its sweep is pruned as a whole"
-    if known.storage is None:
+    if handle.storage is None:
         return "its directory cannot be read from here"
-    if verdict.life != "dead":
-        return verdict.why
-    if known.storage.is_local and known.storage.local_path.is_symlink():
+    if liveness.state != "dead":
+        return liveness.reason
+    if handle.storage.is_local and handle.storage.local_path.is_symlink():
         return "its directory is a link to another place"
-    liveness = Liveness.read(known.storage)
-    if not liveness.readable or liveness.now is None:
+    lock = LockState.read(handle.storage)
+    if not lock.readable or lock.now is None:
         return "its directory cannot be written from here"
-    if (silence := clusters.silence_of(known)) and (known.record.status == "RUNNING" or known.coming):
+    if (silence := clusters.silence_of(handle)) and (handle.record.status == "RUNNING" or handle.next_submission_id):
         return silence
-    last = max([liveness.written or 0.0, *(lease.heartbeat for lease in liveness.leases)])
-    if known.record.status == "RUNNING" and liveness.now - last < LIMIT_S:
+    last = max([lock.written or 0.0, *(lease.heartbeat for lease in lock.leases)])
+    if handle.record.status == "RUNNING" and lock.now - last < LIMIT_S:
         return "it died a moment ago; its workers may still be there"  # workers outlive a killed driver by seconds
-    if liveness.now - last < older_than_s:
+    if lock.now - last < older_than_s:
         return "it has not ended long enough ago"
     return None
 
 
-def _items(record: Record, storage: Storage, keep: int) -> list[Item]:
+def _items(record: Record, storage: Storage, keep: int) -> list[PruneItem]:
     """Return what can be deleted of a run, or of a sweep and its trials."""
     mode = _mode(record, storage)
     places = [""]
     # A link named `trials` would lead out of the run directory.
     if record.kind == "sweep" and any(entry.name == "trials" and entry.is_dir for entry in storage.list()):
         places += [f"trials/{entry.name}/" for entry in storage.list("trials") if entry.is_dir]
-    found: list[Item] = []
-    for place in places:
-        found += _of_place(record, storage, place, mode, keep)
-    return found
+    return [item for place in places for item in _items_in(record, storage, place, mode, keep)]
 
 
-def _of_place(record: Record, storage: Storage, place: str, mode: str, keep: int) -> Iterator[Item]:
+def _items_in(record: Record, storage: Storage, place: str, mode: str, keep: int) -> Iterator[PruneItem]:
     from raytrainer.checkpoint import retention
 
-    def item(kind: str, path: str) -> Item:
-        return Item(record.name, kind, place + path, size_of(storage, place + path))
+    def item(kind: str, path: str) -> PruneItem:
+        return PruneItem(record.name, kind, place + path, size_of(storage, place + path))
 
     here = {entry.name for entry in storage.list(place.rstrip("/")) if entry.is_dir}
     if "checkpoints" in here:
@@ -197,25 +213,25 @@ def _of_place(record: Record, storage: Storage, place: str, mode: str, keep: int
     sent = storage.is_local and not offline and not Spool(storage.local_path / place / "spool").pending()
     if "spool" in here and sent:
         yield item("spool", "spool")
-    yield from (item("ray", name) for name in sorted(here) if _OF_RAY.fullmatch(name))
+    yield from (item("ray", name) for name in sorted(here) if _RAY_FILES.fullmatch(name))
 
 
 def _mode(record: Record, storage: Storage) -> str:
-    """Return the mode of the monitor, without which the best checkpoint is not known."""
+    """Return the mode of the monitor, without which the best checkpoint is not handle."""
     if record.kind == "sweep":
         return Plan.read(storage).mode
     try:
-        found = yaml.safe_load(storage.read_if_exists(CONFIG) or b"")["checkpoint"]["mode"]
+        mode = yaml.safe_load(storage.read_if_exists(CONFIG) or b"")["checkpoint"]["mode"]
     except (yaml.YAMLError, ValueError, TypeError, KeyError):  # missing, truncated or overwritten
-        found = None
-    if found not in ("min", "max"):
+        mode = None
+    if mode not in ("min", "max"):
         raise StorageError(f"its {CONFIG} does not say which checkpoint is the best")
-    return str(found)
+    return str(mode)
 
 
-def _delete(known: RunHandle, items: Sequence[Item], keep: int, pruned: Pruned) -> list[Item]:
+def _delete(handle: RunHandle, items: Sequence[PruneItem], keep: int, pruned: Pruned) -> list[PruneItem]:
     """Delete, under the run's lock, the items that can still be deleted. Return those that were deleted."""
-    storage, record = known.storage, known.record
+    storage, record = handle.storage, handle.record
     assert storage is not None
     try:
         with storage.lock(LOCK, {"run": f"{record.name}, being pruned"}) as lock:
@@ -238,7 +254,7 @@ def _delete(known: RunHandle, items: Sequence[Item], keep: int, pruned: Pruned) 
         raise StorageError(f"it is in use: {error}") from error
 
 
-def _check_kept(record: Record, storage: Storage, items: Sequence[Item], keep: int) -> None:
+def _check_kept(record: Record, storage: Storage, items: Sequence[PruneItem], keep: int) -> None:
     """Check that the remaining checkpoints are valid: if one is corrupt, resume needs an older checkpoint."""
     from raytrainer.checkpoint import retention
 
@@ -253,7 +269,7 @@ def _check_kept(record: Record, storage: Storage, items: Sequence[Item], keep: i
                 raise StorageError(f"a checkpoint to keep is corrupt, so none is deleted: {error}") from error
 
 
-def _delete_one(storage: Storage, item: Item) -> bool:
+def _delete_one(storage: Storage, item: PruneItem) -> bool:
     from raytrainer.checkpoint import retention
 
     if item.kind in ("checkpoint", "unfinished save"):
@@ -271,15 +287,14 @@ def _delete_one(storage: Storage, item: Item) -> bool:
     return True
 
 
-def _with_trees(found: Pruned, root: Path, delete: bool) -> Pruned:
-    """Add the working trees of reruns whose process was killed."""
+def _worktrees(root: Path, delete: bool) -> list[PruneItem]:
+    """Return the working trees of reruns whose process was killed, after deleting them on request."""
     items = []
-    for place in tree.leftovers(root):
-        item = Item("(rerun)", "worktree", f"{tree.PLACE}/{place.name}", _bytes_below(place))
+    for place in worktree.leftovers(root):
+        items.append(PruneItem("(rerun)", "worktree", f"{worktree.PLACE}/{place.name}", _bytes_below(place)))
         if delete:
-            tree.remove(place)
-        items.append(item)
-    return replace(found, items=[*found.items, *items])
+            worktree.remove(place)
+    return items
 
 
 def size_of(storage: Storage, path: str) -> int:

@@ -57,7 +57,7 @@ def equal(folder: str, weights: dict[str, torch.Tensor]) -> bool:
     return found.keys() == weights.keys() and all(torch.equal(found[k], weights[k]) for k in found)
 
 
-def test_the_best_the_last_and_one_of_a_step(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_best_the_last_and_that_of_a_step(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = run_with(MLP)
     assert main(["export", "past", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -81,7 +81,7 @@ def test_averaged_weights(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert equal("past-step-10", weights[10])
 
 
-def test_extra_state_goes_along_and_is_read_back(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_extra_state_is_exported_and_read_back(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, storage = past.record("past", run_id="0" * 32, status="FINISHED")
     model = {"_target_": "tests.test_own_state.ExtraBytes"}
     storage.write_bytes("config.yaml", with_values(compose(["experiment=mlp"]).text, {"model": model}).encode())
@@ -103,7 +103,7 @@ def test_what_is_refused(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> No
     run_with(MLP)
     (in_tmp / "there").mkdir()
     (in_tmp / "file").touch()
-    for arguments, said in (
+    for arguments, reason in (
         (["--to", "there"], "exists already; nothing is overwritten"),
         (["--to", "file/below"], "cannot be made"),
         (["--to", "/proc/weights"], "cannot be made"),  # the parent exists, but nothing can be created in it
@@ -114,7 +114,7 @@ def test_what_is_refused(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> No
         (["--register", "net"], "needs the run in MLflow"),
     ):
         assert main(["export", "past", *arguments]) == 2
-        assert said in capsys.readouterr().err
+        assert reason in capsys.readouterr().err
     assert main(["export"]) == 2
     assert sorted(p.name for p in in_tmp.iterdir()) == ["file", "runs", "there"]
 
@@ -127,7 +127,7 @@ def test_a_checkpoint_that_is_corrupt_leaves_no_folder(in_tmp: Path, capsys: pyt
     assert [p.name for p in in_tmp.iterdir()] == ["runs"]
 
 
-def test_weights_whose_model_is_not_here(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_of_a_model_that_is_not_installed(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = run_with(MLP)
     config = in_tmp / "runs/past/config.yaml"
     config.write_text(config.read_text().replace("raytrainer.models.MLP", "gone.MLP"))
@@ -149,12 +149,12 @@ def test_a_hugging_face_model_is_read_by_its_own_from_pretrained(in_tmp: Path) -
     assert all(torch.equal(found[k], weights[10][k]) for k in found)
 
 
-def test_a_disk_that_takes_no_more(in_tmp: Path) -> None:
+def test_a_full_disk(in_tmp: Path) -> None:
     """A failed export leaves no folder behind, whether the disk fills up within the weights or after them."""
     run_with(MLP)
     for most in (100, 2000):  # the size limit of a file, in bytes
         limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most}))"
-        program = f"import raytrainer.runs.exporting, sys\nfrom raytrainer.cli import main\n{limited}\nsys.exit(main(sys.argv[1:]))"
+        program = f"import raytrainer.runs.export, sys\nfrom raytrainer.cli import main\n{limited}\nsys.exit(main(sys.argv[1:]))"
         ended = subprocess.run([sys.executable, "-c", program, "export", "past"], capture_output=True, text=True)
         assert ended.returncode == 1, ended
         assert "raytrainer: failed: " in ended.stderr

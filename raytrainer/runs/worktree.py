@@ -18,118 +18,27 @@ from pathlib import Path, PurePosixPath
 
 from raytrainer import provenance, tracking
 from raytrainer.core import git
-from raytrainer.errors import ConfigError, RaytrainerError, TrackingError
-from raytrainer.runs.finding import RunHandle, look_up, tracking_uri_here, tracking_uri_of, with_tracking
+from raytrainer.errors import ConfigError, RaytrainerError
 from raytrainer.provenance import Provenance
+from raytrainer.runs.handle import RunHandle
+from raytrainer.runs.resolve import tracking_uri_here
 from raytrainer.storage.lock import machine, process_start
-from raytrainer.tracking.server import Server
 
 PLACE = ".rerun"  # below ./runs
-_MARK = "RAYTRAINER_RERUN_TREE"  # set for processes in such a tree, which create no other tree
+_VARIABLE = "RAYTRAINER_RERUN_TREE"  # set for processes in such a tree, which create no other tree
 _CHECKOUT_S = 3600.0  # a large repository on a slow disk
-_TOLD = ("raytrainer", "torch", "ray", "python")
 _MOST_FILES, _MOST_BYTES = 1000, 2**26  # of an untracked directory, and an untracked file, that may be code
-# Not part of the code: the output of runs, files of tools, other environments.
-_NOT_LINKED = {
-    ".git",
-    ".venv",
-    "venv",
-    "__pycache__",
-    "runs",
-    "mlruns",
-    "mlartifacts",
-    "node_modules",
-    ".ipynb_checkpoints",
-}
+_NOT_CODE = {"runs", "mlruns", "mlartifacts"}  # the output of runs
+_NOT_CODE |= {".git", ".venv", "venv", "__pycache__", "node_modules", ".ipynb_checkpoints"}  # tools and environments
 
 
-def rerun_there(
-    identifier: str, arguments: Sequence[str], *, here: bool = False, say: Callable[[str], None] = lambda text: None
-) -> int | None:
-    """Run `rerun ID …` with the code that the run had, and return its exit code; None if the code here can be used.
-
-    Args:
-        identifier: The ID of the run.
-        arguments: The other arguments of the command: overrides and options.
-        here: Whether to use the code here, whatever the run had.
-        say: Called with each difference from the original run.
-
-    Raises:
-        RunNotFound: There is no such run.
-        ConfigError: Its code is no longer available.
-    """
-    if os.environ.get(_MARK):
-        return None
-    known, now = look_up(identifier), provenance.collect([], Path.cwd())
-    then = recorded(known)
-    overrides = [a for a in arguments if "=" in a or a.startswith("~")]
-    for line in differences(then, now, overrides):
-        say(f"rerun of {identifier}: {line}")
-    if then is None or then.commit is None or now.commit is None or here or _same(then, now):
-        return None
-    with _tree(known, then, say) as folder:
-        return _run(folder, [identifier, *arguments])
-
-
-def recorded(known: RunHandle) -> Provenance | None:
-    """Return a run's provenance from its directory, else from MLflow; None if neither has it."""
-    if known.storage is not None:
-        data = known.storage.read_if_exists(provenance.FILE)
-        if data is not None:
-            with suppress(ValueError):
-                return Provenance.from_json(data)
-    try:
-        known = with_tracking(known)
-        uri, stored = tracking_uri_of(known.record), known.stored
-        if uri is None or stored is None or "mlflow.source.git.commit" not in stored.tags:
-            return None
-        tags, patch = stored.tags, ""
-        if tags.get("mlflow.source.git.dirty") == "true":
-            suffix = f"-{known.record.attempts}" if known.record.attempts > 1 else ""
-            data = Server(uri, timeout_s=30).read_artifact(stored.run_id, f"git{suffix}.patch")
-            patch = data.decode("utf-8", "surrogateescape")
-    except TrackingError:
-        return None
-    prefix = "raytrainer.version."
-    versions = {key.removeprefix(prefix): value for key, value in tags.items() if key.startswith(prefix)}
-    command = tags.get("raytrainer.command", "")
-    return Provenance(command, versions, tags["mlflow.source.git.commit"], tags.get("mlflow.source.git.branch"), patch)
-
-
-def differences(then: Provenance | None, now: Provenance, overrides: Sequence[str]) -> list[str]:
-    """Return what differs from the original run, one line each."""
-    if then is None:
-        return ["its code is not recorded; the code in this directory is used"]
-    found = []
-    if then.commit is None:
-        found.append("it did not run from a git checkout; the code in this directory is used")
-    elif now.commit is None:
-        found.append(
-            f"this is not a git checkout, it ran with commit {then.commit[:12]}; the code in this directory is used"
-        )
-    elif _same(then, now):
-        found.append(f"same code, commit {now.commit[:12]}" + (" with the same patch" if now.diff else ""))
-    else:
-        patch = {(True, True): "another patch than here", (True, False): "with a patch"}.get(
-            (bool(then.diff), bool(now.diff) and then.commit == now.commit), "without a patch"
-        )
-        found.append(f"its code is commit {then.commit[:12]}, {patch}; here is commit {now.commit[:12]}")
-    found += [
-        f"{name} {then.versions.get(name, 'unknown')} → {now.versions.get(name, 'none')}"
-        for name in _TOLD
-        if then.versions.get(name) != now.versions.get(name)
-    ]
-    if overrides:
-        found.append(f"other values: {' '.join(overrides)}")
-    return found
-
-
-def _same(then: Provenance, now: Provenance) -> bool:
-    return then.commit == now.commit and then.diff == now.diff and not then.is_cut
+def is_inside() -> bool:
+    """Return whether this process runs in such a working tree."""
+    return bool(os.environ.get(_VARIABLE))
 
 
 @dataclass(frozen=True)
-class _Folder:
+class WorkingTree:
     """The directory of the rerun, and its additional environment variables."""
 
     path: Path
@@ -137,18 +46,18 @@ class _Folder:
 
 
 @contextmanager
-def _tree(known: RunHandle, then: Provenance, say: Callable[[str], None]) -> Iterator[_Folder]:
+def checkout(handle: RunHandle, then: Provenance, say: Callable[[str], None]) -> Iterator[WorkingTree]:
     """Check out the commit and the patch in a working tree below ./runs, and remove it afterwards in any case."""
-    here, name = Path.cwd(), known.record.name
+    here, name = Path.cwd(), handle.name
     top = Path(_git(here, "rev-parse", "--show-toplevel").strip("\n"))
     assert then.commit is not None
-    way_out = f"rerun --here {name} uses the code in this directory"
+    fix = f"rerun --here {name} uses the code in this directory"
     if then.is_cut:
-        raise ConfigError(f"the patch of {name} was too large to be recorded whole; {way_out}")
+        raise ConfigError(f"the patch of {name} was too large to be recorded whole; {fix}")
     try:
         _git(top, "cat-file", "-e", f"{then.commit}^{{commit}}")
     except RaytrainerError:
-        raise ConfigError(f"the commit {then.commit} of {name} is not in {top}: git fetch it, or {way_out}") from None
+        raise ConfigError(f"the commit {then.commit} of {name} is not in {top}: git fetch it, or {fix}") from None
     for place in leftovers(here / "runs"):
         _remove(top, place)
     place = here / "runs" / PLACE / f"{name}-{uuid.uuid4().hex[:8]}"
@@ -161,20 +70,18 @@ def _tree(known: RunHandle, then: Provenance, say: Callable[[str], None]) -> Ite
         try:
             _apply(top, tree, then.diffs)
         except RaytrainerError as error:
-            raise ConfigError(f"the patch of {name} does not apply to its commit ({error}); {way_out}") from None
+            raise ConfigError(f"the patch of {name} does not apply to its commit ({error}); {fix}") from None
         launched_in = tree / then.prefix
         launched_in.mkdir(parents=True, exist_ok=True)
-        _add_the_rest(top, tree, then, say)
-        if known.storage is not None and known.storage.is_local:
+        _add_untracked(top, tree, then, say)
+        if handle.storage is not None and handle.storage.is_local:
             (launched_in / "runs").mkdir(exist_ok=True)
-            (launched_in / "runs" / name).symlink_to(known.storage.local_path)
+            (launched_in / "runs" / name).symlink_to(handle.storage.local_path)
         say(f"rerun of {name}: running in {launched_in}, which is removed afterwards")
         paths = [str(launched_in), *filter(None, [os.environ.get("PYTHONPATH")])]
         uri = tracking_uri_here() or tracking.default_tracking_uri(here)
-        yield _Folder(
-            launched_in,
-            {"PYTHONPATH": os.pathsep.join(paths), "MLFLOW_TRACKING_URI": uri, _MARK: str(tree)},
-        )
+        variables = {"PYTHONPATH": os.pathsep.join(paths), "MLFLOW_TRACKING_URI": uri, _VARIABLE: str(tree)}
+        yield WorkingTree(launched_in, variables)
     finally:
         _remove(top, place)
 
@@ -189,8 +96,8 @@ def _apply(top: Path, tree: Path, diffs: Mapping[str, str]) -> None:
     """
     if diff := diffs.get(""):
         _git(tree, "apply", "--index", "--whitespace=nowarn", "-", stdin=diff)
-    found = [("", tree)]
-    for prefix, folder in found:  # grows, because submodules may have submodules
+    checkouts = [("", tree)]
+    for prefix, folder in checkouts:  # grows, because submodules may have submodules
         for path, commit in git.submodules(folder).items():
             own, source = folder / path, top / prefix / path
             if not (source / ".git").exists():
@@ -202,10 +109,10 @@ def _apply(top: Path, tree: Path, diffs: Mapping[str, str]) -> None:
                 # The paths in the diff start at the root of the checkout; here the submodule is the root.
                 depth = str(1 + len(PurePosixPath(name).parts))
                 _git(own, "apply", "--index", "--whitespace=nowarn", f"-p{depth}", "-", stdin=diff)
-            found.append((f"{name}/", own))
+            checkouts.append((f"{name}/", own))
 
 
-def _add_the_rest(top: Path, tree: Path, then: Provenance, say: Callable[[str], None]) -> None:
+def _add_untracked(top: Path, tree: Path, then: Provenance, say: Callable[[str], None]) -> None:
     """Add files that git does not have, as they are now. Untracked code is copied, because a link out of the tree does
     not reach a cluster. Files that git ignores, such as data, become links."""
     code = [name for name in then.untracked if (top / name).is_file() and not (tree / name).exists()]
@@ -214,34 +121,34 @@ def _add_the_rest(top: Path, tree: Path, then: Provenance, say: Callable[[str], 
     if code:
         more = f" and {len(code) - 5} more" if len(code) > 5 else ""
         say(f"not tracked by git, so as they are now: {', '.join(code[:5])}{more}")
-    new = _others(top)
-    for name in _others(top, "--directory", "--no-empty-directory"):
-        below = [one for one in new if one.startswith(name)] if name.endswith("/") else [name]
+    new_files = _untracked(top)
+    for name in _untracked(top, "--directory", "--no-empty-directory"):
+        below = [path for path in new_files if path.startswith(name)] if name.endswith("/") else [name]
         if len(below) > _MOST_FILES:  # too many to be code
             _link(top / name, tree / name)
             continue
-        for one in below:
-            if one.endswith("/"):  # a repository of its own
-                _link_folder(top / one, tree / one)
+        for path in below:
+            if path.endswith("/"):  # a repository of its own
+                _link_folder(top / path, tree / path)
             else:
-                _copy(top / one, tree / one)
-    for name in _others(top, "--ignored", "--directory"):
+                _copy(top / path, tree / path)
+    for name in _untracked(top, "--ignored", "--directory"):
         if name.endswith("/"):
             _link_folder(top / name, tree / name)
         else:
             _link(top / name, tree / name)
 
 
-def _others(top: Path, *options: str) -> list[str]:
+def _untracked(top: Path, *options: str) -> list[str]:
     """Return untracked files, and directories with a `/` at the end, without those that are not part of the code."""
-    found = []
+    names = []
     for name in _git(top, "ls-files", "--others", "--exclude-standard", *options, "-z").split("\0"):
         parts = PurePosixPath(name).parts
-        if not parts or set(parts) & _NOT_LINKED or parts[-1].startswith("mlflow.db"):
+        if not parts or set(parts) & _NOT_CODE or parts[-1].startswith("mlflow.db"):
             continue
         if not parts[-1].endswith((".pyc", ".egg-info")):
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -260,7 +167,7 @@ def _link_folder(source: Path, target: Path) -> None:
         _link(source, target)
         return
     for entry in entries:
-        if entry.name not in _NOT_LINKED:
+        if entry.name not in _NOT_CODE:
             _link(entry, target / entry.name)
 
 
@@ -270,7 +177,7 @@ def _link(source: Path, target: Path) -> None:
         target.symlink_to(source)
 
 
-def _run(folder: _Folder, arguments: Sequence[str]) -> int:
+def rerun_in(folder: WorkingTree, arguments: Sequence[str]) -> int:
     """Run `python -m raytrainer rerun …` in the folder, with this process's streams, signals and exit code."""
     child = subprocess.Popen(
         [sys.executable, "-m", "raytrainer", "rerun", *arguments],
@@ -294,14 +201,14 @@ def _run(folder: _Folder, arguments: Sequence[str]) -> int:
 
 def leftovers(runs: Path) -> list[Path]:
     """Return trees below `runs` whose process on this machine was killed and in which no process runs any more."""
-    found = []
+    places = []
     for place in sorted((runs / PLACE).iterdir()) if (runs / PLACE).is_dir() else ():
         with suppress(OSError, ValueError, KeyError, TypeError):
             owner = json.loads((place / "owner.json").read_text())
             gone = owner["machine"] == machine() and process_start(int(owner["pid"])) != owner["started"]
             if gone and not _is_used(place):
-                found.append(place)
-    return found
+                places.append(place)
+    return places
 
 
 def _is_used(place: Path) -> bool:
@@ -339,11 +246,11 @@ def _remove(top: Path, place: Path) -> None:
 
 def _all_submodules(tree: Path) -> list[str]:
     """Return the paths of the submodules that are checked out in a tree, including nested ones."""
-    found = [""] if tree.is_dir() else []
-    for prefix in found:  # grows meanwhile
+    prefixes = [""] if tree.is_dir() else []
+    for prefix in prefixes:  # grows meanwhile
         folder = tree / prefix
-        found += [f"{prefix}{path}/" for path in git.submodules(folder) if (folder / path / ".git").exists()]
-    return found[1:]
+        prefixes += [f"{prefix}{path}/" for path in git.submodules(folder) if (folder / path / ".git").exists()]
+    return prefixes[1:]
 
 
 def _git(folder: Path, *arguments: str, stdin: str = "") -> str:

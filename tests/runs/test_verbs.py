@@ -1,4 +1,4 @@
-"""Tests of the commands as users type them: output for people and programs, exit codes, help, and CPU time."""
+"""Tests of the verbs as users type them: output for people and programs, exit codes, help, and CPU time."""
 
 from __future__ import annotations
 
@@ -14,33 +14,34 @@ from typing import Any, NamedTuple
 import pytest
 
 from raytrainer import cli
-from raytrainer.config import compose
-from raytrainer.runs import commands, logs, stopping
-from raytrainer.runs.commands import Parser, outcome_json
-from raytrainer.runs.stopping import StopResult
 from raytrainer.attempt import Outcome, Record
+from raytrainer.config import compose
+from raytrainer.runs import logs, stop, verbs
+from raytrainer.runs.arguments import VerbParser
+from raytrainer.runs.printing import outcome_json
+from raytrainer.runs.stop import StopResult
 from raytrainer.sweep import SweepOutcome
 from raytrainer.sweep.journal import Report, Trial
-from tests.runs.past import Store, claim, of_here
+from tests.runs.past import Store, local_owner, write_lease
 from tests.runs.test_listing import METRICS, TAGS
 
 
-class Said(NamedTuple):
+class Output(NamedTuple):
     code: int
     out: str
     err: str
 
 
-Run = Callable[..., Said]
+Run = Callable[..., Output]
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setattr(sys, "argv", ["/bin/raytrainer"])
 
-    def call(*arguments: str) -> Said:
+    def call(*arguments: str) -> Output:
         code = cli.main(arguments)
-        return Said(code, *capsys.readouterr())
+        return Output(code, *capsys.readouterr())
 
     return call
 
@@ -48,19 +49,19 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def two(store: Store) -> Store:
     _, storage = store.add("one", status="RUNNING", tags=TAGS, metrics=METRICS)
-    claim(storage, **of_here(os.getpid()))
+    write_lease(storage, **local_owner(os.getpid()))
     storage.write_bytes("logs/driver.log", b"hello\n")
     store.add("two", status="FAILED", user="somebody", cause="no more memory")
     return store
 
 
 def test_list(two: Store, run: Run) -> None:
-    said = run("list")
-    assert (said.code, said.err) == (0, "")
-    lines = said.out.splitlines()
+    output = run("list")
+    assert (output.code, output.err) == (0, "")
+    lines = output.out.splitlines()
     assert [line.split()[:2] for line in lines] == [["NAME", "STATUS"], ["one", "RUNNING"]]
-    said = run("list", "--all", "--json", "--status", "failed")
-    assert [(found["name"], found["cause"]) for found in json.loads(said.out)] == [("two", "no more memory")]
+    output = run("list", "--all", "--json", "--status", "failed")
+    assert [(found["name"], found["cause"]) for found in json.loads(output.out)] == [("two", "no more memory")]
     assert run("list", "-a", "-n1").out.splitlines()[1].split()[:2] == ["two", "somebody"]
 
 
@@ -68,16 +69,16 @@ def test_status(two: Store, run: Run) -> None:
     assert run("status", "one").out.startswith("name     one\nstatus   RUNNING\n")
     found = json.loads(run("status", "--json", "one").out)
     assert (found["name"], found["step"], found["best"]) == ("one", 30, 0.97)
-    said = run("status", "nope")
-    assert (said.code, said.out) == (2, "")
-    assert said.err.startswith("raytrainer: refused: nope: no run of this name, ")
+    output = run("status", "nope")
+    assert (output.code, output.out) == (2, "")
+    assert output.err.startswith("raytrainer: refused: nope: no run of this name, ")
 
 
 def test_logs(two: Store, run: Run) -> None:
-    assert run("logs", "one") == Said(0, "hello\n", "")
+    assert run("logs", "one") == Output(0, "hello\n", "")
     assert json.loads(run("logs", "one", "--json").out) == {"line": "hello"}
-    said = run("logs", "one", "--rank", "3")
-    assert (said.code, said.err) == (2, "raytrainer: refused: --rank=3 has no log\n")
+    output = run("logs", "one", "--rank", "3")
+    assert (output.code, output.err) == (2, "raytrainer: refused: --rank=3 has no log\n")
 
 
 def test_ctrl_c_ends_the_following_only(two: Store, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,10 +86,10 @@ def test_ctrl_c_ends_the_following_only(two: Store, run: Run, monkeypatch: pytes
         yield "hello"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(logs, "lines", interrupted)
-    said = run("logs", "-f", "one")
-    assert (said.code, said.out) == (130, "hello\n")
-    assert said.err == "raytrainer: stopped following; the run continues. raytrainer stop one stops it\n"
+    monkeypatch.setattr(logs, "log_lines", interrupted)
+    output = run("logs", "-f", "one")
+    assert (output.code, output.out) == (130, "hello\n")
+    assert output.err == "raytrainer: stopped following; the run continues. raytrainer stop one stops it\n"
 
 
 @pytest.mark.parametrize("done", [True, False])
@@ -102,34 +103,34 @@ def test_stop(two: Store, run: Run, monkeypatch: pytest.MonkeyPatch, done: bool)
         def stop(self) -> StopResult:
             return StopResult("one", "KILLED" if done else "RUNNING", done, "as told", 2.0)
 
-    monkeypatch.setattr(stopping, "Stopper", Stopper)
-    said = run("stop", "one", "--force", "--timeout=7")
-    assert said.code == (0 if done else 1)
-    assert said.out.startswith("one is stopped (KILLED) after 0:02" if done else "one is not stopped after 0:02")
+    monkeypatch.setattr(stop, "Stopper", Stopper)
+    output = run("stop", "one", "--force", "--timeout=7")
+    assert output.code == (0 if done else 1)
+    assert output.out.startswith("one is stopped (KILLED) after 0:02" if done else "one is not stopped after 0:02")
     assert (given["id"], given["force"], given["timeout_s"]) == ("one", True, 7.0)
     assert json.loads(run("stop", "one", "--json").out)["done"] is done
 
 
-@pytest.mark.parametrize("verb", commands._ABOUT)
+@pytest.mark.parametrize("verb", verbs.VERBS)
 def test_help(verb: str, run: Run) -> None:
-    said = run(verb, "--help")
-    assert said.code == 0
-    assert said.out.startswith(f"usage: raytrainer {verb} ")
-    assert "--json" in said.out
-    assert said.err == ""
+    output = run(verb, "--help")
+    assert output.code == 0
+    assert output.out.startswith(f"usage: raytrainer {verb} ")
+    assert "--json" in output.out
+    assert output.err == ""
 
 
 def test_a_wrong_option_names_the_right_ones(run: Run) -> None:
-    said = run("logs", "x", "--folow")
+    output = run("logs", "x", "--folow")
     expected = "--folow has no meaning here (did you mean --follow?); logs takes ID, --json, -f, --follow, -r, --rank"
-    assert (said.code, said.err) == (2, f"raytrainer: refused: {expected}\n")
+    assert (output.code, output.err) == (2, f"raytrainer: refused: {expected}\n")
 
 
 def test_options_and_values_in_any_order() -> None:
     for arguments in (["--here", "one", "seed=1", "~x", "+y=2"], ["one", "seed=1", "~x", "+y=2", "--here"]):
-        given = commands.parser("rerun").parse(arguments)
-        assert (given.id, given.overrides, given.here) == ("one", ["seed=1", "~x", "+y=2"], True)
-    assert isinstance(commands.parser("list"), Parser)
+        parsed = verbs.parser("rerun").parse(arguments)
+        assert (parsed.id, parsed.overrides, parsed.here) == ("one", ["seed=1", "~x", "+y=2"], True)
+    assert isinstance(verbs.parser("list"), VerbParser)
 
 
 def test_outcomes_for_programs() -> None:
@@ -173,14 +174,14 @@ def test_list_and_status_need_no_torch_and_little_time(two: Store) -> None:
         assert any(_processor_seconds(verb, *arguments) < 1.1 * _processor_seconds(asks) for _ in range(4))
 
 
-def test_a_run_that_is_resumed_says_how_it_went_in_json(two: Store, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from raytrainer import runs
+def test_the_outcome_of_a_resumed_run_as_json(two: Store, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from raytrainer import attempt as running
+    from raytrainer.runs import resume
 
     made = Record("two", "/x", "r")
-    monkeypatch.setattr(runs, "to_resume", lambda *_: (compose(["experiment=mlp", "name=two"]), made, []))
+    monkeypatch.setattr(resume, "to_resume", lambda *_: (compose(["experiment=mlp", "name=two"]), made, []))
     monkeypatch.setattr(running, "launch", lambda *_, **__: Outcome("KILLED", 143, made, "here"))
-    said = run("resume", "two", "--json")
-    assert said.code == 143
-    assert json.loads(said.out)["status"] == "KILLED"
+    output = run("resume", "two", "--json")
+    assert output.code == 143
+    assert json.loads(output.out)["status"] == "KILLED"
     assert Path("mlflow.db").exists()

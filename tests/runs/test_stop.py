@@ -17,12 +17,12 @@ from typing import Any
 import psutil
 import pytest
 
-from raytrainer.errors import ConfigError, RaytrainerError
-from raytrainer.runs import stopping
-from raytrainer.runs.stopping import Stopper, StopResult, text
 from raytrainer.attempt import STOP, SUBMITTED, Record, StopAsked
+from raytrainer.errors import ConfigError, RaytrainerError
+from raytrainer.runs import stop
+from raytrainer.runs.stop import Stopper, StopResult
 from raytrainer.storage import Storage
-from tests.runs.past import ADDRESS, FakeCluster, Store, claim, of_here
+from tests.runs.past import ADDRESS, FakeCluster, Store, local_owner, write_lease
 from tests.runs.test_reconcile import killed
 
 JOB = {"submission_id": "one", "cluster_address": ADDRESS}
@@ -59,7 +59,7 @@ def driver(storage: Storage, *, deaf: bool = False, worker_stays: bool = False) 
     with subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         worker = int(process.stdout.readline())
-        claim(storage, **of_here(process.pid), owner={"run": "one"})
+        write_lease(storage, **local_owner(process.pid), owner={"run": "one"})
         try:
             yield process, worker
         finally:
@@ -77,60 +77,63 @@ def gone(pid: int) -> bool:
 # --- a process of this machine ----------------------------------------------------------------------------------------
 
 
-def test_asked_and_waited_for_with_all_it_started(store: Store) -> None:
+def test_a_local_run_ends_with_all_its_processes(store: Store) -> None:
     made, storage = store.add("one", status="RUNNING")
-    said: list[str] = []
+    messages: list[str] = []
     with driver(storage) as (process, worker):
-        result = Stopper("one", say=said.append).stop()
+        result = Stopper("one", say=messages.append).stop()
         assert gone(process.pid)
         assert gone(worker)
-    assert (result.done, result.status, result.told) == (True, "KILLED", "its 2 processes are gone")
-    assert said == [f"one: asked process {process.pid} to end after a last checkpoint"]
-    assert text(result, "raytrainer") == "one is stopped (KILLED) after 0:00: its 2 processes are gone"
+    assert (result.is_stopped, result.status, result.message) == (True, "KILLED", "its 2 processes are gone")
+    assert messages == [f"one: asked process {process.pid} to end after a last checkpoint"]
+    assert (
+        replace(result, seconds=0.2).text("raytrainer")
+        == "one is stopped (KILLED) after 0:00: its 2 processes are gone"
+    )
     assert store.status(made.run_id)[0] == "KILLED"  # the record had this status, but MLflow did not
 
 
-def test_what_outlives_its_driver_is_waited_for_and_said(store: Store) -> None:
+def test_a_worker_that_outlives_its_driver_is_reported(store: Store) -> None:
     _, storage = store.add("one", status="RUNNING")
     with driver(storage, worker_stays=True) as (_, worker):
         result = Stopper("one", timeout_s=1.0).stop()
-        assert (result.done, result.told) == (False, f"1 of its processes are still there: {worker}")
-        assert text(result, "raytrainer").splitlines()[1] == "next     raytrainer stop --force one"
+        assert (result.is_stopped, result.message) == (False, f"1 of its processes are still there: {worker}")
+        assert result.text("raytrainer").splitlines()[1] == "next     raytrainer stop --force one"
 
 
-def test_one_that_does_not_hear_is_killed_with_force_only(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_ignores_signals_is_killed_with_force_only(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     made, storage = store.add("one", status="RUNNING")
-    monkeypatch.setattr(stopping, "_SECOND_S", 0.3)
-    monkeypatch.setattr(stopping, "_KILL_S", 0.6)
+    monkeypatch.setattr(stop, "_SECOND_S", 0.3)
+    monkeypatch.setattr(stop, "_KILL_S", 0.6)
     with driver(storage, deaf=True, worker_stays=True) as (process, worker):
-        assert not Stopper("one", timeout_s=1.0).stop().done
+        assert not Stopper("one", timeout_s=1.0).stop().is_stopped
         assert process.poll() is None
-        said: list[str] = []
-        result = Stopper("one", force=True, say=said.append).stop()
+        messages: list[str] = []
+        result = Stopper("one", force=True, say=messages.append).stop()
         assert gone(process.pid)
         assert gone(worker)
-    assert (result.done, result.status) == (True, "KILLED")
+    assert (result.is_stopped, result.status) == (True, "KILLED")
     assert (storage.local_path / "got").read_text() == "3"  # one signal from the first stop, two from the second
-    assert "one: still there; ending it without a checkpoint" in said
+    assert "one: still there; ending it without a checkpoint" in messages
     assert store.status(made.run_id) == ("KILLED", "killed by stop --force")
 
 
-def test_a_later_process_with_its_number_is_left_alone(store: Store) -> None:
+def test_another_process_with_the_same_id_is_left_alone(store: Store) -> None:
     made, storage = store.add("one", status="RUNNING")
     with driver(storage, deaf=True) as (process, _):
-        claim(storage, **{**of_here(process.pid), "started": "1"})
+        write_lease(storage, **{**local_owner(process.pid), "started": "1"})
         result = Stopper("one").stop()
         time.sleep(0.1)  # enough time for a signal to arrive
         assert (storage.local_path / "got").read_text() == "0"
         assert process.poll() is None
-    assert result.done
+    assert result.is_stopped
     assert store.status(made.run_id)[0] == "FAILED"
 
 
-def test_a_command_that_closes_the_run_is_no_driver(store: Store) -> None:
+def test_a_command_that_closes_the_run_is_not_its_driver(store: Store) -> None:
     _, storage = store.add("one", status="RUNNING")
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        name = claim(storage, **of_here(other.pid), owner={"run": "one, being closed"})
+        name = write_lease(storage, **local_owner(other.pid), owner={"run": "one, being closed"})
         result = Stopper("one", sleep=at_look(2, lambda: storage.delete(f"lock/{name}.json")), timeout_s=60).stop()
         assert other.poll() is None
         other.kill()
@@ -152,28 +155,28 @@ def at_look(number: int, what: Callable[[], object]) -> Callable[[float], None]:
     return sleep
 
 
-def test_another_machines_driver_is_asked_by_a_file(store: Store) -> None:
+def test_a_driver_on_another_machine_gets_a_stop_file(store: Store) -> None:
     made, storage = store.add("one", status="RUNNING")
-    name = claim(storage)
+    name = write_lease(storage)
 
     def end() -> None:
         assert storage.exists("stop")
         replace(made, status="KILLED").write(storage)
         storage.delete(f"lock/{name}.json")
 
-    said: list[str] = []
-    result = Stopper("one", say=said.append, sleep=at_look(3, end)).stop()
-    assert (result.done, result.status) == (True, "KILLED")
-    assert said == [
+    messages: list[str] = []
+    result = Stopper("one", say=messages.append, sleep=at_look(3, end)).stop()
+    assert (result.is_stopped, result.status) == (True, "KILLED")
+    assert messages == [
         "one: asked process 4242 on elsewhere to end after a last checkpoint, by the file stop in its directory"
     ]
 
 
-def test_another_machines_driver_that_does_not_hear(store: Store) -> None:
+def test_a_driver_on_another_machine_that_does_not_end(store: Store) -> None:
     _, storage = store.add("one", status="RUNNING")
-    claim(storage)
+    write_lease(storage)
     result = Stopper("one", timeout_s=0.05, sleep=lambda _: time.sleep(0.02)).stop()
-    assert (result.done, result.told) == (
+    assert (result.is_stopped, result.message) == (
         False,
         "process 4242 on elsewhere still holds its lock; on elsewhere: kill -9 4242",
     )
@@ -185,7 +188,7 @@ def test_another_machines_driver_that_does_not_hear(store: Store) -> None:
 @pytest.fixture
 def job(store: Store) -> tuple[Record, Storage]:
     made, storage = store.add("one", status="RUNNING", job=JOB)
-    claim(storage, owner={"job": "one"})
+    write_lease(storage, owner={"job": "one"})
     return made, storage
 
 
@@ -201,23 +204,23 @@ def test_a_job_ends_by_itself_after_a_checkpoint(store: Store, job: tuple[Record
             store.client.set_terminated(made.run_id, "KILLED")
 
     result = Stopper("one", clusters=cluster.clusters(), sleep=at_look(2, end)).stop()
-    assert (result.done, result.status) == (True, "KILLED")
-    assert result.told == "its job one is FAILED, and what it held is free"
+    assert (result.is_stopped, result.status) == (True, "KILLED")
+    assert result.message == "its job one is FAILED, and what it held is free"
     assert "stop" not in cluster.asked
     assert cluster.asked.count("held_by") == 3
 
 
-def test_a_job_that_does_not_hear_is_stopped_by_ray(
+def test_a_job_that_does_not_end_is_stopped_by_ray(
     store: Store, job: tuple[Record, Storage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, _ = job
-    monkeypatch.setattr(stopping, "_GRACE_S", 0.02)
+    monkeypatch.setattr(stop, "_GRACE_S", 0.02)
     cluster = FakeCluster()
     cluster.add("one")
-    said: list[str] = []
-    result = Stopper("one", clusters=cluster.clusters(), say=said.append, sleep=lambda _: time.sleep(0.01)).stop()
-    assert (result.done, result.status) == (True, "KILLED")
-    assert said == [
+    messages: list[str] = []
+    result = Stopper("one", clusters=cluster.clusters(), say=messages.append, sleep=lambda _: time.sleep(0.01)).stop()
+    assert (result.is_stopped, result.status) == (True, "KILLED")
+    assert messages == [
         "one: asked its job to end after a last checkpoint",
         "one: stopping the job one, which did not end",
     ]
@@ -230,70 +233,70 @@ def test_a_job_that_cannot_save_is_stopped_at_once(store: Store, job: tuple[Reco
     cluster.add("one", "PENDING" if how == "waits" else "RUNNING")
     if how == "unreachable":
         job[1].delete("run.json")
-    said: list[str] = []
-    result = Stopper("one", force=how == "force", clusters=cluster.clusters(), say=said.append).stop()
-    assert result.done
-    assert said[-1] == "one: stopping the job one"
+    messages: list[str] = []
+    result = Stopper("one", force=how == "force", clusters=cluster.clusters(), say=messages.append).stop()
+    assert result.is_stopped
+    assert messages[-1] == "one: stopping the job one"
     assert not job[1].exists("stop")
-    assert ("cannot be written from here" in said[0]) == (how == "unreachable")
+    assert ("cannot be written from here" in messages[0]) == (how == "unreachable")
 
 
-def test_gpus_that_are_held_after_the_end_are_said(store: Store, job: tuple[Record, Storage]) -> None:
+def test_gpus_that_are_held_after_the_end_are_reported(store: Store, job: tuple[Record, Storage]) -> None:
     cluster = FakeCluster(holds=[{"GPU": 2.0, "CPU": 1.0}] * 1000)
     cluster.add("one")
     result = Stopper(
         "one", force=True, timeout_s=0.05, clusters=cluster.clusters(), sleep=lambda _: time.sleep(0.02)
     ).stop()
-    assert (result.done, result.told) == (False, "its job is STOPPED, and still holds 2 GPU, 1 CPU")
+    assert (result.is_stopped, result.message) == (False, "its job is STOPPED, and still holds 2 GPU, 1 CPU")
 
 
-def test_the_resubmission_is_what_is_stopped(store: Store, job: tuple[Record, Storage]) -> None:
+def test_the_active_job_is_stopped(store: Store, job: tuple[Record, Storage]) -> None:
     cluster = FakeCluster()
     cluster.add("one", "FAILED")
     cluster.add("one--2", "PENDING", metadata={"raytrainer.name": "one"})
     result = Stopper("one", clusters=cluster.clusters()).stop()
-    assert (result.done, cluster.jobs["one--2"].status) == (True, "STOPPED")
+    assert (result.is_stopped, cluster.jobs["one--2"].status) == (True, "STOPPED")
 
 
 # --- runs that have ended or cannot be reached ------------------------------------------------------------------------
 
 
-def test_one_that_had_ended(store: Store) -> None:
+def test_a_run_that_had_ended(store: Store) -> None:
     store.add("one", status="FINISHED")
     result = Stopper("one").stop()
-    assert (result.done, result.status, result.told) == (True, "FINISHED", "it had ended")
+    assert (result.is_stopped, result.status, result.message) == (True, "FINISHED", "it had ended")
 
 
 @pytest.mark.parametrize("state", ["PENDING", "FAILED"])
-def test_a_job_of_which_there_is_no_run_yet(in_tmp: Path, state: str) -> None:
+def test_a_job_that_has_no_run_yet(in_tmp: Path, state: str) -> None:
     sent = Record("one", "/nowhere/one", job=JOB)
     sent.write(Storage(in_tmp / "runs" / SUBMITTED / "one"))
     cluster = FakeCluster()
     cluster.add("one", state)
     result = Stopper("one", clusters=cluster.clusters()).stop()
     if state == "PENDING":
-        assert (result.done, result.status) == (True, "KILLED")
-        assert result.told == "its job one is STOPPED, and what it held is free"
+        assert (result.is_stopped, result.status) == (True, "KILLED")
+        assert result.message == "its job one is STOPPED, and what it held is free"
     else:
-        assert (result.done, result.status, result.told) == (True, "FAILED", "its job one had ended: FAILED")
+        assert (result.is_stopped, result.status, result.message) == (True, "FAILED", "its job one had ended: FAILED")
 
 
-def test_one_that_had_died(store: Store) -> None:
+def test_a_run_that_had_died(store: Store) -> None:
     made, storage = store.add("one", status="RUNNING")
-    claim(storage, **killed())
+    write_lease(storage, **killed())
     result = Stopper("one").stop()
-    assert result.done
-    assert result.told.startswith("its driver was dead already (process ")
-    assert result.told.endswith(" is gone); it is marked FAILED")
+    assert result.is_stopped
+    assert result.message.startswith("its driver was dead already (process ")
+    assert result.message.endswith(" is gone); it is marked FAILED")
     assert store.status(made.run_id)[0] == "FAILED"
 
 
-def test_one_that_cannot_be_reached_is_closed_with_force_only(store: Store) -> None:
+def test_an_unreachable_run_is_closed_with_force_only(store: Store) -> None:
     made, _ = store.add("one", status="RUNNING", on_disk=False)
     with pytest.raises(RaytrainerError, match=r"cannot be reached .* launched on somewhere; .*stop --force one"):
         Stopper("one").stop()
     assert store.status(made.run_id)[0] == "RUNNING"
-    assert Stopper("one", force=True).stop().done
+    assert Stopper("one", force=True).stop().is_stopped
     assert store.status(made.run_id) == ("KILLED", "declared dead by stop --force")
 
 
@@ -303,7 +306,7 @@ def test_a_trial_ends_with_its_sweep(store: Store) -> None:
         Stopper("sweep.0001")
 
 
-def test_what_is_printed_for_programs() -> None:
+def test_the_keys_of_the_json() -> None:
     result = StopResult("one", "KILLED", True, "gone", 1.5)
     assert result.to_json() == {
         "name": "one",
@@ -315,7 +318,7 @@ def test_what_is_printed_for_programs() -> None:
     }
 
 
-def test_nothing_is_left_of_the_asking(store: Store, tmp_path: Path) -> None:
+def test_a_stop_leaves_no_files(store: Store, tmp_path: Path) -> None:
     """A stop of an ended run leaves neither a lock nor a stop file. A new driver removes an old file (`StopAsked`)."""
     _, storage = store.add("one", status="FINISHED")
     Stopper("one").stop()
@@ -333,7 +336,7 @@ def test_nothing_is_left_of_the_asking(store: Store, tmp_path: Path) -> None:
         ("one", None, False),
     ],
 )
-def test_what_was_asked_of_a_job_while_it_started_counts(
+def test_a_stop_file_that_was_written_while_the_job_started_counts(
     in_tmp: Path, asks: str | None, attempt: str | None, counts: bool
 ) -> None:
     storage = Storage(in_tmp)
@@ -352,32 +355,32 @@ def sent(name: str, root: Path, **fields: Any) -> Record:
 
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("known_by", ["submission", "mlflow"])
-def test_a_job_that_nobody_could_be_asked_about_is_not_declared_dead(store: Store, force: bool, known_by: str) -> None:
+def test_a_run_on_a_silent_cluster_is_not_declared_dead(store: Store, force: bool, known_by: str) -> None:
     if known_by == "mlflow":
         made, _ = store.add("one", status="RUNNING", job=JOB, on_disk=False)
     else:
         sent("one", Path.cwd())
-    said: list[str] = []
+    messages: list[str] = []
     cluster = FakeCluster(down=OSError("no route to host"))
     with pytest.raises(
         RaytrainerError, match=rf"one is not stopped: the cluster {ADDRESS} could not be asked: no route"
     ):
-        Stopper("one", force=force, clusters=cluster.clusters(), say=said.append).stop()
-    assert said == [f"the cluster {ADDRESS} could not be asked: no route to host"]
+        Stopper("one", force=force, clusters=cluster.clusters(), say=messages.append).stop()
+    assert messages == [f"the cluster {ADDRESS} could not be asked: no route to host"]
     if known_by == "mlflow":
         assert store.status(made.run_id)[0] == "RUNNING"
 
 
-def test_one_that_has_ended_and_may_wait_again_on_a_cluster_that_is_silent(store: Store) -> None:
+def test_an_ended_run_with_a_next_job_on_a_silent_cluster(store: Store) -> None:
     made, _ = store.add("one", status="FAILED", job=JOB)
     cluster = FakeCluster(down=OSError("no route to host"))
-    assert Stopper("one", clusters=cluster.clusters()).stop().told == "it had ended"
+    assert Stopper("one", clusters=cluster.clusters()).stop().message == "it had ended"
     sent("one", Path.cwd(), run_dir=made.run_dir, job={**JOB, "submission_id": "one--2"})
     with pytest.raises(RaytrainerError, match="so it is not known whether its job one--2 runs"):
         Stopper("one", clusters=cluster.clusters()).stop()
 
 
-def test_what_was_never_sent_is_said(in_tmp: Path) -> None:
+def test_a_job_that_was_never_submitted_is_reported(in_tmp: Path) -> None:
     sent("one", in_tmp)
     with pytest.raises(
         RaytrainerError, match=f"one has nothing to stop: {ADDRESS} has no job one: it was not submitted, or"
@@ -385,28 +388,28 @@ def test_what_was_never_sent_is_said(in_tmp: Path) -> None:
         Stopper("one", force=True, clusters=FakeCluster().clusters()).stop()
 
 
-def test_a_job_that_ray_cannot_end_yet_has_been_asked(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pending_job_that_ray_cannot_end_yet(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray accepts the stop, but the job stays PENDING until its driver gets its resources."""
-    monkeypatch.setattr(stopping, "_PLACED_S", 0.02)
+    monkeypatch.setattr(stop, "_PLACED_S", 0.02)
     sent("one", in_tmp)
     cluster = FakeCluster(ends="PENDING")
     cluster.add("one", "PENDING")
-    said: list[str] = []
-    stopper = Stopper("one", timeout_s=0.1, clusters=cluster.clusters(), say=said.append)
+    messages: list[str] = []
+    stopper = Stopper("one", timeout_s=0.1, clusters=cluster.clusters(), say=messages.append)
     stopper.sleep = lambda _: time.sleep(0.01)
     result = stopper.stop()
     told = "its job one is asked to end, and does as soon as its driver gets what it waits for"
-    assert (result.done, result.asked, result.told) == (False, True, told)
-    assert said == ["one: stopping the job one", f"one: {told}"]
-    assert text(result, "raytrainer").splitlines()[1] == "next     raytrainer status one"
+    assert (result.is_stopped, result.is_requested, result.message) == (False, True, told)
+    assert messages == ["one: stopping the job one", f"one: {told}"]
+    assert result.text("raytrainer").splitlines()[1] == "next     raytrainer status one"
 
 
-def test_a_resume_that_waits_at_another_cluster_is_what_is_stopped(store: Store) -> None:
+def test_a_pending_resume_on_another_cluster_is_stopped(store: Store) -> None:
     made, _ = store.add("one", status="FAILED")
     elsewhere = {"submission_id": "one--2", "cluster_address": "http://other.example:8265"}
     sent("one", Path.cwd(), run_dir=made.run_dir, run_id=made.run_id, attempts=1, job=elsewhere)
     cluster = FakeCluster()
     cluster.add("one--2", "PENDING")
     result = Stopper("one", clusters=cluster.clusters()).stop()
-    assert (result.done, result.status, cluster.jobs["one--2"].status) == (True, "FAILED", "STOPPED")
-    assert result.told == "its job one--2 is STOPPED, and what it held is free"
+    assert (result.is_stopped, result.status, cluster.jobs["one--2"].status) == (True, "FAILED", "STOPPED")
+    assert result.message == "its job one--2 is STOPPED, and what it held is free"

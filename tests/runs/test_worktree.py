@@ -16,16 +16,16 @@ from pathlib import Path
 import pytest
 
 from raytrainer import provenance
+from raytrainer.attempt import Record
 from raytrainer.cluster.package import collect
 from raytrainer.errors import ConfigError
-from raytrainer.runs import tree
-from raytrainer.runs.finding import look_up
 from raytrainer.provenance import Provenance
-from raytrainer.attempt import Record
+from raytrainer.runs import rerun, worktree
+from raytrainer.runs.resolve import resolve_run
 from raytrainer.storage import Storage
 from raytrainer.tracking.server import Server
-from tests.runs.past import Store, record
 from tests.launches import launch, launched, summary
+from tests.runs.past import Store, record
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -75,7 +75,7 @@ class Seen:
         self.environment: dict[str, str] = {}
         self.origin = Provenance("")
 
-        def run(folder: tree._Folder, arguments: list[str]) -> int:
+        def run(folder: worktree.WorkingTree, arguments: list[str]) -> int:
             self.path, self.arguments, self.environment = folder.path, list(arguments), folder.environment
             self.files = {
                 str(path.relative_to(folder.path)): path.read_text()
@@ -86,12 +86,12 @@ class Seen:
             self.origin = provenance.collect([], folder.path)
             return code
 
-        monkeypatch.setattr(tree, "_run", run)
+        monkeypatch.setattr(worktree, "rerun_in", run)
 
 
-def test_commit_and_patch_are_what_they_were(past: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, said = Seen(monkeypatch, 7), list[str]()
-    assert tree.rerun_there("one", ["seed=2", "--json"], say=said.append) == 7
+def test_commit_and_patch_are_checked_out(past: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, messages = Seen(monkeypatch, 7), list[str]()
+    assert rerun.rerun_recorded_code("one", ["seed=2", "--json"], say=messages.append) == 7
     assert seen.files == {
         "code.txt": "third\n",
         "new.txt": "added\n",
@@ -107,15 +107,15 @@ def test_commit_and_patch_are_what_they_were(past: Storage, monkeypatch: pytest.
     then = Provenance.from_json(past.read_bytes(provenance.FILE))
     assert (seen.origin.commit, seen.origin.diff) == (then.commit, then.diff)
     assert seen.origin.untracked == ["note.txt"]  # data/ is ignored there too
-    assert said[0].startswith(
+    assert messages[0].startswith(
         f"rerun of one: its code is commit {str(then.commit)[:12]}, with a patch; here is commit "
     )
-    assert said[1] == "rerun of one: other values: seed=2"
-    assert "not tracked by git, so as they are now: note.txt" in said
-    assert said[-1] == f"rerun of one: running in {seen.path}, which is removed afterwards"
+    assert messages[1] == "rerun of one: other values: seed=2"
+    assert "not tracked by git, so as they are now: note.txt" in messages
+    assert messages[-1] == f"rerun of one: running in {seen.path}, which is removed afterwards"
 
 
-def test_submodules_are_there_with_their_changes(
+def test_submodules_are_checked_out_with_their_changes(
     repository: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inner, library = tmp_path_factory.mktemp("inner"), tmp_path_factory.mktemp("library")
@@ -138,7 +138,7 @@ def test_submodules_are_there_with_their_changes(
     git(library, "checkout", "-q", ".")
     (library / "in/inner.txt").write_text("something else\n")
     seen = Seen(monkeypatch)
-    assert tree.rerun_there("one", []) == 0
+    assert rerun.rerun_recorded_code("one", []) == 0
     assert seen.files["libs/library/library.txt"] == "changed\n"
     assert seen.files["libs/library/in/inner.txt"] == "changed, too\n"
     # The checkout is unchanged and has no other worktree.
@@ -147,20 +147,20 @@ def test_submodules_are_there_with_their_changes(
         assert len(git(folder, "worktree", "list").splitlines()) == 1
 
 
-def test_code_that_was_never_added_goes_to_a_cluster(past: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_untracked_code_is_copied(past: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Code is copied, because a package has no links out of the tree. Data stays on this machine and is linked."""
     here = Path.cwd()
     (here / "mine" / "deep").mkdir(parents=True)
     (here / "mine" / "deep" / "code.py").write_text("x = 1\n")
-    (here / "mine" / "said.out").write_text("ignored\n")
+    (here / "mine" / "messages.out").write_text("ignored\n")
     (here / ".env").write_text("KEY=1\n")
     (here / "many").mkdir()
     for number in range(3):
         (here / "many" / str(number)).write_text("")
-    monkeypatch.setattr(tree, "_MOST_FILES", 2)
+    monkeypatch.setattr(worktree, "_MOST_FILES", 2)
     found: dict[str, list[str]] = {}
 
-    def run(folder: tree._Folder, arguments: list[str]) -> int:
+    def run(folder: worktree.WorkingTree, arguments: list[str]) -> int:
         (folder.path / "many").unlink()
         package = collect(folder.path, limit_mb=100)
         found["sent"] = sorted(name for name, _ in package.files)
@@ -168,39 +168,41 @@ def test_code_that_was_never_added_goes_to_a_cluster(past: Storage, monkeypatch:
         found["links"] = sorted(str(path.relative_to(folder.path)) for path in links)
         return 0
 
-    monkeypatch.setattr(tree, "_run", run)
-    assert tree.rerun_there("one", []) == 0
+    monkeypatch.setattr(worktree, "rerun_in", run)
+    assert rerun.rerun_recorded_code("one", []) == 0
     assert found["sent"] == ["code.txt", "mine/deep/code.py", "new.txt", "note.txt"]
-    assert found["links"] == [".env", "data/deep", "data/values", "mine/said.out", "runs/one"]
+    assert found["links"] == [".env", "data/deep", "data/values", "mine/messages.out", "runs/one"]
     assert (here / "many" / "0").exists()
 
 
-def test_nothing_is_left_of_the_tree(past: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_working_tree_is_removed(past: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tree, "_run", run)
+    monkeypatch.setattr(worktree, "rerun_in", run)
     with pytest.raises(KeyboardInterrupt):
-        tree.rerun_there("one", [])
-    assert not Path("runs", tree.PLACE).exists()
+        rerun.rerun_recorded_code("one", [])
+    assert not Path("runs", worktree.PLACE).exists()
     assert len(git(Path.cwd(), "worktree", "list").splitlines()) == 1
     assert (Path.cwd() / "data" / "values").read_text() == "7\n"
     assert past.exists("run.json")
 
 
-def test_the_tree_of_a_killed_process_is_removed_by_the_next(past: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_working_tree_of_a_killed_process_is_removed_by_the_next(
+    past: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = Seen(monkeypatch)
-    monkeypatch.setattr(tree, "_remove", lambda *_: None)
-    tree.rerun_there("one", [])
+    monkeypatch.setattr(worktree, "_remove", lambda *_: None)
+    rerun.rerun_recorded_code("one", [])
     monkeypatch.undo()
     monkeypatch.chdir(Path(past.uri).parent.parent)
     left = seen.path
     Seen(monkeypatch)
-    tree.rerun_there("one", [])
+    rerun.rerun_recorded_code("one", [])
     assert left.exists()  # its owner is this process, which is alive
     owner = left.parent / "owner.json"
     owner.write_text(json.dumps({**json.loads(owner.read_text()), "started": "1"}))
-    tree.rerun_there("one", [])
+    rerun.rerun_recorded_code("one", [])
     assert not left.exists()
 
 
@@ -208,19 +210,19 @@ def test_the_same_code_is_run_here(repository: Path) -> None:
     _, storage = record("one", status="FINISHED")
     storage.write_bytes(provenance.FILE, provenance.collect([], repository).to_json())
     (repository / "later.txt").write_text("untracked files make no difference\n")
-    said: list[str] = []
-    assert tree.rerun_there("one", [], say=said.append) is None
+    messages: list[str] = []
+    assert rerun.rerun_recorded_code("one", [], say=messages.append) is None
     commit = git(repository, "rev-parse", "HEAD")[:12]
-    assert said == [f"rerun of one: same code, commit {commit} with the same patch"]
+    assert messages == [f"rerun of one: same code, commit {commit} with the same patch"]
 
 
-def test_here_takes_what_is_here(past: Storage) -> None:
-    assert tree.rerun_there("one", [], here=True) is None
+def test_here_uses_the_code_in_this_directory(past: Storage) -> None:
+    assert rerun.rerun_recorded_code("one", [], here=True) is None
 
 
-def test_in_such_a_tree_no_other_is_made(past: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(tree._MARK, "/somewhere")
-    assert tree.rerun_there("one", []) is None
+def test_no_working_tree_is_made_inside_of_another(past: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(worktree._VARIABLE, "/somewhere")
+    assert rerun.rerun_recorded_code("one", []) is None
 
 
 def test_from_a_directory_below_the_root(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +233,7 @@ def test_from_a_directory_below_the_root(repository: Path, monkeypatch: pytest.M
     storage.write_bytes(provenance.FILE, provenance.collect([], below).to_json())
     git(repository, "commit", "-qam", "fourth")
     seen = Seen(monkeypatch)
-    assert tree.rerun_there("one", []) == 0
+    assert rerun.rerun_recorded_code("one", []) == 0
     assert seen.path.name == "below"
     assert (seen.path.parent / "code.txt").exists() is False  # the tree is already removed
     assert seen.run is not None
@@ -243,19 +245,19 @@ def test_from_a_directory_below_the_root(repository: Path, monkeypatch: pytest.M
 def test_a_run_without_git_and_a_directory_without(
     in_tmp: Path, past: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     origin = Provenance.from_json(past.read_bytes(provenance.FILE))
     past.write_bytes(provenance.FILE, replace(origin, commit=None).to_json())
-    assert tree.rerun_there("one", [], say=said.append) is None
-    assert said == ["rerun of one: it did not run from a git checkout; the code in this directory is used"]
+    assert rerun.rerun_recorded_code("one", [], say=messages.append) is None
+    assert messages == ["rerun of one: it did not run from a git checkout; the code in this directory is used"]
     past.write_bytes(provenance.FILE, origin.to_json())
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(in_tmp))
     (in_tmp / ".git").rename(in_tmp / "git")
-    assert tree.rerun_there("one", [], say=said.append) is None
-    assert said[1].startswith("rerun of one: this is not a git checkout, it ran with commit ")
+    assert rerun.rerun_recorded_code("one", [], say=messages.append) is None
+    assert messages[1].startswith("rerun of one: this is not a git checkout, it ran with commit ")
     past.delete(provenance.FILE)
-    assert tree.rerun_there("one", [], say=said.append) is None
-    assert said[2] == "rerun of one: its code is not recorded; the code in this directory is used"
+    assert rerun.rerun_recorded_code("one", [], say=messages.append) is None
+    assert messages[2] == "rerun of one: its code is not recorded; the code in this directory is used"
 
 
 @pytest.mark.parametrize(
@@ -266,21 +268,21 @@ def test_a_run_without_git_and_a_directory_without(
         ({"patch": "x\n" + provenance._CUT}, "the patch of one was too large to be recorded whole; rerun --here one"),
     ],
 )
-def test_code_that_cannot_be_had_is_refused(past: Storage, change: dict[str, str], reason: str) -> None:
+def test_code_that_is_not_available_is_refused(past: Storage, change: dict[str, str], reason: str) -> None:
     origin = Provenance.from_json(past.read_bytes(provenance.FILE))
     past.write_bytes(provenance.FILE, replace(origin, **change).to_json())  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=reason):
-        tree.rerun_there("one", [])
-    assert not Path("runs", tree.PLACE).exists()
+        rerun.rerun_recorded_code("one", [])
+    assert not Path("runs", worktree.PLACE).exists()
 
 
-def test_versions_that_differ_are_told() -> None:
+def test_different_versions_are_reported() -> None:
     then = Provenance("", {"torch": "2.9", "ray": "2.60.0", "numpy": "1"}, "a" * 40)
     now = Provenance("", {"torch": "2.13", "ray": "2.60.0", "numpy": "2"}, "a" * 40)
-    assert tree.differences(then, now, []) == ["same code, commit aaaaaaaaaaaa", "torch 2.9 → 2.13"]
+    assert rerun.differences(then, now, []) == ["same code, commit aaaaaaaaaaaa", "torch 2.9 → 2.13"]
 
 
-def test_what_mlflow_recorded_will_do(store: Store) -> None:
+def test_provenance_from_mlflow(store: Store) -> None:
     made, _ = store.add(
         "one",
         tags={
@@ -294,7 +296,7 @@ def test_what_mlflow_recorded_will_do(store: Store) -> None:
     patch = Path("git.patch")
     patch.write_bytes(b"# not tracked, and not in this patch: note.txt\ndiff \xe9\r\n")
     Server(store.uri).log_artifact(made.run_id, patch, None)
-    found = tree.recorded(look_up("one"))
+    found = rerun.recorded_provenance(resolve_run("one"))
     assert found is not None
     assert (found.commit, found.versions, found.untracked) == ("b" * 40, {"torch": "2.9"}, ["note.txt"])
     assert found.diff.encode("utf-8", "surrogateescape") == b"diff \xe9\r\n"
@@ -303,7 +305,7 @@ def test_what_mlflow_recorded_will_do(store: Store) -> None:
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
-def test_a_signal_is_the_childs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_is_passed_to_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM is passed on to the child, and the command ends with the child's exit code."""
     program = tmp_path / "child"
     program.write_text(
@@ -321,7 +323,7 @@ def test_a_signal_is_the_childs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop, daemon=True).start()
-    assert tree._run(tree._Folder(tmp_path, {}), ["one"]) == 143
+    assert worktree.rerun_in(worktree.WorkingTree(tmp_path, {}), ["one"]) == 143
 
 
 @pytest.mark.slow
@@ -339,18 +341,18 @@ def test_a_rerun_trains_with_the_old_code(in_tmp: Path) -> None:
     git(in_tmp, "commit", "-qm", "first")
     (in_tmp / "mine.py").write_text(code + "VERSION = 'patched'\n")
     quick = ["experiment=smoke", "cluster=inline", "trainer.max_steps=4", "name=one"]
-    says = ["+callbacks.says._target_=mine.Says", f"+callbacks.says.place={in_tmp / 'said'}"]
+    says = ["+callbacks.says._target_=mine.Says", f"+callbacks.says.place={in_tmp / 'messages'}"]
     launched(in_tmp, *quick, *says).exits(0)
     (in_tmp / "mine.py").write_text(code + "VERSION = 'later'\n")
     git(in_tmp, "commit", "-qam", "later")
     with launch(in_tmp, "rerun", "one", "seed=5", "name=two") as again:
         ended = again.wait().exits(0)
-    assert (in_tmp / "said").read_text() == "patched 7\npatched 7\n"
+    assert (in_tmp / "messages").read_text() == "patched 7\npatched 7\n"
     assert "rerun of one: its code is commit " in ended.err
     assert summary(ended.out)["output"] == str(in_tmp / "runs" / "two")
-    assert not (in_tmp / "runs" / tree.PLACE).exists()
+    assert not (in_tmp / "runs" / worktree.PLACE).exists()
     for name in ("one", "two"):
         origin = Provenance.from_json((in_tmp / "runs" / name / provenance.FILE).read_bytes())
         assert "VERSION = 'patched'" in origin.diff
     launched(in_tmp, "rerun", "one", "--here", "name=three").exits(0)
-    assert (in_tmp / "said").read_text().endswith("later 7\n")
+    assert (in_tmp / "messages").read_text().endswith("later 7\n")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from raytrainer import runs
+from raytrainer.attempt import Record
 from raytrainer.checkpoint import Checkpointer
 from raytrainer.config import compose, group_names
 from raytrainer.errors import ConfigError, RunNotFound
-from raytrainer.attempt import Record
+from raytrainer.runs.evaluate import to_evaluate
 from raytrainer.storage import Storage
 from raytrainer.sweep import Trial, TrialJournal, make_plan
 from tests.runs import past
@@ -36,12 +36,12 @@ def saved(storage: Storage) -> None:
 
 def refusal(identifier: str, *overrides: str, checkpoint: str = "best") -> str:
     with pytest.raises((ConfigError, RunNotFound)) as caught:
-        runs.to_evaluate(identifier, overrides, checkpoint=checkpoint)
+        to_evaluate(identifier, overrides, checkpoint=checkpoint)
     return str(caught.value)
 
 
-def test_a_run_of_its_own_below_the_one_that_it_is_of(run: Record) -> None:
-    e = runs.to_evaluate(run.name, ["data.global_batch_size=7", "+data.val.transform=null"]).experiment
+def test_an_evaluation_is_a_child_run(run: Record) -> None:
+    e = to_evaluate(run.name, ["data.global_batch_size=7", "+data.val.transform=null"]).experiment
     assert e.evaluate is not None
     assert (e.evaluate.run_dir, e.evaluate.checkpoint, e.evaluate.run_id) == (run.run_dir, "best", RUN_ID)
     assert e.name is not None
@@ -51,26 +51,24 @@ def test_a_run_of_its_own_below_the_one_that_it_is_of(run: Record) -> None:
     assert e.cluster.kind == "local"  # like the run
 
 
-def test_another_validation_set_and_another_place(run: Record, tmp_path: Path) -> None:
+def test_another_validation_set_and_another_cluster(run: Record, tmp_path: Path) -> None:
     (tmp_path / "conf/data").mkdir(parents=True)
     (tmp_path / "conf/data/far.yaml").write_text(
         "val: {night: {_target_: raytrainer.data.Digits, split: val}, day: {_target_: raytrainer.data.Digits, "
         "split: '${oc.env:NOT_HERE,val}'}}\n"
     )
-    found = runs.to_evaluate(
-        run.name, ["data=far", "cluster=inline"], checkpoint="last", config_dir=str(tmp_path / "conf")
-    )
+    found = to_evaluate(run.name, ["data=far", "cluster=inline"], checkpoint="last", config_dir=str(tmp_path / "conf"))
     e = found.experiment
     assert list(e.data.val_sets) == ["night", "day"]
     assert e.data.train == {"_target_": "raytrainer.data.Digits", "split": "train"}  # from the run's config
     assert "${oc.env:NOT_HERE,val}" in found.text
     assert (e.cluster.kind, e.max_workers, e.evaluate and e.evaluate.checkpoint) == ("inline", 1, "last")
-    sent = runs.to_evaluate(run.name, ["cluster=job", "cluster.address=http://x:8265"]).experiment
+    sent = to_evaluate(run.name, ["cluster=job", "cluster.address=http://x:8265"]).experiment
     assert (sent.cluster.kind, sent.cluster.address) == ("job", "http://x:8265")
     assert dict(found.choices)["data"] == "far"
 
 
-def test_what_would_be_another_model_is_refused(run: Record) -> None:
+def test_an_override_of_the_model_is_refused(run: Record) -> None:
     for override in ("model=resnet18", "model.width=3", "optimizer.lr=1", "trainer.ema_decay=0.9", "loss=mse"):
         assert f"{override.partition('=')[0]}=" in refusal(run.name, override)
         assert "cannot be changed in an evaluation" in refusal(run.name, override)
@@ -81,14 +79,14 @@ def test_what_would_be_another_model_is_refused(run: Record) -> None:
 
 def test_a_checkpoint_that_is_not_there_is_refused(run: Record) -> None:
     assert refusal(run.name, checkpoint="15") == "--step=15 is not one of its checkpoints; valid: 10, 20"
-    runs.to_evaluate(run.name, [], checkpoint="20")
+    to_evaluate(run.name, [], checkpoint="20")
     Storage(run.run_dir).delete("checkpoints")
     assert "has no checkpoint in" in refusal(run.name)
 
 
 def test_a_run_that_was_copied_is_evaluated_where_it_is(run: Record, tmp_path: Path) -> None:
     Path(run.run_dir).rename(tmp_path / "runs" / "moved")
-    e = runs.to_evaluate("moved", []).experiment
+    e = to_evaluate("moved", []).experiment
     assert e.evaluate is not None
     assert e.evaluate.run_dir == str(tmp_path / "runs" / "moved")
     assert e.storage_path == str(tmp_path / "runs")
@@ -104,30 +102,30 @@ def test_a_trial_of_a_sweep(in_tmp: Path) -> None:
     journal.start(Trial("0001", values, plan.overrides_of(values), 1.0, run_id="1" * 32))
     journal.close()
     saved(storage.child("trials/0001"))
-    e = runs.to_evaluate("search.0001", []).experiment
+    e = to_evaluate("search.0001", []).experiment
     assert e.evaluate is not None
     assert (e.evaluate.run_dir, e.evaluate.run_id) == (storage.child("trials/0001").display, "1" * 32)
     assert (e.optimizer or {})["lr"] == 0.2
     assert "search is a sweep; name one of its trials" in refusal("search")
 
 
-def test_it_is_told_to_the_store_of_the_run(run: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_tracked_in_the_store_of_the_run(run: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store that is set here now does not have the parent run, so the run's own store is used."""
     storage = Storage(run.run_dir)
     replace(run, tracking_uri="http://theirs:5000").write(storage)
 
     def told_to() -> str | None:
-        return runs.to_evaluate(run.name, []).experiment.tracking.tracking_uri
+        return to_evaluate(run.name, []).experiment.tracking.tracking_uri
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://others:5000")
     assert told_to() == "http://theirs:5000"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@theirs:5000")  # the same store, with credentials
     assert told_to() == "http://me:secret@theirs:5000"
-    assert "me:secret" not in runs.to_evaluate(run.name, []).text
+    assert "me:secret" not in to_evaluate(run.name, []).text
 
 
 def test_the_text_is_complete(run: Record) -> None:
     """A cluster receives only this text, so the text must say everything."""
-    text = runs.to_evaluate(run.name, []).text
+    text = to_evaluate(run.name, []).text
     assert "evaluate:" in text
     assert compose(["experiment=mlp"]).experiment.evaluate is None

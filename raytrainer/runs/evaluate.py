@@ -9,16 +9,17 @@ from typing import Any
 
 import yaml
 
+from raytrainer.attempt import tracking_uri
 from raytrainer.config import Composition, compose, from_text, group_names, new_name, with_values
 from raytrainer.errors import ConfigError
-from raytrainer.runs.again import stem
-from raytrainer.runs.trained import trained
-from raytrainer.attempt import tracking_uri
+from raytrainer.runs.arguments import VerbParser
+from raytrainer.runs.recorded import base_name, trained_run
 from raytrainer.storage import redacted
 
+ABOUT = "Validate a checkpoint (the best) on its own validation set or another, in a new child run in MLflow."
 # The sections of a group that matter for an evaluation. The other groups belong to the model and its training.
 _CHOICES = {"data": ("data.val", "data.collate_fn"), "cluster": ("cluster",)}
-_OF_THE_MODEL = (
+_FIXED_SECTIONS = {
     "model",
     "optimizer",
     "lr_scheduler",
@@ -28,8 +29,16 @@ _OF_THE_MODEL = (
     "sweep",
     "evaluate",
     "debug",
-)
-_OF_ITS_STATE = ("trainer.ema_decay", "trainer.freeze")
+}
+_FIXED_KEYS = ("trainer.ema_decay", "trainer.freeze")
+
+
+def add_arguments(parser: VerbParser) -> None:
+    parser.add_checkpoint()
+    about = "a further directory with choices of data=…"
+    parser.add_argument("--config-dir", "-cd", metavar="DIR", help=about)
+    parser.add_id()
+    parser.add_overrides()
 
 
 def to_evaluate(
@@ -47,11 +56,11 @@ def to_evaluate(
         RunNotFound: There is no such run, or it has no checkpoint.
         ConfigError: An override would change the model, or the run does not have this checkpoint.
     """
-    source = trained(identifier, checkpoint)
-    record, text, storage = source.record, source.text, source.root
-    choices, values = _sorted(overrides, config_dir)
+    source = trained_run(identifier, checkpoint)
+    record, text, root = source.record, source.text, source.root
+    choices, values = _split(overrides, config_dir)
     fixed: dict[str, Any] = {
-        "name": new_name(f"{stem(record)[:50]}-evaluate"),
+        "name": new_name(f"{base_name(record)[:50]}-evaluate"),
         "evaluate": {"run_dir": source.place.display, "checkpoint": checkpoint, "run_id": source.run_id},
         "tracking.register_model": None,
         "tracking.log_model": False,
@@ -62,8 +71,8 @@ def to_evaluate(
         fixed["tracking.experiment_name"] = record.experiment_name
     if record.tracking_uri and tracking_uri(from_text(text).experiment, record.tracking_uri) == record.tracking_uri:
         fixed["tracking.tracking_uri"] = record.tracking_uri  # the server of the evaluated run, wherever this is typed
-    if storage.display != redacted(record.run_dir):  # the run was moved or copied
-        fixed["storage_path"] = storage.display.rpartition("/")[0]
+    if root.display != redacted(record.run_dir):  # the run was moved or copied
+        fixed["storage_path"] = root.display.rpartition("/")[0]
     for group, choice in choices.items():
         fixed.update(_section(group, choice, values, config_dir))
     if choices.get("cluster") == "inline":
@@ -74,7 +83,7 @@ def to_evaluate(
     return replace(composition, choices=tuple(sorted({**record.choices, **choices}.items())))
 
 
-def _sorted(overrides: Sequence[str], config_dir: str | None) -> tuple[dict[str, str], list[str]]:
+def _split(overrides: Sequence[str], config_dir: str | None) -> tuple[dict[str, str], list[str]]:
     """Split overrides into choices of groups and values."""
     choices: dict[str, str] = {}
     values = []
@@ -84,7 +93,7 @@ def _sorted(overrides: Sequence[str], config_dir: str | None) -> tuple[dict[str,
         section = name.partition(".")[0]
         if name in _CHOICES and not value.startswith("{"):
             choices[name] = value
-        elif section in _OF_THE_MODEL or name in _OF_ITS_STATE or _is_group(name, config_dir):
+        elif section in _FIXED_SECTIONS or name in _FIXED_KEYS or ("." not in name and name in group_names(config_dir)):
             raise ConfigError(
                 "cannot be changed in an evaluation, which uses a checkpoint as it is; values of data, loss, metrics, "
                 "scaling, cluster and tracking can be changed",
@@ -97,21 +106,17 @@ def _sorted(overrides: Sequence[str], config_dir: str | None) -> tuple[dict[str,
     return choices, values
 
 
-def _is_group(name: str, config_dir: str | None) -> bool:
-    return "." not in name and name in group_names(config_dir)
-
-
-def _section(group: str, choice: str, values: Sequence[str], config_dir: str | None) -> dict[str, Any]:
+def _section(group: str, choice: str, overrides: Sequence[str], config_dir: str | None) -> dict[str, Any]:
     """Return what a choice of a group adds to the config, with its references unresolved."""
-    own = [value for value in values if value.lstrip("+").startswith(f"{group}.")]
+    own = [value for value in overrides if value.lstrip("+").startswith(f"{group}.")]
     folder = None if config_dir is None else Path(config_dir)
     # Make it a valid experiment: a length, training data, and `evaluate`, with which monitors are not checked.
     rest = ["trainer.max_steps=1", "evaluate={checkpoint:best}", "data.train={_target_:builtins.dict}"]
     composed = yaml.safe_load(compose([f"{group}={choice}", *own, *rest], folder).text)
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name in _CHOICES[group]:
         node = composed
         for part in name.split("."):
             node = node.get(part) if node else None
-        found[name] = node
-    return found
+        values[name] = node
+    return values

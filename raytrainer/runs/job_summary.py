@@ -1,0 +1,50 @@
+"""What the job of a run adds to the run's summary."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from raytrainer.cluster.ending import ending_of
+from raytrainer.runs.handle import RunHandle
+from raytrainer.runs.jobs import ACTIVE, Clusters, Job, never_sent
+from raytrainer.runs.summary import RunSummary, summarize
+
+
+def summarize_job(handle: RunHandle, job: Job | None, clusters: Clusters) -> RunSummary:
+    """Return the summary of a run that so far has only a job. The job is None if its cluster does not know it."""
+    summary = summarize(handle)
+    if job is None:
+        cause = "its cluster does not say" if clusters.silence_of(handle) is not None else never_sent(handle)
+        return replace(summary, status="UNKNOWN", cause=cause)
+    if job.status in ACTIVE:
+        return replace(summary, status=job.status, started=job.started, cause=None)
+    end = ending_of(job)
+    return replace(summary, status=end.status, started=job.started, ended=job.ended, cause=end.cause)
+
+
+def with_active_job(summary: RunSummary, handle: RunHandle, job: Job) -> RunSummary:
+    """Return a run that continues, or will soon, as a job that its directory and MLflow may not know."""
+    return replace(
+        summary,
+        status=job.status,
+        submission_id=job.submission_id,
+        cluster_address=handle.cluster_address,
+        where=handle.cluster_address if summary.cluster_address != handle.cluster_address else summary.where,
+        started=job.started or summary.started,
+        ended=None,
+        cause=None,
+        life="alive",
+    )
+
+
+def with_last_job(summary: RunSummary, job: Job) -> RunSummary:
+    """Return a run with the job that was to continue it but was refused or died before it started the run.
+
+    The status remains that of the run. A later attempt replaces this information.
+    """
+    end = ending_of(job)
+    if end.status not in ("REFUSED", "FAILED"):
+        return summary
+    cause = end.cause or ""
+    last_job = {"submission_id": job.submission_id, "status": end.status, "cause": cause}
+    return replace(summary, cause=f"{end.status}: job {job.submission_id}: {cause}", last_job=last_job)
