@@ -265,7 +265,7 @@ def run(
             objective=Objective(job.objective, job.objective_mode, job.best_at_once) if job.objective else None,
         )
         if evaluate is not None:
-            return {**evaluation.of_checkpoint(trainer, evaluate.checkpoint, group), "monitor": c.monitor}
+            return {**evaluation.of_checkpoint(trainer, checkpointer, evaluate.checkpoint, group), "monitor": c.monitor}
         if info := checkpointer.latest():
             trainer.restore(info, job.changed)
             if job.inherited and trainer.evaluations == job.inherited["evaluation"]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,12 @@ from raytrainer.checkpoint import as_read
 from raytrainer.errors import CheckpointError
 from raytrainer.sharding import is_sharded, placed_as
 from raytrainer.state import loads_by_name, named_optimizer_state, restore_optimizer_state
-
-if TYPE_CHECKING:
-    from raytrainer.trainer.loop import Trainer
+from raytrainer.trainer.components import Components
 
 _COPIED = 64 << 20  # bytes; a larger state is not copied for a check
 
 
-def verify(t: Trainer, state: Mapping[str, Any]) -> None:
+def verify(t: Components, state: Mapping[str, Any]) -> None:
     """Check that `state`, from `snapshot.shared`, can be restored. Every rank calls it, and all of them raise.
 
     Raises:
@@ -48,9 +46,9 @@ def verify(t: Trainer, state: Mapping[str, Any]) -> None:
         raise CheckpointError("the saved state of another rank cannot be restored; its message says which")
 
 
-def _problems(t: Trainer, state: Mapping[str, Any]) -> Iterable[str | None]:
+def _problems(t: Components, state: Mapping[str, Any]) -> Iterable[str | None]:
     # Objects that others refer to. A copy of those must not copy these, too.
-    kept: list[Any] = [t, t.loss, t.optimizer, t.events, t.checkpointer, t.train_loader, *t.val_loaders.values()]
+    kept: list[Any] = [t, t.loss, t.optimizer, t.events, t.state, t.train_loader, *t.val_loaders.values()]
     for model in (t.raw_model, t.ema_model, t.loss_state):
         kept += [] if model is None else [model, *model.modules(), *model.parameters()]
     memo = {id(x): x for x in kept}
@@ -94,7 +92,7 @@ def _of_object(what: str, thing: Any, state: Any, kept: Mapping[int, Any]) -> st
     return _changed(who, state, restored, thing.state_dict())
 
 
-def _of_optimizer(t: Trainer, state: Mapping[str, Any]) -> str | None:
+def _of_optimizer(t: Components, state: Mapping[str, Any]) -> str | None:
     who = f"optimizer ({type(t.optimizer).__name__})"
     if _nbytes(state) > _COPIED:
         return None
