@@ -351,7 +351,7 @@ class Driver:
             try:
                 box["result"] = trainer.fit().return_value
             except BaseException as error:  # noqa: BLE001  raised in the main thread below
-                box["error"] = ray_internals.first_error(error)
+                box["error"] = trainer.first_error(error)
             finally:
                 done.set()
 

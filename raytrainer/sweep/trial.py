@@ -267,7 +267,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
             result: dict[str, Any] = trainer.fit().return_value
             return result
         except Exception as error:
-            first = ray_internals.first_error(error)
+            first = trainer.first_error(error)
             raise first if isinstance(first, Exception) else error from error
         finally:
             done.set()
