@@ -11,7 +11,7 @@ import torch
 from raytrainer import parallel
 from raytrainer.batches import map_tensors
 from raytrainer.config import Experiment, build, factory
-from raytrainer.data import Loader
+from raytrainer.data import Loader, LoaderOptions
 from raytrainer.errors import ConfigError
 from raytrainer.events import Events, check_hooks
 from raytrainer.metrics import Monitor, Names, Throughput, WeightedMeans
@@ -133,8 +133,7 @@ class Components:
                 "to a batch (with _partial_: true, the _target_ itself)",
                 key="data.collate_fn",
             )
-        return Loader(
-            dataset,
+        options = LoaderOptions(
             global_batch_size=d.global_batch_size,
             micro_batch_size=d.micro_batch_size,
             seed=self.experiment.seed,
@@ -145,10 +144,12 @@ class Components:
             collate_fn=collate_fn,
             num_workers=d.num_workers,
             prefetch=d.prefetch,
+            start_method=d.start_method,
             device=self.world.device,
             resident=d.resident,
             key=key,
         )
+        return Loader(dataset, options)
 
     def _total_steps(self) -> int | None:
         """Return the smaller of `trainer.max_steps` and `max_epochs`, in steps; None if only time ends the run."""
