@@ -285,7 +285,7 @@ class Driver:
             spool_dir=str(self.spool_dir),
             ship=not self.upload_here,
             changed=self.record.changed,
-            mark=self.record.mark,
+            record_mark=self.record.mark,
             forward_env=self.e.cluster.forward_env,
             env_file=self.e.cluster.env_file,
         )

@@ -187,12 +187,13 @@ def _of_module(what: str, module: nn.Module) -> str | None:
     if loads_by_name(module):
         return None  # its state dict holds the parameters and buffers themselves, and load_state_dict copies them
     who = f"{what} ({type(module).__name__})"
-    read, lost = as_read(module.state_dict()), list[str]()
     small = _nbytes([*module.parameters(), *module.buffers()]) <= _COPIED
     twin = None if is_sharded(module) else _copied(module, whole=small)
-    handles = _watch(module, twin or module, lost) if twin is None or not small else []
-    if twin is not None and small:
-        _spoil(twin)
+    compared = twin if small else None  # a copy to compare after loading; else each value is compared as it is loaded
+    read, lost = as_read(module.state_dict()), list[str]()
+    handles = [] if compared is not None else _watch(module, twin or module, lost)
+    if compared is not None:
+        _spoil(compared)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a warning that copying to the meta device copies nothing
@@ -205,16 +206,19 @@ def _of_module(what: str, module: nn.Module) -> str | None:
     finally:
         for handle in handles:
             handle.remove()
-    if twin is not None and small:
-        lost += _unlike(module, twin)
-    # A class that passes `strict=False` itself may skip values that it does not find.
-    missing = {name for name in getattr(result, "missing_keys", None) or () if name not in lost}
-    trained = {name for name, p in module.named_parameters() if p.requires_grad}
-    lost += sorted(missing & trained)
+    if compared is not None:
+        lost += _unlike(module, compared)
+    lost += sorted(_skipped(module, result) - set(lost))
     if not lost:
         return None
     rest = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
     return f"{who}: load_state_dict() does not restore {lost[0]}{rest} to the value that state_dict() was taken of"
+
+
+def _skipped(module: nn.Module, result: Any) -> set[str]:
+    """Return the trained parameters that a `load_state_dict` with `strict=False` of its own did not find."""
+    missing = set(getattr(result, "missing_keys", None) or ())
+    return missing & {name for name, p in module.named_parameters() if p.requires_grad}
 
 
 def _copied(module: nn.Module, *, whole: bool) -> nn.Module | None:
