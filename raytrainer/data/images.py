@@ -66,11 +66,11 @@ class ImageFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._filesystem, found = find_files(str(path), SUFFIXES, "image")
+        self._filesystem, entries = find_files(str(path), SUFFIXES, "image")
         self.path = redacted(str(path))
         # An Arrow array takes a tenth of the memory of Python strings.
-        self._files = pa.array([entry.path for entry in found], pa.large_string())
-        folders = [entry.path.rpartition("/")[0].rpartition("/")[2] for entry in found]
+        self._files = pa.array([entry.path for entry in entries], pa.large_string())
+        folders = [entry.path.rpartition("/")[0].rpartition("/")[2] for entry in entries]
         names, labels = np.unique(np.array(folders), return_inverse=True)
         self.classes: list[str] = names.tolist()
         self._labels = labels.astype(np.int64)

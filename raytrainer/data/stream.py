@@ -158,7 +158,7 @@ class Stream:
         micro = []
         for begin, end in b.cut(size):
             # An empty slice gets one sample of the batch as a placeholder, with size 0.
-            one, past = (begin, end) if end > begin else (offset, offset + 1)
-            step.micro.append((numbers[one:past], end - begin))
-            micro.append(rows[one - offset : past - offset])
+            first_row, end_row = (begin, end) if end > begin else (offset, offset + 1)
+            step.micro.append((numbers[first_row:end_row], end - begin))
+            micro.append(rows[first_row - offset : end_row - offset])
         return step, micro

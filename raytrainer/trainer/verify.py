@@ -72,9 +72,9 @@ def _problems(t: Components, state: Mapping[str, Any]) -> Iterable[str | None]:
 # --- objects with state_dict and load_state_dict ---------------------------------------------------------------------
 
 
-def _of_object(what: str, thing: Any, state: Any, kept: Mapping[int, Any]) -> str | None:
-    """Return what is wrong with an object's state; None if it is right, or if the object cannot be copied to try it."""
-    who = f"{what} ({type(thing).__name__})"
+def _of_object(key: str, thing: Any, state: Any, kept: Mapping[int, Any]) -> str | None:
+    """Return key is wrong with an object's state; None if it is right, or if the object cannot be copied to try it."""
+    who = f"{key} ({type(thing).__name__})"
     if not callable(getattr(thing, "load_state_dict", None)):
         return f"{who} has state_dict() but no load_state_dict(), so its state would be lost; add one, or remove both"
     if _nbytes(state) > _COPIED:
@@ -87,7 +87,7 @@ def _of_object(what: str, thing: Any, state: Any, kept: Mapping[int, Any]) -> st
         twin.load_state_dict(as_read(state))
         restored = twin.state_dict()
     except Exception as error:  # noqa: BLE001  user code may raise anything
-        return f"{who}: load_state_dict() fails on what state_dict() gave: {type(error).__name__}: {error}"
+        return f"{who}: load_state_dict() fails on key state_dict() gave: {type(error).__name__}: {error}"
     # A value that changes by itself, such as a clock, is ignored.
     return _changed(who, state, restored, thing.state_dict())
 
@@ -133,8 +133,8 @@ def _difference(before: Any, restored: Any, again: Any, path: str = "") -> str |
             below = f"{path}.{key}".lstrip(".")
             if not isinstance(restored, Mapping) or key not in restored:
                 return below
-            if (found := _difference(before[key], restored[key], again[key], below)) is not None:
-                return found
+            if (path_below := _difference(before[key], restored[key], again[key], below)) is not None:
+                return path_below
         return None
     if isinstance(before, list | tuple) and isinstance(again, list | tuple) and len(before) == len(again):
         if not isinstance(restored, list | tuple) or len(restored) != len(before):
@@ -182,11 +182,11 @@ def _nbytes(value: Any) -> int:
 # --- modules ----------------------------------------------------------------------------------------------------------
 
 
-def _of_module(what: str, module: nn.Module) -> str | None:
-    """Return what is wrong with a module's state dict; None if nothing is."""
+def _of_module(key: str, module: nn.Module) -> str | None:
+    """Return key is wrong with a module's state dict; None if nothing is."""
     if loads_by_name(module):
         return None  # its state dict holds the parameters and buffers themselves, and load_state_dict copies them
-    who = f"{what} ({type(module).__name__})"
+    who = f"{key} ({type(module).__name__})"
     small = _nbytes([*module.parameters(), *module.buffers()]) <= _COPIED
     twin = None if is_sharded(module) else _copied(module, whole=small)
     compared = twin if small else None  # a copy to compare after loading; else each value is compared as it is loaded
@@ -202,7 +202,7 @@ def _of_module(what: str, module: nn.Module) -> str | None:
         if twin is not None and not small and "meta" in str(error).lower():
             return None  # a hook reads values, which this copy lacks
         reason = " ".join(str(error).split())
-        return f"{who}: load_state_dict() fails on what state_dict() gave: {type(error).__name__}: {reason}"
+        return f"{who}: load_state_dict() fails on key state_dict() gave: {type(error).__name__}: {reason}"
     finally:
         for handle in handles:
             handle.remove()
