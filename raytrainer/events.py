@@ -172,7 +172,16 @@ class Callback:
     def on_fit_end(self, trainer: Training, event: FitEnd) -> None: ...
 
 
-HOOKS = tuple(name for name in vars(Callback) if name.startswith("on_"))
+_HOOK_OF: dict[type, str] = {
+    FitStart: "on_fit_start",
+    StepEnd: "on_step_end",
+    Logged: "on_log",
+    EvalEnd: "on_eval_end",
+    CheckpointSaved: "on_checkpoint",
+    Artifact: "on_artifact",
+    FitEnd: "on_fit_end",
+}
+HOOKS = tuple(_HOOK_OF.values())
 
 
 def _hook(listener: Any, name: str) -> Any:
@@ -222,37 +231,21 @@ def check_hooks(listener: Any, key: str) -> None:
 
 
 class Events:
-    """Calls each hook of each listener, in the given order. The lists are built once."""
+    """Calls the hooks of each listener, in the given order. The lists are built once."""
 
     def __init__(self, listeners: Iterable[Any]) -> None:
         listeners = list(listeners)
-        self._hooks: dict[str, list[Hook]] = {
-            name: [hook for listener in listeners if callable(hook := _hook(listener, name))] for name in HOOKS
+        self._hooks: dict[type, list[Hook]] = {
+            kind: [hook for listener in listeners if callable(hook := _hook(listener, name))]
+            for kind, name in _HOOK_OF.items()
         }
 
-    def fit_start(self, trainer: Any, event: FitStart) -> None:
-        self._call("on_fit_start", trainer, event)
+    def send(self, trainer: Any, event: Any) -> None:
+        """Call the hooks of an event's class."""
+        for hook in self._hooks[type(event)]:
+            hook(trainer, event)
 
     def step_end(self, trainer: Any, step: int, epoch: int) -> None:
-        # The event is created only if there is a listener, because this is called at every step.
-        if self._hooks["on_step_end"]:
-            self._call("on_step_end", trainer, StepEnd(step, epoch))
-
-    def log(self, trainer: Any, event: Logged) -> None:
-        self._call("on_log", trainer, event)
-
-    def eval_end(self, trainer: Any, event: EvalEnd) -> None:
-        self._call("on_eval_end", trainer, event)
-
-    def checkpoint(self, trainer: Any, event: CheckpointSaved) -> None:
-        self._call("on_checkpoint", trainer, event)
-
-    def artifact(self, trainer: Any, event: Artifact) -> None:
-        self._call("on_artifact", trainer, event)
-
-    def fit_end(self, trainer: Any, event: FitEnd) -> None:
-        self._call("on_fit_end", trainer, event)
-
-    def _call(self, name: str, trainer: Any, event: Any) -> None:
-        for hook in self._hooks[name]:
-            hook(trainer, event)
+        """Send a `StepEnd`. It is created only if there is a listener, because this is called at every step."""
+        if self._hooks[StepEnd]:
+            self.send(trainer, StepEnd(step, epoch))

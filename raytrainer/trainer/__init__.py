@@ -5,7 +5,7 @@ It imports neither Ray nor MLflow.
 
 from __future__ import annotations
 
-from raytrainer.trainer.loop import FitResult, Trainer
-from raytrainer.trainer.train_state import Objective, TrainState
+from raytrainer.trainer.loop import Trainer
+from raytrainer.trainer.train_state import FitResult, Objective, TrainState
 
 __all__ = ["FitResult", "Objective", "TrainState", "Trainer"]

@@ -115,7 +115,7 @@ def of_checkpoint(t: Components, checkpointer: Checkpointer, wanted: str, group:
     metrics = evaluate(t)
     best = t.state.best = Monitor(t.state.best.metric, checkpoint_mode(t.experiment))  # for these metrics alone
     best.update(metrics, info.step)
-    t.events.eval_end(t, EvalEnd(info.step, t.epoch, metrics))
+    t.events.send(t, EvalEnd(info.step, t.epoch, metrics))
     return {
         "step": info.step,
         "epoch": t.epoch,

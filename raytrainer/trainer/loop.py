@@ -11,7 +11,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,31 +30,12 @@ from raytrainer.trainer import evaluation, snapshot
 from raytrainer.trainer.components import Components
 from raytrainer.trainer.model import take_weights
 from raytrainer.trainer.profile import recorded
-from raytrainer.trainer.train_state import Objective
+from raytrainer.trainer.train_state import FitResult, Objective
 from raytrainer.trainer.train_step import TrainStep
 from raytrainer.trainer.utilisation import Utilisation
 from raytrainer.trainer.verify import verify
 
 _log = logging.getLogger("raytrainer.trainer")
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """How training ended.
-
-    Attributes:
-        step: Optimizer steps done since the beginning of the run.
-        epoch: The epoch that the next step would belong to.
-        reason: `finished`, `early_stopping`, `max_time` or `stopped`.
-        metrics: The last train and validation metrics.
-        best: The best value of `checkpoint.monitor`, and its step.
-    """
-
-    step: int
-    epoch: int
-    reason: str
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    best: tuple[float, int] | None = None
 
 
 class Trainer(Components):
@@ -139,7 +119,7 @@ class Trainer(Components):
         parameters, trainable = self.system.parameters(), self.gradients.parameters
         size, trained = (sum(p.numel() for p in tensors) for tensors in (parameters, trainable))
         per_epoch = self.train_loader.steps_per_epoch
-        self.events.fit_start(self, FitStart(self.step, self.total_steps, per_epoch, self.world.size, size, trained))
+        self.events.send(self, FitStart(self.step, self.total_steps, per_epoch, self.world.size, size, trained))
         reason = self._out_of_patience()
         if self.step and self.state.is_evaluated:
             # The process may have been killed after the checkpoint was written and before the report was received.
@@ -178,7 +158,7 @@ class Trainer(Components):
         value, step = state.best.value, state.best.step
         best = (value, step) if value is not None and step is not None else None
         result = FitResult(state.step, self.epoch, reason, dict(state.metrics), best)
-        self.events.fit_end(self, FitEnd(state.step, result.epoch, reason, result.metrics))
+        self.events.send(self, FitEnd(state.step, result.epoch, reason, result.metrics))
         return result
 
     def _recording(self) -> contextlib.AbstractContextManager[None]:
@@ -205,7 +185,7 @@ class Trainer(Components):
 
     def log_artifact(self, path: str, folder: str | None = None) -> None:
         """Add a callback's file or folder to the run's artifacts. Only rank 0's is kept."""
-        self.events.artifact(self, Artifact(path, folder))
+        self.events.send(self, Artifact(path, folder))
 
     def _log(self, batch: Batch, timed_out: bool) -> str | None:
         """Reduce the window over all ranks and log it. Return the reason to end, if any rank has one."""
@@ -240,7 +220,7 @@ class Trainer(Components):
         metrics.update(self.names.apart(state.callback_metrics, self._own_names | system, "callback/"))
         state.callback_metrics.clear()
         state.metrics.update(metrics)
-        self.events.log(self, Logged(state.step, epoch, metrics))
+        self.events.send(self, Logged(state.step, epoch, metrics))
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 
@@ -255,7 +235,7 @@ class Trainer(Components):
         self._own_names.update(metrics)
         self._check_monitors(metrics)
         self.state.update_monitors(metrics)
-        self.events.eval_end(self, EvalEnd(self.step, epoch, metrics))
+        self.events.send(self, EvalEnd(self.step, epoch, metrics))
 
     def _check_monitors(self, metrics: Mapping[str, float]) -> None:
         """Check that an evaluation has the monitored metrics; else the run would silently have no best checkpoint."""
@@ -308,7 +288,7 @@ class Trainer(Components):
             verify(self, shared)
             self._verified = True
         self.throughput.go_on()
-        self.events.checkpoint(self, CheckpointSaved(state.step, metric, stall))
+        self.events.send(self, CheckpointSaved(state.step, metric, stall))
 
     def _is_finite(self) -> bool:
         """Return whether the state may be saved. Every rank calls it.

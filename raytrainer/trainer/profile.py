@@ -24,7 +24,7 @@ def recorded(trainer: Components) -> Iterator[Callable[[], None]]:
         with tempfile.TemporaryDirectory() as folder:
             path = f"{folder}/trace-step-{options.start}.json"
             record.export_chrome_trace(path)
-            trainer.events.artifact(trainer, Artifact(path, "profile"))
+            trainer.events.send(trainer, Artifact(path, "profile"))
 
     first = options.start - 1 - trainer.step
     schedule = profiler.schedule(wait=max(first - 1, 0), warmup=min(first, 1), active=options.steps, repeat=1)

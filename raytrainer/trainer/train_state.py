@@ -1,4 +1,5 @@
-"""`TrainState`: what advances in a training, apart from the state of its objects, as one value that a checkpoint holds."""
+"""`TrainState`: what advances in a training, apart from the state of its objects, as one value that a checkpoint holds;
+and `FitResult`, what it has come to at the end."""
 
 from __future__ import annotations
 
@@ -132,3 +133,22 @@ class TrainState:
         self.early_stopping.load_state_dict(saved["progress"])
         if self.objective is not self.best and "objective" in saved:
             self.objective.load_state_dict(saved["objective"])
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How training ended.
+
+    Attributes:
+        step: Optimizer steps done since the beginning of the run.
+        epoch: The epoch that the next step would belong to.
+        reason: `finished`, `early_stopping`, `max_time` or `stopped`.
+        metrics: The last train and validation metrics.
+        best: The best value of `checkpoint.monitor`, and its step.
+    """
+
+    step: int
+    epoch: int
+    reason: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    best: tuple[float, int] | None = None
