@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -25,6 +28,24 @@ from raytrainer.errors import DataError
 
 START_METHODS = ("forkserver", "spawn", "fork")
 _starting = threading.Lock()
+
+
+def _forget_server() -> None:
+    """Let a fork of this process start a server of its own: multiprocessing would wait for that of its parent."""
+    forkserver._forkserver._forkserver_pid = None  # type: ignore[attr-defined]
+
+
+os.register_at_fork(after_in_child=_forget_server)
+
+
+def _await_end_of_server(within_s: float = 5.0) -> None:
+    """Wait until the server has ended, so that multiprocessing starts another one. It may be alive after all."""
+    pid = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    deadline = time.monotonic() + within_s
+    while pid is not None and time.monotonic() < deadline:
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return
+        time.sleep(0.01)
 
 
 def prepare_start(start_method: str, modules: Sequence[str]) -> None:
@@ -142,18 +163,24 @@ class WorkerPool:
         for number in range(self.num_workers):
             ours, theirs = self._context.Pipe()
             inherited = [ours, *(end for _, end in workers)] if self._forks else []
-            process = self._context.Process(
-                target=_serve,
-                args=(theirs, inherited, self._make),
-                name=f"raytrainer-data-{number}",
-                daemon=True,
-            )
-            with contextlib.nullcontext() if self._forks else _without_main():
-                process.start()
+            start = partial(self._process, f"raytrainer-data-{number}", (theirs, inherited, self._make))
+            try:
+                process = start()
+            except (EOFError, ConnectionError):
+                # The server ends, because the dataset's module cannot be imported in it. Each process can import it.
+                self._context.set_forkserver_preload([__name__])
+                _await_end_of_server()
+                process = start()
             theirs.close()  # so that the pipe ends when the process dies
             workers.append((process, ours))
         if isinstance(self._make, SharedPickle):
             self._make.close()
+
+    def _process(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        process = self._context.Process(target=_serve, args=arguments, name=name, daemon=True)
+        with contextlib.nullcontext() if self._forks else _without_main():
+            process.start()
+        return process
 
     def _send(self, worker: tuple[Any, Connection], index: int) -> None:
         try:

@@ -53,7 +53,7 @@ def test_the_batches_are_the_same_for_all_methods(draw: bool) -> None:
 
     expected = batches(prefetch=0)
     assert batches() == expected
-    for method in METHODS:
+    for method in METHODS if draw else ("forkserver", "fork"):  # spawn takes seconds
         assert batches(num_workers=2, start_method=method) == expected, method
 
 
@@ -126,6 +126,45 @@ def test_what_cannot_be_pickled_is_read_in_a_thread_with_one_warning(
     caplog.clear()
     assert flat(loader(num_workers=2, start_method="fork").batches(0, 9)) == expected
     assert not caplog.records
+
+
+def test_a_module_that_the_server_cannot_import() -> None:
+    Path("odd.py").write_text(
+        "import sys\n"
+        "if sys.argv[0] == '-c': raise ValueError('imported in the server')\n"
+        "class Odd:\n"
+        "    def __len__(self): return 8\n"
+        "    def __getitem__(self, index): return index\n"
+    )
+    program = """
+        import sys
+        sys.path.insert(0, ".")
+        from raytrainer.data import Loader
+        from odd import Odd
+        for _ in range(2):
+            loader = Loader(Odd(), global_batch_size=4, num_workers=2)
+            print([batch.micro[0].data.tolist() for batch in loader.batches(0, 2)])
+    """
+    lines = run_program(program)
+    assert lines[:2] == ["[[0, 1, 2, 3], [4, 5, 6, 7]]"] * 2
+    assert "imported in the server" in lines[-1]
+
+
+def test_a_fork_of_a_process_with_a_server_starts_its_own() -> None:
+    program = """
+        import os, sys
+        from raytrainer.data import Loader
+        from tests.data.test_start_methods import Origin
+        loader = Loader(Origin(), global_batch_size=4, num_workers=1)
+        def child_of():
+            return next(loader.batches()).micro[0].data["is_child"].tolist()
+        print(child_of(), flush=True)
+        if os.fork() == 0:
+            print(child_of(), flush=True)
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.wait()[1]))
+    """
+    assert run_program(program) == ["[1, 1, 1, 1]"] * 2 + ["0"]
 
 
 @pytest.mark.parametrize("method", METHODS)
