@@ -9,46 +9,54 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raytrainer import errors
+    from raytrainer import errors, events
     from raytrainer.attempt import Outcome, check, launch
     from raytrainer.config import Composition, Experiment, compose
+    from raytrainer.events import Callback
+    from raytrainer.tracking import Tracker
     from raytrainer.trainer import FitResult, Trainer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Callback",
     "Composition",
     "Experiment",
     "FitResult",
     "Outcome",
+    "Tracker",
     "Trainer",
     "__version__",
     "check",
     "compose",
     "errors",
+    "events",
     "launch",
 ]
 
+_MODULES = ("errors", "events")
+# Public name → the module that it is imported from.
 _HOMES = {
+    "Callback": "raytrainer.events",
     "Composition": "raytrainer.config",
     "Experiment": "raytrainer.config",
     "compose": "raytrainer.config",
     "Outcome": "raytrainer.attempt",
     "check": "raytrainer.attempt",
     "launch": "raytrainer.attempt",
+    "Tracker": "raytrainer.tracking",
     "FitResult": "raytrainer.trainer",
     "Trainer": "raytrainer.trainer",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name == "errors":
-        return import_module("raytrainer.errors")
+    if name in _MODULES:
+        return import_module(f"raytrainer.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'raytrainer' has no attribute {name!r}")
-    found = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = found
-    return found
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
 
 
 def __dir__() -> list[str]:

@@ -127,15 +127,15 @@ def _parts(value: Any, seen: dict[int, Any]) -> Iterator[Any]:
 
 def _attributes(value: Any) -> dict[str, Any]:
     """Return the contents of an object's `__dict__` and slots, by name."""
-    found: dict[str, Any] = dict(getattr(value, "__dict__", None) or {})
+    attributes: dict[str, Any] = dict(getattr(value, "__dict__", None) or {})
     for kind in type(value).__mro__:
         slots = kind.__dict__.get("__slots__", ())
         for slot in (slots,) if isinstance(slots, str) else slots:
             private = slot.startswith("__") and not slot.endswith("__")
             name = f"_{kind.__name__.lstrip('_')}{slot}" if private else slot
             if slot not in ("__dict__", "__weakref__") and hasattr(value, name):
-                found[name] = getattr(value, name)
-    return found
+                attributes[name] = getattr(value, name)
+    return attributes
 
 
 class _Walk:

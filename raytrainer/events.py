@@ -1,7 +1,22 @@
-"""The single protocol by which the training loop reports events: to progress, tracking, checkpoints and user callbacks.
+"""The events of a training and the hooks that receive them: for progress, tracking and the user's callbacks.
 
-A listener is any object with some of the hooks below; each is called as `hook(trainer, event)` in the loop's thread. A
-hook that no listener has costs a step nothing.
+Hooks are called in this order, and of each hook first those of progress and tracking, then those of the callbacks in the
+order of the configuration. The loop waits for each.
+
+    on_fit_start
+    for each step:
+        on_step_end
+        if a log is due (trainer.log_every_n_steps, and the last step):
+            on_log
+        if an evaluation is due (trainer.eval_every_n_steps or the end of an epoch, and the last step):
+            on_eval_end
+        if a checkpoint is due (section checkpoint, and the last step):
+            on_checkpoint
+    if a callback called trainer.log after the last log:
+        on_log
+    on_fit_end
+
+`on_artifact` is called within `trainer.log_artifact`. The evaluation of a checkpoint calls only `on_eval_end`.
 """
 
 from __future__ import annotations
@@ -10,11 +25,66 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Protocol
 
 from raytrainer.errors import ConfigError
 
+__all__ = [
+    "HOOKS",
+    "Artifact",
+    "Callback",
+    "CheckpointSaved",
+    "EvalEnd",
+    "FitEnd",
+    "FitStart",
+    "Logged",
+    "Place",
+    "StepEnd",
+    "Training",
+]
+
 Hook = Callable[[Any, Any], None]
+
+
+class Place(Protocol):
+    """The place of this process among all."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+
+
+class Training(Protocol):
+    """What a callback may use of the `Trainer` that it receives.
+
+    Attributes:
+        world: The rank of this process, and the number of ranks.
+        experiment: The configuration, by its keys: `experiment.trainer.max_steps`.
+        step: The optimizer steps done.
+        epoch: The epoch that the next step belongs to.
+        metrics: The last value of each metric.
+        raw_model: The model itself, without DDP around it.
+        optimizer: The optimizer.
+    """
+
+    @property
+    def world(self) -> Place: ...
+    @property
+    def experiment(self) -> Any: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+    @property
+    def raw_model(self) -> Any: ...
+    @property
+    def optimizer(self) -> Any: ...
+    def log(self, metrics: Mapping[str, float], /) -> None: ...
+    def log_artifact(self, path: str, folder: str | None = None, /) -> None: ...
+    def best_weights(self) -> tuple[int, dict[str, Any]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +155,39 @@ class Artifact:
     folder: str | None = None
 
 
-HOOKS = ("on_fit_start", "on_step_end", "on_log", "on_eval_end", "on_checkpoint", "on_artifact", "on_fit_end")
+class Callback:
+    """An optional base class of callbacks, for type checkers and editors: override the hooks that you need.
+
+    Any object with some of these methods is a callback. One that inherits a hook without overriding it does not have the
+    hook, and a hook that no callback has costs a step nothing. Hooks run on every rank, in the loop's thread. With
+    `state_dict` and `load_state_dict` the callback's own state is in the checkpoint.
+    """
+
+    def on_fit_start(self, trainer: Training, event: FitStart) -> None: ...
+    def on_step_end(self, trainer: Training, event: StepEnd) -> None: ...
+    def on_log(self, trainer: Training, event: Logged) -> None: ...
+    def on_eval_end(self, trainer: Training, event: EvalEnd) -> None: ...
+    def on_checkpoint(self, trainer: Training, event: CheckpointSaved) -> None: ...
+    def on_artifact(self, trainer: Training, event: Artifact) -> None: ...
+    def on_fit_end(self, trainer: Training, event: FitEnd) -> None: ...
+
+
+_HOOK_OF: dict[type, str] = {
+    FitStart: "on_fit_start",
+    StepEnd: "on_step_end",
+    Logged: "on_log",
+    EvalEnd: "on_eval_end",
+    CheckpointSaved: "on_checkpoint",
+    Artifact: "on_artifact",
+    FitEnd: "on_fit_end",
+}
+HOOKS = tuple(_HOOK_OF.values())
+
+
+def _hook(listener: Any, name: str) -> Any:
+    """Return a listener's hook; None if it has none, or only that of `Callback`."""
+    method = getattr(listener, name, None)
+    return None if getattr(method, "__func__", method) is getattr(Callback, name) else method
 
 
 def check_hooks(listener: Any, key: str) -> None:
@@ -100,7 +202,7 @@ def check_hooks(listener: Any, key: str) -> None:
             with (trainer, event).
     """
     kind = listener if isinstance(listener, type) else type(listener)
-    if not any(hasattr(listener, hook) for hook in HOOKS):
+    if not any(_hook(listener, name) is not None for name in HOOKS):
         if isinstance(listener, type):
             raise ConfigError("has none of the hooks", key=key, value=kind.__name__, choices=HOOKS)
         raise ConfigError(f"builds a {kind.__name__}, which has none of the hooks", key=key, choices=HOOKS)
@@ -113,9 +215,9 @@ def check_hooks(listener: Any, key: str) -> None:
                     value=kind.__name__,
                 )
             continue
-        given = ("self", "trainer", "event") if isinstance(listener, type) else ("trainer", "event")
+        arguments = ("self", "trainer", "event") if isinstance(listener, type) else ("trainer", "event")
         try:
-            inspect.signature(getattr(listener, name)).bind(*given)
+            inspect.signature(getattr(listener, name)).bind(*arguments)
         except ValueError:  # it has no signature
             continue
         except TypeError as error:
@@ -129,37 +231,21 @@ def check_hooks(listener: Any, key: str) -> None:
 
 
 class Events:
-    """Calls each hook of each listener, in the given order. The lists are built once."""
+    """Calls the hooks of each listener, in the given order. The lists are built once."""
 
     def __init__(self, listeners: Iterable[Any]) -> None:
         listeners = list(listeners)
-        self._hooks: dict[str, list[Hook]] = {
-            name: [hook for x in listeners if callable(hook := getattr(x, name, None))] for name in HOOKS
+        self._hooks: dict[type, list[Hook]] = {
+            kind: [hook for listener in listeners if callable(hook := _hook(listener, name))]
+            for kind, name in _HOOK_OF.items()
         }
 
-    def fit_start(self, trainer: Any, event: FitStart) -> None:
-        self._call("on_fit_start", trainer, event)
+    def send(self, trainer: Any, event: Any) -> None:
+        """Call the hooks of an event's class."""
+        for hook in self._hooks[type(event)]:
+            hook(trainer, event)
 
     def step_end(self, trainer: Any, step: int, epoch: int) -> None:
-        # The event is created only if there is a listener, because this is called at every step.
-        if self._hooks["on_step_end"]:
-            self._call("on_step_end", trainer, StepEnd(step, epoch))
-
-    def log(self, trainer: Any, event: Logged) -> None:
-        self._call("on_log", trainer, event)
-
-    def eval_end(self, trainer: Any, event: EvalEnd) -> None:
-        self._call("on_eval_end", trainer, event)
-
-    def checkpoint(self, trainer: Any, event: CheckpointSaved) -> None:
-        self._call("on_checkpoint", trainer, event)
-
-    def artifact(self, trainer: Any, event: Artifact) -> None:
-        self._call("on_artifact", trainer, event)
-
-    def fit_end(self, trainer: Any, event: FitEnd) -> None:
-        self._call("on_fit_end", trainer, event)
-
-    def _call(self, name: str, trainer: Any, event: Any) -> None:
-        for hook in self._hooks[name]:
-            hook(trainer, event)
+        """Send a `StepEnd`. It is created only if there is a listener, because this is called at every step."""
+        if self._hooks[StepEnd]:
+            self.send(trainer, StepEnd(step, epoch))

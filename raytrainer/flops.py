@@ -46,10 +46,10 @@ def peak_flops(device: torch.device, precision: str, tflops: float | None = None
     name = torch.cuda.get_device_name(device)
     if "MIG" in name:  # a part of a GPU
         return None
-    found = next((peaks for part, *peaks in _PEAKS if re.search(rf"\b{part}\b", name)), None)
-    if found is None:
+    peaks_of_device = next((peaks for part, *peaks in _PEAKS if re.search(rf"\b{part}\b", name)), None)
+    if peaks_of_device is None:
         return None
-    half, tf32, single = found
+    half, tf32, single = peaks_of_device
     if precision == "32-true":
         return (tf32 if torch.backends.cuda.matmul.fp32_precision == "tf32" else single) * 1e12
     return half * 1e12

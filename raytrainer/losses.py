@@ -141,10 +141,10 @@ class TokenCrossEntropy:
     def summary(self, means: Mapping[str, float]) -> dict[str, float]:
         """Return the perplexity for the mean loss, in nats, and the bits per byte, which compare between tokenizers."""
         loss = means["loss"]
-        found = {"perplexity": math.inf if loss > _LARGEST_EXPONENT else math.exp(loss)}
+        figures = {"perplexity": math.inf if loss > _LARGEST_EXPONENT else math.exp(loss)}
         if self.bytes_per_token is not None:
-            found["bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
-        return found
+            figures["bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
+        return figures
 
 
 def _output(model: Model, batch: Any, input: Field, keywords: Sequence[str] = ()) -> Tensor:  # noqa: A002
@@ -176,7 +176,7 @@ def _take(batch: Any, role: str, field: Field, *, position: int) -> Tensor:
         return named
     index = field if isinstance(field, int) else position
     if not isinstance(batch, Sequence) or not -len(batch) <= index < len(batch):
-        what = f"{len(batch)} entries" if isinstance(batch, Sequence) else f"a {type(batch).__name__}"
-        raise ConfigError(f"wants entry {index} of a batch, which is {what}", key=f"loss.{role}", value=field)
+        kind = f"{len(batch)} entries" if isinstance(batch, Sequence) else f"a {type(batch).__name__}"
+        raise ConfigError(f"wants entry {index} of a batch, which is {kind}", key=f"loss.{role}", value=field)
     entry: Tensor = batch[index]
     return entry

@@ -25,7 +25,7 @@ def matching(patterns: Iterable[str], names: Collection[str], key: str) -> set[s
     Raises:
         ConfigError: A pattern matches no name.
     """
-    found: set[str] = set()
+    matched: set[str] = set()
     for pattern in patterns:
         hits = {name for name in names if fnmatchcase(name, pattern)}
         if not hits:
@@ -37,8 +37,8 @@ def matching(patterns: Iterable[str], names: Collection[str], key: str) -> set[s
                 value=pattern,
                 choices=nearest(pattern, sorted({*names, *modules})) or sorted(names),
             )
-        found |= hits
-    return found
+        matched |= hits
+    return matched
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Match:
 
 def match(
     own: Mapping[str, Shape],
-    found: Mapping[str, Shape],
+    source: Mapping[str, Shape],
     *,
     strict: bool = True,
     mapping: Mapping[str, str] | None = None,
@@ -80,7 +80,7 @@ def match(
 
     Args:
         own: The names and shapes of the model.
-        found: The names and shapes of the source.
+        source: The names and shapes of the source.
         strict: Whether all names of both must match; else matching tensors are taken, and only no match is a problem.
         mapping: Prefix in the source → prefix in the model. The longest prefix that matches counts.
         exclude: Patterns of names in the model that are not taken.
@@ -89,17 +89,17 @@ def match(
     Raises:
         ConfigError: A prefix or pattern matches no name, or two names of the source become one.
     """
-    theirs = _renamed(found, mapping or {})
+    theirs = _renamed(source, mapping or {})
     excluded = matching(exclude, own.keys() | theirs.keys(), "init_from.exclude")
     common = (own.keys() & theirs.keys()) - excluded
-    unlike = {n for n in common if own[n] != found[theirs[n]]}
+    unlike = {n for n in common if own[n] != source[theirs[n]]}
     taken = {n: theirs[n] for n in sorted(common - unlike)}
-    given = {n for names in tied if taken.keys() & names for n in names}
-    missing = sorted(own.keys() - theirs.keys() - excluded - given)
+    covered = {n for names in tied if taken.keys() & names for n in names}
+    missing = sorted(own.keys() - theirs.keys() - excluded - covered)
     surplus = sorted(theirs.keys() - own.keys() - excluded)
-    kept = sorted(own.keys() - taken.keys() - given)
-    unused = sorted(found.keys() - set(taken.values()))
-    shapes = [f"{n}: {found[theirs[n]]} there, {own[n]} here" for n in sorted(unlike)]
+    kept = sorted(own.keys() - taken.keys() - covered)
+    unused = sorted(source.keys() - set(taken.values()))
+    shapes = [f"{n}: {source[theirs[n]]} there, {own[n]} here" for n in sorted(unlike)]
     problem = ""
     if strict and (missing or surplus or shapes):
         problem = "holds another model: " + _differences(missing, surplus, shapes)
@@ -108,7 +108,7 @@ def match(
             f"has nothing that fits: it has {few(sorted(theirs)) or 'no tensor'}, and the model {few(sorted(own))}"
         )
     sources = [sorted({taken[n] for n in names if n in taken}) for names in tied]
-    return Match(taken, kept, unused, [several for several in sources if len(several) > 1], problem)
+    return Match(taken, kept, unused, [group for group in sources if len(group) > 1], problem)
 
 
 def _differences(missing: Sequence[str], surplus: Sequence[str], shapes: Sequence[str]) -> str:

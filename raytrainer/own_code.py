@@ -49,7 +49,7 @@ def copy_sources(modules: Iterable[str], folder: Path) -> list[Path]:
 
 def sources(modules: Iterable[str]) -> dict[str, Path]:
     """Return the files of the user's modules among `modules`, and of those that they import: name → file."""
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     to_do, seen = [name for name in modules if name != "__main__"], set[str]()
     while to_do:
         name = to_do.pop()
@@ -59,9 +59,9 @@ def sources(modules: Iterable[str]) -> dict[str, Path]:
                 continue
             seen.add(prefix)
             if (file := _own_file(prefix)) is not None:
-                found[prefix] = file
+                files[prefix] = file
                 to_do += _imported(prefix, file)
-    return found
+    return files
 
 
 def _own_file(name: str) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import getpass
 import importlib.metadata
 import json
@@ -20,6 +21,7 @@ from raytrainer.core import git
 
 _log = logging.getLogger("raytrainer.provenance")
 FILE = "provenance.json"  # in the run directory
+_SUBMITTED_BY = "RAYTRAINER_SUBMITTED_BY"
 _PACKAGES = ("raytrainer", "torch", "ray", "mlflow", "hydra-core", "omegaconf", "pyarrow", "numpy")
 _PATCH_LIMIT = 5 * 2**20
 _CUT = f"# cut at {_PATCH_LIMIT} bytes\n"
@@ -118,19 +120,35 @@ class Provenance:
         return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})
 
 
-_submitted: Provenance | None = None
+def adopt(file: Path) -> None:
+    """Make `collect` in this process return the launch that submitted it. The versions remain those of this machine.
+
+    The environment variable `RAYTRAINER_SUBMITTED_BY` names the file, so call it before any thread is started.
+
+    Args:
+        file: What `to_json` of that launch wrote.
+
+    Raises:
+        ValueError: The file is no provenance.
+    """
+    _submission_in(str(file))
+    os.environ[_SUBMITTED_BY] = str(file)
 
 
-def adopt(origin: Provenance) -> None:
-    """Make `collect` in this process return the launch that submitted it. The versions remain those of this machine."""
-    global _submitted
-    _submitted = origin
+def _submission() -> Provenance | None:
+    file = os.environ.get(_SUBMITTED_BY)
+    return _submission_in(file) if file else None
+
+
+@functools.cache
+def _submission_in(file: str) -> Provenance:
+    return Provenance.from_json(Path(file).read_bytes())
 
 
 def user() -> str:
     """Return who launched this process's run. On a shared cluster, that is who submitted it, not the process's user."""
-    if _submitted is not None and _submitted.user:
-        return _submitted.user
+    if (submission := _submission()) is not None and submission.user:
+        return submission.user
     try:
         return getpass.getuser()
     except (OSError, KeyError):  # in a container, a user id may have no name
@@ -145,8 +163,8 @@ def collect(argv: list[str], folder: Path) -> Provenance:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
             continue
-    if _submitted is not None:
-        return replace(_submitted, versions=versions)
+    if (submission := _submission()) is not None:
+        return replace(submission, versions=versions)
     command = shlex.join(["python", "-m", "raytrainer", *argv])
     return _of_repository(folder, Provenance(command, versions, user=user()))
 

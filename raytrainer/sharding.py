@@ -26,14 +26,14 @@ def is_sharded(value: Any) -> bool:
 @torch.no_grad()
 def local_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return this rank's part of each tensor, sharing its memory, which suffices for elementwise operations."""
-    found: list[Any] = [t.detach() for t in tensors]
-    return [t.to_local() if is_sharded(t) else t for t in found]
+    detached: list[Any] = [t.detach() for t in tensors]
+    return [t.to_local() if is_sharded(t) else t for t in detached]
 
 
 def whole(tensor: Any) -> Tensor:
     """Return the whole tensor on every rank. If it is sharded, every rank must call it."""
-    found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
-    return found
+    result: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    return result
 
 
 def placed_as(own: Any, value: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def named_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) ->
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     order = [names[id(p)] for p in parameters]
     of_parameters = {k: v for k, v in state["state"].items() if type(k) is int and 0 <= k < len(order)}
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "state": {order[k]: dict(v) if isinstance(v, Mapping) else v for k, v in of_parameters.items()},
         "groups": [
             {**{k: v for k, v in group.items() if k != "params"}, "names": [order[i] for i in group["params"]]}
@@ -44,7 +44,7 @@ def named_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) ->
         "rest": {k: v for k, v in state.items() if k not in ("state", "param_groups")},
         "unlike": unlike,
     }
-    return {**found, **{k: v for k, v in further.items() if v}}
+    return {**result, **{k: v for k, v in further.items() if v}}
 
 
 def _unlike(parameter: Tensor, values: Any) -> list[Any]:
@@ -89,17 +89,17 @@ def restore_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, 
             own_state.update({k: saved["state"][name][k].to(parameter.device) for k in keys if k in own_state})
 
 
-def restore_object(what: str, thing: Any, state: Any, source: str) -> None:
+def restore_object(key: str, thing: Any, state: Any, source: str) -> None:
     """Restore the state of a user's object through its `load_state_dict`.
 
     Raises:
-        CheckpointCorrupt: It fails; the message names `what`, a key of the configuration.
+        CheckpointCorrupt: It fails; the message names `key`, a key of the configuration.
     """
     try:
         thing.load_state_dict(state)
     except Exception as error:
         raise CheckpointCorrupt(
-            f"{what} ({type(thing).__name__}) does not take its state of {source}: {type(error).__name__}: {error}"
+            f"{key} ({type(thing).__name__}) does not take its state of {source}: {type(error).__name__}: {error}"
         ) from error
 
 
@@ -233,18 +233,18 @@ def _inner(hook: Any) -> Any:
 
 def _difference(module: nn.Module, state: Mapping[str, Any]) -> str:
     """Return how a state's names and shapes differ from the module's, as the end of a sentence; empty if equal."""
-    own, given = tensors_of(module.state_dict()), tensors_of(state)
-    return match({n: tuple(t.shape) for n, t in own.items()}, {n: tuple(t.shape) for n, t in given.items()}).problem
+    own, other = tensors_of(module.state_dict()), tensors_of(state)
+    return match({n: tuple(t.shape) for n, t in own.items()}, {n: tuple(t.shape) for n, t in other.items()}).problem
 
 
 def _with_metadata(state: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any]:
     metadata = getattr(module.state_dict(), "_metadata", None)
     if metadata is None:
         return state
-    found: Any = OrderedDict(state)
-    found._metadata = metadata
-    given: Mapping[str, Any] = found
-    return given
+    with_metadata: Any = OrderedDict(state)
+    with_metadata._metadata = metadata
+    result: Mapping[str, Any] = with_metadata
+    return result
 
 
 @contextlib.contextmanager

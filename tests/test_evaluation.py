@@ -393,10 +393,10 @@ def trained(world: World, folder: Path) -> list[float]:
 
 def evaluated(world: World, folder: Path, wanted: str, strategy: str = "ddp") -> tuple[int, float]:
     e = experiment(model=node(training.Net), trainer={"strategy": strategy})
-    trainer = Trainer(e, world=world, checkpointer=checkpointer(world, folder))
+    saved = checkpointer(world, folder)
     group = torch.distributed.new_group(backend="gloo") if world.distributed else None
-    found = of_checkpoint(trainer, wanted, group)
-    return found["step"], found["metrics"]["val/loss"]
+    result = of_checkpoint(Trainer(e, world=world, checkpointer=saved), saved, wanted, group)
+    return result["step"], result["metrics"]["val/loss"]
 
 
 def test_a_checkpoint_evaluates_as_it_did_in_training(tmp_path: Path) -> None:

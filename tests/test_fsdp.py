@@ -301,7 +301,7 @@ def head_alone(world: World, e: Experiment, folder: Path) -> tuple[dict[int, flo
     if found := saved.list():
         trainer.restore(found[-1])
     trainer.fit()
-    held = [part.numel() for part in parallel.local_parts(trainer._parameters)]
+    held = [part.numel() for part in parallel.local_parts(trainer.gradients.parameters)]
     return recorder.series("train/loss"), held, [group["fused"] for group in trainer.optimizer.param_groups]
 
 

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,12 @@ def module_of(file: Path) -> str:
     return parts[1] if parts[0] == "raytrainer" else parts[0]
 
 
+def name_of(file: Path) -> str:
+    """Return the dotted name by which a file is imported."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
 def sources() -> list[Path]:
     ours = [*(ROOT / "raytrainer").rglob("*.py"), *(ROOT / "hydra_plugins").rglob("*.py")]
     return sorted(file for file in ours if module_of(file) != "configs")
@@ -196,6 +203,21 @@ def test_imports_go_down() -> None:
                 f"{found.place}: {source} (layer {LAYER_OF[source]}) imports {target} (layer {LAYER_OF[target]})"
             )
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_import_cycle_among_our_files() -> None:
+    """Imports inside functions and under TYPE_CHECKING count too."""
+    imported: dict[str, set[str]] = {name_of(file): set() for file in sources()}
+    for found in all_imports():
+        own, target = name_of(found.file), found.name
+        target = target if target in imported else target.rpartition(".")[0]
+        if target in imported and target != own:
+            imported[own].add(target)
+    sorter = TopologicalSorter(imported)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
 def test_third_parties_stay_in_their_rooms() -> None:

@@ -23,6 +23,7 @@ from raytrainer.parallel import World
 from raytrainer.tracking import NullTracker
 from raytrainer.trainer import Trainer
 from raytrainer.trainer.example import ExampleRecorder
+from raytrainer.worker.recording import log_model
 from tests.training import experiment, images, node
 
 NET = """
@@ -212,7 +213,7 @@ def test_after_training_the_loss_is_not_called(changes: dict[str, Any], monkeypa
         def set_tags(self, given: Any) -> None:
             tags.update(given)
 
-    worker.log_model(trainer, worker.Job("", ""), Kept(), lambda _: None)
+    log_model(trainer, worker.Job("", ""), Kept(), lambda _: None)
     assert tags["raytrainer.model_format"] == "pt2"
     assert torch.equal(exported["example"]["args"][0], kept["args"][0])
     assert Calls.count == before
@@ -253,5 +254,5 @@ def test_without_a_checkpoint_one_rank_of_several_does_not_ask_the_model(monkeyp
     trainer.checkpointer = type("Empty", (), {"list": lambda self: []})()
     monkeypatch.setattr(Trainer, "best_weights", lambda self: pytest.fail("asked"))
     told: list[dict[str, Any]] = []
-    worker.log_model(trainer, worker.Job("", ""), NullTracker(), told.append)
+    log_model(trainer, worker.Job("", ""), NullTracker(), told.append)
     assert "there is no checkpoint" in told[0]["text"]

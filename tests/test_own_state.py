@@ -741,9 +741,9 @@ def test_weights_of_a_run_begin_another_on_each_rank(tmp_path: Path) -> None:
 def test_evaluation_of_a_checkpoint_is_that_of_training(model: Any, tmp_path: Path) -> None:
     e = case(model, trainer__ema_decay=0.9)
     first, _ = fitted(e, checkpointer=checkpointer(World(), tmp_path))
-    again = Trainer(e, checkpointer=checkpointer(World(), tmp_path))
-    found = evaluation.of_checkpoint(again, "last")
-    assert found["metrics"]["val/loss"] == first.metrics["val/loss"]
+    saved = checkpointer(World(), tmp_path)
+    result = evaluation.of_checkpoint(Trainer(e, checkpointer=saved), saved, "last")
+    assert result["metrics"]["val/loss"] == first.metrics["val/loss"]
 
 
 def test_best_weights_have_the_extra_state(tmp_path: Path) -> None:

@@ -132,10 +132,13 @@ def test_a_patch_that_is_too_large_is_cut_and_says_so(repository: Path, monkeypa
     assert len(found.patch) < 200
 
 
-def test_a_job_has_the_provenance_of_its_submission(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provenance, "_submitted", None)
+def test_a_job_has_the_provenance_of_its_submission(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYTRAINER_SUBMITTED_BY", "")
     origin = provenance.collect(["experiment=mlp"], repository)
-    provenance.adopt(replace(origin, versions={"torch": "0.0"}))
+    (tmp_path / "origin.json").write_bytes(replace(origin, versions={"torch": "0.0"}).to_json())
+    provenance.adopt(tmp_path / "origin.json")
     found = provenance.collect(["other"], repository.parent)
     assert (found.command, found.commit) == (origin.command, origin.commit)
     assert found.versions == origin.versions

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # The names in `__all__`.
 PUBLIC = {
     "raytrainer": """
-        Composition Experiment FitResult Outcome Trainer __version__ check compose errors launch
+        Callback Composition Experiment FitResult Outcome Tracker Trainer __version__ check compose errors events launch
     """,
     "raytrainer.checkpoint": """
         CheckpointInfo Checkpointer EXTRA_STATE Weights as_read copy_out find_weights fit take import_checkpoint import_note unread
@@ -36,8 +36,11 @@ PUBLIC = {
         with_number_keys with_values written_space
     """,
     "raytrainer.data": """
-        Arrays Batch ColumnDataset Digits EncodedImages ImageFolder Loader MicroBatch Normalize ParquetDataset
+        Arrays Batch ColumnDataset Digits EncodedImages ImageFolder Loader LoaderOptions MicroBatch Normalize ParquetDataset
         PythonSources RandomCropFlip RayDataset TokenDataset
+    """,
+    "raytrainer.events": """
+        HOOKS Artifact Callback CheckpointSaved EvalEnd FitEnd FitStart Logged Place StepEnd Training
     """,
     "raytrainer.models": """
         MLP ResNet Transformer resnet101 resnet152 resnet18 resnet34 resnet50
@@ -126,7 +129,7 @@ import json, sys
 heavy = lambda: sorted({"torch", "ray", "mlflow", "hydra", "omegaconf", "pyarrow"} & set(sys.modules))
 import raytrainer
 steps = [heavy()]
-raytrainer.errors.ConfigError
+raytrainer.errors.ConfigError, raytrainer.Callback, raytrainer.events.EvalEnd, raytrainer.Tracker
 steps.append(heavy())
 raytrainer.compose, raytrainer.Experiment
 steps.append(heavy())

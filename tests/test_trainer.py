@@ -191,7 +191,7 @@ class DeviceReader(TorchDispatchMode):
 def step_without_host(e: Experiment) -> None:
     trainer = Trainer(e)
     # A weight on the CPU may be read, because there is no device to wait for. Take the code path of an accelerator.
-    trainer._gradients.zero_weights.reads_cpu = False
+    trainer.gradients.zero_weights.reads_cpu = False
     batches = trainer.train_loader.batches(0, 3)
     trainer.train_step(next(batches))  # creates the optimizer's state
     for batch in batches:
@@ -825,13 +825,13 @@ def test_a_monitor_that_no_evaluation_gives_is_refused() -> None:
 def test_max_time_counts_over_all_launches(tmp_path: Path) -> None:
     e = experiment(trainer={"max_time": 3600.0, "max_steps": 4})
     first = Trainer(e, checkpointer=checkpointer(World(), tmp_path))
-    first._elapsed = 3000.0
+    first.state.earlier_s = 3000.0
     first.fit()
     again = Trainer(e, checkpointer=checkpointer(World(), tmp_path))
     info = again.checkpointer.latest() if again.checkpointer else None
     assert info is not None
     again.restore(info)
-    assert 3000.0 <= again._elapsed < 3600.0
+    assert 3000.0 <= again.state.earlier_s < 3600.0
 
 
 # -- targets that build the wrong thing --------------------------------------------------------------------------------

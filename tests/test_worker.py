@@ -19,6 +19,7 @@ from raytrainer.metrics import Monitor
 from raytrainer.parallel import World
 from raytrainer.storage import Storage
 from raytrainer.tracking import NullTracker
+from raytrainer.worker import recording
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
@@ -41,9 +42,9 @@ def test_trains_and_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
 def test_another_place_under_the_same_path_is_refused(tmp_path: Path) -> None:
     record = Record("one", str(tmp_path / "one"), created="2026-01-01T00:00:00+00:00", attempts=1)
     with pytest.raises(ConfigError, match="is not the same place"):
-        worker.run(job(tmp_path, mark=record.mark), World(), emit=lambda _: None)
+        worker.run(job(tmp_path, record_mark=record.mark), World(), emit=lambda _: None)
     record.write(Storage(str(tmp_path / "one")))
-    assert worker.run(job(tmp_path, mark=record.mark), World(), emit=lambda _: None)["step"] == 4
+    assert worker.run(job(tmp_path, record_mark=record.mark), World(), emit=lambda _: None)["step"] == 4
 
 
 def test_an_error_of_a_worker_travels() -> None:
@@ -71,11 +72,11 @@ def test_one_process_of_each_node_samples_its_node(tmp_path: Path, monkeypatch: 
         def set_tags(self, given: Mapping[str, str]) -> None:
             tags.update(given)
 
-    monkeypatch.setattr(worker, "MlflowTracker", Kept)
+    monkeypatch.setattr(recording, "MlflowTracker", Kept)
     places = [(0, 0, 0), (1, 1, 0), (2, 0, 1), (3, 1, 1)]
     asked, experiment = job(tmp_path, run_id="r"), compose(["experiment=smoke"]).experiment
     found = [
-        worker._trackers(asked, experiment, World(rank, 4, local_rank, node=node), "")
+        recording.open_trackers(asked, experiment, World(rank, 4, local_rank, node=node), "")
         for rank, local_rank, node in places
     ]
     assert [tuple(isinstance(one, Kept) for one in pair) for pair in found] == [
@@ -91,7 +92,7 @@ def test_one_process_of_each_node_samples_its_node(tmp_path: Path, monkeypatch: 
 def test_a_node_that_cannot_write_its_spool_trains_all_the_same(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     asked = job(tmp_path, run_id="r", spool_dir=str(tmp_path / "file" / "spool"))
-    found = worker._trackers(asked, compose(["experiment=smoke"]).experiment, World(1, 2, 0, node=1), "")
+    found = recording.open_trackers(asked, compose(["experiment=smoke"]).experiment, World(1, 2, 0, node=1), "")
     assert all(isinstance(one, NullTracker) for one in found)
 
 
@@ -103,7 +104,7 @@ def test_what_a_list_of_runs_shows_is_told_while_it_trains() -> None:
         def set_tags(self, given: Mapping[str, str]) -> None:
             tags.update(given)
 
-    listener, best = worker._Tracking(Kept()), Monitor("val/loss", "min")
+    listener, best = recording.TrackerListener(Kept()), Monitor("val/loss", "min")
     trainer = SimpleNamespace(best=best)
     listener.on_fit_start(trainer, FitStart(0, 132, 11, 2, 1000, 1000))
     assert tags == {"raytrainer.workers": "2", "raytrainer.total_steps": "132"}

@@ -74,7 +74,7 @@ def end(world: World, e: Experiment, reads_cpu: bool = True) -> tuple[dict[str, 
 
     recorder = Recorder()
     trainer = Trainer(e, world=world, listeners=[recorder])
-    trainer._gradients.zero_weights.reads_cpu = reads_cpu
+    trainer.gradients.zero_weights.reads_cpu = reads_cpu
     trainer.fit()
     state: dict[str, Any] = trainer.raw_model.state_dict()
     return {k: getattr(v, "full_tensor", lambda v=v: v)() for k, v in state.items()}, recorder.series("train/loss")

@@ -285,7 +285,7 @@ class Driver:
             spool_dir=str(self.spool_dir),
             ship=not self.upload_here,
             changed=self.record.changed,
-            mark=self.record.mark,
+            record_mark=self.record.mark,
             forward_env=self.e.cluster.forward_env,
             env_file=self.e.cluster.env_file,
         )
@@ -351,7 +351,7 @@ class Driver:
             try:
                 box["result"] = trainer.fit().return_value
             except BaseException as error:  # noqa: BLE001  raised in the main thread below
-                box["error"] = ray_internals.first_error(error)
+                box["error"] = trainer.first_error(error)
             finally:
                 done.set()
 

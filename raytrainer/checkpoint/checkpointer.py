@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -165,7 +165,7 @@ class Checkpointer:
 
         def commit() -> Manifest:
             nonlocal done
-            listed = {name: found for part in written for name, found in part.items()}
+            listed = {name: size_and_hash for part in written for name, size_and_hash in part.items()}
             created = datetime.now(UTC).isoformat(timespec="seconds")
             monitored = None if metric is None else float(metric)
             manifest = Manifest(step, monitored, self._ranks.world_size, created, listed)
@@ -288,12 +288,12 @@ class Checkpointer:
         local = files.read(self._storage, info.name, manifest, mine, None) if has_local else None
         return shared, local
 
-    def _scan(self) -> files.Finds:
-        found = files.scan(self._storage)
-        for item in found:
+    def _scan(self) -> Sequence[files.Entry]:
+        checkpoints = files.scan(self._storage)
+        for item in checkpoints:
             if isinstance(item.problem, manifests.UnknownVersion):
                 raise item.problem
-        return found
+        return checkpoints
 
     def _problem(self, name: str, manifest: Manifest) -> str | None:
         """Verify the files; each rank reads its share. Return the problem, or None."""

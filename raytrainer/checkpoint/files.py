@@ -7,7 +7,7 @@ import hashlib
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,7 +76,7 @@ def write(storage: Storage, directory: str, contents: Contents) -> dict[str, tup
 
 
 @dataclass(frozen=True)
-class Found:
+class Entry:
     """A checkpoint directory with its manifest, or with the manifest's problem. An unfinished save has neither."""
 
     name: str
@@ -85,12 +85,9 @@ class Found:
     problem: CheckpointCorrupt | None
 
 
-Finds = list[Found]
-
-
-def scan(storage: Storage) -> list[Found]:
+def scan(storage: Storage) -> list[Entry]:
     """Return all directories whose names are checkpoint names, oldest step first."""
-    found = []
+    entries = []
     for entry in storage.list():
         order = manifests.directory_order(entry.name)
         if not entry.is_dir or order is None:
@@ -109,28 +106,28 @@ def scan(storage: Storage) -> list[Found]:
                     manifest = None
         except CheckpointCorrupt as exc:
             problem = exc
-        found.append(Found(entry.name, order, manifest, problem))
-    return sorted(found, key=lambda item: item.order)
+        entries.append(Entry(entry.name, order, manifest, problem))
+    return sorted(entries, key=lambda item: item.order)
 
 
-def committed(found: list[Found]) -> list[Found]:
+def committed(entries: Sequence[Entry]) -> list[Entry]:
     """Return those with a valid manifest. If a step was saved several times, only its last save is returned."""
-    return list({item.order[0]: item for item in found if item.manifest is not None}.values())
+    return list({item.order[0]: item for item in entries if item.manifest is not None}.values())
 
 
 # The folder beside the checkpoints for the best one from before `import_checkpoint`. Runs never resume from it.
 ASIDE = "aside"
 
 
-def put_aside(storage: Storage) -> list[Found]:
+def put_aside(storage: Storage) -> list[Entry]:
     """Return the committed checkpoints in `ASIDE`, with names relative to `storage`."""
-    found = committed(scan(storage.child(ASIDE)))
-    return [replace(item, name=f"{ASIDE}/{item.name}") for item in found]
+    entries = committed(scan(storage.child(ASIDE)))
+    return [replace(item, name=f"{ASIDE}/{item.name}") for item in entries]
 
 
-def best(found: list[Found], mode: str) -> Found | None:
+def best(entries: Sequence[Entry], mode: str) -> Entry | None:
     """Return the checkpoint with the best finite metric; the first if several are equal."""
-    measured = [(item.manifest.metric, item) for item in found if item.manifest and item.manifest.metric is not None]
+    measured = [(item.manifest.metric, item) for item in entries if item.manifest and item.manifest.metric is not None]
     finite = [(metric, item) for metric, item in measured if math.isfinite(metric)]
     if not finite:
         return None
@@ -143,15 +140,15 @@ def retain(storage: Storage, newest: str, *, num_to_keep: int | None, mode: str,
     `newest`, the `num_to_keep` last steps, the best one, and any that a newer format version wrote are kept. Older
     saves that are unfinished or corrupt are deleted too.
     """
-    found = scan(storage)
-    valid = committed([item for item in found if item.name not in corrupt])
+    entries = scan(storage)
+    valid = committed([item for item in entries if item.name not in corrupt])
     kept = {item.name for item in (valid if num_to_keep is None else valid[-num_to_keep:])}
     kept.add(newest)
     if (winner := best(valid, mode)) is not None:
         kept.add(winner.name)
     now = manifests.directory_order(newest)
     assert now is not None
-    for item in found:
+    for item in entries:
         if item.name in kept or isinstance(item.problem, manifests.UnknownVersion):
             continue
         usable = item.manifest is not None and item.name not in corrupt

@@ -23,11 +23,11 @@ def copy_out(storage: Storage, directory: Path) -> CheckpointInfo:
     Raises:
         CheckpointNotFound: There is none.
     """
-    found = Checkpointer(storage).list()
-    if not found:
+    checkpoints = Checkpointer(storage).list()
+    if not checkpoints:
         raise CheckpointNotFound(f"no checkpoint in {storage.display}")
-    storage.download_tree(found[-1].name, directory / found[-1].name)
-    return found[-1]
+    storage.download_tree(checkpoints[-1].name, directory / checkpoints[-1].name)
+    return checkpoints[-1]
 
 
 def import_checkpoint(
@@ -48,8 +48,8 @@ def import_checkpoint(
         CheckpointNotFound: `directory` has no checkpoint.
     """
     source = Storage(str(directory))
-    found = Checkpointer(source).list()
-    if not found:
+    checkpoints = Checkpointer(source).list()
+    if not checkpoints:
         raise CheckpointNotFound(f"no checkpoint in {directory}")
     if mode is not None:
         _put_aside(storage, mode)
@@ -58,7 +58,7 @@ def import_checkpoint(
             storage.delete(entry.name)
     if note is not None:
         storage.write_bytes(_NOTE, json.dumps(dict(note)).encode())
-    _copy(source, found[-1].name, storage, found[-1].name)
+    _copy(source, checkpoints[-1].name, storage, checkpoints[-1].name)
 
 
 def _copy(source: Storage, name: str, storage: Storage, new: str) -> None:
@@ -95,5 +95,5 @@ def import_note(storage: Storage) -> dict[str, Any] | None:
     if not Checkpointer(storage).list():
         storage.delete(_NOTE)
         return None
-    found: dict[str, Any] = json.loads(data)
-    return found
+    note: dict[str, Any] = json.loads(data)
+    return note

@@ -34,13 +34,13 @@ def surplus(storage: Storage, *, mode: str, keep: int = 1) -> Surplus:
     """
     if keep < 1:
         raise ValueError(f"keep={keep}: must be at least 1, because the last checkpoint is always kept")
-    found = files.scan(storage)
-    valid = files.committed(found)
+    entries = files.scan(storage)
+    valid = files.committed(entries)
     kept = {item.name for item in valid[-keep:]}
     if (winner := files.best(valid, mode)) is not None:
         kept.add(winner.name)
-    old = tuple(item.name for item in found if item.manifest is not None and item.name not in kept)
-    unfinished = tuple(item.name for item in found if item.manifest is None and item.problem is None)
+    old = tuple(item.name for item in entries if item.manifest is not None and item.name not in kept)
+    unfinished = tuple(item.name for item in entries if item.manifest is None and item.problem is None)
     return Surplus(old, unfinished, tuple(sorted(kept)))
 
 

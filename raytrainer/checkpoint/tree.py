@@ -70,9 +70,7 @@ def _encode(value: Any, path: tuple[Any, ...], tensors: dict[str, torch.Tensor])
         node = {kind: _encode(content, path, tensors)}
         return node if about is None else {**node, "of": _encode(about, (*path, "of"), tensors)}
     if isinstance(value, Mapping):
-        if all(type(key) is str and not key.startswith("$") for key in value):
-            return {key: _encode(item, (*path, key), tensors) for key, item in value.items()}
-        return {"$items": [[_key(key, path), _encode(item, (*path, key), tensors)] for key, item in value.items()]}
+        return _encode_mapping(value, path, tensors)
     if isinstance(value, list | tuple):
         items = [_encode(item, (*path, i), tensors) for i, item in enumerate(value)]
         return items if isinstance(value, list) else {"$tuple": items}
@@ -83,6 +81,13 @@ def _encode(value: Any, path: tuple[Any, ...], tensors: dict[str, torch.Tensor])
         f"the state at {_shown(path)} is {_kind(value)}, which a checkpoint cannot hold. It holds {values.HELD}; "
         "let state_dict() return those."
     )
+
+
+def _encode_mapping(value: Mapping[Any, Any], path: tuple[Any, ...], tensors: dict[str, torch.Tensor]) -> Any:
+    items = {key: _encode(item, (*path, key), tensors) for key, item in value.items()}
+    if all(type(key) is str and not key.startswith("$") for key in value):
+        return items
+    return {"$items": [[_key(key, path), item] for key, item in items.items()]}
 
 
 def _named(value: torch.Tensor, path: tuple[Any, ...], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -123,10 +128,7 @@ def _decode(node: Any, read: TensorReader, template: Any) -> Any:
     if not isinstance(node, dict):
         return node
     if "$tensor" in node:
-        shape = tuple(node["shape"])
-        if not all(type(size) is int and size >= 0 for size in shape):
-            raise ValueError(f"the shape {shape} of {node['$tensor']!r}")
-        return read(str(node["$tensor"]), str(node["dtype"]), shape, template)
+        return _decode_tensor(node, read, template)
     if "$items" in node:
         pairs = [(_decode(key, read, None), item) for key, item in node["$items"]]
         return {key: _decode(item, read, _below(template, key)) for key, item in pairs}
@@ -138,6 +140,13 @@ def _decode(node: Any, read: TensorReader, template: Any) -> Any:
         about = _decode(node["of"], read, None) if "of" in node else None
         return values.decode(kind, _decode(node[kind], read, template), about)
     return {key: _decode(item, read, _below(template, key)) for key, item in node.items()}
+
+
+def _decode_tensor(node: dict[str, Any], read: TensorReader, template: Any) -> torch.Tensor:
+    shape = tuple(node["shape"])
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"the shape {shape} of {node['$tensor']!r}")
+    return read(str(node["$tensor"]), str(node["dtype"]), shape, template)
 
 
 def _below(template: Any, key: Any) -> Any:

@@ -78,10 +78,10 @@ def _decode_array(content: Any, about: Any) -> Any:
 
 
 def _plain_type(dtype: str) -> np.dtype[Any]:
-    found = np.dtype(dtype)
-    if found.hasobject:
+    kind = np.dtype(dtype)
+    if kind.hasobject:
         raise ValueError(f"an array of {dtype}")
-    return found
+    return kind
 
 
 def _encode_defaultdict(value: defaultdict[Any, Any]) -> Encoded | None:
@@ -90,16 +90,16 @@ def _encode_defaultdict(value: defaultdict[Any, Any]) -> Encoded | None:
 
 
 def _decode_state_dict(content: Any, metadata: Any) -> Any:
-    found: Any = OrderedDict(content)
-    found._metadata = OrderedDict(metadata)
-    return found
+    state: Any = OrderedDict(content)
+    state._metadata = OrderedDict(metadata)
+    return state
 
 
 def _torch_type(name: str) -> torch.dtype:
-    found = getattr(torch, name)
-    if not isinstance(found, torch.dtype):
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
         raise ValueError(f"torch.{name} is not a dtype")
-    return found
+    return dtype
 
 
 _ENCODERS: dict[type, Callable[[Any], Encoded | None]] = {
@@ -138,4 +138,4 @@ KINDS: dict[str, Callable[[Any, Any], Any]] = {
     "$timedelta": lambda c, _: timedelta(*c),
     "$date": lambda c, kind: _DATES[kind].fromisoformat(c),
 }
-"""The `$` key of each type, and how its values are made of their content."""
+"""`$` key of a type → the function that makes a value from its content, and from what `Encoded` says besides."""

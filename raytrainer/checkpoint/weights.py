@@ -78,11 +78,11 @@ def find_weights(source: str, storage_path: str, look_up: Callable[[str], str | 
         runs = Storage(storage_path if "://" in storage_path else Path(storage_path).absolute())
         places = [runs.child(source).uri] + ([runs.child(f"{sweep}/trials/{trial}").uri] if sweep else [])
     for place in places:
-        if (found := _at(place, storage_path)) is not None:
-            return found
+        if (weights := _at(place, storage_path)) is not None:
+            return weights
     directory = None if "/" in source else look_up(source)
-    if directory is not None and (found := _at(directory, storage_path)) is not None:
-        return found
+    if directory is not None and (weights := _at(directory, storage_path)) is not None:
+        return weights
     raise CheckpointNotFound(
         f"init_from={redacted(source)}: no weights file, run, checkpoint or Hugging Face folder has this path or name"
     )
@@ -99,7 +99,7 @@ def fit(model: nn.Module, shapes: dict[str, Shape], options: InitFrom) -> Match:
     groups: dict[int, set[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(p), set()).add(alias.get(name, name))
-    found = names.match(
+    matched = names.match(
         {alias[name]: shape for name, shape in own.items() if name in alias},
         shapes,
         strict=options.strict,
@@ -107,12 +107,12 @@ def fit(model: nn.Module, shapes: dict[str, Shape], options: InitFrom) -> Match:
         exclude=options.exclude,
         tied=[group for group in groups.values() if len(group) > 1],
     )
-    if found.problem and options.strict and not options.exclude:
+    if matched.problem and options.strict and not options.exclude:
         theirs = {names.renamed(name, options.mapping or {}): name for name in shapes}
         if _accepts(model, {name: shapes[source] for name, source in theirs.items()}):
             return Match(theirs, [], [])
-    taken = {name: found.taken[alias[name]] for name in own if alias.get(name) in found.taken}
-    return replace(found, taken=taken)
+    taken = {name: matched.taken[alias[name]] for name in own if alias.get(name) in matched.taken}
+    return replace(matched, taken=taken)
 
 
 def shapes_of(state: Mapping[str, Any]) -> dict[str, Shape]:
@@ -148,17 +148,17 @@ def take(model: nn.Module, weights: Weights, options: InitFrom) -> tuple[dict[st
     Raises:
         CheckpointCorrupt: The weights cannot be read, or do not match.
     """
-    found = weights.read()
-    match = fit(model, shapes_of(found), options)
+    source = weights.read()
+    match = fit(model, shapes_of(source), options)
     if match.problem:
         raise CheckpointCorrupt(f"{weights.place} {match.problem}")
     for first, *others in match.same:
-        if unlike := [name for name in others if not torch.equal(found[first], found[name])]:
+        if unlike := [name for name in others if not torch.equal(source[first], source[name])]:
             raise CheckpointCorrupt(
                 f"{weights.place} has different values for {first} and {unlike[0]}, which are one tensor in the model"
             )
-    taken: dict[str, Any] = {name: found[theirs] for name, theirs in match.taken.items()}
-    extra = {names.renamed(name, options.mapping or {}): v for name, v in found.items() if is_extra_state(name)}
+    taken: dict[str, Any] = {name: source[theirs] for name, theirs in match.taken.items()}
+    extra = {names.renamed(name, options.mapping or {}): v for name, v in source.items() if is_extra_state(name)}
     taken |= {
         name: value
         for name, value in extra.items()
@@ -174,14 +174,14 @@ def _without_adapters(model: nn.Module, own: dict[str, Shape], shapes: dict[str,
     adapted = hasattr(model, "peft_config") and isinstance(prefix, str)
     if not adapted or any(name.startswith(outer) for name in shapes):  # not adapted, or the source is adapted too
         return {name: name for name in own}
-    found = {}
+    plain_names = {}
     for name in own:
         if f".{prefix}" not in name:
             # PEFT keeps two copies of a module that is trained besides the adapters: the original and the trained one.
             plain = name.removeprefix(outer).replace(".base_layer.", ".").replace(".original_module.", ".")
             begin, saved, end = plain.partition(".modules_to_save.")
-            found[name] = f"{begin}.{end.partition('.')[2]}" if saved else plain
-    return found
+            plain_names[name] = f"{begin}.{end.partition('.')[2]}" if saved else plain
+    return plain_names
 
 
 def _at(place: str, storage_path: str) -> Weights | None:
@@ -259,23 +259,23 @@ class _File:
         return self.folder.where(self.name)
 
     def shapes(self) -> dict[str, Shape] | None:
-        found: dict[str, Shape] = {}
+        shapes: dict[str, Shape] = {}
         for file, wanted in self._files():
             if file.endswith(_PICKLES) and not self.folder.is_local:
                 return None
             safe = file.endswith(".safetensors")
             of_file = self._header(file) if safe else shapes_of(self._unpickled(file, "meta"))
-            found.update(self._chosen(file, of_file, wanted))
-        return found
+            shapes.update(self._chosen(file, of_file, wanted))
+        return shapes
 
     def read(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        tensors: dict[str, Any] = {}
         for file, wanted in self._files():
             of_file = self._tensors(file) if file.endswith(".safetensors") else self._unpickled(file, "cpu")
-            found.update(self._chosen(file, of_file, wanted))
+            tensors.update(self._chosen(file, of_file, wanted))
             if file.endswith(".safetensors"):
-                found.update(self._extra(file))
-        return found
+                tensors.update(self._extra(file))
+        return tensors
 
     def _extra(self, file: str) -> dict[str, Any]:
         """Return extra state that is not a tensor, which `export` writes into the file's metadata."""
@@ -302,12 +302,12 @@ class _File:
                 raise CheckpointCorrupt(f"{self.place} lists {file}, which does not exist")
             yield file, wanted
 
-    def _chosen(self, file: str, found: dict[str, Any], wanted: list[str] | None) -> dict[str, Any]:
+    def _chosen(self, file: str, tensors: dict[str, Any], wanted: list[str] | None) -> dict[str, Any]:
         if wanted is None:
-            return found
-        if lacking := sorted(set(wanted) - found.keys()):
+            return tensors
+        if lacking := sorted(set(wanted) - tensors.keys()):
             raise CheckpointCorrupt(f"{self.folder.where(file)} lacks {names.few(lacking)}, which {self.name} lists")
-        return {name: found[name] for name in wanted}
+        return {name: tensors[name] for name in wanted}
 
     def _header(self, file: str) -> dict[str, Shape]:
         try:

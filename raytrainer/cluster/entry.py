@@ -21,7 +21,6 @@ from raytrainer.attempt import Record
 from raytrainer.config import Composition, Experiment, from_text
 from raytrainer.core import environment, proxies, streams
 from raytrainer.errors import ConfigError, RaytrainerError, Refused, Stopped
-from raytrainer.provenance import Provenance
 from raytrainer.storage import Storage, redacted
 from raytrainer.storage.lock import leases_in, withdraw
 
@@ -55,7 +54,7 @@ class Asked:
     job: dict[str, str]
     forward_env: list[str]
     env_file: str | None
-    origin: bytes | None = None
+    origin: Path | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Asked:
@@ -68,7 +67,7 @@ class Asked:
                 "config": (folder / "config.yaml").read_text(),
                 "plan": None,
                 "changed": [],
-                "origin": origin.read_bytes() if origin.exists() else None,
+                "origin": origin if origin.exists() else None,
                 **known,
             }
         )
@@ -113,7 +112,7 @@ def run(asked: Asked) -> int:
     print(f"raytrainer: job {asked.job.get('submission_id')} on {platform.node()}", flush=True)
     environment.provide(asked.forward_env, asked.env_file)
     if asked.origin is not None:
-        provenance.adopt(Provenance.from_json(asked.origin))
+        provenance.adopt(asked.origin)
     return _sweep(asked) if asked.kind == "sweep" else _run(asked)
 
 

@@ -34,6 +34,7 @@ class DataConfig:
     collate_fn: dict[str, Any] | None = None
     num_workers: int = key(0, least=0)
     prefetch: int = key(2, least=0)
+    start_method: str = key("forkserver", choices=("forkserver", "spawn", "fork"))  # of the processes
     resident: Any = key("auto", choices=("auto", True, False))  # noqa: RUF009
 
     @property

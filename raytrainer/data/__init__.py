@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from raytrainer.data.augment import Normalize, RandomCropFlip
     from raytrainer.data.datasets import Arrays, ColumnDataset, Digits
     from raytrainer.data.images import EncodedImages, ImageFolder
-    from raytrainer.data.loader import Batch, Loader, MicroBatch
+    from raytrainer.data.loader import Batch, Loader, LoaderOptions, MicroBatch
     from raytrainer.data.parquet import ParquetDataset
     from raytrainer.data.ray_data import RayDataset
     from raytrainer.data.text import PythonSources
@@ -26,6 +26,7 @@ __all__ = [
     "EncodedImages",
     "ImageFolder",
     "Loader",
+    "LoaderOptions",
     "MicroBatch",
     "Normalize",
     "ParquetDataset",
@@ -43,6 +44,7 @@ _MODULES = {
     "EncodedImages": "images",
     "ImageFolder": "images",
     "Loader": "loader",
+    "LoaderOptions": "loader",
     "MicroBatch": "loader",
     "Normalize": "augment",
     "ParquetDataset": "parquet",

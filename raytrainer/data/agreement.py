@@ -34,14 +34,16 @@ def agree_on_length(name: str, length: int, is_stream: bool, world_size: int, de
     own = torch.tensor([int(is_stream), length], device=device)
     gathered = [torch.empty_like(own) for _ in range(world_size)]
     dist.all_gather(gathered, own)
-    said = [tuple(one.tolist()) for one in gathered]
-    if len(set(said)) == 1:
+    lengths_by_rank = [tuple(one.tolist()) for one in gathered]
+    if len(set(lengths_by_rank)) == 1:
         return
-    if len({kind for kind, _ in said}) > 1:
-        kinds = ", ".join(f"rank {r}: {'an iterable' if kind else 'map-style'}" for r, (kind, _) in enumerate(said))
+    if len({kind for kind, _ in lengths_by_rank}) > 1:
+        kinds = ", ".join(
+            f"rank {r}: {'an iterable' if kind else 'map-style'}" for r, (kind, _) in enumerate(lengths_by_rank)
+        )
         raise DataError(f"{name}: the dataset is of another kind on some ranks ({kinds}). Build the same on each rank.")
-    what = "batches an epoch" if is_stream else "samples"
-    lengths = ", ".join(f"rank {rank}: {count} {what}" for rank, (_, count) in enumerate(said))
+    unit = "batches an epoch" if is_stream else "samples"
+    lengths = ", ".join(f"rank {rank}: {count} {unit}" for rank, (_, count) in enumerate(lengths_by_rank))
     reason = (
         "The shards must hold the same number of full batches"
         if is_stream
@@ -91,8 +93,8 @@ class Agreement:
             own = torch.tensor([p.epoch, p.global_size, int(p.ends_epoch), p.samples])
         gathered = [torch.empty_like(own) for _ in range(self._world_size)]
         dist.all_gather(gathered, own, group=self._group)
-        said = [one.tolist() for one in gathered]
-        if all(one[:3] == said[0][:3] and one[0] >= 0 for one in said):
+        by_rank = [row.tolist() for row in gathered]
+        if all(row[:3] == by_rank[0][:3] and row[0] >= 0 for row in by_rank):
             return
         texts: list[str | None] = [None] * self._world_size
         dist.all_gather_object(texts, None if failure is None else str(failure), group=self._group)
@@ -101,7 +103,7 @@ class Agreement:
         failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
         counts = [
             f"rank {rank}: {samples} samples" + ("" if ends == 1 else " and continues")
-            for rank, (epoch, _, ends, samples) in enumerate(said)
+            for rank, (epoch, _, ends, samples) in enumerate(by_rank)
             if epoch >= 0
         ]
         if failed:
@@ -113,5 +115,5 @@ class Agreement:
             "by rank needs a method shard(rank, world_size)"
         )
         raise DataError(
-            f"{self._name}: epoch {said[0][0]} does not end on all ranks alike ({', '.join(counts)}). {fix}."
+            f"{self._name}: epoch {by_rank[0][0]} does not end on all ranks alike ({', '.join(counts)}). {fix}."
         )

@@ -25,8 +25,12 @@ class MappedTable:
     """Columns of any Arrow type in a memory-mapped file, read row by row."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._reader, _ = _open(path)
         self._per_batch = self._reader.get_batch(0).num_rows
+
+    def __reduce__(self) -> tuple[type[MappedTable], tuple[Path]]:
+        return MappedTable, (self._path,)
 
     def take(self, rows: pa.Array) -> pa.Table:
         """Return the rows (int64 `[n]`) as slices of the map."""
@@ -165,7 +169,12 @@ def map_numbers(path: Path, columns: Mapping[str, tuple[str, Iterable[int]]], ro
         mapped[name] = MappedColumn(
             mapping, dtype, (rows, *shape), first=first, per_batch=per_batch, stride=stride, last=last
         )
+        mapped[name].reopen = _map_column, (path, name, kind, tuple(shape), rows)
     return mapped
+
+
+def _map_column(path: Path, name: str, kind: str, shape: tuple[int, ...], rows: int) -> MappedColumn:
+    return map_numbers(path, {name: (kind, shape)}, rows)[name]
 
 
 def _open(path: Path) -> tuple[pa.ipc.RecordBatchFileReader, mmap.mmap]:

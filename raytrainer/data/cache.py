@@ -69,16 +69,16 @@ class Cache:
             raise ConfigError(f"{error.strerror}: {error.filename or self._folder}", key="cache") from error
 
     def _make(self, write: Callable[[Path], dict[str, Any]], needed: int) -> dict[str, Any]:
-        told = False
+        is_reported = False
         while True:
             try:
                 with Storage(self._folder).lock(f"{self.path.name}.lock", {"run": "the conversion"}) as lock:
                     # Another process may have made it in the meantime.
                     return self.find() or self._written(write, needed, lock.check)
             except StorageLocked as held:
-                if not told:
+                if not is_reported:
                     _log.info("waiting for the conversion to %s: %s", self.path, held)
-                    told = True
+                    is_reported = True
             time.sleep(_POLL_S)
             if (content := self.find()) is not None:
                 return content

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import warnings
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -23,7 +24,12 @@ class MappedColumn:
         per_batch: Rows in a record batch.
         stride: The distance between two record batches, in numbers.
         last: The position of the last record batch, in numbers. It is shorter, so its columns lie closer together.
+
+    Attributes:
+        reopen: A function and its arguments that map the column again in another process; None if it cannot be sent.
     """
+
+    reopen: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
 
     def __init__(
         self,
@@ -50,6 +56,9 @@ class MappedColumn:
         strides = [prod(shape[axis + 1 :]) for axis in range(1, len(shape))]
         # A view with one overlapping row for each possible start, so that one index_select gathers, as in memory.
         self._windows = values.as_strided((len(values) - first - self._width + 1, *shape[1:]), (1, *strides), first)
+
+    def __reduce__(self) -> Any:
+        return super().__reduce__() if self.reopen is None else self.reopen
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -37,7 +37,7 @@ def find_files(
         info = filesystem.get_file_info(base)
         if info.type == pafs.FileType.File and not wildcard:
             return filesystem, [info]
-        found = (
+        entries = (
             filesystem.get_file_info(pafs.FileSelector(base, recursive=True))
             if info.type == pafs.FileType.Directory
             else []
@@ -47,7 +47,7 @@ def find_files(
     if info.type == pafs.FileType.NotFound and not wildcard:
         raise DataError(f"{shown}: no such file or directory")
     files = []
-    for entry in found:
+    for entry in entries:
         parts = entry.path[len(base.rstrip("/")) + 1 :].split("/")
         if entry.type != pafs.FileType.File:
             continue

@@ -5,6 +5,7 @@ A batch is uint8, a quarter of the size of its float32 numbers on the device.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -33,7 +34,6 @@ R = TypeVar("R")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _MOST_THREADS = 16
 _TRIES = 10  # attempts to find a random crop that fits
-_pools: dict[int, ThreadPoolExecutor] = {}  # by process id, because a fork has none of its parent's threads
 
 
 def in_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
@@ -43,11 +43,14 @@ def in_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """
     if multiprocessing.parent_process() is not None:
         return [function(item) for item in items]
-    pool = _pools.get(os.getpid())
-    if pool is None:
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        pool = _pools[os.getpid()] = ThreadPoolExecutor(min(_MOST_THREADS, cpus), "raytrainer-images")
-    return list(pool.map(function, items))
+    return list(_thread_pool(os.getpid()).map(function, items))
+
+
+@functools.cache
+def _thread_pool(pid: int) -> ThreadPoolExecutor:
+    """Return the pool of the process `pid`, because a fork has none of its parent's threads."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ThreadPoolExecutor(min(_MOST_THREADS, cpus), "raytrainer-images")
 
 
 class ImageFolder:
@@ -63,11 +66,11 @@ class ImageFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._filesystem, found = find_files(str(path), SUFFIXES, "image")
+        self._filesystem, entries = find_files(str(path), SUFFIXES, "image")
         self.path = redacted(str(path))
         # An Arrow array takes a tenth of the memory of Python strings.
-        self._files = pa.array([entry.path for entry in found], pa.large_string())
-        folders = [entry.path.rpartition("/")[0].rpartition("/")[2] for entry in found]
+        self._files = pa.array([entry.path for entry in entries], pa.large_string())
+        folders = [entry.path.rpartition("/")[0].rpartition("/")[2] for entry in entries]
         names, labels = np.unique(np.array(folders), return_inverse=True)
         self.classes: list[str] = names.tolist()
         self._labels = labels.astype(np.int64)

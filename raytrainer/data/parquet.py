@@ -171,7 +171,20 @@ class _Source:
 
         with ThreadPoolExecutor(min(16, len(files))) as pool:  # remote files need one round trip each
             schemas, footers = zip(*pool.map(footer, files), strict=True)
-        first: pa.Schema = schemas[0]
+        names = self._selected(files, schemas)
+        self.counts = [footer.num_rows for footer in footers]
+        if sum(self.counts) == 0 and len(files) == len(self.files):
+            raise DataError(f"{self.shown}: {len(self.files)} Parquet file(s), and no row in them")
+        types = {name: schemas[0].field(name).type for name in names}
+        layouts = {name: layout_of(kind, self._shapes.get(name), name) for name, kind in types.items()}
+        self._layouts = {name: layout for name, layout in layouts.items() if layout is not None}
+        self._others = [name for name, layout in layouts.items() if layout is None]
+        self._other_bytes = sum(_bytes_of(footer, self._others) for footer in footers) if self._others else 0
+        self.bytes = sum(self.counts) * sum(x.row_bytes for x in self._layouts.values()) + self._other_bytes
+
+    def _selected(self, files: Sequence[str], schemas: Sequence[pa.Schema]) -> list[str]:
+        """Return the names of the selected columns, which all files must have with the same types."""
+        first = schemas[0]
         names = list(first.names if self._columns is None else self._columns)
         for name in [*names, *self._shapes]:
             _must_have(name, first.names if name not in self._shapes else names, self.shown)
@@ -179,14 +192,7 @@ class _Source:
             raise ConfigError(f"{self.shown}: columns names none", key="columns", value=self._columns)
         for file, schema in zip(files, schemas, strict=True):
             self._same_types(file, schema, first, names)
-        self.counts = [found.num_rows for found in footers]
-        if sum(self.counts) == 0 and len(files) == len(self.files):
-            raise DataError(f"{self.shown}: {len(self.files)} Parquet file(s), and no row in them")
-        found = {name: layout_of(first.field(name).type, self._shapes.get(name), name) for name in names}
-        self._layouts = {name: layout for name, layout in found.items() if layout is not None}
-        self._others = [name for name, layout in found.items() if layout is None]
-        self._other_bytes = sum(_bytes_of(found, self._others) for found in footers) if self._others else 0
-        self.bytes = sum(self.counts) * sum(x.row_bytes for x in self._layouts.values()) + self._other_bytes
+        return names
 
     def read(self) -> tuple[dict[str, Tensor], pa.Table | None]:
         """Read the numeric columns and the other columns into memory."""

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from raytrainer.batches import is_dense, move, moves_itself, parts, pin, tensors
 from raytrainer.data.columns import Column, take
+from raytrainer.data.plan import Step
 
 T = TypeVar("T")
+Made = tuple[Step, list[Any]]
+"""A step, and the data of each of its micro-batches."""
 
 _END = object()
 # If a batch from a memory map is slower than this, it came from a disk: a tenth of the speed of memory copies, plus the
@@ -65,10 +68,44 @@ def prefetched(source: Generator[T, None, None], depth: int) -> Generator[T, Non
         thread.join(timeout=1.0)
 
 
-def while_warm(source: Generator[tuple[Any, list[Any]], None, None]) -> Generator[tuple[Any, list[Any]], None, bool]:
+def on_device(source: Generator[Made, None, None], device: torch.device, depth: int) -> Generator[Made, None, None]:
+    """Prefetch `depth` batches of `source` in a thread, and start their copies to the device there; 0 for no thread."""
+    if device.type != "cuda":
+        ready = prefetched(source, depth) if depth else source
+        try:
+            for made in ready:
+                yield moved(made, device)
+        finally:
+            ready.close()
+        return
+    copier = DeviceCopy(device)
+
+    def started() -> Generator[Made, None, None]:
+        try:
+            for step, micro in source:
+                yield step, [copier.start(data) for data in micro]
+        finally:
+            source.close()
+
+    moving = prefetched(started(), depth) if depth else started()
+    try:
+        for step, micro in moving:
+            yield step, [copier.finish(*data) for data in micro]
+    finally:
+        moving.close()
+
+
+def moved(made: Made, device: torch.device) -> Made:
+    """Return a batch on the device, after the copy."""
+    if device.type == "cpu":
+        return made
+    return made[0], [move(data, device) for data in made[1]]
+
+
+def while_warm(source: Generator[Made, None, None]) -> Generator[Made, None, bool]:
     """Yield batches of `source` until three in a row were so slow that they must have been read from a disk.
 
-    A batch is any object with a list of dicts or tuples of tensors. The generator returns True if `source` is
+    Their data are dicts or tuples of tensors. The generator returns True if `source` is
     exhausted.
     """
     slow = 0

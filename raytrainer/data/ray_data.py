@@ -91,10 +91,10 @@ class RayDataset:
         def read(epoch: int) -> Iterator[dict[str, Any]]:
             seed = mix("ray-data", self._seed, epoch, rank) % 2**32
             shuffle = {"local_shuffle_buffer_size": self._shuffle_rows, "local_shuffle_seed": seed}
-            found: Iterator[dict[str, Any]] = iter(
+            batches: Iterator[dict[str, Any]] = iter(
                 rows.iter_batches(batch_format="numpy", **(shuffle if self._shuffle_rows else {}))
             )
-            return found
+            return batches
 
         return _Shard(read, world_size, self._shapes)
 

@@ -14,26 +14,17 @@ import numpy as np
 
 from raytrainer.data.datasets import name_of
 from raytrainer.data.order import rank_slice
-from raytrainer.data.plan import Step, cut
+from raytrainer.data.plan import Batching, Step
 from raytrainer.errors import ConfigError, DataError
 
 State = dict[str, Any]
 
 
 class Stream:
-    """The batches of an iterable. For the arguments, see `raytrainer.data.Loader`."""
+    """The batches of an iterable."""
 
-    def __init__(
-        self,
-        dataset: Any,
-        global_batch_size: int,
-        *,
-        micro_batch_size: int | None,
-        rank: int,
-        world_size: int,
-        drop_last: bool,
-        pad_empty: bool,
-    ) -> None:
+    def __init__(self, dataset: Any, batching: Batching) -> None:
+        rank, world_size, size = batching.rank, batching.world_size, batching.global_batch_size
         self.sharded = callable(getattr(dataset, "shard", None))
         self.dataset = dataset.shard(rank, world_size) if self.sharded else dataset
         if not callable(getattr(self.dataset, "__iter__", None)):
@@ -41,29 +32,28 @@ class Stream:
                 f"{name_of(dataset)}.shard(rank, world_size) returns {self.dataset!r}, which is not an iterable"
             )
         self.name = name_of(dataset)
-        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        self.rank, self.world_size, self.pad_empty = rank, world_size, pad_empty
-        mine = rank_slice(global_batch_size, rank, world_size)
+        self._batching = batching
+        mine = rank_slice(size, rank, world_size)
         # Other ranks do not know where a shard ends, so its last, short batch cannot be shared: only full batches
         # count.
-        self._wanted = mine.stop - mine.start if self.sharded else global_batch_size
-        self._least = self._wanted if drop_last or self.sharded else 1
+        self._wanted = mine.stop - mine.start if self.sharded else size
+        self._least = self._wanted if batching.drop_last or self.sharded else 1
         if self._wanted == 0:
             raise ConfigError(
-                f"data.global_batch_size={global_batch_size} leaves nothing for rank {rank} of {world_size}, "
+                f"data.global_batch_size={size} leaves nothing for rank {rank} of {world_size}, "
                 f"and {self.name} is sharded: make it at least {world_size}",
                 key="data.global_batch_size",
-                value=global_batch_size,
+                value=size,
             )
         self.stateful = all(callable(getattr(self.dataset, name, None)) for name in ("state_dict", "load_state_dict"))
         self._initial = self._snapshot()
         self._used = self._exhausted = self._is_iterator = False
-        self._whole = dataset
+        self.whole = dataset
 
     @property
     def announced(self) -> int | None:
         """The batches in an epoch, from the `__len__` (in samples) of the shard or iterable; None without one."""
-        for dataset, size in ((self.dataset, self._wanted), (self._whole, self.global_batch_size)):
+        for dataset, size in ((self.dataset, self._wanted), (self.whole, self._batching.global_batch_size)):
             try:
                 length = len(dataset)
             except (TypeError, NotImplementedError):
@@ -128,11 +118,11 @@ class Stream:
             )
         if count == 0:
             return DataError(f"{self.name} has no samples: epoch {epoch} of the iterable gave none")
-        whose = f" of this rank ({self.rank} of {self.world_size})" if self.sharded else ""
+        whose = f" of this rank ({self._batching.rank} of {self._batching.world_size})" if self.sharded else ""
         fix = "" if self.sharded else " or set data.drop_last=false"
         return DataError(
             f"{self.name}: epoch {epoch} gave {count} samples, fewer than the {self._wanted} of one full batch{whose}. Make "
-            f"data.global_batch_size={self.global_batch_size} smaller{fix}"
+            f"data.global_batch_size={self._batching.global_batch_size} smaller{fix}"
         )
 
     def _open(self, epoch: int) -> Iterator[Any]:
@@ -159,15 +149,16 @@ class Stream:
         return copy.deepcopy(self.dataset.state_dict()) if self.stateful else None
 
     def _step(self, index: int, epoch: int, place: int, rows: list[Any], ends: bool) -> tuple[Step, list[list[Any]]]:
-        size = self.global_batch_size if self.sharded else len(rows)
-        offset = rank_slice(size, self.rank, self.world_size).start if self.sharded else 0
-        first = place * self.global_batch_size
+        b = self._batching
+        size = b.global_batch_size if self.sharded else len(rows)
+        offset = rank_slice(size, b.rank, b.world_size).start if self.sharded else 0
+        first = place * b.global_batch_size
         numbers = np.arange(first, first + size, dtype=np.int64)
         step = Step(index, epoch, size, ends, [])
         micro = []
-        for begin, end in cut(size, self.rank, self.world_size, self.micro_batch_size, self.pad_empty):
+        for begin, end in b.cut(size):
             # An empty slice gets one sample of the batch as a placeholder, with size 0.
-            one, past = (begin, end) if end > begin else (offset, offset + 1)
-            step.micro.append((numbers[one:past], end - begin))
-            micro.append(rows[one - offset : past - offset])
+            first_row, end_row = (begin, end) if end > begin else (offset, offset + 1)
+            step.micro.append((numbers[first_row:end_row], end - begin))
+            micro.append(rows[first_row - offset : end_row - offset])
         return step, micro

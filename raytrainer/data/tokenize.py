@@ -73,15 +73,15 @@ def tokenize(
         )
     except OSError as error:
         raise ConfigError(f"cannot be written: {error.strerror}", key="--output", value=str(output)) from error
-    began = told = time.monotonic()
+    began = reported_at = time.monotonic()
     with writer:
         for number, (filesystem, path) in enumerate(files, 1):
             for texts in _batches(_documents(filesystem, path, kind or _kind(path), column)):
                 encoded = encoder.encode_batch_fast(texts, add_special_tokens=False)
                 writer.add([e.ids for e in encoded], sum(len(text.encode()) for text in texts))
-                if progress and time.monotonic() - told >= 2:
-                    told = time.monotonic()
-                    rate = writer.head.tokens / (told - began)
+                if progress and time.monotonic() - reported_at >= 2:
+                    reported_at = time.monotonic()
+                    rate = writer.head.tokens / (reported_at - began)
                     print(f"file {number}/{len(files)}  {_said(writer.head)}  {rate:,.0f} tokens/s", file=sys.stderr)
         if not writer.head.tokens:
             raise DataError(f"{', '.join(redacted(s) for s in sources)}: there is no text in it")

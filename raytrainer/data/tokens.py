@@ -25,7 +25,7 @@ from raytrainer.data.files import find_files
 from raytrainer.errors import ConfigError, DataError
 from raytrainer.storage import redacted
 
-IGNORED = -100
+IGNORED_LABEL = -100
 """The label of a position that does not count, as `torch.nn.functional.cross_entropy` and `TokenCrossEntropy` have it."""
 
 _PAGE = 4096
@@ -87,7 +87,9 @@ class TokenWindows:
             last, rest = torch.from_numpy(~whole), torch.from_numpy(self._rest.astype(np.int64))
             batch = {name: values.clone() for name, values in batch.items()}
             batch["input_ids"][last] = torch.nn.functional.pad(rest[:-1], (0, self.seq_len - len(rest) + 1))
-            batch["labels"][last] = torch.nn.functional.pad(rest[1:], (0, self.seq_len - len(rest) + 1), value=IGNORED)
+            batch["labels"][last] = torch.nn.functional.pad(
+                rest[1:], (0, self.seq_len - len(rest) + 1), value=IGNORED_LABEL
+            )
         return batch
 
 

@@ -70,14 +70,14 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     Raises:
         ConfigError: There are none.
     """
-    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not found:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
         raise ConfigError(
             "has no trainable parameter: it has no parameters at all, or all of them have requires_grad=False or are in "
             "trainer.freeze",
             key="model",
         )
-    return found
+    return trained
 
 
 def apart(parameters: Iterable[nn.Parameter], model: nn.Module) -> list[list[nn.Parameter]]:

@@ -183,15 +183,15 @@ def split(
     parameters = trainable(model if system is None else system)
     own = {id(p) for p in model.parameters()}
     theirs = {n for n, p in parameters.items() if id(p) in own - outer and (p.ndim == 2 or id(p) in kernels)}
-    asked = matching(muon_params, parameters, "optimizer.muon_params")
+    requested = matching(muon_params, parameters, "optimizer.muon_params")
     refused = matching(adamw_params, parameters, "optimizer.adamw_params")
-    if both := sorted(asked & refused):
+    if both := sorted(requested & refused):
         raise ConfigError(f"and optimizer.adamw_params both name {both[0]}", key="optimizer.muon_params")
-    if vectors := sorted(name for name in asked if parameters[name].ndim < 2):
+    if vectors := sorted(name for name in requested if parameters[name].ndim < 2):
         raise ConfigError(
             "is not a matrix: it has fewer than two dimensions", key="optimizer.muon_params", value=vectors[0]
         )
-    theirs = (theirs | asked) - refused
+    theirs = (theirs | requested) - refused
     if not theirs:
         raise ConfigError(
             "finds no hidden matrix: beside embeddings and the output layer nothing of two dimensions is trained; "
@@ -210,9 +210,9 @@ def _is_plain_convolution(module: nn.Module) -> bool:
 def _outer_modules(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the embeddings and the output layer."""
     yield from (m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
-    said: Any = getattr(model, "get_output_embeddings", None)
-    if callable(said) and isinstance(found := said(), nn.Module):
-        yield found
+    get_output: Any = getattr(model, "get_output_embeddings", None)
+    if callable(get_output) and isinstance(layer := get_output(), nn.Module):
+        yield layer
         return
     blocks = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, nn.ModuleList))
     with_matrix = [(n, m) for n, m in model.named_modules() if any(p.ndim >= 2 for p in m.parameters(recurse=False))]
@@ -222,15 +222,15 @@ def _outer_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 def _batches(params: Sequence[Tensor]) -> Iterator[tuple[tuple[int, int], list[int]]]:
     """Yield matrices of one shape by their numbers, as many at a time as fit together."""
-    found: dict[tuple[int, int], list[int]] = {}
+    by_shape: dict[tuple[int, int], list[int]] = {}
     for i, p in enumerate(params):
-        found.setdefault((p.shape[0], math.prod(p.shape[1:])), []).append(i)
-    for shape, numbers in found.items():
+        by_shape.setdefault((p.shape[0], math.prod(p.shape[1:])), []).append(i)
+    for shape, numbers in by_shape.items():
         most = max(1, _BATCH // max(1, math.prod(shape)))
         for begin in range(0, len(numbers), most):
             yield shape, numbers[begin : begin + most]
 
 
-def _check(name: str, value: Any, holds: bool, what: str, choices: Any = ()) -> None:
+def _check(name: str, value: Any, holds: bool, expected: str, choices: Any = ()) -> None:
     if not holds:
-        raise ConfigError(f"must be {what}", key=f"optimizer.{name}", value=value, choices=list(choices))
+        raise ConfigError(f"must be {expected}", key=f"optimizer.{name}", value=value, choices=list(choices))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -46,21 +46,24 @@ class MeanGradients:
         if not self._find_unused and own != self._used:
             names = [name for name, used in own.items() if used != self._used[name]]
             raise unused_parameters(names)
-        by_type: dict[torch.dtype, list[Tensor]] = {}
         with torch.no_grad():
-            for name, p in self._parameters.items():
-                if self._used[name]:
-                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                    p.grad = p.grad.to_dense() if p.grad.is_sparse else p.grad
-                    # Not every backend can add complex numbers.
-                    part = torch.view_as_real(p.grad) if p.grad.is_complex() else p.grad
-                    by_type.setdefault(part.dtype, []).append(part)
-            for parts in by_type.values():
+            for parts in self._gradients([p for name, p in self._parameters.items() if self._used[name]]):
                 flat = torch.cat([part.flatten() for part in parts])
                 dist.all_reduce(flat)
                 flat /= self._world.size
                 pieces = flat.split([part.numel() for part in parts])
                 torch._foreach_copy_(parts, [new.view_as(part) for new, part in zip(pieces, parts, strict=True)])
+
+    def _gradients(self, parameters: list[nn.Parameter]) -> Iterable[list[Tensor]]:
+        """Return dense real views of the gradients by dtype; zeros where this rank has none."""
+        by_type: dict[torch.dtype, list[Tensor]] = {}
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            p.grad = p.grad.to_dense() if p.grad.is_sparse else p.grad
+            # Not every backend can add complex numbers.
+            part = torch.view_as_real(p.grad) if p.grad.is_complex() else p.grad
+            by_type.setdefault(part.dtype, []).append(part)
+        return by_type.values()
 
 
 def unused_parameters(names: list[str]) -> ConfigError:

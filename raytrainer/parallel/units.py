@@ -30,16 +30,16 @@ def find_units(model: nn.Module, classes: Sequence[str] | None, key: str) -> lis
     if classes is None:
         named = [str(name) for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()]
         # Each model of a family may list the blocks of the whole family.
-        found = [module for module in below if type(module).__name__ in named]
-        return found or _repeated(model)
+        units = [module for module in below if type(module).__name__ in named]
+        return units or _repeated(model)
     for name in classes:
         if not any(name in _names(module) for module in below):
             choices = sorted({type(module).__name__ for module in below if _has_forward(module)})
             raise ConfigError("is not a class of the model's modules", key=key, value=name, choices=choices)
-    found = [module for module in below if not _names(module).isdisjoint(classes)]
-    if bad := next((module for module in found if not _has_forward(module)), None):
+    units = [module for module in below if not _names(module).isdisjoint(classes)]
+    if bad := next((module for module in units if not _has_forward(module)), None):
         raise ConfigError("is a container that is never called", key=key, value=type(bad).__name__)
-    return found
+    return units
 
 
 def _repeated(model: nn.Module) -> list[nn.Module]:

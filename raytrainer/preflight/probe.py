@@ -34,7 +34,8 @@ from raytrainer.parallel import World
 from raytrainer.preflight.objects import unbuilt_model
 from raytrainer.preflight.resources import least_workers
 from raytrainer.storage import Storage
-from raytrainer.trainer import Trainer, evaluation
+from raytrainer.trainer import Trainer
+from raytrainer.trainer.evaluation_metrics import too_few_samples
 from raytrainer.trainer.system import stateful_part, together
 
 # The size of the largest model that is tried. With its gradients and Adam's averages it takes 0.8 GB.
@@ -230,7 +231,7 @@ def _check_samples(e: Experiment, trainer: Trainer) -> None:
     workers = least_workers(e)
     for name, loader in trainer.val_loaders.items() if any(e.metrics.values()) else ():
         if loader.length is not None and loader.length < workers:
-            raise evaluation._too_few(f"data.val.{name}".rstrip("."), loader.length, workers)
+            raise too_few_samples(f"data.val.{name}".rstrip("."), loader.length, workers)
 
 
 def _train(trainer: Trainer, most_tflop: float) -> None:
@@ -285,7 +286,7 @@ def _evaluate(trainer: Trainer) -> None:
 
     trainer.val_metrics.compute = computed  # type: ignore[method-assign]
     try:
-        trainer._evaluate_and_note(0)
+        trainer._evaluate_and_record(0)
     finally:
         trainer.val_loaders, trainer.val_metrics.compute = loaders, compute  # type: ignore[method-assign]
 

@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -59,12 +59,13 @@ class Retries(DefaultFailurePolicy):  # type: ignore[misc]
         self._progress, self._on_retry = progress, on_retry
         self._last: tuple[str, int] | None = None
         self.restarts = 0
+        self.nodes: dict[int, str] = {}  # the host of each rank of the last worker group, also for errors of dead ranks
         self.abandoned = False  # whether the run is to end without a retry
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
         if self.abandoned:
             return FailureDecision.RAISE
-        first = first_error(training_failed_error)
+        first = first_error(training_failed_error, self.nodes)
         if isinstance(training_failed_error, WorkerGroupError) and isinstance(first, WorkerError):
             here = (first.cause, self._progress())
             if not first.retry or (first.traceback and here == self._last):
@@ -83,8 +84,8 @@ class Retries(DefaultFailurePolicy):  # type: ignore[misc]
         """Suppress Ray's own message, which has the same error with its stack."""
 
 
-def first_error(error: BaseException) -> BaseException:
-    """Return the first error of a worker group.
+def first_error(error: BaseException, nodes: Mapping[int, str] | None = None) -> BaseException:
+    """Return the first error of a worker group. `nodes` has the host of each rank.
 
     When one rank fails, the others fail later in the collective that waits for it. A process that died without an
     exception takes precedence over such errors.
@@ -97,7 +98,7 @@ def first_error(error: BaseException) -> BaseException:
         if isinstance(failure, WorkerError):
             raised.append(failure)
         else:
-            died.append(WorkerError(death(failure), rank=rank, node=_WorkerGroup.nodes.get(rank)))
+            died.append(WorkerError(death(failure), rank=rank, node=(nodes or {}).get(rank)))
     causes = [e for e in raised if not any(text in e.cause for text in _COLLATERAL)]
     if causes:
         return min(causes, key=lambda e: e.when)
@@ -140,8 +141,9 @@ class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
     """Ray's worker group for a controller that is not an actor. Workers need the controller's handle only for
     `ray.train.get_all_reported_checkpoints`, which we do not call."""
 
-    reserved: ClassVar[list[Any]] = []  # placement groups of this process, recorded before their workers start
-    nodes: ClassVar[dict[int, str]] = {}  # the host of each rank of the last group, also for errors of dead ranks
+    # Both belong to one trainer, which makes a subclass with them.
+    reserved: list[Any]  # its placement groups, recorded before their workers start
+    nodes: dict[int, str]  # `Retries.nodes`
 
     def _create_placement_group(self, *arguments: Any, **named: Any) -> Any:
         # For a trial of a sweep, Tune has reserved the workers' bundles already. If trials requested them a second
@@ -201,10 +203,6 @@ class _StaticScaling(FixedScalingPolicy):  # type: ignore[misc]
         pass
 
 
-class _Controller(TrainController):  # type: ignore[misc]
-    worker_group_cls = _WorkerGroup
-
-
 class SupervisedTrainer(TorchTrainer):  # type: ignore[misc]
     """A `TorchTrainer` with its controller in the launching process and our failure policy.
 
@@ -218,13 +216,16 @@ class SupervisedTrainer(TorchTrainer):  # type: ignore[misc]
     ) -> None:
         super().__init__(*args, **kwargs)
         self._policy, self._on_report = policy, on_report
-        self._controller: _Controller | None = None
+        self._controller: TrainController | None = None
+        self._reserved: list[Any] = []
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         arguments["failure_policy"] = self._policy
         if isinstance(self.scaling_config.num_workers, int):
             arguments["scaling_policy"] = _StaticScaling(self.scaling_config)
-        self._controller = _Controller(**arguments)
+        records = {"reserved": self._reserved, "nodes": self._policy.nodes}
+        group = type("SupervisedWorkerGroup", (_WorkerGroup,), records)
+        self._controller = type("SupervisedController", (TrainController,), {"worker_group_cls": group})(**arguments)
         asyncio.run(self._controller.run())
         return self._controller.get_result()
 
@@ -234,13 +235,17 @@ class SupervisedTrainer(TorchTrainer):  # type: ignore[misc]
         reports = [] if self._on_report is None else [_Reports(self._on_report)]
         return [*(c for c in super()._create_default_callbacks() if not isinstance(c, unused)), *reports]
 
+    def first_error(self, error: BaseException) -> BaseException:
+        """Return the first error of the workers, with the host of its rank."""
+        return first_error(error, self._policy.nodes)
+
     def waits(self) -> bool:
         """Return whether the workers wait for resources of the cluster."""
         group = self._controller.get_worker_group() if self._controller is not None else None
         if self._controller is None or (group is not None and group.has_started()):
             return False
         # An elastic run has no placement group until its minimum number of workers fits.
-        last = _WorkerGroup.reserved[-1:]
+        last = self._reserved[-1:]
         return not any(ray.util.placement_group_table(h.placement_group)["state"] == "CREATED" for h in last)
 
     def ask_to_stop(self) -> bool:
@@ -264,7 +269,7 @@ class SupervisedTrainer(TorchTrainer):  # type: ignore[misc]
     def kill_workers(self) -> None:
         """Kill all workers, started or starting. They are not restarted."""
         self._policy.abandoned = True
-        for handle in _WorkerGroup.reserved:
+        for handle in self._reserved:
             with contextlib.suppress(Exception):  # it may have ended already
                 handle.shutdown()
         group = self._controller.get_worker_group() if self._controller is not None else None

@@ -11,24 +11,46 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from raytrainer.errors import StorageError, StorageGone, StorageLocked
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from raytrainer.storage.files import Storage
-
 _log = logging.getLogger("raytrainer.storage")
 
 _POLL_S = 0.05
 _LEASE = re.compile(r"[0-9a-f]{32}\.json")
+
+
+class LeaseFile(Protocol):
+    """One file in a listing. `mtime` is in seconds since the epoch, by the storage's clock."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def mtime(self) -> float: ...
+
+
+class LeaseDirectory(Protocol):
+    """The directory in which a lock keeps its leases. A `Storage` is one; see there for each method."""
+
+    @property
+    def display(self) -> str: ...
+    @property
+    def is_local(self) -> bool: ...
+    @property
+    def local_path(self) -> Path: ...
+    def list(self) -> Sequence[LeaseFile]: ...
+    def read_if_exists(self, rel: str, /) -> bytes | None: ...
+    def write_bytes(self, rel: str, data: bytes, /) -> None: ...
+    def delete(self, rel: str, /) -> None: ...
 
 
 class Lock:
@@ -45,10 +67,19 @@ class Lock:
         directory: The directory for the lease files.
         owner: What an error says about the owner; `host`, `pid` and `since` are added.
         limit_s: The age, in seconds, at which another machine's lease is stale.
+        clock, sleep: Replaced in tests.
     """
 
-    def __init__(self, directory: Storage, owner: Mapping[str, str], *, limit_s: float = 60.0) -> None:
-        self._directory, self._limit_s = directory, limit_s
+    def __init__(
+        self,
+        directory: LeaseDirectory,
+        owner: Mapping[str, str],
+        *,
+        limit_s: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._directory, self._limit_s, self._clock, self._sleep = directory, limit_s, clock, sleep
         self._name = uuid.uuid4().hex
         self._owner = {
             **owner,
@@ -80,23 +111,23 @@ class Lock:
         self._content = json.dumps(lease, indent=1).encode()
         self._directory.write_bytes(f"{self._name}.json", self._content)
         try:
-            deadline = time.monotonic() + self._limit_s
+            deadline = self._clock() + self._limit_s
             while True:
                 rivals = self._rivals()
                 for rival in rivals:
                     # Of two contenders, the one with the lower name waits for the decision of the other, which gives up.
-                    if rival.held or rival.name < self._name or time.monotonic() > deadline:
+                    if rival.held or rival.name < self._name or self._clock() > deadline:
                         raise StorageLocked(f"{self._directory.display} is in use by {named(rival.owner)}")
                 if not rivals:
                     break
-                time.sleep(_POLL_S)
+                self._sleep(_POLL_S)
             # A second file, not new content: a rival's listing could miss a file that is replaced meanwhile.
             self._directory.write_bytes(f"{self._name}.held", b"")
         except BaseException:
             self._remove(self._name)
             raise
         self._stop.clear()
-        self._thread = threading.Thread(target=self._beat, name="raytrainer-lock", daemon=True)
+        self._thread = threading.Thread(target=self._send_heartbeats, name="raytrainer-lock", daemon=True)
         self._thread.start()
         return self
 
@@ -145,10 +176,10 @@ class Lock:
                 rivals.append(lease)
         return rivals
 
-    def _beat(self) -> None:
+    def _send_heartbeats(self) -> None:
         while not self._stop.wait(self._limit_s / 6):
             try:
-                if not self._touch():
+                if not self.renew():
                     self._lost = True
                     if self._is_gone():  # `check` raises it
                         return
@@ -161,8 +192,12 @@ class Lock:
         """Return whether the locked directory was deleted, and not only the lease."""
         return self._directory.is_local and not self._directory.local_path.parent.is_dir()
 
-    def _touch(self) -> bool:
-        """Renew the lease. Return False if it is gone."""
+    def renew(self) -> bool:
+        """Renew the lease, which a thread does while the lock is held. Return False if the lease is gone.
+
+        Raises:
+            StorageError: The storage cannot be written.
+        """
         lease = f"{self._name}.json"
         if self._directory.is_local:
             try:
@@ -170,9 +205,9 @@ class Lock:
             except FileNotFoundError:
                 return False
             except OSError as exc:
-                raise StorageError(f"{self._directory.where(lease)}: {exc.strerror}") from exc
+                raise StorageError(f"{self._directory.display}/{lease}: {exc.strerror}") from exc
             return True
-        if not self._directory.exists(lease):
+        if self._directory.read_if_exists(lease) is None:
             return False
         self._directory.write_bytes(lease, self._content)
         return True
@@ -209,7 +244,7 @@ class Lease:
         return pid.isdecimal() and process_start(int(pid)) == self.started is not None
 
 
-def leases_in(directory: Storage) -> list[Lease]:
+def leases_in(directory: LeaseDirectory) -> list[Lease]:
     """Return all leases in a lock's directory, stale ones included. Nothing is changed."""
     entries = {entry.name: entry for entry in directory.list()}
     leases = []
@@ -221,7 +256,7 @@ def leases_in(directory: Storage) -> list[Lease]:
     return leases
 
 
-def withdraw(directory: Storage, lease: Lease) -> None:
+def withdraw(directory: LeaseDirectory, lease: Lease) -> None:
     """Remove a lease whose process is known to be dead, before the lease is stale."""
     for kind in ("held", "json"):
         directory.delete(f"{lease.name}.{kind}")

@@ -58,7 +58,7 @@ class Shared:
         gpu: Whether the workers train on GPUs.
         retries: Whether a failed trial may be tried again.
         pauses: Whether a trial may be paused, or get the checkpoint of another one.
-        mark: As `worker.Job.mark`, for the sweep's record.
+        mark: As `worker.Job.record_mark`, for the sweep's record.
         forward_env, env_file: As for `environment.provide`.
     """
 
@@ -95,8 +95,8 @@ class Shared:
             ship=self.ship,
             # A trial that continues from a copied checkpoint uses its own values, not those in the checkpoint.
             changed=[p.key.removeprefix("optimizer.") for p in self.parameters if p.key.startswith("optimizer.")],
-            mark=self.mark,
-            marked=Storage(self.run_dir).display,
+            record_mark=self.mark,
+            record_dir=Storage(self.run_dir).display,
             label=str(config[TRIAL]),
             forward_env=self.forward_env,
             env_file=self.env_file,
@@ -267,7 +267,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
             result: dict[str, Any] = trainer.fit().return_value
             return result
         except Exception as error:
-            first = ray_internals.first_error(error)
+            first = trainer.first_error(error)
             raise first if isinstance(first, Exception) else error from error
         finally:
             done.set()

@@ -5,6 +5,7 @@ It imports neither Ray nor MLflow.
 
 from __future__ import annotations
 
-from raytrainer.trainer.loop import FitResult, Objective, Trainer
+from raytrainer.trainer.loop import Trainer
+from raytrainer.trainer.train_state import FitResult, Objective, TrainState
 
-__all__ = ["FitResult", "Objective", "Trainer"]
+__all__ = ["FitResult", "Objective", "TrainState", "Trainer"]

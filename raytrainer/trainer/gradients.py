@@ -129,6 +129,6 @@ class Gradients:
             for p in self.parameters:
                 if p.grad is not None and p.grad.is_sparse:
                     p.grad = p.grad.coalesce()
-        found: list[Any] = [p.grad for p in self.parameters if p.grad is not None]
-        found = parallel.local_parts(found) if local else found
-        return [g._values() if g.layout is torch.sparse_coo else g for g in found]
+        gradients: list[Any] = [p.grad for p in self.parameters if p.grad is not None]
+        gradients = parallel.local_parts(gradients) if local else gradients
+        return [g._values() if g.layout is torch.sparse_coo else g for g in gradients]

@@ -141,22 +141,7 @@ def take_weights(model: nn.Module, world: World, find: Callable[[], Weights], op
     Raises:
         CheckpointError, StorageError, ConfigError: As `checkpoint.take`; on all ranks.
     """
-    taken: dict[str, Any] = {}
-    answer: list[Any] = [None]
-    if world.rank == 0:
-        try:
-            taken, words = take(model, find(), options)
-            # Extra state that is not a tensor is sent with the names.
-            others = {name: value for name, value in taken.items() if not isinstance(value, Tensor)}
-            shapes = {name: (v.shape, v.dtype) for name, v in taken.items() if name not in others}
-            answer = [(words, shapes, others)]
-        except RaytrainerError as error:
-            answer = [error]
-    if world.distributed:
-        dist.broadcast_object_list(answer, src=0, device=world.device)
-    if isinstance(answer[0], RaytrainerError):
-        raise answer[0]
-    line, shapes, others = answer[0]
+    taken, line, shapes, others = _read_on_first_rank(model, world, find, options)
     own_state, by_name = model.state_dict(), loads_by_name(model)
     state: Any = own_state
     if not by_name and not own_state.keys() >= shapes.keys():
@@ -182,8 +167,34 @@ def take_weights(model: nn.Module, world: World, find: Callable[[], Weights], op
                 state[name] = placed_as(own, value)
     if not by_name:
         state.update(others)
-        restore_module(model, state, str(line))
-    return str(line)
+        restore_module(model, state, line)
+    return line
+
+
+def _read_on_first_rank(
+    model: nn.Module, world: World, find: Callable[[], Weights], options: InitFrom
+) -> tuple[dict[str, Any], str, dict[str, tuple[torch.Size, torch.dtype]], dict[str, Any]]:
+    """Return the weights on rank 0 (elsewhere nothing), and on all ranks the line, their shapes and the extra state.
+
+    Raises:
+        CheckpointError, StorageError, ConfigError: On all ranks.
+    """
+    taken: dict[str, Any] = {}
+    answer: list[Any] = [None]
+    if world.rank == 0:
+        try:
+            taken, line = take(model, find(), options)
+            # Extra state that is not a tensor is sent with the names.
+            others = {name: value for name, value in taken.items() if not isinstance(value, Tensor)}
+            shapes = {name: (v.shape, v.dtype) for name, v in taken.items() if name not in others}
+            answer = [(line, shapes, others)]
+        except RaytrainerError as error:
+            answer = [error]
+    if world.distributed:
+        dist.broadcast_object_list(answer, src=0, device=world.device)
+    if isinstance(answer[0], RaytrainerError):
+        raise answer[0]
+    return taken, *answer[0]
 
 
 def _checkpoint_activations(model: nn.Module, wanted: bool | list[str]) -> None:

@@ -53,6 +53,12 @@ def entries(returned: Any, device: torch.device, *, training: bool = True) -> di
     return values
 
 
+def take_predictions(values: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Remove `preds` and `target` from a loss's result and return them; None unless it has both."""
+    predictions, target = values.pop("preds", None), values.pop("target", None)
+    return None if predictions is None or target is None else (predictions, target)
+
+
 def weight_of(value: Any) -> Tensor | float:
     """Return the entry `weight` as a float64 tensor, or as a plain number if it is one.
 

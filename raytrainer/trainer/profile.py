@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from raytrainer.trainer.loop import Trainer
+from raytrainer.events import Artifact
+from raytrainer.trainer.components import Components
 
 
 @contextlib.contextmanager
-def recorded(trainer: Trainer) -> Iterator[Callable[[], None]]:
+def recorded(trainer: Components) -> Iterator[Callable[[], None]]:
     """Record `trainer.profile` on rank 0 as a Chrome trace in the run. Yield a function to call after each step."""
     options = trainer.experiment.trainer.profile
     # A run that resumes after the first step to record is not recorded.
@@ -25,7 +24,7 @@ def recorded(trainer: Trainer) -> Iterator[Callable[[], None]]:
         with tempfile.TemporaryDirectory() as folder:
             path = f"{folder}/trace-step-{options.start}.json"
             record.export_chrome_trace(path)
-            trainer.log_artifact(path, "profile")
+            trainer.events.send(trainer, Artifact(path, "profile"))
 
     first = options.start - 1 - trainer.step
     schedule = profiler.schedule(wait=max(first - 1, 0), warmup=min(first, 1), active=options.steps, repeat=1)

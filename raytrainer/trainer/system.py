@@ -108,9 +108,9 @@ def with_state_dict(loss: Any, part: nn.Module | None) -> Any:
 
 def modules_of(model: nn.Module, loss: Any) -> list[nn.Module]:
     """Return all modules of both, including those of a loss without state, which have a train or eval mode, too."""
-    found = list(model.modules())
+    modules = list(model.modules())
     part = loss if isinstance(loss, nn.Module) else stateful_part(loss)
-    return found if part is None else [*found, *part.modules()]
+    return modules if part is None else [*modules, *part.modules()]
 
 
 def check_apart(model: nn.Module, loss: nn.Module | None) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,10 +12,8 @@ from raytrainer.config import build
 from raytrainer.data import Batch
 from raytrainer.flops import model_flops, peak_flops
 from raytrainer.optim import freeze
+from raytrainer.trainer.components import Components, configured
 from raytrainer.trainer.system import stateful_part, together
-
-if TYPE_CHECKING:
-    from raytrainer.trainer.loop import Trainer
 
 
 class Utilisation:
@@ -25,7 +22,7 @@ class Utilisation:
     The model's FLOPs are counted once, on the first log, for one of its micro-batches, and only if the peak is known.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Components) -> None:
         self._trainer, self._flops_per_sample = trainer, 0.0
         options = trainer.experiment.trainer
         self._peak = peak_flops(trainer.world.device, options.precision, options.peak_tflops)
@@ -45,7 +42,10 @@ class Utilisation:
         t, micro = self._trainer, batch.micro[0]
 
         def make() -> tuple[nn.Module, Any]:
-            model, loss = t.precision.convert(build(_node(t.experiment.model))), build(_node(t.experiment.loss))
+            model, loss = (
+                t.precision.convert(build(configured(t.experiment.model))),
+                build(configured(t.experiment.loss)),
+            )
             if (part := stateful_part(loss)) is not None:
                 t.precision.convert(part)
             freeze(together(model, part), t.experiment.trainer.freeze)
@@ -57,8 +57,3 @@ class Utilisation:
         seeds.set_random_state(kept)
         t.throughput.go_on()
         return (flops or 0.0) / max(micro.size, 1)  # a sample that stands in for none counts, too
-
-
-def _node(node: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    assert node is not None  # the configuration check ensures it
-    return node

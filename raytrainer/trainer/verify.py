@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,12 @@ from raytrainer.checkpoint import as_read
 from raytrainer.errors import CheckpointError
 from raytrainer.sharding import is_sharded, placed_as
 from raytrainer.state import loads_by_name, named_optimizer_state, restore_optimizer_state
-
-if TYPE_CHECKING:
-    from raytrainer.trainer.loop import Trainer
+from raytrainer.trainer.components import Components
 
 _COPIED = 64 << 20  # bytes; a larger state is not copied for a check
 
 
-def verify(t: Trainer, state: Mapping[str, Any]) -> None:
+def verify(t: Components, state: Mapping[str, Any]) -> None:
     """Check that `state`, from `snapshot.shared`, can be restored. Every rank calls it, and all of them raise.
 
     Raises:
@@ -48,9 +46,9 @@ def verify(t: Trainer, state: Mapping[str, Any]) -> None:
         raise CheckpointError("the saved state of another rank cannot be restored; its message says which")
 
 
-def _problems(t: Trainer, state: Mapping[str, Any]) -> Iterable[str | None]:
+def _problems(t: Components, state: Mapping[str, Any]) -> Iterable[str | None]:
     # Objects that others refer to. A copy of those must not copy these, too.
-    kept: list[Any] = [t, t.loss, t.optimizer, t.events, t.checkpointer, t.train_loader, *t.val_loaders.values()]
+    kept: list[Any] = [t, t.loss, t.optimizer, t.events, t.state, t.train_loader, *t.val_loaders.values()]
     for model in (t.raw_model, t.ema_model, t.loss_state):
         kept += [] if model is None else [model, *model.modules(), *model.parameters()]
     memo = {id(x): x for x in kept}
@@ -74,9 +72,9 @@ def _problems(t: Trainer, state: Mapping[str, Any]) -> Iterable[str | None]:
 # --- objects with state_dict and load_state_dict ---------------------------------------------------------------------
 
 
-def _of_object(what: str, thing: Any, state: Any, kept: Mapping[int, Any]) -> str | None:
-    """Return what is wrong with an object's state; None if it is right, or if the object cannot be copied to try it."""
-    who = f"{what} ({type(thing).__name__})"
+def _of_object(key: str, thing: Any, state: Any, kept: Mapping[int, Any]) -> str | None:
+    """Return key is wrong with an object's state; None if it is right, or if the object cannot be copied to try it."""
+    who = f"{key} ({type(thing).__name__})"
     if not callable(getattr(thing, "load_state_dict", None)):
         return f"{who} has state_dict() but no load_state_dict(), so its state would be lost; add one, or remove both"
     if _nbytes(state) > _COPIED:
@@ -89,12 +87,12 @@ def _of_object(what: str, thing: Any, state: Any, kept: Mapping[int, Any]) -> st
         twin.load_state_dict(as_read(state))
         restored = twin.state_dict()
     except Exception as error:  # noqa: BLE001  user code may raise anything
-        return f"{who}: load_state_dict() fails on what state_dict() gave: {type(error).__name__}: {error}"
+        return f"{who}: load_state_dict() fails on key state_dict() gave: {type(error).__name__}: {error}"
     # A value that changes by itself, such as a clock, is ignored.
     return _changed(who, state, restored, thing.state_dict())
 
 
-def _of_optimizer(t: Trainer, state: Mapping[str, Any]) -> str | None:
+def _of_optimizer(t: Components, state: Mapping[str, Any]) -> str | None:
     who = f"optimizer ({type(t.optimizer).__name__})"
     if _nbytes(state) > _COPIED:
         return None
@@ -135,8 +133,8 @@ def _difference(before: Any, restored: Any, again: Any, path: str = "") -> str |
             below = f"{path}.{key}".lstrip(".")
             if not isinstance(restored, Mapping) or key not in restored:
                 return below
-            if (found := _difference(before[key], restored[key], again[key], below)) is not None:
-                return found
+            if (path_below := _difference(before[key], restored[key], again[key], below)) is not None:
+                return path_below
         return None
     if isinstance(before, list | tuple) and isinstance(again, list | tuple) and len(before) == len(again):
         if not isinstance(restored, list | tuple) or len(restored) != len(before):
@@ -184,17 +182,18 @@ def _nbytes(value: Any) -> int:
 # --- modules ----------------------------------------------------------------------------------------------------------
 
 
-def _of_module(what: str, module: nn.Module) -> str | None:
-    """Return what is wrong with a module's state dict; None if nothing is."""
+def _of_module(key: str, module: nn.Module) -> str | None:
+    """Return key is wrong with a module's state dict; None if nothing is."""
     if loads_by_name(module):
         return None  # its state dict holds the parameters and buffers themselves, and load_state_dict copies them
-    who = f"{what} ({type(module).__name__})"
-    read, lost = as_read(module.state_dict()), list[str]()
+    who = f"{key} ({type(module).__name__})"
     small = _nbytes([*module.parameters(), *module.buffers()]) <= _COPIED
     twin = None if is_sharded(module) else _copied(module, whole=small)
-    handles = _watch(module, twin or module, lost) if twin is None or not small else []
-    if twin is not None and small:
-        _spoil(twin)
+    compared = twin if small else None  # a copy to compare after loading; else each value is compared as it is loaded
+    read, lost = as_read(module.state_dict()), list[str]()
+    handles = [] if compared is not None else _watch(module, twin or module, lost)
+    if compared is not None:
+        _spoil(compared)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a warning that copying to the meta device copies nothing
@@ -203,20 +202,23 @@ def _of_module(what: str, module: nn.Module) -> str | None:
         if twin is not None and not small and "meta" in str(error).lower():
             return None  # a hook reads values, which this copy lacks
         reason = " ".join(str(error).split())
-        return f"{who}: load_state_dict() fails on what state_dict() gave: {type(error).__name__}: {reason}"
+        return f"{who}: load_state_dict() fails on key state_dict() gave: {type(error).__name__}: {reason}"
     finally:
         for handle in handles:
             handle.remove()
-    if twin is not None and small:
-        lost += _unlike(module, twin)
-    # A class that passes `strict=False` itself may skip values that it does not find.
-    missing = {name for name in getattr(result, "missing_keys", None) or () if name not in lost}
-    trained = {name for name, p in module.named_parameters() if p.requires_grad}
-    lost += sorted(missing & trained)
+    if compared is not None:
+        lost += _unlike(module, compared)
+    lost += sorted(_skipped(module, result) - set(lost))
     if not lost:
         return None
     rest = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
     return f"{who}: load_state_dict() does not restore {lost[0]}{rest} to the value that state_dict() was taken of"
+
+
+def _skipped(module: nn.Module, result: Any) -> set[str]:
+    """Return the trained parameters that a `load_state_dict` with `strict=False` of its own did not find."""
+    missing = set(getattr(result, "missing_keys", None) or ())
+    return missing & {name for name, p in module.named_parameters() if p.requires_grad}
 
 
 def _copied(module: nn.Module, *, whole: bool) -> nn.Module | None:

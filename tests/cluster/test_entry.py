@@ -44,7 +44,7 @@ def launched(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, An
     monkeypatch.setattr(attempt, "launch", launch)
     monkeypatch.setattr(sweep, "launch", launch)
     monkeypatch.setattr(sweep, "summary", lambda outcome, program: "the summary of a sweep")
-    monkeypatch.setattr(provenance, "_submitted", None)
+    monkeypatch.setenv("RAYTRAINER_SUBMITTED_BY", "")
     return calls
 
 
@@ -71,8 +71,9 @@ def directory() -> Storage:
 def test_it_runs_in_the_middle_of_the_cluster(
     launched: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    origin = Provenance("python -m raytrainer …", commit="0" * 40, user="ada")
-    assert entry.run(asked(origin=origin.to_json(), changed=["lr"])) == 0
+    origin = Path.cwd() / "origin.json"
+    origin.write_bytes(Provenance("python -m raytrainer …", commit="0" * 40, user="ada").to_json())
+    assert entry.run(asked(origin=origin, changed=["lr"])) == 0
     (call,) = launched
     cluster = call["thing"].experiment.cluster
     assert (cluster.kind, cluster.address, cluster.runtime_env) == ("existing", "auto", {})

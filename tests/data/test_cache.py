@@ -114,6 +114,10 @@ def test_any_sizes(
     shutil.rmtree(folder)
 
 
+def kinds(rows: list[Any]) -> dict[str, Any]:
+    return {"kinds": rows}
+
+
 def test_rows_of_any_type_are_read_from_the_map(tmp_path: Path, small_batches: None) -> None:
     names = pa.array([f"kind {n % 5}" for n in range(50)]).dictionary_encode()
     nested = [{"bytes": bytes([n]), "path": None if n % 2 else f"{n}.jpg"} for n in range(50)]
@@ -125,7 +129,7 @@ def test_rows_of_any_type_are_read_from_the_map(tmp_path: Path, small_batches: N
     picked = [49, 0, 8, 7, 31, 8]
     assert mapped.__getitems__(picked) == memory.__getitems__(picked) == [memory[n] for n in picked]
     assert mapped[-1]["image"] == {"bytes": bytes([49]), "path": None}
-    one = next(Loader(mapped, global_batch_size=3, collate_fn=lambda rows: {"kinds": rows}, num_workers=1).batches(1))
+    one = next(Loader(mapped, global_batch_size=3, collate_fn=kinds, num_workers=1).batches(1))
     assert [row["kind"] for row in one.micro[0].data["kinds"]] == ["kind 3", "kind 4", "kind 0"]
 
 

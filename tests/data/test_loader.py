@@ -26,6 +26,7 @@ WAYS: list[dict[str, Any]] = [
     {"resident": False, "prefetch": 0},
     {"resident": True, "prefetch": 5},
     {"num_workers": 2},
+    {"num_workers": 2, "start_method": "fork"},
     {"num_workers": 3, "prefetch": 1},
     {"prefetch": 0},
     {"prefetch": 7},
@@ -166,10 +167,11 @@ def test_the_models_generators_are_left_alone(way: dict[str, Any]) -> None:
     assert model_draws(True) == model_draws(False)
 
 
-def test_collate_fn_that_draws_is_repeatable() -> None:
-    def mixed(rows: list[Any]) -> torch.Tensor:
-        return torch.randperm(len(rows))
+def mixed(rows: list[Any]) -> torch.Tensor:
+    return torch.randperm(len(rows))
 
+
+def test_collate_fn_that_draws_is_repeatable() -> None:
     def batches(**way: Any) -> list[Any]:
         return flat(Loader(Rows(40), global_batch_size=8, collate_fn=mixed, **way).batches(3, 9))
 
@@ -244,20 +246,27 @@ def test_an_error_of_the_transform_names_the_batch() -> None:
         next(Loader(dataset, global_batch_size=2).batches())
 
 
-def test_a_killed_process_is_an_error_that_says_so() -> None:
-    class Suicidal(Rows):
-        def __getitem__(self, index: int) -> dict[str, Any]:
-            if index == 25:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return super().__getitem__(index)
+class Suicidal(Rows):
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index == 25:
+            assert multiprocessing.parent_process() is not None
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
 
+
+@pytest.mark.parametrize("start_method", ["forkserver", "fork"])
+def test_a_killed_process_is_an_error_that_says_so(start_method: str) -> None:
     with pytest.raises(DataError, match=r"Suicidal: a data process ended by itself \(SIGKILL; .*memory"):
-        list(Loader(Suicidal(), global_batch_size=10, num_workers=2).batches(0, 10))
+        list(Loader(Suicidal(), global_batch_size=10, num_workers=2, start_method=start_method).batches(0, 10))
     assert data_processes() == []
 
 
+def unsendable(rows: list[Any]) -> Any:
+    return lambda: rows
+
+
 def test_a_batch_that_cannot_be_sent_is_an_error() -> None:
-    loader = Loader(Rows(), global_batch_size=4, num_workers=1, collate_fn=lambda rows: lambda: rows)
+    loader = Loader(Rows(), global_batch_size=4, num_workers=1, collate_fn=unsendable)
     with pytest.raises(DataError, match="local object"):
         next(loader.batches())
 
@@ -274,43 +283,19 @@ def test_closing_ends_threads_and_processes(way: dict[str, Any], dataset: Callab
     assert data_processes() == []
 
 
-def test_closing_does_not_wait_for_a_slow_process() -> None:
-    class Slow(Rows):
-        def __getitem__(self, index: int) -> dict[str, Any]:
-            if index > 10:
-                threading.Event().wait(600)
-            return super().__getitem__(index)
+class Slow(Rows):
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index > 10:
+            assert multiprocessing.parent_process() is not None
+            threading.Event().wait(600)
+        return super().__getitem__(index)
 
+
+def test_closing_does_not_wait_for_a_slow_process() -> None:
     batches = Loader(Slow(), global_batch_size=5, num_workers=2).batches()
     next(batches)
     batches.close()
     assert data_processes() == []
-
-
-def test_processes_end_with_their_parent() -> None:
-    """A killed parent cannot tell its processes to end, so they end when their pipe is closed."""
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
-
-    class Telling(Rows):
-        def __getitem__(self, index: int) -> dict[str, Any]:
-            return {"pid": os.getpid()}
-
-    def parent() -> None:
-        batches = Loader(Telling(), global_batch_size=1, num_workers=3).batches()
-        theirs.send([next(batches).micro[0].data["pid"].item() for _ in range(6)])
-        signal.pause()
-
-    process = context.Process(target=parent)
-    process.start()
-    pids = set(ours.recv())
-    assert len(pids) == 3
-    watched = [os.pidfd_open(pid) for pid in pids]
-    process.kill()
-    process.join()
-    for descriptor in watched:
-        assert multiprocessing.connection.wait([descriptor], timeout=20), "a data process outlived its parent"
-        os.close(descriptor)
 
 
 @pytest.mark.parametrize(
@@ -322,6 +307,7 @@ def test_processes_end_with_their_parent() -> None:
         ({"global_batch_size": 4, "num_workers": -1}, "data.num_workers=-1"),
         ({"global_batch_size": 4, "prefetch": -1}, "data.prefetch=-1"),
         ({"global_batch_size": 4, "resident": "always"}, "data.resident=always is not a valid choice; valid: "),
+        ({"global_batch_size": 4, "start_method": "frok"}, "data.start_method=frok is not a valid choice; valid: "),
         ({"global_batch_size": 4, "rank": 2, "world_size": 2}, "rank 2"),
         ({"global_batch_size": 400, "drop_last": True}, "drop_last=true drops the only batch"),
     ],

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from raytrainer.data import Loader, PythonSources, TokenDataset
 from raytrainer.data.tokenize import main, tokenize
-from raytrainer.data.tokens import IGNORED, TokenFile, TokenWindows, TokenWriter
+from raytrainer.data.tokens import IGNORED_LABEL, TokenFile, TokenWindows, TokenWriter
 from raytrainer.errors import ConfigError, DataError
 from raytrainer.storage import Storage
 
@@ -36,7 +36,7 @@ def targets(windows: TokenWindows) -> list[int]:
     found: list[int] = []
     for i in range(len(windows)):
         sample = windows[i]
-        counts = sample["labels"] != IGNORED
+        counts = sample["labels"] != IGNORED_LABEL
         assert sample["input_ids"].shape == sample["labels"].shape == (windows.seq_len,)
         assert sample["input_ids"].dtype == sample["labels"].dtype == torch.int64
         begin = i * windows.seq_len
@@ -59,7 +59,7 @@ def test_windows_go_through_the_loader() -> None:
     windows = TokenWindows(np.arange(100, dtype=np.uint16), 8)
     (batch,) = Loader(windows, global_batch_size=13).batches(0, 1)
     assert batch.micro[0].data["input_ids"].shape == (13, 8)
-    assert sorted(batch.micro[0].data["labels"].flatten().tolist()) == [IGNORED] * 5 + list(range(1, 100))
+    assert sorted(batch.micro[0].data["labels"].flatten().tolist()) == [IGNORED_LABEL] * 5 + list(range(1, 100))
     with pytest.raises(IndexError, match="window 13 of 13"):
         windows[13]
     assert torch.equal(windows[-1]["labels"], windows[12]["labels"])
