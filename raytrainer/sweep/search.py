@@ -21,8 +21,9 @@ from ray.tune.search.sample import Categorical, Domain, Integer
 from raytrainer.config import Parameter, bind, build, locate
 from raytrainer.config.nodes import SUPPLIED
 from raytrainer.errors import ConfigError
-from raytrainer.sweep.journal import WORST, Mode, Status, Trial, TrialJournal, worst
+from raytrainer.sweep.journal import WORST, Mode, Trial, TrialJournal, worst
 from raytrainer.sweep.space import alias, decoded, encoded, tune_space
+from raytrainer.sweep.trial_state import Status
 
 __all__ = [
     "Draws",
@@ -457,7 +458,7 @@ class Draws(Searcher):  # type: ignore[misc]
         end = json.loads(result["end"]) if result and "end" in result else {}
         if result:
             self._told(result)
-        status: Status = "failed" if error else end.get("status", trial.status)
+        status = Status.FAILED if error else Status(end.get("status", trial.status))
         value, failed = _lesson(trial, self._least, self._mode, status, end.get("diverged", trial.diverged))
         if trial_id in self._drawn_here:
             told = None if value is None else {"training_iteration": 1, **(result or {}), self.metric: value}
@@ -481,7 +482,7 @@ class Draws(Searcher):  # type: ignore[misc]
         return {**result, self.metric: value if math.isfinite(value) and abs(value) < WORST else self._least}
 
 
-_WAITING: tuple[Status, ...] = ("running", "stopped")
+_WAITING = (Status.RUNNING, Status.STOPPED)
 
 
 def _lesson(trial: Trial, least: float, mode: Mode, status: Status, diverged: bool) -> tuple[float | None, bool]:

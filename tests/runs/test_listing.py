@@ -20,6 +20,7 @@ from raytrainer.runs.status import status_of
 from raytrainer.attempt import SUBMITTED, Record
 from raytrainer.storage import Storage
 from raytrainer.sweep.journal import Report, Trial, TrialJournal
+from raytrainer.sweep.trial_state import Status
 from tests.runs.past import ADDRESS, FakeCluster, FakeJob, Store, claim, of_here, record
 from tests.runs.test_reconcile import killed
 
@@ -130,7 +131,7 @@ def test_a_sweeps_trials_are_below_it(store: Store) -> None:
         journal.start(Trial(number, {}, [], 1.0))
         if value is not None:
             journal.report(number, Report(1, 10, value, {"val/loss": value}, 1.0))
-            journal.end(number, "finished")
+            journal.end(number, Status.FINISHED)
     journal.close()
     ended = {
         "raytrainer.trials.finished": "7",
