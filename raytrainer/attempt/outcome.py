@@ -10,6 +10,8 @@ from raytrainer.attempt.record import Record
 from raytrainer.progress import duration
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+WORDS: Mapping[Status, str] = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
+Row = tuple[str, str]  # of a summary: a name, which is empty if it is that of the row above, and a text
 
 
 @dataclass(frozen=True)
@@ -60,32 +62,41 @@ class Outcome(AttemptOutcome):
 
 def summary(outcome: Outcome, program: str) -> str:
     """Return the summary of a launch: the result, where everything is, and the next command."""
-    record, result = outcome.record, outcome.result
-    words = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}[outcome.status]
-    how = (
-        f" ({result['reason'].replace('_', ' ')})" if result and result["reason"] not in ("finished", "stopped") else ""
-    )
-    if result and "checkpoint" in result:
-        return _of_evaluation(outcome, result)
+    record, result = outcome.record, outcome.result or {}
+    if "checkpoint" in result:
+        return _evaluation_summary(outcome, result)
+    reason = result.get("reason", "finished")
+    why = "" if reason in ("finished", "stopped") else f" ({reason.replace('_', ' ')})"
     steps = f", {outcome.step} steps" if outcome.step else ""
-    rows = [("outcome", f"{words}{how}{steps} in {took(record, outcome.seconds)}")]
+    rows = [("outcome", f"{WORDS[outcome.status]}{why}{steps} in {took(record, outcome.seconds)}")]
     if outcome.cause and outcome.status == "FAILED":
         rows.append(("cause", outcome.cause))
     rows.append(("where", outcome.where))
-    if result and result["best"]:
-        value, step = result["best"]
-        rows.append(("best", f"{result['monitor']} {value:.4g} at step {step}"))
+    if result.get("best"):
+        rows.append(("best", _best(result)))
     if outcome.mlflow:
         rows.append(("mlflow", f"{outcome.mlflow}  run {record.run_id}"))
     if outcome.gone:
         rows.append(("output", f"{record.run_dir} is gone, and with it the run's checkpoints"))
     elif record.run_dir:
         rows.append(("output", record.run_dir))
-        if outcome.mlflow_command:
-            rows.append(("next", outcome.mlflow_command))
         more = f" {outcome.length}=…" if outcome.status == "FINISHED" else ""
-        rows.append(("" if outcome.mlflow_command else "next", f"{program} resume {record.name}{more}"))
-    return "\n".join(f"{name:<8} {text}" for name, text in rows)
+        rows += next_rows([outcome.mlflow_command, f"{program} resume {record.name}{more}"])
+    return as_text(rows)
+
+
+def as_text(rows: Sequence[Row], width: int = 8) -> str:
+    return "\n".join(f"{name:<{width}} {text}" for name, text in rows)
+
+
+def next_rows(commands: Sequence[str | None]) -> list[Row]:
+    """Return the rows of a summary that show which commands the user may want to type next."""
+    return [("" if i else "next", text) for i, text in enumerate(command for command in commands if command)]
+
+
+def _best(result: Mapping[str, Any]) -> str:
+    value, step = result["best"]
+    return f"{result['monitor']} {value:.4g} at step {step}"
 
 
 def took(record: Record, seconds: float) -> str:
@@ -95,27 +106,24 @@ def took(record: Record, seconds: float) -> str:
     return f"{duration(record.seconds)} in {record.attempts} attempts, the last {duration(seconds)}"
 
 
-def _of_evaluation(outcome: Outcome, result: Mapping[str, Any]) -> str:
+def _evaluation_summary(outcome: Outcome, result: Mapping[str, Any]) -> str:
     """Return the summary of an evaluation, with every metric."""
-    wide = max(8, *(len(name) for name in result["metrics"]))
     rows = [("outcome", f"step {result['step']} evaluated in {duration(outcome.seconds)}"), ("where", outcome.where)]
     rows += [(name, f"{value:.6g}") for name, value in result["metrics"].items()]
     if outcome.mlflow:
         rows.append(("mlflow", f"{outcome.mlflow}  run {outcome.record.run_id}"))
     rows.append(("output", outcome.record.run_dir))
-    return "\n".join(f"{name:<{wide}} {text}" for name, text in rows)
+    return as_text(rows, max(8, *(len(name) for name in result["metrics"])))
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """Return a table of runs that were started one after the other, with the outcome of each."""
-    words = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
     rows = [("run", "outcome", "time", "best")]
     for outcome in outcomes:
-        best = (outcome.result or {}).get("best")
-        shown = f"{outcome.result['monitor']} {best[0]:.4g} at step {best[1]}" if outcome.result and best else "-"
-        told = outcome.cause if outcome.status == "FAILED" and outcome.cause else shown
-        rows.append((outcome.record.name, words[outcome.status], duration(outcome.seconds), told))
+        best = _best(outcome.result) if outcome.result and outcome.result.get("best") else "-"
+        last = outcome.cause if outcome.status == "FAILED" and outcome.cause else best
+        rows.append((outcome.record.name, WORDS[outcome.status], duration(outcome.seconds), last))
     wide = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(
-        f"{name:<{wide[0]}}  {status:<{wide[1]}}  {time:>{wide[2]}}  {told}" for name, status, time, told in rows
+        f"{name:<{wide[0]}}  {status:<{wide[1]}}  {time:>{wide[2]}}  {last}" for name, status, time, last in rows
     )

@@ -41,27 +41,8 @@ def train_on_ray(
     """
     from raytrainer import ray_internals
 
-    e, scaling, gpu = attempt.e, attempt.e.scaling, preflight.uses_gpu(attempt.e, available)
-    n = scaling.num_workers
-    trainer = ray_internals.make_trainer(
-        job,
-        num_workers=(n[0], n[1]) if isinstance(n, list) else n,
-        use_gpu=gpu,
-        resources_per_worker=scaling.resources_per_worker,
-        placement_strategy=scaling.placement_strategy,
-        accelerator_type=scaling.accelerator_type,
-        label_selector=scaling.label_selector,
-        max_failures=e.failure.max_failures,
-        max_preemption_failures=e.failure.max_preemption_failures,
-        ray_storage=attempt.storage,
-        attempt=f"attempt-{attempt.record.attempts}",
-        progress=lambda: attempt.display.step,
-        on_retry=attempt.display.say,
-    )
-    least = preflight.least_workers(e)
-    wanted = {name: share * least for name, share in preflight.per_worker(e, gpu).items()}
-    nodes_wanted = selected_nodes(scaling.accelerator_type, scaling.label_selector)
-    waiting = Waiting(attempt.display, ray_internals, wanted, available, nodes_wanted)
+    gpu = preflight.uses_gpu(attempt.e, available)
+    trainer, waiting = _make_trainer(attempt, job, gpu=gpu), _make_waiting(attempt, available, gpu=gpu)
     done = threading.Event()
     # Not in the main thread, which waits for signals, and in which Ray Train would install its own SIGINT handler.
     fit = in_background(trainer.fit, "ray-train")
@@ -83,6 +64,39 @@ def train_on_ray(
     output.wait_for_end(_OUTPUT_S)
     result: Mapping[str, Any] = fit.result().return_value
     return result
+
+
+def _make_trainer(attempt: Attempt, job: worker.Job, *, gpu: bool) -> SupervisedTrainer:
+    from raytrainer import ray_internals
+
+    e, scaling = attempt.e, attempt.e.scaling
+    n = scaling.num_workers
+    return ray_internals.make_trainer(
+        job,
+        num_workers=(n[0], n[1]) if isinstance(n, list) else n,
+        use_gpu=gpu,
+        resources_per_worker=scaling.resources_per_worker,
+        placement_strategy=scaling.placement_strategy,
+        accelerator_type=scaling.accelerator_type,
+        label_selector=scaling.label_selector,
+        max_failures=e.failure.max_failures,
+        max_preemption_failures=e.failure.max_preemption_failures,
+        ray_storage=attempt.storage,
+        attempt=f"attempt-{attempt.record.attempts}",
+        progress=lambda: attempt.display.step,
+        on_retry=attempt.display.say,
+    )
+
+
+def _make_waiting(attempt: Attempt, available: preflight.Resources, *, gpu: bool) -> Waiting:
+    """Return the display of what the run waits for."""
+    from raytrainer import ray_internals
+
+    e, scaling = attempt.e, attempt.e.scaling
+    least = preflight.least_workers(e)
+    wanted = {name: share * least for name, share in preflight.per_worker(e, gpu).items()}
+    nodes_wanted = selected_nodes(scaling.accelerator_type, scaling.label_selector)
+    return Waiting(attempt.display, ray_internals, wanted, available, nodes_wanted)
 
 
 def _stop_workers(attempt: Attempt, trainer: SupervisedTrainer, done: threading.Event) -> None:

@@ -12,124 +12,44 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 import yaml
 from ray import tune
-from ray.tune.schedulers import TrialScheduler
 
 from raytrainer import preflight, ray_internals
+from raytrainer.attempt.outcome import as_text
 from raytrainer.attempt.session import join_cluster, ray_error, ray_session
-from raytrainer.config import ClusterConfig, Experiment, Parameter, parse_space
-from raytrainer.config.checks import seconds
-from raytrainer.config.schema import SweepConfig
+from raytrainer.config import ClusterConfig, Experiment, parse_space
 from raytrainer.core.interrupts import Interrupted, Interrupts
 from raytrainer.errors import ClusterLost, ConfigError, StorageError, StorageLocked
 from raytrainer.progress import Display, duration
 from raytrainer.storage import Lock, Storage
-from raytrainer.sweep import results, schedule
-from raytrainer.sweep.application_checks import (
+from raytrainer.sweep import results
+from raytrainer.sweep.application_setup import (
+    Application,
     Jobs,
     aim,
     compose_examples,
     named_here,
     open_journal,
-    pickled,
     renamed_keys,
-    scheduler_for_functions,
     unchangeable,
 )
+from raytrainer.sweep.board import Board
 from raytrainer.sweep.engine import TUNE_FOLDER, Listener, Search
-from raytrainer.sweep.function import PRINTED, FunctionProcess, Shared
-from raytrainer.sweep.journal import Mode, Trial, TrialJournal
-from raytrainer.sweep.outcome import as_text, failed_rows, trial_counts
-from raytrainer.sweep.settings import DIRECTIONS, KEY, Settings
+from raytrainer.sweep.function import PRINTED, FunctionProcess
+from raytrainer.sweep.journal import Trial, TrialJournal
+from raytrainer.sweep.outcome import failed_rows, trial_counts
+from raytrainer.sweep.settings import KEY, Settings
 from raytrainer.sweep.stepped import ENDS_S
-from raytrainer.sweep.table import Board, final_table, ranked
+from raytrainer.sweep.table import final_table, ranked
 from raytrainer.sweep.trial_state import Status
 
 RESULTS = "optimization_results.yaml"  # as Hydra's own Optuna sweeper calls it
 MULTIRUN = "multirun.yaml"  # as every sweeper of Hydra calls it
 OUTPUT = "output.log"  # everything that the trials print
-_DEFAULT_TRIALS = 20  # if neither their number nor a time budget is set
-_ENDLESS = 1_000_000  # calls of `report`: their number is unknown beforehand
 _PRINTED_S = 3.0  # time at the end for the last output of the trials to arrive
-
-
-@dataclass(frozen=True)
-class Application:
-    """What is swept, and how.
-
-    Attributes:
-        jobs: The jobs of the trials.
-        settings: The section `hydra.sweeper`.
-        parameters: The search space.
-        fixed: The overrides that all trials have.
-        subfolder: Returns a trial's directory below that of the sweep, from its number and overrides.
-        verbose: Whether to show what the trials print. It is written to a file in any case.
-    """
-
-    jobs: Jobs
-    settings: Settings
-    parameters: Sequence[Parameter]
-    fixed: Sequence[str]
-    subfolder: Callable[[int, Sequence[str]], str]
-    verbose: bool
-
-    @property
-    def mode(self) -> Mode:
-        return cast(Mode, DIRECTIONS[self.settings.direction])
-
-    def overrides_of(self, values: Mapping[str, Any]) -> list[str]:
-        """Return a trial's parameters as overrides."""
-        return [p.override(values[p.key]) for p in self.parameters if p.key in values]
-
-    def sweep_config(self) -> SweepConfig:
-        """Return the settings as an experiment's section `sweep`."""
-        settings = self.settings
-        budget = seconds(settings.time_budget_s, f"{KEY}.time_budget_s")
-        searcher, count = settings.search_node, settings.num_samples
-        if count is None and budget is None and not str((searcher or {}).get("_target_")).endswith("GridSearch"):
-            count = _DEFAULT_TRIALS
-        return SweepConfig(
-            num_samples=count,
-            scheduler=scheduler_for_functions(settings.scheduler_node),
-            search_alg=searcher,
-            time_budget_s=budget,
-            seed=settings.seed,
-            max_trial_failures=settings.max_trial_failures,
-        )
-
-    def make_scheduler(self, config: SweepConfig) -> TrialScheduler:
-        """Build the scheduler.
-
-        Raises:
-            ConfigError: It cannot be built, or needs checkpoints.
-        """
-        scheduler = schedule.make_scheduler(
-            config.scheduler, self.parameters, mode=self.mode, evaluations=_ENDLESS, search=config.search_alg
-        )
-        if schedule.pauses(scheduler):
-            raise ConfigError(
-                "pauses or copies trials, which needs checkpoints, and a function has none: use asha or median, which "
-                "only stop the worse trials",
-                key="sweep.scheduler",
-                value=type(scheduler).__name__,
-            )
-        return scheduler
-
-    def shared(self) -> Shared:
-        """Return what every trial process gets."""
-        return Shared(
-            job=pickled(self.jobs),
-            name=self.jobs.name,
-            parameters=self.parameters,
-            fixed=self.fixed,
-            mode=self.mode,
-            path=[entry or str(Path.cwd()) for entry in sys.path],
-            folder=str(Path.cwd()),
-            retries=self.settings.max_trial_failures > 0,
-        )
 
 
 @dataclass(frozen=True)

@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 import traceback
-from collections import Counter
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from raytrainer import preflight, tracking
 from raytrainer.attempt.lifecycle import CLOSE_STOPPED_S, Attempt, in_background
 from raytrainer.attempt.session import ray_session
 from raytrainer.attempt.waiting import Waiting, selected_nodes
 from raytrainer.attempt.work import TrackedRun, Work
-from raytrainer.config import Parameter, flattened
 from raytrainer.core.interrupts import Interrupted
 from raytrainer.errors import StorageError
 from raytrainer.progress import duration
 from raytrainer.storage import Storage
 from raytrainer.sweep import results
+from raytrainer.sweep.board import Board
 from raytrainer.sweep.journal import Mode, Trial, TrialJournal
 from raytrainer.sweep.outcome import SweepOutcome, make_outcome
 from raytrainer.sweep.plan import Plan
 from raytrainer.sweep.recovery import record_exploits, record_last_evaluation
-from raytrainer.sweep.table import Board, ranked
-from raytrainer.sweep.trial_runs import TrialRuns, mlflow_name
+from raytrainer.sweep.room import make_room
+from raytrainer.sweep.sweep_run import tracked_run, upload_tags
+from raytrainer.sweep.trial_runs import TrialRuns
 from raytrainer.sweep.trial_state import Status
-from raytrainer.sweep.weights import INTERVAL_S, TrialRetention, best_weights
-from raytrainer.tracking.keys import metric_key
+from raytrainer.sweep.weights import TrialRetention, best_weights
 
 if TYPE_CHECKING:
     from ray.tune.schedulers import TrialScheduler
 
-    from raytrainer.sweep.trial import Shared
 
 # Time for the trial processes after the last trial to write the best weights that are only in memory, and to upload
 # their metrics if they do so themselves.
@@ -68,17 +65,7 @@ class SweepDriver(Work[str, SweepOutcome]):
         self._retention = TrialRetention(attempt.storage, self.e.sweep.num_to_keep, self.mode, self._ended_trials())
 
     def tracked_run(self) -> TrackedRun:
-        plan = self.plan
-        swept = {p.key.lstrip("+") for p in plan.parameters}
-        params = {key: value for key, value in flattened(plan.first.text).items() if key not in swept}
-        tags = {
-            "raytrainer.kind": "sweep",
-            "raytrainer.sweep.metric": plan.metric,
-            "raytrainer.sweep.mode": plan.mode,
-            **{f"raytrainer.choice.{group}": choice for group, choice in plan.first.choices if group not in swept},
-        }
-        space = {f"space/{mlflow_name(p.key)}": _described(p) for p in plan.parameters}
-        return TrackedRun(plan.first.text, {**params, **space}, tags, " ".join(self.attempt.argv))
+        return tracked_run(self.plan, self.attempt.argv)
 
     # --- the trials -----------------------------------------------------------------------------------------------
 
@@ -115,7 +102,8 @@ class SweepDriver(Work[str, SweepOutcome]):
 
         from raytrainer import ray_internals
         from raytrainer.sweep.engine import Listener, Search
-        from raytrainer.sweep.trial import TrialProcess
+        from raytrainer.sweep.schedule import pauses
+        from raytrainer.sweep.trial import TrialProcess, make_shared
 
         attempt, e = self.attempt, self.e
         gpu = preflight.uses_gpu(e, available)
@@ -130,10 +118,20 @@ class SweepDriver(Work[str, SweepOutcome]):
             listener=Listener(self._trial_started, self._trial_ended, attempt.display.say),
             needs_value=True,
         )
-        resources = self._fit(gpu, available)
-        for note in search.notes:
+        room = make_room(e, gpu=gpu, available=available)
+        self._at_once = room.at_once
+        self._where = f"{attempt.where}, {room.at_once} trial{'' if room.at_once == 1 else 's'} at a time"
+        for note in (*room.notes, *search.notes):
             attempt.display.say(note)
-        shared = self._shared(gpu)
+        shared = make_shared(
+            self.plan,
+            attempt.record,
+            attempt.storage,
+            tracking_uri=attempt.tracking_uri,
+            trials_upload=self._trials_upload,
+            gpu=gpu,
+            scheduler_pauses=pauses(self._scheduler),
+        )
         self._board = self._make_board(search.total)
         wanted = {resource: share * shared.workers for resource, share in shared.resources.items()}
         nodes_wanted = selected_nodes(e.scaling.accelerator_type, e.scaling.label_selector)
@@ -143,59 +141,12 @@ class SweepDriver(Work[str, SweepOutcome]):
             return search.run(
                 ray.tune.with_parameters(TrialProcess, shared=shared),
                 storage_path=attempt.storage.uri,
-                resources=resources,
+                resources=room.resources,
                 limit=self._at_once,
                 between=self._between_steps,
                 drain_s=_DRAIN_S,
                 drain_stopped_s=_DRAIN_STOPPED_S,
             )
-
-    def _fit(self, gpu: bool, available: preflight.Resources) -> Any:
-        """Decide how many trials run at a time. Return the resources of one."""
-        from raytrainer import ray_internals
-
-        e, scaling = self.e, self.e.scaling
-        bundle, workers = preflight.bundle(e, gpu), preflight.least_workers(e)
-        # Include the nodes that an autoscaler can add.
-        nodes = [*ray_internals.nodes(), *available.more[: available.most_more]]
-        fit = max(1, ray_internals.capacity(bundle, workers, nodes, scaling.placement_strategy))
-        limit, note = at_once(e.sweep.max_concurrent_trials, fit, grows=available.endless)
-        if note is not None:
-            self.attempt.display.say(note)
-        self._at_once = limit
-        self._where = f"{self.attempt.where}, {limit} trial{'' if limit == 1 else 's'} at a time"
-        return ray_internals.trial_resources(bundle, workers, scaling.placement_strategy, scaling.label_selector)
-
-    def _shared(self, gpu: bool) -> Shared:
-        """Return what every trial process gets."""
-        from raytrainer.sweep.schedule import pauses
-        from raytrainer.sweep.trial import Shared
-
-        e, record = self.e, self.attempt.record
-        fixed = [f"scaling.use_gpu={str(gpu).lower()}", "tracking.log_model=false"]
-        if self._trials_upload:
-            fixed.append(f"tracking.experiment_name={json.dumps(record.experiment_name, ensure_ascii=False)}")
-        if e.checkpoint.min_interval_s is None:
-            fixed.append(f"checkpoint.min_interval_s={INTERVAL_S}")
-        return Shared(
-            texts={key: c.text for key, c in self.plan.compositions.items()},
-            parameters=self.plan.parameters,
-            fixed=fixed,
-            run_dir=self.attempt.storage.uri,
-            metric=self.plan.metric,
-            mode=self.mode,
-            tracking_uri=tracking.redacted(self.attempt.tracking_uri),
-            ship=self._trials_upload,
-            workers=preflight.least_workers(e),
-            resources=preflight.per_worker(e, gpu),
-            strategy=e.scaling.placement_strategy,
-            gpu=gpu,
-            retries=e.sweep.max_trial_failures > 0,
-            forward_env=e.cluster.forward_env,
-            env_file=e.cluster.env_file,
-            pauses=pauses(self._scheduler),
-            mark=record.mark,
-        )
 
     def _make_board(self, total: int | None) -> Board:
         return Board(
@@ -319,7 +270,7 @@ class SweepDriver(Work[str, SweepOutcome]):
             if outcome.status == "KILLED":
                 run.set_timeout(timeout_s)
             with attempt.warning():
-                self._upload_tags(run, outcome)
+                upload_tags(run, outcome)
             with attempt.warning():
                 attempt.upload_logs(run)
                 if outcome.trials:
@@ -327,47 +278,9 @@ class SweepDriver(Work[str, SweepOutcome]):
                         run.log_artifact(folder)
         return self._runs is None or self._runs.close(0.0 if run is None and attempt.is_opening else timeout_s)
 
-    def _upload_tags(self, run: tracking.Run, outcome: SweepOutcome) -> None:
-        counts = Counter(trial.status for trial in outcome.trials)
-        tags: dict[str, str] = {"raytrainer.exit_code": str(outcome.exit_code)}
-        tags |= {f"raytrainer.trials.{status}": str(count) for status, count in counts.items()}
-        for best in ranked(outcome.trials, self.mode)[:1]:
-            report = best.best(self.mode)
-            assert report is not None
-            tags |= {
-                "raytrainer.best_trial": best.id,
-                "raytrainer.best_value": repr(report.value),
-                "raytrainer.best_step": str(report.step),
-                "raytrainer.best_overrides": " ".join(best.overrides),
-            }
-            # The step is the number of trials, which grows with each attempt.
-            key = metric_key(f"best/{self.plan.metric}")
-            run.log_metrics({key: report.value}, len(outcome.trials), report.time)
-        run.set_tags(tags)
-
     def close(self, outcome: SweepOutcome) -> None:
         self._retention.close(wait=outcome.status != "KILLED")
         try:
             self.journal.close()
         except StorageError as failed:
             self.attempt.display.say(f"warning: could not write the final status to the sweep's record: {failed}")
-
-
-def at_once(setting: int | None, fit: int, *, grows: bool = False) -> tuple[int, str | None]:
-    """Return how many trials run at a time, and a note for the user if that differs from the setting.
-
-    Args:
-        setting: `sweep.max_concurrent_trials`.
-        fit: How many trials the cluster can place. More would only wait.
-        grows: Whether the cluster can grow beyond its known size.
-    """
-    if setting is None or (setting > fit and not grows):
-        note = None if setting is None else f"sweep.max_concurrent_trials={setting}: there is room for {fit} at a time"
-        return fit, note
-    return setting, None
-
-
-def _described(p: Parameter) -> str:
-    if p.kind == "choice":
-        return ", ".join(p.texts)
-    return f"{p.kind} {p.low!r} to {p.high!r}{', log' if p.log else ''}{', integers' if p.integer else ''}"

@@ -189,7 +189,7 @@ class TrialJournal:
         line = {"kind": "start", "id": trial.id, "time": trial.started, **_sampled(trial.parameters, trial.overrides)}
         with self._lock:
             self._append(line if trial.run_id is None else {**line, "run_id": trial.run_id})
-            self._start(trial)
+            self.trials[trial.id] = trial
             self._keep()
 
     def report(self, id: str, report: Report) -> None:  # noqa: A002  the trial's, as everywhere
@@ -269,9 +269,6 @@ class TrialJournal:
 
     # The meaning of each line, for writing and for reading
 
-    def _start(self, trial: Trial) -> None:
-        self.trials[trial.id] = trial
-
     def _report(self, id: str, report: Report) -> None:  # noqa: A002
         trial, reports = self.trials[id], self.trials[id].reports
         if report.seconds is not None:
@@ -337,7 +334,7 @@ class TrialJournal:
                 raise ValueError(f"trial {line['id']} starts twice")
             parameters = {str(key): _restored(value) for key, value in line["parameters"].items()}
             trial = Trial(str(line["id"]), parameters, list(line["overrides"]), line["time"], line.get("run_id"))
-            self._start(trial)
+            self.trials[trial.id] = trial
         elif kind == "report":
             metrics = {str(key): _number(value) for key, value in line["metrics"].items()}
             numbers = int(line["evaluation"]), int(line["step"]), _number(line["value"])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import cast
 
-from raytrainer.attempt.outcome import AttemptOutcome, took
+from raytrainer.attempt.outcome import WORDS, AttemptOutcome, Row, as_text, next_rows, took
 from raytrainer.attempt.session import ray_error
 from raytrainer.errors import ConfigError, RaytrainerError, WorkerError
 from raytrainer.progress import duration
@@ -19,7 +19,6 @@ from raytrainer.sweep.table import command_line, final_table, ranked, schedule_t
 from raytrainer.sweep.trial_state import Status
 
 _MOST_FAILED = 5  # trials whose causes are shown
-Row = tuple[str, str]  # of a summary: a name, which is empty if it is that of the row above, and a text
 
 
 @dataclass(frozen=True)
@@ -106,8 +105,7 @@ def _why_none(outcome: SweepOutcome, reason: str | None) -> str:
 def summary(outcome: SweepOutcome, program: str) -> str:
     """Return the summary of a sweep: the result, where everything is, and the next command."""
     record, plan = outcome.record, outcome.plan
-    word = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}[outcome.status]
-    rows = [("outcome", f"{word}: {trial_counts(outcome.trials)} in {took(record, outcome.seconds)}")]
+    rows = [("outcome", f"{WORDS[outcome.status]}: {trial_counts(outcome.trials)} in {took(record, outcome.seconds)}")]
     if outcome.note:
         rows.append(("", f"{outcome.note}; resume continues the sweep"))
     if outcome.cause and outcome.status == "FAILED":
@@ -119,7 +117,7 @@ def summary(outcome: SweepOutcome, program: str) -> str:
     rows.append(("output", record.run_dir))
     if outcome.best is not None:
         rows += _best_rows(outcome, outcome.best, program)
-    rows += [("next" if not i else "", command) for i, command in enumerate(_next_commands(outcome, program))]
+    rows += next_rows(_next_commands(outcome, program))
     text = as_text(rows)
     if outcome.best is None or len(outcome.trials) < 2:
         return text
@@ -154,10 +152,6 @@ def failed_rows(failed: Sequence[Trial], directory: str, *, cause_above: str | N
     return rows
 
 
-def as_text(rows: Sequence[Row]) -> str:
-    return "\n".join(f"{name:<8} {text}" for name, text in rows)
-
-
 def _best_rows(outcome: SweepOutcome, best: Trial, program: str) -> list[Row]:
     plan, report = outcome.plan, best.best(cast(Mode, outcome.plan.mode))
     assert report is not None
@@ -174,10 +168,10 @@ def _best_rows(outcome: SweepOutcome, best: Trial, program: str) -> list[Row]:
     return rows
 
 
-def _next_commands(outcome: SweepOutcome, program: str) -> list[str]:
+def _next_commands(outcome: SweepOutcome, program: str) -> list[str | None]:
     """Return the commands that the user may want to type next."""
     record, failed, count = outcome.record, outcome.failed, len(outcome.trials)
-    commands = [outcome.mlflow_command] if outcome.mlflow_command else []
+    commands = [outcome.mlflow_command]
     if outcome.best is not None and "://" not in record.run_dir:
         commands.append(f"{program} --config-dir={shlex.quote(record.run_dir + '/best')} experiment=best")
     if not outcome.resumable:

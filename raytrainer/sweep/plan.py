@@ -261,16 +261,7 @@ def check_plan(plan: Plan) -> None:
         raise ConfigError("is one batch of one run; leave out -m and what is swept", key="debug", value=True)
     for composition in plan.compositions.values():
         check_modes(composition.experiment, objects=True, sweep=True)
-    objectives = {
-        f"{c.experiment.sweep.metric or c.experiment.checkpoint.monitor} ({sweep_mode(c.experiment)})": None
-        for c in plan.compositions.values()
-    }
-    if len(objectives) > 1:
-        raise ConfigError(
-            f"must be the same for all trials, and their experiments have {', '.join(objectives)}; set sweep.metric and "
-            "sweep.mode to one of these",
-            key="sweep.metric",
-        )
+    _check_objective(plan)
     if e.cluster.kind == "inline":
         raise ConfigError("has no processes for trials; use cluster=local", key="cluster", value="inline")
     if isinstance(e.scaling.num_workers, list):
@@ -288,17 +279,35 @@ def check_plan(plan: Plan) -> None:
     search = str((e.sweep.search_alg or {}).get("_target_", ""))
     if e.sweep.num_samples is None and e.sweep.time_budget_s is None and not search.endswith("GridSearch"):
         raise ConfigError("or sweep.time_budget_s must be set, or the sweep never ends", key="sweep.num_samples")
-    tried = 0
+    _check_values(plan)
+
+
+def _check_objective(plan: Plan) -> None:
+    objectives = {
+        f"{c.experiment.sweep.metric or c.experiment.checkpoint.monitor} ({sweep_mode(c.experiment)})": None
+        for c in plan.compositions.values()
+    }
+    if len(objectives) > 1:
+        raise ConfigError(
+            f"must be the same for all trials, and their experiments have {', '.join(objectives)}; set sweep.metric and "
+            "sweep.mode to one of these",
+            key="sweep.metric",
+        )
+
+
+def _check_values(plan: Plan) -> None:
+    """Check values of each parameter with each combination of group choices."""
+    # Required keys may be set only by the sweep, so each value is checked together with one value of every other
+    # parameter.
+    each = _one_of_each(plan.parameters)
+    changes = [{p.key: p.override(value)} for p in plan.parameters if not p.group for value in p.probes()[1:]]
+    checks = 0
     for composition in plan.compositions.values():
-        # Required keys may be set only by the sweep, so each value is checked together with one value of every other
-        # parameter.
-        each = _one_of_each(plan.parameters)
-        preflight.check_objects(experiment_of(composition.text, list(each.values())))
-        for p in plan.parameters:
-            for value in () if p.group else p.probes()[1:]:
-                if (tried := tried + 1) <= _MOST_PROBES:
-                    overrides = {**each, p.key: p.override(value)}
-                    preflight.check_objects(experiment_of(composition.text, list(overrides.values())))
+        for change in ({}, *changes):
+            checks += bool(change)
+            if not change or checks <= _MOST_PROBES:
+                overrides = {**each, **change}
+                preflight.check_objects(experiment_of(composition.text, list(overrides.values())))
 
 
 def _evaluations(e: Experiment) -> int | None:

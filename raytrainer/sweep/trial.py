@@ -12,18 +12,20 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from raytrainer import worker
+from raytrainer import preflight, tracking, worker
+from raytrainer.attempt import Record
 from raytrainer.config import Parameter
 from raytrainer.errors import ConfigError
 from raytrainer.storage import Storage
 from raytrainer.sweep import stepped
 from raytrainer.sweep.journal import Mode
-from raytrainer.sweep.plan import choices_of
+from raytrainer.sweep.plan import Plan, choices_of
 from raytrainer.sweep.reuse import as_found
 from raytrainer.sweep.search import RUN, TRIAL
 from raytrainer.sweep.stepped import SteppedProcess, TrialStopped
+from raytrainer.sweep.weights import INTERVAL_S
 from raytrainer.tracking.spool import spool_of
 
 _SOURCE = "trial.json"  # the file beside a checkpoint for Tune that names its trial and evaluation
@@ -99,6 +101,54 @@ class Shared:
             objective_mode=self.mode,
             best_at_once=self.workers > 1,
         )
+
+
+def make_shared(
+    plan: Plan,
+    record: Record,
+    storage: Storage,
+    *,
+    tracking_uri: str,
+    trials_upload: bool,
+    gpu: bool,
+    scheduler_pauses: bool,
+) -> Shared:
+    """Return what all trials of a sweep have in common.
+
+    Args:
+        plan: The sweep.
+        record: The record of this attempt.
+        storage: The sweep's directory.
+        tracking_uri: The tracking URI, from which credentials are removed.
+        trials_upload: As `Shared.ship`.
+        gpu: Whether the workers train on GPUs.
+        scheduler_pauses: As `Shared.pauses`.
+    """
+    e = plan.experiment
+    fixed = [f"scaling.use_gpu={str(gpu).lower()}", "tracking.log_model=false"]
+    if trials_upload:
+        fixed.append(f"tracking.experiment_name={json.dumps(record.experiment_name, ensure_ascii=False)}")
+    if e.checkpoint.min_interval_s is None:
+        fixed.append(f"checkpoint.min_interval_s={INTERVAL_S}")
+    return Shared(
+        texts={key: c.text for key, c in plan.compositions.items()},
+        parameters=plan.parameters,
+        fixed=fixed,
+        run_dir=storage.uri,
+        metric=plan.metric,
+        mode=cast(Mode, plan.mode),
+        tracking_uri=tracking.redacted(tracking_uri),
+        ship=trials_upload,
+        workers=preflight.least_workers(e),
+        resources=preflight.per_worker(e, gpu),
+        strategy=e.scaling.placement_strategy,
+        gpu=gpu,
+        retries=e.sweep.max_trial_failures > 0,
+        forward_env=e.cluster.forward_env,
+        env_file=e.cluster.env_file,
+        pauses=scheduler_pauses,
+        mark=record.mark,
+    )
 
 
 class TrialProcess(SteppedProcess):

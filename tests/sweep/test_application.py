@@ -27,7 +27,7 @@ from raytrainer.errors import ConfigError, WorkerError
 from raytrainer.storage import Storage
 from raytrainer.sweep import function, report
 from raytrainer.sweep.application import search
-from raytrainer.sweep.application_checks import Jobs, unchangeable
+from raytrainer.sweep.application_setup import Jobs, unchangeable
 from raytrainer.sweep.function import FunctionProcess, Shared
 from raytrainer.sweep.journal import WORST, Mode, Report, Trial, TrialJournal
 from raytrainer.sweep.reporting import as_number

@@ -33,6 +33,7 @@ from raytrainer.sweep.driver import SweepDriver
 from raytrainer.sweep.engine import Search
 from raytrainer.sweep.journal import Report, Trial, TrialJournal
 from raytrainer.sweep.outcome import SweepOutcome
+from raytrainer.sweep.room import at_once
 from raytrainer.sweep.schedule import make_scheduler
 from raytrainer.sweep.trial_state import Status
 from raytrainer.tracking.spool import SegmentWriter, Spool, line, spool_of
@@ -304,10 +305,10 @@ def test_a_file_that_cannot_be_told_holds_up_no_end(place: Place, monkeypatch: p
 
 
 def test_no_more_at_a_time_than_there_is_room_for() -> None:
-    assert driver.at_once(None, 4) == (4, None)
-    assert driver.at_once(3, 4) == (3, None)
-    assert driver.at_once(9, 4) == (4, "sweep.max_concurrent_trials=9: there is room for 4 at a time")
-    assert driver.at_once(9, 4, grows=True) == (9, None)
+    assert at_once(None, 4) == (4, None)
+    assert at_once(3, 4) == (3, None)
+    assert at_once(9, 4) == (4, "sweep.max_concurrent_trials=9: there is room for 4 at a time")
+    assert at_once(9, 4, grows=True) == (9, None)
 
 
 def test_time_that_was_over_before_a_trial_had_finished_is_told_as_that(place: Place) -> None:

@@ -25,7 +25,7 @@ from pyarrow import fs
 
 from raytrainer.errors import StorageError, StorageFull
 from raytrainer.storage import Storage
-from raytrainer.sweep import journal as module
+from raytrainer.sweep import journal_file
 from raytrainer.sweep.journal import Report, Trial, TrialJournal
 from raytrainer.sweep.trial_state import Status
 
@@ -265,7 +265,7 @@ def test_a_disk_that_loses_what_it_took_is_said_by_the_next_call(
         failed.set()
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(module, "_SYNC_S", 0.0)
+    monkeypatch.setattr(journal_file, "_SYNC_S", 0.0)
     journal = begun(storage)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lost)
@@ -372,7 +372,7 @@ def test_an_object_store_gets_the_whole_file_now_and_then(remote: Flaky, monkeyp
     journal.close()
     assert len(uploads) == 3
     assert len(TrialJournal.open(remote).trials["0001"].reports) == 200
-    monkeypatch.setattr(module, "_UPLOAD_S", 0.01)
+    monkeypatch.setattr(journal_file, "_UPLOAD_S", 0.01)
     journal = begun(remote)
     uploaded.clear()
     journal.report("0001", report(201))
@@ -409,16 +409,16 @@ def test_an_object_store_has_what_a_resume_must_know_when_it_is_told(remote: Fla
 def test_an_object_store_that_fails_for_a_while_loses_nothing(
     remote: Flaky, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "_UPLOAD_S", 0.01)
+    monkeypatch.setattr(journal_file, "_UPLOAD_S", 0.01)
     journal = begun(remote)
     remote.error = OSError("503 slow down")
-    warned, log = threading.Event(), module._log.warning
+    warned, log = threading.Event(), journal_file._log.warning
 
     def warning(*args: Any) -> None:
         log(*args)
         warned.set()
 
-    monkeypatch.setattr(module._log, "warning", warning)
+    monkeypatch.setattr(journal_file._log, "warning", warning)
     journal.start(trial(lr=0.1))
     journal.report("0001", report(1))
     assert warned.wait(30)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from raytrainer.config import Parameter
-from raytrainer.sweep import pictures
+from raytrainer.sweep import picture_parts, pictures
 from raytrainer.sweep.journal import Mode, Report, Trial
 from raytrainer.sweep.pictures import parameters_png, progress_png
 from raytrainer.sweep.trial_state import Status
@@ -67,13 +67,13 @@ def drawn(number: int, seed: int = 0) -> list[Trial]:
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that are encoded as PNG from now on."""
     made: list[Figure] = []
-    encode = pictures._png
+    encode = picture_parts.as_png
 
     def kept(figure: Figure) -> bytes:
         made.append(figure)
         return encode(figure)
 
-    monkeypatch.setattr(pictures, "_png", kept)
+    monkeypatch.setattr(pictures, "as_png", kept)
     return made
 
 

@@ -105,8 +105,13 @@ class Sweep:
         self.journal.report(id, Report(evaluation, evaluation, value, {}, 0.0))
 
     def end(
-        self, id: str, status: Status = Status.FINISHED, *, cause: str | None = None, diverged: bool = False
-    ) -> None:  # noqa: A002
+        self,
+        id: str,  # noqa: A002
+        status: Status = Status.FINISHED,
+        *,
+        cause: str | None = None,
+        diverged: bool = False,
+    ) -> None:
         last = self.journal.trials[id].reports[-1:]
         result: dict[str, Any] = {METRIC: WORST, "training_iteration": 1}
         if last:

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from raytrainer.progress import Display
+from raytrainer.sweep.board import Board
 from raytrainer.sweep.journal import Report, Trial
-from raytrainer.sweep.table import Board, command_line, final_table, ranked, short_names, trial_line, written
+from raytrainer.sweep.table import command_line, final_table, ranked, short_names, trial_line, written
 from raytrainer.sweep.trial_state import Status
 from tests.terminal import Terminal, attach
 

@@ -1,4 +1,4 @@
-"""What is checked and prepared before a sweep over any Hydra application starts, and the keys in its messages."""
+"""What a sweep over any Hydra application is made of and checked for before it starts, and the keys in its messages."""
 
 from __future__ import annotations
 
@@ -7,17 +7,27 @@ import inspect
 import itertools
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 from ray import cloudpickle
+from ray.tune.schedulers import TrialScheduler
 
 from raytrainer.config import Parameter, locate
+from raytrainer.config.checks import seconds
+from raytrainer.config.schema import SweepConfig
 from raytrainer.errors import ConfigError
 from raytrainer.storage import Storage
-from raytrainer.sweep.journal import TrialJournal
+from raytrainer.sweep import schedule
+from raytrainer.sweep.function import Shared
+from raytrainer.sweep.journal import Mode, TrialJournal
 from raytrainer.sweep.settings import DIRECTIONS, KEY, Settings
 
+_DEFAULT_TRIALS = 20  # if neither their number nor a time budget is set
+_ENDLESS = 1_000_000  # calls of `report`: their number is unknown beforehand
 _MOST_EXAMPLES = 100  # jobs composed before Ray starts
 _DIFFERENCES = {"parameters": "other parameters", "fixed": "other overrides", "direction": "another direction"}
 
@@ -37,6 +47,82 @@ class Jobs(Protocol):
 
     def keeping(self, wanted: Callable[[Any], bool]) -> Jobs:
         """Return a copy that carries only the wanted ones of its objects."""
+
+
+@dataclass(frozen=True)
+class Application:
+    """What is swept, and how.
+
+    Attributes:
+        jobs: The jobs of the trials.
+        settings: The section `hydra.sweeper`.
+        parameters: The search space.
+        fixed: The overrides that all trials have.
+        subfolder: Returns a trial's directory below that of the sweep, from its number and overrides.
+        verbose: Whether to show what the trials print. It is written to a file in any case.
+    """
+
+    jobs: Jobs
+    settings: Settings
+    parameters: Sequence[Parameter]
+    fixed: Sequence[str]
+    subfolder: Callable[[int, Sequence[str]], str]
+    verbose: bool
+
+    @property
+    def mode(self) -> Mode:
+        return cast(Mode, DIRECTIONS[self.settings.direction])
+
+    def overrides_of(self, values: Mapping[str, Any]) -> list[str]:
+        """Return a trial's parameters as overrides."""
+        return [p.override(values[p.key]) for p in self.parameters if p.key in values]
+
+    def sweep_config(self) -> SweepConfig:
+        """Return the settings as an experiment's section `sweep`."""
+        settings = self.settings
+        budget = seconds(settings.time_budget_s, f"{KEY}.time_budget_s")
+        searcher, count = settings.search_node, settings.num_samples
+        if count is None and budget is None and not str((searcher or {}).get("_target_")).endswith("GridSearch"):
+            count = _DEFAULT_TRIALS
+        return SweepConfig(
+            num_samples=count,
+            scheduler=scheduler_for_functions(settings.scheduler_node),
+            search_alg=searcher,
+            time_budget_s=budget,
+            seed=settings.seed,
+            max_trial_failures=settings.max_trial_failures,
+        )
+
+    def make_scheduler(self, config: SweepConfig) -> TrialScheduler:
+        """Build the scheduler.
+
+        Raises:
+            ConfigError: It cannot be built, or needs checkpoints.
+        """
+        scheduler = schedule.make_scheduler(
+            config.scheduler, self.parameters, mode=self.mode, evaluations=_ENDLESS, search=config.search_alg
+        )
+        if schedule.pauses(scheduler):
+            raise ConfigError(
+                "pauses or copies trials, which needs checkpoints, and a function has none: use asha or median, which "
+                "only stop the worse trials",
+                key="sweep.scheduler",
+                value=type(scheduler).__name__,
+            )
+        return scheduler
+
+    def shared(self) -> Shared:
+        """Return what every trial process gets."""
+        return Shared(
+            job=pickled(self.jobs),
+            name=self.jobs.name,
+            parameters=self.parameters,
+            fixed=self.fixed,
+            mode=self.mode,
+            path=[entry or str(Path.cwd()) for entry in sys.path],
+            folder=str(Path.cwd()),
+            retries=self.settings.max_trial_failures > 0,
+        )
 
 
 def aim(direction: str, name: str) -> str:
