@@ -142,9 +142,9 @@ class Record:
         if data is None:
             return None
         try:
-            found = json.loads(data)
+            fields = json.loads(data)
             # Records of later versions may have more fields.
-            return cls(**{k: v for k, v in found.items() if k in cls.__dataclass_fields__})
+            return cls(**{k: v for k, v in fields.items() if k in cls.__dataclass_fields__})
         except (ValueError, TypeError, AttributeError) as error:
             raise StorageError(f"{storage.uri}/{RECORD} is not a valid run record: {error}") from error
 
@@ -240,10 +240,10 @@ class StopAsked:
 def _job_asked(storage: Storage) -> str | None:
     """Return the job that the file `stop` names; None if there is no such file or it names no job."""
     try:
-        asked = json.loads(storage.read_if_exists(STOP) or b"{}")
+        request = json.loads(storage.read_if_exists(STOP) or b"{}")
     except ValueError:
         return None
-    return asked.get("job") if isinstance(asked, dict) else None
+    return request.get("job") if isinstance(request, dict) else None
 
 
 def job_tags(record: Record) -> dict[str, str]:

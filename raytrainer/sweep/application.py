@@ -286,10 +286,10 @@ class _Sweep:
     def _ended(self, reason: str, best: Trial | None) -> Ended:
         trials, killed = list(self._journal.trials.values()), self._interrupts.requested
         text = self._summary(trials, reason, best)
-        found = None if best is None else self._results_of(best)
+        best_result = None if best is None else self._results_of(best)
         if killed:
-            return Ended(self._interrupts.exit_code or 130, self._interrupts.reason, text, found)
-        return Ended(int(best is None), _why_none(trials) if best is None else None, text, found)
+            return Ended(self._interrupts.exit_code or 130, self._interrupts.reason, text, best_result)
+        return Ended(int(best is None), _why_none(trials) if best is None else None, text, best_result)
 
     def _summary(self, trials: Sequence[Trial], reason: str, best: Trial | None) -> str:
         application, directory = self._application, str(self._storage.local_path)

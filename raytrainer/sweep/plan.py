@@ -129,14 +129,14 @@ class Plan:
         }
 
     @classmethod
-    def from_dict(cls, found: Mapping[str, Any]) -> Plan:
+    def from_dict(cls, plan: Mapping[str, Any]) -> Plan:
         compositions = {
             c["of"]: replace(from_text(c["text"]), choices=tuple(sorted(c["choices"].items())))
-            for c in found["compositions"]
+            for c in plan["compositions"]
         }
-        parameters = tuple(Parameter.from_dict(p) for p in found["parameters"])
-        options = tuple(found.get("options", ()))
-        return cls(found["choice"], tuple(found["fixed"]), parameters, compositions, options)
+        parameters = tuple(Parameter.from_dict(p) for p in plan["parameters"])
+        options = tuple(plan.get("options", ()))
+        return cls(plan["choice"], tuple(plan["fixed"]), parameters, compositions, options)
 
     def write(self, storage: Storage) -> None:
         """Write the plan to the sweep's directory."""
@@ -150,10 +150,10 @@ class Plan:
             StorageError: The file does not exist, is invalid, or was written by a later version.
         """
         try:
-            found = json.loads(storage.read_bytes(PLAN))
-            if found["version"] > VERSION:
+            plan = json.loads(storage.read_bytes(PLAN))
+            if plan["version"] > VERSION:
                 raise StorageError(f"{storage.where(PLAN)} was written by a later version of raytrainer")
-            return cls.from_dict(found)
+            return cls.from_dict(plan)
         except (ValueError, TypeError, KeyError) as error:
             raise StorageError(f"{storage.where(PLAN)} is not a valid sweep plan: {error}") from error
 
@@ -210,8 +210,8 @@ def _planned(parameters: list[Parameter], fixed: list[str], choice: str, config_
         chosen = [p.override(v) for p, v in zip(grouped, combination, strict=True)]
         composition = _composed([*named, *chosen], parameters, config_dir)
         if not compositions and not any(o.startswith("name=") for o in fixed):
-            several = any(key_of(p.key) == "experiment" for p in grouped)
-            stem = "sweep" if several else dict(composition.choices).get("experiment", "run")
+            many_experiments = any(key_of(p.key) == "experiment" for p in grouped)
+            stem = "sweep" if many_experiments else dict(composition.choices).get("experiment", "run")
             named.append(f"name={new_name(f'{stem}-{choice}')}")
             composition = _composed([*named, *chosen], parameters, config_dir)
         compositions[" ".join(sorted(chosen))] = with_modes(composition)
@@ -223,12 +223,12 @@ def _planned(parameters: list[Parameter], fixed: list[str], choice: str, config_
 
 def _replaced(fixed: Sequence[str], overrides: Sequence[str]) -> list[str]:
     """Return overrides with new values for some keys. A key that was added with `+` keeps the `+`."""
-    found = {key_of(o): o for o in fixed}
+    by_key = {key_of(o): o for o in fixed}
     for override in overrides:
         key = key_of(override)
-        before = found.pop(key, override).partition("=")[0]
-        found[key] = override if before.startswith("~") else f"{before}={override.partition('=')[2]}"
-    return list(found.values())
+        before = by_key.pop(key, override).partition("=")[0]
+        by_key[key] = override if before.startswith("~") else f"{before}={override.partition('=')[2]}"
+    return list(by_key.values())
 
 
 def _composed(overrides: Sequence[str], parameters: Sequence[Parameter], config_dir: str | Path | None) -> Composition:

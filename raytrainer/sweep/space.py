@@ -59,11 +59,11 @@ def points(parameter: Parameter) -> Sequence[float]:
 
 def _place(parameter: Parameter, value: float) -> int:
     """Return the index in `points` of the point that is nearest to a value."""
-    found = points(parameter)
-    first, last = found[0], len(found) - 1
-    step = (found[-1] - first) // last if parameter.integer and last else (found[-1] - first) / max(last, 1)
+    values = points(parameter)
+    first, last = values[0], len(values) - 1
+    step = (values[-1] - first) // last if parameter.integer and last else (values[-1] - first) / max(last, 1)
     guess = min(max(int((value - first) // step) if step else 0, 0), last)
-    return min(range(max(guess - 1, 0), min(guess + 2, last + 1)), key=lambda place: abs(found[place] - value))
+    return min(range(max(guess - 1, 0), min(guess + 2, last + 1)), key=lambda place: abs(values[place] - value))
 
 
 def nearest(parameter: Parameter, value: Any) -> Any:
@@ -74,11 +74,11 @@ def nearest(parameter: Parameter, value: Any) -> Any:
     """
     if parameter.kind == "choice":
         if parameter.contains(value):
-            return next(one for one in parameter.values if parameter.override(one) == parameter.override(value))
-        numbers = [one for one in parameter.values if _is_number(one)]
+            return next(v for v in parameter.values if parameter.override(v) == parameter.override(value))
+        numbers = [v for v in parameter.values if _is_number(v)]
         if not numbers or not _is_number(value):
             raise ConfigError("was sampled with a value that it cannot have", key=parameter.key, value=value)
-        return min(numbers, key=lambda one: abs(one - value))
+        return min(numbers, key=lambda number: abs(number - value))
     if not _is_number(value):
         raise ConfigError("was sampled with a value that is not a number", key=parameter.key, value=value)
     assert parameter.low is not None
@@ -108,8 +108,8 @@ def decoded(parameter: Parameter, drawn: Any) -> Any:
     if parameter.kind == "choice" and str(value) in parameter.texts:
         return parameter.values[parameter.texts.index(str(value))]
     if parameter.kind == "range" and not parameter.log and _is_number(value):
-        found = points(parameter)
-        return found[min(max(round(value), 0), len(found) - 1)]
+        values = points(parameter)
+        return values[min(max(round(value), 0), len(values) - 1)]
     return nearest(parameter, value)
 
 
