@@ -49,7 +49,7 @@ class Phase(Enum):
     LOCKED = "the directory is ours, and nothing has started"
     STARTING = "Ray starts, the first-batch probe may run, and the MLflow run is opened"
     OPENING = "Ray is up; the work waits for the MLflow run"
-    RUNNING = "the work is done"
+    RUNNING = "training, or the trials of a sweep, run"
     CLOSING = "the work has ended; everything is written and uploaded"
     CLOSED = "the record has the final status"
     REFUSED = "the first-batch probe refused the run, which is not recorded"
@@ -137,11 +137,14 @@ class Attempt:
             PreflightError: The first-batch probe refused the run. The run is then not recorded.
         """
         self.move(Phase.STARTING)
+        self.interrupts.deferred = True  # whatever starts here must be ended below
         # Importing MLflow and creating its first database take seconds, in which Ray's processes start.
         self._opening = in_background(lambda: self._open_run(work), "mlflow-open")
         result: Result | None = None
         error: BaseException | None = None
         try:
+            self.interrupts.deferred = False
+            self.interrupts.check()
             result = work.execute()
         except Interrupted:
             error = self.interrupts.stopped()

@@ -33,7 +33,6 @@ class Board:
         at_once: The maximum number of concurrent trials.
         trials: The trials of a resumed sweep, ended or not.
         time_budget_s: The time in seconds after which the sweep ends in any case.
-        elapsed_s: How many of these seconds have passed already.
         clock: Returns the time in seconds since the epoch.
 
     Attributes:
@@ -52,7 +51,6 @@ class Board:
         at_once: int,
         trials: Iterable[Trial] = (),
         time_budget_s: float | None = None,
-        elapsed_s: float = 0.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.total, self.at_once = total, at_once
@@ -60,7 +58,7 @@ class Board:
         self._names = short_names(keys)
         self._budget, self._clock = time_budget_s, clock
         now = clock()
-        self._began = now - elapsed_s
+        self._began = now
         self._drawn_at, self._summed_at = -math.inf, now
         self._running: dict[str, tuple[Trial, float]] = {}  # with the time of `start`
         # Each ended trial is formatted only once. Finished trials are sorted by value, the others by their ends.

@@ -29,7 +29,7 @@ from raytrainer.errors import ConfigError, StorageError, WorkerError
 from raytrainer.storage import Storage
 from raytrainer.sweep import engine, schedule
 from raytrainer.sweep.engine import Listener, Search
-from raytrainer.sweep.journal import Trial, TrialJournal
+from raytrainer.sweep.journal import FILE, Trial, TrialJournal
 from raytrainer.sweep.search import TRIAL
 from tests import forkserver
 from tests.training import node
@@ -270,10 +270,11 @@ def test_a_sweep_goes_on_as_if_it_had_never_been_away(sweep: Callable[..., Sweep
     undisturbed.run()
     one = sweep(num_samples=3, limit=1)
     one.run()
-    journal = TrialJournal.open(Storage(one.folder))
-    journal.begin({})
-    journal.reopen("0002")  # as a killed driver leaves it
-    journal.close()
+    file = one.folder / FILE
+    lines = file.read_text().splitlines(keepends=True)
+    ends = [line for line in lines if '"kind":"end","id":"0002"' in line]
+    assert len(ends) == 1
+    file.write_text("".join(line for line in lines if line not in ends))  # as a killed driver leaves it
     again = sweep()
     assert again.run() == "finished"
     assert again.started == ["0002", "0004", "0005"]

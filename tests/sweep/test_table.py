@@ -233,8 +233,8 @@ def test_time_left_is_blank_while_nothing_is_known(terminal: Terminal) -> None:
 
 
 def test_time_left_ends_with_the_budget(terminal: Terminal) -> None:
-    watched = Watched(terminal, total=1000, time_budget_s=60, elapsed_s=10)
-    watched.tick(1)
+    watched = Watched(terminal, total=1000, time_budget_s=60)
+    watched.tick(11)
     assert terminal.screen()[0].endswith("0:11 elapsed  at most 0:49 left")
     for n in range(1, 4):
         watched.run(trial(n, [0.1], Status.FINISHED), 5)
