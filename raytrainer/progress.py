@@ -81,12 +81,16 @@ def from_line(line: str) -> dict[str, Any] | None:
     """Return the message in a line of a worker's output; None if the line is text for a person."""
     if not line.startswith(MARK):
         return None
-    found = json.loads(line[len(MARK) :])
-    return found if isinstance(found, dict) else None
+    message = json.loads(line[len(MARK) :])
+    return message if isinstance(message, dict) else None
 
 
 class Display:
-    """Shows messages and text on a stream, from any thread.
+    """Shows messages and text on a stream, from any thread. It is the only code that controls a terminal: a richer
+    display replaces `draw`, which gets the whole live part as lines.
+
+    It does not use `rich.live`, which hides the cursor (a killed process leaves it hidden), erases the block before it
+    writes it again (which flickers), and loses lines when the window gets narrower.
 
     Attributes:
         live: Whether the stream is a terminal, which gets a live part below the permanent lines.
@@ -145,7 +149,7 @@ class Display:
             return
         with self._lock:
             columns, rows = self.size()
-            kept = [line[: columns - 1] for line in lines[: rows - 1]]
+            kept = [_cut(line, columns - 1) for line in lines[: rows - 1]]
             # Each line overwrites the old one, so that nothing flickers. The cursor stays below the block, so that
             # typed (^C) or later output is not inside it. The cursor is never hidden, so it cannot stay hidden.
             text = self._start() + "".join(f"{line}\x1b[K\n" for line in kept) + "\x1b[J"
@@ -155,12 +159,12 @@ class Display:
     def size(self) -> tuple[int, int]:
         """Return the current columns and rows of the terminal."""
         try:
-            found = os.get_terminal_size(self._stream.fileno())
+            size = os.get_terminal_size(self._stream.fileno())
         except (OSError, ValueError):  # no terminal, or a stream without a file
-            found = os.terminal_size((0, 0))
-        if not (found.columns and found.lines):
-            found = shutil.get_terminal_size()
-        return found.columns, found.lines
+            size = os.terminal_size((0, 0))
+        if not (size.columns and size.lines):
+            size = shutil.get_terminal_size()
+        return size.columns, size.lines
 
     def close(self) -> None:
         """Remove the live part."""
@@ -171,7 +175,7 @@ class Display:
         if self.live:
             with self._lock:
                 self._clear()
-                self._shown = line[: self.size()[0] - 1]
+                self._shown = _cut(line, self.size()[0] - 1)
                 streams.write(self._stream, self._shown)
         elif last or time.monotonic() - self._last_line >= _EVERY_S:
             self._last_line = time.monotonic()
@@ -183,12 +187,30 @@ class Display:
             return "\r" if self._shown else ""
         # A window that was made narrower shows a line in several rows.
         columns = self.size()[0]
-        return f"\r\x1b[{sum(max(1, -(-len(line) // columns)) for line in self._block)}A"
+        return f"\r\x1b[{sum(max(1, -(-_width(line) // columns)) for line in self._block)}A"
 
     def _clear(self) -> None:
         if self._shown or self._block:
             streams.write(self._stream, self._start() + ("\x1b[J" if self._block else "\x1b[K"))
             self._shown, self._block = "", []
+
+
+def _width(line: str) -> int:
+    """Return how many columns of a terminal a line takes. Chinese characters take two, combining ones none."""
+    if line.isascii():
+        return len(line)
+    from rich.cells import cell_len
+
+    return cell_len(line)
+
+
+def _cut(line: str, columns: int) -> str:
+    """Return a line, cut to a number of columns of a terminal."""
+    if _width(line) <= columns:
+        return line
+    from rich.cells import set_cell_size
+
+    return set_cell_size(line, columns)
 
 
 def progress_line(message: Mapping[str, Any]) -> str:
@@ -198,8 +220,8 @@ def progress_line(message: Mapping[str, Any]) -> str:
     parts.append(f"step {message['step']}" + (f"/{message['total']}" if message["total"] else ""))
     parts.append(f"loss {metrics.get('train/loss', math.nan):.4g}")
     parts.append(f"lr {metrics.get('train/lr', math.nan):.3g}")
-    what = "tokens" if "train/tokens_per_second" in metrics else "samples"
-    parts.append(f"{metrics.get(f'train/{what}_per_second', math.nan):,.0f} {what}/s")
+    unit = "tokens" if "train/tokens_per_second" in metrics else "samples"
+    parts.append(f"{metrics.get(f'train/{unit}_per_second', math.nan):,.0f} {unit}/s")
     if message["left"] is not None:
         parts.append(f"{duration(message['left'])} left")
     return "  ".join(parts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,15 @@ from torch import Tensor, nn
 
 from raytrainer import attempt, preflight
 from raytrainer.attempt import driver, launching
+from raytrainer.attempt.lifecycle import Phase
+from raytrainer.attempt.locking import locked_attempt
 from raytrainer.config import Composition, from_text
 from raytrainer.core.isolated import Ended
 from raytrainer.data import Arrays
 from raytrainer.errors import ConfigError, DataError, PreflightError
 from raytrainer.preflight import first_batch, objects, probe
 from raytrainer.preflight.first_batch import Verdict, verdict_of, why_not_tried
-from raytrainer.storage import Storage
+from raytrainer.progress import Display
 from tests.training import images, node
 
 # --- user objects -----------------------------------------------------------------------------------------------------
@@ -336,7 +337,7 @@ def test_check_tries_it_and_a_launch_only_on_request(in_tmp: Path, monkeypatch: 
     assert trials == ["tried"] * 2
 
 
-class Trial:
+class Probe:
     """A stand-in for the probe's process. A launch with `cluster=inline` stands in for one that starts Ray
     meanwhile."""
 
@@ -350,34 +351,33 @@ class Trial:
         self.closed = True
 
 
-def test_what_the_trial_beside_ray_refuses_is_not_recorded(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trial = Trial(Verdict("refused", "The first batch fails."))
-    monkeypatch.setattr(launching, "_probe_beside_ray", lambda *_: trial)
-    monkeypatch.setattr(driver.Driver, "_inline", lambda *_: pytest.fail("started"))
+def test_a_run_that_the_probe_beside_ray_refuses_is_not_recorded(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = Probe(Verdict("refused", "The first batch fails."))
+    monkeypatch.setattr(launching, "_probe_beside_ray", lambda *_: probe)
+    monkeypatch.setattr(driver.Driver, "_train_inline", lambda *_: pytest.fail("started"))
     c = composed("cluster.kind=inline", f"tracking.tracking_uri=sqlite:///{in_tmp}/mlflow.db")
     with pytest.raises(PreflightError, match="The first batch fails"):
         attempt.launch(c)
-    assert trial.closed
+    assert probe.closed
     assert not (in_tmp / "runs/one/run.json").exists()
     assert not (in_tmp / "runs/one/config.yaml").exists()
     assert not (in_tmp / "mlflow.db").exists()
 
 
 @pytest.mark.parametrize("verdict", [None, Verdict("unknown", "it crashed"), Verdict("passed", "loss 1")])
-def test_nobody_waits_for_a_trial_longer_than_for_ray(verdict: Verdict | None, in_tmp: Path) -> None:
-    this = driver.Driver.__new__(driver.Driver)
-    this.trial = trial = Trial(verdict)  # type: ignore[assignment]
-    this._ray_is_up = threading.Event()
-    this.storage, this.composition = Storage(in_tmp / "one"), composed()
-    this.record = attempt.Record("one", "", created="")
-    if verdict is None:
-        this._ray_is_up.set()
-    this._admit()
-    assert trial.closed
-    assert sorted(p.name for p in (in_tmp / "one").iterdir()) == ["config.yaml", "run.json"]
+def test_the_probe_delays_a_run_no_longer_than_ray_starts(verdict: Verdict | None, in_tmp: Path) -> None:
+    probe, composition = Probe(verdict), composed()
+    with locked_attempt(composition.experiment, new=True, display=Display()) as this:
+        this.prepare(attempt.Record("one", "", created=""), "here")
+        this.move(Phase.STARTING)
+        if verdict is None:
+            this.move(Phase.OPENING)
+        driver.Driver(composition, this, probe).admit()  # type: ignore[arg-type]
+    assert probe.closed
+    assert {"config.yaml", "run.json"} <= {p.name for p in (in_tmp / "runs/one").iterdir()}
 
 
-def test_beside_ray_it_needs_a_free_core(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beside_ray_the_probe_needs_a_free_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first_batch, "this_machine", lambda: preflight.Resources(8.0))
     for load, free in ((0.5, True), (5.5, False)):
         monkeypatch.setattr("os.getloadavg", lambda load=load: (load, load, load))
@@ -386,9 +386,9 @@ def test_beside_ray_it_needs_a_free_core(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(preflight, "is_free_beside_ray", lambda: True)
     monkeypatch.setattr(first_batch.FirstBatch, "start", lambda self: started.append("started"))
     record = attempt.Record("one", "", created="", attempts=1)
-    trial = launching._probe_beside_ray(composed(), record, False)
-    assert trial is not None
-    trial.close()
+    probe = launching._probe_beside_ray(composed(), record, False)
+    assert probe is not None
+    probe.close()
     for changed in ("cluster.kind=inline", "preflight.first_batch=false", "preflight.first_batch=true"):
         assert launching._probe_beside_ray(composed(changed), record, False) is None
     assert launching._probe_beside_ray(composed(), attempt.Record("one", "", created="", attempts=2), False) is None

@@ -208,6 +208,19 @@ def test_what_is_typed_below_a_block_goes_with_it(monkeypatch: pytest.MonkeyPatc
     assert stream.screen() == ["stopping"]
 
 
+def test_a_block_with_wide_characters_fits_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Chinese character takes two columns. A line that is too long would wrap, and the next block would miss its start."""
+    terminal = Terminal(20, 5)
+    attach(monkeypatch, terminal)
+    display = Display(terminal)
+    display.draw(["模" * 15, "lr 0.1 模型…"])
+    drawn = [line.removesuffix("\x1b[K") for line in terminal.getvalue().removesuffix("\x1b[J").splitlines()]
+    assert drawn == ["模" * 9 + " ", "lr 0.1 模型…"]
+    terminal.resize(10, 5)
+    display.draw(["again"])
+    assert "\x1b[4A" in terminal.getvalue()  # two rows of each line in the narrow window
+
+
 @pytest.mark.parametrize("dumb", [True, False])
 def test_without_a_capable_terminal_there_is_no_block(dumb: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Terminal() if dumb else io.StringIO()

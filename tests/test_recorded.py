@@ -156,7 +156,7 @@ def test_the_results_of_a_sweep_are_written_the_same(recording: Recording) -> No
     again, storage = Storage(recorded.path.with_name("again")), Storage(recorded.path)
     plan, trials = Plan.read(storage), [*TrialJournal.open(storage).trials.values()]
     assert plan is not None
-    results.write(again, trials=trials, plan=plan, metric=plan.metric, mode="min", pictures=False)
+    results.write(again, trials=trials, plan=plan)
     assert again.read_bytes(results.BEST) == storage.read_bytes(results.BEST)
     # The driver knows the seconds of a trial more exactly than its journal.
     rows, recorded_rows = (csv_of(place.read_bytes(results.CSV)) for place in (again, storage))

@@ -126,17 +126,17 @@ class _Reference:
         module, qualname = getattr(task, "__module__", None), getattr(task, "__qualname__", None)
         if module in (None, "__main__") or qualname is None or "<locals>" in qualname:
             return None
-        found, depth = _named(module, qualname), 0
-        while found is not None and found is not task:
-            found, depth = getattr(found, "__wrapped__", None), depth + 1
-        return None if found is None else cls(module, qualname, depth)
+        function, depth = _named(module, qualname), 0
+        while function is not None and function is not task:
+            function, depth = getattr(function, "__wrapped__", None), depth + 1
+        return None if function is None else cls(module, qualname, depth)
 
     @property
     def function(self) -> Any:
-        found = _named(self.module, self.qualname)
+        function = _named(self.module, self.qualname)
         for _ in range(self.depth):
-            found = found.__wrapped__
-        return found
+            function = function.__wrapped__
+        return function
 
 
 def _named(module: str, qualname: str) -> Any:
@@ -159,14 +159,14 @@ def _of_main() -> dict[str, Any]:
 def split(params: Mapping[str, Any], arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Split `hydra.sweeper.params` into overrides for single values, and sweeps. The command line overrides both."""
     parser = OverridesParser.create()
-    given = {o.get_key_element().lstrip("+~") for o in parser.parse_overrides(list(arguments))}
+    on_command_line = {o.get_key_element().lstrip("+~") for o in parser.parse_overrides(list(arguments))}
     fixed, space = [], {}
     for key, content in params.items():
         text = {None: "null", True: "true", False: "false"}.get(content, content) if _is_plain(content) else None
         override = f"{key}={text}"
         if text in (None, "") or _is_sweep(parser, override):
             space[key] = content
-        elif key.lstrip("+~") not in given:
+        elif key.lstrip("+~") not in on_command_line:
             fixed.append(override)
     return fixed, space
 

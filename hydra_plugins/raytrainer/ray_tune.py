@@ -78,19 +78,19 @@ class RayTuneSweeper(Sweeper):
                 key="hydra/launcher",
                 value=OmegaConf.select(self._config, "hydra.runtime.choices.hydra/launcher") or launcher,
             )
-        found = jobs.HydraJobs.of(self._task, self._context, self._config)
+        application_jobs = jobs.HydraJobs.of(self._task, self._context, self._config)
         params = self._settings.get("params")
         if isinstance(params, dict):  # instantiating it has resolved interpolations, including secrets
             params = written_space(self._config, f"{KEY}.params")
         fixed, space = jobs.split(params, arguments) if isinstance(params, dict) else ([], {})
         ended = application.search(
-            found,
+            application_jobs,
             self._settings,
             [*fixed, *arguments],
             space=space,
-            groups=found.is_group,
+            groups=application_jobs.is_group,
             folder=jobs.folder_of(self._config),
-            subfolder=found.subfolder,
+            subfolder=application_jobs.subfolder,
             config=OmegaConf.to_yaml(self._config),
             verbose=self._config.hydra.verbose is True,
         )

@@ -1,30 +1,30 @@
-"""The driver of a run: preflight, the MLflow run, training with Ray Train or in this process, and the final status."""
+"""One attempt of a run or a sweep, from the checks before it to its final status.
+
+launching   check and launch a run           driver         what an attempt of a run does
+locking     the lock on the directory        ray_training   training with Ray Train
+lifecycle   the phases of an attempt         waiting        what a run waits for
+work        what a driver implements         session        starting and joining Ray
+record      `run.json`, its MLflow tags      outcome        how it ended, as text
+logs        the files of driver and ranks
+"""
 
 from __future__ import annotations
 
-from raytrainer.attempt.driver import in_background
-from raytrainer.attempt.launching import check, experiment_name, launch, lock_owner, probe_first_batch, refuse_existing
+from raytrainer.attempt.launching import check, launch, probe_first_batch
+from raytrainer.attempt.lifecycle import in_background
 from raytrainer.attempt.logs import Logs
+from raytrainer.attempt.outcome import Outcome, summary, table, took
 from raytrainer.attempt.record import (
     CONFIG,
     FIXED,
     STOP,
     SUBMITTED,
-    Outcome,
     Record,
     StopAsked,
-    begin_tags,
     changes_meaning,
-    end_tags,
-    job_tags,
-    summary,
-    table,
-    took,
     tracking_uri,
     written_storage_path,
 )
-from raytrainer.attempt.session import ray_session
-from raytrainer.attempt.waiting import Waiting, selected_nodes
 
 __all__ = [
     "CONFIG",
@@ -35,20 +35,11 @@ __all__ = [
     "Outcome",
     "Record",
     "StopAsked",
-    "Waiting",
-    "begin_tags",
     "changes_meaning",
     "check",
-    "end_tags",
-    "experiment_name",
     "in_background",
-    "job_tags",
     "launch",
-    "lock_owner",
     "probe_first_batch",
-    "ray_session",
-    "refuse_existing",
-    "selected_nodes",
     "summary",
     "table",
     "took",

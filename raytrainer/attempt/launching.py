@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
 from raytrainer import preflight, tracking, worker
 from raytrainer.attempt.driver import Driver
-from raytrainer.attempt.logs import Logs
-from raytrainer.attempt.record import CONFIG, Outcome, Record, resolved_nodes, tracking_uri, written_storage_path
-from raytrainer.attempt.session import cluster_resources
+from raytrainer.attempt.locking import locked_attempt, refuse_existing, shown, storage_path
+from raytrainer.attempt.outcome import Outcome
+from raytrainer.attempt.record import Record, experiment_name, next_attempt, tracking_uri
+from raytrainer.attempt.session import cluster_resources, join_cluster
 from raytrainer.config import (
     CheckpointConfig,
     Composition,
@@ -25,10 +25,9 @@ from raytrainer.config import (
     mode_problem,
     with_modes,
 )
-from raytrainer.core.interrupts import Interrupts
-from raytrainer.errors import ConfigError, PreflightError, StorageError, StorageLocked, TrackingError
+from raytrainer.errors import ConfigError, StorageError, TrackingError
 from raytrainer.progress import Display
-from raytrainer.storage import Storage, redacted
+from raytrainer.storage import Storage
 from raytrainer.storage.lock import leases_in, named
 
 
@@ -143,53 +142,31 @@ def launch(
         Refused: The run was refused before anything started.
         Stopped: A signal arrived before anything started.
     """
-    e, began, launched = composition.experiment, time.monotonic(), time.time()
+    e, launched = composition.experiment, time.time()
     display = display or Display()
     if e.debug:
-        return _debug(composition, display, began)
-    # Outside `Interrupts`, whose exception could be raised in the middle of a library's import. Nothing has started
+        return _debug(composition, display)
+    # Outside `locked_attempt`, whose signals could be raised in the middle of a library's import. Nothing has started
     # yet, so the caller's own signal handling is right.
     where, gpu = _checked(composition, record)
     if e.preflight.first_batch is True and e.cluster.kind != "inline":
         probe_first_batch(composition, gpu, display.say)
     composition = with_modes(composition)
-    with Interrupts() as interrupts:
-        storage = Storage(storage_path(e)).child(e.name or "")
-        with ExitStack() as held:
-            try:
-                lock = held.enter_context(storage.lock("lock", lock_owner(e.name or "", job)))
-            except StorageLocked as error:
-                raise PreflightError([str(error)]) from error
-            if record is None:
-                refuse_existing(e, storage)  # again, now that this process has the lock
-            now, written = datetime.now(UTC).isoformat(timespec="seconds"), written_storage_path(composition)
-            old = record or Record(e.name or "", storage.display, created=now, storage_path=written)
-            record = replace(
-                old,
-                # Without user and password, which the record must not contain.
-                tracking_uri=old.tracking_uri or tracking.redacted(tracking_uri(e)),
-                choices=old.choices or dict(composition.choices),
-                changed=[*old.changed, *(name for name in changed if name not in old.changed)],
-                experiment_name=old.experiment_name or experiment_name(composition),
-                job=dict(job or {}),
-                resolved=resolved_nodes(composition),
-            ).begun(launched)
-            trial = _probe_beside_ray(composition, record, gpu)
-            if trial is None:  # otherwise the driver records the run unless the probe refuses it
-                storage.write_bytes(CONFIG, composition.text.encode())
-                record.write(storage)
-            else:
-                held.callback(trial.close)
-            storage = storage.anchored()  # if it is deleted from now on, no part of it is created again
-            with Logs(storage, display) as logs:
-                logs.mark("checked")
-                display.say(f"{record.name}: {where}")
-                if told := best_words(e):
-                    display.say(told)
-                if record.attempts > 1 and (problem := mode_problem(e, objects=True)):
-                    display.say(f"warning: {problem}. This run keeps the mode that it was recorded with.")
-                driver = Driver(composition, record, storage, display, logs, lock, interrupts, argv, where, trial)
-                outcome = driver.run()
+    with locked_attempt(e, new=record is None, display=display, argv=argv, job=job) as attempt:
+        record = next_attempt(record, composition, attempt.storage, launched=launched, job=job, changed=changed)
+        attempt.prepare(record, where)
+        probe = _probe_beside_ray(composition, record, gpu)
+        if probe is None:  # otherwise the driver records the run unless the probe refuses it
+            attempt.record_start(composition)
+        else:
+            attempt.held.callback(probe.close)
+        attempt.open_logs()
+        display.say(f"{record.name}: {where}")
+        if best := best_words(e):
+            display.say(best)
+        if record.attempts > 1 and (problem := mode_problem(e, objects=True)):
+            display.say(f"warning: {problem}. This run keeps the mode that it was recorded with.")
+        outcome = attempt.run(Driver(composition, attempt, probe))
     seconds = max(0.0, outcome.record.ended - launched)
     return replace(outcome, seconds=seconds, length=_reached_limit(e, outcome.result))
 
@@ -212,9 +189,9 @@ def _probe_beside_ray(composition: Composition, record: Record, gpu: bool) -> pr
         or preflight.why_not_tried(e) is not None
     ):
         return None
-    trial = preflight.FirstBatch(composition.text, e, gpu=gpu, beside_ray=True)
-    trial.start()
-    return trial
+    probe = preflight.FirstBatch(composition.text, e, gpu=gpu, beside_ray=True)
+    probe.start()
+    return probe
 
 
 def _reached_limit(e: Experiment, result: Mapping[str, Any] | None) -> str:
@@ -226,12 +203,12 @@ def _reached_limit(e: Experiment, result: Mapping[str, Any] | None) -> str:
     return "trainer.max_steps" if by_steps else "trainer.max_epochs"
 
 
-def _debug(composition: Composition, display: Display, began: float) -> Outcome:
+def _debug(composition: Composition, display: Display) -> Outcome:
     """Train one batch in this process without Ray, tracking and checkpoints. Errors are not wrapped, for a debugger."""
     from raytrainer.progress import Reporter
     from raytrainer.trainer import Trainer
 
-    e = composition.experiment
+    e, began = composition.experiment, time.monotonic()
     _checked(composition, None)
     trainer = Trainer(e, world=worker.inline_world(e.scaling.use_gpu), listeners=[Reporter(display.show)])
     if e.init_from is not None:
@@ -264,26 +241,6 @@ def best_words(e: Experiment) -> str | None:
     return f"the {highest} {e.checkpoint.monitor} is the best (checkpoint.mode={checkpoint_mode(e)})"
 
 
-def refuse_existing(e: Experiment, storage: Storage) -> None:
-    """Refuse a new run whose directory has a run already, so that it is never continued by accident.
-
-    Raises:
-        ConfigError: The run exists.
-    """
-    if storage.exists(CONFIG) or storage.exists("checkpoints"):
-        raise ConfigError(
-            f"is the name of an existing run in {shown(e)}; resume {e.name} continues it, another name starts a new run",
-            key="name",
-            value=e.name,
-        )
-
-
-def lock_owner(name: str, job: Mapping[str, str] | None) -> dict[str, str]:
-    """Return the owner for the lease on a run directory. It names the job, so that others can query its status."""
-    submission = (job or {}).get("submission_id")
-    return {"run": name} if submission is None else {"run": name, "job": submission}
-
-
 def _where(e: Experiment, gpu: bool) -> str:
     n = e.scaling.num_workers
     workers = f"{n[0]} to {n[1]} workers" if isinstance(n, list) else f"{n} worker{'' if n == 1 else 's'}"
@@ -294,34 +251,7 @@ def _where(e: Experiment, gpu: bool) -> str:
     return f"{place}, {workers} on {device}"
 
 
-def storage_path(e: Experiment) -> str:
-    assert e.storage_path is not None  # the configuration makes it absolute
-    return e.storage_path
-
-
-def shown(e: Experiment) -> str:
-    """Return `storage_path` without a password, for messages."""
-    return redacted(storage_path(e))
-
-
-def experiment_name(composition: Composition) -> str:
-    chosen = dict(composition.choices).get("experiment")
-    return composition.experiment.tracking.experiment_name or chosen or "raytrainer"
-
-
 def _existing_resources(e: Experiment) -> tuple[preflight.Resources, str]:
     """Join a running cluster. Return its resources, including those that it can add, and its name as text."""
-    from raytrainer import ray_internals
-
-    ray_internals.prepare(embedded=False)
-    address = e.cluster.address or "auto"
-    try:
-        if address != "auto":
-            ray_internals.find_cluster(address)
-        found = ray_internals.attach(address, e.cluster.runtime_env, e.name or "")
-    except ray_internals.VersionMismatch as error:
-        raise ConfigError(str(error), key="cluster.address", value=address) from error
-    except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"is not a running Ray cluster: {first}", key="cluster.address", value=address) from error
-    return cluster_resources(e), f"the cluster at {found}"
+    address = join_cluster(e.cluster.address or "auto", e.cluster.runtime_env, e.name or "", "cluster.address")
+    return cluster_resources(e), f"the cluster at {address}"

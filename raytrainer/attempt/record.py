@@ -1,4 +1,4 @@
-"""The run record on disk (`Record`), the outcome of a launch (`Outcome`), and its text for the user (`summary`)."""
+"""The record of a run or a sweep on disk, its MLflow tags, and the file `stop` that asks for the end."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,12 @@ import yaml
 from raytrainer import tracking
 from raytrainer.config import Composition, Experiment, holds_password, resolved
 from raytrainer.errors import StorageError
-from raytrainer.progress import duration
 from raytrainer.storage import Storage
 
 RECORD = "run.json"
 ATTEMPTS_TAG, LAUNCHED_TAG = "raytrainer.attempts", "raytrainer.launched"
-SECONDS_TAG, STEP_TAG = (
-    "raytrainer.seconds",
-    "raytrainer.step",
-)  # the seconds of all ended attempts; the step at the end of the last one
+SECONDS_TAG = "raytrainer.seconds"  # of all ended attempts
+STEP_TAG = "raytrainer.step"  # at the end of the last attempt
 CONFIG = "config.yaml"
 # Keys whose values are in the checkpoint's state or decide what it means. A resume cannot change them.
 FIXED = ("name", "seed", "init_from", "debug", "storage_path")
@@ -144,46 +142,48 @@ class Record:
         if data is None:
             return None
         try:
-            found = json.loads(data)
+            fields = json.loads(data)
             # Records of later versions may have more fields.
-            return cls(**{k: v for k, v in found.items() if k in cls.__dataclass_fields__})
+            return cls(**{k: v for k, v in fields.items() if k in cls.__dataclass_fields__})
         except (ValueError, TypeError, AttributeError) as error:
             raise StorageError(f"{storage.uri}/{RECORD} is not a valid run record: {error}") from error
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a launch ended, for its summary.
+def next_attempt(
+    old: Record | None,
+    composition: Composition,
+    storage: Storage,
+    *,
+    launched: float,
+    job: Mapping[str, str] | None,
+    kind: str = "run",
+    changed: Sequence[str] = (),
+) -> Record:
+    """Return the record of a new run or sweep, or that of the next attempt of an old one.
 
-    Attributes:
-        status: FINISHED, FAILED or KILLED.
-        exit_code: 0, 1, 129, 130 or 143.
-        record: The run record.
-        where: Where it ran, e.g. `local Ray, 2 workers on CPU`.
-        result: The values of `FitResult`; None if training did not end by itself.
-        cause: Why it failed, in one line.
-        traceback: The traceback of the worker that failed first.
-        mlflow: The address to open; None without tracking.
-        mlflow_command: The command that opens MLflow if there is no server.
-        seconds: The duration of this attempt, from its launch to its end. `record.seconds` has the total.
-        step: Optimizer steps done, if known.
-        gone: Whether the run directory was deleted during the run.
-        length: The key that limits the length of the run; a higher value lets it continue.
+    Args:
+        old: The record to continue; None for a new run or sweep.
+        composition: What to train.
+        storage: The directory.
+        launched: When the attempt was launched, in seconds since the epoch.
+        job: As in `Record.job`.
+        kind: `run` or `sweep`.
+        changed: More keys for `Record.changed`.
     """
-
-    status: str
-    exit_code: int
-    record: Record
-    where: str
-    result: Mapping[str, Any] | None = None
-    cause: str | None = None
-    traceback: str | None = None
-    mlflow: str | None = None
-    mlflow_command: str | None = None
-    seconds: float = 0.0
-    step: int | None = None
-    gone: bool = False
-    length: str = "trainer.max_epochs"
+    e = composition.experiment
+    if old is None:
+        now, written = datetime.now(UTC).isoformat(timespec="seconds"), written_storage_path(composition)
+        old = Record(e.name or "", storage.display, created=now, kind=kind, storage_path=written)
+    return replace(
+        old,
+        # Without user and password, which the record must not contain.
+        tracking_uri=old.tracking_uri or tracking.redacted(tracking_uri(e)),
+        choices=old.choices or dict(composition.choices),
+        changed=[*old.changed, *(name for name in changed if name not in old.changed)],
+        experiment_name=old.experiment_name or experiment_name(composition),
+        job=dict(job or {}),
+        resolved=resolved_nodes(composition) if kind == "run" else old.resolved,
+    ).begun(launched)
 
 
 def resolved_nodes(composition: Composition) -> dict[str, Any]:
@@ -240,10 +240,10 @@ class StopAsked:
 def _job_asked(storage: Storage) -> str | None:
     """Return the job that the file `stop` names; None if there is no such file or it names no job."""
     try:
-        asked = json.loads(storage.read_if_exists(STOP) or b"{}")
+        request = json.loads(storage.read_if_exists(STOP) or b"{}")
     except ValueError:
         return None
-    return asked.get("job") if isinstance(asked, dict) else None
+    return request.get("job") if isinstance(request, dict) else None
 
 
 def job_tags(record: Record) -> dict[str, str]:
@@ -275,41 +275,10 @@ def tracking_uri(e: Experiment, recorded: str = "") -> str:
     return uri
 
 
-def summary(outcome: Outcome, program: str) -> str:
-    """Return the summary of a launch: the result, where everything is, and the next command."""
-    record, result = outcome.record, outcome.result
-    words = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}[outcome.status]
-    how = (
-        f" ({result['reason'].replace('_', ' ')})" if result and result["reason"] not in ("finished", "stopped") else ""
-    )
-    if result and "checkpoint" in result:
-        return _of_evaluation(outcome, result)
-    steps = f", {outcome.step} steps" if outcome.step else ""
-    rows = [("outcome", f"{words}{how}{steps} in {took(record, outcome.seconds)}")]
-    if outcome.cause and outcome.status == "FAILED":
-        rows.append(("cause", outcome.cause))
-    rows.append(("where", outcome.where))
-    if result and result["best"]:
-        value, step = result["best"]
-        rows.append(("best", f"{result['monitor']} {value:.4g} at step {step}"))
-    if outcome.mlflow:
-        rows.append(("mlflow", f"{outcome.mlflow}  run {record.run_id}"))
-    if outcome.gone:
-        rows.append(("output", f"{record.run_dir} is gone, and with it the run's checkpoints"))
-    elif record.run_dir:
-        rows.append(("output", record.run_dir))
-        if outcome.mlflow_command:
-            rows.append(("next", outcome.mlflow_command))
-        more = f" {outcome.length}=…" if outcome.status == "FINISHED" else ""
-        rows.append(("" if outcome.mlflow_command else "next", f"{program} resume {record.name}{more}"))
-    return "\n".join(f"{name:<8} {text}" for name, text in rows)
-
-
-def took(record: Record, seconds: float) -> str:
-    """Return the duration of a run: `0:21`, or with several attempts `1:05 in 2 attempts, the last 0:21`."""
-    if record.attempts < 2 or not record.seconds:
-        return duration(seconds)
-    return f"{duration(record.seconds)} in {record.attempts} attempts, the last {duration(seconds)}"
+def experiment_name(composition: Composition) -> str:
+    """Return the MLflow experiment of a new run."""
+    chosen = dict(composition.choices).get("experiment")
+    return composition.experiment.tracking.experiment_name or chosen or "raytrainer"
 
 
 def end_tags(record: Record) -> dict[str, str]:
@@ -328,27 +297,13 @@ def begin_tags(record: Record) -> dict[str, str]:
     return tags
 
 
-def _of_evaluation(outcome: Outcome, result: Mapping[str, Any]) -> str:
-    """Return the summary of an evaluation, with every metric."""
-    wide = max(8, *(len(name) for name in result["metrics"]))
-    rows = [("outcome", f"step {result['step']} evaluated in {duration(outcome.seconds)}"), ("where", outcome.where)]
-    rows += [(name, f"{value:.6g}") for name, value in result["metrics"].items()]
-    if outcome.mlflow:
-        rows.append(("mlflow", f"{outcome.mlflow}  run {outcome.record.run_id}"))
-    rows.append(("output", outcome.record.run_dir))
-    return "\n".join(f"{name:<{wide}} {text}" for name, text in rows)
-
-
-def table(outcomes: Sequence[Outcome]) -> str:
-    """Return a table of runs that were started one after the other, with the outcome of each."""
-    words = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
-    rows = [("run", "outcome", "time", "best")]
-    for outcome in outcomes:
-        best = (outcome.result or {}).get("best")
-        shown = f"{outcome.result['monitor']} {best[0]:.4g} at step {best[1]}" if outcome.result and best else "-"
-        told = outcome.cause if outcome.status == "FAILED" and outcome.cause else shown
-        rows.append((outcome.record.name, words[outcome.status], duration(outcome.seconds), told))
-    wide = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(
-        f"{name:<{wide[0]}}  {status:<{wide[1]}}  {time:>{wide[2]}}  {told}" for name, status, time, told in rows
-    )
+def best_tags(record: Record) -> dict[str, str]:
+    """Return the MLflow tags for the best value of the monitor."""
+    best = record.best
+    if not best:
+        return {}
+    return {
+        "raytrainer.monitor": best["monitor"],
+        "raytrainer.monitor.best": repr(float(best["value"])),
+        "raytrainer.monitor.best_step": str(best["step"]),
+    }

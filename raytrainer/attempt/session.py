@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from raytrainer import preflight
 from raytrainer.config import Experiment
 from raytrainer.core import garbage
 from raytrainer.core.interrupts import Interrupts
+from raytrainer.errors import ClusterLost, ConfigError
 
 
 @contextlib.contextmanager
@@ -62,3 +64,36 @@ def cluster_resources(e: Experiment, *, all_of_it: bool = False) -> preflight.Re
     if (enough and not all_of_it) or (growth := ray_internals.growth()) is None:
         return now
     return preflight.Resources.of_nodes(nodes, growth.nodes, growth.most, endless=not growth.known)
+
+
+def join_cluster(address: str, runtime_env: Mapping[str, Any], name: str, key: str) -> str:
+    """Join a running cluster, and return its address.
+
+    Args:
+        address: The address; `auto` for the cluster of this machine.
+        runtime_env: Ray's environment for the workers.
+        name: The name that the cluster shows for this process.
+        key: The config key of the address, for the error.
+
+    Raises:
+        ConfigError: There is no cluster at the address.
+    """
+    from raytrainer import ray_internals
+
+    ray_internals.prepare(embedded=False)
+    try:
+        if address != "auto":
+            ray_internals.find_cluster(address)
+        return ray_internals.attach(address, runtime_env, name)
+    except ray_internals.VersionMismatch as error:
+        raise ConfigError(str(error), key=key, value=address) from error
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"is not a running Ray cluster: {first}", key=key, value=address) from error
+
+
+def ray_error(error: BaseException) -> BaseException:
+    """Return `ClusterLost` for an error of Ray itself, in one line, and any other error unchanged."""
+    if type(error).__module__.partition(".")[0] != "ray":
+        return error
+    return ClusterLost(f"Ray: {type(error).__name__}: {' '.join(str(error).split())[:500]}")

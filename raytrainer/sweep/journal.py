@@ -17,27 +17,23 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raytrainer.errors import NonFiniteLoss, StorageError, StorageFull
+from raytrainer.errors import StorageError
 from raytrainer.storage import Storage
-from raytrainer.storage.os_errors import storage_errors
+from raytrainer.sweep.journal_file import JournalFile, open_file
+from raytrainer.sweep.trial_state import Status, check_transition, is_divergence
 
 FILE = "ledger.jsonl"
 ERROR = "error.txt"
 FORMAT = 1
 WORST = 1e30
-_STATUSES = ("running", "finished", "pruned", "failed", "stopped")
-_SYNC_S = 1.0  # between two fsyncs of a local file
-_UPLOAD_S = 5.0  # between two uploads to an object store
 
 Mode = Literal["min", "max"]
-Status = Literal["running", "finished", "pruned", "failed", "stopped"]
 
 _log = logging.getLogger("raytrainer.sweep")
 
@@ -92,7 +88,7 @@ class Trial:
     started: float
     run_id: str | None = None
     reports: list[Report] = field(default_factory=list)
-    status: Status = "running"
+    status: Status = Status.RUNNING
     cause: str | None = None
     ended: float | None = None
     error: str | None = None
@@ -104,16 +100,14 @@ class Trial:
     @property
     def diverged(self) -> bool:
         """Whether the trial failed because its loss or its value became NaN or infinite."""
-        if self.status != "failed":
+        if self.status is not Status.FAILED:
             return False
-        if self.reports and not math.isfinite(self.reports[-1].value):
-            return True
-        return self.cause is not None and NonFiniteLoss.__name__ in self.cause.partition(":")[0]
+        return bool(self.reports and not math.isfinite(self.reports[-1].value)) or is_divergence(self.cause)
 
     def took(self, now: float | None = None) -> float | None:
         """Return the training time in seconds. For a running trial, or if no training time is known, add the wall time up to
         the end or up to `now`."""
-        if self.status != "running" and self.seconds is not None:
+        if self.status is not Status.RUNNING and self.seconds is not None:
             return self.seconds
         until = now if self.ended is None else self.ended
         if until is None:
@@ -152,9 +146,9 @@ class TrialJournal:
         self.trials: dict[str, Trial] = {}
         self.attempts: list[dict[str, Any]] = []
         self._storage, self._clock, self._where = storage, clock, storage.where(FILE)
-        self._sink: _Sink | None = None
+        self._sink: JournalFile | None = None
         self._lock = threading.Lock()
-        self._kept: dict[str, int] = {}  # reports of each trial from before its last exploit
+        self._inherited: dict[str, int] = {}  # reports of each trial from before its last exploit
         data = data or b""
         self._size, self._whole = len(data), data[: data.rfind(b"\n") + 1]
         for number, raw in enumerate(self._whole.split(b"\n")[:-1], start=1):
@@ -183,8 +177,7 @@ class TrialJournal:
         """
         with self._lock:
             if self._sink is None:
-                kind = _LocalFile if self._storage.is_local else _RemoteFile
-                self._sink = kind(self._storage, self._size, self._whole)
+                self._sink = open_file(self._storage, FILE, self._size, self._whole)
                 self._whole = b""
             now = self._clock()
             self._sink.append(_line({"kind": "begin", "version": FORMAT, "time": now, "info": dict(info)}))
@@ -193,11 +186,11 @@ class TrialJournal:
 
     def start(self, trial: Trial) -> None:
         """Record a new trial. The object itself becomes `trials[id]`."""
-        line = {"kind": "start", "id": trial.id, "time": trial.started, **_drawn(trial.parameters, trial.overrides)}
+        line = {"kind": "start", "id": trial.id, "time": trial.started, **_sampled(trial.parameters, trial.overrides)}
         with self._lock:
             self._append(line if trial.run_id is None else {**line, "run_id": trial.run_id})
-            self._start(trial)
-            self._settle()
+            self.trials[trial.id] = trial
+            self._keep()
 
     def report(self, id: str, report: Report) -> None:  # noqa: A002  the trial's, as everywhere
         """Record an evaluation. If the trial continued from an earlier checkpoint and repeats an evaluation, the new report
@@ -221,21 +214,22 @@ class TrialJournal:
         """Record that a trial copied the weights of `source` at `evaluation` and continues with these parameters."""
         line = {"kind": "inherit", "id": id, "from": source, "evaluation": evaluation, "time": self._clock()}
         with self._lock:
-            self._append({**line, **_drawn(parameters, overrides)})
+            self._append({**line, **_sampled(parameters, overrides)})
             self._inherit(id, source, evaluation, dict(parameters), list(overrides))
-            self._settle()
+            self._keep()
 
     def end(self, id: str, status: Status, cause: str | None = None, *, trace: str | None = None) -> None:  # noqa: A002
         """Record the end of a trial: its status, the cause in one line, and the traceback, which becomes a file."""
-        error = None if trace is None else self._keep(f"trials/{id}/{ERROR}", trace)
+        error = None if trace is None else self._write_traceback(f"trials/{id}/{ERROR}", trace)
         with self._lock:
+            check_transition(id, self.trials[id].status, status)
             now = self._clock()
             line = {"kind": "end", "id": id, "time": now, "status": status, "cause": cause}
             self._append(line if error is None else {**line, "error": error})
             self._set(id, status, cause, now, error)
-            self._settle()
+            self._keep()
 
-    def _keep(self, name: str, text: str) -> str | None:
+    def _write_traceback(self, name: str, text: str) -> str | None:
         try:
             self._storage.write_bytes(name, text.encode(errors="replace"))
         except StorageError as failed:
@@ -249,15 +243,16 @@ class TrialJournal:
             self._append({"kind": "run", "id": id, "run_id": run_id})
             first, self.trials[id].run_id = self.trials[id].run_id is None, run_id
             if first:  # a resumed sweep finds the run by this line
-                self._settle()
+                self._keep()
 
     def reopen(self, id: str) -> None:  # noqa: A002
         """Record that a trial continues, or that a failed one is tried again."""
         with self._lock:
+            check_transition(id, self.trials[id].status, Status.RUNNING)
             now = self._clock()
             self._append({"kind": "reopen", "id": id, "time": now})
             self._reopen(id, now)
-            self._settle()
+            self._keep()
 
     def save(self) -> None:
         """Wait until everything is on disk or uploaded."""
@@ -274,15 +269,12 @@ class TrialJournal:
 
     # The meaning of each line, for writing and for reading
 
-    def _start(self, trial: Trial) -> None:
-        self.trials[trial.id] = trial
-
     def _report(self, id: str, report: Report) -> None:  # noqa: A002
         trial, reports = self.trials[id], self.trials[id].reports
         if report.seconds is not None:
             trial.seconds = (trial.seconds or 0.0) + report.seconds
         trial.since = report.time
-        while len(reports) > self._kept.get(id, 0) and reports[-1].evaluation >= report.evaluation:
+        while len(reports) > self._inherited.get(id, 0) and reports[-1].evaluation >= report.evaluation:
             reports.pop()
         reports.append(report)
 
@@ -291,7 +283,7 @@ class TrialJournal:
         trial.before.append((len(trial.reports), trial.parameters))
         trial.parameters, trial.overrides = parameters, overrides
         trial.inherited.append({"evaluation": evaluation, "from": source, "parameters": dict(parameters)})
-        self._kept[id] = len(trial.reports)
+        self._inherited[id] = len(trial.reports)
 
     def _set(
         self,
@@ -305,14 +297,14 @@ class TrialJournal:
         trial.status, trial.cause, trial.ended, trial.error = status, cause, ended, error
 
     def _reopen(self, id: str, now: float) -> None:  # noqa: A002
-        self._set(id, "running", None, None)
+        self._set(id, Status.RUNNING, None, None)
         self.trials[id].since = now
 
     # Lines
 
-    def _settle(self) -> None:
+    def _keep(self) -> None:
         assert self._sink is not None
-        self._sink.settle()
+        self._sink.keep()
 
     def _append(self, line: dict[str, Any]) -> None:
         assert self._sink is not None, "begin comes first, and nothing after close"
@@ -342,7 +334,7 @@ class TrialJournal:
                 raise ValueError(f"trial {line['id']} starts twice")
             parameters = {str(key): _restored(value) for key, value in line["parameters"].items()}
             trial = Trial(str(line["id"]), parameters, list(line["overrides"]), line["time"], line.get("run_id"))
-            self._start(trial)
+            self.trials[trial.id] = trial
         elif kind == "report":
             metrics = {str(key): _number(value) for key, value in line["metrics"].items()}
             numbers = int(line["evaluation"]), int(line["step"]), _number(line["value"])
@@ -352,9 +344,7 @@ class TrialJournal:
             parameters = {str(key): _restored(value) for key, value in line["parameters"].items()}
             self._inherit(line["id"], line["from"], int(line["evaluation"]), parameters, list(line["overrides"]))
         elif kind == "end":
-            if line["status"] not in _STATUSES:
-                raise ValueError(f"status {line['status']}")
-            self._set(line["id"], line["status"], line["cause"], line["time"], line.get("error"))
+            self._set(line["id"], Status(line["status"]), line["cause"], line["time"], line.get("error"))
         elif kind == "run":
             self.trials[line["id"]].run_id = line["run_id"]
         elif kind == "reopen":
@@ -362,7 +352,7 @@ class TrialJournal:
         # Ignore other kinds: a later version that needs them raises the format.
 
 
-def _drawn(parameters: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
+def _sampled(parameters: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
     kept = {
         key: {"float": repr(value)} if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in parameters.items()
@@ -401,164 +391,9 @@ _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False, default=_sca
 
 def _strict(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _strict(one) for key, one in value.items()}
+        return {key: _strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(one) for one in value]
+        return [_strict(item) for item in value]
     if hasattr(value, "item"):
         value = value.item()
     return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class _Sink:
-    """Receives the lines, and saves them durably from a background thread."""
-
-    def __init__(self, every_s: float) -> None:
-        self._every_s = every_s
-        self._dirty, self._closing = threading.Event(), threading.Event()
-        self._failure: StorageError | None = None
-        self._warned, self._warning = False, threading.Lock()
-        self._thread = threading.Thread(target=self._saving, name="raytrainer-journal", daemon=True)
-        self._thread.start()
-
-    def append(self, data: bytes) -> None:
-        if self._failure is not None:
-            raise self._failure
-        self._put(data)
-        self._dirty.set()
-
-    def sync(self) -> None:
-        """Save all appended lines.
-
-        Raises:
-            StorageError: They cannot be saved, or an earlier save failed for good.
-        """
-        if self._failure is not None:
-            raise self._failure
-        self._save()
-
-    def settle(self) -> None:
-        """Save a line that a killed process must not lose."""
-        raise NotImplementedError
-
-    def _save(self) -> None:
-        raise NotImplementedError
-
-    def _put(self, data: bytes) -> None:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        self._closing.set()
-        self._dirty.set()
-        self._thread.join()
-        self.sync()
-
-    def _saving(self) -> None:
-        while not self._closing.is_set():
-            self._dirty.wait()
-            if self._closing.wait(self._every_s):
-                return
-            self._dirty.clear()
-            self._try()
-
-    def _try(self) -> None:
-        """Save. A temporary failure is logged once, and the thread tries again."""
-        try:
-            self._save()
-            self._warned = False
-        except StorageError as error:
-            if self._final(error):
-                self._failure = error
-                self._closing.set()
-                return
-            with self._warning:  # the saving thread may report the same failure at this moment
-                if not self._warned:
-                    _log.warning("the sweep's journal is kept in memory until it can be saved: %s", error)
-                self._warned = True
-            self._dirty.set()
-
-    def _final(self, error: StorageError) -> bool:
-        raise NotImplementedError
-
-
-class _LocalFile(_Sink):
-    """Appends with one write for each line. A line that was written only in part is removed again."""
-
-    def __init__(self, storage: Storage, size: int, whole: bytes) -> None:
-        self._path = storage.local_path / FILE
-        self._end, self._torn = len(whole), False
-        with storage_errors(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self._path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
-            try:
-                if os.fstat(self._descriptor).st_size != size:
-                    raise StorageError(f"{self._path}: another process has written it since it was read")
-                os.ftruncate(self._descriptor, self._end)
-                storage.sync_dir("")
-            except BaseException:
-                os.close(self._descriptor)
-                raise
-        super().__init__(_SYNC_S)
-
-    def _put(self, data: bytes) -> None:
-        with storage_errors(self._path):
-            if self._torn:
-                os.ftruncate(self._descriptor, self._end)
-            self._torn = True
-            try:
-                written = os.write(self._descriptor, data)
-                while written < len(data):
-                    written += os.write(self._descriptor, data[written:])
-            except OSError:
-                os.ftruncate(self._descriptor, self._end)
-                self._torn = False
-                raise
-        self._end, self._torn = self._end + len(data), False
-
-    def settle(self) -> None:
-        """Do nothing: the operating system already has the line."""
-
-    def _save(self) -> None:
-        with storage_errors(self._path):
-            os.fsync(self._descriptor)
-
-    def close(self) -> None:
-        try:
-            super().close()
-        finally:
-            os.close(self._descriptor)
-
-    def _final(self, error: StorageError) -> bool:
-        return True  # the kernel drops data that it could not write, so another fsync would succeed without it
-
-
-class _RemoteFile(_Sink):
-    """Keeps the whole file in memory and uploads it when it has changed."""
-
-    def __init__(self, storage: Storage, size: int, whole: bytes) -> None:
-        del size
-        self._storage, self._data = storage, bytearray(whole)
-        self._uploading = threading.Lock()
-        self._uploaded, self._away_until = -1, 0.0
-        super().__init__(_UPLOAD_S)
-
-    def _put(self, data: bytes) -> None:
-        self._data += data
-
-    def settle(self) -> None:
-        if self._failure is None and time.monotonic() < self._away_until:
-            return  # do not wait again and again for storage that does not answer
-        self._try()
-        if self._failure is not None:
-            raise self._failure
-        if self._warned:
-            self._away_until = time.monotonic() + _UPLOAD_S
-
-    def _save(self) -> None:
-        with self._uploading:
-            data = bytes(self._data)
-            if len(data) != self._uploaded:
-                self._storage.write_bytes(FILE, data)
-                self._uploaded = len(data)
-
-    def _final(self, error: StorageError) -> bool:
-        return isinstance(error, StorageFull)  # other failures are temporary; nothing is lost while this process runs

@@ -4,35 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
-from datetime import UTC, datetime
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from raytrainer import attempt, tracking
-from raytrainer.attempt import (
-    CONFIG,
-    Logs,
-    Record,
-    experiment_name,
-    lock_owner,
-    refuse_existing,
-    tracking_uri,
-    written_storage_path,
-)
-from raytrainer.config import mode_problem
-from raytrainer.core.interrupts import Interrupts
-from raytrainer.errors import ConfigError, PreflightError, StorageLocked
+from raytrainer import attempt
+from raytrainer.attempt import Record, changes_meaning
+from raytrainer.attempt.locking import locked_attempt
+from raytrainer.attempt.record import next_attempt
+from raytrainer.config import mode_problem, parameters_of
 from raytrainer.progress import Display
-from raytrainer.storage import Storage
-from raytrainer.sweep.driver import SweepDriver, may_change
-from raytrainer.sweep.journal import Mode, Trial, TrialJournal
+from raytrainer.sweep.driver import SweepDriver
+from raytrainer.sweep.journal import Mode, TrialJournal
 from raytrainer.sweep.outcome import SweepOutcome
 from raytrainer.sweep.plan import Plan
+from raytrainer.sweep.resuming import begin_attempt, describe_resume
 from raytrainer.sweep.schedule import changes_parameters, check_bounded, make_scheduler
 from raytrainer.sweep.search import check_search, total_of
 
-_FAILURES = "max_trial_failures"  # key in the journal: the setting of an attempt
+if TYPE_CHECKING:
+    from ray.tune.schedulers import TrialScheduler
 
 
 def check(
@@ -52,6 +42,17 @@ def check(
     Raises:
         Refused: A check failed.
     """
+    build_scheduler(plan)
+    # Last, because the first-batch probe takes seconds, and the checks above are fast.
+    return attempt.check(plan.example, record, first_batch=first_batch, say=say)
+
+
+def build_scheduler(plan: Plan) -> TrialScheduler:
+    """Check the searcher and the scheduler of a sweep. Return the scheduler, which serves one attempt.
+
+    Raises:
+        ConfigError: One of them cannot be built, or they do not support the parameters.
+    """
     s = plan.experiment.sweep
     check_search(s.search_alg, plan.parameters)
     scheduler = make_scheduler(
@@ -63,8 +64,7 @@ def check(
         search=s.search_alg,
     )
     check_bounded(scheduler, s.search_alg, s.num_samples)
-    # Last, because the first-batch probe takes seconds, and the checks above are fast.
-    return attempt.check(plan.example, record, first_batch=first_batch, say=say)
+    return scheduler
 
 
 def describe_sweep(plan: Plan) -> str:
@@ -73,46 +73,6 @@ def describe_sweep(plan: Plan) -> str:
     total = total_of(s.search_alg, plan.parameters, s.num_samples, distinct=not changes_parameters(s.scheduler))
     count = "" if total is None else f"{total} trials of "
     return f"{count}sweep={plan.choice} over {', '.join(p.key for p in plan.parameters)}"
-
-
-def to_retry(plan: Plan, journal: TrialJournal) -> list[Trial]:
-    """Return the failed trials that this attempt tries again, if it permits more failures than the previous attempt.
-    Diverged trials are not among them, because the same parameters would diverge again."""
-    before = journal.attempts[-1].get(_FAILURES, 0) if journal.attempts else None
-    if before is None or plan.experiment.sweep.max_trial_failures <= before:
-        return []
-    return [t for t in journal.trials.values() if t.status == "failed" and not t.diverged]
-
-
-def describe_resume(plan: Plan, journal: TrialJournal) -> str:
-    """Describe what a resumed sweep does with the trials in its journal.
-
-    Raises:
-        ConfigError: The journal has more trials than `sweep.num_samples`.
-    """
-    trials, total = list(journal.trials.values()), plan.total
-    if total is not None and total < len(trials):
-        raise ConfigError(
-            f"is less than the {len(trials)} trials that were sampled; trials can be added, but not removed",
-            key="sweep.num_samples",
-            value=total,
-        )
-    retried = len(to_retry(plan, journal))
-    open_ = sum(t.status in ("running", "stopped") for t in trials)
-    failed = sum(t.status == "failed" and not t.diverged for t in trials) - retried
-    kept = len(trials) - open_ - retried
-    parts = [f"{kept} ended trial{' is' if kept == 1 else 's are'} kept"]
-    parts += [f"{open_} {'continues' if open_ == 1 else 'continue'}"] if open_ else []
-    parts += [f"{retried} failed trial{' is' if retried == 1 else 's are'} retried"] if retried else []
-    if total is None or total > len(trials):
-        parts.append(
-            "the remaining trials will be sampled" if total is None else f"{total - len(trials)} more will be sampled"
-        )
-    text = "resuming: " + ", ".join(parts)
-    if failed and not retried:
-        more = plan.experiment.sweep.max_trial_failures + 1
-        text += f"; sweep.max_trial_failures={more} would retry the {failed} that failed"
-    return text
 
 
 def launch(
@@ -138,45 +98,37 @@ def launch(
     """
     launched, e = time.time(), plan.experiment
     display = display or Display()
-    where = check(plan, record, first_batch=e.preflight.first_batch is True, say=display.say)
-    with Interrupts() as interrupts:
-        storage = Storage(e.storage_path or "").child(e.name or "")
-        with ExitStack() as held:
-            try:
-                lock = held.enter_context(storage.lock("lock", lock_owner(e.name or "", job)))
-            except StorageLocked as error:
-                raise PreflightError([str(error)]) from error
-            if record is None:
-                refuse_existing(e, storage)  # again, now that this process has the lock
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            journal = TrialJournal.open(storage)
-            resumption = None if record is None else describe_resume(plan, journal)
-            written = written_storage_path(plan.first)
-            old = record or Record(e.name or "", storage.display, created=now, kind="sweep", storage_path=written)
-            record = replace(
-                old,
-                tracking_uri=old.tracking_uri or tracking.redacted(tracking_uri(e)),
-                choices=old.choices or dict(plan.first.choices),
-                experiment_name=old.experiment_name or experiment_name(plan.first),
-                job=dict(job or {}),
-            ).begun(launched)
-            storage.write_bytes(CONFIG, plan.first.text.encode())
-            plan.write(storage)
-            record.write(storage)
-            storage = storage.anchored()  # if it is deleted from now on, no part of it is created again
-            retried = to_retry(plan, journal)
-            info = {"attempt": record.attempts, "argv": list(argv), "created": now}
-            journal.begin({**info, _FAILURES: e.sweep.max_trial_failures})
-            for trial in retried:
-                journal.reopen(trial.id)
-            with Logs(storage, display) as logs:
-                logs.mark("checked")
-                display.say(f"{record.name}: {describe_sweep(plan)}, {where}")
-                if resumption is not None:
-                    display.say(resumption)
-                    if problem := mode_problem(e, objects=True, sweep=True):
-                        display.say(f"warning: {problem}. This sweep keeps the mode that it was recorded with.")
-                outcome = SweepDriver(
-                    plan, record, storage, display, logs, lock, interrupts, journal, argv, where
-                ).run()
+    scheduler = build_scheduler(plan)
+    where = attempt.check(plan.example, record, first_batch=e.preflight.first_batch is True, say=display.say)
+    with locked_attempt(e, new=record is None, display=display, argv=argv, job=job) as this:
+        journal = TrialJournal.open(this.storage)
+        resumption = None if record is None else describe_resume(plan, journal)
+        record = next_attempt(record, plan.first, this.storage, launched=launched, job=job, kind="sweep")
+        this.prepare(record, where, needs_tracking=e.tracking.required)
+        plan.write(this.storage)
+        this.record_start(plan.first)
+        begin_attempt(journal, plan, record, argv)
+        this.open_logs()
+        display.say(f"{record.name}: {describe_sweep(plan)}, {where}")
+        if resumption is not None:
+            display.say(resumption)
+            if problem := mode_problem(e, objects=True, sweep=True):
+                display.say(f"warning: {problem}. This sweep keeps the mode that it was recorded with.")
+        outcome = this.run(SweepDriver(plan, this, journal, scheduler))
     return replace(outcome, seconds=max(0.0, outcome.record.ended - launched))
+
+
+def may_change(plan: Plan) -> Callable[[str], bool]:
+    """Return a function that says whether a parameter may change during a trial, as in population based training."""
+
+    def may(key: str) -> bool:
+        key = key.lstrip("+")
+        if changes_meaning(key):
+            return False
+        nodes = (
+            [c.experiment.lr_scheduler for c in plan.compositions.values()] if key.startswith("lr_scheduler.") else []
+        )
+        # A scheduler with an optimizer has a state, which would restore the old values.
+        return not any(node and "optimizer" in parameters_of("lr_scheduler", node) for node in nodes)
+
+    return may

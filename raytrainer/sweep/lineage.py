@@ -44,7 +44,7 @@ def parameter_segments(trial: Trial, report: Report, trials: Iterable[Trial]) ->
         report: The report.
         trials: All trials of the sweep.
     """
-    named = {one.id: one for one in trials}
+    by_id = {trial.id: trial for trial in trials}
     segments: list[ParameterSegment] = []
     while True:
         values = parameters_at(trial, report)
@@ -54,7 +54,7 @@ def parameter_segments(trial: Trial, report: Report, trials: Iterable[Trial]) ->
         if index == 0:
             return segments
         exploit, count = trial.inherited[index - 1], trial.before[index - 1][0]
-        source = named.get(exploit["from"])
+        source = by_id.get(exploit["from"])
         # The source may have reported that evaluation twice, if it copied another trial in between.
         until = trial.reports[count].time
         of = [r for r in source.reports if r.evaluation == exploit["evaluation"] and r.time <= until] if source else []
@@ -67,5 +67,5 @@ def _segment_index(trial: Trial, report: Report | None) -> int:
     """Return how many entries of `inherited` are older than a report."""
     if report is None:
         return len(trial.before)
-    place = next(i for i, one in enumerate(trial.reports) if one is report)
+    place = next(i for i, other in enumerate(trial.reports) if other is report)
     return sum(count <= place for count, _ in trial.before)

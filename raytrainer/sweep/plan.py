@@ -129,14 +129,14 @@ class Plan:
         }
 
     @classmethod
-    def from_dict(cls, found: Mapping[str, Any]) -> Plan:
+    def from_dict(cls, plan: Mapping[str, Any]) -> Plan:
         compositions = {
             c["of"]: replace(from_text(c["text"]), choices=tuple(sorted(c["choices"].items())))
-            for c in found["compositions"]
+            for c in plan["compositions"]
         }
-        parameters = tuple(Parameter.from_dict(p) for p in found["parameters"])
-        options = tuple(found.get("options", ()))
-        return cls(found["choice"], tuple(found["fixed"]), parameters, compositions, options)
+        parameters = tuple(Parameter.from_dict(p) for p in plan["parameters"])
+        options = tuple(plan.get("options", ()))
+        return cls(plan["choice"], tuple(plan["fixed"]), parameters, compositions, options)
 
     def write(self, storage: Storage) -> None:
         """Write the plan to the sweep's directory."""
@@ -150,10 +150,10 @@ class Plan:
             StorageError: The file does not exist, is invalid, or was written by a later version.
         """
         try:
-            found = json.loads(storage.read_bytes(PLAN))
-            if found["version"] > VERSION:
+            plan = json.loads(storage.read_bytes(PLAN))
+            if plan["version"] > VERSION:
                 raise StorageError(f"{storage.where(PLAN)} was written by a later version of raytrainer")
-            return cls.from_dict(found)
+            return cls.from_dict(plan)
         except (ValueError, TypeError, KeyError) as error:
             raise StorageError(f"{storage.where(PLAN)} is not a valid sweep plan: {error}") from error
 
@@ -210,8 +210,8 @@ def _planned(parameters: list[Parameter], fixed: list[str], choice: str, config_
         chosen = [p.override(v) for p, v in zip(grouped, combination, strict=True)]
         composition = _composed([*named, *chosen], parameters, config_dir)
         if not compositions and not any(o.startswith("name=") for o in fixed):
-            several = any(key_of(p.key) == "experiment" for p in grouped)
-            stem = "sweep" if several else dict(composition.choices).get("experiment", "run")
+            many_experiments = any(key_of(p.key) == "experiment" for p in grouped)
+            stem = "sweep" if many_experiments else dict(composition.choices).get("experiment", "run")
             named.append(f"name={new_name(f'{stem}-{choice}')}")
             composition = _composed([*named, *chosen], parameters, config_dir)
         compositions[" ".join(sorted(chosen))] = with_modes(composition)
@@ -223,12 +223,12 @@ def _planned(parameters: list[Parameter], fixed: list[str], choice: str, config_
 
 def _replaced(fixed: Sequence[str], overrides: Sequence[str]) -> list[str]:
     """Return overrides with new values for some keys. A key that was added with `+` keeps the `+`."""
-    found = {key_of(o): o for o in fixed}
+    by_key = {key_of(o): o for o in fixed}
     for override in overrides:
         key = key_of(override)
-        before = found.pop(key, override).partition("=")[0]
-        found[key] = override if before.startswith("~") else f"{before}={override.partition('=')[2]}"
-    return list(found.values())
+        before = by_key.pop(key, override).partition("=")[0]
+        by_key[key] = override if before.startswith("~") else f"{before}={override.partition('=')[2]}"
+    return list(by_key.values())
 
 
 def _composed(overrides: Sequence[str], parameters: Sequence[Parameter], config_dir: str | Path | None) -> Composition:
@@ -261,16 +261,7 @@ def check_plan(plan: Plan) -> None:
         raise ConfigError("is one batch of one run; leave out -m and what is swept", key="debug", value=True)
     for composition in plan.compositions.values():
         check_modes(composition.experiment, objects=True, sweep=True)
-    objectives = {
-        f"{c.experiment.sweep.metric or c.experiment.checkpoint.monitor} ({sweep_mode(c.experiment)})": None
-        for c in plan.compositions.values()
-    }
-    if len(objectives) > 1:
-        raise ConfigError(
-            f"must be the same for all trials, and their experiments have {', '.join(objectives)}; set sweep.metric and "
-            "sweep.mode to one of these",
-            key="sweep.metric",
-        )
+    _check_objective(plan)
     if e.cluster.kind == "inline":
         raise ConfigError("has no processes for trials; use cluster=local", key="cluster", value="inline")
     if isinstance(e.scaling.num_workers, list):
@@ -288,17 +279,35 @@ def check_plan(plan: Plan) -> None:
     search = str((e.sweep.search_alg or {}).get("_target_", ""))
     if e.sweep.num_samples is None and e.sweep.time_budget_s is None and not search.endswith("GridSearch"):
         raise ConfigError("or sweep.time_budget_s must be set, or the sweep never ends", key="sweep.num_samples")
-    tried = 0
+    _check_values(plan)
+
+
+def _check_objective(plan: Plan) -> None:
+    objectives = {
+        f"{c.experiment.sweep.metric or c.experiment.checkpoint.monitor} ({sweep_mode(c.experiment)})": None
+        for c in plan.compositions.values()
+    }
+    if len(objectives) > 1:
+        raise ConfigError(
+            f"must be the same for all trials, and their experiments have {', '.join(objectives)}; set sweep.metric and "
+            "sweep.mode to one of these",
+            key="sweep.metric",
+        )
+
+
+def _check_values(plan: Plan) -> None:
+    """Check values of each parameter with each combination of group choices."""
+    # Required keys may be set only by the sweep, so each value is checked together with one value of every other
+    # parameter.
+    each = _one_of_each(plan.parameters)
+    changes = [{p.key: p.override(value)} for p in plan.parameters if not p.group for value in p.probes()[1:]]
+    checks = 0
     for composition in plan.compositions.values():
-        # Required keys may be set only by the sweep, so each value is checked together with one value of every other
-        # parameter.
-        each = _one_of_each(plan.parameters)
-        preflight.check_objects(experiment_of(composition.text, list(each.values())))
-        for p in plan.parameters:
-            for value in () if p.group else p.probes()[1:]:
-                if (tried := tried + 1) <= _MOST_PROBES:
-                    overrides = {**each, p.key: p.override(value)}
-                    preflight.check_objects(experiment_of(composition.text, list(overrides.values())))
+        for change in ({}, *changes):
+            checks += bool(change)
+            if not change or checks <= _MOST_PROBES:
+                overrides = {**each, **change}
+                preflight.check_objects(experiment_of(composition.text, list(overrides.values())))
 
 
 def _evaluations(e: Experiment) -> int | None:

@@ -8,12 +8,12 @@ import io
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from raytrainer.config.standalone import as_experiment
 from raytrainer.storage import Storage
-from raytrainer.sweep import pictures as draw
-from raytrainer.sweep.journal import Mode, Trial
+from raytrainer.sweep import pictures
+from raytrainer.sweep.journal import Mode, Report, Trial
 from raytrainer.sweep.lineage import best_parameters, parameter_segments, parameters_at
 from raytrainer.sweep.table import ranked, schedule_text, short_names, written
 
@@ -27,32 +27,25 @@ _FOLDER = "sweep"  # the folder in the artifacts
 _INT64 = 2**63
 
 
-def write(
-    storage: Storage, *, trials: Sequence[Trial], plan: Plan, metric: str, mode: Mode, pictures: bool = True
-) -> None:
+def write(storage: Storage, *, trials: Sequence[Trial], plan: Plan) -> None:
     """Write all result files into a sweep's directory, each one atomically.
 
     Args:
         storage: The sweep's directory.
         trials: All trials, in the order in which they were sampled.
         plan: The plan of the sweep.
-        metric, mode: The metric of the trials' values, and which direction is better.
-        pictures: Whether to draw the pictures, which takes a second. If False, earlier pictures are deleted.
 
     Raises:
         StorageError: A file cannot be written.
     """
+    metric, mode = plan.metric, cast(Mode, plan.mode)
     write_tables(storage, trials=trials, keys=[p.key for p in plan.parameters], mode=mode)
     for trial in ranked(trials, mode)[:1]:
         text = plan.composition_of(best_parameters(trial, mode)).text
         about = _about(trial, trials, plan.experiment.name, metric, mode)
         storage.write_bytes(BEST, as_experiment(text, about).encode())
-    if pictures:
-        storage.write_bytes(PROGRESS, draw.progress_png(trials, metric=metric, mode=mode))
-        storage.write_bytes(PARAMETERS, draw.parameters_png(trials, plan.parameters, metric=metric, mode=mode))
-    else:
-        storage.delete(PROGRESS)
-        storage.delete(PARAMETERS)
+    storage.write_bytes(PROGRESS, pictures.progress_png(trials, metric=metric, mode=mode))
+    storage.write_bytes(PARAMETERS, pictures.parameters_png(trials, plan.parameters, metric=metric, mode=mode))
 
 
 def write_tables(storage: Storage, *, trials: Sequence[Trial], keys: Sequence[str], mode: Mode) -> None:
@@ -90,27 +83,43 @@ def trials_table(trials: Sequence[Trial], keys: Sequence[str], mode: Mode) -> An
     best = [trial.best(mode) for trial in trials]
     columns: dict[str, Any] = {
         "id": pa.array([t.id for t in trials], pa.string()),
-        "status": pa.array([t.status for t in trials], pa.string()),
-        "value": pa.array([r and r.value for r in best], pa.float64()),
-        "evaluation": pa.array([r and r.evaluation for r in best], pa.int64()),
-        "step": pa.array([r and r.step for r in best], pa.int64()),
-        "last_value": pa.array([r and r.value for r in last], pa.float64()),
-        "evaluations": pa.array([r and r.evaluation for r in last], pa.int64()),
-        "steps": pa.array([r and r.step for r in last], pa.int64()),
+        "status": pa.array([str(t.status) for t in trials], pa.string()),
+        "value": pa.array(_fields(best, "value"), pa.float64()),
+        "evaluation": pa.array(_fields(best, "evaluation"), pa.int64()),
+        "step": pa.array(_fields(best, "step"), pa.int64()),
+        "last_value": pa.array(_fields(last, "value"), pa.float64()),
+        "evaluations": pa.array(_fields(last, "evaluation"), pa.int64()),
+        "steps": pa.array(_fields(last, "step"), pa.int64()),
         "started": pa.array([round(t.started * 1000) for t in trials], pa.timestamp("ms", "UTC")),
         "seconds": pa.array([None if t.ended is None else t.took() for t in trials], pa.float64()),
         "cause": pa.array([t.cause for t in trials], pa.string()),
         "run_id": pa.array([t.run_id for t in trials], pa.string()),
     }
     if any(t.inherited for t in trials):
-        told = [" ".join(f"{one['from']}@{one['evaluation']}" for one in t.inherited) or None for t in trials]
-        columns["inherited"] = pa.array(told, pa.string())
-    parameters = [best_parameters(t, mode) for t in trials]
-    for key in dict.fromkeys([*keys, *(key for own in parameters for key in own)]):
-        columns[f"parameter/{key.lstrip('+')}"] = _typed([own.get(key) for own in parameters])
-    for name in dict.fromkeys(name for r in last if r for name in r.metrics):
-        columns[f"metric/{name}"] = pa.array([r.metrics.get(name) if r else None for r in last], pa.float64())
-    return pa.table(columns)
+        columns["inherited"] = pa.array([_exploits(t) for t in trials], pa.string())
+    return pa.table(columns | _parameter_columns(trials, keys, mode) | _metric_columns(last))
+
+
+def _fields(reports: Sequence[Report | None], field: str) -> list[Any]:
+    return [report and getattr(report, field) for report in reports]
+
+
+def _exploits(trial: Trial) -> str | None:
+    return " ".join(f"{exploit['from']}@{exploit['evaluation']}" for exploit in trial.inherited) or None
+
+
+def _parameter_columns(trials: Sequence[Trial], keys: Sequence[str], mode: Mode) -> dict[str, Any]:
+    parameters = [best_parameters(trial, mode) for trial in trials]
+    all_keys = dict.fromkeys([*keys, *(key for own in parameters for key in own)])
+    return {f"parameter/{key.lstrip('+')}": _typed([own.get(key) for own in parameters]) for key in all_keys}
+
+
+def _metric_columns(reports: Sequence[Report | None]) -> dict[str, Any]:
+    import pyarrow as pa
+
+    metrics = [report.metrics if report else {} for report in reports]
+    names = dict.fromkeys(name for own in metrics for name in own)
+    return {f"metric/{name}": pa.array([own.get(name) for own in metrics], pa.float64()) for name in names}
 
 
 def _typed(values: Sequence[Any]) -> Any:
@@ -124,11 +133,8 @@ def _typed(values: Sequence[Any]) -> Any:
         return pa.array(values, pa.int64())
     if kinds in ({float}, {int, float}):
         return pa.array([None if value is None else float(value) for value in values], pa.float64())
-    return pa.array([None if value is None else _as_text(value) for value in values], pa.string())
-
-
-def _as_text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    texts = [str(value).lower() if isinstance(value, bool) else str(value) for value in values]
+    return pa.array([None if value is None else text for value, text in zip(values, texts, strict=True)], pa.string())
 
 
 def _as_parquet(table: Any) -> bytes:
@@ -152,11 +158,11 @@ def _about(trial: Trial, trials: Sequence[Trial], sweep: str | None, metric: str
     assert best is not None
     parameters = parameters_at(trial, best)
     names = short_names(parameters)
-    told = [
+    lines = [
         f"The best trial of the sweep {sweep}: {trial.id}, {metric} {best.value:.4g} at step {best.step}, with "
         + ", ".join(f"{names[key]} {written(value)}" for key, value in parameters.items()),
         "python -m raytrainer --config-dir=… experiment=best runs it, given the directory that holds experiment/.",
     ]
     if len(path := parameter_segments(trial, best, trials)) > 1:
-        told.append(f"Trained under a schedule, of which these are the last parameters: {schedule_text(path)}.")
-    return told
+        lines.append(f"Trained under a schedule, of which these are the last parameters: {schedule_text(path)}.")
+    return lines

@@ -92,7 +92,7 @@ def _settings() -> list[_Setting]:
         ),
         _attribute(modules, "_global_is_full_backward_hook"),
         (gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
-        (gc.get_threshold, lambda found: gc.set_threshold(*found)),
+        (gc.get_threshold, lambda threshold: gc.set_threshold(*threshold)),
         (sys.getrecursionlimit, sys.setrecursionlimit),
         _attribute(logging.root.manager, "disable"),
     ]
@@ -104,8 +104,8 @@ def _attribute(owner: Any, name: str) -> _Setting:
 
 def _tables() -> list[MutableMapping[Any, Any]]:
     """Return the tables of hooks that apply to every module and every optimizer."""
-    found = {**vars(sys.modules["torch.nn.modules.module"]), **vars(sys.modules["torch.optim.optimizer"])}
-    return [table for name, table in found.items() if name.startswith("_global_") and isinstance(table, dict)]
+    variables = {**vars(sys.modules["torch.nn.modules.module"]), **vars(sys.modules["torch.optim.optimizer"])}
+    return [table for name, table in variables.items() if name.startswith("_global_") and isinstance(table, dict)]
 
 
 def _compiler_configs() -> list[Any]:

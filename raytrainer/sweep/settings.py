@@ -85,17 +85,17 @@ class Settings:
         self._check_resources()
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Settings:
+    def of(cls, settings: Mapping[str, Any]) -> Settings:
         """Make the settings from those of an application or a command line.
 
         Raises:
             ConfigError: A setting does not exist (the error lists those that do), or its value is invalid.
         """
         known = [f.name for f in fields(cls)]
-        for name in given:
+        for name in settings:
             if name not in known:
                 raise ConfigError("is not a setting of ray_tune", key=f"{KEY}.{name}", choices=known)
-        return cls(**given)
+        return cls(**settings)
 
     @property
     def search_node(self) -> dict[str, Any] | None:
@@ -132,8 +132,8 @@ def _node(name: str, value: Any, short: Mapping[str, Mapping[str, Any] | None]) 
             raise ConfigError(
                 "is neither a short name nor a node with a _target_", key=f"{KEY}.{name}", value=value, choices=short
             )
-        found = short[value]
-        return None if found is None else dict(found)
+        node = short[value]
+        return None if node is None else dict(node)
     if not isinstance(value, Mapping) or not isinstance(value.get("_target_"), str):
         raise ConfigError(
             "must be a node with a _target_, null or a short name", key=f"{KEY}.{name}", value=value, choices=short

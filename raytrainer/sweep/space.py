@@ -81,7 +81,7 @@ def nearest(parameter: Parameter, value: Any) -> Any:
         numbers = [v for v in parameter.values if _is_number(v)]
         if not numbers or not _is_number(value):
             raise ConfigError("was sampled with a value that it cannot have", key=parameter.key, value=value)
-        return min(numbers, key=lambda v: abs(v - value))
+        return min(numbers, key=lambda number: abs(number - value))
     if not _is_number(value):
         raise ConfigError("was sampled with a value that is not a number", key=parameter.key, value=value)
     assert parameter.low is not None

@@ -15,12 +15,11 @@ from ray.tune.search.sample import Domain
 
 from raytrainer.errors import ConfigError
 from raytrainer.ray_internals import METRIC
-from raytrainer.sweep.journal import WORST, Mode, Status, Trial, TrialJournal, worst
+from raytrainer.sweep.journal import WORST, Mode, Trial, TrialJournal, worst
 from raytrainer.sweep.sampling import NumberedSearch
 from raytrainer.sweep.search import TranslatedSearch
 from raytrainer.sweep.space import RUN, TRIAL
-
-_UNFINISHED: tuple[Status, ...] = ("running", "stopped")
+from raytrainer.sweep.trial_state import Status
 
 
 def warm_start(search: TranslatedSearch, trials: Sequence[Trial], mode: Mode) -> str | None:
@@ -29,7 +28,7 @@ def warm_start(search: TranslatedSearch, trials: Sequence[Trial], mode: Mode) ->
     Returns:
         A sentence that says what is lost; None if nothing is.
     """
-    ended = [trial for trial in trials if trial.status not in _UNFINISHED]
+    ended = [trial for trial in trials if not trial.status.is_open]
     if isinstance(search.inner, NumberedSearch) or not ended:
         return None
     name = type(search.inner).__name__
@@ -84,7 +83,7 @@ class Suggestions(Searcher):  # type: ignore[misc]
         self.total = total
         self._search, self._objective_mode = search, mode
         self._journal, self._overrides_of, self._on_suggest, self._clock = journal, overrides_of, on_suggest, clock
-        self._unfinished = deque(trial for trial in journal.trials.values() if trial.status in _UNFINISHED)
+        self._unfinished = deque(trial for trial in journal.trials.values() if trial.status.is_open)
         self._ids: dict[str, str] = {}  # Tune's id of a trial → our id
         self._sampled: set[str] = set()  # Tune's ids of the trials that the searcher has sampled
         if isinstance(search.inner, NumberedSearch):
@@ -137,7 +136,7 @@ class Suggestions(Searcher):  # type: ignore[misc]
         end = json.loads(result["end"]) if result and "end" in result else {}
         if result:
             self._with_finite_value(result)  # updates the worst value
-        status: Status = "failed" if error else end.get("status", trial.status)
+        status = Status.FAILED if error else Status(end.get("status", trial.status))
         diverged = end.get("diverged", trial.diverged)
         value, failed = _objective_of(trial, self._worst_value, self._objective_mode, status, diverged)
         if trial_id in self._sampled:
@@ -168,12 +167,12 @@ def _objective_of(
 ) -> tuple[float | None, bool]:
     """Return what a searcher gets for an ended trial: its value, or None, and whether it failed for a reason that may
     be unrelated to its parameters."""
-    if status == "failed":
+    if status is Status.FAILED:
         return (worst_value, False) if diverged else (None, True)
     best = trial.best(mode)
     if best is not None:
         return best.value, False
-    if status == "pruned" and trial.reports and math.isfinite(trial.reports[-1].value):
+    if status is Status.PRUNED and trial.reports and math.isfinite(trial.reports[-1].value):
         return trial.reports[-1].value, False  # an interim value, if there is no other
     return (worst_value, False) if trial.reports else (None, False)
 

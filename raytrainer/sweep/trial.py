@@ -1,41 +1,35 @@
-"""The trial process: it trains one trial after the other, each as if the process were new.
-
-Tune asks for one result at a time. Training runs in a separate thread, which waits at each evaluation until Tune has
-decided. So a stopped trial ends at once, between two steps, and the process is free for the next trial.
-"""
+"""The trial process of a sweep over an experiment: it trains one trial after the other, each as if the process were
+new. A report is an evaluation."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
-import math
-import queue
 import threading
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from ray import tune
-
-from raytrainer import worker
+from raytrainer import preflight, tracking, worker
+from raytrainer.attempt import Record
 from raytrainer.config import Parameter
-from raytrainer.errors import ConfigError, NonFiniteLoss, WorkerError
+from raytrainer.errors import ConfigError
 from raytrainer.storage import Storage
-from raytrainer.sweep.journal import Mode, worst
-from raytrainer.sweep.plan import choices_of
+from raytrainer.sweep import stepped
+from raytrainer.sweep.journal import Mode
+from raytrainer.sweep.plan import Plan, choices_of
 from raytrainer.sweep.reuse import as_found
 from raytrainer.sweep.space import RUN, TRIAL
+from raytrainer.sweep.stepped import SteppedProcess, TrialStopped
+from raytrainer.sweep.weights import INTERVAL_S
 from raytrainer.tracking.spool import spool_of
 
-# Causes with which every other trial would fail too.
-_NON_RETRYABLE = ("ConfigError: sweep.metric=", "ConfigError: storage_path=")
 _SOURCE = "trial.json"  # the file beside a checkpoint for Tune that names its trial and evaluation
 _DRAIN_S = 10.0  # time for the remaining uploads when a process ends
-_ENDS_S = 30.0  # time for a stopped trial to clean up, and for its workers to be killed
 # Each evaluation needs a checkpoint, because the workers of a paused or copied trial are not asked for one.
 _AT_EACH_EVALUATION = ("checkpoint.every_n_steps=null", "checkpoint.min_interval_s=0")
 
@@ -109,28 +103,61 @@ class Shared:
         )
 
 
-class _Ended(BaseException):
-    """Raised in the waiting training thread when Tune has stopped the trial."""
+def make_shared(
+    plan: Plan,
+    record: Record,
+    storage: Storage,
+    *,
+    tracking_uri: str,
+    trials_upload: bool,
+    gpu: bool,
+    scheduler_pauses: bool,
+) -> Shared:
+    """Return what all trials of a sweep have in common.
 
-
-class TrialProcess(tune.Trainable):  # type: ignore[misc]
-    """A trial process. `ray.tune.with_parameters(TrialProcess, shared=…)` makes the class that Tune starts.
-
-    A result has `objective` (the value that schedulers compare, never NaN), `training_iteration` (the evaluations since
-    the trial's first step, over all restarts) and `report` or `end`, which are JSON for the driver.
+    Args:
+        plan: The sweep.
+        record: The record of this attempt.
+        storage: The sweep's directory.
+        tracking_uri: The tracking URI, from which credentials are removed.
+        trials_upload: As `Shared.ship`.
+        gpu: Whether the workers train on GPUs.
+        scheduler_pauses: As `Shared.pauses`.
     """
+    e = plan.experiment
+    fixed = [f"scaling.use_gpu={str(gpu).lower()}", "tracking.log_model=false"]
+    if trials_upload:
+        fixed.append(f"tracking.experiment_name={json.dumps(record.experiment_name, ensure_ascii=False)}")
+    if e.checkpoint.min_interval_s is None:
+        fixed.append(f"checkpoint.min_interval_s={INTERVAL_S}")
+    return Shared(
+        texts={key: c.text for key, c in plan.compositions.items()},
+        parameters=plan.parameters,
+        fixed=fixed,
+        run_dir=storage.uri,
+        metric=plan.metric,
+        mode=cast(Mode, plan.mode),
+        tracking_uri=tracking.redacted(tracking_uri),
+        ship=trials_upload,
+        workers=preflight.least_workers(e),
+        resources=preflight.per_worker(e, gpu),
+        strategy=e.scaling.placement_strategy,
+        gpu=gpu,
+        retries=e.sweep.max_trial_failures > 0,
+        forward_env=e.cluster.forward_env,
+        env_file=e.cluster.env_file,
+        pauses=scheduler_pauses,
+        mark=record.mark,
+    )
 
-    _job: worker.Job
-    _trial: str
-    _values: dict[str, Any]  # the trial's parameters
-    _checkpoints: Storage
-    _thread: threading.Thread | None
-    _messages: queue.Queue[dict[str, Any] | WorkerError]
+
+class TrialProcess(SteppedProcess):
+    """A process that trains the trials of an experiment."""
+
     _trainer: Any  # the Trainer, while it waits in this process; else None
-    _blocked: bool  # whether the training thread waits for Tune's decision
-    _last: dict[str, Any]
-    _inherited: dict[str, Any] | None  # the trial and evaluation of a copied checkpoint
-    _heard: int  # evaluations up to the checkpoint from Tune, which has their results already
+    _last: dict[str, Any]  # the last result with a report
+    _inherited: dict[str, Any] | None  # the trial and evaluation of a copied checkpoint, until the next report
+    _known: int  # evaluations up to the checkpoint from Tune, which has their results already
     _background: list[threading.Thread]  # remaining work of ended trials
     _group: tuple[Any, threading.Event] | None  # with several workers: their trainer, and whether it has ended
 
@@ -141,24 +168,8 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
         gc.collect()
         gc.freeze()
         self._shared, self._background = shared, []
+        self.mode, self.retries = shared.mode, shared.retries
         self._take(config)
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._end()
-        self._take(new_config)
-        return True
-
-    def step(self) -> dict[str, Any]:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="trial", daemon=True)
-            self._thread.start()
-        elif self._blocked:
-            self._blocked = False
-            self._go.release()
-        message = self._messages.get()
-        if isinstance(message, WorkerError):
-            raise message  # Tune starts the trial again, in another process
-        return message
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Write the state of the last report to `checkpoint_dir`. Tune calls this to pause or clone the trial."""
@@ -175,67 +186,60 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
         from raytrainer.checkpoint import import_checkpoint
 
         source = json.loads(Path(checkpoint, _SOURCE).read_text())
-        self._heard = self._evaluation = int(source["evaluation"])
-        inherited = {"from": source["trial"], "evaluation": self._heard, "parameters": self._values}
+        self._known = self._evaluation = int(source["evaluation"])
+        inherited = {"from": source["trial"], "evaluation": self._known, "parameters": self._values}
         if source["trial"] == self._trial:
             import_checkpoint(Path(checkpoint), self._checkpoints)
         else:
             import_checkpoint(Path(checkpoint), self._checkpoints, inherited, mode=self._shared.mode)
-            self._inherited = {"from": source["trial"], "evaluation": self._heard}
-
-    def cleanup(self) -> None:
-        self.drain()
+            self._inherited = {"from": source["trial"], "evaluation": self._known}
 
     def drain(self) -> None:
         """End the current trial, whose best weights may be only in memory. Then wait up to 10 s for the background work
         of ended trials, such as uploading their last metrics."""
-        self._end()
+        super().drain()
         until = time.monotonic() + _DRAIN_S
         for thread in self._background:
             thread.join(max(0.0, until - time.monotonic()))
 
-    # --- one trial ------------------------------------------------------------------------------------------------
-
     def _take(self, config: Mapping[str, Any]) -> None:
-        self._job, self._trial = self._shared.job(config), str(config[TRIAL])
+        super()._take(config)
+        self._job = self._shared.job(config)
         self._values = {p.key: config[p.key] for p in self._shared.parameters if p.key in config}
-        worker.hello(0, self._trial)
         self._place = Storage(self._shared.run_dir).child(f"trials/{self._trial}")
         self._checkpoints = self._place.child("checkpoints")
-        self._thread = self._trainer = self._inherited = self._group = None
-        self._messages = queue.Queue()
-        self._go = threading.Semaphore(0)
-        self._blocked = self._ending = False
-        self._last = {}
-        self._evaluation = self._heard = 0
+        self._trainer = self._inherited = self._group = None
+        self._last, self._known = {}, 0
 
-    def _run(self) -> None:
-        """Run in the training thread. The last message says how the trial ended."""
-        try:
-            if self._shared.pauses:  # the checkpoint may have been copied by an earlier process that was killed
-                from raytrainer.checkpoint import import_note
+    def _end(self) -> None:
+        super()._end()
+        self._trainer = self._group = None
+        gc.collect()
 
-                self._job = replace(self._job, inherited=import_note(self._checkpoints) or {})
-            with as_found():
-                nested = self._shared.workers > 1
-                result = self._train_on_workers() if nested else self._train_here()
-            self._messages.put(self._ended({"status": "finished", "reason": result["reason"]}, result))
-        except _Ended:
-            pass
-        except BaseException as error:  # noqa: BLE001  any error, even sys.exit, is the result; the process continues
-            if self._ending:
-                return
-            failed = error if isinstance(error, WorkerError) else worker.described(error, 0)
-            diverged = NonFiniteLoss.__name__ in failed.cause.partition(":")[0]
-            if self._shared.retries and failed.retry:
-                self._messages.put(failed)
-            else:
-                end = {"status": "failed", "cause": failed.cause, "traceback": failed.traceback, "diverged": diverged}
-                end["non_retryable"] = failed.cause.startswith(_NON_RETRYABLE)
-                self._messages.put(self._ended(end, None))
-            traceback.clear_frames(error.__traceback__)  # they keep the model alive
-        finally:
-            self._trainer = None
+    def _release(self) -> None:
+        if self._group is None or not self._thread.is_alive():
+            super()._release()
+            return
+        trainer, done = self._group
+        trainer.kill_workers()  # before the release, after which they would continue
+        super()._release()
+        trainer.abandon(done, stepped.ENDS_S)
+
+    # --- one trial ------------------------------------------------------------------------------------------------
+
+    def _train(self) -> dict[str, Any]:
+        if self._shared.pauses:  # the checkpoint may have been copied by an earlier process that was killed
+            from raytrainer.checkpoint import import_note
+
+            self._job = replace(self._job, inherited=import_note(self._checkpoints) or {})
+        with as_found():
+            result = self._train_on_workers() if self._shared.workers > 1 else self._train_here()
+        if not self._last:  # it started from a checkpoint of its very end
+            self._last = self._report_of(result["step"], result["metrics"])
+        return self._finished(self._last)
+
+    def _forget(self) -> None:
+        self._trainer = None
 
     def _train_here(self) -> dict[str, Any]:
         world = worker.inline_world(self._shared.gpu)
@@ -260,7 +264,7 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
             attempt=f"attempt-{uuid.uuid4().hex[:12]}",
             progress=lambda: self._evaluation,
             on_retry=lambda text: None,
-            on_report=self._heard_from_workers,
+            on_report=self._report_of_workers,
         )
         self._group = (trainer, done)
         try:
@@ -272,87 +276,40 @@ class TrialProcess(tune.Trainable):  # type: ignore[misc]
         finally:
             done.set()
 
-    def _heard_from_workers(self, found: dict[str, Any]) -> None:
-        """Handle a report of the workers. This runs in the training thread, as part of Train's controller, so the
-        workers wait until it returns."""
-        if found and self._take_report(**found):
-            self._go.acquire()
-
     def _report(self, trainer: Any, ends: bool) -> None:
-        """Report an evaluation and wait until Tune has decided. This runs in the training thread."""
+        """Report an evaluation of this process."""
         self._trainer = trainer
-        if self._take_report(trainer.step, trainer.metrics, trainer.evaluations, ends):
-            self._go.acquire()
-            if self._ending:
-                raise _Ended
+        self._evaluated(trainer.step, trainer.metrics, trainer.evaluations, ends)
 
-    def _take_report(self, step: int, metrics: Mapping[str, float], evaluations: int, ends: bool) -> bool:
-        """Give an evaluation to Tune. Return whether the trial must wait for Tune's decision."""
-        if 0 < evaluations <= self._heard:
-            return False
+    def _report_of_workers(self, report: dict[str, Any]) -> None:
+        """Report an evaluation of the workers. This runs in the trial's thread, as part of Train's controller, so the
+        workers wait until it returns."""
+        if report:
+            with contextlib.suppress(TrialStopped):  # the workers are killed
+                self._evaluated(**report)
+
+    def _evaluated(self, step: int, metrics: Mapping[str, float], evaluations: int, ends: bool) -> None:
+        if 0 < evaluations <= self._known:
+            return
         self._evaluation = max(evaluations, 1)
-        self._last = self._result(step, metrics)
-        if ends:  # the last report is sent together with the end
-            return False
-        self._blocked = True
-        self._messages.put(self._last)
-        return True
+        self._last = self._report_of(step, metrics)
+        if not ends:  # the last report is sent together with the end
+            self._send_and_wait(self._last)
 
-    def _result(self, step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
-        shared = self._shared
-        if shared.metric not in metrics:
+    def _report_of(self, step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+        metric = self._shared.metric
+        if metric not in metrics:
             raise ConfigError(
                 f"is not logged by the first evaluation, at step {step} (train/… come every trainer.log_every_n_steps)",
                 key="sweep.metric",
-                value=shared.metric,
+                value=metric,
                 choices=metrics,
             )
-        value = float(metrics[shared.metric])
-        report = {"evaluation": self._evaluation, "step": step, "value": value, "metrics": dict(metrics)}
-        if self._inherited is not None:
-            report["inherited"], self._inherited = self._inherited, None
-        return {
-            "objective": value if math.isfinite(value) else worst(shared.mode),
-            "training_iteration": self._evaluation,
-            "report": json.dumps(report),  # text, because Tune keeps statistics of numbers
-            "done": False,
-        }
-
-    def _ended(self, end: Mapping[str, Any], result: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Return the trial's last result: its last report, or the worst possible value if it raised."""
-        if result is not None and not self._last:  # it started from a checkpoint of its very end
-            self._last = self._result(result["step"], result["metrics"])
-        last = dict(self._last)
-        if result is None:
-            last.pop("report", None)
-            last |= {"objective": worst(self._shared.mode), "training_iteration": max(self._evaluation, 1)}
-        return last | {"end": json.dumps(end), "done": True}
+        inherited, self._inherited = self._inherited, None
+        more = {} if inherited is None else {"inherited": inherited}
+        return self._reported(float(metrics[metric]), step=step, metrics=dict(metrics), **more)
 
     def _in_background(self, work: Callable[[], None]) -> None:
         self._background = [thread for thread in self._background if thread.is_alive()]
         self._background.append(threading.Thread(target=work, name="trial-end", daemon=True))
         self._background[-1].start()
-
-    def _end(self) -> None:
-        """Stop the training thread, wherever it is, and wait until it has ended.
-
-        Raises:
-            WorkerError: The thread did not end within 30 s.
-        """
-        thread = self._thread
-        if thread is None:
-            return
-        self._ending = True
-        if self._group is None:
-            self._go.release()
-        elif thread.is_alive():
-            trainer, done = self._group
-            trainer.kill_workers()  # before the release below, after which they would continue
-            self._go.release()
-            trainer.abandon(done, _ENDS_S)
-        thread.join(_ENDS_S)
-        if thread.is_alive():
-            # This error ends the process, and the thread with it.
-            raise WorkerError(f"trial {self._trial} was stopped, and did not end in {_ENDS_S:g} s")
-        self._trainer = self._thread = self._group = None
-        gc.collect()

@@ -20,6 +20,7 @@ from raytrainer.runs.status import status_of
 from raytrainer.runs.summary import RunSummary
 from raytrainer.storage import Storage
 from raytrainer.sweep.journal import Report, Trial, TrialJournal
+from raytrainer.sweep.trial_state import Status
 from tests.runs.past import ADDRESS, FakeCluster, FakeJob, Store, local_owner, record, write_lease
 from tests.runs.test_reconcile import killed
 
@@ -130,7 +131,7 @@ def test_trials_are_listed_with_their_sweep(store: Store) -> None:
         journal.start(Trial(number, {}, [], 1.0))
         if value is not None:
             journal.report(number, Report(1, 10, value, {"val/loss": value}, 1.0))
-            journal.end(number, "finished")
+            journal.end(number, Status.FINISHED)
     journal.close()
     ended = {
         "raytrainer.trials.finished": "7",

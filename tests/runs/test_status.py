@@ -15,6 +15,7 @@ from raytrainer.runs.status import status_of, text
 from raytrainer.storage import Storage
 from raytrainer.sweep import make_plan
 from raytrainer.sweep.journal import Report, Trial, TrialJournal
+from raytrainer.sweep.trial_state import Status
 from tests.runs.past import ADDRESS, FakeCluster, Store, local_owner, record, write_lease
 from tests.runs.test_listing import METRICS, TAGS
 from tests.runs.test_reconcile import killed
@@ -143,7 +144,7 @@ def sweep(store: Store) -> Storage:
     journal.start(Trial("0001", {"optimizer.lr": 0.1}, ["optimizer.lr=0.1"], 1.0, "f" * 32))
     journal.report("0001", Report(1, 10, 0.5, {}, 1.0))
     journal.report("0001", Report(2, 20, 0.25, {}, 1.0))
-    journal.end("0001", "pruned", "by the scheduler")
+    journal.end("0001", Status.PRUNED, "by the scheduler")
     journal.close()
     return storage
 

@@ -25,8 +25,9 @@ from ray import cloudpickle
 from raytrainer.config import Parameter
 from raytrainer.errors import ConfigError, WorkerError
 from raytrainer.storage import Storage
-from raytrainer.sweep import application, function, report
-from raytrainer.sweep.application import Jobs, search
+from raytrainer.sweep import function, report
+from raytrainer.sweep.application import search
+from raytrainer.sweep.application_setup import Jobs, unchangeable
 from raytrainer.sweep.function import FunctionProcess, Shared
 from raytrainer.sweep.journal import WORST, Mode, Report, Trial, TrialJournal
 from raytrainer.sweep.reporting import as_number
@@ -422,7 +423,7 @@ def test_a_function_that_cannot_travel(tmp_path: Path) -> None:
 def test_a_folder_with_a_sweep_is_not_gone_on_with_by_accident(tmp_path: Path) -> None:
     x = Parameter("x", "choice", (1, 2), ("1", "2"))
     journal = TrialJournal.open(Storage(tmp_path / "swept"))
-    journal.begin(application._about(Settings(), [x], ["n=3"]))
+    journal.begin(unchangeable(Settings(), [x], ["n=3"]))
     journal.start(Trial("0001", {"x": 1}, ["x=1"], 0.0))
     journal.close()
     assert "hydra.sweeper.resume=true continues it" in refused(tmp_path, "x=1,2", "n=3")

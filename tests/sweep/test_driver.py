@@ -21,18 +21,21 @@ from typing import Any
 import pytest
 
 from raytrainer import preflight, ray_internals, tracking
-from raytrainer.attempt import Logs, Record
+from raytrainer.attempt import Record, lifecycle
+from raytrainer.attempt.locking import locked_attempt
 from raytrainer.checkpoint import Checkpointer, import_checkpoint
 from raytrainer.config import group_names
-from raytrainer.core.interrupts import Interrupts
 from raytrainer.errors import StorageFull
 from raytrainer.progress import Display
 from raytrainer.storage import Storage
 from raytrainer.sweep import Plan, driver, make_plan, pictures
 from raytrainer.sweep.driver import SweepDriver
 from raytrainer.sweep.engine import Search
-from raytrainer.sweep.journal import Report, Status, Trial, TrialJournal
+from raytrainer.sweep.journal import Report, Trial, TrialJournal
 from raytrainer.sweep.outcome import SweepOutcome
+from raytrainer.sweep.room import at_once
+from raytrainer.sweep.schedule import make_scheduler
+from raytrainer.sweep.trial_state import Status
 from raytrainer.tracking.segments import SegmentWriter, line
 from raytrainer.tracking.spool import Spool, spool_of
 from tests.promises import Within
@@ -55,14 +58,14 @@ class Acting(SweepDriver):
     script: Script
 
     def _search(self, available: preflight.Resources) -> str:
-        self.interrupts.deferred = True
+        self.attempt.interrupts.deferred = True
         return self.script(self)
 
     def starts(self, *, run: bool = True) -> Trial:
         number = len(self.journal.trials) + 1
         trial = Trial(f"{number:04d}", {"optimizer.lr": number / 10}, [f"optimizer.lr={number / 10}"], time.time())
         self.journal.start(trial)
-        self._started(trial)
+        self._trial_started(trial)
         return trial
 
     def reports(self, trial: Trial, *values: float) -> None:
@@ -70,9 +73,9 @@ class Acting(SweepDriver):
             n = len(trial.reports) + 1
             self.journal.report(trial.id, Report(n, 10 * n, value, {"val/loss": value}, time.time()))
 
-    def ends(self, trial: Trial, status: Status = "finished", cause: str | None = None) -> None:
+    def ends(self, trial: Trial, status: Status = Status.FINISHED, cause: str | None = None) -> None:
         self.journal.end(trial.id, status, cause)
-        self._ended(trial)
+        self._trial_ended(trial)
 
 
 @dataclass
@@ -82,24 +85,24 @@ class Place:
     storage: Storage
     plan: Plan
     server: FakeServer = field(default_factory=FakeServer)
-    said: io.StringIO = field(default_factory=io.StringIO)
+    shown: io.StringIO = field(default_factory=io.StringIO)
 
     def attempt(self, script: Script, *overrides: str) -> SweepOutcome:
-        self.said = io.StringIO()
-        display = Display(self.said)
+        self.shown = io.StringIO()
+        display = Display(self.shown)
         before = Record.read(self.storage) or Record("sweep", self.storage.uri, experiment_name="exp", kind="sweep")
         record = replace(before, attempts=before.attempts + 1)
         plan = self.plan.with_overrides(["tracking.required=false", *overrides])
+        e = replace(plan.experiment, storage_path=str(self.storage.local_path.parent))
         journal = TrialJournal.open(self.storage)
         journal.begin({})
-        with (
-            Interrupts() as interrupts,
-            Logs(self.storage, display) as logs,
-            self.storage.lock("lock", {"run": "sweep"}) as lock,
-        ):
-            one = Acting(plan, record, self.storage, display, logs, lock, interrupts, journal, [], "here")
-            one.script = script
-            return one.run()
+        with locked_attempt(e, new=False, display=display) as attempt:
+            attempt.prepare(record, "here", needs_tracking=False)
+            attempt.open_logs()
+            scheduler = make_scheduler(None, plan.parameters, mode="max", evaluations=None)
+            driver = Acting(plan, attempt, journal, scheduler)
+            driver.script = script
+            return attempt.run(driver)
 
     def status(self, trial: str = "") -> str:
         """Return the MLflow status of a trial, or of the sweep if `trial` is empty."""
@@ -203,8 +206,8 @@ def killed(place: Place, *after: Callable[[Acting], None]) -> None:
         until(lambda: len([run for run in place.server.runs.values() if run.name != "sweep"]) == 2)
         for one in after:
             one(sweep)
-        sweep._uploader._abandon.set()  # type: ignore[union-attr]
-        sweep._uploader._closing.set()  # type: ignore[union-attr]
+        sweep._runs._uploader._abandon.set()  # type: ignore[union-attr]
+        sweep._runs._uploader._closing.set()  # type: ignore[union-attr]
         raise Killed
 
     with pytest.raises(Killed):
@@ -212,8 +215,8 @@ def killed(place: Place, *after: Callable[[Acting], None]) -> None:
 
 
 def interrupted(sweep: Acting) -> str:
-    sweep.interrupts.ask("interrupted", 130)
-    sweep.interrupts.check()
+    sweep.attempt.interrupts.ask("interrupted", 130)
+    sweep.attempt.interrupts.check()
     raise AssertionError
 
 
@@ -224,7 +227,7 @@ def test_a_resume_that_is_stopped_at_once_ends_the_runs_that_a_killed_driver_lef
     shutil.rmtree(place.storage.local_path / "trials/0002/spool")
     outcome = place.attempt(interrupted)
     assert (outcome.status, outcome.exit_code) == ("KILLED", 130)
-    assert place.said.getvalue().count("interrupted: stopping 2 trials, which can continue") == 1
+    assert place.shown.getvalue().count("interrupted: stopping 2 trials, which can continue") == 1
     assert (place.status(), place.status("0001"), place.status("0002")) == ("KILLED", "KILLED", "KILLED")
     assert ended(place) == {"0001": "stopped", "0002": "stopped"}
     tags = [run.tags for run in place.server.runs.values() if run.name != "sweep"]
@@ -237,7 +240,7 @@ def test_mlflow_away_at_the_start_has_it_all_soon_after_it_is_back(place: Place)
 
     def script(sweep: Acting) -> str:
         first = sweep.starts()
-        until(lambda: sweep._offline)
+        until(lambda: sweep.attempt.run_opened)
         sweep.reports(first, 0.5)
         sweep.ends(first)
         place.server.down = False
@@ -258,7 +261,7 @@ def test_mlflow_away_at_the_start_and_back_at_the_end(place: Place, monkeypatch:
     place.server.down = True
 
     def script(sweep: Acting) -> str:
-        until(lambda: sweep._offline)
+        until(lambda: sweep.attempt.run_opened)
         trial = sweep.starts()
         sweep.reports(trial, 0.5)
         sweep.ends(trial)
@@ -272,7 +275,8 @@ def test_mlflow_away_at_the_start_and_back_at_the_end(place: Place, monkeypatch:
 def test_a_stopped_sweep_does_not_wait_for_a_server_that_hangs_when_it_is_opened(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "_CLOSE_STOPPED_S", 0.2)
+    for module in (driver, lifecycle):
+        monkeypatch.setattr(module, "CLOSE_STOPPED_S", 0.2)
     answers = threading.Event()
 
     def hangs(name: str) -> None:
@@ -284,28 +288,28 @@ def test_a_stopped_sweep_does_not_wait_for_a_server_that_hangs_when_it_is_opened
     within.check()
     answers.set()
     assert outcome.status == "KILLED"
-    assert "MLflow does not answer" in place.said.getvalue()
+    assert "MLflow does not answer" in place.shown.getvalue()
 
 
 def test_a_file_that_cannot_be_told_holds_up_no_end(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     def script(sweep: Acting) -> str:
         sweep.starts()
-        monkeypatch.setattr(sweep.logs, "write_marks", no_space)
+        monkeypatch.setattr(sweep.attempt.logs, "write_marks", no_space)
         return "finished"
 
     def no_space() -> None:
         raise StorageFull("no space for the marks")
 
     place.attempt(script)
-    assert "no space for the marks" in place.said.getvalue()
+    assert "no space for the marks" in place.shown.getvalue()
     assert (place.status(), place.status("0001")) == ("FAILED", "KILLED")
 
 
 def test_no_more_at_a_time_than_there_is_room_for() -> None:
-    assert driver.at_once(None, 4) == (4, None)
-    assert driver.at_once(3, 4) == (3, None)
-    assert driver.at_once(9, 4) == (4, "sweep.max_concurrent_trials=9: there is room for 4 at a time")
-    assert driver.at_once(9, 4, grows=True) == (9, None)
+    assert at_once(None, 4) == (4, None)
+    assert at_once(3, 4) == (3, None)
+    assert at_once(9, 4) == (4, "sweep.max_concurrent_trials=9: there is room for 4 at a time")
+    assert at_once(9, 4, grows=True) == (9, None)
 
 
 def test_time_that_was_over_before_a_trial_had_finished_is_told_as_that(place: Place) -> None:
@@ -347,7 +351,7 @@ def test_a_stopped_sweep_leaves_its_results_and_nothing_of_tunes(place: Place) -
 
 def logs(sweep: Acting, trial: Trial, *lines: tuple[int, dict[str, float]]) -> None:
     """Write metrics as the trial's process does, which is then killed."""
-    spool = Spool(spool_of(sweep._trial_dir(trial)))
+    spool = Spool(spool_of(sweep._directory(trial)))
     writer = SegmentWriter(spool, 1_000_000)
     for step, metrics in lines:
         writer.append(line("m", 1000 * step, step, metrics))
@@ -394,7 +398,7 @@ def test_a_spool_that_cannot_be_read_does_not_hide_how_a_stopped_sweep_ended(pla
     def script(sweep: Acting) -> str:
         trial = sweep.starts()
         sweep.reports(trial, 0.5)
-        (sweep._trial_dir(trial).local_path / "spool/metrics-000001-00000000.jsonl").mkdir(parents=True)
+        (sweep._directory(trial).local_path / "spool/metrics-000001-00000000.jsonl").mkdir(parents=True)
         return interrupted(sweep)
 
     assert place.attempt(script).status == "KILLED"
@@ -464,7 +468,7 @@ def test_which_weights_of_the_best_there_are_is_told(place: Place) -> None:
         trial = sweep.starts()
         sweep.reports(trial, 0.5, 0.6, 0.9 + 0.01 * len(saved), 0.7)
         for step, value in saved:
-            checkpoints = Checkpointer(sweep._trial_dir(trial).child("checkpoints"), num_to_keep=None, mode="max")
+            checkpoints = Checkpointer(sweep._directory(trial).child("checkpoints"), num_to_keep=None, mode="max")
             checkpoints.save(step, {"model": {}}, {}, metric=value)
             checkpoints.close()
         sweep.ends(trial)

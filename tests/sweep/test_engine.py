@@ -27,9 +27,9 @@ from raytrainer.config import Parameter
 from raytrainer.config.schema import SweepConfig
 from raytrainer.errors import ConfigError, StorageError, WorkerError
 from raytrainer.storage import Storage
-from raytrainer.sweep import engine
+from raytrainer.sweep import engine, schedule
 from raytrainer.sweep.engine import Listener, Search
-from raytrainer.sweep.journal import Trial, TrialJournal
+from raytrainer.sweep.journal import FILE, Trial, TrialJournal
 from raytrainer.sweep.space import TRIAL
 from tests import forkserver
 from tests.training import node
@@ -125,14 +125,13 @@ class Sweep:
     folder: Path
     config: SweepConfig
     limit: int = 2
-    said: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
     started: list[str] = field(default_factory=list)
     running: set[str] = field(default_factory=set)
     most: int = 0
     between: Callable[[], None] = lambda: None
     waits: Callable[[bool], None] = lambda found: None
     on_start: Callable[[], None] = lambda: None
-    on_report: Callable[[], None] = lambda: None
     on_end: Callable[[], None] = lambda: None
 
     def run(self) -> str:
@@ -140,20 +139,18 @@ class Sweep:
         self.journal.begin({})
         search = Search(
             self.config,
+            schedule.make_scheduler(self.config.scheduler, [X], mode="max", evaluations=REPORTS),
             parameters=[X],
             mode="max",
             seed=3,
-            evaluations=REPORTS,
             journal=self.journal,
             overrides_of=lambda values: [X.override(values["x"])],
-            may_change=lambda key: True,
-            listener=Listener(self._start, lambda trial: self.on_report(), self._end, self.said.append),
+            listener=Listener(self._start, self._end, self.lines.append),
             needs_value=True,
         )
         try:
             return search.run(
                 Counts,
-                name="tune",
                 storage_path=str(self.folder),
                 resources=ray_internals.trial_resources({"CPU": 1}, 1, "PACK"),
                 limit=self.limit,
@@ -273,10 +270,11 @@ def test_a_sweep_goes_on_as_if_it_had_never_been_away(sweep: Callable[..., Sweep
     undisturbed.run()
     one = sweep(num_samples=3, limit=1)
     one.run()
-    journal = TrialJournal.open(Storage(one.folder))
-    journal.begin({})
-    journal.reopen("0002")  # as a killed driver leaves it
-    journal.close()
+    file = one.folder / FILE
+    lines = file.read_text().splitlines(keepends=True)
+    ends = [line for line in lines if '"kind":"end","id":"0002"' in line]
+    assert len(ends) == 1
+    file.write_text("".join(line for line in lines if line not in ends))  # as a killed driver leaves it
     again = sweep()
     assert again.run() == "finished"
     assert again.started == ["0002", "0004", "0005"]
@@ -289,7 +287,7 @@ def test_a_process_that_dies_is_a_failed_trial(sweep: Callable[..., Sweep]) -> N
     assert [trial.status for trial in one.trials.values()] == ["finished", "failed", "finished", "finished", "finished"]
     assert (one.trials["0002"].cause or "").startswith("the process died")
     assert len(one.trials["0002"].reports) == 1
-    assert one.said == []
+    assert one.lines == []
 
 
 def test_why_a_trial_failed_is_a_line_and_all_of_it_a_file(sweep: Callable[..., Sweep]) -> None:
@@ -309,8 +307,8 @@ def test_a_process_that_dies_is_replaced(sweep: Callable[..., Sweep]) -> None:
     assert one.run() == "finished"
     assert [trial.status for trial in one.trials.values()] == ["finished", "finished", "failed", "finished", "finished"]
     assert [report.evaluation for report in one.trials["0002"].reports] == [1, 2, 3]
-    assert [line.partition(":")[0] for line in one.said] == ["trial 0002", "trial 0003"]
-    assert all(line.endswith("; retrying") for line in one.said)
+    assert [line.partition(":")[0] for line in one.lines] == ["trial 0002", "trial 0003"]
+    assert all(line.endswith("; retrying") for line in one.lines)
 
 
 def test_a_trial_without_a_value_that_is_a_number_has_failed(sweep: Callable[..., Sweep]) -> None:
@@ -336,15 +334,6 @@ def test_more_that_pause_than_may_run(sweep: Callable[..., Sweep]) -> None:
     assert len(one.pids) == 1
 
 
-def test_one_that_pauses_needs_to_know_how_many_there_will_be(sweep: Callable[..., Sweep]) -> None:
-    """HyperBand samples all trials before it compares any, so an unlimited number of trials is refused."""
-    scheduler = node("ray.tune.schedulers.HyperBandScheduler", max_t=REPORTS)
-    one = sweep(num_samples=None, time_budget_s=60.0, scheduler=scheduler)
-    with pytest.raises(ConfigError, match=r"sweep\.num_samples.*HyperBandScheduler"):
-        one.run()
-    assert one.started == []
-
-
 def test_a_signal_is_heeded_between_the_draws_of_many(sweep: Callable[..., Sweep]) -> None:
     one = sweep(num_samples=1000, scheduler=node("ray.tune.schedulers.HyperBandScheduler", max_t=REPORTS))
     one.on_start = lambda: time.sleep(0.01)
@@ -359,15 +348,15 @@ def test_a_signal_is_heeded_between_the_draws_of_many(sweep: Callable[..., Sweep
     assert 0 < len(one.started) < 100
 
 
-@pytest.mark.parametrize("where", ["on_report", "on_end"])
+@pytest.mark.parametrize("method", ["report", "end"])
 def test_what_is_raised_while_a_trial_is_written_down_ends_it_as_what_it_is(
-    sweep: Callable[..., Sweep], where: str
+    sweep: Callable[..., Sweep], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails() -> None:
+    def fails(*_: Any, **__: Any) -> None:
         raise StorageError("the journal is on a disk that is gone")
 
     one = sweep(limit=1)
-    setattr(one, where, fails)
+    monkeypatch.setattr(TrialJournal, method, fails)
     with pytest.raises(StorageError, match="a disk that is gone"):
         one.run()
     assert one.started == ["0001"]
@@ -390,6 +379,6 @@ def test_a_process_that_is_not_free_is_replaced(sweep: Callable[..., Sweep], how
     assert [trial.status for trial in one.trials.values()] == ["finished"] * 3
     assert [len(trial.reports) for trial in one.trials.values()] == [3, 3, 3]
     assert len(one.pids) == 2
-    (line,) = one.said
+    (line,) = one.lines
     assert line.endswith("the next trial gets another process")
     assert how == "dies late" or line.startswith("trial 0001 did not end")

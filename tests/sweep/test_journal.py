@@ -25,8 +25,9 @@ from pyarrow import fs
 
 from raytrainer.errors import StorageError, StorageFull
 from raytrainer.storage import Storage
-from raytrainer.sweep import journal as module
+from raytrainer.sweep import journal_file
 from raytrainer.sweep.journal import Report, Trial, TrialJournal
+from raytrainer.sweep.trial_state import Status
 
 NUMBERS = st.one_of(st.floats(allow_nan=True, allow_infinity=True), st.integers(-(2**80), 2**80))
 
@@ -80,9 +81,9 @@ def test_everything_comes_back_as_it_was(storage: Storage) -> None:
     journal.note_run("0001", "offline-1")
     journal.note_run("0001", "abc")
     journal.inherit("0001", "0002", 1, {"lr": 0.12}, ["lr=0.12"])
-    journal.end("0001", "failed", "NonFiniteLoss: the loss is nan", trace="Traceback of the first try")
+    journal.end("0001", Status.FAILED, "NonFiniteLoss: the loss is nan", trace="Traceback of the first try")
     assert journal.trials["0001"].error == "trials/0001/error.txt"
-    journal.end("0002", "failed", "ValueError: \ud800", trace="Traceback\nValueError: \ud800")
+    journal.end("0002", Status.FAILED, "ValueError: \ud800", trace="Traceback\nValueError: \ud800")
     journal.reopen("0001")
     journal.close()
     journal.close()
@@ -264,7 +265,7 @@ def test_a_disk_that_loses_what_it_took_is_said_by_the_next_call(
         failed.set()
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(module, "_SYNC_S", 0.0)
+    monkeypatch.setattr(journal_file, "_SYNC_S", 0.0)
     journal = begun(storage)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lost)
@@ -371,7 +372,7 @@ def test_an_object_store_gets_the_whole_file_now_and_then(remote: Flaky, monkeyp
     journal.close()
     assert len(uploads) == 3
     assert len(TrialJournal.open(remote).trials["0001"].reports) == 200
-    monkeypatch.setattr(module, "_UPLOAD_S", 0.01)
+    monkeypatch.setattr(journal_file, "_UPLOAD_S", 0.01)
     journal = begun(remote)
     uploaded.clear()
     journal.report("0001", report(201))
@@ -395,7 +396,7 @@ def test_an_object_store_has_what_a_resume_must_know_when_it_is_told(remote: Fla
     journal.report("0001", report(1))
     journal.inherit("0001", "0001", 1, {"lr": 0.2}, ["lr=0.2"])
     assert (there()["0001"].parameters, len(there()["0001"].reports)) == ({"lr": 0.2}, 1)
-    journal.end("0001", "stopped")
+    journal.end("0001", Status.STOPPED)
     assert there()["0001"].status == "stopped"
     journal.reopen("0001")
     assert there()["0001"].status == "running"
@@ -408,16 +409,16 @@ def test_an_object_store_has_what_a_resume_must_know_when_it_is_told(remote: Fla
 def test_an_object_store_that_fails_for_a_while_loses_nothing(
     remote: Flaky, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "_UPLOAD_S", 0.01)
+    monkeypatch.setattr(journal_file, "_UPLOAD_S", 0.01)
     journal = begun(remote)
     remote.error = OSError("503 slow down")
-    warned, log = threading.Event(), module._log.warning
+    warned, log = threading.Event(), journal_file._log.warning
 
     def warning(*args: Any) -> None:
         log(*args)
         warned.set()
 
-    monkeypatch.setattr(module._log, "warning", warning)
+    monkeypatch.setattr(journal_file._log, "warning", warning)
     journal.start(trial(lr=0.1))
     journal.report("0001", report(1))
     assert warned.wait(30)
@@ -429,7 +430,7 @@ def test_an_object_store_that_fails_for_a_while_loses_nothing(
     assert len(TrialJournal.open(remote).trials["0001"].reports) == 1
     journal = begun(remote)
     remote.error = OSError("503 slow down")
-    journal.end("0001", "finished")
+    journal.end("0001", Status.FINISHED)
     with pytest.raises(StorageError, match="503"):
         journal.close()
     remote.error = None
@@ -441,7 +442,7 @@ def test_an_object_store_that_fails_for_a_while_loses_nothing(
     journal = begun(remote)
     remote.error = OSError(errno.ENOSPC, "full")
     with pytest.raises(StorageFull):
-        journal.end("0001", "finished")
+        journal.end("0001", Status.FINISHED)
 
 
 def test_a_line_is_cheap_and_synced_apart(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,7 +459,7 @@ def test_a_line_is_cheap_and_synced_apart(storage: Storage, monkeypatch: pytest.
     before = len(synced)
     for evaluation in range(1, 101):
         journal.report("0001", report(evaluation))
-    journal.end("0001", "finished")
+    journal.end("0001", Status.FINISHED)
     assert threading.current_thread().name not in synced[before:], "nobody waits for the disk"
     journal.close()
     assert synced[-1] == threading.current_thread().name
@@ -477,7 +478,7 @@ def test_the_best_report(storage: Storage) -> None:
 
 def test_a_trial_that_diverged() -> None:
     one = trial()
-    one.status, one.cause = "failed", "NonFiniteLoss: the loss is nan at step 3"
+    one.status, one.cause = Status.FAILED, "NonFiniteLoss: the loss is nan at step 3"
     assert one.diverged
     one.cause = "raytrainer.errors.NonFiniteLoss: the loss is nan at step 3"
     assert one.diverged
@@ -485,7 +486,7 @@ def test_a_trial_that_diverged() -> None:
     assert not one.diverged
     one.reports = [report(1, math.nan)]
     assert one.diverged
-    one.status = "pruned"
+    one.status = Status.PRUNED
     assert not one.diverged
 
 
@@ -522,7 +523,7 @@ def test_how_long_a_trial_trained(storage: Storage) -> None:
     journal.report("0001", replace(report(2), seconds=3.5, time=504.0))
     assert one.took(now=505.0) == 6.5
     now = 600.0
-    journal.end("0001", "stopped")
+    journal.end("0001", Status.STOPPED)
     journal.close()
     assert one.took() == TrialJournal.open(storage).trials["0001"].took() == 5.5
 
@@ -535,6 +536,6 @@ def test_how_long_a_trial_took_that_has_not_reported(storage: Storage) -> None:
     now = 500.0
     journal.reopen("0001")
     now = 503.0
-    journal.end("0001", "failed", "ValueError: no")
+    journal.end("0001", Status.FAILED, "ValueError: no")
     journal.close()
     assert TrialJournal.open(storage).trials["0001"].took() == 3.0

@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 
 from raytrainer.attempt import Record
+from raytrainer.config import group_names
 from raytrainer.errors import ConfigError
 from raytrainer.storage import Storage
-from raytrainer.sweep.journal import Report, Status, Trial, TrialJournal
-from raytrainer.sweep.launching import describe_resume, to_retry
+from raytrainer.sweep import make_plan
+from raytrainer.sweep.journal import Report, Trial, TrialJournal
+from raytrainer.sweep.launching import build_scheduler
 from raytrainer.sweep.outcome import SweepOutcome, summary
+from raytrainer.sweep.resuming import describe_resume, to_retry
+from raytrainer.sweep.trial_state import Status
 
 
 def plan(total: int | None = 6, failures: int = 0) -> Any:
@@ -29,7 +33,7 @@ def journal(tmp_path: Path) -> TrialJournal:
     """The journal of an attempt with six trials: two finished, one stopped, two failed and one diverged."""
     found = TrialJournal.open(Storage(tmp_path))
     found.begin({"max_trial_failures": 0})
-    ends: list[Status] = ["finished", "finished", "stopped", "failed", "failed", "failed"]
+    ends: list[Status] = [Status.FINISHED, Status.FINISHED, Status.STOPPED, Status.FAILED, Status.FAILED, Status.FAILED]
     for number, status in enumerate(ends, 1):
         found.start(Trial(f"{number:04d}", {}, [], 0.0))
         value = math.nan if number == 6 else 0.5
@@ -70,9 +74,27 @@ def test_failed_trials_are_tried_again_where_more_failures_are_permitted(journal
 )
 def test_what_to_type_when_only_failed_trials_are_left(failed: str, advice: str | None) -> None:
     """Plain `resume` is not suggested, because it would find nothing to do."""
-    trials = [Trial("0001", {}, [], 0.0, status="failed", cause=failed)]
+    trials = [Trial("0001", {}, [], 0.0, status=Status.FAILED, cause=failed)]
     outcome = SweepOutcome(
         "FAILED", 1, Record("s", "/s", kind="sweep"), "here", plan(total=1), trials, cause="no trial finished"
     )
     found = [line for line in summary(outcome, "raytrainer").splitlines() if "raytrainer resume" in line]
     assert [line.rpartition("raytrainer ")[2] for line in found] == ([advice] if advice else [])
+
+
+def test_a_scheduler_that_pauses_needs_a_number_of_trials() -> None:
+    """HyperBand samples all trials before it compares any, so an unlimited number of trials is refused."""
+    swept = make_plan(
+        [
+            "experiment=mlp",
+            "optimizer.lr=interval(0,1)",
+            "sweep.num_samples=null",
+            "sweep.time_budget_s=60",
+            "+sweep.scheduler._target_=ray.tune.schedulers.HyperBandScheduler",
+        ],
+        choice="random",
+        space={},
+        groups=group_names(),
+    )
+    with pytest.raises(ConfigError, match=r"sweep\.num_samples.*HyperBandScheduler"):
+        build_scheduler(swept)

@@ -11,6 +11,7 @@ from raytrainer.storage import Storage
 from raytrainer.sweep.journal import Report, Trial, TrialJournal
 from raytrainer.sweep.lineage import best_parameters, parameter_segments, parameters_at
 from raytrainer.sweep.table import final_table, schedule_text
+from raytrainer.sweep.trial_state import Status
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def population(tmp_path: Path) -> list[Trial]:
     journal.inherit("0002", "0001", 4, {"optimizer.lr": 0.2, "model.width": 8}, [])
     report("0002", 5, 0.6)
     for number in ("0001", "0002"):
-        journal.end(number, "finished")
+        journal.end(number, Status.FINISHED)
     journal.close()
     return list(TrialJournal.open(Storage(tmp_path)).trials.values())
 

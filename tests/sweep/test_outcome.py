@@ -14,6 +14,7 @@ from raytrainer.cli import dispatch
 from raytrainer.config import Composition
 from raytrainer.sweep import Plan, SweepOutcome, Trial, summary
 from raytrainer.sweep.journal import Report
+from raytrainer.sweep.trial_state import Status
 from tests.launches import OUTSIDE
 
 MINE = """
@@ -84,7 +85,9 @@ def outcome(plan: Plan, *trials: Trial, exit_code: int = 0) -> SweepOutcome:
 def trial_of(plan: Plan, **values: object) -> Trial:
     parameters = {p.key: values.get(p.key.rpartition(".")[2], p.probes()[0]) for p in plan.parameters}
     reports = [Report(1, 10, 0.5, {}, 2.0)]
-    return Trial("0001", parameters, plan.overrides_of(parameters), 1.0, reports=reports, status="finished", ended=3.0)
+    return Trial(
+        "0001", parameters, plan.overrides_of(parameters), 1.0, reports=reports, status=Status.FINISHED, ended=3.0
+    )
 
 
 def best_command(plan: Plan, trial: Trial) -> list[str]:
@@ -177,7 +180,7 @@ def test_failed_trials_are_told_with_their_tracebacks_and_what_to_do(
 ) -> None:
     plan = planned(monkeypatch, "-m", "experiment=mlp", "sweep=grid", "optimizer.lr=0.01,0.1")
     failed = trial_of(plan)
-    failed.status, failed.cause, failed.error = "failed", "ValueError: bad luck", "trials/0001/error.txt"
+    failed.status, failed.cause, failed.error = Status.FAILED, "ValueError: bad luck", "trials/0001/error.txt"
     said = summary(outcome(plan, failed), "raytrainer")
     assert "failed   0001: ValueError: bad luck\n         /runs/sweep/trials/0001/error.txt\n" in said
     assert "raytrainer rerun sweep.0001" in said
@@ -186,6 +189,6 @@ def test_failed_trials_are_told_with_their_tracebacks_and_what_to_do(
 def test_what_every_trial_would_fail_by_is_told_once(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = planned(monkeypatch, "-m", "experiment=mlp", "sweep=grid", "optimizer.lr=0.01,0.1")
     failed = trial_of(plan)
-    failed.status, failed.cause = "failed", "ConfigError: sweep.metric=val/nope is not logged"
+    failed.status, failed.cause = Status.FAILED, "ConfigError: sweep.metric=val/nope is not logged"
     ended = replace(outcome(plan, failed, exit_code=1), cause="sweep.metric=val/nope is not logged", resumable=False)
     assert summary(ended, "raytrainer").count("is not logged") == 1

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from raytrainer.config import Parameter
-from raytrainer.sweep import pictures
-from raytrainer.sweep.journal import Mode, Report, Status, Trial
+from raytrainer.sweep import picture_parts, pictures
+from raytrainer.sweep.journal import Mode, Report, Trial
 from raytrainer.sweep.pictures import parameters_png, progress_png
+from raytrainer.sweep.trial_state import Status
 from tests.promises import slowness
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ SPACE = [LR, WIDTH, MODEL, EPOCHS]
 
 
 def trial(
-    number: int, values: list[float], status: Status = "finished", parameters: dict[str, Any] | None = None
+    number: int, values: list[float], status: Status = Status.FINISHED, parameters: dict[str, Any] | None = None
 ) -> Trial:
     reports = [Report(i, 10 * i, v, {}, float(i)) for i, v in enumerate(values, 1)]
     return Trial(f"{number:04d}", parameters or {}, [], float(number), None, reports, status, None, number + 0.5)
@@ -51,13 +52,13 @@ def drawn(number: int, seed: int = 0) -> list[Trial]:
             "trainer.max_epochs": dice.randint(2, 40),
         }
         values = [1 - (0.5 + 0.1 * dice.random()) ** e for e in range(1, 11)]
-        status: Status = "finished"
+        status: Status = Status.FINISHED
         if n % 2:
-            values, status = values[:3], "pruned"
+            values, status = values[:3], Status.PRUNED
         if n % 17 == 3:
-            values, status = [*values[:2], math.nan], "failed"
+            values, status = [*values[:2], math.nan], Status.FAILED
         if n % 29 == 4:
-            values, status = [], "failed"
+            values, status = [], Status.FAILED
         found.append(trial(n, values, status, parameters=given))
     return found
 
@@ -66,13 +67,13 @@ def drawn(number: int, seed: int = 0) -> list[Trial]:
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that are encoded as PNG from now on."""
     made: list[Figure] = []
-    encode = pictures._png
+    encode = picture_parts.as_png
 
     def kept(figure: Figure) -> bytes:
         made.append(figure)
         return encode(figure)
 
-    monkeypatch.setattr(pictures, "_png", kept)
+    monkeypatch.setattr(pictures, "as_png", kept)
     return made
 
 
@@ -94,12 +95,12 @@ def texts(axes: Any) -> list[str]:
 def test_progress_shows_the_best_so_far_and_the_rungs(figures: list[Figure]) -> None:
     trials = [
         trial(1, [0.5, 0.6, 0.7]),
-        trial(2, [0.4], "pruned"),
-        trial(3, [0.3], "pruned"),
+        trial(2, [0.4], Status.PRUNED),
+        trial(3, [0.3], Status.PRUNED),
         trial(4, [0.5, 0.9, 0.8]),
-        trial(5, [0.5, 0.5], "pruned"),
-        trial(6, [0.99, math.nan], "failed"),
-        trial(7, [0.8], "running"),
+        trial(5, [0.5, 0.5], Status.PRUNED),
+        trial(6, [0.99, math.nan], Status.FAILED),
+        trial(7, [0.8], Status.RUNNING),
     ]
     assert 0.01 < ink(progress_png(trials, metric="val/accuracy", mode="max")) < 0.5
     (figure,) = figures
@@ -163,10 +164,13 @@ def test_losses_over_decades_get_a_logarithmic_axis(figures: list[Figure]) -> No
 ODD: dict[str, Callable[[], tuple[list[Trial], list[Parameter]]]] = {
     "no trial": lambda: ([], SPACE),
     "one trial": lambda: (drawn(1), SPACE),
-    "no report": lambda: ([trial(1, [], "failed", parameters={"optimizer.lr": 0.1})], [LR]),
-    "all nan": lambda: ([trial(n, [math.nan] * 3, "failed", parameters={"optimizer.lr": 0.1}) for n in (1, 2)], [LR]),
+    "no report": lambda: ([trial(1, [], Status.FAILED, parameters={"optimizer.lr": 0.1})], [LR]),
+    "all nan": lambda: (
+        [trial(n, [math.nan] * 3, Status.FAILED, parameters={"optimizer.lr": 0.1}) for n in (1, 2)],
+        [LR],
+    ),
     "none finished": lambda: ([t for t in drawn(40) if t.status != "finished"], SPACE),
-    "only running": lambda: ([trial(1, [0.5], "running", parameters={"optimizer.lr": 0.1})], [LR]),
+    "only running": lambda: ([trial(1, [0.5], Status.RUNNING, parameters={"optimizer.lr": 0.1})], [LR]),
     "constant": lambda: (
         [trial(n, [0.5] * 3, parameters={"optimizer.lr": 0.1, "model": "mlp"}) for n in range(1, 9)],
         [LR, MODEL],
@@ -214,7 +218,7 @@ ODD: dict[str, Callable[[], tuple[list[Trial], list[Parameter]]]] = {
         [Parameter("a", "choice", tuple(f"choice-number-{n}" for n in range(80)), ("",) * 80)],
     ),
     "many rungs": lambda: (
-        [trial(n, [0.1] * n, "pruned", parameters={"optimizer.lr": 0.1}) for n in range(1, 200)],
+        [trial(n, [0.1] * n, Status.PRUNED, parameters={"optimizer.lr": 0.1}) for n in range(1, 200)],
         [LR],
     ),
     "perturbed values": lambda: (
@@ -242,7 +246,7 @@ def test_no_sweep_is_too_odd(name: str, capfd: pytest.CaptureFixture[str]) -> No
 
 
 def test_without_a_value_the_pictures_say_so(figures: list[Figure]) -> None:
-    trials = [trial(1, [math.nan], "failed", parameters={"optimizer.lr": 0.1})]
+    trials = [trial(1, [math.nan], Status.FAILED, parameters={"optimizer.lr": 0.1})]
     progress_png(trials, metric="val/loss", mode="min")
     parameters_png(trials, [LR], metric="val/loss", mode="min")
     assert [figure.get_suptitle() for figure in figures] == ["no trial has a val/loss"] * 2

@@ -17,9 +17,10 @@ from raytrainer.config import Experiment, compose
 from raytrainer.config.schema import SweepConfig
 from raytrainer.errors import StorageError
 from raytrainer.storage import Storage
-from raytrainer.sweep import results
-from raytrainer.sweep.journal import Report, Status, Trial
+from raytrainer.sweep import pictures, results
+from raytrainer.sweep.journal import Report, Trial
 from raytrainer.sweep.plan import Plan, make_plan
+from raytrainer.sweep.trial_state import Status
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
@@ -28,7 +29,7 @@ KEYS = ["optimizer.lr", "model.width", "+model.dropout"]
 
 
 def trial(
-    number: int, values: list[float], status: Status = "finished", parameters: dict[str, Any] | None = None
+    number: int, values: list[float], status: Status = Status.FINISHED, parameters: dict[str, Any] | None = None
 ) -> Trial:
     reports = [Report(i, 10 * i, v, {"val/accuracy": v, "val/loss": 1 - v}, 5.0 + i) for i, v in enumerate(values, 1)]
     given = parameters or {}
@@ -39,9 +40,9 @@ def trial(
 
 TRIALS = [
     trial(1, [0.5, 0.9, 0.8], parameters={"optimizer.lr": 0.1, "model.width": 64, "+model.dropout": 0}),
-    trial(2, [0.4], "pruned", {"optimizer.lr": 1e-05, "model.width": 128, "+model.dropout": 0.5}),
-    trial(3, [0.6, math.nan], "failed", {"optimizer.lr": 0.3, "model.width": 64, "+model.dropout": None}),
-    trial(4, [], "running", {"optimizer.lr": 0.01, "model.width": 32, "+model.dropout": 0.1}),
+    trial(2, [0.4], Status.PRUNED, {"optimizer.lr": 1e-05, "model.width": 128, "+model.dropout": 0.5}),
+    trial(3, [0.6, math.nan], Status.FAILED, {"optimizer.lr": 0.3, "model.width": 64, "+model.dropout": None}),
+    trial(4, [], Status.RUNNING, {"optimizer.lr": 0.01, "model.width": 32, "+model.dropout": 0.1}),
 ]
 
 
@@ -115,7 +116,7 @@ def test_everything_is_written_and_gathered_for_the_artifacts(in_tmp: Path) -> N
         replace(t, parameters={"optimizer.lr": t.parameters["optimizer.lr"], "model.width": 64, "seed": 2})
         for t in TRIALS
     ]
-    results.write(storage, trials=trials, plan=plan, metric="val/accuracy", mode="max")
+    results.write(storage, trials=trials, plan=plan)
     written = sorted(str(p.relative_to(in_tmp / "sweep")) for p in (in_tmp / "sweep").rglob("*") if p.is_file())
     assert written == ["best/experiment/best.yaml", "parameters.png", "progress.png", "trials.csv", "trials.parquet"]
     with storage.open_read("trials.parquet") as file:
@@ -134,27 +135,32 @@ def test_everything_is_written_and_gathered_for_the_artifacts(in_tmp: Path) -> N
     assert not folder.exists()
 
 
-def test_pictures_can_be_left_out_and_then_none_of_an_earlier_attempt_stay(in_tmp: Path) -> None:
+def test_without_a_value_there_is_no_best_config(in_tmp: Path) -> None:
     storage, plan = Storage(in_tmp / "sweep"), plan_of("experiment=mlp", "optimizer.lr=0.1,0.2")
-    trials = [trial(1, [], "failed", {"optimizer.lr": 0.1})]
-    results.write(storage, trials=trials, plan=plan, metric="val/accuracy", mode="max")
+    results.write(storage, trials=[trial(1, [], Status.FAILED, {"optimizer.lr": 0.1})], plan=plan)
     assert storage.exists("progress.png")
-    assert not storage.exists("best")  # no trial has a value
-    results.write(storage, trials=trials, plan=plan, metric="val/accuracy", mode="max", pictures=False)
-    assert sorted(entry.name for entry in storage.list()) == ["trials.csv", "trials.parquet"]
+    assert not storage.exists("best")
 
 
 def test_a_disk_that_takes_nothing_is_told(in_tmp: Path) -> None:
     (in_tmp / "file").write_text("")
     plan = plan_of("experiment=mlp", "optimizer.lr=0.1,0.2")
     with pytest.raises(StorageError):
-        results.write(Storage(in_tmp / "file"), trials=TRIALS[:1], plan=plan, metric="m", mode="max", pictures=False)
+        results.write(Storage(in_tmp / "file"), trials=TRIALS[:1], plan=plan)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes a second."""
+    for name in ("progress_png", "parameters_png"):
+        monkeypatch.setattr(pictures, name, lambda *_, **__: b"png")
 
 
 def same(one: Experiment, other: Experiment) -> bool:
     return replace(one, name=None, sweep=SweepConfig()) == replace(other, name=None, sweep=SweepConfig())
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("sweep", "parameters"),
     [
@@ -187,15 +193,8 @@ def test_the_best_composes_to_what_its_overrides_compose(
     plan = plan_of(*sweep)
     best = trial(2, [0.5, 0.97], parameters=parameters)
     best.overrides = plan.overrides_of(parameters)
-    others = [trial(1, [0.6], "pruned", {}), trial(3, [0.99], "failed", {})]
-    results.write(
-        Storage(in_tmp / "s"),
-        trials=[others[0], best, others[1]],
-        plan=plan,
-        metric="val/accuracy",
-        mode="max",
-        pictures=False,
-    )
+    others = [trial(1, [0.6], Status.PRUNED, {}), trial(3, [0.99], Status.FAILED, {})]
+    results.write(Storage(in_tmp / "s"), trials=[others[0], best, others[1]], plan=plan)
     original = compose([*plan.fixed, *best.overrides]).experiment
     (in_tmp / "elsewhere").mkdir()
     monkeypatch.chdir(in_tmp / "elsewhere")
@@ -208,6 +207,7 @@ def test_the_best_composes_to_what_its_overrides_compose(
     assert ": 0002, val/accuracy 0.97 at step 20, with " in comment
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_best_of_a_population_has_the_parameters_of_its_best_report(in_tmp: Path) -> None:
     """The best config has the parameters of the best report, and says under which ones its weights were trained
     before."""
@@ -216,7 +216,7 @@ def test_the_best_of_a_population_has_the_parameters_of_its_best_report(in_tmp: 
     one.before = [(1, {"optimizer.lr": 0.12}), (2, {"optimizer.lr": 0.15})]
     one.inherited = [{"evaluation": n, "from": "0001", "parameters": {"optimizer.lr": 0.0}} for n in (1, 2)]
     other = trial(2, [0.4], parameters={"optimizer.lr": 0.1})
-    results.write(Storage(in_tmp / "s"), trials=[one, other], plan=plan, metric="m", mode="max", pictures=False)
+    results.write(Storage(in_tmp / "s"), trials=[one, other], plan=plan)
     text = (in_tmp / "s" / "best" / "experiment" / "best.yaml").read_text()
     assert (
         "# Trained under a schedule, of which these are the last parameters: lr 0.12 to step 10, lr 0.15 to step 20."

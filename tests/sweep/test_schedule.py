@@ -24,6 +24,7 @@ from raytrainer.sweep import RandomSearch
 from raytrainer.sweep.journal import Mode, Report, Trial, worst
 from raytrainer.sweep.schedule import make_scheduler, pauses, replay
 from raytrainer.sweep.space import RUN, TRIAL
+from raytrainer.sweep.trial_state import Status
 
 LR = Parameter("optimizer.lr", "interval", low=1e-4, high=1e-1, log=True)
 DECAY = Parameter("decay", "interval", low=0.0, high=0.3)
@@ -266,7 +267,7 @@ class Life:
         self.decisions.append((n, evaluation, decision))
         if decision == "STOP":
             self.scheduler.on_trial_complete(Controller(), self.tunes[n], dict(result))
-            trial.status = "finished" if done else "pruned"
+            trial.status = Status.FINISHED if done else Status.PRUNED
 
     def fail(self, n: int) -> None:
         """Let trial n raise, so that its process reports the worst value."""
@@ -276,7 +277,7 @@ class Life:
         self._begin(n)
         result = {"training_iteration": max(len(trial.reports), 1), METRIC: worst(self.mode)}
         self.scheduler.on_trial_complete(Controller(), self.tunes[n], result)
-        trial.status, trial.cause = "failed", "OSError: disk"
+        trial.status, trial.cause = Status.FAILED, "OSError: disk"
 
     def _begin(self, n: int) -> None:
         if n not in self.tunes:
@@ -288,10 +289,10 @@ class Life:
         self.scheduler, self.attempt, self.tunes = scheduler, self.attempt + "+", {}
         running = [trial for trial in self.trials if trial.status == "running"]
         for trial in running:
-            trial.status = "stopped" if trial.id == "0002" else "running"
+            trial.status = Status.STOPPED if trial.id == "0002" else Status.RUNNING
         sentence = replay(scheduler, self.trials, self.mode)
         for trial in running:
-            trial.status = "running"
+            trial.status = Status.RUNNING
         return sentence
 
 

@@ -24,11 +24,12 @@ from raytrainer.errors import ConfigError
 from raytrainer.ray_internals import METRIC
 from raytrainer.storage import Storage
 from raytrainer.sweep import RandomSearch
-from raytrainer.sweep.journal import WORST, Mode, Report, Status, Trial, TrialJournal
+from raytrainer.sweep.journal import WORST, Mode, Report, Trial, TrialJournal
 from raytrainer.sweep.sampling import grid_size
 from raytrainer.sweep.search import TranslatedSearch, check_search, make_search, total_of
 from raytrainer.sweep.space import RUN, TRIAL, decoded, domain, encoded, nearest, tune_space
 from raytrainer.sweep.suggestions import Suggestions, warm_start
+from raytrainer.sweep.trial_state import Status
 
 LR = Parameter("optimizer.lr", "interval", low=1e-4, high=1e-1, log=True)
 WIDTH = Parameter("model.width", "choice", values=(64, 128), texts=("64", "128"))
@@ -105,7 +106,14 @@ class Sweep:
         self.suggestions.on_trial_result(self.tune_id(id), {METRIC: told, "training_iteration": evaluation})
         self.journal.report(id, Report(evaluation, evaluation, value, {}, 0.0))
 
-    def end(self, id: str, status: Status = "finished", *, cause: str | None = None, diverged: bool = False) -> None:  # noqa: A002
+    def end(
+        self,
+        id: str,  # noqa: A002
+        status: Status = Status.FINISHED,
+        *,
+        cause: str | None = None,
+        diverged: bool = False,
+    ) -> None:
         last = self.journal.trials[id].reports[-1:]
         result: dict[str, Any] = {METRIC: WORST, "training_iteration": 1}
         if last:
@@ -272,7 +280,7 @@ def test_random_draws_of_a_finite_space_are_each_combination_once(tmp_path: Path
     again.close()
     on = Sweep(tmp_path / "b", parameters=space)
     for trial in list(on.journal.trials):
-        on.journal.end(trial, "finished")
+        on.journal.end(trial, Status.FINISHED)
     on.close()
     on = Sweep(tmp_path / "b", parameters=space)
     assert [tuple(c[p.key] for p in space) for c in on.suggest(30)] == drawn[50:80]
@@ -313,8 +321,8 @@ def test_a_sweep_that_goes_on_draws_what_it_would_have_drawn(tmp_path: Path, nod
     first.report("0001", 0.5)
     first.end("0001")
     first.report("0002", 0.5)
-    first.journal.end("0002", "stopped", "interrupted")
-    first.end("0004", "failed", cause="OSError: no")
+    first.journal.end("0002", Status.STOPPED, "interrupted")
+    first.end("0004", Status.FAILED, cause="OSError: no")
     first.close()
     # 0002 was stopped, 0003 and 0005 were running: these three continue first.
     second = Sweep(tmp_path / "parts", node, parameters=space, total=8)
@@ -381,11 +389,11 @@ def test_a_searcher_learns_the_best_value_and_of_nan_the_worst(tmp_path: Path, m
     sweep.report("0002", 1.0, 2)
     sweep.report("0002", 3.0, 3)
     sweep.report("0003", math.inf)
-    sweep.end("0002", "pruned")
+    sweep.end("0002", Status.PRUNED)
     sweep.end("0003")
     # It had a good value before it diverged, but its parameters count as bad.
     sweep.report("0004", best)
-    sweep.end("0004", "failed", cause="NonFiniteLoss: the loss is nan", diverged=True)
+    sweep.end("0004", Status.FAILED, cause="NonFiniteLoss: the loss is nan", diverged=True)
     assert inner.told == [
         ("tune-0", "result", worst_of_all),
         ("tune-1", "result", 2.0),
@@ -404,12 +412,12 @@ def test_a_searcher_learns_of_failures_and_early_ends(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path, inner)
     sweep.suggest(5)
     sweep.report("0001", 1.0)
-    sweep.end("0001", "failed", cause="OSError: disk")
+    sweep.end("0001", Status.FAILED, cause="OSError: disk")
     sweep.suggestions.on_trial_complete("tune-1", None, error=True)  # its process died
     sweep.suggestions.on_trial_complete("tune-2", None)  # it never began
     sweep.report("0004", 2.0)
     sweep.suggestions.on_trial_complete("tune-3", None)  # stopped while it was paused: Tune passes no result
-    sweep.end("0005", "failed", cause="NonFiniteLoss: at step 1", diverged=True)
+    sweep.end("0005", Status.FAILED, cause="NonFiniteLoss: at step 1", diverged=True)
     sweep.suggestions.on_trial_complete("nobody's", None)
     ends = [told for told in inner.told if told[1] == "end"]
     assert ends == [
@@ -518,7 +526,7 @@ def test_others_search_the_whole_space(tmp_path: Path, node: dict[str, Any]) -> 
         sweep.suggestions.on_trial_result(sweep.tune_id(id_), result)
         sweep.journal.report(id_, Report(1, 1, value, {}, 0.0))
         sweep.suggestions.on_trial_complete(sweep.tune_id(id_), result)
-        sweep.journal.end(id_, "finished")
+        sweep.journal.end(id_, Status.FINISHED)
     assert sweep.suggest(1) == []
     assert len({config.parameters["optimizer.lr"] for config in sweep.journal.trials.values()}) > 20
 
@@ -530,7 +538,7 @@ def test_optuna_is_told_of_the_journal(tmp_path: Path) -> None:
         value = (math.log10(config["optimizer.lr"]) + 2) ** 2
         first.report(config[TRIAL], value)
         failed = config[TRIAL] == "0003"
-        first.end(config[TRIAL], "failed" if failed else "finished", cause="OSError: no" if failed else None)
+        first.end(config[TRIAL], Status.FAILED if failed else Status.FINISHED, cause="OSError: no" if failed else None)
     first.close()
     told, blank = Sweep(tmp_path, OPTUNA, parameters=ALL, total=20), TranslatedSearch
     assert told.lost is None

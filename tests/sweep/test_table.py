@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from raytrainer.progress import Display
-from raytrainer.sweep.journal import Report, Status, Trial
-from raytrainer.sweep.table import Board, command_line, final_table, ranked, short_names, trial_line, written
+from raytrainer.sweep.board import Board
+from raytrainer.sweep.journal import Report, Trial
+from raytrainer.sweep.table import command_line, final_table, ranked, short_names, trial_line, written
+from raytrainer.sweep.trial_state import Status
 from tests.terminal import Terminal, attach
 
 KEYS = ["optimizer.lr", "model.width"]
@@ -24,7 +26,7 @@ T0 = 1_700_000_000.0
 def trial(
     number: int,
     values: list[float] = [],  # noqa: B006  # never changed
-    status: Status = "running",
+    status: Status = Status.RUNNING,
     *,
     started: float = T0,
     seconds: float = 10.0,
@@ -56,7 +58,7 @@ class Watched:
 
     def run(self, one: Trial, seconds: float = 10.0) -> None:
         """Run a whole trial."""
-        status, one.status = one.status, "running"
+        status, one.status = one.status, Status.RUNNING
         self.start(one)
         self.now.seconds += seconds
         one.status, one.ended = status, self.now.seconds
@@ -83,10 +85,10 @@ def mixed(watched: Watched) -> list[Trial]:
     for one in running:
         watched.start(one)
     ended = [
-        trial(1, [0.5, 0.8, 0.7], "finished"),
-        trial(2, [0.5, 0.9, 0.97218], "finished"),
-        trial(3, [0.3], "pruned"),
-        trial(4, [math.nan], "failed", cause="RuntimeError: out of memory\nat step 13"),
+        trial(1, [0.5, 0.8, 0.7], Status.FINISHED),
+        trial(2, [0.5, 0.9, 0.97218], Status.FINISHED),
+        trial(3, [0.3], Status.PRUNED),
+        trial(4, [math.nan], Status.FAILED, cause="RuntimeError: out of memory\nat step 13"),
     ]
     for one in ended:
         watched.run(one)
@@ -162,7 +164,7 @@ def test_it_fits_every_window(terminal: Terminal, columns: int, rows: int, numbe
             "model": "a-long-name-of-a-model",
             "data.train.path": "/x" * 40,
         }
-        one = trial(n, [0.001 * n], "pruned" if n % 3 else "finished", parameters=settings)
+        one = trial(n, [0.001 * n], Status.PRUNED if n % 3 else Status.FINISHED, parameters=settings)
         watched.run(one) if n % 20 else watched.start(one)
     watched.tick(1)
     assert len(terminal.screen()) <= rows - 1
@@ -177,7 +179,7 @@ def test_a_small_window_has_a_part_of_each_kind(terminal: Terminal) -> None:
     watched = Watched(terminal)
     mixed(watched)
     for n in range(10, 20):
-        watched.run(trial(n, [0.5 + n / 100], "finished"))
+        watched.run(trial(n, [0.5 + n / 100], Status.FINISHED))
     watched.tick(1)
     screen = terminal.screen()
     statuses = [line.split()[1] for line in screen if re.match(r"\d{4} ", line)]
@@ -211,13 +213,13 @@ def test_columns_do_not_jump_when_rows_go(terminal: Terminal) -> None:
 def test_time_left_is_blank_while_nothing_is_known(terminal: Terminal) -> None:
     watched = Watched(terminal, total=10, at_once=2)
     assert watched.board.seconds_left() is None
-    watched.run(trial(1, [0.1], "finished"), 10)
-    watched.run(trial(2, [0.1], "failed"), 1)
-    watched.run(trial(3, [0.1], "pruned"), 4)
+    watched.run(trial(1, [0.1], Status.FINISHED), 10)
+    watched.run(trial(2, [0.1], Status.FAILED), 1)
+    watched.run(trial(3, [0.1], Status.PRUNED), 4)
     watched.tick(1)
     assert watched.board.seconds_left() is None
     assert "left" not in terminal.screen()[1]
-    watched.run(trial(4, [0.1], "pruned"), 4)
+    watched.run(trial(4, [0.1], Status.PRUNED), 4)
     # Six more trials of 6 s each, two at a time.
     assert watched.board.seconds_left() == pytest.approx(18)
     watched.start(trial(5))
@@ -231,24 +233,24 @@ def test_time_left_is_blank_while_nothing_is_known(terminal: Terminal) -> None:
 
 
 def test_time_left_ends_with_the_budget(terminal: Terminal) -> None:
-    watched = Watched(terminal, total=1000, time_budget_s=60, elapsed_s=10)
-    watched.tick(1)
+    watched = Watched(terminal, total=1000, time_budget_s=60)
+    watched.tick(11)
     assert terminal.screen()[0].endswith("0:11 elapsed  at most 0:49 left")
     for n in range(1, 4):
-        watched.run(trial(n, [0.1], "finished"), 5)
+        watched.run(trial(n, [0.1], Status.FINISHED), 5)
     watched.tick(1)
     assert terminal.screen()[0].endswith("0:27 elapsed  0:33 left")
     watched.board.close()
     endless = Watched(terminal, total=None, time_budget_s=60)
-    endless.run(trial(1, [0.1], "finished"), 90)
+    endless.run(trial(1, [0.1], Status.FINISHED), 90)
     endless.tick(1)
     assert "1 done, 0 running" in terminal.screen()[0]
     assert terminal.screen()[0].endswith("at most 0:00 left")
 
 
 def test_a_sweep_that_goes_on_begins_with_what_it_has(terminal: Terminal) -> None:
-    known = [trial(n, [0.1 * n], "finished", seconds=20) for n in range(1, 4)]
-    watched = Watched(terminal, total=8, at_once=1, trials=[*known, trial(4, [0.9], "failed"), trial(5, [0.2])])
+    known = [trial(n, [0.1 * n], Status.FINISHED, seconds=20) for n in range(1, 4)]
+    watched = Watched(terminal, total=8, at_once=1, trials=[*known, trial(4, [0.9], Status.FAILED), trial(5, [0.2])])
     watched.tick(1)
     assert terminal.screen()[0].startswith("sweep asha: 4 of 8 done, 1 running, 1 failed  best val/accuracy 0.3 (0003)")
     assert watched.board.seconds_left() == pytest.approx(3 * 20 + 19)
@@ -257,7 +259,7 @@ def test_a_sweep_that_goes_on_begins_with_what_it_has(terminal: Terminal) -> Non
 
 def test_a_trial_that_is_tried_again_counts_once(terminal: Terminal) -> None:
     watched = Watched(terminal, total=1)
-    one = trial(1, [0.1], "finished")
+    one = trial(1, [0.1], Status.FINISHED)
     watched.start(one)
     watched.now.seconds += 50
     watched.run(one, 5)
@@ -270,7 +272,7 @@ def test_a_log_gets_a_line_a_trial_and_a_summary_in_thirty_seconds() -> None:
     running = trial(9, [0.5])
     watched.start(running)
     watched.start(trial(10))
-    watched.run(trial(7, [0.8, 0.7, 0.7], "pruned", parameters={"optimizer.lr": 0.0123, "model.width": 64}), 4)
+    watched.run(trial(7, [0.8, 0.7, 0.7], Status.PRUNED, parameters={"optimizer.lr": 0.0123, "model.width": 64}), 4)
     for _ in range(50):
         watched.tick(0.5)
     assert watched.lines()[:2] == [
@@ -296,18 +298,18 @@ def test_a_log_gets_a_line_a_trial_and_a_summary_in_thirty_seconds() -> None:
     ("one", "line"),
     [
         (
-            trial(1, [0.5, 0.97218, 0.9], "finished", seconds=75),
+            trial(1, [0.5, 0.97218, 0.9], Status.FINISHED, seconds=75),
             "trial 0001 finished at evaluation 3 (step 33), 1:15: val/accuracy 0.9722; lr 0.1  width 64",
         ),
         (
-            trial(2, [math.nan], "finished"),
+            trial(2, [math.nan], Status.FINISHED),
             "trial 0002 finished at evaluation 1 (step 11), 0:10: val/accuracy nan; lr 0.05  width 128",
         ),
         (
-            trial(3, [], "failed", cause="ValueError: \x1b[31mno\n  such thing"),
+            trial(3, [], Status.FAILED, cause="ValueError: \x1b[31mno\n  such thing"),
             "trial 0003 failed before an evaluation, 0:10: ValueError:  [31mno such thing; lr 0.03333  width 192",
         ),
-        (trial(4, [], "stopped"), "trial 0004 stopped before an evaluation, 0:10; lr 0.025  width 256"),
+        (trial(4, [], Status.STOPPED), "trial 0004 stopped before an evaluation, 0:10; lr 0.025  width 256"),
     ],
 )
 def test_the_line_of_a_trial(one: Trial, line: str) -> None:
@@ -348,10 +350,10 @@ def test_names_are_as_short_as_they_can_be(keys: list[str], names: list[str]) ->
 
 
 def test_the_final_table_is_of_the_ten_best() -> None:
-    trials = [trial(n, [0.01 * n, math.nan], "finished") for n in range(1, 15)]
+    trials = [trial(n, [0.01 * n, math.nan], Status.FINISHED) for n in range(1, 15)]
     trials += [
-        trial(15, [math.nan], "finished"),
-        trial(16, [0.995, math.inf], "failed", cause="diverged"),
+        trial(15, [math.nan], Status.FINISHED),
+        trial(16, [0.995, math.inf], Status.FAILED, cause="diverged"),
         trial(17, [0.14]),
     ]
     table = final_table(trials, metric="val/accuracy", mode="max", keys=KEYS).splitlines()

@@ -30,7 +30,7 @@ from raytrainer.checkpoint import Checkpointer, import_checkpoint, import_note
 from raytrainer.config import Parameter, compose, experiment_of
 from raytrainer.errors import WorkerError
 from raytrainer.storage import Storage
-from raytrainer.sweep import trial
+from raytrainer.sweep import stepped
 from raytrainer.sweep.journal import WORST
 from raytrainer.sweep.space import RUN, TRIAL
 from raytrainer.sweep.trial import Shared, TrialProcess
@@ -182,7 +182,7 @@ def test_after_every_kind_of_trial_it_is_as_in_a_new_process(process: Callable[.
         assert end(said)["status"] == ("failed" if what in _RAISES else end(said)["status"])
         Storage(of.run_dir).delete("trials/0099")
         found = one.then(measured)
-        assert end(found) == {"status": "finished", "reason": "finished"}, what
+        assert end(found) == {"status": "finished"}, what
         assert reports(found) == expected, what
     one.tune.cleanup()
     assert (dict(os.environ), Path.cwd(), list(sys.path)) == (environment, folder, path)
@@ -257,12 +257,12 @@ def test_a_stopped_trial_ends_between_two_steps(process: Callable[..., Process])
 def test_a_stopped_trial_that_does_not_end_takes_its_process_with_it(
     process: Callable[..., Process], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "_ENDS_S", 0.1)
+    monkeypatch.setattr(stepped, "ENDS_S", 0.1)
     one = process(shared(*SLOW), config(1))
     one.steps(stop=1)
     with pytest.raises(WorkerError, match=r"trial 0001 was stopped, and did not end in 0\.1 s"):
         one.reset(config(2))
-    monkeypatch.setattr(trial, "_ENDS_S", 30.0)
+    monkeypatch.setattr(stepped, "ENDS_S", 30.0)
 
 
 def test_a_stopped_trial_that_takes_its_time_to_end_breaks_nothing(process: Callable[..., Process]) -> None:
@@ -302,7 +302,7 @@ def test_a_value_that_is_nan_is_the_worst_and_is_recorded_as_it_is(process: Call
     said = process(of, config(1, **{WHAT.key: "diverges"})).steps()
     assert [result["objective"] for result in said] == [WORST] * EPOCHS
     assert all(math.isnan(report["value"]) for report in reports(said))
-    assert end(said) == {"status": "finished", "reason": "finished"}
+    assert end(said) == {"status": "finished"}
 
 
 def test_one_that_raises_is_data_and_says_why(process: Callable[..., Process]) -> None:
@@ -313,7 +313,7 @@ def test_one_that_raises_is_data_and_says_why(process: Callable[..., Process]) -
     assert said[-1]["objective"] == -WORST
     assert end(said)["cause"] == "ValueError: bad luck"
     assert "probes.py" in end(said)["traceback"]
-    assert not end(said)["diverged"]
+    assert not end(said).get("diverged", False)
 
 
 @pytest.mark.parametrize(("what", "cause"), [("exits", "SystemExit: enough"), ("interrupts", "KeyboardInterrupt")])
@@ -329,7 +329,7 @@ def test_one_that_would_end_the_process_ends_itself(process: Callable[..., Proce
 def test_a_loss_that_is_not_finite_is_a_divergence(process: Callable[..., Process]) -> None:
     said = process(shared(*CHANGES, parameters=(LR, WHAT)), config(1, **{WHAT.key: "diverges"})).steps()
     assert end(said)["cause"].startswith("NonFiniteLoss: the loss became nan")
-    assert end(said)["diverged"]
+    assert end(said).get("diverged", False)
 
 
 def test_only_what_another_try_can_mend_is_tried_again(process: Callable[..., Process]) -> None:
