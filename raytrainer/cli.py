@@ -162,20 +162,20 @@ def _is_sent(asked: Any) -> bool:
 def _submit(
     asked: Any, arguments: list[str], record: Any = None, changed: Sequence[str] = (), *, as_json: bool = False
 ) -> int:
-    from raytrainer.cluster import submit
+    from raytrainer.submission import sending
 
     # With --json, standard output is for a program, so the job's output goes to standard error, like progress.
     printed = sys.stderr if as_json else sys.stdout
-    found = submit.launch(asked, arguments, record=record, changed=changed, say=_say, out=printed)
+    found = sending.launch(asked, arguments, record=record, changed=changed, say=_say, out=printed)
     print(json.dumps(found.to_json()) if as_json else found.text(provenance.program()), flush=True)
     return found.exit_code
 
 
 def _check(composition: config.Composition, arguments: list[str], record: Any = None) -> int:
     if _is_sent(composition):
-        from raytrainer.cluster import submit
+        from raytrainer.submission import sending
 
-        where = submit.check(composition, arguments, record=record, say=_say)
+        where = sending.check(composition, arguments, record=record, say=_say)
     else:
         from raytrainer import attempt
 
@@ -198,7 +198,7 @@ def _would_send(asked: Any, arguments: list[str], record: Any = None, changed: S
         if isinstance(asked, config.Composition):
             return _check(asked, arguments, record)
         return _check_sweep(asked, arguments, record)
-    from raytrainer.cluster import request
+    from raytrainer.submission import request
 
     attempt = 1 if record is None else record.attempts + 1
     found = request.prepare(asked, arguments, changed=changed, resumes=record is not None, attempt=attempt)
@@ -221,9 +221,9 @@ def _check_sweep(plan: Any, arguments: list[str], record: Any = None) -> int:
     from raytrainer import sweep
 
     if _is_sent(plan):
-        from raytrainer.cluster import submit
+        from raytrainer.submission import sending
 
-        where = submit.check(plan, arguments, record=record, say=_say)
+        where = sending.check(plan, arguments, record=record, say=_say)
     else:
         where = sweep.check(plan, record, say=_say)
     print(f"ok: {plan.experiment.name} would run {sweep.describe_sweep(plan)}, each on {where}")

@@ -184,9 +184,9 @@ def _access(known: RunHandle) -> tuple[str | None, str | None]:
 
 def _connect(address: str, ca_file: str | None, token_file: str | None) -> Cluster:
     if address.startswith("kubernetes://"):
-        from raytrainer.cluster.kubectl import RayJobs
+        from raytrainer.backends.kubernetes.kubectl import RayJobs
 
         return RayJobs(address)
-    from raytrainer.cluster.api import Jobs
+    from raytrainer.backends.jobs_api.api import Jobs
 
     return Jobs(address, ca_file=ca_file, token_file=token_file)

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from raytrainer import provenance, tracking
-from raytrainer.cluster.ending import ending_of
+from raytrainer.submission.ending import ending_of
 from raytrainer.errors import StorageError, TrackingError
 from raytrainer.runs import finding
 from raytrainer.runs.finding import RunHandle, SubmittedRun, reached

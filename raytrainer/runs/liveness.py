@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
-from raytrainer.cluster.ending import REFUSED, ending_of
+from raytrainer.submission.ending import REFUSED, ending_of
 from raytrainer.errors import StorageError
 from raytrainer.runs.jobs import ACTIVE, Job
 from raytrainer.progress import duration

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raytrainer import provenance, tracking
-from raytrainer.cluster.ending import ending_of, one_line
+from raytrainer.submission.ending import ending_of, one_line
 from raytrainer.errors import RaytrainerError, StorageError, TrackingError
 from raytrainer.runs.finding import RunHandle, look_up, with_tracking
 from raytrainer.runs.jobs import ACTIVE, Clusters, Job

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, cast
 import psutil
 import pytest
 
-from raytrainer.cluster import follow
-from raytrainer.cluster.api import JobInfo, Jobs, check_environment
-from raytrainer.cluster.connection import Connection
-from raytrainer.cluster.facts import impossible
-from raytrainer.cluster.request import Request
+from raytrainer.backends.jobs_api import follow
+from raytrainer.backends.jobs_api.api import JobInfo, Jobs, check_environment
+from raytrainer.backends.jobs_api.connection import Connection
+from raytrainer.backends.jobs_api.facts import impossible
 from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, ConfigError, JobExists
+from raytrainer.submission.request import Request
 from tests import forkserver
 from tests.cluster.test_connection import saying, serving
 from tests.cluster.test_through_tls import documented
@@ -322,7 +322,7 @@ def test_a_cluster_that_is_gone_for_good(monkeypatch: pytest.MonkeyPatch) -> Non
     def sleep(seconds: float) -> None:
         clock[0] += seconds
 
-    monkeypatch.setattr("raytrainer.cluster.follow.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("raytrainer.backends.jobs_api.follow.time.monotonic", lambda: clock[0])
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         nowhere = Connection(f"http://127.0.0.1:{taken.getsockname()[1]}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from raytrainer.cluster.ending import Ending, ending_of, one_line
 from raytrainer.errors import ConfigError, PreflightError, RaytrainerError
+from raytrainer.submission.ending import Ending, ending_of, one_line
 from tests.runs.past import FakeJob
 
 
@@ -76,9 +76,9 @@ def test_the_last_line_of_the_entrypoint_has_the_cause(
     error: RaytrainerError, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Ray keeps the last ten lines of a log, and a refusal may be longer; the cause is still found."""
-    from raytrainer.cluster import entry
+    from raytrainer.submission import entrypoint
 
-    entry._say_end("refused", error)
+    entrypoint._say_end("refused", error)
     lines = capsys.readouterr().err.splitlines()
     assert set(str(error).splitlines()) <= {line.removeprefix("raytrainer: refused: ").strip() for line in lines}
     ending = ending_of(FakeJob("x", "FAILED", message(2, *lines[-10:]), exit_code=2))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from raytrainer.cluster.facts import ClusterFacts, Holder, explain_waiting, impossible
+from raytrainer.backends.jobs_api.facts import ClusterFacts, Holder, explain_waiting, impossible
 from raytrainer.config import Experiment, compose
 
 ADDRESS = "http://ray:8265"

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 from raytrainer.attempt import Record
-from raytrainer.cluster import kubectl, submit
-from raytrainer.cluster.ending import ending_of
-from raytrainer.cluster.kubectl import Kubectl, RayJobStatus
+from raytrainer.backends.kubernetes import kubectl
+from raytrainer.backends.kubernetes.kubectl import Kubectl, RayJobStatus
 from raytrainer.config import compose
 from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, ConfigError
+from raytrainer.submission import sending
+from raytrainer.submission.ending import ending_of
 from tests.cluster.test_kuberay import PLAIN, documents
 from tests.launches import OUTSIDE
 from tests.promises import Within
@@ -370,8 +371,8 @@ KUBERAY = [
 ]
 
 
-def submitted(*overrides: str, record: Record | None = None) -> submit.Submission:
-    return submit.launch(compose([*KUBERAY, *overrides]), [], record=record, say=lambda text: None, out=io.StringIO())
+def submitted(*overrides: str, record: Record | None = None) -> sending.Submission:
+    return sending.launch(compose([*KUBERAY, *overrides]), [], record=record, say=lambda text: None, out=io.StringIO())
 
 
 def test_a_run_goes_on_in_place_of_its_ended_attempt(kubernetes: Kubernetes, in_tmp: Path) -> None:

@@ -15,7 +15,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrainer.cluster import kuberay
+from raytrainer.backends.kubernetes import rayjob
 from raytrainer.config import Experiment, compose
 from raytrainer.errors import ConfigError
 from tests.cluster.crd import SCHEMA, problems
@@ -53,7 +53,7 @@ def documents(*overrides: str, **asked: Any) -> tuple[dict[str, Any], dict[str, 
         "runtime_env": {},
         "content": "5e" * 32,
     }
-    return kuberay.documents(e, **{**request, **asked})
+    return rayjob.documents(e, **{**request, **asked})
 
 
 def manifests() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -157,7 +157,7 @@ def test_a_wrong_value_is_refused(path: list[Any], value: Any, schema: dict[str,
 @pytest.mark.parametrize(("name", "number"), [("plain", 0), ("full", 1), ("queued", 2)])
 def test_the_manifest_is_the_recorded_one(name: str, number: int) -> None:
     """After an intended change, run `RECORD=1 pytest tests/cluster/test_kuberay.py` and review the diff."""
-    text = kuberay.to_text(*list(manifests())[number])
+    text = rayjob.to_text(*list(manifests())[number])
     file = FIXTURES / f"rayjob-{name}.yaml"
     if os.environ.get("RECORD"):
         file.write_text(text)
@@ -166,9 +166,9 @@ def test_the_manifest_is_the_recorded_one(name: str, number: int) -> None:
 
 def test_the_text_is_what_it_was_made_of() -> None:
     for pair in manifests():
-        assert tuple(yaml.safe_load_all(kuberay.to_text(*pair))) == pair
+        assert tuple(yaml.safe_load_all(rayjob.to_text(*pair))) == pair
     # A YAML 1.2 parser reads an unquoted 1e3 as a number.
-    assert "'1e3'" in kuberay.to_text({"a": "1e3"})
+    assert "'1e3'" in rayjob.to_text({"a": "1e3"})
 
 
 # --- contents -------------------------------------------------------------------------------------------------------
@@ -333,23 +333,23 @@ RUN_NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", fullmatch=True)
 
 @given(RUN_NAMES)
 def test_a_name_is_one_of_kubernetes(run: str) -> None:
-    name = kuberay.object_name(run)
+    name = rayjob.object_name(run)
     assert DNS_LABEL.fullmatch(name)
     assert len(name) <= 47
-    label = kuberay._label(run)
+    label = rayjob._label(run)
     assert len(label) <= 63
     assert re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", label)
 
 
 @given(RUN_NAMES, RUN_NAMES)
 def test_two_runs_have_two_names(one: str, other: str) -> None:
-    assert (kuberay.object_name(one) == kuberay.object_name(other)) is (one == other)
+    assert (rayjob.object_name(one) == rayjob.object_name(other)) is (one == other)
 
 
 def test_names_that_people_choose_stay() -> None:
-    assert kuberay.object_name("resnet-20261124-041832-4b1d") == "resnet-20261124-041832-4b1d"
-    assert kuberay.object_name("A.b").startswith("a-b-")
-    assert kuberay.object_name("1-2").startswith("run-1-2-")
+    assert rayjob.object_name("resnet-20261124-041832-4b1d") == "resnet-20261124-041832-4b1d"
+    assert rayjob.object_name("A.b").startswith("a-b-")
+    assert rayjob.object_name("1-2").startswith("run-1-2-")
     # A run whose name equals another run's generated name gets a different one.
-    made = kuberay.object_name("A")
-    assert kuberay.object_name(made) != made
+    made = rayjob.object_name("A")
+    assert rayjob.object_name(made) != made

@@ -16,10 +16,10 @@ import pytest
 from ray._private.ray_constants import get_runtime_env_default_excludes
 from ray._private.runtime_env.packaging import create_package, get_uri_for_directory
 
-from raytrainer.cluster import package
-from raytrainer.cluster.package import RECORDS, collect, elsewhere
 from raytrainer.errors import ConfigError
 from raytrainer.provenance import may_hold_secrets
+from raytrainer.submission import package
+from raytrainer.submission.package import RECORDS, collect, elsewhere
 
 CERTIFICATE = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
 KEY = "-----BEGIN PRIVATE KEY-----\nMIIB\n-----END PRIVATE KEY-----\n"

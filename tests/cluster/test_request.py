@@ -18,16 +18,16 @@ from ray.runtime_env import RuntimeEnv
 
 from raytrainer import cli
 from raytrainer.attempt import Record
-from raytrainer.cluster import request
-from raytrainer.cluster.auth import Token
-from raytrainer.cluster.entry import REQUEST, Asked
-from raytrainer.cluster.package import File, Module, Package
-from raytrainer.cluster.request import Request, build, checked_runtime_env, prepare, submission_id
+from raytrainer.backends.jobs_api.auth import Token
 from raytrainer.config import Composition, compose, from_text, group_names
 from raytrainer.errors import ConfigError
 from raytrainer.preflight import FirstBatch, Verdict
 from raytrainer.provenance import Provenance
 from raytrainer.storage import Storage
+from raytrainer.submission import request
+from raytrainer.submission.entrypoint import REQUEST, Asked
+from raytrainer.submission.package import File, Module, Package
+from raytrainer.submission.request import Request, build, checked_runtime_env, prepare, submission_id
 from raytrainer.sweep import Plan, make_plan
 from tests.cluster.crd import SCHEMA
 from tests.cluster.crd import problems as schema_problems

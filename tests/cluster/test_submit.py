@@ -18,15 +18,15 @@ from typing import Any
 import pytest
 
 from raytrainer.attempt import STOP, SUBMITTED, Record
-from raytrainer.cluster import submit
-from raytrainer.cluster.api import JobInfo
-from raytrainer.cluster.facts import ClusterFacts
-from raytrainer.cluster.request import Request
-from raytrainer.cluster.submit import Submission, launch
+from raytrainer.backends.jobs_api.api import JobInfo
+from raytrainer.backends.jobs_api.facts import ClusterFacts
 from raytrainer.config import Composition, compose
 from raytrainer.errors import ClusterUnreachable, ConfigError, JobExists, PreflightError, Stopped
 from raytrainer.runs.finding import look_up
 from raytrainer.storage import Storage
+from raytrainer.submission import sending
+from raytrainer.submission.request import Request
+from raytrainer.submission.sending import Submission, launch
 
 ADDRESS = "https://203.0.113.7"
 ASKED = [
@@ -103,8 +103,8 @@ class Cluster:
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     found = Cluster()
-    monkeypatch.setattr(submit, "connect", lambda request: found)
-    monkeypatch.setattr(submit, "Jobs", Cluster)
+    monkeypatch.setattr(sending, "connect", lambda request: found)
+    monkeypatch.setattr(sending, "Jobs", Cluster)
     return found
 
 
@@ -154,7 +154,7 @@ def test_the_exit_code_is_the_one_it_would_have_here(
 
 
 def test_what_waits_says_for_what(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit, "_TELL_S", 0.0)
+    monkeypatch.setattr(sending, "_TELL_S", 0.0)
     cluster.waits = 2
     assert sent()[2].count("one waits: other-run holds 8 GPU") == 2
 
@@ -341,14 +341,14 @@ def test_what_was_to_stop_is_not_sent_again(cluster: Cluster) -> None:
 
 
 def test_an_answer_that_does_not_come_is_waited_for(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit, "_AGAIN_S", 0.0)
-    monkeypatch.setattr(submit, "_TELL_S", 0.0)
+    monkeypatch.setattr(sending, "_AGAIN_S", 0.0)
+    monkeypatch.setattr(sending, "_TELL_S", 0.0)
     cluster.waits, cluster.silent = 2, 3
     found, _, said = sent()
     assert found.exit_code == 0
-    assert said.count(f"no answer; trying again for {submit._PATIENCE_S:g} s") == 1
+    assert said.count(f"no answer; trying again for {sending._PATIENCE_S:g} s") == 1
     cluster.silent = 1
-    monkeypatch.setattr(submit, "_PATIENCE_S", -1.0)
+    monkeypatch.setattr(sending, "_PATIENCE_S", -1.0)
     with pytest.raises(ClusterUnreachable):
         sent()
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from raytrainer.cluster import tables
-from raytrainer.cluster.facts import Holder
-from raytrainer.cluster.tables import SUPERVISOR, Tables
+from raytrainer.backends.jobs_api import tables
+from raytrainer.backends.jobs_api.facts import Holder
+from raytrainer.backends.jobs_api.tables import SUPERVISOR, Tables
 
 HEAD, OTHER = "node-1", "node-2"
 

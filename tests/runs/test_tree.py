@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from raytrainer import provenance
-from raytrainer.cluster.package import collect
+from raytrainer.submission.package import collect
 from raytrainer.errors import ConfigError
 from raytrainer.runs import tree
 from raytrainer.runs.finding import look_up

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import aiohttp
 
-from raytrainer.cluster.connection import Connection
+from raytrainer.backends.jobs_api.connection import Connection
 from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable
 
 _CONNECT_S = 10.0

@@ -18,8 +18,7 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from raytrainer.cluster.ending import one_line
-from raytrainer.cluster.kuberay import (
+from raytrainer.backends.kubernetes.rayjob import (
     CONTENT,
     JOB,
     MANAGED,
@@ -31,6 +30,7 @@ from raytrainer.cluster.kuberay import (
     to_text,
 )
 from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, ConfigError
+from raytrainer.submission.ending import one_line
 
 _ANSWER_S = 30.0
 _AGAIN_S, _PATIENCE_S = 2.0, 120.0  # between two checks of a followed job; how long the server may not answer

@@ -21,15 +21,15 @@ from typing import Any, TextIO
 
 from raytrainer import preflight, tracking
 from raytrainer.attempt import CONFIG, STOP, SUBMITTED, Record, probe_first_batch, tracking_uri, written_storage_path
-from raytrainer.cluster import request as requests
-from raytrainer.cluster.api import JobInfo, Jobs, check_environment
-from raytrainer.cluster.ending import REFUSED, ending_of
-from raytrainer.cluster.kubectl import RayJobs, RayJobStatus
-from raytrainer.cluster.request import Request
+from raytrainer.backends.jobs_api.api import JobInfo, Jobs, check_environment
+from raytrainer.backends.kubernetes.kubectl import RayJobs, RayJobStatus
 from raytrainer.config import Composition
 from raytrainer.core.interrupts import Interrupted, Interrupts
 from raytrainer.errors import ClusterError, ClusterUnreachable, ConfigError, JobExists, PreflightError, StorageError
 from raytrainer.storage import Storage
+from raytrainer.submission import request as requests
+from raytrainer.submission.ending import REFUSED, ending_of
+from raytrainer.submission.request import Request
 from raytrainer.sweep import Plan
 
 ACTIVE = ("PENDING", "RUNNING")

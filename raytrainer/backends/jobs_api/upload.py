@@ -12,7 +12,7 @@ from typing import Any
 import requests
 from ray.job_submission import JobSubmissionClient
 
-from raytrainer.cluster.connection import Connection
+from raytrainer.backends.jobs_api.connection import Connection
 from raytrainer.errors import ClusterError, ConfigError, JobExists
 
 _SUBMIT_S = 60.0  # the dashboard waits up to half a minute for the agent that starts the driver

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from raytrainer.attempt import in_background
-from raytrainer.cluster import facts, tables
-from raytrainer.cluster.auth import find_token
-from raytrainer.cluster.connection import Connection, NotThere
-from raytrainer.cluster.facts import ClusterFacts
-from raytrainer.cluster.tables import Tables
+from raytrainer.backends.jobs_api import facts, tables
+from raytrainer.backends.jobs_api.auth import find_token
+from raytrainer.backends.jobs_api.connection import Connection, NotThere
+from raytrainer.backends.jobs_api.facts import ClusterFacts
+from raytrainer.backends.jobs_api.tables import Tables
 from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, ConfigError
 
 if TYPE_CHECKING:
-    from raytrainer.cluster.request import Request
+    from raytrainer.submission.request import Request
 
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _TASKS = {"state": "RUNNING", "type": "NORMAL_TASK"}  # tasks of actors hold only what their actor holds
@@ -131,7 +131,7 @@ class Jobs:
 
     def tail(self, submission_id: str) -> Iterator[str]:
         """Yield what its driver prints, in pieces, from the beginning until the job has ended."""
-        from raytrainer.cluster.follow import follow
+        from raytrainer.backends.jobs_api.follow import follow
 
         return follow(
             self._connection,
@@ -232,7 +232,7 @@ class Jobs:
         """
         check_environment(self.address)
         runtime_env = request.stage(staged)
-        from raytrainer.cluster import upload
+        from raytrainer.backends.jobs_api import upload
 
         try:
             return upload.submit(

@@ -17,9 +17,9 @@ from typing import Any
 import yaml
 
 from raytrainer import preflight
-from raytrainer.cluster.entry import MOUNTED
 from raytrainer.config import Experiment
 from raytrainer.errors import ConfigError
+from raytrainer.submission.entrypoint import MOUNTED
 
 NAME, CONTENT, SUBMISSION = "raytrainer.dev/name", "raytrainer.dev/content", "raytrainer.dev/submission-id"
 JOB = "raytrainer.dev/job"  # a label of pods: their RayJob

@@ -21,11 +21,9 @@ import yaml
 
 from raytrainer import preflight, provenance
 from raytrainer.attempt import tracking_uri
-from raytrainer.cluster import kuberay
-from raytrainer.cluster.auth import Token, find_token
-from raytrainer.cluster.entry import REQUEST
-from raytrainer.cluster.kubectl import Kubectl, address_of
-from raytrainer.cluster.package import IGNORE, RECORDS, Module, Package, check_limit, collect, elsewhere
+from raytrainer.backends.jobs_api.auth import Token, find_token
+from raytrainer.backends.kubernetes import rayjob
+from raytrainer.backends.kubernetes.kubectl import Kubectl, address_of
 from raytrainer.config import (
     ClusterConfig,
     Composition,
@@ -38,6 +36,8 @@ from raytrainer.config import (
 from raytrainer.errors import ClusterError, ConfigError, StorageError, nearest
 from raytrainer.provenance import Provenance
 from raytrainer.storage import Storage
+from raytrainer.submission.entrypoint import REQUEST
+from raytrainer.submission.package import IGNORE, RECORDS, Module, Package, check_limit, collect, elsewhere
 from raytrainer.sweep import Plan
 
 ENTRYPOINT = "python -m raytrainer.cluster.entry"
@@ -97,7 +97,7 @@ class Request:
     def to_text(self) -> str:
         """Return the whole request as YAML; for Kubernetes, the manifest that would be applied."""
         if self.experiment.cluster.kind == "kuberay":
-            return kuberay.to_text(*self.manifest())
+            return rayjob.to_text(*self.manifest())
         shown: dict[str, Any] = {
             name: getattr(self, name) for name in ("name", "kind", "address", "submission_id", "entrypoint")
         }
@@ -107,7 +107,7 @@ class Request:
         if self.package is not None:
             shown["package"] = _listed(self.package)
         shown["modules"] = {one.name: _listed(one.package) for one in self.modules}
-        return kuberay.to_text(shown)
+        return rayjob.to_text(shown)
 
     def table(self) -> str:
         """Return a table of the uploads by size; empty if there are none."""
@@ -149,13 +149,13 @@ class Request:
         files = {**self.files, "request.json": json.dumps(told, indent=1).encode()}
         return replace(self, submission_id=identifier, files=files)
 
-    def manifest(self) -> tuple[kuberay.Document, kuberay.Document]:
+    def manifest(self) -> tuple[rayjob.Document, rayjob.Document]:
         """Return the ConfigMap and the RayJob.
 
         Raises:
             ConfigError: A setting is not possible in a RayJob.
         """
-        return kuberay.documents(
+        return rayjob.documents(
             self.experiment,
             submission_id=self.submission_id,
             entrypoint=self.entrypoint,

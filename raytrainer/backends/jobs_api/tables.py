@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from raytrainer.autoscaling import Growth, addable
-from raytrainer.cluster.facts import ClusterFacts, Holder, total_of
+from raytrainer.backends.jobs_api.facts import ClusterFacts, Holder, total_of
 
 Row = Mapping[str, Any]
 

@@ -16,7 +16,7 @@ import requests
 from requests.auth import AuthBase
 
 from raytrainer.attempt import in_background
-from raytrainer.cluster.auth import Token, denied
+from raytrainer.backends.jobs_api.auth import Token, denied
 from raytrainer.core import proxies
 from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, ConfigError
 
