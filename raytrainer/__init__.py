@@ -11,15 +11,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from raytrainer import errors
     from raytrainer.attempt import Outcome, check, launch
-    from raytrainer.config import Composition, Experiment, compose
+    from raytrainer.config import Composition, Experiment
+    from raytrainer.config.compose import compose
+    from raytrainer.plugins import Backend, Job
     from raytrainer.trainer import FitResult, Trainer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Backend",
     "Composition",
     "Experiment",
     "FitResult",
+    "Job",
     "Outcome",
     "Trainer",
     "__version__",
@@ -30,6 +34,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Backend": "raytrainer.plugins",
+    "Job": "raytrainer.plugins",
     "Composition": "raytrainer.config",
     "Experiment": "raytrainer.config",
     "compose": "raytrainer.config",

@@ -359,7 +359,7 @@ def inline_world(use_gpu: Any) -> Any:
 def _cpus(experiment: config.Experiment) -> int | None:
     """Return the CPUs of one worker, the limit for its threads. More would be slower, and change the order of sums."""
     asked = (experiment.scaling.resources_per_worker or {}).get("CPU")
-    if asked is None and experiment.cluster.kind == "inline":
+    if asked is None and experiment.backend.ray == "none":
         return None
     return max(1, int(asked or 1))
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # The names in `__all__`.
 PUBLIC = {
     "raytrainer": """
-        Composition Experiment FitResult Outcome Trainer __version__ check compose errors launch
+        Backend Composition Experiment FitResult Job Outcome Trainer __version__ check compose errors launch
     """,
     "raytrainer.checkpoint": """
         CheckpointInfo Checkpointer EXTRA_STATE Weights as_read copy_out find_weights fit take import_checkpoint import_note unread
@@ -48,6 +48,9 @@ PUBLIC = {
     """,
     "raytrainer.storage": """
         Entry Lock Storage redacted
+    """,
+    "raytrainer.submission": """
+        JobBackend MOUNTED Request Sources Submission
     """,
     "raytrainer.sweep": """
         GridSearch TrialJournal Plan RandomSearch Report SweepOutcome Trial check describe_sweep launch make_plan report summary

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from raytrainer.attempt.driver import in_background
 from raytrainer.attempt.launching import check, experiment_name, launch, lock_owner, probe_first_batch, refuse_existing
 from raytrainer.attempt.logs import Logs
 from raytrainer.attempt.record import (
@@ -23,7 +22,7 @@ from raytrainer.attempt.record import (
     tracking_uri,
     written_storage_path,
 )
-from raytrainer.attempt.session import ray_session
+from raytrainer.attempt.session import cluster_resources, ray_session
 from raytrainer.attempt.waiting import Waiting, selected_nodes
 
 __all__ = [
@@ -39,9 +38,9 @@ __all__ = [
     "begin_tags",
     "changes_meaning",
     "check",
+    "cluster_resources",
     "end_tags",
     "experiment_name",
-    "in_background",
     "job_tags",
     "launch",
     "lock_owner",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from raytrainer import preflight, provenance, tracking, worker
 from raytrainer.attempt.logs import Logs
@@ -20,6 +20,7 @@ from raytrainer.attempt.record import CONFIG, Outcome, Record, StopAsked, begin_
 from raytrainer.attempt.session import ray_session
 from raytrainer.attempt.waiting import Waiting, selected_nodes
 from raytrainer.config import Composition, checkpoint_mode, flattened
+from raytrainer.core.background import in_background
 from raytrainer.core.interrupts import Interrupted, Interrupts
 from raytrainer.errors import (
     ClusterLost,
@@ -38,7 +39,6 @@ from raytrainer.tracking.spool import spool_of
 if TYPE_CHECKING:
     from raytrainer.ray_internals import SupervisedTrainer, WorkerOutput
 
-T = TypeVar("T")
 _GRACE_S, _ABANDON_S = 5.0, 3.0  # for workers to save a checkpoint after a first Ctrl-C or SIGTERM; then to be killed
 _OUTPUT_S = 5.0  # for the last lines of the workers to arrive
 _TRIAL_S = 4.0  # the longest wait for the first-batch probe; then the run is recorded without its verdict
@@ -294,7 +294,7 @@ class Driver:
     def _ray(self) -> Iterator[Callable[[worker.Job], Mapping[str, Any]]]:
         """Start or join Ray, yield the function that trains on it, and at the end stop everything that runs on it."""
         e = self.e
-        if e.cluster.kind == "inline":
+        if e.backend.ray == "none":
             yield self._inline
             return
         from raytrainer import ray_internals
@@ -424,17 +424,3 @@ def _best_tags(record: Record) -> dict[str, str]:
         "raytrainer.monitor.best": value,
         "raytrainer.monitor.best_step": step,
     }
-
-
-def in_background(work: Callable[[], T], name: str) -> Future[T]:
-    """Run `work` in a thread that does not keep the process alive. Return a future of its result."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:  # noqa: BLE001  raised by `future.result()`
-            future.set_exception(error)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
-    return future

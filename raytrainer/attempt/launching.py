@@ -15,7 +15,6 @@ from raytrainer import preflight, tracking, worker
 from raytrainer.attempt.driver import Driver
 from raytrainer.attempt.logs import Logs
 from raytrainer.attempt.record import CONFIG, Outcome, Record, resolved_nodes, tracking_uri, written_storage_path
-from raytrainer.attempt.session import cluster_resources
 from raytrainer.config import (
     CheckpointConfig,
     Composition,
@@ -94,10 +93,7 @@ def _checked(composition: Composition, record: Record | None) -> tuple[str, bool
     unusable = preflight.check_storage(storage.check_writable, shown(e))
     if record is None and not unusable:
         refuse_existing(e, storage)
-    if e.cluster.kind == "existing":
-        available, where = _existing_resources(e)
-    else:
-        available, where = preflight.this_machine(), "this machine"
+    available, where = e.backend.resources(e) or (preflight.this_machine(), "this machine")
     uri = tracking_uri(e, record.tracking_uri if record else "")
     odd = tracking.variable_problems(os.environ, uri)
     # A resumed run has its experiment in MLflow already.
@@ -150,7 +146,7 @@ def launch(
     # Outside `Interrupts`, whose exception could be raised in the middle of a library's import. Nothing has started
     # yet, so the caller's own signal handling is right.
     where, gpu = _checked(composition, record)
-    if e.preflight.first_batch is True and e.cluster.kind != "inline":
+    if e.preflight.first_batch is True and e.backend.ray != "none":
         probe_first_batch(composition, gpu, display.say)
     composition = with_modes(composition)
     with Interrupts() as interrupts:
@@ -204,7 +200,7 @@ def _in_use(e: Experiment) -> list[str]:
 def _probe_beside_ray(composition: Composition, record: Record, gpu: bool) -> preflight.FirstBatch | None:
     """Start the first-batch probe of a new run if a core is free while Ray starts; else return None."""
     e = composition.experiment
-    wanted = e.preflight.first_batch == "auto" and e.cluster.kind == "local" and e.evaluate is None
+    wanted = e.preflight.first_batch == "auto" and e.backend.ray == "embedded" and e.evaluate is None
     if (
         not wanted
         or record.attempts > 1
@@ -288,9 +284,9 @@ def _where(e: Experiment, gpu: bool) -> str:
     n = e.scaling.num_workers
     workers = f"{n[0]} to {n[1]} workers" if isinstance(n, list) else f"{n} worker{'' if n == 1 else 's'}"
     device = "GPU" if gpu else "CPU"
-    if e.cluster.kind == "inline":
+    if e.backend.ray == "none":
         return f"inline, in this process, on {device}"
-    place = "local Ray" if e.cluster.kind == "local" else f"Ray at {e.cluster.address or 'auto'}"
+    place = "local Ray" if e.backend.ray == "embedded" else f"Ray at {e.cluster.address or 'auto'}"
     return f"{place}, {workers} on {device}"
 
 
@@ -307,19 +303,3 @@ def shown(e: Experiment) -> str:
 def experiment_name(composition: Composition) -> str:
     chosen = dict(composition.choices).get("experiment")
     return composition.experiment.tracking.experiment_name or chosen or "raytrainer"
-
-
-def _existing_resources(e: Experiment) -> tuple[preflight.Resources, str]:
-    """Join a running cluster. Return its resources, including those that it can add, and its name as text."""
-    from raytrainer import ray_internals
-
-    ray_internals.prepare(embedded=False)
-    address = e.cluster.address or "auto"
-    try:
-        if address != "auto":
-            ray_internals.find_cluster(address)
-        found = ray_internals.attach(address, e.cluster.runtime_env, e.name or "")
-    except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"is not a running Ray cluster: {first}", key="cluster.address", value=address) from error
-    return cluster_resources(e), f"the cluster at {found}"

@@ -20,8 +20,8 @@ from ray.core.generated.gcs_pb2 import ActorTableData, JobTableData, PlacementGr
 from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raytrainer.autoscaling import HEAD, Growth, addable
 from raytrainer.core.reaper import Reaper
+from raytrainer.ray_internals.autoscaling import HEAD, Growth, addable
 
 # Set before Ray starts, unless the user has set them. Ray's processes on this machine inherit them, and Ray Train
 # passes them to workers on other machines.

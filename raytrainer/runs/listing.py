@@ -15,6 +15,7 @@ from pathlib import Path
 
 from raytrainer import provenance, tracking
 from raytrainer.submission.ending import ending_of
+from raytrainer.core.background import in_background
 from raytrainer.errors import StorageError, TrackingError
 from raytrainer.runs import finding
 from raytrainer.runs.finding import RunHandle, SubmittedRun, reached
@@ -23,7 +24,7 @@ from raytrainer.runs.liveness import Verdict
 from raytrainer.runs.reconcile import close_dead, look_at
 from raytrainer.runs.run_summary import RunSummary, facts_of
 from raytrainer.progress import duration
-from raytrainer.attempt import SUBMITTED, Record, in_background
+from raytrainer.attempt import SUBMITTED, Record
 from raytrainer.storage import Storage
 from raytrainer.tracking import lookup
 from raytrainer.tracking.sender import LOCAL_PREFIX

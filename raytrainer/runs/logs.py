@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from raytrainer.errors import ConfigError, RunNotFound, StorageError
 from raytrainer.runs.finding import RunHandle, look_up, tracking_uri_of, with_tracking
-from raytrainer.runs.jobs import ACTIVE, Clusters
+from raytrainer.runs.jobs import Clusters
 from raytrainer.runs.reconcile import verdict_of
 from raytrainer.storage import Storage
 from raytrainer.tracking.server import Server
@@ -64,18 +64,16 @@ def lines(
         yield from _text(_growing(here, name, has_ended, sleep))
         _there(name, _logs_of(here))
         return
-    cluster = clusters.of(known) if job is not None else None
-    if job is not None and cluster is not None and job.status in ACTIVE:
-        pieces = cluster.tail(job.submission_id) if follow else [cluster.logs(job.submission_id)]
-        yield from _of_rank(_text(piece.encode() for piece in pieces), rank)
+    if job is not None and job.is_active:
+        yield from _of_rank(_text(piece.encode() for piece in job.logs(follow)), rank)
         return
     try:
         kept = _kept(known, name, say)
     except RunNotFound:
         # The driver was killed before it could keep its logs.
-        if job is None or cluster is None:
+        if job is None:
             raise
-        kept = _of_rank(_text([cluster.logs(job.submission_id).encode()]), rank)
+        kept = _of_rank(_text(piece.encode() for piece in job.logs()), rank)
     yield from kept
 
 

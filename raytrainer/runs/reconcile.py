@@ -12,11 +12,12 @@ from functools import partial
 from pathlib import Path
 
 from raytrainer import tracking
+from raytrainer.core.background import in_background
 from raytrainer.errors import RaytrainerError, StorageError, StorageLocked, TrackingError
 from raytrainer.runs.finding import RunHandle, reached, tracking_uri_of
 from raytrainer.runs.jobs import Clusters
 from raytrainer.runs.liveness import LOCK, Liveness, Verdict, judge
-from raytrainer.attempt import Record, in_background
+from raytrainer.attempt import Record
 from raytrainer.attempt.record import SECONDS_TAG
 from raytrainer.storage.lock import withdraw
 from raytrainer.tracking import lookup
@@ -145,11 +146,11 @@ def _close_trials(uri: str, sweep: str, ended: float) -> None:
 def _keep_log(known: RunHandle, uri: str, run_id: str, clusters: Clusters) -> None:
     """Save the job's log in the run if the driver has not saved its own. It would be lost with the head node."""
     with suppress(RaytrainerError, OSError):
-        cluster = clusters.of(known)
+        job = clusters.job_of(known)
         server = Server(uri, timeout_s=30)
-        if cluster is None or known.submission_id is None or "logs/driver.log" in server.artifacts(run_id, "logs"):
+        if job is None or "logs/driver.log" in server.artifacts(run_id, "logs"):
             return
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "job.log")
-            file.write_text(cluster.logs(known.submission_id), encoding="utf-8")
+            file.write_text("".join(job.logs()), encoding="utf-8")
             server.log_artifact(run_id, file, "logs")

@@ -104,7 +104,7 @@ def status_of(
         None
         if job is None
         else (job.status, (one_line(job.message) if job.status in ACTIVE else ending_of(job).cause) or ""),
-        _waits(known, job, clusters),
+        _waits(job),
         verdict,
         _next(facts, saved, provenance.program()),
         lost,
@@ -181,13 +181,12 @@ def _page(known: RunHandle) -> str | None:
     return f"{tracking.redacted(uri).rstrip('/')}/#/experiments/{stored.experiment_id}/runs/{stored.run_id}"
 
 
-def _waits(known: RunHandle, job: Job | None, clusters: Clusters) -> str | None:
+def _waits(job: Job | None) -> str | None:
     """Return what a pending job is waiting for."""
     if job is None or job.status != "PENDING":
         return None
     try:
-        cluster = clusters.of(known)
-        return None if cluster is None else cluster.explain_waiting(job.submission_id)
+        return job.explain_waiting()
     except (RaytrainerError, OSError) as error:
         return str(error)
 

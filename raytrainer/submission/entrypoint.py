@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from raytrainer import provenance
+from raytrainer import plugins, provenance
 from raytrainer.attempt import Record
 from raytrainer.config import Composition, Experiment, from_text
 from raytrainer.core import environment, proxies, streams
@@ -24,13 +24,14 @@ from raytrainer.errors import ConfigError, RaytrainerError, Refused, Stopped
 from raytrainer.provenance import Provenance
 from raytrainer.storage import Storage, redacted
 from raytrainer.storage.lock import leases_in, withdraw
+from raytrainer.submission.target import Target, compositions_of, first_of
 
 REQUEST = "raytrainer_request"
 MOUNTED = "RAYTRAINER_REQUEST"  # a variable: the directory of a request's files that come in a Kubernetes ConfigMap
 
 
 @dataclass(frozen=True)
-class Asked:
+class DriverRequest:
     """A request as its driver reads it.
 
     Attributes:
@@ -44,6 +45,7 @@ class Asked:
             `replaces`, an earlier job of the same run that is known to be dead.
         forward_env, env_file: As in `environment.provide`.
         origin: The submitting machine's `Provenance`, as JSON.
+        driver: The backend that the driver uses.
     """
 
     kind: str
@@ -56,12 +58,13 @@ class Asked:
     forward_env: list[str]
     env_file: str | None
     origin: bytes | None = None
+    driver: str = plugins.ON_ITS_CLUSTER
 
     @classmethod
-    def read(cls, folder: Path) -> Asked:
+    def read(cls, folder: Path) -> DriverRequest:
         """Read the files of a request."""
-        found: Mapping[str, Any] = json.loads((folder / "request.json").read_text())
-        known = {name: found[name] for name in cls.__dataclass_fields__ if name in found}
+        content: Mapping[str, Any] = json.loads((folder / "request.json").read_text())
+        known = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
         origin = folder / provenance.FILE
         return cls(
             **{
@@ -82,7 +85,7 @@ class Asked:
 def main() -> int:
     """Run the request. Return the exit code that the same command has on a laptop."""
     try:
-        return run(Asked.read(_folder()))
+        return run(DriverRequest.read(_folder()))
     except Refused as error:
         _say_end("refused", error)
         return 2
@@ -115,60 +118,66 @@ def _say(text: str) -> None:
     print(f"raytrainer: {text}", flush=True)
 
 
-def run(asked: Asked) -> int:
+def run(request: DriverRequest) -> int:
     """Run a request in this process, which is on the cluster."""
     # Printed before the imports, which take seconds, so that the log starts at once.
-    print(f"raytrainer: job {asked.job.get('submission_id')} on {platform.node()}", flush=True)
-    environment.provide(asked.forward_env, asked.env_file)
-    if asked.origin is not None:
-        provenance.adopt(Provenance.from_json(asked.origin))
-    return _sweep(asked) if asked.kind == "sweep" else _run(asked)
-
-
-def _run(asked: Asked) -> int:
-    composition = replace(from_text(asked.config), choices=tuple(sorted(asked.choices.items())))
-    here(composition.experiment)
-    record = _earlier(composition, asked)
-    if record is not None and (code := _ended(record, asked)) is not None:
+    print(f"raytrainer: job {request.job.get('submission_id')} on {platform.node()}", flush=True)
+    environment.provide(request.forward_env, request.env_file)
+    if request.origin is not None:
+        provenance.adopt(Provenance.from_json(request.origin))
+    target, launch, summary = _target(request)
+    for composition in compositions_of(target):
+        use_driver_backend(composition.experiment, request.driver)
+    record = _earlier(first_of(target), request)
+    if record is not None and (code := _ended(record, request)) is not None:
         return code
-    from raytrainer import attempt
-
-    outcome = attempt.launch(composition, argv=asked.argv, record=record, changed=asked.changed, job=asked.place)
+    outcome = launch(record)
     if outcome.traceback:
         print(outcome.traceback, file=sys.stderr)
-    print(attempt.summary(outcome, "python -m raytrainer"), flush=True)
-    return outcome.exit_code
+    print(summary(outcome, "python -m raytrainer"), flush=True)
+    return int(outcome.exit_code)
 
 
-def _sweep(asked: Asked) -> int:
-    from raytrainer import sweep
+def _target(request: DriverRequest) -> tuple[Target, Callable[[Record | None], Any], Callable[[Any, str], str]]:
+    """Return the run or sweep, the function that launches it, and the one that summarizes its outcome."""
+    from raytrainer import attempt, sweep
 
-    plan = sweep.Plan.from_dict(asked.plan or {})
-    for composition in plan.compositions.values():
-        here(composition.experiment)
-    record = _earlier(plan.first, asked)
-    if record is not None and (code := _ended(record, asked)) is not None:
-        return code
-    outcome = sweep.launch(plan, argv=asked.argv, record=record, job=asked.place)
-    if outcome.traceback:
-        print(outcome.traceback, file=sys.stderr)
-    print(sweep.summary(outcome, "python -m raytrainer"), flush=True)
-    return outcome.exit_code
+    if request.kind == "sweep":
+        plan = sweep.Plan.from_dict(request.plan or {})
+        return (
+            plan,
+            lambda record: sweep.launch(plan, argv=request.argv, record=record, job=request.place),
+            lambda outcome, program: sweep.summary(outcome, program),
+        )
+    run = replace(from_text(request.config), choices=tuple(sorted(request.choices.items())))
+    return (
+        run,
+        lambda record: attempt.launch(
+            run, argv=request.argv, record=record, changed=request.changed, job=request.place
+        ),
+        lambda outcome, program: attempt.summary(outcome, program),
+    )
 
 
-def here(e: Experiment) -> None:
-    """Change the experiment's cluster to the one that this process is on. The logged config keeps the original."""
-    e.cluster.kind, e.cluster.address = "existing", "auto"
+def use_driver_backend(e: Experiment, name: str = plugins.ON_ITS_CLUSTER) -> None:
+    """Change the experiment's backend to that of the driver in this process. The logged config keeps the original.
+
+    Args:
+        e: The experiment.
+        name: The backend; its address is the Ray on this machine, if it has one.
+    """
+    e.cluster.kind = name
+    e.cluster.address = "auto" if e.backend.address_form is not None else None
     e.cluster.runtime_env = {}  # the job has it already, and its workers inherit it
 
 
-def _earlier(composition: Composition, asked: Asked) -> Record | None:
+def _earlier(composition: Composition, request: DriverRequest) -> Record | None:
     """Return the record of the run that this job continues, after `resume` or an earlier attempt at the same request.
 
     Raises:
         ConfigError: The name belongs to another run.
     """
-    e, job = composition.experiment, asked.job
+    e, job = composition.experiment, request.job
     storage = Storage(e.storage_path or "").child(e.name or "")
     record = Record.read(storage)
     if record is None:
@@ -228,15 +237,15 @@ def _wait_for_leases(
 _CODES = {"FINISHED": 0, "FAILED": 1, "KILLED": 143}
 
 
-def _ended(record: Record, asked: Asked) -> int | None:
+def _ended(record: Record, request: DriverRequest) -> int | None:
     """Return the exit code of a run that has ended, if this request only repeats it; None if there is work to do.
 
     Some clusters repeat every job that fails, and a restarted cluster forgets its jobs.
     """
     # Another process marked the run of a killed driver FAILED; that does not end the request.
-    if asked.job.get("replaces") and record.status == "FAILED":
+    if request.job.get("replaces") and record.status == "FAILED":
         return None
-    is_the_same = record.job.get("submission_id") == asked.job.get("submission_id") or not asked.job.get("resumes")
+    is_the_same = record.job.get("submission_id") == request.job.get("submission_id") or not request.job.get("resumes")
     if record.status not in _CODES or not is_the_same:
         return None
     print(f"raytrainer: {record.name} has already ended: {record.status}; nothing is repeated", flush=True)

@@ -24,7 +24,6 @@ from raytrainer.attempt import (
     begin_tags,
     changes_meaning,
     end_tags,
-    in_background,
     job_tags,
     ray_session,
     selected_nodes,
@@ -32,6 +31,7 @@ from raytrainer.attempt import (
 )
 from raytrainer.checkpoint import import_note
 from raytrainer.config import Parameter, flattened, parameters_of
+from raytrainer.core.background import in_background
 from raytrainer.core.interrupts import Interrupted, Interrupts
 from raytrainer.errors import ClusterLost, ConfigError, RaytrainerError, Stopped, StorageError, WorkerError
 from raytrainer.progress import Display, duration
@@ -97,7 +97,7 @@ class SweepDriver:
         self._of_spool: dict[Path, str] = {}  # the trial of each spool
         self._known: set[str] = set()  # trials that the uploader knows
         # The uploader sends the spools on this machine. Trial processes on other machines upload their own.
-        self._ship = not (storage.is_local or self.e.cluster.kind == "local")
+        self._ship = not (storage.is_local or self.e.backend.location == "here")
         self._uploader: tracking.ChildRunUploader | None = None
         self._board: Board | None = None
         self._waiting: Waiting | None = None

@@ -271,8 +271,8 @@ def check_plan(plan: Plan) -> None:
             "sweep.mode to one of these",
             key="sweep.metric",
         )
-    if e.cluster.kind == "inline":
-        raise ConfigError("has no processes for trials; use cluster=local", key="cluster", value="inline")
+    if e.backend.ray == "none":
+        raise ConfigError("has no processes for trials; use cluster=local", key="cluster", value=e.cluster.kind)
     if isinstance(e.scaling.num_workers, list):
         raise ConfigError(
             "is elastic; every trial of a sweep has the same number of workers",

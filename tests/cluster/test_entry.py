@@ -23,7 +23,7 @@ from raytrainer.provenance import Provenance
 from raytrainer.storage import Storage
 from raytrainer.storage.lock import leases_in
 from raytrainer.submission import entrypoint
-from raytrainer.submission.entrypoint import Asked
+from raytrainer.submission.entrypoint import DriverRequest
 from raytrainer.sweep import Plan, make_plan
 
 JOB = {"submission_id": "one", "cluster_address": "https://203.0.113.7", "content": "abc"}
@@ -48,7 +48,7 @@ def launched(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, An
     return calls
 
 
-def asked(**fields: Any) -> Asked:
+def asked(**fields: Any) -> DriverRequest:
     composition = compose(["experiment=mlp", "name=one", "cluster=job", "cluster.address=https://203.0.113.7"])
     given = {
         "kind": "run",
@@ -61,7 +61,7 @@ def asked(**fields: Any) -> Asked:
         "forward_env": [],
         "env_file": None,
     }
-    return Asked(**{**given, **fields})
+    return DriverRequest(**{**given, **fields})
 
 
 def directory() -> Storage:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from raytrainer.backends.kubernetes import rayjob
 from raytrainer.config import Experiment, compose
 from raytrainer.errors import ConfigError
+from raytrainer.submission.request import Request, to_yaml
 from tests.cluster.crd import SCHEMA, problems
 
 FIXTURES = SCHEMA.parent
@@ -43,17 +45,26 @@ def experiment(*overrides: str) -> Experiment:
     return compose(["experiment=mlp", "cluster=kuberay", "data.global_batch_size=64", *overrides]).experiment
 
 
-def documents(*overrides: str, **asked: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    e = experiment(*overrides)
-    request = {
-        "submission_id": e.name,
-        "entrypoint": "python -m raytrainer.cluster.entry",
-        "files": {"config.yaml": b"seed: 0\nmodel:\n  width: 8\n", "request.json": b'{"kind": "run"}'},
-        "job_metadata": {"raytrainer.name": e.name, "raytrainer.user": "me"},
-        "runtime_env": {},
-        "content": "5e" * 32,
-    }
-    return rayjob.documents(e, **{**request, **asked})
+def documents(*overrides: str, **fields: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    target = compose(["experiment=mlp", "cluster=kuberay", "data.global_batch_size=64", *overrides])
+    name = target.experiment.name or ""
+    request = Request(
+        kind="run",
+        name=name,
+        address="",
+        submission_id=name,
+        entrypoint="python -m raytrainer.cluster.entry",
+        environment=(),
+        runtime_env={},
+        metadata={"raytrainer.name": name, "raytrainer.user": "me"},
+        resources={},
+        files={"config.yaml": b"seed: 0\nmodel:\n  width: 8\n", "request.json": b'{"kind": "run"}'},
+        content="5e" * 32,
+        package=None,
+        modules=(),
+        target=target,
+    )
+    return rayjob.documents(replace(request, **fields))
 
 
 def manifests() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -157,7 +168,7 @@ def test_a_wrong_value_is_refused(path: list[Any], value: Any, schema: dict[str,
 @pytest.mark.parametrize(("name", "number"), [("plain", 0), ("full", 1), ("queued", 2)])
 def test_the_manifest_is_the_recorded_one(name: str, number: int) -> None:
     """After an intended change, run `RECORD=1 pytest tests/cluster/test_kuberay.py` and review the diff."""
-    text = rayjob.to_text(*list(manifests())[number])
+    text = to_yaml(*list(manifests())[number])
     file = FIXTURES / f"rayjob-{name}.yaml"
     if os.environ.get("RECORD"):
         file.write_text(text)
@@ -166,9 +177,9 @@ def test_the_manifest_is_the_recorded_one(name: str, number: int) -> None:
 
 def test_the_text_is_what_it_was_made_of() -> None:
     for pair in manifests():
-        assert tuple(yaml.safe_load_all(rayjob.to_text(*pair))) == pair
+        assert tuple(yaml.safe_load_all(to_yaml(*pair))) == pair
     # A YAML 1.2 parser reads an unquoted 1e3 as a number.
-    assert "'1e3'" in rayjob.to_text({"a": "1e3"})
+    assert "'1e3'" in to_yaml({"a": "1e3"})
 
 
 # --- contents -------------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ import pytest
 
 from raytrainer.runs import listing
 from raytrainer.runs.finding import look_up
+from raytrainer.config import ClusterConfig
+from raytrainer.plugins import Job
 from raytrainer.runs.jobs import Clusters
 from raytrainer.runs.listing import list_runs, table
 from raytrainer.runs.run_summary import RunSummary
@@ -20,7 +22,7 @@ from raytrainer.runs.status import status_of
 from raytrainer.attempt import SUBMITTED, Record
 from raytrainer.storage import Storage
 from raytrainer.sweep.journal import Report, Trial, TrialJournal
-from tests.runs.past import ADDRESS, FakeCluster, FakeJob, Store, claim, of_here, record
+from tests.runs.past import ADDRESS, FakeCluster, Store, claim, of_here, record
 from tests.runs.test_reconcile import killed
 
 TAGS = {
@@ -352,14 +354,14 @@ def test_what_others_have_submitted_is_listed_before_it_begins(store: Store, mon
     here.add("raysubmit_1", "RUNNING")  # a job of another program
     other.add("begins", "RUNNING", metadata={"raytrainer.name": "begins"}, started=4.0)
     clusters = {ADDRESS: here, "http://other.example:8265": other}
-    assert names(list_runs(clusters=Clusters(lambda address, *_: clusters[address]))) == ["mine"]
-    found = list_runs(everyone=True, clusters=Clusters(lambda address, *_: clusters[address]))
+    assert names(list_runs(clusters=Clusters(clusters.__getitem__))) == ["mine"]
+    found = list_runs(everyone=True, clusters=Clusters(clusters.__getitem__))
     assert [(f.name, f.kind, f.user, f.status, f.submission_id) for f in found if f.name != "mine"] == [
         ("begins", "run", None, "RUNNING", "begins"),
         ("again", "run", "somebody", "PENDING", "again--2"),
         ("waits", "sweep", "somebody", "PENDING", "waits"),
     ]
-    waiting = list_runs(everyone=True, status="PENDING", clusters=Clusters(lambda address, *_: clusters[address]))
+    waiting = list_runs(everyone=True, status="PENDING", clusters=Clusters(clusters.__getitem__))
     assert sorted(names(waiting)) == ["again", "waits"]
 
 
@@ -369,7 +371,7 @@ def test_a_cluster_that_takes_too_long_is_not_waited_for(store: Store, monkeypat
     over = threading.Event()
 
     class Slow(FakeCluster):
-        def list(self) -> list[FakeJob]:
+        def jobs(self, address: str, settings: ClusterConfig) -> list[Job]:
             over.wait(60)
             return []
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -181,29 +182,29 @@ JOB = {"job": "x"}
 @pytest.mark.parametrize("status", ["PENDING", "RUNNING"])
 def test_a_job_that_runs_is_alive_whatever_its_claim_says(storage: Storage, status: str) -> None:
     claim(storage, owner=JOB, age_s=30 * 86400)
-    assert judge(RUN, Liveness.read(storage), FakeJob("x", status)).life == "alive"
+    assert judge(RUN, Liveness.read(storage), FakeJob(submission_id="x", status=status)).life == "alive"
 
 
 @pytest.mark.parametrize(
     ("job", "status", "cause"),
     [
-        (FakeJob("x", "STOPPED"), "KILLED", "its job x was stopped"),
-        (FakeJob("x", "FAILED", "supervisor\n died"), "FAILED", "its job x failed: supervisor died"),
+        (FakeJob(submission_id="x", status="STOPPED"), "KILLED", "its job x was stopped"),
+        (FakeJob(submission_id="x", status="FAILED", message="supervisor\n died"), "FAILED", "its job x failed: supervisor died"),
         (
-            FakeJob("x", "FAILED", exit_code=1),
+            FakeJob(submission_id="x", status="FAILED", exit_code=1),
             "FAILED",
             "its job x failed: exit code 1; the last lines of its log say why",
         ),
-        (FakeJob("x", "SUCCEEDED"), "FINISHED", "its job x succeeded, but MLflow does not have the status"),
-        (FakeJob("x", "FAILED", exit_code=143), "KILLED", "its job x ended with exit code 143: it was asked to"),
-        (FakeJob("x", "FAILED", exit_code=130), "KILLED", "its job x ended with exit code 130: it was asked to"),
+        (FakeJob(submission_id="x", status="SUCCEEDED"), "FINISHED", "its job x succeeded, but MLflow does not have the status"),
+        (FakeJob(submission_id="x", status="FAILED", exit_code=143), "KILLED", "its job x ended with exit code 143: it was asked to"),
+        (FakeJob(submission_id="x", status="FAILED", exit_code=130), "KILLED", "its job x ended with exit code 130: it was asked to"),
     ],
 )
 def test_a_job_that_ended_is_dead_and_with_it_its_claim(
     storage: Storage, job: FakeJob, status: str, cause: str
 ) -> None:
     name = claim(storage, owner=JOB)  # not stale: a killed driver's lease still looks valid for a while
-    job.started, job.ended = time.time() - 60, time.time()
+    job = replace(job, started=time.time() - 60, ended=time.time())
     for liveness in (Liveness.read(storage), Liveness.read(None)):
         verdict = judge(RUN, liveness, job)
         assert (verdict.life, verdict.status, verdict.cause, verdict.when) == ("dead", status, cause, job.ended)
@@ -227,27 +228,27 @@ def test_a_job_of_the_same_name_elsewhere_proves_nothing(
     now = time.time()
     since = datetime.fromtimestamp(now - since_s, UTC).isoformat(timespec="seconds")
     claim(storage, owner={**JOB, "since": since}, age_s=beat_s)
-    job = FakeJob("x", "FAILED", exit_code=exit_code, started=now - began_s)
-    job.ended = None if ended_s is None else now - ended_s
+    ended = None if ended_s is None else now - ended_s
+    job = FakeJob(submission_id="x", status="FAILED", exit_code=exit_code, started=now - began_s, ended=ended)
     verdict = judge(RUN, Liveness.read(storage), job)
     assert (verdict.life, verdict.why) == ("alive", "process 4242 on elsewhere holds the lock")
 
 
 def test_a_refused_job_says_nothing_where_nothing_can_be_read() -> None:
-    verdict = judge(RUN, Liveness.read(None), FakeJob("x", "FAILED", exit_code=2, ended=7.0))
+    verdict = judge(RUN, Liveness.read(None), FakeJob(submission_id="x", status="FAILED", exit_code=2, ended=7.0))
     assert verdict.life == "unsure"
 
 
 def test_the_record_knows_better_how_a_job_went(storage: Storage) -> None:
-    verdict = judge(Record("x", "/x", status="FINISHED"), Liveness.read(storage), FakeJob("x", "SUCCEEDED"))
+    verdict = judge(Record("x", "/x", status="FINISHED"), Liveness.read(storage), FakeJob(submission_id="x", status="SUCCEEDED"))
     assert verdict.status == "FINISHED"
 
 
 def test_a_run_that_another_goes_on_with_is_alive(storage: Storage) -> None:
     """A resubmission, or a resume here or on another machine, keeps the run alive after its job has ended."""
-    ended = FakeJob("x", "FAILED")
-    assert judge(RUN, Liveness.read(storage), ended, [FakeJob("x--2", "PENDING")]).life == "alive"
-    assert judge(RUN, Liveness.read(storage), ended, [FakeJob("x--2", "FAILED")]).life == "dead"
+    ended = FakeJob(submission_id="x", status="FAILED")
+    assert judge(RUN, Liveness.read(storage), ended, [FakeJob(submission_id="x--2", status="PENDING")]).life == "alive"
+    assert judge(RUN, Liveness.read(storage), ended, [FakeJob(submission_id="x--2", status="FAILED")]).life == "dead"
     name = claim(storage, owner={"run": "x"})
     assert judge(RUN, Liveness.read(storage), ended).life == "alive"
     storage.delete(f"lock/{name}.json")

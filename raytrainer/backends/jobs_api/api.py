@@ -10,68 +10,25 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from raytrainer.attempt import in_background
+from raytrainer.backends.cluster_job import ClusterJob
 from raytrainer.backends.jobs_api import facts, tables
 from raytrainer.backends.jobs_api.auth import find_token
 from raytrainer.backends.jobs_api.connection import Connection, NotThere
 from raytrainer.backends.jobs_api.facts import ClusterFacts
 from raytrainer.backends.jobs_api.tables import Tables
+from raytrainer.core.background import in_background
 from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, ConfigError
 
 if TYPE_CHECKING:
     from raytrainer.submission.request import Request
 
-_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _TASKS = {"state": "RUNNING", "type": "NORMAL_TASK"}  # tasks of actors hold only what their actor holds
 _LAST_S = 1.0  # Ray sees a process end when its connection closes; the kernel may free its memory a little later
 _LOG_S = 30.0  # for a long log
-_READ_S = 5.0
-_AUTOSCALER_BYTES = 2**22  # of its log; the settings are near the beginning
-
-
-@dataclass(frozen=True)
-class JobInfo:
-    """A job as the Ray Jobs API reports it.
-
-    Attributes:
-        submission_id: The id under which it was submitted.
-        status: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED.
-        message: Ray's explanation of the status; for a failed job it includes the end of the log.
-        metadata: The metadata given at submission.
-        started, ended: Seconds since the epoch.
-        exit_code: The driver's exit code, once the driver has ended.
-    """
-
-    submission_id: str
-    status: str
-    message: str
-    metadata: Mapping[str, str]
-    started: float | None
-    ended: float | None
-    exit_code: int | None = None
-
-    @property
-    def has_ended(self) -> bool:
-        return self.status in _ENDED
-
-    @classmethod
-    def of(cls, row: Mapping[str, Any]) -> JobInfo:
-        """Parse an entry of the Jobs API."""
-        started, ended = row.get("start_time"), row.get("end_time")
-        return cls(
-            submission_id=row["submission_id"],
-            status=row["status"],
-            message=row.get("message") or "",
-            metadata=row.get("metadata") or {},
-            started=started / 1e3 if started else None,
-            ended=ended / 1e3 if ended else None,
-            exit_code=row.get("driver_exit_code"),
-        )
 
 
 class Jobs:
@@ -91,18 +48,18 @@ class Jobs:
 
     # --- a job ----------------------------------------------------------------------------------------------------
 
-    def info(self, submission_id: str) -> JobInfo | None:
+    def info(self, submission_id: str) -> ClusterJob | None:
         """Return a job's state; None if the cluster knows no job with this id.
 
         Raises:
             ClusterError: The cluster cannot be reached or refuses the request. Every method here may raise it.
         """
         row = self._row(submission_id)
-        return None if row is None else JobInfo.of(row)
+        return None if row is None else self._job(row)
 
-    def list(self) -> builtins.list[JobInfo]:
+    def list(self) -> builtins.list[ClusterJob]:
         """Return all submitted jobs, including ended ones, but not drivers that were started without a submission."""
-        return [JobInfo.of(row) for row in self._rows() if row.get("submission_id")]
+        return [self._job(row) for row in self._rows() if row.get("submission_id")]
 
     def stop(self, submission_id: str) -> None:
         """Ask Ray to stop a job. Ray sends its driver SIGTERM, and SIGKILL three seconds later.
@@ -122,7 +79,7 @@ class Jobs:
             # Ray answers with an error if the log is not valid UTF-8 or if the driver's node is gone.
             with suppress(ClusterError):
                 node = (self._row(submission_id) or {}).get("driver_node_id")
-                text = self._log_file(node, f"job-driver-{submission_id}.log", read_s=_LOG_S)
+                text = self._log_file(node, f"job-driver-{submission_id}.log")
                 return text.replace("\r\n", "\n").replace("\r", "\n")  # as the Jobs API returns it
             raise ClusterError(
                 f"{self.address} cannot give the log of job {submission_id}: the node of its driver is gone, or does not "
@@ -136,7 +93,7 @@ class Jobs:
         return follow(
             self._connection,
             submission_id,
-            has_ended=lambda: self._known(submission_id).has_ended,
+            has_ended=lambda: not self._known(submission_id).is_active,
             whole=lambda: self.logs(submission_id),
         )
 
@@ -188,6 +145,7 @@ class Jobs:
             return bare, Tables()
         asks: dict[str, Callable[[], Any]] = {
             "metadata": lambda: get("/api/v0/cluster_metadata", dict),
+            "status": lambda: get("/api/cluster_status", dict),
             "nodes": lambda: state("nodes"),
             "actors": lambda: state("actors", state="!DEAD"),
             "groups": lambda: state("placement_groups", state="!REMOVED"),
@@ -195,26 +153,18 @@ class Jobs:
             "jobs": self._rows,
         }
         found = _at_once(asks)
+        may_grow = tables.may_grow(found.pop("status"))
         python = (found.pop("metadata").get("data") or {}).get("pythonVersion")
         rows = Tables(**found)
         try:
-            return tables.read(self.address, version, python, rows, self._autoscaler_log(rows)), rows
+            return tables.read(self.address, version, python, rows, may_grow), rows
         except (KeyError, TypeError, AttributeError) as error:
             raise ClusterError(f"{self.address} has ray {version}, whose tables raytrainer cannot read") from error
 
-    def _autoscaler_log(self, rows: Tables) -> str | None:
-        """Return the beginning of the log of the cluster's autoscaler; None if it cannot be read."""
-        head = next((node for node in rows.nodes if node["state"] == "ALIVE" and node.get("is_head_node")), None)
-        if head is None:
-            return None
-        with suppress(ClusterError):
-            return self._log_file(head["node_id"], "monitor.log", most=_AUTOSCALER_BYTES)
-        return None
-
-    def _log_file(self, node: str | None, name: str, most: int | None = None, read_s: float = _READ_S) -> str:
-        """Return a file of a node's logs, or its first `most` bytes."""
-        asked = {"node_id": node, "filename": name, "lines": -1, "timeout": int(read_s)}
-        return self._connection.content("/api/v0/logs/file", most, read_s, **asked).decode(errors="replace")
+    def _log_file(self, node: str | None, name: str) -> str:
+        """Return a file of a node's logs."""
+        query = {"node_id": node, "filename": name, "lines": -1, "timeout": int(_LOG_S)}
+        return self._connection.content("/api/v0/logs/file", _LOG_S, **query).decode(errors="replace")
 
     # --- a submission ---------------------------------------------------------------------------------------------
 
@@ -231,15 +181,14 @@ class Jobs:
                 more, or Ray rejects a package or the runtime environment.
         """
         check_environment(self.address)
-        runtime_env = request.stage(staged)
-        from raytrainer.backends.jobs_api import upload
+        from raytrainer.backends.jobs_api import packages, upload
 
         try:
             return upload.submit(
                 self._connection,
                 submission_id=request.submission_id,
                 entrypoint=request.entrypoint,
-                runtime_env=runtime_env,
+                runtime_env=packages.stage(request, staged),
                 metadata=request.metadata,
                 resources=request.resources,
             )
@@ -250,9 +199,22 @@ class Jobs:
                 raise
             return there.submission_id
 
+    def _job(self, row: Mapping[str, Any]) -> ClusterJob:
+        started, ended = row.get("start_time"), row.get("end_time")
+        return ClusterJob(
+            submission_id=row["submission_id"],
+            status=row["status"],
+            message=row.get("message") or "",
+            metadata=row.get("metadata") or {},
+            started=started / 1e3 if started else None,
+            ended=ended / 1e3 if ended else None,
+            exit_code=row.get("driver_exit_code"),
+            client=self,
+        )
+
     # --- the dashboard's own rows ---------------------------------------------------------------------------------
 
-    def _known(self, submission_id: str) -> JobInfo:
+    def _known(self, submission_id: str) -> ClusterJob:
         found = self.info(submission_id)
         if found is None:
             raise ClusterError(f"{self.address} has no job {submission_id}")

@@ -15,9 +15,9 @@ import certifi
 import requests
 from requests.auth import AuthBase
 
-from raytrainer.attempt import in_background
 from raytrainer.backends.jobs_api.auth import Token, denied
 from raytrainer.core import proxies
+from raytrainer.core.background import in_background
 from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, ConfigError
 
 T = TypeVar("T")
@@ -80,12 +80,12 @@ class Connection:
             raise self._no_dashboard()
         return found
 
-    def content(self, path: str, most: int | None = None, read_s: float = _READ_S, **params: Any) -> bytes:
-        """Return the bytes of an answer, or its first `most` bytes. Otherwise as `get`."""
+    def content(self, path: str, read_s: float = _READ_S, **params: Any) -> bytes:
+        """Return the bytes of an answer. Otherwise as `get`."""
         answer = self.request("GET", path, read_s=read_s, params=params, stream=True)
         try:
             with answer:
-                return answer.content if most is None else next(answer.iter_content(most), b"")
+                return answer.content
         except (requests.RequestException, OSError) as error:
             failure = error
         raise self._explained(failure, read_s)

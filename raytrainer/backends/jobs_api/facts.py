@@ -9,7 +9,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import metadata
 
 from raytrainer.config import Experiment
@@ -48,9 +48,7 @@ class ClusterFacts:
         python_version: The version on its head node; None for an old Ray that does not report it.
         nodes: The resources of each live node.
         free: The free resources of each node, in the same order.
-        addable: The resources of each node that its autoscaler can add.
-        most_addable: How many of those nodes it can have at a time.
-        endless: Whether it has an autoscaler whose limit is unknown.
+        may_grow: Whether it has an autoscaler, whose limit the Jobs API does not tell.
         holders: The jobs and drivers that hold resources.
         head: The address of its head node within the cluster; None if unknown.
     """
@@ -60,9 +58,7 @@ class ClusterFacts:
     python_version: str | None
     nodes: tuple[Mapping[str, float], ...]
     free: tuple[Mapping[str, float], ...] = ()
-    addable: tuple[Mapping[str, float], ...] = ()
-    most_addable: int = 0
-    endless: bool = False
+    may_grow: bool = False
     holders: tuple[Holder, ...] = ()
     head: str | None = None
 
@@ -77,7 +73,7 @@ class ClusterFacts:
     @property
     def resources(self) -> Resources:
         """The most that the cluster can have."""
-        return Resources.of_nodes(self.nodes, self.addable, self.most_addable, self.endless)
+        return Resources.of_nodes(self.nodes, endless=self.may_grow)
 
     def version_problem(self) -> str | None:
         """Return why raytrainer cannot run there because of the Ray or Python version; None if it can."""
@@ -106,16 +102,17 @@ class ClusterFacts:
         ]
 
     def problems(self, e: Experiment) -> list[str]:
-        """Return a sentence for each demand of a run that the cluster can never meet, even after adding all nodes."""
-        found = check_resources(e, self.resources, f"the cluster at {self.address}")
+        """Return a sentence for each demand of a run that the cluster cannot meet with its present nodes."""
+        now = replace(self, may_grow=False)
+        problems = check_resources(e, now.resources, f"the cluster at {self.address}")
         driver = {name: share for name, share in (e.cluster.driver_resources or {}).items() if share}
-        if found or not driver:
-            return found
-        workers = [per_worker(e, uses_gpu(e, self.resources))] * least_workers(e)
+        if problems or not driver:
+            return problems
+        workers = [per_worker(e, uses_gpu(e, now.resources))] * least_workers(e)
         key = f"cluster.driver_resources={{{', '.join(f'{name}: {share:g}' for name, share in driver.items())}}}"
-        if reason := impossible([driver], self):
+        if reason := impossible([driver], now):
             return [f"{key}: {reason}"]
-        if reason := impossible([driver, *workers], self):
+        if reason := impossible([driver, *workers], now):
             return [f"{key} and the workers: {reason}"]
         return []
 
@@ -152,7 +149,7 @@ def explain_waiting(
     parts += [_holding(holder, names, time.time() if now is None else now) for _, holder in held[:_HOLDERS]]
     if len(held) > _HOLDERS:
         parts.append(f"{len(held) - _HOLDERS} other jobs hold the rest")
-    if facts.most_addable or facts.endless:
+    if facts.may_grow:
         parts.append("the cluster can add nodes")
     return f"for {_amounts(wanted, names)}: {'; '.join(parts)}"
 
@@ -162,21 +159,18 @@ def impossible(bundles: Sequence[Mapping[str, float]], facts: ClusterFacts) -> s
     most = facts.resources
     if most.endless:
         return None
-    added = ", including nodes that it can add" if most.more else ""
     for name, share in total_of(bundles).items():
         has = most.get(name)
         if has is not None and share > has + _EPSILON:
             return (
-                f"{amount(name, share)} asked for, and {facts.address} has {amount(name, has)}{added}: "
-                "the job can never run"
+                f"{amount(name, share)} asked for, and {facts.address} has {amount(name, has)}: the job can never run"
             )
     for bundle, count in Counter(tuple(sorted(bundle.items())) for bundle in bundles).items():
         room = most.places(dict(bundle))
         if room < count:
             one = _amounts(dict(bundle), [name for name, share in bundle if share])
             return (
-                f"{count} × ({one}), each on one node, and {facts.address} has room for {room}{added}: "
-                "the job can never run"
+                f"{count} × ({one}), each on one node, and {facts.address} has room for {room}: the job can never run"
             )
     return None
 

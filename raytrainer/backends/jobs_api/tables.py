@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import ast
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import yaml
-
-from raytrainer.autoscaling import Growth, addable
 from raytrainer.backends.jobs_api.facts import ClusterFacts, Holder, total_of
 
 Row = Mapping[str, Any]
@@ -53,13 +48,13 @@ class _Held:
                 place[name] = place.get(name, 0.0) + share
 
 
-def read(address: str, ray_version: str, python_version: str | None, tables: Tables, log: str | None) -> ClusterFacts:
+def read(address: str, ray_version: str, python_version: str | None, tables: Tables, grows: bool) -> ClusterFacts:
     """Return the facts that the tables contain.
 
     Args:
         address, ray_version, python_version: As in `ClusterFacts`.
         tables: The current tables.
-        log: The autoscaler's log; None if it cannot be read, so that it is unknown what the autoscaler can add.
+        grows: Whether the cluster may add nodes.
     """
     held = _held(tables)
     alive = [node for node in tables.nodes if node["state"] == "ALIVE"]
@@ -68,16 +63,13 @@ def read(address: str, ray_version: str, python_version: str | None, tables: Tab
         {name: max(0.0, n - held.by_node.get(node["node_id"], {}).get(name, 0.0)) for name, n in has.items()}
         for node, has in zip(alive, nodes, strict=True)
     )
-    growth = _growth(log, nodes) if log is not None else None
     return ClusterFacts(
         address=address,
         ray_version=ray_version,
         python_version=python_version,
         nodes=nodes,
         free=free,
-        addable=growth.nodes if growth is not None else (),
-        most_addable=growth.most if growth is not None else 0,
-        endless=growth is None or not nodes,  # a cluster that is starting has no nodes yet
+        may_grow=grows or not nodes,  # a cluster that is starting has no nodes yet
         holders=_holders(held.by_job, tables.jobs),
         head=next((node.get("node_ip") for node in alive if node.get("is_head_node")), None),
     )
@@ -188,29 +180,15 @@ def plain(text: str, most: int = 500) -> str:
     return "".join(c if c.isprintable() else " " for c in text)[:most].strip()
 
 
-# --- what the autoscaler can add ----------------------------------------------------------------------------------
+def may_grow(status: Mapping[str, Any]) -> bool:
+    """Return whether a cluster may get more nodes by itself, from the answer of `/api/cluster_status`.
 
-_V1, _V2 = "StandardAutoscaler: {", "Using Autoscaling Config:"
-_STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", re.MULTILINE)
-
-
-def _growth(log: str, there: Sequence[Mapping[str, float]]) -> Growth | None:
-    """Return what an autoscaler can add, from its initial configuration; None if the log lacks it.
-
-    The dashboard shows the configuration only in the autoscaler's log. None is also returned if its format is not that
-    of Ray 2.60. The rest of the configuration may hold secrets.
+    It cannot if it has the monitor of a fixed cluster, which names the type of each node after its id. Other
+    autoscalers report types of their own, or, as the second version and KubeRay's, nothing here.
     """
-    first, second = log.rfind(_V1), log.rfind(_V2)
-    found: Any
     try:
-        if second > first:
-            text = log[second + len(_V2) :]
-            stamp = _STAMP.search(text)
-            found = yaml.safe_load(text[: stamp.start()]) if stamp is not None else None
-        elif first >= 0:
-            found = ast.literal_eval(log[first + len(_V1) - 1 :].partition("\n")[0])
-        else:
-            return None
-        return addable(found, there) or Growth()
-    except (yaml.YAMLError, ValueError, SyntaxError, KeyError, TypeError, AttributeError):
-        return None
+        report = status["data"]["clusterStatus"]["autoscalerReport"]
+        types = dict(report["nodeTypeMapping"])
+    except (KeyError, TypeError):
+        return True
+    return not types or any(kind != f"node_{node}" for node, kind in types.items())
