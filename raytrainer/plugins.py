@@ -96,9 +96,11 @@ class Job(ABC):
         """Wait for the end of the job. Return its last known state, which is active if the time was too short."""
         job: Job = self
         deadline = time.monotonic() + timeout_s
-        while job.is_active and time.monotonic() < deadline:
-            sleep(0.5)
+        while job.is_active:
             job = job.refresh() or job
+            if not job.is_active or time.monotonic() >= deadline:
+                break
+            sleep(0.5)
         return job
 
 

@@ -14,6 +14,7 @@ from raytrainer.errors import ConfigError
 from raytrainer.runs.again import stem
 from raytrainer.runs.trained import trained
 from raytrainer.attempt import tracking_uri
+from raytrainer.plugins import backend_named
 from raytrainer.storage import redacted
 
 # The sections of a group that matter for an evaluation. The other groups belong to the model and its training.
@@ -66,7 +67,7 @@ def to_evaluate(
         fixed["storage_path"] = storage.display.rpartition("/")[0]
     for group, choice in choices.items():
         fixed.update(_section(group, choice, values, config_dir))
-    if choices.get("cluster") == "inline":
+    if "cluster" in choices and backend_named(fixed["cluster"]["kind"]).ray == "none":
         fixed["scaling.num_workers"] = 1
     composition = from_text(with_values(text, fixed), values)
     if not composition.experiment.data.val_sets:

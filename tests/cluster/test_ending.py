@@ -35,9 +35,9 @@ REFUSAL = "raytrainer: refused: model.width=-1 must be positive"
         ),
         (
             FakeJob(
-                "x",
-                "FAILED",
-                message(1, "epoch 1", "outcome  failed", "cause    rank 0: bad", "where    Ray"),
+                submission_id="x",
+                status="FAILED",
+                message=message(1, "epoch 1", "outcome  failed", "cause    rank 0: bad", "where    Ray"),
                 exit_code=1,
             ),
             Ending("FAILED", 1, "rank 0: bad"),

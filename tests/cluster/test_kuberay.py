@@ -281,11 +281,6 @@ def test_pods(overrides: list[str], resources: dict[str, str], pods: tuple[int, 
     assert ("autoscalerOptions" in spec(job)) is (pods[0] < pods[1])
 
 
-def test_the_trials_of_a_sweep_have_pods_too() -> None:
-    _, job = documents(*PLAIN, workers=(1, 8))
-    assert (group(job)["minReplicas"], group(job)["maxReplicas"]) == (1, 8)
-
-
 def test_a_queue_of_kueue() -> None:
     _, job = documents(*QUEUED)
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
@@ -319,7 +314,7 @@ def test_a_queue_of_kueue() -> None:
         ),
         (PLAIN, {"runtime_env": {"env_vars": {"A": "$(id)"}}}, "cluster.runtime_env.env_vars.A", "shell"),
         (PLAIN, {"runtime_env": {"pip": ["a`id`"]}}, "cluster.runtime_env.pip", "shell"),
-        (PLAIN, {"job_metadata": {"user": "$HOME"}}, "the job's metadata.user", "shell"),
+        (PLAIN, {"metadata": {"user": "$HOME"}}, "the job's metadata.user", "shell"),
         (PLAIN, {"files": {"config.yaml": b"x" * 2**20}}, None, "a Kubernetes ConfigMap holds 1,048,576"),
     ],
 )
