@@ -301,12 +301,12 @@ def _installed() -> dict[str, EntryPoint]:
 def _load(point: EntryPoint) -> Backend:
     source = f"{point.value} of {point.dist.name} {point.dist.version}" if point.dist is not None else point.value
     try:
-        found: Any = point.load()()
+        backend: Any = point.load()()
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"cannot be loaded ({source}): {type(error).__name__}: {first}", key="cluster.kind", value=point.name
         ) from error
-    if not isinstance(found, Backend):
+    if not isinstance(backend, Backend):
         raise ConfigError(f"is not a raytrainer.Backend ({source})", key="cluster.kind", value=point.name)
-    return found
+    return backend

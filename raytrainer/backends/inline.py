@@ -18,6 +18,6 @@ class Inline(Backend):
 
     def validate(self, experiment: Experiment) -> Sequence[ConfigError]:
         workers = experiment.scaling.num_workers
-        one = "must be 1 with cluster=inline (this process); use cluster=local"
-        problems = [ConfigError(one, key="scaling.num_workers", value=workers)] if workers != 1 else []
+        problem = "must be 1 with cluster=inline (this process); use cluster=local"
+        problems = [ConfigError(problem, key="scaling.num_workers", value=workers)] if workers != 1 else []
         return [*problems, *super().validate(experiment)]

@@ -59,7 +59,7 @@ def collect_code(target: Composition | Plan, folder: Path) -> Code:
     package, root = _tree(target.experiment, env, folder)
     targets = dict(_targets(target))
     names = {"raytrainer", *(text.partition(".")[0] for text in targets.values())}
-    found, files = elsewhere(names | (package.imports if package is not None else frozenset()), root, limit)
+    checkouts, files = elsewhere(names | (package.imports if package is not None else frozenset()), root, limit)
     if files and package is None:
         raise ConfigError(
             f"cannot upload {files[0].name}, a single file in {files[0].parent}", key="cluster.runtime_env"
@@ -67,7 +67,7 @@ def collect_code(target: Composition | Plan, folder: Path) -> Code:
     if package is not None:
         package = package.with_files(files)
         _check_sent(targets, package)
-    modules = {module.name: module for module in found} | _py_modules(env, folder, limit)
+    modules = {module.name: module for module in checkouts} | _py_modules(env, folder, limit)
     code = Code(package, tuple(modules[name] for name in sorted(modules)), env)
     sizes = list(package.files) if package is not None else []
     sizes += [(f"{module.name}/{name}", size) for module in code.modules for name, size in module.package.files]

@@ -217,7 +217,7 @@ def _wait_for_leases(
         say: Receives a line that says what is waited for.
         sleep, clock: Replaced in tests.
     """
-    began, told, beats = clock(), False, dict[str, tuple[float, float]]()
+    began, reported, beats = clock(), False, dict[str, tuple[float, float]]()
     while theirs := [c for c in leases_in(lock) if c.owner.get("job") in jobs]:
         now = clock()
         for lease in theirs:
@@ -228,9 +228,9 @@ def _wait_for_leases(
                 withdraw(lock, lease)
         if now - began > _LEASE_S:
             return  # then the launch raises an error that names the owner
-        if not told and now - began > 1.0:
+        if not reported and now - began > 1.0:
             say(f"{record.name}: an earlier driver holds the run directory; waiting for its lease to become stale")
-            told = True
+            reported = True
         sleep(0.5)
 
 
@@ -256,9 +256,9 @@ def _folder() -> Path:
     """Return the directory in which Ray or Kubernetes has put the request's files."""
     if mounted := os.environ.get(MOUNTED):
         return Path(mounted)
-    found = importlib.util.find_spec(REQUEST)
-    if found is None or not found.submodule_search_locations:
+    spec = importlib.util.find_spec(REQUEST)
+    if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
             f"the package {REQUEST}, which every submission contains, is missing: this job was not submitted by raytrainer"
         )
-    return Path(found.submodule_search_locations[0])
+    return Path(spec.submodule_search_locations[0])

@@ -71,10 +71,10 @@ class Package:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over names, modes and contents, but not over times and locations."""
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for entry in self.entries:
-            found.update(f"{entry.name}\0{'x' if entry.executable else '-'}\0{entry.sha256}\n".encode())
-        return found.hexdigest()
+            digest.update(f"{entry.name}\0{'x' if entry.executable else '-'}\0{entry.sha256}\n".encode())
+        return digest.hexdigest()
 
     def table(self, most: int = 10) -> str:
         """Return a table of the largest files or directories, the total, and what was left out and why."""
@@ -109,8 +109,8 @@ class Package:
         """Return a copy of the package with further files at its root."""
         entries, imports = {entry.name: entry for entry in self.entries}, set(self.imports)
         for path in more:
-            entries[path.name], found = read_file(path.name, path)
-            imports |= found
+            entries[path.name], names = read_file(path.name, path)
+            imports |= names
         return Package(self.root, tuple(entries[name] for name in sorted(entries)), self.left_out, frozenset(imports))
 
 
@@ -160,12 +160,12 @@ def collect(
     entries, imports, unreadable = [], set[str](), []
     for name, path in sorted(tree.sent.items()):
         try:
-            entry, found = read_file(name, path)
+            entry, names = read_file(name, path)
         except OSError as error:
             unreadable.append(f"{name} ({error.strerror})")
             continue
         entries.append(entry)
-        imports |= found
+        imports |= names
     if unreadable:
         raise refusal(unreadable, "cannot be read")
     return Package(root, tuple(entries), tuple(sorted(tree.left_out.items())), frozenset(imports))

@@ -157,7 +157,8 @@ def build(
     Raises:
         ConfigError: A secret would be sent, or the config refers to a variable that the cluster lacks.
     """
-    c, name, kind = target.experiment.cluster, target.experiment.name or "", _kind(target)
+    c, name = target.experiment.cluster, target.experiment.name or ""
+    kind = "sweep" if isinstance(target, Plan) else "run"
     target = with_texts(target, secrets.pinned)
     for composition in compositions_of(target):
         secrets.check_references(composition.text, c.forward_env, sources.environ)
@@ -165,17 +166,21 @@ def build(
     secrets.check_passwords([first.text, plan, list(argv)], sources.origin.patch)
     parts = _parts(first.text, plan, sources, [ENTRYPOINT, kind, dict(c.driver_resources or {})])
     content, identifier = _digest(parts), submission_id(name, attempt)
-    place = {"cluster_address": sources.address, "submission_id": identifier, "content": content}
     message = {
         "kind": kind,
         "argv": list(argv),
         "choices": dict(first.choices),
         "plan": plan,
         "changed": list(changed),
-        "job": {**place, **({"resumes": "true"} if resumes else {})},
+        "job": {
+            "cluster_address": sources.address,
+            "submission_id": identifier,
+            "content": content,
+            **({"resumes": "true"} if resumes else {}),
+        },
         "forward_env": list(c.forward_env),
         "env_file": c.env_file,
-        # An older raytrainer on the cluster does not know the key, so it is not sent needlessly.
+        # Not sent needlessly, because an older raytrainer on the cluster does not know the key.
         **({"driver": sources.driver} if sources.driver != plugins.ON_ITS_CLUSTER else {}),
     }
     request = Request(
@@ -186,14 +191,7 @@ def build(
         entrypoint=ENTRYPOINT,
         environment=tuple(c.forward_env),
         runtime_env=dict(sources.runtime_env),
-        metadata={
-            "raytrainer.name": name,
-            "raytrainer.kind": kind,
-            "raytrainer.user": re.sub(r"[^\w.@-]+", "-", sources.user),
-            "raytrainer.version": sources.origin.versions.get("raytrainer", "unknown"),
-            "raytrainer.content": content,
-            "raytrainer.parts": " ".join(f"{part}={digest[:12]}" for part, digest in parts.items()),
-        },
+        metadata=_metadata(name, kind, sources, parts),
         resources=dict(c.driver_resources or {}),
         files={
             "config.yaml": first.text.encode(),
@@ -205,10 +203,7 @@ def build(
         modules=sources.modules,
         target=target,
     )
-    texts = {file: content.decode(errors="replace") for file, content in request.files.items()}
-    texts |= {"the runtime environment": json.dumps(dict(request.runtime_env))}
-    texts |= {"metadata": json.dumps(dict(request.metadata))}
-    secrets.check_values(texts, secrets.secrets_of(c, sources.environ, sources.secrets))
+    _check_secrets(request, secrets.secrets_of(c, sources.environ, sources.secrets))
     return request
 
 
@@ -239,8 +234,22 @@ def attempt_of(submission_id: str) -> int:
     return int(match[1]) if match else 1
 
 
-def _kind(target: Target) -> str:
-    return "sweep" if isinstance(target, Plan) else "run"
+def _metadata(name: str, kind: str, sources: Sources, parts: Mapping[str, str]) -> dict[str, str]:
+    return {
+        "raytrainer.name": name,
+        "raytrainer.kind": kind,
+        "raytrainer.user": re.sub(r"[^\w.@-]+", "-", sources.user),
+        "raytrainer.version": sources.origin.versions.get("raytrainer", "unknown"),
+        "raytrainer.content": _digest(parts),
+        "raytrainer.parts": " ".join(f"{part}={digest[:12]}" for part, digest in parts.items()),
+    }
+
+
+def _check_secrets(request: Request, values: Mapping[str, str]) -> None:
+    texts = {name: content.decode(errors="replace") for name, content in request.files.items()}
+    texts |= {"the runtime environment": json.dumps(dict(request.runtime_env))}
+    texts |= {"metadata": json.dumps(dict(request.metadata))}
+    secrets.check_values(texts, values)
 
 
 def _parts(text: str, plan: Mapping[str, Any] | None, sources: Sources, driver: list[Any]) -> dict[str, str]:

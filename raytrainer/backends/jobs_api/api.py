@@ -71,8 +71,8 @@ class Jobs:
     def logs(self, submission_id: str) -> str:
         """Return everything that its driver has printed so far."""
         try:
-            found = self._connection.get(f"/api/jobs/{_path(submission_id)}/logs", dict, read_s=_LOG_S)
-            return str(found.get("logs") or "")
+            answer = self._connection.get(f"/api/jobs/{_path(submission_id)}/logs", dict, read_s=_LOG_S)
+            return str(answer.get("logs") or "")
         except (NotThere, ClusterUnreachable, ClusterDenied):
             raise
         except ClusterError as error:
@@ -103,19 +103,19 @@ class Jobs:
         if row is None:
             return {}
         state, job = self._connection.state, row.get("job_id")
-        asks: dict[str, Callable[[], Sequence[tables.Row]]] = {
+        requests: dict[str, Callable[[], Sequence[tables.Row]]] = {
             "supervisor": lambda: state("actors", name=f"{tables.SUPERVISOR}{submission_id}"),
             "workers": lambda: state("workers", is_alive="true"),
         }
         if job:
-            asks |= {
+            requests |= {
                 "actors": lambda: state("actors", job_id=job),
                 "groups": lambda: state("placement_groups", creator_job_id=job),
                 "tasks": lambda: state("tasks", job_id=job, **_TASKS),
             }
-        found = _at_once(asks)
-        actors = [*found.pop("supervisor"), *found.pop("actors", ())]
-        held = tables.held_by(submission_id, Tables(actors=actors, jobs=[row], **found))
+        rows_of = _at_once(requests)
+        actors = [*rows_of.pop("supervisor"), *rows_of.pop("actors", ())]
+        held = tables.held_by(submission_id, Tables(actors=actors, jobs=[row], **rows_of))
         if not held and time.time() - (row.get("end_time") or 0) / 1e3 < 2 * _LAST_S:
             time.sleep(_LAST_S)
         return held
@@ -123,10 +123,10 @@ class Jobs:
     def explain_waiting(self, submission_id: str) -> str:
         """Return, as text, what a job waits for, who holds it, and whether the cluster can ever provide it."""
         job = self._known(submission_id)
-        found, rows = self._facts()
-        asked = tables.asked_by(submission_id, rows)
-        if asked:
-            return facts.explain_waiting(asked, found, leave_out=submission_id)
+        cluster, rows = self._facts()
+        demands = tables.asked_by(submission_id, rows)
+        if demands:
+            return facts.explain_waiting(demands, cluster, leave_out=submission_id)
         return (
             "for its runtime environment to be set up"
             if job.status == "PENDING"
@@ -143,7 +143,7 @@ class Jobs:
         bare = ClusterFacts(self.address, version, None, ())
         if bare.version_problem() is not None:  # the tables of other versions differ, too
             return bare, Tables()
-        asks: dict[str, Callable[[], Any]] = {
+        requests: dict[str, Callable[[], Any]] = {
             "metadata": lambda: get("/api/v0/cluster_metadata", dict),
             "status": lambda: get("/api/cluster_status", dict),
             "nodes": lambda: state("nodes"),
@@ -152,10 +152,10 @@ class Jobs:
             "tasks": lambda: state("tasks", **_TASKS),
             "jobs": self._rows,
         }
-        found = _at_once(asks)
-        may_grow = tables.may_grow(found.pop("status"))
-        python = (found.pop("metadata").get("data") or {}).get("pythonVersion")
-        rows = Tables(**found)
+        answers = _at_once(requests)
+        may_grow = tables.may_grow(answers.pop("status"))
+        python = (answers.pop("metadata").get("data") or {}).get("pythonVersion")
+        rows = Tables(**answers)
         try:
             return tables.read(self.address, version, python, rows, may_grow), rows
         except (KeyError, TypeError, AttributeError) as error:
@@ -215,19 +215,19 @@ class Jobs:
     # --- the dashboard's own rows ---------------------------------------------------------------------------------
 
     def _known(self, submission_id: str) -> ClusterJob:
-        found = self.info(submission_id)
-        if found is None:
+        job = self.info(submission_id)
+        if job is None:
             raise ClusterError(f"{self.address} has no job {submission_id}")
-        return found
+        return job
 
     def _row(self, submission_id: str) -> Mapping[str, Any] | None:
         try:
-            found = self._connection.get(f"/api/jobs/{_path(submission_id)}", dict)
+            row = self._connection.get(f"/api/jobs/{_path(submission_id)}", dict)
         except NotThere as error:
             if "does not exist" in str(error):  # Ray's wording; any other 404 does not come from a dashboard
                 return None
             raise
-        return found if found.get("submission_id") == submission_id else None
+        return row if row.get("submission_id") == submission_id else None
 
     def _rows(self) -> builtins.list[dict[str, Any]]:
         return self._connection.get("/api/jobs/", builtins.list)
@@ -240,19 +240,19 @@ def check_environment(address: str, environ: Mapping[str, str] = os.environ) -> 
         ConfigError: RAY_API_SERVER_ADDRESS or RAY_ADDRESS names another address.
     """
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
-        given = environ.get(name, "").rstrip("/")
-        if given and given != address.rstrip("/"):
+        other = environ.get(name, "").rstrip("/")
+        if other and other != address.rstrip("/"):
             raise ConfigError(
-                f"and {name}={given} is set, which Ray's own tools follow instead: unset {name}, or give its address",
+                f"and {name}={other} is set, which Ray's own tools follow instead: unset {name}, or give its address",
                 key="cluster.address",
                 value=address,
             )
 
 
-def _at_once(asks: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+def _at_once(requests: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
     """Make several requests in parallel and return their answers by name."""
-    coming = {name: in_background(ask, "ray-jobs") for name, ask in asks.items()}
-    return {name: future.result() for name, future in coming.items()}
+    futures = {name: in_background(request, "ray-jobs") for name, request in requests.items()}
+    return {name: future.result() for name, future in futures.items()}
 
 
 def _path(submission_id: str) -> str:

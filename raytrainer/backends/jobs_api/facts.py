@@ -133,7 +133,7 @@ def explain_waiting(
     """
     if reason := next(filter(None, (impossible(bundles, facts) for bundles in demands)), None):
         return reason
-    bundles = [bundle for several in demands for bundle in several]
+    bundles = [bundle for group in demands for bundle in group]
     wanted, total, free = total_of(bundles), facts.total, facts.available
     lacking = [name for name, share in wanted.items() if share > free.get(name, 0.0) + _EPSILON]
     names = lacking or [name for name, share in wanted.items() if share]
@@ -143,19 +143,25 @@ def explain_waiting(
     if not lacking:
         most = {name: max((node.get(name, 0.0) for node in facts.free), default=0.0) for name in names}
         parts = [f"enough is free, but at most {_amounts(most, names)} on one node"]
-    held = [(sum(h.resources.get(n, 0.0) / (total.get(n) or 1.0) for n in names), h) for h in facts.holders]
-    held = [(part, h) for part, h in held if part and (leave_out is None or h.submission_id != leave_out)]
-    held.sort(key=lambda one: (-one[0], one[1].name))
-    parts += [_holding(holder, names, time.time() if now is None else now) for _, holder in held[:_HOLDERS]]
-    if len(held) > _HOLDERS:
-        parts.append(f"{len(held) - _HOLDERS} other jobs hold the rest")
+    holders = _holders_of(names, facts, leave_out)
+    parts += [_holding(holder, names, time.time() if now is None else now) for holder in holders[:_HOLDERS]]
+    if len(holders) > _HOLDERS:
+        parts.append(f"{len(holders) - _HOLDERS} other jobs hold the rest")
     if facts.may_grow:
         parts.append("the cluster can add nodes")
     return f"for {_amounts(wanted, names)}: {'; '.join(parts)}"
 
 
+def _holders_of(names: Sequence[str], facts: ClusterFacts, leave_out: str | None) -> list[Holder]:
+    """Return who holds some of the named resources, those with the largest shares of the cluster first."""
+    others = [h for h in facts.holders if leave_out is None or h.submission_id != leave_out]
+    shares = [sum(h.resources.get(n, 0.0) / (facts.total.get(n) or 1.0) for n in names) for h in others]
+    pairs = sorted(zip(shares, others, strict=True), key=lambda pair: (-pair[0], pair[1].name))
+    return [holder for share, holder in pairs if share]
+
+
 def impossible(bundles: Sequence[Mapping[str, float]], facts: ClusterFacts) -> str | None:
-    """Return why the cluster can never provide the bundles, even with all nodes that it can add; None if it can."""
+    """Return why the cluster can never provide the bundles; None if it can, or if it may grow."""
     most = facts.resources
     if most.endless:
         return None
@@ -168,20 +174,20 @@ def impossible(bundles: Sequence[Mapping[str, float]], facts: ClusterFacts) -> s
     for bundle, count in Counter(tuple(sorted(bundle.items())) for bundle in bundles).items():
         room = most.places(dict(bundle))
         if room < count:
-            one = _amounts(dict(bundle), [name for name, share in bundle if share])
+            each = _amounts(dict(bundle), [name for name, share in bundle if share])
             return (
-                f"{count} × ({one}), each on one node, and {facts.address} has room for {room}: the job can never run"
+                f"{count} × ({each}), each on one node, and {facts.address} has room for {room}: the job can never run"
             )
     return None
 
 
-def total_of(several: Iterable[Mapping[str, float]]) -> dict[str, float]:
+def total_of(sets: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """Return the sum of several sets of resources, by name."""
-    found: dict[str, float] = {}
-    for one in several:
-        for name, share in one.items():
-            found[name] = found.get(name, 0.0) + share
-    return found
+    total: dict[str, float] = {}
+    for resources in sets:
+        for name, share in resources.items():
+            total[name] = total.get(name, 0.0) + share
+    return total
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -16,7 +16,10 @@ def runtime_env(request: Request) -> dict[str, Any]:
     The request's own files are a separate package, so that another config does not change the code's package.
     """
     env = {key: value for key, value in request.runtime_env.items() if key != "working_dir"}
-    marks = [_mark(REQUEST, request.content), *(_mark(one.name, one.package.digest) for one in request.modules)]
+    marks = [
+        _mark(REQUEST, request.content),
+        *(_mark(module.name, module.package.digest) for module in request.modules),
+    ]
     env["py_modules"] = [*marks, *env.get("py_modules", [])]
     if request.package is not None:
         env["working_dir"] = _mark("tree", request.package.digest)

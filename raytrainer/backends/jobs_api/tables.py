@@ -81,8 +81,8 @@ def held_by(submission_id: str, tables: Tables) -> dict[str, float]:
     living = {worker["worker_id"] for worker in tables.workers}
     # Ray reports a killed task as running for about 15 s.
     tables = replace(tables, tasks=[task for task in tables.tasks if task["worker_id"] in living])
-    found = _held(tables).by_job
-    held = total_of(found[job] for job in jobs if job in found)
+    by_job = _held(tables).by_job
+    held = total_of(by_job[job] for job in jobs if job in by_job)
     if count := _processes(jobs, tables):
         held["processes"] = float(count)
     return {name: share for name, share in held.items() if share}
@@ -91,17 +91,17 @@ def held_by(submission_id: str, tables: Tables) -> dict[str, float]:
 def asked_by(submission_id: str, tables: Tables) -> list[list[dict[str, float]]]:
     """Return what a submission waits for: lists of bundles that a driver, placement group or actor wants at once."""
     jobs = _jobs_of(submission_id, tables.jobs)
-    found = [
+    demands = [
         [dict(bundle["unit_resources"]) for bundle in group["bundles"] if not bundle["node_id"]]
         for group in tables.groups
         if group["creator_job_id"] in jobs and group["state"] in ("PENDING", "RESCHEDULING")
     ]
-    found += [
+    demands += [
         [dict(actor["required_resources"])]
         for actor in tables.actors
         if _job_of(actor) in jobs and actor["state"] == "PENDING_CREATION" and not _in_group(actor)
     ]
-    return [bundles for bundles in found if any(any(bundle.values()) for bundle in bundles)]
+    return [bundles for bundles in demands if any(any(bundle.values()) for bundle in bundles)]
 
 
 def _processes(jobs: set[str], tables: Tables) -> int:
@@ -117,19 +117,19 @@ def _processes(jobs: set[str], tables: Tables) -> int:
 
 
 def _held(tables: Tables) -> _Held:
-    found = _Held()
+    held = _Held()
     for group in tables.groups:
         if group["state"] != "REMOVED":
             for bundle in group["bundles"]:
                 if bundle["node_id"]:  # it is placed
-                    found.add(group["creator_job_id"], bundle["node_id"], bundle["unit_resources"])
+                    held.add(group["creator_job_id"], bundle["node_id"], bundle["unit_resources"])
     for actor in tables.actors:
         if actor["state"] == "ALIVE" and not _in_group(actor):
-            found.add(_job_of(actor), actor["node_id"], actor["required_resources"] or {})
+            held.add(_job_of(actor), actor["node_id"], actor["required_resources"] or {})
     for task in tables.tasks:
         if task["state"] == "RUNNING" and task["type"] == "NORMAL_TASK" and not _in_group(task):
-            found.add(task["job_id"], task["node_id"], task["required_resources"] or {})
-    return found
+            held.add(task["job_id"], task["node_id"], task["required_resources"] or {})
+    return held
 
 
 def _in_group(row: Row) -> bool:
@@ -157,8 +157,8 @@ def _holders(by_job: Mapping[str, Mapping[str, float]], jobs: Sequence[Row]) -> 
         key = owner.get("submission_id") or owner["job_id"]
         rows[key] = owner
         resources[key] = total_of([resources.get(key, {}), held])
-    found = [_holder(row, resources[key]) for key, row in rows.items() if any(resources[key].values())]
-    return tuple(sorted(found, key=lambda holder: holder.name))
+    holders = [_holder(row, resources[key]) for key, row in rows.items() if any(resources[key].values())]
+    return tuple(sorted(holders, key=lambda holder: holder.name))
 
 
 def _holder(row: Row, resources: Mapping[str, float]) -> Holder:

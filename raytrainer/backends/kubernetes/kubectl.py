@@ -80,9 +80,11 @@ class Kubectl:
         reasons: dict[str, str] = {}
         for pod in self._items("pods", f"{JOB}={name}"):
             status = pod.get("status") or {}
-            for one in status.get("conditions") or []:
-                if one.get("type") == "PodScheduled" and one.get("status") == "False":
-                    reasons.setdefault(f"{one.get('reason')}: {one.get('message')}", pod["metadata"]["name"])
+            for condition in status.get("conditions") or []:
+                if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
+                    reasons.setdefault(
+                        f"{condition.get('reason')}: {condition.get('message')}", pod["metadata"]["name"]
+                    )
             for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
                 state = container.get("state") or {}
                 waits, ended = state.get("waiting") or {}, state.get("terminated") or {}
@@ -154,9 +156,9 @@ class Kubectl:
             try:
                 for line in process.stdout:
                     yield line.rstrip("\n")
-                said = process.stderr.read()
+                errors = process.stderr.read()
                 if process.wait() != 0:
-                    raise explained(said, process.returncode, self.context, self.namespace)
+                    raise explained(errors, process.returncode, self.context, self.namespace)
             finally:
                 if timer is not None:
                     timer.cancel()
@@ -178,9 +180,9 @@ class Kubectl:
             value=notes_of(existing).get(NAME) or name,
         )
 
-    def _own(self, said: Mapping[str, Any], config_map: Document, job: Document) -> None:
+    def _own(self, answer: Mapping[str, Any], config_map: Document, job: Document) -> None:
         """Make the RayJob the owner of the ConfigMap, so that Kubernetes always deletes both together."""
-        uid = next((one["metadata"]["uid"] for one in said.get("items", []) if one.get("kind") == "RayJob"), None)
+        uid = next((item["metadata"]["uid"] for item in answer.get("items", []) if item.get("kind") == "RayJob"), None)
         owner = {"apiVersion": job["apiVersion"], "kind": "RayJob", "name": job["metadata"]["name"], "uid": uid}
         patch = json.dumps({"metadata": {"ownerReferences": [owner]}})
         # The run was sent. A small object that outlives it is not worth a warning.
@@ -200,14 +202,14 @@ class Kubectl:
         with self._started(command, stdin=subprocess.PIPE if send is not None else subprocess.DEVNULL) as process:
             try:
                 # Longer than one request: kubectl makes several, and its login plugin may ask a person.
-                out, said = process.communicate(send, timeout=2 * _ANSWER_S)
+                out, errors = process.communicate(send, timeout=2 * _ANSWER_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise ClusterUnreachable(
                     f"kubectl {arguments[0]} had no answer within {2 * _ANSWER_S:g} s{self.where}"
                 ) from None
         if process.returncode != 0:
-            raise explained(said, process.returncode, self.context, self.namespace)
+            raise explained(errors, process.returncode, self.context, self.namespace)
         return out
 
     @contextlib.contextmanager

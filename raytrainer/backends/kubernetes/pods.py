@@ -52,6 +52,18 @@ def cluster_spec(e: Experiment, config_map: str, pods: Document, workers: tuple[
         "idleTimeoutSeconds": _IDLE_S,
         "securityContext": dict(_CONTAINER_SECURITY),
     }
+    head = _container(
+        e,
+        "ray-head",
+        _head(e),
+        env=[{"name": MOUNTED, "value": _FILES_AT}],
+        mounts=[{"name": "request", "mountPath": _FILES_AT, "readOnly": True}],
+        ports={"gcs-server": 6379, "dashboard": 8265, "client": 10001},
+    )
+    # The autoscaler runs in the head's pod, and adds and removes pods.
+    volumes = [{"name": "request", "configMap": {"name": config_map}}]
+    head_pod = _pod_spec(e, head, volumes=volumes, uses_kubernetes=grows)
+    worker_pod = _pod_spec(e, _container(e, "ray-worker", pod))
     return {
         "rayVersion": metadata.version("ray"),  # the same as in the image, by constraints.txt
         "authOptions": {"mode": "token"},
@@ -60,23 +72,7 @@ def cluster_spec(e: Experiment, config_map: str, pods: Document, workers: tuple[
         "headGroupSpec": {
             # The head's pod runs only the driver; workers run in the workers' pods.
             "rayStartParams": {"num-cpus": "0"},
-            "template": {
-                "metadata": dict(pods),
-                "spec": _pod_spec(
-                    e,
-                    _container(
-                        e,
-                        "ray-head",
-                        _head(e),
-                        env=[{"name": MOUNTED, "value": _FILES_AT}],
-                        mounts=[{"name": "request", "mountPath": _FILES_AT, "readOnly": True}],
-                        ports={"gcs-server": 6379, "dashboard": 8265, "client": 10001},
-                    ),
-                    volumes=[{"name": "request", "configMap": {"name": config_map}}],
-                    # The autoscaler runs in the head's pod, and adds and removes pods.
-                    uses_kubernetes=grows,
-                ),
-            },
+            "template": {"metadata": dict(pods), "spec": head_pod},
         },
         "workerGroupSpecs": [
             {
@@ -86,10 +82,7 @@ def cluster_spec(e: Experiment, config_map: str, pods: Document, workers: tuple[
                 "maxReplicas": most,
                 # Whole CPUs, rounded down, because KubeRay would round up.
                 "rayStartParams": {"num-cpus": str(max(1, math.floor(quantity(pod["cpu"]))))},
-                "template": {
-                    "metadata": dict(pods),
-                    "spec": _pod_spec(e, _container(e, "ray-worker", pod)),
-                },
+                "template": {"metadata": dict(pods), "spec": worker_pod},
             }
         ],
     }
@@ -163,16 +156,16 @@ def _bounds(e: Experiment, workers: tuple[int, int], fit: int) -> tuple[int, int
 
 def _head(e: Experiment) -> dict[str, str]:
     """Return the resources of the head's pod, which runs the driver."""
-    asked = e.cluster.driver_resources or {}
-    if other := sorted(set(asked) - {"CPU", "memory"}):
+    resources = e.cluster.driver_resources or {}
+    if other := sorted(set(resources) - {"CPU", "memory"}):
         raise ConfigError(
             "has no meaning with cluster=kuberay: the driver's pod has CPU and memory",
             key=f"cluster.driver_resources.{other[0]}",
-            value=asked[other[0]],
+            value=resources[other[0]],
         )
     return {
-        "cpu": _written(asked["CPU"]) if "CPU" in asked else _HEAD["cpu"],
-        "memory": str(math.ceil(asked["memory"])) if "memory" in asked else _HEAD["memory"],
+        "cpu": _written(resources["CPU"]) if "CPU" in resources else _HEAD["cpu"],
+        "memory": str(math.ceil(resources["memory"])) if "memory" in resources else _HEAD["memory"],
     }
 
 
@@ -191,7 +184,7 @@ def _pod_spec(
     e: Experiment, container: Document, volumes: list[Document] | None = None, uses_kubernetes: bool = False
 ) -> Document:
     shared = any(mount["name"] == "shm" for mount in container.get("volumeMounts", []))
-    found = [*([{"name": "shm", "emptyDir": {"medium": "Memory"}}] if shared else []), *(volumes or [])]
+    all_volumes = [*([{"name": "shm", "emptyDir": {"medium": "Memory"}}] if shared else []), *(volumes or [])]
     return {
         "restartPolicy": "Never",
         **({"serviceAccountName": e.cluster.service_account} if e.cluster.service_account else {}),
@@ -201,7 +194,7 @@ def _pod_spec(
         "enableServiceLinks": False,
         "securityContext": dict(_POD_SECURITY),
         "containers": [container],
-        **({"volumes": found} if found else {}),
+        **({"volumes": all_volumes} if all_volumes else {}),
     }
 
 
@@ -232,10 +225,10 @@ def _container(
 def wants_gpu(e: Experiment) -> bool:
     """Return `scaling.use_gpu`; for `auto`, whether the config requests GPUs, because no cluster exists yet."""
     s = e.scaling
-    asked = bool(
+    has_gpus = bool(
         s.accelerator_type or (s.resources_per_worker or {}).get("GPU") or _gpu_of(e.cluster.pod_resources or {})
     )
-    return asked if s.use_gpu == "auto" else bool(s.use_gpu)
+    return has_gpus if s.use_gpu == "auto" else bool(s.use_gpu)
 
 
 def quantity(text: str) -> float:

@@ -157,8 +157,8 @@ def _check_shell(value: Any, key: str) -> None:
     elif isinstance(value, list | tuple):
         for below in value:
             _check_shell(below, key)
-    elif isinstance(value, str) and (found := re.search(r"[$`\x00-\x08\x0b-\x1f\x7f]", value)):
-        raise ConfigError(f"has a {found[0]!r}, which KubeRay passes to a shell", key=key)
+    elif isinstance(value, str) and (match := re.search(r"[$`\x00-\x08\x0b-\x1f\x7f]", value)):
+        raise ConfigError(f"has a {match[0]!r}, which KubeRay passes to a shell", key=key)
 
 
 def _label(run: str) -> str:

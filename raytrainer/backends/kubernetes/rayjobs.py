@@ -135,8 +135,8 @@ class RayJobs:
 
     def stop(self, submission_id: str) -> None:
         """Delete the RayJob, because KubeRay offers no other way to end a job."""
-        if (found := self.find(submission_id)) is not None:
-            self.kubectl.delete(found.object, within_s=0)
+        if (job := self.find(submission_id)) is not None:
+            self.kubectl.delete(job.object, within_s=0)
 
     def held_by(self, submission_id: str) -> Mapping[str, float]:
         return self.kubectl.held(submission_id)
@@ -175,13 +175,13 @@ class RayJobs:
             time.sleep(_RETRY_S)
 
     def explain_waiting(self, submission_id: str) -> str:
-        found = self.info(submission_id)
-        if not found.object:
-            return one_line(found.message)
-        if found.suspended:
-            return f"it waits for Kueue to admit it (queue {found.queue})"
-        why = self.kubectl.waiting(found.object)
-        return "; ".join(why) or one_line(found.message) or f"KubeRay: {found.deployment or 'has not started it'}"
+        job = self.info(submission_id)
+        if not job.object:
+            return one_line(job.message)
+        if job.suspended:
+            return f"it waits for Kueue to admit it (queue {job.queue})"
+        reasons = self.kubectl.waiting(job.object)
+        return "; ".join(reasons) or one_line(job.message) or f"KubeRay: {job.deployment or 'has not started it'}"
 
     def _lines(self, job: RayJobStatus, follow: bool) -> Generator[str]:
         yield from self.kubectl.logs(job.object, follow)
@@ -191,10 +191,10 @@ class RayJobs:
         return next((job for job in self.list() if job.submission_id == submission_id), None)
 
     def _known(self, submission_id: str) -> RayJobStatus:
-        found = self.find(submission_id)
-        if found is None:
+        job = self.find(submission_id)
+        if job is None:
             raise ClusterError(f"there is no RayJob of {submission_id}{self.kubectl.where}: it was deleted")
-        return found
+        return job
 
 
 SCHEME = "kubernetes"
