@@ -143,7 +143,9 @@ class Backend(ABC):
         ]
 
     def resources(self, experiment: Experiment) -> tuple[Resources, str] | None:
-        """Return the most that a run can get here, and the name of the place for messages; None if it is unknown.
+        """Return the most that a run can get, and the name of the place for messages.
+
+        None means: what this machine has, or for a backend that submits, that it is unknown.
 
         Raises:
             ConfigError: The place does not exist.

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from raytrainer.backends.kubernetes.kubectl import Kubectl
+from raytrainer.backends.kubernetes.namespace import SCHEME, Namespace, RayJobStatus, address_of
 from raytrainer.backends.kubernetes.rayjob import documents
-from raytrainer.backends.kubernetes.rayjobs import SCHEME, RayJobs, RayJobStatus, address_of
 from raytrainer.config import ClusterConfig, Experiment
 from raytrainer.errors import ClusterError, ConfigError, JobExists
 from raytrainer.plugins import Job
@@ -44,7 +44,7 @@ class KubeRay(JobBackend):
         return to_yaml(*documents(request))
 
     def start(self, request: Request, previous: Job | None = None) -> Job:
-        client, (config_map, job) = RayJobs.at(request.address), documents(request)
+        client, (config_map, job) = Namespace.at(request.address), documents(request)
         if previous is not None:
             client.remove(previous.submission_id)
         if not client.kubectl.apply(config_map, job):
@@ -58,7 +58,7 @@ class KubeRay(JobBackend):
         )
 
     def jobs(self, address: str, settings: ClusterConfig) -> Sequence[Job]:
-        return RayJobs.at(address).list()
+        return Namespace.at(address).list()
 
     def job(self, submission_id: str, address: str, settings: ClusterConfig) -> Job | None:
-        return RayJobs.at(address).find(submission_id)
+        return Namespace.at(address).find(submission_id)

@@ -25,6 +25,7 @@ from raytrainer.provenance import Provenance
 from raytrainer.storage import Storage, redacted
 from raytrainer.storage.lock import leases_in, withdraw
 from raytrainer.submission.target import Target, compositions_of, first_of
+from raytrainer.sweep import Plan
 
 REQUEST = "raytrainer_request"
 MOUNTED = "RAYTRAINER_REQUEST"  # a variable: the directory of a request's files that come in a Kubernetes ConfigMap
@@ -125,38 +126,27 @@ def run(request: DriverRequest) -> int:
     environment.provide(request.forward_env, request.env_file)
     if request.origin is not None:
         provenance.adopt(Provenance.from_json(request.origin))
-    target, launch, summary = _target(request)
+    target = _target(request)
     for composition in compositions_of(target):
         use_driver_backend(composition.experiment, request.driver)
     record = _earlier(first_of(target), request)
     if record is not None and (code := _ended(record, request)) is not None:
         return code
-    outcome = launch(record)
+    from raytrainer import attempt, sweep
+
+    package: Any = sweep if request.kind == "sweep" else attempt
+    options = {} if request.kind == "sweep" else {"changed": request.changed}
+    outcome = package.launch(target, argv=request.argv, record=record, job=request.place, **options)
     if outcome.traceback:
         print(outcome.traceback, file=sys.stderr)
-    print(summary(outcome, "python -m raytrainer"), flush=True)
+    print(package.summary(outcome, "python -m raytrainer"), flush=True)
     return int(outcome.exit_code)
 
 
-def _target(request: DriverRequest) -> tuple[Target, Callable[[Record | None], Any], Callable[[Any, str], str]]:
-    """Return the run or sweep, the function that launches it, and the one that summarizes its outcome."""
-    from raytrainer import attempt, sweep
-
+def _target(request: DriverRequest) -> Target:
     if request.kind == "sweep":
-        plan = sweep.Plan.from_dict(request.plan or {})
-        return (
-            plan,
-            lambda record: sweep.launch(plan, argv=request.argv, record=record, job=request.place),
-            lambda outcome, program: sweep.summary(outcome, program),
-        )
-    run = replace(from_text(request.config), choices=tuple(sorted(request.choices.items())))
-    return (
-        run,
-        lambda record: attempt.launch(
-            run, argv=request.argv, record=record, changed=request.changed, job=request.place
-        ),
-        lambda outcome, program: attempt.summary(outcome, program),
-    )
+        return Plan.from_dict(request.plan or {})
+    return replace(from_text(request.config), choices=tuple(sorted(request.choices.items())))
 
 
 def use_driver_backend(e: Experiment, name: str = plugins.ON_ITS_CLUSTER) -> None:

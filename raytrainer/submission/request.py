@@ -160,24 +160,20 @@ def build(
     c, name = target.experiment.cluster, target.experiment.name or ""
     kind = "sweep" if isinstance(target, Plan) else "run"
     target = with_texts(target, secrets.pinned)
+    first, plan = first_of(target), target.to_dict() if isinstance(target, Plan) else None
     for composition in compositions_of(target):
         secrets.check_references(composition.text, c.forward_env, sources.environ)
-    first, plan = first_of(target), target.to_dict() if isinstance(target, Plan) else None
     secrets.check_passwords([first.text, plan, list(argv)], sources.origin.patch)
     parts = _parts(first.text, plan, sources, [ENTRYPOINT, kind, dict(c.driver_resources or {})])
     content, identifier = _digest(parts), submission_id(name, attempt)
+    job = {"cluster_address": sources.address, "submission_id": identifier, "content": content}
     message = {
         "kind": kind,
         "argv": list(argv),
         "choices": dict(first.choices),
         "plan": plan,
         "changed": list(changed),
-        "job": {
-            "cluster_address": sources.address,
-            "submission_id": identifier,
-            "content": content,
-            **({"resumes": "true"} if resumes else {}),
-        },
+        "job": job | ({"resumes": "true"} if resumes else {}),
         "forward_env": list(c.forward_env),
         "env_file": c.env_file,
         # Not sent needlessly, because an older raytrainer on the cluster does not know the key.

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from raytrainer.attempt import Record
-from raytrainer.backends.kubernetes import kubectl, rayjobs
+from raytrainer.backends.kubernetes import kubectl, namespace
 from raytrainer.backends.kubernetes.kubectl import Kubectl
-from raytrainer.backends.kubernetes.rayjobs import RayJobs, RayJobStatus, address_of, status_of
+from raytrainer.backends.kubernetes.namespace import Namespace, RayJobStatus, address_of, status_of
 from raytrainer.config import compose
 from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, ConfigError
 from raytrainer.submission import Submission
@@ -163,7 +163,7 @@ def test_sent_by_several_at_once(kubernetes: Kubernetes, contents: list[str], mo
 
 def test_what_there_is_of_a_run(kubernetes: Kubernetes) -> None:
     assert HERE.rayjob("run") is None
-    jobs = RayJobs(HERE)
+    jobs = Namespace(HERE)
     assert jobs.list() == []
     HERE.apply(*documents("name=Run.1", *TEAM[:1], TEAM[2]))
     (listed,) = jobs.list()
@@ -273,7 +273,7 @@ def test_in_rays_words(deployment: str, job: str, status: str) -> None:
 def test_as_the_verbs_see_it(kubernetes: Kubernetes) -> None:
     address = address_of("arn:aws:eks:us-east-1:1:cluster/x", "research")
     assert address == "kubernetes://arn%3Aaws%3Aeks%3Aus-east-1%3A1%3Acluster%2Fx/research"
-    jobs = RayJobs.at(address)
+    jobs = Namespace.at(address)
     assert jobs.kubectl == Kubectl("arn:aws:eks:us-east-1:1:cluster/x", "research")
     HERE.apply(*documents(*TEAM, "cluster.queue=gpus"))
     assert [job.submission_id for job in jobs.list()] == ["run"]
@@ -301,8 +301,8 @@ def test_as_the_verbs_see_it(kubernetes: Kubernetes) -> None:
         jobs.logs("run")
 
 
-class Looks(RayJobs):
-    """RayJobs with one scripted status for each look and one scripted output for each `kubectl logs`."""
+class Looks(Namespace):
+    """Namespace with one scripted status for each look and one scripted output for each `kubectl logs`."""
 
     def __init__(self, looks: list[RayJobStatus | ClusterError], logs: list[list[str] | ClusterError]) -> None:
         super().__init__(Kubectl(None, "research"))
@@ -323,7 +323,7 @@ class Looks(RayJobs):
 
 def at(deployment: str, job: str = "", cluster: str = "a", name: str = "run") -> RayJobStatus:
     status = status_of(deployment, job)
-    client = RayJobs(HERE)
+    client = Namespace(HERE)
     return RayJobStatus(name="run", object=name, submission_id="run", status=status, cluster=cluster, client=client)
 
 
@@ -357,7 +357,7 @@ NO_LOGS = ClusterError("jobs.batch not found")
     ],
 )
 def test_followed_to_its_end(looks: list[Any], logs: list[Any], printed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rayjobs, "_RETRY_S", 0.0)
+    monkeypatch.setattr(namespace, "_RETRY_S", 0.0)
     jobs = Looks(list(looks), list(logs))
     assert "".join(jobs.tail("run")).replace("\n", "") == printed
     assert (jobs.looks, jobs.follows) == ([], [])

@@ -139,17 +139,20 @@ def explain_waiting(
     names = lacking or [name for name, share in wanted.items() if share]
     if not lacking and _fits(bundles, facts.free):
         return f"for {_amounts(wanted, names)}: enough is free, and it is about to be placed"
-    parts = [", ".join(_free(name, free.get(name, 0.0), total.get(name, 0.0)) for name in names)]
-    if not lacking:
-        most = {name: max((node.get(name, 0.0) for node in facts.free), default=0.0) for name in names}
-        parts = [f"enough is free, but at most {_amounts(most, names)} on one node"]
-    holders = _holders_of(names, facts, leave_out)
-    parts += [_holding(holder, names, time.time() if now is None else now) for holder in holders[:_HOLDERS]]
-    if len(holders) > _HOLDERS:
-        parts.append(f"{len(holders) - _HOLDERS} other jobs hold the rest")
+    most = {name: max((node.get(name, 0.0) for node in facts.free), default=0.0) for name in names}
+    parts = [f"enough is free, but at most {_amounts(most, names)} on one node"]
+    if lacking:
+        parts = [", ".join(_free(name, free.get(name, 0.0), total.get(name, 0.0)) for name in names)]
+    parts += _holders_text(_holders_of(names, facts, leave_out), names, time.time() if now is None else now)
     if facts.may_grow:
         parts.append("the cluster can add nodes")
     return f"for {_amounts(wanted, names)}: {'; '.join(parts)}"
+
+
+def _holders_text(holders: Sequence[Holder], names: Sequence[str], now: float) -> list[str]:
+    parts = [_holding(holder, names, now) for holder in holders[:_HOLDERS]]
+    more = len(holders) - _HOLDERS
+    return [*parts, f"{more} other jobs hold the rest"] if more > 0 else parts
 
 
 def _holders_of(names: Sequence[str], facts: ClusterFacts, leave_out: str | None) -> list[Holder]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raytrainer.backends.kubernetes.kubectl_errors import Conflict, explained, where
+from raytrainer.backends.kubernetes.kubectl_errors import Conflict, explained, no_current_context, where
 from raytrainer.backends.kubernetes.pods import Document, quantity
 from raytrainer.backends.kubernetes.rayjob import CONTENT, JOB, MANAGED, NAME, SUBMISSION
 from raytrainer.errors import ClusterError, ClusterUnreachable, ConfigError
@@ -56,9 +56,8 @@ class Kubectl:
         except (ClusterError, ConfigError) as error:
             with contextlib.suppress(ClusterError):
                 existing = self.rayjob(name)
-                if (
-                    existing is None or content_of(existing) != content
-                ):  # our ConfigMap was created, but its job was not
+                # Our ConfigMap may have been created, but its job was not.
+                if existing is None or content_of(existing) != content:
                     self._run("delete", "configmap", config_map["metadata"]["name"], "--ignore-not-found")
             if isinstance(error, Conflict) and self._is_there(name, content):
                 return False
@@ -79,20 +78,8 @@ class Kubectl:
         """Return why pods of a run do not run: `POD: ImagePullBackOff: …`, one line for each reason."""
         reasons: dict[str, str] = {}
         for pod in self._items("pods", f"{JOB}={name}"):
-            status = pod.get("status") or {}
-            for condition in status.get("conditions") or []:
-                if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
-                    reasons.setdefault(
-                        f"{condition.get('reason')}: {condition.get('message')}", pod["metadata"]["name"]
-                    )
-            for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
-                state = container.get("state") or {}
-                waits, ended = state.get("waiting") or {}, state.get("terminated") or {}
-                if waits.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
-                    reasons.setdefault(f"{waits['reason']}: {waits.get('message', '')}", pod["metadata"]["name"])
-                if ended.get("reason") not in (None, "Completed"):
-                    code = ended.get("exitCode")
-                    reasons.setdefault(f"{ended['reason']} (exit code {code})", pod["metadata"]["name"])
+            for reason in _reasons(pod.get("status") or {}):
+                reasons.setdefault(reason, pod["metadata"]["name"])
         return [f"{pod}: {' '.join(reason.split())[:300].rstrip(': ')}" for reason, pod in reasons.items()]
 
     def held(self, submission_id: str) -> dict[str, float]:
@@ -117,10 +104,7 @@ class Kubectl:
         try:
             return self._run("config", "current-context").strip()
         except ClusterError as error:
-            raise ConfigError(
-                "is not set and kubectl has no current one; kubectl config get-contexts lists them",
-                key="cluster.context",
-            ) from error
+            raise no_current_context() from error
 
     def delete(self, name: str, within_s: float = 120.0) -> list[str]:
         """Delete a run and wait until its RayJob and pods are gone. Return the names of those that remain."""
@@ -246,3 +230,17 @@ def content_of(rayjob: Mapping[str, Any]) -> str:
 
 def _selector(labels: Mapping[str, str]) -> str:
     return ",".join(f"{name}={value}" for name, value in labels.items())
+
+
+def _reasons(status: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why a pod with this status does not run."""
+    for condition in status.get("conditions") or []:
+        if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
+            yield f"{condition.get('reason')}: {condition.get('message')}"
+    for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
+        state = container.get("state") or {}
+        waits, ended = state.get("waiting") or {}, state.get("terminated") or {}
+        if waits.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
+            yield f"{waits['reason']}: {waits.get('message', '')}"
+        if ended.get("reason") not in (None, "Completed"):
+            yield f"{ended['reason']} (exit code {ended.get('exitCode')})"

@@ -90,7 +90,7 @@ def _epoch(text: str | None) -> float | None:
     return datetime.fromisoformat(text).timestamp() if text else None
 
 
-class RayJobs:
+class Namespace:
     """The runs of a namespace, with the interface of `Jobs`: by submission id, with Ray's statuses.
 
     Attributes:
@@ -101,7 +101,7 @@ class RayJobs:
         self.kubectl = kubectl
 
     @classmethod
-    def at(cls, address: str) -> RayJobs:
+    def at(cls, address: str) -> Namespace:
         """Return the runs at an address from `address_of`."""
         parts = urlsplit(address)
         return cls(Kubectl(unquote(parts.netloc) or None, unquote(parts.path.strip("/"))))
