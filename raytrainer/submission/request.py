@@ -167,18 +167,7 @@ def build(
     parts = _parts(first.text, plan, sources, [ENTRYPOINT, kind, dict(c.driver_resources or {})])
     content, identifier = _digest(parts), submission_id(name, attempt)
     job = {"cluster_address": sources.address, "submission_id": identifier, "content": content}
-    message = {
-        "kind": kind,
-        "argv": list(argv),
-        "choices": dict(first.choices),
-        "plan": plan,
-        "changed": list(changed),
-        "job": job | ({"resumes": "true"} if resumes else {}),
-        "forward_env": list(c.forward_env),
-        "env_file": c.env_file,
-        # Not sent needlessly, because an older raytrainer on the cluster does not know the key.
-        **({"driver": sources.driver} if sources.driver != plugins.ON_ITS_CLUSTER else {}),
-    }
+    job |= {"resumes": "true"} if resumes else {}
     request = Request(
         kind=kind,
         name=name,
@@ -191,7 +180,7 @@ def build(
         resources=dict(c.driver_resources or {}),
         files={
             "config.yaml": first.text.encode(),
-            "request.json": json.dumps(message, indent=1).encode(),
+            "request.json": _message(argv, target, sources, changed, job),
             provenance.FILE: sources.origin.to_json(),
         },
         content=content,
@@ -228,6 +217,26 @@ def attempt_of(submission_id: str) -> int:
     """Return the number of the attempt in a job's id."""
     match = re.fullmatch(r".*--(\d+)", submission_id)
     return int(match[1]) if match else 1
+
+
+def _message(
+    argv: Sequence[str], target: Target, sources: Sources, changed: Sequence[str], job: Mapping[str, str]
+) -> bytes:
+    """Return what the entrypoint reads, beside the config."""
+    c = target.experiment.cluster
+    message = {
+        "kind": "sweep" if isinstance(target, Plan) else "run",
+        "argv": list(argv),
+        "choices": dict(first_of(target).choices),
+        "plan": target.to_dict() if isinstance(target, Plan) else None,
+        "changed": list(changed),
+        "job": dict(job),
+        "forward_env": list(c.forward_env),
+        "env_file": c.env_file,
+        # Not sent needlessly, because an older raytrainer on the cluster does not know the key.
+        **({"driver": sources.driver} if sources.driver != plugins.ON_ITS_CLUSTER else {}),
+    }
+    return json.dumps(message, indent=1).encode()
 
 
 def _metadata(name: str, kind: str, sources: Sources, parts: Mapping[str, str]) -> dict[str, str]:
