@@ -40,7 +40,7 @@ class RayJobs(JobBackend):
         if address is None:
             problems = [ConfigError(f"is not set: {self.address_form[1]}", key="cluster.address")]
         elif re.fullmatch(r"[^/@]+:\d+", address):
-            hint = f"{self.address_form[1]}: http://{address} or https://{address}, or use cluster=existing"
+            hint = f"{self.address_form[1]}; http://{address} or https://{address}, or use cluster=existing"
             problems = [ConfigError(f"must be {hint}", key="cluster.address", value=address)]
         return [*problems, *super().validate(experiment)]
 
