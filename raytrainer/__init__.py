@@ -11,18 +11,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from raytrainer import errors, events
     from raytrainer.attempt import Outcome, check, launch
-    from raytrainer.config import Composition, Experiment, compose
+    from raytrainer.config import Composition, Experiment
+    from raytrainer.config.compose import compose
     from raytrainer.events import Callback
+    from raytrainer.plugins import Backend, Job
     from raytrainer.tracking import Tracker
     from raytrainer.trainer import FitResult, Trainer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Backend",
     "Callback",
     "Composition",
     "Experiment",
     "FitResult",
+    "Job",
     "Outcome",
     "Tracker",
     "Trainer",
@@ -37,7 +41,9 @@ __all__ = [
 _MODULES = ("errors", "events")
 # Public name → the module that it is imported from.
 _HOMES = {
+    "Backend": "raytrainer.plugins",
     "Callback": "raytrainer.events",
+    "Job": "raytrainer.plugins",
     "Composition": "raytrainer.config",
     "Experiment": "raytrainer.config",
     "compose": "raytrainer.config",

@@ -16,8 +16,8 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from raytrainer.autoscaling import addable
 from raytrainer.preflight import Resources
+from raytrainer.ray_internals.autoscaling import addable
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [ROOT / "cluster.yaml", *sorted((ROOT / "docs/clusters").glob("*.yaml"))]

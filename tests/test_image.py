@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from raytrainer.cluster import kuberay
+from raytrainer.backends.kubernetes import pods
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -132,11 +132,11 @@ def test_the_base_is_pinned_and_is_the_python_that_is_tested() -> None:
 
 def test_it_runs_as_nobody_in_particular() -> None:
     last = parsed()[1][-1]
-    assert last.texts("USER") == [f"{kuberay._USER}:{kuberay._USER}"]
+    assert last.texts("USER") == [f"{pods.USER}:{pods.USER}"]
     instructions = [instruction for instruction, _ in last.steps]
     # The check of the image runs as that user, too.
     assert instructions.index("USER") < len(instructions) - 1 - instructions[::-1].index("RUN")
-    assert f"--uid {kuberay._USER}" in " ".join(last.texts("RUN"))
+    assert f"--uid {pods.USER}" in " ".join(last.texts("RUN"))
     # KubeRay and `ray up` bring their own commands, which an entrypoint would take for its arguments.
     assert "ENTRYPOINT" not in instructions
 

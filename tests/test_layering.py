@@ -27,7 +27,8 @@ from tests.private_names import defined_names, patched_modules, private_accesses
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("core",),
-    ("config", "storage", "seeds", "events", "provenance", "autoscaling", "names", "sharding", "batches"),
+    ("plugins",),
+    ("config", "storage", "seeds", "events", "provenance", "names", "sharding", "batches"),
     (
         "data",
         "models",
@@ -49,16 +50,19 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ray_internals", "preflight"),
     ("attempt",),
     ("sweep",),
-    ("cluster",),
+    ("submission",),
+    ("backends", "cluster"),
     ("runs",),
     ("cli", "__main__", "__init__", "hydra_plugins"),
 )
 # The only import within a layer: the program starts the command line.
 ALLOWED_IN_LAYER = {("__main__", "cli")}
+# This module names classes of layers above its own, in annotations only: it defines what those layers implement.
+ANNOTATES = {"plugins"}
 
 # Only these modules import these third-party packages, also inside functions.
 ROOMS: dict[str, frozenset[str]] = {
-    "ray": frozenset({"data", "worker", "attempt", "ray_internals", "sweep", "cluster", "runs"}),
+    "ray": frozenset({"data", "worker", "attempt", "ray_internals", "sweep", "submission", "backends", "runs"}),
     "mlflow": frozenset({"tracking", "mlflow_model"}),
     "pyarrow": frozenset({"data", "storage", "sweep"}),
     "hydra": frozenset({"config", "cli", "hydra_plugins"}),
@@ -67,7 +71,7 @@ ROOMS: dict[str, frozenset[str]] = {
 # Only one function imports these: the one that writes the model, and in `data` RayDataset, for which Ray reads.
 ONE_FUNCTION = {("mlflow", "mlflow_model"), ("ray", "data")}
 # These modules never import torch, not even inside functions. (`seeds` imports it inside functions.)
-NO_TORCH = frozenset({"errors", "config", "storage", "events", "tracking", "cli", "__main__"})
+NO_TORCH = frozenset({"errors", "plugins", "config", "storage", "events", "tracking", "cli", "__main__"})
 
 # Importing the module imports none of these.
 LAZY: dict[str, tuple[str, ...]] = {
@@ -81,8 +85,10 @@ LAZY: dict[str, tuple[str, ...]] = {
     "raytrainer.trainer": ("ray", "mlflow"),
     "raytrainer.runs.listing": ("torch", "ray", "mlflow", "pyarrow"),
     "raytrainer.runs.status": ("torch", "ray", "mlflow", "pyarrow"),
-    "raytrainer.cluster.api": ("torch", "ray", "mlflow", "pyarrow"),
-    "raytrainer.cluster.request": ("torch", "ray", "mlflow", "pyarrow"),
+    "raytrainer.plugins": ("torch", "ray", "mlflow", "hydra", "omegaconf", "pyarrow"),
+    "raytrainer.backends.local": ("torch", "ray", "mlflow", "hydra", "omegaconf", "pyarrow"),
+    "raytrainer.backends.ray_jobs": ("torch", "ray", "mlflow", "pyarrow"),
+    "raytrainer.backends.kuberay": ("torch", "ray", "mlflow", "pyarrow"),
     "raytrainer.cli": ("torch", "ray", "mlflow"),
     "raytrainer.__main__": ("torch", "ray", "mlflow"),
     "hydra_plugins.raytrainer": ("torch", "ray", "mlflow"),
@@ -116,6 +122,7 @@ class Import:
     line: int
     function: str | None
     name: str
+    for_types: bool = False
 
     @property
     def place(self) -> str:
@@ -149,24 +156,29 @@ def imports_of(file: Path) -> Iterator[Import]:
     yield from _imports(tree_of(file), file, None)
 
 
-def _imports(node: ast.AST, file: Path, function: str | None) -> Iterator[Import]:
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def _imports(node: ast.AST, file: Path, function: str | None, for_types: bool = False) -> Iterator[Import]:
+    for_types = for_types or _is_type_checking(node)
     for child in ast.iter_child_nodes(node):
         inside = child.name if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) and not function else function
         match child:
             case ast.Import(names=names):
                 for alias in names:
-                    yield Import(file, child.lineno, function, alias.name)
+                    yield Import(file, child.lineno, function, alias.name, for_types)
             case ast.ImportFrom(module=str(module), names=names, level=0):
                 for alias in names:
-                    yield Import(file, child.lineno, function, f"{module}.{alias.name}")
+                    yield Import(file, child.lineno, function, f"{module}.{alias.name}", for_types)
             case ast.ImportFrom(level=level) if level:
                 raise AssertionError(f"{file.relative_to(ROOT)}:{child.lineno}: a relative import")
             case ast.Call(
                 func=ast.Name(id=called) | ast.Attribute(attr=called), args=[ast.Constant(value=str(name)), *_]
             ):
                 if called in {"import_module", "__import__", "find_spec"}:
-                    yield Import(file, child.lineno, function, name)
-        yield from _imports(child, file, inside)
+                    yield Import(file, child.lineno, function, name, for_types)
+        yield from _imports(child, file, inside, for_types)
 
 
 def all_imports() -> list[Import]:
@@ -196,6 +208,8 @@ def test_imports_go_down() -> None:
     for found in all_imports():
         source, target = module_of(found.file), ours(found.name)
         if target in {None, source, "configs"} or (source, target) in ALLOWED_IN_LAYER:
+            continue
+        if found.for_types and source in ANNOTATES:
             continue
         assert target is not None
         if LAYER_OF[target] >= LAYER_OF[source]:
@@ -295,6 +309,61 @@ def test_variables_of_ray_are_set_in_one_module() -> None:
         if re.fullmatch(r"(RAY|TUNE)_\w+", node.value) and not HONOURED.fullmatch(node.value)
     ]
     assert not wrong, "\n".join(wrong)
+
+
+# Only the backends and the registry know the backends by name.
+KNOWS_BACKENDS = {"backends", "plugins", "configs"}
+NAMES_OF_BACKENDS = {"inline", "existing", "ray_jobs", "kuberay"}  # the others are words with many meanings
+
+
+def _is_cluster_kind(node: ast.AST) -> bool:
+    """Return whether an expression is `cluster.kind`, `e.cluster.kind`, `c.kind`, or a call with that text."""
+    match node:
+        case ast.Attribute(attr="kind", value=ast.Name(id=name) | ast.Attribute(attr=name)):
+            return name in {"cluster", "c", "settings"}
+        case ast.Call(args=[_, ast.Constant(value="cluster.kind"), *_]):
+            return True
+    return False
+
+
+def decisions_by_name(tree: ast.Module) -> Iterator[int]:
+    """Yield the lines that decide by the name of a backend instead of asking the backend: comparisons, `match`, keys."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Compare(left=left, comparators=others):
+                literals = {side.value for side in ast.walk(node) if isinstance(side, ast.Constant)}
+                if any(_is_cluster_kind(side) for side in [left, *others]) or literals & NAMES_OF_BACKENDS:
+                    yield node.lineno
+            case ast.Match(subject=key) | ast.Subscript(slice=key) if _is_cluster_kind(key):
+                yield key.lineno
+
+
+def test_only_backends_are_known_by_name() -> None:
+    wrong = [
+        f"{file.relative_to(ROOT)}:{line}"
+        for file in sources()
+        if module_of(file) not in KNOWS_BACKENDS
+        for line in decisions_by_name(tree_of(file))
+    ]
+    assert not wrong, f"ask a property of `experiment.backend` instead: {', '.join(wrong)}"
+
+
+@pytest.mark.parametrize(
+    ("source", "decides"),
+    [
+        ('if e.cluster.kind == "slurm": pass', True),
+        ('x = c.kind in ("job", "kuberay")', True),
+        ('ok = OmegaConf.select(cfg, "cluster.kind") == "job"', True),
+        ('if choices.get("cluster") == "inline": pass', True),
+        ("match cluster.kind:\n    case 'local': pass", True),
+        ("TABLE[e.cluster.kind]", True),
+        ('if record.kind == "sweep": pass', False),
+        ('if verdict.kind == "local": pass', False),
+        ("e.cluster.kind = name", False),
+    ],
+)
+def test_the_search_for_names_of_backends_finds_them(source: str, decides: bool) -> None:
+    assert bool([*decisions_by_name(ast.parse(source))]) is decides
 
 
 def test_no_module_is_a_drawer() -> None:

@@ -14,6 +14,7 @@ import torch
 
 from raytrainer import attempt, preflight
 from raytrainer.attempt import Record, launching
+from raytrainer.backends.existing import Existing
 from raytrainer.config import Experiment, compose, from_text, with_values
 from raytrainer.errors import ConfigError, PreflightError, StorageError, StorageFull, TrackingDenied
 from raytrainer.preflight import Resources
@@ -330,7 +331,7 @@ def test_what_only_this_machine_has(in_tmp: Path, overrides: list[str], tracking
 
 
 def test_a_launch_on_other_machines_is_refused_what_only_this_one_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launching, "_existing_resources", lambda e: (Resources(8), "the cluster"))
+    monkeypatch.setattr(Existing, "resources", lambda self, e: (Resources(8), "the cluster"))
     overrides = ["experiment=mlp", "cluster=existing", "cluster.address=203.0.113.7:6379"]
     with pytest.raises(PreflightError) as caught:
         attempt.check(compose(overrides))

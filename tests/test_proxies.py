@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 import requests
 
-from raytrainer.cluster.connection import Connection
+from raytrainer.backends.jobs_api.connection import Connection
 from raytrainer.core import proxies
 from raytrainer.errors import ClusterUnreachable, TrackingUnreachable
 from raytrainer.tracking.rest import Rest

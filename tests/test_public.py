@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # The names in `__all__`.
 PUBLIC = {
     "raytrainer": """
-        Callback Composition Experiment FitResult Outcome Tracker Trainer __version__ check compose errors events launch
+        Backend Callback Composition Experiment FitResult Job Outcome Tracker Trainer __version__ check compose errors
+        events launch
     """,
     "raytrainer.checkpoint": """
         CheckpointInfo Checkpointer EXTRA_STATE Weights as_read copy_out find_weights fit take import_checkpoint import_note unread
@@ -50,6 +51,9 @@ PUBLIC = {
     """,
     "raytrainer.storage": """
         Entry Lock Storage redacted
+    """,
+    "raytrainer.submission": """
+        JobBackend MOUNTED Request Sources Submission
     """,
     "raytrainer.sweep": """
         GridSearch TrialJournal Plan RandomSearch Report SweepOutcome Trial check describe_sweep launch make_plan report summary

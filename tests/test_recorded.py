@@ -18,15 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks import compare_weights
-from raytrainer import provenance
 from raytrainer.attempt import Record
-from raytrainer.cluster import entry
-from raytrainer.cluster.entry import Asked
-from raytrainer.config import Experiment, compose, from_text
+from raytrainer.config import compose, from_text
 from raytrainer.provenance import Provenance
 from raytrainer.runs import listing
 from raytrainer.runs.resolve import resolve_run
 from raytrainer.storage import Storage
+from raytrainer.submission import entrypoint
+from raytrainer.submission.entrypoint import DriverRequest
 from raytrainer.sweep import Plan, TrialJournal, results
 from tests.launches import Runs, empty_store, launched
 from tests.recorded.record import (
@@ -253,20 +252,20 @@ def test_an_interrupted_sweep_goes_on(recording: Recording, version: str, tmp_pa
 # --- submissions ------------------------------------------------------------------------------------------------------
 
 
-def submitted(version: str, name: str, folder: Path) -> tuple[Restored, Asked]:
+def submitted(version: str, name: str, folder: Path) -> tuple[Restored, DriverRequest]:
     """Restore a submission, and return its request as the job's driver reads it."""
     recorded = restore(version, name, folder, "submissions")
     shutil.copytree(recorded.path / "record", folder / "runs/.submitted" / name)
-    return recorded, Asked.read(recorded.path / "request")
+    return recorded, DriverRequest.read(recorded.path / "request")
 
 
 @pytest.mark.parametrize("name", ["submitted", "submitted-sweep"])
 def test_a_submission_is_found(version: str, name: str, in_tmp: Path) -> None:
-    recorded, asked = submitted(version, name, in_tmp)
+    recorded, request = submitted(version, name, in_tmp)
     job = json_of(recorded.path / "record/run.json")["job"]
     handle = resolve_run(name)
     assert (handle.record.job, handle.storage) == (job, None)
-    assert asked.place == job
+    assert request.place == job
     cluster = FakeCluster()
     cluster.add(name, "PENDING", metadata={"raytrainer.name": name})
     (listed,) = listing.list_runs(clusters=cluster.clusters())
@@ -275,34 +274,32 @@ def test_a_submission_is_found(version: str, name: str, in_tmp: Path) -> None:
 
 def test_a_submitted_run_is_done(version: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver of the job does what was submitted, here without Ray."""
-    recorded, asked = submitted(version, "submitted", in_tmp)
+    recorded, request = submitted(version, "submitted", in_tmp)
     (in_tmp / "shared").mkdir()
     (in_tmp / "shared/mlflow.db").write_bytes(empty_store())
 
-    def inline(e: Experiment) -> None:
-        e.cluster.kind, e.cluster.address = "inline", None
-
-    monkeypatch.setattr(entry, "here", inline)
-    monkeypatch.setattr(provenance, "_submitted", None)
-    assert entry.run(asked) == 0
+    use_driver_backend = entrypoint.use_driver_backend
+    monkeypatch.setattr(entrypoint, "use_driver_backend", lambda e, name="": use_driver_backend(e, "inline"))
+    monkeypatch.setenv("RAYTRAINER_SUBMITTED_BY", "")
+    assert entrypoint.run(request) == 0
     run = json_of(in_tmp / "shared/runs/submitted/run.json")
-    assert (run["status"], run["step"], run["job"]) == ("FINISHED", 20, asked.place)
+    assert (run["status"], run["step"], run["job"]) == ("FINISHED", 20, request.place)
     assert run.keys() == json_of(recorded.path / "record/run.json").keys()
     assert json_of(in_tmp / "shared/runs/submitted/provenance.json")["user"] == USER
-    assert (in_tmp / "shared/runs/submitted/config.yaml").read_text() == asked.config
+    assert (in_tmp / "shared/runs/submitted/config.yaml").read_text() == request.config
     # MLflow gets the same tags, parameters and metrics as from the recorded run, and tags for the job.
     mlflow, (finished,) = Runs(in_tmp, in_tmp / "shared/mlflow.db"), in_mlflow(version, "finished")
-    job = {f"raytrainer.{key}" for key in asked.place}
+    job = {f"raytrainer.{key}" for key in request.place}
     assert mlflow.tags("submitted").keys() == finished["tags"].keys() | job
     assert mlflow.params("submitted").keys() == finished["params"].keys()
     assert without_system(mlflow.rows("submitted")) == without_system(finished["metrics"])
 
 
 def test_a_submitted_sweep_has_its_plan(version: str, in_tmp: Path) -> None:
-    _, asked = submitted(version, "submitted-sweep", in_tmp)
-    assert asked.plan is not None
-    plan = Plan.from_dict(asked.plan)
-    assert plan.to_dict() == asked.plan
+    _, request = submitted(version, "submitted-sweep", in_tmp)
+    assert request.plan is not None
+    plan = Plan.from_dict(request.plan)
+    assert plan.to_dict() == request.plan
     (lr,) = plan.parameters
     assert (lr.key, [*lr.values]) == ("optimizer.lr", [0.1, 0.01])
-    assert plan.first.text == asked.config
+    assert plan.first.text == request.config

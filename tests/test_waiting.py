@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import pytest
 
 from raytrainer.attempt.waiting import Waiting, selected_nodes
-from raytrainer.autoscaling import addable
 from raytrainer.preflight import Resources
 from raytrainer.progress import Display
+from raytrainer.ray_internals.autoscaling import addable
 from tests.terminal import Terminal
 
 

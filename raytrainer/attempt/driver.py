@@ -95,7 +95,7 @@ class Driver(Work[FitResult, Outcome]):
     @contextlib.contextmanager
     def _trainer(self) -> Iterator[Callable[[worker.Job], FitResult]]:
         """Start or join Ray, yield the function that trains on it, and at the end stop everything that runs on it."""
-        if self.e.cluster.kind == "inline":
+        if self.e.backend.ray == "none":
             yield self._train_inline
             return
         from raytrainer import ray_internals

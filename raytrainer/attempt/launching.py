@@ -15,7 +15,6 @@ from raytrainer.attempt.driver import Driver
 from raytrainer.attempt.locking import locked_attempt, refuse_existing, shown, storage_path
 from raytrainer.attempt.outcome import Outcome
 from raytrainer.attempt.record import Record, experiment_name, next_attempt, tracking_uri
-from raytrainer.attempt.session import cluster_resources, join_cluster
 from raytrainer.config import (
     CheckpointConfig,
     Composition,
@@ -93,10 +92,7 @@ def _checked(composition: Composition, record: Record | None) -> tuple[str, bool
     unusable = preflight.check_storage(storage.check_writable, shown(e))
     if record is None and not unusable:
         refuse_existing(e, storage)
-    if e.cluster.kind == "existing":
-        available, where = _existing_resources(e)
-    else:
-        available, where = preflight.this_machine(), "this machine"
+    available, where = e.backend.resources(e) or (preflight.this_machine(), "this machine")
     uri = tracking_uri(e, record.tracking_uri if record else "")
     odd = tracking.variable_problems(os.environ, uri)
     # A resumed run has its experiment in MLflow already.
@@ -149,7 +145,7 @@ def launch(
     # Outside `locked_attempt`, whose signals could be raised in the middle of a library's import. Nothing has started
     # yet, so the caller's own signal handling is right.
     where, gpu = _checked(composition, record)
-    if e.preflight.first_batch is True and e.cluster.kind != "inline":
+    if e.preflight.first_batch is True and e.backend.ray != "none":
         probe_first_batch(composition, gpu, display.say)
     composition = with_modes(composition)
     with locked_attempt(e, new=record is None, display=display, argv=argv, job=job) as attempt:
@@ -181,7 +177,7 @@ def _in_use(e: Experiment) -> list[str]:
 def _probe_beside_ray(composition: Composition, record: Record, gpu: bool) -> preflight.FirstBatch | None:
     """Start the first-batch probe of a new run if a core is free while Ray starts; else return None."""
     e = composition.experiment
-    wanted = e.preflight.first_batch == "auto" and e.cluster.kind == "local" and e.evaluate is None
+    wanted = e.preflight.first_batch == "auto" and e.backend.ray == "embedded" and e.evaluate is None
     if (
         not wanted
         or record.attempts > 1
@@ -245,13 +241,7 @@ def _where(e: Experiment, gpu: bool) -> str:
     n = e.scaling.num_workers
     workers = f"{n[0]} to {n[1]} workers" if isinstance(n, list) else f"{n} worker{'' if n == 1 else 's'}"
     device = "GPU" if gpu else "CPU"
-    if e.cluster.kind == "inline":
+    if e.backend.ray == "none":
         return f"inline, in this process, on {device}"
-    place = "local Ray" if e.cluster.kind == "local" else f"Ray at {e.cluster.address or 'auto'}"
+    place = "local Ray" if e.backend.ray == "embedded" else f"Ray at {e.cluster.address or 'auto'}"
     return f"{place}, {workers} on {device}"
-
-
-def _existing_resources(e: Experiment) -> tuple[preflight.Resources, str]:
-    """Join a running cluster. Return its resources, including those that it can add, and its name as text."""
-    address = join_cluster(e.cluster.address or "auto", e.cluster.runtime_env, e.name or "", "cluster.address")
-    return cluster_resources(e), f"the cluster at {address}"

@@ -29,10 +29,10 @@ def ray_session(e: Experiment, interrupts: Interrupts, *, all_of_it: bool = Fals
 
     from raytrainer import ray_internals
 
-    ray_internals.prepare(embedded=e.cluster.kind == "local")
+    ray_internals.prepare(embedded=e.backend.ray == "embedded")
     available = preflight.this_machine()
     try:
-        if e.cluster.kind == "local":
+        if e.backend.ray == "embedded":
             interrupts.deferred = True  # an interrupted start would leave processes behind
             ray_internals.start_embedded(int(available.cpus), int(available.gpus), available.memory)
             interrupts.deferred = False

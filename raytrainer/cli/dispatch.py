@@ -142,28 +142,25 @@ def _trained(
     return outcome
 
 
-def _is_sent(asked: Any) -> bool:
+def _is_sent(target: Any) -> bool:
     """Return whether a composed config, or the plan of a sweep, runs as a job on a shared cluster."""
-    return asked.experiment.cluster.kind in ("job", "kuberay")
+    return bool(target.experiment.backend.submits)
 
 
 def _submit(
-    asked: Any, arguments: list[str], record: Any = None, changed: Sequence[str] = (), *, as_json: bool = False
+    target: Any, arguments: list[str], record: Any = None, changed: Sequence[str] = (), *, as_json: bool = False
 ) -> int:
-    from raytrainer.cluster import submit
-
     # With --json, standard output is for a program, so the job's output goes to standard error, like progress.
-    printed = sys.stderr if as_json else sys.stdout
-    found = submit.launch(asked, arguments, record=record, changed=changed, say=_say, out=printed)
-    print(json.dumps(found.to_json()) if as_json else found.text(provenance.program()), flush=True)
-    return found.exit_code
+    out = sys.stderr if as_json else sys.stdout
+    backend = target.experiment.backend
+    submission = backend.submit(target, arguments, record=record, changed=changed, say=_say, out=out)
+    print(json.dumps(submission.to_json()) if as_json else submission.text(provenance.program()), flush=True)
+    return int(submission.exit_code)
 
 
 def _check(composition: config.Composition, arguments: list[str], record: Any = None) -> int:
     if _is_sent(composition):
-        from raytrainer.cluster import submit
-
-        where = submit.check(composition, arguments, record=record, say=_say)
+        where = composition.experiment.backend.check(composition, arguments, record=record, say=_say)
     else:
         from raytrainer import attempt
 
@@ -173,31 +170,21 @@ def _check(composition: config.Composition, arguments: list[str], record: Any = 
     return 0
 
 
-def _would_send(asked: Any, arguments: list[str], record: Any = None, changed: Sequence[str] = ()) -> int:
+def _would_send(target: Any, arguments: list[str], record: Any = None, changed: Sequence[str] = ()) -> int:
     """Print everything that would be sent to a shared cluster, or where else it would run. Nothing is started.
 
     Args:
-        asked: A composed config, or the plan of a sweep.
+        target: A composed config, or the plan of a sweep.
         arguments: The command line.
         record: The record of the run that would continue.
         changed: As for `attempt.launch`.
     """
-    if not _is_sent(asked):
-        if isinstance(asked, config.Composition):
-            return _check(asked, arguments, record)
-        return _check_sweep(asked, arguments, record)
-    from raytrainer.cluster import request
-
-    attempt = 1 if record is None else record.attempts + 1
-    found = request.prepare(asked, arguments, changed=changed, resumes=record is not None, attempt=attempt)
-    print(f"---\n{found.to_text()}", end="", flush=True)
-    if found.package is not None:
-        print(found.table(), file=sys.stderr)
-    refused, told = request.problems(found)
-    for problem in refused:
-        _say(f"would be refused: {problem}")
-    for text in told:
-        _say(f"warning: {text}")
+    if not _is_sent(target):
+        if isinstance(target, config.Composition):
+            return _check(target, arguments, record)
+        return _check_sweep(target, arguments, record)
+    text = target.experiment.backend.render(target, arguments, record=record, changed=changed, say=_say)
+    print(f"---\n{text}", end="", flush=True)
     return 0
 
 
@@ -209,9 +196,7 @@ def _check_sweep(plan: Any, arguments: list[str], record: Any = None) -> int:
     from raytrainer import sweep
 
     if _is_sent(plan):
-        from raytrainer.cluster import submit
-
-        where = submit.check(plan, arguments, record=record, say=_say)
+        where = plan.experiment.backend.check(plan, arguments, record=record, say=_say)
     else:
         where = sweep.check(plan, record, say=_say)
     print(f"ok: {plan.experiment.name} would run {sweep.describe_sweep(plan)}, each on {where}")

@@ -13,6 +13,7 @@ from raytrainer.config.nodes import targets
 from raytrainer.config.schema import NAME_PATTERN, ClusterConfig, Experiment
 from raytrainer.config.strategy import check_strategy
 from raytrainer.errors import ConfigError
+from raytrainer.plugins import Backend, built_in, recorded_kind
 
 
 def check_together(e: Experiment) -> None:
@@ -40,7 +41,7 @@ def check_together(e: Experiment) -> None:
             key="tracking.register_model",
             value=e.tracking.register_model,
         )
-    _check_cluster(e.cluster)
+    _check_cluster(e)
     _check_sweep(e)
 
 
@@ -110,20 +111,15 @@ def _check_init_from(e: Experiment) -> None:
         raise ConfigError("must be a list of patterns, as [head.*]", key="init_from.exclude", value=exclude)
 
 
-# Kind of cluster → the pattern of its address, and the description in errors.
-_ADDRESSES = {
-    "existing": (
-        r"auto|(\[[\da-fA-F:.]+\]|[\w.-]+):\d{1,5}",
-        "auto or host:port (10.0.0.1:6379)",
-    ),
-    "job": (r"https?://[^\s/?#@]+(/[^\s?#]*)?", "http(s)://host[:port], of the cluster's dashboard"),
-}
 _VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
 _KUBERNETES = r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?"
 
 
-def _check_cluster(c: ClusterConfig) -> None:
-    _check_address(c.kind, c.address)
+def _check_cluster(e: Experiment) -> None:
+    c = e.cluster
+    for problem in e.backend.validate(e):
+        raise problem
+    _check_address(e.backend, c)
     for name, pattern, what in (
         ("forward_env", _VARIABLE, "a list of names of variables, without their values"),
         ("shared_paths", r"/.*", "a list of absolute paths"),
@@ -141,9 +137,8 @@ def _check_cluster(c: ClusterConfig) -> None:
         raise ConfigError(f"is more than cluster.max_pods={c.max_pods}", key="cluster.min_pods", value=c.min_pods)
 
 
-def _check_address(kind: str, address: str | None) -> None:
-    if kind == "job" and address is None:
-        raise ConfigError("is not set: http(s)://host[:port], of the cluster's dashboard", key="cluster.address")
+def _check_address(backend: Backend, c: ClusterConfig) -> None:
+    address = c.address
     if address is None:
         return
     if address.startswith("ray://"):
@@ -157,21 +152,16 @@ def _check_address(kind: str, address: str | None) -> None:
             key="cluster.address",
             value=address,
         )
-    pattern, examples = _ADDRESSES.get(kind, ("", ""))
+    pattern, description = backend.address_form or ("", "")
     if pattern and re.fullmatch(pattern, address):
         return
-    # The form of the address shows which kind was meant.
-    meant = next(
-        (other for other, (form, _) in _ADDRESSES.items() if other != kind and re.fullmatch(form, address)), None
-    )
-    hint = f"; use cluster={meant}" if meant else ""
-    if kind == "job" and re.fullmatch(r"[^/@]+:\d+", address):
-        hint = f"; http://{address} or https://{address}, or use cluster=existing"
+    # The form of the address shows which backend was meant.
+    meant = next((o for o in built_in() if o.address_form and re.fullmatch(o.address_form[0], address)), None)
+    hint = f"; use cluster={recorded_kind(meant.name)}" if meant is not None else ""
     # The address may contain a password, which must not reach a terminal or a log.
     shown = re.sub(r"//[^/]*@", "//…@", address).partition("?")[0]
-    if not pattern:
-        raise ConfigError(f"has no meaning with cluster={kind}{hint}", key="cluster.address", value=shown)
-    raise ConfigError(f"must be {examples} with cluster={kind}{hint}", key="cluster.address", value=shown)
+    wrong = f"must be {description}" if pattern else "has no meaning"
+    raise ConfigError(f"{wrong} with cluster={c.kind}{hint}", key="cluster.address", value=shown)
 
 
 _FORWARD = "send only its name, cluster.forward_env=[{name}], and set its value on the cluster"
@@ -290,10 +280,6 @@ def _check_workers(e: Experiment) -> None:
     if gpus is not None and e.scaling.use_gpu in (True, False) and e.scaling.use_gpu != (gpus > 0):
         told = f"contradicts scaling.use_gpu={str(e.scaling.use_gpu).lower()}; leave one of the two out"
         raise ConfigError(told, key="scaling.resources_per_worker.GPU", value=gpus)
-    if e.cluster.kind == "inline" and n != 1:
-        raise ConfigError(
-            "must be 1 with cluster=inline (this process); use cluster=local", key="scaling.num_workers", value=n
-        )
     if e.data.global_batch_size < e.max_workers:
         raise ConfigError(
             f"is smaller than scaling.num_workers={e.max_workers}: a worker would have no sample",

@@ -21,6 +21,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from raytrainer import plugins
 from raytrainer.config import hydra_internals, number_keys, resolvers
 from raytrainer.config.checks import check_references, check_together
 from raytrainer.config.direction import check_modes, derive_modes
@@ -285,6 +286,7 @@ def searching(config_dir: str | Path | None, searchpath: Sequence[str] = ()) -> 
 
 
 def _composition(cfg: DictConfig, overrides: tuple[str, ...], choices: tuple[tuple[str, str], ...]) -> Composition:
+    _write_cluster(cfg)
     experiment = _experiment(cfg, choices)
     write_modes(cfg, experiment)
     return Composition(experiment, OmegaConf.to_yaml(cfg), overrides, choices)
@@ -300,6 +302,23 @@ def with_modes(composition: Composition) -> Composition:
     return (
         replace(composition, text=OmegaConf.to_yaml(cfg)) if write_modes(cfg, composition.experiment) else composition
     )
+
+
+def _write_cluster(cfg: DictConfig) -> None:
+    """Write the section `cluster` as older versions write it: a request is known by the digest of its config, and the
+    raytrainer on a cluster may be older."""
+    cluster = cfg.get("cluster")
+    if not isinstance(cluster, DictConfig):
+        return
+    if isinstance(kind := _value(cfg, "cluster.kind"), str) and kind != plugins.recorded_kind(kind):
+        cluster.kind = plugins.recorded_kind(kind)
+    if cluster.get("options") == {}:
+        OmegaConf.set_struct(cluster, False)
+        del cluster["options"]
+
+
+def _value(cfg: DictConfig, key: str) -> Any:
+    return OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
 
 
 def _experiment(cfg: DictConfig, choices: tuple[tuple[str, str], ...]) -> Experiment:
@@ -325,8 +344,9 @@ def _experiment(cfg: DictConfig, choices: tuple[tuple[str, str], ...]) -> Experi
 def _standing_in(cfg: DictConfig) -> Iterator[None]:
     """Set placeholders for variables that only a shared cluster has, so that the config can be resolved here. Their
     names are in `cluster.forward_env`. The text that is sent keeps its references."""
-    shared = OmegaConf.select(cfg, "cluster.kind", throw_on_resolution_failure=False) in ("job", "kuberay")
-    names = OmegaConf.select(cfg, "cluster.forward_env", throw_on_resolution_failure=False) if shared else ()
+    kind = _value(cfg, "cluster.kind")
+    sent = isinstance(kind, str) and plugins.backend_named(kind).submits
+    names = _value(cfg, "cluster.forward_env") if sent else ()
     absent = [name for name in names or () if isinstance(name, str) and name not in os.environ]
     os.environ.update({name: f"({name} of the cluster)" for name in absent})
     try:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from raytrainer import plugins
 from raytrainer.errors import ConfigError
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -140,8 +141,9 @@ class TrackingConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ClusterConfig:
-    kind: str = key("local", choices=("inline", "local", "existing", "job", "kuberay"))
+    kind: str = "local"  # the name of a backend
     address: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)  # settings of a backend from another package
     runtime_env: dict[str, Any] = field(default_factory=dict)
     # For a shared cluster.
     forward_env: Any = field(default_factory=list)  # names of variables; the cluster has their values
@@ -240,6 +242,16 @@ class Experiment:
         """The largest number of workers: `scaling.num_workers`, or its upper bound for an elastic run."""
         n = self.scaling.num_workers
         return int(n[1]) if isinstance(n, list) else int(n)
+
+    @property
+    def backend(self) -> plugins.Backend:
+        """The backend that `cluster.kind` names."""
+        return plugins.backend_named(self.cluster.kind)
+
+    @property
+    def uses_ray(self) -> bool:
+        """Whether its workers run on Ray; otherwise one trains in the driver's process."""
+        return not self.debug and self.backend.ray != "none"
 
 
 def known_keys(kind: type = Experiment, prefix: str = "") -> Iterator[str]:

@@ -34,7 +34,7 @@ NODES = (
 # Mappings with arbitrary keys.
 OPEN = (
     *("scaling.resources_per_worker", "scaling.label_selector", "sweep.space"),
-    *("cluster.runtime_env", "cluster.driver_resources", "cluster.pod_resources"),
+    *("cluster.runtime_env", "cluster.driver_resources", "cluster.pod_resources", "cluster.options"),
 )
 _TRUE, _FALSE = {"true", "yes", "on"}, {"false", "no", "off"}
 

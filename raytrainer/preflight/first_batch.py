@@ -149,7 +149,7 @@ def targets_of(e: Experiment) -> Iterator[tuple[str, str]]:
 
 def _path_of_workers(e: Experiment) -> list[str]:
     """Return what Ray adds to its workers' `sys.path`; inline, this process's own path."""
-    if e.cluster.kind == "inline" or e.debug:
+    if not e.uses_ray:
         return [folder for folder in sys.path if folder]
     script = str(Path(os.path.realpath(sys.argv[0])).parent)
     return [script] if script in sys.path else []

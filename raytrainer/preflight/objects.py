@@ -31,7 +31,7 @@ def check_objects(e: Experiment) -> None:
     """
     check_targets(e)
     _check_main(e)
-    if (e.debug or e.cluster.kind == "inline") and (keys := through_ray(e)):
+    if not e.uses_ray and (keys := through_ray(e)):
         raise ConfigError(
             "needs a Ray cluster, which cluster=inline and debug do not have; cluster=local starts one",
             key=keys[0],
@@ -57,7 +57,7 @@ def check_objects(e: Experiment) -> None:
 
 def _check_main(e: Experiment) -> None:
     """Check that no target is in `__main__`, because no other process has what the launching program defines."""
-    if e.debug or e.cluster.kind == "inline":
+    if not e.uses_ray:
         return
     for key, target in targets_of(e):
         if target.startswith("__main__."):
@@ -73,7 +73,7 @@ def _check_main(e: Experiment) -> None:
 
 def _check_sources(e: Experiment) -> None:
     """If workers run on this machine, check that the data exist, as far as a dataset's class can tell cheaply."""
-    if not (e.debug or e.cluster.kind in ("inline", "local")):
+    if e.backend.location != "here" and not e.debug:
         return
     for set_key, set_node in e.data.sets.items():
         samples: dict[str, Any] = {}

@@ -188,7 +188,7 @@ def _simplify(e: Experiment, gpu: bool) -> None:
 @contextlib.contextmanager
 def _group_of_one(e: Experiment) -> Iterator[None]:
     """Create a process group within the context if the run has one on Ray, because the loss may use it."""
-    if e.cluster.kind != "inline" and not e.debug and not dist.is_initialized():
+    if e.uses_ray and not dist.is_initialized():
         with contextlib.suppress(Exception):
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:

@@ -42,7 +42,7 @@ def check_tracking(probe: Callable[[str], None], uri: str, required: bool) -> li
 
 def check_environment(e: Experiment, environ: Mapping[str, str]) -> list[str]:
     """Return problems of variables that would send the run elsewhere, and of the temporary directory."""
-    if e.cluster.kind == "local" and (address := environ.get("RAY_ADDRESS")):
+    if e.backend.ray == "embedded" and (address := environ.get("RAY_ADDRESS")):
         own = f"RAY_ADDRESS={address} is set and cluster=local starts its own Ray on this machine; "
         return [own + "use cluster=existing for that cluster, or unset RAY_ADDRESS"]
     return check_temporary(e, environ)
@@ -55,10 +55,10 @@ def is_elsewhere(e: Experiment, is_here: Callable[[str], bool] | None = None) ->
         e: The experiment.
         is_here: Returns whether a host is this machine; None: `is_this_machine`.
     """
-    kind, address = e.cluster.kind, e.cluster.address or ""
-    if kind == "kuberay":
-        return True
-    if kind not in ("job", "existing") or address in ("", "auto"):
+    location, address = e.backend.location, e.cluster.address or ""
+    if location != "address":
+        return location == "elsewhere"
+    if address in ("", "auto"):
         return False
     host = urlsplit(address if "://" in address else f"//{address}").hostname
     return not (is_here or is_this_machine)(host or "")

@@ -26,9 +26,9 @@ def check_temporary(e: Experiment, environ: Mapping[str, str]) -> list[str]:
         environ: The environment, which may name the directory.
     """
     problems = []
-    if e.cluster.kind == "local":
+    if e.backend.ray == "embedded":
         problems += _check_of_ray(environ)
-    if e.trainer.compile and e.cluster.kind in ("local", "inline") and not problems:
+    if e.trainer.compile and e.backend.location == "here" and not problems:
         problems += _check_of_compiler(environ)
     return problems
 

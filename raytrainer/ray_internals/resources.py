@@ -10,7 +10,7 @@ from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.core.generated.gcs_pb2 import ActorTableData, JobTableData, PlacementGroupTableData
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raytrainer.autoscaling import HEAD, Growth, addable
+from raytrainer.ray_internals.autoscaling import HEAD, Growth, addable
 
 NAME = "raytrainer.name"  # key in the metadata of a run's Ray job
 _PROBE_S = 5.0

@@ -12,6 +12,7 @@ import yaml
 from raytrainer.attempt import tracking_uri
 from raytrainer.config import Composition, compose, from_text, group_names, new_name, with_values
 from raytrainer.errors import ConfigError
+from raytrainer.plugins import backend_named
 from raytrainer.runs.arguments import VerbParser
 from raytrainer.runs.recorded import base_name, trained_run
 from raytrainer.storage import redacted
@@ -75,7 +76,7 @@ def to_evaluate(
         fixed["storage_path"] = root.display.rpartition("/")[0]
     for group, choice in choices.items():
         fixed.update(_section(group, choice, values, config_dir))
-    if choices.get("cluster") == "inline":
+    if "cluster" in choices and backend_named(fixed["cluster"]["kind"]).ray == "none":
         fixed["scaling.num_workers"] = 1
     composition = from_text(with_values(text, fixed), values)
     if not composition.experiment.data.val_sets:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from raytrainer.cluster.ending import ending_of
 from raytrainer.runs.handle import RunHandle
 from raytrainer.runs.jobs import ACTIVE, Clusters, Job, never_sent
 from raytrainer.runs.summary import RunSummary, summarize
+from raytrainer.submission.ending import ending_of
 
 
 def summarize_job(handle: RunHandle, job: Job | None, clusters: Clusters) -> RunSummary:

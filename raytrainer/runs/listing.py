@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 
 from raytrainer import provenance, tracking
-from raytrainer.attempt import SUBMITTED, Record, in_background
+from raytrainer.attempt import SUBMITTED, Record
+from raytrainer.core.background import in_background
 from raytrainer.core.formatting import ago, aligned
 from raytrainer.errors import ConfigError, StorageError, TrackingError
 from raytrainer.runs import printing

@@ -28,12 +28,12 @@ from datetime import datetime
 from typing import Literal
 
 from raytrainer.attempt import Record
-from raytrainer.cluster.ending import REFUSED, ending_of
 from raytrainer.core.formatting import duration
 from raytrainer.errors import StorageError
 from raytrainer.runs.jobs import ACTIVE, Job
 from raytrainer.storage import Storage
 from raytrainer.storage.lock import Lease, leases_in
+from raytrainer.submission.ending import REFUSED, ending_of
 from raytrainer.tracking.runs import Status
 
 LIMIT_S = 300.0  # thirty heartbeats

@@ -18,7 +18,7 @@ from raytrainer.errors import ConfigError, RunNotFound, StorageError
 from raytrainer.runs import printing
 from raytrainer.runs.arguments import VerbParser, count
 from raytrainer.runs.handle import RunHandle
-from raytrainer.runs.jobs import ACTIVE, Clusters, Job
+from raytrainer.runs.jobs import Clusters, Job
 from raytrainer.runs.reconcile import check_liveness
 from raytrainer.runs.resolve import resolve_run, tracking_uri_of, with_mlflow_run
 from raytrainer.storage import Storage
@@ -84,29 +84,21 @@ def log_lines(
     if local is not None and handle.submission_id == recorded:
         yield from _local_lines(handle, local, name, follow, clusters, sleep)
         return
-    yield from _remote_lines(handle, name, rank, follow, job, clusters, say)
+    yield from _remote_lines(handle, name, rank, follow, job, say)
 
 
 def _remote_lines(
-    handle: RunHandle,
-    name: str,
-    rank: int | None,
-    follow: bool,
-    job: Job | None,
-    clusters: Clusters,
-    say: Callable[[str], None],
+    handle: RunHandle, name: str, rank: int | None, follow: bool, job: Job | None, say: Callable[[str], None]
 ) -> Iterator[str]:
     """Return the lines of a log from the run's job while that is active, else as the driver saved them."""
-    cluster = clusters.of(handle) if job is not None else None
-    if job is None or cluster is None:
-        return _saved_lines(handle, name, say)
-    if job.status in ACTIVE:
-        pieces = cluster.tail(job.submission_id) if follow else [cluster.logs(job.submission_id)]
-        return _of_rank(_lines(piece.encode() for piece in pieces), rank)
+    if job is not None and job.is_active:
+        return _of_rank(_lines(piece.encode() for piece in job.logs(follow)), rank)
     try:
         return _saved_lines(handle, name, say)
     except RunNotFound:  # the driver was killed before it could save its logs
-        return _of_rank(_lines([cluster.logs(job.submission_id).encode()]), rank)
+        if job is None:
+            raise
+        return _of_rank(_lines(piece.encode() for piece in job.logs()), rank)
 
 
 def _local_lines(

@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 
 from raytrainer import tracking
-from raytrainer.attempt import Record, in_background
+from raytrainer.attempt import Record
 from raytrainer.attempt.record import SECONDS_TAG
+from raytrainer.core.background import in_background
 from raytrainer.errors import RaytrainerError, StorageError, StorageLocked, TrackingError
 from raytrainer.runs.handle import RunHandle
 from raytrainer.runs.jobs import Clusters
@@ -141,11 +142,11 @@ def _end(handle: RunHandle, liveness: Liveness) -> float:
 def _save_job_log(handle: RunHandle, uri: str, run_id: str, clusters: Clusters) -> None:
     """Save the job's log in the run if the driver has not saved its own. It would be lost with the head node."""
     with suppress(RaytrainerError, OSError):
-        cluster = clusters.of(handle)
+        job = clusters.job_of(handle)
         server = Server(uri, timeout_s=30)
-        if cluster is None or handle.submission_id is None or "logs/driver.log" in server.artifacts(run_id, "logs"):
+        if job is None or "logs/driver.log" in server.artifacts(run_id, "logs"):
             return
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "job.log")
-            file.write_text(cluster.logs(handle.submission_id), encoding="utf-8")
+            file.write_text("".join(job.logs()), encoding="utf-8")
             server.log_artifact(run_id, file, "logs")

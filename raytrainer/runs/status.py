@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raytrainer import provenance, tracking
-from raytrainer.cluster.ending import ending_of, one_line
 from raytrainer.core.formatting import ago, duration
 from raytrainer.errors import RaytrainerError, StorageError, TrackingError
 from raytrainer.runs import printing
@@ -22,6 +21,7 @@ from raytrainer.runs.liveness import Liveness
 from raytrainer.runs.reconcile import check_liveness, close_orphans
 from raytrainer.runs.resolve import resolve_run, with_mlflow_run
 from raytrainer.runs.summary import RunSummary, SavedCheckpoint, saved_checkpoints, summarize
+from raytrainer.submission.ending import ending_of, one_line
 from raytrainer.tracking.sender import LOCAL_PREFIX
 
 ABOUT = "Everything about a run: where it is, how far, its best value, what it waits for, what to do next."
@@ -109,7 +109,7 @@ def status_of(
         _mlflow_page(handle),
         is_lost,
         None if job is None else (job.status, _job_message(job)),
-        _waits(handle, job, clusters),
+        _waits(job),
         liveness,
         _next_commands(summary, checkpoints, provenance.program()),
     )
@@ -245,13 +245,12 @@ def _job_message(job: Job) -> str:
     return (one_line(job.message) if job.status in ACTIVE else ending_of(job).cause) or ""
 
 
-def _waits(handle: RunHandle, job: Job | None, clusters: Clusters) -> str | None:
+def _waits(job: Job | None) -> str | None:
     """Return what a pending job is waiting for."""
     if job is None or job.status != "PENDING":
         return None
     try:
-        cluster = clusters.of(handle)
-        return None if cluster is None else cluster.explain_waiting(job.submission_id)
+        return job.explain_waiting()
     except (RaytrainerError, OSError) as error:
         return str(error)
 

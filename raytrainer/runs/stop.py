@@ -254,26 +254,24 @@ class Stopper:
     # --- a job ----------------------------------------------------------------------------------------------------
 
     def _stop_job(self, job: Job) -> StopResult:
-        cluster = self.clusters.of(self.handle)
-        assert cluster is not None
         is_requested = job.status == "RUNNING" and not self.force and self._request_by_file(job.submission_id)
         if is_requested:
             self._report("asked its job to end after a last checkpoint")
-            job = self._wait_for_job(job, min(self.deadline, time.monotonic() + _GRACE_S))
+            job = job.wait(min(self.deadline - time.monotonic(), _GRACE_S), sleep=self.sleep)
         if job.status in ACTIVE:
             self._report(f"stopping the job {job.submission_id}" + (", which did not end" if is_requested else ""))
-            cluster.stop(job.submission_id)
-            job = self._wait_for_job(job, min(self.deadline, time.monotonic() + _PLACED_S))
+            job.stop()
+            job = job.wait(min(self.deadline - time.monotonic(), _PLACED_S), sleep=self.sleep)
         message = f"its job {job.submission_id} is asked to end, and does as soon as its driver gets what it waits for"
         if job.status == "PENDING":  # Ray cannot end a job whose driver is not placed yet
             self._report(f"{message}")
         if job.status in ACTIVE:
-            job = self._wait_for_job(job, self.deadline)
+            job = job.wait(self.deadline - time.monotonic(), sleep=self.sleep)
         if job.status == "PENDING":
             return self._result(False, message, is_requested=True)
         if job.status == "RUNNING":
             return self._result(False, f"its job {job.submission_id} is still {job.status}")
-        while held := cluster.held_by(job.submission_id):
+        while held := job.held_by():
             if time.monotonic() > self.deadline:
                 return self._result(False, f"its job is {job.status}, and still holds {_amounts(held)}")
             self.sleep(0.5)
@@ -293,14 +291,6 @@ class Stopper:
             self._report(f"{error}; it is ended without a checkpoint")
             return False
         return True
-
-    def _wait_for_job(self, job: Job, until: float) -> Job:
-        cluster = self.clusters.of(self.handle)
-        assert cluster is not None
-        while job.status in ACTIVE and time.monotonic() < until:
-            self.sleep(0.5)
-            job = cluster.info(job.submission_id) or job
-        return job
 
     # --- the end --------------------------------------------------------------------------------------------------
 

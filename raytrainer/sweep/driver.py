@@ -58,7 +58,7 @@ class SweepDriver(Work[str, SweepOutcome]):
         self._at_once = 1  # the maximum number of concurrent trials
         self._stop_announced = False
         # This process sends the spools on this machine. Trial processes on other machines upload their own.
-        self._trials_upload = not (attempt.storage.is_local or self.e.cluster.kind == "local")
+        self._trials_upload = not (attempt.storage.is_local or self.e.backend.location == "here")
         self._runs: TrialRuns | None = None
         self._board: Board | None = None
         self._waiting: Waiting | None = None

@@ -262,8 +262,8 @@ def check_plan(plan: Plan) -> None:
     for composition in plan.compositions.values():
         check_modes(composition.experiment, objects=True, sweep=True)
     _check_objective(plan)
-    if e.cluster.kind == "inline":
-        raise ConfigError("has no processes for trials; use cluster=local", key="cluster", value="inline")
+    if e.backend.ray == "none":
+        raise ConfigError("has no processes for trials; use cluster=local", key="cluster", value=e.cluster.kind)
     if isinstance(e.scaling.num_workers, list):
         raise ConfigError(
             "is elastic; every trial of a sweep has the same number of workers",

@@ -200,6 +200,6 @@ def _check_shared(job: Job, root: str) -> None:
 def _cpus(experiment: config.Experiment) -> int | None:
     """Return the CPUs of one worker, the limit for its threads. More would be slower, and change the order of sums."""
     cpus = (experiment.scaling.resources_per_worker or {}).get("CPU")
-    if cpus is None and experiment.cluster.kind == "inline":
+    if cpus is None and experiment.backend.ray == "none":
         return None
     return max(1, int(cpus or 1))

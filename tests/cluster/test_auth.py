@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from raytrainer.cluster.auth import Token, denied, find_token
+from raytrainer.backends.jobs_api.auth import Token, denied, find_token
 from raytrainer.errors import ConfigError
 
 SECRET = "planted-secret-0123456789"

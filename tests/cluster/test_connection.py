@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from raytrainer.cluster import connection
-from raytrainer.cluster.auth import Token
-from raytrainer.cluster.connection import Connection, NotThere
+from raytrainer.backends.jobs_api import connection
+from raytrainer.backends.jobs_api.auth import Token
+from raytrainer.backends.jobs_api.connection import Connection, NotThere
 from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, ConfigError
 from tests.promises import Within
 

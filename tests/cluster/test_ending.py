@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from raytrainer.cluster.ending import Ending, ending_of, one_line
 from raytrainer.errors import ConfigError, PreflightError, RaytrainerError
+from raytrainer.submission.ending import Ending, ending_of, one_line
 from tests.runs.past import FakeJob
 
 
@@ -22,34 +22,44 @@ REFUSAL = "raytrainer: refused: model.width=-1 must be positive"
 @pytest.mark.parametrize(
     ("job", "ending"),
     [
-        (FakeJob("x", "SUCCEEDED"), Ending("FINISHED", 0)),
-        (FakeJob("x", "STOPPED"), Ending("KILLED", 143, "the job was stopped")),
+        (FakeJob(submission_id="x", status="SUCCEEDED"), Ending("FINISHED", 0)),
+        (FakeJob(submission_id="x", status="STOPPED"), Ending("KILLED", 143, "the job was stopped")),
         (
-            FakeJob("x", "FAILED", message(2, "raytrainer: job x on node", REFUSAL), exit_code=2),
+            FakeJob(
+                submission_id="x",
+                status="FAILED",
+                message=message(2, "raytrainer: job x on node", REFUSAL),
+                exit_code=2,
+            ),
             Ending("REFUSED", 2, "model.width=-1 must be positive"),
         ),
         (
             FakeJob(
-                "x",
-                "FAILED",
-                message(1, "epoch 1", "outcome  failed", "cause    rank 0: bad", "where    Ray"),
+                submission_id="x",
+                status="FAILED",
+                message=message(1, "epoch 1", "outcome  failed", "cause    rank 0: bad", "where    Ray"),
                 exit_code=1,
             ),
             Ending("FAILED", 1, "rank 0: bad"),
         ),
         (
-            FakeJob("x", "FAILED", message(143, "raytrainer: stopped: stopped by SIGTERM"), exit_code=143),
+            FakeJob(
+                submission_id="x",
+                status="FAILED",
+                message=message(143, "raytrainer: stopped: stopped by SIGTERM"),
+                exit_code=143,
+            ),
             Ending("KILLED", 143, "stopped by SIGTERM"),
         ),
         (
-            FakeJob("x", "FAILED", message(2, "nothing of ours"), exit_code=2),
+            FakeJob(submission_id="x", status="FAILED", message=message(2, "nothing of ours"), exit_code=2),
             Ending("REFUSED", 2, "exit code 2; the last lines of its log say why"),
         ),
         (
-            FakeJob("x", "FAILED", message(-9, "epoch 1", "epoch 2"), exit_code=-9),
+            FakeJob(submission_id="x", status="FAILED", message=message(-9, "epoch 1", "epoch 2"), exit_code=-9),
             Ending("FAILED", 1, "Job entrypoint command failed with exit code -9", reported=False),
         ),
-        (FakeJob("x", "FAILED"), Ending("FAILED", 1, "Ray does not say why", reported=False)),
+        (FakeJob(submission_id="x", status="FAILED"), Ending("FAILED", 1, "Ray does not say why", reported=False)),
     ],
 )
 def test_how_a_job_ended(job: FakeJob, ending: Ending) -> None:
@@ -76,11 +86,11 @@ def test_the_last_line_of_the_entrypoint_has_the_cause(
     error: RaytrainerError, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Ray keeps the last ten lines of a log, and a refusal may be longer; the cause is still found."""
-    from raytrainer.cluster import entry
+    from raytrainer.submission import entrypoint
 
-    entry._say_end("refused", error)
+    entrypoint._say_end("refused", error)
     lines = capsys.readouterr().err.splitlines()
     assert set(str(error).splitlines()) <= {line.removeprefix("raytrainer: refused: ").strip() for line in lines}
-    ending = ending_of(FakeJob("x", "FAILED", message(2, *lines[-10:]), exit_code=2))
+    ending = ending_of(FakeJob(submission_id="x", status="FAILED", message=message(2, *lines[-10:]), exit_code=2))
     assert ending.status == "REFUSED"
     assert (ending.cause or "").startswith(str(error).splitlines()[0])

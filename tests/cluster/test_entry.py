@@ -17,13 +17,13 @@ import pytest
 
 from raytrainer import attempt, provenance, sweep
 from raytrainer.attempt import Outcome, Record
-from raytrainer.cluster import entry
-from raytrainer.cluster.entry import Asked
 from raytrainer.config import compose, group_names
 from raytrainer.errors import ConfigError
 from raytrainer.provenance import Provenance
 from raytrainer.storage import Storage
 from raytrainer.storage.lock import leases_in
+from raytrainer.submission import entrypoint
+from raytrainer.submission.entrypoint import DriverRequest
 from raytrainer.sweep import Plan, make_plan
 
 JOB = {"submission_id": "one", "cluster_address": "https://203.0.113.7", "content": "abc"}
@@ -48,7 +48,7 @@ def launched(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, An
     return calls
 
 
-def asked(**fields: Any) -> Asked:
+def asked(**fields: Any) -> DriverRequest:
     composition = compose(["experiment=mlp", "name=one", "cluster=job", "cluster.address=https://203.0.113.7"])
     given = {
         "kind": "run",
@@ -61,7 +61,7 @@ def asked(**fields: Any) -> Asked:
         "forward_env": [],
         "env_file": None,
     }
-    return Asked(**{**given, **fields})
+    return DriverRequest(**{**given, **fields})
 
 
 def directory() -> Storage:
@@ -73,7 +73,7 @@ def test_it_runs_in_the_middle_of_the_cluster(
 ) -> None:
     origin = Path.cwd() / "origin.json"
     origin.write_bytes(Provenance("python -m raytrainer …", commit="0" * 40, user="ada").to_json())
-    assert entry.run(asked(origin=origin, changed=["lr"])) == 0
+    assert entrypoint.run(asked(origin=origin, changed=["lr"])) == 0
     (call,) = launched
     cluster = call["thing"].experiment.cluster
     assert (cluster.kind, cluster.address, cluster.runtime_env) == ("existing", "auto", {})
@@ -88,7 +88,7 @@ def test_it_runs_in_the_middle_of_the_cluster(
 def test_a_sweep(launched: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["experiment=mlp", "name=one", "cluster=job", "cluster.address=https://203.0.113.7"]
     plan = make_plan([*overrides, "sweep=grid", "optimizer.lr=0.1,0.2"], choice="grid", space={}, groups=group_names())
-    assert entry.run(asked(kind="sweep", plan=plan.to_dict())) == 1
+    assert entrypoint.run(asked(kind="sweep", plan=plan.to_dict())) == 1
     (call,) = launched
     assert {c.experiment.cluster.kind for c in call["thing"].compositions.values()} == {"existing"}
     assert "Traceback of a trial" in capsys.readouterr().err
@@ -100,18 +100,18 @@ def test_what_has_ended_is_not_done_again(
 ) -> None:
     """An ended run does not start again if its cluster forgets the job or retries every failed job."""
     Record("one", directory().uri, status=status, job=JOB).write(directory())
-    assert entry.run(asked()) == code
-    assert entry.run(asked(job={**JOB, "resumes": "true"})) == code
+    assert entrypoint.run(asked()) == code
+    assert entrypoint.run(asked(job={**JOB, "resumes": "true"})) == code
     assert launched == []
     assert f"one has already ended: {status}" in capsys.readouterr().out
     # Another job that resumes the run starts it.
-    assert entry.run(asked(job={**JOB, "submission_id": "one--2", "resumes": "true"})) == 0
+    assert entrypoint.run(asked(job={**JOB, "submission_id": "one--2", "resumes": "true"})) == 0
     assert launched[0]["record"].status == status
 
 
 def test_what_died_goes_on(launched: list[dict[str, Any]]) -> None:
     Record("one", directory().uri, run_id="0" * 32, job=JOB).write(directory())
-    entry.run(asked(job={**JOB, "submission_id": "one--2", "replaces": "one"}))
+    entrypoint.run(asked(job={**JOB, "submission_id": "one--2", "replaces": "one"}))
     assert launched[0]["record"].run_id == "0" * 32
     assert launched[0]["job"] == {**JOB, "submission_id": "one--2"}
 
@@ -119,10 +119,10 @@ def test_what_died_goes_on(launched: list[dict[str, Any]]) -> None:
 def test_what_somebody_has_closed_goes_on_all_the_same(launched: list[dict[str, Any]]) -> None:
     """The next attempt starts even if `list` has marked the run FAILED because its driver was killed."""
     Record("one", directory().uri, status="FAILED", job=JOB).write(directory())
-    assert entry.run(asked(job={**JOB, "submission_id": "one--2", "replaces": "one"})) == 0
+    assert entrypoint.run(asked(job={**JOB, "submission_id": "one--2", "replaces": "one"})) == 0
     assert len(launched) == 1
     Record("one", directory().uri, status="FINISHED", job=JOB).write(directory())
-    entry.run(asked(job={**JOB, "submission_id": "one--3", "replaces": "one--2"}))
+    entrypoint.run(asked(job={**JOB, "submission_id": "one--3", "replaces": "one--2"}))
     assert len(launched) == 1
 
 
@@ -146,9 +146,9 @@ def test_the_claim_of_a_dead_driver_is_withdrawn(launched: list[dict[str, Any]],
         now[0] += seconds
 
     with claimed(job):
-        entry._wait_for_leases(record, lock, {"one", "one--2"}, say=said.append, sleep=sleep, clock=lambda: now[0])
+        entrypoint._wait_for_leases(record, lock, {"one", "one--2"}, say=said.append, sleep=sleep, clock=lambda: now[0])
         assert leases_in(lock) == []
-    assert entry._HEARTBEAT_S <= now[0] < entry._HEARTBEAT_S + 1
+    assert entrypoint._HEARTBEAT_S <= now[0] < entrypoint._HEARTBEAT_S + 1
     assert said == ["one: an earlier driver holds the run directory; waiting for its lease to become stale"]
 
 
@@ -161,25 +161,25 @@ def test_the_claim_of_one_that_lives_stays(launched: list[dict[str, Any]]) -> No
             now[0] += seconds
             beat()
 
-        entry._wait_for_leases(record, lock, {"one"}, say=lambda text: None, sleep=sleep, clock=lambda: now[0])
+        entrypoint._wait_for_leases(record, lock, {"one"}, say=lambda text: None, sleep=sleep, clock=lambda: now[0])
         assert len(leases_in(lock)) == 1
-        assert now[0] > entry._LEASE_S
+        assert now[0] > entrypoint._LEASE_S
         now[0] = 0.0
-        entry._wait_for_leases(record, lock, {"another"}, say=lambda text: None, sleep=sleep, clock=lambda: now[0])
+        entrypoint._wait_for_leases(record, lock, {"another"}, say=lambda text: None, sleep=sleep, clock=lambda: now[0])
         assert now[0] == 0.0
 
 
 def test_another_runs_name(launched: list[dict[str, Any]]) -> None:
     Record("one", directory().uri, job={**JOB, "content": "other"}).write(directory())
     with pytest.raises(ConfigError, match=r"name=one is the name of an existing run .* resume one"):
-        entry.run(asked())
-    entry.run(asked(job={**JOB, "resumes": "true", "submission_id": "one--2"}))
+        entrypoint.run(asked())
+    entrypoint.run(asked(job={**JOB, "resumes": "true", "submission_id": "one--2"}))
     assert len(launched) == 1
 
 
 def test_the_program_reads_its_files(tmp_path: Path) -> None:
     """The program runs as Ray starts it. Its request is refused, so the test needs no cluster."""
-    folder = tmp_path / entry.REQUEST
+    folder = tmp_path / entrypoint.REQUEST
     folder.mkdir()
     (folder / "__init__.py").write_bytes(b"")
     given = asked(job={**JOB}, forward_env=["NOT_THERE"])

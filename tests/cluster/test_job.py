@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from raytrainer.cluster.api import Jobs
+from raytrainer.backends.jobs_api.api import Jobs
 from tests.launches import Ended, Runs, launch, launched, observed, record
 from tests.outside.head import Head
 from tests.promises import Within

@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 
 from raytrainer.attempt import Record
-from raytrainer.cluster import kubectl, submit
-from raytrainer.cluster.ending import ending_of
-from raytrainer.cluster.kubectl import Kubectl, RayJobStatus
+from raytrainer.backends.kubernetes import kubectl, namespace
+from raytrainer.backends.kubernetes.kubectl import Kubectl
+from raytrainer.backends.kubernetes.namespace import Namespace, RayJobStatus, address_of, status_of
 from raytrainer.config import compose
 from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, ConfigError
+from raytrainer.submission import Submission
+from raytrainer.submission.ending import ending_of
 from tests.cluster.test_kuberay import PLAIN, documents
 from tests.launches import OUTSIDE
 from tests.promises import Within
@@ -96,7 +98,7 @@ def test_a_configmap_that_cannot_be_made_its_jobs_fails_nothing(kubernetes: Kube
 
 
 def test_the_current_context_is_kubectls(kubernetes: Kubernetes) -> None:
-    assert Kubectl(None, "default").status("run") is None
+    assert Kubectl(None, "default").rayjob("run") is None
     assert kubernetes.calls()[0][0] == "--namespace=default"
 
 
@@ -123,16 +125,16 @@ def test_sent_by_several_at_once(kubernetes: Kubernetes, contents: list[str], mo
     """All senders have seen that the job does not exist before any of them sends it."""
     seen = threading.Barrier(len(contents))
     first = threading.local()
-    status = Kubectl.status
+    rayjob = Kubectl.rayjob
 
-    def together(self: Kubectl, name: str) -> RayJobStatus | None:
-        found = status(self, name)
+    def together(self: Kubectl, name: str) -> dict[str, Any] | None:
+        found = rayjob(self, name)
         if not getattr(first, "asked", False):
             first.asked = True
             seen.wait(30)
         return found
 
-    monkeypatch.setattr(Kubectl, "status", together)
+    monkeypatch.setattr(Kubectl, "rayjob", together)
     outcomes: list[str] = []
 
     def send(pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
@@ -160,10 +162,11 @@ def test_sent_by_several_at_once(kubernetes: Kubernetes, contents: list[str], mo
 
 
 def test_what_there_is_of_a_run(kubernetes: Kubernetes) -> None:
-    assert HERE.status("run") is None
-    assert HERE.runs() == []
+    assert HERE.rayjob("run") is None
+    jobs = Namespace(HERE)
+    assert jobs.list() == []
     HERE.apply(*documents("name=Run.1", *TEAM[:1], TEAM[2]))
-    (listed,) = HERE.runs()
+    (listed,) = jobs.list()
     assert (listed.name, listed.submission_id, listed.content) == ("Run.1", "Run.1", "5e" * 32)
     assert listed.metadata["raytrainer.name"] == "Run.1"
     assert (listed.status, listed.deployment, listed.started) == ("PENDING", "", None)
@@ -179,9 +182,8 @@ def test_what_there_is_of_a_run(kubernetes: Kubernetes) -> None:
         "dashboardURL": "run-head-svc.research.svc.cluster.local:8265",
     }
     kubernetes.put(f"rayjob-{listed.object}", found)
-    now = HERE.status(listed.object)
-    assert now is not None
-    assert (now.submission_id, now.job, now.deployment) == ("Run.1--2", "FAILED", "Failed")
+    now = jobs.info("Run.1--2")
+    assert (now.submission_id, now.deployment) == ("Run.1--2", "Failed")
     assert now.status == "FAILED"
     assert now.started is not None
     assert now.ended == now.started + 600
@@ -265,13 +267,13 @@ def test_logs(kubernetes: Kubernetes) -> None:
     ],
 )
 def test_in_rays_words(deployment: str, job: str, status: str) -> None:
-    assert RayJobStatus("run", "run", deployment=deployment, job=job).status == status
+    assert status_of(deployment, job) == status
 
 
 def test_as_the_verbs_see_it(kubernetes: Kubernetes) -> None:
-    address = kubectl.address_of("arn:aws:eks:us-east-1:1:cluster/x", "research")
+    address = address_of("arn:aws:eks:us-east-1:1:cluster/x", "research")
     assert address == "kubernetes://arn%3Aaws%3Aeks%3Aus-east-1%3A1%3Acluster%2Fx/research"
-    jobs = kubectl.RayJobs(address)
+    jobs = Namespace.at(address)
     assert jobs.kubectl == Kubectl("arn:aws:eks:us-east-1:1:cluster/x", "research")
     HERE.apply(*documents(*TEAM, "cluster.queue=gpus"))
     assert [job.submission_id for job in jobs.list()] == ["run"]
@@ -299,11 +301,11 @@ def test_as_the_verbs_see_it(kubernetes: Kubernetes) -> None:
         jobs.logs("run")
 
 
-class Looks(kubectl.RayJobs):
-    """RayJobs with one scripted status for each look and one scripted output for each `kubectl logs`."""
+class Looks(Namespace):
+    """Namespace with one scripted status for each look and one scripted output for each `kubectl logs`."""
 
     def __init__(self, looks: list[RayJobStatus | ClusterError], logs: list[list[str] | ClusterError]) -> None:
-        super().__init__("kubernetes:///research")
+        super().__init__(Kubectl(None, "research"))
         self.looks, self.follows = looks, logs
 
     def info(self, submission_id: str) -> RayJobStatus:
@@ -320,7 +322,9 @@ class Looks(kubectl.RayJobs):
 
 
 def at(deployment: str, job: str = "", cluster: str = "a", name: str = "run") -> RayJobStatus:
-    return RayJobStatus("run", name, deployment=deployment, job=job, cluster=cluster)
+    status = status_of(deployment, job)
+    client = Namespace(HERE)
+    return RayJobStatus(name="run", object=name, submission_id="run", status=status, cluster=cluster, client=client)
 
 
 NO_LOGS = ClusterError("jobs.batch not found")
@@ -353,7 +357,7 @@ NO_LOGS = ClusterError("jobs.batch not found")
     ],
 )
 def test_followed_to_its_end(looks: list[Any], logs: list[Any], printed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kubectl, "_AGAIN_S", 0.0)
+    monkeypatch.setattr(namespace, "_RETRY_S", 0.0)
     jobs = Looks(list(looks), list(logs))
     assert "".join(jobs.tail("run")).replace("\n", "") == printed
     assert (jobs.looks, jobs.follows) == ([], [])
@@ -370,8 +374,9 @@ KUBERAY = [
 ]
 
 
-def submitted(*overrides: str, record: Record | None = None) -> submit.Submission:
-    return submit.launch(compose([*KUBERAY, *overrides]), [], record=record, say=lambda text: None, out=io.StringIO())
+def submitted(*overrides: str, record: Record | None = None) -> Submission:
+    target = compose([*KUBERAY, *overrides])
+    return target.experiment.backend.submit(target, [], record=record, say=lambda text: None, out=io.StringIO())
 
 
 def test_a_run_goes_on_in_place_of_its_ended_attempt(kubernetes: Kubernetes, in_tmp: Path) -> None:
@@ -496,13 +501,13 @@ def test_what_kubectl_says_is_explained(
 def test_no_context_at_all(kubernetes: Kubernetes) -> None:
     kubernetes.says("get", code=1, stderr=REFUSED.replace("10.0.0.1:6443", "localhost:8080"))
     with pytest.raises(ConfigError, match="kubectl has no current one"):
-        Kubectl(None, "default").status("run")
+        Kubectl(None, "default").rayjob("run")
 
 
 def test_no_kubectl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"needs kubectl, which cannot be started \(No such file or directory\)"):
-        HERE.status("run")
+        HERE.rayjob("run")
 
 
 def test_a_job_that_is_not_accepted_leaves_nothing(kubernetes: Kubernetes) -> None:
@@ -522,5 +527,5 @@ def test_no_answer_is_waited_for_a_bounded_time(kubernetes: Kubernetes, monkeypa
         kubernetes.says(verb, hangs=True)
         within = Within(10.0)
         with pytest.raises(ClusterError):
-            HERE.status("run") if verb == "get" else list(HERE.logs("run"))
+            HERE.rayjob("run") if verb == "get" else list(HERE.logs("run"))
         within.check()

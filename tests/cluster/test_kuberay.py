@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrainer.cluster import kuberay
+from raytrainer.backends.kubernetes import rayjob
 from raytrainer.config import Experiment, compose
 from raytrainer.errors import ConfigError
+from raytrainer.submission.request import Request, to_yaml
 from tests.cluster.crd import SCHEMA, problems
 
 FIXTURES = SCHEMA.parent
@@ -43,17 +45,26 @@ def experiment(*overrides: str) -> Experiment:
     return compose(["experiment=mlp", "cluster=kuberay", "data.global_batch_size=64", *overrides]).experiment
 
 
-def documents(*overrides: str, **asked: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    e = experiment(*overrides)
-    request = {
-        "submission_id": e.name,
-        "entrypoint": "python -m raytrainer.cluster.entry",
-        "files": {"config.yaml": b"seed: 0\nmodel:\n  width: 8\n", "request.json": b'{"kind": "run"}'},
-        "job_metadata": {"raytrainer.name": e.name, "raytrainer.user": "me"},
-        "runtime_env": {},
-        "content": "5e" * 32,
-    }
-    return kuberay.documents(e, **{**request, **asked})
+def documents(*overrides: str, **fields: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    target = compose(["experiment=mlp", "cluster=kuberay", "data.global_batch_size=64", *overrides])
+    name = target.experiment.name or ""
+    request = Request(
+        kind="run",
+        name=name,
+        address="",
+        submission_id=name,
+        entrypoint="python -m raytrainer.cluster.entry",
+        environment=(),
+        runtime_env={},
+        metadata={"raytrainer.name": name, "raytrainer.user": "me"},
+        resources={},
+        files={"config.yaml": b"seed: 0\nmodel:\n  width: 8\n", "request.json": b'{"kind": "run"}'},
+        content="5e" * 32,
+        package=None,
+        modules=(),
+        target=target,
+    )
+    return rayjob.documents(replace(request, **fields))
 
 
 def manifests() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -157,7 +168,7 @@ def test_a_wrong_value_is_refused(path: list[Any], value: Any, schema: dict[str,
 @pytest.mark.parametrize(("name", "number"), [("plain", 0), ("full", 1), ("queued", 2)])
 def test_the_manifest_is_the_recorded_one(name: str, number: int) -> None:
     """After an intended change, run `RECORD=1 pytest tests/cluster/test_kuberay.py` and review the diff."""
-    text = kuberay.to_text(*list(manifests())[number])
+    text = to_yaml(*list(manifests())[number])
     file = FIXTURES / f"rayjob-{name}.yaml"
     if os.environ.get("RECORD"):
         file.write_text(text)
@@ -166,9 +177,9 @@ def test_the_manifest_is_the_recorded_one(name: str, number: int) -> None:
 
 def test_the_text_is_what_it_was_made_of() -> None:
     for pair in manifests():
-        assert tuple(yaml.safe_load_all(kuberay.to_text(*pair))) == pair
+        assert tuple(yaml.safe_load_all(to_yaml(*pair))) == pair
     # A YAML 1.2 parser reads an unquoted 1e3 as a number.
-    assert "'1e3'" in kuberay.to_text({"a": "1e3"})
+    assert "'1e3'" in to_yaml({"a": "1e3"})
 
 
 # --- contents -------------------------------------------------------------------------------------------------------
@@ -270,11 +281,6 @@ def test_pods(overrides: list[str], resources: dict[str, str], pods: tuple[int, 
     assert ("autoscalerOptions" in spec(job)) is (pods[0] < pods[1])
 
 
-def test_the_trials_of_a_sweep_have_pods_too() -> None:
-    _, job = documents(*PLAIN, workers=(1, 8))
-    assert (group(job)["minReplicas"], group(job)["maxReplicas"]) == (1, 8)
-
-
 def test_a_queue_of_kueue() -> None:
     _, job = documents(*QUEUED)
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
@@ -308,7 +314,7 @@ def test_a_queue_of_kueue() -> None:
         ),
         (PLAIN, {"runtime_env": {"env_vars": {"A": "$(id)"}}}, "cluster.runtime_env.env_vars.A", "shell"),
         (PLAIN, {"runtime_env": {"pip": ["a`id`"]}}, "cluster.runtime_env.pip", "shell"),
-        (PLAIN, {"job_metadata": {"user": "$HOME"}}, "the job's metadata.user", "shell"),
+        (PLAIN, {"metadata": {"user": "$HOME"}}, "the job's metadata.user", "shell"),
         (PLAIN, {"files": {"config.yaml": b"x" * 2**20}}, None, "a Kubernetes ConfigMap holds 1,048,576"),
     ],
 )
@@ -333,23 +339,23 @@ RUN_NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", fullmatch=True)
 
 @given(RUN_NAMES)
 def test_a_name_is_one_of_kubernetes(run: str) -> None:
-    name = kuberay.object_name(run)
+    name = rayjob.object_name(run)
     assert DNS_LABEL.fullmatch(name)
     assert len(name) <= 47
-    label = kuberay._label(run)
+    label = rayjob._label(run)
     assert len(label) <= 63
     assert re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", label)
 
 
 @given(RUN_NAMES, RUN_NAMES)
 def test_two_runs_have_two_names(one: str, other: str) -> None:
-    assert (kuberay.object_name(one) == kuberay.object_name(other)) is (one == other)
+    assert (rayjob.object_name(one) == rayjob.object_name(other)) is (one == other)
 
 
 def test_names_that_people_choose_stay() -> None:
-    assert kuberay.object_name("resnet-20261124-041832-4b1d") == "resnet-20261124-041832-4b1d"
-    assert kuberay.object_name("A.b").startswith("a-b-")
-    assert kuberay.object_name("1-2").startswith("run-1-2-")
+    assert rayjob.object_name("resnet-20261124-041832-4b1d") == "resnet-20261124-041832-4b1d"
+    assert rayjob.object_name("A.b").startswith("a-b-")
+    assert rayjob.object_name("1-2").startswith("run-1-2-")
     # A run whose name equals another run's generated name gets a different one.
-    made = kuberay.object_name("A")
-    assert kuberay.object_name(made) != made
+    made = rayjob.object_name("A")
+    assert rayjob.object_name(made) != made

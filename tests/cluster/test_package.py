@@ -16,10 +16,12 @@ import pytest
 from ray._private.ray_constants import get_runtime_env_default_excludes
 from ray._private.runtime_env.packaging import create_package, get_uri_for_directory
 
-from raytrainer.cluster import package
-from raytrainer.cluster.package import RECORDS, collect, elsewhere
 from raytrainer.errors import ConfigError
 from raytrainer.provenance import may_hold_secrets
+from raytrainer.submission import package, sent_files
+from raytrainer.submission.imports import elsewhere
+from raytrainer.submission.package import collect
+from raytrainer.submission.sent_files import RECORDS
 
 CERTIFICATE = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
 KEY = "-----BEGIN PRIVATE KEY-----\nMIIB\n-----END PRIVATE KEY-----\n"
@@ -89,7 +91,7 @@ def test_a_walk_ignores_what_git_ignores(tmp_path: Path) -> None:
     ]
     root = write(tmp_path, {name: "" for name in files if name != "deep"})
     write(root, {".gitignore": "\n".join(patterns), "in/.gitignore": "*.h\n!two.h\n!no.a\n"})
-    ours = set(package._walked(root, "", lambda name: False))
+    ours = set(sent_files._walked(root, "", lambda name: False))
     git(root, "init")
     listed = subprocess.run(
         ["git", "-C", str(root), "ls-files", "-z", "-o", "--exclude-standard"], capture_output=True, check=True
@@ -341,14 +343,14 @@ def test_more_than_the_limit_names_what_is_large(tree: Path) -> None:
 
 
 def test_nothing_is_read_of_what_is_too_large(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(package, "_read", lambda name, path: pytest.fail(f"read {name}"))
+    monkeypatch.setattr(package, "read_file", lambda name, path: pytest.fail(f"read {name}"))
     with (tree / "huge").open("wb") as file:
         file.truncate(10**12)
     assert "huge (1000.0 GB)" in refusal(tree, limit_mb=100)
 
 
 def test_more_files_than_anybody_means(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(package, "_MOST_FILES", 50)
+    monkeypatch.setattr(sent_files, "_MOST_FILES", 50)
     write(tree, {f"images/{i}": "" for i in range(60)})
     said = refusal(tree)
     assert "images/" in said
@@ -449,10 +451,10 @@ def test_what_stays_here_is_written_down() -> None:
     text = (Path(__file__).parents[2] / "docs/clusters.md").read_text()
     section = re.sub(r"```.*?```", "", text.partition("## What goes along")[2].partition("\n## ")[0], flags=re.DOTALL)
     told = set(re.findall(r"`([^`]+)`", section))
-    assert {*package.DATA, *package.RECORDS, *package._SECRET_FOLDERS} <= told
+    assert {*sent_files.DATA, *sent_files.RECORDS, *sent_files._SECRET_FOLDERS} <= told
     # Every name that the page lists as a secret is one, except .env.example.
     always = section.partition("**secrets, always**")[2].partition(";\n- ")[0]
     names = [name.replace("*", "x") for name in re.findall(r"`([^`]+)`", always) if not name.startswith("cluster.")]
-    assert [name for name in names if not (may_hold_secrets(name) or name in package._SECRET_FOLDERS)] == [
+    assert [name for name in names if not (may_hold_secrets(name) or name in sent_files._SECRET_FOLDERS)] == [
         ".env.example"
     ]

@@ -9,25 +9,27 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 import yaml
 from ray._private.runtime_env.packaging import get_uri_for_directory
 from ray.runtime_env import RuntimeEnv
 
-from raytrainer import cli
+from raytrainer import cli, provenance
 from raytrainer.attempt import Record
-from raytrainer.cluster import request
-from raytrainer.cluster.auth import Token
-from raytrainer.cluster.entry import REQUEST, Asked
-from raytrainer.cluster.package import File, Module, Package
-from raytrainer.cluster.request import Request, build, checked_runtime_env, prepare, submission_id
+from raytrainer.backends.jobs_api.packages import runtime_env, stage
+from raytrainer.backends.kubernetes.rayjob import documents
 from raytrainer.config import Composition, compose, from_text, group_names
 from raytrainer.errors import ConfigError
 from raytrainer.preflight import FirstBatch, Verdict
 from raytrainer.provenance import Provenance
 from raytrainer.storage import Storage
+from raytrainer.submission import JobBackend, Sources
+from raytrainer.submission.code import checked_runtime_env
+from raytrainer.submission.entrypoint import REQUEST, DriverRequest
+from raytrainer.submission.package import File, Module, Package
+from raytrainer.submission.request import Request, build, submission_id
 from raytrainer.sweep import Plan, make_plan
 from tests.cluster.crd import SCHEMA
 from tests.cluster.crd import problems as schema_problems
@@ -70,17 +72,24 @@ def plan(*overrides: str) -> Plan:
     )
 
 
-def built(asked: Composition | Plan, **other: Any) -> Request:
-    given: dict[str, Any] = {
-        "argv": ["experiment=mlp", "name=one"],
-        "package": TREE,
-        "modules": [MODULE],
-        "runtime_env": {},
-        "origin": ORIGIN,
-        "user": "me",
-        "environ": {},
-    }
-    return build(asked, **{**given, **other})
+def built(target: Composition | Plan, argv: Sequence[str] = ("experiment=mlp", "name=one"), **fields: Any) -> Request:
+    """Build a request; `fields` are those of `Sources`, and the other arguments of `build`."""
+    options = {key: fields.pop(key) for key in ("changed", "resumes", "attempt") if key in fields}
+    own = {"package": TREE, "modules": (MODULE,), "origin": ORIGIN, "user": "me", "environ": {}}
+    sources = Sources(**{"address": backend(target).address(target.experiment), **own, **fields})
+    return build(target, list(argv), sources, **options)
+
+
+def prepare(target: Composition | Plan, argv: Sequence[str]) -> Request:
+    return backend(target).prepare(target, argv)
+
+
+def backend(target: Composition | Plan | Request) -> JobBackend:
+    return cast("JobBackend", target.experiment.backend)
+
+
+def to_text(request: Request) -> str:
+    return backend(request).text(request)
 
 
 def refusal(call: Callable[[], object]) -> str:
@@ -115,7 +124,7 @@ def recorded(kind: str) -> Request:
 def test_the_request_is_the_recorded_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After an intended change, run `RECORD=1 pytest tests/cluster/test_request.py` and review the diff."""
     monkeypatch.setenv("WANDB_API_KEY", "planted-secret")
-    text, file = recorded(kind).to_text(), FIXTURES / f"request-{kind}.yaml"
+    text, file = to_text(recorded(kind)), FIXTURES / f"request-{kind}.yaml"
     if os.environ.get("RECORD"):
         file.write_text(text)
     assert text == file.read_text(), f"another request than in {file}: {test_the_request_is_the_recorded_one.__doc__}"
@@ -124,14 +133,15 @@ def test_the_request_is_the_recorded_one(kind: str, monkeypatch: pytest.MonkeyPa
 def test_what_is_shown_is_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "planted-secret")
     found = recorded("run")
-    shown = yaml.safe_load(found.to_text())
-    for name in ("name", "kind", "address", "submission_id", "entrypoint", "metadata", "resources", "runtime_env"):
+    shown = yaml.safe_load(to_text(found))
+    for name in ("name", "kind", "address", "submission_id", "entrypoint", "metadata", "resources"):
         assert shown[name] == getattr(found, name)
+    assert shown["runtime_env"] == runtime_env(found)
     assert shown["environment"] == ["WANDB_API_KEY"]
     assert shown["files"] == {name: content.decode() for name, content in found.files.items()}
     assert shown["package"]["files"] == {"mine/__init__.py": 0, "mine/net.py": 4096, "run.sh": 64}
     assert shown["package"]["left_out"] == {".env": "secret", "weights.pt": "data"}
-    assert "planted-secret" not in found.to_text()
+    assert "planted-secret" not in to_text(found)
     assert "${oc.env:WANDB_API_KEY}" in text_of(found)
     # Every user of the cluster sees these values, so they are short and show nothing of the user's but names.
     assert found.entrypoint == "python -m raytrainer.cluster.entry"
@@ -140,7 +150,7 @@ def test_what_is_shown_is_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_large_file_is_not_printed() -> None:
     found = built(composition(), origin=replace(ORIGIN, patch="x" * 100_000))
-    shown = yaml.safe_load(found.to_text())["files"]["provenance.json"]
+    shown = yaml.safe_load(to_text(found))["files"]["provenance.json"]
     assert shown.startswith("100,")
     assert len(shown) < 120
 
@@ -170,8 +180,8 @@ def test_the_same_is_the_same(make: Callable[..., Composition | Plan]) -> None:
         (["seed=1"], {}, "config"),
         (["cluster.forward_env=[A]"], {}, "config"),
         ([], {"package": replace(TREE, entries=TREE.entries[:-1])}, "package"),
-        ([], {"modules": []}, "package"),
-        ([], {"modules": [replace(MODULE, name="other")]}, "package"),
+        ([], {"modules": ()}, "package"),
+        ([], {"modules": (replace(MODULE, name="other"),)}, "package"),
         ([], {"runtime_env": {"env_vars": {"A": "b"}}}, "runtime_env"),
     ],
 )
@@ -218,14 +228,14 @@ def test_ids_of_submissions_of_long_names() -> None:
 # --- reading the request on the cluster -------------------------------------------------------------------------------
 
 
-def on_the_cluster(found: Request, folder: Path) -> Asked:
-    found.stage(folder)
-    return Asked.read(folder / REQUEST)
+def on_the_cluster(found: Request, folder: Path) -> DriverRequest:
+    stage(found, folder)
+    return DriverRequest.read(folder / REQUEST)
 
 
 def test_a_run_arrives_whole(in_tmp: Path) -> None:
     sent = composition("trainer.max_epochs=2")
-    asked = on_the_cluster(built(sent, changed=["lr"], resumes=True, package=None, modules=[]), in_tmp / "staged")
+    asked = on_the_cluster(built(sent, changed=["lr"], resumes=True, package=None, modules=()), in_tmp / "staged")
     assert asked.kind == "run"
     assert from_text(asked.config).experiment == sent.experiment
     assert asked.choices == dict(sent.choices)
@@ -239,7 +249,7 @@ def test_a_run_arrives_whole(in_tmp: Path) -> None:
 
 def test_a_sweep_arrives_whole(in_tmp: Path) -> None:
     sent = plan()
-    asked = on_the_cluster(built(sent, package=None, modules=[]), in_tmp / "staged")
+    asked = on_the_cluster(built(sent, package=None, modules=()), in_tmp / "staged")
     assert asked.kind == "sweep"
     arrived = Plan.from_dict(asked.plan or {})
     assert arrived.parameters == sent.parameters
@@ -277,7 +287,7 @@ def test_a_relative_store_is_the_launching_directorys(in_tmp: Path) -> None:
     """A relative path is resolved here, because jobs on this machine's cluster have their own working directories."""
     found = built(compose(["experiment=mlp", "name=one", "cluster=job", "cluster.address=http://127.0.0.1:8265"]))
     assert from_text(text_of(found)).experiment.tracking.tracking_uri == f"sqlite:///{in_tmp}/mlflow.db"
-    assert request.problems(found) == ([], [])
+    assert backend(found).problems(found) == ([], [])
 
 
 # --- secrets ----------------------------------------------------------------------------------------------------------
@@ -324,7 +334,7 @@ def test_references(monkeypatch: pytest.MonkeyPatch, overrides: list[str], reaso
         assert "planted" not in said
     else:
         found = built(asked, environ=os.environ)
-        assert "planted" not in found.to_text()
+        assert "planted" not in to_text(found)
         assert "oc.env" in text_of(found)
 
 
@@ -347,8 +357,8 @@ def test_the_value_of_a_secret_is_never_sent(where: str, other: Mapping[str, Any
 
 
 def test_the_clusters_token_is_never_sent() -> None:
-    token = Token("~/.ray/auth_token", "a-token-of-a-cluster")
-    said = refusal(lambda: built(composition("+model.a=a-token-of-a-cluster"), token=token))
+    secrets = {"~/.ray/auth_token": "a-token-of-a-cluster"}
+    said = refusal(lambda: built(composition("+model.a=a-token-of-a-cluster"), secrets=secrets))
     assert said == "the value of ~/.ray/auth_token is in the config, and would be sent: take it out of there"
 
 
@@ -361,7 +371,8 @@ def test_a_token_that_can_be_read_on_its_way_is_told(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a-token-of-a-cluster")
 
     def told(address: str) -> list[str]:
-        return request.problems(built(composition(f"cluster.address={address}")))[1]
+        found = built(composition(f"cluster.address={address}"))
+        return backend(found).problems(found)[1]
 
     (said,) = told("http://203.0.113.7:8265")
     assert said.startswith("the token of RAY_AUTH_TOKEN goes to http://203.0.113.7:8265 over plain http")
@@ -515,7 +526,7 @@ def test_the_users_own_code_is_importable_there_as_here(project: Path) -> None:
     assert dict(found.package.left_out) == {"weights.pt": "data", "token": "secret"}
     own = [one.name for one in found.modules if one.name != "raytrainer"]
     assert own == ["shared"]
-    staged = found.stage(project / "staged")
+    staged = stage(found, project / "staged")
     tree = project / "staged/tree"
     assert imports(staged, "mine", "mine.net", "single", "shared.parts", REQUEST) == [
         str(tree / "mine/__init__.py"),
@@ -525,13 +536,13 @@ def test_the_users_own_code_is_importable_there_as_here(project: Path) -> None:
         str(project / f"staged/{REQUEST}/__init__.py"),
     ]
     assert "mine/net.py" in found.table()
-    assert "planted-secret" not in found.to_text()
+    assert "planted-secret" not in to_text(found)
     RuntimeEnv(**staged)  # Ray accepts it
 
 
 def test_a_second_submission_of_the_same_tree_uploads_nothing_of_it(project: Path) -> None:
     first, second = prepare(mine(), ["x"]), prepare(mine("seed=1", "name=two"), ["y"])
-    one, two = first.stage(project / "one"), second.stage(project / "two")
+    one, two = stage(first, project / "one"), stage(second, project / "two")
     assert uri(one["working_dir"]) == uri(two["working_dir"])
     changed = {uri(path) for path in one["py_modules"]} ^ {uri(path) for path in two["py_modules"]}
     # Only the modules that hold the requests differ.
@@ -579,7 +590,7 @@ def test_a_runtime_environment_of_the_users_own(project: Path) -> None:
     assert "mine/data/x" not in names(found.package)
     assert found.runtime_env["env_vars"] == {"A": "b"}
     assert {one.name: names(one.package) for one in found.modules}["more"] == ["__init__.py"]
-    staged = found.stage(project / "staged")
+    staged = stage(found, project / "staged")
     assert staged["py_modules"][-2:] == [wheel, "s3://bucket/y.zip"]
     assert str(project / "staged/modules/more") in staged["py_modules"]
 
@@ -591,7 +602,7 @@ def test_a_working_directory_of_the_users_own(project: Path) -> None:
     there = prepare(with_env(working_dir="s3://bucket/code.zip"), ["x"])
     assert there.package is None
     assert there.runtime_env["working_dir"] == "s3://bucket/code.zip"
-    assert there.stage(project / "staged")["working_dir"] == "s3://bucket/code.zip"
+    assert stage(there, project / "staged")["working_dir"] == "s3://bucket/code.zip"
     assert found.content != there.content
     said = refusal(lambda: prepare(with_env(image_uri="registry.example.com/x:1"), ["x"]))
     assert said.startswith(
@@ -609,17 +620,17 @@ def test_on_kubernetes_nothing_is_uploaded() -> None:
     assert found.package is None
     assert found.runtime_env == {}
     assert found.address == "kubernetes://a%2Fb/research"
-    config_map, job = yaml.safe_load_all(found.to_text())
+    config_map, job = yaml.safe_load_all(to_text(found))
     assert schema_problems(job, json.loads(SCHEMA.read_text())) == []
     assert config_map["data"]["config.yaml"] == text_of(found)
     assert job["spec"]["jobId"] == "one"
     assert found.content in job["spec"]["metadata"].values()
 
 
-def test_a_large_patch_does_not_keep_a_run_from_kubernetes() -> None:
-    origin = replace(ORIGIN, patch="x" * 3_000_000)
-    found = built(compose(KUBERAY), package=None, modules=[], origin=origin)
-    found.manifest()
+def test_a_large_patch_does_not_keep_a_run_from_kubernetes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "collect", lambda argv, folder: replace(ORIGIN, patch="x" * 3_000_000))
+    found = prepare(compose(KUBERAY), [])
+    documents(found)
     assert Provenance.from_json(found.files["provenance.json"]).is_cut
 
 
@@ -628,8 +639,8 @@ def test_a_sweep_on_kubernetes_grows_to_its_trials(overrides: list[str], pods: t
     asked = make_plan(
         [*KUBERAY, "seed=1,2,3,4", "sweep.num_samples=4", *overrides], choice="grid", space={}, groups=group_names()
     )
-    found = built(asked, package=None, modules=[])
-    group = found.manifest()[1]["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    found = built(asked, package=None, modules=())
+    group = documents(found)[1]["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
     assert (group["minReplicas"], group["maxReplicas"]) == pods
 
 

@@ -18,15 +18,16 @@ from typing import Any
 import pytest
 
 from raytrainer.attempt import STOP, SUBMITTED, Record
-from raytrainer.cluster import submit
-from raytrainer.cluster.api import JobInfo
-from raytrainer.cluster.facts import ClusterFacts
-from raytrainer.cluster.request import Request
-from raytrainer.cluster.submit import Submission, launch
+from raytrainer.backends import ray_jobs
+from raytrainer.backends.cluster_job import ClusterJob
+from raytrainer.backends.jobs_api.facts import ClusterFacts
 from raytrainer.config import Composition, compose
 from raytrainer.errors import ClusterUnreachable, ConfigError, JobExists, PreflightError, Stopped
 from raytrainer.runs.resolve import resolve_run
 from raytrainer.storage import Storage
+from raytrainer.submission import sending
+from raytrainer.submission.request import Request
+from raytrainer.submission.sending import Submission
 
 ADDRESS = "https://203.0.113.7"
 ASKED = [
@@ -45,7 +46,7 @@ class Cluster:
     """The Jobs API in memory. `ends` says how each submitted job ends, in order."""
 
     ends: list[tuple[str, int | None, str]] = field(default_factory=lambda: [("SUCCEEDED", 0, "")])
-    jobs: dict[str, JobInfo] = field(default_factory=dict)
+    jobs: dict[str, ClusterJob] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     known: ClusterFacts = field(
         default_factory=lambda: ClusterFacts(
@@ -57,10 +58,10 @@ class Cluster:
     waits: int = 0
     silent: int = 0
 
-    def list(self) -> list[JobInfo]:
+    def list(self) -> list[ClusterJob]:
         return [*self.jobs.values()]
 
-    def info(self, submission_id: str) -> JobInfo | None:
+    def info(self, submission_id: str) -> ClusterJob | None:
         if self.silent:
             self.silent -= 1
             raise ClusterUnreachable("no answer")
@@ -91,20 +92,28 @@ class Cluster:
         status, code, message = self.ends.pop(0)
         self.put(submission_id, status, exit_code=code, message=message)
 
+    def stop(self, submission_id: str) -> None:
+        self.put(submission_id, "STOPPED")
+
+    def logs(self, submission_id: str) -> str:
+        return f"a line of {submission_id}\n"
+
+    def held_by(self, submission_id: str) -> dict[str, float]:
+        return {}
+
     def explain_waiting(self, submission_id: str) -> str:
         return "other-run holds 8 GPU"
 
     def put(self, submission_id: str, status: str, **fields: Any) -> None:
         old = self.jobs.get(submission_id)
         fields = {"metadata": old.metadata if old else {}, "message": "", "started": None, "ended": None, **fields}
-        self.jobs[submission_id] = JobInfo(submission_id=submission_id, status=status, **fields)
+        self.jobs[submission_id] = ClusterJob(submission_id=submission_id, status=status, client=self, **fields)
 
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     found = Cluster()
-    monkeypatch.setattr(submit, "connect", lambda request: found)
-    monkeypatch.setattr(submit, "Jobs", Cluster)
+    monkeypatch.setattr(ray_jobs, "_client", lambda address, settings: found)
     return found
 
 
@@ -116,7 +125,9 @@ def asked(*overrides: str) -> Composition:
 def sent(*overrides: str, record: Record | None = None) -> tuple[Submission, str, list[str]]:
     """Submit a run, and return the submission, what the job printed and the lines that were reported."""
     out, said = io.StringIO(), list[str]()
-    found = launch(asked(*overrides), [*ASKED, *overrides], record=record, say=said.append, out=out)
+    target = asked(*overrides)
+    argv = [*ASKED, *overrides]
+    found = target.experiment.backend.submit(target, argv, record=record, say=said.append, out=out)
     return found, out.getvalue(), said
 
 
@@ -154,7 +165,7 @@ def test_the_exit_code_is_the_one_it_would_have_here(
 
 
 def test_what_waits_says_for_what(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit, "_TELL_S", 0.0)
+    monkeypatch.setattr(sending, "_REPORT_S", 0.0)
     cluster.waits = 2
     assert sent()[2].count("one waits: other-run holds 8 GPU") == 2
 
@@ -341,14 +352,14 @@ def test_what_was_to_stop_is_not_sent_again(cluster: Cluster) -> None:
 
 
 def test_an_answer_that_does_not_come_is_waited_for(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit, "_AGAIN_S", 0.0)
-    monkeypatch.setattr(submit, "_TELL_S", 0.0)
+    monkeypatch.setattr(sending, "_RETRY_S", 0.0)
+    monkeypatch.setattr(sending, "_REPORT_S", 0.0)
     cluster.waits, cluster.silent = 2, 3
     found, _, said = sent()
     assert found.exit_code == 0
-    assert said.count(f"no answer; trying again for {submit._PATIENCE_S:g} s") == 1
+    assert said.count(f"no answer; trying again for {sending._PATIENCE_S:g} s") == 1
     cluster.silent = 1
-    monkeypatch.setattr(submit, "_PATIENCE_S", -1.0)
+    monkeypatch.setattr(sending, "_PATIENCE_S", -1.0)
     with pytest.raises(ClusterUnreachable):
         sent()
 
@@ -374,9 +385,13 @@ def test_a_cluster_that_never_can_is_sent_nothing(
     assert (cluster.jobs, Path("runs", SUBMITTED).exists()) == ({}, False)
 
 
-def test_a_cluster_that_can_once_it_has_grown(cluster: Cluster) -> None:
-    cluster.known = replace(cluster.known, addable=({"CPU": 8.0},), most_addable=1)
-    assert sent("scaling.num_workers=9")[0].exit_code == 0
+def test_a_cluster_that_may_grow_is_a_warning(cluster: Cluster) -> None:
+    cluster.known = replace(cluster.known, may_grow=True)
+    submission, _, said = sent("scaling.num_workers=9")
+    assert submission.exit_code == 0
+    (warning,) = (line for line in said if line.startswith("warning: scaling.num_workers=9 "))
+    assert "has 8 CPUs" in warning
+    assert "adds nodes" in warning
 
 
 def test_a_forwarded_port_is_not_this_machine(cluster: Cluster) -> None:

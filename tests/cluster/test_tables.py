@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from raytrainer.cluster import tables
-from raytrainer.cluster.facts import Holder
-from raytrainer.cluster.tables import SUPERVISOR, Tables
+from raytrainer.backends.jobs_api import tables
+from raytrainer.backends.jobs_api.facts import Holder
+from raytrainer.backends.jobs_api.tables import SUPERVISOR, Tables
 
 HEAD, OTHER = "node-1", "node-2"
 
@@ -73,7 +73,7 @@ ROWS = Tables(
 
 
 def test_who_holds_what_and_what_is_free() -> None:
-    found = tables.read("http://x", "2.60.0", "3.12.1", ROWS, None)
+    found = tables.read("http://x", "2.60.0", "3.12.1", ROWS, True)
     assert found.holders == (
         Holder("a driver on 10.0.0.1 (process 77)", None, None, {"CPU": 2.0}, 5.0),
         Holder("resnet-a", "anna ]0;x", "resnet-a", {"CPU": 2.5, "GPU": 2.0}, 5.0),
@@ -82,7 +82,7 @@ def test_who_holds_what_and_what_is_free() -> None:
     assert [node["CPU"] for node in found.free] == [1.5, 2.0]
     assert [node["GPU"] for node in found.free] == [1.0, 0.0]
     assert (found.total["CPU"], found.available["GPU"]) == (8.0, 1.0)
-    assert found.endless  # nothing is known about an autoscaler
+    assert found.may_grow
 
 
 def test_what_a_submission_asks_for() -> None:
@@ -112,63 +112,30 @@ def test_a_task_that_was_killed_holds_nothing() -> None:
     assert tables.held_by("resnet-a", living) == {"CPU": 1.0, "processes": 1.0}
 
 
-# --- an autoscaler's log ----------------------------------------------------------------------------------------------
-
-BEFORE = "2026-01-02 03:04:05,678\tINFO monitor.py:226 -- Monitor: Started\n"
-V1 = (
-    "2026-01-02 03:04:06,000\tINFO autoscaler.py:361 -- StandardAutoscaler: {'max_workers': 3, 'auth': {'key': 'x'}, "
-    "'available_node_types': {'gpu': {'resources': {'CPU': 8, 'GPU': 1}, 'max_workers': 2}, "
-    "'head': {'resources': {'CPU': 4}, 'max_workers': 0}}}\n"
-)
-V2 = """2026-01-02 03:04:06,000\tINFO autoscaler.py:73 -- Using Autoscaling Config:\x20
-available_node_types:
-  gpu:
-    max_workers: 2
-    resources:
-      CPU: 8
-      GPU: 1
-  head:
-    max_workers: 0
-    resources:
-      CPU: 4
-max_workers: 3
-
-"""
-AFTER = "2026-01-02 03:04:07,000\tINFO autoscaler.py:147 -- The autoscaler took 0.0 seconds\n"
-NONE = (
-    V1.partition("{")[0] + "{'max_workers': 0, 'available_node_types': {'head': {'resources': {}, 'max_workers': 0}}}\n"
-)
+# --- growth -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("log", [BEFORE + V1 + AFTER, BEFORE + V2 + AFTER, NONE + V2 + AFTER, V2 + AFTER + V1])
-def test_how_far_it_grows(log: str) -> None:
-    found = tables.read("http://x", "2.60.0", None, ROWS, log)
-    assert (found.addable, found.most_addable, found.endless) == (({"CPU": 8, "GPU": 1},) * 2, 3, False)
-
-
-def test_one_that_grows_no_further() -> None:
-    found = tables.read("http://x", "2.60.0", None, ROWS, BEFORE + NONE + AFTER)
-    assert (found.addable, found.most_addable, found.endless) == ((), 0, False)
-
-
-def test_a_cluster_that_is_being_started() -> None:
-    found = tables.read("http://x", "2.60.0", None, Tables(nodes=[node("gone", "DEAD")]), BEFORE + NONE + AFTER)
-    assert (found.nodes, found.endless) == ((), True)
+def status(**types: str) -> dict[str, Any]:
+    """Return the part of an answer of `/api/cluster_status` that is read: node → its type."""
+    return {"data": {"clusterStatus": {"autoscalerReport": {"nodeTypeMapping": types}}}}
 
 
 @pytest.mark.parametrize(
-    "log",
+    ("answer", "grows"),
     [
-        "",
-        BEFORE + AFTER,
-        V1.replace("}\n", ""),
-        V1.replace("'resources': {'CPU': 8", "'resources': __import__('os').getcwd(), 'x': {'CPU': 8"),
-        V1.replace("available_node_types", "node_types"),
-        V2,  # cut off
-        V2.replace("    resources:\n      CPU: 8\n      GPU: 1\n", "") + AFTER,
-        V2.replace("max_workers: 3", "!!python/object/apply:os.getcwd []") + AFTER,
+        (status(a1="node_a1", b2="node_b2"), False),  # the monitor of a fixed cluster
+        (status(a1="head"), True),
+        (status(a1="head", b2="gpu"), True),
+        (status(), True),
+        ({"data": {"clusterStatus": {"loadMetricsReport": {}}}}, True),  # its first report is still to come
+        ({"data": {"clusterStatus": None}}, True),  # the second version of the autoscaler
+        ({}, True),
     ],
 )
-def test_a_log_that_does_not_say(log: str) -> None:
-    found = tables.read("http://x", "2.60.0", None, ROWS, log)
-    assert (found.addable, found.endless) == ((), True)
+def test_whether_it_may_grow(answer: dict[str, Any], grows: bool) -> None:
+    assert tables.may_grow(answer) is grows
+
+
+def test_a_cluster_that_is_being_started() -> None:
+    found = tables.read("http://x", "2.60.0", None, Tables(nodes=[node("gone", "DEAD")]), False)
+    assert (found.nodes, found.may_grow) == ((), True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from raytrainer.cluster.api import Jobs
+from raytrainer.backends.jobs_api.api import Jobs
 from tests.launches import Ended, Runs, launched, record
 from tests.outside.head import Head
 from tests.outside.servers import Certificates, Nginx

@@ -24,6 +24,7 @@ BESIDE = {
     ("debug", "*"): ["experiment=mlp"],
     ("cluster", "inline"): ["experiment=mlp", "scaling.num_workers=1"],
     ("cluster", "job"): ["experiment=mlp", "cluster.address=https://ray.example.com", *ELSEWHERE],
+    ("cluster", "ray_jobs"): ["experiment=mlp", "cluster.address=https://ray.example.com", *ELSEWHERE],
     ("cluster", "kuberay"): ["experiment=mlp", "cluster.image=registry.example.com/trainer:1", *ELSEWHERE],
 }
 

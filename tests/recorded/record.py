@@ -308,7 +308,7 @@ def _submit(root: Path, name: str, choice: str, *overrides: str) -> None:
     """Submit to a cluster in memory. Keep the submission record and the files of the request."""
     from unittest import mock
 
-    from raytrainer.cluster import submit
+    from raytrainer.backends import ray_jobs
     from raytrainer.config import compose, group_names
     from raytrainer.sweep import make_plan
     from tests.cluster.test_submit import ADDRESS, Cluster
@@ -319,10 +319,10 @@ def _submit(root: Path, name: str, choice: str, *overrides: str) -> None:
         *(f"cluster.shared_paths=[{root}/shared]", f"storage_path={root}/shared/runs"),
         f"tracking.tracking_uri=sqlite:///{root}/shared/mlflow.db",
     ]
-    asked = make_plan(argv, choice=choice, space={}, groups=group_names()) if choice else compose(argv)
+    target = make_plan(argv, choice=choice, space={}, groups=group_names()) if choice else compose(argv)
     cluster = Cluster()
-    with mock.patch.object(submit, "connect", return_value=cluster), mock.patch.object(submit, "Jobs", Cluster):
-        submit.launch(asked, argv, say=lambda text: print(f"  {text}"), out=io.StringIO())
+    with mock.patch.object(ray_jobs, "_client", return_value=cluster):
+        target.experiment.backend.submit(target, argv, say=lambda text: print(f"  {text}"), out=io.StringIO())
     (request,) = cluster.requests
     folder = root / "runs" / name
     shutil.copytree(root / "runs/.submitted" / name, folder / "record")

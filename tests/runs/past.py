@@ -6,7 +6,7 @@ import getpass
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +16,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 
 from raytrainer.attempt import Record
-from raytrainer.config import compose
+from raytrainer.config import ClusterConfig, compose
+from raytrainer.plugins import ACTIVE, Backend, Job
 from raytrainer.runs.jobs import Clusters
 from raytrainer.storage import Storage
 from raytrainer.storage import lock as locks
@@ -145,68 +146,65 @@ def local_owner(pid: int) -> dict[str, Any]:
     return {"machine": locks.machine(), "pid": pid, "started": locks.process_start(pid)}
 
 
-@dataclass
-class FakeJob:
-    """A job as Ray reports it."""
+@dataclass(frozen=True, kw_only=True)
+class FakeJob(Job):
+    """A job as its backend reports it."""
 
-    submission_id: str
     status: str = "RUNNING"
-    message: str = ""
-    metadata: dict[str, str] = field(default_factory=dict)
-    started: float | None = None
-    ended: float | None = None
-    exit_code: int | None = None
+    cluster: FakeCluster = field(default_factory=lambda: FakeCluster(), repr=False, compare=False)
+
+    def refresh(self) -> Job | None:
+        self.cluster.ask("info")
+        return self.cluster.known.get(self.submission_id)
+
+    def stop(self) -> None:
+        self.cluster.ask("stop")
+        ended = None if self.cluster.ends in ACTIVE else time.time()
+        self.cluster.known[self.submission_id] = replace(self, status=self.cluster.ends, ended=ended)
+
+    def logs(self, follow: bool = False) -> Iterator[str]:
+        self.cluster.ask("tail" if follow else "logs")
+        yield from (self.cluster.log[:5], self.cluster.log[5:])
+
+    def explain_waiting(self) -> str:
+        self.cluster.ask("explain_waiting")
+        return "it asks for 8 GPU, of which 2 are free\nother-run holds 6 GPU"
+
+    def held_by(self) -> dict[str, float]:
+        self.cluster.ask("held_by")
+        return self.cluster.holds.pop(0) if self.cluster.holds else {}
 
 
 @dataclass
-class FakeCluster:
-    """A Jobs API in memory. `ends` is a job's status after a stop; `holds` are the answers of `held_by`, in order."""
+class FakeCluster(Backend):
+    """A backend in memory. `ends` is a job's status after a stop; `holds` are the answers of `held_by`, in order."""
 
-    jobs: dict[str, FakeJob] = field(default_factory=dict)
+    known: dict[str, FakeJob] = field(default_factory=dict)
     log: str = "one\n[rank 1] two\nthree\n"
     ends: str = "STOPPED"
     holds: list[dict[str, float]] = field(default_factory=list)
     down: Exception | None = None
     asked: list[str] = field(default_factory=list)
+    settings: list[ClusterConfig] = field(default_factory=list)
 
     def add(self, submission_id: str, status: str = "RUNNING", **fields: Any) -> FakeJob:
-        self.jobs[submission_id] = FakeJob(submission_id, status, **fields)
-        return self.jobs[submission_id]
+        self.known[submission_id] = FakeJob(submission_id=submission_id, status=status, cluster=self, **fields)
+        return self.known[submission_id]
 
-    def info(self, submission_id: str) -> FakeJob | None:
-        self._ask("info")
-        return self.jobs.get(submission_id)
+    def jobs(self, address: str, settings: ClusterConfig) -> Sequence[Job]:
+        self.ask("list")
+        self.settings.append(settings)
+        return [*self.known.values()]
 
-    def list(self) -> list[FakeJob]:
-        self._ask("list")
-        return [*self.jobs.values()]
+    def job(self, submission_id: str, address: str, settings: ClusterConfig) -> Job | None:
+        self.ask("info")
+        return self.known.get(submission_id)
 
-    def stop(self, submission_id: str) -> None:
-        self._ask("stop")
-        job = self.jobs[submission_id]
-        job.status, job.ended = self.ends, None if self.ends in ("PENDING", "RUNNING") else time.time()
-
-    def logs(self, submission_id: str) -> str:
-        self._ask("logs")
-        return self.log
-
-    def tail(self, submission_id: str) -> Any:
-        self._ask("tail")
-        yield from (self.log[:5], self.log[5:])
-
-    def explain_waiting(self, submission_id: str) -> str:
-        self._ask("explain_waiting")
-        return "it asks for 8 GPU, of which 2 are free\nother-run holds 6 GPU"
-
-    def held_by(self, submission_id: str) -> dict[str, float]:
-        self._ask("held_by")
-        return self.holds.pop(0) if self.holds else {}
-
-    def _ask(self, what: str) -> None:
+    def ask(self, what: str) -> None:
         self.asked.append(what)
         if self.down is not None:
             raise self.down
 
     def clusters(self) -> Clusters:
         """Return clusters in which every address leads to this one."""
-        return Clusters(lambda address, ca_file, token_file: self)
+        return Clusters(lambda address: self)

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from raytrainer.attempt import SUBMITTED, Record
+from raytrainer.config import ClusterConfig
+from raytrainer.plugins import Job
 from raytrainer.runs import listing
 from raytrainer.runs.jobs import Clusters
 from raytrainer.runs.listing import list_runs, table
@@ -21,7 +23,7 @@ from raytrainer.runs.summary import RunSummary
 from raytrainer.storage import Storage
 from raytrainer.sweep.journal import Report, Trial, TrialJournal
 from raytrainer.sweep.trial_state import Status
-from tests.runs.past import ADDRESS, FakeCluster, FakeJob, Store, local_owner, record, write_lease
+from tests.runs.past import ADDRESS, FakeCluster, Store, local_owner, record, write_lease
 from tests.runs.test_reconcile import killed
 
 TAGS = {
@@ -353,14 +355,14 @@ def test_submissions_of_others_are_listed_before_they_start(store: Store, monkey
     here.add("raysubmit_1", "RUNNING")  # a job of another program
     other.add("begins", "RUNNING", metadata={"raytrainer.name": "begins"}, started=4.0)
     clusters = {ADDRESS: here, "http://other.example:8265": other}
-    assert names(list_runs(clusters=Clusters(lambda address, *_: clusters[address]))) == ["mine"]
-    found = list_runs(everyone=True, clusters=Clusters(lambda address, *_: clusters[address]))
+    assert names(list_runs(clusters=Clusters(clusters.__getitem__))) == ["mine"]
+    found = list_runs(everyone=True, clusters=Clusters(clusters.__getitem__))
     assert [(f.name, f.kind, f.user, f.status, f.submission_id) for f in found if f.name != "mine"] == [
         ("begins", "run", None, "RUNNING", "begins"),
         ("again", "run", "somebody", "PENDING", "again--2"),
         ("waits", "sweep", "somebody", "PENDING", "waits"),
     ]
-    waiting = list_runs(everyone=True, status="PENDING", clusters=Clusters(lambda address, *_: clusters[address]))
+    waiting = list_runs(everyone=True, status="PENDING", clusters=Clusters(clusters.__getitem__))
     assert sorted(names(waiting)) == ["again", "waits"]
 
 
@@ -370,7 +372,7 @@ def test_a_slow_cluster_is_not_waited_for(store: Store, monkeypatch: pytest.Monk
     over = threading.Event()
 
     class Slow(FakeCluster):
-        def list(self) -> list[FakeJob]:
+        def jobs(self, address: str, settings: ClusterConfig) -> list[Job]:
             over.wait(60)
             return []
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -181,27 +182,43 @@ JOB = {"job": "x"}
 @pytest.mark.parametrize("status", ["PENDING", "RUNNING"])
 def test_an_active_job_is_alive_whatever_its_lease_says(storage: Storage, status: str) -> None:
     write_lease(storage, owner=JOB, age_s=30 * 86400)
-    assert judge(RUN, LockState.read(storage), FakeJob("x", status)).state == "alive"
+    assert judge(RUN, LockState.read(storage), FakeJob(submission_id="x", status=status)).state == "alive"
 
 
 @pytest.mark.parametrize(
     ("job", "status", "cause"),
     [
-        (FakeJob("x", "STOPPED"), "KILLED", "its job x was stopped"),
-        (FakeJob("x", "FAILED", "supervisor\n died"), "FAILED", "its job x failed: supervisor died"),
+        (FakeJob(submission_id="x", status="STOPPED"), "KILLED", "its job x was stopped"),
         (
-            FakeJob("x", "FAILED", exit_code=1),
+            FakeJob(submission_id="x", status="FAILED", message="supervisor\n died"),
+            "FAILED",
+            "its job x failed: supervisor died",
+        ),
+        (
+            FakeJob(submission_id="x", status="FAILED", exit_code=1),
             "FAILED",
             "its job x failed: exit code 1; the last lines of its log say why",
         ),
-        (FakeJob("x", "SUCCEEDED"), "FINISHED", "its job x succeeded, but MLflow does not have the status"),
-        (FakeJob("x", "FAILED", exit_code=143), "KILLED", "its job x ended with exit code 143: it was asked to"),
-        (FakeJob("x", "FAILED", exit_code=130), "KILLED", "its job x ended with exit code 130: it was asked to"),
+        (
+            FakeJob(submission_id="x", status="SUCCEEDED"),
+            "FINISHED",
+            "its job x succeeded, but MLflow does not have the status",
+        ),
+        (
+            FakeJob(submission_id="x", status="FAILED", exit_code=143),
+            "KILLED",
+            "its job x ended with exit code 143: it was asked to",
+        ),
+        (
+            FakeJob(submission_id="x", status="FAILED", exit_code=130),
+            "KILLED",
+            "its job x ended with exit code 130: it was asked to",
+        ),
     ],
 )
 def test_an_ended_job_is_dead_and_so_is_its_lease(storage: Storage, job: FakeJob, status: str, cause: str) -> None:
     name = write_lease(storage, owner=JOB)  # not stale: a killed driver's lease still looks valid for a while
-    job.started, job.ended = time.time() - 60, time.time()
+    job = replace(job, started=time.time() - 60, ended=time.time())
     for lock in (LockState.read(storage), LockState.read(None)):
         liveness = judge(RUN, lock, job)
         assert (liveness.state, liveness.status, liveness.cause, liveness.ended) == ("dead", status, cause, job.ended)
@@ -225,27 +242,31 @@ def test_a_job_of_the_same_name_on_another_cluster_proves_nothing(
     now = time.time()
     since = datetime.fromtimestamp(now - since_s, UTC).isoformat(timespec="seconds")
     write_lease(storage, owner={**JOB, "since": since}, age_s=beat_s)
-    job = FakeJob("x", "FAILED", exit_code=exit_code, started=now - began_s)
-    job.ended = None if ended_s is None else now - ended_s
+    job = FakeJob(submission_id="x", status="FAILED", exit_code=exit_code, started=now - began_s)
+    job = replace(job, ended=None if ended_s is None else now - ended_s)
     liveness = judge(RUN, LockState.read(storage), job)
     assert (liveness.state, liveness.reason) == ("alive", "process 4242 on elsewhere holds the lock")
 
 
 def test_a_refused_job_without_a_readable_directory() -> None:
-    liveness = judge(RUN, LockState.read(None), FakeJob("x", "FAILED", exit_code=2, ended=7.0))
+    liveness = judge(RUN, LockState.read(None), FakeJob(submission_id="x", status="FAILED", exit_code=2, ended=7.0))
     assert liveness.state == "unsure"
 
 
 def test_the_record_decides_how_a_job_ended(storage: Storage) -> None:
-    liveness = judge(Record("x", "/x", status="FINISHED"), LockState.read(storage), FakeJob("x", "SUCCEEDED"))
+    liveness = judge(
+        Record("x", "/x", status="FINISHED"), LockState.read(storage), FakeJob(submission_id="x", status="SUCCEEDED")
+    )
     assert liveness.status == "FINISHED"
 
 
 def test_a_run_that_another_job_continues_is_alive(storage: Storage) -> None:
     """A resubmission, or a resume here or on another machine, keeps the run alive after its job has ended."""
-    ended = FakeJob("x", "FAILED")
-    assert judge(RUN, LockState.read(storage), ended, [FakeJob("x--2", "PENDING")]).state == "alive"
-    assert judge(RUN, LockState.read(storage), ended, [FakeJob("x--2", "FAILED")]).state == "dead"
+    ended = FakeJob(submission_id="x", status="FAILED")
+    assert (
+        judge(RUN, LockState.read(storage), ended, [FakeJob(submission_id="x--2", status="PENDING")]).state == "alive"
+    )
+    assert judge(RUN, LockState.read(storage), ended, [FakeJob(submission_id="x--2", status="FAILED")]).state == "dead"
     name = write_lease(storage, owner={"run": "x"})
     assert judge(RUN, LockState.read(storage), ended).state == "alive"
     storage.delete(f"lock/{name}.json")

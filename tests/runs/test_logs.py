@@ -211,12 +211,12 @@ def test_the_running_attempt_is_followed(ended: Storage) -> None:
 
 
 def test_a_cluster_is_asked_with_the_settings_of_the_submission(in_tmp: Path) -> None:
-    asked: list[tuple[str, str | None, str | None]] = []
+    asked: list[str] = []
     cluster = FakeCluster()
     cluster.add("one")
 
-    def connect(address: str, ca_file: str | None, token_file: str | None) -> FakeCluster:
-        asked.append((address, ca_file, token_file))
+    def connect(address: str) -> FakeCluster:
+        asked.append(address)
         return cluster
 
     place = sent("one", "/nowhere/one", "one")
@@ -228,4 +228,5 @@ def test_a_cluster_is_asked_with_the_settings_of_the_submission(in_tmp: Path) ->
     ).text
     place.write_bytes("config.yaml", text.encode())
     assert next(iter(logs.log_lines("one", follow=True, clusters=Clusters(connect)))) == "one"
-    assert set(asked) == {(ADDRESS, "/etc/ca.pem", "/etc/token")}
+    assert set(asked) == {ADDRESS}
+    assert {(c.ca_file, c.token_file) for c in cluster.settings} == {("/etc/ca.pem", "/etc/token")}

@@ -195,11 +195,11 @@ def job(store: Store) -> tuple[Record, Storage]:
 def test_a_job_ends_by_itself_after_a_checkpoint(store: Store, job: tuple[Record, Storage]) -> None:
     made, storage = job
     cluster = FakeCluster(holds=[{"GPU": 2.0}, {"GPU": 1.0}])
-    running = cluster.add("one")
+    cluster.add("one")
 
     def end() -> None:
         if storage.exists("stop"):
-            running.status = "FAILED"  # Ray reports FAILED for exit code 143
+            cluster.add("one", "FAILED")  # Ray reports FAILED for exit code 143
             replace(made, status="KILLED").write(storage)
             store.client.set_terminated(made.run_id, "KILLED")
 
@@ -255,7 +255,7 @@ def test_the_active_job_is_stopped(store: Store, job: tuple[Record, Storage]) ->
     cluster.add("one", "FAILED")
     cluster.add("one--2", "PENDING", metadata={"raytrainer.name": "one"})
     result = Stopper("one", clusters=cluster.clusters()).stop()
-    assert (result.is_stopped, cluster.jobs["one--2"].status) == (True, "STOPPED")
+    assert (result.is_stopped, cluster.known["one--2"].status) == (True, "STOPPED")
 
 
 # --- runs that have ended or cannot be reached ------------------------------------------------------------------------
@@ -411,5 +411,5 @@ def test_a_pending_resume_on_another_cluster_is_stopped(store: Store) -> None:
     cluster = FakeCluster()
     cluster.add("one--2", "PENDING")
     result = Stopper("one", clusters=cluster.clusters()).stop()
-    assert (result.is_stopped, result.status, cluster.jobs["one--2"].status) == (True, "FAILED", "STOPPED")
+    assert (result.is_stopped, result.status, cluster.known["one--2"].status) == (True, "FAILED", "STOPPED")
     assert result.message == "its job one--2 is STOPPED, and what it held is free"

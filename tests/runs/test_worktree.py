@@ -17,12 +17,12 @@ import pytest
 
 from raytrainer import provenance
 from raytrainer.attempt import Record
-from raytrainer.cluster.package import collect
 from raytrainer.errors import ConfigError
 from raytrainer.provenance import Provenance
 from raytrainer.runs import rerun, worktree
 from raytrainer.runs.resolve import resolve_run
 from raytrainer.storage import Storage
+from raytrainer.submission.package import collect
 from raytrainer.tracking.server import Server
 from tests.launches import launch, launched, summary
 from tests.runs.past import Store, record

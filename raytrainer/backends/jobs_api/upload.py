@@ -12,7 +12,7 @@ from typing import Any
 
 import requests
 
-from raytrainer.cluster.connection import Connection
+from raytrainer.backends.jobs_api.connection import Connection
 from raytrainer.errors import ClusterError, ConfigError, JobExists
 from raytrainer.ray_internals import JobClient
 

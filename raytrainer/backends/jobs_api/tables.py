@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import ast
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import yaml
-
-from raytrainer.autoscaling import Growth, addable
-from raytrainer.cluster.facts import ClusterFacts, Holder, total_of
+from raytrainer.backends.jobs_api.facts import ClusterFacts, Holder, total_of
 
 Row = Mapping[str, Any]
 
@@ -53,13 +48,13 @@ class _Held:
                 place[name] = place.get(name, 0.0) + share
 
 
-def read(address: str, ray_version: str, python_version: str | None, tables: Tables, log: str | None) -> ClusterFacts:
+def read(address: str, ray_version: str, python_version: str | None, tables: Tables, grows: bool) -> ClusterFacts:
     """Return the facts that the tables contain.
 
     Args:
         address, ray_version, python_version: As in `ClusterFacts`.
         tables: The current tables.
-        log: The autoscaler's log; None if it cannot be read, so that it is unknown what the autoscaler can add.
+        grows: Whether the cluster may add nodes.
     """
     held = _held(tables)
     alive = [node for node in tables.nodes if node["state"] == "ALIVE"]
@@ -68,16 +63,13 @@ def read(address: str, ray_version: str, python_version: str | None, tables: Tab
         {name: max(0.0, n - held.by_node.get(node["node_id"], {}).get(name, 0.0)) for name, n in has.items()}
         for node, has in zip(alive, nodes, strict=True)
     )
-    growth = _growth(log, nodes) if log is not None else None
     return ClusterFacts(
         address=address,
         ray_version=ray_version,
         python_version=python_version,
         nodes=nodes,
         free=free,
-        addable=growth.nodes if growth is not None else (),
-        most_addable=growth.most if growth is not None else 0,
-        endless=growth is None or not nodes,  # a cluster that is starting has no nodes yet
+        may_grow=grows or not nodes,  # a cluster that is starting has no nodes yet
         holders=_holders(held.by_job, tables.jobs),
         head=next((node.get("node_ip") for node in alive if node.get("is_head_node")), None),
     )
@@ -89,8 +81,8 @@ def held_by(submission_id: str, tables: Tables) -> dict[str, float]:
     living = {worker["worker_id"] for worker in tables.workers}
     # Ray reports a killed task as running for about 15 s.
     tables = replace(tables, tasks=[task for task in tables.tasks if task["worker_id"] in living])
-    found = _held(tables).by_job
-    held = total_of(found[job] for job in jobs if job in found)
+    by_job = _held(tables).by_job
+    held = total_of(by_job[job] for job in jobs if job in by_job)
     if count := _processes(jobs, tables):
         held["processes"] = float(count)
     return {name: share for name, share in held.items() if share}
@@ -99,17 +91,17 @@ def held_by(submission_id: str, tables: Tables) -> dict[str, float]:
 def asked_by(submission_id: str, tables: Tables) -> list[list[dict[str, float]]]:
     """Return what a submission waits for: lists of bundles that a driver, placement group or actor wants at once."""
     jobs = _jobs_of(submission_id, tables.jobs)
-    found = [
+    demands = [
         [dict(bundle["unit_resources"]) for bundle in group["bundles"] if not bundle["node_id"]]
         for group in tables.groups
         if group["creator_job_id"] in jobs and group["state"] in ("PENDING", "RESCHEDULING")
     ]
-    found += [
+    demands += [
         [dict(actor["required_resources"])]
         for actor in tables.actors
         if _job_of(actor) in jobs and actor["state"] == "PENDING_CREATION" and not _in_group(actor)
     ]
-    return [bundles for bundles in found if any(any(bundle.values()) for bundle in bundles)]
+    return [bundles for bundles in demands if any(any(bundle.values()) for bundle in bundles)]
 
 
 def _processes(jobs: set[str], tables: Tables) -> int:
@@ -125,19 +117,19 @@ def _processes(jobs: set[str], tables: Tables) -> int:
 
 
 def _held(tables: Tables) -> _Held:
-    found = _Held()
+    held = _Held()
     for group in tables.groups:
         if group["state"] != "REMOVED":
             for bundle in group["bundles"]:
                 if bundle["node_id"]:  # it is placed
-                    found.add(group["creator_job_id"], bundle["node_id"], bundle["unit_resources"])
+                    held.add(group["creator_job_id"], bundle["node_id"], bundle["unit_resources"])
     for actor in tables.actors:
         if actor["state"] == "ALIVE" and not _in_group(actor):
-            found.add(_job_of(actor), actor["node_id"], actor["required_resources"] or {})
+            held.add(_job_of(actor), actor["node_id"], actor["required_resources"] or {})
     for task in tables.tasks:
         if task["state"] == "RUNNING" and task["type"] == "NORMAL_TASK" and not _in_group(task):
-            found.add(task["job_id"], task["node_id"], task["required_resources"] or {})
-    return found
+            held.add(task["job_id"], task["node_id"], task["required_resources"] or {})
+    return held
 
 
 def _in_group(row: Row) -> bool:
@@ -165,8 +157,8 @@ def _holders(by_job: Mapping[str, Mapping[str, float]], jobs: Sequence[Row]) -> 
         key = owner.get("submission_id") or owner["job_id"]
         rows[key] = owner
         resources[key] = total_of([resources.get(key, {}), held])
-    found = [_holder(row, resources[key]) for key, row in rows.items() if any(resources[key].values())]
-    return tuple(sorted(found, key=lambda holder: holder.name))
+    holders = [_holder(row, resources[key]) for key, row in rows.items() if any(resources[key].values())]
+    return tuple(sorted(holders, key=lambda holder: holder.name))
 
 
 def _holder(row: Row, resources: Mapping[str, float]) -> Holder:
@@ -188,29 +180,15 @@ def plain(text: str, most: int = 500) -> str:
     return "".join(c if c.isprintable() else " " for c in text)[:most].strip()
 
 
-# --- what the autoscaler can add ----------------------------------------------------------------------------------
+def may_grow(status: Mapping[str, Any]) -> bool:
+    """Return whether a cluster may get more nodes by itself, from the answer of `/api/cluster_status`.
 
-_V1, _V2 = "StandardAutoscaler: {", "Using Autoscaling Config:"
-_STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", re.MULTILINE)
-
-
-def _growth(log: str, there: Sequence[Mapping[str, float]]) -> Growth | None:
-    """Return what an autoscaler can add, from its initial configuration; None if the log lacks it.
-
-    The dashboard shows the configuration only in the autoscaler's log. None is also returned if its format is not that
-    of Ray 2.60. The rest of the configuration may hold secrets.
+    It cannot if it has the monitor of a fixed cluster, which names the type of each node after its id. Other
+    autoscalers report types of their own, or, as the second version and KubeRay's, nothing here.
     """
-    first, second = log.rfind(_V1), log.rfind(_V2)
-    found: Any
     try:
-        if second > first:
-            text = log[second + len(_V2) :]
-            stamp = _STAMP.search(text)
-            found = yaml.safe_load(text[: stamp.start()]) if stamp is not None else None
-        elif first >= 0:
-            found = ast.literal_eval(log[first + len(_V1) - 1 :].partition("\n")[0])
-        else:
-            return None
-        return addable(found, there) or Growth()
-    except (yaml.YAMLError, ValueError, SyntaxError, KeyError, TypeError, AttributeError):
-        return None
+        report = status["data"]["clusterStatus"]["autoscalerReport"]
+        types = dict(report["nodeTypeMapping"])
+    except (KeyError, TypeError):
+        return True
+    return not types or any(kind != f"node_{node}" for node, kind in types.items())

@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 import certifi
 import requests
 
-from raytrainer.attempt import in_background
-from raytrainer.cluster.auth import Token, denied
+from raytrainer.backends.jobs_api.auth import Token, denied
 from raytrainer.core import proxies
+from raytrainer.core.background import in_background
 from raytrainer.core.http import Authorization, proxy_exemptions, root_cause
 from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, ConfigError
 
@@ -72,19 +72,19 @@ class Connection:
             ClusterError: There is no answer, the request is refused, or the answer does not come from a dashboard.
         """
         try:
-            found = self.request("GET", path, read_s=read_s, params=params).json()
+            answer = self.request("GET", path, read_s=read_s, params=params).json()
         except ValueError:
             raise self._no_dashboard() from None
-        if not isinstance(found, kind):
+        if not isinstance(answer, kind):
             raise self._no_dashboard()
-        return found
+        return answer
 
-    def content(self, path: str, most: int | None = None, read_s: float = _READ_S, **params: Any) -> bytes:
-        """Return the bytes of an answer, or its first `most` bytes. Otherwise as `get`."""
+    def content(self, path: str, read_s: float = _READ_S, **params: Any) -> bytes:
+        """Return the bytes of an answer. Otherwise as `get`."""
         answer = self.request("GET", path, read_s=read_s, params=params, stream=True)
         try:
             with answer:
-                return answer.content if most is None else next(answer.iter_content(most), b"")
+                return answer.content
         except (requests.RequestException, OSError) as error:
             failure = error
         raise self._explained(failure, read_s)
@@ -98,7 +98,7 @@ class Connection:
         """
         keys, values = list(filters), [value.removeprefix("!") for value in filters.values()]
         signs = ["!=" if value.startswith("!") else "=" for value in filters.values()]
-        found = self.get(
+        answer = self.get(
             f"/api/v0/{what}",
             dict,
             read_s=2 * _READ_S,
@@ -110,7 +110,7 @@ class Connection:
             filter_values=values,
         )
         try:
-            return list(found["data"]["result"]["result"])
+            return list(answer["data"]["result"]["result"])
         except (KeyError, TypeError):
             raise self._no_dashboard() from None
 
@@ -161,25 +161,15 @@ class Connection:
                 stream=stream,
             )
 
-        failure: Exception
-        for attempt in (1, 2):
-            try:
-                answer = within(bound, ask)
-                return answer if answer.status_code in ok else self.checked(answer)
-            except TimeoutError as error:
-                failure = error
-            except (requests.RequestException, OSError, http.client.HTTPException, ValueError) as error:
-                failure = error
-                # The server has closed a kept-alive connection meanwhile.
-                if method == "GET" and attempt == 1 and isinstance(root_cause(error), _GONE):
-                    continue
-            break
-        # Raised outside the except clause, because the library's error holds the request with its token header.
-        raise self._explained(failure, read_s)
+        # Raised outside an except clause, because the library's error holds the request with its token header.
+        answer = _answer(bound, ask, again=method == "GET")
+        if isinstance(answer, Exception):
+            raise self._explained(answer, read_s)
+        return answer if answer.status_code in ok else self.checked(answer)
 
-    def denied(self, status: int, said: str, scheme: str) -> ClusterDenied:
+    def denied(self, status: int, text: str, scheme: str) -> ClusterDenied:
         """Return the error of `auth.denied` for this address and token."""
-        return denied(self.address, status, said, scheme, self.token)
+        return denied(self.address, status, text, scheme, self.token)
 
     def ssl_context(self) -> ssl.SSLContext | None:
         """Return a TLS context for another library's connection; None for an http address."""
@@ -195,8 +185,8 @@ class Connection:
 
     def proxy(self) -> str | None:
         """Return the environment's proxy for this address; None if there is none."""
-        found = proxies.proxy_of(self.address)
-        return found[1] if found else None
+        proxy = proxies.proxy_of(self.address)
+        return proxy[1] if proxy else None
 
     # --- errors ---------------------------------------------------------------------------------------------------
 
@@ -210,17 +200,17 @@ class Connection:
         status = response.status_code
         if 200 <= status < 300:
             return response
-        said = response.text[:100_000]
+        text = response.text[:100_000]
         if 300 <= status < 400:
             where = last_line(response.headers.get("Location", ""))
             path = urlsplit(response.request.url or "").path
             fix = f": cluster.address={where.removesuffix(path)}" if path and where.endswith(path) else f" ({where})"
             raise ClusterError(f"{self.address} redirects to another address{fix}")
         if status in (401, 403):
-            raise self.denied(status, said, response.headers.get("WWW-Authenticate", ""))
-        if status == 400 and "plain HTTP request was sent to HTTPS port" in said:
+            raise self.denied(status, text, response.headers.get("WWW-Authenticate", ""))
+        if status == 400 and "plain HTTP request was sent to HTTPS port" in text:
             raise self._speaks("https")
-        if status == 413 or "Request Entity Too Large" in said:
+        if status == 413 or "Request Entity Too Large" in text:
             raise ClusterError(
                 f"{self.address} does not accept so large a package: a proxy has a limit, such as nginx's "
                 "client_max_body_size, and Ray's own limit is 100 MiB; .rayignore leaves files out"
@@ -232,14 +222,14 @@ class Connection:
             )
         kind = NotThere if status == 404 else ClusterError
         # A proxy answers with an HTML page.
-        words = "" if said.lstrip().startswith("<") else last_line(said)
+        words = "" if text.lstrip().startswith("<") else last_line(text)
         raise kind(f"{self.address} answers {status}: {self._without_token(words) or response.reason}")
 
     def _explained(self, failure: Exception, read_s: float) -> ClusterError:
-        found = self._without_proxy(failure, read_s)
+        error = self._without_proxy(failure, read_s)
         if hint := proxies.hint(self.address):
-            found.args = (f"{found}{hint}",)
-        return found
+            error.args = (f"{error}{hint}",)
+        return error
 
     def _without_proxy(self, failure: Exception, read_s: float) -> ClusterError:
         """Return an error that explains a failure, without the hint about the environment's proxy."""
@@ -279,7 +269,7 @@ class Connection:
             if error.reason in _NO_TLS:
                 return self._speaks("http")
             return ClusterUnreachable(f"{self.address}: no TLS connection ({error.reason or error})")
-        code, said = error.verify_code, error.verify_message
+        code, message = error.verify_code, error.verify_message
         known = f"cluster.ca_file={self._ca_file}" if self._ca_file is not None else "what this machine trusts"
         # The codes are OpenSSL's X509_V_ERR_….
         why = {
@@ -292,7 +282,7 @@ class Connection:
         }
         unknown = f"is signed by an authority that is not in {known}: cluster.ca_file=PATH of its certificate trusts it"
         why |= dict.fromkeys((2, 19, 20, 21), unknown)
-        return ClusterUnreachable(f"the certificate of {self.address} {why.get(code, f'is not accepted: {said}')}")
+        return ClusterUnreachable(f"the certificate of {self.address} {why.get(code, f'is not accepted: {message}')}")
 
     def _speaks(self, scheme: str) -> ClusterError:
         other = self.address.partition("://")[2]
@@ -321,6 +311,18 @@ class Connection:
         return text.replace(self.token.value, "***") if self.token is not None else text
 
 
+def _answer(
+    seconds: float | None, ask: Callable[[], requests.Response], *, again: bool
+) -> requests.Response | Exception:
+    """Return an answer or the failure. Try `again` if the server has closed a kept-alive connection meanwhile."""
+    try:
+        return within(seconds, ask)
+    except (TimeoutError, requests.RequestException, OSError, http.client.HTTPException, ValueError) as error:
+        if not again or not isinstance(root_cause(error), _GONE):
+            return error
+    return _answer(seconds, ask, again=False)
+
+
 def within(seconds: float | None, ask: Callable[[], T]) -> T:
     """Return the result of `ask`, which may wait for something that no socket timeout limits.
 
@@ -333,8 +335,8 @@ def within(seconds: float | None, ask: Callable[[], T]) -> T:
 def last_line(text: str) -> str:
     """Return the last line of a text, which in a traceback is the exception, without unprintable characters."""
     lines = [line.strip() for line in text.splitlines() if line.strip(" .^")]
-    found = lines[-1] if lines else ""
-    return "".join(c if c.isprintable() else " " for c in found)[:500]
+    last = lines[-1] if lines else ""
+    return "".join(c if c.isprintable() else " " for c in last)[:500]
 
 
 def _trusting(ca_file: str, address: str) -> ssl.SSLContext:

@@ -10,7 +10,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import metadata
 
 from raytrainer.config import Experiment
@@ -49,9 +49,7 @@ class ClusterFacts:
         python_version: The version on its head node; None for an old Ray that does not report it.
         nodes: The resources of each live node.
         free: The free resources of each node, in the same order.
-        addable: The resources of each node that its autoscaler can add.
-        most_addable: How many of those nodes it can have at a time.
-        endless: Whether it has an autoscaler whose limit is unknown.
+        may_grow: Whether it has an autoscaler, whose limit the Jobs API does not tell.
         holders: The jobs and drivers that hold resources.
         head: The address of its head node within the cluster; None if unknown.
     """
@@ -61,9 +59,7 @@ class ClusterFacts:
     python_version: str | None
     nodes: tuple[Mapping[str, float], ...]
     free: tuple[Mapping[str, float], ...] = ()
-    addable: tuple[Mapping[str, float], ...] = ()
-    most_addable: int = 0
-    endless: bool = False
+    may_grow: bool = False
     holders: tuple[Holder, ...] = ()
     head: str | None = None
 
@@ -78,7 +74,7 @@ class ClusterFacts:
     @property
     def resources(self) -> Resources:
         """The most that the cluster can have."""
-        return Resources.of_nodes(self.nodes, self.addable, self.most_addable, self.endless)
+        return Resources.of_nodes(self.nodes, endless=self.may_grow)
 
     def version_problem(self) -> str | None:
         """Return why raytrainer cannot run there because of the Ray or Python version; None if it can."""
@@ -107,16 +103,17 @@ class ClusterFacts:
         ]
 
     def problems(self, e: Experiment) -> list[str]:
-        """Return a sentence for each demand of a run that the cluster can never meet, even after adding all nodes."""
-        found = check_resources(e, self.resources, f"the cluster at {self.address}")
+        """Return a sentence for each demand of a run that the cluster cannot meet with its present nodes."""
+        now = replace(self, may_grow=False)
+        problems = check_resources(e, now.resources, f"the cluster at {self.address}")
         driver = {name: share for name, share in (e.cluster.driver_resources or {}).items() if share}
-        if found or not driver:
-            return found
-        workers = [per_worker(e, uses_gpu(e, self.resources))] * least_workers(e)
+        if problems or not driver:
+            return problems
+        workers = [per_worker(e, uses_gpu(e, now.resources))] * least_workers(e)
         key = f"cluster.driver_resources={{{', '.join(f'{name}: {share:g}' for name, share in driver.items())}}}"
-        if reason := impossible([driver], self):
+        if reason := impossible([driver], now):
             return [f"{key}: {reason}"]
-        if reason := impossible([driver, *workers], self):
+        if reason := impossible([driver, *workers], now):
             return [f"{key} and the workers: {reason}"]
         return []
 
@@ -137,58 +134,64 @@ def explain_waiting(
     """
     if reason := next(filter(None, (impossible(bundles, facts) for bundles in demands)), None):
         return reason
-    bundles = [bundle for several in demands for bundle in several]
+    bundles = [bundle for group in demands for bundle in group]
     wanted, total, free = total_of(bundles), facts.total, facts.available
     lacking = [name for name, share in wanted.items() if share > free.get(name, 0.0) + _EPSILON]
     names = lacking or [name for name, share in wanted.items() if share]
     if not lacking and _fits(bundles, facts.free):
         return f"for {_amounts(wanted, names)}: enough is free, and it is about to be placed"
-    parts = [", ".join(_free(name, free.get(name, 0.0), total.get(name, 0.0)) for name in names)]
-    if not lacking:
-        most = {name: max((node.get(name, 0.0) for node in facts.free), default=0.0) for name in names}
-        parts = [f"enough is free, but at most {_amounts(most, names)} on one node"]
-    held = [(sum(h.resources.get(n, 0.0) / (total.get(n) or 1.0) for n in names), h) for h in facts.holders]
-    held = [(part, h) for part, h in held if part and (leave_out is None or h.submission_id != leave_out)]
-    held.sort(key=lambda one: (-one[0], one[1].name))
-    parts += [_holding(holder, names, time.time() if now is None else now) for _, holder in held[:_HOLDERS]]
-    if len(held) > _HOLDERS:
-        parts.append(f"{len(held) - _HOLDERS} other jobs hold the rest")
-    if facts.most_addable or facts.endless:
+    most = {name: max((node.get(name, 0.0) for node in facts.free), default=0.0) for name in names}
+    parts = [f"enough is free, but at most {_amounts(most, names)} on one node"]
+    if lacking:
+        parts = [", ".join(_free(name, free.get(name, 0.0), total.get(name, 0.0)) for name in names)]
+    parts += _holders_text(_holders_of(names, facts, leave_out), names, time.time() if now is None else now)
+    if facts.may_grow:
         parts.append("the cluster can add nodes")
     return f"for {_amounts(wanted, names)}: {'; '.join(parts)}"
 
 
+def _holders_text(holders: Sequence[Holder], names: Sequence[str], now: float) -> list[str]:
+    parts = [_holding(holder, names, now) for holder in holders[:_HOLDERS]]
+    more = len(holders) - _HOLDERS
+    return [*parts, f"{more} other jobs hold the rest"] if more > 0 else parts
+
+
+def _holders_of(names: Sequence[str], facts: ClusterFacts, leave_out: str | None) -> list[Holder]:
+    """Return who holds some of the named resources, those with the largest shares of the cluster first."""
+    others = [h for h in facts.holders if leave_out is None or h.submission_id != leave_out]
+    shares = [sum(h.resources.get(n, 0.0) / (facts.total.get(n) or 1.0) for n in names) for h in others]
+    pairs = sorted(zip(shares, others, strict=True), key=lambda pair: (-pair[0], pair[1].name))
+    return [holder for share, holder in pairs if share]
+
+
 def impossible(bundles: Sequence[Mapping[str, float]], facts: ClusterFacts) -> str | None:
-    """Return why the cluster can never provide the bundles, even with all nodes that it can add; None if it can."""
+    """Return why the cluster can never provide the bundles; None if it can, or if it may grow."""
     most = facts.resources
     if most.endless:
         return None
-    added = ", including nodes that it can add" if most.more else ""
     for name, share in total_of(bundles).items():
         has = most.get(name)
         if has is not None and share > has + _EPSILON:
             return (
-                f"{amount(name, share)} asked for, and {facts.address} has {amount(name, has)}{added}: "
-                "the job can never run"
+                f"{amount(name, share)} asked for, and {facts.address} has {amount(name, has)}: the job can never run"
             )
     for bundle, count in Counter(tuple(sorted(bundle.items())) for bundle in bundles).items():
         room = most.places(dict(bundle))
         if room < count:
-            one = _amounts(dict(bundle), [name for name, share in bundle if share])
+            each = _amounts(dict(bundle), [name for name, share in bundle if share])
             return (
-                f"{count} × ({one}), each on one node, and {facts.address} has room for {room}{added}: "
-                "the job can never run"
+                f"{count} × ({each}), each on one node, and {facts.address} has room for {room}: the job can never run"
             )
     return None
 
 
-def total_of(several: Iterable[Mapping[str, float]]) -> dict[str, float]:
+def total_of(sets: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """Return the sum of several sets of resources, by name."""
-    found: dict[str, float] = {}
-    for one in several:
-        for name, share in one.items():
-            found[name] = found.get(name, 0.0) + share
-    return found
+    total: dict[str, float] = {}
+    for resources in sets:
+        for name, share in resources.items():
+            total[name] = total.get(name, 0.0) + share
+    return total
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import aiohttp
 
-from raytrainer.cluster.connection import Connection
+from raytrainer.backends.jobs_api.connection import Connection
 from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable
 
 _CONNECT_S = 10.0
@@ -38,14 +38,14 @@ def follow(
     Raises:
         ClusterError: The cluster has not answered for two minutes, or refuses the request.
     """
-    told, failures, answered = 0, 0, time.monotonic()
+    shown, failures, answered = 0, 0, time.monotonic()
     while True:
         try:
             position = 0  # the server sends the log from the beginning on each connection
             for piece in _pieces(connection, submission_id):
                 failures = 0
-                new, position = piece[max(0, told - position) :], position + len(piece)
-                told += len(new)
+                new, position = piece[max(0, shown - position) :], position + len(piece)
+                shown += len(new)
                 if new:
                     yield new
         except (aiohttp.ClientError, OSError, TimeoutError):
@@ -64,9 +64,9 @@ def follow(
             if time.monotonic() - answered > _PATIENCE_S:
                 raise
         else:
-            if len(text) > told:
-                yield text[told:]
-                told = len(text)
+            if len(text) > shown:
+                yield text[shown:]
+                shown = len(text)
             if ended:
                 return
         sleep(_AGAIN_S[min(failures, len(_AGAIN_S) - 1)])
@@ -95,11 +95,11 @@ async def _session(connection: Connection) -> aiohttp.ClientSession:
 async def _connected(
     session: aiohttp.ClientSession, connection: Connection, submission_id: str
 ) -> aiohttp.ClientWebSocketResponse:
-    asked = session.ws_connect(
+    connecting = session.ws_connect(
         f"{connection.address}/api/jobs/{quote(submission_id, safe='')}/logs/tail",
         ssl=connection.ssl_context() or True,
         proxy=connection.proxy(),
         heartbeat=_HEARTBEAT_S,
         max_msg_size=0,  # a line may be long
     )
-    return await asyncio.wait_for(asked, _CONNECT_S)
+    return await asyncio.wait_for(connecting, _CONNECT_S)

@@ -58,14 +58,14 @@ def find_token(token_file: str | None = None, environ: Mapping[str, str] = os.en
 
 
 def denied(
-    address: str, status: int, said: str, scheme: str, token: Token | None, environ: Mapping[str, str] = os.environ
+    address: str, status: int, text: str, scheme: str, token: Token | None, environ: Mapping[str, str] = os.environ
 ) -> ClusterDenied:
     """Return an error that explains a refusal and how to fix it.
 
     Args:
         address: The cluster's address.
         status: 401 or 403.
-        said: The text of the answer.
+        text: The text of the answer.
         scheme: The scheme in the header `WWW-Authenticate`; empty if the header is missing, as in Ray's answers.
         token: The token that was sent.
         environ: The environment, which may be why no token was sent.
@@ -84,7 +84,7 @@ def denied(
             f"RAY_AUTH_TOKEN_PATH; {_ASK}"
         )
     # Ray's own 403 mentions the token; a 403 without it comes from a proxy.
-    if status == 403 and "token" not in said.lower():
+    if status == 403 and "token" not in text.lower():
         return ClusterDenied(
             f"{address} answers 403 Forbidden, and the answer is not from Ray: a proxy in front of it denies access"
         )

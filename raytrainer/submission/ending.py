@@ -15,7 +15,7 @@ STATUSES = {0: "FINISHED", 1: "FAILED", REFUSED: "REFUSED", 129: "KILLED", 130: 
 _MOST = 500  # characters of a cause
 _FEW = 3  # lines: a wrapped sentence from Ray; more lines are a traceback
 
-_SAID = re.compile(r"raytrainer: (?:refused|failed|stopped): (.+)")
+_REPORTED = re.compile(r"raytrainer: (?:refused|failed|stopped): (.+)")
 _ROW = re.compile(r"cause    (.+)")  # in a summary
 _LOG = ", last available logs"
 _ERROR = re.compile(r"(?:[\w.]+(?:Error|Exception)|ERROR)\b.*")
@@ -56,7 +56,7 @@ def ending_of(job: Ended) -> Ending:
     if job.status == "STOPPED":
         return Ending("KILLED", 143, "the job was stopped")
     if job.exit_code in STATUSES:
-        cause = _said(job.message) or f"exit code {job.exit_code}; the last lines of its log say why"
+        cause = _printed_cause(job.message) or f"exit code {job.exit_code}; the last lines of its log say why"
         return Ending(STATUSES[job.exit_code], job.exit_code, cause)
     return Ending("FAILED", 1, one_line(job.message) or "Ray does not say why", reported=False)
 
@@ -71,11 +71,11 @@ def one_line(message: str) -> str:
     return ": ".join([lines[0].rstrip(":"), *errors[-1:]])[:_MOST]
 
 
-def _said(message: str) -> str | None:
+def _printed_cause(message: str) -> str | None:
     """Return the cause that the entrypoint printed last."""
     lines = message.splitlines()
-    for pattern in (_SAID, _ROW):
-        said = [match[1].strip() for line in lines if (match := pattern.search(line))]
-        if said:
-            return said[-1][:_MOST]
+    for pattern in (_REPORTED, _ROW):
+        causes = [match[1].strip() for line in lines if (match := pattern.search(line))]
+        if causes:
+            return causes[-1][:_MOST]
     return None

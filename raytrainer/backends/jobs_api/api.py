@@ -10,68 +10,25 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from raytrainer.attempt import in_background
-from raytrainer.cluster import facts, tables
-from raytrainer.cluster.auth import find_token
-from raytrainer.cluster.connection import Connection, NotThere
-from raytrainer.cluster.facts import ClusterFacts
-from raytrainer.cluster.tables import Tables
+from raytrainer.backends.cluster_job import ClusterJob
+from raytrainer.backends.jobs_api import facts, tables
+from raytrainer.backends.jobs_api.auth import find_token
+from raytrainer.backends.jobs_api.connection import Connection, NotThere
+from raytrainer.backends.jobs_api.facts import ClusterFacts
+from raytrainer.backends.jobs_api.tables import Tables
+from raytrainer.core.background import in_background
 from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, ConfigError
 
 if TYPE_CHECKING:
-    from raytrainer.cluster.request import Request
+    from raytrainer.submission.request import Request
 
-_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _TASKS = {"state": "RUNNING", "type": "NORMAL_TASK"}  # tasks of actors hold only what their actor holds
 _LAST_S = 1.0  # Ray sees a process end when its connection closes; the kernel may free its memory a little later
 _LOG_S = 30.0  # for a long log
-_READ_S = 5.0
-_AUTOSCALER_BYTES = 2**22  # of its log; the settings are near the beginning
-
-
-@dataclass(frozen=True)
-class JobInfo:
-    """A job as the Ray Jobs API reports it.
-
-    Attributes:
-        submission_id: The id under which it was submitted.
-        status: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED.
-        message: Ray's explanation of the status; for a failed job it includes the end of the log.
-        metadata: The metadata given at submission.
-        started, ended: Seconds since the epoch.
-        exit_code: The driver's exit code, once the driver has ended.
-    """
-
-    submission_id: str
-    status: str
-    message: str
-    metadata: Mapping[str, str]
-    started: float | None
-    ended: float | None
-    exit_code: int | None = None
-
-    @property
-    def has_ended(self) -> bool:
-        return self.status in _ENDED
-
-    @classmethod
-    def of(cls, row: Mapping[str, Any]) -> JobInfo:
-        """Parse an entry of the Jobs API."""
-        started, ended = row.get("start_time"), row.get("end_time")
-        return cls(
-            submission_id=row["submission_id"],
-            status=row["status"],
-            message=row.get("message") or "",
-            metadata=row.get("metadata") or {},
-            started=started / 1e3 if started else None,
-            ended=ended / 1e3 if ended else None,
-            exit_code=row.get("driver_exit_code"),
-        )
 
 
 class Jobs:
@@ -91,18 +48,18 @@ class Jobs:
 
     # --- a job ----------------------------------------------------------------------------------------------------
 
-    def info(self, submission_id: str) -> JobInfo | None:
+    def info(self, submission_id: str) -> ClusterJob | None:
         """Return a job's state; None if the cluster knows no job with this id.
 
         Raises:
             ClusterError: The cluster cannot be reached or refuses the request. Every method here may raise it.
         """
         row = self._row(submission_id)
-        return None if row is None else JobInfo.of(row)
+        return None if row is None else self._job(row)
 
-    def list(self) -> builtins.list[JobInfo]:
+    def list(self) -> builtins.list[ClusterJob]:
         """Return all submitted jobs, including ended ones, but not drivers that were started without a submission."""
-        return [JobInfo.of(row) for row in self._rows() if row.get("submission_id")]
+        return [self._job(row) for row in self._rows() if row.get("submission_id")]
 
     def stop(self, submission_id: str) -> None:
         """Ask Ray to stop a job. Ray sends its driver SIGTERM, and SIGKILL three seconds later.
@@ -114,15 +71,15 @@ class Jobs:
     def logs(self, submission_id: str) -> str:
         """Return everything that its driver has printed so far."""
         try:
-            found = self._connection.get(f"/api/jobs/{_path(submission_id)}/logs", dict, read_s=_LOG_S)
-            return str(found.get("logs") or "")
+            answer = self._connection.get(f"/api/jobs/{_path(submission_id)}/logs", dict, read_s=_LOG_S)
+            return str(answer.get("logs") or "")
         except (NotThere, ClusterUnreachable, ClusterDenied):
             raise
         except ClusterError as error:
             # Ray answers with an error if the log is not valid UTF-8 or if the driver's node is gone.
             with suppress(ClusterError):
                 node = (self._row(submission_id) or {}).get("driver_node_id")
-                text = self._log_file(node, f"job-driver-{submission_id}.log", read_s=_LOG_S)
+                text = self._log_file(node, f"job-driver-{submission_id}.log")
                 return text.replace("\r\n", "\n").replace("\r", "\n")  # as the Jobs API returns it
             raise ClusterError(
                 f"{self.address} cannot give the log of job {submission_id}: the node of its driver is gone, or does not "
@@ -131,12 +88,12 @@ class Jobs:
 
     def tail(self, submission_id: str) -> Iterator[str]:
         """Yield what its driver prints, in pieces, from the beginning until the job has ended."""
-        from raytrainer.cluster.follow import follow
+        from raytrainer.backends.jobs_api.follow import follow
 
         return follow(
             self._connection,
             submission_id,
-            has_ended=lambda: self._known(submission_id).has_ended,
+            has_ended=lambda: not self._known(submission_id).is_active,
             whole=lambda: self.logs(submission_id),
         )
 
@@ -146,19 +103,19 @@ class Jobs:
         if row is None:
             return {}
         state, job = self._connection.state, row.get("job_id")
-        asks: dict[str, Callable[[], Sequence[tables.Row]]] = {
+        requests: dict[str, Callable[[], Sequence[tables.Row]]] = {
             "supervisor": lambda: state("actors", name=f"{tables.SUPERVISOR}{submission_id}"),
             "workers": lambda: state("workers", is_alive="true"),
         }
         if job:
-            asks |= {
+            requests |= {
                 "actors": lambda: state("actors", job_id=job),
                 "groups": lambda: state("placement_groups", creator_job_id=job),
                 "tasks": lambda: state("tasks", job_id=job, **_TASKS),
             }
-        found = _at_once(asks)
-        actors = [*found.pop("supervisor"), *found.pop("actors", ())]
-        held = tables.held_by(submission_id, Tables(actors=actors, jobs=[row], **found))
+        rows_of = _at_once(requests)
+        actors = [*rows_of.pop("supervisor"), *rows_of.pop("actors", ())]
+        held = tables.held_by(submission_id, Tables(actors=actors, jobs=[row], **rows_of))
         if not held and time.time() - (row.get("end_time") or 0) / 1e3 < 2 * _LAST_S:
             time.sleep(_LAST_S)
         return held
@@ -166,10 +123,10 @@ class Jobs:
     def explain_waiting(self, submission_id: str) -> str:
         """Return, as text, what a job waits for, who holds it, and whether the cluster can ever provide it."""
         job = self._known(submission_id)
-        found, rows = self._facts()
-        asked = tables.asked_by(submission_id, rows)
-        if asked:
-            return facts.explain_waiting(asked, found, leave_out=submission_id)
+        cluster, rows = self._facts()
+        demands = tables.asked_by(submission_id, rows)
+        if demands:
+            return facts.explain_waiting(demands, cluster, leave_out=submission_id)
         return (
             "for its runtime environment to be set up"
             if job.status == "PENDING"
@@ -186,35 +143,28 @@ class Jobs:
         bare = ClusterFacts(self.address, version, None, ())
         if bare.version_problem() is not None:  # the tables of other versions differ, too
             return bare, Tables()
-        asks: dict[str, Callable[[], Any]] = {
+        requests: dict[str, Callable[[], Any]] = {
             "metadata": lambda: get("/api/v0/cluster_metadata", dict),
+            "status": lambda: get("/api/cluster_status", dict),
             "nodes": lambda: state("nodes"),
             "actors": lambda: state("actors", state="!DEAD"),
             "groups": lambda: state("placement_groups", state="!REMOVED"),
             "tasks": lambda: state("tasks", **_TASKS),
             "jobs": self._rows,
         }
-        found = _at_once(asks)
-        python = (found.pop("metadata").get("data") or {}).get("pythonVersion")
-        rows = Tables(**found)
+        answers = _at_once(requests)
+        may_grow = tables.may_grow(answers.pop("status"))
+        python = (answers.pop("metadata").get("data") or {}).get("pythonVersion")
+        rows = Tables(**answers)
         try:
-            return tables.read(self.address, version, python, rows, self._autoscaler_log(rows)), rows
+            return tables.read(self.address, version, python, rows, may_grow), rows
         except (KeyError, TypeError, AttributeError) as error:
             raise ClusterError(f"{self.address} has ray {version}, whose tables raytrainer cannot read") from error
 
-    def _autoscaler_log(self, rows: Tables) -> str | None:
-        """Return the beginning of the log of the cluster's autoscaler; None if it cannot be read."""
-        head = next((node for node in rows.nodes if node["state"] == "ALIVE" and node.get("is_head_node")), None)
-        if head is None:
-            return None
-        with suppress(ClusterError):
-            return self._log_file(head["node_id"], "monitor.log", most=_AUTOSCALER_BYTES)
-        return None
-
-    def _log_file(self, node: str | None, name: str, most: int | None = None, read_s: float = _READ_S) -> str:
-        """Return a file of a node's logs, or its first `most` bytes."""
-        asked = {"node_id": node, "filename": name, "lines": -1, "timeout": int(read_s)}
-        return self._connection.content("/api/v0/logs/file", most, read_s, **asked).decode(errors="replace")
+    def _log_file(self, node: str | None, name: str) -> str:
+        """Return a file of a node's logs."""
+        query = {"node_id": node, "filename": name, "lines": -1, "timeout": int(_LOG_S)}
+        return self._connection.content("/api/v0/logs/file", _LOG_S, **query).decode(errors="replace")
 
     # --- a submission ---------------------------------------------------------------------------------------------
 
@@ -231,15 +181,14 @@ class Jobs:
                 more, or Ray rejects a package or the runtime environment.
         """
         check_environment(self.address)
-        runtime_env = request.stage(staged)
-        from raytrainer.cluster import upload
+        from raytrainer.backends.jobs_api import packages, upload
 
         try:
             return upload.submit(
                 self._connection,
                 submission_id=request.submission_id,
                 entrypoint=request.entrypoint,
-                runtime_env=runtime_env,
+                runtime_env=packages.stage(request, staged),
                 metadata=request.metadata,
                 resources=request.resources,
             )
@@ -250,22 +199,35 @@ class Jobs:
                 raise
             return there.submission_id
 
+    def _job(self, row: Mapping[str, Any]) -> ClusterJob:
+        started, ended = row.get("start_time"), row.get("end_time")
+        return ClusterJob(
+            submission_id=row["submission_id"],
+            status=row["status"],
+            message=row.get("message") or "",
+            metadata=row.get("metadata") or {},
+            started=started / 1e3 if started else None,
+            ended=ended / 1e3 if ended else None,
+            exit_code=row.get("driver_exit_code"),
+            client=self,
+        )
+
     # --- the dashboard's own rows ---------------------------------------------------------------------------------
 
-    def _known(self, submission_id: str) -> JobInfo:
-        found = self.info(submission_id)
-        if found is None:
+    def _known(self, submission_id: str) -> ClusterJob:
+        job = self.info(submission_id)
+        if job is None:
             raise ClusterError(f"{self.address} has no job {submission_id}")
-        return found
+        return job
 
     def _row(self, submission_id: str) -> Mapping[str, Any] | None:
         try:
-            found = self._connection.get(f"/api/jobs/{_path(submission_id)}", dict)
+            row = self._connection.get(f"/api/jobs/{_path(submission_id)}", dict)
         except NotThere as error:
             if "does not exist" in str(error):  # Ray's wording; any other 404 does not come from a dashboard
                 return None
             raise
-        return found if found.get("submission_id") == submission_id else None
+        return row if row.get("submission_id") == submission_id else None
 
     def _rows(self) -> builtins.list[dict[str, Any]]:
         return self._connection.get("/api/jobs/", builtins.list)
@@ -278,19 +240,19 @@ def check_environment(address: str, environ: Mapping[str, str] = os.environ) -> 
         ConfigError: RAY_API_SERVER_ADDRESS or RAY_ADDRESS names another address.
     """
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
-        given = environ.get(name, "").rstrip("/")
-        if given and given != address.rstrip("/"):
+        other = environ.get(name, "").rstrip("/")
+        if other and other != address.rstrip("/"):
             raise ConfigError(
-                f"and {name}={given} is set, which Ray's own tools follow instead: unset {name}, or give its address",
+                f"and {name}={other} is set, which Ray's own tools follow instead: unset {name}, or give its address",
                 key="cluster.address",
                 value=address,
             )
 
 
-def _at_once(asks: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+def _at_once(requests: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
     """Make several requests in parallel and return their answers by name."""
-    coming = {name: in_background(ask, "ray-jobs") for name, ask in asks.items()}
-    return {name: future.result() for name, future in coming.items()}
+    futures = {name: in_background(request, "ray-jobs") for name, request in requests.items()}
+    return {name: future.result() for name, future in futures.items()}
 
 
 def _path(submission_id: str) -> str:
