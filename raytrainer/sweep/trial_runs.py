@@ -97,7 +97,7 @@ class TrialRuns:
         """Set the final status of the trial's run, and its best value."""
         if trial.id not in self._opened:  # this attempt did not reach the trial
             self.open(trial)
-        tags: dict[str, str] = {"raytrainer.trial_status": trial.status}
+        tags = {"raytrainer.trial_status": str(trial.status)}
         if trial.inherited:  # the overrides are no longer those of its start
             tags["raytrainer.overrides"] = " ".join(trial.overrides)
         metrics, texts = {}, {}

@@ -446,7 +446,7 @@ def history() -> list[Trial]:
         start=1,
     ):
         trial = Trial(f"{n:04d}", {"optimizer.lr": 0.001 * n, "model.width": 64}, [], 0.0)
-        trial.status, trial.cause = status, cause  # type: ignore[assignment]
+        trial.status, trial.cause = Status(status), cause
         trial.reports = [Report(e, e, value, {}, 0.0) for e, value in enumerate(values, start=1)]
         made.append(trial)
     return made
