@@ -156,7 +156,9 @@ def test_the_results_of_a_sweep_are_written_the_same(recording: Recording) -> No
     plan, trials = Plan.read(storage), [*TrialJournal.open(storage).trials.values()]
     assert plan is not None
     results.write(again, trials=trials, plan=plan)
-    assert again.read_bytes(results.BEST) == storage.read_bytes(results.BEST)
+    # The file has every key, also those that were added since the recording.
+    best = again.read_bytes(results.BEST).decode().replace("  start_method: forkserver\n", "")
+    assert best == storage.read_bytes(results.BEST).decode()
     # The driver knows the seconds of a trial more exactly than its journal.
     rows, recorded_rows = (csv_of(place.read_bytes(results.CSV)) for place in (again, storage))
     assert [seconds_of(row) for row in rows] == pytest.approx([seconds_of(row) for row in recorded_rows], abs=0.01)
@@ -164,9 +166,9 @@ def test_the_results_of_a_sweep_are_written_the_same(recording: Recording) -> No
     tables = [pq.read_table(io.BytesIO(place.read_bytes(results.PARQUET))) for place in (again, storage)]
     assert tables[0].schema == tables[1].schema
     assert tables[0].drop_columns(["seconds", "run_id"]) == tables[1].drop_columns(["seconds", "run_id"])
-    best = compose(["experiment=best"], recorded.path / "best").experiment
-    assert best.optimizer is not None
-    assert best.optimizer["lr"] in {trial.parameters["optimizer.lr"] for trial in trials}
+    chosen = compose(["experiment=best"], recorded.path / "best").experiment
+    assert chosen.optimizer is not None
+    assert chosen.optimizer["lr"] in {trial.parameters["optimizer.lr"] for trial in trials}
 
 
 @pytest.mark.parametrize(("name", "trial"), [("finished", None), ("stopped", None), ("sweep", "best")])

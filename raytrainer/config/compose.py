@@ -28,7 +28,7 @@ from raytrainer.config.direction import check_modes, derive_modes
 from raytrainer.config.explain import explain, key_of, unresolved
 from raytrainer.config.fixing import failing_key, fix_times, make_absolute
 from raytrainer.config.isolation import LOCK, SCHEMA, borrowed
-from raytrainer.config.saved import with_overrides, write_modes
+from raytrainer.config.saved import value_of_key, with_overrides, write_modes
 from raytrainer.config.schema import Experiment, known_keys, validate
 from raytrainer.config.typed import OPEN, defaults, node_keys, typed
 from raytrainer.errors import ConfigError
@@ -286,7 +286,7 @@ def searching(config_dir: str | Path | None, searchpath: Sequence[str] = ()) -> 
 
 
 def _composition(cfg: DictConfig, overrides: tuple[str, ...], choices: tuple[tuple[str, str], ...]) -> Composition:
-    _write_cluster(cfg)
+    _write_as_before(cfg)
     experiment = _experiment(cfg, choices)
     write_modes(cfg, experiment)
     return Composition(experiment, OmegaConf.to_yaml(cfg), overrides, choices)
@@ -304,21 +304,21 @@ def with_modes(composition: Composition) -> Composition:
     )
 
 
-def _write_cluster(cfg: DictConfig) -> None:
-    """Write the section `cluster` as older versions write it: a request is known by the digest of its config, and the
-    raytrainer on a cluster may be older."""
-    cluster = cfg.get("cluster")
-    if not isinstance(cluster, DictConfig):
-        return
-    if isinstance(kind := _value(cfg, "cluster.kind"), str) and kind != plugins.recorded_kind(kind):
-        cluster.kind = plugins.recorded_kind(kind)
-    if cluster.get("options") == {}:
-        OmegaConf.set_struct(cluster, False)
-        del cluster["options"]
+# Keys that later versions added, with their defaults.
+_ADDED_KEYS = (("cluster", "options", {}), ("data", "start_method", "forkserver"))
 
 
-def _value(cfg: DictConfig, key: str) -> Any:
-    return OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
+def _write_as_before(cfg: DictConfig) -> None:
+    """Write the config as older versions write it: a request is known by the digest of its config, and the raytrainer on
+    a cluster may be older. A key that they do not know is left out if it has its default."""
+    kind = value_of_key(cfg, "cluster.kind")
+    if isinstance(kind, str) and kind != plugins.recorded_kind(kind):
+        cfg.cluster.kind = plugins.recorded_kind(kind)
+    for section, key, default in _ADDED_KEYS:
+        node = cfg.get(section)
+        if isinstance(node, DictConfig) and key in node and node.get(key) == default:
+            OmegaConf.set_struct(node, False)
+            del node[key]
 
 
 def _experiment(cfg: DictConfig, choices: tuple[tuple[str, str], ...]) -> Experiment:
@@ -344,9 +344,9 @@ def _experiment(cfg: DictConfig, choices: tuple[tuple[str, str], ...]) -> Experi
 def _standing_in(cfg: DictConfig) -> Iterator[None]:
     """Set placeholders for variables that only a shared cluster has, so that the config can be resolved here. Their
     names are in `cluster.forward_env`. The text that is sent keeps its references."""
-    kind = _value(cfg, "cluster.kind")
+    kind = value_of_key(cfg, "cluster.kind")
     sent = isinstance(kind, str) and plugins.backend_named(kind).submits
-    names = _value(cfg, "cluster.forward_env") if sent else ()
+    names = value_of_key(cfg, "cluster.forward_env") if sent else ()
     absent = [name for name in names or () if isinstance(name, str) and name not in os.environ]
     os.environ.update({name: f"({name} of the cluster)" for name in absent})
     try:
