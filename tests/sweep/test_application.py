@@ -25,7 +25,7 @@ from ray import cloudpickle
 from raytrainer.config import Parameter
 from raytrainer.errors import ConfigError, WorkerError
 from raytrainer.storage import Storage
-from raytrainer.sweep import function, report
+from raytrainer.sweep import report, stepped
 from raytrainer.sweep.application import search
 from raytrainer.sweep.application_setup import Jobs, unchangeable
 from raytrainer.sweep.function import FunctionProcess, Shared
@@ -535,7 +535,7 @@ def _reporting(number: int, overrides: Sequence[str]) -> float:
 def test_a_function_that_goes_on_when_it_was_stopped(
     process: Callable[..., FunctionProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(function, "ENDS_S", 0.2)
+    monkeypatch.setattr(stepped, "ENDS_S", 0.2)
     free = threading.Event()
     monkeypatch.setattr(sys.modules[__name__], "FREE", free)
     one = process(_stubborn)
