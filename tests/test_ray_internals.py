@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from raytrainer import ray_internals
 from raytrainer.errors import WorkerError
 from raytrainer.progress import to_line
-from raytrainer.ray_internals import Retries, first_error, train
+from raytrainer.ray_internals import Retries, cluster, first_error, train
 
 
 def group(failures: dict[int, Exception]) -> WorkerGroupError:
@@ -116,6 +117,23 @@ def test_last_lines_of_the_ranks_are_awaited() -> None:
     assert output.wait_for_end(30.0)
     late.join()
     assert lines == [(0, "the last line")]
+
+
+def test_new_token_of_a_local_ray_is_private(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ray writes it with mode 0644 when it starts a local cluster, and `cluster=job` would refuse it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    token = tmp_path / ".ray" / "auth_token"
+    with cluster._private_token():
+        pass
+    token.parent.mkdir()
+    with cluster._private_token():
+        token.write_text("secret")
+        token.chmod(0o644)
+    assert token.stat().st_mode & 0o777 == 0o600
+    token.chmod(0o644)
+    with cluster._private_token():
+        pass
+    assert token.stat().st_mode & 0o777 == 0o644, "a file that was there before stays as it is"
 
 
 class OldFailureConfig:

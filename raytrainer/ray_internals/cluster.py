@@ -11,6 +11,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -77,7 +78,7 @@ def start_embedded(num_cpus: float, num_gpus: int | None, memory: float | None =
         num_cpus, num_gpus: The resources of the node.
         memory: Bytes that workers may request. Ray's default, the memory that is free now, is unknown to preflight.
     """
-    with _our_signals():
+    with _our_signals(), _private_token():
         ray.init(
             address="local",
             num_cpus=num_cpus,
@@ -164,6 +165,20 @@ def find_cluster(address: str) -> None:
         raise ConnectionError(
             f"the process that listens there did not answer like a Ray cluster within {_ANSWER_S:g} s"
         )
+
+
+@contextlib.contextmanager
+def _private_token() -> Iterator[None]:
+    """Let only its owner read the token that Ray creates with its first local cluster. Ray writes it with mode 0644, and
+    a later launch with `cluster=job` refuses such a file."""
+    token = Path.home() / ".ray" / "auth_token"
+    existed = token.exists()
+    try:
+        yield
+    finally:
+        if not existed:
+            with contextlib.suppress(OSError):
+                token.chmod(0o600)
 
 
 class VersionMismatch(ConnectionError):
