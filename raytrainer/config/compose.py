@@ -305,7 +305,7 @@ def with_modes(composition: Composition) -> Composition:
 
 
 # Keys that later versions added, with their defaults.
-_ADDED_KEYS = (("cluster", "options", {}), ("data", "start_method", "forkserver"))
+_ADDED_KEYS: tuple[tuple[str, str, Any], ...] = (("cluster", "options", {}), ("data", "start_method", "forkserver"))
 
 
 def _write_as_before(cfg: DictConfig) -> None:
