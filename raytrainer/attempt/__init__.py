@@ -11,7 +11,6 @@ logs        the files of driver and ranks
 from __future__ import annotations
 
 from raytrainer.attempt.launching import check, launch, probe_first_batch
-from raytrainer.attempt.lifecycle import in_background
 from raytrainer.attempt.logs import Logs
 from raytrainer.attempt.outcome import Outcome, summary, table, took
 from raytrainer.attempt.record import (
@@ -37,7 +36,6 @@ __all__ = [
     "StopAsked",
     "changes_meaning",
     "check",
-    "in_background",
     "launch",
     "probe_first_batch",
     "summary",

@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from enum import Enum
@@ -23,6 +21,7 @@ from raytrainer.attempt.outcome import AttemptOutcome
 from raytrainer.attempt.record import CONFIG, Record, StopAsked, begin_tags, best_tags, end_tags, job_tags, tracking_uri
 from raytrainer.attempt.work import O, Result, Work
 from raytrainer.config import Composition, Experiment
+from raytrainer.core.background import in_background
 from raytrainer.core.interrupts import Interrupted, Interrupts
 from raytrainer.errors import (
     ClusterLost,
@@ -370,17 +369,3 @@ class Attempt:
 
 def _cause(outcome: AttemptOutcome) -> str | None:
     return outcome.cause if outcome.status != "FINISHED" else None
-
-
-def in_background(work: Callable[[], T], name: str) -> Future[T]:
-    """Run `work` in a thread that does not keep the process alive. Return a future of its result."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:  # noqa: BLE001  raised by `future.result()`
-            future.set_exception(error)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
-    return future

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from raytrainer import preflight, worker
-from raytrainer.attempt.lifecycle import Attempt, in_background
+from raytrainer.attempt.lifecycle import Attempt
 from raytrainer.attempt.waiting import Waiting, selected_nodes
+from raytrainer.core.background import in_background
 from raytrainer.core.interrupts import Interrupted
 
 if TYPE_CHECKING:

@@ -9,10 +9,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from raytrainer import preflight, tracking
-from raytrainer.attempt.lifecycle import CLOSE_STOPPED_S, Attempt, in_background
+from raytrainer.attempt.lifecycle import CLOSE_STOPPED_S, Attempt
 from raytrainer.attempt.session import ray_session
 from raytrainer.attempt.waiting import Waiting, selected_nodes
 from raytrainer.attempt.work import TrackedRun, Work
+from raytrainer.core.background import in_background
 from raytrainer.core.interrupts import Interrupted
 from raytrainer.errors import StorageError
 from raytrainer.progress import duration
