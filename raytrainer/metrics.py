@@ -148,7 +148,7 @@ class Names:
     """
 
     def __init__(self, say: Callable[[str], None] = lambda sentence: None) -> None:
-        self._say, self._said = say, set[str]()
+        self._say, self._reported = say, set[str]()
 
     def apart(self, values: Mapping[str, Any], taken: Container[str], prefix: str, shown: str = "") -> dict[str, Any]:
         """Return the values under names that are not taken.
@@ -168,8 +168,8 @@ class Names:
                 while free in taken or free in apart or free in values:
                     number += 1
                     free = f"{prefix}{name}_{number}"
-                if shown + free not in self._said:
-                    self._said.add(shown + free)
+                if shown + free not in self._reported:
+                    self._reported.add(shown + free)
                     self._say(
                         f"The metric name {shown + name!r} is in use for another figure: the value that your code "
                         f"gives is logged as {shown + free!r}."

@@ -140,11 +140,11 @@ def few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _renamed(found: Iterable[str], mapping: Mapping[str, str]) -> dict[str, str]:
+def _renamed(names: Iterable[str], mapping: Mapping[str, str]) -> dict[str, str]:
     """Return the source's names: as the model would have them → as the source has them."""
     renamed: dict[str, str] = {}
     used: set[str] = set()
-    for name in found:
+    for name in names:
         begin = max((b for b in mapping if name.startswith(b)), key=len, default=None)
         new = name if begin is None else mapping[begin] + name[len(begin) :]
         used |= set() if begin is None else {begin}

@@ -42,7 +42,7 @@ class Waiting:
         self._display, self._cluster, self._available, self._nodes = display, cluster, available, nodes
         self._wanted = {name: n for name, n in wanted.items() if n}
         self._began: float | None = None  # when the run began to wait; None if it has its resources
-        self._due = self._said_at = 0.0
+        self._due = self._reported_at = 0.0
         self._last = ""
 
     def look(self, waits: Callable[[], bool], now: float) -> None:
@@ -71,8 +71,8 @@ class Waiting:
         line = f"waiting for {_listed(self._wanted)}{self._nodes} ({duration(waited)}): {text}"
         if self._display.live:
             self._display.draw([line])
-        elif waited < _OFTEN_S or text != self._last or now - self._said_at >= _OFTEN_S:
-            self._said_at = now
+        elif waited < _OFTEN_S or text != self._last or now - self._reported_at >= _OFTEN_S:
+            self._reported_at = now
             self._display.say(line)
         self._last = text
 

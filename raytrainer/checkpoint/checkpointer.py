@@ -155,7 +155,7 @@ class Checkpointer:
     def _write(
         self, step: int, metric: float | None, contents: files.Contents, failure: BaseException | None
     ) -> CheckpointInfo:
-        directory = self._ranks.first(lambda: self._claim(step))
+        directory = self._ranks.first(lambda: self._reserve(step))
         done = False
 
         def write() -> dict[str, tuple[int, str]]:
@@ -198,7 +198,7 @@ class Checkpointer:
             )
         return self._info(directory, manifest)
 
-    def _claim(self, step: int) -> str:
+    def _reserve(self, step: int) -> str:
         """Create a directory to which no other process writes, not even a leftover worker of an earlier attempt."""
         again = 0
         while not self._storage.create_dir(name := manifests.directory_name(step, again)):

@@ -231,7 +231,7 @@ def _read(storage: Storage, directory: str, manifest: Manifest, kind: str, templ
 
 
 def _target(name: str, dtype: str, shape: tuple[int, ...], leaf: Any, chunks: list[tensors.Chunk]) -> torch.Tensor:
-    # Check the content of the files before allocating memory for what the JSON claims.
+    # Check the content of the files before allocating memory for what the JSON declares.
     if any(tree.dtype_name(chunk.dtype) != dtype or chunk.shape != shape for chunk in chunks):
         raise CheckpointCorrupt(f"{name}: its files do not hold {dtype} {list(shape)}")
     if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):

@@ -278,8 +278,8 @@ def _check_workers(e: Experiment) -> None:
             raise ConfigError("must be at least 0", key=f"scaling.resources_per_worker.{name}", value=amount)
     gpus = (e.scaling.resources_per_worker or {}).get("GPU")
     if gpus is not None and e.scaling.use_gpu in (True, False) and e.scaling.use_gpu != (gpus > 0):
-        told = f"contradicts scaling.use_gpu={str(e.scaling.use_gpu).lower()}; leave one of the two out"
-        raise ConfigError(told, key="scaling.resources_per_worker.GPU", value=gpus)
+        message = f"contradicts scaling.use_gpu={str(e.scaling.use_gpu).lower()}; leave one of the two out"
+        raise ConfigError(message, key="scaling.resources_per_worker.GPU", value=gpus)
     if e.data.global_batch_size < e.max_workers:
         raise ConfigError(
             f"is smaller than scaling.num_workers={e.max_workers}: a worker would have no sample",

@@ -87,7 +87,7 @@ class Fetcher:
         This is correct only if `draws` is known to be False, or in the process or thread that owns the generators.
         """
         if self._read_batch is not None:
-            return self._told(samples, epoch)
+            return self._read_whole_batch(samples, epoch)
         if self.draws and hasattr(self.dataset, "__getitem__"):
             return self._seeded(samples, epoch)
         if self.draws:  # the dataset reads only whole batches, so its draws depend on where a batch begins
@@ -102,7 +102,7 @@ class Fetcher:
             return self._collate(batch, samples)
         return as_tensors(batch)
 
-    def _told(self, samples: Indices, epoch: int) -> Any:
+    def _read_whole_batch(self, samples: Indices, epoch: int) -> Any:
         """Read from a dataset that receives epoch and seed and draws from them. Any thread may read it."""
         assert self._read_batch is not None
         try:

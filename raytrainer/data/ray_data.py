@@ -124,22 +124,22 @@ class _Shard:
         shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
         self._read, self._world_size, self._shapes = read, world_size, shapes
-        self._epoch = self._given = 0
+        self._epoch = self._yielded = 0
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        skipped = self._given
+        skipped = self._yielded
         for batch in self._read(self._epoch):
             count = len(next(iter(batch.values())))
             first = min(skipped, count)
             skipped -= first
             columns = {name: self._column(name, values) for name, values in batch.items()}
             for row in range(first, count):
-                self._given += 1
+                self._yielded += 1
                 yield {name: column[row] for name, column in columns.items()}
-        self._given = 0  # the next epoch starts from the beginning
+        self._yielded = 0  # the next epoch starts from the beginning
 
     def _column(self, name: str, values: Any) -> Any:
         """Convert numbers to a tensor `[rows, ...]`; return anything else unchanged."""
@@ -151,7 +151,7 @@ class _Shard:
         return column.view(-1, *self._shapes[name]) if name in self._shapes else column
 
     def state_dict(self) -> dict[str, int]:
-        return {"rows": self._given * self._world_size}
+        return {"rows": self._yielded * self._world_size}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self._given = state["rows"] // self._world_size
+        self._yielded = state["rows"] // self._world_size

@@ -82,13 +82,13 @@ def tokenize(
                 if progress and time.monotonic() - reported_at >= 2:
                     reported_at = time.monotonic()
                     rate = writer.head.tokens / (reported_at - began)
-                    print(f"file {number}/{len(files)}  {_said(writer.head)}  {rate:,.0f} tokens/s", file=sys.stderr)
+                    print(f"file {number}/{len(files)}  {_described(writer.head)}  {rate:,.0f} tokens/s", file=sys.stderr)
         if not writer.head.tokens:
             raise DataError(f"{', '.join(redacted(s) for s in sources)}: there is no text in it")
     return writer.head
 
 
-def _said(head: TokenFile) -> str:
+def _described(head: TokenFile) -> str:
     return f"{head.tokens:,} tokens  {head.documents:,} documents"
 
 
@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RaytrainerError as error:
         print(f"raytrainer.data.tokenize: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    print(f"{a.output}: {_said(head)}  {head.dtype}")
+    print(f"{a.output}: {_described(head)}  {head.dtype}")
     print(f"model.vocab_size={head.vocab_size} loss.bytes_per_token={head.bytes_per_token:.4f}")
     return 0
 

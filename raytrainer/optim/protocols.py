@@ -80,8 +80,8 @@ def required_arguments(method: Any) -> list[str]:
         parameters = inspect.signature(method).parameters.values()
     except (TypeError, ValueError):
         return []
-    given = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in given]
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in variadic]
 
 
 def has_modes(optimizer: Any) -> bool:

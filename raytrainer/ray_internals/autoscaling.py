@@ -48,5 +48,5 @@ def addable(config: Mapping[str, Any], there: Sequence[Mapping[str, float]]) -> 
                 most -= 1
                 break
     types = config["available_node_types"]
-    found = tuple(types[name]["resources"] for name, count in left.items() for _ in range(min(count, most)))
-    return Growth(found, max(most, 0)) if found else None
+    nodes = tuple(types[name]["resources"] for name, count in left.items() for _ in range(min(count, most)))
+    return Growth(nodes, max(most, 0)) if nodes else None

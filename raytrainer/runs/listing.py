@@ -120,7 +120,7 @@ def table(
 def _in_mlflow(
     uri: str, user: str | None, status: str | None, limit: int, clusters: Clusters, say: Callable[[str], None]
 ) -> list[RunSummary]:
-    """Return the runs that MLflow has, after closing those that say RUNNING and whose driver is dead."""
+    """Return the runs that MLflow has, after closing runs marked RUNNING whose driver is dead."""
     root = Path.cwd() / "runs"
     running = lookup.search_runs(uri, limit=_MOST_RUNNING, user=user, status="RUNNING")
     checked = check_all([with_submission(RunHandle.of_mlflow_run(run, uri), root) for run in running], clusters)
@@ -255,10 +255,10 @@ def _add_jobs_of_others(runs: list[RunSummary], root: Path, clusters: Clusters) 
 
 def _active_jobs(root: Path, clusters: Clusters) -> Iterator[tuple[str, Job]]:
     """Yield the pending and running jobs of the clusters that were used last, with the clusters' addresses."""
-    asked = list(_known_clusters(root).items())[:_MOST_CLUSTERS]
-    futures = [in_background(partial(clusters.all_of, handle), "jobs") for _, handle in asked]
+    clusters_to_ask = list(_known_clusters(root).items())[:_MOST_CLUSTERS]
+    futures = [in_background(partial(clusters.all_of, handle), "jobs") for _, handle in clusters_to_ask]
     wait(futures, timeout=_CLUSTERS_S)
-    for (address, _), future in zip(asked, futures, strict=True):
+    for (address, _), future in zip(clusters_to_ask, futures, strict=True):
         if not future.done():
             clusters.silent.setdefault(address, f"no answer in {_CLUSTERS_S:g} s")
         elif future.exception() is None:

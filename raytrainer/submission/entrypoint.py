@@ -206,13 +206,13 @@ def _wait_for_leases(
         say: Receives a line that says what is waited for.
         sleep, clock: Replaced in tests.
     """
-    began, reported, beats = clock(), False, dict[str, tuple[float, float]]()
+    began, reported, heartbeats = clock(), False, dict[str, tuple[float, float]]()
     while theirs := [c for c in leases_in(lock) if c.owner.get("job") in jobs]:
         now = clock()
         for lease in theirs:
-            beat, since = beats.setdefault(lease.name, (lease.heartbeat, now))
-            if beat != lease.heartbeat:
-                beats[lease.name] = (lease.heartbeat, now)
+            heartbeat, since = heartbeats.setdefault(lease.name, (lease.heartbeat, now))
+            if heartbeat != lease.heartbeat:
+                heartbeats[lease.name] = (lease.heartbeat, now)
             if not lease.lives if lease.is_here else now - since >= _HEARTBEAT_S:
                 withdraw(lock, lease)
         if now - began > _LEASE_S:

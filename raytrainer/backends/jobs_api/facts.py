@@ -95,11 +95,11 @@ class ClusterFacts:
 
     def other_versions(self, ray: str, python: str) -> list[str]:
         """Return a sentence for each version that differs from the local one but usually works."""
-        found = [("ray", self.ray_version, ray)] if self.ray_version != ray else []
+        versions = [("ray", self.ray_version, ray)] if self.ray_version != ray else []
         if self.python_version is not None and _numbers(self.python_version)[:2] != _numbers(python)[:2]:
-            found.append(("Python", self.python_version, python))
+            versions.append(("Python", self.python_version, python))
         return [
-            f"the cluster at {self.address} has {name} {there}, and here it is {here}" for name, there, here in found
+            f"the cluster at {self.address} has {name} {there}, and here it is {here}" for name, there, here in versions
         ]
 
     def problems(self, e: Experiment) -> list[str]:
