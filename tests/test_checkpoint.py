@@ -28,7 +28,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytrainer.checkpoint import Checkpointer, CheckpointInfo, files, manifest, tensors, tree, unread
+from raytrainer.checkpoint import Checkpointer, CheckpointInfo, checkpoint_files, manifest, tensors, tree, unread
 from raytrainer.errors import CheckpointCorrupt, CheckpointError, CheckpointNotFound, StorageError, StorageFull
 from raytrainer.storage import Storage
 from tests.test_storage import tiny_disk
@@ -256,7 +256,7 @@ def test_large_tensors_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(tensors, "_BLOCK", 64)
     monkeypatch.setattr(tensors, "_ALONE", 200)
     monkeypatch.setattr(tensors, "_GAP", 8)
-    monkeypatch.setattr(files, "_BLOCK", 10)
+    monkeypatch.setattr(checkpoint_files, "_BLOCK", 10)
     shared = {str(i): torch.arange(i * 3, dtype=torch.int16) for i in range(60)}
     made = checkpointer(tmp_path)
     made.save(1, shared, {})
@@ -303,13 +303,13 @@ def test_what_is_torn_in_a_store_is_no_checkpoint(storage: Storage, caplog: pyte
 @contextmanager
 def held_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make saves wait before their first byte until the block ends."""
-    go, write = threading.Event(), files.write
+    go, write = threading.Event(), checkpoint_files.write
 
     def wait_and_write(*args: Any) -> Any:
         assert go.wait(60)
         return write(*args)
 
-    monkeypatch.setattr(files, "write", wait_and_write)
+    monkeypatch.setattr(checkpoint_files, "write", wait_and_write)
     try:
         yield
     finally:
@@ -425,7 +425,7 @@ def test_a_link_is_no_checkpoint_and_nothing_behind_it_is_deleted(tmp_path: Path
     assert [info.step for info in made.list()] == [2]
     assert latest(checkpointer(tmp_path / "other")).step == 1
     with pytest.raises(CheckpointError):
-        files.delete(Storage(tmp_path), "other")
+        checkpoint_files.delete(Storage(tmp_path), "other")
 
 
 # -- torn, tampered or hostile files -----------------------------------------------------------------------------
@@ -544,7 +544,7 @@ def test_a_hostile_pickle_is_not_executed(tmp_path: Path, name: str, form: str, 
 
 
 def test_no_module_of_the_package_can_unpickle() -> None:
-    for module in (files, manifest, tensors, tree):
+    for module in (checkpoint_files, manifest, tensors, tree):
         source = Path(str(module.__file__)).read_text()
         assert "import pickle" not in source
         assert "torch.load" not in source

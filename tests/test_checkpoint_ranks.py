@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raytrainer.checkpoint import Checkpointer, files
+from raytrainer.checkpoint import Checkpointer, checkpoint_files
 from raytrainer.errors import CheckpointCorrupt, CheckpointError, RaytrainerError, StorageFull
 from raytrainer.storage import Storage
 from tests import ranks
@@ -236,13 +236,13 @@ def fail_on_one(rank: int, world_size: int, group: Any, root: Path) -> None:
     def no_space(storage: Storage, directory: str, contents: Any) -> Any:
         raise StorageFull("no space at HERE")
 
-    write = files.write
+    write = checkpoint_files.write
     if rank == 1:
-        files.write = no_space
+        checkpoint_files.write = no_space
     made.save(2, state, {"rank": rank})
     with pytest.raises(StorageFull, match=r"^no space at HERE" if rank == 1 else r"^rank 1: no space at HERE"):
         made.save(3, state, {"rank": rank})
-    files.write = write
+    checkpoint_files.write = write
 
     # Only this rank has a value that cannot be saved. It raises at once, and the other rank at its next call.
     with pytest.raises(CheckpointError, match=r"the state at bad is a .*object|rank 0: the state at bad"):
@@ -283,7 +283,7 @@ def lose_one(rank: int, world_size: int, group: Any, root: Path) -> None:
     made.save(1, {"weight": torch.ones(4)}, {"rank": rank})
     made.wait()
     if rank == 1:
-        files.write = lambda *_: os._exit(0)
+        checkpoint_files.write = lambda *_: os._exit(0)
     made.save(2, {"weight": torch.ones(4)}, {"rank": rank})
     with pytest.raises(RaytrainerError, match="the other ranks cannot be reached"):
         made.wait()

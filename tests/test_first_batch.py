@@ -18,7 +18,7 @@ from raytrainer.attempt import driver, launching
 from raytrainer.attempt.lifecycle import Phase
 from raytrainer.attempt.locking import locked_attempt
 from raytrainer.config import Composition, from_text
-from raytrainer.core.isolated import Ended
+from raytrainer.core.isolated import ProcessEnded
 from raytrainer.data import Arrays
 from raytrainer.errors import ConfigError, DataError, PreflightError
 from raytrainer.preflight import first_batch, objects, probe
@@ -286,18 +286,18 @@ def test_an_error_of_ours_keeps_its_message() -> None:
 
 
 def test_only_an_answer_can_refuse() -> None:
-    refused = verdict_of(Ended({"verdict": "refused", "text": "The first batch fails."}))
+    refused = verdict_of(ProcessEnded({"verdict": "refused", "text": "The first batch fails."}))
     with pytest.raises(PreflightError, match="The first batch fails"):
         refused.refuse()
     for ended in (
-        Ended(problem="it did not end within 60 s", timed_out=True),
-        Ended(problem="its process was ended by SIGKILL"),
-        Ended(problem="its process ended with exit code 3"),
+        ProcessEnded(problem="it did not end within 60 s", timed_out=True),
+        ProcessEnded(problem="its process was ended by SIGKILL"),
+        ProcessEnded(problem="its process ended with exit code 3"),
     ):
         verdict = verdict_of(ended)
         verdict.refuse()
         assert str(ended.problem) in verdict.words()
-    assert "preflight.first_batch_timeout_s" in verdict_of(Ended(problem="too long", timed_out=True)).words()
+    assert "preflight.first_batch_timeout_s" in verdict_of(ProcessEnded(problem="too long", timed_out=True)).words()
 
 
 def test_where_no_process_is_started() -> None:

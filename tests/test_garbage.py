@@ -59,5 +59,5 @@ def test_a_worker_trains_as_usual(usual: tuple[int, int, int], monkeypatch: pyte
     garbage.collect_less()
     monkeypatch.setattr("raytrainer.config.experiment_of", reached)
     with pytest.raises(Reached):
-        worker.run(worker.Job(text="", run_dir="/nowhere"), World(), emit=lambda message: None)
+        worker.run(worker.WorkerJob(text="", run_dir="/nowhere"), World(), emit=lambda message: None)
     assert gc.get_threshold() == usual

@@ -94,7 +94,7 @@ def test_a_trial_that_is_stopped_writes_its_best(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Trainer, "evaluate", lambda self: {"val/accuracy": next(values), "val/loss": 1.0})
     overrides = ["experiment=smoke", "cluster=inline", "trainer.max_steps=9", "trainer.eval_every_n_steps=1"]
     text = compose([*overrides, "checkpoint.min_interval_s=1000", "name=one"]).text
-    job = worker.Job(
+    job = worker.WorkerJob(
         text=text, run_dir=str(tmp_path / "one"), label="0001", objective="val/accuracy", objective_mode="max"
     )
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from raytrainer import mlflow_model, own_code, worker
 from raytrainer.config import from_text
-from raytrainer.core.isolated import Ended
+from raytrainer.core.isolated import ProcessEnded
 from raytrainer.errors import TrainingError
 from raytrainer.parallel import World
 from raytrainer.tracking import NullTracker
@@ -147,17 +147,17 @@ def test_a_time_limit_leaves_the_format_that_calls_nothing(
             assert function == "raytrainer.mlflow_model:write"
             requests.append(request)
 
-        def run(self, timeout_s: float) -> Ended:
+        def run(self, timeout_s: float) -> ProcessEnded:
             if requests[-1]["graph"]:
-                return Ended(problem=f"it did not end within {timeout_s:g} s", timed_out=True)
-            return Ended(f"pickle ({requests[-1]['reason']})")
+                return ProcessEnded(problem=f"it did not end within {timeout_s:g} s", timed_out=True)
+            return ProcessEnded(f"pickle ({requests[-1]['reason']})")
 
     monkeypatch.setattr(mlflow_model, "Isolated", Apart)
     text = text_of({"_target_": "mine.net.Net"})
     how = mlflow_model.export(text, (), {}, tmp_path / "model", step=1, graph_s=7)
     assert how == "pickle (as a graph it did not end within 7 s)"
     assert [request["graph"] for request in requests] == [True, False]
-    monkeypatch.setattr(Apart, "run", lambda self, timeout_s: Ended(problem="its process was ended by SIGKILL"))
+    monkeypatch.setattr(Apart, "run", lambda self, timeout_s: ProcessEnded(problem="its process was ended by SIGKILL"))
     with pytest.raises(TrainingError, match="SIGKILL"):
         mlflow_model.export(text, (), {}, tmp_path / "model", step=1)
 
@@ -213,7 +213,7 @@ def test_after_training_the_loss_is_not_called(changes: dict[str, Any], monkeypa
         def set_tags(self, given: Any) -> None:
             tags.update(given)
 
-    log_model(trainer, worker.Job("", ""), Kept(), lambda _: None)
+    log_model(trainer, worker.WorkerJob("", ""), Kept(), lambda _: None)
     assert tags["raytrainer.model_format"] == "pt2"
     assert torch.equal(exported["example"]["args"][0], kept["args"][0])
     assert Calls.count == before
@@ -254,5 +254,5 @@ def test_without_a_checkpoint_one_rank_of_several_does_not_ask_the_model(monkeyp
     trainer.checkpointer = type("Empty", (), {"list": lambda self: []})()
     monkeypatch.setattr(Trainer, "best_weights", lambda self: pytest.fail("asked"))
     told: list[dict[str, Any]] = []
-    log_model(trainer, worker.Job("", ""), NullTracker(), told.append)
+    log_model(trainer, worker.WorkerJob("", ""), NullTracker(), told.append)
     assert "there is no checkpoint" in told[0]["text"]

@@ -50,7 +50,7 @@ PUBLIC = {
         Constant Cosine Curve Linear Muon WSD build_optimizer build_scheduler freeze mend_fused_sgd parameter_groups
     """,
     "raytrainer.storage": """
-        Entry Lock Storage redacted
+        StorageEntry Lock Storage redacted
     """,
     "raytrainer.submission": """
         JobBackend MOUNTED Request Sources Submission

@@ -24,9 +24,9 @@ from raytrainer.worker import recording
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
 
-def job(tmp_path: Path, **changed: Any) -> worker.Job:
+def job(tmp_path: Path, **changed: Any) -> worker.WorkerJob:
     text = compose(["experiment=smoke", "cluster=inline", "trainer.max_steps=4", "name=one"]).text
-    return worker.Job(**{"text": text, "run_dir": str(tmp_path / "one"), **changed})
+    return worker.WorkerJob(**{"text": text, "run_dir": str(tmp_path / "one"), **changed})
 
 
 def test_trains_and_goes_on_from_its_checkpoint(tmp_path: Path) -> None:

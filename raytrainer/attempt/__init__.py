@@ -11,7 +11,7 @@ logs        the files of driver and ranks
 from __future__ import annotations
 
 from raytrainer.attempt.launching import check, launch, probe_first_batch
-from raytrainer.attempt.logs import Logs
+from raytrainer.attempt.log_files import Logs
 from raytrainer.attempt.outcome import Outcome, summary, table, took
 from raytrainer.attempt.record import (
     CONFIG,

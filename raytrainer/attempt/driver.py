@@ -77,9 +77,9 @@ class Driver(Work[FitResult, Outcome]):
             attempt.logs.mark("trained")
             return result
 
-    def _job(self, run: tracking.Run) -> worker.Job:
+    def _job(self, run: tracking.Run) -> worker.WorkerJob:
         attempt = self.attempt
-        return worker.Job(
+        return worker.WorkerJob(
             text=self.composition.text,
             run_dir=attempt.storage.display,  # without a password, because Ray shows it to all users
             run_id=run.run_id,
@@ -93,7 +93,7 @@ class Driver(Work[FitResult, Outcome]):
         )
 
     @contextlib.contextmanager
-    def _trainer(self) -> Iterator[Callable[[worker.Job], FitResult]]:
+    def _trainer(self) -> Iterator[Callable[[worker.WorkerJob], FitResult]]:
         """Start or join Ray, yield the function that trains on it, and at the end stop everything that runs on it."""
         if self.e.backend.ray == "none":
             yield self._train_inline
@@ -107,7 +107,7 @@ class Driver(Work[FitResult, Outcome]):
         ):
             yield lambda job: train_on_ray(self.attempt, job, available, output)
 
-    def _train_inline(self, job: worker.Job) -> FitResult:
+    def _train_inline(self, job: worker.WorkerJob) -> FitResult:
         logs = self.attempt.logs
         # Training ends after the current step for a first signal; a second one raises.
         self.attempt.interrupts.deferred = True

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from raytrainer import provenance, tracking
-from raytrainer.attempt.logs import Logs
+from raytrainer.attempt.log_files import Logs
 from raytrainer.attempt.outcome import AttemptOutcome
 from raytrainer.attempt.record import CONFIG, Record, StopAsked, begin_tags, best_tags, end_tags, job_tags, tracking_uri
 from raytrainer.attempt.work import O, Result, Work

@@ -21,7 +21,7 @@ _OUTPUT_S = 5.0  # for the last lines of the workers to arrive
 
 
 def train_on_ray(
-    attempt: Attempt, job: worker.Job, available: preflight.Resources, output: WorkerOutput
+    attempt: Attempt, job: worker.WorkerJob, available: preflight.Resources, output: WorkerOutput
 ) -> Mapping[str, Any]:
     """Train until the run ends or is asked to stop, and end all workers.
 
@@ -67,7 +67,7 @@ def train_on_ray(
     return result
 
 
-def _make_trainer(attempt: Attempt, job: worker.Job, *, gpu: bool) -> SupervisedTrainer:
+def _make_trainer(attempt: Attempt, job: worker.WorkerJob, *, gpu: bool) -> SupervisedTrainer:
     from raytrainer import ray_internals
 
     e, scaling = attempt.e, attempt.e.scaling

@@ -14,7 +14,7 @@ from pathlib import Path
 from raytrainer import preflight
 from raytrainer.attempt import tracking_uri
 from raytrainer.backends.cluster_job import ClusterJob
-from raytrainer.backends.jobs_api.api import Jobs, check_environment
+from raytrainer.backends.jobs_api.api import JobsClient, check_environment
 from raytrainer.backends.jobs_api.auth import Token, find_token
 from raytrainer.backends.jobs_api.packages import marked
 from raytrainer.config import ClusterConfig, Experiment
@@ -116,8 +116,8 @@ class RayJobs(JobBackend):
         return _client(address, settings).info(submission_id)
 
 
-def _client(address: str, settings: ClusterConfig) -> Jobs:
-    return Jobs(address, ca_file=settings.ca_file, token_file=settings.token_file)
+def _client(address: str, settings: ClusterConfig) -> JobsClient:
+    return JobsClient(address, ca_file=settings.ca_file, token_file=settings.token_file)
 
 
 def _token(settings: ClusterConfig) -> Token | None:

@@ -3,8 +3,8 @@ A checkpoint has no pickles: tensors are in safetensors files, everything else i
 
 from __future__ import annotations
 
+from raytrainer.checkpoint.checkpoint_files import unread
 from raytrainer.checkpoint.checkpointer import Checkpointer
-from raytrainer.checkpoint.files import unread
 from raytrainer.checkpoint.manifest import CheckpointInfo
 from raytrainer.checkpoint.moving import copy_out, import_checkpoint, import_note
 from raytrainer.checkpoint.tree import as_read

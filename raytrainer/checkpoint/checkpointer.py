@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from raytrainer.checkpoint import files
+from raytrainer.checkpoint import checkpoint_files
 from raytrainer.checkpoint import manifest as manifests
 from raytrainer.checkpoint.manifest import CheckpointInfo, Manifest
 from raytrainer.checkpoint.ranks import Ranks
@@ -55,11 +55,11 @@ class Checkpointer:
             raise ValueError(f"num_to_keep={num_to_keep}: at least 1, or None to keep all")
         self._storage, self._ranks = storage, Ranks(rank, world_size, group)
         self._num_to_keep, self._mode, self._async, self._on_commit = num_to_keep, mode, async_save, on_commit
-        self._snapshot = files.Snapshot(rank)
+        self._snapshot = checkpoint_files.Snapshot(rank)
         self._before_commit = before_commit
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self._held: tuple[int, float | None, files.Contents, BaseException | None] | None = None
+        self._held: tuple[int, float | None, checkpoint_files.Contents, BaseException | None] | None = None
         self._verified: set[tuple[str, str]] = set()
         self._corrupt: set[str] = set()
 
@@ -111,7 +111,7 @@ class Checkpointer:
 
     def _take(
         self, step: int, shared: Mapping[str, Any], local: Mapping[str, Any], metric: float | None
-    ) -> tuple[int, float | None, files.Contents, BaseException | None]:
+    ) -> tuple[int, float | None, checkpoint_files.Contents, BaseException | None]:
         if step < 0:
             raise ValueError(f"step={step}: steps count from 0")
         self.wait()
@@ -121,7 +121,9 @@ class Checkpointer:
         except Exception as exc:  # noqa: BLE001  the thread reports it to the other ranks, then raises it
             return step, metric, {}, exc
 
-    def _start(self, step: int, metric: float | None, contents: files.Contents, failure: BaseException | None) -> None:
+    def _start(
+        self, step: int, metric: float | None, contents: checkpoint_files.Contents, failure: BaseException | None
+    ) -> None:
         self._thread = threading.Thread(
             target=self._run, args=(step, metric, contents, failure), name="raytrainer-checkpoint", daemon=True
         )
@@ -144,7 +146,9 @@ class Checkpointer:
             self._held = None
             self._snapshot.clear()
 
-    def _run(self, step: int, metric: float | None, contents: files.Contents, failure: BaseException | None) -> None:
+    def _run(
+        self, step: int, metric: float | None, contents: checkpoint_files.Contents, failure: BaseException | None
+    ) -> None:
         try:
             info = self._write(step, metric, contents, failure)
             if self._on_commit is not None:
@@ -153,7 +157,7 @@ class Checkpointer:
             self._failure = exc
 
     def _write(
-        self, step: int, metric: float | None, contents: files.Contents, failure: BaseException | None
+        self, step: int, metric: float | None, contents: checkpoint_files.Contents, failure: BaseException | None
     ) -> CheckpointInfo:
         directory = self._ranks.first(lambda: self._reserve(step))
         done = False
@@ -161,7 +165,7 @@ class Checkpointer:
         def write() -> dict[str, tuple[int, str]]:
             if failure is not None:
                 raise failure
-            return files.write(self._storage, directory, contents)
+            return checkpoint_files.write(self._storage, directory, contents)
 
         def commit() -> Manifest:
             nonlocal done
@@ -184,11 +188,11 @@ class Checkpointer:
             # Free the space at once, unless the checkpoint was committed and only another rank was lost before it got
             # the answer.
             if self._ranks.rank == 0 and not done:
-                self._tidy(lambda: files.delete(self._storage, directory))
+                self._tidy(lambda: checkpoint_files.delete(self._storage, directory))
             raise
         if self._ranks.rank == 0:
             self._tidy(
-                lambda: files.retain(
+                lambda: checkpoint_files.retain(
                     self._storage,
                     directory,
                     num_to_keep=self._num_to_keep,
@@ -216,7 +220,9 @@ class Checkpointer:
 
     def list(self) -> list[CheckpointInfo]:
         """Return the committed checkpoints by step, without reading their files. An unknown format version raises."""
-        return [self._info(item.name, item.manifest) for item in files.committed(self._scan()) if item.manifest]
+        return [
+            self._info(item.name, item.manifest) for item in checkpoint_files.committed(self._scan()) if item.manifest
+        ]
 
     def latest(self, *, verify: bool = True) -> CheckpointInfo | None:
         """Return the newest checkpoint whose files match their checksums; None if there are no checkpoints.
@@ -250,7 +256,9 @@ class Checkpointer:
 
         A checkpoint whose metric is NaN, infinite or missing is never the best.
         """
-        item = files.best([*files.put_aside(self._storage), *files.committed(self._scan())], self._mode)
+        item = checkpoint_files.best(
+            [*checkpoint_files.put_aside(self._storage), *checkpoint_files.committed(self._scan())], self._mode
+        )
         return self._info(item.name, item.manifest) if item is not None and item.manifest is not None else None
 
     def load(
@@ -274,7 +282,7 @@ class Checkpointer:
         """
         self.wait()
         place = f"{info.name}/{manifests.NAME}"
-        known = manifests.directory_order(info.name.removeprefix(f"{files.ASIDE}/"))
+        known = manifests.directory_order(info.name.removeprefix(f"{checkpoint_files.ASIDE}/"))
         data = self._storage.read_if_exists(place) if known else None
         if data is None:
             raise CheckpointNotFound(f"no checkpoint at {info.path}")
@@ -284,12 +292,12 @@ class Checkpointer:
         if (info.name, manifest.digest) not in self._verified:
             others = (name for name in manifest.files if name.startswith("shared") or (has_local and mine in name))
             manifests.verify(self._storage, info.name, manifest, sorted(others))
-        shared = files.read(self._storage, info.name, manifest, "shared", template)
-        local = files.read(self._storage, info.name, manifest, mine, None) if has_local else None
+        shared = checkpoint_files.read(self._storage, info.name, manifest, "shared", template)
+        local = checkpoint_files.read(self._storage, info.name, manifest, mine, None) if has_local else None
         return shared, local
 
-    def _scan(self) -> Sequence[files.Entry]:
-        checkpoints = files.scan(self._storage)
+    def _scan(self) -> Sequence[checkpoint_files.CheckpointEntry]:
+        checkpoints = checkpoint_files.scan(self._storage)
         for item in checkpoints:
             if isinstance(item.problem, manifests.UnknownVersion):
                 raise item.problem

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raytrainer.checkpoint import files
+from raytrainer.checkpoint import checkpoint_files
 from raytrainer.checkpoint import manifest as manifests
 from raytrainer.checkpoint.checkpointer import Checkpointer
 from raytrainer.checkpoint.manifest import CheckpointInfo
@@ -54,7 +54,7 @@ def import_checkpoint(
     if mode is not None:
         _put_aside(storage, mode)
     for entry in storage.list():
-        if entry.name != files.ASIDE or mode is None:
+        if entry.name != checkpoint_files.ASIDE or mode is None:
             storage.delete(entry.name)
     if note is not None:
         storage.write_bytes(_NOTE, json.dumps(dict(note)).encode())
@@ -73,10 +73,12 @@ def _copy(source: Storage, name: str, storage: Storage, new: str) -> None:
 
 def _put_aside(storage: Storage, mode: str) -> None:
     """Keep the best checkpoint below `storage` in `ASIDE`, and delete worse ones there."""
-    winner = files.best([*files.put_aside(storage), *files.committed(files.scan(storage))], mode)
-    if winner is None or winner.name.startswith(f"{files.ASIDE}/"):
+    winner = checkpoint_files.best(
+        [*checkpoint_files.put_aside(storage), *checkpoint_files.committed(checkpoint_files.scan(storage))], mode
+    )
+    if winner is None or winner.name.startswith(f"{checkpoint_files.ASIDE}/"):
         return
-    aside = storage.child(files.ASIDE)
+    aside = storage.child(checkpoint_files.ASIDE)
     aside.delete(winner.name)
     _copy(storage, winner.name, aside, winner.name)
     for entry in aside.list():

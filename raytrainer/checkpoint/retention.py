@@ -1,10 +1,10 @@
-"""Find and delete the superfluous checkpoints of a run that has ended. During a run, `files.retain` does this."""
+"""Find and delete the superfluous checkpoints of a run that has ended. During a run, `checkpoint_files.retain` does this."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from raytrainer.checkpoint import files
+from raytrainer.checkpoint import checkpoint_files
 from raytrainer.checkpoint import manifest as manifests
 from raytrainer.storage import Storage
 
@@ -34,10 +34,10 @@ def surplus(storage: Storage, *, mode: str, keep: int = 1) -> Surplus:
     """
     if keep < 1:
         raise ValueError(f"keep={keep}: must be at least 1, because the last checkpoint is always kept")
-    entries = files.scan(storage)
-    valid = files.committed(entries)
+    entries = checkpoint_files.scan(storage)
+    valid = checkpoint_files.committed(entries)
     kept = {item.name for item in valid[-keep:]}
-    if (winner := files.best(valid, mode)) is not None:
+    if (winner := checkpoint_files.best(valid, mode)) is not None:
         kept.add(winner.name)
     old = tuple(item.name for item in entries if item.manifest is not None and item.name not in kept)
     unfinished = tuple(item.name for item in entries if item.manifest is None and item.problem is None)
@@ -61,4 +61,4 @@ def delete(storage: Storage, name: str) -> None:
     Raises:
         StorageError: It cannot be deleted.
     """
-    files.delete(storage, name)
+    checkpoint_files.delete(storage, name)

@@ -67,7 +67,7 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class ShardLayout:
     """A file before it is written: its header, and the chunks in the order of its data."""
 
     header: bytes
@@ -108,7 +108,7 @@ def owned(tensors: Mapping[str, torch.Tensor], *, replicated: bool) -> Iterator[
             yield Chunk(name, tensor.dtype, tuple(tensor.shape), offset, tuple(part.shape)), part
 
 
-def lay_out(chunks: Iterable[Chunk]) -> Layout:
+def lay_out(chunks: Iterable[Chunk]) -> ShardLayout:
     """Place chunks one after the other, wide dtypes first, so that each chunk is aligned to its dtype."""
     placed, entries, boxes, end = [], {}, {}, 0
     for chunk in sorted(chunks, key=lambda chunk: -chunk.dtype.itemsize):
@@ -124,7 +124,7 @@ def lay_out(chunks: Iterable[Chunk]) -> Layout:
     # The format's metadata maps strings to strings, so the positions in the whole tensors are stored as JSON text.
     text = json.dumps({"__metadata__": {"boxes": json.dumps(boxes)}, **entries}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return Layout(len(text).to_bytes(8, "little") + text, tuple(placed), end)
+    return ShardLayout(len(text).to_bytes(8, "little") + text, tuple(placed), end)
 
 
 class Buffer:
@@ -134,7 +134,7 @@ class Buffer:
         self._memory: torch.Tensor | None = None
         self.data = memoryview(b"")
 
-    def fill(self, layout: Layout, parts: Mapping[str, torch.Tensor]) -> None:
+    def fill(self, layout: ShardLayout, parts: Mapping[str, torch.Tensor]) -> None:
         """Copy each part to its place, and wait for copies from devices."""
         devices = {part.device for part in parts.values() if part.device.type == "cuda"}
         if self._memory is None or self._memory.numel() < layout.nbytes or (devices and not self._memory.is_pinned()):

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from raytrainer import names
 from raytrainer.checkpoint import tree
+from raytrainer.checkpoint.checkpoint_files import unread
 from raytrainer.checkpoint.checkpointer import Checkpointer
-from raytrainer.checkpoint.files import unread
 from raytrainer.checkpoint.manifest import CheckpointInfo
 from raytrainer.config import InitFrom
 from raytrainer.errors import CheckpointCorrupt, CheckpointNotFound

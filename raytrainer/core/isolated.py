@@ -48,7 +48,7 @@ _TICK_S = 0.02
 
 
 @dataclass(frozen=True)
-class Ended:
+class ProcessEnded:
     """How an isolated process ended.
 
     Attributes:
@@ -105,7 +105,7 @@ class Isolated:
             **(environment or {}),
         }
         self._process: subprocess.Popen[bytes] | None = None
-        self._ended: Ended | None = None
+        self._ended: ProcessEnded | None = None
 
     def __enter__(self) -> Isolated:
         return self
@@ -128,7 +128,7 @@ class Isolated:
                 start_new_session=True,
             )
 
-    def wait(self, timeout_s: float) -> Ended | None:
+    def wait(self, timeout_s: float) -> ProcessEnded | None:
         """Return how the process ended, or None if it still runs after `timeout_s` seconds."""
         deadline = time.monotonic() + timeout_s
         while self._ended is None and self._process is not None:
@@ -141,12 +141,12 @@ class Isolated:
                 time.sleep(_TICK_S)
         return self._ended
 
-    def run(self, timeout_s: float) -> Ended:
+    def run(self, timeout_s: float) -> ProcessEnded:
         """Run the process to its end or its time limit in seconds. Nothing of it is left afterwards."""
         try:
             self.start()
             ended = self.wait(timeout_s)
-            return ended or Ended(
+            return ended or ProcessEnded(
                 problem=f"it did not end within {timeout_s:g} s", timed_out=True, output=self._output()
             )
         finally:
@@ -172,13 +172,13 @@ class Isolated:
         if process.stdin is not None:
             process.stdin.close()
 
-    def _result(self) -> Ended:
+    def _result(self) -> ProcessEnded:
         try:
             result = json.loads((self.folder / _RESULT).read_text())
         except (OSError, ValueError):
             assert self._process is not None
-            return Ended(problem=_cause_of_death(self._process), output=self._output())
-        return Ended(result.get("value"), result.get("problem"), output=self._output())
+            return ProcessEnded(problem=_cause_of_death(self._process), output=self._output())
+        return ProcessEnded(result.get("value"), result.get("problem"), output=self._output())
 
     def _output(self, lines: int = 30) -> str:
         with contextlib.suppress(OSError):

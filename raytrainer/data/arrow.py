@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from raytrainer.data.columns import MappedColumn
-from raytrainer.data.layout import Layout
+from raytrainer.data.layout import ColumnLayout
 from raytrainer.errors import DataError
 
 BATCH_BYTES = 16 * 2**20  # size of a record batch, and therefore of the memory that a conversion needs
@@ -51,7 +51,7 @@ class NumbersWriter:
         layouts: The layout of each column, by name.
     """
 
-    def __init__(self, path: Path, layouts: Mapping[str, Layout]) -> None:
+    def __init__(self, path: Path, layouts: Mapping[str, ColumnLayout]) -> None:
         self._layouts = layouts
         self.per_batch = rows_per_batch(sum(layout.row_bytes for layout in layouts.values()))
         self._arrays = {name: np.empty((self.per_batch, *x.shape), x.dtype) for name, x in layouts.items()}
@@ -187,7 +187,7 @@ def _open(path: Path) -> tuple[pa.ipc.RecordBatchFileReader, mmap.mmap]:
         raise DataError(f"{path}: {error}") from error
 
 
-def _arrow_type(layout: Layout) -> pa.DataType:
+def _arrow_type(layout: ColumnLayout) -> pa.DataType:
     # One byte per boolean, as in torch.
     number = pa.from_numpy_dtype(np.uint8 if layout.dtype == np.bool_ else layout.dtype)
     return pa.fixed_shape_tensor(number, list(layout.shape)) if layout.shape else number

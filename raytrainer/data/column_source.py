@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from raytrainer.data.columns import Column, MappedColumn
-from raytrainer.data.plan import Step
 from raytrainer.data.prefetch import Made, gather, on_device, while_warm
+from raytrainer.data.sample_plan import Step
 
 RESIDENT_BYTES = 256 * 2**20
 """Up to this size `resident="auto"` keeps a column dataset on the device."""

@@ -23,8 +23,8 @@ from torch.utils.data import default_collate
 
 from raytrainer.data.augment import sample_bits
 from raytrainer.data.datasets import Transform, name_of
-from raytrainer.data.files import check_local, find_files
 from raytrainer.data.order import Indices
+from raytrainer.data.source_files import check_local, find_files
 from raytrainer.errors import ConfigError, DataError, RaytrainerError
 from raytrainer.storage import redacted
 

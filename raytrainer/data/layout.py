@@ -15,7 +15,7 @@ from raytrainer.errors import ConfigError, DataError
 _WIDER = {"uint16": "int32", "uint32": "int64", "uint64": "int64"}
 
 
-class Layout:
+class ColumnLayout:
     """The conversion of a column of Arrow type `kind` to an array: the type of its numbers and the shape of a row."""
 
     def __init__(self, kind: pa.DataType, number: pa.DataType, shape: tuple[int, ...]) -> None:
@@ -67,7 +67,7 @@ def _view(numbers: pa.Array) -> npt.NDArray[Any]:
     return values
 
 
-def layout_of(kind: pa.DataType, wanted: tuple[int, ...] | None, name: str) -> Layout | None:
+def layout_of(kind: pa.DataType, wanted: tuple[int, ...] | None, name: str) -> ColumnLayout | None:
     """Return the layout of a column; None if the column stays an Arrow column."""
     shape: list[int] = []
     number, free = kind, False
@@ -99,4 +99,4 @@ def layout_of(kind: pa.DataType, wanted: tuple[int, ...] | None, name: str) -> L
             key=f"reshape.{name}",
             value=list(wanted),
         )
-    return Layout(kind, number, tuple(shape) if wanted is None else wanted)
+    return ColumnLayout(kind, number, tuple(shape) if wanted is None else wanted)

@@ -19,9 +19,9 @@ from raytrainer.data.column_source import ColumnSource
 from raytrainer.data.datasets import columns_of, name_of
 from raytrainer.data.fetch import Collate, Fetcher, describe, wrapped
 from raytrainer.data.order import Indices
-from raytrainer.data.plan import Batching, Plan, Step
 from raytrainer.data.pool import START_METHODS
 from raytrainer.data.row_source import RowSource
+from raytrainer.data.sample_plan import Batching, SamplePlan, Step
 from raytrainer.data.stream import Stream
 from raytrainer.data.stream_source import StreamSource
 from raytrainer.errors import ConfigError, DataError, RaytrainerError
@@ -127,7 +127,7 @@ class Loader:
         self.dataset, self.device = dataset, torch.device(o.device)
         self._transform = getattr(dataset, "transform_batch", None)
         self._position: dict[str, Any] = {}
-        self._plan: Plan | None = None
+        self._plan: SamplePlan | None = None
         self._columns: ColumnSource | None = None
         self._rows: RowSource | None = None
         self._stream: StreamSource[Batch] | None = None
@@ -137,11 +137,11 @@ class Loader:
         else:
             self._stream = self._read_as_stream()
 
-    def _read_by_number(self) -> Plan:
+    def _read_by_number(self) -> SamplePlan:
         o, dataset, length = self.options, self.dataset, len(self.dataset)
         if length == 0:
             raise DataError(f"{o.key}: {name_of(dataset)} has no samples: its length is 0")
-        plan = Plan(length, o)
+        plan = SamplePlan(length, o)
         if in_group_of(o.world_size):
             agree_on_length(name_of(dataset), length, False, o.world_size, self.device)
         self.keeps_dataset_state = all(
@@ -264,7 +264,7 @@ class Loader:
             raise wrapped(self.dataset, f"transform_batch of {describe(samples)}", error) from error
 
 
-def _steps(plan: Plan, start: int, stop: int | None) -> Generator[Step, None, None]:
+def _steps(plan: SamplePlan, start: int, stop: int | None) -> Generator[Step, None, None]:
     index = start
     while stop is None or index < stop:
         yield plan.step(index)

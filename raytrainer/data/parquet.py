@@ -24,8 +24,8 @@ from torch import Tensor
 from raytrainer.data.arrow import MappedTable, NumbersWriter, TableWriter, map_numbers
 from raytrainer.data.cache import Cache, cache_folder
 from raytrainer.data.datasets import ColumnDataset, Transform
-from raytrainer.data.files import check_local, find_files
 from raytrainer.data.layout import layout_of
+from raytrainer.data.source_files import check_local, find_files
 from raytrainer.errors import ConfigError, DataError, nearest
 from raytrainer.storage import redacted
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from raytrainer.batches import is_dense, move, moves_itself, parts, pin, tensors
 from raytrainer.data.columns import Column, take
-from raytrainer.data.plan import Step
+from raytrainer.data.sample_plan import Step
 
 T = TypeVar("T")
 Made = tuple[Step, list[Any]]

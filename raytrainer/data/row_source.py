@@ -14,9 +14,9 @@ from raytrainer.data.datasets import name_of
 from raytrainer.data.fetch import Fetcher
 from raytrainer.data.order import Indices
 from raytrainer.data.pickling import CannotPickle
-from raytrainer.data.plan import Plan, Step
 from raytrainer.data.pool import WorkerPool, prepare_start
 from raytrainer.data.prefetch import Made, moved, on_device
+from raytrainer.data.sample_plan import SamplePlan, Step
 
 _log = logging.getLogger("raytrainer.data")
 
@@ -25,7 +25,7 @@ _log = logging.getLogger("raytrainer.data")
 class _MakeBatch:
     """Makes the micro-batches of a batch in a data process."""
 
-    plan: Plan
+    plan: SamplePlan
     fetcher: Fetcher
 
     def __call__(self, index: int) -> list[Any]:
@@ -49,7 +49,7 @@ class RowSource:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: SamplePlan,
         fetcher: Fetcher,
         device: torch.device,
         *,

@@ -14,7 +14,7 @@ import numpy as np
 
 from raytrainer.data.datasets import name_of
 from raytrainer.data.order import rank_slice
-from raytrainer.data.plan import Batching, Step
+from raytrainer.data.sample_plan import Batching, Step
 from raytrainer.errors import ConfigError, DataError
 
 State = dict[str, Any]

@@ -11,8 +11,8 @@ import torch
 from raytrainer.data.agreement import Agreement, Progress
 from raytrainer.data.fetch import Collate, collate, uncollated
 from raytrainer.data.order import Indices
-from raytrainer.data.plan import Step
 from raytrainer.data.prefetch import Made, on_device
+from raytrainer.data.sample_plan import Step
 from raytrainer.data.stream import State, Stream
 
 B = TypeVar("B")

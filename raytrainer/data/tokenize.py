@@ -82,7 +82,9 @@ def tokenize(
                 if progress and time.monotonic() - reported_at >= 2:
                     reported_at = time.monotonic()
                     rate = writer.head.tokens / (reported_at - began)
-                    print(f"file {number}/{len(files)}  {_described(writer.head)}  {rate:,.0f} tokens/s", file=sys.stderr)
+                    print(
+                        f"file {number}/{len(files)}  {_described(writer.head)}  {rate:,.0f} tokens/s", file=sys.stderr
+                    )
         if not writer.head.tokens:
             raise DataError(f"{', '.join(redacted(s) for s in sources)}: there is no text in it")
     return writer.head

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from raytrainer.data.cache import Cache, cache_folder
-from raytrainer.data.files import find_files
+from raytrainer.data.source_files import find_files
 from raytrainer.errors import ConfigError, DataError
 from raytrainer.storage import redacted
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrainer.config import Experiment, leaves_of, texts_of
-from raytrainer.core.isolated import Ended, Isolated
+from raytrainer.core.isolated import Isolated, ProcessEnded
 from raytrainer.errors import PreflightError
 from raytrainer.preflight.reach import is_elsewhere
 from raytrainer.preflight.resources import this_machine, through_ray
@@ -106,7 +106,7 @@ class FirstBatch:
         self._process.close()
 
 
-def verdict_of(ended: Ended) -> Verdict:
+def verdict_of(ended: ProcessEnded) -> Verdict:
     """Return what the end of the process means. Only the probe's own answer can be a refusal."""
     if ended.problem is None and isinstance(ended.value, dict):
         return Verdict(str(ended.value["verdict"]), str(ended.value["text"]))

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
         start_embedded,
         stop,
     )
-    from raytrainer.ray_internals.jobs import JobClient
+    from raytrainer.ray_internals.cluster_state import free, growth, holders, nodes, nodes_to_come
+    from raytrainer.ray_internals.job_client import JobClient
     from raytrainer.ray_internals.output import WorkerOutput
-    from raytrainer.ray_internals.resources import free, growth, holders, nodes, nodes_to_come
     from raytrainer.ray_internals.schedulers import (
         METRIC,
         draws_brackets,
@@ -86,9 +86,9 @@ __all__ = [
 
 _NAMES = {
     "cluster": "VersionMismatch attach dead_part find_cluster prepare start_embedded stop",
-    "jobs": "JobClient",
+    "job_client": "JobClient",
     "output": "WorkerOutput",
-    "resources": "free growth holders nodes nodes_to_come",
+    "cluster_state": "free growth holders nodes nodes_to_come",
     "schedulers": "METRIC draws_brackets is_full_length keep_own_values pauses record_of rename",
     "train": "Retries SupervisedTrainer first_error make_trainer",
     "tune": "TrialController TrialEvents TrialSettings capacity make_controller trial_resources",

@@ -20,7 +20,7 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.job_config import JobConfig
 
 from raytrainer.core.reaper import Reaper
-from raytrainer.ray_internals.resources import NAME
+from raytrainer.ray_internals.cluster_state import NAME
 
 # Set before Ray starts, unless the user has set them. Ray's processes on this machine inherit them, and Ray Train
 # passes them to workers on other machines.

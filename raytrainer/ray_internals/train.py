@@ -291,7 +291,7 @@ def _failure_config(max_failures: int, max_preemption_failures: int, warn: Calla
 
 
 def make_trainer(
-    job: worker.Job,
+    job: worker.WorkerJob,
     *,
     num_workers: int | tuple[int, int],
     use_gpu: bool,

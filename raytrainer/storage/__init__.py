@@ -3,9 +3,9 @@ Errors are StorageError with the location in the message, or StorageFull if ther
 
 from __future__ import annotations
 
-from raytrainer.storage.entry import Entry
 from raytrainer.storage.files import Storage
 from raytrainer.storage.lock import Lock
+from raytrainer.storage.storage_entry import StorageEntry
 from raytrainer.storage.uris import redacted
 
-__all__ = ["Entry", "Lock", "Storage", "redacted"]
+__all__ = ["Lock", "Storage", "StorageEntry", "redacted"]

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from raytrainer.core import atomic
 from raytrainer.errors import StorageError, StorageGone
-from raytrainer.storage.entry import Entry
+from raytrainer.storage.storage_entry import StorageEntry
 
 
 class Disk:
@@ -46,7 +46,7 @@ class Disk:
     def open_read(self, parts: tuple[str, ...]) -> BinaryIO:
         return self._path(parts).open("rb", buffering=0)
 
-    def list(self, parts: tuple[str, ...]) -> list[Entry]:
+    def list(self, parts: tuple[str, ...]) -> list[StorageEntry]:
         entries = []
         try:
             with os.scandir(self._path(parts)) as names:
@@ -56,7 +56,7 @@ class Disk:
                     except FileNotFoundError:  # deleted after the directory was read
                         continue
                     is_dir = stat.S_ISDIR(info.st_mode)
-                    entries.append(Entry(name.name, is_dir, 0 if is_dir else info.st_size, info.st_mtime))
+                    entries.append(StorageEntry(name.name, is_dir, 0 if is_dir else info.st_size, info.st_mtime))
         except FileNotFoundError:
             return []
         return entries

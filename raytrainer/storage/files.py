@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from raytrainer.core.background import in_background
 from raytrainer.errors import StorageError
 from raytrainer.storage.disk import Disk
-from raytrainer.storage.entry import Entry
 from raytrainer.storage.object_store import ObjectStore
 from raytrainer.storage.os_errors import storage_errors
+from raytrainer.storage.storage_entry import StorageEntry
 from raytrainer.storage.uris import below, local_root, parts_of, redacted, with_secrets
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class Storage:
         with self._errors(rel), self._files.open_read(parts_of(rel, file=True)) as file:
             yield file
 
-    def list(self, rel: str = "") -> list[Entry]:
+    def list(self, rel: str = "") -> list[StorageEntry]:
         """Return the entries directly below `rel`, sorted by name; empty if it does not exist."""
         with self._errors(rel):
             return sorted(self._files.list(parts_of(rel)), key=lambda entry: entry.name)

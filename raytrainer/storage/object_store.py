@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from raytrainer.errors import StorageError
-from raytrainer.storage.entry import Entry
 from raytrainer.storage.os_errors import first_line
+from raytrainer.storage.storage_entry import StorageEntry
 from raytrainer.storage.uris import below, has_scheme, redacted
 
 _READS = 20  # attempts to read an object that changes while it is read
@@ -84,12 +84,13 @@ class ObjectStore:
     def open_read(self, parts: tuple[str, ...]) -> BinaryIO:
         return cast(BinaryIO, self.filesystem.open_input_file(self.key(parts)))
 
-    def list(self, parts: tuple[str, ...]) -> list[Entry]:
+    def list(self, parts: tuple[str, ...]) -> list[StorageEntry]:
         from pyarrow import fs
 
         infos = self.filesystem.get_file_info(fs.FileSelector(self.key(parts), allow_not_found=True, recursive=False))
         return [
-            Entry(i.base_name, i.type == fs.FileType.Directory, i.size or 0, (i.mtime_ns or 0) / 1e9) for i in infos
+            StorageEntry(i.base_name, i.type == fs.FileType.Directory, i.size or 0, (i.mtime_ns or 0) / 1e9)
+            for i in infos
         ]
 
     def write(self, parts: tuple[str, ...], data: bytes) -> None:

@@ -21,7 +21,7 @@ _LOG = ", last available logs"
 _ERROR = re.compile(r"(?:[\w.]+(?:Error|Exception)|ERROR)\b.*")
 
 
-class Ended(Protocol):
+class EndedJob(Protocol):
     """The part of a job that says how it ended."""
 
     @property
@@ -49,7 +49,7 @@ class Ending:
     reported: bool = True
 
 
-def ending_of(job: Ended) -> Ending:
+def ending_of(job: EndedJob) -> Ending:
     """Return how a job ended. The job must be neither PENDING nor RUNNING."""
     if job.status == "SUCCEEDED":
         return Ending("FINISHED", 0)

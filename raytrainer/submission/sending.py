@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from raytrainer import tracking
 from raytrainer.attempt import CONFIG, STOP, SUBMITTED, Record, tracking_uri, written_storage_path
+from raytrainer.config import ClusterConfig
 from raytrainer.core.interrupts import Interrupted, Interrupts
 from raytrainer.errors import ClusterUnreachable, ConfigError, JobExists, StorageError
 from raytrainer.plugins import ACTIVE, Job
@@ -25,11 +26,19 @@ from raytrainer.submission.ending import REFUSED, ending_of
 from raytrainer.submission.request import Request, attempt_of
 from raytrainer.submission.target import first_of
 
-if TYPE_CHECKING:
-    from raytrainer.submission.job_backend import JobBackend
-
 _POLL_S, _REPORT_S = 0.25, 10.0  # between two looks at a waiting job; between two lines that say for what it waits
 _PATIENCE_S, _RETRY_S = 120.0, 2.0  # how long the cluster may not answer; between two tries
+
+
+class SubmittingBackend(Protocol):
+    """The part of `job_backend.JobBackend` that sending needs."""
+
+    resends: bool
+
+    def check_capacity(self, request: Request, say: Callable[[str], None]) -> None: ...
+    def start(self, request: Request, previous: Job | None = None) -> Job: ...
+    def jobs(self, address: str, settings: ClusterConfig) -> Sequence[Job]: ...
+    def job(self, submission_id: str, address: str, settings: ClusterConfig) -> Job | None: ...
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ class Submission:
 
 
 def send(
-    backend: JobBackend, request: Request, record: Record | None, *, say: Callable[[str], None], out: TextIO
+    backend: SubmittingBackend, request: Request, record: Record | None, *, say: Callable[[str], None], out: TextIO
 ) -> Submission:
     """Send a request and follow its job to the end, unless `cluster.wait` is false.
 
@@ -115,7 +124,7 @@ class _Sender:
     """
 
     def __init__(
-        self, backend: JobBackend, request: Request, record: Record | None, say: Callable[[str], None]
+        self, backend: SubmittingBackend, request: Request, record: Record | None, say: Callable[[str], None]
     ) -> None:
         self.backend, self.request, self.record, self.say = backend, request, record, say
         self.job: Job | None = None

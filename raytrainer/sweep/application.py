@@ -28,7 +28,7 @@ from raytrainer.storage import Lock, Storage
 from raytrainer.sweep import results
 from raytrainer.sweep.application_setup import (
     Application,
-    Jobs,
+    ApplicationJobs,
     aim,
     compose_examples,
     named_here,
@@ -53,7 +53,7 @@ _PRINTED_S = 3.0  # time at the end for the last output of the trials to arrive
 
 
 @dataclass(frozen=True)
-class Ended:
+class EndedSweep:
     """How a sweep ended.
 
     Attributes:
@@ -70,7 +70,7 @@ class Ended:
 
 
 def search(
-    jobs: Jobs,
+    jobs: ApplicationJobs,
     settings: Mapping[str, Any],
     overrides: Sequence[str],
     *,
@@ -80,7 +80,7 @@ def search(
     subfolder: Callable[[int, Sequence[str]], str],
     config: str,
     verbose: bool,
-) -> Ended:
+) -> EndedSweep:
     """Run a sweep to its end.
 
     Args:
@@ -152,7 +152,7 @@ class _Sweep:
         )
         self._shared = application.shared()
 
-    def run(self) -> Ended:
+    def run(self) -> EndedSweep:
         """Run the trials, and close everything even after an error.
 
         Raises:
@@ -283,13 +283,13 @@ class _Sweep:
         assert report is not None
         return {"name": "ray_tune", "best_params": dict(best.parameters), "best_value": report.value}
 
-    def _ended(self, reason: str, best: Trial | None) -> Ended:
+    def _ended(self, reason: str, best: Trial | None) -> EndedSweep:
         trials, killed = list(self._journal.trials.values()), self._interrupts.requested
         text = self._summary(trials, reason, best)
         best_result = None if best is None else self._results_of(best)
         if killed:
-            return Ended(self._interrupts.exit_code or 130, self._interrupts.reason, text, best_result)
-        return Ended(int(best is None), _why_none(trials) if best is None else None, text, best_result)
+            return EndedSweep(self._interrupts.exit_code or 130, self._interrupts.reason, text, best_result)
+        return EndedSweep(int(best is None), _why_none(trials) if best is None else None, text, best_result)
 
     def _summary(self, trials: Sequence[Trial], reason: str, best: Trial | None) -> str:
         application, directory = self._application, str(self._storage.local_path)

@@ -22,7 +22,7 @@ from raytrainer.config.schema import SweepConfig
 from raytrainer.errors import ConfigError
 from raytrainer.storage import Storage
 from raytrainer.sweep import schedule
-from raytrainer.sweep.function import Shared
+from raytrainer.sweep.function import FunctionSetup
 from raytrainer.sweep.journal import Mode, TrialJournal
 from raytrainer.sweep.settings import DIRECTIONS, KEY, Settings
 
@@ -32,7 +32,7 @@ _MOST_EXAMPLES = 100  # jobs composed before Ray starts
 _DIFFERENCES = {"parameters": "other parameters", "fixed": "other overrides", "direction": "another direction"}
 
 
-class Jobs(Protocol):
+class ApplicationJobs(Protocol):
     """The task function of an application. It can be pickled, except for the objects that `keeping` drops."""
 
     @property
@@ -45,7 +45,7 @@ class Jobs(Protocol):
     def check(self, overrides: Sequence[str]) -> None:
         """Compose a job without running it. Raises Hydra's error if it cannot be composed."""
 
-    def keeping(self, wanted: Callable[[Any], bool]) -> Jobs:
+    def keeping(self, wanted: Callable[[Any], bool]) -> ApplicationJobs:
         """Return a copy that carries only the wanted ones of its objects."""
 
 
@@ -62,7 +62,7 @@ class Application:
         verbose: Whether to show what the trials print. It is written to a file in any case.
     """
 
-    jobs: Jobs
+    jobs: ApplicationJobs
     settings: Settings
     parameters: Sequence[Parameter]
     fixed: Sequence[str]
@@ -111,9 +111,9 @@ class Application:
             )
         return scheduler
 
-    def shared(self) -> Shared:
+    def shared(self) -> FunctionSetup:
         """Return what every trial process gets."""
-        return Shared(
+        return FunctionSetup(
             job=pickled(self.jobs),
             name=self.jobs.name,
             parameters=self.parameters,
@@ -167,7 +167,7 @@ def open_journal(
     return journal
 
 
-def compose_examples(jobs: Jobs, parameters: Sequence[Parameter], fixed: Sequence[str]) -> None:
+def compose_examples(jobs: ApplicationJobs, parameters: Sequence[Parameter], fixed: Sequence[str]) -> None:
     """Compose a job for each value of a choice and for both ends of a range or interval. Each job changes one parameter
     and takes the first value of all others."""
     first = {p.key: p.probes()[0] for p in parameters}
@@ -185,7 +185,7 @@ def scheduler_for_functions(node: Mapping[str, Any] | None) -> dict[str, Any] | 
     return {**({"stop_last_trials": False} if "stop_last_trials" in names else {}), **node}
 
 
-def pickled(jobs: Jobs) -> bytes:
+def pickled(jobs: ApplicationJobs) -> bytes:
     """Pickle the jobs. Objects of the application's script that cannot be pickled are left out.
 
     Raises:

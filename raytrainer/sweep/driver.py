@@ -19,6 +19,7 @@ from raytrainer.errors import StorageError
 from raytrainer.progress import duration
 from raytrainer.storage import Storage
 from raytrainer.sweep import results
+from raytrainer.sweep.best_weights import TrialRetention, best_weights
 from raytrainer.sweep.board import Board
 from raytrainer.sweep.journal import Mode, Trial, TrialJournal
 from raytrainer.sweep.outcome import SweepOutcome, make_outcome
@@ -28,7 +29,6 @@ from raytrainer.sweep.room import make_room
 from raytrainer.sweep.sweep_run import tracked_run, upload_tags
 from raytrainer.sweep.trial_runs import TrialRuns
 from raytrainer.sweep.trial_state import Status
-from raytrainer.sweep.weights import TrialRetention, best_weights
 
 if TYPE_CHECKING:
     from ray.tune.schedulers import TrialScheduler

@@ -28,7 +28,7 @@ PRINTED = "printed"  # kind of the message after the last line that a trial prin
 
 
 @dataclass(frozen=True)
-class Shared:
+class FunctionSetup:
     """What all trials have in common. It is sent to each process once.
 
     Attributes:
@@ -57,7 +57,7 @@ class FunctionProcess(SteppedProcess):
 
     not_ended = ": its function must not catch BaseException, and not take long in `finally`"
 
-    def setup(self, config: dict[str, Any], shared: Shared) -> None:
+    def setup(self, config: dict[str, Any], shared: FunctionSetup) -> None:
         self._shared = shared
         self.mode, self.retries = shared.mode, shared.retries
         self._job: Callable[[int, Sequence[str]], Any] | None = None

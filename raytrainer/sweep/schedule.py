@@ -27,7 +27,7 @@ from raytrainer.errors import ConfigError
 from raytrainer.ray_internals import METRIC, is_full_length, pauses
 from raytrainer.sweep.journal import Mode, Trial, worst
 from raytrainer.sweep.sampling import GridSearch, RandomSearch
-from raytrainer.sweep.space import RUN, TRIAL, domain, nearest, points
+from raytrainer.sweep.tune_space import RUN, TRIAL, domain, nearest, points
 
 __all__ = ["TIME", "changes_parameters", "check_bounded", "is_full_length", "make_scheduler", "pauses", "replay"]
 

@@ -17,7 +17,7 @@ from raytrainer.config.nodes import SUPPLIED
 from raytrainer.errors import ConfigError
 from raytrainer.ray_internals import METRIC
 from raytrainer.sweep.sampling import GridSearch, NumberedSearch, RandomSearch, grid_size, space_size
-from raytrainer.sweep.space import alias, decoded, encoded, tune_space
+from raytrainer.sweep.tune_space import alias, decoded, encoded, tune_space
 
 # The modules of Tune's searchers → the modules that they import → the names of their packages for pip.
 LIBRARIES: Mapping[str, Mapping[str, str]] = {

@@ -22,8 +22,8 @@ from raytrainer import worker
 from raytrainer.errors import WorkerError
 from raytrainer.ray_internals import METRIC
 from raytrainer.sweep.journal import Mode, worst
-from raytrainer.sweep.space import TRIAL
 from raytrainer.sweep.trial_state import Status, TrialEnd, end_by_error
+from raytrainer.sweep.tune_space import TRIAL
 
 ENDS_S = 30.0  # time for a stopped trial to clean up, and for its workers to be killed
 

@@ -18,8 +18,8 @@ from raytrainer.ray_internals import METRIC
 from raytrainer.sweep.journal import WORST, Mode, Trial, TrialJournal, worst
 from raytrainer.sweep.sampling import NumberedSearch
 from raytrainer.sweep.search import TranslatedSearch
-from raytrainer.sweep.space import RUN, TRIAL
 from raytrainer.sweep.trial_state import Status
+from raytrainer.sweep.tune_space import RUN, TRIAL
 
 
 def warm_start(search: TranslatedSearch, trials: Sequence[Trial], mode: Mode) -> str | None:

@@ -20,12 +20,12 @@ from raytrainer.config import Parameter
 from raytrainer.errors import ConfigError
 from raytrainer.storage import Storage
 from raytrainer.sweep import stepped
+from raytrainer.sweep.best_weights import INTERVAL_S
 from raytrainer.sweep.journal import Mode
 from raytrainer.sweep.plan import Plan, choices_of
 from raytrainer.sweep.reuse import as_found
-from raytrainer.sweep.space import RUN, TRIAL
 from raytrainer.sweep.stepped import SteppedProcess, TrialStopped
-from raytrainer.sweep.weights import INTERVAL_S
+from raytrainer.sweep.tune_space import RUN, TRIAL
 from raytrainer.tracking.spool import spool_of
 
 _SOURCE = "trial.json"  # the file beside a checkpoint for Tune that names its trial and evaluation
@@ -35,7 +35,7 @@ _AT_EACH_EVALUATION = ("checkpoint.every_n_steps=null", "checkpoint.min_interval
 
 
 @dataclass(frozen=True)
-class Shared:
+class TrialSetup:
     """What all trials of a sweep have in common. It is sent to each process once.
 
     Attributes:
@@ -74,12 +74,12 @@ class Shared:
     env_file: str | None = None
     mark: str = ""
 
-    def job(self, config: Mapping[str, Any]) -> worker.Job:
+    def job(self, config: Mapping[str, Any]) -> worker.WorkerJob:
         """Return the job of the trial with Tune's `config`."""
         run_dir = Storage(self.run_dir).child(f"trials/{config[TRIAL]}")
         own = [p.override(config[p.key]) for p in self.parameters if not p.group]
         saves = _AT_EACH_EVALUATION if self.pauses and self.workers > 1 else ()
-        return worker.Job(
+        return worker.WorkerJob(
             text=self.texts[choices_of(self.parameters, config)],
             overrides=[*self.fixed, *own, *saves],
             run_dir=run_dir.display,
@@ -112,7 +112,7 @@ def make_shared(
     trials_upload: bool,
     gpu: bool,
     scheduler_pauses: bool,
-) -> Shared:
+) -> TrialSetup:
     """Return what all trials of a sweep have in common.
 
     Args:
@@ -130,7 +130,7 @@ def make_shared(
         fixed.append(f"tracking.experiment_name={json.dumps(record.experiment_name, ensure_ascii=False)}")
     if e.checkpoint.min_interval_s is None:
         fixed.append(f"checkpoint.min_interval_s={INTERVAL_S}")
-    return Shared(
+    return TrialSetup(
         texts={key: c.text for key, c in plan.compositions.items()},
         parameters=plan.parameters,
         fixed=fixed,
@@ -161,7 +161,7 @@ class TrialProcess(SteppedProcess):
     _background: list[threading.Thread]  # remaining work of ended trials
     _group: tuple[Any, threading.Event] | None  # with several workers: their trainer, and whether it has ended
 
-    def setup(self, config: dict[str, Any], shared: Shared) -> None:
+    def setup(self, config: dict[str, Any], shared: TrialSetup) -> None:
         import torch._dynamo  # noqa: F401  imported before the freeze below; each optimizer needs it
 
         # The modules imported so far stay, so the garbage collector need not traverse them after each trial.

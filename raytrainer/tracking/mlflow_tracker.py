@@ -16,7 +16,7 @@ from raytrainer.errors import StorageError
 from raytrainer.tracking.keys import MetricKeys
 from raytrainer.tracking.segments import SegmentWriter, line
 from raytrainer.tracking.spool import Spool
-from raytrainer.tracking.system import SystemSampler
+from raytrainer.tracking.system_metrics import SystemSampler
 from raytrainer.tracking.uploader import Uploader
 
 _TICK_S = 0.5  # a row is on disk after this time and one write

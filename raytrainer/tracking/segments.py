@@ -34,7 +34,7 @@ _SEGMENT = re.compile(r"metrics-(\d{6,})-([0-9a-f]{8})\.jsonl")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
-class Row(NamedTuple):
+class SpoolRow(NamedTuple):
     """One metric value; `time` is in milliseconds since the epoch."""
 
     key: str
@@ -43,10 +43,10 @@ class Row(NamedTuple):
     step: int
 
 
-class Batch(NamedTuple):
+class SpoolBatch(NamedTuple):
     """Whole lines of a segment, up to byte `end`. `broken` counts lines that cannot be parsed."""
 
-    rows: list[Row]
+    rows: list[SpoolRow]
     tags: dict[str, str]
     dropped: int
     broken: int
@@ -146,7 +146,7 @@ class _BatchBuilder:
     """Collects the content of lines, within the limits of one call."""
 
     def __init__(self) -> None:
-        self.rows: list[Row] = []
+        self.rows: list[SpoolRow] = []
         self.tags: dict[str, str] = {}
         self.dropped = self.broken = 0
 
@@ -158,7 +158,7 @@ class _BatchBuilder:
                 _check_format(segment, fields)
             elif kind == "m":
                 time, step, metrics = fields
-                rows = [Row(str(key), float(value), int(time), int(step)) for key, value in metrics.items()]
+                rows = [SpoolRow(str(key), float(value), int(time), int(step)) for key, value in metrics.items()]
                 if self.rows and len(self.rows) + len(rows) > MAX_ROWS:
                     return False
                 self.rows += rows
@@ -180,7 +180,7 @@ def _check_format(segment: Segment, fields: list[Any]) -> None:
         raise StorageError(f"{segment.path} has format {fields}, this version reads {FORMAT}")
 
 
-def read_batch(segment: Segment, offset: int) -> Batch:
+def read_batch(segment: Segment, offset: int) -> SpoolBatch:
     """Read whole lines from `offset`, within the limits of one call (a single line may exceed them).
 
     A last line without a newline is incomplete, because its writer is still writing or has died. It is not read.
@@ -197,7 +197,7 @@ def read_batch(segment: Segment, offset: int) -> Batch:
             end += len(raw)
             if end - offset >= MAX_BATCH_BYTES:
                 break
-    return Batch(batch.rows, batch.tags, batch.dropped, batch.broken, end)
+    return SpoolBatch(batch.rows, batch.tags, batch.dropped, batch.broken, end)
 
 
 def last_logged(spool: Spool, key: str) -> tuple[float, int, dict[str, float]] | None:

@@ -14,9 +14,9 @@ from typing import NamedTuple, Protocol
 
 from raytrainer.errors import TrackingError, TrackingUnreachable
 from raytrainer.tracking.failures import Rejected, RunGone
-from raytrainer.tracking.segments import MAX_ROWS, Batch, Row, Segment, discard_if_finished, read_batch
+from raytrainer.tracking.segments import MAX_ROWS, Segment, SpoolBatch, SpoolRow, discard_if_finished, read_batch
 from raytrainer.tracking.server import RunState
-from raytrainer.tracking.spool import Artifact, RunNote, Spool, State
+from raytrainer.tracking.spool import RunNote, Spool, SpoolArtifact, State
 
 SYSTEM_PREFIX = "system/"
 LOCAL_PREFIX = "offline-"
@@ -31,7 +31,7 @@ class Calls(Protocol):
 
     def with_timeout(self, timeout_s: int) -> Calls: ...
     def log_batch(
-        self, run_id: str, rows: Sequence[Row], tags: Mapping[str, str], params: Mapping[str, str] | None = None
+        self, run_id: str, rows: Sequence[SpoolRow], tags: Mapping[str, str], params: Mapping[str, str] | None = None
     ) -> None: ...
     def log_artifact(self, run_id: str, path: Path, folder: str | None) -> None: ...
     def run(self, run_id: str) -> RunState: ...
@@ -57,7 +57,7 @@ class RunNotCreated(NoteMissing):
 class Content(NamedTuple):
     """What one request logs."""
 
-    rows: Sequence[Row]
+    rows: Sequence[SpoolRow]
     tags: Mapping[str, str]
     params: Mapping[str, str]
 
@@ -223,7 +223,7 @@ class Sender:
             self._upload(artifact, run_id)
         return sent
 
-    def _send_batch(self, segment: Segment, batch: Batch, run_id: str, state: State, content: Content) -> int:
+    def _send_batch(self, segment: Segment, batch: SpoolBatch, run_id: str, state: State, content: Content) -> int:
         """Send a batch and further content. Return the number of accepted rows."""
         if batch.rows and segment.attempt not in state.floors:
             state.floors[segment.attempt] = {} if self._no_rows else self._server.run(run_id).steps
@@ -245,7 +245,7 @@ class Sender:
         return len(rows) - refused
 
     @staticmethod
-    def _above_floor(rows: list[Row], floor: dict[str, int]) -> list[Row]:
+    def _above_floor(rows: list[SpoolRow], floor: dict[str, int]) -> list[SpoolRow]:
         # The steps of system metrics start at 0 in each attempt and are never measured twice, so they continue after
         # the floor of their node.
         base: dict[str, int] = {}
@@ -284,7 +284,7 @@ class Sender:
         refused = [self._log(run_id, part) for part in content.parts()]
         return sum(rows for rows, _ in refused), sum(texts for _, texts in refused)
 
-    def _upload(self, artifact: Artifact, run_id: str) -> None:
+    def _upload(self, artifact: SpoolArtifact, run_id: str) -> None:
         try:
             self._server.log_artifact(run_id, artifact.path, artifact.folder)
         except Rejected as error:

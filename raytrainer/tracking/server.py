@@ -18,7 +18,7 @@ from raytrainer.tracking.database import check_schema, create, is_sqlite, schema
 from raytrainer.tracking.failures import Rejected, RunGone, denied, reason_of, redacted, shortened, unusable
 from raytrainer.tracking.mlflow_internals import status_of_search
 from raytrainer.tracking.request_settings import request_settings
-from raytrainer.tracking.segments import Row
+from raytrainer.tracking.segments import SpoolRow
 
 MAX_PARAM = 6000  # characters, the limit of MLflow's validation
 MAX_TAG = 8000
@@ -81,7 +81,7 @@ class Server:
         return Server(self.uri, timeout_s=timeout_s)
 
     def log_batch(
-        self, run_id: str, rows: Sequence[Row], tags: Mapping[str, str], params: Mapping[str, str] | None = None
+        self, run_id: str, rows: Sequence[SpoolRow], tags: Mapping[str, str], params: Mapping[str, str] | None = None
     ) -> None:
         """Log rows, tags and parameters. MLflow ignores rows that it already has (same key, step, time and value).
 

@@ -25,7 +25,7 @@ from raytrainer.core.atomic import write_atomically
 from raytrainer.errors import StorageError, StorageGone
 from raytrainer.storage import Storage
 from raytrainer.storage.os_errors import storage_errors
-from raytrainer.tracking.segments import FORMAT, HEADER_BYTES, Row, Segment, flock, names_in, segments_in, size
+from raytrainer.tracking.segments import FORMAT, HEADER_BYTES, Segment, SpoolRow, flock, names_in, segments_in, size
 
 
 def spool_of(place: Storage) -> Path:
@@ -40,7 +40,7 @@ def spool_of(place: Storage) -> Path:
     return Path(tempfile.gettempdir(), f"raytrainer-{os.getuid()}", "spools", name)
 
 
-class Artifact(NamedTuple):
+class SpoolArtifact(NamedTuple):
     """A file or directory to upload into `folder` of the run's artifacts. `entry` is deleted after the upload."""
 
     entry: Path
@@ -87,8 +87,8 @@ class RunNote:
     version: int = FORMAT
 
     @property
-    def rows(self) -> list[Row]:
-        return [Row(key, *row) for key, row in self.metrics.items()]
+    def rows(self) -> list[SpoolRow]:
+        return [SpoolRow(key, *row) for key, row in self.metrics.items()]
 
 
 class Spool:
@@ -214,13 +214,13 @@ class Spool:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
 
-    def artifacts(self) -> Iterator[Artifact]:
+    def artifacts(self) -> Iterator[SpoolArtifact]:
         """Yield the artifacts that were copied completely, oldest first."""
         for name in sorted(name for name in names_in(self.root / "artifacts") if name[0] != "."):
             entry = self.root / "artifacts" / name
             for payload in names_in(entry / "payload"):
                 folder = json.loads((entry / "folder.json").read_text(encoding="utf-8"))
-                yield Artifact(entry, entry / "payload" / payload, folder)
+                yield SpoolArtifact(entry, entry / "payload" / payload, folder)
 
     # Sending
 

@@ -3,9 +3,9 @@ tracking and checkpoints."""
 
 from __future__ import annotations
 
-from raytrainer.worker.job import Job
+from raytrainer.worker.job import WorkerJob
 from raytrainer.worker.process import described, hello, inline_world, on_ray, request_stop
 from raytrainer.worker.recording import MODEL_FOLDER
 from raytrainer.worker.training import run
 
-__all__ = ["MODEL_FOLDER", "Job", "described", "hello", "inline_world", "on_ray", "request_stop", "run"]
+__all__ = ["MODEL_FOLDER", "WorkerJob", "described", "hello", "inline_world", "on_ray", "request_stop", "run"]

@@ -1,4 +1,4 @@
-"""`Job`: what a training process has to do, in plain values that can be sent to it."""
+"""`WorkerJob`: what a training process has to do, in plain values that can be sent to it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Job:
+class WorkerJob:
     """The job of a training process, in plain values.
 
     Attributes:

@@ -15,7 +15,7 @@ from typing import Any
 from raytrainer import errors
 from raytrainer.core import streams
 from raytrainer.progress import to_line
-from raytrainer.worker.job import Job
+from raytrainer.worker.job import WorkerJob
 from raytrainer.worker.training import no_report, run
 
 _stop = threading.Event()  # set in each worker's process by `request_stop`
@@ -69,7 +69,7 @@ def on_ray(job: Mapping[str, Any]) -> dict[str, Any]:
         hello(rank, job.get("label", ""))
         device, node = ray.train.torch.get_device(), context.get_node_rank()
         world = World(rank, context.get_world_size(), context.get_local_rank(), device, node)
-        own = Job(**job)
+        own = WorkerJob(**job)
         result = run(own, world, emit=_say, should_stop=_stop.is_set, report=_report if own.reports else no_report)
         _say({"kind": "end"})  # the launching process waits for this line, after which the output is complete
         return result

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from raytrainer import config, errors, mlflow_model
 from raytrainer.errors import CheckpointNotFound
 from raytrainer.tracking import MlflowTracker, NullTracker, Tracker
-from raytrainer.worker.job import Job
+from raytrainer.worker.job import WorkerJob
 
 if TYPE_CHECKING:
     from raytrainer.trainer.example import Example
@@ -21,7 +21,7 @@ MODEL_FOLDER = "model"
 _log = logging.getLogger("raytrainer.worker")
 
 
-def open_trackers(job: Job, experiment: config.Experiment, world: Any, uri: str) -> tuple[Tracker, Tracker]:
+def open_trackers(job: WorkerJob, experiment: config.Experiment, world: Any, uri: str) -> tuple[Tracker, Tracker]:
     """Return rank 0's tracker, and the tracker that samples system metrics of a node without rank 0. Each is a
     `NullTracker` in every other process."""
     nothing = NullTracker()
@@ -89,7 +89,7 @@ def log_inherited(tracker: Tracker, inherited: Mapping[str, Any], step: int) -> 
     tracker.set_tags({f"raytrainer.inherited.{inherited['evaluation']}": f"from {inherited['from']}: {texts}"})
 
 
-def log_model(trainer: Any, job: Job, tracker: Tracker, emit: Callable[[dict[str, Any]], None]) -> None:
+def log_model(trainer: Any, job: WorkerJob, tracker: Tracker, emit: Callable[[dict[str, Any]], None]) -> None:
     """Log the best weights (or the last, if there are none) as an MLflow model for `mlflow.pytorch.load_model`.
 
     A separate process with a time limit writes it. The model is a graph by torch.export, with a batch dimension of any

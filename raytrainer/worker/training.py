@@ -14,7 +14,7 @@ from raytrainer.core import environment, garbage
 from raytrainer.progress import Reporter
 from raytrainer.storage import Storage
 from raytrainer.tracking import MlflowTracker, Tracker, find_own_dir, redacted
-from raytrainer.worker.job import Job
+from raytrainer.worker.job import WorkerJob
 from raytrainer.worker.recording import TrackerListener, log_inherited, log_model, open_trackers
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def no_report(trainer: Any, ends: bool) -> None:
 
 
 def run(
-    job: Job,
+    job: WorkerJob,
     world: Any,
     *,
     emit: Emit,
@@ -108,7 +108,7 @@ def _new_group() -> Any:
 
 
 def _open_checkpoints(
-    job: Job, experiment: config.Experiment, world: Any, group: Any, tracker: Tracker
+    job: WorkerJob, experiment: config.Experiment, world: Any, group: Any, tracker: Tracker
 ) -> Checkpointer:
     """Return the checkpoints of the run, or of the run that is evaluated."""
     from raytrainer.checkpoint import Checkpointer
@@ -131,7 +131,7 @@ def _open_checkpoints(
 
 
 def _build(
-    job: Job,
+    job: WorkerJob,
     experiment: config.Experiment,
     world: Any,
     checkpointer: Checkpointer,
@@ -161,7 +161,9 @@ def _build(
     )
 
 
-def _resume(trainer: Trainer, checkpointer: Checkpointer, job: Job, tracker: Tracker, uri: str, emit: Emit) -> None:
+def _resume(
+    trainer: Trainer, checkpointer: Checkpointer, job: WorkerJob, tracker: Tracker, uri: str, emit: Emit
+) -> None:
     """Restore the run's last checkpoint, or else load the weights of `init_from`."""
     if info := checkpointer.latest():
         trainer.restore(info, job.changed)
@@ -179,7 +181,7 @@ def _ignoring_errors(work: Callable[[], None]) -> None:
         work()
 
 
-def _check_shared(job: Job, root: str) -> None:
+def _check_shared(job: WorkerJob, root: str) -> None:
     """Check that `run_dir` is the driver's directory. On several nodes, a local path may be a different disk on each.
 
     Raises:

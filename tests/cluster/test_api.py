@@ -23,7 +23,7 @@ import pytest
 
 from raytrainer.backends.cluster_job import ClusterJob
 from raytrainer.backends.jobs_api import follow, packages
-from raytrainer.backends.jobs_api.api import Jobs, check_environment
+from raytrainer.backends.jobs_api.api import JobsClient, check_environment
 from raytrainer.backends.jobs_api.connection import Connection
 from raytrainer.backends.jobs_api.facts import impossible
 from raytrainer.errors import ClusterDenied, ClusterError, ClusterUnreachable, ConfigError, JobExists
@@ -81,9 +81,9 @@ def token_file(head: Head, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def jobs(head: Head, token_file: str) -> Iterator[Jobs]:
+def jobs(head: Head, token_file: str) -> Iterator[JobsClient]:
     """The cluster's Jobs API. At the end all jobs of the test are stopped and have ended."""
-    found = Jobs(head.address, token_file=token_file)
+    found = JobsClient(head.address, token_file=token_file)
     before = {job.submission_id for job in found.list()}
     yield found
     mine = [job.submission_id for job in found.list() if job.submission_id not in before]
@@ -94,11 +94,11 @@ def jobs(head: Head, token_file: str) -> Iterator[Jobs]:
 
 
 @pytest.fixture
-def submit(jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Submit:
+def submit(jobs: JobsClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Submit:
     folders = itertools.count()
     monkeypatch.setattr(packages, "stage", stage)
 
-    def send(sent: Sent, to: Jobs = jobs) -> str:
+    def send(sent: Sent, to: JobsClient = jobs) -> str:
         return to.submit(cast("Request", sent), tmp_path / f"staged-{next(folders)}")
 
     return send
@@ -112,7 +112,7 @@ def until(holds: Callable[[], Any], within_s: float = 60) -> Any:
     return found
 
 
-def ended(jobs: Jobs, name: str) -> ClusterJob:
+def ended(jobs: JobsClient, name: str) -> ClusterJob:
     """Wait until a job has ended and holds no resources or processes, and return it."""
 
     def found() -> ClusterJob | None:
@@ -130,7 +130,7 @@ def lives(pid: int) -> bool:
         return False
 
 
-def logged(jobs: Jobs, name: str) -> list[str]:
+def logged(jobs: JobsClient, name: str) -> list[str]:
     """Return the lines that the script has printed."""
     return [line.removeprefix("> ") for line in jobs.logs(name).splitlines() if line.startswith("> ")]
 
@@ -200,7 +200,9 @@ def between(head: Head) -> Iterator[Between]:
 
 
 @pytest.mark.slow
-def test_a_job_from_its_submission_to_its_end(jobs: Jobs, submit: Submit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_from_its_submission_to_its_end(
+    jobs: JobsClient, submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uploads: list[str] = []
     really = Connection.request
 
@@ -228,7 +230,7 @@ def test_a_job_from_its_submission_to_its_end(jobs: Jobs, submit: Submit, monkey
         submit(Sent(script, "TEXT, CODE = 'other', 0", first.submission_id))
 
 
-def test_sent_by_several_at_once_it_is_one_job(jobs: Jobs, submit: Submit) -> None:
+def test_sent_by_several_at_once_it_is_one_job(jobs: JobsClient, submit: Submit) -> None:
     sent = Sent("print('> once')")
 
     def send(_: int) -> str:
@@ -244,15 +246,15 @@ def test_sent_by_several_at_once_it_is_one_job(jobs: Jobs, submit: Submit) -> No
     assert logged(jobs, sent.submission_id) == ["once"]
 
 
-def test_a_lost_answer_is_no_lost_job(jobs: Jobs, submit: Submit, between: Between, token_file: str) -> None:
+def test_a_lost_answer_is_no_lost_job(jobs: JobsClient, submit: Submit, between: Between, token_file: str) -> None:
     between.unanswered = b"POST /api/jobs/ "
     sent = Sent("print('> once')")
-    assert submit(sent, Jobs(between.address, token_file=token_file)) == sent.submission_id
+    assert submit(sent, JobsClient(between.address, token_file=token_file)) == sent.submission_id
     ended(jobs, sent.submission_id)
     between.unanswered, between.refused = None, b"POST /api/jobs/ "  # the request itself is lost, so there is no job
     lost = Sent("")
     with pytest.raises(ClusterUnreachable):
-        submit(lost, Jobs(between.address, token_file=token_file))
+        submit(lost, JobsClient(between.address, token_file=token_file))
     assert jobs.info(lost.submission_id) is None
 
 
@@ -269,10 +271,10 @@ LINES = "import time\nfor i in range(300):\n    print('>', i)\n    time.sleep(0.
 
 @pytest.mark.slow
 def test_lost_connections_lose_no_line_and_repeat_none(
-    jobs: Jobs, submit: Submit, between: Between, token_file: str
+    jobs: JobsClient, submit: Submit, between: Between, token_file: str
 ) -> None:
     name, cuts, text = submit(Sent(LINES)), 0, ""
-    for piece in Jobs(between.address, token_file=token_file).tail(name):
+    for piece in JobsClient(between.address, token_file=token_file).tail(name):
         text += piece
         if cuts < 3 and ">" in piece:
             cuts += between.cut() > 0
@@ -282,15 +284,15 @@ def test_lost_connections_lose_no_line_and_repeat_none(
 
 
 @pytest.mark.slow
-def test_where_no_websocket_comes_through(submit: Submit, jobs: Jobs, between: Between, token_file: str) -> None:
+def test_where_no_websocket_comes_through(submit: Submit, jobs: JobsClient, between: Between, token_file: str) -> None:
     between.refused = b"/logs/tail"
     name = submit(Sent(LINES))
-    pieces = list(Jobs(between.address, token_file=token_file).tail(name))
+    pieces = list(JobsClient(between.address, token_file=token_file).tail(name))
     assert len(pieces) > 1
     assert "".join(pieces) == jobs.logs(name)
 
 
-def test_a_log_that_is_no_text(jobs: Jobs, submit: Submit) -> None:
+def test_a_log_that_is_no_text(jobs: JobsClient, submit: Submit) -> None:
     """Ray's own API returns an error for such a log, followed or read at once."""
     name = submit(Sent("import os, time\nos.write(1, b'> a\\xff\\r\\n> \\xc3\\xbc\\n')\ntime.sleep(1)\nprint('> end')"))
     text = "".join(jobs.tail(name))
@@ -309,7 +311,7 @@ def test_a_log_that_is_gone_with_its_node() -> None:
             saying(500, "aiohttp.client_exceptions.ClientConnectorError: Cannot connect to host 10.0.0.2")(request)
 
     with serving(answer) as port:
-        gone = Jobs(f"http://127.0.0.1:{port}")
+        gone = JobsClient(f"http://127.0.0.1:{port}")
         assert list(gone.tail("x")) == []
         with pytest.raises(ClusterError, match="cannot give the log of job x: the node of its driver is gone"):
             gone.logs("x")
@@ -354,7 +356,7 @@ ray.get(ray.util.placement_group([{"CPU": 2}]).ready())
 
 
 @pytest.mark.slow
-def test_who_holds_it_what_waits_and_when_it_is_free(jobs: Jobs, submit: Submit) -> None:
+def test_who_holds_it_what_waits_and_when_it_is_free(jobs: JobsClient, submit: Submit) -> None:
     facts = until(lambda: (found := jobs.facts()).nodes and not found.may_grow and found)
     assert (facts.total["CPU"], facts.available["CPU"], facts.holders) == (2, 2, ())
     assert facts.python_version == ".".join(map(str, sys.version_info[:3]))
@@ -398,7 +400,7 @@ def test_a_cluster_that_grows(tmp_path: Path) -> None:
         try:
             assert cluster.stdout is not None
             assert cluster.stdout.readline(), (tmp_path / "log").read_text()
-            jobs = Jobs(f"http://127.0.0.1:{port}")
+            jobs = JobsClient(f"http://127.0.0.1:{port}")
             facts = until(lambda: (found := jobs.facts()).nodes and found)
             assert (facts.total["CPU"], facts.may_grow) == (1, True)
             assert impossible([{"CPU": 1.0}] * 100, facts) is None
@@ -406,7 +408,7 @@ def test_a_cluster_that_grows(tmp_path: Path) -> None:
             cluster.communicate()  # the program ends when its input is closed
 
 
-def test_a_job_that_there_is_not(jobs: Jobs) -> None:
+def test_a_job_that_there_is_not(jobs: JobsClient) -> None:
     assert jobs.info("nobody's") is None
     assert jobs.held_by("nobody's") == {}
     for ask in (jobs.stop, jobs.logs, jobs.explain_waiting):
@@ -418,12 +420,12 @@ def test_a_job_that_there_is_not(jobs: Jobs) -> None:
 
 def test_another_server_s_404_is_no_job_s_end() -> None:
     with serving(saying(404, "<html>not here</html>")) as port, pytest.raises(ClusterError, match="answers 404"):
-        Jobs(f"http://127.0.0.1:{port}").info("x")
+        JobsClient(f"http://127.0.0.1:{port}").info("x")
 
 
 def test_another_ray_is_told_before_its_tables_are_read() -> None:
     with serving(saying(200, '{"ray_version": "2.9.3"}')) as port:
-        found = Jobs(f"http://127.0.0.1:{port}").facts()
+        found = JobsClient(f"http://127.0.0.1:{port}").facts()
     assert "has ray 2.9.3" in str(found.version_problem())
 
 
@@ -439,16 +441,18 @@ def test_without_the_token(
 ) -> None:
     if token is not None:
         monkeypatch.setenv("RAY_AUTH_TOKEN", token)
-    shut = Jobs(head.address)
+    shut = JobsClient(head.address)
     for ask in (shut.list, shut.facts, lambda: list(shut.tail("x")), lambda: submit(Sent(""), shut)):
         with pytest.raises(ClusterDenied, match=words) as caught:
             ask()
         assert "planted" not in str(caught.value)
     monkeypatch.setenv("RAY_AUTH_TOKEN", head.token)
-    Jobs(head.address).list()
+    JobsClient(head.address).list()
 
 
-def test_a_variable_that_names_another_cluster(jobs: Jobs, submit: Submit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_that_names_another_cluster(
+    jobs: JobsClient, submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.setenv(name, "http://10.0.0.9:8265")
         with pytest.raises(
@@ -463,7 +467,7 @@ def test_a_variable_that_names_another_cluster(jobs: Jobs, submit: Submit, monke
 @pytest.mark.slow
 def test_behind_a_proxy_that_speaks_tls(
     head: Head,
-    jobs: Jobs,
+    jobs: JobsClient,
     submit: Submit,
     token_file: str,
     certificates: Certificates,
@@ -476,13 +480,13 @@ def test_behind_a_proxy_that_speaks_tls(
     nginx = Nginx(tmp_path / "nginx", program, head.port, certificates.issue(), documented())
     nginx.start()
     try:
-        behind = Jobs(nginx.uri, ca_file=str(certificates.ca_file), token_file=token_file)
+        behind = JobsClient(nginx.uri, ca_file=str(certificates.ca_file), token_file=token_file)
         name = submit(Sent(LINES), behind)
         assert "".join(behind.tail(name)) == jobs.logs(name)
         assert '/logs/tail HTTP/1.1" 101' in nginx.requests.read_text()
-        below = Jobs(f"{nginx.uri}/ray", ca_file=str(certificates.ca_file), token_file=token_file)
+        below = JobsClient(f"{nginx.uri}/ray", ca_file=str(certificates.ca_file), token_file=token_file)
         assert "".join(below.tail(name)) == jobs.logs(name)
         with pytest.raises(ClusterUnreachable, match=r"cluster\.ca_file=PATH"):
-            submit(Sent(""), Jobs(nginx.uri, token_file=token_file))
+            submit(Sent(""), JobsClient(nginx.uri, token_file=token_file))
     finally:
         nginx.stop()

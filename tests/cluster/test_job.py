@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from raytrainer.backends.jobs_api.api import Jobs
+from raytrainer.backends.jobs_api.api import JobsClient
 from tests.launches import Ended, Runs, launch, launched, observed, record
 from tests.outside.head import Head
 from tests.promises import Within
@@ -143,7 +143,7 @@ def test_no_secret_is_anywhere(whole: Whole, head: Head) -> None:
     """A worker uses the secret and the config refers to it, but nothing that Ray or MLflow stores contains it."""
     ((_, secret),) = head.secrets.items()
     assert (whole.folder / "digest").read_text() == hashlib.sha256(secret.encode()).hexdigest()
-    jobs = Jobs(head.address)
+    jobs = JobsClient(head.address)
     texts = {"the command": f"{whole.first}{whole.second}", "the log": jobs.logs("whole"), "the job": repr(jobs.list())}
     files = [p for place in (whole.folder, head.session, head.folder) for p in place.rglob("*") if p.is_file()]
     found = [str(p) for p in files if secret.encode() in p.read_bytes()]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from raytrainer.backends.jobs_api.api import Jobs
+from raytrainer.backends.jobs_api.api import JobsClient
 from tests.launches import Ended, Runs, launched, record
 from tests.outside.head import Head
 from tests.outside.servers import Certificates, Nginx
@@ -82,7 +82,7 @@ def test_from_the_command_to_the_verbs(
     told = json.loads(verb("status", "tls", "--json").out)
     assert (told["status"], told["job"]["status"]) == ("FINISHED", "SUCCEEDED")
     # An address with a path works, too.
-    below = Jobs(f"{proxy.uri}/ray", ca_file=str(certificates.ca_file), token_file=str(head.token_file))
+    below = JobsClient(f"{proxy.uri}/ray", ca_file=str(certificates.ca_file), token_file=str(head.token_file))
     assert "tls" in {job.submission_id for job in below.list()}
     assert "".join(below.tail("tls")) == below.logs("tls")
     assert '/ray/api/jobs/tls/logs/tail HTTP/1.1" 101' in proxy.requests.read_text()

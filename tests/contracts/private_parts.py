@@ -142,7 +142,7 @@ RAY: Sequence[PrivatePart] = [
         },
     ),
     *_parts(
-        "ray_internals/resources.py",
+        "ray_internals/cluster_state.py",
         "ray.",
         {
             "_private.state.state": "read the tables of the cluster",
@@ -168,7 +168,7 @@ RAY: Sequence[PrivatePart] = [
         },
     ),
     *_parts(
-        "ray_internals/jobs.py",
+        "ray_internals/job_client.py",
         "ray.dashboard.modules.dashboard_sdk.SubmissionClient.",
         {
             "_do_request": (

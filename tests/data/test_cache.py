@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 from raytrainer.data import Loader, ParquetDataset, arrow
 from raytrainer.data.columns import MappedColumn
-from raytrainer.data.files import find_files
+from raytrainer.data.source_files import find_files
 from raytrainer.errors import ConfigError, DataError
 from raytrainer.storage import Storage
 

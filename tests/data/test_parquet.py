@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from raytrainer.data import Loader, ParquetDataset
-from raytrainer.data.files import find_files
+from raytrainer.data.source_files import find_files
 from raytrainer.errors import ConfigError, DataError
 from raytrainer.storage import Storage
 from tests.outside.servers import S3

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytrainer.data.plan import Batching, Plan, Step
+from raytrainer.data.sample_plan import Batching, SamplePlan, Step
 
 SHAPES = st.fixed_dictionaries(
     {
@@ -22,10 +22,10 @@ SHAPES = st.fixed_dictionaries(
 )
 
 
-def plan(shape: dict[str, Any], rank: int = 0, world: int = 1, **more: Any) -> Plan:
+def plan(shape: dict[str, Any], rank: int = 0, world: int = 1, **more: Any) -> SamplePlan:
     shape = dict(shape)
     shape["drop_last"] = shape["drop_last"] and shape["length"] >= shape["global_batch_size"]
-    return Plan(shape.pop("length"), Batching(rank=rank, world_size=world, **shape, **more))
+    return SamplePlan(shape.pop("length"), Batching(rank=rank, world_size=world, **shape, **more))
 
 
 def counted(step: Step) -> list[int]:
@@ -92,20 +92,22 @@ def test_resumed_anywhere_on_any_number_it_goes_on(
 
 
 def test_uneven_last_batch() -> None:
-    ranks = [Plan(10, Batching(global_batch_size=8, rank=rank, world_size=4)) for rank in range(4)]
+    ranks = [SamplePlan(10, Batching(global_batch_size=8, rank=rank, world_size=4)) for rank in range(4)]
     assert [counted(rank.step(0)) for rank in ranks] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert [counted(rank.step(1)) for rank in ranks] == [[], [8], [], [9]]
     assert [(s.tolist(), n) for s, n in ranks[0].step(1).micro] == [([8], 0)]  # a placeholder that counts for nothing
-    assert Plan(10, Batching(global_batch_size=8, rank=0, world_size=4, pad_empty=False)).step(1).micro == []
+    assert SamplePlan(10, Batching(global_batch_size=8, rank=0, world_size=4, pad_empty=False)).step(1).micro == []
 
 
 def test_ranks_cut_into_the_same_number_of_micro_batches() -> None:
-    ranks = [Plan(13, Batching(global_batch_size=13, micro_batch_size=3, rank=rank, world_size=2)) for rank in range(2)]
+    ranks = [
+        SamplePlan(13, Batching(global_batch_size=13, micro_batch_size=3, rank=rank, world_size=2)) for rank in range(2)
+    ]
     assert [[size for _, size in rank.step(0).micro] for rank in ranks] == [[2, 2, 2], [2, 2, 3]]
 
 
 def test_a_plan_keeps_one_epoch() -> None:
-    long = Plan(10**12, Batching(global_batch_size=512, shuffle=True))
+    long = SamplePlan(10**12, Batching(global_batch_size=512, shuffle=True))
     assert long.step(10**15).micro[0][0].dtype == np.int64
     assert long._order is not None
     assert sum(len(block) for block in long._order._blocks.values()) < 10**5

@@ -27,12 +27,12 @@ from raytrainer.errors import ConfigError, WorkerError
 from raytrainer.storage import Storage
 from raytrainer.sweep import report, stepped
 from raytrainer.sweep.application import search
-from raytrainer.sweep.application_setup import Jobs, unchangeable
-from raytrainer.sweep.function import FunctionProcess, Shared
+from raytrainer.sweep.application_setup import ApplicationJobs, unchangeable
+from raytrainer.sweep.function import FunctionProcess, FunctionSetup
 from raytrainer.sweep.journal import WORST, Mode, Report, Trial, TrialJournal
 from raytrainer.sweep.reporting import as_number
 from raytrainer.sweep.settings import Settings
-from raytrainer.sweep.space import RUN, TRIAL
+from raytrainer.sweep.tune_space import RUN, TRIAL
 from tests import forkserver
 from tests.launches import OUTSIDE, Ended, launch, launched
 
@@ -347,11 +347,13 @@ class Fake:
         if "x=7" in overrides:
             raise KeyError("x")
 
-    def keeping(self, wanted: Callable[[Any], bool]) -> Jobs:
+    def keeping(self, wanted: Callable[[Any], bool]) -> ApplicationJobs:
         return self
 
 
-def refused(folder: Path, *overrides: str, jobs: Jobs | None = None, space: Any = None, **settings: Any) -> str:
+def refused(
+    folder: Path, *overrides: str, jobs: ApplicationJobs | None = None, space: Any = None, **settings: Any
+) -> str:
     """Return the message with which a sweep is refused before Ray starts."""
     with pytest.raises(ConfigError) as caught:
         search(
@@ -435,8 +437,8 @@ def test_a_folder_with_a_sweep_is_not_gone_on_with_by_accident(tmp_path: Path) -
 # --- one process ------------------------------------------------------------------------------------------------------
 
 
-def shared(job: Callable[[int, Sequence[str]], Any], mode: Mode = "min", retries: bool = False) -> Shared:
-    return Shared(
+def shared(job: Callable[[int, Sequence[str]], Any], mode: Mode = "min", retries: bool = False) -> FunctionSetup:
+    return FunctionSetup(
         job=cloudpickle.dumps(job),
         name="main",
         parameters=[Parameter("x", "interval", low=0.0, high=9.0)],

@@ -30,7 +30,7 @@ from raytrainer.storage import Storage
 from raytrainer.sweep import engine, schedule
 from raytrainer.sweep.engine import Listener, Search
 from raytrainer.sweep.journal import FILE, Trial, TrialJournal
-from raytrainer.sweep.space import TRIAL
+from raytrainer.sweep.tune_space import TRIAL
 from tests import forkserver
 from tests.training import node
 

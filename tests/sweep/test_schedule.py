@@ -23,8 +23,8 @@ from raytrainer.ray_internals import METRIC
 from raytrainer.sweep import RandomSearch
 from raytrainer.sweep.journal import Mode, Report, Trial, worst
 from raytrainer.sweep.schedule import make_scheduler, pauses, replay
-from raytrainer.sweep.space import RUN, TRIAL
 from raytrainer.sweep.trial_state import Status
+from raytrainer.sweep.tune_space import RUN, TRIAL
 
 LR = Parameter("optimizer.lr", "interval", low=1e-4, high=1e-1, log=True)
 DECAY = Parameter("decay", "interval", low=0.0, high=0.3)

@@ -27,9 +27,9 @@ from raytrainer.sweep import RandomSearch
 from raytrainer.sweep.journal import WORST, Mode, Report, Trial, TrialJournal
 from raytrainer.sweep.sampling import grid_size
 from raytrainer.sweep.search import TranslatedSearch, check_search, make_search, total_of
-from raytrainer.sweep.space import RUN, TRIAL, decoded, domain, encoded, nearest, tune_space
 from raytrainer.sweep.suggestions import Suggestions, warm_start
 from raytrainer.sweep.trial_state import Status
+from raytrainer.sweep.tune_space import RUN, TRIAL, decoded, domain, encoded, nearest, tune_space
 
 LR = Parameter("optimizer.lr", "interval", low=1e-4, high=1e-1, log=True)
 WIDTH = Parameter("model.width", "choice", values=(64, 128), texts=("64", "128"))

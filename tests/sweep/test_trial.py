@@ -32,8 +32,8 @@ from raytrainer.errors import WorkerError
 from raytrainer.storage import Storage
 from raytrainer.sweep import stepped
 from raytrainer.sweep.journal import WORST
-from raytrainer.sweep.space import RUN, TRIAL
-from raytrainer.sweep.trial import Shared, TrialProcess
+from raytrainer.sweep.trial import TrialProcess, TrialSetup
+from raytrainer.sweep.tune_space import RUN, TRIAL
 from raytrainer.tracking.sender import LOCAL_ID_TAG
 from tests import ranks, training
 from tests.launches import OUTSIDE, assert_equal_states
@@ -59,8 +59,8 @@ def outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(OUTSIDE))
 
 
-def shared(*overrides: str, parameters: tuple[Parameter, ...] = (LR,), **different: Any) -> Shared:
-    found = Shared(
+def shared(*overrides: str, parameters: tuple[Parameter, ...] = (LR,), **different: Any) -> TrialSetup:
+    found = TrialSetup(
         texts={"": compose([*SWEEP, *overrides]).text},
         parameters=parameters,
         fixed=["scaling.use_gpu=false"],
@@ -86,7 +86,7 @@ def config(number: int, **values: Any) -> dict[str, Any]:
 class Process:
     """A process of Tune inside this one. `steps` returns its results until the trial ends, or `stop` of them."""
 
-    def __init__(self, of: Shared, first: Mapping[str, Any]) -> None:
+    def __init__(self, of: TrialSetup, first: Mapping[str, Any]) -> None:
         class Own(TrialProcess):
             def setup(self, config: dict[str, Any]) -> None:  # type: ignore[override]
                 super().setup(config, of)
@@ -115,7 +115,7 @@ def process() -> Iterator[Callable[..., Process]]:
     """Yield `process(shared, config)`, whose processes end with the test."""
     made: list[Process] = []
 
-    def make(of: Shared, first: Mapping[str, Any]) -> Process:
+    def make(of: TrialSetup, first: Mapping[str, Any]) -> Process:
         made.append(Process(of, first))
         return made[-1]
 
@@ -155,12 +155,12 @@ SLOW += ["data.global_batch_size=8", "data.prefetch=0", "trainer.max_epochs=null
 OBSERVED = ["+callbacks.observed._target_=probes.Observed"]
 
 
-def in_new_process(of: Shared, first: dict[str, Any], backend: str | None = None) -> list[dict[str, Any]]:
+def in_new_process(of: TrialSetup, first: dict[str, Any], backend: str | None = None) -> list[dict[str, Any]]:
     with ProcessPoolExecutor(1, mp_context=ranks.new_processes()) as pool:
         return pool.submit(_alone, of, first, backend).result()
 
 
-def _alone(of: Shared, first: dict[str, Any], backend: str | None) -> list[dict[str, Any]]:
+def _alone(of: TrialSetup, first: dict[str, Any], backend: str | None) -> list[dict[str, Any]]:
     with contextlib.nullcontext() if backend is None else training.compiling(backend):
         return Process(of, first).steps()
 

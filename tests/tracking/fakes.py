@@ -8,7 +8,7 @@ from pathlib import Path
 
 from raytrainer.errors import TrackingUnreachable
 from raytrainer.tracking.failures import Rejected, RunGone
-from raytrainer.tracking.segments import Row
+from raytrainer.tracking.segments import SpoolRow
 from raytrainer.tracking.server import RunState
 
 
@@ -17,7 +17,7 @@ class FakeRun:
     name: str
     experiment_id: str
     start_time: int | None
-    rows: set[Row] = field(default_factory=set)
+    rows: set[SpoolRow] = field(default_factory=set)
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     artifacts: dict[str, str] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class FakeServer:
         return self
 
     def log_batch(
-        self, run_id: str, rows: Sequence[Row], tags: Mapping[str, str], params: Mapping[str, str] | None = None
+        self, run_id: str, rows: Sequence[SpoolRow], tags: Mapping[str, str], params: Mapping[str, str] | None = None
     ) -> None:
         run = self._begin("log_batch", run_id)
         if not run.active:

@@ -37,7 +37,7 @@ from raytrainer.tracking import (
     replay,
 )
 from raytrainer.tracking.rest import Rest
-from raytrainer.tracking.segments import Row
+from raytrainer.tracking.segments import SpoolRow
 from raytrainer.tracking.server import Server
 from raytrainer.tracking.spool import Spool
 from tests import forkserver
@@ -198,7 +198,9 @@ def test_plain_http_finds_what_mlflows_client_finds(server: MlflowServer, tmp_pa
     for name, where in (("one", "here"), ("two", None)):
         tags = {"raytrainer.name": name, "raytrainer.run_dir": "/x", **({"raytrainer.where": where} if where else {})}
         run = open_run(uri, "searched", name, params={"a": "1"}, tags=tags, artifact_root=str(tmp_path))
-        Server(uri).log_batch(run.run_id, [Row("val/loss", float("nan"), 5, 7), Row("train/loss", 0.5, 6, 9)], {})
+        Server(uri).log_batch(
+            run.run_id, [SpoolRow("val/loss", float("nan"), 5, 7), SpoolRow("train/loss", 0.5, 6, 9)], {}
+        )
         run.finish("FAILED", "why")
     everything = "attributes.run_name LIKE '%'"
     plain, client = Rest(uri).search(everything, 1000), Server(uri).search(everything, 1000)

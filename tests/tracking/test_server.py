@@ -23,7 +23,7 @@ from raytrainer.tracking import check_tracking, checking, default_tracking_uri
 from raytrainer.tracking.database import default_artifact_root, sqlite_path
 from raytrainer.tracking.failures import Rejected, redacted
 from raytrainer.tracking.request_settings import request_settings
-from raytrainer.tracking.segments import Row
+from raytrainer.tracking.segments import SpoolRow
 from raytrainer.tracking.server import Server
 from tests.promises import Within
 
@@ -97,7 +97,7 @@ def test_a_server_in_trouble_is_unreachable_and_asked_once(uri: str, answers: ty
 def test_rejected_content_has_an_error_of_its_own(uri: str, answers: type[Answers]) -> None:
     answers.status, answers.body = 400, '{{"error_code": "INVALID_PARAMETER_VALUE", "message": "bad name"}}'
     with pytest.raises(Rejected, match="bad name"):
-        Server(uri).log_batch("a" * 32, [Row("a", 1.0, 1, 1)], {})
+        Server(uri).log_batch("a" * 32, [SpoolRow("a", 1.0, 1, 1)], {})
 
 
 def test_passwords_in_addresses_are_never_shown(uri: str, answers: type[Answers]) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from raytrainer.errors import StorageError, StorageFull
 from raytrainer.storage import Storage
-from raytrainer.tracking.segments import Row, SegmentWriter, discard_if_finished, line, read_batch
+from raytrainer.tracking.segments import SegmentWriter, SpoolRow, discard_if_finished, line, read_batch
 from raytrainer.tracking.spool import RunNote, Spool, State, spool_of
 
 
@@ -40,7 +40,7 @@ def test_rows_come_back_as_they_were_with_nan_and_infinities(spool: Spool) -> No
     writer.append(lines((3, {"a": 0.1, "b": -math.inf}), (4, {"a": math.nan})) + line("t", {"é": "ü"}))
     (segment,) = spool.segments()
     batch = read_batch(segment, 0)
-    assert batch.rows[:2] == [Row("a", 0.1, 1003, 3), Row("b", -math.inf, 1003, 3)]
+    assert batch.rows[:2] == [SpoolRow("a", 0.1, 1003, 3), SpoolRow("b", -math.inf, 1003, 3)]
     assert math.isnan(batch.rows[2].value)
     assert (batch.tags, batch.dropped, batch.broken) == ({"é": "ü"}, 0, 0)
     assert batch.end == segment.path.stat().st_size

@@ -18,10 +18,10 @@ import pytest
 from raytrainer.errors import StorageError
 from raytrainer.tracking import MlflowTracker, NullTracker, Tracker, replay
 from raytrainer.tracking.keys import metric_key
-from raytrainer.tracking.segments import Batch, Row, read_batch
+from raytrainer.tracking.segments import SpoolBatch, SpoolRow, read_batch
 from raytrainer.tracking.sender import DROPPED_TAG
 from raytrainer.tracking.spool import Spool
-from raytrainer.tracking.system import SystemSampler
+from raytrainer.tracking.system_metrics import SystemSampler
 from tests.tracking.fakes import FakeServer
 
 
@@ -29,7 +29,7 @@ def make(folder: Path, **options: object) -> MlflowTracker:
     return MlflowTracker("r", "http://127.0.0.1:9", folder, ship=False, **{"system_metrics": False, **options})  # type: ignore[arg-type]
 
 
-def content(folder: Path) -> list[Batch]:
+def content(folder: Path) -> list[SpoolBatch]:
     batches = []
     for segment in Spool(folder).segments():
         offset = 0
@@ -39,7 +39,7 @@ def content(folder: Path) -> list[Batch]:
     return batches
 
 
-def rows(folder: Path) -> list[Row]:
+def rows(folder: Path) -> list[SpoolRow]:
     return [row for batch in content(folder) for row in batch.rows]
 
 
@@ -287,7 +287,7 @@ def test_the_load_is_measured_whichever_thread_asks(monkeypatch: pytest.MonkeyPa
     pytest.importorskip("psutil")
     monkeypatch.setitem(sys.modules, "psutil", FakePsutil())
     now = iter(range(100))
-    monkeypatch.setattr("raytrainer.tracking.system.time", SimpleNamespace(monotonic=lambda: float(next(now))))
+    monkeypatch.setattr("raytrainer.tracking.system_metrics.time", SimpleNamespace(monotonic=lambda: float(next(now))))
     sampler, samples = SystemSampler(), []
     for _ in range(4):
         thread = threading.Thread(target=lambda: samples.append(sampler.sample()["system/cpu_utilization_percentage"]))
@@ -298,7 +298,7 @@ def test_the_load_is_measured_whichever_thread_asks(monkeypatch: pytest.MonkeyPa
 
 def test_a_sample_right_after_another_says_nothing_of_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("psutil")
-    monkeypatch.setattr("raytrainer.tracking.system.time", SimpleNamespace(monotonic=lambda: 0.0))
+    monkeypatch.setattr("raytrainer.tracking.system_metrics.time", SimpleNamespace(monotonic=lambda: 0.0))
     sample = SystemSampler().sample()
     assert "system/cpu_utilization_percentage" not in sample
     assert "system/system_memory_usage_percentage" in sample

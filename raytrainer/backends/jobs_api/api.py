@@ -31,7 +31,7 @@ _LAST_S = 1.0  # Ray sees a process end when its connection closes; the kernel m
 _LOG_S = 30.0  # for a long log
 
 
-class Jobs:
+class JobsClient:
     """The jobs of a cluster. Each call except `submit` and `tail` returns or raises within some seconds.
 
     Args:

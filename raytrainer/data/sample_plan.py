@@ -44,7 +44,7 @@ class Batching:
         return [(mine.start + s.start, mine.start + s.stop) for s in slices if self.pad_empty or s.stop > s.start]
 
 
-class Plan:
+class SamplePlan:
     """The batches of a map-style dataset of `length` samples."""
 
     def __init__(self, length: int, batching: Batching) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class StorageEntry:
     """One name in a listing. `size` in bytes (0 for a directory), `mtime` in seconds since 1970 (0.0 if unknown)."""
 
     name: str

@@ -76,7 +76,7 @@ def write(storage: Storage, directory: str, contents: Contents) -> dict[str, tup
 
 
 @dataclass(frozen=True)
-class Entry:
+class CheckpointEntry:
     """A checkpoint directory with its manifest, or with the manifest's problem. An unfinished save has neither."""
 
     name: str
@@ -85,7 +85,7 @@ class Entry:
     problem: CheckpointCorrupt | None
 
 
-def scan(storage: Storage) -> list[Entry]:
+def scan(storage: Storage) -> list[CheckpointEntry]:
     """Return all directories whose names are checkpoint names, oldest step first."""
     entries = []
     for entry in storage.list():
@@ -106,11 +106,11 @@ def scan(storage: Storage) -> list[Entry]:
                     manifest = None
         except CheckpointCorrupt as exc:
             problem = exc
-        entries.append(Entry(entry.name, order, manifest, problem))
+        entries.append(CheckpointEntry(entry.name, order, manifest, problem))
     return sorted(entries, key=lambda item: item.order)
 
 
-def committed(entries: Sequence[Entry]) -> list[Entry]:
+def committed(entries: Sequence[CheckpointEntry]) -> list[CheckpointEntry]:
     """Return those with a valid manifest. If a step was saved several times, only its last save is returned."""
     return list({item.order[0]: item for item in entries if item.manifest is not None}.values())
 
@@ -119,13 +119,13 @@ def committed(entries: Sequence[Entry]) -> list[Entry]:
 ASIDE = "aside"
 
 
-def put_aside(storage: Storage) -> list[Entry]:
+def put_aside(storage: Storage) -> list[CheckpointEntry]:
     """Return the committed checkpoints in `ASIDE`, with names relative to `storage`."""
     entries = committed(scan(storage.child(ASIDE)))
     return [replace(item, name=f"{ASIDE}/{item.name}") for item in entries]
 
 
-def best(entries: Sequence[Entry], mode: str) -> Entry | None:
+def best(entries: Sequence[CheckpointEntry], mode: str) -> CheckpointEntry | None:
     """Return the checkpoint with the best finite metric; the first if several are equal."""
     measured = [(item.manifest.metric, item) for item in entries if item.manifest and item.manifest.metric is not None]
     finite = [(metric, item) for metric, item in measured if math.isfinite(metric)]
