@@ -16,14 +16,11 @@ import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from raytrainer.core import atomic
 from raytrainer.errors import StorageError
 from raytrainer.storage.os_errors import storage_errors
-
-if TYPE_CHECKING:
-    from raytrainer.tracking.spool import Spool
 
 FORMAT = 1
 MAX_ROWS = 1000  # MLflow's limits for one log_batch call: metrics, tags, and bytes of a request (1 MB) with a margin
@@ -32,6 +29,15 @@ MAX_BATCH_BYTES = 400_000
 
 _SEGMENT = re.compile(r"metrics-(\d{6,})-([0-9a-f]{8})\.jsonl")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+
+
+class SegmentFolder(Protocol):
+    """The part of a `Spool` that its segments need."""
+
+    root: Path
+
+    def create(self) -> None: ...
+    def segments(self) -> list[Segment]: ...
 
 
 class SpoolRow(NamedTuple):
@@ -76,7 +82,7 @@ class SegmentWriter:
         segment_bytes: The size after which a new segment begins, so that sent segments can be deleted.
     """
 
-    def __init__(self, spool: Spool, segment_bytes: int) -> None:
+    def __init__(self, spool: SegmentFolder, segment_bytes: int) -> None:
         self.attempt = uuid.uuid4().hex[:8]
         self._spool, self._segment_bytes = spool, segment_bytes
         self._path, self._descriptor, self._end = Path(), -1, 0
@@ -200,7 +206,7 @@ def read_batch(segment: Segment, offset: int) -> SpoolBatch:
     return SpoolBatch(batch.rows, batch.tags, batch.dropped, batch.broken, end)
 
 
-def last_logged(spool: Spool, key: str) -> tuple[float, int, dict[str, float]] | None:
+def last_logged(spool: SegmentFolder, key: str) -> tuple[float, int, dict[str, float]] | None:
     """Return the newest line that has a value of `key`: seconds since the epoch, the step, and all metrics of the line.
 
     Returns None if no segment has one. Segments that are sent and have no writer may already be deleted.
