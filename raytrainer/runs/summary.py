@@ -279,9 +279,9 @@ def _sweep_progress(handle: RunHandle, tags: Mapping[str, str]) -> dict[str, Any
     trials = {k.rpartition(".")[2]: int(v) for k, v in tags.items() if k.startswith("raytrainer.trials.")}
     best = float(value) if value else None
     best_step, best_trial = _whole(tags.get("raytrainer.best_step")), tags.get("raytrainer.best_trial")
-    is_running = handle.mlflow_run is None or handle.mlflow_run.status == "RUNNING"
-    if is_running and handle.storage is not None and handle.storage.is_local:
-        # MLflow gets these values at the end of the sweep; the trial journal has them at once.
+    has_ended = handle.mlflow_run is not None and handle.mlflow_run.status != "RUNNING"
+    if not (has_ended and trials) and handle.storage is not None and handle.storage.is_local:
+        # The driver uploads these values at the end of the sweep, or never if it was killed. The journal has them at once.
         with suppress(StorageError):
             all_trials = TrialJournal.open(handle.storage).trials.values()
             trials = dict(Counter(trial.status for trial in all_trials))

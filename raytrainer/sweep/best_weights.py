@@ -27,11 +27,16 @@ class TrialRetention:
 
     def __init__(self, storage: Storage, keep: int | None, mode: Mode, ended: Iterable[Trial]) -> None:
         self._storage, self._keep, self._mode = storage, keep, mode
+        ended = list(ended)
         self._kept = ranked(ended, mode)[:keep]
         # Trials to delete again, because a process may have written one more checkpoint.
         self._deleted: list[Trial] = []
         # In a thread, because deletion on a slow disk takes long.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sweep-retention")
+        if keep is not None:  # again, because a driver that was killed may not have deleted them
+            for trial in ended:
+                if trial not in self._kept:
+                    self._delete(trial)
 
     def end(self, trial: Trial, at_once: int) -> None:
         """Take an ended trial into account. `at_once` is how many trials run at a time."""

@@ -148,6 +148,19 @@ def test_trials_are_listed_with_their_sweep(store: Store) -> None:
     assert "3 trials: 2 finished, 1 running" in table([running])
 
 
+def test_a_killed_sweep_keeps_its_results(store: Store) -> None:
+    """Its driver died before it could upload the numbers of trials."""
+    _, storage = store.add("sweep", kind="sweep", status="FAILED", tags={"raytrainer.sweep.metric": "val/loss"})
+    journal = TrialJournal.open(storage)
+    journal.begin({})
+    journal.start(Trial("0001", {}, [], 1.0))
+    journal.report("0001", Report(1, 10, 0.5, {"val/loss": 0.5}, 1.0))
+    journal.end("0001", Status.FINISHED)
+    journal.close()
+    (killed,) = list_runs()
+    assert (killed.status, killed.trials, killed.best, killed.best_trial) == ("FAILED", {"finished": 1}, 0.5, "0001")
+
+
 def test_a_job(store: Store) -> None:
     _, storage = store.add(
         "one",
