@@ -372,8 +372,8 @@ def test_an_answer_that_does_not_come_is_waited_for(cluster: Cluster, monkeypatc
     [
         ({}, ["scaling.num_workers=9"], r"scaling\.num_workers=9 × 1 CPU = 9 CPUs, and the cluster at .* has 8 CPUs"),
         ({}, ["cluster.driver_resources={GPU: 1}"], r"cluster\.driver_resources=.*GPU"),
-        ({"ray_version": "2.9.0"}, [], r"has ray 2\.9\.0, and raytrainer needs 2\.\d+ or newer there"),
-        ({"python_version": "3.9.1"}, [], r"has Python 3\.9\.1, and raytrainer needs 3\.11 or newer there"),
+        ({"ray_version": "2.9.0"}, [], r"has ray 2\.9\.0, and this raytrainer supports ray>=2\.\d+"),
+        ({"python_version": "3.9.1"}, [], r"has Python 3\.9\.1, and this raytrainer supports Python>=3\.11"),
     ],
 )
 def test_a_cluster_that_never_can_is_sent_nothing(

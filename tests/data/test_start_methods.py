@@ -25,6 +25,10 @@ from tests.data.test_cache import write
 from tests.data.test_loader import Rows, flat
 
 METHODS = ("forkserver", "spawn", "fork")
+# The default on each run of the suite; each start imports torch, which takes seconds.
+ALL_NIGHTLY = [
+    method if method == "forkserver" else pytest.param(method, marks=pytest.mark.nightly) for method in METHODS
+]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -57,7 +61,7 @@ def test_the_batches_are_the_same_for_all_methods(draw: bool) -> None:
         assert batches(num_workers=2, start_method=method) == expected, method
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL_NIGHTLY)
 def test_processes_do_not_import_the_program_again(method: str) -> None:
     """A Ray worker's program imports ray. A script without a guard would train again."""
     program = f"""
@@ -167,7 +171,7 @@ def test_a_fork_of_a_process_with_a_server_starts_its_own() -> None:
     assert run_program(program) == ["[1, 1, 1, 1]"] * 2 + ["0"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL_NIGHTLY)
 def test_nothing_is_left_of_a_killed_program(method: str) -> None:
     """A killed program cannot end its processes, so they end when its pipes are closed."""
     program = f"""
