@@ -11,7 +11,7 @@ from raytrainer.progress import duration
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 WORDS: Mapping[Status, str] = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
-Row = tuple[str, str]  # of a summary: a name, which is empty if it is that of the row above, and a text
+Row = tuple[str, str]  # a row of a summary: a name, empty if it repeats the row above, and a text
 
 
 @dataclass(frozen=True)
