@@ -78,7 +78,7 @@ class FunctionProcess(SteppedProcess):
 
     def _call(self) -> float:
         if self._job is None:
-            # The application's imports must resolve as in the launching process.
+            # With this path, the application's imports resolve as in the launching process.
             sys.path[:] = [*self._shared.path, *(entry for entry in sys.path if entry not in self._shared.path)]
             self._job = cloudpickle.loads(self._shared.job)
         returned = self._job(int(self._trial) - 1, self._overrides)

@@ -44,8 +44,8 @@ class TrialStopped(BaseException):
 class SteppedProcess(tune.Trainable):  # type: ignore[misc]
     """A trial process. `ray.tune.with_parameters(Class, shared=…)` makes the class that Tune starts.
 
-    A result has `objective` (the value that schedulers compare, never NaN), `training_iteration` (the evaluations since
-    the trial's first step, over all restarts) and `report` or `end`, which are JSON for the driver.
+    A result has `objective`, the value that schedulers compare, which is never NaN. Its `training_iteration` counts the
+    evaluations since the trial's first step, over all restarts. `report` or `end` is JSON for the driver.
     """
 
     mode: Mode  # of the objective

@@ -52,7 +52,7 @@ class TrialSetup:
         gpu: Whether the workers train on GPUs.
         retries: Whether a failed trial may be tried again.
         pauses: Whether a trial may be paused, or get the checkpoint of another one.
-        mark: As `worker.Job.record_mark`, for the sweep's record.
+        mark: As `worker.WorkerJob.record_mark`, for the sweep's record.
         forward_env, env_file: As for `environment.provide`.
     """
 
@@ -120,9 +120,9 @@ def make_shared(
         record: The record of this attempt.
         storage: The sweep's directory.
         tracking_uri: The tracking URI, from which credentials are removed.
-        trials_upload: As `Shared.ship`.
+        trials_upload: As `TrialSetup.ship`.
         gpu: Whether the workers train on GPUs.
-        scheduler_pauses: As `Shared.pauses`.
+        scheduler_pauses: As `TrialSetup.pauses`.
     """
     e = plan.experiment
     fixed = [f"scaling.use_gpu={str(gpu).lower()}", "tracking.log_model=false"]

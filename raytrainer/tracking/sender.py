@@ -118,7 +118,7 @@ class Sender:
         It stops early when `stop()` is true.
 
         A row is sent unless its step is at or below the floor of its key. The floor is the last step that MLflow had
-        before the first row of the same attempt was sent, and it is written to disk before that row is sent. A
+        before the first row of the same attempt was sent. It is written to disk before that row is sent. A
         restarted worker that repeats steps therefore logs nothing twice, and a row that was sent but not acknowledged
         is sent again unchanged.
 
