@@ -231,7 +231,7 @@ def check_hooks(listener: Any, key: str) -> None:
 
 
 class Events:
-    """Calls the hooks of each listener, in the given order. The lists are built once."""
+    """The hooks of all listeners. They are called in the given order. The lists are built once."""
 
     def __init__(self, listeners: Iterable[Any]) -> None:
         listeners = list(listeners)

@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 
 class Phase(Enum):
-    """Where an attempt is in its life. `NEXT_PHASES` has the transitions."""
+    """The phases of an attempt. `NEXT_PHASES` has the transitions."""
 
     LOCKED = "the directory is ours, and nothing has started"
     STARTING = "Ray starts, the first-batch probe may run, and the MLflow run is opened"

@@ -16,7 +16,7 @@ Row = tuple[str, str]  # a row of a summary: a name, empty if it repeats the row
 
 @dataclass(frozen=True)
 class AttemptOutcome:
-    """How an attempt of a run or a sweep ended.
+    """The end of an attempt of a run or a sweep.
 
     Attributes:
         status: FINISHED, FAILED or KILLED.
@@ -46,7 +46,7 @@ class AttemptOutcome:
 
 @dataclass(frozen=True)
 class Outcome(AttemptOutcome):
-    """How an attempt of a run ended.
+    """The end of an attempt of a run.
 
     Attributes:
         result: The values of `FitResult`; None if training did not end by itself.

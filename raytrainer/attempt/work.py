@@ -1,4 +1,4 @@
-"""What an attempt does between its start and its end, as `attempt.lifecycle` calls it: training, or a sweep's trials."""
+"""The work of an attempt between its start and its end, training or a sweep's trials. `attempt.lifecycle` calls it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class TrackedRun:
 
 
 class Work(ABC, Generic[Result, O]):
-    """What an attempt does between its start and its end. The methods are called in the order in which they are here.
+    """The work of an attempt between its start and its end. The methods are called in the order in which they are here.
 
     Attributes:
         closing_s: The timeout for the tracking server at the end, in seconds.

@@ -1,4 +1,4 @@
-"""How often Python's garbage collector runs.
+"""Set how often Python's garbage collector runs.
 
 Importing torch, ray and mlflow makes millions of objects and hardly any garbage. With Python's default threshold, the
 collector takes a quarter of that time. Compare `python -c "import ray, torch, mlflow"` with

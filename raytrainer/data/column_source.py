@@ -17,7 +17,7 @@ RESIDENT_BYTES = 256 * 2**20
 
 
 class ColumnSource:
-    """Makes the batches of a column dataset.
+    """The source of batches from a column dataset.
 
     Args:
         columns: The columns, in a dict or tuple as in a batch.

@@ -181,7 +181,7 @@ class _Borrowed(DefaultPlacementGroupHandle):  # type: ignore[misc]
 
 
 class _Reports(ReportCallback):  # type: ignore[misc]
-    """Calls `take` with each report of rank 0, in the controller's thread."""
+    """A callback that passes each report of rank 0 to `take`, in the controller's thread."""
 
     def __init__(self, take: Callable[[dict[str, Any]], None]) -> None:
         self._take = take

@@ -72,7 +72,7 @@ class Clusters:
         address = handle.cluster_address
         if address is None:
             return ()
-        with self._asking[address]:  # several runs of one cluster may ask at the same time
+        with self._asking[address]:  # several threads may query one cluster at the same time
             if address not in self._jobs and address not in self.silent:
                 try:
                     self._jobs[address] = self._find_backend(address).jobs(address, _settings(handle))

@@ -35,7 +35,7 @@ from raytrainer.tracking.sender import LOCAL_PREFIX
 ABOUT = "Runs and sweeps, the newest first. Runs marked RUNNING whose driver is dead are marked FAILED."
 STATUSES = ("RUNNING", "FINISHED", "FAILED", "KILLED", "SCHEDULED", "REFUSED", "PENDING", "UNKNOWN")
 _MOST_RUNNING = 100  # running runs that one listing checks
-_MOST_CLUSTERS, _CLUSTERS_S = 5, 4.0  # how many of the last used clusters to ask for others' jobs, and for how long
+_MOST_CLUSTERS, _CLUSTERS_S = 5, 4.0  # how many of the last used clusters to query for others' jobs, and for how long
 
 
 def add_arguments(parser: VerbParser) -> None:

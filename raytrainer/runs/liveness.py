@@ -1,4 +1,4 @@
-"""Whether the driver of a run is alive, judged from the leases on the run directory and from the run's job.
+"""Decide whether the driver of a run is alive, from the leases on the run directory and from the run's job.
 
 A run marked RUNNING counts as dead only if no process that could be its driver can be alive. `judge` applies these
 rules in order; the first that applies decides:
@@ -112,7 +112,7 @@ class LockState:
 
 @dataclass(frozen=True)
 class Liveness:
-    """Whether the driver is alive, and how we know.
+    """The verdict whether a driver is alive, and the reason.
 
     Attributes:
         state: `alive`, `dead`, or `unsure`, which is treated as alive.

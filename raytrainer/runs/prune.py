@@ -71,7 +71,7 @@ class PruneItem:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What can be deleted, and the result.
+    """The result of a prune.
 
     Attributes:
         items: The items that were deleted, or that can be.

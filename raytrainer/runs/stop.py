@@ -94,7 +94,7 @@ class StopResult:
 
 
 class Stopper:
-    """Stops one run.
+    """The stop of one run.
 
     Args:
         identifier: The run's name, MLflow run id or submission id.

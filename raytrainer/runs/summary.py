@@ -35,7 +35,7 @@ _CHECKPOINT = re.compile(r"step-(\d+)(\.\d+)?")
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What is known of a run, sweep or trial. Values that are not known are None.
+    """The summary of a run, sweep or trial. Unknown values are None.
 
     Attributes:
         status: The status in MLflow. A job without an MLflow run is PENDING while it waits, REFUSED if the cluster side

@@ -34,7 +34,7 @@ _SENDING_KEYS = ("address", "context", "wait", "retries", "package_limit_mb", "c
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """What a request takes from the machine that sends it.
+    """The inputs of a request from the machine that sends it.
 
     Attributes:
         address: The address of the cluster.

@@ -115,7 +115,7 @@ def send(
 
 
 class _Sender:
-    """Sends a request, again if necessary.
+    """The sender of one request, which sends it again if necessary.
 
     Attributes:
         request: The last one that was sent.

@@ -1,4 +1,4 @@
-"""Which files of a tree are sent: what git tracks or does not ignore, without data, secrets and the lines of .rayignore."""
+"""Select the files of a tree to send: those that git tracks or does not ignore, without data, secrets and .rayignore's."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ PRINTED = "printed"  # kind of the message after the last line that a trial prin
 
 @dataclass(frozen=True)
 class FunctionSetup:
-    """What all trials have in common. It is sent to each process once.
+    """The common settings of all trials, which each process receives once.
 
     Attributes:
         job: A pickled function of a trial's number, from 0, and its overrides. It is loaded after `path` is set.

@@ -209,7 +209,7 @@ def _bounds(p: Parameter) -> list[float]:
 
 @dataclass(frozen=True)
 class _MoveIntoSpace:
-    """Moves perturbed values back into the bounds of their parameters, and integers to whole numbers."""
+    """A function that moves perturbed values back into the bounds of their parameters, and rounds integers."""
 
     parameters: tuple[Parameter, ...]
 

@@ -36,7 +36,7 @@ _AT_EACH_EVALUATION = ("checkpoint.every_n_steps=null", "checkpoint.min_interval
 
 @dataclass(frozen=True)
 class TrialSetup:
-    """What all trials of a sweep have in common. It is sent to each process once.
+    """The common settings of all trials of a sweep, which each process receives once.
 
     Attributes:
         texts: `Composition.text` of each combination of group choices, by `choices_of`.
@@ -113,7 +113,7 @@ def make_shared(
     gpu: bool,
     scheduler_pauses: bool,
 ) -> TrialSetup:
-    """Return what all trials of a sweep have in common.
+    """Return the common settings of all trials of a sweep.
 
     Args:
         plan: The sweep.

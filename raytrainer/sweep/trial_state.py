@@ -61,7 +61,7 @@ def check_transition(trial: str, before: Status, after: Status) -> None:
 
 @dataclass(frozen=True)
 class TrialEnd:
-    """How a trial ended.
+    """The end of a trial.
 
     Attributes:
         status: The last state.

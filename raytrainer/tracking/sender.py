@@ -55,7 +55,7 @@ class RunNotCreated(NoteMissing):
 
 
 class Content(NamedTuple):
-    """What one request logs."""
+    """The content of one request."""
 
     rows: Sequence[SpoolRow]
     tags: Mapping[str, str]
@@ -78,7 +78,7 @@ NOTHING = Content([], {}, {})
 
 
 class Sender:
-    """Sends the spool of one run. What it keeps in memory between calls only saves requests.
+    """The sender of one run's spool. Its state in memory only saves requests.
 
     Args:
         spool: The spool.

@@ -138,7 +138,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class FitResult:
-    """How training ended.
+    """The end of a training.
 
     Attributes:
         step: Optimizer steps done since the beginning of the run.

@@ -18,7 +18,7 @@ from raytrainer.trainer.system import check_apart
 
 
 class TrainStep:
-    """Trains the model of `Components` batch by batch. Nothing here waits for the device.
+    """One update of the weights of `Components` by a batch. Nothing here waits for the device.
 
     Attributes:
         lr: The learning rate of the last step, as the optimizer holds it.
