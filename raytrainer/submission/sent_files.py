@@ -1,4 +1,7 @@
-"""Select the files of a tree to send: those that git tracks or does not ignore, without data, secrets and .rayignore's."""
+"""Select the files of a tree to send: those that git tracks or does not ignore.
+
+Data, secrets and files that .rayignore names are left out.
+"""
 
 from __future__ import annotations
 
