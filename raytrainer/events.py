@@ -1,7 +1,7 @@
 """The events of a training and the hooks that receive them: for progress, tracking and the user's callbacks.
 
-Hooks are called in this order, and of each hook first those of progress and tracking, then those of the callbacks in the
-order of the configuration. The loop waits for each.
+Hooks are called in this order. For each hook, progress and tracking come first, then the callbacks in the order of the
+configuration. The loop waits for each.
 
     on_fit_start
     for each step:
@@ -47,7 +47,7 @@ Hook = Callable[[Any, Any], None]
 
 
 class Place(Protocol):
-    """The place of this process among all."""
+    """The place of this process among all processes of the training."""
 
     @property
     def rank(self) -> int: ...
@@ -56,7 +56,7 @@ class Place(Protocol):
 
 
 class Training(Protocol):
-    """What a callback may use of the `Trainer` that it receives.
+    """The part of the `Trainer` that a callback may use.
 
     Attributes:
         world: The rank of this process, and the number of ranks.
@@ -231,7 +231,7 @@ def check_hooks(listener: Any, key: str) -> None:
 
 
 class Events:
-    """Calls the hooks of each listener, in the given order. The lists are built once."""
+    """The hooks of all listeners. They are called in the given order. The lists are built once."""
 
     def __init__(self, listeners: Iterable[Any]) -> None:
         listeners = list(listeners)

@@ -1,4 +1,4 @@
-"""What other packages implement, and how it is found: `Backend`, `Job`, and the registry of backends.
+"""The interfaces that other packages implement, `Backend` and `Job`, and the registry of backends.
 
 A backend says where a run is started. The built-in ones are in `raytrainer.backends`. Another package adds its own with
 an entry point of the group `raytrainer.backends`; its name is then a value of `cluster.kind`. See docs/backends.md.
@@ -32,7 +32,8 @@ _BUILT_IN = {
     "ray_jobs": "raytrainer.backends.ray_jobs:RayJobs",
     "kuberay": "raytrainer.backends.kuberay:KubeRay",
 }
-# A backend's other name. Configs, requests and records have this one, so that they equal those of older versions.
+# A backend's name → its older name, which configs, requests and records keep, so that they equal those of older
+# versions.
 _RECORDED = {"ray_jobs": "job"}
 ON_ITS_CLUSTER = "existing"  # the backend of a driver that was sent to the cluster on which it runs
 ACTIVE = ("PENDING", "RUNNING")  # the statuses of a job that has not ended
@@ -40,13 +41,13 @@ ACTIVE = ("PENDING", "RUNNING")  # the statuses of a job that has not ended
 
 @dataclass(frozen=True, kw_only=True)
 class Job(ABC):
-    """One driver that a backend has started elsewhere, as it was when it was asked for.
+    """A driver that a backend has started elsewhere, in its state at the time of the query.
 
     Attributes:
         submission_id: The id under which it was submitted.
         status: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED, as Ray names them.
         message: The reason for the status; for a failed job the end of its log, too.
-        metadata: What was given with the submission, such as `raytrainer.name`.
+        metadata: The metadata of the submission, such as `raytrainer.name`.
         started, ended: Seconds since the epoch; None until then.
         exit_code: The driver's exit code, once it has ended.
     """
@@ -66,10 +67,10 @@ class Job(ABC):
 
     @abstractmethod
     def refresh(self) -> Job | None:
-        """Return the job as it is now; None if its backend no longer knows it.
+        """Return the job in its present state; None if its backend no longer knows it.
 
         Raises:
-            ClusterError: The backend cannot be asked. Every method may raise it.
+            ClusterError: The backend does not answer. Every method may raise it.
         """
 
     @abstractmethod
@@ -81,7 +82,7 @@ class Job(ABC):
         """Yield what the driver has printed, in pieces of any length.
 
         Args:
-            follow: Whether to go on until the job has ended.
+            follow: Whether to continue until the job has ended.
         """
 
     def explain_waiting(self) -> str:
@@ -93,7 +94,7 @@ class Job(ABC):
         return {}
 
     def wait(self, timeout_s: float = float("inf"), *, sleep: Callable[[float], None] = time.sleep) -> Job:
-        """Wait for the end of the job. Return its last known state, which is active if the time was too short."""
+        """Wait for the end of the job. Return its last known state, still active after a timeout."""
         job: Job = self
         deadline = time.monotonic() + timeout_s
         while job.is_active:
@@ -105,7 +106,7 @@ class Job(ABC):
 
 
 class Backend(ABC):
-    """Where a run is started. A subclass without arguments is found by its entry point, and made once.
+    """The place where runs are started. An entry point names the subclass, which is created once, without arguments.
 
     A backend either lets this process be the driver of the run, or sends the run elsewhere as a job (`submits`).
     `raytrainer.submission.JobBackend` implements most of the latter.
@@ -130,7 +131,7 @@ class Backend(ABC):
     options: ClassVar[tuple[str, ...]] = ()
 
     def validate(self, experiment: Experiment) -> Sequence[ConfigError]:
-        """Return what is wrong with an experiment for this backend, as far as its config alone shows it.
+        """Return the problems of an experiment with this backend that its config alone shows.
 
         It is called whenever a config is composed, so it makes no requests and imports nothing heavy.
         """
@@ -143,13 +144,13 @@ class Backend(ABC):
         ]
 
     def resources(self, experiment: Experiment) -> tuple[Resources, str] | None:
-        """Return the most that a run can get, and the name of the place for messages.
+        """Return the most resources that a run can get, and the name of the place for messages.
 
-        None means: what this machine has, or for a backend that submits, that it is unknown.
+        None stands for this machine's resources. For a backend that submits, it means that they are unknown.
 
         Raises:
             ConfigError: The place does not exist.
-            ClusterError: It cannot be asked.
+            ClusterError: The place does not answer.
         """
         return None
 
@@ -261,14 +262,14 @@ def backend_named(kind: str) -> Backend:
 
 
 def backend_at(address: str) -> Backend:
-    """Return the backend whose records have an address like this one.
+    """Return the backend to which an address in a record belongs.
 
     Raises:
         ClusterError: There is none, or its package cannot be imported.
     """
     scheme = address.partition("://")[0]
     installed = _installed()
-    candidates = [*_BUILT_IN, *sorted(installed, key=lambda name: name != scheme)]  # first one that is named like it
+    candidates = [*_BUILT_IN, *sorted(installed, key=lambda name: name != scheme)]  # its namesake first
     for name in candidates:
         try:
             backend = backend_named(name)
@@ -292,7 +293,7 @@ def built_in() -> list[Backend]:
 
 
 def recorded_kind(kind: str) -> str:
-    """Return the name that configs, requests and records have for a value of `cluster.kind`."""
+    """Return the name of a backend in configs, requests and records."""
     return _RECORDED.get(kind, kind)
 
 

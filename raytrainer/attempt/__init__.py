@@ -5,7 +5,7 @@ locking     the lock on the directory        ray_training   training with Ray Tr
 lifecycle   the phases of an attempt         waiting        what a run waits for
 work        what a driver implements         session        starting and joining Ray
 record      `run.json`, its MLflow tags      outcome        how it ended, as text
-logs        the files of driver and ranks
+log_files   the files of driver and ranks
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def check(
     first_batch: bool = True,
     say: Callable[[str], None] = lambda _: None,
 ) -> str:
-    """Check everything that can be checked before the start. Return as text where the run would train.
+    """Check everything that can be checked before the start. Return a description of where the run would train.
 
     Args:
         composition: What to train.
@@ -59,6 +59,11 @@ def check(
 def probe_first_batch(composition: Composition, gpu: bool, say: Callable[[str], None]) -> None:
     """Run the first-batch probe and wait for its verdict.
 
+    Args:
+        composition: What to train.
+        gpu: Whether the run would train on GPUs.
+        say: Called with the verdict.
+
     Raises:
         PreflightError: The run would fail at its first step.
     """
@@ -74,7 +79,7 @@ def probe_first_batch(composition: Composition, gpu: bool, say: Callable[[str], 
 
 
 def _checked(composition: Composition, record: Record | None) -> tuple[str, bool]:
-    """Run all checks of this process. Return as text where the run would train, and whether on GPUs."""
+    """Run all checks of this process. Return a description of where the run would train, and whether on GPUs."""
     e = composition.experiment
     preflight.check_objects(e)
     if record is None:
@@ -88,7 +93,7 @@ def _checked(composition: Composition, record: Record | None) -> tuple[str, bool
         preflight.check_init_from(e, _runs_of(tracking_uri(e, record.tracking_uri if record else "")))
     if e.debug:
         return "inline, one batch", False
-    # First, because any other call to a storage that does not answer waits for the client's timeout of minutes.
+    # This check comes first: without it, another call to a storage that does not answer would wait for minutes.
     unusable = preflight.check_storage(storage.check_writable, shown(e))
     if record is None and not unusable:
         refuse_existing(e, storage)
@@ -142,8 +147,8 @@ def launch(
     display = display or Display()
     if e.debug:
         return _debug(composition, display)
-    # Outside `locked_attempt`, whose signals could be raised in the middle of a library's import. Nothing has started
-    # yet, so the caller's own signal handling is right.
+    # This is outside `locked_attempt`, whose signal handlers could raise in the middle of a library's import. Nothing
+    # has started yet, so the caller's own signal handling suffices.
     where, gpu = _checked(composition, record)
     if e.preflight.first_batch is True and e.backend.ray != "none":
         probe_first_batch(composition, gpu, display.say)

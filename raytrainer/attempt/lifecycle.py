@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 
 class Phase(Enum):
-    """Where an attempt is in its life. `NEXT_PHASES` has the transitions."""
+    """The phases of an attempt. `NEXT_PHASES` has the transitions."""
 
     LOCKED = "the directory is ours, and nothing has started"
     STARTING = "Ray starts, the first-batch probe may run, and the MLflow run is opened"
@@ -99,7 +99,13 @@ class Attempt:
     # --- before the start -----------------------------------------------------------------------------------------
 
     def prepare(self, record: Record, where: str, *, needs_tracking: bool = True) -> None:
-        """Set what this attempt works on. `record` is the record of this attempt, which may not be on disk yet."""
+        """Set what this attempt works on.
+
+        Args:
+            record: The record of this attempt, which may not be on disk yet.
+            where: Where it runs, as text.
+            needs_tracking: Whether the work begins only when the MLflow run is open.
+        """
         self.record, self.where, self.needs_tracking = record, where, needs_tracking
         self.tracking_uri = tracking_uri(self.e, record.tracking_uri)
 
@@ -164,7 +170,7 @@ class Attempt:
         return outcome
 
     def ray_is_up(self) -> None:
-        """Note that Ray runs. The first-batch probe is not waited for any longer."""
+        """Record that Ray is running. The attempt no longer waits for the first-batch probe."""
         self.logs.mark("ray_up")
         self.move(Phase.OPENING)
 
@@ -278,7 +284,7 @@ class Attempt:
             self.interrupts.deferred = True
 
     def _upload(self, work: Work[Result, O], outcome: O) -> O:
-        """Write the result files, and tell MLflow how the attempt ended. Return the outcome with MLflow's address."""
+        """Write the result files, and upload the outcome to MLflow. Return the outcome with MLflow's address."""
         # Metrics that are not uploaded in this time stay in the spool.
         timeout_s = CLOSE_STOPPED_S if outcome.status == "KILLED" else work.closing_s
         outcome = work.write_files(outcome)
@@ -337,12 +343,12 @@ class Attempt:
     def _write_status(self, work: Work[Result, O], outcome: O) -> O:
         if not self.record.ended:  # MLflow did not get the end, so `_upload` has not closed the record
             self.record = self._ended(work, self.record, outcome)
-        # Since then, a signal or a lost server may have changed the outcome.
+        # After `_upload`, a signal or a lost server may have changed the outcome.
         self.record = replace(self.record, status=outcome.status, cause=_cause(outcome) or "")
         work.close(outcome)
         try:
             self.record.write(self.storage)
-        except StorageGone as error:  # this is also why a run ended
+        except StorageGone as error:  # the deletion also ended the run, which says so
             outcome = replace(outcome, gone=True)
             if self.record.kind == "sweep":
                 self._warn_unrecorded(error)

@@ -22,7 +22,7 @@ from raytrainer.storage import Storage
 
 
 class _Warnings(logging.Handler):
-    """Shows warnings of raytrainer's modules on the display."""
+    """A log handler that shows warnings of raytrainer's modules on the display."""
 
     def __init__(self, display: Display) -> None:
         super().__init__(logging.WARNING)

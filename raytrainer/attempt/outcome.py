@@ -11,12 +11,12 @@ from raytrainer.progress import duration
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 WORDS: Mapping[Status, str] = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
-Row = tuple[str, str]  # of a summary: a name, which is empty if it is that of the row above, and a text
+Row = tuple[str, str]  # a row of a summary: a name, empty if it repeats the row above, and a text
 
 
 @dataclass(frozen=True)
 class AttemptOutcome:
-    """How an attempt of a run or a sweep ended.
+    """The end of an attempt of a run or a sweep.
 
     Attributes:
         status: FINISHED, FAILED or KILLED.
@@ -46,7 +46,7 @@ class AttemptOutcome:
 
 @dataclass(frozen=True)
 class Outcome(AttemptOutcome):
-    """How an attempt of a run ended.
+    """The end of an attempt of a run.
 
     Attributes:
         result: The values of `FitResult`; None if training did not end by itself.

@@ -107,7 +107,13 @@ class Record:
         )
 
     def closed(self, status: str, ended: float, cause: str | None = None) -> Record:
-        """Return the record with the last attempt ended at `ended`."""
+        """Return the record after the end of the last attempt.
+
+        Args:
+            status: The final status.
+            ended: The end, in seconds since the epoch.
+            cause: Why the run did not finish; None if it did.
+        """
         before = self.seconds - max(0.0, self.ended - self.launched if self.ended else 0.0)  # if closed again
         seconds = before + (max(0.0, ended - self.launched) if self.launched else 0.0)
         return replace(self, status=status, ended=ended, seconds=seconds, cause=cause or "")
@@ -215,10 +221,10 @@ SUBMITTED = ".submitted"
 
 
 class StopAsked:
-    """Tells whether the file `stop` in the run directory asks the run to end. It looks at most every two seconds.
+    """The check whether the file `stop` in the run directory asks the run to end. It reads at most every two seconds.
 
-    A file from before this attempt is deleted when the attempt begins, unless it names this attempt's job, which was
-    then still starting.
+    When an attempt begins, it deletes an older file. A file that names the attempt's own job stays: the user stopped
+    that job before its driver had started.
     """
 
     def __init__(self, storage: Storage, submission_id: str | None = None) -> None:

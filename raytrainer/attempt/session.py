@@ -15,7 +15,7 @@ from raytrainer.errors import ClusterLost, ConfigError
 
 @contextlib.contextmanager
 def ray_session(e: Experiment, interrupts: Interrupts, *, all_of_it: bool = False) -> Iterator[preflight.Resources]:
-    """Start or join Ray by the section `cluster`, and yield its resources. At the end, stop everything of ours on it.
+    """Start or join Ray by the section `cluster`, and yield its resources. At the end, stop all that this launch started.
 
     Args:
         e: The experiment.

@@ -21,7 +21,7 @@ class Cluster(Protocol):
 
 
 class Waiting:
-    """Shows about every ten seconds what a run waits for.
+    """The display, about every ten seconds, of what a run waits for.
 
     Args:
         display: The display.

@@ -1,4 +1,4 @@
-"""What an attempt does between its start and its end, as `attempt.lifecycle` calls it: training, or a sweep's trials."""
+"""The work of an attempt between its start and its end, training or a sweep's trials. `attempt.lifecycle` calls it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ O = TypeVar("O", bound=AttemptOutcome)  # noqa: E741
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What the MLflow run of an attempt is opened with, besides what every attempt has.
+    """The content with which the MLflow run of an attempt is opened, besides what every attempt logs.
 
     Attributes:
         text: The config, which becomes an artifact.
@@ -34,7 +34,7 @@ class TrackedRun:
 
 
 class Work(ABC, Generic[Result, O]):
-    """What an attempt does between its start and its end. The methods are called in the order in which they are here.
+    """The work of an attempt between its start and its end. The methods are called in the order in which they are here.
 
     Attributes:
         closing_s: The timeout for the tracking server at the end, in seconds.
@@ -51,7 +51,7 @@ class Work(ABC, Generic[Result, O]):
 
     @abstractmethod
     def tracked_run(self) -> TrackedRun:
-        """Return what the MLflow run is opened with. Called in the background, after `admit`."""
+        """Return the content with which the MLflow run is opened. Called in the background, after `admit`."""
 
     @abstractmethod
     def execute(self) -> Result:
@@ -72,7 +72,7 @@ class Work(ABC, Generic[Result, O]):
     def opening_timeout(self, outcome: O) -> float:
         """Return how long the end of the attempt waits for the MLflow run to be opened, in seconds.
 
-        No less for a stopped run: an MLflow run that is created after this time would stay RUNNING forever.
+        A stopped run waits just as long: an MLflow run that is created later would stay RUNNING forever.
         """
         return OPEN_S
 

@@ -1,4 +1,4 @@
-"""A job of a client that knows jobs by their submission ids: of the Ray Jobs API, or of Kubernetes."""
+"""The `Job` of a cluster whose client finds jobs by submission id: the Ray Jobs API, or Kubernetes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from raytrainer.plugins import Job
 
 
 class Client(Protocol):
-    """What a `ClusterJob` needs of its client."""
+    """The methods of a client that a `ClusterJob` needs."""
 
     def info(self, submission_id: str) -> Job | None: ...
     def stop(self, submission_id: str) -> None: ...
@@ -22,7 +22,7 @@ class Client(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterJob(Job):
-    """A job, and the client that asks for it.
+    """A job, and the client that queries it.
 
     Attributes:
         client: The client of its cluster.

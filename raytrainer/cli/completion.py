@@ -28,7 +28,7 @@ def prepare(parsed: argparse.Namespace) -> str | None:
         parsed: Hydra's arguments.
 
     Returns:
-        The key and the choices that are already typed of a list, for `prefixed`; None if the answer is complete.
+        The key and the already typed choices of a list, for `prefixed`; None if the answer is complete.
     """
     if _VARIABLE not in os.environ or not any(word.startswith("query=") for word in parsed.overrides):
         return ""

@@ -1,4 +1,7 @@
-"""What a command line starts: a verb, a run, or a sweep. It imports torch, Ray and MLflow only when something runs."""
+"""Start what a command line names: a verb, a run, or a sweep.
+
+This module imports torch, Ray and MLflow only when something runs.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
 class _LeaveHydra(BaseException):
-    """Ends Hydra at once. Hydra reports an `Exception` in its own words, or continues with the next job."""
+    """The end of Hydra at once. Hydra reports an `Exception` in its own words, or continues with the next job."""
 
 
 class HydraLine:
@@ -100,7 +100,7 @@ class HydraLine:
             raise _LeaveHydra
 
     def sweep(self, overrides: list[str], cfg: DictConfig) -> None:
-        """Run all trials as one task. `hydra/sweeper=ray_tune` calls this, instead of calling the object for each."""
+        """Run all trials as one task. `hydra/sweeper=ray_tune` calls this once, not the object for each trial."""
         with _full_error(self._users_full_error):
             self._exit_codes.append(exit_code_of(lambda: self._run_sweep_task(overrides, cfg)))
 

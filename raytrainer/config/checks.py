@@ -1,6 +1,6 @@
 """Checks that types and ranges cannot express: values that must fit together, names, durations, `_target_` nodes.
 
-The functions use only an `Experiment`; none of them looks at the machine.
+The functions use only an `Experiment`, and do not depend on the machine.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def _of_running(cfg: DictConfig, overrides: Sequence[str] | None) -> Composition
     composition = _composition(cfg, tuple(overrides), tuple(sorted(choices.items())))
     with _standing_in(cfg):
         resolvers.check_same(cfg, composition.text)
-    check_modes(composition.experiment)  # a saved config is not checked: it continues with the recorded modes
+    check_modes(composition.experiment)  # a saved config is not checked, because it keeps the recorded modes
     return composition
 
 
@@ -293,8 +293,9 @@ def _composition(cfg: DictConfig, overrides: tuple[str, ...], choices: tuple[tup
 
 
 def with_modes(composition: Composition) -> Composition:
-    """Return the composition with each mode written out that follows from an object of the section `metrics`, so that
-    later readers of the text do not need its library.
+    """Return the composition with the modes written out that follow from objects of the section `metrics`.
+
+    Later readers of the text then do not need the libraries of these objects.
     """
     derive_modes(composition.experiment, objects=True)
     cfg = OmegaConf.create(composition.text)

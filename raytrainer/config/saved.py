@@ -1,6 +1,6 @@
 """The text of a composition, with which a run is saved and sent: change values in it, and flatten it.
 
-A saved text continues with the modes (`min` or `max`) that were derived for it, as another version may derive others.
+A saved text keeps the modes (`min` or `max`) that were derived for it, because another version may derive others.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def flattened(text: str) -> dict[str, str]:
 
 
 def write_modes(cfg: DictConfig, e: Experiment) -> bool:
-    """Write the derived modes into the config, as another version may derive others. Return whether any was missing."""
+    """Write the derived modes into the config, for other versions. Return whether any was missing."""
     early = e.trainer.early_stopping
     modes = {
         "checkpoint.mode": e.checkpoint.mode,

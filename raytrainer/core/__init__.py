@@ -1,1 +1,1 @@
-"""What every part may use, and what knows none of them: signals, processes, git, streams, proxies and memory."""
+"""Tools for every package, which depend on none of them: files, signals, processes, git, HTTP, streams and proxies."""

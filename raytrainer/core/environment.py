@@ -1,4 +1,4 @@
-"""Environment variables that a run needs on a shared cluster, and those that it leaves to the next run in its process.
+"""Provide the environment variables that a run needs on a shared cluster, and restore the environment after a run.
 
 Only the names of variables are sent to a cluster. The values are in the environment of its processes, or in a file
 there (`cluster.env_file`) that is never logged.

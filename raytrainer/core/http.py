@@ -1,4 +1,4 @@
-"""What the HTTP clients of raytrainer share: token, proxies, and the original cause of a failed request.
+"""The common parts of raytrainer's HTTP clients: token, proxies, and the original cause of a failed request.
 
 This module does not import requests, which takes 60 ms. The clients import it when they send the first request.
 """

@@ -17,8 +17,10 @@ _NAMES = {
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised in the main thread by a signal. It is a KeyboardInterrupt, so that `except Exception` in any code that is
-    running at that moment does not catch it. `Interrupts` turns it into `Stopped`."""
+    """The exception that a signal raises in the main thread. `Interrupts` turns it into `Stopped`.
+
+    It is a KeyboardInterrupt, so that no `except Exception` catches it, whatever code is running at that moment.
+    """
 
 
 class Interrupts:

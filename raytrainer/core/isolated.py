@@ -49,7 +49,7 @@ _TICK_S = 0.02
 
 @dataclass(frozen=True)
 class ProcessEnded:
-    """How an isolated process ended.
+    """The end of an isolated process.
 
     Attributes:
         value: The function's return value; None if it did not return.

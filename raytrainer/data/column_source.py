@@ -17,7 +17,7 @@ RESIDENT_BYTES = 256 * 2**20
 
 
 class ColumnSource:
-    """Makes the batches of a column dataset.
+    """The source of batches from a column dataset.
 
     Args:
         columns: The columns, in a dict or tuple as in a batch.
@@ -30,7 +30,7 @@ class ColumnSource:
         self._device, self._prefetch = device, prefetch
         values = _values(columns)
         if resident == "auto":
-            # Data in a memory map are meant to stay out of memory as a whole.
+            # A memory map is used for data that must not be loaded into memory as a whole.
             tensors = [column for column in values if isinstance(column, Tensor)]
             small = sum(column.nbytes for column in tensors) <= RESIDENT_BYTES
             resident = len(tensors) == len(values) and small

@@ -63,7 +63,7 @@ def uncollated(
 
 
 class Fetcher:
-    """Reads batches of a map-style dataset.
+    """A reader of batches from a map-style dataset.
 
     `isolated` detects whether the dataset or `collate_fn` draws from the global generators of Python, numpy or torch.
     If so, the dataset is from then on read sample by sample, each sample seeded with its (seed, epoch, sample). The

@@ -31,7 +31,7 @@ _starting = threading.Lock()
 
 
 def _forget_server() -> None:
-    """Let a fork of this process start a server of its own: multiprocessing would wait for that of its parent."""
+    """Make a fork of this process start its own server. Otherwise multiprocessing would wait for the parent's server."""
     forkserver._forkserver._forkserver_pid = None  # type: ignore[attr-defined]
 
 
@@ -39,7 +39,7 @@ os.register_at_fork(after_in_child=_forget_server)
 
 
 def _await_end_of_server(within_s: float = 5.0) -> None:
-    """Wait until the server has ended, so that multiprocessing starts another one. It may be alive after all."""
+    """Wait until the server has ended, so that multiprocessing starts another one. Return after `within_s` seconds if it is still alive."""
     pid = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
     deadline = time.monotonic() + within_s
     while pid is not None and time.monotonic() < deadline:

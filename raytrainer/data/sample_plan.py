@@ -23,7 +23,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Batching:
-    """How samples are grouped into batches, and which of them this rank reads. See `raytrainer.data.LoaderOptions`."""
+    """The settings by which samples form batches, and this rank reads its part. See `raytrainer.data.LoaderOptions`."""
 
     global_batch_size: int
     micro_batch_size: int | None = None

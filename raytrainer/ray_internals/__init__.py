@@ -1,13 +1,14 @@
 """The integration with Ray. Only this package uses private parts of Ray, Ray Train and Ray Tune, and sets Ray's
 environment variables.
 
-cluster     start, join and leave a cluster
-resources   query the resources of a cluster
-output      the output of workers
-train       Ray Train: the workers of one run
-tune        Ray Tune: the trials of a sweep
-schedulers  Tune's schedulers: which ones pause trials, and how a resumed sweep restores their records
-jobs        Ray's client of the Jobs API
+cluster        start, join and leave a cluster
+cluster_state  query the resources of a cluster
+autoscaling    how far a cluster can grow
+output         the output of workers
+train          Ray Train: the workers of one run
+tune           Ray Tune: the trials of a sweep
+schedulers     Tune's schedulers: which ones pause trials, and how a resumed sweep restores their records
+job_client     Ray's client of the Jobs API
 
 `tests/contracts/private_parts.py` lists each private part and what it is used for. Names are imported when they are
 first used, because the client of the Jobs API needs neither Ray Train nor torch.

@@ -1,4 +1,4 @@
-"""How far a cluster can grow, from its autoscaler's configuration, wherever that comes from."""
+"""The nodes that a cluster can add, from its autoscaler's configuration. The caller reads that configuration."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     # Otherwise the autoscaler prints messages to every driver of a cluster, even about requests of other users.
-    # `run.waiting` shows those about this run.
+    # `attempt.waiting` shows those about this run.
     "RAY_SCHEDULER_EVENTS": "0",
     # Warnings that a user cannot act on: about accelerators of processes without a GPU, and about the metrics agent,
     # which needs a dashboard.
@@ -64,7 +64,7 @@ def prepare(embedded: bool) -> None:
     # Otherwise any call to Ray without a cluster starts one, as the controller's thread would do after a forced end.
     ray._private.auto_init_hook.enable_auto_connect = False
     logging.getLogger("ray").setLevel(logging.ERROR)
-    # The controller logs each error with its stack before it raises it. `run` shows it once.
+    # The controller logs each error with its stack before it raises it. `attempt` shows it once.
     logging.getLogger("ray.train").setLevel(logging.CRITICAL)
 
 

@@ -16,7 +16,7 @@ _CHATTER = ("Setting up process group for: env://", "[Gloo] Rank ", "Using block
 
 
 class WorkerOutput:
-    """Captures the output of the workers before Ray prints it. Messages go to `on_message`, text to `on_text`.
+    """The capture of the workers' output before Ray prints it. Messages go to `on_message`, text to `on_text`.
 
     Both get the rank of the process; None if the process is not our worker or has not announced its rank yet. Text of a
     worker with a label (a trial of a sweep) begins with the label.

@@ -181,7 +181,7 @@ class _Borrowed(DefaultPlacementGroupHandle):  # type: ignore[misc]
 
 
 class _Reports(ReportCallback):  # type: ignore[misc]
-    """Calls `take` with each report of rank 0, in the controller's thread."""
+    """A callback that passes each report of rank 0 to `take`, in the controller's thread."""
 
     def __init__(self, take: Callable[[dict[str, Any]], None]) -> None:
         self._take = take
@@ -309,8 +309,17 @@ def make_trainer(
 ) -> SupervisedTrainer:
     """Return the trainer that runs `worker.on_ray(job)` on every worker.
 
-    `attempt` is its name below `ray_storage`. It must be unique, because Ray silently resumes a name that exists.
-    `on_report` is called with each evaluation if `job.reports` is set.
+    Args:
+        job: The job of each worker.
+        num_workers: The number of workers, or the minimum and maximum of an elastic run.
+        use_gpu, resources_per_worker, placement_strategy, accelerator_type, label_selector: As in section `scaling`.
+        max_failures, max_preemption_failures: As in section `failure`.
+        ray_storage: Where Ray keeps its own records.
+        attempt: The trainer's name below `ray_storage`. It must be unique, because Ray silently resumes a name that
+            exists.
+        progress: Returns the steps done. Two equal errors without a step in between are not retried.
+        on_retry: Called with a line at each restart of the workers, and with a warning about the version of Ray.
+        on_report: Called with each evaluation if `job.reports` is set.
     """
     failure = _failure_config(max_failures, max_preemption_failures, on_retry)
     return SupervisedTrainer(

@@ -38,7 +38,7 @@ class TrialEvents(Callback):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class TrialSettings:
-    """How trials run.
+    """The settings with which trials run.
 
     Attributes:
         name, storage_path: Tune writes checkpoints of paused and cloned trials to `name` below `storage_path`.

@@ -6,7 +6,7 @@
     reconcile   marking runs whose driver is dead
     summary     what `list` and `status` show of a run; job_summary: of its job
     jobs        shared clusters, as the verbs need them
-    recorded    the configs of runs and trials, and those with a checkpoint
+    recorded    the recorded configs and checkpoints of runs and trials
     verbs       the table of verbs: listing (`list`), status, logs, stop, resume, rerun, evaluate, export, prune
     arguments   the parser of verbs; printing: their messages and JSON
     changes     what a resume may change

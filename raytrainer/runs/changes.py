@@ -1,4 +1,4 @@
-"""What a resume changes: compare the config as it resolves now with the values that the run was recorded with.
+"""Find what a resume changes: compare the config as it resolves now with the recorded values.
 
 A value may change without being named, through a reference such as `T_max: ${trainer.max_steps}`. A change is refused
 if the restored state would silently override it or does not fit it. Any other change takes effect.

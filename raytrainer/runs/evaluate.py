@@ -1,4 +1,4 @@
-"""What `evaluate ID` launches: a new run, below the evaluated one in MLflow, that validates one of its checkpoints."""
+"""`evaluate ID`: a new run, below the evaluated one in MLflow, that validates one of its checkpoints."""
 
 from __future__ import annotations
 

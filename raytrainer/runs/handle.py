@@ -1,4 +1,4 @@
-"""What is known of a run, and where to find it: its record, directory, MLflow run and submission."""
+"""Handles of runs: what is known of a run, and where its record, directory, MLflow run and submission are."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class RunHandle:
     Attributes:
         record: From the run directory; else from the submission; else built from the MLflow run.
         storage: The run directory; None if it is gone, does not exist yet or cannot be read from here.
-        mlflow_run: The MLflow run; None if MLflow was not asked or does not know it.
+        mlflow_run: The MLflow run; None if MLflow was not queried or does not have it.
         trial: The number of the trial that the ID names, if the run is a sweep.
         submission: The submission from this directory, if there is one. Its attempt may not be in the run directory yet.
     """

@@ -1,4 +1,4 @@
-"""What the job of a run adds to the run's summary."""
+"""The summary of a run with the state of its job."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from raytrainer.submission.ending import ending_of
 
 
 def summarize_job(handle: RunHandle, job: Job | None, clusters: Clusters) -> RunSummary:
-    """Return the summary of a run that so far has only a job. The job is None if its cluster does not know it."""
+    """Return the summary of a run that so far has only a job.
+
+    Args:
+        handle: The run.
+        job: Its job; None if the cluster does not have it.
+        clusters: The clusters that were queried.
+    """
     summary = summarize(handle)
     if job is None:
         cause = "its cluster does not say" if clusters.silence_of(handle) is not None else never_sent(handle)
@@ -23,7 +29,7 @@ def summarize_job(handle: RunHandle, job: Job | None, clusters: Clusters) -> Run
 
 
 def with_active_job(summary: RunSummary, handle: RunHandle, job: Job) -> RunSummary:
-    """Return a run that continues, or will soon, as a job that its directory and MLflow may not know."""
+    """Return the summary of a run with its active job, which its directory and MLflow may not have yet."""
     return replace(
         summary,
         status=job.status,
@@ -38,7 +44,7 @@ def with_active_job(summary: RunSummary, handle: RunHandle, job: Job) -> RunSumm
 
 
 def with_last_job(summary: RunSummary, job: Job) -> RunSummary:
-    """Return a run with the job that was to continue it but was refused or died before it started the run.
+    """Return the summary of a run with the job that should have continued it but was refused or died too early.
 
     The status remains that of the run. A later attempt replaces this information.
     """

@@ -1,4 +1,4 @@
-"""The jobs of runs, as the commands need them. A cluster is asked only if a run has a job there."""
+"""The jobs of runs, for the verbs. A cluster is queried only if a run has a job there."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["ACTIVE", "Clusters", "Job", "never_sent"]
 
 
 class Clusters:
-    """The clusters of some runs, each asked once. The backend of each is found by its address.
+    """The clusters of some runs, each queried once. The address of a cluster determines its backend.
 
     Attributes:
-        silent: Address → why the cluster could not be asked.
+        silent: Address → why the cluster could not be queried.
     """
 
     def __init__(self, find_backend: Callable[[str], Backend] = backend_at) -> None:
@@ -30,7 +30,7 @@ class Clusters:
         self._reported: set[str] = set()
 
     def job_of(self, handle: RunHandle) -> Job | None:
-        """Return a run's job as it is now; None if the run has no job, or if its cluster does not know it.
+        """Return a run's job in its present state; None if the run has no job, or if its cluster does not know it.
 
         Raises:
             ClusterError: The cluster does not answer, or refuses the token.
@@ -72,7 +72,7 @@ class Clusters:
         address = handle.cluster_address
         if address is None:
             return ()
-        with self._asking[address]:  # several runs of one cluster may ask at the same time
+        with self._asking[address]:  # several threads may query one cluster at the same time
             if address not in self._jobs and address not in self.silent:
                 try:
                     self._jobs[address] = self._find_backend(address).jobs(address, _settings(handle))
@@ -81,25 +81,27 @@ class Clusters:
         return self._jobs.get(address, ())
 
     def silence_of(self, handle: RunHandle) -> str | None:
-        """Return why a run's cluster could not be asked, as text; None if it could, or if the run has no cluster."""
+        """Return why a run's cluster could not be queried, as text; None if it could, or if the run has no cluster."""
         silent = [address for address in _addresses(handle) if address in self.silent]
         return f"the cluster {silent[0]} could not be asked: {self.silent[silent[0]]}" if silent else None
 
     def tell(self, say: Callable[[str], None]) -> None:
-        """Report the clusters that could not be asked, each once."""
+        """Report the clusters that could not be queried, each once."""
         for address, reason in self.silent.items():
             if address not in self._reported:
                 self._reported.add(address)
                 say(f"the cluster {address} could not be asked: {reason}")
 
     def forget(self, handle: RunHandle) -> None:
-        """Forget the answer of a run's cluster, so that it is asked again."""
+        """Forget the answer of a run's cluster, so that it is queried again."""
         for address in _addresses(handle):
             self._jobs.pop(address, None)
 
     def _attempts(self, handle: RunHandle) -> list[tuple[str, Job]]:
-        """Return the jobs of all attempts at a run, with their clusters' addresses: the cluster of its record, and the
-        one to which it was last submitted from here."""
+        """Return the jobs of all attempts at a run, with their clusters' addresses.
+
+        The clusters are that of the run record, and that to which the run was last submitted from here.
+        """
         attempts: dict[tuple[str, str], Job] = {}
         name, ids = handle.record.name, {handle.submission_id}
         if handle.submission is not None:

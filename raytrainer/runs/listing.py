@@ -1,4 +1,4 @@
-"""`list`: the runs and sweeps of one user or of all, the newest first. Runs whose driver is dead are closed."""
+"""`list`: the runs and sweeps of one user or of all, the newest first. Runs marked RUNNING whose driver is dead are marked FAILED."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from raytrainer.tracking.sender import LOCAL_PREFIX
 ABOUT = "Runs and sweeps, the newest first. Runs marked RUNNING whose driver is dead are marked FAILED."
 STATUSES = ("RUNNING", "FINISHED", "FAILED", "KILLED", "SCHEDULED", "REFUSED", "PENDING", "UNKNOWN")
 _MOST_RUNNING = 100  # running runs that one listing checks
-_MOST_CLUSTERS, _CLUSTERS_S = 5, 4.0  # how many of the last used clusters to ask for others' jobs, and for how long
+_MOST_CLUSTERS, _CLUSTERS_S = 5, 4.0  # how many of the last used clusters to query for others' jobs, and for how long
 
 
 def add_arguments(parser: VerbParser) -> None:
@@ -72,7 +72,7 @@ def list_runs(
         everyone: Whether to return the runs of other users too.
         status: Return only runs with this status.
         limit: The maximum number of runs.
-        say: Called with messages about runs that were closed and sources that could not be asked.
+        say: Called with messages about runs that were closed and sources that could not be queried.
         clusters: For tests.
     """
     clusters, root = clusters or Clusters(), Path.cwd() / "runs"
@@ -96,7 +96,14 @@ def list_runs(
 def table(
     runs: Sequence[RunSummary], *, users: bool = False, now: float | None = None, width: int | None = None
 ) -> str:
-    """Return the runs as a table, cut to the width of the terminal; in a file nothing is cut."""
+    """Return the runs as a table.
+
+    Args:
+        runs: The runs, in the order of the rows.
+        users: Whether to add a column with the users.
+        now: The current time, in seconds since the epoch; None for the clock's.
+        width: The width to which lines are cut; None for the terminal's, or no limit in a file.
+    """
     if not runs:
         return "no runs"
     if width is None and sys.stdout.isatty():
@@ -154,11 +161,11 @@ def _running(handle: RunHandle, liveness: Liveness) -> RunSummary:
 def _on_disk(
     root: Path, uri: str | None, known_ids: Collection[str], status: str | None, clusters: Clusters
 ) -> list[RunSummary]:
-    """Return the runs that MLflow does not have, or no longer has; all runs if it could not be asked.
+    """Return the runs that MLflow does not have, or no longer has; all runs if it could not be queried.
 
     Args:
         root: The directory with the runs.
-        uri: The tracking store that was asked.
+        uri: The tracking store that was queried.
         known_ids: The ids of the runs that it returned.
         status: Return only runs with this status in their record.
         clusters: The clusters that may know jobs.

@@ -1,22 +1,22 @@
-"""Whether the driver of a run is alive, judged from the leases on the run directory and from the run's job.
+"""Decide whether the driver of a run is alive, from the leases on the run directory and from the run's job.
 
-A run that says RUNNING is declared dead only when nothing that could be its driver can be alive. `judge` asks these rules
-in this order, and the first that knows decides:
+A run marked RUNNING counts as dead only if no process that could be its driver can be alive. `judge` applies these
+rules in order; the first that applies decides:
 
-1. **A lease of a live process on this machine**: alive. It is exact: the lease holds the process id, its start time in
-   ticks since boot, the boot id and the process namespace, so a reused process id is not mistaken for the driver. Its
-   age does not matter.
+1. **A lease of a live process on this machine**: alive. This is exact: the lease holds the process id, the start time in
+   ticks since boot, the boot id and the process namespace. So a reused process id is not mistaken for the driver. The
+   age of the lease does not matter.
 2. **A job that the cluster reports as pending or running**, of this attempt or of another: alive, whatever its lease says.
-3. **A lease of another machine**, renewed within `LIMIT_S`: alive. A driver that lost contact for longer ends itself when
-   it sees that its lease is gone. Both times come from the storage's clock, never from this machine's or the other's.
+3. **A lease of another machine**, renewed within `LIMIT_S`: alive. A driver that lost contact for longer ends itself as
+   soon as it finds that its lease is gone. Both times come from the storage's clock, never from this machine's or the other's.
    A lease that names an ended job does not count if it was taken while the job ran and has no heartbeat after the job's
    end. (The same address may now be another cluster with another job of the same name.) This compares the cluster's
    clock with the storage's; if they differ by more than a heartbeat, the age of the lease decides.
-4. **A job that has ended**: dead. A job that the cluster does not know, or that was refused, says nothing.
-5. **What cannot be read** is no evidence of death: unsure.
+4. **A job that has ended**: dead. A job that the cluster does not know, or that was refused, decides nothing.
+5. **A directory that cannot be read**: unsure, because it is no evidence of death.
 6. **A record with a final status**: dead. The driver writes it before it releases its lease.
 7. **Only stale leases**: dead.
-8. **No lease** on a record that is not new: dead, because the driver of a new run may just be starting.
+8. **No lease** on a record that is not new: dead. On a new record, no rule applies: its driver may be starting.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _HEARTBEAT_S = 10.0  # between two heartbeats
 
 @dataclass(frozen=True)
 class LockState:
-    """What the run directory says about its driver.
+    """The evidence about a driver in the run directory.
 
     Attributes:
         leases: All leases on the directory, the driver's among them.
@@ -112,7 +112,7 @@ class LockState:
 
 @dataclass(frozen=True)
 class Liveness:
-    """Whether the driver is alive, and how we know.
+    """The verdict whether a driver is alive, and the reason.
 
     Attributes:
         state: `alive`, `dead`, or `unsure`, which is treated as alive.
@@ -140,7 +140,7 @@ def judge(record: Record, lock: LockState, job: Job | None = None, other_jobs: S
 
     Args:
         record: The run record from the run directory.
-        lock: What the run directory says.
+        lock: The evidence in the run directory.
         job: The run's job; None if it has none, or if the cluster does not know the job or does not answer.
         other_jobs: Other jobs of the same run, one for each further attempt.
     """

@@ -1,4 +1,4 @@
-"""What verbs print: messages on standard error, and JSON for programs on standard output."""
+"""The output of verbs: messages on standard error, and JSON for programs on standard output."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """`prune`: show or delete old checkpoints, spools that MLflow has stored, and what killed runs and Ray have left.
 
-Nothing is deleted of a run that is or may be alive, nor a run's last or best checkpoint, nor anything outside the run
-directory. Deletion holds the run's lock, and includes only what was already found before the lock was taken.
+A run that is or may be alive is left unchanged. Each run keeps its last and its best checkpoint, and nothing outside the
+run directory is deleted. Deletion holds the run's lock, and includes only what was listed before the lock was taken.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class PruneItem:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What can be deleted, and the result.
+    """The result of a prune.
 
     Attributes:
         items: The items that were deleted, or that can be.
@@ -217,7 +217,7 @@ def _items_in(record: Record, storage: Storage, place: str, mode: str, keep: int
 
 
 def _mode(record: Record, storage: Storage) -> str:
-    """Return the mode of the monitor, without which the best checkpoint is not handle."""
+    """Return the mode of the monitor, without which the best checkpoint is unknown."""
     if record.kind == "sweep":
         return Plan.read(storage).mode
     try:

@@ -1,4 +1,4 @@
-"""Give orphans, which MLflow lists as RUNNING although their driver is dead, their true final status."""
+"""Set the true final status of orphans: runs that MLflow lists as RUNNING although their driver is dead."""
 
 from __future__ import annotations
 
@@ -63,6 +63,11 @@ def close_orphans(
     """Close the runs whose driver is dead, and report them. Return their names.
 
     A run stays unchanged if its tracking store or its directory cannot be written from here.
+
+    Args:
+        runs: Each run with its liveness.
+        clusters: The clusters of their jobs.
+        say: Called with a line about each run that is closed, or cannot be closed.
     """
     closed = set()
     for handle, liveness in runs:

@@ -1,4 +1,4 @@
-"""What runs and trials were recorded with: their configs, their checkpoints, and their MLflow runs."""
+"""The recorded configs, checkpoints and MLflow runs of runs and trials."""
 
 from __future__ import annotations
 
@@ -74,6 +74,11 @@ def trained_run(identifier: str, checkpoint: str) -> TrainedRun:
 def composition_of(record: Record, storage: Storage, overrides: Sequence[str]) -> Composition:
     """Return the config of a run, with overrides.
 
+    Args:
+        record: The run record.
+        storage: The run directory.
+        overrides: Value overrides, as on the command line.
+
     Raises:
         RunNotFound: Its config file is gone.
     """
@@ -83,6 +88,11 @@ def composition_of(record: Record, storage: Storage, overrides: Sequence[str]) -
 
 def composition_of_trial(number: str, record: Record, storage: Storage) -> Composition:
     """Return the config of a sweep's trial, with the parameters of its best evaluation.
+
+    Args:
+        number: The trial's id: `0007`.
+        record: The sweep's record.
+        storage: The sweep's directory.
 
     Raises:
         RunNotFound: There is no such trial.

@@ -1,4 +1,4 @@
-"""`rerun ID`: what it launches in a new run, and whether it uses the code here or that of the original run."""
+"""`rerun ID`: the config of the new run, and the choice between the code here and that of the original run."""
 
 from __future__ import annotations
 
@@ -116,7 +116,13 @@ def recorded_provenance(handle: RunHandle) -> Provenance | None:
 
 
 def differences(then: Provenance | None, now: Provenance, overrides: Sequence[str]) -> list[str]:
-    """Return what differs from the original run, one line each."""
+    """Return the differences from the original run, one line each.
+
+    Args:
+        then: The provenance of the original run; None if it was not recorded.
+        now: The provenance of this process.
+        overrides: The overrides of the rerun.
+    """
     if then is None:
         return ["its code is not recorded; the code in this directory is used"]
     versions = [

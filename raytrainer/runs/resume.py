@@ -1,4 +1,4 @@
-"""`resume ID`: what it launches to continue a run or a sweep, and which overrides it refuses."""
+"""`resume ID`: the config that continues a run or a sweep, and the overrides that are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`status ID`: all that is known of one run, from MLflow, its directory and, for a job, its cluster."""
+"""`status ID`: everything about one run, from MLflow, its directory and, for a job, its cluster."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class RunStatus:
         is_lost: Whether its MLflow run, or MLflow's database, was deleted.
         job: The state of its job, as Ray names it, and the cause of its end in one line.
         waits: What a pending job lacks, and who holds it.
-        liveness: Whether the driver is alive, for a run that says RUNNING.
+        liveness: Whether the driver is alive, for a run marked RUNNING.
         next: Commands that make sense now.
     """
 

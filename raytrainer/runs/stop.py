@@ -29,7 +29,7 @@ from raytrainer.storage.lock import Lease, process_start
 
 ABOUT = "Ask a run to end after a last checkpoint, and wait until its resources are free."
 TIMEOUT_S = 120.0
-# A driver looks for the object every 2 s, gives its workers 8 s for a checkpoint and MLflow 6 s for the end.
+# A driver looks for the file `stop` every 2 s. It gives its workers 8 s for a checkpoint, and MLflow 6 s for the end.
 _GRACE_S = 30.0
 _PLACED_S = 10.0  # how long a pending job may take to end before a message says that it cannot end yet
 _SECOND_S, _KILL_S = 10.0, 16.0  # with --force: from the first signal to the second, and to SIGKILL
@@ -94,7 +94,7 @@ class StopResult:
 
 
 class Stopper:
-    """Stops one run.
+    """The stop of one run.
 
     Args:
         identifier: The run's name, MLflow run id or submission id.

@@ -1,4 +1,4 @@
-"""The summary of a run that `list` and `status` show: from MLflow if it was asked, else from the run directory."""
+"""The summary of a run that `list` and `status` show: from MLflow if it was queried, else from the run directory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _CHECKPOINT = re.compile(r"step-(\d+)(\.\d+)?")
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What is known of a run, sweep or trial. Values that are not known are None.
+    """The summary of a run, sweep or trial. Unknown values are None.
 
     Attributes:
         status: The status in MLflow. A job without an MLflow run is PENDING while it waits, REFUSED if the cluster side
@@ -49,7 +49,7 @@ class RunSummary:
         trials: Number of trials by status, for a sweep.
         cause: Why the run ended as it did. For a running one, what is uncertain about it.
         last_job: `submission_id`, `status` and `cause` of the last job, if that ended before it started the run.
-        life: `alive`, `dead` or `unsure`, for a run that says RUNNING.
+        life: `alive`, `dead` or `unsure`, for a run marked RUNNING.
     """
 
     name: str
@@ -166,7 +166,7 @@ def summarize(handle: RunHandle, liveness: Liveness | None = None) -> RunSummary
 
 @dataclass(frozen=True)
 class _Base:
-    """What MLflow and the run record both know of a run.
+    """The values of a run that both MLflow and the run record have.
 
     Attributes:
         seconds: The duration of all attempts that have ended.

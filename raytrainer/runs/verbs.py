@@ -10,7 +10,7 @@ from typing import Protocol, cast
 
 from raytrainer.runs.arguments import VerbParser
 
-# Verb → its module here. `check` is Hydra's command line, so it is none of them.
+# Verb → its module here. `check` has none, because its arguments are Hydra's command line.
 VERBS = {
     "list": "listing",
     "status": "status",

@@ -47,7 +47,16 @@ class WorkingTree:
 
 @contextmanager
 def checkout(handle: RunHandle, then: Provenance, say: Callable[[str], None]) -> Iterator[WorkingTree]:
-    """Check out the commit and the patch in a working tree below ./runs, and remove it afterwards in any case."""
+    """Yield a working tree below ./runs with the original commit and patch, and remove it afterwards in any case.
+
+    Args:
+        handle: The original run.
+        then: Its provenance.
+        say: Called with messages about the tree and its files.
+
+    Raises:
+        ConfigError: The commit or the patch is not available here.
+    """
     here, name = Path.cwd(), handle.name
     top = Path(_git(here, "rev-parse", "--show-toplevel").strip("\n"))
     assert then.commit is not None

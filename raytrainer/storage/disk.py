@@ -21,7 +21,7 @@ class Disk:
 
     Args:
         root: The directory, which need not exist.
-        anchor: A directory after whose deletion nothing is written any more; None for no such directory.
+        anchor: A directory. Once it is deleted, nothing is written any more. None: no such directory.
     """
 
     def __init__(self, root: Path, anchor: Path | None = None) -> None:

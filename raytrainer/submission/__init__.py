@@ -1,11 +1,11 @@
-"""What is sent to a shared cluster and how: for backends that submit, in raytrainer and in other packages.
+"""Requests to shared clusters, and how they are sent: for backends that submit, in raytrainer and in other packages.
 
     job_backend  the common part of such backends         request     a complete submission, as one value
     sending      from a request to a job and its end      secrets     what must not be sent
     code         the code that goes along: `package`, `sent_files`, `imports`, `sizes`
     entrypoint   the driver of a job, on the cluster      ending      how a job ended, and its cause in one line
 
-The driver on the cluster needs no client of it, and a submission needs no driver.
+The driver on the cluster does not need the cluster's client, and a submission does not need the driver.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The code and the runtime environment that go along with a request: the tree, other directories, and what must be sent."""
+"""The code and the runtime environment that go along with a request: the launching directory and other directories."""
 
 from __future__ import annotations
 

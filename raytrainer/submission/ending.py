@@ -1,4 +1,4 @@
-"""How a job of a shared cluster ended: the run's status, the exit code, and the cause in one line.
+"""The end of a job on a shared cluster: the run's status, the exit code, and the cause in one line.
 
 Ray and KubeRay quote the end of a job's log in its message. The entrypoint prints the cause as one line of that log.
 """
@@ -34,7 +34,7 @@ class EndedJob(Protocol):
 
 @dataclass(frozen=True)
 class Ending:
-    """How a job ended.
+    """The end of a job.
 
     Attributes:
         status: FINISHED, FAILED, KILLED or REFUSED.

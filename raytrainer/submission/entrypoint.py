@@ -197,7 +197,7 @@ def _wait_for_leases(
     """Wait until earlier drivers of this run have no lease.
 
     Those are the drivers of the attempt that this job replaces, and of this same job if the cluster restarts it. The
-    cluster says that they are dead; if one still lives, it still has its node.
+    cluster reports that they are dead. A driver that is alive in spite of that still occupies its node.
 
     Args:
         record: The run record.

@@ -91,10 +91,10 @@ class JobBackend(Backend):
         preflight.refuse(list(dict.fromkeys(problems)))
 
     def check_access(self, request: Request) -> None:
-        """Check that nothing on this machine leads a submission elsewhere.
+        """Check that no setting of this machine redirects a submission to another cluster.
 
         Raises:
-            ConfigError: Something does; the message names it.
+            ConfigError: A setting does; the message names it.
         """
 
     def warnings(self, experiment: Experiment) -> list[str]:
@@ -189,7 +189,7 @@ class JobBackend(Backend):
         changed: Sequence[str],
         say: Callable[[str], None],
     ) -> Request:
-        """Return the request if nothing is known that refuses it. Say the warnings."""
+        """Return the request, unless a known problem refuses it. Show the warnings."""
         request = self.prepare(target, argv, record=record, changed=changed)
         refusals, warnings = self.problems(request)
         if refusals:

@@ -23,7 +23,8 @@ from raytrainer.submission.package import Module, Package
 from raytrainer.submission.target import Target, compositions_of, first_of, with_texts
 from raytrainer.sweep import Plan
 
-# It is part of each content, and the raytrainer on the cluster may be older: `cluster.entry` is an alias.
+# The command keeps its old name, an alias: it is part of each request's digest, and the raytrainer on the cluster may
+# be older.
 ENTRYPOINT = "python -m raytrainer.cluster.entry"
 _LONGEST_ID = 100
 _SHOWN_BYTES = 2**16  # of a file, printed by --dry-run
@@ -33,7 +34,7 @@ _SENDING_KEYS = ("address", "context", "wait", "retries", "package_limit_mb", "c
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """What a request takes from the machine that sends it.
+    """The inputs of a request from the machine that sends it.
 
     Attributes:
         address: The address of the cluster.
@@ -59,7 +60,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class Request:
-    """What is sent to a shared cluster.
+    """A request: everything that is sent to a shared cluster.
 
     Attributes:
         kind: `run` or `sweep`.

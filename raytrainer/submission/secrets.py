@@ -1,4 +1,4 @@
-"""Nothing that is sent contains a secret: values of variables and tokens, passwords in URLs, references that stay here."""
+"""Keep secrets out of everything that is sent: values of variables and tokens, and passwords in URLs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def pinned(composition: Composition) -> str:
     secret. It then means the same on the cluster.
 
     Raises:
-        ConfigError: A variable should name a file, and does not.
+        ConfigError: A variable that should name a file does not.
     """
     e = composition.experiment
     raw = yaml.safe_load(composition.text)
@@ -57,8 +57,13 @@ def pinned(composition: Composition) -> str:
 def check_references(text: str, forward_env: Sequence[str], environ: Mapping[str, str]) -> None:
     """Check that the cluster has each variable to which a pinned text refers.
 
+    Args:
+        text: A text from `pinned`.
+        forward_env: The variables that the cluster has.
+        environ: The variables of this machine.
+
     Raises:
-        ConfigError: It is a variable of this machine.
+        ConfigError: The text refers to a variable of this machine that the cluster lacks.
     """
     for key, value in texts_of(yaml.safe_load(text), ""):
         for name, default in _REFERENCE.findall(value):

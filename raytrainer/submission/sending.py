@@ -26,7 +26,7 @@ from raytrainer.submission.ending import REFUSED, ending_of
 from raytrainer.submission.request import Request, attempt_of
 from raytrainer.submission.target import first_of
 
-_POLL_S, _REPORT_S = 0.25, 10.0  # between two looks at a waiting job; between two lines that say for what it waits
+_POLL_S, _REPORT_S = 0.25, 10.0  # between two looks at a waiting job; between two lines that say what it waits for
 _PATIENCE_S, _RETRY_S = 120.0, 2.0  # how long the cluster may not answer; between two tries
 
 
@@ -115,12 +115,12 @@ def send(
 
 
 class _Sender:
-    """Sends a request, again if necessary.
+    """The sender of one request, which sends it again if necessary.
 
     Attributes:
         request: The last one that was sent.
         job: Its job; None until the cluster has confirmed it, or if the cluster no longer knows it.
-        may_be_sent: Whether there may be a job.
+        may_be_sent: Whether the cluster may have received the request.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class _Sender:
             self.say(f"{dead} died: {cause}; submitting it again ({used} of {left})")
             self.request = self.request.again(attempt_of(dead) + 1, replaces=dead)
             try:
-                # Not checked for capacity: the cluster will replace a node that died.
+                # The capacity is not checked again, because the cluster will replace a node that died.
                 self._start(self.job)
             except JobExists:
                 self.say(f"{self.request.submission_id} already exists: another command follows the run, too")
@@ -286,7 +286,7 @@ class _Sender:
             time.sleep(_POLL_S)
 
     def _refresh(self) -> bool:
-        """Ask for the job's current state, for some time if the cluster does not answer. Return whether there is one."""
+        """Query the job's current state, again for some time if the cluster does not answer. Return whether it exists."""
         began, reported = time.monotonic(), False
         while self.job is not None:
             try:

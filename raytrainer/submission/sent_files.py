@@ -1,4 +1,7 @@
-"""Which files of a tree are sent: what git tracks or does not ignore, without data, secrets and the lines of .rayignore."""
+"""Select the files of a tree to send: those that git tracks or does not ignore.
+
+Data, secrets and files that .rayignore names are left out.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,13 @@ class Tree:
         self._followed: list[Path] = []  # directories behind links whose files are being added
 
     def add_all(self, folder: Path, prefix: str, *, fall_back: bool = False) -> None:
-        """Add the files of a folder, with `prefix` before their names."""
+        """Add the files of a folder.
+
+        Args:
+            folder: The folder.
+            prefix: Text before their names: the folder's name in the package, with a trailing /.
+            fall_back: Whether to list a folder that git ignores as if there were no git.
+        """
         for name in _listed(folder, prefix, self._prunes, fall_back):
             self._add(f"{prefix}{name}", folder / name)
 

@@ -1,4 +1,4 @@
-"""What a request is for: one run, or a sweep with a config for each combination of its group choices."""
+"""The target of a request: one run, or a sweep with a config for each combination of its group choices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def compositions_of(target: Target) -> list[Composition]:
 
 
 def first_of(target: Target) -> Composition:
-    """Return the config that stands for all in records."""
+    """Return the config that represents the target in records."""
     return target.first if isinstance(target, Plan) else target
 
 

@@ -54,7 +54,7 @@ _PRINTED_S = 3.0  # time at the end for the last output of the trials to arrive
 
 @dataclass(frozen=True)
 class EndedSweep:
-    """How a sweep ended.
+    """The end of a sweep.
 
     Attributes:
         exit_code: 0; 1 if no trial has a value; 129, 130 or 143 after a signal.

@@ -1,4 +1,4 @@
-"""What a sweep over any Hydra application is made of and checked for before it starts, and the keys in its messages."""
+"""The parts of a sweep over any Hydra application, their checks before the start, and the keys in its messages."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ApplicationJobs(Protocol):
 
 @dataclass(frozen=True)
 class Application:
-    """What is swept, and how.
+    """A sweep over an application: its jobs, settings and search space.
 
     Attributes:
         jobs: The jobs of the trials.
@@ -168,8 +168,10 @@ def open_journal(
 
 
 def compose_examples(jobs: ApplicationJobs, parameters: Sequence[Parameter], fixed: Sequence[str]) -> None:
-    """Compose a job for each value of a choice and for both ends of a range or interval. Each job changes one parameter
-    and takes the first value of all others."""
+    """Compose a job for each value of a choice, and for both ends of each range or interval.
+
+    Each job changes one parameter and takes the first value of all others.
+    """
     first = {p.key: p.probes()[0] for p in parameters}
     examples = [first, *({**first, p.key: value} for p in parameters for value in p.probes()[1:])]
     for values in itertools.islice(examples, _MOST_EXAMPLES):

@@ -16,7 +16,7 @@ _log = logging.getLogger("raytrainer.sweep")
 
 
 class TrialRetention:
-    """Keeps the checkpoints of the best ended trials, and deletes those of the others.
+    """The retention of checkpoints: those of the best ended trials are kept, those of the others are deleted.
 
     Args:
         storage: The sweep's directory.

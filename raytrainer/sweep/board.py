@@ -20,7 +20,7 @@ _KNOWN_FROM = 3  # ended trials that are needed to estimate the duration of the 
 
 
 class Board:
-    """Shows the progress of a sweep on a `Display`. It reads the trials in place, so it sees new reports by itself. The
+    """The display of a sweep's progress. It reads the trials in place, so it sees new reports by itself. The
     caller calls `start` and `end` for each trial, and `tick` often.
 
     Args:

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from ray.tune.schedulers import TrialScheduler
 
 
-# Time for the trial processes after the last trial to write the best weights that are only in memory, and to upload
-# their metrics if they do so themselves.
+# Time for the trial processes after the last trial. They write best weights that are only in memory, and upload their
+# metrics if the driver does not.
 _DRAIN_S, _DRAIN_STOPPED_S = 10.0, 3.0
 _DRAW_STOPPED_S = 3.0  # time for the pictures of a stopped sweep
 

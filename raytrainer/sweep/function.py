@@ -29,7 +29,7 @@ PRINTED = "printed"  # kind of the message after the last line that a trial prin
 
 @dataclass(frozen=True)
 class FunctionSetup:
-    """What all trials have in common. It is sent to each process once.
+    """The common settings of all trials, which each process receives once.
 
     Attributes:
         job: A pickled function of a trial's number, from 0, and its overrides. It is loaded after `path` is set.
@@ -78,7 +78,7 @@ class FunctionProcess(SteppedProcess):
 
     def _call(self) -> float:
         if self._job is None:
-            # The application's imports must resolve as in the launching process.
+            # With this path, the application's imports resolve as in the launching process.
             sys.path[:] = [*self._shared.path, *(entry for entry in sys.path if entry not in self._shared.path)]
             self._job = cloudpickle.loads(self._shared.job)
         returned = self._job(int(self._trial) - 1, self._overrides)

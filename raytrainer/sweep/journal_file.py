@@ -30,7 +30,7 @@ def open_file(storage: Storage, name: str, size: int, whole: bytes) -> JournalFi
 
 
 class JournalFile:
-    """Receives the lines, and saves them durably from a background thread.
+    """The file of a journal. A background thread saves its lines durably.
 
     Args:
         every_s: Seconds between two saves.
@@ -105,7 +105,7 @@ class JournalFile:
 
 
 class LocalFile(JournalFile):
-    """Appends with one write for each line. A line that was written only in part is removed again."""
+    """A local file, to which each line is appended with one write. An incomplete line is removed again."""
 
     def __init__(self, storage: Storage, name: str, size: int, whole: bytes) -> None:
         self._path = storage.local_path / name
@@ -156,7 +156,7 @@ class LocalFile(JournalFile):
 
 
 class RemoteFile(JournalFile):
-    """Keeps the whole file in memory and uploads it when it has changed."""
+    """A file in an object store. It is kept in memory as a whole, and uploaded when it has changed."""
 
     def __init__(self, storage: Storage, name: str, size: int, whole: bytes) -> None:
         del size

@@ -1,5 +1,7 @@
-"""The parameters that led to a trial's value when population based training changed them during the trial: those at the
-report, and before them those of the trials whose weights it copied."""
+"""The sequence of parameters that led to a trial's value.
+
+Population based training changes parameters during a trial. The sequence begins with the parameters of the trials whose
+weights were copied, and ends with those at the report."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ _MOST_FAILED = 5  # trials whose causes are shown
 
 @dataclass(frozen=True)
 class SweepOutcome(AttemptOutcome):
-    """How an attempt of a sweep ended.
+    """The end of an attempt of a sweep.
 
     Attributes:
         plan: The sweep.

@@ -1,5 +1,6 @@
-"""What all panels of a sweep's pictures share: the figure and its settings, the axis of the objective, and the marks of
-the trials. matplotlib is used without pyplot, whose state is global, and without the user's settings."""
+"""The common parts of a sweep's pictures: the figure, the axis of the objective, and the marks of the trials.
+
+matplotlib is used without pyplot, whose state is global, and without the user's settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a killed or stopped trial could not report: it is read from its directory and recorded in the journal."""
+"""Record in the journal what a killed or stopped trial could not report. It is read from the trial's directory."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def record_last_evaluation(journal: TrialJournal, trial: Trial, directory: Stora
     """Record the evaluation that a trial logged but could not report before it was stopped, so that the journal agrees
     with MLflow. A trial waits after each report, so there is at most one.
 
-    Not for `train/…`, which is logged more often than it is reported, and not if the spool is on another machine. Do not
-    call it with a scheduler that pauses trials, because the report would also have said which weights the trial copied.
+    It does nothing for `train/…`, which is logged more often than it is reported, or if the spool is on another machine.
+    Do not call it with a scheduler that pauses trials: the report would also have said which weights the trial copied.
 
     Args:
         journal: The journal.

@@ -1,4 +1,4 @@
-"""What a resumed sweep does with the trials in its journal: it keeps, continues or retries them, or samples more."""
+"""Decide which trials in its journal a resumed sweep keeps, continues or retries, and how many it samples."""
 
 from __future__ import annotations
 

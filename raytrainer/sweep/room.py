@@ -1,4 +1,4 @@
-"""How many trials of a sweep run at a time, and with which resources."""
+"""Determine how many trials of a sweep run at a time, and with which resources."""
 
 from __future__ import annotations
 

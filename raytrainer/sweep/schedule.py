@@ -148,6 +148,11 @@ def changes_parameters(node: Mapping[str, Any] | None) -> bool:
 def check_bounded(scheduler: TrialScheduler, search: Mapping[str, Any] | None, num_samples: int | None) -> None:
     """Check that the number of trials is bounded, if the scheduler needs all of them sampled before it compares any.
 
+    Args:
+        scheduler: The scheduler.
+        search: The searcher's node.
+        num_samples: `sweep.num_samples`.
+
     Raises:
         ConfigError: It is not. A time budget does not help, because trials would be sampled until it is over.
     """
@@ -204,7 +209,7 @@ def _bounds(p: Parameter) -> list[float]:
 
 @dataclass(frozen=True)
 class _MoveIntoSpace:
-    """Moves perturbed values back into the bounds of their parameters, and integers to whole numbers."""
+    """A function that moves perturbed values back into the bounds of their parameters, and rounds integers."""
 
     parameters: tuple[Parameter, ...]
 
@@ -223,8 +228,14 @@ class _EarlierTrial:
 
 
 def replay(scheduler: TrialScheduler, trials: Sequence[Trial], mode: Mode) -> str | None:
-    """Replay the reports of a journal's trials to a new scheduler. When Tune adds a trial that continues, it is
-    recognised by the id in its config.
+    """Replay the reports of a journal's trials to a new scheduler.
+
+    A trial that Tune adds later and that continues is recognised by the id in its config.
+
+    Args:
+        scheduler: The scheduler.
+        trials: The trials in the journal.
+        mode: The mode of the objective.
 
     Returns:
         A sentence that says what the scheduler cannot restore; None if it decides as if it had seen all reports.

@@ -108,9 +108,14 @@ def check_search(
 ) -> None:
     """Check a searcher before Ray starts.
 
+    Args:
+        node: The searcher's node; None for random draws.
+        parameters: The search space.
+        key: The key of the node, for errors.
+
     Raises:
-        ConfigError: A library is missing (the error has the command that installs it), the target is not a searcher or
-            refuses its arguments, or a grid search has an interval.
+        ConfigError: A library is missing (the error has the command that installs it); the target is not a searcher or
+            refuses its arguments; or a grid search has an interval.
     """
     if not node:
         return

@@ -29,7 +29,7 @@ ENDS_S = 30.0  # time for a stopped trial to clean up, and for its workers to be
 
 
 class ThreadState(Enum):
-    """What the thread of a trial does. Tune's thread starts and ends it; the trial's thread waits by itself."""
+    """The state of a trial's thread. Tune's thread starts and ends it; the trial's thread waits by itself."""
 
     NEW = "the thread is not started"
     WORKING = "it computes the next result"
@@ -38,14 +38,14 @@ class ThreadState(Enum):
 
 
 class TrialStopped(BaseException):
-    """Raised in the thread of a trial after Tune has stopped it. No `except Exception` of user code catches it."""
+    """The exception in the thread of a trial that Tune has stopped. No `except Exception` of user code catches it."""
 
 
 class SteppedProcess(tune.Trainable):  # type: ignore[misc]
     """A trial process. `ray.tune.with_parameters(Class, shared=…)` makes the class that Tune starts.
 
-    A result has `objective` (the value that schedulers compare, never NaN), `training_iteration` (the evaluations since
-    the trial's first step, over all restarts) and `report` or `end`, which are JSON for the driver.
+    A result has `objective`, the value that schedulers compare, which is never NaN. Its `training_iteration` counts the
+    evaluations since the trial's first step, over all restarts. `report` or `end` is JSON for the driver.
     """
 
     mode: Mode  # of the objective

@@ -25,6 +25,11 @@ from raytrainer.sweep.tune_space import RUN, TRIAL
 def warm_start(search: TranslatedSearch, trials: Sequence[Trial], mode: Mode) -> str | None:
     """Report the ended trials to a new searcher. Each has its best value; diverged ones have the worst of all values.
 
+    Args:
+        search: The searcher.
+        trials: The trials in the journal.
+        mode: The mode of the objective.
+
     Returns:
         A sentence that says what is lost; None if nothing is.
     """

@@ -36,7 +36,7 @@ _AT_EACH_EVALUATION = ("checkpoint.every_n_steps=null", "checkpoint.min_interval
 
 @dataclass(frozen=True)
 class TrialSetup:
-    """What all trials of a sweep have in common. It is sent to each process once.
+    """The common settings of all trials of a sweep, which each process receives once.
 
     Attributes:
         texts: `Composition.text` of each combination of group choices, by `choices_of`.
@@ -52,7 +52,7 @@ class TrialSetup:
         gpu: Whether the workers train on GPUs.
         retries: Whether a failed trial may be tried again.
         pauses: Whether a trial may be paused, or get the checkpoint of another one.
-        mark: As `worker.Job.record_mark`, for the sweep's record.
+        mark: As `worker.WorkerJob.record_mark`, for the sweep's record.
         forward_env, env_file: As for `environment.provide`.
     """
 
@@ -113,16 +113,16 @@ def make_shared(
     gpu: bool,
     scheduler_pauses: bool,
 ) -> TrialSetup:
-    """Return what all trials of a sweep have in common.
+    """Return the common settings of all trials of a sweep.
 
     Args:
         plan: The sweep.
         record: The record of this attempt.
         storage: The sweep's directory.
         tracking_uri: The tracking URI, from which credentials are removed.
-        trials_upload: As `Shared.ship`.
+        trials_upload: As `TrialSetup.ship`.
         gpu: Whether the workers train on GPUs.
-        scheduler_pauses: As `Shared.pauses`.
+        scheduler_pauses: As `TrialSetup.pauses`.
     """
     e = plan.experiment
     fixed = [f"scaling.use_gpu={str(gpu).lower()}", "tracking.log_model=false"]

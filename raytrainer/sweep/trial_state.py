@@ -20,7 +20,7 @@ from typing import Any
 
 from raytrainer.errors import NonFiniteLoss, WorkerError
 
-# The starts of causes with which every other trial would fail too.
+# How the cause of a failure begins if every other trial would fail in the same way.
 _EVERY_TRIAL_FAILS = ("ConfigError: sweep.metric=", "ConfigError: storage_path=")
 
 
@@ -61,7 +61,7 @@ def check_transition(trial: str, before: Status, after: Status) -> None:
 
 @dataclass(frozen=True)
 class TrialEnd:
-    """How a trial ended.
+    """The end of a trial.
 
     Attributes:
         status: The last state.

@@ -1,6 +1,6 @@
 """Translate between a sweep's parameters and the domains and values of Tune's searchers and schedulers.
 
-They get plain numbers and texts, and names without `/`, which several of them treat as nesting. A value outside the
+Tune gets plain numbers and texts, and names without `/`, which several searchers treat as nesting. A value outside the
 space is moved to the nearest value inside.
 """
 

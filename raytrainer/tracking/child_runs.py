@@ -67,8 +67,8 @@ class ChildRunUploader:
             id, and creates child runs only after that.
         artifact_root: As in `open_run`.
         interval_s: Seconds between two rounds over the spools.
-        on_created: The thread calls it with a spool directory and the MLflow run id as soon as the id is known, and
-            again for a child run that is opened again.
+        on_created: The thread calls it with a spool directory and the MLflow run id, as soon as the id is known. It
+            calls it again for a child run that is opened again.
         server: Replaced in tests; by default it is made from `tracking_uri`.
 
     Attributes:

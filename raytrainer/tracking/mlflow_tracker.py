@@ -30,7 +30,7 @@ logger = logging.getLogger("raytrainer.tracking")
 
 
 class MlflowTracker:
-    """Logs metrics, tags and artifacts of one run: to disk within a second, and to MLflow when the server answers.
+    """The tracker of one run. It logs to disk within a second, and to MLflow when the server answers.
 
     No method fails or waits because of the server. If there is no room, the newest rows are dropped, and rows on disk
     are kept. Dropped rows are counted, reported once, and added to the run's tag `raytrainer.dropped_rows`.

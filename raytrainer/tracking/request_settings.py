@@ -1,6 +1,6 @@
 """The environment variables that MLflow reads at each call, set while one of our calls runs in this process.
 
-They change only Python's view of the environment. Calls are made by threads, and `putenv` may move the C environment
+Only Python's view of the environment is changed. Calls are made by threads, and `putenv` may move the C environment
 while native code reads it. A start of Ray, for example, reads hundreds of variables. With glibc before 2.41 that can
 cause a segmentation fault.
 """

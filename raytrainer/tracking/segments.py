@@ -75,7 +75,7 @@ def segments_in(folder: Path) -> Iterator[Segment]:
 
 
 class SegmentWriter:
-    """Appends whole lines to the attempt's segments, durably. There is one writer, used by one thread at a time.
+    """The writer of an attempt's segments, which appends whole lines durably. One thread at a time uses it.
 
     Args:
         spool: The spool.

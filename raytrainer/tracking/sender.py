@@ -55,7 +55,7 @@ class RunNotCreated(NoteMissing):
 
 
 class Content(NamedTuple):
-    """What one request logs."""
+    """The content of one request."""
 
     rows: Sequence[SpoolRow]
     tags: Mapping[str, str]
@@ -78,7 +78,7 @@ NOTHING = Content([], {}, {})
 
 
 class Sender:
-    """Sends the spool of one run. What it keeps in memory between calls only saves requests.
+    """The sender of one run's spool. Its state in memory only saves requests.
 
     Args:
         spool: The spool.
@@ -118,7 +118,7 @@ class Sender:
         It stops early when `stop()` is true.
 
         A row is sent unless its step is at or below the floor of its key. The floor is the last step that MLflow had
-        before the first row of the same attempt was sent, and it is written to disk before that row is sent. A
+        before the first row of the same attempt was sent. It is written to disk before that row is sent. A
         restarted worker that repeats steps therefore logs nothing twice, and a row that was sent but not acknowledged
         is sent again unchanged.
 

@@ -50,7 +50,7 @@ class SpoolArtifact(NamedTuple):
 
 @dataclass
 class State:
-    """What the sender remembers.
+    """The state of the sender, on disk.
 
     Attributes:
         acked: For each segment, the number of bytes that are in MLflow.

@@ -15,7 +15,7 @@ logger = logging.getLogger("raytrainer.tracking")
 
 
 class SystemSampler:
-    """Reads system counters; one sample takes about a millisecond. Without psutil or NVML, their metrics are left out.
+    """A sampler of system counters. One sample takes about a millisecond. Metrics of psutil or NVML need that package.
 
     Args:
         node: The number of this node in the run. Node 0 is rank 0's node and uses the plain names (`system/…`). The

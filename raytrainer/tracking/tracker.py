@@ -1,4 +1,4 @@
-"""The tracker protocol: what training needs from a place that keeps metrics. `MlflowTracker` is one implementation."""
+"""The tracker protocol, by which training logs metrics, tags and artifacts. `MlflowTracker` is one implementation."""
 
 from __future__ import annotations
 

@@ -175,6 +175,13 @@ def replay(
     The driver calls it at the end of a run. It tries three times, and starts no new try and no new batch after
     `timeout_s` seconds.
 
+    Args:
+        spool_dir: The run's spool.
+        run_id: The MLflow run id, or a local id.
+        tracking_uri: The tracking store.
+        timeout_s: The time limit, in seconds.
+        server: Replaced in tests.
+
     Raises:
         TrackingError: Not everything could be sent. The rest stays in the spool, and another `replay` continues from
             there.

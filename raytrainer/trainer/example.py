@@ -48,7 +48,7 @@ class Example:
 
 
 class ExampleRecorder:
-    """Keeps the first call of a model that it watches. It never waits for the device, and later calls cost nothing."""
+    """A recorder of the first call of a model. It never waits for the device, and later calls cost nothing."""
 
     def __init__(self) -> None:
         self.example: Example | None = None

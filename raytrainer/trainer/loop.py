@@ -39,7 +39,7 @@ _log = logging.getLogger("raytrainer.trainer")
 
 
 class Trainer(Components):
-    """Trains one experiment in one process of `world`.
+    """The training of one experiment in one process of `world`.
 
     Args:
         experiment: What to train. In a notebook: `Trainer(compose(["experiment=mlp"]).experiment).fit()`.

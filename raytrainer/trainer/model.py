@@ -87,6 +87,11 @@ def build_model(
 def check_module(made: Any, key: str, target: str) -> None:
     """Check the module that a `_target_` has built.
 
+    Args:
+        made: The object.
+        key: The key of the node, for errors.
+        target: Its `_target_`.
+
     Raises:
         ConfigError: It is not an `nn.Module`, or has shapes that only a first batch decides.
     """
@@ -137,6 +142,12 @@ def take_weights(model: nn.Module, world: World, find: Callable[[], Weights], op
 
     Only the first rank reads them, and sends them tensor by tensor. The others never hold more than one whole tensor,
     unless the model has hooks or extra state and thus loads all of them at once through its `load_state_dict`.
+
+    Args:
+        model: The model, on every rank.
+        world: This process among all.
+        find: Returns the weights. Only the first rank calls it.
+        options: The section `init_from`.
 
     Raises:
         CheckpointError, StorageError, ConfigError: As `checkpoint.take`; on all ranks.

@@ -1,4 +1,4 @@
-"""Settings of the optimizer that a resume changes (`resume optimizer.lr=0.1`), over those of the checkpoint."""
+"""Apply settings of the optimizer that a resume changes (`resume optimizer.lr=0.1`) over those of the checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Take everything of a training that advances for a checkpoint, and restore it. Exact resume depends on it.
+"""Collect everything that advances in a training for a checkpoint, and restore it. Exact resume depends on it.
 
 `shared` is the same on every rank and written once; `local` differs by rank, and each rank writes its own.
 """
@@ -103,7 +103,7 @@ def local(t: Components) -> dict[str, Any]:
         "window": t.window.state_dict(),
         "data": t.train_loader.state_dict(),
     }
-    # With one rank, the model's state dict has it. Like buffers, it may differ from rank to rank.
+    # With one rank, `shared` has both already. Like buffers, extra state and datasets may differ from rank to rank.
     if not t.world.distributed:
         return state
     return {**state, "extra_state": extra_state(t.system), "datasets": _datasets(t)}

@@ -1,4 +1,4 @@
-"""What is trained: the model, and the loss if it has its own parameters or buffers."""
+"""The trained system: the model, and the loss if it has its own parameters or buffers."""
 
 from __future__ import annotations
 

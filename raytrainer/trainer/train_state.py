@@ -1,5 +1,6 @@
-"""`TrainState`: what advances in a training, apart from the state of its objects, as one value that a checkpoint holds;
-and `FitResult`, what it has come to at the end."""
+"""`TrainState`: the position and measurements of a training, which each checkpoint holds; and `FitResult`, its result.
+
+The model, the optimizer and other objects keep their own state."""
 
 from __future__ import annotations
 
@@ -137,7 +138,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class FitResult:
-    """How training ended.
+    """The end of a training.
 
     Attributes:
         step: Optimizer steps done since the beginning of the run.

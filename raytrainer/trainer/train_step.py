@@ -18,7 +18,7 @@ from raytrainer.trainer.system import check_apart
 
 
 class TrainStep:
-    """Trains the model of `Components` batch by batch. Nothing here waits for the device.
+    """One update of the weights of `Components` by a batch. Nothing here waits for the device.
 
     Attributes:
         lr: The learning rate of the last step, as the optimizer holds it.
@@ -42,8 +42,8 @@ class TrainStep:
     def __call__(self, batch: Batch) -> None:
         """Do one optimizer step over this rank's part of the global batch `batch`.
 
-        The gradient is that of the mean over the *global* weight: micro-batches and ranks of uneven sizes add up to the
-        gradient of one process on the whole batch, and those of weight 0 add nothing.
+        The gradient is that of the mean over the *global* weight. Micro-batches and ranks of uneven sizes add up to the
+        gradient of one process on the whole batch. Those of weight 0 add nothing.
 
         Raises:
             ConfigError: The loss, the model or the optimizer cannot be trained.

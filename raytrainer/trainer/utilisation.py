@@ -1,4 +1,4 @@
-"""Which share of its devices' peak a `Trainer` uses: `train/mfu` in its log."""
+"""The share of its devices' peak that a `Trainer` uses: `train/mfu` in its log."""
 
 from __future__ import annotations
 
@@ -56,4 +56,4 @@ class Utilisation:
         flops = model_flops(make, batches.move(t.prepare(micro.data), torch.device("meta")))
         seeds.set_random_state(kept)
         t.throughput.go_on()
-        return (flops or 0.0) / max(micro.size, 1)  # a sample that stands in for none counts, too
+        return (flops or 0.0) / max(micro.size, 1)  # a placeholder sample costs as much as any other

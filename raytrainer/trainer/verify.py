@@ -73,7 +73,7 @@ def _problems(t: Components, state: Mapping[str, Any]) -> Iterable[str | None]:
 
 
 def _of_object(key: str, thing: Any, state: Any, kept: Mapping[int, Any]) -> str | None:
-    """Return key is wrong with an object's state; None if it is right, or if the object cannot be copied to try it."""
+    """Return what is wrong with an object's state; None if it is right, or if the object cannot be copied to try it."""
     who = f"{key} ({type(thing).__name__})"
     if not callable(getattr(thing, "load_state_dict", None)):
         return f"{who} has state_dict() but no load_state_dict(), so its state would be lost; add one, or remove both"
@@ -183,7 +183,7 @@ def _nbytes(value: Any) -> int:
 
 
 def _of_module(key: str, module: nn.Module) -> str | None:
-    """Return key is wrong with a module's state dict; None if nothing is."""
+    """Return what is wrong with a module's state dict; None if nothing is."""
     if loads_by_name(module):
         return None  # its state dict holds the parameters and buffers themselves, and load_state_dict copies them
     who = f"{key} ({type(module).__name__})"

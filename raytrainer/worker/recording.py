@@ -1,4 +1,4 @@
-"""What a training process records: metrics, tags and artifacts through the tracker, and the trained model."""
+"""The records of a training process: metrics, tags and artifacts through the tracker, and the trained model."""
 
 from __future__ import annotations
 
@@ -22,8 +22,16 @@ _log = logging.getLogger("raytrainer.worker")
 
 
 def open_trackers(job: WorkerJob, experiment: config.Experiment, world: Any, uri: str) -> tuple[Tracker, Tracker]:
-    """Return rank 0's tracker, and the tracker that samples system metrics of a node without rank 0. Each is a
-    `NullTracker` in every other process."""
+    """Return rank 0's tracker, and the tracker that samples system metrics of a node without rank 0.
+
+    Each is a `NullTracker` in every other process.
+
+    Args:
+        job: The job of this process.
+        experiment: The experiment.
+        world: The `parallel.World` of this process.
+        uri: The tracking URI, with credentials.
+    """
     nothing = NullTracker()
     if job.run_id is None or (world.rank > 0 and (world.node == 0 or world.local_rank > 0)):
         return nothing, nothing
@@ -95,6 +103,12 @@ def log_model(trainer: Any, job: WorkerJob, tracker: Tracker, emit: Callable[[di
     A separate process with a time limit writes it. The model is a graph by torch.export, with a batch dimension of any
     size, which can be loaded without our code. A model that cannot be exported is pickled, with a note. An error
     becomes a warning, so it never fails a run that has trained.
+
+    Args:
+        trainer: The `Trainer`, after training.
+        job: The job of this process.
+        tracker: Receives the model's folder.
+        emit: Receives notes and warnings as progress messages.
     """
     call: Example | None = trainer.example.example
     try:

@@ -26,7 +26,7 @@ Report = Callable[[Any, bool], None]
 
 
 def no_report(trainer: Any, ends: bool) -> None:
-    """Report to nobody."""
+    """Ignore the report: the default of `run`."""
 
 
 def run(

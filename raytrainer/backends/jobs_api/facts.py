@@ -16,7 +16,7 @@ from importlib.metadata import metadata
 from raytrainer.config import Experiment
 from raytrainer.preflight import Resources, amount, check_resources, least_workers, per_worker, uses_gpu
 
-_HOLDERS = 5  # named at most
+_HOLDERS = 5  # the most that a message names
 _EPSILON = 1e-9  # 3 × 0.1 is 0.30000000000000004
 
 
@@ -49,7 +49,7 @@ class ClusterFacts:
         python_version: The version on its head node; None for an old Ray that does not report it.
         nodes: The resources of each live node.
         free: The free resources of each node, in the same order.
-        may_grow: Whether it has an autoscaler, whose limit the Jobs API does not tell.
+        may_grow: Whether it has an autoscaler, whose limit the Jobs API does not report.
         holders: The jobs and drivers that hold resources.
         head: The address of its head node within the cluster; None if unknown.
     """
@@ -127,7 +127,7 @@ def explain_waiting(
     """Return what a job waits for: `for 4 GPUs: 2 of 8 GPUs free; resnet-a (anna) holds 6 GPUs for 3 h`.
 
     Args:
-        demands: Lists of bundles; the bundles of a list are wanted at once, each on one node.
+        demands: Lists of bundles; the bundles of one list are requested together, each on one node.
         facts: The state of the cluster.
         leave_out: The submission id of the job that waits.
         now: Seconds since the epoch.

@@ -1,4 +1,4 @@
-"""How a request travels in Ray's runtime environment: its files and its code are packages of `py_modules`."""
+"""The runtime environment of a request's job: its files and its code are packages in `py_modules`."""
 
 from __future__ import annotations
 

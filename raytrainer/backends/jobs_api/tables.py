@@ -183,8 +183,8 @@ def plain(text: str, most: int = 500) -> str:
 def may_grow(status: Mapping[str, Any]) -> bool:
     """Return whether a cluster may get more nodes by itself, from the answer of `/api/cluster_status`.
 
-    It cannot if it has the monitor of a fixed cluster, which names the type of each node after its id. Other
-    autoscalers report types of their own, or, as the second version and KubeRay's, nothing here.
+    A fixed cluster has a monitor that names each node's type after the node's id; such a cluster cannot grow. Real
+    autoscalers report types of their own. Ray's second autoscaler and KubeRay's report nothing here.
     """
     try:
         report = status["data"]["clusterStatus"]["autoscalerReport"]

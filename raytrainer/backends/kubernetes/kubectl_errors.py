@@ -1,4 +1,4 @@
-"""What kubectl's error messages mean, and how to fix the cause. The messages are those of kubectl 1.32."""
+"""Explanations and fixes of kubectl's error messages. The messages are those of kubectl 1.32."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def explained(message: str, code: int, context: str | None, namespace: str) -> C
     Args:
         message: What it printed to standard error.
         code: Its exit code.
-        context, namespace: Where it was asked to work.
+        context, namespace: The context and the namespace of the call.
     """
     lines = [line for line in message.splitlines() if line.strip() and not re.match(r"[EWI]\d{4} ", line)]
     first = " ".join((lines or [f"exit code {code}"])[0].removeprefix("error: ").split())[:500]

@@ -91,7 +91,7 @@ def _epoch(text: str | None) -> float | None:
 
 
 class Namespace:
-    """The runs of a namespace, with the interface of `Jobs`: by submission id, with Ray's statuses.
+    """The runs of a namespace, with the interface of `cluster_job.Client`: by submission id, with Ray's statuses.
 
     Attributes:
         kubectl: The cluster and namespace.
