@@ -18,7 +18,16 @@ from typing import TypeVar
 from raytrainer import provenance, tracking
 from raytrainer.attempt.log_files import Logs
 from raytrainer.attempt.outcome import AttemptOutcome
-from raytrainer.attempt.record import CONFIG, Record, StopAsked, begin_tags, best_tags, end_tags, job_tags, tracking_uri
+from raytrainer.attempt.record import (
+    CONFIG,
+    Record,
+    StopRequest,
+    begin_tags,
+    best_tags,
+    end_tags,
+    job_tags,
+    tracking_uri,
+)
 from raytrainer.attempt.work import O, Result, Work
 from raytrainer.config import Composition, Experiment
 from raytrainer.core.background import in_background
@@ -120,7 +129,7 @@ class Attempt:
         self.logs = self.held.enter_context(Logs(self.storage, self.display))
         self.logs.mark("checked")
         self.spool_dir = spool_of(self.storage)
-        self.stop_asked = StopAsked(self.storage, self.record.job.get("submission_id"))
+        self.stop_asked = StopRequest(self.storage, self.record.job.get("submission_id"))
         return self.logs
 
     # --- while the work runs --------------------------------------------------------------------------------------

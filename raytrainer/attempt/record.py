@@ -220,7 +220,7 @@ STOP = "stop"  # a file in a run directory that asks the run to end; the command
 SUBMITTED = ".submitted"
 
 
-class StopAsked:
+class StopRequest:
     """The check whether the file `stop` in the run directory asks the run to end. It reads at most every two seconds.
 
     When an attempt begins, it deletes an older file. A file that names the attempt's own job stays: the user stopped

@@ -72,7 +72,7 @@ def _after_verb(words: Sequence[str]) -> list[str] | None:
     if verb == "list":
         return []
     if any(not word.startswith("-") for word in words[1:-1]):  # the ID is already there
-        return None if verb in verbs.START_RUNS else []
+        return None if verb in verbs.VERBS_THAT_START_RUNS else []
     names = _folders("runs")
     sweep, dot, _ = last.rpartition(".")
     if dot and sweep in names:

@@ -62,7 +62,7 @@ def _verb(verb: str, rest: list[str], *, dry: bool) -> int:
         raise ConfigError(f"{verb!r} is not a command{hint} (keys are given as key=value)")
     if verb == "check":
         return HydraLine(rest, _check, _check_sweep, prefix=["check", *([_DRY_RUN] if dry else [])]).run()
-    if verb not in verbs.START_RUNS:
+    if verb not in verbs.VERBS_THAT_START_RUNS:
         if dry and verb != "prune":
             raise ConfigError(f"{_DRY_RUN} is for experiment=…, resume, rerun, evaluate and prune")
         return verbs.run(verb, [*rest, _DRY_RUN] if dry else rest)

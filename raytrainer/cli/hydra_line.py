@@ -113,7 +113,11 @@ class HydraLine:
         if not self._parsed.multirun:
             raise self._needs_multirun(None)
         if "," in choice or "(" in choice:
-            raise ConfigError("is one choice: a sweep has one way of searching", key="sweep", value=choice)
+            raise ConfigError(
+                "has several choices, and a sweep has one searcher: random, grid, asha, optuna or pbt",
+                key="sweep",
+                value=choice,
+            )
 
     def _run_hydra(self, typed_choices: str) -> None:
         from hydra import version
@@ -140,7 +144,11 @@ class HydraLine:
         if sweep := dict(composition.choices).get("sweep"):  # chosen by an experiment, or by several
             if not self._parsed.multirun:
                 raise self._needs_multirun(sweep)
-            raise ConfigError("is chosen by one of several experiments: choose it for all", key="sweep", value=sweep)
+            raise ConfigError(
+                "is chosen by only some of the experiments; add it to the command line, for all of them",
+                key="sweep",
+                value=sweep,
+            )
         config.refuse_settings_of_no_sweep(self._overrides)
         return self._task(composition, self._arguments)
 

@@ -378,7 +378,7 @@ def _choices(runtime: Any) -> dict[str, str]:
             name = f"{group.partition('@')[0]}/{choice}.yaml"
             if folder.joinpath(name).is_file() and ours.joinpath(name).is_file():
                 raise ConfigError(
-                    f"is in {source.path} and is also one of raytrainer's choices, which would win: give yours another name",
+                    f"is in {source.path}, but the built-in choice of this name would be used; rename the file",
                     key=group,
                     value=choice,
                 )

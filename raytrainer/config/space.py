@@ -102,7 +102,7 @@ def written_space(config: DictConfig, key: str = "sweep.space") -> dict[str, Any
     root = OmegaConf.to_container(config, resolve=False)
     space = _followed(root, key.split("."), f"${{{key}}}")
     if not isinstance(space, dict):
-        raise ConfigError("must be keys with their sweeps, as {optimizer.lr: [0.1,0.2]}", key=key, value=space)
+        raise ConfigError("must be a mapping of keys to sweeps, as {optimizer.lr: [0.1,0.2]}", key=key, value=space)
     return {name: _written_part(config, root, key, name, content) for name, content in space.items()}
 
 

@@ -20,7 +20,9 @@ def summarize_job(handle: RunHandle, job: Job | None, clusters: Clusters) -> Run
     """
     summary = summarize(handle)
     if job is None:
-        cause = "its cluster does not say" if clusters.silence_of(handle) is not None else never_sent(handle)
+        cause = (
+            "unknown: its cluster does not answer" if clusters.query_error(handle) is not None else never_sent(handle)
+        )
         return replace(summary, status="UNKNOWN", cause=cause)
     if job.status in ACTIVE:
         return replace(summary, status=job.status, started=job.started, cause=None)

@@ -80,17 +80,17 @@ class Clusters:
                     self.silent[address] = str(error)
         return self._jobs.get(address, ())
 
-    def silence_of(self, handle: RunHandle) -> str | None:
+    def query_error(self, handle: RunHandle) -> str | None:
         """Return why a run's cluster could not be queried, as text; None if it could, or if the run has no cluster."""
         silent = [address for address in _addresses(handle) if address in self.silent]
-        return f"the cluster {silent[0]} could not be asked: {self.silent[silent[0]]}" if silent else None
+        return f"the cluster {silent[0]} could not be queried: {self.silent[silent[0]]}" if silent else None
 
-    def tell(self, say: Callable[[str], None]) -> None:
+    def report_failures(self, say: Callable[[str], None]) -> None:
         """Report the clusters that could not be queried, each once."""
         for address, reason in self.silent.items():
             if address not in self._reported:
                 self._reported.add(address)
-                say(f"the cluster {address} could not be asked: {reason}")
+                say(f"the cluster {address} could not be queried: {reason}")
 
     def forget(self, handle: RunHandle) -> None:
         """Forget the answer of a run's cluster, so that it is queried again."""

@@ -88,7 +88,7 @@ def list_runs(
     _add_submitted(runs, root, clusters)
     if everyone:
         _add_jobs_of_others(runs, root, clusters)
-    clusters.tell(say)
+    clusters.report_failures(say)
     runs = [summary for summary in runs if status is None or summary.status == status]
     return sorted(runs, key=lambda summary: summary.started or 0.0, reverse=True)[:limit]
 

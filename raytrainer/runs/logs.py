@@ -79,7 +79,7 @@ def log_lines(
     recorded, job = handle.submission_id, None
     if follow or local is None:
         handle, job = clusters.attempt(handle)
-        clusters.tell(say)
+        clusters.report_failures(say)
     # A run directory on this machine has all lines at once, except those of an attempt that has not reached it yet.
     if local is not None and handle.submission_id == recorded:
         yield from _local_lines(handle, local, name, follow, clusters, sleep)

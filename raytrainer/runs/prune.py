@@ -177,7 +177,7 @@ def _reason_to_keep(handle: RunHandle, liveness: Liveness, clusters: Clusters, o
     lock = LockState.read(handle.storage)
     if not lock.readable or lock.now is None:
         return "its directory cannot be written from here"
-    if (silence := clusters.silence_of(handle)) and (handle.record.status == "RUNNING" or handle.next_submission_id):
+    if (silence := clusters.query_error(handle)) and (handle.record.status == "RUNNING" or handle.next_submission_id):
         return silence
     last = max([lock.written or 0.0, *(lease.heartbeat for lease in lock.leases)])
     if handle.record.status == "RUNNING" and lock.now - last < LIMIT_S:

@@ -89,7 +89,7 @@ def status_of(
     except TrackingError as error:
         say(f"{error}; what follows is from {handle.record.run_dir} alone")
     handle, job = clusters.attempt(handle) if handle.trial is None else (handle, None)
-    clusters.tell(say)
+    clusters.report_failures(say)
     liveness = None
     if _says_running(handle):
         liveness = check_liveness(handle, clusters)

@@ -135,7 +135,7 @@ class Stopper:
         with suppress(TrackingError):
             self.handle = with_mlflow_run(self.handle)
         self.handle, job = self.clusters.attempt(self.handle)
-        self.clusters.tell(self.say)
+        self.clusters.report_failures(self.say)
         if job is not None and job.status in ACTIVE:
             return self._stop_job(job)
         lock = LockState.read(self.handle.storage)
@@ -152,7 +152,7 @@ class Stopper:
         handle, liveness = self.handle, check_liveness(self.handle, self.clusters)
         has_ended = liveness.state == "dead" or (self._status() != "RUNNING" and handle.storage is None)
         # A cluster that does not answer is no proof that the run is dead.
-        silence, next_job = self.clusters.silence_of(handle), handle.next_submission_id
+        silence, next_job = self.clusters.query_error(handle), handle.next_submission_id
         if silence is not None and (next_job is not None or not has_ended):
             raise RaytrainerError(
                 f"{self.name} is not stopped: {silence}; so it is not known whether its job "
@@ -262,7 +262,7 @@ class Stopper:
             self._report(f"stopping the job {job.submission_id}" + (", which did not end" if is_requested else ""))
             job.stop()
             job = job.wait(min(self.deadline - time.monotonic(), _PLACED_S), sleep=self.sleep)
-        message = f"its job {job.submission_id} is asked to end, and does as soon as its driver gets what it waits for"
+        message = f"its job {job.submission_id} will stop when its driver gets the resources that it waits for; Ray cannot cancel it before"
         if job.status == "PENDING":  # Ray cannot end a job whose driver is not placed yet
             self._report(f"{message}")
         if job.status in ACTIVE:

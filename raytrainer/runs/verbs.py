@@ -22,7 +22,7 @@ VERBS = {
     "export": "export",
     "prune": "prune",
 }
-START_RUNS = ("resume", "rerun", "evaluate")  # these take overrides, and `cli` starts what they compose
+VERBS_THAT_START_RUNS = ("resume", "rerun", "evaluate")  # these take overrides, and `cli` starts what they compose
 
 
 class Verb(Protocol):

@@ -138,7 +138,7 @@ class _Sender:
         """
         while True:
             last = self._last_attempt()
-            if last is not None and self._is_it(last):
+            if last is not None and self._is_same_request(last):
                 self.job, self.may_be_sent = last, True
                 return False
             number = max(attempt_of(last.submission_id) + 1 if last is not None else 1, self._first)
@@ -210,7 +210,7 @@ class _Sender:
         r = self.request
         return self.backend.job(r.submission_id, r.address, r.experiment.cluster)
 
-    def _is_it(self, job: Job) -> bool:
+    def _is_same_request(self, job: Job) -> bool:
         """Return whether a job of this name is the requested one; False if another one may be started.
 
         Raises:

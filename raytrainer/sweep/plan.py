@@ -203,7 +203,10 @@ def _planned(parameters: list[Parameter], fixed: list[str], choice: str, config_
     grouped = [p for p in parameters if p.group]
     combinations = list(itertools.islice(itertools.product(*(p.values for p in grouped)), _MOST_COMBINATIONS + 1))
     if len(combinations) > _MOST_COMBINATIONS:
-        raise ConfigError(f"are more than {_MOST_COMBINATIONS} combinations", key=", ".join(p.key for p in grouped))
+        raise ConfigError(
+            f"have more than {_MOST_COMBINATIONS} combinations; sweep over fewer groups or values",
+            key=", ".join(p.key for p in grouped),
+        )
     compositions: dict[str, Composition] = {}
     named = list(fixed)
     for combination in combinations:
@@ -278,7 +281,9 @@ def check_plan(plan: Plan) -> None:
         )
     search = str((e.sweep.search_alg or {}).get("_target_", ""))
     if e.sweep.num_samples is None and e.sweep.time_budget_s is None and not search.endswith("GridSearch"):
-        raise ConfigError("or sweep.time_budget_s must be set, or the sweep never ends", key="sweep.num_samples")
+        raise ConfigError(
+            "is not set, so the sweep would never end; set it, or sweep.time_budget_s", key="sweep.num_samples"
+        )
     _check_values(plan)
 
 

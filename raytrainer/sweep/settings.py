@@ -81,7 +81,7 @@ class Settings:
         if self.address is not None and not isinstance(self.address, str):
             raise ConfigError("must be the address of a Ray cluster, or null", key=f"{KEY}.address", value=self.address)
         if not isinstance(self.params, dict):
-            raise ConfigError("must be keys with their sweeps", key=f"{KEY}.params", value=self.params)
+            raise ConfigError("must be a mapping of keys to sweeps", key=f"{KEY}.params", value=self.params)
         self._check_resources()
 
     @classmethod

@@ -87,7 +87,7 @@ def _of_object(key: str, thing: Any, state: Any, kept: Mapping[int, Any]) -> str
         twin.load_state_dict(as_read(state))
         restored = twin.state_dict()
     except Exception as error:  # noqa: BLE001  user code may raise anything
-        return f"{who}: load_state_dict() fails on key state_dict() gave: {type(error).__name__}: {error}"
+        return f"{who}: load_state_dict() fails on the result of state_dict(): {type(error).__name__}: {error}"
     # A value that changes by itself, such as a clock, is ignored.
     return _changed(who, state, restored, thing.state_dict())
 
@@ -202,7 +202,7 @@ def _of_module(key: str, module: nn.Module) -> str | None:
         if twin is not None and not small and "meta" in str(error).lower():
             return None  # a hook reads values, which this copy lacks
         reason = " ".join(str(error).split())
-        return f"{who}: load_state_dict() fails on key state_dict() gave: {type(error).__name__}: {reason}"
+        return f"{who}: load_state_dict() fails on the result of state_dict(): {type(error).__name__}: {reason}"
     finally:
         for handle in handles:
             handle.remove()

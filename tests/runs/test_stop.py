@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from raytrainer.attempt import STOP, SUBMITTED, Record, StopAsked
+from raytrainer.attempt import STOP, SUBMITTED, Record, StopRequest
 from raytrainer.errors import ConfigError, RaytrainerError
 from raytrainer.runs import stop
 from raytrainer.runs.stop import Stopper, StopResult
@@ -319,7 +319,7 @@ def test_the_keys_of_the_json() -> None:
 
 
 def test_a_stop_leaves_no_files(store: Store, tmp_path: Path) -> None:
-    """A stop of an ended run leaves neither a lock nor a stop file. A new driver removes an old file (`StopAsked`)."""
+    """A stop of an ended run leaves neither a lock nor a stop file. A new driver removes an old file (`StopRequest`)."""
     _, storage = store.add("one", status="FINISHED")
     Stopper("one").stop()
     assert storage.list("lock") == []
@@ -341,9 +341,9 @@ def test_a_stop_file_that_was_written_while_the_job_started_counts(
 ) -> None:
     storage = Storage(in_tmp)
     storage.write_bytes(STOP, json.dumps({"by": "me", "job": asks}).encode())
-    assert StopAsked(storage, attempt)() is counts
+    assert StopRequest(storage, attempt)() is counts
     storage.write_bytes(STOP, b"by hand")
-    assert not StopAsked(storage, attempt)()
+    assert not StopRequest(storage, attempt)()
 
 
 def sent(name: str, root: Path, **fields: Any) -> Record:
