@@ -106,7 +106,7 @@ def test_what_is_no_token(file: Path, tmp_path: Path) -> None:
 
 
 def test_one_that_is_demanded_and_not_there(home: Path) -> None:
-    with pytest.raises(ConfigError, match=r"RAY_AUTH_MODE=token is set.*cluster\.token_file"):
+    with pytest.raises(ConfigError, match=r"RAY_AUTH_MODE=token .*cluster\.token_file"):
         find_token(environ={"RAY_AUTH_MODE": "token"})
 
 
