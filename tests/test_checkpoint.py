@@ -341,7 +341,7 @@ def test_memory_is_kept_and_grows(tmp_path: Path) -> None:
         assert torch.equal(made.load(latest(made))[0]["model"]["weight"], torch.full((size, 3), float(step)))
 
 
-def test_commits_are_told(tmp_path: Path) -> None:
+def test_commits_are_reported(tmp_path: Path) -> None:
     told: list[CheckpointInfo] = []
     made = checkpointer(tmp_path, on_commit=told.append)
     made.save(1, state(), {}, metric=math.nan)

@@ -241,7 +241,7 @@ def test_as_a_key(in_tmp: Path) -> None:
             compose(["experiment=mlp", wrong])
 
 
-def test_a_password_of_a_source_is_not_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_password_of_a_source_is_not_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("raytrainer.checkpoint.weights._at", lambda place, storage_path: None)
     with pytest.raises(CheckpointNotFound, match=r"^init_from=s3://bucket/run: no weights"):
         find_weights("s3://me:hidden@bucket/run", str(tmp_path))

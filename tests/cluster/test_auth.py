@@ -85,7 +85,7 @@ def test_so_is_ray_s_own_file_which_ray_makes_with_0644(home: Path) -> None:
         find_token(environ={})
 
 
-def test_what_is_no_token(file: Path, tmp_path: Path) -> None:
+def test_an_invalid_token_is_refused(file: Path, tmp_path: Path) -> None:
     def told(given: str, environ: dict[str, str] | None = None) -> str:
         with pytest.raises(ConfigError) as caught:
             find_token(given or None, environ or {})

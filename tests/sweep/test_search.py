@@ -605,7 +605,7 @@ def test_optuna_announces_nothing(tmp_path: Path) -> None:
 # --- before Ray starts ----------------------------------------------------------------------------------------------
 
 
-def test_a_missing_library_is_said_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_reported_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name in ("optuna", "ConfigSpace") else found(name, *a)
@@ -620,7 +620,7 @@ def test_a_missing_library_is_said_with_the_command(monkeypatch: pytest.MonkeyPa
     check_search(None)
 
 
-def test_what_is_no_searcher_is_refused() -> None:
+def test_an_invalid_searcher_is_refused() -> None:
     nodes: list[tuple[dict[str, Any], str]] = [
         ({"_target_": "collections.OrderedDict"}, "is not a ray.tune.search.Searcher$"),
         ({"_target_": "ray.tune.search.BasicVariantGenerator"}, "leave sweep.search_alg null for random draws"),
