@@ -63,11 +63,9 @@ def test_blocks_are_those_the_model_names_or_repeats() -> None:
 def test_classes_are_named_bare_or_dotted() -> None:
     assert names(Whole(), ["Part"]) == ["stages.0.0", "stages.0.1", "list.0.0", "single"]
     assert names(Whole(), [f"{__name__}.Part"]) == names(Whole(), ["Part"])
-    with pytest.raises(
-        ConfigError, match=r"fsdp.wrap=Pert is not a class of the model's modules; valid: Part, Linear, Seq"
-    ):
+    with pytest.raises(ConfigError, match=r"^fsdp\.wrap=Pert .*valid: Part, Linear, Seq"):
         names(Whole(), ["Part", "Pert"])
-    with pytest.raises(ConfigError, match=r"fsdp.wrap=ModuleList is a container that is never called"):
+    with pytest.raises(ConfigError, match=r"^fsdp\.wrap=ModuleList .*never called"):
         names(Whole(), ["ModuleList"])
 
 
@@ -179,7 +177,5 @@ def test_a_block_keeps_its_input_alone() -> None:
 
 
 def test_a_model_without_blocks_is_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"activation_checkpointing=true finds no blocks .*; valid: ReLU, Linear, Seq"
-    ):
+    with pytest.raises(ConfigError, match=r"activation_checkpointing=true .*valid: ReLU, Linear, Seq"):
         Trainer(experiment(trainer={"activation_checkpointing": True}))

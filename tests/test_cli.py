@@ -171,7 +171,8 @@ def test_several_problems_of_preflight_are_one_refusal(here: Run, in_tmp: Path) 
 def test_ray_address_with_a_ray_of_ones_own(here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.9.9.9:6379")
     reason = refused(here("check", "experiment=mlp"))
-    assert reason.startswith("RAY_ADDRESS=10.9.9.9:6379 is set and cluster=local")
+    assert reason.startswith("RAY_ADDRESS=10.9.9.9:6379 ")
+    assert "cluster=local" in reason
     assert "use cluster=existing" in reason
     assert here("check", "experiment=mlp", "cluster=inline").code == 0
 
@@ -196,16 +197,14 @@ def test_an_mlflow_that_does_not_answer_is_refused_in_time(here: Run, in_tmp: Pa
 def test_a_cluster_that_is_not_there_is_refused_in_time() -> None:
     """`ray.init` alone takes seven minutes to report this."""
     output = forked("check", "experiment=mlp", "cluster=existing", "cluster.address=127.0.0.1:9", timeout_s=30)
-    assert refused(output).startswith("cluster.address=127.0.0.1:9 is not a running Ray cluster: nothing answers there")
+    assert re.match(r"cluster\.address=127\.0\.0\.1:9 .*nothing answers", refused(output))
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         address = f"cluster.address=127.0.0.1:{silent.getsockname()[1]}"
         output = forked("check", "experiment=mlp", "cluster=existing", address, timeout_s=45)
     assert output.code == 2
-    assert (
-        "is not a running Ray cluster: the process that listens there did not answer like a Ray cluster" in output.err
-    )
+    assert re.search(rf"{re.escape(address)} .*did not answer like a Ray cluster", output.err)
 
 
 def test_stage_one_imports_no_torch_ray_or_mlflow() -> None:
@@ -586,7 +585,7 @@ def test_a_name_is_used_once(in_tmp: Path, here: Run) -> None:
     (in_tmp / "runs" / "one").mkdir(parents=True)
     (in_tmp / "runs" / "one" / "config.yaml").write_text("")
     reason = refused(here("experiment=smoke", "cluster=inline", "name=one"))
-    assert reason.startswith("name=one is the name of an existing run in ")
+    assert reason.startswith("name=one is the name of an existing run ")
     assert "resume one continues it" in reason
 
 

@@ -44,7 +44,7 @@ def test_only_named_ones_are_taken(env_file: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("given", [True, False])
 def test_a_missing_variable_is_named_without_any_value(given: bool, env_file: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cluster\.forward_env=WANDB_API_KEY is set neither") as caught:
+    with pytest.raises(ConfigError, match=r"^cluster\.forward_env=WANDB_API_KEY ") as caught:
         provide(["WANDB_API_KEY"], str(env_file) if given else None)
     assert "s3cr3t" not in str(caught.value)
 
@@ -56,7 +56,7 @@ def test_a_file_that_others_can_read_is_refused(env_file: Path) -> None:
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cluster\.env_file=.*cannot be read: No such file"):
+    with pytest.raises(ConfigError, match=r"^cluster\.env_file=.*No such file"):
         provide(["WANDB_API_KEY"], str(tmp_path / "none"))
 
 

@@ -98,7 +98,7 @@ def test_a_long_value_is_cut() -> None:
     assert len(str(ConfigError("is bad", key="a", value="x" * 10_000))) < 300
 
 
-def test_what_nobody_started_exits_with_2() -> None:
+def test_refused_launches_exit_with_2() -> None:
     assert all(issubclass(k, Refused) for k in (ConfigError, PreflightError, errors.RunNotFound))
     assert not issubclass(WorkerError, Refused)
 

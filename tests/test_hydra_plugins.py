@@ -84,7 +84,8 @@ def test_unknown_setting_is_refused_with_the_valid_ones(tmp_path: Path) -> None:
     done = app(tmp_path, "-m", "hydra/sweeper=ray_tune", "hydra.sweeper.num_sample=3", "x=1,2", "hydra.sweep.dir=swept")
     assert done.returncode == 1
     first, *_ = done.stderr.splitlines()
-    assert first.startswith("hydra.sweeper.num_sample is not a setting of ray_tune; valid: num_samples, ")
+    assert first.startswith("hydra.sweeper.num_sample ")
+    assert "valid: num_samples, " in first
     assert all(name in first for name in DEFAULTS)
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "swept").exists()
@@ -101,9 +102,7 @@ def sweeper(
 
 
 def test_another_launcher_is_refused() -> None:
-    with pytest.raises(
-        CompactHydraException, match=r"hydra/launcher=a\.b\.Launcher has no use with hydra/sweeper=ray_tune"
-    ):
+    with pytest.raises(CompactHydraException, match=r"hydra/launcher=a\.b\.Launcher .*hydra/sweeper=ray_tune"):
         sweeper(print, launcher="a.b.Launcher").sweep(["x=1,2"])
 
 
@@ -113,9 +112,9 @@ def test_settings_of_an_experiment_are_below_sweep() -> None:
 
     task.sweep = lambda arguments, config: arguments  # type: ignore[attr-defined]
     assert sweeper(task, **DEFAULTS).sweep(["x=1,2"]) == ["x=1,2"]
-    with pytest.raises(ConfigError, match=r"hydra.sweeper.num_samples=3 .* an experiment's is sweep.num_samples"):
+    with pytest.raises(ConfigError, match=r"^hydra\.sweeper\.num_samples=3 .* sweep\.num_samples"):
         sweeper(task, num_samples=3).sweep([])
-    with pytest.raises(ConfigError, match=r"hydra.sweeper.direction=maximize .* an experiment's is sweep.mode"):
+    with pytest.raises(ConfigError, match=r"^hydra\.sweeper\.direction=maximize .* sweep\.mode"):
         sweeper(task, direction="maximize").sweep([])
 
 

@@ -101,7 +101,7 @@ def test_accuracy_carries_no_gradient_and_the_loss_does() -> None:
 
 
 def test_a_missing_key_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"loss\.target=label is not in a batch; valid: labels, image") as caught:
+    with pytest.raises(ConfigError, match=r"^loss\.target=label .*valid: labels, image") as caught:
         CrossEntropy()(same, {"image": LOGITS, "labels": LABELS})
     assert caught.value.key == "loss.target"
     with pytest.raises(ConfigError, match=r"entry 1 of a batch, which is 1 entries"):
@@ -120,7 +120,7 @@ def test_mean_squared_error() -> None:
 
 
 def test_mean_squared_error_never_broadcasts() -> None:
-    with pytest.raises(ConfigError, match=r"is \[3\] in a batch, but the model gives \[3, 2\]"):
+    with pytest.raises(ConfigError, match=r"\[3\] .*the model gives \[3, 2\]"):
         MeanSquaredError()(same, (torch.zeros(3, 2), torch.zeros(3)))
 
 
@@ -139,11 +139,9 @@ def test_a_model_output_has_logits_and_takes_further_entries_by_name() -> None:
     out = TokenCrossEntropy(keywords=["attention_mask"])(model, batch)
     expected = F.cross_entropy((2 * batch["input_ids"]).bfloat16().float().flatten(0, 1), batch["labels"].flatten())
     torch.testing.assert_close(out["loss"], expected)
-    with pytest.raises(
-        ConfigError, match=r"loss.keywords=mask is not in a batch; valid: input_ids, labels, attention_mask"
-    ):
+    with pytest.raises(ConfigError, match=r"^loss\.keywords=mask .*valid: input_ids, labels, attention_mask"):
         TokenCrossEntropy(keywords=["mask"])(model, batch)
-    with pytest.raises(ConfigError, match=r"loss.keywords=\[attention_mask\] needs batches that are dicts"):
+    with pytest.raises(ConfigError, match=r"^loss\.keywords=\[attention_mask\] .*dicts"):
         TokenCrossEntropy(keywords=["attention_mask"])(model, (batch["input_ids"], batch["labels"]))
 
 
@@ -164,7 +162,7 @@ def test_perplexity_and_bits_a_byte() -> None:
     assert told == {"perplexity": pytest.approx(8), "bits_per_byte": pytest.approx(3 / 4)}
     assert TokenCrossEntropy().summary({"loss": 1e4}) == {"perplexity": math.inf}
     assert math.isnan(TokenCrossEntropy().summary({"loss": math.nan})["perplexity"])
-    with pytest.raises(ConfigError, match=r"loss\.bytes_per_token=0\.0 must be above 0"):
+    with pytest.raises(ConfigError, match=r"^loss\.bytes_per_token=0\.0 .*above 0"):
         TokenCrossEntropy(bytes_per_token=0.0)
 
 

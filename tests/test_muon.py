@@ -216,11 +216,9 @@ def test_before_anything_starts(in_tmp: Path) -> None:
     """The names come from the model on the meta device, so nothing is allocated."""
     preflight.check_objects(compose(["experiment=resnet", "optimizer=muon"]).experiment)
     wrong = compose(["experiment=resnet", "optimizer=muon", "optimizer.adamw_params=[layr1.*]"]).experiment
-    with pytest.raises(
-        ConfigError, match=r"optimizer.adamw_params=layr1.\* matches no name of the model's; valid: layer1.\*"
-    ):
+    with pytest.raises(ConfigError, match=r"^optimizer\.adamw_params=layr1\.\* .*valid: layer1\.\*"):
         preflight.check_objects(wrong)
-    with pytest.raises(ConfigError, match=r"trainer.precision=16-mixed does not work with optimizer=muon"):
+    with pytest.raises(ConfigError, match=r"^trainer\.precision=16-mixed .*optimizer=muon"):
         compose(["experiment=mlp", "optimizer=muon", "trainer.precision=16-mixed"])
 
 

@@ -182,7 +182,7 @@ def test_a_curve_stays_in_its_bounds_and_falls_after_the_warm_up(
 
 @pytest.mark.parametrize("curve", [Linear(), Cosine(), WSD(), Constant(warmup_steps=0.1)])
 def test_an_unknown_length_is_refused_with_what_to_set(curve: Curve) -> None:
-    with pytest.raises(ConfigError, match=r"set trainer\.max_steps, or lr_scheduler=constant"):
+    with pytest.raises(ConfigError, match=r"trainer\.max_steps, or lr_scheduler=constant"):
         curve(0, None)
 
 

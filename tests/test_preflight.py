@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -229,7 +230,8 @@ def test_a_tracking_server_that_refuses() -> None:
 def test_ray_address_and_a_ray_of_ones_own() -> None:
     environ = {"RAY_ADDRESS": "10.0.0.1:6379"}
     (problem,) = preflight.check_environment(experiment(), environ)
-    assert problem.startswith("RAY_ADDRESS=10.0.0.1:6379 is set and cluster=local")
+    assert problem.startswith("RAY_ADDRESS=10.0.0.1:6379 ")
+    assert "cluster=local" in problem
     assert "use cluster=existing" in problem
     assert preflight.check_environment(experiment("cluster=existing"), environ) == []
     assert preflight.check_environment(experiment("cluster=inline"), environ) == []
@@ -346,8 +348,8 @@ def test_files_that_the_workers_may_miss(in_tmp: Path) -> None:
     named = [f"+data.train.words={absolute}", "+data.val.words=data/words.json", "+data.train.other=data/not-there"]
     e = experiment(*JOB, *named)
     first, second = preflight.local_files(e)
-    assert first.startswith(f"data.train.words={absolute} is on this machine and is not uploaded")
-    assert second.startswith("data.val.words=data/words.json is on this machine")
+    assert first.startswith(f"data.train.words={absolute} is on this machine ")
+    assert second.startswith("data.val.words=data/words.json ")
     assert preflight.local_files(e, ["data/words.json"]) == [first]
     assert (
         preflight.local_files(experiment(*JOB, *named, f"cluster.shared_paths=[{in_tmp}]"), ["data/words.json"]) == []
@@ -404,7 +406,7 @@ def one_cycle(steps: int) -> list[str]:
 
 
 def test_a_schedule_that_is_shorter_than_the_run() -> None:
-    with pytest.raises(ConfigError, match=r"lr_scheduler=OneCycleLR ends after 6 steps, .*trainer\.max_steps=12"):
+    with pytest.raises(ConfigError, match=r"^lr_scheduler=OneCycleLR .*6 steps.*trainer\.max_steps=12"):
         preflight.check_objects(experiment(*one_cycle(6)))
     preflight.check_objects(experiment(*one_cycle(12)))
     preflight.check_objects(experiment(*one_cycle(6), "trainer.max_time=1h"))  # the time limit may end the run before
@@ -419,7 +421,7 @@ def test_a_check_leaves_the_random_state_alone() -> None:
 def test_a_recorded_mode_that_contradicts_its_metric_goes_on_and_is_not_done_again() -> None:
     text = with_values(compose(["experiment=mlp", "name=old", "cluster=inline"]).text, {"checkpoint.mode": "min"})
     composition = from_text(text)
-    with pytest.raises(ConfigError, match=r"checkpoint\.mode=min contradicts checkpoint\.monitor=val/accuracy"):
+    with pytest.raises(ConfigError, match=r"^checkpoint\.mode=min .*checkpoint\.monitor=val/accuracy"):
         attempt.check(composition)
     assert attempt.check(composition, Record("old", f"{Path.cwd()}/runs/old")).startswith("inline")
 
@@ -436,7 +438,7 @@ def test_weights_to_begin_with(in_tmp: Path) -> None:
 
     preflight.check_init_from(experiment())
     (in_tmp / "text.safetensors").write_bytes(b"no weights")
-    with pytest.raises(ConfigError, match=r"init_from=.*text.safetensors cannot be used: .* cannot be read as weights"):
+    with pytest.raises(ConfigError, match=r"^init_from=.*text\.safetensors .*cannot be read as weights"):
         preflight.check_init_from(experiment("init_from=text.safetensors"))
     mine = preflight.unbuilt_model(experiment()).state_dict()
     there = {name: torch.zeros(t.shape) for name, t in mine.items()}
@@ -447,13 +449,14 @@ def test_weights_to_begin_with(in_tmp: Path) -> None:
     for name in ("weights.safetensors", "weights.pt"):
         with pytest.raises(ConfigError) as caught:  # only their headers are read
             preflight.check_init_from(experiment(f"init_from={name}", "model.width=8"))
-        assert str(caught.value) == (
-            f"init_from={in_tmp}/{name} holds another model: shapes differ: head.weight: (10, 256) there, (10, 8) here, "
-            "hidden.0.bias: (256,) there, (8,) here, hidden.0.weight: (256, 64) there, (8, 64) here and 2 more; "
-            "init_from.mapping, exclude or strict=false handle such names"
-        )
+        message = str(caught.value)
+        assert message.startswith(f"init_from={in_tmp}/{name} holds another model: ")
+        for parameter in ("head.weight: (10, 256) there, (10, 8) here", "hidden.0.bias: (256,) there, (8,) here"):
+            assert parameter in message
+        assert "hidden.0.weight: (256, 64) there, (8, 64) here and 2 more; " in message
+        assert "init_from.mapping, exclude or strict=false" in message
     for source in ("nope", "/not/there", "runs"):
-        with pytest.raises(ConfigError, match=f"^init_from={source} cannot be used: no weights file, run"):
+        with pytest.raises(ConfigError, match=f"^init_from={source} .*no weights file, run"):
             preflight.check_init_from(experiment(f"init_from={source}"))
 
 
@@ -509,7 +512,7 @@ class Guarded:
 def test_a_users_dataset_has_a_say_before_the_start() -> None:
     e = experiment()
     e.data.val = {"one": {"_target_": f"{Guarded.__module__}.Guarded", "folder": "secret", "size": 4}}
-    with pytest.raises(ConfigError, match=r"data\.val\.one cannot be used: .*Permission denied.*secret"):
+    with pytest.raises(ConfigError, match=r"^data\.val\.one .*Permission denied.*secret"):
         preflight.check_objects(e)
 
 
@@ -551,10 +554,8 @@ def test_a_dataset_says_before_the_start_what_it_lacks(in_tmp: Path) -> None:
 
     parquet: dict[str, Any] = {"_target_": "ParquetDataset", "path": "full"}
     assert refusal_of(parquet) == ""
-    assert "data.train cannot be used: empty: 1 Parquet file(s), and no row in them" in refusal_of(
-        {**parquet, "path": "empty"}
-    )
-    assert "data.train cannot be used: none: no Parquet file is in it" in refusal_of({**parquet, "path": "none"})
+    assert re.match(r"data\.train .*empty: .*no row", refusal_of({**parquet, "path": "empty"}))
+    assert re.match(r"data\.train .*none: no Parquet file", refusal_of({**parquet, "path": "none"}))
     wrong = refusal_of({**parquet, "columns": ["image", "lable"]})
     assert "no column 'lable'; the nearest: label" in wrong
     assert "valid: label, image" in wrong
@@ -566,19 +567,17 @@ def test_a_dataset_says_before_the_start_what_it_lacks(in_tmp: Path) -> None:
     assert "data.val has 2 samples for 4 workers" in refusal_of(
         parquet, workers=4, val=few, metrics={"a": {"_target_": "collections.Counter"}}
     )
-    assert "at least two tokens are needed, and there are 0" in refusal_of({**few, "begin": 0.0, "end": 0.1})
+    assert re.search("at least two tokens .* 0", refusal_of({**few, "begin": 0.0, "end": 0.1}))
     assert "begin, end=0.5, 0.2 must be fractions" in refusal_of({**few, "begin": 0.5, "end": 0.2})
     assert refusal_of(few, 2) == ""
     encoded: dict[str, Any] = {
         "_target_": "EncodedImages",
         "dataset": {**parquet, "_target_": "raytrainer.data.ParquetDataset"},
     }
-    assert "key=img is not an entry of the dataset; valid: image, label" in refusal_of({**encoded, "key": "img"})
+    assert re.search(r"key=img .*valid: image, label", refusal_of({**encoded, "key": "img"}))
     assert "is more than the dataset's 6 samples" in refusal_of(encoded, 8)
     pictures: dict[str, Any] = {"_target_": "raytrainer.data.ImageFolder", "path": "pictures"}
-    assert "data.train.dataset cannot be used: pictures: no image is in it" in refusal_of(
-        {**encoded, "dataset": pictures}
-    )
+    assert re.match(r"data\.train\.dataset .*pictures: no image", refusal_of({**encoded, "dataset": pictures}))
     assert "pictures/*/*: no image matches" not in refusal_of(
         {**encoded, "dataset": {**pictures, "path": "pictures/*/*"}}
     )

@@ -197,7 +197,7 @@ def with_submodule(repository: Path, tmp_path_factory: pytest.TempPathFactory) -
     return repository
 
 
-def test_a_clean_submodule_is_no_change(with_submodule: Path) -> None:
+def test_a_clean_submodule_does_not_count_as_a_change(with_submodule: Path) -> None:
     found = provenance.collect([], with_submodule)
     assert found.patch == ""
     assert found.diffs == {"": ""}

@@ -29,7 +29,7 @@ def test_kills_when_its_owner_is_killed() -> None:
     assert victim.wait(10) == -9
 
 
-def test_dismissed_it_kills_nobody() -> None:
+def test_a_dismissed_reaper_kills_no_process() -> None:
     bystander = subprocess.Popen(["sleep", "60"])
     reaper = Reaper([bystander.pid])
     reaper.dismiss()

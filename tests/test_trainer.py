@@ -365,7 +365,7 @@ def test_a_compiled_model_trains_as_the_plain_one() -> None:
 
 
 def test_a_loss_must_give_the_same_entries() -> None:
-    with pytest.raises(ConfigError, match=r"^loss gave loss, late for a batch and loss, early for one before"):
+    with pytest.raises(ConfigError, match=r"^loss gave loss, late .* and loss, early for "):
         fitted(experiment(loss=node(training.Fickle), trainer={"log_every_n_steps": 4}))
 
 
@@ -453,7 +453,7 @@ def test_epochs_and_the_steps_they_are() -> None:
     e.data.drop_last = False
     assert Trainer(e).total_steps == 10
     e.data.train = node(training.Counting, rows=24)
-    with pytest.raises(ConfigError, match=r"trainer.max_epochs=2 needs a dataset with a length; use trainer.max_steps"):
+    with pytest.raises(ConfigError, match=r"^trainer\.max_epochs=2 .*length; use trainer\.max_steps"):
         Trainer(e)
 
 
@@ -576,7 +576,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
         checkpoint={"every_n_steps": 1},
     )
     saved = checkpointer(World(), tmp_path)
-    with pytest.raises(NonFiniteLoss, match=r"^the weights became nan or infinite after step 0, by step 3"):
+    with pytest.raises(NonFiniteLoss, match=r"^the weights .*after step 0, by step 3"):
         Trainer(e, checkpointer=saved).fit()
     saved.close()
     assert [info.step for info in saved.list()] == [1, 2]
@@ -773,7 +773,7 @@ def test_init_from_what_is_not_there_or_not_weights(tmp_path: Path) -> None:
     e.storage_path = str(tmp_path)
     trainer = Trainer(e)
     before = weights(trainer)
-    with pytest.raises(CheckpointNotFound, match=r"init_from=nowhere: no weights file, run, checkpoint"):
+    with pytest.raises(CheckpointNotFound, match=r"^init_from=nowhere: no weights file"):
         trainer.init_from("nowhere")
     (tmp_path / "text.pt").write_text("no weights")
     with pytest.raises(CheckpointCorrupt, match=r"text.pt cannot be read as weights"):
@@ -787,10 +787,11 @@ def test_init_from_what_is_not_there_or_not_weights(tmp_path: Path) -> None:
     save_file(other, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointCorrupt) as caught:
         trainer.init_from(str(tmp_path / "other.safetensors"))
-    assert str(caught.value) == (
-        f"{tmp_path}/other.safetensors holds another model: it lacks hidden.0.weight (hidden.0.weight may be its "
-        "hidden.0.weihgt); it has unexpected hidden.0.weihgt; shapes differ: head.bias: (5,) there, (4,) here"
-    )
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}/other.safetensors holds another model: ")
+    assert "lacks hidden.0.weight (hidden.0.weight may be its hidden.0.weihgt); " in message
+    assert "unexpected hidden.0.weihgt; " in message
+    assert message.endswith(": head.bias: (5,) there, (4,) here")
     assert differences(weights(trainer), before) == []
 
 
@@ -798,9 +799,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     saved = checkpointer(World(), tmp_path)
     fitted(experiment(), checkpointer=saved)
     e = experiment(model=node("raytrainer.models.MLP", in_features=16, num_classes=4, width=9, depth=1))
-    with pytest.raises(
-        CheckpointCorrupt, match=r"holds another model: shapes differ: head.weight: \(4, 8\) there, \(4, 9\)"
-    ):
+    with pytest.raises(CheckpointCorrupt, match=r"another model: .*head\.weight: \(4, 8\) there, \(4, 9\)"):
         Trainer(e, checkpointer=saved).restore(saved.list()[-1])
 
 
@@ -816,9 +815,7 @@ def test_evaluation_leaves_each_part_in_its_own_mode() -> None:
 def test_a_monitor_that_no_evaluation_gives_is_refused() -> None:
     e = experiment()
     e.checkpoint.monitor, e.checkpoint.mode = "val/acuracy", "max"
-    with pytest.raises(
-        ConfigError, match=r"checkpoint.monitor=val/acuracy is not a metric of the evaluation; valid: val/"
-    ):
+    with pytest.raises(ConfigError, match=r"^checkpoint\.monitor=val/acuracy .*valid: val/"):
         Trainer(e).fit()
 
 

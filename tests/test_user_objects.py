@@ -98,7 +98,7 @@ def test_what_is_no_number_is_refused(what: str, message: str) -> None:
 
 
 def test_a_loss_that_cannot_be_called() -> None:
-    with pytest.raises(ConfigError, match=r"^loss=builtins.int gives a int, which cannot be called .*_partial_=true"):
+    with pytest.raises(ConfigError, match=r"^loss=builtins\.int .*cannot be called .*_partial_=true"):
         Trainer(experiment(loss={"_target_": "builtins.int"}))
 
 
@@ -191,9 +191,7 @@ class Once(Graph):
 
 def test_one_that_cannot_be_built_twice_either() -> None:
     Once.made = 0
-    with pytest.raises(
-        ConfigError, match=r"^trainer.ema_decay needs a second copy .*Once cannot be copied .*only once"
-    ):
+    with pytest.raises(ConfigError, match=r"^trainer\.ema_decay .*Once cannot be copied .*only once"):
         Trainer(experiment(model=node(Once), trainer={"ema_decay": 0.5}))
 
 
@@ -413,7 +411,7 @@ def test_sparse_gradients(clip: float | None, fused: bool) -> None:
 
 def test_an_optimizer_without_sparse_gradients_is_refused() -> None:
     for optimizer in (node("torch.optim.AdamW", lr=0.1), node("torch.optim.SGD", lr=0.1, weight_decay=0.1)):
-        with pytest.raises(ConfigError, match=r"^optimizer=\w+ cannot be used with sparse gradients .*sparse=False"):
+        with pytest.raises(ConfigError, match=r"^optimizer=\w+ .*sparse gradients .*sparse=False"):
             fitted(experiment(model=node(Table), optimizer=optimizer))
 
 
@@ -519,7 +517,7 @@ def make_metric() -> Any:
 
 
 def test_a_metric_that_is_none_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^metrics.mine builds a NoCompute, which has no compute\(\)"):
+    with pytest.raises(ConfigError, match=r"^metrics\.mine .*NoCompute.* no compute\(\)"):
         Trainer(experiment(metrics={"mine": node(make_metric)}))
 
 

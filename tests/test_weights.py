@@ -50,10 +50,10 @@ def test_what_is_excluded_is_missed_nowhere() -> None:
 
 def test_strict_tells_all_that_differs_at_once() -> None:
     there = {"body.weight": (4, 3), "body.bais": (4,), "head.weight": (2, 4), "extra": ()}
-    assert match(OWN, there).problem == (
-        "holds another model: it lacks body.bias (body.bias may be its body.bais); it has unexpected body.bais, extra; "
-        "shapes differ: body.weight: (4, 3) there, (4, 4) here"
-    )
+    problem = match(OWN, there).problem
+    assert "lacks body.bias (body.bias may be its body.bais); " in problem
+    assert "unexpected body.bais, extra; " in problem
+    assert problem.endswith(": body.weight: (4, 3) there, (4, 4) here")
     loose = match(OWN, there, strict=False)
     assert (loose.problem, loose.taken) == ("", {"head.weight": "head.weight"})
     assert (loose.kept, loose.unused) == (["body.bias", "body.weight"], ["body.bais", "body.weight", "extra"])
@@ -61,10 +61,10 @@ def test_strict_tells_all_that_differs_at_once() -> None:
 
 def test_nothing_that_fits_is_refused_in_any_case() -> None:
     there = {f"module.{n}": s for n, s in OWN.items()}
-    assert match(OWN, there, strict=False).problem == (
-        "has nothing that fits: it has module.body.bias, module.body.weight, module.head.weight, and the model body.bias, "
-        "body.weight, head.weight"
-    )
+    problem = match(OWN, there, strict=False).problem
+    assert problem.startswith("has nothing that fits: ")
+    assert "module.body.bias, module.body.weight, module.head.weight, " in problem
+    assert problem.endswith(" body.bias, body.weight, head.weight")
 
 
 def test_one_of_tied_names_is_enough() -> None:
@@ -133,16 +133,16 @@ def test_a_folder_of_hugging_faces(kind: str, tmp_path: Path) -> None:
 def test_an_index_and_its_files_disagree(tmp_path: Path) -> None:
     folder_of("model.safetensors.index.json", stored(), tmp_path / "there")
     save_file({"x": torch.zeros(1)}, tmp_path / "there" / "model-1.safetensors")
-    with pytest.raises(CheckpointCorrupt, match=r"model-1.safetensors lacks head.bias, head.weight, which model"):
+    with pytest.raises(CheckpointCorrupt, match=r"model-1\.safetensors lacks head\.bias, head\.weight"):
         find_weights(str(tmp_path / "there"), "").shapes()
     (tmp_path / "there" / "model-1.safetensors").unlink()
-    with pytest.raises(CheckpointCorrupt, match=r"index.json lists model-1.safetensors, which does not exist"):
+    with pytest.raises(CheckpointCorrupt, match=r"index\.json lists model-1\.safetensors"):
         find_weights(str(tmp_path / "there"), "").read()
 
 
 def test_no_pickle_but_tensors(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1), "b": Path("x")}, tmp_path / "model.bin")
-    with pytest.raises(CheckpointCorrupt, match=r"model.bin cannot be read as weights: Weights only load failed"):
+    with pytest.raises(CheckpointCorrupt, match=r"model\.bin .*Weights only load failed"):
         find_weights(str(tmp_path / "model.bin"), "").read()
 
 
@@ -158,7 +158,7 @@ def test_a_run_by_name_by_id_and_a_trial(tmp_path: Path) -> None:
         assert found.shapes() == {name: tuple(t.shape) for name, t in weights(first).items()}
         assert differences(found.read(), weights(first)) == []
     assert differences(find_weights("many.0003", runs).read(), weights(second)) == []
-    with pytest.raises(CheckpointNotFound, match="init_from=many: no weights file, run, checkpoint"):
+    with pytest.raises(CheckpointNotFound, match=r"^init_from=many: no weights file"):
         find_weights("many", runs, known.get)
 
 
@@ -196,7 +196,7 @@ def test_tied_weights_of_a_model_on_the_meta_device_too() -> None:
 def test_two_tensors_for_one_must_be_equal(tmp_path: Path) -> None:
     both = {"embed.weight": torch.randn(5, 3), "head.weight": torch.randn(5, 3)}
     save_file(both, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointCorrupt, match=r"different values for embed.weight and head.weight, which are one"):
+    with pytest.raises(CheckpointCorrupt, match=r"different values for embed\.weight and head\.weight"):
         take(Tied(), find_weights(str(tmp_path), ""), InitFrom())
     save_file({**both, "head.weight": both["embed.weight"].clone()}, tmp_path / "model.safetensors")
     tensors, words = take(Tied(), find_weights(str(tmp_path), ""), InitFrom())
@@ -241,7 +241,7 @@ def test_as_a_key(in_tmp: Path) -> None:
             compose(["experiment=mlp", wrong])
 
 
-def test_a_password_of_a_source_is_not_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_password_of_a_source_is_not_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("raytrainer.checkpoint.weights._at", lambda place, storage_path: None)
-    with pytest.raises(CheckpointNotFound, match=r"init_from=s3://bucket/run: no weights file"):
+    with pytest.raises(CheckpointNotFound, match=r"^init_from=s3://bucket/run: no weights"):
         find_weights("s3://me:hidden@bucket/run", str(tmp_path))

@@ -196,7 +196,5 @@ def test_a_weight_that_cannot_be_is_refused(weight: float, plain: bool) -> None:
     for reads_cpu in (True, False):
         e = case(None, max_steps=1)
         e.loss = node(weighing, _partial_=True, weight=weight, plain=plain)
-        with pytest.raises(
-            ConfigError, match=r"^loss returned .* below 0, infinite or NaN.* return 0 where nothing counts"
-        ):
+        with pytest.raises(ConfigError, match=r"^loss returned .* below 0.* return 0 where nothing counts"):
             end(World(), e, reads_cpu)

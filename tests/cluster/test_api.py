@@ -260,7 +260,7 @@ def test_a_lost_answer_is_no_lost_job(jobs: JobsClient, submit: Submit, between:
 
 def test_what_ray_does_not_take(submit: Submit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages, "stage", lambda sent, folder: {"working_dir": str(folder / "missing")})
-    with pytest.raises(ConfigError, match=r"cluster\.runtime_env cannot be sent: .*missing"):
+    with pytest.raises(ConfigError, match=r"^cluster\.runtime_env .*missing"):
         submit(Sent(""))
 
 
@@ -313,7 +313,7 @@ def test_a_log_that_is_gone_with_its_node() -> None:
     with serving(answer) as port:
         gone = JobsClient(f"http://127.0.0.1:{port}")
         assert list(gone.tail("x")) == []
-        with pytest.raises(ClusterError, match="cannot give the log of job x: the node of its driver is gone"):
+        with pytest.raises(ClusterError, match=r"log of job x: .*node .*is gone"):
             gone.logs("x")
 
 

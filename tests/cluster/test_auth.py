@@ -85,7 +85,7 @@ def test_so_is_ray_s_own_file_which_ray_makes_with_0644(home: Path) -> None:
         find_token(environ={})
 
 
-def test_what_is_no_token(file: Path, tmp_path: Path) -> None:
+def test_an_invalid_token_is_refused(file: Path, tmp_path: Path) -> None:
     def told(given: str, environ: dict[str, str] | None = None) -> str:
         with pytest.raises(ConfigError) as caught:
             find_token(given or None, environ or {})
@@ -106,7 +106,7 @@ def test_what_is_no_token(file: Path, tmp_path: Path) -> None:
 
 
 def test_one_that_is_demanded_and_not_there(home: Path) -> None:
-    with pytest.raises(ConfigError, match=r"RAY_AUTH_MODE=token is set.*cluster\.token_file"):
+    with pytest.raises(ConfigError, match=r"RAY_AUTH_MODE=token .*cluster\.token_file"):
         find_token(environ={"RAY_AUTH_MODE": "token"})
 
 

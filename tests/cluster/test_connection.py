@@ -192,7 +192,7 @@ def test_statuses_that_the_caller_knows() -> None:
 # --- no answer --------------------------------------------------------------------------------------------------------
 
 
-def test_nobody_listens() -> None:
+def test_a_closed_port_is_refused() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, but not listening
         said = told(f"http://127.0.0.1:{taken.getsockname()[1]}")

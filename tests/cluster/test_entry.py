@@ -171,7 +171,7 @@ def test_the_claim_of_one_that_lives_stays(launched: list[dict[str, Any]]) -> No
 
 def test_another_runs_name(launched: list[dict[str, Any]]) -> None:
     Record("one", directory().uri, job={**JOB, "content": "other"}).write(directory())
-    with pytest.raises(ConfigError, match=r"name=one is the name of an existing run .* resume one"):
+    with pytest.raises(ConfigError, match=r"^name=one .*existing run .* resume one"):
         entrypoint.run(asked())
     entrypoint.run(asked(job={**JOB, "resumes": "true", "submission_id": "one--2"}))
     assert len(launched) == 1

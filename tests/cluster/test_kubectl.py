@@ -115,7 +115,7 @@ def test_the_same_again_is_one_job(kubernetes: Kubernetes) -> None:
 def test_the_name_of_another_run_is_refused(kubernetes: Kubernetes) -> None:
     assert HERE.apply(*documents(*TEAM))
     before = kubernetes.read("rayjob-run")
-    with pytest.raises(ConfigError, match="is the name of a run in namespace research with other content"):
+    with pytest.raises(ConfigError, match=r"^name=run .*namespace research with other content"):
         HERE.apply(*documents(*TEAM, content="other"))
     assert kubernetes.read("rayjob-run") == before
 
@@ -297,7 +297,7 @@ def test_as_the_verbs_see_it(kubernetes: Kubernetes) -> None:
     assert jobs.held_by("run")  # its pods have not ended yet
     (kubernetes.folder / "pod-a.json").unlink()
     assert not jobs.held_by("run")
-    with pytest.raises(ClusterError, match=r"there is no RayJob of run \(context arn:"):
+    with pytest.raises(ClusterError, match=r"no RayJob of run \(context arn:"):
         jobs.logs("run")
 
 
@@ -506,7 +506,7 @@ def test_no_context_at_all(kubernetes: Kubernetes) -> None:
 
 def test_no_kubectl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"needs kubectl, which cannot be started \(No such file or directory\)"):
+    with pytest.raises(ConfigError, match=r"needs kubectl.*\(No such file or directory\)"):
         HERE.rayjob("run")
 
 

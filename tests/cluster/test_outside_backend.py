@@ -149,7 +149,7 @@ def test_an_unknown_backend_is_refused_with_the_valid_ones(installed: Path) -> N
     assert (caught.value.key, caught.value.value) == ("cluster.kind", "subproces")
     assert "valid: subprocess, " in str(caught.value)
     assert set(caught.value.choices) == {"inline", "local", "existing", "ray_jobs", "job", "kuberay", "subprocess"}
-    with pytest.raises(ClusterError, match="no installed backend has addresses like nowhere://x"):
+    with pytest.raises(ClusterError, match=r"no installed backend .*nowhere://x"):
         plugins.backend_at("nowhere://x")
 
 

@@ -252,7 +252,8 @@ def test_several_wrong_things_do_not_hide_the_choices_of_another() -> None:
 def test_keys_of_other_frameworks_are_answered_with_ours(key: str) -> None:
     for name in (key, f"trainer.{key}") if "." not in key else (key,):
         message = str(unknown_key(name, 1, list(known_keys())))
-        assert message == f"{name}=1 is another framework's name; here it is {FOREIGN_KEYS[key]}"
+        assert message.startswith(f"{name}=1 ")
+        assert message.endswith(FOREIGN_KEYS[key])
 
 
 @pytest.mark.parametrize(
@@ -260,7 +261,7 @@ def test_keys_of_other_frameworks_are_answered_with_ours(key: str) -> None:
     ["gradient_clip_val", "+gradient_clip_val", "+trainer.gradient_clip_val", "training.steps", "+training.steps"],
 )
 def test_however_they_are_given(override: str) -> None:
-    assert "is another framework's name; here it is trainer.max_" in refusal("experiment=mlp", f"{override}=1")
+    assert re.search(r"framework.* trainer\.max_", refusal("experiment=mlp", f"{override}=1"))
 
 
 def test_the_answers_name_keys_that_exist() -> None:

@@ -75,7 +75,8 @@ def test_a_mode_that_is_left_out_is_derived() -> None:
 
 def test_a_contradiction_is_refused_with_the_fix() -> None:
     message = problem(experiment("val/loss", "max"))
-    assert message.startswith("checkpoint.mode=max contradicts checkpoint.monitor=val/loss")
+    assert message.startswith("checkpoint.mode=max ")
+    assert "checkpoint.monitor=val/loss" in message
     assert "set checkpoint.mode=min" in message
     assert "checkpoint.mode=min contradicts" in problem(experiment("val/accuracy", "min"))
 
@@ -102,9 +103,14 @@ def test_early_stopping_has_its_own_metrics_direction() -> None:
     e.trainer.early_stopping = EarlyStopping(monitor="val/other")
     assert "trainer.early_stopping.mode=min or" in problem(e)
     e.trainer.early_stopping = EarlyStopping(mode="min")
-    assert "contradicts checkpoint.mode=max, which is for the same metric val/score" in problem(e)
+    message = problem(e)
+    assert message.startswith("trainer.early_stopping.mode=min ")
+    assert "checkpoint.mode=max" in message
+    assert "val/score" in message
     e.trainer.early_stopping = EarlyStopping(monitor="val/loss", mode="max")
-    assert problem(e).startswith("trainer.early_stopping.mode=max contradicts trainer.early_stopping.monitor=val/loss")
+    message = problem(e)
+    assert message.startswith("trainer.early_stopping.mode=max ")
+    assert "trainer.early_stopping.monitor=val/loss" in message
 
 
 def test_a_sweep_has_its_own_metrics_direction() -> None:
@@ -116,7 +122,9 @@ def test_a_sweep_has_its_own_metrics_direction() -> None:
     e = experiment("val/loss")
     e.sweep.metric, e.sweep.mode = "val/accuracy", "min"
     assert mode_problem(e) is None  # without a sweep
-    assert problem(e, sweep=True).startswith("sweep.mode=min contradicts sweep.metric=val/accuracy")
+    message = problem(e, sweep=True)
+    assert message.startswith("sweep.mode=min ")
+    assert "sweep.metric=val/accuracy" in message
     e.sweep.metric, e.sweep.mode = "val/score", None
     assert "sweep.mode=min or sweep.mode=max" in problem(e, sweep=True)
 

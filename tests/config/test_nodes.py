@@ -88,36 +88,38 @@ def test_what_a_signature_allows_passes(arguments: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "reason"),
+    ("arguments", "assigned", "fix"),
     [
-        ({"sice": 1}, "model.sice=1 is not an argument of nodes_under_test.Leaf; valid: size, sizes"),
-        ({"size": "abc"}, "model.size=abc must be a whole number"),
-        ({"size": 1.5}, "model.size=1.5 must be a whole number"),
-        ({"size": True}, "model.size=true must be a whole number"),
-        ({"size": None}, "model.size must be a whole number"),
-        ({"size": 1, "rate": "fast"}, "model.rate=fast must be a number"),
-        ({"size": 1, "kind": "c"}, "model.kind=c is not a valid choice; valid: a, b"),
-        ({"size": 1, "sizes": 3}, "model.sizes=3 must be a list (of a whole number)"),
-        ({"size": 1, "sizes": [1, "x"]}, "model.sizes=[1,x] must be a list"),
-        ({"size": 1, "pair": [1.0]}, "model.pair=[1.0] must be a list of 2 (a number)"),
-        ({"size": 1, "names": [1]}, "model.names=[1] must be a list (of text) or null"),
-        ({"size": 1, "table": [1]}, "model.table=[1] must be a mapping or null"),
-        ({"size": 1, "hook": "print"}, "model.hook=print must be a _target_ or null"),
-        ({"size": 1, "hook": {"padding": 2}}, "model.hook={padding:2} must be a _target_ or null"),
-        ({"size": 1, "weight": "x"}, "model.weight=x must be a number"),
-        ({"size": 1, "noted": "x"}, "model.noted=x must be a whole number"),
-        ({}, "model.size is a required argument of nodes_under_test.Leaf"),
-        ({"size": 1, "_partial_": 3}, "model._partial_=3 must be true or false"),
-        ({"size": 1, "_partal_": True}, "model._partal_=true is not an argument"),
+        ({"sice": 1}, "model.sice=1", "valid: size, sizes"),
+        ({"size": "abc"}, "model.size=abc", "a whole number"),
+        ({"size": 1.5}, "model.size=1.5", "a whole number"),
+        ({"size": True}, "model.size=true", "a whole number"),
+        ({"size": None}, "model.size", "a whole number"),
+        ({"size": 1, "rate": "fast"}, "model.rate=fast", "a number"),
+        ({"size": 1, "kind": "c"}, "model.kind=c", "valid: a, b"),
+        ({"size": 1, "sizes": 3}, "model.sizes=3", "a list (of a whole number)"),
+        ({"size": 1, "sizes": [1, "x"]}, "model.sizes=[1,x]", "a list"),
+        ({"size": 1, "pair": [1.0]}, "model.pair=[1.0]", "a list of 2 (a number)"),
+        ({"size": 1, "names": [1]}, "model.names=[1]", "a list (of text) or null"),
+        ({"size": 1, "table": [1]}, "model.table=[1]", "a mapping or null"),
+        ({"size": 1, "hook": "print"}, "model.hook=print", "a _target_ or null"),
+        ({"size": 1, "hook": {"padding": 2}}, "model.hook={padding:2}", "a _target_ or null"),
+        ({"size": 1, "weight": "x"}, "model.weight=x", "a number"),
+        ({"size": 1, "noted": "x"}, "model.noted=x", "a whole number"),
+        ({}, "model.size", "required argument"),
+        ({"size": 1, "_partial_": 3}, "model._partial_=3", "true or false"),
+        ({"size": 1, "_partal_": True}, "model._partal_=true", "not an argument"),
     ],
 )
-def test_what_it_excludes_is_refused(arguments: dict[str, Any], reason: str) -> None:
-    assert refusal(leaf(**arguments)).startswith(reason)
+def test_what_a_signature_excludes_is_refused(arguments: dict[str, Any], assigned: str, fix: str) -> None:
+    message = refusal(leaf(**arguments))
+    assert message.startswith(f"{assigned} ")
+    assert fix in message
 
 
 def test_at_any_depth() -> None:
     deep = leaf(size=1, anything={"list": [{"x": leaf(size=2, anything=[leaf(sise=3)])}]})
-    assert refusal(deep).startswith("model.anything.list[0].x.anything[0].sise=3 is not an argument")
+    assert refusal(deep).startswith("model.anything.list[0].x.anything[0].sise=3 ")
     assert refusal({"_target_": "builtins.dict", "_args_": [leaf(sise=3)]}).startswith("model._args_[0].sise=3")
 
 
@@ -125,7 +127,8 @@ def test_arguments_by_position_and_by_us_are_not_missing() -> None:
     bind("model", {"_target_": "nodes_under_test.Leaf", "_args_": [1]})
     bind("optimizer", {"_target_": "torch.optim.SGD", "lr": 0.1}, ["params"])
     message = refusal({"_target_": "torch.optim.SGD", "lr": 0.1, "params": []}, "optimizer", ["params"])
-    assert message == "optimizer.params is given by raytrainer; leave it out"
+    assert message.startswith("optimizer.params ")
+    assert "leave it out" in message
 
 
 def test_open_ended_targets_take_anything_but_misspelt_words_of_hydra() -> None:
@@ -135,7 +138,7 @@ def test_open_ended_targets_take_anything_but_misspelt_words_of_hydra() -> None:
 
 def test_a_function_as_a_loss() -> None:
     node = {"_target_": "nodes_under_test.function"}
-    assert "or with loss._partial_=true the function itself is used" in refusal(node, "loss")
+    assert "loss._partial_=true" in refusal(node, "loss")
     bind("loss", {**node, "_partial_": True})
     assert build({**node, "_partial_": True})("m", "b") == {"model": "m", "batch": "b"}
 
@@ -171,7 +174,7 @@ def test_a_module_not_yet_imported_is_found_below_one_that_is(tmp_path: Any, mon
     import late_package  # type: ignore[import-not-found]  # noqa: F401
 
     assert locate("model", "late_package.inner.made")() == 7
-    with pytest.raises(ConfigError, match="No module named 'a_dependency_that_is_missing'"):
+    with pytest.raises(ConfigError, match="a_dependency_that_is_missing"):
         locate("model", "late_package.broken.made")
     with pytest.raises(ConfigError, match="RuntimeError: at import"):
         locate("model", "late_package.worse.made")
@@ -206,7 +209,7 @@ def test_all_of_an_experiment_is_bound() -> None:
             check_targets(e)
     e = compose(["experiment=mlp"]).experiment
     e.data.collate_fn = {"_target_": "nodes_under_test.function", "_partial_": True, "modl": 1}
-    with pytest.raises(ConfigError, match=r"^data\.collate_fn\.modl=1 is not an argument of"):
+    with pytest.raises(ConfigError, match=r"^data\.collate_fn\.modl=1 "):
         check_targets(e)
 
 
@@ -223,9 +226,9 @@ def test_a_module_that_parses_the_command_line_when_it_is_imported(
     monkeypatch.setattr(sys, "argv", argv := ["raytrainer", "experiment=mlp", "--dry-run"])
     bind("model", {"_target_": "parses_argv.net"})
     assert build({"_target_": "parses_nested.net"}) == 3  # like a worker, which does not bind first
-    with pytest.raises(ConfigError, match=r"wants_argv.net cannot be imported: the module ends the process .*__main__"):
+    with pytest.raises(ConfigError, match=r"^model\._target_=wants_argv\.net .*__main__"):
         bind("model", {"_target_": "wants_argv.net"})
-    with pytest.raises(ConfigError, match="ended the process when it was built"):
+    with pytest.raises(ConfigError, match=r"wants_argv\.net.*ended the process"):
         build({"_target_": "wants_argv.net"})
     assert sys.argv is argv
 
@@ -258,14 +261,14 @@ def test_an_argument_that_a_decorator_takes(target: str) -> None:
     node = {"_target_": f"{HERE}.{target}", "num_labels": 8, "retries": 2, "hidden_size": 4}
     bind("model", node)
     build(node)
-    with pytest.raises(ConfigError, match=r"model\.hiden_size=4 is not an argument of .*; valid: hidden_size"):
+    with pytest.raises(ConfigError, match=r"^model\.hiden_size=4 .*valid: hidden_size"):
         bind("model", {"_target_": f"{HERE}.{target}", "hiden_size": 4})
-    with pytest.raises(ConfigError, match=r"model\._recursiv_=true is not an argument of"):
+    with pytest.raises(ConfigError, match=r"^model\._recursiv_=true "):
         bind("model", {"_target_": f"{HERE}.{target}", "_recursiv_": True})
 
 
 def test_a_config_of_transformers_takes_num_labels() -> None:
     pytest.importorskip("transformers")
     bind("model", {"_target_": "transformers.BertConfig", "num_labels": 8, "hidden_size": 8})
-    with pytest.raises(ConfigError, match=r"hiden_size=8 is not an argument of .*valid: hidden_size"):
+    with pytest.raises(ConfigError, match=r"^model\.hiden_size=8 .*valid: hidden_size"):
         bind("model", {"_target_": "transformers.BertConfig", "hiden_size": 8})

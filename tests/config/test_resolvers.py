@@ -55,14 +55,12 @@ def test_a_reference_in_a_record_is_resolved_too(plugin: str) -> None:
 
 def test_a_missing_resolver_is_named_with_the_place_where_it_belongs() -> None:
     wrong = "model.width=${absent_one:4}"
-    with pytest.raises(
-        ConfigError, match=r"^model\.width cannot be resolved: there is no resolver absent_one"
-    ) as caught:
+    with pytest.raises(ConfigError, match=r"^model\.width .*no resolver absent_one") as caught:
         compose(["experiment=smoke", wrong])
     assert "hydra_plugins/mine/__init__.py" in str(caught.value)
-    with pytest.raises(ConfigError, match=r"^model\.width cannot be resolved: there is no resolver absent_one"):
+    with pytest.raises(ConfigError, match=r"^model\.width .*no resolver absent_one"):
         from_text(compose(["experiment=smoke"]).text, [wrong])
-    with pytest.raises(ConfigError, match=r"no resolver oc\.evn \(did you mean oc\.env\?\)"):
+    with pytest.raises(ConfigError, match=r"oc\.evn .*oc\.env\?"):
         compose(["experiment=smoke", "model.width=${oc.evn:X}"])
 
 
@@ -70,7 +68,7 @@ def test_one_that_gives_each_worker_another_value_is_refused() -> None:
     numbers = itertools.count()
     OmegaConf.register_new_resolver("test_counted", lambda: next(numbers), replace=True)
     try:
-        with pytest.raises(ConfigError, match=r"model\.width has another value each time it is resolved"):
+        with pytest.raises(ConfigError, match=r"^model\.width .*another value each time"):
             compose(["experiment=smoke", "model.width=${test_counted:}"])
     finally:
         OmegaConf.clear_resolver("test_counted")

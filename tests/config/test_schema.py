@@ -70,36 +70,38 @@ def test_values_become_their_type(name: str, given_: Any, stored: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "reason"),
+    ("name", "value", "assigned", "fix"),
     [
-        ("trainer.max_steps", "abc", "trainer.max_steps=abc must be a whole number"),
-        ("trainer.max_steps", 1.5, "trainer.max_steps=1.5 must be a whole number"),
-        ("trainer.max_steps", True, "trainer.max_steps=true must be a whole number"),
-        ("trainer.max_steps", math.inf, "trainer.max_steps=inf must be a whole number"),
-        ("trainer.max_steps", 0, "trainer.max_steps=0 must be at least 1"),
-        ("trainer.max_grad_norm", math.nan, "trainer.max_grad_norm=nan must be at least 0"),
-        ("trainer.ema_decay", 1.1, "trainer.ema_decay=1.1 must be at most 1"),
-        ("trainer.channels_last", 3, "trainer.channels_last=3 must be true or false"),
-        ("seed", None, "seed must be a whole number, not null"),
-        ("seed", -1, "seed=-1 must be at least 0"),
-        ("storage_path", ["a"], "storage_path=[a] must be text"),
-        ("scaling.label_selector", "a", "scaling.label_selector=a must be a mapping"),
-        ("scaling.resources_per_worker", {"CPU": "x"}, "scaling.resources_per_worker.CPU=x must be a number"),
-        ("model", "resnet", "model=resnet must be a _target_ node"),
-        ("trainer", 3, "trainer=3 must be a section of keys"),
-        ("trainer", None, "trainer must be a section of keys, not null"),
-        ("trainer.profile", 3, "trainer.profile=3 must be a section of keys; valid: start, steps"),
-        ("trainer.profile.strt", 3, "trainer.profile.strt=3 is not a key; valid: trainer.profile.start"),
-        ("trainer.max_epoch", 3, "trainer.max_epoch=3 is not a key; valid: trainer.max_epochs"),
-        ("trainr.max_epochs", 3, "trainr.max_epochs=3 is not a key; valid: trainer.max_epochs"),
-        ("monitor", "val/loss", "monitor=val/loss is not a key; valid: trainer.early_stopping.monitor, checkpoint.mon"),
-        ("checkpoint.mode", "maximum", "checkpoint.mode=maximum is not a valid choice; valid: max, null, min"),
-        ("trainer.precision", "bf16", "trainer.precision=bf16 is not a valid choice; valid: bf16-true, bf16-mixed"),
-        ("data.resident", 1, "data.resident=1 is not a valid choice; valid: auto, true, false"),
+        ("trainer.max_steps", "abc", "trainer.max_steps=abc", "a whole number"),
+        ("trainer.max_steps", 1.5, "trainer.max_steps=1.5", "a whole number"),
+        ("trainer.max_steps", True, "trainer.max_steps=true", "a whole number"),
+        ("trainer.max_steps", math.inf, "trainer.max_steps=inf", "a whole number"),
+        ("trainer.max_steps", 0, "trainer.max_steps=0", "at least 1"),
+        ("trainer.max_grad_norm", math.nan, "trainer.max_grad_norm=nan", "at least 0"),
+        ("trainer.ema_decay", 1.1, "trainer.ema_decay=1.1", "at most 1"),
+        ("trainer.channels_last", 3, "trainer.channels_last=3", "true or false"),
+        ("seed", None, "seed", "a whole number, not null"),
+        ("seed", -1, "seed=-1", "at least 0"),
+        ("storage_path", ["a"], "storage_path=[a]", "text"),
+        ("scaling.label_selector", "a", "scaling.label_selector=a", "a mapping"),
+        ("scaling.resources_per_worker", {"CPU": "x"}, "scaling.resources_per_worker.CPU=x", "a number"),
+        ("model", "resnet", "model=resnet", "a _target_ node"),
+        ("trainer", 3, "trainer=3", "a section of keys"),
+        ("trainer", None, "trainer", "a section of keys, not null"),
+        ("trainer.profile", 3, "trainer.profile=3", "valid: start, steps"),
+        ("trainer.profile.strt", 3, "trainer.profile.strt=3", "valid: trainer.profile.start"),
+        ("trainer.max_epoch", 3, "trainer.max_epoch=3", "valid: trainer.max_epochs"),
+        ("trainr.max_epochs", 3, "trainr.max_epochs=3", "valid: trainer.max_epochs"),
+        ("monitor", "val/loss", "monitor=val/loss", "valid: trainer.early_stopping.monitor, checkpoint.mon"),
+        ("checkpoint.mode", "maximum", "checkpoint.mode=maximum", "valid: max, null, min"),
+        ("trainer.precision", "bf16", "trainer.precision=bf16", "valid: bf16-true, bf16-mixed"),
+        ("data.resident", 1, "data.resident=1", "valid: auto, true, false"),
     ],
 )
-def test_what_is_wrong_is_refused_by_key_and_value(name: str, value: Any, reason: str) -> None:
-    assert refusal(name, value).startswith(reason)
+def test_a_wrong_value_is_refused_with_key_value_and_fix(name: str, value: Any, assigned: str, fix: str) -> None:
+    message = refusal(name, value)
+    assert message.startswith(f"{assigned} ")
+    assert fix in message
 
 
 @pytest.mark.parametrize("name", leaves())
@@ -130,9 +132,9 @@ def test_nothing_but_a_config_error_comes_of_a_value(name: str, value: Any) -> N
 
 
 def test_a_file_without_its_package_line_is_explained() -> None:
-    with pytest.raises(ConfigError, match=r"^experiment is not a section: .*first line.*# @package _global_"):
+    with pytest.raises(ConfigError, match=r"^experiment .*# @package _global_"):
         typed({"experiment": {"trainer": {"max_steps": 1}}}, ["experiment"])
-    with pytest.raises(ConfigError, match="the chosen file of group augment must say in its first line"):
+    with pytest.raises(ConfigError, match=r"group augment .*first line"):
         typed({"augment": {"padding": 2}}, ["augment"])
 
 

@@ -124,7 +124,7 @@ def test_intervals(sweep: str, expected: dict[str, Any]) -> None:
     assert not parameter.contains(math.nextafter(expected["low"], -math.inf))
     assert not parameter.contains(math.nextafter(expected["high"], math.inf))
     assert not parameter.contains(math.nan)
-    with pytest.raises(ConfigError, match=r"^data\.x=interval\(.* is an interval, which has no grid: list values"):
+    with pytest.raises(ConfigError, match=r"^data\.x=interval\(.*grid: list values"):
         parameter.grid()
 
 
@@ -189,9 +189,9 @@ def test_glob_chooses_among_the_choices_of_raytrainer_and_of_a_config_dir(own_co
 def test_glob_asks_the_hydra_that_runs() -> None:
     # The groups are those of the running application. raytrainer's are among them only if its search path has them.
     assert one("model=glob([wid*,mlp])").values == ("wide", "wider")
-    assert refusal("model=glob(nope)").startswith(
-        "model=glob(nope) matches no choice of the group; valid: thin, wide, wider"
-    )
+    message = refusal("model=glob(nope)")
+    assert message.startswith("model=glob(nope) ")
+    assert "valid: thin, wide, wider" in message
 
 
 def test_the_space_comes_first_and_fixed_overrides_stay_as_written() -> None:

@@ -80,7 +80,7 @@ def test_digits_need_no_import_of_scikit_learn() -> None:
 
 
 def test_digits_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="split='test' is not one of train, val"):
+    with pytest.raises(ConfigError, match=r"split='test' .*train, val"):
         Digits("test")  # type: ignore[arg-type]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     datasets._digits.cache_clear()

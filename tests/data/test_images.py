@@ -125,7 +125,7 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path, damage: Any, w
     rows = [good] * 7
     rows[5] = good[: len(good) // 2] if damage == "cut" else damage
     images = EncodedImages(ParquetDataset(parquet(tmp_path / "a", rows)), size=8)
-    with pytest.raises(DataError, match=r"part-0\.parquet, row 5: 'image' cannot be decoded: ") as caught:
+    with pytest.raises(DataError, match=r"part-0\.parquet, row 5: 'image' .*decoded: ") as caught:
         batches(images, num_workers=workers)
     assert str(caught.value).count("DataError") == 0
 

@@ -242,7 +242,7 @@ def test_an_error_of_the_transform_names_the_batch() -> None:
         raise ZeroDivisionError("no")
 
     dataset = Arrays({"x": np.arange(3)}, transform=broken)
-    with pytest.raises(DataError, match="Arrays, transform_batch of samples 0, 1: ZeroDivisionError: no"):
+    with pytest.raises(DataError, match=r"Arrays, transform_batch .*0, 1: ZeroDivisionError: no"):
         next(Loader(dataset, global_batch_size=2).batches())
 
 
@@ -256,7 +256,7 @@ class Suicidal(Rows):
 
 @pytest.mark.parametrize("start_method", ["forkserver", "fork"])
 def test_a_killed_process_is_an_error_that_says_so(start_method: str) -> None:
-    with pytest.raises(DataError, match=r"Suicidal: a data process ended by itself \(SIGKILL; .*memory"):
+    with pytest.raises(DataError, match=r"Suicidal: .*\(SIGKILL; .*memory"):
         list(Loader(Suicidal(), global_batch_size=10, num_workers=2, start_method=start_method).batches(0, 10))
     assert data_processes() == []
 

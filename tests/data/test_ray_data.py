@@ -96,7 +96,7 @@ def experiment(*overrides: str) -> Any:
 
 @pytest.mark.parametrize("where", ["cluster=inline", "debug=default"])
 def test_inline_is_refused_before_anything_starts(where: str, in_tmp: Any) -> None:
-    with pytest.raises(ConfigError, match=r"data\.train=RayDataset needs a Ray cluster, which cluster=inline"):
+    with pytest.raises(ConfigError, match=r"^data\.train=RayDataset .*cluster=inline"):
         check_objects(experiment(where))
     check_objects(experiment())
 
@@ -104,10 +104,10 @@ def test_inline_is_refused_before_anything_starts(where: str, in_tmp: Any) -> No
 def test_workers_that_take_every_cpu_are_refused(in_tmp: Any) -> None:
     two = experiment("scaling.num_workers=2")
     (problem,) = check_resources(two, Resources(2), "here")
-    assert problem == (
-        "data.train needs a CPU beside the workers' for Ray's tasks, and here has 2 CPUs for 2 workers of 1 CPU: "
-        "use fewer workers, or fewer CPUs for each"
-    )
+    assert problem is not None
+    assert problem.startswith("data.train needs a CPU ")
+    assert "2 CPUs for 2 workers of 1 CPU" in problem
+    assert "use fewer workers" in problem
     assert check_resources(two, Resources(3), "here") == []
     half = experiment("scaling.num_workers=2", "+scaling.resources_per_worker={CPU: 0.5}")
     assert check_resources(half, Resources(2), "here") == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -189,7 +190,7 @@ def test_errors() -> None:
         list(batches)
     with pytest.raises(DataError, match="Plain has no samples: epoch 0"):
         next(Loader(Plain(0), global_batch_size=2).batches())
-    with pytest.raises(DataError, match="epoch 0 gave 3 samples, fewer than the 4 of one full batch"):
+    with pytest.raises(DataError, match="epoch 0 gave 3 samples, fewer than the 4 "):
         next(Loader(Plain(3), global_batch_size=4, drop_last=True).batches())
 
 
@@ -228,12 +229,12 @@ def test_a_length_that_the_iterable_announces_is_counted_in_batches(caplog: pyte
     assert len(list(Loader(Announced(10, 10), global_batch_size=4).batches(0, 6))) == 6
     assert caplog.text == ""
     list(Loader(Announced(10, 20), global_batch_size=4).batches(0, 9))
-    assert caplog.text.count("Announced: __len__ announces 5 batches in an epoch, and the first one had 3") == 1
+    assert len(re.findall("Announced: __len__ .*5 batches.* 3", caplog.text)) == 1
 
 
 def test_what_can_be_read_once_only_is_said_to_be() -> None:
     generator = Loader((torch.tensor(i) for i in range(10)), global_batch_size=4)
-    with pytest.raises(DataError, match=r"generator: epoch 1 gave no samples.* only once, as a generator can"):
+    with pytest.raises(DataError, match=r"generator: epoch 1 gave no samples.* only once"):
         list(generator.batches(0, 4))
     with pytest.raises(DataError, match="only once"):  # an evaluation reads it a second time
         list(generator.one_epoch())
@@ -256,7 +257,7 @@ def test_samples_that_are_none_are_named(num_workers: int) -> None:
 
 
 def test_samples_that_make_no_batch_get_advice() -> None:
-    with pytest.raises(DataError, match=r"data.collate_fn can be a function of yours"):
+    with pytest.raises(DataError, match=r"data\.collate_fn can be a function"):
         list(Loader([object()] * 4, global_batch_size=4).batches(0, 1))
     ragged = [torch.zeros(i + 1) for i in range(4)]
     with pytest.raises(DataError, match=r"pad them in a data.collate_fn"):
@@ -311,11 +312,11 @@ def test_ranks_agree_on_where_a_stream_ends() -> None:
         assert both(Part(9, 9), prefetch=prefetch) == (12, "")
         count, message = both(Part(6, 20), prefetch=prefetch)
         assert count == 2
-        assert "epoch 0 does not end on all ranks alike (rank 0: 6 samples, rank 1: 8 samples and continues)" in message
-        assert "Each shard must have the same number of full batches" in message
+        assert re.search(r"epoch 0 .*\(rank 0: 6 samples, rank 1: 8 samples and continues\)", message)
+        assert "same number of full batches" in message
     for count, message in ranks.run(2, seen, Part(1, 20), None, {}):  # in the first batch
         assert count == 0
-        assert "Part: epoch 0 gave 1 samples, fewer than the 2 of one full batch of this rank (0 of 2)" in message
+        assert re.search(r"Part: epoch 0 gave 1 samples, fewer than the 2 .*rank \(0 of 2\)", message)
     assert message.startswith("rank 0: Part")
     assert "rank 1: 4 samples and continues" in message
     count, message = both(Plain, [9, 14])  # both ranks read whole datasets, of different lengths
@@ -335,7 +336,7 @@ def test_one_rank_that_cannot_read_is_named_on_all() -> None:
 def test_datasets_of_another_length_on_each_rank_are_refused_before_the_first_batch() -> None:
     for count, message in ranks.run(2, lengths_of, [10, 12]):
         assert count == 0
-        assert "the length of the dataset differs between ranks (rank 0: 10 samples, rank 1: 12 samples)" in message
+        assert re.search(r"length .*\(rank 0: 10 samples, rank 1: 12 samples\)", message)
         assert "do not split it by rank" in message
 
 

@@ -67,7 +67,7 @@ def test_windows_go_through_the_loader() -> None:
 
 @pytest.mark.parametrize(("tokens", "seq_len", "error"), [(1, 4, DataError), (0, 4, DataError), (9, 0, ConfigError)])
 def test_what_makes_no_window(tokens: int, seq_len: int, error: type[Exception]) -> None:
-    with pytest.raises(error, match=r"at least two tokens are needed|seq_len=0 must be at least 1"):
+    with pytest.raises(error, match=r"at least two tokens|seq_len=0 .*at least 1"):
         TokenWindows(np.zeros(tokens, np.uint16), seq_len)
 
 
@@ -111,7 +111,7 @@ def test_parts_share_no_token(tmp_path: Path) -> None:
 def test_a_larger_vocabulary_than_the_models_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a", [[1, 2]], 100)
     assert len(TokenDataset(path, 1, vocab_size=100)) == 1
-    with pytest.raises(ConfigError, match=r"vocab_size=99 is less than the 100 tokens of "):
+    with pytest.raises(ConfigError, match=r"vocab_size=99 is less than the 100 tokens"):
         TokenDataset(path, 1, vocab_size=99)
 
 
@@ -354,7 +354,7 @@ def test_a_files_split_and_place_are_its_names(tmp_path: Path) -> None:
 def test_no_sources(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there are no Python sources"):
         PythonSources("train", 8, folder=tmp_path)
-    with pytest.raises(ConfigError, match="split=test is unknown; valid: train, val"):
+    with pytest.raises(ConfigError, match=r"split=test .*valid: train, val"):
         PythonSources("test", 8)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="max_bytes=1 must be at least 2"):
         PythonSources("train", 8, max_bytes=1)

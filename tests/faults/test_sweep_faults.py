@@ -257,7 +257,7 @@ def server(tmp_path: Path) -> Iterator[MlflowServer]:
     server.stop()
 
 
-def test_nobody_waits_for_mlflow(server: MlflowServer, tmp_path: Path) -> None:
+def test_trials_do_not_wait_for_mlflow(server: MlflowServer, tmp_path: Path) -> None:
     """MLflow takes 30 s per call and then dies. Trials still stop and start, and later MLflow gets every row once."""
     proxy = Proxy(server.port)
     options = ["sweep=asha", LR, "sweep.num_samples=12", "trainer.max_epochs=3", f"tracking.tracking_uri={proxy.uri}"]

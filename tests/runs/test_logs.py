@@ -165,7 +165,7 @@ def test_a_log_after_the_head_node_is_gone(store: Store, tmp_path: Path) -> None
 
 def test_a_run_whose_logs_are_on_another_machine(store: Store) -> None:
     store.add("one", status="RUNNING", on_disk=False)
-    with pytest.raises(RunNotFound, match="one has no logs here: while it runs they are on somewhere"):
+    with pytest.raises(RunNotFound, match=r"one has no logs here.* on somewhere"):
         list(logs.log_lines("one"))
 
 

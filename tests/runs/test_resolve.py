@@ -70,7 +70,7 @@ def test_the_newest_of_a_name_in_mlflow(store: Store) -> None:
 
 def test_a_directory_that_is_gone(store: Store) -> None:
     made, _ = store.add("one", on_disk=False, job=JOB)
-    with pytest.raises(RunNotFound, match=r"its directory .*one is gone, or cannot be read from here"):
+    with pytest.raises(RunNotFound, match=r"directory .*one is gone"):
         find("one")
     known = resolve_run("one")
     assert (known.storage, known.record.run_dir, known.record.job) == (None, made.run_dir, JOB)
@@ -89,7 +89,7 @@ def test_a_submission_is_known_before_it_starts(in_tmp: Path) -> None:
     sent.write(Storage(in_tmp / "runs" / SUBMITTED / "one"))
     known = resolve_run("one")
     assert (known.record, known.storage, known.submission_id) == (sent, None, "one")
-    with pytest.raises(RunNotFound, match=f"one was submitted to {ADDRESS}, and has no directory yet"):
+    with pytest.raises(RunNotFound, match=f"^one .*submitted to {ADDRESS}.* no directory yet"):
         find("one")
     begun = Record("one", str(place), RUN_ID, "http://x", job=sent.job)
     begun.write(Storage(place))
@@ -106,21 +106,20 @@ def test_the_mlflow_run_of_a_local_run(store: Store) -> None:
 
 
 def test_the_error_lists_the_nearest_names(past: Record) -> None:
-    with pytest.raises(RunNotFound, match=f"no run of this name, MLflow id or submission id in .*; there are {NAME}"):
+    with pytest.raises(RunNotFound, match=f"abce: .*; there are {NAME}"):
         find("mlp-20260101-120000-abce")
     with pytest.raises(RunNotFound, match="; there are "):
         find("zzzzzz")
 
 
 def test_an_empty_directory(in_tmp: Path) -> None:
-    expected = r"^one: no run of this name, MLflow id or submission id in \S+ or the tracking store$"
-    with pytest.raises(RunNotFound, match=expected):
+    with pytest.raises(RunNotFound, match=r"^one: no run of this name.*tracking store$"):
         find("one")
 
 
 @pytest.mark.parametrize("identifier", ["../x", "/etc", "a b", "", ".", "..", "x/y", "x\n", "$(reboot)"])
 def test_hostile_names_are_refused(past: Record, identifier: str) -> None:
-    with pytest.raises(RunNotFound, match="is neither a run's name nor an MLflow run id"):
+    with pytest.raises(RunNotFound, match="neither a run's name"):
         find(identifier)
 
 
@@ -132,7 +131,7 @@ def test_other_files_in_the_directory_are_skipped(past: Record) -> None:
         (folder / name).mkdir()
         (folder / name / "run.json").write_text(text)
     assert find(RUN_ID)[0] == past
-    with pytest.raises(StorageError, match=r"broken/run\.json is not a valid run record"):
+    with pytest.raises(StorageError, match=r"broken/run\.json is not a valid"):
         find("broken")
 
 

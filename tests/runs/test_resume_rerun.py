@@ -39,7 +39,7 @@ def recorded(name: str, run_id: str | None = None) -> Record:
 
 def test_a_finished_run_whose_checkpoints_are_gone(past: Record) -> None:
     Storage(past.run_dir).delete("checkpoints")
-    with pytest.raises(RunNotFound, match="has no checkpoint to continue from; raytrainer rerun"):
+    with pytest.raises(RunNotFound, match=f"no checkpoint.*raytrainer rerun {past.name}"):
         to_resume(past.name, [])
 
 
@@ -119,7 +119,7 @@ def test_resume_refuses_what_changes_the_checkpoints_meaning(past: Record, overr
 
 
 def test_resume_refuses_wrong_values_as_a_first_launch_does(past: Record) -> None:
-    with pytest.raises(ConfigError, match=r"^trainer\.max_epoch=3 is not a key; valid: trainer\.max_epochs"):
+    with pytest.raises(ConfigError, match=r"^trainer\.max_epoch=3 .*valid: trainer\.max_epochs"):
         to_resume(past.name, ["trainer.max_epoch=3"])
 
 
@@ -148,7 +148,7 @@ def test_rerun_under_a_name(past: Record) -> None:
 
 
 def test_rerun_refuses_wrong_keys(past: Record) -> None:
-    with pytest.raises(ConfigError, match=r"^model\.widht=3 is not a key .*valid: model\.width"):
+    with pytest.raises(ConfigError, match=r"^model\.widht=3 .*valid: model\.width"):
         to_rerun(past.name, ["model.widht=3"])
 
 
@@ -238,7 +238,7 @@ def test_a_resumed_sweep_cannot_change_its_trials(swept: Record, override: str) 
 
 
 def test_an_unknown_key_of_a_sweep_is_refused_with_the_nearest(swept: Record) -> None:
-    with pytest.raises(ConfigError, match=r"^sweep\.num_sample is not a key; valid: sweep\.num_samples, "):
+    with pytest.raises(ConfigError, match=r"^sweep\.num_sample .*valid: sweep\.num_samples, "):
         to_resume_sweep(swept.name, ["sweep.num_sample=20"])
 
 
@@ -248,7 +248,7 @@ def test_a_sweep_is_rerun_under_another_name(swept: Record) -> None:
     assert len({c.experiment.name for c in plan.compositions.values()}) == 1
     assert {c.experiment.trainer.max_epochs for c in plan.compositions.values()} == {3}
     assert plan.parameters == Plan.read(Storage(swept.run_dir)).parameters
-    with pytest.raises(ConfigError, match=r"optimizer\.lr is a parameter of the sweep"):
+    with pytest.raises(ConfigError, match=r"^optimizer\.lr.*parameter of the sweep"):
         to_rerun_sweep(swept.name, ["optimizer.lr=0.1"])
     with pytest.raises(ConfigError, match=r"model is a parameter of the sweep"):
         to_rerun_sweep(swept.name, ["+model=mlp"])

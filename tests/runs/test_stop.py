@@ -293,7 +293,7 @@ def test_a_run_that_had_died(store: Store) -> None:
 
 def test_an_unreachable_run_is_closed_with_force_only(store: Store) -> None:
     made, _ = store.add("one", status="RUNNING", on_disk=False)
-    with pytest.raises(RaytrainerError, match=r"cannot be reached .* launched on somewhere; .*stop --force one"):
+    with pytest.raises(RaytrainerError, match=r"cannot be reached .*somewhere; .*stop --force one"):
         Stopper("one").stop()
     assert store.status(made.run_id)[0] == "RUNNING"
     assert Stopper("one", force=True).stop().is_stopped
@@ -302,7 +302,7 @@ def test_an_unreachable_run_is_closed_with_force_only(store: Store) -> None:
 
 def test_a_trial_ends_with_its_sweep(store: Store) -> None:
     store.add("sweep", kind="sweep", status="RUNNING")
-    with pytest.raises(ConfigError, match=r"sweep.0001 is a trial; it ends with its sweep: stop sweep"):
+    with pytest.raises(ConfigError, match=r"sweep\.0001 is a trial.*stop sweep"):
         Stopper("sweep.0001")
 
 
@@ -362,9 +362,7 @@ def test_a_run_on_a_silent_cluster_is_not_declared_dead(store: Store, force: boo
         sent("one", Path.cwd())
     messages: list[str] = []
     cluster = FakeCluster(down=OSError("no route to host"))
-    with pytest.raises(
-        RaytrainerError, match=rf"one is not stopped: the cluster {ADDRESS} could not be asked: no route"
-    ):
+    with pytest.raises(RaytrainerError, match=rf"^one is not stopped: .*{ADDRESS} .*no route"):
         Stopper("one", force=force, clusters=cluster.clusters(), say=messages.append).stop()
     assert messages == [f"the cluster {ADDRESS} could not be asked: no route to host"]
     if known_by == "mlflow":
@@ -376,15 +374,13 @@ def test_an_ended_run_with_a_next_job_on_a_silent_cluster(store: Store) -> None:
     cluster = FakeCluster(down=OSError("no route to host"))
     assert Stopper("one", clusters=cluster.clusters()).stop().message == "it had ended"
     sent("one", Path.cwd(), run_dir=made.run_dir, job={**JOB, "submission_id": "one--2"})
-    with pytest.raises(RaytrainerError, match="so it is not known whether its job one--2 runs"):
+    with pytest.raises(RaytrainerError, match="not known whether its job one--2 runs"):
         Stopper("one", clusters=cluster.clusters()).stop()
 
 
 def test_a_job_that_was_never_submitted_is_reported(in_tmp: Path) -> None:
     sent("one", in_tmp)
-    with pytest.raises(
-        RaytrainerError, match=f"one has nothing to stop: {ADDRESS} has no job one: it was not submitted, or"
-    ):
+    with pytest.raises(RaytrainerError, match=f"^one has nothing to stop: {ADDRESS} has no job one"):
         Stopper("one", force=True, clusters=FakeCluster().clusters()).stop()
 
 

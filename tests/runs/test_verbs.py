@@ -71,7 +71,7 @@ def test_status(two: Store, run: Run) -> None:
     assert (found["name"], found["step"], found["best"]) == ("one", 30, 0.97)
     output = run("status", "nope")
     assert (output.code, output.out) == (2, "")
-    assert output.err.startswith("raytrainer: refused: nope: no run of this name, ")
+    assert output.err.startswith("raytrainer: refused: nope: no run ")
 
 
 def test_logs(two: Store, run: Run) -> None:

@@ -213,7 +213,7 @@ def test_a_broken_line_is_named(storage: Storage, path: Path, broken: str) -> No
         TrialJournal.open(storage)
 
 
-def test_another_file_is_no_journal(storage: Storage, path: Path) -> None:
+def test_another_file_is_refused_as_a_journal(storage: Storage, path: Path) -> None:
     path.parent.mkdir()
     path.write_text('{"kind":"else"}\n')
     with pytest.raises(StorageError, match="line 1"):

@@ -55,7 +55,7 @@ def test_what_going_on_does(journal: TrialJournal) -> None:
 
 
 def test_fewer_trials_than_there_are_already(journal: TrialJournal) -> None:
-    with pytest.raises(ConfigError, match=r"^sweep\.num_samples=5 is less than the 6 trials that were sampled"):
+    with pytest.raises(ConfigError, match=r"^sweep\.num_samples=5 is less than the 6 trials"):
         describe_resume(plan(total=5), journal)
 
 

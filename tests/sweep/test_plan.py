@@ -137,16 +137,14 @@ def test_too_many_combinations(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_metric_has_its_own_direction() -> None:
     assert plan(LR, "sweep.metric=val/loss").mode == "min"
     assert yaml.safe_load(plan(LR, "sweep.metric=val/loss").first.text)["sweep"]["mode"] == "min"
-    with pytest.raises(ConfigError, match=r"sweep\.mode=max contradicts sweep\.metric=val/loss"):
+    with pytest.raises(ConfigError, match=r"^sweep\.mode=max .*sweep\.metric=val/loss"):
         plan(LR, "sweep.metric=val/loss", "sweep.mode=max")
-    with pytest.raises(ConfigError, match=r"set sweep\.mode=min or sweep\.mode=max"):
+    with pytest.raises(ConfigError, match=r"^sweep\.mode .*sweep\.mode=min or sweep\.mode=max"):
         plan(LR, "sweep.metric=val/score")
 
 
 def test_trials_of_several_experiments_have_one_objective() -> None:
-    with pytest.raises(
-        ConfigError, match=r"sweep\.metric must be the same for all trials, .*val/accuracy \(max\), val/loss \(min\)"
-    ):
+    with pytest.raises(ConfigError, match=r"^sweep\.metric .*val/accuracy \(max\), val/loss \(min\)"):
         plan(LR, of="mlp,smoke")
     assert plan(LR, "sweep.metric=val/loss", of="mlp,smoke").mode == "min"
 
@@ -154,5 +152,5 @@ def test_trials_of_several_experiments_have_one_objective() -> None:
 def test_a_list_that_was_meant_as_several_values() -> None:
     with pytest.raises(ConfigError) as caught:
         plan("model.width=[16,32]")
-    assert str(caught.value).startswith("model.width=[16,32] must be a whole number; ")
-    assert str(caught.value).endswith("is one list, and several values are model.width=16,32")
+    assert str(caught.value).startswith("model.width=[16,32] ")
+    assert str(caught.value).endswith(" model.width=16,32")

@@ -142,7 +142,7 @@ def test_without_a_value_there_is_no_best_config(in_tmp: Path) -> None:
     assert not storage.exists("best")
 
 
-def test_a_disk_that_takes_nothing_is_told(in_tmp: Path) -> None:
+def test_a_full_disk_is_reported(in_tmp: Path) -> None:
     (in_tmp / "file").write_text("")
     plan = plan_of("experiment=mlp", "optimizer.lr=0.1,0.2")
     with pytest.raises(StorageError):

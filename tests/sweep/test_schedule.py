@@ -126,7 +126,7 @@ def test_time_is_counted_in_evaluations() -> None:
     assert made("pbt")._perturbation_interval == 1
     assert made("pbt", perturbation_interval=4)._perturbation_interval == 4
     assert not made("pbt")._log_config, "the journal has it"
-    with pytest.raises(ConfigError, match=r"grace_period=10 is more than the 9 evaluations of a trial"):
+    with pytest.raises(ConfigError, match=r"grace_period=10 is more than the 9 evaluations"):
         made("asha", grace_period=10)
 
 
@@ -210,7 +210,7 @@ def test_no_perturbation_leaves_the_bounds(lr: float, decay: float, seed: int) -
 def test_pb2_gets_its_bounds() -> None:
     scheduler = made("pb2", [LR, DECAY])
     assert scheduler._hyperparam_bounds == {"optimizer.lr": [1e-4, 1e-1], "decay": [0.0, 0.3]}
-    with pytest.raises(ConfigError, match="momentum is a list, and PB2 takes intervals only"):
+    with pytest.raises(ConfigError, match=r"momentum .*PB2 takes intervals"):
         made("pb2", [LR, MOMENTUM])
 
 
@@ -220,7 +220,7 @@ def test_population_based_training_takes_what_draws_at_random() -> None:
     scheduler.on_trial_add(SimpleNamespace(search_alg=generator), TuneTrial("t1", "0001", {"optimizer.lr": 0.01}))
     search: dict[str, Any]
     for search in ({"_target_": "raytrainer.sweep.GridSearch"}, {"_target_": "ray.tune.search.optuna.OptunaSearch"}):
-        with pytest.raises(ConfigError, match=r"begins with random draws: leave sweep\.search_alg null"):
+        with pytest.raises(ConfigError, match=r"leave sweep\.search_alg null"):
             make_scheduler(node("pbt"), [LR], mode="min", evaluations=9, search=search)
     search = {"_target_": "raytrainer.sweep.RandomSearch"}
     make_scheduler(node("pbt"), [LR], mode="min", evaluations=9, search=search)
@@ -228,7 +228,7 @@ def test_population_based_training_takes_what_draws_at_random() -> None:
 
 def test_what_cannot_change_in_a_trial_is_refused() -> None:
     for kind in ("pbt", "pb2"):
-        with pytest.raises(ConfigError, match="model chooses another config, and cannot change"):
+        with pytest.raises(ConfigError, match=r"\bmodel .*cannot change"):
             made(kind, [LR, MODEL])
         with pytest.raises(ConfigError, match="depth changes what a checkpoint means"):
             make_scheduler(

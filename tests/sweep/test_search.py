@@ -357,7 +357,7 @@ def test_what_a_searcher_draws_is_put_into_the_space(tmp_path: Path) -> None:
     assert (second["optimizer.lr"], second["model.width"]) == (1e-4, 64)
     assert type(second["optimizer.lr"]) is float
     assert sweep.suggestions.suggest("later") is None, "it waits for others"
-    with pytest.raises(ConfigError, match=r"model\.width got no value from Recorder"):
+    with pytest.raises(ConfigError, match=r"^model\.width .*Recorder"):
         sweep.suggestions.suggest("later")
     assert list(sweep.journal.trials) == ["0001", "0002"]
 
@@ -605,14 +605,12 @@ def test_optuna_announces_nothing(tmp_path: Path) -> None:
 # --- before Ray starts ----------------------------------------------------------------------------------------------
 
 
-def test_a_missing_library_is_said_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_reported_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name in ("optuna", "ConfigSpace") else found(name, *a)
     )
-    with pytest.raises(
-        ConfigError, match=r"sweep.search_alg._target_=ray.*OptunaSearch needs optuna, .*: pip install optuna$"
-    ):
+    with pytest.raises(ConfigError, match=r"^sweep\.search_alg\._target_=ray.*OptunaSearch .*: pip install optuna$"):
         check_search(OPTUNA)
     with pytest.raises(ConfigError, match=r"pip install .*ConfigSpace$"):
         check_search(BOHB)
@@ -622,7 +620,7 @@ def test_a_missing_library_is_said_with_the_command(monkeypatch: pytest.MonkeyPa
     check_search(None)
 
 
-def test_what_is_no_searcher_is_refused() -> None:
+def test_an_invalid_searcher_is_refused() -> None:
     nodes: list[tuple[dict[str, Any], str]] = [
         ({"_target_": "collections.OrderedDict"}, "is not a ray.tune.search.Searcher$"),
         ({"_target_": "ray.tune.search.BasicVariantGenerator"}, "leave sweep.search_alg null for random draws"),
@@ -641,7 +639,7 @@ def test_what_is_no_searcher_is_refused() -> None:
 def test_an_interval_has_no_grid() -> None:
     node = {"_target_": "raytrainer.sweep.GridSearch"}
     check_search(node, [WIDTH, DEPTH])
-    with pytest.raises(ConfigError, match=r"optimizer.lr=interval\(0.0001,0.1\) is an interval, which has no grid"):
+    with pytest.raises(ConfigError, match=r"^optimizer\.lr=interval\(0\.0001,0\.1\) .*grid"):
         check_search(node, [WIDTH, LR])
 
 
@@ -650,5 +648,5 @@ def test_a_space_that_a_searcher_cannot_have_is_refused(tmp_path: Path) -> None:
         def set_search_properties(self, metric: str, mode: str, config: Any, **spec: Any) -> bool:
             raise ValueError("no choices here")
 
-    with pytest.raises(ConfigError, match=r"sweep\.search_alg cannot search this space: no choices here"):
+    with pytest.raises(ConfigError, match=r"^sweep\.search_alg .*: no choices here"):
         Sweep(tmp_path, Narrow())

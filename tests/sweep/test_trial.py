@@ -260,7 +260,7 @@ def test_a_stopped_trial_that_does_not_end_takes_its_process_with_it(
     monkeypatch.setattr(stepped, "ENDS_S", 0.1)
     one = process(shared(*SLOW), config(1))
     one.steps(stop=1)
-    with pytest.raises(WorkerError, match=r"trial 0001 was stopped, and did not end in 0\.1 s"):
+    with pytest.raises(WorkerError, match=r"trial 0001 was stopped.* 0\.1 s"):
         one.reset(config(2))
     monkeypatch.setattr(stepped, "ENDS_S", 30.0)
 

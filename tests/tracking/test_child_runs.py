@@ -224,7 +224,7 @@ def fail_at(server: FakeServer, at: int, how: str, error: BaseException) -> list
     return failed
 
 
-def test_a_hanging_server_holds_up_nobody(tmp_path: Path, server: FakeServer) -> None:
+def test_a_hanging_server_does_not_block_trials(tmp_path: Path, server: FakeServer) -> None:
     hanging, go_on = threading.Event(), threading.Event()
 
     def hang(name: str) -> None:

@@ -214,7 +214,7 @@ def test_what_is_no_database_of_mlflow_is_refused(tmp_path: Path, monkeypatch: p
     path = tmp_path / "mlflow.db"
     uri = default_tracking_uri(tmp_path)
     execute(path, "CREATE TABLE studies (x)", "CREATE TABLE alembic_version (version_num)")
-    with pytest.raises(TrackingUnreachable, match=r"another program \(its tables: alembic_version, studies\)"):
+    with pytest.raises(TrackingUnreachable, match=r"another program .*alembic_version, studies\)"):
         check_tracking(uri)
     path.unlink()
     path.mkdir()

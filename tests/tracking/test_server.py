@@ -229,7 +229,7 @@ def test_the_default_store_is_absolute(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("uri", ["./mlruns", "file:///tmp/mlruns", "/tmp/mlruns"])
-def test_a_directory_is_no_store(uri: str) -> None:
+def test_a_directory_is_refused_as_a_store(uri: str) -> None:
     with pytest.raises(TrackingUnreachable, match="sqlite:////ABSOLUTE"):
         check_tracking(uri)
 
