@@ -343,7 +343,10 @@ def test_help_of_a_sweep_helps(here: Run) -> None:
     ("arguments", "reason"),
     [
         ("-m experiment=mlp sweep=random", "sweep=random needs something to sweep over: optimizer.lr=0.1,0.01"),
-        ("-m experiment=mlp sweep=random,asha seed=1,2", "sweep=random,asha is one choice: a sweep has one way"),
+        (
+            "-m experiment=mlp sweep=random,asha seed=1,2",
+            "sweep=random,asha has several choices, and a sweep has one searcher",
+        ),
         ("experiment=mlp sweep.num_samples=3", "sweep.num_samples=3 needs a sweep: choose sweep="),
         ("-m experiment=mlp seed=1,2 sweep.num_samples=3", "sweep.num_samples=3 needs a sweep"),
         (

@@ -260,8 +260,8 @@ def test_a_cluster_that_does_not_answer_is_reported_once(in_tmp: Path) -> None:
     messages: list[str] = []
     cluster = FakeCluster(down=OSError("connection refused"))
     found = list_runs(clusters=cluster.clusters(), say=messages.append)
-    assert [(f.status, f.cause) for f in found] == [("UNKNOWN", "its cluster does not say")] * 2
-    assert messages == [f"the cluster {ADDRESS} could not be asked: connection refused"]
+    assert [(f.status, f.cause) for f in found] == [("UNKNOWN", "unknown: its cluster does not answer")] * 2
+    assert messages == [f"the cluster {ADDRESS} could not be queried: connection refused"]
     assert cluster.asked == ["list"]
 
 
@@ -392,4 +392,4 @@ def test_a_slow_cluster_is_not_waited_for(store: Store, monkeypatch: pytest.Monk
     messages: list[str] = []
     assert names(list_runs(everyone=True, clusters=Slow().clusters(), say=messages.append)) == ["mine"]
     over.set()
-    assert messages == [f"the cluster {ADDRESS} could not be asked: no answer in 0.1 s"]
+    assert messages == [f"the cluster {ADDRESS} could not be queried: no answer in 0.1 s"]

@@ -191,7 +191,7 @@ def test_a_run_that_cannot_be_read_from_here_has_its_logs_in_mlflow(store: Store
     messages: list[str] = []
     away = FakeCluster(down=OSError("no route to host")).clusters()
     assert list(logs.log_lines("one", follow=follow, clusters=away, say=messages.append)) == ["of the driver"]
-    assert messages == [f"the cluster {ADDRESS} could not be asked: no route to host"]
+    assert messages == [f"the cluster {ADDRESS} could not be queried: no route to host"]
 
 
 def test_the_running_attempt_is_followed(ended: Storage) -> None:

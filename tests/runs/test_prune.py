@@ -221,7 +221,7 @@ def test_a_run_with_an_active_job_or_a_silent_cluster(ended: Storage) -> None:
     rewritten(ended, status="RUNNING")
     os.utime(ended.local_path / "run.json", (LONG_AGO, LONG_AGO))
     cluster.down = OSError("no route")
-    assert "could not be asked" in prune(clusters=cluster.clusters()).left["ended"]
+    assert "could not be queried" in prune(clusters=cluster.clusters()).left["ended"]
     assert len(steps(ended)) == 7
 
 

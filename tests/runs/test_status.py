@@ -126,7 +126,7 @@ def test_a_cluster_that_does_not_answer(store: Store) -> None:
     messages: list[str] = []
     found = status_of("one", clusters=FakeCluster(down=OSError("refused")).clusters(), say=messages.append)
     assert (found.summary.status, found.job) == ("RUNNING", None)
-    assert messages == [f"the cluster {ADDRESS} could not be asked: refused"]
+    assert messages == [f"the cluster {ADDRESS} could not be queried: refused"]
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_a_job_that_was_never_submitted(in_tmp: Path) -> None:
         found.summary.cause == f"{ADDRESS} has no job one--2: it was not submitted, or the cluster has restarted since"
     )
     found = status_of("one", clusters=FakeCluster(down=OSError("refused")).clusters())
-    assert found.summary.cause == "its cluster does not say"
+    assert found.summary.cause == "unknown: its cluster does not answer"
 
 
 @pytest.mark.parametrize("state", ["PENDING", "RUNNING", "FAILED"])

@@ -364,7 +364,7 @@ def test_a_run_on_a_silent_cluster_is_not_declared_dead(store: Store, force: boo
     cluster = FakeCluster(down=OSError("no route to host"))
     with pytest.raises(RaytrainerError, match=rf"^one is not stopped: .*{ADDRESS} .*no route"):
         Stopper("one", force=force, clusters=cluster.clusters(), say=messages.append).stop()
-    assert messages == [f"the cluster {ADDRESS} could not be asked: no route to host"]
+    assert messages == [f"the cluster {ADDRESS} could not be queried: no route to host"]
     if known_by == "mlflow":
         assert store.status(made.run_id)[0] == "RUNNING"
 
@@ -394,7 +394,7 @@ def test_a_pending_job_that_ray_cannot_end_yet(in_tmp: Path, monkeypatch: pytest
     stopper = Stopper("one", timeout_s=0.1, clusters=cluster.clusters(), say=messages.append)
     stopper.sleep = lambda _: time.sleep(0.01)
     result = stopper.stop()
-    told = "its job one is asked to end, and does as soon as its driver gets what it waits for"
+    told = "its job one will stop when its driver gets the resources that it waits for; Ray cannot cancel it before"
     assert (result.is_stopped, result.is_requested, result.message) == (False, True, told)
     assert messages == ["one: stopping the job one", f"one: {told}"]
     assert result.text("raytrainer").splitlines()[1] == "next     raytrainer status one"

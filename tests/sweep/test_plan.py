@@ -130,7 +130,7 @@ def test_each_value_is_tried_before_anything_runs() -> None:
 
 def test_too_many_combinations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raytrainer.sweep.plan._MOST_COMBINATIONS", 3)
-    with pytest.raises(ConfigError, match=r"^model, optimizer are more than 3 combinations"):
+    with pytest.raises(ConfigError, match=r"^model, optimizer have more than 3 combinations"):
         plan("model=mlp,resnet_digits", "optimizer=adamw,sgd")
 
 
