@@ -143,9 +143,17 @@ def _in_mlflow(
         return list(by_id.values())
     if status in ("PENDING", "REFUSED", "UNKNOWN"):  # only jobs have these
         return []
-    # For a run that has ended, MLflow has everything that a list shows, so its directory is not read.
     runs = lookup.search_runs(uri, limit=limit, user=user, status=status)
-    return [by_id.get(run.run_id) or summarize(RunHandle.of_mlflow_run(run, uri)) for run in runs]
+    return [by_id.get(run.run_id) or summarize(_ended(RunHandle.of_mlflow_run(run, uri))) for run in runs]
+
+
+def _ended(handle: RunHandle) -> RunHandle:
+    """Return the handle of a run that has ended. MLflow has everything that a list shows, so its directory is not read,
+    except for a sweep whose driver was killed before it uploaded the results."""
+    tags = handle.mlflow_run.tags if handle.mlflow_run is not None else {}
+    has_results = any(name.startswith("raytrainer.trials.") for name in tags)
+    is_local = "://" not in handle.record.run_dir
+    return with_directory(handle) if handle.record.kind == "sweep" and is_local and not has_results else handle
 
 
 def _running(handle: RunHandle, liveness: Liveness) -> RunSummary:
