@@ -391,7 +391,7 @@ def test_help_of_a_sweep_helps(here: Run) -> None:
         ("check -m experiment=mlp sweep=random seed=1,2 sweep.num_sample=3", "sweep.num_sample=3 is not a key"),
         (
             "check -m experiment=mlp sweep=random seed=1,2 sweep.num_samples=null",
-            "sweep.num_samples or sweep.time_budget_s",
+            "sweep.num_samples is not set",
         ),
     ],
 )

@@ -354,7 +354,7 @@ def test_a_choice_that_ours_would_shadow_is_refused_not_ignored(in_tmp: Path) ->
     write(in_tmp / "conf" / "model" / "resnet18.yaml", "_target_: mine.Net\n")
     message = refusal("experiment=mlp", "model=resnet18", config_dir=in_tmp / "conf")
     assert message.startswith("model=resnet18 is in ")
-    assert "give yours another name" in message
+    assert "rename the file" in message
     compose(["experiment=mlp"], in_tmp / "conf")  # not chosen, so not refused
 
 

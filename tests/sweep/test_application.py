@@ -322,7 +322,7 @@ def test_without_the_sweeper_hydra_sweeps_as_ever(tmp_path: Path) -> None:
         ),
         ({"resume": "yes"}, "hydra.sweeper.resume=yes must be true or false"),
         ({"address": 6379}, "hydra.sweeper.address=6379 must be the address"),
-        ({"params": ["x"]}, r"hydra.sweeper.params=\[x\] must be keys"),
+        ({"params": ["x"]}, r"hydra.sweeper.params=\[x\] must be a mapping of keys"),
         ({"resources_per_trial": {"cpu": 1}}, "hydra.sweeper.resources_per_trial.cpu is written CPU"),
         ({"resources_per_trial": {"CPU": -1}}, "hydra.sweeper.resources_per_trial.CPU=-1 must be a number"),
         ({"resources_per_trial": {"CPU": 0}}, "hydra.sweeper.resources_per_trial must have an amount above 0"),
