@@ -13,7 +13,7 @@ rules in order; the first that applies decides:
    end. (The same address may now be another cluster with another job of the same name.) This compares the cluster's
    clock with the storage's; if they differ by more than a heartbeat, the age of the lease decides.
 4. **A job that has ended**: dead. A job that the cluster does not know, or that was refused, decides nothing.
-5. **A directory that cannot be read**: unsure, because it is no evidence of death.
+5. **A directory that cannot be read**: unsure, because it does not prove that the driver is dead.
 6. **A record with a final status**: dead. The driver writes it before it releases its lease.
 7. **Only stale leases**: dead.
 8. **No lease** on a record that is not new: dead. On a new record, no rule applies: its driver may be starting.

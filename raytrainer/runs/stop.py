@@ -151,7 +151,7 @@ class Stopper:
         """Return the result for a run without a process or an active job, as far as is known here."""
         handle, liveness = self.handle, check_liveness(self.handle, self.clusters)
         has_ended = liveness.state == "dead" or (self._status() != "RUNNING" and handle.storage is None)
-        # A cluster that does not answer is no proof that the run is dead.
+        # An answer that is missing does not prove that the run is dead.
         silence, next_job = self.clusters.query_error(handle), handle.next_submission_id
         if silence is not None and (next_job is not None or not has_ended):
             raise RaytrainerError(
