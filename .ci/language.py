@@ -1,4 +1,4 @@
-"""Find words and constructions that STYLE's and docs/glossary.md's plain English replaces. `make check` runs it.
+"""Find words and constructions for which docs/glossary.md has a plain form. `make check` runs it.
 
 python .ci/language.py [FOLDER]: prints `file:line: word: use …` for each, and ends with 1 if there is one.
 """
