@@ -23,7 +23,7 @@ def evaluated(world: World, e: Experiment) -> dict[str, float]:
 @pytest.mark.parametrize("layers", [2, pytest.param(3, marks=pytest.mark.nightly)])
 def test_it_beats_a_unigram_and_a_bigram_model(layers: int) -> None:
     """The model beats both even with one layer less than the experiment has."""
-    steps = ["trainer.max_steps=80", "trainer.eval_every_n_steps=80", "data.val.max_bytes=40000"]
+    steps = ["trainer.max_steps=120", "trainer.eval_every_n_steps=120", "data.val.max_bytes=40000"]
     model = f"model.num_layers={layers}"
     e = compose(["experiment=transformer", "trainer.num_threads=1", model, *steps]).experiment
     assert e.scaling.num_workers == 2
